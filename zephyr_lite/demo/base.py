@@ -18,9 +18,9 @@ FORMAT = 1
 _MARKER = "zephyr_lite_demo.json"
 _REQUIRED = ("config.json", "model.safetensors", "tokenizer.json")
 
-# The file's own template puts "You are a helpful AI assistant named SmolLM, trained by Hugging Face" before every conversation
-# that has no system turn. The demo teaches another identity, which that sentence would contradict, and 20 unsupervised tokens a
-# conversation are dear in a demo of one minute: the same ChatML without it.
+# The file's own template puts "You are a helpful AI assistant named SmolLM, trained by Hugging Face" before every
+# conversation without a system turn. The demo teaches another identity, which that sentence would contradict, and 20
+# unsupervised tokens a conversation are dear in a demo of one minute: the same ChatML without it.
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -63,9 +63,10 @@ def find_gguf() -> Path:
 def demo_base() -> Path:
     """A Hugging Face folder with SmolLM2-135M: safetensors, tokenizer, ChatML template.
 
-    The first call converts (about 20 s) and leaves the folder in the user's cache; later calls only look whether it is complete.
-    eos and pad are ``<|im_end|>``; the model has no BOS. The weights are float16: they come from 4- and 8-bit blocks with float16
-    scales, and rounding them moves the model's distribution by a KL divergence of 2e-6 (bfloat16: 7e-5) at half of float32's size.
+    The first call converts (about 20 s) and leaves the folder in the user's cache; later calls only look whether it is
+    complete. eos and pad are ``<|im_end|>``; no BOS is added. The weights are float16: they come from 4- and 8-bit
+    blocks with float16 scales, and rounding them moves the model's distribution by a KL divergence of 2e-6 (bfloat16:
+    7e-5) at half of float32's size.
 
     Returns:
         the folder's path; the folder is complete.
