@@ -1,0 +1,462 @@
+"""LoRA adapters as files, in PEFT's format: read, check, hash, compose, write.
+
+Tensors are mapped from the file, not loaded: rank 144 on Mistral-7B is 1.5 GB in float32, and a merge has to
+live beside it.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from zephyr_lite.errors import UserError
+from zephyr_lite.safetensors_stream import FLOATS, SafetensorsFile, tensor_bytes, write_stream
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_LAYER = re.compile(r"(?P<parent>.*\blayers)\.(?P<index>\d+)\.(?:.*\.)?(?P<leaf>[^.]+)")
+
+# Each of these makes the adapter more than W + s·B·A.
+_UNSUPPORTED = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias on LoRA's B",
+    "modules_to_save": "fully trained modules (modules_to_save)",
+    "trainable_token_indices": "trained token embeddings (trainable_token_indices)",
+    "layer_replication": "replicated layers (layer_replication)",
+    "target_parameters": "LoRA on bare parameters (target_parameters)",
+    "alora_invocation_tokens": "an activated LoRA (alora_invocation_tokens)",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+}
+# These initialisations subtract the adapter's first value from the base, so the file is only right on that other base.
+_RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What write_adapter decides by itself.
+_OWN_KEYS = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "base_model_name_or_path",
+    "bias",
+    "fan_in_fan_out",
+    *_UNSUPPORTED,
+}
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One module's LoRA: W becomes W + scale · b @ a.
+
+    Attributes:
+        a: float32 [r, in].
+        b: float32 [out, r].
+        scale: alpha / r, or alpha / sqrt(r) with rsLoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight that it changes."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+class _FileModules(Mapping[str, LoraWeights]):
+    """Module name → LoraWeights over the mapped file; a float32 file costs no memory of its own."""
+
+    def __init__(self, file: SafetensorsFile, scales: dict[str, float]) -> None:
+        self._file = file
+        self._scales = scales
+
+    def __getitem__(self, module: str) -> LoraWeights:
+        scale = self._scales[module]
+        a = self._file.tensor(f"{PREFIX}{module}.lora_A.weight").float()
+        b = self._file.tensor(f"{PREFIX}{module}.lora_B.weight").float()
+        return LoraWeights(a, b, scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scales)
+
+    def __len__(self) -> int:
+        return len(self._scales)
+
+
+@dataclass
+class AdapterFile:
+    """A PEFT LoRA adapter on disk.
+
+    Attributes:
+        path: its folder.
+        config: its adapter_config.json.
+        modules: module name (`model.layers.0.self_attn.q_proj`) → LoraWeights; mapped, read at each access.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    modules: Mapping[str, LoraWeights]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Content hash, as `adapter_sha256` gives it; computed at the first use."""
+        return adapter_sha256(self.path)
+
+
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Read a PEFT LoRA adapter's folder.
+
+    Raises:
+        UserError: no adapter_config.json or adapter_model.safetensors, not LoRA, a variant that is more than W + s·B·A
+            (DoRA, biases, modules_to_save, embeddings, …), a module with only A or only B, shapes that do not fit,
+            rank 0, or a rank other than the configuration's.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    file = SafetensorsFile(_weights_file(folder))
+    sides: dict[str, set[str]] = defaultdict(set)
+    for name, entry in file.entries.items():
+        match = _KEY.fullmatch(name)
+        if match is None:
+            # PEFT's copy of the output head when that has a LoRA: the base's own weight, unchanged.
+            if name.endswith(".lm_head.base_layer.weight"):
+                continue
+            what = "an adapter on an embedding" if "lora_embedding_" in name else "no LoRA matrix of a linear layer"
+            raise UserError(
+                f"{file.path}: tensor {name} is {what}.",
+                "Only LoRA on linear layers can be stacked and merged here; train or export the adapter without it.",
+            )
+        if entry.dtype not in FLOATS or len(entry.shape) != 2:
+            raise UserError(
+                f"{file.path}: tensor {name} is {entry.dtype} {list(entry.shape)}; a LoRA matrix is a float matrix.",
+                "Save the adapter again with PEFT's save_pretrained (under ZeRO-3 or FSDP, gather the weights first).",
+            )
+        sides[match["module"]].add(match["side"])
+    if not sides:
+        raise UserError(f"{file.path}: holds no LoRA weights.", "Save the adapter again with PEFT's save_pretrained.")
+    scales = {module: _scale(file, config, module, found) for module, found in sorted(sides.items())}
+    return AdapterFile(folder, config, _FileModules(file, scales))
+
+
+def _weights_file(folder: Path) -> Path:
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        old = sorted(folder.glob("adapter_model*.bin")) + sorted(folder.glob("adapter_model*.pt"))
+        found = f"only {old[0].name}, a pickle, which is never opened" if old else "nothing by that name"
+        raise UserError(
+            f"{folder}: an adapter's weights are read from {WEIGHTS_NAME}; found {found}.",
+            "Load it with PEFT and save it again: model.save_pretrained(folder, safe_serialization=True).",
+        )
+    return weights
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no {CONFIG_NAME} there, so it is not a PEFT adapter.",
+            "Give the folder that PEFT's save_pretrained wrote (a stage's adapter/, for a run of this program).",
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).", "Write the adapter again.") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f"{path}: peft_type is {kind}, and only LORA is supported.", "Give a LoRA adapter.")
+    for key, what in _UNSUPPORTED.items():
+        if config.get(key):
+            raise UserError(f"{path}: the adapter uses {what}, which cannot be stacked here.", "Give a plain LoRA.")
+    if config.get("bias", "none") != "none":
+        raise UserError(
+            f"{path}: bias is {config['bias']!r}: the adapter carries biases too.", "Give one with bias: none."
+        )
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(_RESIDUAL_INITS):
+        raise UserError(
+            f"{path}: init_lora_weights is {init!r}: this adapter belongs on a base with changed weights.",
+            "Convert it to a plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…).",
+        )
+    return config
+
+
+def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: the first key that matches the end of the module's name, as a regular expression."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _scale(file: SafetensorsFile, config: dict[str, Any], module: str, sides: set[str]) -> float:
+    if sides != {"A", "B"}:
+        missing = ({"A", "B"} - sides).pop()
+        raise UserError(f"{file.path}: {module} has no lora_{missing}.", "The adapter is incomplete; save it again.")
+    a = file.entries[f"{PREFIX}{module}.lora_A.weight"].shape
+    b = file.entries[f"{PREFIX}{module}.lora_B.weight"].shape
+    rank = a[0]
+    if rank == 0 or b[1] != rank:
+        raise UserError(
+            f"{file.path}: {module} has lora_A {list(a)} and lora_B {list(b)}; the rank must be one and above 0.",
+            "The adapter is incomplete; save it again.",
+        )
+    told = _pattern_value(config.get("rank_pattern"), module, config.get("r", 8))
+    if told != rank:
+        raise UserError(
+            f"{file.path}: {module} has rank {rank}, {CONFIG_NAME} says {told}.",
+            "Configuration and weights belong to different adapters; copy both files again.",
+        )
+    alpha = float(_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def adapter_sha256(path: str | Path) -> str:
+    """Hash of what an adapter computes: sorted tensor names, dtypes, shapes and bytes, and the scaling's settings.
+
+    Unlike a file's hash it is the same after a download, a change of the base's name or another order of tensors.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    file = SafetensorsFile(_weights_file(folder))
+    settings = {
+        "r": int(config.get("r", 8)),
+        "lora_alpha": float(config.get("lora_alpha", 8)),
+        "use_rslora": bool(config.get("use_rslora", False)),
+        # Lists: of several matching patterns the first one counts.
+        "rank_pattern": list((config.get("rank_pattern") or {}).items()),
+        "alpha_pattern": list((config.get("alpha_pattern") or {}).items()),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in sorted(file.entries):
+        entry = file.entries[name]
+        digest.update(f"\n{name} {entry.dtype} {list(entry.shape)}\n".encode())
+        digest.update(tensor_bytes(file.tensor(name)))
+    return digest.hexdigest()
+
+
+class _Composed(Mapping[str, LoraWeights]):
+    """The chain as one adapter, concatenated along the rank when a module is asked for."""
+
+    def __init__(self, parts: dict[str, list[Mapping[str, LoraWeights]]]) -> None:
+        self._parts = parts
+
+    def __getitem__(self, module: str) -> LoraWeights:
+        weights = [part[module] for part in self._parts[module]]
+        a = torch.cat([w.a for w in weights], dim=0)
+        b = torch.cat([w.b * w.scale for w in weights], dim=1)
+        return LoraWeights(a, b, 1.0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def compose(adapters: Sequence[AdapterFile]) -> Mapping[str, LoraWeights]:
+    """One adapter that equals all of them on at once: Σ sᵢ BᵢAᵢ = [s₁B₁ s₂B₂ …] @ [A₁; A₂; …].
+
+    Returns:
+        module name → LoraWeights with scale 1, float32; built at each access, so only one module's copy need exist.
+
+    Raises:
+        UserError: two adapters change the same module with different shapes.
+    """
+    parts: dict[str, list[Mapping[str, LoraWeights]]] = defaultdict(list)
+    shapes: dict[str, tuple[tuple[int, int], Path]] = {}
+    for adapter in adapters:
+        for module, weights in adapter.modules.items():
+            shape, first = shapes.setdefault(module, (weights.shape, adapter.path))
+            if shape != weights.shape:
+                raise UserError(
+                    f"{adapter.path}: {module} is {list(weights.shape)}, in {first} it is {list(shape)}.",
+                    "The adapters were trained on different bases and cannot be stacked.",
+                )
+            parts[module].append(adapter.modules)
+    return _Composed({module: parts[module] for module in sorted(parts)})
+
+
+def delta(weights: Sequence[LoraWeights]) -> Tensor:
+    """Σ scale · b @ a, float32 [out, in]."""
+    total = torch.zeros(weights[0].shape, dtype=torch.float32)
+    for w in weights:
+        total.addmm_(w.b, w.a, alpha=w.scale)
+    return total
+
+
+def write_adapter(
+    folder: str | Path,
+    modules: Mapping[str, LoraWeights],
+    *,
+    base_model_name: str,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a PEFT adapter (float32) that `PeftModel.from_pretrained` loads, with `alpha = scale · r` for each module.
+
+    A new folder appears complete or not at all; in an existing one the two files are replaced, each as a whole (weights
+    first), and other files stay.
+
+    Args:
+        modules: module name → LoraWeights; a lazy mapping is written module by module.
+        base_model_name: the base's hub id or path, for adapter_config.json.
+        extra_config: further keys of PEFT's LoraConfig (lora_dropout, revision, …).
+
+    Raises:
+        ValueError: no modules, or extra_config sets what the weights decide.
+    """
+    extra = dict(extra_config or {})
+    if not modules or _OWN_KEYS & set(extra):
+        raise ValueError(f"nothing to write, or extra_config sets {sorted(_OWN_KEYS & set(extra))}")
+    folder = Path(folder)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for module in sorted(modules):
+        weights = modules[module]
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = ("F32", tuple(weights.a.shape))
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = ("F32", tuple(weights.b.shape))
+        ranks[module] = weights.rank
+        alpha = weights.scale * weights.rank
+        # An alpha of 16 comes back as 16 whatever the rounding of 16 / r was.
+        alphas[module] = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+    rank, rank_pattern = _pattern(ranks)
+    alpha, alpha_pattern = _pattern(alphas)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": _target_modules(list(ranks)),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        **extra,
+    }
+
+    def write(name: str, file: BinaryIO) -> None:
+        match = _KEY.fullmatch(name)
+        assert match is not None
+        weights = modules[match["module"]]
+        file.write(tensor_bytes((weights.a if match["side"] == "A" else weights.b).float().cpu()))
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        write_stream(temporary / WEIGHTS_NAME, tensors, write, {"format": "pt"})
+        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if folder.is_dir():
+            for name in (WEIGHTS_NAME, CONFIG_NAME):
+                os.replace(temporary / name, folder / name)
+        else:
+            # mkdtemp's folders are private to the user.
+            temporary.chmod(0o777 & ~_umask())
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, and a PEFT pattern for the rest: by leaf name (`q_proj`) where all of a leaf agree."""
+    default = Counter(values.values()).most_common(1)[0][0]
+    by_leaf: dict[str, set[Any]] = defaultdict(set)
+    for module, value in values.items():
+        by_leaf[_leaf(module)].add(value)
+    pattern = {}
+    for module, value in values.items():
+        if value != default:
+            pattern[_leaf(module) if len(by_leaf[_leaf(module)]) == 1 else module] = value
+    return default, pattern
+
+
+def _target_modules(modules: Sequence[str]) -> list[str]:
+    """Leaf names (`q_proj`) where the adapter has that leaf in every layer, full names otherwise; sorted.
+
+    PEFT would give a leaf name a LoRA in every layer: what the adapter leaves out would get one that computes zero, and
+    a warning about missing weights.
+    """
+    layers: dict[str, set[int]] = defaultdict(set)
+    full: dict[str, list[str]] = defaultdict(list)
+    parents: set[str] = set()
+    odd: list[str] = []
+    for module in modules:
+        match = _LAYER.fullmatch(module)
+        if match is None:
+            odd.append(module)
+            continue
+        parents.add(match["parent"])
+        layers[match["leaf"]].add(int(match["index"]))
+        full[match["leaf"]].append(module)
+    every = set(range(1 + max((max(seen) for seen in layers.values()), default=-1)))
+    targets = list(odd)
+    for leaf, seen in layers.items():
+        named = len(parents) == 1 and seen == every and len(full[leaf]) == len(every)
+        targets += [leaf] if named else full[leaf]
+    return sorted(targets)
+
+
+def fetch_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The folder of an adapter: a local one as it is, or a hub id, of which only its two files are downloaded.
+
+    Raises:
+        UserError: no such folder, and nothing by that name on the hub (or no access to it).
+    """
+    local = Path(name_or_path).expanduser()
+    if local.is_dir():
+        return local
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = [CONFIG_NAME, WEIGHTS_NAME]
+        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError(
+            f"{name_or_path}: no such folder.", "Give an adapter's folder, or a hub id (user/name)."
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name_or_path}: no such folder, and not to be had from the hub ({type(error).__name__}).",
+            "Check the name and the network; for a private or gated adapter, log in with `hf auth login`.",
+        ) from error

@@ -1,0 +1,205 @@
+"""Safetensors files without loading them: a checked header, tensors mapped from the file, and a writer that streams.
+
+Mapped tensors live in the page cache, not in the process' own (anonymous) memory, so a file larger than the memory can
+be read, and a file larger than the memory can be written.
+"""
+
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from zephyr_lite.errors import UserError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = ("F32", "F16", "BF16", "F64")
+COPY_CHUNK = 16 * 2**20
+# The format's own bound; a larger number is the first eight bytes of something else.
+MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: where its bytes lie (absolute offsets) and how to read them."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes that a tensor of this safetensors dtype and shape takes."""
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+class SafetensorsFile:
+    """A safetensors file whose header was read and checked; its tensors are mapped when asked for.
+
+    Attributes:
+        entries: name → Entry, in the order in which the bytes lie in the file.
+        metadata: the header's `__metadata__` (strings).
+
+    Raises:
+        UserError: the file is cut short, or its header is broken: no JSON, an unknown dtype, a size that differs from
+            dtype × shape, offsets out of bounds, or tensors that overlap or leave gaps.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        size = self.path.stat().st_size
+        with open(self.path, "rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if length < 2 or length > min(size - 8, MAX_HEADER):
+                raise self._broken(f"its header would be {length} bytes long in a file of {size} bytes")
+            raw = file.read(length)
+        try:
+            header = json.loads(raw)
+        except ValueError as error:
+            raise self._broken("its header is not JSON") from error
+        if not isinstance(header, dict):
+            raise self._broken("its header is not a JSON object")
+        metadata = header.pop("__metadata__", None) or {}
+        self.metadata: dict[str, str] = {str(key): str(value) for key, value in metadata.items()}
+        self.data_start = 8 + length
+        entries = [self._entry(name, value) for name, value in header.items()]
+        entries.sort(key=lambda entry: (entry.start, entry.end))
+        position = self.data_start
+        for entry in entries:
+            if entry.start != position:
+                what = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
+                raise self._broken(f"tensor {entry.name} {what}")
+            position = entry.end
+        if position != size:
+            raise self._broken(f"its tensors end at byte {position}, the file at {size}")
+        self.entries: dict[str, Entry] = {entry.name: entry for entry in entries}
+
+    def _broken(self, what: str) -> UserError:
+        return UserError(f"{self.path}: not a complete safetensors file: {what}.", "Download or write it again.")
+
+    def _entry(self, name: str, value: object) -> Entry:
+        try:
+            assert isinstance(value, dict)
+            dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
+            begin, end = (int(n) for n in value["data_offsets"])
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise self._broken(f"the header entry of tensor {name} is malformed") from error
+        if dtype not in DTYPES:
+            raise self._broken(f"tensor {name} has the unknown dtype {dtype}")
+        if begin < 0 or min(shape, default=0) < 0 or end - begin != nbytes(dtype, shape):
+            raise self._broken(f"tensor {name} ({dtype} {list(shape)}) has data offsets {begin} to {end}")
+        return Entry(name, dtype, shape, self.data_start + begin, self.data_start + end)
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        # Copy-on-write, so that torch may take the buffer as writable while the file stays as it is.
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, in its own dtype and shape, as a view of the mapped file: treat it as read-only."""
+        entry = self.entries[name]
+        if entry.nbytes == 0:
+            return torch.empty(entry.shape, dtype=entry.torch_dtype)
+        if entry.start % entry.torch_dtype.itemsize:  # legal in the format, not for a typed view
+            raw = bytearray(self._map[entry.start : entry.end])
+            return torch.frombuffer(raw, dtype=entry.torch_dtype).view(entry.shape)
+        count = entry.nbytes // entry.torch_dtype.itemsize
+        return torch.frombuffer(self._map, dtype=entry.torch_dtype, count=count, offset=entry.start).view(entry.shape)
+
+    def copy_bytes(self, name: str, out: BinaryIO) -> None:
+        """Write the tensor's bytes as they are to `out`, in chunks."""
+        entry = self.entries[name]
+        with open(self.path, "rb") as file:
+            file.seek(entry.start)
+            left = entry.nbytes
+            while left:
+                chunk = file.read(min(COPY_CHUNK, left))
+                if not chunk:
+                    raise self._broken(f"it ended inside tensor {name}")
+                out.write(chunk)
+                left -= len(chunk)
+
+
+def write_stream(
+    path: str | Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    write: Callable[[str, BinaryIO], None],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file: the header first, then tensor after tensor as `write` produces them.
+
+    Args:
+        tensors: name → (safetensors dtype, shape), in the order of the bytes.
+        write: called as write(name, file) for each tensor; it writes exactly that tensor's bytes.
+        metadata: strings for the header.
+
+    Raises:
+        RuntimeError: `write` wrote another number of bytes than the header says.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        size = nbytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        position = file.tell()
+        for name, (dtype, shape) in tensors.items():
+            write(name, file)
+            position += nbytes(dtype, shape)
+            if file.tell() != position:
+                raise RuntimeError(f"{path}: tensor {name} took {file.tell() - position:+d} bytes more than announced")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor of any dtype, without a copy."""
+    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def row_blocks(rows: int, row_bytes: int, block_bytes: int) -> Iterator[slice]:
+    """Slices that cut `rows` rows of `row_bytes` each into blocks of at most `block_bytes` (one row at least)."""
+    step = max(1, block_bytes // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
