@@ -1,0 +1,99 @@
+"""How rows get their length: what is cut, and which conversations share a row."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+
+from .chat import Pair
+
+
+def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: each item, longest first, goes where it leaves the least room.
+
+    Args:
+        lengths: of the items; each between 1 and ``capacity``.
+        capacity: what one bin holds.
+
+    Returns:
+        Bins of item indices, ascending in each, bins ordered by their first item. The same lengths always give the
+        same bins.
+
+    Raises:
+        ValueError: an item is longer than a bin, or shorter than 1.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if sizes.size == 0:
+        return []
+    if sizes.min() < 1 or sizes.max() > capacity:
+        worst = int(np.argmax(sizes)) if sizes.max() > capacity else int(np.argmin(sizes))
+        raise ValueError(f"item {worst} has length {int(sizes[worst])}; a bin holds 1 to {capacity}")
+    bins: list[list[int]] = []
+    # Open bins by the room they have left. There are at most `capacity` different rooms, so that finding one is a
+    # bisection, and inserting one moves a few kilobytes.
+    rooms: list[int] = []
+    by_room: dict[int, list[int]] = {}
+    for item in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[item])
+        place = bisect_left(rooms, size)
+        if place == len(rooms):
+            number, room = len(bins), capacity
+            bins.append([])
+        else:
+            room = rooms[place]
+            number = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[place]
+        bins[number].append(item)
+        if left := room - size:
+            if left not in by_room:
+                by_room[left] = []
+                insort(rooms, left)
+            by_room[left].append(number)
+    return sorted((sorted(items) for items in bins), key=lambda items: items[0])
+
+
+def cut_conversation(ids: np.ndarray, mask: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """The first ``max_length`` tokens.
+
+    Args:
+        ids, mask: [T].
+
+    Returns:
+        ids and mask [≤ max_length], and how many supervised tokens were lost.
+    """
+    return ids[:max_length], mask[:max_length], int(mask[max_length:].sum())
+
+
+def cut_pair(pair: Pair, max_length: int, max_prompt_length: int, keeps_first: bool) -> Pair | None:
+    """A pair within the budget of prompt + one response.
+
+    A pair that fits is left alone, however long its prompt. Otherwise the prompt is cut on its left to
+    ``max_prompt_length``, where it is longer, and then each response by itself on its right. BOS, where the model
+    has one, stays the first token: a model that was never trained without it gives the first token of a sequence a
+    role of its own.
+
+    Args:
+        pair: as ``ChatTemplate.encode_pair`` gives it.
+        max_length: of the prompt and one response.
+        max_prompt_length: of a prompt that is cut.
+        keeps_first: the prompt's first token is BOS.
+
+    Returns:
+        The pair, or None where the prompt leaves no room for a response.
+    """
+    prompt, chosen, chosen_mask, rejected, rejected_mask = pair
+    if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
+        return pair
+    if len(prompt) > max_prompt_length:
+        if keeps_first:
+            tail = prompt[len(prompt) - (max_prompt_length - 1) :]
+            prompt = np.concatenate([prompt[:1], tail])
+        else:
+            prompt = prompt[len(prompt) - max_prompt_length :]
+    room = max_length - len(prompt)
+    if room < 1:
+        return None
+    return Pair(prompt, chosen[:room], chosen_mask[:room], rejected[:room], rejected_mask[:room])

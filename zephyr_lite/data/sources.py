@@ -1,0 +1,418 @@
+"""Rows from the hub, a folder or a file, in whatever format, as one ``datasets.Dataset`` of messages.
+
+``datasets`` reads, caches and maps; this module finds the files, names the place of what cannot be read, and mixes.
+Only JSONL, JSON, CSV and Parquet are read, and no code that comes with a data set is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..config import DatasetSpec
+from ..errors import UserError
+from .formats import COLUMNS, Method, RowError, detect
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+PARALLEL_ROWS = 2000  # below this, starting processes costs more than it saves
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
+_TURNS = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
+
+
+@dataclass
+class Rows:
+    """Normalised rows of one mixture.
+
+    Attributes:
+        dataset: columns ``messages`` (sft) or ``prompt``, ``chosen``, ``rejected`` (dpo), each a list of
+            {role, content}, and ``where`` ("train.jsonl row 17", counted from 1).
+        notes: one line for each source: what it was read as, and how many rows.
+        dropped: reason → the places of the rows that were left out.
+        changed: what was changed in a row that stayed → the places.
+        read: how many rows were looked at.
+    """
+
+    dataset: datasets.Dataset
+    notes: list[str] = field(default_factory=list)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    changed: dict[str, list[str]] = field(default_factory=dict)
+    read: int = 0
+
+
+def load_rows(specs: Sequence[DatasetSpec], method: Method, *, seed: int, system: str | None = None) -> Rows:
+    """Load, normalise and mix data sets.
+
+    ``limit`` takes rows by a seeded draw; ``weight`` below 1 a seeded share of them, above 1 repeats them. Several
+    sources are spread evenly through each other: the same arguments give the same order.
+
+    Args:
+        specs: the sources, at least one.
+        method: ``sft`` gives conversations, ``dpo`` preference pairs.
+        seed: of the draws.
+        system: a system turn for the rows that have none.
+
+    Raises:
+        UserError: a source does not exist, cannot be read, is empty, has no such split or column, is of the wrong
+            kind for the method, or no row of it can be used.
+    """
+    rows = Rows(datasets.Dataset.from_dict({}))
+    parts = []
+    for number, spec in enumerate(specs):
+        parts.append(_one_source(spec, method, np.random.default_rng([seed, number]), system, rows))
+    if len(parts) == 1:
+        rows.dataset = parts[0]
+        return rows
+    # the k-th row of a source of n rows stands at (k + ½) / n of the way
+    places = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in parts])
+    order = np.argsort(places, kind="stable")
+    rows.dataset = datasets.concatenate_datasets(parts).select(order)
+    return rows
+
+
+def _one_source(
+    spec: DatasetSpec, method: Method, rng: np.random.Generator, system: str | None, rows: Rows
+) -> datasets.Dataset:
+    raw, label = _open(spec)
+    if len(raw) == 0:
+        raise UserError(f"{label}: empty; there is no row in it.")
+    raw = _rename(raw, spec.columns, label)
+    kind, _ = detect(list(raw.column_names), method, label)
+    total, numbers = len(raw), np.arange(len(raw))
+    if spec.limit is not None and spec.limit < total:
+        numbers = np.sort(rng.permutation(total)[: spec.limit])
+    if spec.weight < 1:
+        numbers = np.sort(rng.permutation(numbers)[: max(1, round(len(numbers) * spec.weight))])
+    raw = raw.select_columns([c for c in raw.column_names if c in COLUMNS])
+    if len(numbers) < total:
+        raw = raw.select(numbers)
+    options = {
+        "method": method,
+        "label": label,
+        "system": system,
+        "numbers": None if len(numbers) == total else numbers,
+    }
+    with quiet(len(raw) <= PARALLEL_ROWS):
+        mapped = raw.map(
+            _normalise,
+            with_indices=True,
+            batched=True,
+            remove_columns=raw.column_names,
+            fn_kwargs=options,
+            new_fingerprint=cache_key(raw, options),
+            features=datasets.Features(
+                {
+                    **dict.fromkeys(_columns(method), _TURNS),
+                    "where": datasets.Value("string"),
+                    "fault": datasets.Value("string"),
+                    "change": datasets.Value("string"),
+                }
+            ),
+            num_proc=processes(len(raw)),
+            desc=f"reading {label}",
+        )
+    faults = np.asarray(mapped.with_format("numpy")["fault"][:], dtype=object)
+    changes = np.asarray(mapped.with_format("numpy")["change"][:], dtype=object)
+    kept = np.flatnonzero(faults == "")
+    dropped_here: dict[str, list[str]] = {}
+    for index in np.flatnonzero(faults != ""):
+        dropped_here.setdefault(str(faults[index]), []).append(_place(label, numbers, int(index)))
+    for index in kept[changes[kept] != ""]:
+        rows.changed.setdefault(str(changes[index]), []).append(_place(label, numbers, int(index)))
+    if len(kept) == 0:
+        raise UserError(
+            f"{label}: none of {len(mapped)} rows can be used (read as {kind}): {summarise(dropped_here)}.",
+            "If the columns mean something else, say so with columns: {ours: theirs}.",
+        )
+    for reason, where in dropped_here.items():
+        rows.dropped.setdefault(reason, []).extend(where)
+    rows.read += len(mapped)
+    whole = int(spec.weight) if spec.weight >= 1 else 1
+    share = spec.weight - whole if spec.weight >= 1 else 0.0
+    chosen = [kept] * whole
+    if round(len(kept) * share):
+        chosen.append(np.sort(rng.permutation(kept)[: round(len(kept) * share)]))
+    rows.notes.append(_note(label, kind, len(mapped), total, len(kept), spec.weight))
+    mapped = mapped.remove_columns(["fault", "change"])
+    indices = np.concatenate(chosen)
+    return mapped if len(indices) == len(mapped) == len(kept) else mapped.select(indices)
+
+
+def _note(label: str, kind: str, looked: int, total: int, kept: int, weight: float) -> str:
+    text = f"{label}: read as {kind}, {looked:,} rows"
+    if looked < total:
+        text += f" of {total:,}"
+    if kept < looked:
+        text += f", {looked - kept:,} left out"
+    return text + (f", weight {weight:g}" if weight != 1 else "")
+
+
+def summarise(reasons: dict[str, list[str]], first: int = 3) -> str:
+    """``reason: 12 (file row 3, file row 9, …)`` for each reason, the most frequent first."""
+    items = sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0]))
+    return "; ".join(
+        f"{reason}: {len(where):,} ({', '.join(where[:first])}{', …' if len(where) > first else ''})"
+        for reason, where in items
+    )
+
+
+def processes(rows: int) -> int | None:
+    """How many processes prepare so many rows; None for this one alone."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16) if rows > PARALLEL_ROWS and cores > 1 else None
+
+
+def cache_key(source: datasets.Dataset, options: dict[str, Any]) -> str:
+    """The fingerprint of what this package makes of a data set.
+
+    datasets' own hash of a mapped function takes the function's name for its code, and a tokenizer changes its hash
+    when it is used: an update would read what an older version had made, and a second start would read nothing.
+    """
+    values = sorted((key, v.tobytes() if isinstance(v, np.ndarray) else v) for key, v in options.items())
+    digest = hashlib.sha256(repr((source._fingerprint, values)).encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _place(label: str, numbers: np.ndarray, index: int) -> str:
+    return f"{label} row {int(numbers[index]) + 1}"
+
+
+def _columns(method: Method) -> tuple[str, ...]:
+    return ("messages",) if method == "sft" else ("prompt", "chosen", "rejected")
+
+
+def _normalise(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    *,
+    method: Method,
+    label: str,
+    system: str | None,
+    numbers: np.ndarray | None,
+) -> dict[str, list[Any]]:
+    _, read = detect(list(batch), method, label)
+    columns = _columns(method)
+    result: dict[str, list[Any]] = {name: [] for name in (*columns, "where", "fault", "change")}
+    for position, index in enumerate(indices):
+        row = {name: values[position] for name, values in batch.items()}
+        number = index if numbers is None else int(numbers[index])
+        fault = change = ""
+        turns: dict[str, list[dict[str, str]]] = {column: [] for column in columns}
+        try:
+            turns, change = read(row)
+            first = turns[columns[0]]
+            if system and first[0]["role"] != "system":
+                turns[columns[0]] = [{"role": "system", "content": system}, *first]
+        except RowError as error:
+            fault = str(error)
+        for column in columns:
+            result[column].append(turns[column])
+        result["where"].append(f"{label} row {number + 1}")
+        result["fault"].append(fault)
+        result["change"].append(change)
+    return result
+
+
+def _rename(raw: datasets.Dataset, mapping: dict[str, str], label: str) -> datasets.Dataset:
+    for ours, theirs in mapping.items():
+        if ours not in COLUMNS:
+            raise UserError(f"{label}: columns: {ours!r} is not a column here.", f"Ours are {', '.join(COLUMNS)}.")
+        if theirs not in raw.column_names:
+            raise UserError(
+                f"{label}: columns: there is no column {theirs!r}.", f"There are {', '.join(raw.column_names)}."
+            )
+    if len(set(mapping.values())) < len(mapping):
+        raise UserError(f"{label}: columns: one column is named twice: {mapping}.")
+    moving = {theirs: ours for ours, theirs in mapping.items() if ours != theirs}
+    covered = [ours for ours in moving.values() if ours in raw.column_names and ours not in moving]
+    return raw.remove_columns(covered).rename_columns(moving)
+
+
+# -- opening ---------------------------------------------------------------------------------------------------------
+
+
+def _open(spec: DatasetSpec) -> tuple[datasets.Dataset, str]:
+    """The raw rows, and the name that stands before ``row N`` in messages."""
+    path = Path(spec.path).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in BUILDERS:
+            raise UserError(
+                f"{spec.path}: {path.suffix or 'a file without suffix'} is not read.",
+                f"Give one of {', '.join(BUILDERS)}.",
+            )
+        if spec.split and _base_split(spec.split) != "train":
+            raise UserError(
+                f"{spec.path}: there is no split {spec.split!r}; a single file has no splits.",
+                "Leave split out, or name a folder with one file for each split.",
+            )
+        return _read_files([path], spec.split or "train", spec.path), spec.path
+    if path.is_dir():
+        return _open_folder(path, spec)
+    if path.suffix.lower() in BUILDERS or spec.path.startswith((".", "/", "~", "\\")) or spec.path.count("/") > 1:
+        raise UserError(f"{spec.path}: there is no such file or folder.", f"The working directory is {Path.cwd()}.")
+    return _open_hub(spec)
+
+
+def _open_folder(folder: Path, spec: DatasetSpec) -> tuple[datasets.Dataset, str]:
+    splits: dict[str, list[Path]] = {}
+    for place in dict.fromkeys([folder, folder / "data", *([folder / spec.name] if spec.name else [])]):
+        for file in sorted(place.glob("*")):
+            if file.is_file() and file.suffix.lower() in BUILDERS:
+                splits.setdefault(_SHARD.sub("", file.stem), []).append(file)
+    # files beside the data that the hub's layout has too
+    for extra in ("dataset_info", "dataset_infos", "state"):
+        splits.pop(extra, None)
+    if not splits:
+        raise UserError(
+            f"{spec.path}: no data in this folder.",
+            "Files are named by split: train_sft.jsonl, or data/train_sft-00000-of-00001.parquet "
+            f"(one of {', '.join(BUILDERS)}).",
+        )
+    split = _choose_split(spec, sorted(splits))
+    files = splits[_base_split(split)]
+    if len({file.suffix.lower() for file in files}) > 1:
+        raise UserError(f"{spec.path}: split {split!r} lies there in several formats: {_names(files)}. Keep one.")
+    label = str(Path(spec.path) / files[0].relative_to(folder)) if len(files) == 1 else f"{spec.path}[{split}]"
+    return _read_files(files, split, label), label
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(file.name for file in files)
+
+
+def _base_split(split: str) -> str:
+    """``train`` of ``train[:10%]``."""
+    return split.split("[", 1)[0]
+
+
+def _choose_split(spec: DatasetSpec, there: list[str]) -> str:
+    if spec.split is None:
+        if len(there) == 1:
+            return there[0]
+        raise UserError(f"{spec.path}: which split? There are {', '.join(there)}.", f"Say so: split: {there[0]}.")
+    if _base_split(spec.split) not in there:
+        raise UserError(f"{spec.path}: there is no split {spec.split!r}.", f"There are {', '.join(there)}.")
+    return spec.split
+
+
+def _read_files(files: list[Path], split: str, label: str) -> datasets.Dataset:
+    for file in files:
+        if file.stat().st_size == 0 or (file.stat().st_size < 1024 and not file.read_bytes().strip()):
+            raise UserError(f"{file}: the file is empty.")
+    builder = BUILDERS[files[0].suffix.lower()]
+    options: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}  # "NA" may be an answer
+    try:
+        with quiet(sum(file.stat().st_size for file in files) < 50e6):
+            return datasets.load_dataset(
+                builder, data_files={_base_split(split): [str(file) for file in files]}, split=split, **options
+            )
+    except Exception as error:  # the builders raise whatever their parsers raise
+        for file in files:
+            if builder == "json":
+                _find_broken_json(file)
+        raise UserError(f"{label}: not readable as {files[0].suffix[1:].upper()}: {_root(error)}") from None
+
+
+def _find_broken_json(file: Path) -> None:
+    """Raise a UserError with the line at which a JSON or JSONL file cannot be read; return if there is none."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        number = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"{file} line {number}: not UTF-8.", "Save the file as UTF-8.") from None
+    if text.startswith("\ufeff"):
+        raise UserError(f"{file} line 1: begins with a byte order mark.", "Save the file as UTF-8 without it.")
+    if text.lstrip()[:1] == "[" and file.suffix.lower() == ".json":
+        try:
+            json.loads(text)
+        except ValueError as error:
+            number = getattr(error, "lineno", 1)
+            raise UserError(f"{file} line {number}: broken JSON: {error}.", "Mend the line, or remove it.") from None
+        return
+    kinds: dict[str, tuple[str, int]] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{file} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{place}: broken JSON: {error}: {line[:60]!r}.", "Mend the line, or remove it; one row a line."
+            ) from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: expected an object {{…}}, found {line[:60]!r}.")
+        try:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{place}: text that is not valid Unicode (half a surrogate pair).") from None
+        for key, value in row.items():
+            if value is None:
+                continue
+            kind = type(value).__name__
+            before, first = kinds.setdefault(key, (kind, number))
+            if before != kind:
+                raise UserError(f"{place}: column {key!r} is {kind}, but {before} in line {first}.")
+
+
+def _open_hub(spec: DatasetSpec) -> tuple[datasets.Dataset, str]:
+    try:
+        if spec.split is None:
+            there = datasets.get_dataset_split_names(spec.path, spec.name, revision=spec.revision)
+            split = _choose_split(spec, list(there))
+        else:
+            split = spec.split
+        loaded = datasets.load_dataset(spec.path, spec.name, split=split, revision=spec.revision)
+        return loaded, f"{spec.path}[{split}]"
+    except UserError:
+        raise
+    except Exception as error:
+        raise _hub_error(spec, error) from None
+
+
+def _hub_error(spec: DatasetSpec, error: Exception) -> UserError:
+    text = _root(error)
+    if "split" in text.lower() and spec.split is not None:
+        names = re.findall(r"'([^']+)'", text.split("one of", 1)[-1]) or [text]
+        return UserError(f"{spec.path}: there is no split {spec.split!r}.", f"There are {', '.join(names)}.")
+    if "config name" in text.lower() or "BuilderConfig" in text:
+        return UserError(f"{spec.path}: name {spec.name!r} does not fit: {text}", "Say which one: name: NAME.")
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return UserError(
+            f"{spec.path}: the hub refuses access: {text}",
+            f"Accept its terms at https://huggingface.co/datasets/{spec.path}, then run `hf auth login`.",
+        )
+    return UserError(
+        f"{spec.path}: there is no such file or folder here, and the hub gave no data set of this name: {text}",
+        "Check the name, and that the hub can be reached (HF_HUB_OFFLINE, HF_ENDPOINT); a local path may begin with ./",
+    )
+
+
+def _root(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+@contextmanager
+def quiet(quiet: bool) -> Iterator[None]:
+    """No progress bars for what takes a moment; as before afterwards."""
+    if not quiet or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
