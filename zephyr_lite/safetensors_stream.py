@@ -143,6 +143,11 @@ class SafetensorsFile:
         count = entry.nbytes // entry.torch_dtype.itemsize
         return torch.frombuffer(self._map, dtype=entry.torch_dtype, count=count, offset=entry.start).view(entry.shape)
 
+    def forget(self) -> None:
+        """Let go of the pages that were read; they come back from the file when touched again."""
+        if "_map" in self.__dict__ and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def copy_bytes(self, name: str, out: BinaryIO) -> None:
         """Write the tensor's bytes as they are to `out`, in chunks."""
         entry = self.entries[name]

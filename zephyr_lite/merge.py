@@ -1,0 +1,267 @@
+"""A chain of adapters becomes a model folder: composed onto the base's weights, streamed from file to file.
+
+The base is never loaded. Its shards are read tensor by tensor and written in the same order, names and dtypes; what no
+adapter touches is copied as bytes, the rest is computed in float32 by blocks of rows. So a merge of any base takes a
+few hundred megabytes of memory.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from torch import Tensor
+
+from zephyr_lite.errors import UserError
+from zephyr_lite.merge_base import BaseFiles, copy_tokenizer, model_files, open_base
+from zephyr_lite.merge_chain import Chain, chain_of_adapters, chain_of_run
+from zephyr_lite.merge_check import LogpDifference, compare_logps, folder_logps
+from zephyr_lite.model.peft_files import AdapterFile, LoraWeights, compose, write_adapter
+from zephyr_lite.ops.nf4 import StoredNf4, quantize_stored
+from zephyr_lite.rundir import folder_aside, write_json
+from zephyr_lite.safetensors_stream import FLOATS, Entry, row_blocks, tensor_bytes, write_stream
+
+__all__ = [
+    "Chain",
+    "LogpDifference",
+    "MergeReport",
+    "adapter_only",
+    "chain_of_adapters",
+    "chain_of_run",
+    "compare_logps",
+    "folder_logps",
+    "merge",
+]
+
+MARK = "zephyr_lite.json"
+# Of float32 rows. Larger blocks are no faster, and every copy of one counts against the memory bound.
+BLOCK_BYTES = 64 * 2**20
+
+Modules = Mapping[str, LoraWeights]
+
+
+@dataclass
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        merged: weights that an adapter changed.
+        requantized: weights that went through NF4 (adapters or not).
+        copied: tensors that were copied as bytes.
+        bytes: size of the weights written.
+        eos_token_ids: what generation stops at.
+    """
+
+    out: Path
+    onto: str
+    merged: int = 0
+    requantized: int = 0
+    copied: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    eos_token_ids: list[int] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For the console."""
+        how = f"{self.merged} weights merged"
+        if self.onto == "nf4":
+            how += f", {self.requantized} taken through NF4"
+        return [
+            f"{self.out}: {self.bytes / 1e9:.2f} GB in {self.seconds:.0f} s; {how}, {self.copied} copied as they were.",
+            f"Generation stops at token {', '.join(map(str, self.eos_token_ids)) or '(none known)'}.",
+        ]
+
+
+def merge(
+    base: str | Path,
+    adapters: Sequence[AdapterFile | Modules],
+    out: str | Path,
+    *,
+    onto: Literal["base", "nf4"] = "base",
+    double_quant: bool = True,
+    quant_dtype: torch.dtype = torch.bfloat16,
+    tokenizer_from: str | Path | None = None,
+    lineage: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    revision: str = "main",
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Merge a chain of adapters into a base and write a model folder that plain transformers loads.
+
+    Args:
+        base: a folder or hub id; 16-bit, 32-bit, or a checkpoint that bitsandbytes quantized to NF4.
+        adapters: the chain, from the bottom up; adapter files, or module name → LoraWeights.
+        out: the folder to make. It appears complete or not at all.
+        onto: "base": the weights as they are. "nf4": every linear layer that 4-bit loading quantizes is first replaced
+            by what NF4 makes of it, which is what 4-bit training saw.
+        double_quant, quant_dtype: how that training quantized: bnb_4bit_use_double_quant, and the dtype the base was
+            loaded in.
+        tokenizer_from: a folder with tokenizer files and chat template (a stage's adapter/); the base's own otherwise.
+        lineage: where this came from; kept in zephyr_lite.json and in the weights' metadata.
+        overwrite: replace an earlier merge in `out`.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        UserError: `out` exists and is not an earlier merge; the disk is too small; the base cannot be read; an adapter
+            does not fit the base; the result is not finite in the base's dtype.
+    """
+    start = time.monotonic()
+    out = Path(out).expanduser()
+    files = open_base(base, revision)
+    if out.exists() and out.resolve() == files.folder.resolve():
+        raise UserError(f"{out}: is the base itself.", "Choose another --out.")
+    claim(out, overwrite)
+    if files.quantized and onto != "nf4":
+        raise UserError(
+            f"{base}: is quantized to NF4, so its 16-bit weights are not there to merge onto.",
+            "Merge onto what it holds (--onto nf4), or give the 16-bit base with --base.",
+        )
+    chain = [adapter.modules if isinstance(adapter, AdapterFile) else adapter for adapter in adapters]
+    _check_fit(files, chain)
+    through_nf4 = files.linears() if onto == "nf4" and not files.quantized else set()
+    total = sum(entry.nbytes for entry in files.entries.values())
+    check_disk(out, total)
+    marks = {"kind": "merged model", "onto": onto, **(lineage or {})}
+    if onto == "nf4" and not files.quantized:
+        marks |= {"nf4": {"double_quant": double_quant, "loaded_as": str(quant_dtype).removeprefix("torch.")}}
+
+    report = MergeReport(out, onto, bytes=total)
+    done = 0
+
+    def write(name: str, file: BinaryIO) -> None:
+        nonlocal done
+        entry = files.entries[name]
+        parts = [modules[name.removesuffix(".weight")] for modules in chain if name.removesuffix(".weight") in modules]
+        nf4: StoredNf4 | None = None
+        if name in files.quantized:
+            nf4 = files.stored_nf4(name)
+        elif name in through_nf4:
+            nf4 = quantize_stored(files.tensor(name), double_quant=double_quant, dtype=quant_dtype)
+        if nf4 is None and not parts:
+            files.copy_bytes(name, file)
+            report.copied += 1
+        else:
+            read = nf4.rows if nf4 is not None else files.tensor(name).__getitem__
+            _write_rows(entry, read, parts, file)
+            report.merged += bool(parts)
+            report.requantized += nf4 is not None
+        files.forget()
+        done += entry.nbytes
+        if progress is not None:
+            progress(done, total)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with folder_aside(out) as aside:
+        for shard, names in files.shards.items():
+            header = {name: (files.entries[name].dtype, files.entries[name].shape) for name in names}
+            metadata = {**files.metadata(shard), "format": "pt", "zephyr_lite": json.dumps(marks, default=str)}
+            write_stream(aside / shard, header, write, metadata)
+        files.write_index(aside)
+        report.eos_token_ids = model_files(files, aside, Path(tokenizer_from) if tokenizer_from else None)
+        write_json(aside / MARK, marks)
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def adapter_only(
+    adapters: Sequence[AdapterFile],
+    out: str | Path,
+    *,
+    base_model_name: str,
+    tokenizer_from: str | Path | None = None,
+    lineage: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the chain as one PEFT adapter that belongs on the bare base, with tokenizer and chat template.
+
+    Raises:
+        UserError: `out` exists and is not an earlier result; the adapters do not fit together; the disk is too small.
+    """
+    out = Path(out).expanduser()
+    claim(out, overwrite)
+    chain = compose(adapters)
+    check_disk(out, sum((sum(w.shape)) * w.rank * 4 for a in adapters for w in a.modules.values()))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with folder_aside(out) as aside:
+        write_adapter(aside, chain, base_model_name=base_model_name)
+        if tokenizer_from is not None:
+            copy_tokenizer(Path(tokenizer_from), aside)
+        write_json(aside / MARK, {"kind": "composed adapter", **(lineage or {})})
+
+
+def claim(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is somebody else's, or ours without leave to replace it.
+
+    Raises:
+        UserError: as said.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / MARK).is_file():
+        what = "is a file" if not out.is_dir() else f"exists and holds other things ({next(out.iterdir()).name}, …)"
+        raise UserError(f"{out}: {what}.", "Choose another --out; only an earlier merge is ever replaced.")
+    if not overwrite:
+        raise UserError(f"{out}: holds an earlier merge.", "Add --overwrite to replace it, or choose another --out.")
+
+
+def check_disk(out: Path, size: int) -> None:
+    """Refuse to start what the disk cannot hold (an earlier merge is removed only after the new one is complete).
+
+    Raises:
+        UserError: less is free than the result takes.
+    """
+    place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    # 64 MB for tokenizer, configuration and headers.
+    if free < size + 64 * 2**20:
+        # A merge that was killed could not tidy up after itself.
+        left = ", ".join(str(path) for path in out.absolute().parent.glob(f".{out.name}.*"))
+        raise UserError(
+            f"{place}: {free / 1e9:.1f} GB are free, the result takes {size / 1e9:.1f} GB.",
+            "Free some space, or choose an --out on another disk."
+            + (f" An interrupted merge may have left these, to be deleted: {left}" if left else ""),
+        )
+
+
+def _check_fit(files: BaseFiles, chain: Sequence[Modules]) -> None:
+    for modules in chain:
+        for module, weights in modules.items():
+            entry = files.entries.get(f"{module}.weight")
+            tied = bool(files.config.get("tie_word_embeddings")) and module.rpartition(".")[2] == "lm_head"
+            if tied:
+                raise UserError(
+                    f"the adapter changes {module}, which this base ({files.name}) ties to its embeddings.",
+                    "One matrix cannot be both; keep the adapter apart (--adapter-only), or train without lm_head.",
+                )
+            if entry is None:
+                raise UserError(
+                    f"the adapter changes {module}, which {files.name} does not have.",
+                    "It is an adapter of another base; give that one with --base.",
+                )
+            if entry.shape != weights.shape:
+                raise UserError(
+                    f"{module} is {list(entry.shape)} in {files.name}; the adapter was made for {list(weights.shape)}.",
+                    "It is an adapter of another base; give that one with --base.",
+                )
+            if entry.dtype not in FLOATS:
+                raise UserError(f"{files.name}: {module} is stored as {entry.dtype}.", "Give the 16-bit base.")
+
+
+def _write_rows(entry: Entry, read: Callable[[slice], Tensor], parts: Sequence[LoraWeights], file: BinaryIO) -> None:
+    """W + Σ s·B·A in float32, block of rows by block of rows, rounded to the base's dtype."""
+    height, width = entry.shape
+    for rows in row_blocks(height, width * 4, BLOCK_BYTES):
+        block = read(rows).to(torch.float32, copy=True)
+        for part in parts:
+            block.addmm_(part.b[rows], part.a, alpha=part.scale)
+        result = block.to(entry.torch_dtype)
+        if parts and not bool(torch.isfinite(result).all()):
+            raise UserError(
+                f"{entry.name}: merged, it is not finite in {entry.dtype}.",
+                "The adapter holds NaN, infinite or huge values; use an earlier checkpoint.",
+            )
+        file.write(tensor_bytes(result))

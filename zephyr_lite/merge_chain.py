@@ -1,0 +1,146 @@
+"""Which adapters a stage stands on: read from its stage.json, found, and checked against their hashes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zephyr_lite.errors import UserError
+from zephyr_lite.model.peft_files import AdapterFile, fetch_adapter, read_adapter
+from zephyr_lite.rundir import STAGE_FILE, StageDir, newest_run
+
+
+@dataclass
+class Chain:
+    """A base and the adapters that belong on it, from the bottom up.
+
+    Attributes:
+        base: as in stage.json: name_or_path, revision, load_in_4bit, double_quant, dtype (explicit adapters: only
+            name_or_path is known).
+        adapters: every adapter, the stage's own last.
+        tokenizer_from: a folder with tokenizer and chat template, where one is known.
+        run, stage: where it came from; None for explicit adapters.
+        info: the stage's stage.json.
+    """
+
+    base: dict[str, Any]
+    adapters: list[AdapterFile]
+    tokenizer_from: Path | None = None
+    run: Path | None = None
+    stage: str | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def lineage(self) -> dict[str, Any]:
+        """What a merged folder keeps of it."""
+        told: dict[str, Any] = {"base": self.base}
+        if self.run is not None:
+            told |= {"run": self.run.name, "stage": self.stage}
+        return told | {"adapters": [{"path": str(a.path), "sha256": a.sha256} for a in self.adapters]}
+
+
+def chain_of_run(run: str | Path | None = None, runs_root: str | Path = "runs", stage: str | None = None) -> Chain:
+    """The chain of a run's last complete stage.
+
+    Args:
+        run: a run's folder; None for the newest one under `runs_root` with a complete stage.
+        stage: a stage's name; None for the complete stage with the longest chain, the latest of those.
+
+    Raises:
+        UserError: no such run or complete stage, an adapter that is gone, or one that is no longer what the stage was
+            trained on.
+    """
+    folder = Path(run) if run is not None else _newest(Path(runs_root))
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run.", "Give a run's folder (--run), or the adapters themselves.")
+    chosen, info = _last_stage(folder, stage)
+    adapters = []
+    for place, link in enumerate(info.get("adapters", [])):
+        adapters.append(_checked(_resolve(folder, _path(chosen, link)), link, chosen, f"adapter {place + 1}"))
+    own = info.get("own") or {}
+    adapters.append(_checked(chosen.path / _path(chosen, own), own, chosen, "its own adapter"))
+    if "base" not in info or "name_or_path" not in info["base"]:
+        raise UserError(f"{chosen.path / STAGE_FILE}: names no base.", "Give the base and the adapters explicitly.")
+    return Chain(dict(info["base"]), adapters, chosen.adapter, folder, chosen.path.name, info)
+
+
+def chain_of_adapters(names: list[str], base: str | None = None) -> Chain:
+    """The chain of explicit adapters (folders or hub ids), on the base that the first one names unless `base` is given.
+
+    Raises:
+        UserError: an adapter cannot be read, or they name different bases and none is given.
+    """
+    adapters = [read_adapter(fetch_adapter(name)) for name in names]
+    named = list(dict.fromkeys(str(a.config.get("base_model_name_or_path") or "") for a in adapters))
+    if base is None and (len(named) != 1 or not named[0]):
+        raise UserError(
+            f"the adapters name {'several bases: ' + ', '.join(named) if len(named) > 1 else 'no base'}.",
+            "Say which one they belong on with --base.",
+        )
+    with_tokenizer = [a.path for a in adapters if (a.path / "tokenizer_config.json").is_file()]
+    return Chain({"name_or_path": base or named[0]}, adapters, with_tokenizer[-1] if with_tokenizer else None)
+
+
+def _newest(root: Path) -> Path:
+    done = [
+        (path.stat().st_mtime_ns, path.parent.parent)
+        for path in root.glob(f"*/*/{STAGE_FILE}")
+        if StageDir(path.parent).complete()
+    ]
+    if not done:
+        running = newest_run(root) if root.is_dir() else None
+        raise UserError(
+            f"{root}: no run there has a complete stage" + (f" ({running} is not finished)." if running else "."),
+            "Train one first (zephyr-lite sft), or name a run with --run.",
+        )
+    return max(done)[1]
+
+
+def _last_stage(run: Path, name: str | None) -> tuple[StageDir, dict[str, Any]]:
+    found = []
+    for path in sorted(run.glob(f"*/{STAGE_FILE}")):
+        stage = StageDir(path.parent)
+        info = stage.info()
+        if info is None or info.get("status") != "complete" or name not in (None, stage.path.name):
+            continue
+        order = (len(info.get("adapters", [])), path.stat().st_mtime_ns)
+        found.append((order, stage, info))
+    if not found:
+        raise UserError(
+            f"{run}: {'no complete stage' if name is None else f'stage {name} is not there, or not complete'}.",
+            "Finish it first: the same command that started it resumes it.",
+        )
+    _, stage, info = max(found, key=lambda item: item[0])
+    return stage, info
+
+
+def _path(stage: StageDir, link: dict[str, Any]) -> str:
+    path = link.get("path")
+    if not path or not link.get("sha256"):
+        raise UserError(f"{stage.path / STAGE_FILE}: an adapter has no path or no sha256.", "Restore the file.")
+    return str(path)
+
+
+def _resolve(run: Path, name: str) -> Path:
+    """A frozen adapter: relative to the run's folder when it lies in it, else absolute or a hub id."""
+    inside = run / name
+    if Path(name).is_absolute() or inside.is_dir():
+        return inside
+    # A stage that was there once is missing, which is no reason to ask the hub for "sft/adapter".
+    if (run / Path(name).parts[0]).exists() or Path(name).name in ("adapter", "delta"):
+        return inside
+    return fetch_adapter(name)
+
+
+def _checked(path: Path, link: dict[str, Any], stage: StageDir, what: str) -> AdapterFile:
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: is gone; {stage.path} stands on it ({what}).",
+            f"Put it back, or merge from {stage.adapter}, which holds the whole chain, as an explicit adapter.",
+        )
+    adapter = read_adapter(path)
+    if adapter.sha256 != link["sha256"]:
+        raise UserError(
+            f"{path}: its content is {adapter.sha256[:12]}, but {stage.path.name} was trained on {link['sha256'][:12]} "
+            f"({what}).",
+            "The adapter was changed or replaced since. Restore it, or train the stages above it again.",
+        )
+    return adapter
