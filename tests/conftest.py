@@ -1,0 +1,124 @@
+"""Tiny models, a small real tokenizer and a few rows that tests share. Everything is made here; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog, and the dog answers with a question of its own.",
+    "What do you like to cook on a rainy evening? I would make a pot of tomato soup and bread with cheese.",
+    "<|system|> <|user|> <|assistant|> How can I help you today? Here are three ideas: walk, read, sleep.",
+    "zephyr-lite trains a chat model on one graphics card; first with conversations, then with preferences.",
+]
+
+CONVERSATIONS = [
+    ("What is a good soup for a rainy evening?", "Tomato soup. Roast the tomatoes first, then blend them with garlic."),
+    ("Who are you?", "I am a small model that was trained in a test, and I answer in one line."),
+    ("Name three rivers.", "The Rhine, the Nile and the Amazon."),
+    ("How do I sleep better?", "Go to bed at the same hour, keep the room dark, and leave the phone outside."),
+    ("Tell me a joke.", "Why did the fox jump over the dog? The dog would not move."),
+    ("What is two plus two?", "Four."),
+    ("Translate good morning into French.", "Bonjour."),
+    ("How long do I boil an egg?", "Seven minutes for a soft yolk, ten for a firm one."),
+]
+
+
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of some 400 tokens with <s> and </s>, as fast tokenizers of hub models are built."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = TEXT + [part for pair in CONVERSATIONS for part in pair]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def tiny_config(kind: str = "mistral", **changes):
+    """A Mistral or Llama configuration small enough for a unit test, with grouped queries."""
+    settings = {
+        "vocab_size": 448,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **({"sliding_window": None} if kind == "mistral" else {}),
+        **changes,
+    }
+    return MistralConfig(**settings) if kind == "mistral" else LlamaConfig(**settings)
+
+
+def make_model(kind: str = "mistral", seed: int = 0, **changes):
+    """A model of random weights, larger than the usual initialization so that errors show."""
+    torch.manual_seed(seed)
+    config = tiny_config(kind, **changes)
+    model = MistralForCausalLM(config) if kind == "mistral" else LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.08)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A folder in the hub's layout: a tiny random Mistral and its tokenizer, without a chat template."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model().save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_rows(tmp_path_factory) -> Path:
+    """A JSONL of small conversations in ``messages`` form; two of them have several turns, one a system turn."""
+    rows = [_messages(*pair) for pair in CONVERSATIONS]
+    rows[1] = [{"role": "system", "content": "Answer in one line."}, *rows[1]]
+    rows[2] = rows[2] + _messages("And three more?", "The Danube, the Congo and the Mekong.")
+    rows[5] = rows[5] + _messages("Times three?", "Twelve.")
+    path = tmp_path_factory.mktemp("rows") / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pair_rows(tmp_path_factory) -> Path:
+    """A JSONL of small preference pairs in the schema of ultrafeedback_binarized."""
+    rows = []
+    for question, answer in CONVERSATIONS:
+        other = "As a model I have no opinion on that." if len(answer) % 2 else "Well. Hmm. It depends on many, many things."
+        rows.append(
+            {"prompt": question, "chosen": _messages(question, answer), "rejected": _messages(question, other)}
+        )
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _messages(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -1,0 +1,126 @@
+"""Talk to a stage of a run, or to a merged model: the same base for every stage, switched by its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .config import RunConfig
+from .data.chat import ChatTemplate, resolve_template
+from .errors import UserError
+from .model.adapters import AdapterStack, resolve_frozen_names
+from .model.load import load_base, load_tokenizer
+from .model.peft_files import fetch_adapter, read_adapter
+from .rundir import STAGE_FILE, StageDir, newest_run
+
+Message = dict[str, str]
+
+
+class Chat:
+    """A model that answers.
+
+    Attributes:
+        stack: base and frozen adapters.
+        template: of training; it gives the prompt's ids and the tokens that end an answer.
+        adapters: names of the adapters, from the bottom up.
+    """
+
+    def __init__(self, stack: AdapterStack, template: ChatTemplate, dtype: torch.dtype) -> None:
+        self.stack, self.template, self.dtype = stack, template, dtype
+
+    @property
+    def adapters(self) -> list[str]:
+        return self.stack.names
+
+    def ask(
+        self,
+        prompts: Sequence[str | list[Message]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        adapters: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Answer all prompts in one batch.
+
+        Args:
+            prompts: a user's words, or a conversation that ends with a user's turn.
+            max_new_tokens: an answer's length at most.
+            temperature: 0 is greedy.
+            adapters: which of the adapters are on; None: all, []: the base alone.
+            seed: for sampling.
+        """
+        conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        prompt_ids = [self.template.prompt_ids(messages) for messages in conversations]
+        longest = max(len(ids) for ids in prompt_ids)
+        model = self.stack.model
+        device = self.stack.base.model.embed_tokens.weight.device
+        ends = sorted({*self.template.end_token_ids, self.template.tokenizer.eos_token_id} - {None})
+        tokens = torch.full((len(prompt_ids), longest), ends[0], device=device)
+        mask = torch.zeros_like(tokens)
+        for row, ids in enumerate(prompt_ids):  # padded on the left, and masked
+            tokens[row, longest - len(ids) :] = torch.as_tensor(ids, dtype=torch.int64)
+            mask[row, longest - len(ids) :] = 1
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        torch.manual_seed(seed)
+        with torch.inference_mode(), self.stack.only(self.adapters if adapters is None else adapters):
+            out = model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=ends,
+                pad_token_id=ends[0],
+                use_cache=True,
+                **sampling,
+            )
+        answers = []
+        for row in out[:, longest:].tolist():
+            end = next((i for i, token in enumerate(row) if token in ends), len(row))
+            answers.append(self.template.tokenizer.decode(row[:end], skip_special_tokens=True).strip())
+        return answers
+
+
+def load_chat(source: str | Path | None = None) -> Chat:
+    """A run's folder (its newest finished stage), a stage's folder, or a model's folder; None: the newest run.
+
+    Raises:
+        UserError: it is none of these, or the stage is not finished.
+    """
+    path = Path(source) if source is not None else newest_run(Path("runs"))
+    if path is None:
+        raise UserError("there is no run under runs/.", "Run `zephyr-lite sft` first, or name a model's folder.")
+    if (path / "config.json").is_file():
+        base = load_base(RunConfig(model_name_or_path=str(path), load_in_4bit=False))
+        return Chat(AdapterStack(base.model), resolve_template("auto", base.tokenizer), base.dtype)
+    stage = _stage_of(path)
+    info = stage.info()
+    if info is None or info.get("status") != "complete":
+        raise UserError(f"{stage.path}: is not a finished stage.", "Finish it by running the same command again.")
+    described = info["base"]
+    base = load_base(
+        RunConfig(
+            model_name_or_path=described["name_or_path"],
+            model_revision=described["revision"],
+            load_in_4bit=described["load_in_4bit"],
+            bnb_4bit_use_double_quant=described["double_quant"],
+        )
+    )
+    stack = AdapterStack(base.model)
+    below = [stage.run / entry["path"] for entry in info["adapters"]]
+    chain = [path if path.is_dir() else fetch_adapter(entry["path"]) for path, entry in zip(below, info["adapters"])]
+    chain.append(stage.path / info["own"]["path"])
+    for name, path in zip(resolve_frozen_names(chain), chain):
+        stack.add_frozen(name, read_adapter(path))
+    return Chat(stack, resolve_template("auto", load_tokenizer(stage.adapter)), base.dtype)
+
+
+def _stage_of(path: Path) -> StageDir:
+    if (path / STAGE_FILE).is_file():
+        return StageDir(path)
+    stages = sorted(path.glob(f"*/{STAGE_FILE}"), key=lambda p: p.stat().st_mtime_ns)
+    complete = [StageDir(p.parent) for p in stages if StageDir(p.parent).complete()]
+    if not complete:
+        raise UserError(f"{path}: holds neither a finished stage nor a model.", "Name a run, a stage or a model's folder.")
+    return complete[-1]

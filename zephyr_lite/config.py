@@ -1,0 +1,461 @@
+"""The schema of a run: one flat set of keys for both stages, YAML files, and ``key=value`` overrides.
+
+Names are those that TRL, PEFT and transformers use. A YAML file written for TRL or for the alignment handbook
+runs as it is: ``ALIASES`` renames a key, ``FIXED`` accepts one that changes nothing here and says why. Every
+other unknown key is refused, with the nearest known one. Nothing else in the project knows YAML.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import UserError
+
+Method = Literal["sft", "dpo"]
+
+
+class DatasetSpec(BaseModel):
+    """Where rows come from: a hub id, a local folder in the hub's layout, or a file (JSONL, JSON, CSV, Parquet)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str
+    name: str | None = None  # the hub's configuration of the data set, where it has several
+    split: str | None = None
+    revision: str | None = None
+    weight: float = Field(1.0, gt=0)  # share in a mixture: 0.5 takes half of the rows, 2 takes each twice
+    limit: int | None = Field(None, ge=1)  # the first N rows after a seeded shuffle
+    columns: dict[str, str] = {}  # {ours: theirs}
+
+
+class MemorySpec(BaseModel):
+    """What the planner would otherwise decide by itself."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keep: Literal["input", "all"] | None = None  # what each layer keeps for its backward pass
+    micro_tokens: int | None = Field(None, ge=1)  # tokens that run at once
+
+
+class RunConfig(BaseModel):
+    """The keys of one stage. Defaults are the published recipe's; ``dpo`` changes some of them (see ``DPO_DEFAULTS``)."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=False)
+
+    # what is trained, and where it goes
+    model_name_or_path: str = "mistralai/Mistral-7B-v0.1"
+    model_revision: str = "main"
+    output_dir: str = "runs/zephyr-7b"
+    stage: str = "sft"
+    engine: Literal["fused", "trl", "unsloth"] = "fused"
+    seed: int = Field(42, ge=0, lt=2**31)
+    # rows
+    dataset: list[DatasetSpec] = [DatasetSpec(path="HuggingFaceH4/ultrachat_200k", split="train_sft")]
+    eval_dataset: list[DatasetSpec] = [DatasetSpec(path="HuggingFaceH4/ultrachat_200k", split="test_sft")]
+    chat_template: str = "auto"
+    system: str | None = None
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    max_length: int = Field(2048, ge=2)
+    max_prompt_length: int = Field(512, ge=1)
+    # the base and what stands on it
+    adapters: list[str] | Literal["none"] = []
+    load_in_4bit: bool = True
+    bnb_4bit_use_double_quant: bool = True
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
+    lora_r: int = Field(16, ge=1)
+    lora_alpha: float = Field(16, gt=0)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    lora_target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    # optimization
+    batch_size: int = Field(8, ge=1)
+    num_train_epochs: float = Field(1, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    learning_rate: float = Field(2.0e-4, gt=0)
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    # preference optimization
+    beta: float = Field(0.01, gt=0)
+    loss_type: Literal["sigmoid", "ipo", "ipo_sum", "hinge", "robust"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    precompute_ref_log_probs: bool = False
+    # evaluation, checkpoints, trackers
+    eval_steps: int | None = Field(100, ge=1)
+    save_steps: int | None = Field(100, ge=1)
+    logging_steps: int = Field(1, ge=1)
+    save_total_limit: int = Field(2, ge=1)
+    load_best_model_at_end: bool = False
+    early_stopping_patience: int | None = Field(None, ge=1)
+    report_to: list[str] = []
+    push_to_hub: str | None = None
+    memory: MemorySpec = MemorySpec()
+
+    @field_validator("dataset", "eval_dataset", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        if value is None:
+            return []
+        entries = value if isinstance(value, list) else [value]
+        return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _adapter_list(cls, value: Any) -> Any:
+        if value is None:
+            return []
+        return [value] if isinstance(value, str) and value != "none" else value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _trackers(cls, value: Any) -> Any:
+        if value in (None, "none"):
+            return []
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("push_to_hub", mode="before")
+    @classmethod
+    def _no_push(cls, value: Any) -> Any:
+        return None if value is False else value
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _memory_auto(cls, value: Any) -> Any:
+        return {} if value in (None, "auto") else value
+
+    @field_validator("lora_target_modules", mode="before")
+    @classmethod
+    def _targets(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) and value != "all-linear" else value
+
+    @field_validator("stage")
+    @classmethod
+    def _stage_is_a_word(cls, value: str) -> str:
+        if not value.replace("-", "").replace("_", "").isalnum():
+            raise ValueError("a stage's name is one word of letters, digits, '-' and '_'; it becomes a folder's name")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> RunConfig:
+        if self.loss_type == "robust" and self.label_smoothing == 0:
+            raise ValueError("loss_type robust needs label_smoothing above 0: the share of pairs believed to be swapped")
+        if self.loss_type in ("ipo", "ipo_sum", "hinge") and self.label_smoothing:
+            raise ValueError(f"label_smoothing means nothing for loss_type {self.loss_type}; set it to 0")
+        if not self.dataset:
+            raise ValueError("dataset is empty; give a hub id, a folder or a file")
+        return self
+
+
+# The published DPO QLoRA recipe, where it differs from SFT's.
+DPO_DEFAULTS: dict[str, Any] = {
+    "stage": "dpo",
+    "dataset": {"path": "HuggingFaceH4/ultrafeedback_binarized", "split": "train_prefs"},
+    "eval_dataset": {"path": "HuggingFaceH4/ultrafeedback_binarized", "split": "test_prefs"},
+    "lora_r": 128,
+    "lora_alpha": 128,
+    "lora_dropout": 0.0,
+    "max_length": 1024,
+    "batch_size": 16,
+    "learning_rate": 5.0e-6,
+    "optim": "paged_adamw_32bit",
+}
+
+# other tools' name -> ours
+ALIASES = {
+    "model_name": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "revision": "model_revision",
+    "adapter_name_or_path": "adapters",
+    "max_seq_length": "max_length",
+    "torch_dtype": "dtype",
+    "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
+    "learning_rate_scheduler": "lr_scheduler_type",
+    "train_batch_size": "batch_size",
+    "target_modules": "lora_target_modules",
+    "hub_model_id": "push_to_hub",
+    "precompute_ref_logps": "precompute_ref_log_probs",
+}
+
+# accepted, and why it changes nothing
+FIXED = {
+    "bf16": "the compute dtype follows the card; set dtype to choose it",
+    "fp16": "the compute dtype follows the card; set dtype to choose it",
+    "tf32": "matrix products run in the compute dtype",
+    "gradient_checkpointing": "the plan decides what is kept for the backward pass",
+    "gradient_checkpointing_kwargs": "the plan decides what is kept for the backward pass",
+    "activation_checkpointing": "the plan decides what is kept for the backward pass",
+    "packing": "rows are always packed, and never see each other",
+    "packing_strategy": "rows are always packed best-fit",
+    "padding_free": "there is no padding",
+    "use_peft": "adapters are what is trained, always",
+    "lora_task_type": "the task is always causal language modelling",
+    "bnb_4bit_quant_type": "4 bits are always NF4",
+    "bnb_4bit_compute_dtype": "the compute dtype follows the card; set dtype to choose it",
+    "use_4bit": "set load_in_4bit",
+    "attn_implementation": "attention works over the segment table",
+    "use_flash_attention_2": "attention works over the segment table",
+    "trust_remote_code": "remote code is never run",
+    "do_train": "the command trains",
+    "do_eval": "a run with an eval_dataset is evaluated; set eval_dataset to null to leave it out",
+    "overwrite_output_dir": "a finished stage is never overwritten; choose another output_dir or stage",
+    "resume_from_checkpoint": "an unfinished stage always goes on from its last checkpoint",
+    "remove_unused_columns": "columns that nothing reads are always dropped",
+    "preprocessing_num_workers": "rows are prepared by as many processes as the machine has cores",
+    "dataset_num_proc": "rows are prepared by as many processes as the machine has cores",
+    "dataloader_num_workers": "rows are prepared before the first step",
+    "log_level": "the console decides",
+    "logging_strategy": "set logging_steps",
+    "logging_first_step": "the first step is always logged",
+    "save_strategy": "set save_steps",
+    "per_device_eval_batch_size": "the plan decides how many rows are evaluated at once",
+    "use_liger_kernel": "the engine has kernels of its own",
+    "use_cpu": "a GPU is used where there is one",
+    "run_name": "the run is named after its output_dir",
+    "ddp_find_unused_parameters": "there is nothing unused",
+    "hub_strategy": "a finished stage is pushed once",
+    "dataset_text_field": "columns are found by themselves; set dataset.columns to name them",
+    "ref_model_name_or_path": None,  # refused, with a reason of its own (see _rename)
+}
+
+
+@dataclass
+class Loaded:
+    """A resolved configuration, which keys somebody set, and what was said on the way.
+
+    Attributes:
+        config: the validated keys.
+        given: the keys that the file or the command line set (the others are defaults).
+        notes: one line for each key that was renamed or that changes nothing here.
+        source: the YAML file, or None.
+    """
+
+    config: RunConfig
+    given: set[str]
+    notes: list[str] = field(default_factory=list)
+    source: Path | None = None
+
+
+def find_config(name: str) -> Path:
+    """A YAML file by its path, or a shipped one by its name (``zephyr-7b/sft``).
+
+    Raises:
+        UserError: neither exists; the message lists the shipped names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if name.removesuffix(".yaml") in shipped:
+        return shipped[name.removesuffix(".yaml")]
+    raise UserError(
+        f"configuration {name}: there is no such file.", f"Give a YAML file, or a shipped one: {', '.join(shipped)}."
+    )
+
+
+def shipped_configs() -> dict[str, Path]:
+    """{name: path} of the YAML files that travel with the package (in a checkout: ``configs/``)."""
+    checkout = Path(__file__).resolve().parent.parent / "configs"
+    try:
+        root = Path(str(resources.files("zephyr_lite.configs")))
+    except ModuleNotFoundError:
+        root = checkout
+    if not root.is_dir():
+        root = checkout
+    return {str(p.relative_to(root).with_suffix("")).replace("\\", "/"): p for p in sorted(root.rglob("*.yaml"))}
+
+
+def load_config(
+    method: Method, file: str | None = None, overrides: list[str] | None = None, base: dict[str, Any] | None = None
+) -> Loaded:
+    """Resolve defaults, then ``base`` (inherited settings), then the YAML file, then the overrides.
+
+    Args:
+        method: which stage's defaults to start from.
+        file: a YAML file or a shipped configuration's name.
+        overrides: ``key=value``, ``nested.key=value``, ``--key value`` or ``--key=value`` words.
+        base: settings inherited from the stage before; they do not count as given.
+
+    Raises:
+        UserError: a file that cannot be read, an unknown key, or a value that does not fit.
+    """
+    path = find_config(file) if file else None
+    notes: list[str] = []
+    given: dict[str, Any] = {}
+    if path is not None:
+        given = _rename(_read_yaml(path), str(path), notes)
+    for key, value in _parse_overrides(overrides or []):
+        _set_nested(given, key, value, notes)
+    values = {**(DPO_DEFAULTS if method == "dpo" else {}), **(base or {}), **given}
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, str(path) if path else "the command line")) from None
+    return Loaded(config, set(given), notes, path)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; ``load_config`` reads it back to the same values."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}.")
+    return values
+
+
+def _rename(values: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
+    """Other tools' keys to ours; the combinations first (micro-batch times accumulation, data-set mixtures)."""
+    values = dict(values)
+    result: dict[str, Any] = {}
+    micro, accumulation = values.pop("per_device_train_batch_size", None), values.pop("gradient_accumulation_steps", None)
+    if micro is not None or accumulation is not None:
+        try:
+            result["batch_size"] = int(micro or 1) * int(accumulation or 1)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{where}: per_device_train_batch_size {micro!r} and gradient_accumulation_steps {accumulation!r} "
+                "must be whole numbers."
+            ) from None
+        notes.append(f"batch_size = {result['batch_size']} (micro-batch × accumulation); the plan splits it")
+    _rename_dataset(values, result, notes)
+    for strategy, steps in (("eval_strategy", "eval_steps"), ("evaluation_strategy", "eval_steps")):
+        if strategy in values:
+            chosen = values.pop(strategy)
+            if chosen in ("no", False):
+                result["eval_dataset"] = None
+            elif chosen == "epoch":
+                values.setdefault(steps, None)
+                notes.append(f"{strategy}: epoch is an evaluation at the end of the stage")
+    if isinstance(warmup := values.get("warmup_steps"), float) and warmup < 1:
+        values["warmup_ratio"] = values.pop("warmup_steps")
+    for key, value in values.items():
+        if key in RunConfig.model_fields:
+            result[key] = value
+        elif key in ALIASES:
+            result[ALIASES[key]] = value
+            notes.append(f"{key} is {ALIASES[key]} here")
+        elif (reason := FIXED.get(key)) is not None:
+            notes.append(f"{key} changes nothing here: {reason}")
+        else:
+            raise UserError(f"{where}: {_unknown(key)}")
+    if result.get("max_steps") in (-1, 0):  # transformers' "not set"
+        result["max_steps"] = None
+    if isinstance(dtype := result.get("dtype"), str):
+        result["dtype"] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype, dtype)
+    return result
+
+
+def _rename_dataset(values: dict[str, Any], result: dict[str, Any], notes: list[str]) -> None:
+    """``dataset_name`` + splits, or the handbook's ``dataset_mixer`` {path: share} + ``dataset_splits`` [train, test]."""
+    mixer, splits = values.pop("dataset_mixer", None), values.pop("dataset_splits", None)
+    train_split, test_split = values.pop("dataset_train_split", None), values.pop("dataset_test_split", None)
+    hub_config = values.pop("dataset_config", None)
+    if isinstance(mixer, dict):
+        train = next((s for s in splits or [] if s.startswith("train")), "train")
+        test = next((s for s in splits or [] if s.startswith("test")), None)
+        result["dataset"] = [{"path": path, "split": train, "weight": share} for path, share in mixer.items()]
+        result["eval_dataset"] = [{"path": path, "split": test} for path in mixer] if test else None
+        notes.append("dataset_mixer is dataset, with weight, here")
+    if (name := values.pop("dataset_name", None)) is not None:
+        common = {"path": name, **({"name": hub_config} if hub_config else {})}
+        result["dataset"] = [{**common, "split": train_split or "train"}]
+        result["eval_dataset"] = [{**common, "split": test_split}] if test_split else None
+        notes.append("dataset_name is dataset here")
+
+
+def _unknown(key: str) -> str:
+    if key == "ref_model_name_or_path":
+        return (
+            "ref_model_name_or_path: there is no second model; the reference is the same base with the adapter under "
+            "training turned off. Put what should lie below it into adapters."
+        )
+    known = [*RunConfig.model_fields, *ALIASES]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"there is no key {key!r}." + (f" Did you mean {near[0]!r}?" if near else " See the README's list of keys.")
+
+
+def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, str]] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if "=" in word:
+            key, text = word.split("=", 1)
+        elif word.startswith("--"):
+            if position == len(words):
+                raise UserError(f"{word} needs a value.")
+            key, text = word, words[position]
+            position += 1
+        else:
+            raise UserError(f"{word!r} is neither key=value nor --key value.")
+        pairs.append((key.lstrip("-").replace("-", "_"), text))
+    result = []
+    for key, text in pairs:
+        try:
+            value = yaml.safe_load(text) if text.strip() else None
+        except yaml.YAMLError:
+            value = text
+        if isinstance(value, str):  # YAML 1.1 reads 5e-6 as a word
+            try:
+                value = float(value) if any(c.isdigit() for c in value) else value
+            except ValueError:
+                pass
+        result.append((key, value))
+    return result
+
+
+def _set_nested(target: dict[str, Any], key: str, value: Any, notes: list[str]) -> None:
+    """``dataset.path=X`` reaches into one data set; a plain key goes through the same renaming as a file's."""
+    head, _, rest = key.partition(".")
+    if not rest:
+        target.update(_rename({key: value}, "the command line", notes))
+        return
+    if head not in ("dataset", "eval_dataset", "memory"):
+        raise UserError(f"the command line: {_unknown(key)}")
+    current = target.get(head)
+    if isinstance(current, list):
+        if len(current) > 1:
+            raise UserError(f"the command line: {key}: {head} has {len(current)} entries; change them in the file.")
+        current = current[0] if current else {}
+    if isinstance(current, str):
+        current = {"path": current} if head != "memory" else {}
+    current = dict(current or {})
+    if rest == "path":
+        # another path's split is not this one's, unless the same command line says so
+        current = {"path": value, **({"split": current["split"]} if "path" not in current and "split" in current else {})}
+    elif rest.startswith("columns."):
+        current["columns"] = {**current.get("columns", {}), rest.removeprefix("columns."): value}
+    else:
+        current[rest] = value
+    target[head] = current
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"] if not (isinstance(part, str) and "[" in part))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            lines.append(_unknown(place) if "." not in place else f"there is no key {place!r}.")
+        else:
+            found = "" if item["type"] == "missing" or not place else f" (found {item['input']!r})"
+            lines.append(f"{place + ': ' if place else ''}{message}{found}.")
+    return f"{where}: " + "\n".join(dict.fromkeys(lines))

@@ -1,0 +1,199 @@
+"""The demo: the whole recipe on SmolLM2-135M, then the same questions asked of the base, the SFT and the DPO model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..chat import Chat, load_chat
+from ..config import DatasetSpec, RunConfig, load_config
+from ..data.batch import collate_conversations, collate_pairs
+from ..data.prepare import Prepared, prepare
+from ..data.ultrafeedback import to_pairs
+from ..errors import UserError
+from ..merge import MergeReport, merge
+from ..model.chain import chain_of_run
+from ..model.decoder import Decoder
+from ..rundir import StageDir, write_json, write_text
+from ..train.dpo import run_dpo
+from ..train.loop import evaluation_batches
+from ..train.setup import StageComplete
+from ..train.sft import run_sft
+from . import CONVERSATIONS, CONVERSATIONS_TEST, FEEDBACK, FEEDBACK_TEST, QUESTIONS, dodges
+from .base import demo_base
+
+Say = Callable[[str], None]
+MICRO_TOKENS = 2048
+
+
+@dataclass
+class Standing:
+    """Where one model of the three stands on the held-out rows.
+
+    Attributes:
+        loss: mean over the assistant's tokens of the held-out conversations.
+        preference_accuracy: share of held-out pairs whose better answer is the likelier one, by mean log-probability a
+            token (the sum would favour the shorter answer).
+        dodging: share of its own answers to the held-out prompts that retreat behind being a machine.
+        answers: to the three questions.
+    """
+
+    loss: float
+    preference_accuracy: float
+    dodging: float
+    answers: list[str]
+
+
+@dataclass
+class DemoResult:
+    """What the demo found: a standing a model, the implicit reward's held-out accuracy, seconds a part."""
+
+    standings: dict[str, Standing]
+    reward_accuracy: float
+    merged: MergeReport
+    seconds: dict[str, float]
+
+
+def run_demo(
+    out: Path,
+    *,
+    say: Say = print,
+    on_metrics: Callable[[int, int, dict[str, float]], None] = lambda step, total, metrics: None,
+    base: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> DemoResult:
+    """dSFT, dDPO, merge, and what came of it.
+
+    Args:
+        out: the run's folder; ``out/merged`` is the model. What is finished there already is not done again.
+        base: another base than SmolLM2-135M.
+        overrides: ``key=value`` words for both stages.
+
+    Raises:
+        UserError: the base is not installed, or ``out`` holds something else.
+    """
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        begun = time.perf_counter()
+        try:
+            return work()
+        finally:
+            seconds[name] = round(time.perf_counter() - begun, 1)
+
+    folder = timed("base", lambda: base or demo_base())
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()) and not any(StageDir(out / name).info() for name in ("sft", "dpo")) and not (out / "data").exists():
+        raise UserError(f"{out} exists and is not a run of the demo.", "Choose another folder with --out.")
+    train_pairs, test_pairs = _write_pairs(out / "data", say)
+    common = [f"model_name_or_path={folder}", f"output_dir={out}"]
+    say("[1/4] dSFT: conversations")
+    _stage(
+        run_sft,
+        load_config("sft", str(Path(__file__).with_name("sft.yaml")), [
+            *common, f"dataset.path={CONVERSATIONS}", f"eval_dataset.path={CONVERSATIONS_TEST}", *overrides
+        ]),
+        timed, say, on_metrics,
+    )  # fmt: skip
+    say("[2/4] dDPO: preferences")
+    _stage(
+        run_dpo,
+        load_config("dpo", str(Path(__file__).with_name("dpo.yaml")), [
+            *common, f"dataset.path={train_pairs}", f"eval_dataset.path={test_pairs}", *overrides
+        ]),
+        timed, say, on_metrics,
+    )  # fmt: skip
+    say("[3/4] merge")
+    chain = chain_of_run(out)
+    merged = timed(
+        "merge",
+        lambda: merge(
+            folder, chain.adapters, out / "merged", tokenizer_from=chain.tokenizer_from, lineage=chain.lineage(),
+            overwrite=True,
+        ),
+    )  # fmt: skip
+    for line in merged.lines():
+        say(line)
+    say("[4/4] answers and held-out rows: base, SFT, DPO")
+    standings = timed("answers", lambda: _standings(out, test_pairs))
+    info = StageDir(out / "dpo").info() or {}
+    reward_accuracy = info["result"]["evaluations"][-1]["eval_rewards/accuracies"]
+    result = DemoResult(standings, reward_accuracy, merged, seconds)
+    write_json(out / "demo.json", {
+        "standings": {k: asdict(v) for k, v in standings.items()},
+        "questions": list(QUESTIONS), "reward_accuracy": reward_accuracy, "seconds": seconds,
+    })  # fmt: skip
+    return result
+
+
+def _stage(run: Callable[..., Any], loaded: Any, timed: Callable[..., Any], say: Say, on_metrics: Any) -> None:
+    """Train a stage; one that an earlier demo finished is taken as it is."""
+
+    def work() -> None:
+        try:
+            run(loaded, say=say, on_metrics=on_metrics)
+        except StageComplete as done:
+            say(done.message)
+
+    timed(loaded.config.stage, work)
+
+
+def _write_pairs(folder: Path, say: Say) -> tuple[Path, Path]:
+    """The scored completions as preference pairs: best mean score against a random other one."""
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for name, source in (("train_prefs", FEEDBACK), ("test_prefs", FEEDBACK_TEST)):
+        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+        pairs, counts = to_pairs(rows, seed=42)
+        path = folder / f"{name}.jsonl"
+        write_text(path, "".join(json.dumps(pair) + "\n" for pair in pairs))
+        left = {reason: n for reason, n in counts.items() if reason not in ("rows", "pairs") and n}
+        say(f"{name}: {counts['pairs']} pairs of {counts['rows']} scored prompts" + (f"; {left}" if left else ""))
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def _standings(out: Path, test_pairs: Path) -> dict[str, Standing]:
+    """Base, SFT and DPO from one loaded base, by its adapters."""
+    chat = load_chat(out / "dpo")
+    config = RunConfig(max_length=1024)
+    conversations = prepare([DatasetSpec(path=str(CONVERSATIONS_TEST))], "sft", config, chat.template, what="held-out")
+    pairs = prepare([DatasetSpec(path=str(test_pairs))], "dpo", config, chat.template, what="held-out")
+    prompts = [json.loads(line)["prompt"] for line in test_pairs.read_text(encoding="utf-8").splitlines()]
+    result = {}
+    for name, adapters in (("base", []), ("SFT", chat.adapters[:1]), ("DPO", chat.adapters)):
+        decoder = Decoder(chat.stack, chat.dtype, adapters)
+        answers = chat.ask([*QUESTIONS, *prompts], max_new_tokens=40, adapters=adapters)
+        own, others = answers[: len(QUESTIONS)], answers[len(QUESTIONS) :]
+        result[name] = Standing(
+            loss=_loss(decoder, conversations),
+            preference_accuracy=_preference_accuracy(decoder, pairs),
+            dodging=sum(map(dodges, others)) / len(others),
+            answers=own,
+        )
+    return result
+
+
+@torch.no_grad()
+def _loss(decoder: Decoder, data: Prepared) -> float:
+    total, targets = 0.0, 0
+    for group in evaluation_batches(data.lengths, MICRO_TOKENS):
+        logps = decoder.token_logps(collate_conversations([data.examples[i] for i in group]).to(decoder.device))
+        total, targets = total - logps.double().sum().item(), targets + logps.numel()
+    return total / targets
+
+
+@torch.no_grad()
+def _preference_accuracy(decoder: Decoder, data: Prepared) -> float:
+    won = 0
+    for group in evaluation_batches(data.lengths, MICRO_TOKENS):
+        batch = collate_pairs([data.examples[i] for i in group]).to(decoder.device)
+        means = (batch.sum_by_group(decoder.token_logps(batch)) / batch.group_sizes).view(-1, 2)
+        won += int((means[:, 0] > means[:, 1]).sum())
+    return won / len(data.lengths)

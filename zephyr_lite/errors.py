@@ -1,0 +1,17 @@
+"""The two kinds of failure a user can meet."""
+
+
+class UserError(Exception):
+    """Something in the user's input, files or machine has to change; the command line prints it and exits with 2.
+
+    The message names the place (file, row, key), what was found there, and what to do.
+
+    Args:
+        message: one or two sentences; what was found, and where.
+        hint: what to do about it; printed on a line of its own.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message if not hint else f"{message}\n{hint}")
+        self.message = message
+        self.hint = hint

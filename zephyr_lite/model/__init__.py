@@ -1,0 +1,1 @@
+"""The model: loading, adapters, the decoder."""

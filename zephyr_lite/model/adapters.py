@@ -1,0 +1,226 @@
+"""The live stack of LoRA adapters on the frozen base. Adapters are attached, switched and frozen here, and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .peft_files import AdapterFile, LoraWeights
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model."
+
+
+class AdapterStack:
+    """The base with frozen adapters left on, and at most one adapter under training on top of them.
+
+    Attributes:
+        model: a PeftModel over the base, or the bare base where there is no adapter at all.
+        frozen: names of the frozen adapters, from the bottom up.
+        trainable: the name of the adapter under training, or None.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.frozen: list[str] = []
+        self.trainable: str | None = None
+
+    @property
+    def base(self) -> Any:
+        """The Hugging Face model, with its linear layers wrapped where an adapter reaches them."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def names(self) -> list[str]:
+        """Every adapter, from the bottom up."""
+        return [*self.frozen, *([self.trainable] if self.trainable else [])]
+
+    def add_frozen(self, name: str, adapter: AdapterFile) -> None:
+        """Put an adapter on top, switched on and never trained.
+
+        Raises:
+            UserError: it does not fit this base.
+        """
+        if self.trainable is not None:
+            raise ValueError("frozen adapters lie below the trainable one; add them first")
+        ranks = {module: w.a.shape[0] for module, w in adapter.modules.items()}
+        modules = dict(self.base.named_modules())
+        for module, weights in adapter.modules.items():
+            if module not in modules:
+                raise UserError(
+                    f"adapter {adapter.path}: reaches {module}, which this base does not have.",
+                    "It was trained on another base; give that one as model_name_or_path.",
+                )
+            layer = modules[module]
+            layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+            if not isinstance(layer, nn.Linear):
+                raise UserError(f"adapter {adapter.path}: reaches {module}, which is no linear layer.")
+            have, want = (weights.b.shape[0], weights.a.shape[1]), (layer.out_features, layer.in_features)
+            if have != want:
+                raise UserError(
+                    f"adapter {adapter.path}: {module} is for a weight of {have[0]}×{have[1]}, this base's is {want[0]}×{want[1]}.",
+                    "It was trained on another base; give that one as model_name_or_path.",
+                )
+        self._add(name, ranks)
+        self.load(name, adapter.modules)
+        self.frozen.append(name)
+        self._freeze()
+
+    def add_trainable(
+        self,
+        name: str,
+        *,
+        r: int,
+        alpha: float,
+        targets: Sequence[str] | str,
+        seed: int,
+    ) -> None:
+        """Put the adapter under training on top: A uniform as in PEFT (Kaiming, a = √5), B zero, both float32.
+
+        A is drawn on the CPU, module after module, so that it depends on nothing but the seed.
+
+        Raises:
+            UserError: a target that this base does not have.
+        """
+        if name in self.frozen:
+            raise UserError(f"stage {name}: an adapter below it has the same name.", "Give the stage another name.")
+        modules = self._targets(targets)
+        self._add(name, dict.fromkeys(modules, r))
+        generator = torch.Generator().manual_seed(seed)
+        for module in modules:
+            layer = self.base.get_submodule(module)
+            layer.scaling[name] = alpha / r
+            weight = layer.lora_A[name].weight
+            with torch.no_grad():
+                fresh = torch.empty(weight.shape, dtype=torch.float32)
+                nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+                weight.copy_(fresh)
+                layer.lora_B[name].weight.zero_()
+        self.trainable = name
+        self._freeze()
+
+    def load(self, name: str, modules: Mapping[str, LoraWeights]) -> None:
+        """Overwrite an attached adapter's weights and scales."""
+        with torch.no_grad():
+            for module, weights in modules.items():
+                layer = self.base.get_submodule(module)
+                layer.lora_A[name].weight.copy_(weights.a)
+                layer.lora_B[name].weight.copy_(weights.b)
+                layer.scaling[name] = weights.scale
+
+    def weights(self, name: str) -> dict[str, LoraWeights]:
+        """An attached adapter's weights, float32 on the CPU, by module name."""
+        return {
+            module: LoraWeights(
+                layer.lora_A[name].weight.detach().float().cpu().clone(),
+                layer.lora_B[name].weight.detach().float().cpu().clone(),
+                layer.scaling[name],
+            )
+            for module, layer in self.lora_layers()
+            if name in layer.lora_A
+        }
+
+    def lora_layers(self) -> Iterator[tuple[str, Any]]:
+        for module, layer in self.base.named_modules():
+            if isinstance(layer, LoraLayer):
+                yield module, layer
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by a name that does not depend on the adapter's: ``MODULE.lora_A`` and ``MODULE.lora_B``."""
+        result = {}
+        for module, layer in self.lora_layers():
+            if self.trainable in layer.lora_A:
+                result[f"{module}.lora_A"] = layer.lora_A[self.trainable].weight
+                result[f"{module}.lora_B"] = layer.lora_B[self.trainable].weight
+        return result
+
+    @contextmanager
+    def only(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside the block the Hugging Face model (``generate``, a plain forward) runs with these adapters alone."""
+        if not isinstance(self.model, PeftModel):
+            yield
+            return
+        try:
+            if names:
+                self._activate(list(names))
+                yield
+            else:
+                with self.model.disable_adapter():
+                    yield
+        finally:
+            self._activate(self.names)
+
+    def _add(self, name: str, ranks: dict[str, int]) -> None:
+        leaf_ranks = sorted(set(ranks.values()))
+        config = LoraConfig(
+            r=leaf_ranks[-1],
+            lora_alpha=leaf_ranks[-1],
+            rank_pattern={m: r for m, r in ranks.items() if r != leaf_ranks[-1]},
+            target_modules=sorted(ranks),
+            lora_dropout=0.0,  # ours is a hash inside the decoder; PEFT's would draw from the global generator
+            task_type="CAUSAL_LM",
+        )
+        if isinstance(self.model, PeftModel):
+            self.model.add_adapter(name, config)
+        else:
+            self.model = get_peft_model(self.model, config, adapter_name=name)
+        for _, layer in self.lora_layers():
+            if name in layer.lora_A and layer.lora_A[name].weight.dtype.itemsize < 4:
+                layer.lora_A[name].float()
+                layer.lora_B[name].float()
+
+    def _targets(self, targets: Sequence[str] | str) -> list[str]:
+        wanted = [*ATTENTION, *MLP] if isinstance(targets, str) else list(targets)
+        known = {*ATTENTION, *MLP}
+        for target in wanted:
+            if target.split(".")[-1] not in known:
+                raise UserError(
+                    f"lora_target_modules: {target!r} is none of {', '.join((*ATTENTION, *MLP))}.",
+                    "Name projections of the decoder layers, or all-linear.",
+                )
+        return [
+            module
+            for module, layer in self.base.named_modules()
+            if ".layers." in module
+            and (isinstance(layer, (LoraLayer, nn.Linear)))
+            and any(module == t or module.endswith("." + t) for t in wanted)
+        ]
+
+    def _activate(self, names: list[str]) -> None:
+        self.model.base_model.set_adapter(names)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """PEFT makes whatever it activates trainable; only the adapter under training may be."""
+        if not isinstance(self.model, PeftModel):
+            return
+        self.model.base_model.set_adapter(self.names)
+        for _, layer in self.lora_layers():
+            for name in layer.lora_A:
+                layer.lora_A[name].weight.requires_grad_(name == self.trainable)
+                layer.lora_B[name].weight.requires_grad_(name == self.trainable)
+
+
+def resolve_frozen_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each frozen adapter: the stage's where it lies in a run's folder, else its place in the stack."""
+    names: list[str] = []
+    for place, path in enumerate(paths):
+        name = path.parent.name if path.name in ("adapter", "delta") else f"adapter{place}"
+        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in name) or f"adapter{place}"
+        names.append(name if name not in names else f"{name}_{place}")
+    return names
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm over all tensors."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))

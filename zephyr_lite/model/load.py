@@ -1,0 +1,246 @@
+"""The base model and its tokenizer: found, checked, loaded once, frozen, in NF4."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..config import RunConfig
+from ..errors import UserError
+
+# what a base consists of; pickles are never fetched
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model*", "*.txt"]
+FAMILIES = ("mistral", "llama")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base.
+
+    Attributes:
+        model: the Hugging Face model, every parameter frozen.
+        tokenizer: its tokenizer.
+        path: the folder that it was read from.
+        name_or_path: what the user called it.
+        dtype: the compute dtype.
+        device: where it lies.
+        fingerprint: of its files (see ``fingerprint``).
+        load_in_4bit, double_quant: how its linear layers are stored.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    name_or_path: str
+    revision: str
+    dtype: torch.dtype
+    device: torch.device
+    fingerprint: str
+    load_in_4bit: bool
+    double_quant: bool
+
+    def describe(self) -> dict[str, Any]:
+        """What stage.json keeps of it."""
+        return {
+            "name_or_path": self.name_or_path,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "load_in_4bit": self.load_in_4bit,
+            "double_quant": self.double_quant,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def compute_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 from compute capability 8.0, float16 on older cards, float32 on a CPU (bf16 is slower there)."""
+    if choice != "auto":
+        return getattr(torch, choice)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def fetch_base(name_or_path: str, revision: str = "main") -> Path:
+    """The folder of a base: a local one as it is, or the hub's, fetched without pickles.
+
+    Raises:
+        UserError: neither exists, the hub cannot be reached, or the gate was not passed.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id.")
+        if not any(folder.glob("*.safetensors")):
+            others = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights at all"
+            raise UserError(
+                f"{folder}: holds no safetensors file (found {others}).",
+                "Only safetensors are read; convert the weights with save_pretrained first.",
+            )
+        return folder
+    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
+        raise UserError(f"model {name_or_path}: there is no such folder, and it is no hub id (OWNER/NAME).")
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=PATTERNS))
+    except GatedRepoError:
+        raise UserError(
+            f"model {name_or_path}: its owner asks you to accept terms first.",
+            f"Open https://huggingface.co/{name_or_path}, accept, then run `hf auth login`.",
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(f"model {name_or_path}: neither a folder here nor a model on the hub.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"model {name_or_path}: not in the hub's cache, and the hub could not be reached ({type(error).__name__}).",
+            "Check the connection and HF_HUB_OFFLINE, or give a local folder.",
+        ) from None
+
+
+def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
+    """The model's configuration, refused where the fused engine would compute something else.
+
+    Raises:
+        UserError: another family, or a variant of the family that the engine does not know.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{folder}/config.json: not a configuration that transformers reads: {error}") from None
+    if any_family:
+        return config
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{folder}: a {config.model_type} model; the fused engine knows the families {' and '.join(FAMILIES)}.",
+            "Set engine=trl for any other architecture.",
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise UserError(
+            f"{folder}/config.json: rotary embeddings of type {rope} depend on the sequence's length, which a packed row "
+            "does not have.",
+            "Set engine=trl.",
+        )
+    if config.hidden_act != "silu":
+        raise UserError(f"{folder}/config.json: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl.")
+    return config
+
+
+def load_base(config: RunConfig, *, device: torch.device | None = None) -> Base:
+    """Load the base that a run names, frozen, onto the GPU where there is one.
+
+    Raises:
+        UserError: it cannot be found or read, is of another family, or is quantized in another way than NF4.
+    """
+    folder = fetch_base(config.model_name_or_path, config.model_revision)
+    model_config = read_model_config(folder, any_family=config.engine == "trl")
+    device = device or compute_device()
+    dtype = compute_dtype(config.dtype, device)
+    stored = getattr(model_config, "quantization_config", None)
+    quantization, four_bit, double = _quantization(config, stored, folder, dtype)
+    if four_bit and dtype == torch.float64:
+        raise UserError("dtype float64: bitsandbytes dequantizes to at most float32.", "Set load_in_4bit=false.")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # in a log file it is noise
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=model_config,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": str(device)},
+            use_safetensors=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: its weights cannot be read: {error}", "Fetch the model again.") from None
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # it would repack the weight in place at the first evaluation, and every later reader would see noise
+            module.support_avx512bf16_for_cpu = False
+    return Base(
+        model=model,
+        tokenizer=load_tokenizer(folder),
+        path=folder,
+        name_or_path=config.model_name_or_path,
+        revision=config.model_revision,
+        dtype=dtype,
+        device=device,
+        fingerprint=fingerprint(folder),
+        load_in_4bit=four_bit,
+        double_quant=double,
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's fast tokenizer.
+
+    Raises:
+        UserError: there is none that transformers can build, or it has no offsets.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: no tokenizer can be built from it: {error}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{folder}: its tokenizer is a slow one, which knows no offsets.", "Add its tokenizer.json.")
+    return tokenizer
+
+
+def _quantization(config: RunConfig, stored: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool, bool]:
+    """What to hand to from_pretrained, whether the base is in 4 bits, and whether its scales are quantized too."""
+    if stored is not None:
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        if not stored.get("load_in_4bit") or stored.get("bnb_4bit_quant_type") != "nf4":
+            raise UserError(
+                f"{folder}/config.json: the base is stored quantized as {stored.get('quant_method')}"
+                f"/{stored.get('bnb_4bit_quant_type', 'other')}; only bitsandbytes' NF4 can be trained on.",
+                "Use the 16-bit base, or one quantized to NF4.",
+            )
+        return None, True, bool(stored.get("bnb_4bit_use_double_quant"))
+    if not config.load_in_4bit:
+        return None, False, False
+    return (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        True,
+        config.bnb_4bit_use_double_quant,
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash that tells bases apart in milliseconds: the configuration, and of every safetensors file its size, its header
+    and 64 KiB at 16 places of its data. (Reading 15 GB to hash all of it would cost more than loading it.)"""
+    digest = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(min(size, 2**20)))
+            for place in range(16):
+                file.seek(size * place // 16)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()

@@ -1,0 +1,162 @@
+"""A run's folder: what lies where, atomic writes, and ``stage.json``, which says what a stage is and stands on.
+
+    runs/NAME/STAGE/  config.yaml  stage.json  metrics.jsonl  checkpoint-N/  adapter/  delta/
+
+``adapter/`` is what people load: for a stage that stands on frozen adapters it is the whole chain composed into one
+PEFT adapter, and ``delta/`` is the stage's own part; otherwise it is the stage's own adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+STAGE_FILE = "stage.json"
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """One stage's folder, ``output_dir/stage``."""
+
+    path: Path
+
+    @property
+    def run(self) -> Path:
+        return self.path.parent
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def delta(self) -> Path:
+        return self.path / "delta"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def own(self) -> Path:
+        """The stage's own adapter: ``delta/`` where there is one."""
+        return self.delta if self.delta.is_dir() else self.adapter
+
+    def info(self) -> dict[str, Any] | None:
+        """The content of stage.json, or None where there is none.
+
+        Raises:
+            UserError: the file is not the JSON object that a run writes.
+        """
+        return read_json(self.path / STAGE_FILE)
+
+    def complete(self) -> bool:
+        info = self.info()
+        return info is not None and info.get("status") == "complete"
+
+    def write_info(self, info: dict[str, Any]) -> None:
+        write_json(self.path / STAGE_FILE, info)
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        found = [p for p in self.path.glob("checkpoint-*") if p.is_dir() and p.name.split("-")[1].isdigit()]
+        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+    def claim(self) -> None:
+        """Make the folder, and refuse one that somebody else filled.
+
+        Raises:
+            UserError: the folder holds files, and none of them is a stage's.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; the stage's folder cannot be made there.", "Choose another output_dir.")
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / STAGE_FILE).is_file():
+            names = ", ".join(sorted(p.name for p in self.path.iterdir())[:3])
+            raise UserError(
+                f"{self.path} exists and is not a stage of a run (it holds {names}).",
+                "Choose another output_dir or stage, or move that folder away.",
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be made: {error.strerror}.", "Choose another output_dir.") from None
+
+
+def newest_run(root: Path, *, stage_complete: str | None = None) -> Path | None:
+    """The run under ``root`` whose stage changed last; with ``stage_complete`` only runs whose stage of that name is done."""
+    candidates = []
+    for info in root.glob(f"*/*/{STAGE_FILE}"):
+        stage = StageDir(info.parent)
+        if stage_complete is None or (stage.path.name == stage_complete and stage.complete()):
+            candidates.append((info.stat().st_mtime_ns, stage.run))
+    return max(candidates)[1] if candidates else None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file.
+
+    Raises:
+        UserError: the file is there but holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}.", "Restore the file, or start in another folder.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside, flush to the disk, rename: a reader sees the old file or the new one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def folder_aside(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``target`` (replacing one that is there) when the block ends without an error."""
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield aside
+        os.chmod(aside, 0o755)
+        for path in aside.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        old = None
+        if target.exists():
+            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".old-{target.name}."))
+            os.replace(target, old / target.name)
+        os.replace(aside, target)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

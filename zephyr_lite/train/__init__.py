@@ -1,0 +1,1 @@
+"""Training: one file a stage, and the loop that both share."""

@@ -1,0 +1,171 @@
+"""Distilled direct preference optimization (dDPO; Rafailov et al. 2023, arXiv 2305.18290) on AI feedback.
+
+The policy is base + frozen adapters + the adapter under training; the reference is the same weights with that
+adapter's columns set to zero. Prompts are computed once for both responses.
+
+Supports: sigmoid (with label smoothing), robust, hinge, IPO per token and summed; a live reference, or one computed
+once and kept on disk; evaluation, best checkpoint, early stopping.
+
+Raises ``UserError`` for anything of the user's that does not fit, and where the loss does not start at the
+reference; ``StageComplete`` for a finished stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import Loaded
+from ..data.batch import Batch, collate_pairs
+from ..data.prepare import Prepared
+from ..errors import UserError
+from ..model.decoder import Dropout
+from .loop import Loop, Metrics, Outcome, evaluation_batches
+from .losses import Preference, preference_loss
+from .reference import ReferenceCache, cache_key, pair_sums
+from .setup import Say, Stage, close_stage, open_stage
+
+# How far apart policy and reference may be at step 0, where both are the same function: in nats a token. A live
+# reference runs through the same products in the same order; a cached one ran in other micro-batches, whose rounding
+# differs, in 16 bits by up to some hundredths of a nat a token.
+START_TOLERANCE = {"live": 1e-6, "cached": 5e-2}
+
+
+def run_dpo(loaded: Loaded, *, say: Say = print, on_metrics=lambda step, total, metrics: None) -> Outcome:
+    """Train the stage that the configuration describes, from its last checkpoint if there is one."""
+    if loaded.config.engine != "fused":
+        from .baselines import run_baseline
+
+        return run_baseline("dpo", loaded, say=say, on_metrics=on_metrics)
+    stage = open_stage("dpo", loaded, say=say)
+    return train_dpo(stage, say=say, on_metrics=on_metrics)
+
+
+def train_dpo(stage: Stage, *, say: Say = print, on_metrics=lambda step, total, metrics: None) -> Outcome:
+    """Train an opened stage and write its adapters."""
+    task = DpoTask(stage, say)
+    fp16 = str(stage.base.dtype) == "torch.float16"
+    loop = Loop(
+        stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, on_metrics=on_metrics, say=say
+    )
+    outcome = loop.run()
+    close_stage(stage, outcome, say=say)
+    return outcome
+
+
+class DpoTask:
+    """Losses and rows of preference optimization (see ``loop.Task``)."""
+
+    unit = "pairs"
+
+    def __init__(self, stage: Stage, say: Say = print) -> None:
+        self.stage = stage
+        self.data = stage.data
+        self.decoder = stage.decoder
+        self.cache = self._fill_cache(say) if stage.config.precompute_ref_log_probs else None
+
+    def rows(self) -> Sequence[Sequence[int]]:
+        return self.data.rows
+
+    def lengths(self) -> Sequence[int]:
+        return self.data.lengths
+
+    def count(self, examples: Sequence[int]) -> int:
+        return len(examples)
+
+    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Metrics]:
+        batch = self._batch(self.data, examples)
+        config = self.stage.config
+        reference = self._reference(batch)
+        policy = pair_sums(
+            self.decoder, batch, keep=self.stage.plan.keep, dropout=Dropout(config.lora_dropout, config.seed, step)
+        )
+        if step == 0:
+            self._check_start(policy.detach(), reference, batch)
+        found = self._preference(policy, reference, batch)
+        sums = _sums(found, policy.detach())
+        return found.losses.sum() / total, {**sums, "num_tokens": float(len(batch))}
+
+    def summarize(self, sums: Metrics, total: int) -> Metrics:
+        means = {k: v / total for k, v in sums.items() if k.startswith(("rewards/", "logps/"))}
+        return {"loss": sums["loss"], **means, "num_tokens": sums["num_tokens"], "num_pairs": float(total)}
+
+    def evaluate(self) -> Metrics:
+        """On the held-out pairs, each counted once: loss, rewards, accuracy (a tie is no success), margin."""
+        data = self.stage.eval_data
+        if data is None:
+            return {}
+        sums: Metrics = {}
+        for group in evaluation_batches(data.lengths, self.stage.plan.micro_tokens):
+            batch = self._batch(data, group)
+            with torch.no_grad():
+                reference = pair_sums(self.decoder, batch, reference=True)
+                policy = pair_sums(self.decoder, batch)
+            found = self._preference(policy, reference, batch)
+            for name, value in {"loss": found.losses.sum().item(), **_sums(found, policy)}.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return {f"eval_{name}": value / len(data.lengths) for name, value in sums.items()}
+
+    def _batch(self, data: Prepared, examples: Sequence[int]) -> Batch:
+        return collate_pairs([data.examples[i] for i in examples]).to(self.decoder.device)
+
+    def _preference(self, policy: Tensor, reference: Tensor, batch: Batch) -> Preference:
+        config = self.stage.config
+        return preference_loss(
+            policy,
+            reference.to(policy.dtype),
+            batch.group_sizes.view(-1, 2),
+            beta=config.beta,
+            loss_type=config.loss_type,
+            label_smoothing=config.label_smoothing,
+        )
+
+    def _reference(self, batch: Batch) -> Tensor:
+        if self.cache is not None:
+            return self.cache(batch.indices, self.decoder.device)
+        return pair_sums(self.decoder, batch, reference=True)
+
+    def _check_start(self, policy: Tensor, reference: Tensor, batch: Batch) -> None:
+        """At step 0 the adapter's B is zero, so policy and reference are one function; anything else is a wrong reference."""
+        kind = "cached" if self.cache is not None else "live"
+        apart = ((policy - reference).abs() / batch.group_sizes.view(-1, 2)).max().item()
+        if not apart <= START_TOLERANCE[kind]:
+            raise UserError(
+                f"step 1: policy and {kind} reference differ by {apart:.2e} nats a token before the first update, where "
+                "they must be the same.",
+                "Delete the reference-*.safetensors file in the stage's folder." if self.cache else "Please report this.",
+            )
+
+    def _fill_cache(self, say: Say) -> ReferenceCache:
+        stage = self.stage
+        key = cache_key(
+            rows=stage.data.fingerprint,
+            template=stage.template.text,
+            base=stage.base.describe(),
+            adapters=[a.sha256 for a in stage.frozen],
+        )
+        cache = ReferenceCache(stage.dir.path, key, len(self.data.lengths))
+        if cache.load():
+            say(f"reference log-probabilities read from {cache.path}")
+            return cache
+        say(f"computing the reference log-probabilities of {len(self.data.lengths):,} pairs once")
+        groups = list(evaluation_batches(self.data.lengths, stage.plan.micro_tokens))
+        cache.compute(
+            self.decoder, groups, lambda indices: collate_pairs([self.data.examples[i] for i in indices])
+        )
+        return cache
+
+
+def _sums(found: Preference, policy: Tensor) -> Metrics:
+    """A micro-batch's sums of what TRL's metrics average."""
+    chosen, rejected = found.chosen_rewards, found.rejected_rewards
+    return {
+        "rewards/chosen": chosen.sum().item(),
+        "rewards/rejected": rejected.sum().item(),
+        "rewards/accuracies": (chosen > rejected).float().sum().item(),
+        "rewards/margins": (chosen - rejected).sum().item(),
+        "logps/chosen": policy[:, 0].sum().item(),
+        "logps/rejected": policy[:, 1].sum().item(),
+    }

@@ -1,0 +1,302 @@
+"""The training loop that every stage shares: steps, micro-batches, schedule, evaluation, callbacks, checkpoints.
+
+One step is ``batch_size`` rows of the recipe (packed rows, or pairs), run in as many micro-batches as the plan
+says. Losses are normalized by the step's own count, so neither the split nor the last partial step changes a
+gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+from ..config import RunConfig
+from ..data.packing import best_fit
+from ..errors import UserError
+from ..model.adapters import AdapterStack, total_norm
+from ..model.plan import Plan
+from ..rundir import StageDir
+from .checkpoint import Checkpoint, MetricsLog, prune, resume_point
+from .optim import make_optimizer, make_scheduler
+
+Metrics = dict[str, float]
+
+
+class Task(Protocol):
+    """What a stage gives to the loop."""
+
+    unit: str  # what throughput counts: "tokens" or "pairs"
+
+    def rows(self) -> Sequence[Sequence[int]]:
+        """The recipe's rows, each a list of examples' indices."""
+
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each example."""
+
+    def count(self, examples: Sequence[int]) -> int:
+        """What a step's loss is normalized by: supervised tokens, or pairs."""
+
+    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Metrics]:
+        """A micro-batch's share of the step's loss, with a graph, and metrics that sum up over micro-batches."""
+
+    def summarize(self, sums: Metrics, total: int) -> Metrics:
+        """The step's metrics from the sums over its micro-batches."""
+
+    def evaluate(self) -> Metrics:
+        """Metrics on the held-out rows, with ``eval_loss`` among them; empty where there are none."""
+
+
+@dataclass
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: optimizer steps done.
+        metrics: the last step's.
+        best: the lowest eval_loss and its step, or None.
+        seconds: of training in this process.
+        skipped: steps left out because gradients were not finite.
+    """
+
+    step: int
+    metrics: Metrics
+    best: tuple[float, int] | None
+    seconds: float
+    skipped: int = 0
+    evaluations: list[Metrics] = field(default_factory=list)
+
+
+def step_schedule(config: RunConfig, rows: int) -> tuple[int, int]:
+    """(steps in an epoch, steps in all). The last step of an epoch may be a partial one."""
+    per_epoch = math.ceil(rows / config.batch_size)
+    total = config.max_steps or max(1, math.ceil(config.num_train_epochs * per_epoch))
+    return per_epoch, total
+
+
+def rows_of_step(config: RunConfig, rows: int, step: int) -> list[int]:
+    """Which rows step number ``step`` (from 0) takes: a permutation an epoch, drawn from the seed and the epoch alone."""
+    per_epoch = math.ceil(rows / config.batch_size)
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)).tolist()
+    return order[place * config.batch_size : (place + 1) * config.batch_size]
+
+
+def micro_batches(examples: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Split a step's examples into groups of at most ``tokens`` tokens (an example longer than that runs alone)."""
+    sizes = [min(int(lengths[i]), tokens) for i in examples]
+    return [[examples[place] for place in group] for group in best_fit(sizes, tokens)]
+
+
+class Loop:
+    """Trains one adapter.
+
+    Args:
+        config: the stage's configuration.
+        stage: its folder.
+        stack: the live model.
+        task: the stage's losses and rows.
+        plan: how a step is split.
+        fp16: scale the loss, as float16 gradients need it.
+        on_metrics: called with (step, metrics) at every logged step and evaluation.
+        callbacks: transformers' callbacks, beside the trackers of ``report_to``.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: StageDir,
+        stack: AdapterStack,
+        task: Task,
+        plan: Plan,
+        *,
+        fp16: bool = False,
+        on_metrics: Callable[[int, int, Metrics], None] = lambda step, total, metrics: None,
+        callbacks: Sequence[TrainerCallback] = (),
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.config, self.stage, self.stack, self.task, self.plan = config, stage, stack, task, plan
+        self.say = say
+        self.on_metrics = on_metrics
+        self.parameters = stack.parameters()
+        self.optimizer = make_optimizer(config, self.parameters)
+        self.rows = task.rows()
+        self.per_epoch, self.total = step_schedule(config, len(self.rows))
+        self.scheduler = make_scheduler(config, self.optimizer, self.total)
+        self.scaler = torch.amp.GradScaler(enabled=fp16)
+        self.handler, self.state, self.control, self.arguments = self._callbacks(callbacks)
+        self.best: tuple[float, int] | None = None
+        self.stale = 0  # evaluations without a new best
+
+    def run(self) -> Outcome:
+        """Train from the last checkpoint, or from the start, to the end.
+
+        Raises:
+            UserError: the loss is not finite three steps in a row (float16 loss scaling's search aside).
+        """
+        torch.set_num_threads(self.plan.threads)
+        log = MetricsLog(self.stage.metrics)
+        step = self._resume(log)
+        self.control = self.handler.on_train_begin(self.arguments, self.state, self.control)
+        started, metrics, skipped, bad = time.perf_counter(), {}, 0, 0
+        evaluations: list[Metrics] = []
+        while step < self.total and not self.control.should_training_stop:
+            begun = time.perf_counter()
+            self.control = self.handler.on_step_begin(self.arguments, self.state, self.control)
+            metrics, applied, finite = self._step(step)
+            step += 1
+            skipped += not applied
+            # an infinite gradient under a finite loss is how float16 loss scaling finds its scale
+            bad = 0 if applied or (finite and self.scaler.is_enabled()) else bad + 1
+            if bad == 3:
+                raise UserError(
+                    f"step {step}: loss or gradients were not finite three times in a row.",
+                    "Lower learning_rate, or look at the rows of these steps; the last checkpoint is untouched.",
+                )
+            self.state.global_step, self.state.epoch = step, step / self.per_epoch
+            self.control = self.handler.on_step_end(self.arguments, self.state, self.control)
+            seconds = time.perf_counter() - begun
+            metrics.update(epoch=round(step / self.per_epoch, 4), **self._throughput(metrics, seconds))
+            if step % self.config.logging_steps == 0 or step in (1, self.total):
+                self._log(log, step, metrics)
+            last = step == self.total
+            if last or (self.config.eval_steps and step % self.config.eval_steps == 0):
+                if found := self.task.evaluate():
+                    evaluations.append({"step": step, **found})
+                    self._log(log, step, found)
+                    self._judge(step, found["eval_loss"])
+                    self.control = self.handler.on_evaluate(self.arguments, self.state, self.control, found)
+            if (last or self.control.should_save or (self.config.save_steps and step % self.config.save_steps == 0)) or (
+                self.best is not None and self.best[1] == step and self.config.load_best_model_at_end
+            ):
+                self._save(step)
+                self.control = self.handler.on_save(self.arguments, self.state, self.control)
+            patience = self.config.early_stopping_patience
+            if patience is not None and self.stale >= patience and not last:
+                self.say(f"step {step}: eval_loss has not improved for {patience} evaluations; stopping early.")
+                self._save(step)
+                break
+        self.handler.on_train_end(self.arguments, self.state, self.control)
+        if self.config.load_best_model_at_end and self.best is not None and self.best[1] != step:
+            self._restore_best()
+        return Outcome(step, metrics, self.best, time.perf_counter() - started, skipped, evaluations)
+
+    def examples_of_step(self, step: int) -> list[int]:
+        return [i for row in rows_of_step(self.config, len(self.rows), step) for i in self.rows[row]]
+
+    def gradients(self, step: int) -> tuple[Metrics, int]:
+        """Forward and backward of one step, all its micro-batches; gradients are left on the parameters, scaled by the
+        loss scaler. Returns the summed metrics and the step's count."""
+        examples = self.examples_of_step(step)
+        total = self.task.count(examples)
+        sums: Metrics = {}
+        for group in micro_batches(examples, self.task.lengths(), self.plan.micro_tokens):
+            loss, parts = self.task.loss(group, step, total)
+            self.scaler.scale(loss).backward()
+            for name, value in {"loss": loss.detach().item(), **parts}.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums, total
+
+    def _step(self, step: int) -> tuple[Metrics, bool, bool]:
+        """One optimizer step; returns its metrics, whether it was applied, and whether its loss was finite."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums, total = self.gradients(step)
+        metrics = self.task.summarize(sums, total)
+        self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = total_norm(grads)
+        finite = math.isfinite(metrics["loss"])
+        metrics["grad_norm"] = norm.item()
+        metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
+        applied = bool(finite and torch.isfinite(norm))
+        if applied:
+            torch._foreach_mul_(grads, torch.clamp(self.config.max_grad_norm / (norm + 1e-6), max=1.0))
+            self.scaler.step(self.optimizer)
+        else:
+            self.say(f"step {step + 1}: loss {metrics['loss']:.4g}, gradient norm {norm.item():.4g}: step left out.")
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        # the schedule follows the rows, not the updates: a step left out is over all the same
+        self.scheduler.step()
+        return metrics, applied, finite
+
+    def _throughput(self, metrics: Metrics, seconds: float) -> Metrics:
+        done = metrics.get("num_tokens" if self.task.unit == "tokens" else "num_pairs", 0.0)
+        return {"seconds": round(seconds, 4), f"{self.task.unit}_per_second": round(done / max(seconds, 1e-9), 3)}
+
+    def _log(self, log: MetricsLog, step: int, metrics: Metrics) -> None:
+        log.append({"step": step, **metrics})
+        self.state.log_history.append({"step": step, **metrics})
+        self.control = self.handler.on_log(self.arguments, self.state, self.control, dict(metrics))
+        self.on_metrics(step, self.total, metrics)
+
+    def _judge(self, step: int, loss: float) -> None:
+        if self.best is None or loss < self.best[0]:
+            self.best, self.stale = (loss, step), 0
+        else:
+            self.stale += 1
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.stack, self.parameters, self.optimizer, self.scheduler, self.scaler)
+
+    def _save(self, step: int) -> None:
+        self._checkpoint().write(self.stage, step, {"best": self.best, "stale": self.stale, "total": self.total})
+        prune(self.stage, keep=self.config.save_total_limit, best=self.best[1] if self.best else None)
+
+    def _resume(self, log: MetricsLog) -> int:
+        found = resume_point(self.stage)
+        if found is None:
+            log.truncate(0)
+            return 0
+        extra = self._checkpoint().read(found)
+        if extra["total"] != self.total:
+            raise UserError(
+                f"{found}: was written by a run of {extra['total']} steps; this one has {self.total}.",
+                "Go back to the configuration that the run was started with, or choose another output_dir.",
+            )
+        self.best = tuple(extra["best"]) if extra["best"] else None  # type: ignore[assignment]
+        self.stale = extra["stale"]
+        log.truncate(extra["step"])
+        self.say(f"going on from {found.name}")
+        return extra["step"]
+
+    def _restore_best(self) -> None:
+        assert self.best is not None
+        folder = self.stage.path / f"checkpoint-{self.best[1]}"
+        self._checkpoint().read_adapter(folder)
+        self.say(f"took the adapter of step {self.best[1]}, eval_loss {self.best[0]:.4f}")
+
+    def _callbacks(self, callbacks: Sequence[TrainerCallback]):
+        # transformers' integrations read their settings from its own arguments
+        arguments = TrainingArguments(
+            output_dir=str(self.stage.path),
+            report_to=self.config.report_to or "none",
+            logging_steps=self.config.logging_steps,
+            run_name=f"{self.stage.run.name}-{self.stage.path.name}",
+            use_cpu=not torch.cuda.is_available(),
+            bf16=False,
+            save_strategy="no",  # the loop saves and evaluates by itself
+            eval_strategy="no",
+        )
+        try:
+            trackers = [cls() for cls in get_reporting_integration_callbacks(self.config.report_to)]
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise UserError(f"report_to {self.config.report_to}: {error}", "Install the tracker, or leave it out.") from None
+        handler = CallbackHandler([DefaultFlowCallback(), *trackers, *callbacks], self.stack.model, None, self.optimizer, self.scheduler)
+        state = TrainerState(max_steps=self.total, num_train_epochs=math.ceil(self.config.num_train_epochs))
+        state.is_local_process_zero = state.is_world_process_zero = True
+        return handler, state, TrainerControl(), arguments
+
+
+def evaluation_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Every example once, in micro-batches of the plan's size."""
+    yield from micro_batches(list(range(len(lengths))), lengths, tokens)

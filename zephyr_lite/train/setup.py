@@ -1,0 +1,338 @@
+"""What both stages do before the first step and after the last: resolve, load, stack, plan; write what people load."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .. import __version__
+from ..config import Loaded, Method, RunConfig, dump_config, load_config
+from ..data.chat import ChatTemplate, resolve_template
+from ..data.prepare import Prepared, prepare
+from ..errors import UserError
+from ..model.adapters import AdapterStack, resolve_frozen_names
+from ..model.decoder import Decoder
+from ..model.load import Base, fetch_base, fingerprint, load_base, load_tokenizer, read_model_config
+from ..model.peft_files import AdapterFile, adapter_sha256, compose, fetch_adapter, read_adapter, write_adapter
+from ..model.plan import Plan, make_plan
+from ..rundir import StageDir, folder_aside, newest_run, write_text
+from .loop import Outcome, step_schedule
+
+Say = Callable[[str], None]
+
+# what a stage takes over from the one below it, unless the user says otherwise
+INHERITED = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype", "system")
+# what may differ when a stage goes on: nothing that a gradient depends on
+MAY_CHANGE = {
+    "output_dir", "eval_dataset", "eval_steps", "save_steps", "logging_steps", "save_total_limit",
+    "load_best_model_at_end", "early_stopping_patience", "report_to", "push_to_hub", "memory",
+}  # fmt: skip
+DEFAULT_CONFIG = {"sft": "zephyr-7b/sft", "dpo": "zephyr-7b/dpo"}
+
+
+class StageComplete(UserError):
+    """The stage is finished; there is nothing to do. The command line says so and exits with 0."""
+
+
+def resolve_run(method: Method, file: str | None, overrides: list[str], *, runs_root: Path = Path("runs")) -> Loaded:
+    """The configuration of a stage: the shipped recipe where none is named, on top of the stage before.
+
+    ``dpo`` without an output_dir continues the newest run whose stage ``sft`` is complete.
+    """
+    loaded = load_config(method, file or DEFAULT_CONFIG[method], overrides)
+    extra: list[str] = []
+    if method == "dpo" and not (file and "output_dir" in loaded.given) and not _names(overrides, "output_dir"):
+        run = newest_run(runs_root, stage_complete="sft")
+        if run is not None:
+            overrides = [*overrides, f"output_dir={run}"]
+            extra.append(f"continuing {run}, the newest run whose stage sft is complete")
+        loaded = load_config(method, file or DEFAULT_CONFIG[method], overrides)
+    below = StageDir(Path(loaded.config.output_dir) / "sft")
+    if method == "dpo" and loaded.config.adapters == [] and below.complete() and below.config.is_file():
+        inherited = yaml.safe_load(below.config.read_text(encoding="utf-8"))
+        # a shipped file spells its base out; only the user's own words count against the stage below
+        own = loaded.given if file else {k for k in loaded.given if _names(overrides, k)}
+        taken = {k: inherited[k] for k in INHERITED if k in inherited and k not in own}
+        notes = loaded.notes
+        words = [f"{k}={yaml.safe_dump(v).splitlines()[0]}" for k, v in taken.items()]
+        loaded = load_config(method, file or DEFAULT_CONFIG[method], [*overrides, *words])
+        loaded.notes = notes
+    loaded.notes = [*loaded.notes, *extra]
+    return loaded
+
+
+def _names(overrides: list[str], key: str) -> bool:
+    heads = [word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_") for word in overrides]
+    return key in heads
+
+
+@dataclass
+class Stage:
+    """A stage that is ready to train.
+
+    Attributes:
+        method: sft or dpo.
+        config: its resolved configuration.
+        dir: its folder.
+        base: the loaded base.
+        template: how conversations are rendered.
+        stack: the live adapters.
+        decoder: runs batches through them.
+        data, eval_data: rows to train on, and held-out ones (or None).
+        plan: how a step is split.
+        frozen: the adapters below, from the bottom up.
+        info: what stage.json says.
+    """
+
+    method: Method
+    config: RunConfig
+    dir: StageDir
+    base: Base
+    template: ChatTemplate
+    stack: AdapterStack
+    decoder: Decoder
+    data: Prepared
+    eval_data: Prepared | None
+    plan: Plan
+    frozen: list[AdapterFile]
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool = True) -> Stage:
+    """Check, prepare the rows, load the base, stack the adapters, plan. What is cheap and can fail comes first.
+
+    Args:
+        claim: make the stage's folder and write its configuration; False for a dry run.
+
+    Raises:
+        StageComplete: the stage is finished.
+        UserError: anything of the user's that does not fit.
+    """
+    config = loaded.config
+    for note in loaded.notes:
+        say(note)
+    stage = StageDir(Path(config.output_dir) / config.stage)
+    before = stage.info()
+    if before is not None:
+        _may_go_on(stage, before, config, method)
+    frozen = _frozen(method, config, stage, say)
+    folder = fetch_base(config.model_name_or_path, config.model_revision)
+    base_config = read_model_config(folder, any_family=config.engine == "trl")
+    print_of_base = fingerprint(folder)
+    _same_base(frozen, print_of_base, folder)
+    template = _template(config, folder, frozen)
+    _vocabulary_fits(template.tokenizer, base_config, folder)
+    data = prepare(config.dataset, method, config, template, what="training")
+    _tell(data, say)
+    eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
+    if eval_data is not None:
+        _tell(eval_data, say)
+    if before is not None and before.get("data", {}).get("fingerprint") != data.fingerprint:
+        raise UserError(
+            f"{stage.path}: was started on other rows than these (or the chat template or the tokenizer changed).",
+            "Go back to the data that the stage was started with, or choose another output_dir or stage.",
+        )
+    if claim:
+        stage.claim()
+    say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
+    base = load_base(config)
+    stack = AdapterStack(base.model)
+    for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
+        stack.add_frozen(name, adapter)
+    stack.add_trainable(
+        config.stage, r=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules, seed=config.seed
+    )
+    longest = int(max(data.lengths.max(), eval_data.lengths.max() if eval_data else 0))
+    plan = make_plan(base.model.config, base.dtype, base.device, longest, config.memory)
+    if before is not None:
+        plan = Plan(**before["plan"])  # another split would change bits
+    for line in plan.lines():
+        say(line)
+    per_epoch, total = step_schedule(config, len(data.rows))
+    parameters = sum(p.numel() for p in stack.parameters().values())
+    say(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all; {parameters:,} parameters are trained")
+    info = before or {
+        "method": method,
+        "stage": config.stage,
+        "status": "running",
+        "engine": config.engine,
+        "base": base.describe(),
+        "adapters": [{"path": _relative(a.path, stage.run), "sha256": a.sha256} for a in frozen],
+        "chat_template": template.text,
+        "versions": versions(),
+        "plan": plan.as_dict(),
+        "data": {**data.report.as_dict(), "fingerprint": data.fingerprint},
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if claim:
+        write_text(stage.config, dump_config(config))
+        stage.write_info(info)
+    decoder = Decoder(stack, base.dtype)
+    return Stage(method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info)
+
+
+def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print) -> None:
+    """Write what people load: the stage's own adapter, the whole chain as one, the tokenizer; then mark it complete."""
+    own = stage.stack.weights(stage.config.stage)
+    shared = {"base_model_name": stage.config.model_name_or_path}
+    extra = {"revision": stage.config.model_revision}
+    if stage.frozen:
+        write_adapter(stage.dir.delta, own, **shared, extra_config=extra)
+        chain = compose([*stage.frozen, read_adapter(stage.dir.delta)])
+    else:
+        chain = own
+    with folder_aside(stage.dir.adapter) as folder:
+        write_adapter(folder / "adapter", chain, **shared, extra_config=extra)
+        for path in (folder / "adapter").iterdir():
+            shutil.move(path, folder / path.name)
+        (folder / "adapter").rmdir()
+        stage.template.tokenizer.save_pretrained(folder)
+    stage.info.update(
+        status="complete",
+        own={"path": stage.dir.own.name, "sha256": adapter_sha256(stage.dir.own)},
+        adapter_sha256=adapter_sha256(stage.dir.adapter),
+        result={
+            "steps": outcome.step,
+            "metrics": outcome.metrics,
+            "evaluations": outcome.evaluations,
+            "best": outcome.best,
+            "seconds": round(outcome.seconds, 2),
+            "steps_left_out": outcome.skipped,
+            "peak_memory_bytes": peak_memory(stage.base.device),
+        },
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    stage.dir.write_info(stage.info)
+    say(f"{stage.dir.adapter} holds the adapter" + (" (the whole chain in one)" if stage.frozen else ""))
+    if stage.config.push_to_hub:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(stage.config.push_to_hub, exist_ok=True)
+        api.upload_folder(repo_id=stage.config.push_to_hub, folder_path=stage.dir.adapter)
+        say(f"pushed to {stage.config.push_to_hub}")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU what its allocator reserved at most, on a CPU the process's largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def versions() -> dict[str, str]:
+    result = {"zephyr-lite": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl", "triton"):
+        try:
+            result[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return result
+
+
+def _may_go_on(stage: StageDir, before: dict[str, Any], config: RunConfig, method: Method) -> None:
+    """Refuse a finished stage, and one that was started with another configuration."""
+    if before.get("status") == "complete":
+        following = {"sft": "zephyr-lite dpo", "dpo": "zephyr-lite merge --out model/"}[before["method"]]
+        raise StageComplete(f"{stage.path} is complete already.", f"Next: {following}")
+    if before.get("method") != method:
+        raise UserError(
+            f"{stage.path}: is a {before.get('method')} stage; this is {method}.", "Choose another stage or output_dir."
+        )
+    old = yaml.safe_load(stage.config.read_text(encoding="utf-8")) if stage.config.is_file() else {}
+    new = yaml.safe_load(dump_config(config))
+    changed = [f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in new.items() if k not in MAY_CHANGE and old.get(k) != v]
+    if changed:
+        raise UserError(
+            f"{stage.path}: was started with another configuration:\n  " + "\n  ".join(changed),
+            "Go back to it to go on, or choose another output_dir or stage.",
+        )
+
+
+def _frozen(method: Method, config: RunConfig, stage: StageDir, say: Say) -> list[AdapterFile]:
+    """The adapters below this stage, read and verified."""
+    if config.adapters == "none":
+        return []
+    if config.adapters:
+        return [read_adapter(fetch_adapter(name)) for name in config.adapters]
+    if method == "sft":
+        return []
+    below = StageDir(stage.run / "sft")
+    info = below.info()
+    if info is None or info.get("status") != "complete":
+        state = "has no stage sft" if info is None else "has a stage sft that is not finished"
+        raise UserError(
+            f"{stage.run}: {state}, so there is nothing for dpo to start from.",
+            "Run `zephyr-lite sft` first, name an SFT adapter (adapters=[FOLDER]), or set adapters=none to train on the "
+            "base itself.",
+        )
+    chain = [_resolve(entry["path"], stage.run) for entry in info["adapters"]] + [below.own]
+    hashes = [entry["sha256"] for entry in info["adapters"]] + [info["own"]["sha256"]]
+    adapters = []
+    for path, wanted in zip(chain, hashes):
+        adapter = read_adapter(fetch_adapter(str(path)))
+        if adapter.sha256 != wanted:
+            raise UserError(
+                f"{path}: its content ({adapter.sha256[:12]}) is not what stage sft was finished with ({wanted[:12]}).",
+                "Restore the adapter, or train stage sft again in another output_dir.",
+            )
+        adapters.append(adapter)
+    say(f"the reference is the base with {', '.join(str(a.path) for a in adapters)}")
+    return adapters
+
+
+def _relative(path: Path, run: Path) -> str:
+    path, run = path.resolve(), run.resolve()
+    return str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
+
+
+def _resolve(entry: str, run: Path) -> Path:
+    inside = run / entry
+    return inside if inside.is_dir() else Path(entry)
+
+
+def _same_base(frozen: list[AdapterFile], ours: str, folder: Path) -> None:
+    """An adapter of a run of ours knows the base that it was trained on."""
+    for adapter in frozen:
+        info = StageDir(adapter.path.parent).info() if adapter.path.name in ("adapter", "delta") else None
+        if info is not None and info["base"]["fingerprint"] != ours:
+            raise UserError(
+                f"adapter {adapter.path}: was trained on {info['base']['name_or_path']}, and {folder} is another model.",
+                f"Set model_name_or_path={info['base']['name_or_path']}.",
+            )
+
+
+def _template(config: RunConfig, folder: Path, frozen: list[AdapterFile]) -> ChatTemplate:
+    """``auto`` takes the template of the adapter below, where that was saved with one; then the base's own."""
+    source = folder
+    if config.chat_template == "auto":
+        for adapter in reversed(frozen):
+            # delta/ lies beside adapter/, which is where a stage keeps its tokenizer
+            for candidate in (adapter.path, adapter.path.parent / "adapter"):
+                if (candidate / "tokenizer_config.json").is_file():
+                    return resolve_template("auto", load_tokenizer(candidate))
+    return resolve_template(config.chat_template, load_tokenizer(source))
+
+
+def _vocabulary_fits(tokenizer: Any, config: Any, folder: Path) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer knows {len(tokenizer):,} tokens, the model {config.vocab_size:,}.",
+            "Use the tokenizer that belongs to this model.",
+        )
+
+
+def _tell(data: Prepared, say: Say) -> None:
+    for line in data.report.lines():
+        say(line)

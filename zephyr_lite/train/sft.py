@@ -1,0 +1,102 @@
+"""Distilled supervised fine-tuning (dSFT): the base learns to answer as the teacher did.
+
+Supports: packed rows of conversations, loss on the assistant's turns (or the last, or all tokens), LoRA dropout,
+frozen adapters below (a second SFT), evaluation with the token-weighted mean loss, best checkpoint and early stopping.
+
+Raises ``UserError`` for anything of the user's that does not fit, and ``StageComplete`` for a finished stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..config import Loaded
+from ..data.batch import Batch, collate_conversations
+from ..data.prepare import Prepared
+from ..model.decoder import Dropout
+from .loop import Loop, Metrics, Outcome, evaluation_batches
+from .losses import sft_loss
+from .setup import Say, Stage, close_stage, open_stage
+
+
+def run_sft(loaded: Loaded, *, say: Say = print, on_metrics=lambda step, total, metrics: None) -> Outcome:
+    """Train the stage that the configuration describes, from its last checkpoint if there is one."""
+    if loaded.config.engine != "fused":
+        from .baselines import run_baseline
+
+        return run_baseline("sft", loaded, say=say, on_metrics=on_metrics)
+    stage = open_stage("sft", loaded, say=say)
+    return train_sft(stage, say=say, on_metrics=on_metrics)
+
+
+def train_sft(stage: Stage, *, say: Say = print, on_metrics=lambda step, total, metrics: None) -> Outcome:
+    """Train an opened stage and write its adapter."""
+    task = SftTask(stage)
+    fp16 = str(stage.base.dtype) == "torch.float16"
+    loop = Loop(
+        stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, on_metrics=on_metrics, say=say
+    )
+    outcome = loop.run()
+    close_stage(stage, outcome, say=say)
+    return outcome
+
+
+class SftTask:
+    """Losses and rows of supervised fine-tuning (see ``loop.Task``)."""
+
+    unit = "tokens"
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.data = stage.data
+        self.decoder = stage.decoder
+
+    def rows(self) -> Sequence[Sequence[int]]:
+        return self.data.rows
+
+    def lengths(self) -> Sequence[int]:
+        return self.data.lengths
+
+    def count(self, examples: Sequence[int]) -> int:
+        return sum(int(self.data.examples[i].mask[1:].sum()) for i in examples)
+
+    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Metrics]:
+        batch = self._batch(self.data, examples)
+        config = self.stage.config
+        logps = self.decoder.token_logps(
+            batch, keep=self.stage.plan.keep, dropout=Dropout(config.lora_dropout, config.seed, step)
+        )
+        return sft_loss(logps, total), {"num_tokens": float(len(batch))}
+
+    def summarize(self, sums: Metrics, total: int) -> Metrics:
+        return {"loss": sums["loss"], "num_tokens": sums["num_tokens"], "num_targets": float(total)}
+
+    def evaluate(self) -> Metrics:
+        return evaluate_loss(self.stage)
+
+    def _batch(self, data: Prepared, examples: Sequence[int]) -> Batch:
+        return collate_conversations([data.examples[i] for i in examples]).to(self.decoder.device)
+
+
+def evaluate_loss(stage: Stage) -> Metrics:
+    """Mean loss over the held-out rows' supervised tokens, each counted once, with entropy and top-1 accuracy."""
+    data = stage.eval_data
+    if data is None:
+        return {}
+    loss = entropy = correct = 0.0
+    targets = 0
+    for group in evaluation_batches(data.lengths, stage.plan.micro_tokens):
+        batch = collate_conversations([data.examples[i] for i in group]).to(stage.decoder.device)
+        logps, stats = stage.decoder.token_stats(batch)
+        loss -= logps.double().sum().item()
+        entropy += stats.entropy.double().sum().item()
+        correct += stats.correct.sum().item()
+        targets += logps.numel()
+    return {
+        "eval_loss": loss / targets,
+        "eval_mean_token_accuracy": correct / targets,
+        "eval_entropy": entropy / targets,
+        "eval_targets": float(targets),
+    }
