@@ -1,6 +1,7 @@
 """Merging: the folder is the live stack, whatever the base looks like, and nothing is half-written."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -515,3 +516,19 @@ def test_log_probabilities_of_the_folder(tmp_path: Path, memory: int | None) -> 
     assert compare_logps(want, [g + 0.5 for g in got]).mean == pytest.approx(0.5, abs=1e-4)
     with pytest.raises(ValueError, match="different rows"):
         compare_logps(want, got[:1])
+
+
+def test_memory_bench_runs(tmp_path: Path) -> None:
+    """The bench itself, at a tiny size."""
+    root = Path(__file__).parent.parent
+    sizes = {"layers": 2, "hidden": 256, "intermediate": 512, "vocab": 300, "shards": 2, "onto": "nf4", "dir": tmp_path}
+    options = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+    done = subprocess.run(
+        [sys.executable, str(root / "bench" / "merge_memory.py"), *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["nf4"]["above_imports_mb"] < 300
+    assert list(tmp_path.iterdir()) == []

@@ -71,6 +71,10 @@ class BaseFiles:
                         "Remove the files that do not belong to the model.",
                     )
                 self._where[tensor] = file_name
+        index = read_json(folder / INDEX) or {"weight_map": {}}
+        absent = sorted(set(index["weight_map"]) - set(self._where))
+        if absent:
+            raise UserError(f"{folder / INDEX}: names {absent[0]}, which no file holds.", "Fetch the model again.")
         self.quantized = self._find_quantized()
         parts = {f"{weight}.{part}" for weight in self.quantized for part in _NF4_PARTS}
         self.entries: dict[str, Entry] = {}

@@ -22,31 +22,20 @@ import torch
 from torch import Tensor
 
 from zephyr_lite.errors import UserError
+from zephyr_lite.model.peft_config import (
+    CONFIG_NAME,
+    UNSUPPORTED,
+    WEIGHTS_NAME,
+    pattern_value,
+    read_config,
+    weights_file,
+)
 from zephyr_lite.safetensors_stream import FLOATS, SafetensorsFile, tensor_bytes, write_stream
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _LAYER = re.compile(r"(?P<parent>.*\blayers)\.(?P<index>\d+)\.(?:.*\.)?(?P<leaf>[^.]+)")
 
-# Each of these makes the adapter more than W + s·B·A.
-_UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias on LoRA's B",
-    "modules_to_save": "fully trained modules (modules_to_save)",
-    "trainable_token_indices": "trained token embeddings (trainable_token_indices)",
-    "layer_replication": "replicated layers (layer_replication)",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
-    "alora_invocation_tokens": "an activated LoRA (alora_invocation_tokens)",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-}
-# These initialisations subtract the adapter's first value from the base, so the file is only right on that other base.
-_RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What write_adapter decides by itself.
 _OWN_KEYS = {
     "peft_type",
@@ -59,7 +48,7 @@ _OWN_KEYS = {
     "base_model_name_or_path",
     "bias",
     "fan_in_fan_out",
-    *_UNSUPPORTED,
+    *UNSUPPORTED,
 }
 
 
@@ -136,8 +125,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
             rank 0, or a rank other than the configuration's.
     """
     folder = Path(path)
-    config = _read_config(folder)
-    file = SafetensorsFile(_weights_file(folder))
+    config = read_config(folder)
+    file = SafetensorsFile(weights_file(folder))
     sides: dict[str, set[str]] = defaultdict(set)
     for name, entry in file.entries.items():
         match = _KEY.fullmatch(name)
@@ -162,56 +151,6 @@ def read_adapter(path: str | Path) -> AdapterFile:
     return AdapterFile(folder, config, _FileModules(file, scales))
 
 
-def _weights_file(folder: Path) -> Path:
-    weights = folder / WEIGHTS_NAME
-    if not weights.is_file():
-        old = sorted(folder.glob("adapter_model*.bin")) + sorted(folder.glob("adapter_model*.pt"))
-        found = f"only {old[0].name}, a pickle, which is never opened" if old else "nothing by that name"
-        raise UserError(
-            f"{folder}: an adapter's weights are read from {WEIGHTS_NAME}; found {found}.",
-            "Load it with PEFT and save it again: model.save_pretrained(folder, safe_serialization=True).",
-        )
-    return weights
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise UserError(
-            f"{folder}: no {CONFIG_NAME} there, so it is not a PEFT adapter.",
-            "Give the folder that PEFT's save_pretrained wrote (a stage's adapter/, for a run of this program).",
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).", "Write the adapter again.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{path}: peft_type is {kind}, and only LORA is supported.", "Give a LoRA adapter.")
-    for key, what in _UNSUPPORTED.items():
-        if config.get(key):
-            raise UserError(f"{path}: the adapter uses {what}, which cannot be stacked here.", "Give a plain LoRA.")
-    if config.get("bias", "none") != "none":
-        raise UserError(
-            f"{path}: bias is {config['bias']!r}: the adapter carries biases too.", "Give one with bias: none."
-        )
-    init = str(config.get("init_lora_weights", True)).lower()
-    if init.startswith(_RESIDUAL_INITS):
-        raise UserError(
-            f"{path}: init_lora_weights is {init!r}: this adapter belongs on a base with changed weights.",
-            "Convert it to a plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…).",
-        )
-    return config
-
-
-def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that matches the end of the module's name, as a regular expression."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
 def _scale(file: SafetensorsFile, config: dict[str, Any], module: str, sides: set[str]) -> float:
     if sides != {"A", "B"}:
         missing = ({"A", "B"} - sides).pop()
@@ -224,13 +163,13 @@ def _scale(file: SafetensorsFile, config: dict[str, Any], module: str, sides: se
             f"{file.path}: {module} has lora_A {list(a)} and lora_B {list(b)}; the rank must be one and above 0.",
             "The adapter is incomplete; save it again.",
         )
-    told = _pattern_value(config.get("rank_pattern"), module, config.get("r", 8))
+    told = pattern_value(config.get("rank_pattern"), module, config.get("r", 8))
     if told != rank:
         raise UserError(
             f"{file.path}: {module} has rank {rank}, {CONFIG_NAME} says {told}.",
             "Configuration and weights belong to different adapters; copy both files again.",
         )
-    alpha = float(_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    alpha = float(pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
@@ -240,8 +179,8 @@ def adapter_sha256(path: str | Path) -> str:
     Unlike a file's hash it is the same after a download, a change of the base's name or another order of tensors.
     """
     folder = Path(path)
-    config = _read_config(folder)
-    file = SafetensorsFile(_weights_file(folder))
+    config = read_config(folder)
+    file = SafetensorsFile(weights_file(folder))
     settings = {
         "r": int(config.get("r", 8)),
         "lora_alpha": float(config.get("lora_alpha", 8)),
