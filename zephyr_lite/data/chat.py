@@ -144,18 +144,18 @@ class ChatTemplate:
         """The conversation's text, and the characters of each answer in it.
 
         An answer starts where the generation prompt of the turns before it ends; its span includes its end token and
-        nothing after that.
+        nothing after that. A greeting before the first user turn answers nothing, and has no span.
 
         Raises:
-            RowError: the template refuses the turns, rewrites earlier ones, or gives an answer no end token; or a
-                turn's text contains a control token, which would become a real one.
+            RowError: the template refuses the turns, rewrites earlier ones, or gives an answer no end token.
         """
         text = self._render(messages, add_generation_prompt)
-        return text, [self._span(messages, turn, text) for turn, m in enumerate(messages) if m["role"] == "assistant"]
+        roles = [message["role"] for message in messages]
+        answers = [turn for turn, role in enumerate(roles) if role == "assistant" and "user" in roles[:turn]]
+        return text, [self._span(messages, turn, text) for turn in answers]
 
     def _span(self, messages: list[Message], turn: int, text: str) -> Span:
         before = self._render(messages[:turn], True)
-        # the last turn's own end is the text's, unless a generation prompt follows
         upto = self._render(messages[: turn + 1], False)
         if not (text.startswith(before) and text.startswith(upto) and len(before) <= len(upto)):
             raise RowError(_REWRITES)
@@ -191,7 +191,8 @@ class ChatTemplate:
             ids [T] int32, mask [T] bool.
 
         Raises:
-            RowError: as ``render``; or BOS does not stand exactly once.
+            RowError: as ``render``; a turn's text contains a control token, which would become a real one; or BOS
+                does not stand exactly once.
         """
         self._refuse_control_tokens(messages)
         text, spans = self.render(messages)

@@ -16,8 +16,9 @@ from ..config import DatasetSpec, RunConfig
 from ..errors import UserError
 from .chat import ChatTemplate, Example, Pair, PairExample
 from .formats import Method, RowError
+from .opening import quiet
 from .packing import best_fit, cut_conversation, cut_pair
-from .sources import PARALLEL_ROWS, cache_key, load_rows, processes, quiet, summarise
+from .sources import PARALLEL_ROWS, cache_key, load_rows, processes, summarise
 
 _PLACES = 5
 

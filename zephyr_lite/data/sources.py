@@ -7,11 +7,8 @@ Only JSONL, JSON, CSV and Parquet are read, and no code that comes with a data s
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +19,9 @@ import numpy as np
 from ..config import DatasetSpec
 from ..errors import UserError
 from .formats import COLUMNS, Method, RowError, detect
+from .opening import find_broken_json, open_source, quiet
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 PARALLEL_ROWS = 2000  # below this, starting processes costs more than it saves
-_SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
 _TURNS = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
 
 
@@ -82,7 +78,7 @@ def load_rows(specs: Sequence[DatasetSpec], method: Method, *, seed: int, system
 def _one_source(
     spec: DatasetSpec, method: Method, rng: np.random.Generator, system: str | None, rows: Rows
 ) -> datasets.Dataset:
-    raw, label = _open(spec)
+    raw, label = open_source(spec)
     if len(raw) == 0:
         raise UserError(f"{label}: empty; there is no row in it.")
     raw = _rename(raw, spec.columns, label)
@@ -101,25 +97,30 @@ def _one_source(
         "system": system,
         "numbers": None if len(numbers) == total else numbers,
     }
-    with quiet(len(raw) <= PARALLEL_ROWS):
-        mapped = raw.map(
-            _normalise,
-            with_indices=True,
-            batched=True,
-            remove_columns=raw.column_names,
-            fn_kwargs=options,
-            new_fingerprint=cache_key(raw, options),
-            features=datasets.Features(
-                {
-                    **dict.fromkeys(_columns(method), _TURNS),
-                    "where": datasets.Value("string"),
-                    "fault": datasets.Value("string"),
-                    "change": datasets.Value("string"),
-                }
-            ),
-            num_proc=processes(len(raw)),
-            desc=f"reading {label}",
-        )
+    try:
+        with quiet(len(raw) <= PARALLEL_ROWS):
+            mapped = raw.map(
+                _normalise,
+                with_indices=True,
+                batched=True,
+                remove_columns=raw.column_names,
+                fn_kwargs=options,
+                new_fingerprint=cache_key(raw, options),
+                features=datasets.Features(
+                    {
+                        **dict.fromkeys(_columns(method), _TURNS),
+                        "where": datasets.Value("string"),
+                        "fault": datasets.Value("string"),
+                        "change": datasets.Value("string"),
+                    }
+                ),
+                num_proc=processes(len(raw)),
+                desc=f"reading {label}",
+            )
+    except UnicodeDecodeError:  # Arrow's JSON reader takes any bytes for text
+        if Path(label).is_file():
+            find_broken_json(Path(label))
+        raise UserError(f"{label}: text that is not UTF-8.", "Save the file as UTF-8.") from None
     faults = np.asarray(mapped.with_format("numpy")["fault"][:], dtype=object)
     changes = np.asarray(mapped.with_format("numpy")["change"][:], dtype=object)
     kept = np.flatnonzero(faults == "")
@@ -202,10 +203,11 @@ def _normalise(
     numbers: np.ndarray | None,
 ) -> dict[str, list[Any]]:
     _, read = detect(list(batch), method, label)
+    values = {name: batch[name] for name in batch}  # datasets decodes a column when it is asked for
     columns = _columns(method)
     result: dict[str, list[Any]] = {name: [] for name in (*columns, "where", "fault", "change")}
     for position, index in enumerate(indices):
-        row = {name: values[position] for name, values in batch.items()}
+        row = {name: column[position] for name, column in values.items()}
         number = index if numbers is None else int(numbers[index])
         fault = change = ""
         turns: dict[str, list[dict[str, str]]] = {column: [] for column in columns}
@@ -237,182 +239,3 @@ def _rename(raw: datasets.Dataset, mapping: dict[str, str], label: str) -> datas
     moving = {theirs: ours for ours, theirs in mapping.items() if ours != theirs}
     covered = [ours for ours in moving.values() if ours in raw.column_names and ours not in moving]
     return raw.remove_columns(covered).rename_columns(moving)
-
-
-# -- opening ---------------------------------------------------------------------------------------------------------
-
-
-def _open(spec: DatasetSpec) -> tuple[datasets.Dataset, str]:
-    """The raw rows, and the name that stands before ``row N`` in messages."""
-    path = Path(spec.path).expanduser()
-    if path.is_file():
-        if path.suffix.lower() not in BUILDERS:
-            raise UserError(
-                f"{spec.path}: {path.suffix or 'a file without suffix'} is not read.",
-                f"Give one of {', '.join(BUILDERS)}.",
-            )
-        if spec.split and _base_split(spec.split) != "train":
-            raise UserError(
-                f"{spec.path}: there is no split {spec.split!r}; a single file has no splits.",
-                "Leave split out, or name a folder with one file for each split.",
-            )
-        return _read_files([path], spec.split or "train", spec.path), spec.path
-    if path.is_dir():
-        return _open_folder(path, spec)
-    if path.suffix.lower() in BUILDERS or spec.path.startswith((".", "/", "~", "\\")) or spec.path.count("/") > 1:
-        raise UserError(f"{spec.path}: there is no such file or folder.", f"The working directory is {Path.cwd()}.")
-    return _open_hub(spec)
-
-
-def _open_folder(folder: Path, spec: DatasetSpec) -> tuple[datasets.Dataset, str]:
-    splits: dict[str, list[Path]] = {}
-    for place in dict.fromkeys([folder, folder / "data", *([folder / spec.name] if spec.name else [])]):
-        for file in sorted(place.glob("*")):
-            if file.is_file() and file.suffix.lower() in BUILDERS:
-                splits.setdefault(_SHARD.sub("", file.stem), []).append(file)
-    # files beside the data that the hub's layout has too
-    for extra in ("dataset_info", "dataset_infos", "state"):
-        splits.pop(extra, None)
-    if not splits:
-        raise UserError(
-            f"{spec.path}: no data in this folder.",
-            "Files are named by split: train_sft.jsonl, or data/train_sft-00000-of-00001.parquet "
-            f"(one of {', '.join(BUILDERS)}).",
-        )
-    split = _choose_split(spec, sorted(splits))
-    files = splits[_base_split(split)]
-    if len({file.suffix.lower() for file in files}) > 1:
-        raise UserError(f"{spec.path}: split {split!r} lies there in several formats: {_names(files)}. Keep one.")
-    label = str(Path(spec.path) / files[0].relative_to(folder)) if len(files) == 1 else f"{spec.path}[{split}]"
-    return _read_files(files, split, label), label
-
-
-def _names(files: Sequence[Path]) -> str:
-    return ", ".join(file.name for file in files)
-
-
-def _base_split(split: str) -> str:
-    """``train`` of ``train[:10%]``."""
-    return split.split("[", 1)[0]
-
-
-def _choose_split(spec: DatasetSpec, there: list[str]) -> str:
-    if spec.split is None:
-        if len(there) == 1:
-            return there[0]
-        raise UserError(f"{spec.path}: which split? There are {', '.join(there)}.", f"Say so: split: {there[0]}.")
-    if _base_split(spec.split) not in there:
-        raise UserError(f"{spec.path}: there is no split {spec.split!r}.", f"There are {', '.join(there)}.")
-    return spec.split
-
-
-def _read_files(files: list[Path], split: str, label: str) -> datasets.Dataset:
-    for file in files:
-        if file.stat().st_size == 0 or (file.stat().st_size < 1024 and not file.read_bytes().strip()):
-            raise UserError(f"{file}: the file is empty.")
-    builder = BUILDERS[files[0].suffix.lower()]
-    options: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}  # "NA" may be an answer
-    try:
-        with quiet(sum(file.stat().st_size for file in files) < 50e6):
-            return datasets.load_dataset(
-                builder, data_files={_base_split(split): [str(file) for file in files]}, split=split, **options
-            )
-    except Exception as error:  # the builders raise whatever their parsers raise
-        for file in files:
-            if builder == "json":
-                _find_broken_json(file)
-        raise UserError(f"{label}: not readable as {files[0].suffix[1:].upper()}: {_root(error)}") from None
-
-
-def _find_broken_json(file: Path) -> None:
-    """Raise a UserError with the line at which a JSON or JSONL file cannot be read; return if there is none."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        number = file.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{file} line {number}: not UTF-8.", "Save the file as UTF-8.") from None
-    if text.startswith("\ufeff"):
-        raise UserError(f"{file} line 1: begins with a byte order mark.", "Save the file as UTF-8 without it.")
-    if text.lstrip()[:1] == "[" and file.suffix.lower() == ".json":
-        try:
-            json.loads(text)
-        except ValueError as error:
-            number = getattr(error, "lineno", 1)
-            raise UserError(f"{file} line {number}: broken JSON: {error}.", "Mend the line, or remove it.") from None
-        return
-    kinds: dict[str, tuple[str, int]] = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{file} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"{place}: broken JSON: {error}: {line[:60]!r}.", "Mend the line, or remove it; one row a line."
-            ) from None
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: expected an object {{…}}, found {line[:60]!r}.")
-        try:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{place}: text that is not valid Unicode (half a surrogate pair).") from None
-        for key, value in row.items():
-            if value is None:
-                continue
-            kind = type(value).__name__
-            before, first = kinds.setdefault(key, (kind, number))
-            if before != kind:
-                raise UserError(f"{place}: column {key!r} is {kind}, but {before} in line {first}.")
-
-
-def _open_hub(spec: DatasetSpec) -> tuple[datasets.Dataset, str]:
-    try:
-        if spec.split is None:
-            there = datasets.get_dataset_split_names(spec.path, spec.name, revision=spec.revision)
-            split = _choose_split(spec, list(there))
-        else:
-            split = spec.split
-        loaded = datasets.load_dataset(spec.path, spec.name, split=split, revision=spec.revision)
-        return loaded, f"{spec.path}[{split}]"
-    except UserError:
-        raise
-    except Exception as error:
-        raise _hub_error(spec, error) from None
-
-
-def _hub_error(spec: DatasetSpec, error: Exception) -> UserError:
-    text = _root(error)
-    if "split" in text.lower() and spec.split is not None:
-        names = re.findall(r"'([^']+)'", text.split("one of", 1)[-1]) or [text]
-        return UserError(f"{spec.path}: there is no split {spec.split!r}.", f"There are {', '.join(names)}.")
-    if "config name" in text.lower() or "BuilderConfig" in text:
-        return UserError(f"{spec.path}: name {spec.name!r} does not fit: {text}", "Say which one: name: NAME.")
-    if "gated" in text.lower() or "401" in text or "403" in text:
-        return UserError(
-            f"{spec.path}: the hub refuses access: {text}",
-            f"Accept its terms at https://huggingface.co/datasets/{spec.path}, then run `hf auth login`.",
-        )
-    return UserError(
-        f"{spec.path}: there is no such file or folder here, and the hub gave no data set of this name: {text}",
-        "Check the name, and that the hub can be reached (HF_HUB_OFFLINE, HF_ENDPOINT); a local path may begin with ./",
-    )
-
-
-def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-@contextmanager
-def quiet(quiet: bool) -> Iterator[None]:
-    """No progress bars for what takes a moment; as before afterwards."""
-    if not quiet or datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
