@@ -81,8 +81,8 @@ def quantize_stored(weight: Tensor, *, double_quant: bool, dtype: torch.dtype) -
     """What a matrix becomes when transformers loads it in 4 bits with `dtype=dtype`.
 
     It is cast to `dtype` first, then quantized over its flattened values in blocks of 64; with `double_quant` the
-    scales are themselves quantized to 8 bits around their mean, in blocks of 256. Works in pieces: besides the result it needs
-    about 100 MB, whatever the size (`weight` may be mapped from a file).
+    scales are themselves quantized to 8 bits around their mean, in blocks of 256. Works in pieces: besides the result
+    it needs about 100 MB, whatever the size (`weight` may be mapped from a file).
 
     Args:
         weight: [out, in], floating point, on the CPU.
