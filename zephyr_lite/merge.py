@@ -18,8 +18,8 @@ from torch import Tensor
 
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge_base import BaseFiles, copy_tokenizer, model_files, open_base
-from zephyr_lite.merge_chain import Chain, chain_of_adapters, chain_of_run
 from zephyr_lite.merge_check import LogpDifference, compare_logps, folder_logps
+from zephyr_lite.model.chain import Chain, chain_of_adapters, chain_of_run
 from zephyr_lite.model.peft_files import AdapterFile, LoraWeights, compose, write_adapter
 from zephyr_lite.ops.nf4 import StoredNf4, quantize_stored
 from zephyr_lite.rundir import folder_aside, write_json
