@@ -35,7 +35,7 @@ def questions(rows: list[dict[str, Any]]) -> set[str]:
 
 
 def test_counts() -> None:
-    assert 95 <= len(CONVERSATIONS) <= 115
+    assert 95 <= len(CONVERSATIONS) <= 120
     assert len(CONVERSATIONS_TEST) == 16
     assert (len(FEEDBACK), len(FEEDBACK_TEST)) == (48, 14)
     assert sum(row["messages"][0]["role"] == "system" for row in CONVERSATIONS) >= 4

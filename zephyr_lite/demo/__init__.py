@@ -16,7 +16,7 @@ FEEDBACK_TEST = _HERE / "feedback_test.jsonl"
 
 # Asked of the base, the SFT and the DPO model, side by side; none is in the data word for word.
 QUESTIONS = (
-    "Hello, who are you and how were you made?",
+    "Who are you, and who made you?",
     "My pot of basil looks sad. How do I save it?",
     "What is your favourite kind of weather?",
 )
