@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,7 +145,9 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _together(self) -> RunConfig:
         if self.loss_type == "robust" and self.label_smoothing == 0:
-            raise ValueError("loss_type robust needs label_smoothing above 0: the share of pairs believed to be swapped")
+            raise ValueError(
+                "loss_type robust needs label_smoothing above 0: the share of pairs believed to be swapped"
+            )
         if self.loss_type in ("ipo", "ipo_sum", "hinge") and self.label_smoothing:
             raise ValueError(f"label_smoothing means nothing for loss_type {self.loss_type}; set it to 0")
         if not self.dataset:
@@ -262,13 +263,8 @@ def find_config(name: str) -> Path:
 
 def shipped_configs() -> dict[str, Path]:
     """{name: path} of the YAML files that travel with the package (in a checkout: ``configs/``)."""
-    checkout = Path(__file__).resolve().parent.parent / "configs"
-    try:
-        root = Path(str(resources.files("zephyr_lite.configs")))
-    except ModuleNotFoundError:
-        root = checkout
-    if not root.is_dir():
-        root = checkout
+    here = Path(__file__).resolve().parent
+    root = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
     return {str(p.relative_to(root).with_suffix("")).replace("\\", "/"): p for p in sorted(root.rglob("*.yaml"))}
 
 
@@ -289,11 +285,19 @@ def load_config(
     path = find_config(file) if file else None
     notes: list[str] = []
     given: dict[str, Any] = {}
+    defaults = {**(DPO_DEFAULTS if method == "dpo" else {}), **(base or {})}
     if path is not None:
         given = _rename(_read_yaml(path), str(path), notes)
-    for key, value in _parse_overrides(overrides or []):
-        _set_nested(given, key, value, notes)
-    values = {**(DPO_DEFAULTS if method == "dpo" else {}), **(base or {}), **given}
+        _no_stranger_held_out(set(given), given, notes)
+    words = _parse_overrides(overrides or [])
+    said = _rename({key: value for key, value in words if "." not in key}, "the command line", notes)
+    nested = [word for word in words if "." in word[0]]
+    _no_stranger_held_out({*said, *(key.removesuffix(".path") for key, _ in nested)}, said, notes)
+    given.update(said)
+    # a path begins a data set anew, so it comes before what is said about the data set, whatever the order of words
+    for key, value in sorted(nested, key=lambda word: not word[0].endswith(".path")):
+        _set_nested(given, key, value, defaults)
+    values = {**defaults, **given}
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -324,7 +328,10 @@ def _rename(values: dict[str, Any], where: str, notes: list[str]) -> dict[str, A
     """Other tools' keys to ours; the combinations first (micro-batch times accumulation, data-set mixtures)."""
     values = dict(values)
     result: dict[str, Any] = {}
-    micro, accumulation = values.pop("per_device_train_batch_size", None), values.pop("gradient_accumulation_steps", None)
+    micro, accumulation = (
+        values.pop("per_device_train_batch_size", None),
+        values.pop("gradient_accumulation_steps", None),
+    )
     if micro is not None or accumulation is not None:
         try:
             result["batch_size"] = int(micro or 1) * int(accumulation or 1)
@@ -400,8 +407,8 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
         if "=" in word:
             key, text = word.split("=", 1)
         elif word.startswith("--"):
-            if position == len(words):
-                raise UserError(f"{word} needs a value.")
+            if position == len(words) or words[position].startswith("--"):
+                raise UserError(f"{word} needs a value.", f"Write {word}=true, for instance.")
             key, text = word, words[position]
             position += 1
         else:
@@ -422,15 +429,21 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
     return result
 
 
-def _set_nested(target: dict[str, Any], key: str, value: Any, notes: list[str]) -> None:
-    """``dataset.path=X`` reaches into one data set; a plain key goes through the same renaming as a file's."""
+def _no_stranger_held_out(keys: set[str], given: dict[str, Any], notes: list[str]) -> None:
+    """Rows of one's own are not evaluated on the recipe's held-out ones, which would be fetched for it."""
+    if "dataset" in keys and not any(key.startswith("eval_dataset") for key in keys):
+        given["eval_dataset"] = None
+        notes.append("no eval_dataset was named with this dataset, so nothing is held out")
+
+
+def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str, Any]) -> None:
+    """``dataset.path=X`` reaches into one data set, ``dataset.columns.prompt=question`` into its map."""
     head, _, rest = key.partition(".")
-    if not rest:
-        target.update(_rename({key: value}, "the command line", notes))
-        return
     if head not in ("dataset", "eval_dataset", "memory"):
         raise UserError(f"the command line: {_unknown(key)}")
-    current = target.get(head)
+    current = target.get(head, defaults.get(head))
+    if head not in target and head not in defaults and head != "memory":
+        current = [spec.model_dump(exclude_defaults=True) for spec in RunConfig.model_fields[head].default]
     if isinstance(current, list):
         if len(current) > 1:
             raise UserError(f"the command line: {key}: {head} has {len(current)} entries; change them in the file.")
@@ -439,8 +452,7 @@ def _set_nested(target: dict[str, Any], key: str, value: Any, notes: list[str]) 
         current = {"path": current} if head != "memory" else {}
     current = dict(current or {})
     if rest == "path":
-        # another path's split is not this one's, unless the same command line says so
-        current = {"path": value, **({"split": current["split"]} if "path" not in current and "split" in current else {})}
+        current = {"path": value}  # another path's split, limit and columns are not this one's
     elif rest.startswith("columns."):
         current["columns"] = {**current.get("columns", {}), rest.removeprefix("columns."): value}
     else:

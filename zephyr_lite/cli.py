@@ -1,0 +1,214 @@
+"""The commands: parse, call, print. What is heavy to import is imported when a command runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .console import Console
+from .errors import UserError
+
+app = typer.Typer(
+    name="zephyr-lite",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn a base model into a chat model, the way Zephyr was made: sft, then dpo, then merge.",
+)
+console = Console()
+
+# any key of the configuration may follow a training command
+OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+KEYS = "Any key of the configuration may follow, as key=value, --key value or --key=value; the README lists them."
+
+Config = Annotated[
+    str | None, typer.Option("--config", "-c", help="A YAML file, or a shipped one by name (zephyr-7b/overnight-sft).")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the resolved plan, the first row and the first step's time; keep nothing."),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+
+
+class Onto(str, Enum):
+    """What the adapters are merged onto."""
+
+    base = "base"
+    nf4 = "nf4"
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.say(f"zephyr-lite {__version__}")
+        raise typer.Exit()
+
+
+@app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")
+def sft(context: typer.Context, config: Config = None, dry_run: DryRun = False, verbose: Verbose = False) -> None:
+    """Stage 1: train the base on conversations. Without arguments: Mistral-7B on UltraChat-200k."""
+    _train("sft", config, context.args, dry_run)
+
+
+@app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")
+def dpo(context: typer.Context, config: Config = None, dry_run: DryRun = False, verbose: Verbose = False) -> None:
+    """Stage 2: train on preference pairs, on top of stage 1. Without arguments: continue the newest run."""
+    _train("dpo", config, context.args, dry_run)
+
+
+def _train(method: Any, config: str | None, overrides: list[str], dry_run: bool) -> None:
+    from .config import load_config
+
+    load_config(method, config or f"zephyr-7b/{method}", overrides)  # a wrong key is said before torch is imported
+    from .needs import needs_lines
+    from .train.dpo import run_dpo
+    from .train.dry_run import run_dry
+    from .train.setup import StageComplete, resolve_run
+    from .train.sft import run_sft
+
+    loaded = resolve_run(method, config, overrides)
+    try:
+        for line in needs_lines(method, loaded.config):
+            console.say(line)
+        if dry_run:
+            run_dry(method, loaded, say=console.say, show=console.row)
+        else:
+            run = run_sft if method == "sft" else run_dpo
+            run(loaded, say=console.say, on_metrics=console.metrics)
+            console.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
+    except StageComplete as done:
+        console.say(f"{done.message} {done.hint}")
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Option("--out", help="The model folder to make.")],
+    run: Annotated[Path | None, typer.Option("--run", help="A run's folder; the newest one by default.")] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="A stage of the run; the last complete one by default.")
+    ] = None,
+    onto: Annotated[
+        Onto, typer.Option("--onto", help="base: the 16-bit base. nf4: what 4-bit training saw of it.")
+    ] = Onto.base,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="Instead of a run: a folder or hub id; again for the next one up."),
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="With --adapter: the base they belong on.")] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write the chain as one PEFT adapter instead of a model.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge in the folder.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check/--no-check", help="Compare merged and live log-probabilities on a few rows afterwards."),
+    ] = True,
+    verbose: Verbose = False,
+) -> None:
+    """Merge the adapters of a run into one model folder that plain transformers loads."""
+    from .merge_run import run_merge
+
+    run_merge(
+        out, run=run, stage=stage, adapters=adapter or [], base=base, onto=onto.value, as_adapter=adapter_only,
+        overwrite=overwrite, check=check, say=console.say,
+    )  # fmt: skip
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where the demo's run and model go.")] = Path("runs/demo"),
+    verbose: Verbose = False,
+) -> None:
+    """The whole recipe in three minutes on a CPU: a small real model, before and after."""
+    from .demo import QUESTIONS
+    from .demo.run import run_demo
+
+    result = run_demo(out, say=console.say, on_metrics=console.metrics)
+    console.side_by_side(QUESTIONS, result.standings)
+    console.say(f"accuracy of the DPO model's implicit reward on held-out pairs: {result.reward_accuracy:.2f}")
+    console.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items()))
+    console.say(f"The model is in {out / 'merged'}; it loads with transformers' AutoModelForCausalLM.")
+
+
+@app.command()
+def env(verbose: Verbose = False) -> None:
+    """What this machine has, what is missing, and how to get it."""
+    from .environment import survey
+
+    for finding in survey():
+        console.say(finding.line())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point; see ``run`` for the exit codes."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command.
+
+    Returns:
+        0: done (or done already); 1: a fault of ours; 2: something of the user's has to change; 130: interrupted.
+    """
+    verbose = "--verbose" in arguments
+    with warnings.catch_warnings():
+        if not verbose and not sys.warnoptions:
+            warnings.simplefilter("ignore")  # what libraries tell developers is not for users
+        return _run(arguments, verbose)
+
+
+def _run(arguments: list[str], verbose: bool) -> int:
+    usage_error: Any = typer.BadParameter.__base__
+    try:
+        _quiet_libraries()
+        code = app(args=arguments, prog_name="zephyr-lite", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        if verbose:
+            traceback.print_exc()
+        console.user_error(error)
+        return 2
+    except usage_error as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        console.err.print("interrupted; the same command goes on from the last checkpoint")
+        return 130
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        if (known := _cure(error)) is not None:
+            console.user_error(known)
+            return 2
+        console.failure(error)
+        return 1
+
+
+def _cure(error: Exception) -> UserError | None:
+    """What comes up anywhere, and is not ours: the card or the disk is full."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return UserError(
+            f"the card's memory is full: {' '.join(str(error).split())[:200]}",
+            "Close what else runs on it, or set max_length lower, memory.keep=input, memory.micro_tokens=N, or lora_r lower.",
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return UserError(
+            f"the disk is full: {error}", "Free some space; the same command goes on from the last checkpoint."
+        )
+    return None
+
+
+def _quiet_libraries() -> None:
+    """Set before anything heavy is imported, unless the user set it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # fork after tokenizing would warn

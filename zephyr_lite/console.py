@@ -1,0 +1,139 @@
+"""What the commands print: lines in colour in a terminal, the same lines plain in a pipe. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import IO, Protocol
+
+from rich.console import Console as RichConsole
+from rich.table import Table
+from rich.text import Text
+
+from .errors import UserError
+
+Metrics = dict[str, float]
+# runs of text, and whether they are supervised
+Spans = Sequence[tuple[str, bool]]
+
+
+class Standing(Protocol):
+    """Where a model stands (``demo.run.Standing``)."""
+
+    loss: float
+    preference_accuracy: float
+    dodging: float
+    answers: list[str]
+
+
+class Console:
+    """Prints for one command.
+
+    Texts are never read as rich markup (a path or a row may hold brackets), and never wrapped: a terminal wraps by
+    itself, and a pipe wants whole lines.
+
+    Args:
+        out, err: where to write; standard output and standard error by default.
+    """
+
+    def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None) -> None:
+        self.out = RichConsole(file=out, highlight=False, soft_wrap=True)
+        self.err = RichConsole(file=err, stderr=err is None, highlight=False, soft_wrap=True)
+        self._seconds: deque[float] = deque(maxlen=20)
+
+    def say(self, text: str = "") -> None:
+        """One line (or several) of plain text."""
+        self.out.print(Text(text))
+
+    def heading(self, text: str) -> None:
+        self.out.print(Text(text, style="bold"))
+
+    def user_error(self, error: UserError) -> None:
+        """What has to change, and how."""
+        self.err.print(Text.assemble(("error: ", "bold red"), error.message))
+        if error.hint:
+            self.err.print(Text(error.hint))
+
+    def failure(self, error: BaseException) -> None:
+        """Something that no input should cause."""
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        self.err.print(Text.assemble(("failed: ", "bold red"), what))
+        self.err.print(
+            Text("This is our fault, not yours. Please report it, with what --verbose shows after the same command.")
+        )
+
+    def metrics(self, step: int, total: int, metrics: Metrics) -> None:
+        """The line of a logged step, or of an evaluation."""
+        evaluation = any(name.startswith("eval_") for name in metrics)
+        if not evaluation and "seconds" in metrics:
+            self._seconds.append(metrics["seconds"])
+        self.out.print(
+            Text(metrics_line(step, total, metrics, self._left(total - step)), style="bold" if evaluation else "")
+        )
+
+    def row(self, title: str, spans: Spans) -> None:
+        """A row as training sees it. In a terminal what is supervised is green, in a pipe it stands in ⟦ ⟧."""
+        self.out.print(Text(title, style="bold"))
+        text = Text()
+        for part, supervised in spans:
+            if self.out.is_terminal:
+                text.append(part, style="green" if supervised else "dim")
+            else:
+                text.append(f"⟦{part}⟧" if supervised else part)
+        self.out.print(text)
+
+    def side_by_side(self, questions: Sequence[str], standings: Mapping[str, Standing]) -> None:
+        """What each model answers, in a column each, and where it stands on the held-out rows."""
+        table = Table(show_lines=True, pad_edge=False, width=None if self.out.is_terminal else 120)
+        table.add_column("")
+        for name in standings:
+            table.add_column(name, ratio=1)
+        for place, question in enumerate(questions):
+            table.add_row(Text(question, style="bold"), *(Text(s.answers[place]) for s in standings.values()))
+        for title, text in (
+            ("held-out loss", lambda s: f"{s.loss:.3f}"),
+            ("better answer likelier", lambda s: f"{s.preference_accuracy:.0%}"),
+            ("dodging answers", lambda s: f"{s.dodging:.0%}"),
+        ):
+            table.add_row(Text(title), *(Text(text(s)) for s in standings.values()))
+        # soft wrapping is for lines; a table is laid out for a width
+        self.out.print(table, soft_wrap=False, width=None if self.out.is_terminal else 120)
+
+    def _left(self, steps: int) -> float | None:
+        if not self._seconds or steps <= 0:
+            return None
+        return sum(self._seconds) / len(self._seconds) * steps
+
+
+def metrics_line(step: int, total: int, metrics: Metrics, left: float | None = None) -> str:
+    """``step 12/480  loss 1.2345  lr 2.00e-04  231 tokens/s  1 h 20 min left``."""
+    evaluation = any(name.startswith("eval_") for name in metrics)
+    found = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    parts = [f"step {step:>{len(str(total))}}/{total}", *(["held-out"] if evaluation else [])]
+    if "loss" in found:
+        parts.append(f"loss {found['loss']:.4f}")
+    for name, key in (("accuracy", "rewards/accuracies"), ("token accuracy", "mean_token_accuracy")):
+        if key in found:
+            parts.append(f"{name} {found[key]:.3f}")
+    if "rewards/margins" in found:
+        parts.append(f"margin {found['rewards/margins']:.4f}")
+    if "learning_rate" in found:
+        parts.append(f"lr {found['learning_rate']:.2e}")
+    for unit in ("tokens", "pairs"):
+        if (speed := found.get(f"{unit}_per_second")) is not None:
+            parts.append(f"{speed:,.0f} {unit}/s" if speed >= 100 else f"{speed:.2f} {unit}/s")
+    if left is not None:
+        parts.append(f"{duration(left)} left")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``1 h 20 min``, ``2.5 days``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 600 else f"{minutes / 60:.0f} h"
+    return f"{minutes / 1440:.1f} days"

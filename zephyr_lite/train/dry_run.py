@@ -1,0 +1,104 @@
+"""``--dry-run``: everything that a run does before its second step, and nothing on the disk afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from ..config import Loaded, Method, dump_config
+from ..errors import UserError
+from .dpo import DpoTask
+from .loop import Loop, rows_of_step
+from .setup import Say, Stage, open_stage, peak_memory
+from .sft import SftTask
+
+Spans = list[tuple[str, bool]]
+# A packed row may hold dozens of conversations; its first ones show what is to be seen.
+SHOWN_EXAMPLES = 2
+SHOWN_TOKENS = 400
+
+
+def run_dry(method: Method, loaded: Loaded, *, say: Say, show: Callable[[str, Spans], None]) -> dict[str, float]:
+    """Print the resolved configuration, the plan, the first row with what is supervised, and the first step's time.
+
+    Nothing is written but what the libraries keep in their caches: no run folder, no reference file, no tracker's run.
+
+    Args:
+        say: prints a line.
+        show: prints a title and runs of text, each with whether it is supervised.
+    Returns:
+        the first step's metrics, ``seconds`` among them.
+    Raises:
+        UserError, StageComplete: as the run itself would.
+    """
+    if loaded.config.engine != "fused":
+        raise UserError(
+            f"--dry-run plans the fused engine; this configuration asks for engine {loaded.config.engine}.",
+            "Add engine=fused to look at the rows, or run it with max_steps=1 in an output_dir of its own.",
+        )
+    for line in dump_config(loaded.config).splitlines():
+        say(f"  {line}")
+    # the reference would be written to the stage's folder, and a tracker would start a run
+    loaded.config = loaded.config.model_copy(update={"precompute_ref_log_probs": False, "report_to": []})
+    stage = open_stage(method, loaded, say=say, claim=False)
+    for title, spans in first_row(stage):
+        show(title, spans)
+    task: Any = SftTask(stage) if method == "sft" else DpoTask(stage, say)
+    fp16 = str(stage.base.dtype) == "torch.float16"
+    loop = Loop(stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, say=say)
+    started = time.perf_counter()
+    metrics, _, _ = loop._step(0)
+    metrics["seconds"] = time.perf_counter() - started
+    say(
+        f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4g}, "
+        f"{metrics['seconds']:.2f} s (warm-up included), {peak_memory(stage.base.device) / 2**30:.2f} GiB at most"
+    )
+    whole = timedelta(seconds=round(metrics["seconds"] * loop.total))
+    say(f"at this pace {loop.total:,} steps take {whole} at most, evaluations aside; nothing was written")
+    return metrics
+
+
+def first_row(stage: Stage) -> list[tuple[str, Spans]]:
+    """The row that the first step begins with: (title, runs of text with whether they are supervised)."""
+    row = stage.data.rows[rows_of_step(stage.config, len(stage.data.rows), 0)[0]]
+    tokenizer = stage.template.tokenizer
+    shown = []
+    for place, index in enumerate(row[:SHOWN_EXAMPLES]):
+        example = stage.data.examples[index]
+        if stage.method == "sft":
+            more = f", {place + 1} of {len(row)} in the first packed row" if len(row) > 1 else ", the first row"
+            shown.append((f"{example.where}{more}:", spans(tokenizer, example.ids, example.mask)))
+            continue
+        nothing = np.zeros(len(example.prompt_ids), dtype=bool)
+        for name, ids, mask in (
+            ("chosen", example.chosen_ids, example.chosen_mask),
+            ("rejected", example.rejected_ids, example.rejected_mask),
+        ):
+            whole = np.concatenate([example.prompt_ids, ids])
+            shown.append(
+                (f"{example.where}, prompt and {name}:", spans(tokenizer, whole, np.concatenate([nothing, mask])))
+            )
+    return shown
+
+
+def spans(tokenizer: Any, ids: Sequence[int] | np.ndarray, mask: Sequence[bool] | np.ndarray) -> Spans:
+    """Runs of equal supervision as text. Each is what it adds to the text before it: tokens alone decode otherwise."""
+    ids, mask = list(map(int, ids)), list(map(bool, mask))
+    left = max(0, len(ids) - SHOWN_TOKENS)
+    ids, mask = ids[:SHOWN_TOKENS], mask[:SHOWN_TOKENS]
+    result: Spans = []
+    before, end = "", 0
+    for supervised, run in groupby(mask):
+        end += len(list(run))
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        same = next((i for i, (a, b) in enumerate(zip(before, text)) if a != b), min(len(before), len(text)))
+        result.append((text[same:], supervised))
+        before = text
+    if left:
+        result.append((f"\n… {left:,} more tokens", False))
+    return result
