@@ -49,7 +49,9 @@ def smol_folder(tmp_path_factory) -> Path:
     from zephyr_lite.demo.base import find_gguf
 
     folder, file = tmp_path_factory.mktemp("smol"), find_gguf()
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # transformers 5.17 reads <|im_start|> out of the file
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -242,6 +244,9 @@ def test_llama3_with_its_tokens(tiny):
     ids, mask = template.encode(turns("Hi", " Hello "))
     assert tiny.decode(ids[mask]) == "Hello<|eot_id|>"
     assert template.end_token_ids == [tiny.convert_tokens_to_ids("<|eot_id|>")] != [tiny.eos_token_id]
+    assert template.notes == [
+        "chat template llama3: answers end with <|eot_id|>, which is not the tokenizer's eos </s>"
+    ]
 
 
 def test_typed_control_tokens_forge_no_turn(template):

@@ -160,11 +160,7 @@ def test_a_row_of_another_schema_is_dropped_and_named(tmp_path):
     rows = load(write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}, {"text": "once"}]))
     assert rows.dropped == {"messages is empty": [f"{tmp_path}/a.jsonl row 2"]}
     path = write(tmp_path / "b.jsonl", [{"messages": turns("Hi", "Hello")}, {"messages": "once"}])
-    if int(datasets.__version__.split(".")[0]) >= 5:  # reads columns of several types
-        assert load(path).dropped == {"messages is text, not a list of turns": [f"{tmp_path}/b.jsonl row 2"]}
-    else:
-        with pytest.raises(UserError, match="line 2"):
-            load(path)
+    assert load(path).dropped == {"messages is text, not a list of turns": [f"{tmp_path}/b.jsonl row 2"]}
 
 
 def test_a_conversation_that_ends_with_the_user_is_cut_and_counted(tmp_path):

@@ -310,6 +310,9 @@ def resolve_template(choice: str, tokenizer: Any) -> ChatTemplate:
         elif bos_ids != 1:
             raise UserError(f"{what}: writes BOS {bos_ids} times in one conversation.", "It must stand once, first.")
     template.bos_token_id = tokenizer.bos_token_id if adds_bos else None
+    if tokenizer.eos_token_id not in template.end_token_ids:
+        ends = ", ".join(tokenizer.convert_ids_to_tokens(template.end_token_ids))
+        notes.append(f"{what}: answers end with {ends}, which is not the tokenizer's eos {tokenizer.eos_token}")
     template.notes = notes
     return template
 
