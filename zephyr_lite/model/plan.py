@@ -78,9 +78,12 @@ def make_plan(
 
 def kept_bytes(config: Any, dtype: torch.dtype, keep: Keep) -> int:
     """Bytes a token that one forward pass leaves for its backward pass, adapters' small products aside."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    # engine trl takes families whose configurations lack some of these names
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    queries, keys = config.num_attention_heads * head_dim, key_heads * head_dim
     if keep == "input":
         floats = hidden
     else:

@@ -22,7 +22,15 @@ from ..errors import UserError
 from ..model.adapters import AdapterStack, resolve_frozen_names
 from ..model.decoder import Decoder
 from ..model.load import Base, fetch_base, fingerprint, load_base, load_tokenizer, read_model_config
-from ..model.peft_files import AdapterFile, adapter_sha256, compose, fetch_adapter, read_adapter, write_adapter
+from ..model.peft_files import (
+    AdapterFile,
+    LoraWeights,
+    adapter_sha256,
+    compose,
+    fetch_adapter,
+    read_adapter,
+    write_adapter,
+)
 from ..model.plan import Plan, make_plan
 from ..rundir import StageDir, folder_aside, newest_run, write_text
 from .loop import Outcome, step_schedule
@@ -146,11 +154,12 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
     base = load_base(config)
     stack = AdapterStack(base.model)
-    for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
-        stack.add_frozen(name, adapter)
-    stack.add_trainable(
-        config.stage, r=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules, seed=config.seed
-    )
+    if config.engine == "fused":  # the baselines attach theirs by themselves, to any architecture
+        for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
+            stack.add_frozen(name, adapter)
+        stack.add_trainable(
+            config.stage, r=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules, seed=config.seed
+        )
     longest = int(max(data.lengths.max(), eval_data.lengths.max() if eval_data else 0))
     plan = make_plan(base.model.config, base.dtype, base.device, longest, config.memory)
     if before is not None:
@@ -159,7 +168,8 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         say(line)
     per_epoch, total = step_schedule(config, len(data.rows))
     parameters = sum(p.numel() for p in stack.parameters().values())
-    say(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all; {parameters:,} parameters are trained")
+    trained = f"; {parameters:,} parameters are trained" if parameters else ""
+    say(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all{trained}")
     info = before or {
         "method": method,
         "stage": config.stage,
@@ -180,9 +190,15 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     return Stage(method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info)
 
 
-def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print) -> None:
-    """Write what people load: the stage's own adapter, the whole chain as one, the tokenizer; then mark it complete."""
-    own = stage.stack.weights(stage.config.stage)
+def close_stage(
+    stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[str, LoraWeights] | None = None
+) -> None:
+    """Write what people load: the stage's own adapter, the whole chain as one, the tokenizer; then mark it complete.
+
+    Args:
+        own: the trained adapter's weights, where another engine holds them; None: the stack's.
+    """
+    own = stage.stack.weights(stage.config.stage) if own is None else own
     shared = {"base_model_name": stage.config.model_name_or_path}
     extra = {"revision": stage.config.model_revision}
     if stage.frozen:
