@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,12 +35,12 @@ Config = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Print the resolved plan, the first row and the first step's time; keep nothing."),
+    typer.Option("--dry-run", help="Print the plan, the first row and the first step's time; keep nothing."),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 
 
-class Onto(str, Enum):
+class Onto(StrEnum):
     """What the adapters are merged onto."""
 
     base = "base"
@@ -95,14 +95,14 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help="The model folder to make.")],
     run: Annotated[Path | None, typer.Option("--run", help="A run's folder; the newest one by default.")] = None,
     stage: Annotated[
-        str | None, typer.Option("--stage", help="A stage of the run; the last complete one by default.")
+        str | None, typer.Option("--stage", help="A stage of it; the last complete one by default.")
     ] = None,
     onto: Annotated[
-        Onto, typer.Option("--onto", help="base: the 16-bit base. nf4: what 4-bit training saw of it.")
+        Onto, typer.Option("--onto", help="base: in 16 bits. nf4: what 4-bit training saw of it.")
     ] = Onto.base,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="Instead of a run: a folder or hub id; again for the next one up."),
+        typer.Option("--adapter", help="Instead of a run: a folder or hub id; again for the next."),
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="With --adapter: the base they belong on.")] = None,
     adapter_only: Annotated[
@@ -111,7 +111,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge in the folder.")] = False,
     check: Annotated[
         bool,
-        typer.Option("--check/--no-check", help="Compare merged and live log-probabilities on a few rows afterwards."),
+        typer.Option("--check/--no-check", help="Compare merged and live log-probabilities on a few rows."),
     ] = True,
     verbose: Verbose = False,
 ) -> None:
@@ -199,12 +199,10 @@ def _cure(error: Exception) -> UserError | None:
     if type(error).__name__ == "OutOfMemoryError":
         return UserError(
             f"the card's memory is full: {' '.join(str(error).split())[:200]}",
-            "Close what else runs on it, or set max_length lower, memory.keep=input, memory.micro_tokens=N, or lora_r lower.",
+            "Close what else runs on it, lower max_length or lora_r, set memory.keep=input or memory.micro_tokens=N.",
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return UserError(
-            f"the disk is full: {error}", "Free some space; the same command goes on from the last checkpoint."
-        )
+        return UserError(f"the disk is full: {error}", "Free some; the same command goes on from the last checkpoint.")
     return None
 
 

@@ -7,6 +7,7 @@ other unknown key is refused, with the nearest known one. Nothing else in the pr
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class MemorySpec(BaseModel):
 
 
 class RunConfig(BaseModel):
-    """The keys of one stage. Defaults are the published recipe's; ``dpo`` changes some of them (see ``DPO_DEFAULTS``)."""
+    """The keys of one stage. Defaults are the published recipe's; ``dpo`` changes some (see ``DPO_DEFAULTS``)."""
 
     model_config = ConfigDict(extra="forbid", validate_default=False)
 
@@ -370,7 +371,7 @@ def _rename(values: dict[str, Any], where: str, notes: list[str]) -> dict[str, A
 
 
 def _rename_dataset(values: dict[str, Any], result: dict[str, Any], notes: list[str]) -> None:
-    """``dataset_name`` + splits, or the handbook's ``dataset_mixer`` {path: share} + ``dataset_splits`` [train, test]."""
+    """``dataset_name`` + splits, or the handbook's ``dataset_mixer`` {path: share} + ``dataset_splits``."""
     mixer, splits = values.pop("dataset_mixer", None), values.pop("dataset_splits", None)
     train_split, test_split = values.pop("dataset_train_split", None), values.pop("dataset_test_split", None)
     hub_config = values.pop("dataset_config", None)
@@ -421,10 +422,8 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
         except yaml.YAMLError:
             value = text
         if isinstance(value, str):  # YAML 1.1 reads 5e-6 as a word
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value) if any(c.isdigit() for c in value) else value
-            except ValueError:
-                pass
         result.append((key, value))
     return result
 

@@ -1,4 +1,4 @@
-"""What the commands print: lines in colour in a terminal, the same lines plain in a pipe. Nothing here imports torch."""
+"""What the commands print: lines in colour in a terminal, plain in a pipe. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Console:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         self.err.print(Text.assemble(("failed: ", "bold red"), what))
         self.err.print(
-            Text("This is our fault, not yours. Please report it, with what --verbose shows after the same command.")
+            Text("This is our fault, not yours. Please report it, with what the command shows with --verbose.")
         )
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:

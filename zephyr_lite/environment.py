@@ -17,7 +17,8 @@ from . import __version__
 from .needs import GB, MISTRAL
 
 PACKAGES = (
-    "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors", "trl", "triton", "unsloth",
+    "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors", "trl", "triton",
+    "unsloth",
 )  # fmt: skip
 # Mistral in 16 bits, both data sets as they come and converted, and a merged model
 RECIPE_DISK = 40 * GB
@@ -60,7 +61,8 @@ def survey() -> list[Finding]:
 def _system() -> Finding:
     system = platform.system()
     wsl = system == "Linux" and "microsoft" in platform.release().lower()
-    found = f"zephyr-lite {__version__}, Python {platform.python_version()}, {system}{' (WSL2)' if wsl else ''} {platform.machine()}"
+    kind = f"{system}{' (WSL2)' if wsl else ''} {platform.machine()}"
+    found = f"zephyr-lite {__version__}, Python {platform.python_version()}, {kind}"
     if system == "Windows":
         return Finding("system", found, "Supported are Linux and WSL2; run it inside WSL2.")
     return Finding("system", found)
@@ -86,8 +88,8 @@ def _torch() -> Finding:
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         driver = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
         found = (
-            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute capability {card.major}.{card.minor}, {driver}; "
-            f"computes in {dtype}"
+            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute capability {card.major}.{card.minor}, {driver}"
+            f"; computes in {dtype}"
         )
         cure = ""
         if (card.major, card.minor) < (8, 0):
@@ -100,10 +102,10 @@ def _torch() -> Finding:
         return Finding(
             "GPU",
             found,
-            "There is an NVIDIA card, and torch is a CPU build or too new for the driver: install a CUDA build.",
+            "There is an NVIDIA card; torch is a CPU build, or too new for the driver: install a CUDA build.",
         )
     return Finding(
-        "GPU", found, "Small models train here (`zephyr-lite demo`); Mistral-7B needs an NVIDIA card with 12 GB."
+        "GPU", found, "Small models train here (`zephyr-lite demo`); Mistral-7B wants an NVIDIA card of 12 GB."
     )
 
 
@@ -139,9 +141,7 @@ def _quantization() -> Finding:
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     error = (dequantize_4bit(packed, state) - weight).abs().max().item()
     if not error < 0.2:
-        return Finding(
-            "4 bits", f"bitsandbytes on {device.type} is wrong by {error:.2g}", "Install bitsandbytes again."
-        )
+        return Finding("4 bits", f"bitsandbytes is wrong by {error:.2g} on {device.type}", "Install it again.")
     return Finding("4 bits", f"bitsandbytes quantizes and dequantizes on {device.type}")
 
 
@@ -150,9 +150,7 @@ def _token() -> Finding:
 
     if get_token():
         return Finding("hub token", "there is one")
-    return Finding(
-        "hub token", "none", "Only gated models need one: `hf auth login`, or the environment variable HF_TOKEN."
-    )
+    return Finding("hub token", "none", "Only gated models need one: `hf auth login`, or set HF_TOKEN.")
 
 
 def _gate() -> Finding:
@@ -164,9 +162,7 @@ def _gate() -> Finding:
     if isinstance(try_to_load_from_cache(MISTRAL, "config.json"), str):
         return Finding("base", f"{MISTRAL} is in the hub's cache")
     if HF_HUB_OFFLINE:
-        return Finding(
-            "base", f"{MISTRAL} is not in the hub's cache, and HF_HUB_OFFLINE is set", "Unset it to download."
-        )
+        return Finding("base", f"{MISTRAL} is not in the hub's cache; HF_HUB_OFFLINE is set", "Unset it to download.")
     pool = ThreadPoolExecutor(max_workers=1)
     try:
         pool.submit(HfApi().auth_check, MISTRAL).result(timeout=HUB_SECONDS)
@@ -202,7 +198,7 @@ def _disk() -> Finding:
         return Finding(
             "disk",
             found,
-            f"The whole recipe with a merged model wants {RECIPE_DISK / GB:.0f} GB; HF_HOME moves the cache.",
+            f"The recipe and its merged model want {RECIPE_DISK / GB:.0f} GB; HF_HOME moves the cache.",
         )
     return Finding("disk", found)
 

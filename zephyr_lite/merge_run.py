@@ -1,4 +1,4 @@
-"""What ``zephyr-lite merge`` does: find the chain, merge it, and ask the merged folder and the live stack the same rows."""
+"""What ``zephyr-lite merge`` does: find the chain, merge it, compare the merged folder with the live stack."""
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ def run_merge(
     if adapters and (run is not None or stage is not None):
         raise UserError("--adapter names the chain itself; --run and --stage name one too.", "Give one or the other.")
     if base is not None and not adapters:
-        raise UserError(
-            "--base goes with --adapter; a run knows its own base.", "Leave --base out, or name the adapters."
-        )
+        raise UserError("--base goes with --adapter; a run knows its own.", "Leave --base out, or name the adapters.")
     chain = chain_of_adapters(list(adapters), base) if adapters else chain_of_run(run, stage=stage)
     name = chain.base["name_or_path"]
     where = f"{chain.run}, stage {chain.stage}" if chain.run is not None else "explicit adapters"
@@ -104,7 +102,7 @@ def run_merge(
     say(difference.line())
     if onto == "base" and chain.base.get("load_in_4bit", True):
         say(
-            "(live is in 4 bits, merged is not: most of this is the base's rounding; --onto nf4 keeps what training saw)"
+            "(live is in 4 bits, merged is not: this is mostly the base's rounding; --onto nf4 keeps what training saw)"
         )
     return difference
 

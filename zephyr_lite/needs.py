@@ -86,14 +86,12 @@ def needs_lines(method: Method, config: RunConfig) -> list[str]:
             + ", ".join(f"{card} {duration(seconds)}" for card, seconds in hours.items())
         )
         if not torch.cuda.is_available():
-            lines.append(
-                "  on a CPU this takes months; `zephyr-lite demo` runs the same recipe on a small model in minutes"
-            )
+            lines.append("  on a CPU this takes months; `zephyr-lite demo` runs the recipe on a small model in minutes")
     return lines
 
 
 def memory_bytes(method: Method, config: RunConfig, shape: Any) -> int:
-    """Base, adapter with its gradient and optimizer, and what one example (a pair: two) of ``max_length`` keeps, plus slack."""
+    """Base, adapter with gradient and optimizer, what one example (a pair: two) of ``max_length`` keeps, and slack."""
     linear, other = _weights(shape)
     base = int(linear * (0.516 if config.load_in_4bit and config.bnb_4bit_use_double_quant else 0.5625))
     if not config.load_in_4bit:

@@ -1,0 +1,468 @@
+"""The commands from outside: exit codes, what is said, and that bad input names its place and its cure."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from zephyr_lite import cli
+from zephyr_lite.console import Console, duration, metrics_line
+from zephyr_lite.errors import UserError
+from zephyr_lite.needs import needs_lines
+
+from .conftest import CONVERSATIONS, make_model, make_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def invoke(capsys, tmp_path, monkeypatch):
+    """Run a command in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = cli.run([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(invoke, tmp_path):
+    """A command that must end with exit code 2, a message that names what is asked for, and nothing half-written."""
+
+    def run(*words: object, says: tuple[str, ...]) -> str:
+        before = files_of_runs(tmp_path)
+        code, out, err = invoke(*words)
+        assert code == 2, out + err
+        assert err.startswith("error: ") and "Traceback" not in out + err
+        for text in says:
+            assert text in err, err
+        assert files_of_runs(tmp_path) == before
+        return out + err
+
+    return run
+
+
+def files_of_runs(folder: Path) -> set[Path]:
+    return {p for p in folder.rglob("*") if "runs" in p.parts and p.is_file()}
+
+
+def rows_file(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(contents)]
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """As conftest's, with rows of whole NF4 blocks: bitsandbytes' AVX-512 kernel mixes up the scales of others."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model(intermediate_size=192).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def sft_words(tiny_base, chat_rows):
+    return [
+        "sft",
+        f"model_name_or_path={tiny_base}",
+        f"dataset={chat_rows}",
+        "max_length=128",
+        "batch_size=4",
+        "lora_r=4",
+    ]
+
+
+@pytest.fixture
+def dpo_words(tiny_base, pair_rows):
+    return [
+        "dpo", f"model_name_or_path={tiny_base}", f"dataset={pair_rows}", "max_length=128", "max_prompt_length=64",
+        "batch_size=4", "lora_r=4", "max_steps=2",
+    ]  # fmt: skip
+
+
+def other(words: list[str], **changes: object) -> list[str]:
+    """The words with some keys changed."""
+    return [w for w in words if w.split("=")[0] not in changes] + [f"{k}={v}" for k, v in changes.items()]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny_base, chat_rows, pair_rows) -> Path:
+    """A folder with runs/t, both stages complete. Tests work on copies."""
+    folder = tmp_path_factory.mktemp("finished")
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        common = ["max_length=128", "batch_size=4", "lora_r=4", "max_steps=2", "learning_rate=1e-2"]
+        sft = ["sft", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", "output_dir=runs/t", *common]
+        assert cli.run(sft) == 0
+        assert (
+            cli.run(["dpo", f"dataset={pair_rows}", f"eval_dataset={pair_rows}", *common, "max_prompt_length=64"]) == 0
+        )
+    finally:
+        os.chdir(here)
+    return folder
+
+
+@pytest.fixture
+def runs(finished, tmp_path) -> Path:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    return tmp_path / "runs" / "t"
+
+
+# -- help, version, usage ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], ["sft"], ["dpo"], ["merge"], ["demo"], ["env"]])
+def test_help(invoke, command):
+    code, out, _ = invoke(*command, "--help")
+    assert code == 0 and "Usage: zephyr-lite" in out
+
+
+def test_help_imports_nothing_heavy_and_the_module_runs():
+    heavy = "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    code = f"import sys, zephyr_lite.cli as c; c.run(['sft', '--help']); {heavy}"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert out.strip().endswith("[]")
+    module = [sys.executable, "-m", "zephyr_lite", "--version"]
+    assert subprocess.run(module, capture_output=True, text=True, cwd=ROOT, check=True).stdout.startswith(
+        "zephyr-lite 0."
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [["sfft"], ["merge"], ["merge", "--out", "x", "--onto", "y"], ["demo", "--no-such"], []]
+)
+def test_wrong_usage_ends_with_2(invoke, words):
+    code, out, err = invoke(*words)
+    assert code == 2 and "Traceback" not in out + err
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unexpected_error_is_ours(invoke, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("[bold]a [/wrong] thing")
+
+    monkeypatch.setattr("zephyr_lite.environment.survey", broken)
+    code, out, err = invoke("env")
+    assert code == 1 and "[bold]a [/wrong] thing" in err and "our fault" in err and "--verbose" in err
+    assert "Traceback" not in out + err
+    code, _, err = invoke("env", "--verbose")
+    assert code == 1 and "Traceback" in err
+
+
+def test_user_errors_show_their_traceback_on_request_only(invoke):
+    code, _, err = invoke("sft", "nonsense=1", "--verbose")
+    assert code == 2 and "Traceback" in err and "no key 'nonsense'" in err
+
+
+def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zephyr_lite.environment.survey", interrupted)
+    assert invoke("env")[0] == 130
+
+
+def test_a_full_card_and_a_full_disk_are_said(invoke, monkeypatch):
+    def full():
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("zephyr_lite.environment.survey", full)
+    code, _, err = invoke("env")
+    assert code == 2 and "max_length" in err
+
+    def no_space():
+        raise OSError(28, "No space left on device", "runs/x")
+
+    monkeypatch.setattr("zephyr_lite.environment.survey", no_space)
+    code, _, err = invoke("env")
+    assert code == 2 and "runs/x" in err
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_key(refused):
+    refused("sft", "--learning-rat", "1", says=("learning_rat", "Did you mean 'learning_rate'?"))
+
+
+def test_a_missing_file(refused, sft_words):
+    refused(*other(sft_words, dataset="nowhere/rows.jsonl"), says=("nowhere/rows.jsonl", "no such file"))
+
+
+def test_a_missing_configuration(refused):
+    refused("sft", "--config", "mine.yaml", says=("mine.yaml", "zephyr-7b/overnight-sft"))
+
+
+def test_an_empty_file(refused, sft_words, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    refused(*other(sft_words, dataset="rows.jsonl"), says=("rows.jsonl", "empty"))
+
+
+def test_rows_of_another_schema(refused, sft_words, dpo_words, tmp_path, pair_rows, chat_rows):
+    rows_file(tmp_path / "rows.jsonl", [{"title": "a", "body": "b"}])
+    refused(*other(sft_words, dataset="rows.jsonl"), says=("rows.jsonl", "title", "columns:"))
+    refused(*other(sft_words, dataset=pair_rows), says=("chosen", "sft needs"))
+    refused(*other(dpo_words, dataset=chat_rows, adapters="none"), says=("messages", "dpo needs"))
+
+
+def test_broken_json(refused, sft_words, tmp_path):
+    good = {"messages": turns("a", "b")}
+    rows_file(tmp_path / "rows.jsonl", [good, good, '{"messages": [', good])
+    refused(*other(sft_words, dataset="rows.jsonl"), says=("rows.jsonl line 3", "Mend"))
+
+
+def test_chosen_equal_to_rejected(refused, dpo_words, tmp_path):
+    rows_file(tmp_path / "rows.jsonl", [{"prompt": "q", "chosen": "same", "rejected": "same"}] * 2)
+    words = other(dpo_words, dataset="rows.jsonl", adapters="none")
+    refused(*words, says=("chosen", "rejected", "rows.jsonl row 1"))
+
+
+def test_one_pair_of_equals_does_not_stop_a_run(invoke, dpo_words, tmp_path):
+    rows = [{"prompt": q, "chosen": a, "rejected": "No."} for q, a in CONVERSATIONS[:3]]
+    rows_file(tmp_path / "rows.jsonl", [*rows, {"prompt": "q", "chosen": "same", "rejected": "same"}])
+    code, out, err = invoke(*other(dpo_words, dataset="rows.jsonl", adapters="none", output_dir="runs/x", max_steps=1))
+    assert code == 0, err
+    assert "left out" in out and "rows.jsonl row 4" in out
+    dropped = json.loads((tmp_path / "runs/x/dpo/stage.json").read_text())["data"]["dropped"]
+    assert sum(entry["count"] for entry in dropped.values()) == 1
+
+
+def test_conversations_that_end_with_the_user(invoke, refused, sft_words, tmp_path):
+    rows_file(tmp_path / "all.jsonl", [{"messages": turns("only a question")}] * 2)
+    refused(*other(sft_words, dataset="all.jsonl"), says=("all.jsonl row 1",))
+    rows_file(tmp_path / "some.jsonl", [{"messages": turns("a", "b", "c")}, {"messages": turns("a", "b")}])
+    code, out, _ = invoke(*other(sft_words, dataset="some.jsonl"), "--dry-run")
+    assert code == 0 and "some.jsonl row 1" in out
+
+
+def test_a_split_that_does_not_exist(refused, sft_words, tmp_path, chat_rows):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train_sft", "test_sft"):
+        shutil.copy(chat_rows, folder / f"{split}.jsonl")
+    refused(*other(sft_words, dataset="{path: set, split: train}"), says=("no split 'train'", "test_sft, train_sft"))
+    refused(*other(sft_words, dataset="set"), says=("which split", "test_sft"))
+
+
+def test_a_prompt_longer_than_the_budget(invoke, refused, dpo_words, tmp_path):
+    long = {"prompt": "word " * 300, "chosen": "yes", "rejected": "no, no"}
+    rows = [{"prompt": q, "chosen": a, "rejected": "No."} for q, a in CONVERSATIONS[:3]]
+    rows_file(tmp_path / "some.jsonl", [*rows, long])
+    # cut on the left where the budget leaves room for a response …
+    words = other(dpo_words, dataset="some.jsonl", adapters="none")
+    code, out, _ = invoke(*words, "--dry-run")
+    assert code == 0 and "prompt's left" in out
+    # … dropped and counted where it does not, and refused where nothing is left
+    code, out, err = invoke(*other(words, max_prompt_length=128), "--dry-run")
+    assert code == 0, err
+    assert "left out" in out and "some.jsonl row 4" in out
+    rows_file(tmp_path / "all.jsonl", [long])
+    refused(*other(words, dataset="all.jsonl", max_prompt_length=128), says=("all.jsonl row 1", "max_length"))
+
+
+def test_an_output_folder_that_is_not_ours(refused, sft_words, tmp_path):
+    (tmp_path / "mine" / "sft").mkdir(parents=True)
+    (tmp_path / "mine" / "sft" / "thesis.txt").write_text("years of work")
+    refused(*sft_words, "output_dir=mine", says=("mine/sft", "thesis.txt", "output_dir"))
+    assert [p.name for p in (tmp_path / "mine" / "sft").iterdir()] == ["thesis.txt"]
+
+
+def test_an_adapter_of_another_base(refused, dpo_words, runs, tmp_path):
+    make_model(hidden_size=32, num_attention_heads=2, num_key_value_heads=1).save_pretrained(tmp_path / "small")
+    make_tokenizer(tmp_path / "small")
+    # its shapes say so, where nothing else is known of the adapter
+    shutil.copytree(runs / "sft" / "adapter", tmp_path / "foreign")
+    words = other(dpo_words, model_name_or_path="small")
+    refused(*words, "output_dir=runs/u", "adapters=foreign", says=("foreign", "another base"))
+    # a run of ours knows its base, whatever the shapes
+    make_model(seed=5, intermediate_size=192).save_pretrained(tmp_path / "twin")
+    make_tokenizer(tmp_path / "twin")
+    words = other(dpo_words, model_name_or_path="twin")
+    refused(*words, "output_dir=runs/u", "adapters=runs/t/sft/adapter", says=("runs/t/sft/adapter", "another model"))
+
+
+def spoil(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] + 1}, file)
+
+
+def test_a_chain_whose_hash_does_not_match(refused, dpo_words, runs):
+    spoil(runs / "sft" / "adapter")
+    words = [w for w in dpo_words if not w.startswith("model_name")]
+    refused(*words, "output_dir=runs/t", "stage=again", says=("sft/adapter", "Restore"))
+    refused("merge", "--out", "model", says=("sft/adapter", "Restore"))
+    assert not Path("model").exists()
+
+
+def test_dpo_without_a_stage_below(refused, dpo_words):
+    refused(*dpo_words, "output_dir=runs/new", says=("runs/new", "zephyr-lite sft", "adapters=none"))
+
+
+def test_a_bin_checkpoint_is_not_read(refused, sft_words, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"pickle")
+    refused(*other(sft_words, model_name_or_path="./old"), says=("pytorch_model.bin", "safetensors"))
+
+
+# -- what goes well ----------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_shows_the_plan_a_row_and_a_step_and_leaves_nothing(invoke, sft_words, dpo_words, tmp_path):
+    code, out, err = invoke(*sft_words, "--dry-run")
+    assert code == 0, err
+    for text in ("lora_r: 4", "tokens at once", "⟦", "</s>⟧", "first step: loss", "nothing was written"):
+        assert text in out
+    code, out, err = invoke(*dpo_words, "adapters=none", "precompute_ref_log_probs=true", "--dry-run")
+    assert code == 0, err
+    assert "first step: loss 0.6931" in out and "prompt and rejected:" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_beside_a_finished_run_changes_nothing(invoke, dpo_words, runs):
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*")}
+    words = [w for w in dpo_words if not w.startswith("model_name")]
+    assert invoke(*words, "stage=again", "--dry-run")[0] == 0
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*")} == before
+
+
+def test_a_finished_stage_says_what_comes_next(invoke, sft_words, runs):
+    code, out, _ = invoke(*sft_words, "output_dir=runs/t")
+    assert code == 0 and "complete already" in out and "zephyr-lite dpo" in out
+
+
+def test_dpo_continues_the_newest_run(invoke, runs, pair_rows):
+    shutil.rmtree(runs / "dpo")
+    code, out, err = invoke(
+        "dpo",
+        f"dataset={pair_rows}",
+        "max_length=128",
+        "max_prompt_length=64",
+        "max_steps=1",
+        "lora_r=4",
+        "batch_size=4",
+    )
+    assert code == 0, err
+    assert "continuing runs/t" in out and "step 1/1  loss 0.6931" in out and "zephyr-lite merge" in out
+    assert (runs / "dpo" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("onto", ["base", "nf4"])
+def test_merge_compares_with_the_live_stack(invoke, runs, tmp_path, onto):
+    code, out, err = invoke("merge", "--out", "model", "--onto", onto)
+    assert code == 0, err
+    assert "runs/t, stage dpo" in out and "merged against live" in out
+    mean = float(out.split("mean |Δ log p| ")[1].split(",")[0])
+    # onto what training saw, only float32 sums in another order remain; the 16-bit base differs by NF4's rounding
+    assert mean < 1e-4 if onto == "nf4" else mean > 1e-3
+    code, _, err = invoke("merge", "--out", "model")
+    assert code == 2 and "--overwrite" in err
+    assert invoke("merge", "--out", "model", "--overwrite", "--no-check")[0] == 0
+
+
+def test_merge_of_explicit_adapters_and_as_one_adapter(invoke, refused, runs, tiny_base, tmp_path):
+    chain = ["--adapter", "runs/t/sft/adapter", "--adapter", "runs/t/dpo/delta", "--base", tiny_base]
+    code, out, err = invoke("merge", "--out", "model", "--onto", "nf4", *chain)
+    assert code == 0 and "merged against live" in out, err
+    code, out, err = invoke("merge", "--out", "adapter", "--adapter-only", "--run", "runs/t")
+    assert code == 0 and (tmp_path / "adapter" / "adapter_config.json").is_file(), err
+    refused("merge", "--out", "x", "--run", "runs/t", *chain, says=("--run",))
+    refused("merge", "--out", "x", "--base", tiny_base, says=("--adapter",))
+    refused("merge", "--out", "x", "--run", "runs/none", says=("runs/none", "no such run"))
+
+
+def test_merge_refuses_a_folder_that_is_not_ours(refused, runs, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("years of work")
+    refused("merge", "--out", "model", "--overwrite", says=("model", "thesis.txt"))
+
+
+def test_merge_where_the_base_changed_since(refused, runs, tmp_path):
+    info = json.loads((runs / "dpo" / "stage.json").read_text())
+    info["base"]["fingerprint"] = "0" * 64
+    (runs / "dpo" / "stage.json").write_text(json.dumps(info))
+    refused("merge", "--out", "model", says=("not the model", "trained on"))
+
+
+def test_the_survey_never_fails_and_never_shows_the_token(invoke, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    code, out, _ = invoke("env")
+    assert code == 0
+    for name in ("system:", "packages:", "GPU:", "attention:", "hub token:", "disk:", "demo:"):
+        assert name in out
+    assert "secret" not in out and "there is one" in out
+
+
+def test_the_demo_says_what_it_found(invoke, monkeypatch):
+    from types import SimpleNamespace
+
+    from zephyr_lite.demo import run
+
+    standing = SimpleNamespace(loss=1.5, preference_accuracy=0.5, dodging=0.25, answers=["[one]", "two", "three"])
+    result = SimpleNamespace(standings={"base": standing, "DPO": standing}, reward_accuracy=0.8, seconds={"sft": 61.0})
+    monkeypatch.setattr(run, "run_demo", lambda out, **options: result)
+    code, out, err = invoke("demo")
+    assert code == 0, err
+    assert "[one]" in out and "1.500" in out and "25%" in out and "0.80" in out
+
+
+def test_what_the_recipe_will_take_is_said_first(invoke, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    code, out, err = invoke("sft", "--config", "zephyr-7b/overnight-sft")
+    assert code == 2 and "mistralai/Mistral-7B-v0.1" in err  # offline here
+    for text in ("download: mistralai/Mistral-7B-v0.1 14.5 GB", "disk:", "memory: about", "RTX 3060", "estimates"):
+        assert text in out
+
+
+@pytest.mark.parametrize("words", [["model_name_or_path=no such place"], ["dataset=some/rows"], ["load_in_4bit=false"]])
+def test_what_is_not_known_is_no_error(words):
+    from zephyr_lite.config import load_config
+
+    assert needs_lines("sft", load_config("sft", None, words).config)
+
+
+# -- the console -------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_plain_and_whole_in_a_pipe(capsys):
+    console = Console()
+    long = "[red]" + "word " * 60 + "[/]"
+    console.say(long)
+    console.user_error(UserError(f"{long}: no", "do this"))
+    captured = capsys.readouterr()
+    assert captured.out == long + "\n"
+    assert captured.err == f"error: {long}: no\ndo this\n"
+
+
+def test_a_row_marks_what_is_supervised(capsys):
+    Console().row("file row 1:", [("<|user|>\nq[/x]", False), ("answer</s>", True)])
+    assert "<|user|>\nq[/x]⟦answer</s>⟧" in capsys.readouterr().out
+
+
+def test_progress_lines():
+    sft = {"loss": 1.23456, "learning_rate": 2e-4, "tokens_per_second": 1234.5, "seconds": 2.0}
+    assert metrics_line(7, 480, sft, 946) == "step   7/480  loss 1.2346  lr 2.00e-04  1,234 tokens/s  16 min left"
+    dpo = {"loss": 0.5, "rewards/accuracies": 0.75, "rewards/margins": 0.2, "pairs_per_second": 1.5}
+    assert metrics_line(1, 2, dpo) == "step 1/2  loss 0.5000  accuracy 0.750  margin 0.2000  1.50 pairs/s"
+    evaluation = {"eval_loss": 0.4, "eval_rewards/accuracies": 0.7}
+    assert metrics_line(2, 2, evaluation) == "step 2/2  held-out  loss 0.4000  accuracy 0.700"
+    assert [duration(s) for s in (3, 600, 4800, 40000, 300000)] == ["3 s", "10 min", "80 min", "11 h", "3.5 days"]
