@@ -57,7 +57,7 @@ def tiny_config(kind: str = "mistral", **changes):
     settings = {
         "vocab_size": 448,
         "hidden_size": 64,
-        "intermediate_size": 160,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

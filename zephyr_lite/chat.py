@@ -11,9 +11,9 @@ from .config import RunConfig
 from .data.chat import ChatTemplate, resolve_template
 from .errors import UserError
 from .model.adapters import AdapterStack, resolve_frozen_names
+from .model.chain import chain_of_run
 from .model.load import load_base, load_tokenizer
-from .model.peft_files import fetch_adapter, read_adapter
-from .rundir import STAGE_FILE, StageDir, newest_run
+from .rundir import STAGE_FILE, newest_run
 
 Message = dict[str, str]
 
@@ -94,11 +94,8 @@ def load_chat(source: str | Path | None = None) -> Chat:
     if (path / "config.json").is_file():
         base = load_base(RunConfig(model_name_or_path=str(path), load_in_4bit=False))
         return Chat(AdapterStack(base.model), resolve_template("auto", base.tokenizer), base.dtype)
-    stage = _stage_of(path)
-    info = stage.info()
-    if info is None or info.get("status") != "complete":
-        raise UserError(f"{stage.path}: is not a finished stage.", "Finish it by running the same command again.")
-    described = info["base"]
+    chain = chain_of_run(path.parent, stage=path.name) if (path / STAGE_FILE).is_file() else chain_of_run(path)
+    described = chain.base
     base = load_base(
         RunConfig(
             model_name_or_path=described["name_or_path"],
@@ -108,19 +105,7 @@ def load_chat(source: str | Path | None = None) -> Chat:
         )
     )
     stack = AdapterStack(base.model)
-    below = [stage.run / entry["path"] for entry in info["adapters"]]
-    chain = [path if path.is_dir() else fetch_adapter(entry["path"]) for path, entry in zip(below, info["adapters"])]
-    chain.append(stage.path / info["own"]["path"])
-    for name, path in zip(resolve_frozen_names(chain), chain):
-        stack.add_frozen(name, read_adapter(path))
-    return Chat(stack, resolve_template("auto", load_tokenizer(stage.adapter)), base.dtype)
-
-
-def _stage_of(path: Path) -> StageDir:
-    if (path / STAGE_FILE).is_file():
-        return StageDir(path)
-    stages = sorted(path.glob(f"*/{STAGE_FILE}"), key=lambda p: p.stat().st_mtime_ns)
-    complete = [StageDir(p.parent) for p in stages if StageDir(p.parent).complete()]
-    if not complete:
-        raise UserError(f"{path}: holds neither a finished stage nor a model.", "Name a run, a stage or a model's folder.")
-    return complete[-1]
+    for name, adapter in zip(resolve_frozen_names([a.path for a in chain.adapters]), chain.adapters):
+        stack.add_frozen(name, adapter)
+    assert chain.tokenizer_from is not None
+    return Chat(stack, resolve_template("auto", load_tokenizer(chain.tokenizer_from)), base.dtype)

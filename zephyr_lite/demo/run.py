@@ -41,12 +41,14 @@ class Standing:
         preference_accuracy: share of held-out pairs whose better answer is the likelier one, by mean log-probability a
             token (the sum would favour the shorter answer).
         dodging: share of its own answers to the held-out prompts that retreat behind being a machine.
+        prefers_dodge: share of the held-out prompts on which a dodging completion is likelier than the best one.
         answers: to the three questions.
     """
 
     loss: float
     preference_accuracy: float
     dodging: float
+    prefers_dodge: float
     answers: list[str]
 
 
@@ -92,6 +94,7 @@ def run_demo(
     if any(out.iterdir()) and not any(StageDir(out / name).info() for name in ("sft", "dpo")) and not (out / "data").exists():
         raise UserError(f"{out} exists and is not a run of the demo.", "Choose another folder with --out.")
     train_pairs, test_pairs = _write_pairs(out / "data", say)
+    dodge_pairs = _write_dodges(out / "data")
     common = [f"model_name_or_path={folder}", f"output_dir={out}"]
     say("[1/4] dSFT: conversations")
     _stage(
@@ -121,7 +124,7 @@ def run_demo(
     for line in merged.lines():
         say(line)
     say("[4/4] answers and held-out rows: base, SFT, DPO")
-    standings = timed("answers", lambda: _standings(out, test_pairs))
+    standings = timed("answers", lambda: _standings(out, test_pairs, dodge_pairs))
     info = StageDir(out / "dpo").info() or {}
     reward_accuracy = info["result"]["evaluations"][-1]["eval_rewards/accuracies"]
     result = DemoResult(standings, reward_accuracy, merged, seconds)
@@ -159,12 +162,28 @@ def _write_pairs(folder: Path, say: Say) -> tuple[Path, Path]:
     return paths[0], paths[1]
 
 
-def _standings(out: Path, test_pairs: Path) -> dict[str, Standing]:
+def _write_dodges(folder: Path) -> Path:
+    """Of the held-out prompts, the best completion against each one that dodges."""
+    path = folder / "test_dodges.jsonl"
+    lines = []
+    for line in FEEDBACK_TEST.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        best = max(row["completions"], key=lambda c: c["overall_score"])
+        for other in row["completions"]:
+            if dodges(other["response"]):
+                pair = {"prompt": row["instruction"], "chosen": best["response"], "rejected": other["response"]}
+                lines.append(json.dumps(pair) + "\n")
+    write_text(path, "".join(lines))
+    return path
+
+
+def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Standing]:
     """Base, SFT and DPO from one loaded base, by its adapters."""
     chat = load_chat(out / "dpo")
     config = RunConfig(max_length=1024)
     conversations = prepare([DatasetSpec(path=str(CONVERSATIONS_TEST))], "sft", config, chat.template, what="held-out")
     pairs = prepare([DatasetSpec(path=str(test_pairs))], "dpo", config, chat.template, what="held-out")
+    dodging = prepare([DatasetSpec(path=str(dodge_pairs))], "dpo", config, chat.template, what="held-out")
     prompts = [json.loads(line)["prompt"] for line in test_pairs.read_text(encoding="utf-8").splitlines()]
     result = {}
     for name, adapters in (("base", []), ("SFT", chat.adapters[:1]), ("DPO", chat.adapters)):
@@ -175,6 +194,7 @@ def _standings(out: Path, test_pairs: Path) -> dict[str, Standing]:
             loss=_loss(decoder, conversations),
             preference_accuracy=_preference_accuracy(decoder, pairs),
             dodging=sum(map(dodges, others)) / len(others),
+            prefers_dodge=1 - _preference_accuracy(decoder, dodging),
             answers=own,
         )
     return result

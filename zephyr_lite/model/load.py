@@ -173,6 +173,12 @@ def load_base(config: RunConfig, *, device: torch.device | None = None) -> Base:
         if isinstance(module, Linear4bit):
             # it would repack the weight in place at the first evaluation, and every later reader would see noise
             module.support_avx512bf16_for_cpu = False
+            if device.type == "cpu" and module.in_features % 64:
+                raise UserError(
+                    f"{folder}: a weight has {module.in_features} input features; on a CPU bitsandbytes gives wrong values "
+                    "for rows that are no multiple of 64.",
+                    "Set load_in_4bit=false, or run it on a GPU.",
+                )
     return Base(
         model=model,
         tokenizer=load_tokenizer(folder),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Checkpoint:
         names = list(self.parameters)
         optimizer = self.optimizer.state_dict()
         for index, state in optimizer["state"].items():
-            for key, value in state.items():
+            for key, value in _flat(state):
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{key}.{names[index]}"] = value.detach().cpu().clone().contiguous()
                 else:
@@ -82,10 +83,10 @@ class Checkpoint:
         for full, tensor in tensors.items():
             if full.startswith("optimizer."):
                 key, name = full.removeprefix("optimizer.").split(".", 1)
-                restored.setdefault(names.index(name), {})[key] = tensor
+                _put(restored.setdefault(names.index(name), {}), key, tensor)
         for key, values in state["optimizer"]["plain"].items():
             for name, value in values.items():
-                restored.setdefault(names.index(name), {})[key] = value
+                _put(restored.setdefault(names.index(name), {}), key, value)
         self.optimizer.load_state_dict(
             {"state": restored, "param_groups": _tuples(state["optimizer"]["param_groups"])}
         )
@@ -108,6 +109,23 @@ class Checkpoint:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(found[name])
+
+
+def _flat(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """bitsandbytes nests its 8-bit state one level deeper; ``outer/inner`` names such an entry."""
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
+def _put(state: dict[str, Any], key: str, value: Any) -> None:
+    """The inverse of ``_flat``, one entry at a time."""
+    *outer, inner = key.split("/")
+    for part in outer:
+        state = state.setdefault(part, {})
+    state[inner] = value
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from ..data.chat import ChatTemplate, resolve_template
 from ..data.prepare import Prepared, prepare
 from ..errors import UserError
 from ..model.adapters import AdapterStack, resolve_frozen_names
+from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
 from ..model.load import Base, fetch_base, fingerprint, load_base, load_tokenizer, read_model_config
 from ..model.peft_files import (
@@ -293,17 +294,7 @@ def _frozen(method: Method, config: RunConfig, stage: StageDir, say: Say) -> lis
             "Run `zephyr-lite sft` first, name an SFT adapter (adapters=[FOLDER]), or set adapters=none to train on the "
             "base itself.",
         )
-    chain = [_resolve(entry["path"], stage.run) for entry in info["adapters"]] + [below.own]
-    hashes = [entry["sha256"] for entry in info["adapters"]] + [info["own"]["sha256"]]
-    adapters = []
-    for path, wanted in zip(chain, hashes):
-        adapter = read_adapter(fetch_adapter(str(path)))
-        if adapter.sha256 != wanted:
-            raise UserError(
-                f"{path}: its content ({adapter.sha256[:12]}) is not what stage sft was finished with ({wanted[:12]}).",
-                "Restore the adapter, or train stage sft again in another output_dir.",
-            )
-        adapters.append(adapter)
+    adapters = chain_of_run(stage.run, stage="sft").adapters
     say(f"the reference is the base with {', '.join(str(a.path) for a in adapters)}")
     return adapters
 
@@ -311,11 +302,6 @@ def _frozen(method: Method, config: RunConfig, stage: StageDir, say: Say) -> lis
 def _relative(path: Path, run: Path) -> str:
     path, run = path.resolve(), run.resolve()
     return str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
-
-
-def _resolve(entry: str, run: Path) -> Path:
-    inside = run / entry
-    return inside if inside.is_dir() else Path(entry)
 
 
 def _same_base(frozen: list[AdapterFile], ours: str, folder: Path) -> None:

@@ -1,0 +1,324 @@
+"""Both stages end to end on a tiny model: the invariants of the loop, the reference, checkpoints and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from zephyr_lite.config import DPO_DEFAULTS, RunConfig, load_config
+from zephyr_lite.errors import UserError
+from zephyr_lite.model.peft_files import read_adapter
+from zephyr_lite.train import loop as loop_file
+from zephyr_lite.train.checkpoint import MetricsLog, prune
+from zephyr_lite.train.dpo import DpoTask, run_dpo
+from zephyr_lite.train.losses import preference_loss
+from zephyr_lite.train.loop import Loop, micro_batches, rows_of_step, step_schedule
+from zephyr_lite.train.setup import StageComplete, open_stage, resolve_run
+from zephyr_lite.train.sft import SftTask, run_sft
+from zephyr_lite.rundir import StageDir
+
+LN2 = 0.6931471805599453
+
+
+def quiet(*args):
+    pass
+
+
+def words(base, out, rows, **changes):
+    settings = {
+        "model_name_or_path": base, "output_dir": out, "dataset.path": rows, "eval_dataset.path": rows,
+        "max_length": 128, "batch_size": 3, "lora_r": 4, "lora_alpha": 8, "learning_rate": 5e-3, "save_steps": 2,
+        "eval_steps": 2, "num_train_epochs": 2, "optim": "adamw_torch", **changes,
+    }  # fmt: skip
+    return [f"{k}={v}" for k, v in settings.items()]
+
+
+def metrics(stage, key="loss"):
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.fixture(scope="module")
+def sft_run(tiny_base, chat_rows, tmp_path_factory):
+    """A run whose SFT stage is complete."""
+    out = tmp_path_factory.mktemp("runs") / "a"
+    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, batch_size=1, lora_dropout=0.1)), say=quiet)
+    return out
+
+
+def dpo_words(tiny_base, run, pair_rows, **changes):
+    return words(tiny_base, run, pair_rows, **{"max_prompt_length": 64, "beta": 0.1, "learning_rate": 1e-3, **changes})
+
+
+@pytest.fixture
+def run(sft_run, tmp_path):
+    """A copy of it, to go on with."""
+    shutil.copytree(sft_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_sft_learns_and_leaves_a_complete_stage(sft_run):
+    losses = metrics(sft_run / "sft")
+    assert losses[-1] < losses[0] - 0.3
+    assert metrics(sft_run / "sft", "eval_loss")[-1] < losses[0]
+    info = StageDir(sft_run / "sft").info()
+    assert info["status"] == "complete" and info["result"]["steps"] == len(losses)
+    assert (sft_run / "sft" / "adapter" / "chat_template.jinja").is_file()
+    assert not (sft_run / "sft" / "delta").exists()
+    assert any(w.b.abs().max() > 0 for w in read_adapter(sft_run / "sft" / "adapter").modules.values())
+
+
+def test_dpo_starts_at_ln_2_moves_and_keeps_its_reference(tiny_base, run, pair_rows):
+    """Invariant 1, live: step 0 is ln 2; after 3 steps the policy moved and the reference is still the SFT model."""
+    loaded = load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, max_steps=4, warmup_ratio=0))
+    stage = open_stage("dpo", loaded, say=quiet)
+    batch = DpoTask(stage, quiet)._batch(stage.data, [0, 1])
+    sft_alone = stage.decoder.token_logps(batch).detach()  # B is zero: the policy is the SFT model
+    shutil.rmtree(stage.dir.path)
+    outcome_stage = open_stage("dpo", loaded, say=quiet)
+    task = DpoTask(outcome_stage, quiet)
+    Loop(loaded.config, outcome_stage.dir, outcome_stage.stack, task, outcome_stage.plan, say=quiet).run()
+    losses = metrics(run / "dpo")
+    assert losses[0] == pytest.approx(LN2, abs=1e-6)
+    assert losses[-1] < LN2 - 1e-3
+    assert torch.equal(outcome_stage.decoder.token_logps(batch, reference=True), sft_alone)
+    assert not torch.allclose(outcome_stage.decoder.token_logps(batch).detach(), sft_alone, atol=1e-3)
+
+
+def test_dpo_writes_the_composed_chain_and_its_own_part(tiny_base, run, pair_rows):
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows)), say=quiet)
+    info = StageDir(run / "dpo").info()
+    assert info["adapters"] == [{"path": "sft/adapter", "sha256": read_adapter(run / "sft" / "adapter").sha256}]
+    whole, own = read_adapter(run / "dpo" / "adapter"), read_adapter(run / "dpo" / "delta")
+    assert {w.a.shape[0] for w in own.modules.values()} == {4} and {w.a.shape[0] for w in whole.modules.values()} == {8}
+    with pytest.raises(StageComplete):
+        run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows)), say=quiet)
+
+
+def test_cached_reference_equals_live(tiny_base, run, pair_rows):
+    """Invariant 2: the same losses and adapters from reference log-probabilities that were computed once."""
+    for name, cached in (("live", False), ("cached", True)):
+        run_dpo(
+            load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, stage=name, precompute_ref_log_probs=cached)),
+            say=quiet,
+        )
+    assert metrics(run / "cached") == pytest.approx(metrics(run / "live"), abs=1e-5)
+    live, cached = (read_adapter(run / name / "delta").modules for name in ("live", "cached"))
+    for module in live:
+        assert (live[module].b - cached[module].b).norm() <= 1e-3 * live[module].b.norm()
+    assert list((run / "cached").glob("reference-*.safetensors"))
+
+
+def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_rows, tmp_path):
+    loaded = load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True))
+    said = []
+    stage = open_stage("dpo", loaded, say=said.append)
+    first = DpoTask(stage, said.append).cache
+    assert DpoTask(stage, said.append).cache.path == first.path and "read from" in said[-1]
+    first.path.write_bytes(first.path.read_bytes()[:-7])  # torn
+    DpoTask(stage, said.append)
+    assert "computing" in said[-1]
+    stage.frozen = []  # other adapters below
+    assert DpoTask(stage, quiet).cache.path != first.path
+
+
+def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(tiny_base, run, pair_rows):
+    """A stale cache would give a loss that is not ln 2; TRL and LLaMA-Factory train on."""
+    stage = open_stage(
+        "dpo", load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True)), say=quiet
+    )
+    task = DpoTask(stage, quiet)
+    task.cache.sums += 40
+    with pytest.raises(UserError, match="differ by"):
+        task.loss([0, 1], 0, 2)
+
+
+@pytest.mark.parametrize("tokens", [40, 70, 10_000])
+@pytest.mark.parametrize("step", [0, 2])
+def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, tokens, step):
+    """Invariant 4: however a step is split, the last partial one included, dropout on."""
+    loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, lora_dropout=0.2, max_length=80))
+    stage = open_stage("sft", loaded, say=quiet, claim=False)
+    torch.manual_seed(0)
+    for parameter in stage.stack.parameters().values():
+        parameter.data.normal_(0, 0.05)
+    found = {}
+    for size in (tokens, 128):
+        plan = type(stage.plan)(size, "all", 0, 0, 1)
+        loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), plan, say=quiet)
+        sums, total = loop.gradients(step)
+        found[size] = (sums["loss"], total, [p.grad.clone() for p in loop.parameters.values()])
+        loop.optimizer.zero_grad()
+    assert found[tokens][:2] == pytest.approx(found[128][:2], rel=1e-6)
+    for a, b in zip(found[tokens][2], found[128][2]):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_the_loss_is_normalized_by_tokens_and_not_by_micro_batch(tiny_base, chat_rows, tmp_path):
+    """The fault of 2024: averaging per micro-batch weighs short rows too much."""
+    stage = open_stage("sft", load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet, claim=False)
+    task = SftTask(stage)
+    per_example = []
+    for i in range(len(stage.data.lengths)):
+        loss, _ = task.loss([i], 0, 1)
+        per_example.append((loss.item(), task.count([i])))
+    everything = list(range(len(per_example)))
+    total = task.count(everything)
+    right = sum(loss for loss, _ in per_example) / total
+    wrong = sum(loss / n for loss, n in per_example) / len(per_example)
+    together, _ = task.loss(everything, 0, total)
+    assert together.item() == pytest.approx(right, rel=1e-5) and abs(right - wrong) > 1e-3
+    assert task.evaluate()["eval_loss"] == pytest.approx(right, rel=1e-5)
+
+
+def test_rows_of_a_step_cover_each_epoch_once():
+    config = RunConfig(batch_size=4, num_train_epochs=2)
+    per_epoch, total = step_schedule(config, 10)
+    assert (per_epoch, total) == (3, 6)
+    epochs = [[r for step in range(e * 3, e * 3 + 3) for r in rows_of_step(config, 10, step)] for e in (0, 1)]
+    assert [sorted(e) for e in epochs] == [list(range(10))] * 2 and epochs[0] != epochs[1]
+    assert len(rows_of_step(config, 10, 2)) == 2  # the last partial step
+    assert sorted(i for g in micro_batches([3, 5, 9], [0, 0, 0, 7, 0, 100, 0, 0, 0, 3], 10) for i in g) == [3, 5, 9]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_a_killed_run_goes_on_to_the_same_adapter(tiny_base, chat_rows, tmp_path, monkeypatch, at, optim):
+    """Invariant 7 at the seams: the same bits, and metrics without gaps or doubles."""
+    settings = {"lora_dropout": 0.1, "optim": optim, "batch_size": 1, "num_train_epochs": 1, "lora_r": 64}
+    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
+    loaded = load_config("sft", None, words(tiny_base, tmp_path / "killed", chat_rows, **settings))
+    step = Loop._step
+
+    def dies(self, number):
+        if number == at:
+            raise Killed
+        return step(self, number)
+
+    monkeypatch.setattr(loop_file.Loop, "_step", dies)
+    with pytest.raises(Killed):
+        run_sft(loaded, say=quiet)
+    monkeypatch.setattr(loop_file.Loop, "_step", step)
+    run_sft(loaded, say=quiet)
+    whole, killed = (read_adapter(tmp_path / n / "sft" / "adapter") for n in ("whole", "killed"))
+    assert whole.sha256 == killed.sha256
+    assert metrics(tmp_path / "killed" / "sft") == metrics(tmp_path / "whole" / "sft")
+
+
+def test_another_configuration_or_other_rows_do_not_go_on(tiny_base, chat_rows, tmp_path, monkeypatch):
+    loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows))
+    monkeypatch.setattr(loop_file.Loop, "_step", lambda self, number: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run_sft(loaded, say=quiet)
+    with pytest.raises(UserError, match=r"learning_rate: 0.005 then, 0.001 now"):
+        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, learning_rate=1e-3)), say=quiet)
+    other = tmp_path / "chat.jsonl"
+    shutil.copy(chat_rows, other)
+    config = yaml.safe_load((tmp_path / "r" / "sft" / "config.yaml").read_text())
+    config["dataset"][0]["path"] = str(other)
+    (tmp_path / "r" / "sft" / "config.yaml").write_text(yaml.safe_dump(config))
+    other.write_text("".join(other.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match="other rows"):
+        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", other, **{"eval_dataset.path": chat_rows})), say=quiet)
+
+
+def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
+    monkeypatch.setattr(SftTask, "evaluate", lambda self: {"eval_loss": next(losses)})
+    loaded = load_config("sft", None, words(
+        tiny_base, tmp_path / "r", chat_rows, eval_steps=1, save_steps=1, num_train_epochs=20, save_total_limit=1,
+        load_best_model_at_end="true", early_stopping_patience=2,
+    ))  # fmt: skip
+    outcome = run_sft(loaded, say=quiet)
+    assert outcome.best == (2.0, 2) and outcome.step == 4
+    assert {p.name for p in StageDir(tmp_path / "r" / "sft").checkpoints()} == {"checkpoint-2", "checkpoint-4"}
+    from safetensors.torch import load_file
+
+    best = load_file(tmp_path / "r" / "sft" / "checkpoint-2" / "state.safetensors")
+    adapter = read_adapter(tmp_path / "r" / "sft" / "adapter").modules
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(adapter[name].b, best[f"adapter.{name}.lora_B"])
+
+
+def test_prune_keeps_the_best_and_the_last(tmp_path):
+    for n in (2, 4, 6, 10):
+        (tmp_path / f"checkpoint-{n}").mkdir()
+    prune(StageDir(tmp_path), keep=2, best=2)
+    assert [p.name for p in StageDir(tmp_path).checkpoints()] == ["checkpoint-2", "checkpoint-10"]
+
+
+def test_metrics_log_drops_a_torn_line_and_what_is_repeated(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for step in (1, 2, 3):
+        log.append({"step": step, "loss": float("nan") if step == 1 else 1.0})
+    log.path.write_text(log.path.read_text() + '{"step": 4, "lo')
+    log.truncate(2)
+    assert [json.loads(x)["step"] for x in log.path.read_text().splitlines()] == [1, 2]
+
+
+def test_three_steps_that_are_not_finite_stop_the_run(tiny_base, chat_rows, tmp_path, monkeypatch):
+    real = SftTask.loss
+    monkeypatch.setattr(SftTask, "loss", lambda self, e, s, t: (real(self, e, s, t)[0] * float("nan"), {"num_tokens": 1.0}))
+    with pytest.raises(UserError, match="not finite three times"):
+        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet)
+
+
+def test_dpo_without_sft_is_refused_and_adapters_none_trains_on_the_base(tiny_base, pair_rows, tmp_path):
+    with pytest.raises(UserError, match="adapters=none"):
+        run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows)), say=quiet)
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", max_steps=1)), say=quiet)
+    assert metrics(tmp_path / "r" / "dpo")[0] == pytest.approx(LN2, abs=1e-6)
+    assert not (tmp_path / "r" / "dpo" / "delta").exists()
+
+
+def test_an_adapter_of_another_tool_is_frozen_and_left_on(tiny_base, run, pair_rows, tmp_path):
+    """``adapters: [FOLDER]``: any PEFT adapter, outside of any run."""
+    shutil.copytree(run / "sft" / "adapter", tmp_path / "elsewhere")
+    settings = dpo_words(tiny_base, tmp_path / "other", pair_rows, adapters=f"[{tmp_path / 'elsewhere'}]", max_steps=2)
+    run_dpo(load_config("dpo", None, settings), say=quiet)
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, max_steps=2)), say=quiet)
+    assert metrics(tmp_path / "other" / "dpo") == metrics(run / "dpo")
+
+
+def test_dpo_continues_the_newest_run_and_inherits(tiny_base, run, pair_rows):
+    loaded = resolve_run("dpo", None, [f"dataset.path={pair_rows}"], runs_root=run.parent)
+    assert loaded.config.output_dir == str(run) and loaded.config.model_name_or_path == str(tiny_base)
+    assert any("continuing" in note for note in loaded.notes)
+    assert loaded.config.lora_r == DPO_DEFAULTS["lora_r"]
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "ipo_sum", "robust"])
+def test_preference_losses_follow_their_equations(name):
+    policy = torch.tensor([[-3.0, -5.0], [-9.0, -4.0]], dtype=torch.float64)
+    reference = torch.tensor([[-4.0, -4.0], [-8.0, -6.0]], dtype=torch.float64)
+    sizes = torch.tensor([[2, 4], [3, 1]])
+    beta, eps = 0.5, 0.1
+    found = preference_loss(
+        policy, reference, sizes, beta=beta, loss_type=name, label_smoothing=eps if name == "robust" else 0.0
+    )
+    h = torch.tensor([2.0, -3.0], dtype=torch.float64)
+    per_token = torch.tensor([1 / 2 + 1 / 4, -1 / 3 - 2 / 1], dtype=torch.float64)
+    sigmoid = torch.sigmoid
+    want = {
+        "sigmoid": -torch.log(sigmoid(beta * h)),
+        "hinge": torch.clamp(1 - beta * h, min=0),
+        "ipo": (per_token - 1) ** 2,
+        "ipo_sum": (h - 1) ** 2,
+        "robust": (-(1 - eps) * torch.log(sigmoid(beta * h)) + eps * torch.log(sigmoid(-beta * h))) / (1 - 2 * eps),
+    }[name]
+    torch.testing.assert_close(found.losses, want)
+    torch.testing.assert_close(found.chosen_rewards, torch.tensor([0.5, -0.5], dtype=torch.float64))
+
+
+def test_the_folder_of_somebody_else_is_refused(tiny_base, chat_rows, tmp_path):
+    (tmp_path / "r" / "sft").mkdir(parents=True)
+    (tmp_path / "r" / "sft" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="is not a stage of a run"):
+        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet)
+    assert [p.name for p in (tmp_path / "r" / "sft").iterdir()] == ["thesis.tex"]
