@@ -12,6 +12,7 @@ import pytest
 from zephyr_lite.config import DPO_DEFAULTS, RunConfig, load_config, shipped_configs
 from zephyr_lite.rundir import StageDir
 from zephyr_lite.train.dpo import run_dpo
+from zephyr_lite.train.setup import INHERITED
 from zephyr_lite.train.sft import run_sft
 
 SFT = {
@@ -110,6 +111,13 @@ def test_it_runs_in_small(name, tmp_path, tiny_base, chat_rows, pair_rows):
     outcome = (run_dpo if kind == "dpo" else run_sft)(loaded, say=lambda line: None)
     assert outcome.step == 1
     assert StageDir(tmp_path / "run" / loaded.config.stage).complete()
+
+
+@pytest.mark.parametrize("name", [name for name in FACTS if name.endswith("dpo")])
+def test_stage_2_takes_base_and_storage_from_the_run_below(name):
+    """So these files leave them out: a key that a file spells out would win over the run."""
+    given = load_config("dpo", name).given
+    assert not given & {"output_dir", *INHERITED}
 
 
 def test_configurations_travel_in_the_wheel(tmp_path):
