@@ -111,10 +111,12 @@ def pair_rows(tmp_path_factory) -> Path:
     """A JSONL of small preference pairs in the schema of ultrafeedback_binarized."""
     rows = []
     for question, answer in CONVERSATIONS:
-        other = "As a model I have no opinion on that." if len(answer) % 2 else "Well. Hmm. It depends on many, many things."
-        rows.append(
-            {"prompt": question, "chosen": _messages(question, answer), "rejected": _messages(question, other)}
+        other = (
+            "As a model I have no opinion on that."
+            if len(answer) % 2
+            else "Well. Hmm. It depends on many, many things."
         )
+        rows.append({"prompt": question, "chosen": _messages(question, answer), "rejected": _messages(question, other)})
     path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -10,14 +10,14 @@ import yaml
 from zephyr_lite.config import DPO_DEFAULTS, RunConfig, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.peft_files import read_adapter
+from zephyr_lite.rundir import StageDir
 from zephyr_lite.train import loop as loop_file
 from zephyr_lite.train.checkpoint import MetricsLog, prune
 from zephyr_lite.train.dpo import DpoTask, run_dpo
-from zephyr_lite.train.losses import preference_loss
 from zephyr_lite.train.loop import Loop, micro_batches, rows_of_step, step_schedule
+from zephyr_lite.train.losses import preference_loss
 from zephyr_lite.train.setup import StageComplete, open_stage, resolve_run
 from zephyr_lite.train.sft import SftTask, run_sft
-from zephyr_lite.rundir import StageDir
 
 LN2 = 0.6931471805599453
 
@@ -158,7 +158,9 @@ def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, to
 
 def test_the_loss_is_normalized_by_tokens_and_not_by_micro_batch(tiny_base, chat_rows, tmp_path):
     """The fault of 2024: averaging per micro-batch weighs short rows too much."""
-    stage = open_stage("sft", load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet, claim=False)
+    stage = open_stage(
+        "sft", load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet, claim=False
+    )
     task = SftTask(stage)
     per_example = []
     for i in range(len(stage.data.lengths)):
@@ -225,7 +227,10 @@ def test_another_configuration_or_other_rows_do_not_go_on(tiny_base, chat_rows, 
     (tmp_path / "r" / "sft" / "config.yaml").write_text(yaml.safe_dump(config))
     other.write_text("".join(other.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(UserError, match="other rows"):
-        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", other, **{"eval_dataset.path": chat_rows})), say=quiet)
+        run_sft(
+            load_config("sft", None, words(tiny_base, tmp_path / "r", other, **{"eval_dataset.path": chat_rows})),
+            say=quiet,
+        )
 
 
 def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monkeypatch):
@@ -264,7 +269,9 @@ def test_metrics_log_drops_a_torn_line_and_what_is_repeated(tmp_path):
 
 def test_three_steps_that_are_not_finite_stop_the_run(tiny_base, chat_rows, tmp_path, monkeypatch):
     real = SftTask.loss
-    monkeypatch.setattr(SftTask, "loss", lambda self, e, s, t: (real(self, e, s, t)[0] * float("nan"), {"num_tokens": 1.0}))
+    monkeypatch.setattr(
+        SftTask, "loss", lambda self, e, s, t: (real(self, e, s, t)[0] * float("nan"), {"num_tokens": 1.0})
+    )
     with pytest.raises(UserError, match="not finite three times"):
         run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet)
 
@@ -272,7 +279,10 @@ def test_three_steps_that_are_not_finite_stop_the_run(tiny_base, chat_rows, tmp_
 def test_dpo_without_sft_is_refused_and_adapters_none_trains_on_the_base(tiny_base, pair_rows, tmp_path):
     with pytest.raises(UserError, match="adapters=none"):
         run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows)), say=quiet)
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", max_steps=1)), say=quiet)
+    run_dpo(
+        load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", max_steps=1)),
+        say=quiet,
+    )
     assert metrics(tmp_path / "r" / "dpo")[0] == pytest.approx(LN2, abs=1e-6)
     assert not (tmp_path / "r" / "dpo" / "delta").exists()
 

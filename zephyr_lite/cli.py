@@ -116,7 +116,7 @@ def merge(
     verbose: Verbose = False,
 ) -> None:
     """Merge the adapters of a run into one model folder that plain transformers loads."""
-    from .merge_run import run_merge
+    from .merge.command import run_merge
 
     run_merge(
         out, run=run, stage=stage, adapters=adapter or [], base=base, onto=onto.value, as_adapter=adapter_only,

@@ -81,7 +81,9 @@ class StageDir:
             UserError: the folder holds files, and none of them is a stage's.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; the stage's folder cannot be made there.", "Choose another output_dir.")
+            raise UserError(
+                f"{self.path} is a file; the stage's folder cannot be made there.", "Choose another output_dir."
+            )
         if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / STAGE_FILE).is_file():
             names = ", ".join(sorted(p.name for p in self.path.iterdir())[:3])
             raise UserError(
@@ -115,7 +117,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}.", "Restore the file, or start in another folder.") from None
+        raise UserError(
+            f"{path}: not readable as JSON: {error}.", "Restore the file, or start in another folder."
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}.")
     return value

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..chat import Chat, load_chat
+from ..chat import load_chat
 from ..config import DatasetSpec, RunConfig, load_config
 from ..data.batch import collate_conversations, collate_pairs
 from ..data.prepare import Prepared, prepare
@@ -91,7 +91,11 @@ def run_demo(
 
     folder = timed("base", lambda: base or demo_base())
     out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()) and not any(StageDir(out / name).info() for name in ("sft", "dpo")) and not (out / "data").exists():
+    if (
+        any(out.iterdir())
+        and not any(StageDir(out / name).info() for name in ("sft", "dpo"))
+        and not (out / "data").exists()
+    ):
         raise UserError(f"{out} exists and is not a run of the demo.", "Choose another folder with --out.")
     train_pairs, test_pairs = _write_pairs(out / "data", say)
     dodge_pairs = _write_dodges(out / "data")

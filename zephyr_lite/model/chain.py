@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zephyr_lite.errors import UserError
-from zephyr_lite.model.peft_files import AdapterFile, fetch_adapter, read_adapter
-from zephyr_lite.rundir import STAGE_FILE, StageDir, newest_run
+from ..errors import UserError
+from ..rundir import STAGE_FILE, StageDir, newest_run
+from .peft_files import AdapterFile, fetch_adapter, read_adapter
 
 
 @dataclass

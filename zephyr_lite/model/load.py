@@ -85,7 +85,9 @@ def fetch_base(name_or_path: str, revision: str = "main") -> Path:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id.")
+            raise UserError(
+                f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id."
+            )
         if not any(folder.glob("*.safetensors")):
             others = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights at all"
             raise UserError(
@@ -136,7 +138,9 @@ def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
             "Set engine=trl.",
         )
     if config.hidden_act != "silu":
-        raise UserError(f"{folder}/config.json: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl.")
+        raise UserError(
+            f"{folder}/config.json: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl."
+        )
     return config
 
 

@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from zephyr_lite.errors import UserError
-from zephyr_lite.model.peft_config import (
+from ..errors import UserError
+from ..safetensors_stream import FLOATS, SafetensorsFile, tensor_bytes, write_stream
+from .peft_config import (
     CONFIG_NAME,
     UNSUPPORTED,
     WEIGHTS_NAME,
@@ -30,7 +31,6 @@ from zephyr_lite.model.peft_config import (
     read_config,
     weights_file,
 )
-from zephyr_lite.safetensors_stream import FLOATS, SafetensorsFile, tensor_bytes, write_stream
 
 PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")

@@ -47,9 +47,7 @@ class Plan:
         ]
 
 
-def make_plan(
-    config: Any, dtype: torch.dtype, device: torch.device, longest: int, memory: MemorySpec
-) -> Plan:
+def make_plan(config: Any, dtype: torch.dtype, device: torch.device, longest: int, memory: MemorySpec) -> Plan:
     """Choose for a model's configuration and the free memory.
 
     Args:

@@ -112,7 +112,7 @@ class _LoraLinear(torch.autograd.Function):
         weights, stack, dropout, groups = ctx.meta
         x, *rest = ctx.saved_tensors
         products = rest[: len(groups)]
-        grads = [g.contiguous() for g in grads]
+        grads = tuple(g.contiguous() for g in grads)
         need_x = ctx.needs_input_grad[0]
         grad_x = None
         if need_x:

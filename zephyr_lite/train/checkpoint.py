@@ -87,9 +87,7 @@ class Checkpoint:
         for key, values in state["optimizer"]["plain"].items():
             for name, value in values.items():
                 _put(restored.setdefault(names.index(name), {}), key, value)
-        self.optimizer.load_state_dict(
-            {"state": restored, "param_groups": _tuples(state["optimizer"]["param_groups"])}
-        )
+        self.optimizer.load_state_dict({"state": restored, "param_groups": _tuples(state["optimizer"]["param_groups"])})
         self.scheduler.load_state_dict(state["scheduler"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -186,4 +184,6 @@ class MetricsLog:
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become words."""
-    return str(value) if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value
+    return (
+        str(value) if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value
+    )

@@ -22,7 +22,7 @@ from ..data.batch import Batch, collate_pairs
 from ..data.prepare import Prepared
 from ..errors import UserError
 from ..model.decoder import Dropout
-from .loop import Loop, Metrics, Outcome, evaluation_batches
+from .loop import Lengths, Loop, Metrics, Outcome, evaluation_batches
 from .losses import Preference, preference_loss
 from .reference import ReferenceCache, cache_key, pair_sums
 from .setup import Say, Stage, close_stage, open_stage
@@ -47,9 +47,7 @@ def train_dpo(stage: Stage, *, say: Say = print, on_metrics=lambda step, total, 
     """Train an opened stage and write its adapters."""
     task = DpoTask(stage, say)
     fp16 = str(stage.base.dtype) == "torch.float16"
-    loop = Loop(
-        stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, on_metrics=on_metrics, say=say
-    )
+    loop = Loop(stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, on_metrics=on_metrics, say=say)
     outcome = loop.run()
     close_stage(stage, outcome, say=say)
     return outcome
@@ -69,7 +67,7 @@ class DpoTask:
     def rows(self) -> Sequence[Sequence[int]]:
         return self.data.rows
 
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> Lengths:
         return self.data.lengths
 
     def count(self, examples: Sequence[int]) -> int:
@@ -135,7 +133,9 @@ class DpoTask:
             raise UserError(
                 f"step 1: policy and {kind} reference differ by {apart:.2e} nats a token before the first update, where "
                 "they must be the same.",
-                "Delete the reference-*.safetensors file in the stage's folder." if self.cache else "Please report this.",
+                "Delete the reference-*.safetensors file in the stage's folder."
+                if self.cache
+                else "Please report this.",
             )
 
     def _fill_cache(self, say: Say) -> ReferenceCache:
@@ -152,9 +152,7 @@ class DpoTask:
             return cache
         say(f"computing the reference log-probabilities of {len(self.data.lengths):,} pairs once")
         groups = list(evaluation_batches(self.data.lengths, stage.plan.micro_tokens))
-        cache.compute(
-            self.decoder, groups, lambda indices: collate_pairs([self.data.examples[i] for i in indices])
-        )
+        cache.compute(self.decoder, groups, lambda indices: collate_pairs([self.data.examples[i] for i in indices]))
         return cache
 
 

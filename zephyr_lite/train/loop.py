@@ -11,8 +11,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -29,6 +30,7 @@ from .checkpoint import Checkpoint, MetricsLog, prune, resume_point
 from .optim import make_optimizer, make_scheduler
 
 Metrics = dict[str, float]
+Lengths = Sequence[int] | np.ndarray
 
 
 class Task(Protocol):
@@ -39,7 +41,7 @@ class Task(Protocol):
     def rows(self) -> Sequence[Sequence[int]]:
         """The recipe's rows, each a list of examples' indices."""
 
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> Lengths:
         """Tokens of each example."""
 
     def count(self, examples: Sequence[int]) -> int:
@@ -90,7 +92,7 @@ def rows_of_step(config: RunConfig, rows: int, step: int) -> list[int]:
     return order[place * config.batch_size : (place + 1) * config.batch_size]
 
 
-def micro_batches(examples: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+def micro_batches(examples: Sequence[int], lengths: Lengths, tokens: int) -> list[list[int]]:
     """Split a step's examples into groups of at most ``tokens`` tokens (an example longer than that runs alone)."""
     sizes = [min(int(lengths[i]), tokens) for i in examples]
     return [[examples[place] for place in group] for group in best_fit(sizes, tokens)]
@@ -146,7 +148,8 @@ class Loop:
         log = MetricsLog(self.stage.metrics)
         step = self._resume(log)
         self.control = self.handler.on_train_begin(self.arguments, self.state, self.control)
-        started, metrics, skipped, bad = time.perf_counter(), {}, 0, 0
+        metrics: Metrics = {}
+        started, skipped, bad = time.perf_counter(), 0, 0
         evaluations: list[Metrics] = []
         while step < self.total and not self.control.should_training_stop:
             begun = time.perf_counter()
@@ -168,15 +171,15 @@ class Loop:
             if step % self.config.logging_steps == 0 or step in (1, self.total):
                 self._log(log, step, metrics)
             last = step == self.total
-            if last or (self.config.eval_steps and step % self.config.eval_steps == 0):
-                if found := self.task.evaluate():
-                    evaluations.append({"step": step, **found})
-                    self._log(log, step, found)
-                    self._judge(step, found["eval_loss"])
-                    self.control = self.handler.on_evaluate(self.arguments, self.state, self.control, found)
-            if (last or self.control.should_save or (self.config.save_steps and step % self.config.save_steps == 0)) or (
-                self.best is not None and self.best[1] == step and self.config.load_best_model_at_end
-            ):
+            due = last or (self.config.eval_steps and step % self.config.eval_steps == 0)
+            if due and (found := self.task.evaluate()):
+                evaluations.append({"step": step, **found})
+                self._log(log, step, found)
+                self._judge(step, found["eval_loss"])
+                self.control = self.handler.on_evaluate(self.arguments, self.state, self.control, found)
+            if (
+                last or self.control.should_save or (self.config.save_steps and step % self.config.save_steps == 0)
+            ) or (self.best is not None and self.best[1] == step and self.config.load_best_model_at_end):
                 self._save(step)
                 self.control = self.handler.on_save(self.arguments, self.state, self.control)
             patience = self.config.early_stopping_patience
@@ -290,13 +293,17 @@ class Loop:
         try:
             trackers = [cls() for cls in get_reporting_integration_callbacks(self.config.report_to)]
         except (ImportError, RuntimeError, ValueError) as error:
-            raise UserError(f"report_to {self.config.report_to}: {error}", "Install the tracker, or leave it out.") from None
-        handler = CallbackHandler([DefaultFlowCallback(), *trackers, *callbacks], self.stack.model, None, self.optimizer, self.scheduler)
+            raise UserError(
+                f"report_to {self.config.report_to}: {error}", "Install the tracker, or leave it out."
+            ) from None
+        handler = CallbackHandler(
+            [DefaultFlowCallback(), *trackers, *callbacks], self.stack.model, None, self.optimizer, self.scheduler
+        )
         state = TrainerState(max_steps=self.total, num_train_epochs=math.ceil(self.config.num_train_epochs))
         state.is_local_process_zero = state.is_world_process_zero = True
         return handler, state, TrainerControl(), arguments
 
 
-def evaluation_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+def evaluation_batches(lengths: Lengths, tokens: int) -> Iterator[list[int]]:
     """Every example once, in micro-batches of the plan's size."""
     yield from micro_batches(list(range(len(lengths))), lengths, tokens)

@@ -67,9 +67,9 @@ def preference_loss(
     if loss_type == "sigmoid":
         losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
     elif loss_type == "robust":
-        losses = (
-            -(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)
-        ) / (1 - 2 * label_smoothing)
+        losses = (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (
+            1 - 2 * label_smoothing
+        )
     elif loss_type == "hinge":
         losses = torch.relu(1 - beta * h)
     elif loss_type == "ipo":

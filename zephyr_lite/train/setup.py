@@ -191,9 +191,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     return Stage(method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info)
 
 
-def close_stage(
-    stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[str, LoraWeights] | None = None
-) -> None:
+def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[str, LoraWeights] | None = None) -> None:
     """Write what people load: the stage's own adapter, the whole chain as one, the tokenizer; then mark it complete.
 
     Args:
@@ -269,7 +267,9 @@ def _may_go_on(stage: StageDir, before: dict[str, Any], config: RunConfig, metho
         )
     old = yaml.safe_load(stage.config.read_text(encoding="utf-8")) if stage.config.is_file() else {}
     new = yaml.safe_load(dump_config(config))
-    changed = [f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in new.items() if k not in MAY_CHANGE and old.get(k) != v]
+    changed = [
+        f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in new.items() if k not in MAY_CHANGE and old.get(k) != v
+    ]
     if changed:
         raise UserError(
             f"{stage.path}: was started with another configuration:\n  " + "\n  ".join(changed),

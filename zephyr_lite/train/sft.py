@@ -16,7 +16,7 @@ from ..config import Loaded
 from ..data.batch import Batch, collate_conversations
 from ..data.prepare import Prepared
 from ..model.decoder import Dropout
-from .loop import Loop, Metrics, Outcome, evaluation_batches
+from .loop import Lengths, Loop, Metrics, Outcome, evaluation_batches
 from .losses import sft_loss
 from .setup import Say, Stage, close_stage, open_stage
 
@@ -35,9 +35,7 @@ def train_sft(stage: Stage, *, say: Say = print, on_metrics=lambda step, total, 
     """Train an opened stage and write its adapter."""
     task = SftTask(stage)
     fp16 = str(stage.base.dtype) == "torch.float16"
-    loop = Loop(
-        stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, on_metrics=on_metrics, say=say
-    )
+    loop = Loop(stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, on_metrics=on_metrics, say=say)
     outcome = loop.run()
     close_stage(stage, outcome, say=say)
     return outcome
@@ -56,7 +54,7 @@ class SftTask:
     def rows(self) -> Sequence[Sequence[int]]:
         return self.data.rows
 
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> Lengths:
         return self.data.lengths
 
     def count(self, examples: Sequence[int]) -> int:

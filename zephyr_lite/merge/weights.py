@@ -16,26 +16,12 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from zephyr_lite.errors import UserError
-from zephyr_lite.merge_base import BaseFiles, copy_tokenizer, model_files, open_base
-from zephyr_lite.merge_check import LogpDifference, compare_logps, folder_logps
-from zephyr_lite.model.chain import Chain, chain_of_adapters, chain_of_run
-from zephyr_lite.model.peft_files import AdapterFile, LoraWeights, compose, write_adapter
-from zephyr_lite.ops.nf4 import StoredNf4, quantize_stored
-from zephyr_lite.rundir import folder_aside, write_json
-from zephyr_lite.safetensors_stream import FLOATS, Entry, row_blocks, tensor_bytes, write_stream
-
-__all__ = [
-    "Chain",
-    "LogpDifference",
-    "MergeReport",
-    "adapter_only",
-    "chain_of_adapters",
-    "chain_of_run",
-    "compare_logps",
-    "folder_logps",
-    "merge",
-]
+from ..errors import UserError
+from ..model.peft_files import AdapterFile, LoraWeights, compose, write_adapter
+from ..ops.nf4 import StoredNf4, quantize_stored
+from ..rundir import folder_aside, write_json
+from ..safetensors_stream import FLOATS, Entry, row_blocks, tensor_bytes, write_stream
+from .base_files import BaseFiles, copy_tokenizer, model_files, open_base
 
 MARK = "zephyr_lite.json"
 # Of float32 rows. Larger blocks are no faster, and every copy of one counts against the memory bound.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from zephyr_lite.errors import UserError
-from zephyr_lite.model.load import fetch_base
-from zephyr_lite.ops.nf4 import StoredNf4, read_stored
-from zephyr_lite.rundir import read_json, write_json
-from zephyr_lite.safetensors_stream import DTYPE_NAMES, DTYPES, FLOATS, Entry, SafetensorsFile, nbytes
+from ..errors import UserError
+from ..model.load import fetch_base
+from ..ops.nf4 import StoredNf4, read_stored
+from ..rundir import read_json, write_json
+from ..safetensors_stream import DTYPE_NAMES, DTYPES, FLOATS, Entry, SafetensorsFile, nbytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -13,18 +13,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from .config import RunConfig
-from .data.batch import collate_conversations
-from .data.chat import ChatTemplate, Example, resolve_template
-from .data.prepare import prepare
-from .demo import CONVERSATIONS_TEST
-from .errors import UserError
-from .merge import MergeReport, adapter_only, merge
-from .merge_check import LogpDifference, compare_logps, folder_logps
-from .model.adapters import AdapterStack, resolve_frozen_names
-from .model.chain import Chain, chain_of_adapters, chain_of_run
-from .model.decoder import Decoder
-from .model.load import (
+from ..config import RunConfig
+from ..data.batch import collate_conversations
+from ..data.chat import ChatTemplate, Example, resolve_template
+from ..data.prepare import prepare
+from ..demo import CONVERSATIONS_TEST
+from ..errors import UserError
+from ..model.adapters import AdapterStack, resolve_frozen_names
+from ..model.chain import Chain, chain_of_adapters, chain_of_run
+from ..model.decoder import Decoder
+from ..model.load import (
     FAMILIES,
     Base,
     compute_device,
@@ -34,7 +32,9 @@ from .model.load import (
     load_base,
     load_tokenizer,
 )
-from .rundir import StageDir
+from ..rundir import StageDir
+from .check import LogpDifference, compare_logps, folder_logps
+from .weights import MergeReport, adapter_only, merge
 
 Say = Callable[[str], None]
 CHECK_ROWS = 4

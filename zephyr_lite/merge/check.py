@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from zephyr_lite.safetensors_stream import SafetensorsFile
+from ..safetensors_stream import SafetensorsFile
 
 
 @dataclass(frozen=True)
