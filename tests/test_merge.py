@@ -26,9 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from zephyr_lite import merge as merging
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge import adapter_only, chain_of_adapters, chain_of_run, compare_logps, folder_logps, merge
+from zephyr_lite.merge import weights as merging
 from zephyr_lite.model.peft_files import LoraWeights, compose, read_adapter, write_adapter
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
