@@ -131,10 +131,11 @@ class _LoraLinear(torch.autograd.Function):
                 pair = pairs[place]
                 if pair.off or not (need_x or trainable[place]):
                     continue
-                scaled = grads[pair.projection] * pair.scale
-                grad_product[:, columns] = scaled @ pair.b.detach().to(x.dtype)
+                grad = grads[pair.projection]
+                grad_product[:, columns] = grad @ (pair.b.detach() * pair.scale).to(x.dtype)
                 if trainable[place]:
-                    by_pair[id(pair)] = (None, (scaled.T @ product[:, columns]).to(pair.b.dtype))
+                    grad_b = (grad.T @ product[:, columns]).to(pair.b.dtype)
+                    by_pair[id(pair)] = (None, grad_b.mul_(pair.scale))
             source = x if scale is None else x * scale
             for place, columns in _columns(pairs).items():
                 pair = pairs[place]

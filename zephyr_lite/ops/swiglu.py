@@ -21,9 +21,5 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        grad_up = grad * silu
-        # d silu = σ + silu · (1 − σ)
-        grad_gate = silu.mul_(1 - sigmoid).add_(sigmoid).mul_(up).mul_(grad)
-        return grad_gate, grad_up
+        grad_up = F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
