@@ -46,10 +46,12 @@ def _signed(h: Tensor) -> Tensor:
     return torch.where(h >= 2**31, h - 2**32, h).to(torch.int32)
 
 
-def dropout_scale(key: DropoutKey, channels: int, dtype: torch.dtype) -> Tensor:
-    """What to multiply an input of [T, channels] with: 0 where an element is dropped, 1 / (1 - p) elsewhere.
+def dropout_mask(key: DropoutKey, channels: int) -> Tensor:
+    """Which elements of an input of [T, channels] stay: int32 [T, channels], -1 (all bits set) where one stays, 0 where it
+    is dropped; see ``dropped``.
 
-    The hash is exact integer arithmetic, so the pattern is the same on every device and in every dtype.
+    The hash is exact integer arithmetic, so the pattern is the same on every device and in every dtype. There is no
+    comparison in it: on a CPU one takes longer than all the rest, because only integer arithmetic is vectorized.
     """
     device = key.streams.device
     row = _mix(torch.tensor([key.seed & _M32], device=device) ^ 0x9E3779B9)
@@ -60,8 +62,25 @@ def dropout_scale(key: DropoutKey, channels: int, dtype: torch.dtype) -> Tensor:
     column = _mix(torch.arange(channels, device=device) ^ 0x85EBCA6B)
     # int32 products wrap around, which is what the hash wants; a logical shift is an arithmetic one, masked
     h = _signed(row)[:, None] ^ _signed(column)[None, :]
-    h = h * 0x7FEB352D
-    h ^= (h >> 15) & 0x1FFFF
-    h *= -2073254261  # 0x846CA68B as int32
-    threshold = int(key.p * 2**32) - 2**31
-    return (h >= threshold).to(dtype).mul_(1.0 / (1.0 - key.p))
+    h.mul_(0x7FEB352D)
+    h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF))
+    h.mul_(-2073254261)  # 0x846CA68B as int32
+    # h is uniform over the int32; what lies below this stays. Halved, so that the difference cannot overflow: its sign
+    # then fills the word.
+    threshold = 2**31 - int(key.p * 2**32)
+    return h.bitwise_right_shift_(1).sub_(threshold >> 1).bitwise_right_shift_(31)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def dropped(x: Tensor, mask: Tensor, *, inplace: bool = False) -> Tensor:
+    """x with zeros where ``mask`` is 0, not yet scaled by 1 / (1 - p); [T, channels] in x's dtype."""
+    bits = x.view(_BITS[x.element_size()])
+    mask = mask.to(bits.dtype)  # -1 stays -1
+    return (bits.bitwise_and_(mask) if inplace else bits & mask).view(x.dtype)
+
+
+def dropout_scale(key: DropoutKey, channels: int, dtype: torch.dtype) -> Tensor:
+    """What dropout multiplies an input of [T, channels] with: 0 where an element is dropped, 1 / (1 - p) elsewhere."""
+    return dropout_mask(key, channels).neg_().to(dtype).mul_(1.0 / (1.0 - key.p))

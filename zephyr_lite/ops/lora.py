@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dropout import DropoutKey, dropout_scale
+from .dropout import DropoutKey, dropout_mask, dropped
 from .nf4 import dequantize
 
 
@@ -84,15 +84,16 @@ class _LoraLinear(torch.autograd.Function):
         for weight, bias in zip(weights, biases):
             y = x @ dequantize(weight, x.dtype).T
             outputs.append(y if bias is None else y.add_(bias.to(x.dtype)))
-        groups = []  # (dropped, pairs); the adapters with dropout have an input of their own
-        for dropped in (False, True):
-            pairs = [p for p in stack if (p.dropout and dropout is not None) == dropped]
+        groups = []  # (whether there is dropout, pairs); the adapters with dropout have an input of their own
+        for drop in (False, True):
+            pairs = [p for p in stack if (p.dropout and dropout is not None) == drop]
             if pairs:
-                groups.append((dropped, pairs))
+                groups.append((drop, pairs))
         products = []
-        for dropped, pairs in groups:
-            source = x * dropout_scale(dropout, x.shape[1], x.dtype) if dropped else x
-            product = source @ _stacked(pairs, x.dtype).T
+        for drop, pairs in groups:
+            a = _stacked(pairs, x.dtype)
+            # dropout's factor 1 / (1 - p) goes to the product, which is narrow
+            product = x @ a.T if not drop else (dropped(x, dropout_mask(dropout, x.shape[1])) @ a.T).div_(1 - dropout.p)
             for place, columns in _columns(pairs).items():
                 if pairs[place].off:
                     product[:, columns] = 0
@@ -121,8 +122,8 @@ class _LoraLinear(torch.autograd.Function):
                 grad_x = grad @ w if grad_x is None else grad_x.addmm_(grad, w)
         # by place in the stack; the same object may not stand there twice
         by_pair: dict[int, tuple[Tensor | None, Tensor | None]] = {}
-        for (dropped, pairs), product in zip(groups, products):
-            scale = dropout_scale(dropout, x.shape[1], x.dtype) if dropped else None
+        for (drop, pairs), product in zip(groups, products):
+            mask = dropout_mask(dropout, x.shape[1]) if drop else None
             trainable = [p.a.requires_grad and not p.off for p in pairs]
             if not need_x and not any(trainable):
                 continue
@@ -136,15 +137,20 @@ class _LoraLinear(torch.autograd.Function):
                 if trainable[place]:
                     grad_b = (grad.T @ product[:, columns]).to(pair.b.dtype)
                     by_pair[id(pair)] = (None, grad_b.mul_(pair.scale))
-            source = x if scale is None else x * scale
+            source = x if mask is None else dropped(x, mask)
+            if mask is not None:
+                grad_product.div_(1 - dropout.p)
             for place, columns in _columns(pairs).items():
                 pair = pairs[place]
                 if trainable[place]:
                     grad_a = (grad_product[:, columns].T @ source).to(pair.a.dtype)
                     by_pair[id(pair)] = (grad_a, by_pair[id(pair)][1])
             if grad_x is not None:
-                through = grad_product @ _stacked(pairs, x.dtype)
-                grad_x.add_(through if scale is None else through.mul_(scale))
+                a = _stacked(pairs, x.dtype)
+                if mask is None:
+                    grad_x.addmm_(grad_product, a)
+                else:
+                    grad_x.add_(dropped(grad_product @ a, mask, inplace=True))
         adapter_grads = [g for pair in stack for g in by_pair.get(id(pair), (None, None))]
         return (grad_x, None, None, None, None, *adapter_grads)
 
