@@ -222,6 +222,20 @@ def test_only_the_top_adapter_is_trainable_and_master_weights_are_float32():
             pass
 
 
+@pytest.mark.parametrize("names", [[], ["sft"], ["dpo"], ["sft", "dpo"]])
+def test_only_these_adapters_are_on(names):
+    """Generation with some of the adapters is the decoder with those, and differs from all other choices."""
+    stack = live_stack(make_model())
+    example = conversation(0, 20)
+    targets = np.flatnonzero(example.mask[1:]) + 1
+    with torch.no_grad():
+        for choice in ([], ["sft"], ["dpo"], ["sft", "dpo"]):
+            ours = Decoder(stack, torch.float32, choice).token_logps(collate_conversations([example]))
+            difference = apart(ours, hugging_face_logps(stack, example.ids, targets, names))
+            assert difference < 1e-5 if choice == names else difference > 1e-3
+    assert {n.split(".")[-2] for n, p in stack.model.named_parameters() if p.requires_grad} == {"dpo"}
+
+
 def test_nf4_base_equals_the_bitsandbytes_forward(tiny_base):
     """Through the real 4-bit storage, nested scales included, and again after generation touched the modules."""
     base = load_base(RunConfig(model_name_or_path=str(tiny_base)))

@@ -158,7 +158,7 @@ class AdapterStack:
                 with self.model.disable_adapter():
                     yield
         finally:
-            self._activate(self.names)
+            self._freeze()
 
     def _add(self, name: str, ranks: dict[str, int]) -> None:
         leaf_ranks = sorted(set(ranks.values()))
@@ -196,15 +196,14 @@ class AdapterStack:
             and any(module == t or module.endswith("." + t) for t in wanted)
         ]
 
-    def _activate(self, names: list[str]) -> None:
-        self.model.base_model.set_adapter(names)
-        self._freeze()
-
     def _freeze(self) -> None:
+        self._activate(self.names)
+
+    def _activate(self, names: list[str]) -> None:
         """PEFT makes whatever it activates trainable; only the adapter under training may be."""
         if not isinstance(self.model, PeftModel):
             return
-        self.model.base_model.set_adapter(self.names)
+        self.model.base_model.set_adapter(names)
         for _, layer in self.lora_layers():
             for name in layer.lora_A:
                 layer.lora_A[name].weight.requires_grad_(name == self.trainable)
