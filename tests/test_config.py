@@ -215,3 +215,13 @@ def test_a_file_that_is_not_there_lists_the_shipped_ones():
     with pytest.raises(UserError, match="zephyr-7b/sft"):
         load(file="zephyr-7b/stf")
     assert set(shipped_configs()) >= {"zephyr-7b/sft", "zephyr-7b/dpo"}
+
+
+def test_transformers_switch_and_name_are_one_key(tmp_path):
+    text = "push_to_hub: true\nhub_model_id: me/model\nassistant_only_loss: true\n"
+    config = load(file=write(tmp_path, text)).config
+    assert (config.push_to_hub, config.loss_on) == ("me/model", "assistant")
+    assert load("hub_model_id=me/model").config.push_to_hub is None  # named, but not asked for
+    assert load("assistant_only_loss=false").config.loss_on == "all"
+    with pytest.raises(UserError, match="OWNER/NAME"):
+        load("push_to_hub=true")

@@ -182,7 +182,6 @@ ALIASES = {
     "learning_rate_scheduler": "lr_scheduler_type",
     "train_batch_size": "batch_size",
     "target_modules": "lora_target_modules",
-    "hub_model_id": "push_to_hub",
     "precompute_ref_logps": "precompute_ref_log_probs",
 }
 
@@ -311,6 +310,15 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def read_dumped(path: Path) -> dict[str, Any]:
+    """The keys that ``dump_config`` wrote.
+
+    Raises:
+        UserError: the file is gone or broken.
+    """
+    return _read_yaml(path)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -351,6 +359,14 @@ def _rename(values: dict[str, Any], where: str, notes: list[str]) -> dict[str, A
             elif chosen == "epoch":
                 values.setdefault(steps, None)
                 notes.append(f"{strategy}: epoch is an evaluation at the end of the stage")
+    hub_id = values.pop("hub_model_id", None)
+    if values.get("push_to_hub") is True:  # transformers' way: a switch, and a name beside it
+        if not hub_id:
+            raise UserError(f"{where}: push_to_hub says that, not where to.", "Set push_to_hub=OWNER/NAME.")
+        values["push_to_hub"] = hub_id
+    if (only := values.pop("assistant_only_loss", None)) is not None:
+        values.setdefault("loss_on", "assistant" if only else "all")
+        notes.append("assistant_only_loss is loss_on here")
     if isinstance(warmup := values.get("warmup_steps"), float) and warmup < 1:
         values["warmup_ratio"] = values.pop("warmup_steps")
     for key, value in values.items():
@@ -394,7 +410,7 @@ def _unknown(key: str) -> str:
             "ref_model_name_or_path: there is no second model; the reference is the same base with the adapter under "
             "training turned off. Put what should lie below it into adapters."
         )
-    known = [*RunConfig.model_fields, *ALIASES]
+    known = [*RunConfig.model_fields, *ALIASES, "assistant_only_loss", "hub_model_id"]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"there is no key {key!r}." + (f" Did you mean {near[0]!r}?" if near else " See the README's list of keys.")
 

@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
-from ..config import RunConfig
+from ..config import RunConfig, read_dumped
 from ..data.batch import collate_conversations
 from ..data.chat import ChatTemplate, Example, resolve_template
 from ..data.prepare import prepare
@@ -175,7 +174,7 @@ def _rows(chain: Chain, template: ChatTemplate, say: Say) -> list[list[int]]:
     if chain.run is not None and chain.stage is not None:
         stored = StageDir(chain.run / chain.stage).config
         try:
-            config = RunConfig.model_validate(yaml.safe_load(stored.read_text(encoding="utf-8")))
+            config = RunConfig.model_validate(read_dumped(stored))
             specs = (config.eval_dataset or config.dataset)[:1]
             few = [spec.model_copy(update={"limit": CHECK_ROWS, "weight": 1.0}) for spec in specs]
             method = chain.info.get("method", "sft")

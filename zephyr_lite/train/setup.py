@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from .. import __version__
-from ..config import Loaded, Method, RunConfig, dump_config, load_config
+from ..config import Loaded, Method, RunConfig, dump_config, load_config, read_dumped
 from ..data.chat import ChatTemplate, resolve_template
 from ..data.prepare import Prepared, prepare
 from ..errors import UserError
@@ -67,14 +66,11 @@ def resolve_run(method: Method, file: str | None, overrides: list[str], *, runs_
         loaded = load_config(method, file or DEFAULT_CONFIG[method], overrides)
     below = StageDir(Path(loaded.config.output_dir) / "sft")
     if method == "dpo" and loaded.config.adapters == [] and below.complete() and below.config.is_file():
-        inherited = yaml.safe_load(below.config.read_text(encoding="utf-8"))
+        inherited = read_dumped(below.config)
         # a shipped file spells its base out; only the user's own words count against the stage below
         own = loaded.given if file else {k for k in loaded.given if _names(overrides, k)}
         taken = {k: inherited[k] for k in INHERITED if k in inherited and k not in own}
-        notes = loaded.notes
-        words = [f"{k}={yaml.safe_dump(v).splitlines()[0]}" for k, v in taken.items()]
-        loaded = load_config(method, file or DEFAULT_CONFIG[method], [*overrides, *words])
-        loaded.notes = notes
+        loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **taken})
     loaded.notes = [*loaded.notes, *extra]
     return loaded
 
@@ -265,8 +261,8 @@ def _may_go_on(stage: StageDir, before: dict[str, Any], config: RunConfig, metho
         raise UserError(
             f"{stage.path}: is a {before.get('method')} stage; this is {method}.", "Choose another stage or output_dir."
         )
-    old = yaml.safe_load(stage.config.read_text(encoding="utf-8")) if stage.config.is_file() else {}
-    new = yaml.safe_load(dump_config(config))
+    old = read_dumped(stage.config) if stage.config.is_file() else {}
+    new = config.model_dump(mode="json")
     changed = [
         f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in new.items() if k not in MAY_CHANGE and old.get(k) != v
     ]
