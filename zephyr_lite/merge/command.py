@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..config import RunConfig, read_dumped
@@ -154,7 +155,8 @@ def live_logps(base: Base, chain: Chain, rows: Sequence[Sequence[int]]) -> list[
     stack = AdapterStack(base.model)
     for name, adapter in zip(resolve_frozen_names([a.path for a in chain.adapters]), chain.adapters):
         stack.add_frozen(name, adapter)
-    if base.model.config.model_type not in FAMILIES:  # trained by another engine
+    head = stack.base.get_output_embeddings()
+    if base.model.config.model_type not in FAMILIES or isinstance(head, LoraLayer):  # trained by another engine
         return [_plain_logps(stack.model, row, base.device) for row in rows]
     decoder = Decoder(stack, base.dtype)
     result = []

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..data.batch import Batch
+from ..errors import UserError
 from ..ops.attention import SegmentTable, attention
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair, lora_linear
@@ -51,12 +52,20 @@ class Decoder:
         stack: base and adapters; read at every call, so switching or loading adapters needs no new decoder.
         dtype: the compute dtype of the hidden states.
         names: the adapters that take part, from the bottom up; None: all of the stack.
+
+    Raises:
+        UserError: an adapter reaches the output head.
     """
 
     def __init__(self, stack: AdapterStack, dtype: torch.dtype, names: Sequence[str] | None = None) -> None:
         self.stack = stack
         self.dtype = dtype
         self.names = names
+        if isinstance(getattr(stack.base, "lm_head", None), LoraLayer):
+            raise UserError(
+                "an adapter of the stack changes the output head, which the fused engine takes as it is.",
+                "Merge that adapter into the base first (zephyr-lite merge --adapter), or set engine=trl.",
+            )
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +78,8 @@ class Decoder:
 
         Args:
             batch: on the decoder's device.
-            reference: with the trainable adapter off and without a graph: its columns are there, and zero.
+            reference: with the trainable adapter off and without a graph: its columns are there, and zero. Given the
+                policy's ``dropout`` it runs the products that the policy runs, so that both round alike.
             keep: what a layer keeps for its backward pass; ``input`` recomputes the rest.
             dropout: for the trainable adapter, in training.
         Returns:
@@ -77,7 +87,10 @@ class Decoder:
         """
         if reference:
             with torch.no_grad():
-                return self.token_logps(batch, keep="all") if self._nothing_to_turn_off() else self._reference(batch)
+                if self.stack.trainable is None:
+                    return self.token_logps(batch)
+                rows = self.hidden(batch, dropout=dropout, off=self.stack.trainable)
+                return token_logps(rows, self.stack.base.lm_head.weight, batch.target_ids)
         rows = self.hidden(batch, keep=keep, dropout=dropout)
         return token_logps(rows, self.stack.base.lm_head.weight, batch.target_ids)
 
@@ -125,13 +138,6 @@ class Decoder:
         if at_targets:
             x = x[batch.target_rows]
         return rms_norm(x, model.norm.weight, model.norm.variance_epsilon)
-
-    def _nothing_to_turn_off(self) -> bool:
-        return self.stack.trainable is None
-
-    def _reference(self, batch: Batch) -> Tensor:
-        rows = self.hidden(batch, off=self.stack.trainable)
-        return token_logps(rows, self.stack.base.lm_head.weight, batch.target_ids)
 
     def _layer(self, x: Tensor, layer: Any, index: int, state: _Pass) -> Tensor:
         attn, mlp = layer.self_attn, layer.mlp

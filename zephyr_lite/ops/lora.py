@@ -93,7 +93,12 @@ class _LoraLinear(torch.autograd.Function):
         for drop, pairs in groups:
             a = _stacked(pairs, x.dtype)
             # dropout's factor 1 / (1 - p) goes to the product, which is narrow
-            product = x @ a.T if not drop else (dropped(x, dropout_mask(dropout, x.shape[1])) @ a.T).div_(1 - dropout.p)
+            if all(pair.off for pair in pairs):
+                product = x.new_zeros(x.shape[0], a.shape[0])
+            elif drop:
+                product = (dropped(x, dropout_mask(dropout, x.shape[1])) @ a.T).div_(1 - dropout.p)
+            else:
+                product = x @ a.T
             for place, columns in _columns(pairs).items():
                 if pairs[place].off:
                     product[:, columns] = 0

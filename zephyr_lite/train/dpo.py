@@ -76,10 +76,9 @@ class DpoTask:
     def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Metrics]:
         batch = self._batch(self.data, examples)
         config = self.stage.config
-        reference = self._reference(batch)
-        policy = pair_sums(
-            self.decoder, batch, keep=self.stage.plan.keep, dropout=Dropout(config.lora_dropout, config.seed, step)
-        )
+        dropout = Dropout(config.lora_dropout, config.seed, step)
+        reference = self._reference(batch, dropout)
+        policy = pair_sums(self.decoder, batch, keep=self.stage.plan.keep, dropout=dropout)
         if step == 0:
             self._check_start(policy.detach(), reference, batch)
         found = self._preference(policy, reference, batch)
@@ -120,10 +119,10 @@ class DpoTask:
             label_smoothing=config.label_smoothing,
         )
 
-    def _reference(self, batch: Batch) -> Tensor:
+    def _reference(self, batch: Batch, dropout: Dropout) -> Tensor:
         if self.cache is not None:
             return self.cache(batch.indices, self.decoder.device)
-        return pair_sums(self.decoder, batch, reference=True)
+        return pair_sums(self.decoder, batch, reference=True, dropout=dropout)
 
     def _check_start(self, policy: Tensor, reference: Tensor, batch: Batch) -> None:
         """At step 0 the adapter's B is zero, so policy and reference are one function; anything else is a wrong reference."""

@@ -67,9 +67,9 @@ class ReferenceCache:
         aside.replace(self.path)
 
     def __call__(self, indices: Sequence[int], device: torch.device) -> Tensor:
-        """[P, 2] for these pairs."""
+        """[P, 2] float64 for these pairs."""
         assert self.sums is not None
-        return self.sums[torch.tensor(list(indices))].to(device, torch.get_default_dtype())
+        return self.sums[torch.tensor(list(indices))].to(device)
 
 
 def cache_key(**parts: Any) -> str:
