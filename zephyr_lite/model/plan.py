@@ -14,6 +14,8 @@ from .decoder import Keep
 
 # At once, where memory allows it: enough for matrix products at full speed, little enough for a CPU's caches.
 WANTED_TOKENS = {"cuda": 16384, "cpu": 2048}
+# Of an optimizer's moments, a trained parameter; paged ones move to the host when the card is full.
+STATE_BYTES = {"adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0}
 # Of the free memory; the rest is for the head's chunk, the allocator's slack and what else runs on the machine.
 SHARE = 0.7
 
@@ -26,7 +28,7 @@ class Plan:
         micro_tokens: a micro-batch holds at most so many tokens (one example at least).
         keep: ``all`` keeps what the backward pass needs, ``input`` keeps each layer's input and recomputes the rest.
         bytes_per_token: estimated, of what is kept under this plan.
-        free_bytes: what was free when the plan was made.
+        free_bytes: what was free when the plan was made, less what the optimizer will take.
         threads: the number of CPU threads, which decides the order of sums there.
     """
 
@@ -47,7 +49,16 @@ class Plan:
         ]
 
 
-def make_plan(config: Any, dtype: torch.dtype, device: torch.device, longest: int, memory: MemorySpec) -> Plan:
+def make_plan(
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest: int,
+    memory: MemorySpec,
+    *,
+    parameters: int = 0,
+    optim: str = "adamw_torch",
+) -> Plan:
     """Choose for a model's configuration and the free memory.
 
     Args:
@@ -56,8 +67,9 @@ def make_plan(config: Any, dtype: torch.dtype, device: torch.device, longest: in
         device: where the run computes.
         longest: tokens of the longest example, which must run at once.
         memory: what the user fixed.
+        parameters, optim: how many are trained, and with what: their gradients and moments are not there yet.
     """
-    free = free_memory(device)
+    free = max(0, free_memory(device) - parameters * (4 + STATE_BYTES[optim]))
     wanted = max(longest, WANTED_TOKENS[device.type])
     budget = int(free * SHARE)
     everything = kept_bytes(config, dtype, "all")

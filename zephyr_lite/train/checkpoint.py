@@ -166,20 +166,23 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
 
-    def truncate(self, step: int) -> None:
-        """Keep what was logged up to this step; a resumed run repeats the rest."""
+    def truncate(self, step: int) -> list[dict[str, Any]]:
+        """Keep what was logged up to this step, and return it; a resumed run repeats the rest."""
         if not self.path.exists():
-            return
-        kept = []
+            return []
+        kept, records = [], []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                record = json.loads(line)
+                if record["step"] <= step:
                     kept.append(line)
+                    records.append(record)
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue  # the torn last line of a killed run
         aside = self.path.with_suffix(".writing")
         aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, self.path)
+        return records
 
 
 def _finite(value: Any) -> Any:

@@ -133,7 +133,8 @@ class Loop:
         self.rows = task.rows()
         self.per_epoch, self.total = step_schedule(config, len(self.rows))
         self.scheduler = make_scheduler(config, self.optimizer, self.total)
-        self.scaler = torch.amp.GradScaler(enabled=fp16)
+        device = next(iter(self.parameters.values())).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=fp16)
         self.handler, self.state, self.control, self.arguments = self._callbacks(callbacks)
         self.best: tuple[float, int] | None = None
         self.stale = 0  # evaluations without a new best
@@ -146,19 +147,29 @@ class Loop:
         """
         torch.set_num_threads(self.plan.threads)
         log = MetricsLog(self.stage.metrics)
-        step = self._resume(log)
+        step, before = self._resume(log)
+        # what an earlier process logged belongs to the run's result too
+        evaluations: list[Metrics] = [record for record in before if "eval_loss" in record]
+        trained = [record for record in before if "loss" in record]
+        metrics: Metrics = {k: v for k, v in trained[-1].items() if k != "step"} if trained else {}
+        self.state.global_step, self.state.epoch = step, step / self.per_epoch
         self.control = self.handler.on_train_begin(self.arguments, self.state, self.control)
-        metrics: Metrics = {}
         started, skipped, bad = time.perf_counter(), 0, 0
-        evaluations: list[Metrics] = []
+        patience = self.config.early_stopping_patience
         while step < self.total and not self.control.should_training_stop:
+            if patience is not None and self.stale >= patience:
+                self.say(f"step {step}: eval_loss has not improved for {patience} evaluations; stopping early.")
+                if not (self.stage.path / f"checkpoint-{step}").is_dir():
+                    self._save(step)
+                break
             begun = time.perf_counter()
             self.control = self.handler.on_step_begin(self.arguments, self.state, self.control)
             metrics, applied, finite = self._step(step)
             step += 1
             skipped += not applied
-            # an infinite gradient under a finite loss is how float16 loss scaling finds its scale
-            bad = 0 if applied or (finite and self.scaler.is_enabled()) else bad + 1
+            # an infinite gradient under a finite loss is how float16 loss scaling finds its scale, which is not below 1
+            searching = finite and self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+            bad = 0 if applied or searching else bad + 1
             if bad == 3:
                 raise UserError(
                     f"step {step}: loss or gradients were not finite three times in a row.",
@@ -182,11 +193,6 @@ class Loop:
             ) or (self.best is not None and self.best[1] == step and self.config.load_best_model_at_end):
                 self._save(step)
                 self.control = self.handler.on_save(self.arguments, self.state, self.control)
-            patience = self.config.early_stopping_patience
-            if patience is not None and self.stale >= patience and not last:
-                self.say(f"step {step}: eval_loss has not improved for {patience} evaluations; stopping early.")
-                self._save(step)
-                break
         self.handler.on_train_end(self.arguments, self.state, self.control)
         if self.config.load_best_model_at_end and self.best is not None and self.best[1] != step:
             self._restore_best()
@@ -255,11 +261,12 @@ class Loop:
         self._checkpoint().write(self.stage, step, {"best": self.best, "stale": self.stale, "total": self.total})
         prune(self.stage, keep=self.config.save_total_limit, best=self.best[1] if self.best else None)
 
-    def _resume(self, log: MetricsLog) -> int:
+    def _resume(self, log: MetricsLog) -> tuple[int, list[Metrics]]:
+        """The step to go on from, and what was logged up to it."""
         found = resume_point(self.stage)
         if found is None:
             log.truncate(0)
-            return 0
+            return 0, []
         extra = self._checkpoint().read(found)
         if extra["total"] != self.total:
             raise UserError(
@@ -268,9 +275,8 @@ class Loop:
             )
         self.best = tuple(extra["best"]) if extra["best"] else None  # type: ignore[assignment]
         self.stale = extra["stale"]
-        log.truncate(extra["step"])
         self.say(f"going on from {found.name}")
-        return extra["step"]
+        return extra["step"], log.truncate(extra["step"])
 
     def _restore_best(self) -> None:
         assert self.best is not None

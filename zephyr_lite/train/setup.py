@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import Loaded, Method, RunConfig, dump_config, load_config, read_dumped
+from ..config import Loaded, MemorySpec, Method, RunConfig, dump_config, load_config, read_dumped
 from ..data.chat import ChatTemplate, resolve_template
 from ..data.prepare import Prepared, prepare
 from ..errors import UserError
@@ -134,6 +134,8 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     base_config = read_model_config(folder, any_family=config.engine == "trl")
     print_of_base = fingerprint(folder)
     _same_base(frozen, print_of_base, folder)
+    if before is not None:
+        _same_ground(stage, before, print_of_base, frozen)
     template = _template(config, folder, frozen)
     _vocabulary_fits(template.tokenizer, base_config, folder)
     data = prepare(config.dataset, method, config, template, what="training")
@@ -158,9 +160,15 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
             config.stage, r=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules, seed=config.seed
         )
     longest = int(max(data.lengths.max(), eval_data.lengths.max() if eval_data else 0))
-    plan = make_plan(base.model.config, base.dtype, base.device, longest, config.memory)
+    training = {"optim": config.optim, "parameters": sum(p.numel() for p in stack.parameters().values())}
+    plan = make_plan(base.model.config, base.dtype, base.device, longest, config.memory, **training)
     if before is not None:
-        plan = Plan(**before["plan"])  # another split would change bits
+        if _memory_then(stage) == config.memory.model_dump(mode="json"):
+            plan = Plan(**before["plan"])  # another split would change bits
+        else:
+            say("memory was changed: from here on sums are split otherwise, and round otherwise")
+            before["plan"] = plan.as_dict()
+    torch.set_num_threads(plan.threads)  # decides the order of sums, a reference's to be kept on disk among them
     for line in plan.lines():
         say(line)
     per_epoch, total = step_schedule(config, len(data.rows))
@@ -270,6 +278,30 @@ def _may_go_on(stage: StageDir, before: dict[str, Any], config: RunConfig, metho
         raise UserError(
             f"{stage.path}: was started with another configuration:\n  " + "\n  ".join(changed),
             "Go back to it to go on, or choose another output_dir or stage.",
+        )
+
+
+def _memory_then(stage: StageDir) -> dict[str, Any]:
+    """What the user had fixed of the plan when the stage was started."""
+    then = read_dumped(stage.config) if stage.config.is_file() else {}
+    return MemorySpec.model_validate(then.get("memory") or {}).model_dump(mode="json")
+
+
+def _same_ground(stage: StageDir, before: dict[str, Any], base: str, frozen: list[AdapterFile]) -> None:
+    """A stage that goes on stands on what it was started on: the same base, the same adapters below."""
+    if "trl" in before:  # the baseline counts adapters that it trains on as its own
+        then = before["trl"].get("continues", before.get("adapters", []))
+    else:
+        then = before.get("adapters", [])
+    if before["base"]["fingerprint"] != base:
+        raise UserError(
+            f"{stage.path}: was started on other weights of {before['base']['name_or_path']} than these.",
+            "Restore them (a hub id's model_revision pins them), or choose another output_dir or stage.",
+        )
+    if [a["sha256"] for a in then] != [a.sha256 for a in frozen]:
+        raise UserError(
+            f"{stage.path}: an adapter below it was changed or replaced since it was started.",
+            "Restore it, or choose another output_dir or stage.",
         )
 
 
