@@ -1,0 +1,422 @@
+"""What must hold of a whole run and is no single operation's affair: the design's invariants and the recipe's known faults,
+where no other file shows them."""
+
+import ast
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import zephyr_lite
+from tests.conftest import make_model
+from tests.test_decoder import apart, conversation, live_stack, pair
+from tests.test_train import LN2, Killed, dpo_words, metrics, quiet, words
+from zephyr_lite.config import MemorySpec, load_config, read_dumped
+from zephyr_lite.data.batch import collate_conversations, collate_pairs
+from zephyr_lite.errors import UserError
+from zephyr_lite.merge import chain_of_run, merge
+from zephyr_lite.model.adapters import AdapterStack
+from zephyr_lite.model.decoder import Decoder, Dropout
+from zephyr_lite.model.peft_files import LoraWeights, read_adapter, write_adapter
+from zephyr_lite.model.plan import make_plan
+from zephyr_lite.rundir import StageDir
+from zephyr_lite.train import loop as loop_file
+from zephyr_lite.train.dpo import DpoTask, run_dpo
+from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.setup import open_stage, resolve_run
+from zephyr_lite.train.sft import SftTask, run_sft
+
+PLAIN = {"load_in_4bit": "false"}  # float32, so that a merge rounds nothing
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """A base whose sliding window is smaller than any of the rows."""
+    from tests.conftest import make_tokenizer
+
+    folder = tmp_path_factory.mktemp("windowed")
+    make_model(sliding_window=9).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sft_run(windowed, chat_rows, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "a"
+    run_sft(load_config("sft", None, words(windowed, out, chat_rows, batch_size=1, **PLAIN)), say=quiet)
+    return out
+
+
+@pytest.fixture
+def run(sft_run, tmp_path):
+    shutil.copytree(sft_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def open_dpo(base, run, rows, **changes):
+    loaded = load_config("dpo", None, dpo_words(base, run, rows, **{**PLAIN, **changes}))
+    return open_stage("dpo", loaded, say=quiet)
+
+
+def moved(stage):
+    """As after some training: B is not zero."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in stage.stack.parameters().values():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def step_of(stage, task, tokens, step):
+    plan = type(stage.plan)(tokens, "all", 0, 0, 1)
+    loop = Loop(stage.config, stage.dir, stage.stack, task, plan, say=quiet)
+    loop.optimizer.zero_grad()
+    sums, total = loop.gradients(step)
+    return loop.task.summarize(sums, total), {n: p.grad.clone() for n, p in loop.parameters.items()}
+
+
+# Invariant 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("keep", ["all", "input"])
+def test_step_0_is_ln_2_with_dropout_too(windowed, run, pair_rows, dtype, keep):
+    """A YAML of the handbook sets lora_dropout for DPO: policy and reference must still be one function, to the bit."""
+    if dtype == "bfloat16":  # the stage below was trained in float32, which does not matter here
+        shutil.rmtree(run / "dpo", ignore_errors=True)
+    settings = {"lora_dropout": 0.3, "lora_r": 64, "dtype": dtype, "memory.keep": keep, "max_steps": 3}
+    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN, **settings)), say=quiet)
+    losses = metrics(run / "dpo")
+    assert losses[0] == pytest.approx(LN2, abs=1e-6) and losses[-1] != pytest.approx(LN2, abs=1e-6)
+
+
+def test_the_reference_equals_an_untrained_policy_under_dropout():
+    batch = collate_pairs([pair(i, 40 - i, 30, 20 + i) for i in range(6)])
+    decoder = Decoder(live_stack(make_model(), trained=False, r=64), torch.float32)
+    dropout = Dropout(0.2, 1, 0)
+    policy = decoder.token_logps(batch, dropout=dropout).detach()
+    assert torch.equal(policy, decoder.token_logps(batch, reference=True, dropout=dropout))
+    trained = Decoder(
+        live_stack(make_model(), r=64), torch.float32
+    )  # what is dropped there does not reach the reference
+    assert torch.equal(policy, trained.token_logps(batch, reference=True, dropout=Dropout(0.2, 1, 7)))
+
+
+# Invariant 2
+
+
+def test_every_gradient_from_a_cached_reference_is_that_of_the_live_one(windowed, run, pair_rows):
+    found = {}
+    for cached in (False, True):
+        stage = open_dpo(windowed, run, pair_rows, stage=f"dpo{cached}", precompute_ref_log_probs=cached)
+        task = DpoTask(stage, quiet)  # the cache is filled in other micro-batches than the step's
+        moved(stage)
+        found[cached] = step_of(stage, task, 200, 1)
+    assert apart(torch.tensor(found[True][0]["loss"]), torch.tensor(found[False][0]["loss"])) < 1e-5
+    assert abs(found[True][0]["loss"] - LN2) > 1e-3
+    for name, grad in found[False][1].items():
+        assert grad.norm() > 0 and apart(found[True][1][name], grad) < 1e-5, name
+
+
+# Invariant 4
+
+
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("tokens", [1, 170])
+def test_micro_batches_do_not_change_a_step_of_pairs(windowed, run, pair_rows, tokens, step):
+    stage = open_dpo(windowed, run, pair_rows, lora_dropout=0.2)
+    assert [len(loop_file.rows_of_step(stage.config, len(stage.data.rows), n)) for n in (0, 2)] == [3, 2]
+    moved(stage)
+    task = DpoTask(stage, quiet)
+    whole, wanted = step_of(stage, task, 10_000, step + 3)  # not the first epoch, where B has to be zero
+    split, grads = step_of(stage, task, tokens, step + 3)
+    assert split == pytest.approx(whole, rel=1e-4, abs=1e-4) and split["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    for name, grad in wanted.items():
+        assert apart(grads[name], grad) < 1e-5, name
+
+
+# Invariant 6, from what a run wrote
+
+
+def test_the_written_adapter_and_the_merged_folder_are_the_live_policy(windowed, run, pair_rows, tmp_path):
+    """``dpo/adapter`` alone on the bare base, and the merge in plain transformers; ``delta`` alone is something else."""
+    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN)), say=quiet)
+    chain = chain_of_run(run)
+    stack = AdapterStack(AutoModelForCausalLM.from_pretrained(windowed))
+    for name, adapter in zip(("sft", "dpo"), chain.adapters, strict=True):
+        stack.add_frozen(name, adapter)
+    example = conversation(0, 30)
+    example.mask[:] = True
+    live = Decoder(stack, torch.float32).token_logps(collate_conversations([example]))
+    merge(windowed, chain.adapters, tmp_path / "merged", tokenizer_from=chain.tokenizer_from)
+    folders = {
+        "merged": AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+        "adapter": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(windowed), run / "dpo" / "adapter"),
+        "delta": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(windowed), run / "dpo" / "delta"),
+    }
+    ids = torch.from_numpy(example.ids[None].astype("int64"))
+    for name, model in folders.items():
+        with torch.no_grad():
+            logps = model.eval()(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        assert (apart(logps, live) < 1e-5) == (name != "delta"), name
+
+
+# Going on
+
+
+def test_a_stage_goes_on_from_its_own_base_and_adapters_only(windowed, run, pair_rows, tmp_path, monkeypatch):
+    base, below = tmp_path / "base", tmp_path / "below"
+    shutil.copytree(windowed, base)
+    shutil.copytree(run / "sft" / "adapter", below)
+    settings = dpo_words(base, tmp_path / "r", pair_rows, adapters=f"[{below}]", **PLAIN)
+    step = Loop._step
+    monkeypatch.setattr(Loop, "_step", lambda self, number: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run_dpo(load_config("dpo", None, settings), say=quiet)
+    monkeypatch.setattr(Loop, "_step", step)
+    adapter = read_adapter(below)
+    changed = {m: LoraWeights(w.a.clone(), w.b.clone() * 1.01, w.scale) for m, w in adapter.modules.items()}
+    kept = {p.name: p.read_bytes() for p in below.iterdir()}
+    write_adapter(below, changed, base_model_name="x")
+    with pytest.raises(UserError, match="an adapter below it was changed"):
+        run_dpo(load_config("dpo", None, settings), say=quiet)
+    for name, content in kept.items():
+        (below / name).write_bytes(content)
+    make_model(seed=1, sliding_window=9).save_pretrained(base)
+    with pytest.raises(UserError, match="other weights"):
+        run_dpo(load_config("dpo", None, settings), say=quiet)
+
+
+def test_memory_may_be_changed_to_go_on(windowed, chat_rows, tmp_path, monkeypatch):
+    """A run that was too large for the card must be able to go on with a smaller plan, and only then has a new one."""
+    settings = {"save_steps": 1, **PLAIN}
+    step = Loop._step
+
+    def dies(self, number):
+        if number == 1:
+            raise Killed
+        return step(self, number)
+
+    monkeypatch.setattr(Loop, "_step", dies)
+    with pytest.raises(Killed):
+        run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)), say=quiet)
+    first = StageDir(tmp_path / "r" / "sft").info()["plan"]
+    monkeypatch.setattr("zephyr_lite.model.plan.free_memory", lambda device: 2**20)
+    for memory, keep in ((None, first["keep"]), ("input", "input")):
+        changes = {} if memory is None else {"memory.keep": memory}
+        loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings, **changes))
+        stage = open_stage("sft", loaded, say=quiet)
+        assert stage.plan.keep == keep and (stage.plan.as_dict() == first) == (memory is None)
+    assert stage.dir.info()["plan"]["keep"] == "input"
+
+
+@pytest.mark.parametrize("where", ["early", "end"])
+def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, monkeypatch, where):
+    """After the last checkpoint, or after an early stop: nothing is trained again, and the result has its evaluations."""
+    import zephyr_lite.train.sft as sft_file
+
+    if where == "early":
+        losses = iter([3.0, 4.0, 5.0])
+        monkeypatch.setattr(SftTask, "evaluate", lambda self: {"eval_loss": next(losses)})
+    patience = {"early_stopping_patience": 2} if where == "early" else {}
+    settings = {"eval_steps": 1, "num_train_epochs": 4, **patience, **PLAIN}
+    loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
+    close = sft_file.close_stage
+    monkeypatch.setattr(sft_file, "close_stage", lambda *a, **k: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run_sft(loaded, say=quiet)
+    logged = (tmp_path / "r" / "sft" / "metrics.jsonl").read_text()
+    monkeypatch.setattr(sft_file, "close_stage", close)
+    monkeypatch.setattr(Loop, "_step", lambda self, number: pytest.fail("trained again"))
+    outcome = run_sft(loaded, say=quiet)
+    assert (tmp_path / "r" / "sft" / "metrics.jsonl").read_text() == logged
+    result = StageDir(tmp_path / "r" / "sft").info()["result"]
+    assert (
+        len(result["evaluations"]) == outcome.step and result["metrics"]["loss"] == metrics(tmp_path / "r" / "sft")[-1]
+    )
+    assert outcome.step == 3 or where == "end"
+
+
+# What a stage takes over
+
+
+@pytest.mark.parametrize("system", ["Answer: in 'one' line.\nBe kind.", "word " * 40 + "end", "42", "null"])
+def test_the_system_turn_is_inherited_as_it_is(windowed, run, pair_rows, system):
+    text = run / "sft" / "config.yaml"
+    text.write_text(json.dumps({**read_dumped(text), "system": system}))
+    loaded = resolve_run("dpo", None, [f"dataset.path={pair_rows}", f"output_dir={run}"])
+    assert loaded.config.system == system and loaded.config.load_in_4bit is False
+    own = resolve_run("dpo", None, [f"dataset.path={pair_rows}", f"output_dir={run}", "system=mine"])
+    assert own.config.system == "mine"
+
+
+def test_a_second_sft_and_a_second_round_of_dpo_stand_on_the_stages_below(windowed, run, chat_rows, pair_rows):
+    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN)), say=quiet)
+    below = [run / "sft" / "adapter", run / "dpo" / "delta"]
+    named = f"[{below[0]}, {below[1]}]"
+    again = dpo_words(windowed, run, pair_rows, stage="dpo2", adapters=named, max_steps=3, warmup_ratio=0, **PLAIN)
+    run_dpo(load_config("dpo", None, again), say=quiet)
+    assert metrics(run / "dpo2")[0] == pytest.approx(LN2, abs=1e-6)
+    run_sft(
+        load_config("sft", None, words(windowed, run, chat_rows, stage="more", adapters=named, max_steps=2, **PLAIN)),
+        say=quiet,
+    )
+    for stage in ("dpo2", "more"):
+        chain = chain_of_run(run, stage=stage)
+        assert [a.path for a in chain.adapters] == [*below, run / stage / "delta"]
+        assert {w.rank for w in read_adapter(run / stage / "adapter").modules.values()} == {12}
+    assert metrics(run / "more")[0] < metrics(run / "sft")[0]  # it went on, and did not begin at the base
+
+
+# The recipe's known faults
+
+
+def test_master_weights_gradients_and_moments_are_float32_in_16_bits(windowed, chat_rows, tmp_path):
+    """At a learning rate of 5e-6 half of the updates round away in bfloat16."""
+    settings = {"dtype": "bfloat16", "learning_rate": 1e-7, "warmup_ratio": 0, **PLAIN}
+    loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
+    stage = open_stage("sft", loaded, say=quiet)
+    moved(stage)
+    loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), stage.plan, say=quiet)
+    assert stage.base.model.lm_head.weight.dtype == torch.bfloat16
+    loop.gradients(0)
+    assert {p.grad.dtype for p in loop.parameters.values()} == {torch.float32}
+    before = {n: p.detach().clone() for n, p in loop.parameters.items()}
+    loop._step(0)
+    states = [v for s in loop.optimizer.state.values() for k, v in s.items() if k.startswith("exp_avg")]
+    assert {p.dtype for p in loop.parameters.values()} == {v.dtype for v in states} == {torch.float32}
+    for name, parameter in loop.parameters.items():
+        share = (parameter != before[name]).float().mean().item()
+        rounded = (parameter.bfloat16() != before[name].bfloat16()).float().mean().item()
+        assert share > 0.5 and rounded < 0.1, name
+
+
+def test_the_base_is_never_written_to(windowed, run, pair_rows):
+    """No merge into the base, in 4 bits or in any: what the adapters stand on keeps its bytes through training."""
+    stage = open_dpo(windowed, run, pair_rows, load_in_4bit="true", max_steps=3)
+    frozen = {n: p.detach().clone() for n, p in stage.stack.model.named_parameters() if not p.requires_grad}
+    assert any(".sft." in n for n in frozen) and any(p.dtype == torch.uint8 for p in frozen.values())
+    task = DpoTask(stage, quiet)
+    Loop(stage.config, stage.dir, stage.stack, task, stage.plan, say=quiet).run()
+    after = dict(stage.stack.model.named_parameters())
+    for name, value in frozen.items():
+        assert torch.equal(after[name], value), name
+
+
+def test_float16_scales_the_loss_and_gives_up_when_no_scale_helps(windowed, chat_rows, tmp_path, monkeypatch):
+    settings = {"dtype": "float16", "num_train_epochs": 12, "batch_size": 1, **PLAIN}
+    loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
+    stage = open_stage("sft", loaded, say=quiet)
+    loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), stage.plan, fp16=True, say=quiet)
+    sums, _ = loop.gradients(0)
+    scale = loop.scaler.get_scale()
+    scaled = {n: p.grad.clone() for n, p in loop.parameters.items()}
+    loop.optimizer.zero_grad()
+    plain = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), stage.plan, say=quiet)
+    plain.gradients(0)
+    name = "model.layers.1.mlp.down_proj.lora_B"
+    assert scale > 1 and math.isfinite(sums["loss"])
+    assert apart(scaled[name] / scale, plain.parameters[name].grad) < 2e-2
+    loop.optimizer.zero_grad()
+    # a gradient that no scale makes finite must not be skipped for days
+    total = loop_file.total_norm
+    monkeypatch.setattr(loop_file, "total_norm", lambda grads: total(grads) * float("nan"))
+    real = loop.scaler.update
+    monkeypatch.setattr(loop.scaler, "update", lambda: real(loop.scaler.get_scale() / 2))
+    with pytest.raises(UserError, match="not finite three times"):
+        loop.run()
+
+
+def test_the_plan_leaves_room_for_gradients_and_moments(monkeypatch):
+    """A rank of 128 on a 7B model: 335 million parameters, 4 GB that are not there yet when the plan is made."""
+    monkeypatch.setattr("zephyr_lite.model.plan.free_memory", lambda device: 10**9)
+    arguments = (make_model().config, torch.float32, torch.device("cpu"), 10, MemorySpec())
+    free = {
+        optim: make_plan(*arguments, parameters=10**7, optim=optim).free_bytes
+        for optim in ("adamw_torch", "adamw_8bit", "paged_adamw_32bit")
+    }
+    assert free == {"adamw_torch": 88 * 10**7, "adamw_8bit": 94 * 10**7, "paged_adamw_32bit": 96 * 10**7}
+    assert make_plan(*arguments, parameters=10**9).micro_tokens == 10  # one example runs, come what may
+
+
+def test_an_adapter_on_the_output_head_is_not_ignored(tmp_path):
+    model = make_model()
+    stack = AdapterStack(model)
+    a, b = torch.randn(2, 64), torch.randn(448, 2)
+    write_adapter(tmp_path / "head", {"lm_head": LoraWeights(a, b, 1.0)}, base_model_name="x")
+    stack.add_frozen("head", read_adapter(tmp_path / "head"))
+    with pytest.raises(UserError, match="output head"):
+        Decoder(stack, torch.float32)
+
+
+# Rooms
+
+ROOT = Path(zephyr_lite.__file__).parent
+BELOW = {
+    "ops": {"ops"},
+    "data": {"data", "config", "rundir", "errors"},
+    "model": {"model", "ops", "data.batch", "config", "rundir", "errors", "safetensors_stream"},
+    "train": {"train", "model", "ops", "data", "config", "rundir", "errors", "__version__"},
+}
+ONLY_IN = {
+    "bitsandbytes": {"model/load.py", "ops/nf4.py", "train/optim.py", "environment.py"},  # the last one reports on it
+    "triton": {"ops/", "environment.py"},
+    "trl": {"train/baselines.py"},
+    "unsloth": {"train/baselines.py"},
+    "yaml": {"config.py"},
+}
+
+
+def imports(path):
+    """Modules that a file imports, ours as ``.room.module``."""
+    room = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                parts = [*room[: len(room) + 1 - node.level], *(node.module.split(".") if node.module else [])]
+                yield from (
+                    ["." + ".".join(parts)] if node.module else ["." + ".".join([*parts, a.name]) for a in node.names]
+                )
+            else:
+                name = node.module or ""
+                yield "." + name.removeprefix("zephyr_lite.") if name.startswith("zephyr_lite") else name
+
+
+def test_a_room_imports_only_from_rooms_below_it():
+    seen = 0
+    for room, allowed in BELOW.items():
+        for path in (ROOT / room).glob("*.py"):
+            for name in imports(path):
+                if name.startswith("."):
+                    seen += 1
+                    assert any(name[1:] == a or name[1:].startswith(a + ".") for a in allowed), f"{path}: {name}"
+    assert seen > 50
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_who_may_import_what(library):
+    users = {
+        str(p.relative_to(ROOT)).replace("\\", "/")
+        for p in ROOT.rglob("*.py")
+        if any(name.split(".")[0] == library for name in imports(p))
+    }
+    assert {u for u in users if not u.startswith(tuple(ONLY_IN[library]))} == set()
+
+
+def test_every_key_of_the_configuration_is_read_somewhere():
+    from zephyr_lite.config import DatasetSpec, RunConfig
+
+    read = {
+        node.attr
+        for path in ROOT.rglob("*.py")
+        if path.name != "config.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    keys = {*RunConfig.model_fields, *DatasetSpec.model_fields, *MemorySpec.model_fields}
+    assert keys - read == set()
