@@ -11,12 +11,14 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import SchedulerType
 
 import zephyr_lite
 from tests.conftest import make_model
 from tests.test_decoder import apart, conversation, live_stack, pair
 from tests.test_train import LN2, Killed, dpo_words, metrics, quiet, words
-from zephyr_lite.config import MemorySpec, load_config, read_dumped
+from zephyr_lite.chat import load_chat
+from zephyr_lite.config import MemorySpec, RunConfig, load_config, read_dumped
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge import chain_of_run, merge
@@ -28,6 +30,7 @@ from zephyr_lite.rundir import StageDir
 from zephyr_lite.train import loop as loop_file
 from zephyr_lite.train.dpo import DpoTask, run_dpo
 from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.optim import make_optimizer, make_scheduler
 from zephyr_lite.train.setup import open_stage, resolve_run
 from zephyr_lite.train.sft import SftTask, run_sft
 
@@ -240,6 +243,20 @@ def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, mon
     assert outcome.step == 3 or where == "end"
 
 
+def test_a_stage_is_talked_to_on_its_own_base_only(windowed, run, tmp_path):
+    chat = load_chat(run / "sft")
+    assert chat.adapters == ["sft"]
+    ours, bare = (chat.ask(["Who are you?"], max_new_tokens=12, adapters=names) for names in (None, []))
+    assert ours != bare and ours == chat.ask(["Who are you?"], max_new_tokens=12)
+    info = StageDir(run / "sft").info()
+    shutil.copytree(windowed, tmp_path / "base")
+    make_model(seed=1, sliding_window=9).save_pretrained(tmp_path / "base")
+    info["base"]["name_or_path"] = str(tmp_path / "base")
+    StageDir(run / "sft").write_info(info)
+    with pytest.raises(UserError, match="files changed"):
+        load_chat(run / "sft")
+
+
 # What a stage takes over
 
 
@@ -350,6 +367,45 @@ def test_an_adapter_on_the_output_head_is_not_ignored(tmp_path):
     stack.add_frozen("head", read_adapter(tmp_path / "head"))
     with pytest.raises(UserError, match="output head"):
         Decoder(stack, torch.float32)
+
+
+def test_the_largest_micro_batch_is_tried_first_and_leaves_no_trace(windowed, chat_rows, tmp_path):
+    """One outlier row must not run out of memory hours into a run."""
+    settings = {"lora_dropout": 0.1, **PLAIN}
+    loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
+    stage = open_stage("sft", loaded, say=quiet, claim=False)
+    lengths = stage.data.lengths
+    for tokens in (1, int(lengths.max() + lengths.min()), 10_000):
+        plan = type(stage.plan)(tokens, "all", 0, 0, 1)
+        loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), plan, say=quiet)
+        before = {n: p.detach().clone() for n, p in loop.parameters.items()}
+        group = loop.rehearse()
+        assert int(lengths.argmax()) in group and len(group) == {1: 1, 10_000: len(lengths)}.get(tokens, len(group))
+        assert tokens == 1 or lengths[group].sum() <= tokens
+        assert all(p.grad is None and torch.equal(p, before[n]) for n, p in loop.parameters.items())
+    assert not loop.optimizer.state
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
+def test_every_schedule_of_transformers_runs_and_is_kept_or_is_refused(name):
+    parameters = {"a": torch.nn.Parameter(torch.ones(2))}
+    config = RunConfig(lr_scheduler_type=name)
+    optimizer = make_optimizer(config, parameters)
+    if name in (
+        "reduce_lr_on_plateau",
+        "greedy",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ):
+        with pytest.raises(UserError, match="lr_scheduler_type"):
+            make_scheduler(config, optimizer, 20)
+        return
+    scheduler = make_scheduler(config, optimizer, 20)
+    for _ in range(20):
+        optimizer.step()
+        scheduler.step()
+    json.dumps(scheduler.state_dict())
 
 
 # Rooms

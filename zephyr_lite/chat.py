@@ -63,7 +63,7 @@ class Chat:
             raise UserError(f"the prompt cannot be rendered: {error}.") from None
         longest = max(len(ids) for ids in prompt_ids)
         model = self.stack.model
-        device = self.stack.base.model.embed_tokens.weight.device
+        device = self.stack.base.get_input_embeddings().weight.device
         ends = sorted({*self.template.end_token_ids, self.template.tokenizer.eos_token_id} - {None})
         tokens = torch.full((len(prompt_ids), longest), ends[0], device=device)
         mask = torch.zeros_like(tokens)
@@ -109,8 +109,13 @@ def load_chat(source: str | Path | None = None) -> Chat:
             model_revision=described["revision"],
             load_in_4bit=described["load_in_4bit"],
             bnb_4bit_use_double_quant=described["double_quant"],
+            engine=chain.info.get("engine", "fused"),  # which decides what architectures are known
         )
     )
+    if base.fingerprint != described["fingerprint"]:
+        raise UserError(
+            f"{base.path}: is not the model that {path} was trained on (its files changed since).", "Restore it."
+        )
     stack = AdapterStack(base.model)
     for name, adapter in zip(resolve_frozen_names([a.path for a in chain.adapters]), chain.adapters):
         stack.add_frozen(name, adapter)

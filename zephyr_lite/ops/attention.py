@@ -96,6 +96,10 @@ class _Gather(torch.autograd.Function):
 
 
 def _by_segment(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scale: float) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if q.is_cuda and groups > 1:
+        # SDPA's memory-efficient kernel knows no grouped queries, and what it falls back to holds every score
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     parts = []
     pieces = zip(
         q.split(table.query_lengths), k.split(table.key_lengths), v.split(table.key_lengths), table.query_lengths

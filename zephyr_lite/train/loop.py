@@ -133,8 +133,8 @@ class Loop:
         self.rows = task.rows()
         self.per_epoch, self.total = step_schedule(config, len(self.rows))
         self.scheduler = make_scheduler(config, self.optimizer, self.total)
-        device = next(iter(self.parameters.values())).device.type
-        self.scaler = torch.amp.GradScaler(device, enabled=fp16)
+        self.device = next(iter(self.parameters.values())).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.handler, self.state, self.control, self.arguments = self._callbacks(callbacks)
         self.best: tuple[float, int] | None = None
         self.stale = 0  # evaluations without a new best
@@ -153,6 +153,8 @@ class Loop:
         trained = [record for record in before if "loss" in record]
         metrics: Metrics = {k: v for k, v in trained[-1].items() if k != "step"} if trained else {}
         self.state.global_step, self.state.epoch = step, step / self.per_epoch
+        if self.device.type == "cuda":
+            self.rehearse()
         self.control = self.handler.on_train_begin(self.arguments, self.state, self.control)
         started, skipped, bad = time.perf_counter(), 0, 0
         patience = self.config.early_stopping_patience
@@ -213,6 +215,22 @@ class Loop:
             for name, value in {"loss": loss.detach().item(), **parts}.items():
                 sums[name] = sums.get(name, 0.0) + value
         return sums, total
+
+    def rehearse(self) -> list[int]:
+        """Forward and backward of as large a micro-batch as there can be, the longest example in it, and keep nothing of
+        it: what does not fit on the card shows before the first step, not hours later. Returns its examples."""
+        lengths = np.asarray(self.task.lengths())
+        group: list[int] = []
+        room = self.plan.micro_tokens
+        for i in np.argsort(-lengths, kind="stable").tolist():
+            if not group or lengths[i] <= room:
+                group.append(i)
+                room -= int(lengths[i])
+        # the number of no step: it decides nothing but dropout
+        loss, _ = self.task.loss(group, self.total, self.task.count(group))
+        self.scaler.scale(loss).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return group
 
     def _step(self, step: int) -> tuple[Metrics, bool, bool]:
         """One optimizer step; returns its metrics, whether it was applied, and whether its loss was finite."""

@@ -44,6 +44,11 @@ def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_st
     Raises:
         UserError: there is no schedule of that name, or it needs more than a name.
     """
+    if config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):  # these want a metric at every step
+        raise UserError(
+            f"lr_scheduler_type {config.lr_scheduler_type!r}: follows a metric, not the steps.",
+            "Try cosine, linear, constant_with_warmup.",
+        )
     warmup = int(-(-total_steps * config.warmup_ratio // 1))
     try:
         return get_scheduler(
