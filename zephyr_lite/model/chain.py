@@ -69,6 +69,7 @@ def chain_of_adapters(names: list[str], base: str | None = None) -> Chain:
         UserError: an adapter cannot be read, or they name different bases and none is given.
     """
     adapters = [read_adapter(fetch_adapter(name)) for name in names]
+    check_order(adapters)
     named = list(dict.fromkeys(str(a.config.get("base_model_name_or_path") or "") for a in adapters))
     if base is None and (len(named) != 1 or not named[0]):
         raise UserError(
@@ -77,6 +78,31 @@ def chain_of_adapters(names: list[str], base: str | None = None) -> Chain:
         )
     with_tokenizer = [a.path for a in adapters if (a.path / "tokenizer_config.json").is_file()]
     return Chain({"name_or_path": base or named[0]}, adapters, with_tokenizer[-1] if with_tokenizer else None)
+
+
+def check_order(adapters: list[AdapterFile]) -> None:
+    """Explicit adapters that lie in stages of ours: a delta stands on something, and nothing counts twice.
+
+    Raises:
+        UserError: the lowest is a delta, or a stage's adapter/ (a whole chain) lies above a part of itself.
+    """
+    for place, adapter in enumerate(adapters):
+        stage = StageDir(adapter.path.parent)
+        info = stage.info() if adapter.path.name in ("adapter", "delta") else None
+        if info is None:
+            continue
+        if adapter.path.name == "delta" and place == 0:
+            raise UserError(
+                f"{adapter.path}: is right only on top of the adapters that it was trained on, and is the lowest here.",
+                f"Give {stage.adapter}, which holds the whole chain, or put the adapters below it first.",
+            )
+        parts = {link.get("sha256") for link in info.get("adapters", [])}
+        twice = [below.path for below in adapters[:place] if below.sha256 in parts]
+        if adapter.path.name == "adapter" and twice:
+            raise UserError(
+                f"{adapter.path}: holds the whole chain, {twice[0]} among it, which would count twice.",
+                f"Leave {twice[0]} out, or give {stage.delta} instead.",
+            )
 
 
 def _newest(root: Path) -> Path:

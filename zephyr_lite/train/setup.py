@@ -19,7 +19,7 @@ from ..data.chat import ChatTemplate, resolve_template
 from ..data.prepare import Prepared, prepare
 from ..errors import UserError
 from ..model.adapters import AdapterStack, resolve_frozen_names
-from ..model.chain import chain_of_run
+from ..model.chain import chain_of_run, check_order
 from ..model.decoder import Decoder
 from ..model.load import Base, fetch_base, fingerprint, load_base, load_tokenizer, read_model_config
 from ..model.peft_files import (
@@ -262,13 +262,13 @@ def versions() -> dict[str, str]:
 
 def _may_go_on(stage: StageDir, before: dict[str, Any], config: RunConfig, method: Method) -> None:
     """Refuse a finished stage, and one that was started with another configuration."""
+    if before.get("method") not in (None, method):
+        raise UserError(
+            f"{stage.path}: is a {before['method']} stage; this is {method}.", "Choose another stage or output_dir."
+        )
     if before.get("status") == "complete":
         following = {"sft": "zephyr-lite dpo", "dpo": "zephyr-lite merge --out model/"}[before["method"]]
         raise StageComplete(f"{stage.path} is complete already.", f"Next: {following}")
-    if before.get("method") != method:
-        raise UserError(
-            f"{stage.path}: is a {before.get('method')} stage; this is {method}.", "Choose another stage or output_dir."
-        )
     old = read_dumped(stage.config) if stage.config.is_file() else {}
     new = config.model_dump(mode="json")
     changed = [
@@ -310,7 +310,9 @@ def _frozen(method: Method, config: RunConfig, stage: StageDir, say: Say) -> lis
     if config.adapters == "none":
         return []
     if config.adapters:
-        return [read_adapter(fetch_adapter(name)) for name in config.adapters]
+        adapters = [read_adapter(fetch_adapter(name)) for name in config.adapters]
+        check_order(adapters)
+        return adapters
     if method == "sft":
         return []
     below = StageDir(stage.run / "sft")
