@@ -229,6 +229,11 @@ def test_templates_that_cannot_be_trained_on_are_refused(tiny, tmp_path, text, s
         resolve_template(str(tmp_path / "bad.jinja"), tiny)
 
 
+def test_a_template_may_be_spelt_out_in_the_configuration(tiny):
+    text = ZEPHYR.removeprefix(BOS)  # as in the alignment handbook's YAML files
+    assert resolve_template(text, tiny).text == text
+
+
 def test_templates_whose_tokens_the_tokenizer_does_not_know_are_refused(tiny):
     for choice in ("chatml", "llama3"):
         with pytest.raises(UserError, match="does not know"):

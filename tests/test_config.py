@@ -80,11 +80,22 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path):
         ("loss_type=robust", "label_smoothing"),
         ("dataset=[]", "dataset"),
         ("dataset.limit=0", "limit"),
+        ("learning_rate=inf", "learning_rate"),
+        ("num_train_epochs=.nan", "num_train_epochs"),
+        ("lora_target_modules=[]", "lora_target_modules"),
     ],
 )
 def test_a_value_that_does_not_fit_names_its_key(word, place):
     with pytest.raises(UserError, match=place):
         load(word)
+
+
+def test_a_wrong_word_is_not_blamed_on_the_file(tmp_path):
+    file = write(tmp_path, "seed: 1\n")
+    with pytest.raises(UserError, match=r"^the command line: batch_size"):
+        load("batch_size=0", file=file)
+    with pytest.raises(UserError, match=r"\.yaml: batch_size"):
+        load("seed=2", file=write(tmp_path, "batch_size: 0\n"))
 
 
 @pytest.mark.parametrize("words", [["5"], ["--seed"], ["--use-peft", "--seed", "3"], ["-x"]])

@@ -47,7 +47,7 @@ class MemorySpec(BaseModel):
 class RunConfig(BaseModel):
     """The keys of one stage. Defaults are the published recipe's; ``dpo`` changes some (see ``DPO_DEFAULTS``)."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=False)
+    model_config = ConfigDict(extra="forbid", validate_default=False, allow_inf_nan=False)
 
     # what is trained, and where it goes
     model_name_or_path: str = "mistralai/Mistral-7B-v0.1"
@@ -151,6 +151,8 @@ class RunConfig(BaseModel):
             )
         if self.loss_type in ("ipo", "ipo_sum", "hinge") and self.label_smoothing:
             raise ValueError(f"label_smoothing means nothing for loss_type {self.loss_type}; set it to 0")
+        if not self.lora_target_modules:
+            raise ValueError("lora_target_modules is empty; name modules, or take all-linear")
         if not self.dataset:
             raise ValueError("dataset is empty; give a hub id, a folder or a file")
         return self
@@ -301,7 +303,10 @@ def load_config(
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, str(path) if path else "the command line")) from None
+        keys = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
+        typed = {*said, *(key.split(".")[0] for key, _ in nested)}
+        by_words = path is None or (keys and keys <= typed)
+        raise UserError(_explain(error, "the command line" if by_words else str(path))) from None
     return Loaded(config, set(given), notes, path)
 
 

@@ -325,6 +325,8 @@ def _choose(choice: str, tokenizer: Any) -> tuple[str, str]:
         return ("the tokenizer's own", own) if own else ("zephyr", TEMPLATES["zephyr"])
     if choice in TEMPLATES:
         return choice, TEMPLATES[choice]
+    if "{%" in choice or "{{" in choice:  # the alignment handbook's YAML files spell it out
+        return "of the configuration", choice
     path = Path(choice).expanduser()
     if not path.is_file():
         raise UserError(
