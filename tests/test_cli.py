@@ -177,7 +177,10 @@ def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("zephyr_lite.environment.survey", interrupted)
-    assert invoke("env")[0] == 130
+    assert invoke("env")[::2] == (130, "interrupted\n")
+    monkeypatch.setattr("zephyr_lite.cli._train", lambda *_: interrupted())
+    code, _, err = invoke("sft")
+    assert code == 130 and "goes on from the last checkpoint" in err
 
 
 def test_a_full_card_and_a_full_disk_are_said(invoke, monkeypatch):
@@ -466,3 +469,34 @@ def test_progress_lines():
     evaluation = {"eval_loss": 0.4, "eval_rewards/accuracies": 0.7}
     assert metrics_line(2, 2, evaluation) == "step 2/2  held-out  loss 0.4000  accuracy 0.700"
     assert [duration(s) for s in (3, 600, 4800, 40000, 300000)] == ["3 s", "10 min", "80 min", "11 h", "3.5 days"]
+
+
+# -- what a newcomer tripped over ---------------------------------------------------------------------------------------
+
+
+def test_a_stage_of_the_other_method(refused, sft_words, dpo_words, runs):
+    refused(*sft_words, f"output_dir={runs}", "stage=dpo", says=("is a dpo stage",))
+    refused(*dpo_words, f"output_dir={runs}", "stage=sft", says=("is a sft stage",))
+
+
+def test_an_output_dir_that_is_a_file(refused, sft_words, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    refused(*sft_words, "output_dir=taken", says=("taken/sft", "Choose another output_dir"))
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_explicit_adapters_that_count_twice_or_stand_on_nothing(refused, dpo_words, runs, tiny_base, tmp_path):
+    sft, whole, delta = (runs / name for name in ("sft/adapter", "dpo/adapter", "dpo/delta"))
+    merge = ("merge", "--out", tmp_path / "out", "--base", tiny_base, "--adapter")
+    refused(*merge, sft, "--adapter", whole, says=("count twice", str(delta)))
+    refused(*merge, delta, says=("only on top", str(whole)))
+    refused(*dpo_words, "output_dir=runs/u", f"adapters=[{sft},{whole}]", says=("count twice",))
+    refused(*dpo_words, "output_dir=runs/u", f"adapters={delta}", says=("only on top",))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial"])
+def test_a_run_of_one_step_learns(invoke, sft_words, tmp_path, schedule):
+    assert invoke(*sft_words, "output_dir=runs/t", "max_steps=1", f"lr_scheduler_type={schedule}")[0] == 0
+    line = json.loads((tmp_path / "runs/t/sft/metrics.jsonl").read_text().splitlines()[0])
+    assert line["learning_rate"] > 0

@@ -172,6 +172,8 @@ def _run(arguments: list[str], verbose: bool) -> int:
     try:
         _quiet_libraries()
         code = app(args=arguments, prog_name="zephyr-lite", standalone_mode=False)
+        if code == 130:  # typer catches the interrupt itself
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except UserError as error:
         if verbose:
@@ -182,7 +184,8 @@ def _run(arguments: list[str], verbose: bool) -> int:
         error.show()
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        console.err.print("interrupted; the same command goes on from the last checkpoint")
+        trains = arguments[:1] in (["sft"], ["dpo"], ["demo"])
+        console.err.print("interrupted" + ("; the same command goes on from the last checkpoint" if trains else ""))
         return 130
     except Exception as error:
         if verbose:

@@ -82,7 +82,11 @@ def _choose_split(spec: DatasetSpec, there: list[str]) -> str:
     if spec.split is None:
         if len(there) == 1:
             return there[0]
-        raise UserError(f"{spec.path}: which split? There are {', '.join(there)}.", f"Say so: split: {there[0]}.")
+        likely = next((name for name in there if name.startswith("train")), there[0])
+        raise UserError(
+            f"{spec.path}: which split? There are {', '.join(there)}.",
+            f"Say so: split: {likely} (on the command line dataset.split={likely}).",
+        )
     if _base_split(spec.split) not in there:
         raise UserError(f"{spec.path}: there is no split {spec.split!r}.", f"There are {', '.join(there)}.")
     return spec.split

@@ -49,7 +49,8 @@ def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_st
             f"lr_scheduler_type {config.lr_scheduler_type!r}: follows a metric, not the steps.",
             "Try cosine, linear, constant_with_warmup.",
         )
-    warmup = int(-(-total_steps * config.warmup_ratio // 1))
+    # a run of one step would be all warm-up, whose first learning rate is 0
+    warmup = min(int(-(-total_steps * config.warmup_ratio // 1)), total_steps - 1)
     try:
         return get_scheduler(
             config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
