@@ -420,12 +420,16 @@ def test_the_demo_says_what_it_found(invoke, monkeypatch):
 
     from zephyr_lite.demo import run
 
-    standing = SimpleNamespace(loss=1.5, preference_accuracy=0.5, dodging=0.25, answers=["[one]", "two", "three"])
-    result = SimpleNamespace(standings={"base": standing, "DPO": standing}, reward_accuracy=0.8, seconds={"sft": 61.0})
+    standing = SimpleNamespace(loss=1.5, preference_accuracy=0.5, dodging=0.25, answers=["[one]", "word " * 40, "end"])
+    standings = {"base": standing, "SFT": standing, "DPO": standing}
+    result = SimpleNamespace(standings=standings, reward_accuracy=0.8, seconds={"sft": 61.0})
     monkeypatch.setattr(run, "run_demo", lambda out, **options: result)
     code, out, err = invoke("demo")
     assert code == 0, err
-    assert "[one]" in out and "1.500" in out and "25%" in out and "0.80" in out
+    # no column is cut off, however long the answers
+    for text, count in (("[one]", 3), ("1.500", 3), ("25%", 3), ("word", 120), ("0.80", 1)):
+        assert out.count(text) == count
+    assert max(len(line) for line in out.splitlines()) <= 120
 
 
 def test_what_the_recipe_will_take_is_said_first(invoke, monkeypatch, tmp_path):

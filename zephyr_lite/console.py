@@ -15,6 +15,8 @@ from .errors import UserError
 Metrics = dict[str, float]
 # runs of text, and whether they are supervised
 Spans = Sequence[tuple[str, bool]]
+# Columns of a table where no terminal says how many there are.
+PIPE_WIDTH = 120
 
 
 class Standing(Protocol):
@@ -38,6 +40,8 @@ class Console:
 
     def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None) -> None:
         self.out = RichConsole(file=out, highlight=False, soft_wrap=True)
+        if not self.out.is_terminal:
+            self.out.width = PIPE_WIDTH
         self.err = RichConsole(file=err, stderr=err is None, highlight=False, soft_wrap=True)
         self._seconds: deque[float] = deque(maxlen=20)
 
@@ -84,9 +88,8 @@ class Console:
 
     def side_by_side(self, questions: Sequence[str], standings: Mapping[str, Standing]) -> None:
         """What each model answers, in a column each, and where it stands on the held-out rows."""
-        table = Table(show_lines=True, pad_edge=False, width=None if self.out.is_terminal else 120)
-        table.add_column("")
-        for name in standings:
+        table = Table(show_lines=True, expand=True)
+        for name in ("", *standings):
             table.add_column(name, ratio=1)
         for place, question in enumerate(questions):
             table.add_row(Text(question, style="bold"), *(Text(s.answers[place]) for s in standings.values()))
@@ -96,8 +99,8 @@ class Console:
             ("dodging answers", lambda s: f"{s.dodging:.0%}"),
         ):
             table.add_row(Text(title), *(Text(text(s)) for s in standings.values()))
-        # soft wrapping is for lines; a table is laid out for a width
-        self.out.print(table, soft_wrap=False, width=None if self.out.is_terminal else 120)
+        # soft wrapping is for lines; a table is laid out for a width, and cut where it is wider than the console
+        self.out.print(table, soft_wrap=False)
 
     def _left(self, steps: int) -> float | None:
         if not self._seconds or steps <= 0:
