@@ -174,9 +174,15 @@ def test_a_stage_goes_on_from_its_own_base_and_adapters_only(windowed, run, pair
     base, below = tmp_path / "base", tmp_path / "below"
     shutil.copytree(windowed, base)
     shutil.copytree(run / "sft" / "adapter", below)
-    settings = dpo_words(base, tmp_path / "r", pair_rows, adapters=f"[{below}]", **PLAIN)
+    settings = dpo_words(base, tmp_path / "r", pair_rows, adapters=f"[{below}]", save_steps=1, **PLAIN)
     step = Loop._step
-    monkeypatch.setattr(Loop, "_step", lambda self, number: (_ for _ in ()).throw(Killed))
+
+    def dies(self, number):
+        if number == 1:
+            raise Killed
+        return step(self, number)
+
+    monkeypatch.setattr(Loop, "_step", dies)
     with pytest.raises(Killed):
         run_dpo(load_config("dpo", None, settings), say=quiet)
     monkeypatch.setattr(Loop, "_step", step)

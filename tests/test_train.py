@@ -215,9 +215,17 @@ def test_a_killed_run_goes_on_to_the_same_adapter(tiny_base, chat_rows, tmp_path
 
 def test_another_configuration_or_other_rows_do_not_go_on(tiny_base, chat_rows, tmp_path, monkeypatch):
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows))
-    monkeypatch.setattr(loop_file.Loop, "_step", lambda self, number: (_ for _ in ()).throw(Killed))
+    step = Loop._step
+
+    def dies(self, number):
+        if number == 2:
+            raise Killed
+        return step(self, number)
+
+    monkeypatch.setattr(loop_file.Loop, "_step", dies)
     with pytest.raises(Killed):
         run_sft(loaded, say=quiet)
+    assert StageDir(tmp_path / "r" / "sft").checkpoints()
     with pytest.raises(UserError, match=r"learning_rate: 0.005 then, 0.001 now"):
         run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, learning_rate=1e-3)), say=quiet)
     other = tmp_path / "chat.jsonl"
@@ -231,6 +239,20 @@ def test_another_configuration_or_other_rows_do_not_go_on(tiny_base, chat_rows, 
             load_config("sft", None, words(tiny_base, tmp_path / "r", other, **{"eval_dataset.path": chat_rows})),
             say=quiet,
         )
+
+
+def test_a_start_that_left_no_checkpoint_does_not_bind_the_next(tiny_base, chat_rows, tmp_path):
+    """A typo that is found late must not lock the folder."""
+    wrong = words(tiny_base, tmp_path / "r", chat_rows, lr_scheduler_type="foo")
+    with pytest.raises(UserError, match="foo"):
+        run_sft(load_config("sft", None, wrong), say=quiet)
+    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet)
+    assert StageDir(tmp_path / "r" / "sft").complete()
+
+
+def test_a_finished_stage_given_other_values_is_not_passed_over(tiny_base, chat_rows, run):
+    with pytest.raises(UserError, match="finished with another configuration"):
+        run_sft(load_config("sft", None, words(tiny_base, run, chat_rows, batch_size=1, lora_dropout=0.2)), say=quiet)
 
 
 def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monkeypatch):

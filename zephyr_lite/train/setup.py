@@ -127,6 +127,9 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         say(note)
     stage = StageDir(Path(config.output_dir) / config.stage)
     before = stage.info()
+    if before is not None and before.get("method") == method and before.get("status") != "complete":
+        # nothing was kept of a stage without a checkpoint (a typo, an early error), so nothing binds the next start
+        before = before if stage.checkpoints() else None
     if before is not None:
         _may_go_on(stage, before, config, method)
     frozen = _frozen(method, config, stage, say)
@@ -266,19 +269,22 @@ def _may_go_on(stage: StageDir, before: dict[str, Any], config: RunConfig, metho
         raise UserError(
             f"{stage.path}: is a {before['method']} stage; this is {method}.", "Choose another stage or output_dir."
         )
-    if before.get("status") == "complete":
-        following = {"sft": "zephyr-lite dpo", "dpo": "zephyr-lite merge --out model/"}[before["method"]]
-        raise StageComplete(f"{stage.path} is complete already.", f"Next: {following}")
+    complete = before.get("status") == "complete"
     old = read_dumped(stage.config) if stage.config.is_file() else {}
     new = config.model_dump(mode="json")
     changed = [
         f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in new.items() if k not in MAY_CHANGE and old.get(k) != v
     ]
     if changed:
+        cure = "choose another output_dir or stage."
         raise UserError(
-            f"{stage.path}: was started with another configuration:\n  " + "\n  ".join(changed),
-            "Go back to it to go on, or choose another output_dir or stage.",
+            f"{stage.path}: was {'finished' if complete else 'started'} with another configuration:\n  "
+            + "\n  ".join(changed),
+            f"To train with this one, {cure}" if complete else f"Go back to it to go on, or {cure}",
         )
+    if complete:
+        following = {"sft": "zephyr-lite dpo", "dpo": "zephyr-lite merge --out model/"}[before["method"]]
+        raise StageComplete(f"{stage.path} is complete already.", f"Next: {following}")
 
 
 def _memory_then(stage: StageDir) -> dict[str, Any]:
