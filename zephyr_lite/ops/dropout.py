@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,11 +35,22 @@ class DropoutKey:
         return DropoutKey(self.p, self.seed, self.step, self.streams, self.positions, layer, site)
 
 
-def _mix(h: Tensor) -> Tensor:
-    """A 32-bit finalizer (xor-shift-multiply, the constants of Wellons' ``lowbias32``) on int64 holding uint32."""
+Word = TypeVar("Word", int, Tensor)
+
+
+def _mix(h: Word) -> Word:
+    """A 32-bit finalizer (xor-shift-multiply, the constants of Wellons' ``lowbias32``) on integers holding uint32."""
     h = (h ^ (h >> 16)) * 0x7FEB352D & _M32
     h = (h ^ (h >> 15)) * 0x846CA68B & _M32
     return h ^ (h >> 16)
+
+
+def _prefix(key: DropoutKey) -> int:
+    """The hash of all that a pass's tokens share, as uint32."""
+    h = _mix((key.seed & _M32) ^ 0x9E3779B9)
+    for word in (key.step, key.layer * 8 + key.site):
+        h = _mix(h ^ (word & _M32))
+    return h
 
 
 def _signed(h: Tensor) -> Tensor:
@@ -54,11 +66,7 @@ def dropout_mask(key: DropoutKey, channels: int) -> Tensor:
     comparison in it: on a CPU one takes longer than all the rest, because only integer arithmetic is vectorized.
     """
     device = key.streams.device
-    row = _mix(torch.tensor([key.seed & _M32], device=device) ^ 0x9E3779B9)
-    for word in (key.step, key.layer * 8 + key.site):
-        row = _mix(row ^ (word & _M32))
-    row = _mix(row ^ (key.streams & _M32))
-    row = _mix(row ^ (key.positions & _M32))
+    row = _mix(_mix((key.streams & _M32) ^ _prefix(key)) ^ (key.positions & _M32))
     column = _mix(torch.arange(channels, device=device) ^ 0x85EBCA6B)
     # int32 products wrap around, which is what the hash wants; a logical shift is an arithmetic one, masked
     h = _signed(row)[:, None] ^ _signed(column)[None, :]
@@ -84,3 +92,24 @@ def dropped(x: Tensor, mask: Tensor, *, inplace: bool = False) -> Tensor:
 def dropout_scale(key: DropoutKey, channels: int, dtype: torch.dtype) -> Tensor:
     """What dropout multiplies an input of [T, channels] with: 0 where an element is dropped, 1 / (1 - p) elsewhere."""
     return dropout_mask(key, channels).neg_().to(dtype).mul_(1.0 / (1.0 - key.p))
+
+
+def drop(x: Tensor, key: DropoutKey, out: Tensor | None = None) -> Tensor:
+    """x with zeros where ``dropout_mask`` has them, not yet scaled by 1 / (1 - p).
+
+    Args:
+        x: [T, channels], rows dense, any distance apart.
+        key: with layer and site set (``DropoutKey.at``).
+        out: [T, channels] in x's dtype; may be x.
+    Returns:
+        [T, channels]: `out`, or new.
+    """
+    mask = dropout_mask(key, x.shape[1])
+    if out is None:
+        return dropped(x, mask)
+    return dropped(out if out is x else out.copy_(x), mask, inplace=True)
+
+
+def add_dropped_(target: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
+    """target += ``drop(x, key)``, in place; both [T, channels] in one dtype. Returns target."""
+    return target.add_(drop(x, key))

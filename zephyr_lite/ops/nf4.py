@@ -15,18 +15,43 @@ def is_quantized(weight: Tensor) -> bool:
     return getattr(weight, "quant_state", None) is not None
 
 
-def dequantize(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """A frozen weight as a matrix to multiply with.
 
     Args:
-        weight: [out, in]; a plain matrix, or NF4 storage with its ``quant_state``.
+        weight: [out, in]; a plain matrix, or 4-bit storage (NF4 or FP4, nested scales or not) with its ``quant_state``.
         dtype: of the result.
+        out: contiguous [out, in] of `dtype` to write into, such as a slice of a larger buffer.
     Returns:
-        [out, in]; a new tensor for NF4, ``weight`` itself where it is plain and of that dtype.
+        [out, in]; `out` where it is given, ``weight`` itself where it is plain and of that dtype, else a new tensor.
     """
     if is_quantized(weight):
-        weight = bnb.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
-    return weight.detach().to(dtype)
+        return _twin(weight, dtype, out)
+    weight = weight.detach().to(dtype) if out is None else weight.detach()
+    return weight if out is None else out.copy_(weight)
+
+
+def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    state = weight.quant_state  # type: ignore[attr-defined]
+    shape = state.shape
+    if weight.device.type == "cpu" and shape[-1] % state.blocksize and shape.numel() % state.blocksize == 0:
+        # One row a block: the CPU kernel for AVX-512 mixes up the scales of rows that are no whole number of blocks.
+        shape = torch.Size((shape.numel() // state.blocksize, state.blocksize))
+    # a state of our own, because the result's dtype is read from it and the weight's own is shared
+    wanted = bnb.QuantState(
+        absmax=state.absmax,
+        shape=shape,
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=torch.float32 if dtype == torch.float64 else dtype,
+        offset=state.offset,
+        state2=state.state2,
+    )
+    if out is not None and out.is_cuda and out.dtype == wanted.dtype:
+        return bnb.dequantize_4bit(weight.data, wanted, out=out)
+    result = bnb.dequantize_4bit(weight.data, wanted).view(state.shape).to(dtype)
+    return result if out is None else out.copy_(result)
 
 
 BLOCK = 64
