@@ -17,64 +17,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import platform
 import sys
 import tempfile
-import threading
-import time
-import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
-from zephyr_lite.config import Loaded, RunConfig
+from bench.turns import Runner, Variant, describe, frozen_adapter, machine, take_turns, times_faster
 from zephyr_lite.errors import UserError
-from zephyr_lite.train.loop import Loop, rows_of_step
-from zephyr_lite.train.setup import Stage, open_stage, versions
+from zephyr_lite.train.setup import versions
 
 # what the issue that asked for this bench wants of the quotients
 TARGETS = {"sft": 1.3, "dpo live": 2.0, "dpo cached": 2.5}
 WARM_UP = 1
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to run the steps.
-
-    Attributes:
-        method: sft or dpo.
-        engine: fused or trl.
-        recompute: TRL's gradient checkpointing; the fused engine's plan decides by itself.
-        cached: the reference is computed before the first step.
-        per_device: rows in one of TRL's micro-batches.
-        padded: TRL gets a packed row's conversations as a padded batch.
-    """
-
-    method: str
-    engine: str
-    recompute: bool = False
-    cached: bool = False
-    per_device: int = 1
-    padded: bool = False
-
-    @property
-    def name(self) -> str:
-        words = [self.engine]
-        if self.method == "dpo":
-            words.append("cached" if self.cached else "live")
-        if self.engine == "trl":
-            words += [f"{self.per_device} at once"] if self.per_device > 1 else []
-            words += ["padded"] if self.padded else []
-            words += ["recompute"] if self.recompute else []
-        return " ".join(words)
 
 
 def variants(method: str, engines: Sequence[str], sweep: bool) -> list[Variant]:
@@ -95,125 +53,6 @@ def variants(method: str, engines: Sequence[str], sweep: bool) -> list[Variant]:
     return result
 
 
-class Turns(TrainerCallback):
-    """Both engines' steps, one at a time, when the parent says so."""
-
-    def __init__(self, pipe: Connection, stage: Stage) -> None:
-        self.pipe, self.stage = pipe, stage
-        self.begun = self.cpu_begun = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.pipe.recv() == "stop":
-            raise Stop
-        self.begun, self.cpu_begun = time.perf_counter(), time.process_time()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        seconds, cpu = time.perf_counter() - self.begun, time.process_time() - self.cpu_begun
-        data = self.stage.data
-        rows = rows_of_step(self.stage.config, len(data.rows), state.global_step - 1)
-        examples = [i for row in rows for i in data.rows[row]]
-        told = {
-            "seconds": seconds,
-            "cpu_seconds": cpu,
-            "pairs": len(rows),
-            "tokens": int(sum(data.lengths[i] for i in examples)),
-        }
-        self.pipe.send(told | memory())
-
-
-class Stop(Exception):
-    """The parent has seen enough."""
-
-
-def memory() -> dict[str, int]:
-    """The process's resident set in bytes, now and at most; empty where /proc is not to be had."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return {}
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "VmRSS"))}
-    return {"peak_bytes": found["VmHWM"], "now_bytes": found["VmRSS"]}
-
-
-def worker(pipe: Connection, variant: Variant, values: dict[str, Any]) -> None:
-    """Load, tell the parent, and step when told."""
-    try:
-        config = RunConfig.model_validate(values)
-        stage = open_stage(variant.method, Loaded(config, set(values), [], None), say=lambda line: None)  # type: ignore[arg-type]
-        turns = Turns(pipe, stage)
-        run = fused(stage, turns) if variant.engine == "fused" else trl(stage, turns, variant)
-        pipe.send({"ready": True, "threads": torch.get_num_threads(), "plan": stage.plan.as_dict(), **memory()})
-        try:
-            run()
-        except Stop:
-            pipe.send({"stopped": True})
-    except BaseException:
-        pipe.send({"error": traceback.format_exc()})
-
-
-def fused(stage: Stage, turns: Turns) -> Any:
-    from zephyr_lite.train.dpo import DpoTask
-    from zephyr_lite.train.sft import SftTask
-
-    task: Any = SftTask(stage) if stage.method == "sft" else DpoTask(stage, lambda line: None)
-    return Loop(stage.config, stage.dir, stage.stack, task, stage.plan, callbacks=[turns], say=lambda line: None).run
-
-
-def trl(stage: Stage, turns: Turns, variant: Variant) -> Any:
-    from zephyr_lite.train import baselines
-
-    stage.info["trl"] = {
-        "arguments": {
-            "per_device_train_batch_size": variant.per_device,
-            "gradient_accumulation_steps": stage.config.batch_size // variant.per_device,
-            "gradient_checkpointing": variant.recompute,
-        }
-    }
-    trainer, _ = baselines.make_trainer(stage, say=lambda line: None, on_metrics=lambda step, total, found: None)
-    if variant.padded:
-        trainer.data_collator = baselines.Rows([stage.data], trainer.data_collator.pad_token_id, packed=False)
-    trainer.add_callback(turns)
-    return trainer.train
-
-
-class Runner:
-    """A variant's process, or a thread of this one (a test of the bench, where memory means nothing)."""
-
-    def __init__(self, variant: Variant, values: dict[str, Any], *, threads: bool) -> None:
-        self.variant = variant
-        self.steps: list[dict[str, Any]] = []
-        self.pipe, far = multiprocessing.Pipe()
-        arguments = (far, variant, values)
-        if threads:
-            threading.Thread(target=worker, args=arguments, daemon=True).start()
-        else:
-            process = multiprocessing.get_context("spawn").Process(target=worker, args=arguments, daemon=True)
-            process.start()
-            far.close()  # the only other end is the worker's: its death is an EOFError here
-        self.ready = self._receive()
-
-    def step(self) -> dict[str, Any]:
-        self.pipe.send("go")
-        found = self._receive()
-        took = f"{found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of CPU)"
-        words = f"{self.variant.method} {self.variant.name}: {took}, {found['tokens']:,} tokens"
-        print(words, file=sys.stderr, flush=True)
-        return found
-
-    def stop(self) -> None:
-        self.pipe.send("stop")
-        self._receive()
-
-    def _receive(self) -> dict[str, Any]:
-        try:
-            found = self.pipe.recv()
-        except EOFError:
-            raise UserError(f"{self.variant.name}: its process died (out of memory?).") from None
-        if "error" in found:
-            raise UserError(f"{self.variant.name}:\n{found['error']}")
-        return found
-
-
 def measure(
     chosen: Sequence[Variant], values: dict[str, Any], rounds: int, *, threads: bool, folder: Path
 ) -> list[Runner]:
@@ -222,13 +61,12 @@ def measure(
     runners = []
     for place, variant in enumerate(chosen):
         told = {**values, "engine": variant.engine, "precompute_ref_log_probs": variant.cached}
-        runners.append(
-            Runner(variant, told | {"output_dir": str(folder / f"{variant.method}{place}")}, threads=threads)
-        )
+        told["output_dir"] = str(folder / f"{variant.method}{place}")
+        runners.append(Runner(variant, told, threads=threads).load())
         for _ in range(WARM_UP):
             runners[-1].step()
     for number in range(rounds):
-        for runner in runners if number % 2 == 0 else runners[::-1]:
+        for runner in take_turns(runners, number):
             if number == 0 or not (runner.variant.recompute or runner.variant.padded or runner.variant.per_device > 1):
                 runner.steps.append(runner.step())
     for runner in runners:
@@ -238,21 +76,7 @@ def measure(
 
 def summarize(runners: Sequence[Runner], unit: str) -> dict[str, Any]:
     """Medians, and quotients against that variant of TRL which the first round found fastest."""
-    variants_of: dict[str, Any] = {}
-    for runner in runners:
-        seconds = [s["seconds"] for s in runner.steps]
-        variants_of[runner.variant.name] = {
-            **asdict(runner.variant),
-            f"{unit}_per_second": median(s[unit] / s["seconds"] for s in runner.steps),
-            "seconds": seconds,
-            "cpu_seconds": [s["cpu_seconds"] for s in runner.steps],
-            "pairs": [s["pairs"] for s in runner.steps],
-            "tokens": [s["tokens"] for s in runner.steps],
-            "loaded_bytes": runner.ready.get("now_bytes"),
-            "peak_bytes": max((s.get("peak_bytes", 0) for s in runner.steps), default=0),
-            "threads": runner.ready["threads"],
-            "plan": runner.ready["plan"] if runner.variant.engine == "fused" else None,
-        }
+    variants_of = {runner.variant.name: describe(runner, unit) for runner in runners}
     ratios = {}
     theirs = [r for r in runners if r.variant.engine == "trl"]
     for runner in runners:
@@ -260,9 +84,7 @@ def summarize(runners: Sequence[Runner], unit: str) -> dict[str, Any]:
             rivals = [r for r in theirs if r.variant.cached == cached]
             if runner.variant.engine == "fused" and rivals:
                 rival = min(rivals, key=lambda r: r.steps[0]["seconds"])
-                ratios[f"{runner.variant.name} over {rival.variant.name}"] = median(
-                    b["seconds"] / a["seconds"] for a, b in zip(runner.steps, rival.steps)
-                )
+                ratios[f"{runner.variant.name} over {rival.variant.name}"] = times_faster(runner, rival)
     return {"variants": variants_of, "ratios": ratios}
 
 
@@ -279,43 +101,6 @@ def table(results: dict[str, Any]) -> list[str]:
             lines.append(f"  {name}: {ratio:.2f}×")
     lines.append("wanted, over TRL: " + ", ".join(f"{name} {ratio}×" for name, ratio in TARGETS.items()))
     return lines
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    model = platform.processor()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-        load: Any = os.getloadavg()
-    except OSError:
-        load = None
-    return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(), "load_before": load}
-
-
-def frozen_adapter(values: dict[str, Any], folder: Path) -> Path:
-    """An SFT adapter for DPO to stand on: of the same rank, with a small B. What it has learned costs no time."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from zephyr_lite.model.adapters import AdapterStack
-    from zephyr_lite.model.peft_files import LoraWeights, write_adapter
-
-    # the model's shapes are all that is needed
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(values["model_name_or_path"]))
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    r = values["lora_r"]
-    stack = AdapterStack(model)
-    stack.add_trainable("sft", r=r, alpha=r, targets="all-linear", seed=0)
-    for module, layer in stack.lora_layers():
-        a = torch.randn(r, layer.in_features, generator=generator) / layer.in_features**0.5
-        b = torch.randn(layer.out_features, r, generator=generator) * 1e-3
-        weights[module] = LoraWeights(a, b, 1.0)
-    write_adapter(folder / "sft-adapter", weights, base_model_name=str(values["model_name_or_path"]))
-    return folder / "sft-adapter"
 
 
 def demo_pairs(folder: Path) -> Path:

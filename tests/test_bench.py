@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import compare
+from bench import compare, turns
 
 
 def test_tiny(tmp_path, capsys):
@@ -34,6 +34,6 @@ def test_one_engine_alone(tmp_path, capsys):
 
 
 def test_a_variant_that_fails_says_which(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "fused", None)
+    monkeypatch.setattr(turns, "fused", None)
     with pytest.raises(compare.UserError, match="fused"):
         compare.main(["--tiny", "--engines", "fused", "--methods", "sft"])

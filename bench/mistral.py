@@ -1,0 +1,167 @@
+"""A Mistral-7B of random weights in NF4, as a folder in the hub's layout, for benches where the real one is not at hand.
+
+What a step costs does not depend on what the weights are, so nothing is downloaded. Every matrix is drawn and quantized
+on the device by itself and written at once: the whole model is never in memory. The tensors are those that
+``save_pretrained`` of a model in bitsandbytes' NF4 writes, so that transformers, TRL and Unsloth load the folder too.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zephyr_lite.demo.base import cache_dir
+from zephyr_lite.errors import UserError
+
+# config.json of mistralai/Mistral-7B-v0.1
+MISTRAL_7B = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "sliding_window": 4096,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TINY = MISTRAL_7B | {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048,
+}  # fmt: skip
+SHARD_BYTES = 10**9
+STD = 0.02
+
+
+def default_folder(shape: dict[str, Any], dtype: torch.dtype) -> Path:
+    """Where a model of this shape and dtype is kept."""
+    size = f"{shape['num_hidden_layers']}x{shape['hidden_size']}-{str(dtype).removeprefix('torch.')}"
+    return cache_dir() / "bench" / f"mistral-random-nf4-{size}"
+
+
+def ensure_base(folder: Path, shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Path, bool]:
+    """The folder of the model, built if it is not there; and whether it was built now.
+
+    Args:
+        folder: where it lies or shall lie.
+        shape: ``MISTRAL_7B`` or one like it.
+        device: where weights are drawn and quantized.
+        dtype: of what is not quantized, and what the rest dequantizes to.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if (folder / "config.json").is_file():
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        wanted = shape | {"dtype": str(dtype).removeprefix("torch.")}
+        other = [f"{k} {found[k]!r} instead of {v!r}" for k, v in wanted.items() if k in found and found[k] != v]
+        if other or found.get("quantization_config", {}).get("bnb_4bit_quant_type") != "nf4":
+            what = ", ".join(other) or "no NF4"
+            raise UserError(f"{folder}: holds another model ({what}).", "Give another folder, or delete this one.")
+        return folder, False
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is no model and not empty.", "Give another folder, or delete this one.")
+    from zephyr_lite.rundir import folder_aside
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder_aside(folder) as aside:
+        _write_weights(aside, shape, device, dtype)
+        _write_config(aside, shape, dtype)
+        make_tokenizer(shape["vocab_size"]).save_pretrained(aside)
+    return folder, True
+
+
+def matrices(shape: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of all weights, in the model's order."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    with torch.device("meta"):
+        model = MistralForCausalLM(MistralConfig(**shape))
+    for name, tensor in model.state_dict().items():
+        yield name, tuple(tensor.shape)
+
+
+def random_weight(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The weight of that name: ones for a norm, else normal numbers whose seed is the name."""
+    if len(shape) == 1:
+        return torch.ones(shape, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    return torch.empty(shape, device=device, dtype=dtype).normal_(0, STD, generator=generator)
+
+
+def decoder_parameters(shape: dict[str, Any]) -> int:
+    """Numbers in the matrices of all decoder layers: what a token is multiplied with, the output head aside."""
+    return sum(size[0] * size[1] for name, size in matrices(shape) if name.endswith("_proj.weight"))
+
+
+def _write_weights(folder: Path, shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    import bitsandbytes.functional as bnb
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = []
+    sizes: list[int] = []
+    places: list[list[str]] = []
+
+    def flush() -> None:
+        save_file(shards[-1], folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards[-1] = {}
+
+    for name, size in matrices(shape):
+        weight = random_weight(name, size, device, dtype)
+        tensors = {name: weight}
+        if name.endswith("_proj.weight"):
+            packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            tensors = {name: packed, **{f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}}
+        if not shards or sizes[-1] > SHARD_BYTES:
+            if shards:
+                flush()
+            shards.append({})
+            sizes.append(0)
+            places.append([])
+        shards[-1].update({k: v.cpu().contiguous() for k, v in tensors.items()})
+        sizes[-1] += sum(t.nbytes for t in tensors.values())
+        places[-1] += tensors
+    flush()
+    index: dict[str, str] = {}
+    for number, names in enumerate(places, 1):
+        file = f"model-{number:05}-of-{len(places):05}.safetensors"
+        (folder / f"shard-{number}.safetensors").rename(folder / file)
+        index |= dict.fromkeys(names, file)
+    text = json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": index}, indent=1)
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _write_config(folder: Path, shape: dict[str, Any], dtype: torch.dtype) -> None:
+    from transformers import BitsAndBytesConfig, MistralConfig
+
+    config = MistralConfig(**shape)
+    config.architectures = ["MistralForCausalLM"]
+    config.dtype = dtype
+    config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    ).to_dict()
+    config.save_pretrained(folder)
+
+
+def make_tokenizer(entries: int) -> Any:
+    """A byte-level tokenizer with Zephyr's chat template: a token a byte, filled up to ``entries`` with tokens that no
+    text contains."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from zephyr_lite.data.templates import TEMPLATES
+
+    words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"<unused {place}>" for place in range(len(words), entries)]
+    tokenizer = Tokenizer(models.BPE(vocab={word: place for place, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        # an engine that found no pad token would add one, and a row to the embedding
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>",
+    )  # fmt: skip
+    fast.chat_template = TEMPLATES["zephyr"]
+    return fast

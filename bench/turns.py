@@ -1,0 +1,351 @@
+"""Engines side by side: every variant a process of its own, which loads, and then does one optimizer step when told to.
+
+While one steps the others sleep; a round is one step of each, on the same rows, in an order that turns around. A machine
+that slows down for a while slows all of them, and a quotient of two times of the same round cancels it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from zephyr_lite.config import Loaded, RunConfig
+from zephyr_lite.errors import UserError
+from zephyr_lite.train.loop import Loop, rows_of_step
+from zephyr_lite.train.setup import Stage, open_stage
+
+# Of a card's memory, what the CUDA context and loaded kernels take: PyTorch's allocator does not count it.
+CONTEXT_BYTES = 700 * 2**20
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the steps.
+
+    Attributes:
+        method: sft or dpo.
+        engine: fused, trl or unsloth.
+        recompute: a baseline's gradient checkpointing; the fused engine's plan decides by itself.
+        cached: the reference is computed before the first step.
+        per_device: rows in one of a baseline's micro-batches.
+        padded: TRL gets a packed row's conversations as a padded batch.
+    """
+
+    method: str
+    engine: str
+    recompute: bool = False
+    cached: bool = False
+    per_device: int = 1
+    padded: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [self.engine]
+        if self.method == "dpo":
+            words.append("cached" if self.cached else "live")
+        if self.engine != "fused":
+            words += [f"{self.per_device} at once"] if self.per_device > 1 else []
+            words += ["padded"] if self.padded else []
+            words += ["recompute"] if self.recompute else []
+        return " ".join(words)
+
+
+class Failed(UserError):
+    """A variant could not be run.
+
+    Attributes:
+        kind: ``memory`` (it does not fit), ``refused`` (the engine says why), ``late``, ``died`` or ``error``.
+    """
+
+    def __init__(self, name: str, kind: str, text: str) -> None:
+        super().__init__(f"{name}: {text}")
+        self.kind, self.text = kind, text
+
+
+class Stop(Exception):
+    """The parent has seen enough."""
+
+
+class Turns(TrainerCallback):
+    """Every engine's steps, one at a time, when the parent says so."""
+
+    def __init__(self, pipe: Connection, stage: Stage) -> None:
+        self.pipe, self.stage = pipe, stage
+        self.begun = self.cpu_begun = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.pipe.recv() == "stop":
+            raise Stop
+        self._wait()
+        self.begun, self.cpu_begun = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._wait()
+        seconds, cpu = time.perf_counter() - self.begun, time.process_time() - self.cpu_begun
+        data = self.stage.data
+        rows = rows_of_step(self.stage.config, len(data.rows), state.global_step - 1)
+        examples = [i for row in rows for i in data.rows[row]]
+        told = {
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "pairs": len(rows),
+            "tokens": int(sum(data.lengths[i] for i in examples)),
+        }
+        self.pipe.send(told | memory())
+
+    def _wait(self) -> None:
+        if self.stage.base.device.type == "cuda":
+            torch.cuda.synchronize(self.stage.base.device)
+
+
+def memory() -> dict[str, int]:
+    """In bytes, now and at most: on a GPU what PyTorch's allocator handed out and what it took from the card, else the
+    process's resident set; empty where /proc is not to be had."""
+    if torch.cuda.is_available():
+        return {
+            "peak_bytes": torch.cuda.max_memory_reserved(),
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+            "now_bytes": torch.cuda.memory_allocated(),
+        }
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return {}
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "VmRSS"))}
+    return {"peak_bytes": found["VmHWM"], "now_bytes": found["VmRSS"]}
+
+
+def imitate_card(gib: float) -> None:
+    """From now on this process sees a card of so many GiB: its allocator stops there, and what asks how much is free is
+    told so (the fused engine's planner does)."""
+    if not torch.cuda.is_available():
+        return
+    limit = int(gib * 2**30) - CONTEXT_BYTES
+    real = torch.cuda.mem_get_info
+
+    def mem_get_info(device: Any = None) -> tuple[int, int]:
+        free, total = real(device)
+        return max(0, min(free, limit - torch.cuda.memory_reserved(device))), min(total, int(gib * 2**30))
+
+    _, total = real()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+    torch.cuda.mem_get_info = mem_get_info
+
+
+def worker(pipe: Connection, variant: Variant, values: dict[str, Any], cap: float | None, own_folder: bool) -> None:
+    """Load, tell the parent, and step when told.
+
+    Args:
+        cap: GiB of the card to imitate, or None.
+        own_folder: work in the run's folder, where engines may leave what they compile; paths must be absolute.
+    """
+    try:
+        if cap is not None:
+            imitate_card(cap)
+        if own_folder:
+            Path(values["output_dir"]).mkdir(parents=True, exist_ok=True)
+            os.chdir(values["output_dir"])
+        config = RunConfig.model_validate(values)
+        stage = open_stage(variant.method, Loaded(config, set(values), [], None), say=lambda line: None)  # type: ignore[arg-type]
+        turns = Turns(pipe, stage)
+        run = fused(stage, turns) if variant.engine == "fused" else baseline(stage, turns, variant)
+        pipe.send({"ready": True, "threads": torch.get_num_threads(), "plan": stage.plan.as_dict(), **memory()})
+        try:
+            run()
+        except Stop:
+            pipe.send({"stopped": True})
+    except BaseException as error:
+        pipe.send({"kind": _kind(error), "error": _words(error)})
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+        return "memory"
+    return "refused" if isinstance(error, UserError) else "error"
+
+
+def _words(error: BaseException) -> str:
+    if _kind(error) == "error":
+        return "\n" + traceback.format_exc()
+    return str(error)
+
+
+def fused(stage: Stage, turns: Turns) -> Any:
+    from zephyr_lite.train.dpo import DpoTask
+    from zephyr_lite.train.sft import SftTask
+
+    task: Any = SftTask(stage) if stage.method == "sft" else DpoTask(stage, lambda line: None)
+    return Loop(stage.config, stage.dir, stage.stack, task, stage.plan, callbacks=[turns], say=lambda line: None).run
+
+
+def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
+    from zephyr_lite.train import baselines
+
+    stage.info["trl"] = {
+        "arguments": {
+            "per_device_train_batch_size": variant.per_device,
+            "gradient_accumulation_steps": stage.config.batch_size // variant.per_device,
+            "gradient_checkpointing": variant.recompute,
+        }
+    }
+    trainer, _ = baselines.make_trainer(stage, say=lambda line: None, on_metrics=lambda step, total, found: None)
+    if variant.padded:
+        trainer.data_collator = baselines.Rows([stage.data], trainer.data_collator.pad_token_id, packed=False)
+    trainer.add_callback(turns)
+    return trainer.train
+
+
+class Runner:
+    """A variant's process, or a thread of this one (a test of a bench, where memory means nothing).
+
+    Raises ``Failed`` from every method but the first, once.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        values: dict[str, Any],
+        *,
+        threads: bool,
+        cap: float | None = None,
+        own_folder: bool = False,
+    ) -> None:
+        """Start it; ``load`` waits until it is ready. See ``worker`` for the last two."""
+        self.variant = variant
+        self.steps: list[dict[str, Any]] = []
+        self.ready: dict[str, Any] = {}
+        self.pipe, far = multiprocessing.Pipe()
+        self.process: Any = None
+        arguments = (far, variant, values, cap, own_folder and not threads)
+        if threads:
+            threading.Thread(target=worker, args=arguments, daemon=True).start()
+        else:
+            self.process = multiprocessing.get_context("spawn").Process(target=worker, args=arguments, daemon=True)
+            self.process.start()
+            far.close()  # the only other end is the worker's: its death is an EOFError here
+
+    def load(self, timeout: float | None = None) -> Runner:
+        self.ready = self._receive(timeout)
+        return self
+
+    def step(self, timeout: float | None = None) -> dict[str, Any]:
+        """One optimizer step; what ``Turns`` tells of it."""
+        self._send("go")
+        found = self._receive(timeout)
+        took = f"{found['seconds']:.2f} s ({found['cpu_seconds']:.2f} s of CPU)"
+        words = f"{self.variant.method} {self.variant.name}: {took}, {found['tokens']:,} tokens"
+        print(words, file=sys.stderr, flush=True)
+        return found
+
+    def stop(self) -> None:
+        self._send("stop")
+        self._receive(60)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process and give its memory back; a thread ends by itself."""
+        if self.process is not None:
+            self.process.join(5)
+            if self.process.is_alive():
+                self.process.kill()
+                self.process.join()
+
+    def _send(self, word: str) -> None:
+        try:
+            self.pipe.send(word)
+        except OSError:
+            raise Failed(self.variant.name, "died", "its process died (out of memory?).") from None
+
+    def _receive(self, timeout: float | None) -> dict[str, Any]:
+        try:
+            if not self.pipe.poll(timeout):
+                if self.process is not None:
+                    self.process.kill()
+                raise Failed(self.variant.name, "late", f"no answer within {timeout:.0f} s.")
+            found = self.pipe.recv()
+        except (EOFError, OSError):
+            raise Failed(self.variant.name, "died", "its process died (out of memory?).") from None
+        if "error" in found:
+            self.kill()
+            raise Failed(self.variant.name, found["kind"], found["error"])
+        return found
+
+
+def describe(runner: Runner, unit: str) -> dict[str, Any]:
+    """What a runner's measured steps were, for JSON; ``unit`` is tokens or pairs."""
+    return {
+        **asdict(runner.variant),
+        f"{unit}_per_second": median(s[unit] / s["seconds"] for s in runner.steps),
+        "seconds": [s["seconds"] for s in runner.steps],
+        "cpu_seconds": [s["cpu_seconds"] for s in runner.steps],
+        "pairs": [s["pairs"] for s in runner.steps],
+        "tokens": [s["tokens"] for s in runner.steps],
+        "loaded_bytes": runner.ready.get("now_bytes"),
+        "peak_bytes": max((s.get("peak_bytes", 0) for s in runner.steps), default=0),
+        "threads": runner.ready["threads"],
+        "plan": runner.ready["plan"] if runner.variant.engine == "fused" else None,
+    }
+
+
+def times_faster(ours: Runner, theirs: Runner) -> float:
+    """The median over rounds of their time over ours."""
+    return median(b["seconds"] / a["seconds"] for a, b in zip(ours.steps, theirs.steps))
+
+
+def take_turns(runners: Sequence[Runner], number: int) -> Sequence[Runner]:
+    """The order of a round: forwards, then backwards."""
+    return runners if number % 2 == 0 else runners[::-1]
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    model = platform.processor()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+        load: Any = os.getloadavg()
+    except OSError:
+        load = None
+    return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(), "load_before": load}
+
+
+def frozen_adapter(values: dict[str, Any], folder: Path) -> Path:
+    """An SFT adapter for DPO to stand on: of the same rank, with a small B. What it has learned costs no time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from zephyr_lite.model.adapters import AdapterStack
+    from zephyr_lite.model.peft_files import LoraWeights, write_adapter
+
+    config = AutoConfig.from_pretrained(values["model_name_or_path"])
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    # the model's shapes are all that is needed
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    r = values["lora_r"]
+    stack = AdapterStack(model)
+    stack.add_trainable("sft", r=r, alpha=r, targets="all-linear", seed=0)
+    for module, layer in stack.lora_layers():
+        a = torch.randn(r, layer.in_features, generator=generator) / layer.in_features**0.5
+        b = torch.randn(layer.out_features, r, generator=generator) * 1e-3
+        weights[module] = LoraWeights(a, b, 1.0)
+    write_adapter(folder / "sft-adapter", weights, base_model_name=str(values["model_name_or_path"]))
+    return folder / "sft-adapter"
