@@ -40,7 +40,7 @@ class MemorySpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    keep: Literal["input", "all"] | None = None  # what each layer keeps for its backward pass
+    keep: Literal["input", "attention", "all"] | None = None  # what each layer keeps for its backward pass
     micro_tokens: int | None = Field(None, ge=1)  # tokens that run at once
 
 

@@ -116,10 +116,14 @@ def _attention() -> Finding:
     from .ops import attention
 
     device = compute_device()
-    probe = torch.empty(0, dtype=compute_dtype("auto", device), device=device)
-    if attention._has_flash(probe):
-        return Finding("attention", "PyTorch's variable-length FlashAttention, all segments in one call")
-    return Finding("attention", "PyTorch's scaled dot-product attention, segment by segment")
+    probe = torch.empty(1, 1, 128, dtype=compute_dtype("auto", device), device=device)
+    said = {
+        "flash": "PyTorch's FlashAttention over cumulative lengths, all segments in one call",
+        "efficient": "PyTorch's memory-efficient kernel over cumulative lengths, all segments in one call",
+        "cpu": "PyTorch's flash kernel for CPUs, segment by segment",
+        "plain": "a plain softmax, segment by segment",
+    }
+    return Finding("attention", said[attention.backend(probe)])
 
 
 def _kernels() -> Finding:

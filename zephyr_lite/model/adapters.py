@@ -144,6 +144,14 @@ class AdapterStack:
                 result[f"{module}.lora_B"] = layer.lora_B[self.trainable].weight
         return result
 
+    def ranks_per_layer(self) -> int:
+        """The ranks of all adapters on all projections of a decoder layer, summed; of the layer that has most."""
+        sums: dict[str, int] = {}
+        for module, layer in self.lora_layers():
+            place = module.split(".layers.")[-1].split(".")[0]
+            sums[place] = sums.get(place, 0) + sum(layer.lora_A[name].weight.shape[0] for name in layer.lora_A)
+        return max(sums.values(), default=0)
+
     @contextmanager
     def only(self, names: Sequence[str]) -> Iterator[None]:
         """Inside the block the Hugging Face model (``generate``, a plain forward) runs with these adapters alone."""

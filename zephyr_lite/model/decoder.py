@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..data.batch import Batch
 from ..errors import UserError
-from ..ops.attention import SegmentTable, attention
+from ..ops.attention import SegmentTable
 from ..ops.dropout import DropoutKey
-from ..ops.lora import LoraPair, lora_linear
+from ..ops.lora import LoraPair
 from ..ops.rms_norm import rms_norm
-from ..ops.rope import rope
-from ..ops.swiglu import swiglu
 from ..ops.token_logps import TokenStats, token_logps, token_stats
 from .adapters import AdapterStack
-
-Keep = Literal["input", "all"]
+from .layer import Keep, Layer, Pass, layer_of, run_layer
+from .memory import Scratch, ScratchMode
 
 
 @dataclass(frozen=True)
@@ -34,17 +31,6 @@ class Dropout:
     step: int
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """What every layer of one forward pass reads."""
-
-    table: SegmentTable
-    cos: Tensor
-    sin: Tensor
-    off: str | None
-    dropout: DropoutKey | None
-
-
 class Decoder:
     """Runs batches through the live stack.
 
@@ -52,15 +38,23 @@ class Decoder:
         stack: base and adapters; read at every call, so switching or loading adapters needs no new decoder.
         dtype: the compute dtype of the hidden states.
         names: the adapters that take part, from the bottom up; None: all of the stack.
+        scratch: how much room dequantized weights get (see ``memory``).
 
     Raises:
         UserError: an adapter reaches the output head.
     """
 
-    def __init__(self, stack: AdapterStack, dtype: torch.dtype, names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        stack: AdapterStack,
+        dtype: torch.dtype,
+        names: Sequence[str] | None = None,
+        scratch: ScratchMode = "layer",
+    ) -> None:
         self.stack = stack
         self.dtype = dtype
         self.names = names
+        self.scratch = Scratch(scratch)
         if isinstance(getattr(stack.base, "lm_head", None), LoraLayer):
             raise UserError(
                 "an adapter of the stack changes the output head, which the fused engine takes as it is.",
@@ -80,97 +74,78 @@ class Decoder:
             batch: on the decoder's device.
             reference: with the trainable adapter off and without a graph: its columns are there, and zero. Given the
                 policy's ``dropout`` it runs the products that the policy runs, so that both round alike.
-            keep: what a layer keeps for its backward pass; ``input`` recomputes the rest.
+            keep: what a layer keeps for its backward pass (see ``layer``).
             dropout: for the trainable adapter, in training.
         Returns:
             [N] float32, in the order of ``batch.target_ids``; differentiable unless ``reference``.
         """
         if reference:
             with torch.no_grad():
-                if self.stack.trainable is None:
-                    return self.token_logps(batch)
-                rows = self.hidden(batch, dropout=dropout, off=self.stack.trainable)
-                return token_logps(rows, self.stack.base.lm_head.weight, batch.target_ids)
-        rows = self.hidden(batch, keep=keep, dropout=dropout)
-        return token_logps(rows, self.stack.base.lm_head.weight, batch.target_ids)
+                (rows,) = self._run(batch, dropout, keep, (self.stack.trainable,))
+                return self._logps(rows, batch)
+        (rows,) = self._run(batch, dropout, keep, (None,))
+        return self._logps(rows, batch)
+
+    def policy_and_reference(
+        self, batch: Batch, *, keep: Keep = "all", dropout: Dropout | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both in one pass, layer by layer, so that each weight is dequantized once for the two: what two calls of
+        ``token_logps`` return, bit for bit. The reference's half keeps nothing, and takes the room of one layer."""
+        policy, reference = self._run(batch, dropout, keep, (None, self.stack.trainable))
+        with torch.no_grad():
+            reference_logps = self._logps(reference, batch)
+        return self._logps(policy, batch), reference_logps
 
     def token_stats(self, batch: Batch) -> tuple[Tensor, TokenStats]:
         """The policy's log-probabilities with entropy and top-1, without a graph."""
         with torch.no_grad():
-            rows = self.hidden(batch)
+            (rows,) = self._run(batch, None, "input", (None,))
             return token_stats(rows, self.stack.base.lm_head.weight, batch.target_ids)
 
-    def hidden(
-        self,
-        batch: Batch,
-        *,
-        keep: Keep = "all",
-        dropout: Dropout | None = None,
-        off: str | None = None,
-        at_targets: bool = True,
-    ) -> Tensor:
-        """The last hidden states after the final norm.
+    def _logps(self, rows: Tensor, batch: Batch) -> Tensor:
+        return token_logps(rows, self.stack.base.lm_head.weight, batch.target_ids)
 
-        Returns:
-            [N, D] at ``batch.target_rows`` (each row that predicts two targets stands there twice), or [T, D] of
-            every token where ``at_targets`` is False.
-        """
+    def _run(self, batch: Batch, dropout: Dropout | None, keep: Keep, off: Sequence[str | None]) -> list[Tensor]:
+        """The hidden states that predict, after the final norm: [N, D] (a row that predicts two targets stands there
+        twice), once for each of ``off``: the name of an adapter that is switched off (no graph is kept then), or None."""
         model = self.stack.base.model
-        x = model.embed_tokens(batch.tokens).to(self.dtype)
+        x = model.embed_tokens(batch.tokens).detach().to(self.dtype)
         cos, sin = model.rotary_emb(x, batch.positions[None])
         window = getattr(self.stack.base.config, "sliding_window", None)
-        state = _Pass(
+        state = Pass(
             table=SegmentTable.build(batch.segments, window, x.device),
             cos=cos[0].to(self.dtype),
             sin=sin[0].to(self.dtype),
-            off=off,
-            dropout=None
-            if dropout is None or dropout.p == 0
-            else DropoutKey(dropout.p, dropout.seed, dropout.step, batch.streams, batch.positions),
         )
-        for index, layer in enumerate(model.layers):
-            if keep == "input" and torch.is_grad_enabled():
-                x = checkpoint(
-                    self._layer, x, layer, index, state, use_reentrant=False, preserve_rng_state=False
-                )  # dropout is a hash, so there is no generator state to restore
-            else:
-                x = self._layer(x, layer, index, state)
-        if at_targets:
-            x = x[batch.target_rows]
-        return rms_norm(x, model.norm.weight, model.norm.variance_epsilon)
+        key = None
+        if dropout is not None and dropout.p > 0:
+            key = DropoutKey(dropout.p, dropout.seed, dropout.step, batch.streams, batch.positions)
+        streams = [x for _ in off]
+        for index, module in enumerate(model.layers):
+            for place, name in enumerate(off):
+                layer = self._layer(module, index, name, key)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and name is None):
+                    streams[place] = run_layer(streams[place], layer, state, self.scratch, keep)
+        rows = [stream[batch.target_rows] for stream in streams]
+        return [rms_norm(r, model.norm.weight, model.norm.variance_epsilon) for r in rows]
 
-    def _layer(self, x: Tensor, layer: Any, index: int, state: _Pass) -> Tensor:
-        attn, mlp = layer.self_attn, layer.mlp
-        normed = rms_norm(x, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon)
-        q, k, v = self._site(normed, (attn.q_proj, attn.k_proj, attn.v_proj), index, 0, state)
-        q = rope(q.unflatten(-1, (-1, attn.head_dim)), state.cos, state.sin)
-        k = rope(k.unflatten(-1, (-1, attn.head_dim)), state.cos, state.sin)
-        mixed = attention(q, k, v.unflatten(-1, (-1, attn.head_dim)), state.table, attn.scaling)
-        x = x + self._site(mixed.flatten(1), (attn.o_proj,), index, 1, state)[0]
-        normed = rms_norm(x, layer.post_attention_layernorm.weight, layer.post_attention_layernorm.variance_epsilon)
-        gate, up = self._site(normed, (mlp.gate_proj, mlp.up_proj), index, 2, state)
-        return x + self._site(swiglu(gate, up), (mlp.down_proj,), index, 3, state)[0]
+    def _layer(self, module: Any, index: int, off: str | None, key: DropoutKey | None) -> Layer:
+        """A layer's weights with the stack of adapters."""
 
-    def _site(self, x: Tensor, modules: Sequence[Any], layer: int, site: int, state: _Pass) -> tuple[Tensor, ...]:
-        """All projections that read x, with the stack of adapters."""
-        weights, biases, pairs = [], [], []
-        for projection, module in enumerate(modules):
-            inner = module
-            if isinstance(module, LoraLayer):
-                inner = module.get_base_layer()
-                for name in self.stack.names if self.names is None else self.names:
-                    if name in module.lora_A:
-                        pairs.append(
-                            LoraPair(
-                                projection,
-                                module.lora_A[name].weight,
-                                module.lora_B[name].weight,
-                                module.scaling[name],
-                                off=name == state.off,
-                                dropout=name == self.stack.trainable,
-                            )
-                        )
-            weights.append(inner.weight)
-            biases.append(inner.bias)
-        key = state.dropout.at(layer, site) if state.dropout is not None else None
-        return lora_linear(x, weights, biases, pairs, key)
+        def pairs(linear: Any, projection: int) -> list[LoraPair]:
+            if not isinstance(linear, LoraLayer):
+                return []
+            return [
+                LoraPair(
+                    projection,
+                    linear.lora_A[name].weight,
+                    linear.lora_B[name].weight,
+                    linear.scaling[name],
+                    off=name == off,
+                    dropout=name == self.stack.trainable,
+                )
+                for name in (self.stack.names if self.names is None else self.names)
+                if name in linear.lora_A
+            ]
+
+        return layer_of(module, pairs, lambda site: None if key is None else key.at(index, site))

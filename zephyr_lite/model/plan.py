@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..config import MemorySpec
-from .decoder import Keep
+from .layer import Keep
+from .memory import ScratchMode
 
 # At once, where memory allows it: enough for matrix products at full speed, little enough for a CPU's caches.
 WANTED_TOKENS = {"cuda": 16384, "cpu": 2048}
@@ -26,10 +27,12 @@ class Plan:
 
     Attributes:
         micro_tokens: a micro-batch holds at most so many tokens (one example at least).
-        keep: ``all`` keeps what the backward pass needs, ``input`` keeps each layer's input and recomputes the rest.
-        bytes_per_token: estimated, of what is kept under this plan.
+        keep: what each layer keeps for its backward pass (see ``layer``).
+        bytes_per_token: of what is kept under this plan.
         free_bytes: what was free when the plan was made, less what the optimizer will take.
         threads: the number of CPU threads, which decides the order of sums there.
+        scratch: how much room dequantized weights get (see ``memory``).
+        reference: a live reference runs in the policy's pass (``together``), or in one of its own before it.
     """
 
     micro_tokens: int
@@ -37,12 +40,18 @@ class Plan:
     bytes_per_token: int
     free_bytes: int
     threads: int
+    scratch: ScratchMode = "layer"
+    reference: Literal["together", "own"] = "together"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        kept = "everything the backward pass needs" if self.keep == "all" else "layer inputs, the rest is recomputed"
+        kept = {
+            "all": "everything that a matrix product computed",
+            "attention": "layer inputs and the attention's output, the rest is recomputed",
+            "input": "layer inputs, the rest is recomputed",
+        }[self.keep]
         return [
             f"{self.micro_tokens:,} tokens at once, {self.bytes_per_token / 2**20:.2f} MiB kept a token ({kept}); "
             f"{self.free_bytes / 2**30:.1f} GiB free"
@@ -58,8 +67,13 @@ def make_plan(
     *,
     parameters: int = 0,
     optim: str = "adamw_torch",
+    ranks: int = 0,
+    in_4bit: bool = False,
 ) -> Plan:
     """Choose for a model's configuration and the free memory.
+
+    The first policy of ``all``, ``attention``, ``input`` under which a micro-batch of useful size fits; a live reference
+    in the policy's pass where the one hidden state more a token fits as well.
 
     Args:
         config: the Hugging Face configuration of the base.
@@ -68,38 +82,74 @@ def make_plan(
         longest: tokens of the longest example, which must run at once.
         memory: what the user fixed.
         parameters, optim: how many are trained, and with what: their gradients and moments are not there yet.
+        ranks: the sum of the ranks of all adapters on all projections of a layer.
+        in_4bit: the base's weights are dequantized, layer by layer.
     """
     free = max(0, free_memory(device) - parameters * (4 + STATE_BYTES[optim]))
     wanted = max(longest, WANTED_TOKENS[device.type])
     budget = int(free * SHARE)
-    everything = kept_bytes(config, dtype, "all")
-    keep: Keep
+    scratch: ScratchMode = "layer"
+    if in_4bit:
+        least = longest * (kept_bytes(config, dtype, "input") + transient_bytes(config, dtype, "input"))
+        if scratch_bytes(config, dtype, "layer") + least > budget:
+            scratch = "small"
+        budget = max(0, budget - scratch_bytes(config, dtype, scratch))
+    keep: Keep = "input"
     if memory.keep is not None:
         keep = memory.keep
     else:
-        keep = "all" if everything * max(longest, min(wanted, 2048)) <= budget else "input"
-    per_token = everything if keep == "all" else kept_bytes(config, dtype, "input")
-    # while one layer is recomputed, all that it keeps exists once
-    transient = 0 if keep == "all" else everything // config.num_hidden_layers
-    fits = budget // (per_token + transient)
-    tokens = memory.micro_tokens or max(longest, min(wanted, fits))
-    return Plan(tokens, keep, per_token, free, torch.get_num_threads())
+        for policy in ("all", "attention"):
+            if kept_bytes(config, dtype, policy, ranks=ranks) * max(longest, min(wanted, 2048)) <= budget:
+                keep = policy
+                break
+    kept = kept_bytes(config, dtype, keep, ranks=ranks)
+    per_token = kept + transient_bytes(config, dtype, keep)
+    one_more = config.hidden_size * dtype.itemsize
+    together = longest * (per_token + one_more) <= budget
+    tokens = memory.micro_tokens or max(longest, min(wanted, budget // (per_token + (one_more if together else 0))))
+    return Plan(tokens, keep, kept, free, torch.get_num_threads(), scratch, "together" if together else "own")
 
 
-def kept_bytes(config: Any, dtype: torch.dtype, keep: Keep) -> int:
-    """Bytes a token that one forward pass leaves for its backward pass, adapters' small products aside."""
+def transient_bytes(config: Any, dtype: torch.dtype, keep: Keep) -> int:
+    """About what a token takes while one layer's backward pass runs, beside what is kept: everything that is recomputed,
+    the gradient of the activation, and two hidden states."""
+    layer = kept_bytes(config, dtype, "all") // config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    extra = (inner + 2 * config.hidden_size) * dtype.itemsize
+    return extra + (2 * inner * dtype.itemsize if keep == "all" else layer)
+
+
+def scratch_bytes(config: Any, dtype: torch.dtype, mode: ScratchMode) -> int:
+    """Of the dequantized weights of one decoder layer (``memory.scratch_elements``)."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    attention = 2 * hidden * (config.num_attention_heads + config.num_key_value_heads) * head_dim
+    return dtype.itemsize * (attention + (3 if mode == "layer" else 1) * hidden * inner)
+
+
+def kept_bytes(config: Any, dtype: torch.dtype, keep: Keep, *, ranks: int = 0) -> int:
+    """Bytes a token that the decoder layers leave for the backward pass, exactly (``layer.kept_elements`` of all layers).
+
+    Args:
+        config: the Hugging Face configuration.
+        dtype: of the hidden states.
+        keep: the policy.
+        ranks: the sum of the ranks of all adapters on all projections of a layer.
+    """
     # engine trl takes families whose configurations lack some of these names
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head_dim, key_heads * head_dim
-    if keep == "input":
-        floats = hidden
-    else:
-        # both norms' inputs and outputs; q, k, v and what attention saves of its output; o's input; gate, up, their product
-        floats = 4 * hidden + 2 * queries + 2 * keys + queries + 3 * inner
-    return config.num_hidden_layers * floats * dtype.itemsize
+    narrow = hidden  # the layer's input
+    wide = 0
+    if keep != "input":
+        narrow += queries + hidden  # the attention's output, and the residual after it
+        wide += config.num_attention_heads  # its log-sum-exp
+    if keep == "all":
+        narrow += queries + 2 * keys + 2 * inner + ranks
+    return config.num_hidden_layers * (narrow * dtype.itemsize + wide * max(4, dtype.itemsize))
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,22 +1,30 @@
 """Attention over a segment table: every segment sees its own run causally, and the run before it that it names.
 
-Keys and values of a shared prompt are gathered in front of the rejected response's own. On CUDA, in 16 bits and
-from compute capability 8.0, this is PyTorch's variable-length FlashAttention in one call; elsewhere SDPA, a call a
-segment. (Partial attentions are not merged by their log-sum-exp: the backward pass of the variable-length kernel
-ignores its gradient, and the result would be silently wrong.)
+Keys and values of a shared prompt are gathered in front of the rejected response's own; their gradients are added run
+by run, in order. (Partial attentions are not merged by their log-sum-exp: the backward pass of the variable-length
+kernel ignores its gradient, and the result would be silently wrong.)
+
+Forward and backward are functions of their own, because the decoder layer decides what is kept between them. What
+computes is one of PyTorch's kernels (``backend``):
+
+    flash       CUDA from compute capability 8.0, 16 bits: FlashAttention-2 over cumulative lengths (Dao 2023, arXiv 2307.08691)
+    efficient   other CUDA cards and float32: the memory-efficient kernel over cumulative lengths, causal from the bottom right
+    cpu         the CPU's flash kernel, a call a segment
+    plain       softmax spelled out, a segment at a time: what the others cannot (float64 on CUDA, odd head sizes)
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Backend = Literal["flash", "efficient", "cpu", "plain"]
+_CAUSAL_FROM_BOTTOM_RIGHT = 2  # what the memory-efficient kernel calls it
 
 
 class SegmentLike(Protocol):
@@ -60,114 +68,237 @@ class SegmentTable:
         return cls(queries, keys, None if keys == queries else runs, window, cumulative(queries), cumulative(keys))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scale: float) -> Tensor:
+def backend(q: Tensor) -> Backend:
+    """Which kernel computes for queries of [T, H, d]."""
+    if not q.is_cuda:
+        return "cpu"
+    size, half = q.shape[-1], q.dtype in (torch.bfloat16, torch.float16)
+    if half and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0):
+        return "flash"
+    if q.dtype != torch.float64 and size % (8 if half else 4) == 0:
+        return "efficient"
+    return "plain"
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of every segment's queries over the keys that it sees.
 
     Args:
-        q: [T, H, d]; k, v: [T, H_kv, d] with H a multiple of H_kv.
+        q: [T, H, d]; k, v: [T, H_kv, d] with H a multiple of H_kv; dense in their last dimension.
         table: the segments.
         scale: what the products are multiplied with before the softmax.
     Returns:
-        [T, H, d].
+        out [T, H, d] contiguous, and the log-sum-exp of every query's scores in max(float32, dtype), in the layout of
+        the kernel that computed it: hand it to ``attention_backward`` as it is.
     """
-    if table.runs is not None:
-        k, v = _Gather.apply(k, table.runs), _Gather.apply(v, table.runs)
-    if _has_flash(q):
-        return _varlen(q, k, v, table, scale)
-    return _by_segment(q, k, v, table, scale)
+    kind = backend(q)
+    k, v = _gathered(k, table), _gathered(v, table)
+    if kind == "flash":
+        left, right = _window(table)
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, table.cu_queries, table.cu_keys, max(table.query_lengths), max(table.key_lengths),
+            0.0, left < 0, False, scale=scale, window_size_left=left, window_size_right=right,
+        )  # fmt: skip
+        return out, lse
+    if kind == "efficient":
+        k, v = _repeated(k, q), _repeated(v, q)
+        out, lse, *_ = torch.ops.aten._efficient_attention_forward(
+            q[None], k[None], v[None], None, table.cu_queries, table.cu_keys, max(table.query_lengths),
+            max(table.key_lengths), 0.0, _CAUSAL_FROM_BOTTOM_RIGHT, True, scale=scale, window_size=table.window,
+        )  # fmt: skip
+        return out[0], lse
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    forward = _cpu_forward if kind == "cpu" else _plain_forward
+    for piece in _pieces(table):
+        here = forward(_grouped(q, k, piece.q), _heads(k, piece.k), _heads(v, piece.k), piece, scale)
+        _grouped(out, k, piece.q).copy_(here[0])
+        _grouped(lse[..., None], k, piece.q)[..., 0].copy_(here[1])
+    return out, lse
 
 
-class _Gather(torch.autograd.Function):
-    """Concatenate runs of rows. The backward pass adds run by run, in order: deterministic, unlike an index_add."""
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, table: SegmentTable, scale: float,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Write the gradients of q, k and v.
 
+    Args:
+        grad: [T, H, d], of out.
+        q, k, v, table, scale: as for the forward pass.
+        out, lse: what it returned.
+        into: dq [T, H, d], dk and dv [T, H_kv, d], dense in their last dimension; overwritten.
+    """
+    kind = backend(q)
+    d_q, d_k, d_v = into
+    shape = k.shape
+    k, v = _gathered(k, table), _gathered(v, table)
+    if kind == "flash":
+        left, right = _window(table)
+        none = torch.empty(0, device=q.device)
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
+        a, b, c = torch.ops.aten._flash_attention_backward(
+            grad, q, k, v, out, lse, table.cu_queries, table.cu_keys, max(table.query_lengths), max(table.key_lengths),
+            0.0, left < 0, state, none, scale=scale, window_size_left=left, window_size_right=right,
+        )  # fmt: skip
+    elif kind == "efficient":
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        a, b, c, _ = torch.ops.aten._efficient_attention_backward(
+            grad[None], q[None], _repeated(k, q)[None], _repeated(v, q)[None], None, out[None], table.cu_queries,
+            table.cu_keys, max(table.query_lengths), max(table.key_lengths), lse, 0.0, seed, seed,
+            _CAUSAL_FROM_BOTTOM_RIGHT, False, scale=scale, window_size=table.window,
+        )  # fmt: skip
+        a, b, c = a[0], _summed(b[0], k), _summed(c[0], k)
+    else:
+        direct = table.runs is None
+        a = d_q
+        b, c = (d_k, d_v) if direct else (k.new_empty(k.shape), v.new_empty(v.shape))
+        backward = _cpu_backward if kind == "cpu" else _plain_backward
+        for piece in _pieces(table):
+            gq, gk, gv = backward(
+                _grouped(grad, k, piece.q), _grouped(q, k, piece.q), _heads(k, piece.k), _heads(v, piece.k),
+                _grouped(out, k, piece.q), _grouped(lse[..., None], k, piece.q)[..., 0], piece, scale,
+            )  # fmt: skip
+            _grouped(a, k, piece.q).copy_(gq)
+            b[piece.k].copy_(gk.sum(1).transpose(0, 1))
+            c[piece.k].copy_(gv.sum(1).transpose(0, 1))
+        if direct:
+            return
+    for found, target in ((a, d_q), (_scattered(b, shape, table), d_k), (_scattered(c, shape, table), d_v)):
+        if found is not target:
+            target.copy_(found)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scale: float) -> Tensor:
+    """``attention_forward`` under autograd: [T, H, d]."""
+    return _Attention.apply(q, k, v, table, scale)
+
+
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, runs: list[tuple[int, int]]) -> Tensor:  # type: ignore[override]
-        ctx.shape, ctx.runs = x.shape, runs
-        return torch.cat([x[start:end] for start, end in runs])
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scale: float) -> Tensor:  # type: ignore[override]
+        out, lse = attention_forward(q, k, v, table, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.table, ctx.scale = table, scale
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        result = grad.new_zeros(ctx.shape)
-        position = 0
-        for start, end in ctx.runs:
-            result[start:end] += grad[position : position + end - start]
-            position += end - start
-        return result, None
+        q, k, v, out, lse = ctx.saved_tensors
+        into = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        attention_backward(grad.contiguous(), q, k, v, out, lse, ctx.table, ctx.scale, into)
+        return (*into, None, None)
 
 
-def _by_segment(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scale: float) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    if q.is_cuda and groups > 1:
-        # SDPA's memory-efficient kernel knows no grouped queries, and what it falls back to holds every score
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    parts = []
-    pieces = zip(
-        q.split(table.query_lengths), k.split(table.key_lengths), v.split(table.key_lengths), table.query_lengths
-    )
-    for q_part, k_part, v_part, queries in pieces:
-        keys = k_part.shape[0]
-        whole = queries == keys and (table.window is None or table.window >= keys)
-        # SDPA's is_causal is aligned to the top left on a CPU: right for a square, wrong for anything else
-        mask = None if whole else _mask(queries, keys, table.window, q.device)
-        out = F.scaled_dot_product_attention(
-            q_part.transpose(0, 1)[None],
-            k_part.transpose(0, 1)[None],
-            v_part.transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=whole,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts)
+@dataclass(frozen=True)
+class _Piece:
+    """A segment's place among the queries and among the gathered keys."""
+
+    q: slice
+    k: slice
+    window: int | None
 
 
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """[queries, keys] bool, causal from the bottom right; a window of w sees the query's own key and w - 1 before it."""
+def _pieces(table: SegmentTable) -> Iterator[_Piece]:
+    q = k = 0
+    for queries, keys in zip(table.query_lengths, table.key_lengths):
+        yield _Piece(slice(q, q + queries), slice(k, k + keys), table.window)
+        q, k = q + queries, k + keys
+
+
+def _window(table: SegmentTable) -> tuple[int, int]:
+    """FlashAttention counts the keys to the left of a query's own; -1: all."""
+    return (-1 if table.window is None or table.window >= max(table.key_lengths) else table.window - 1), 0
+
+
+def _gathered(x: Tensor, table: SegmentTable) -> Tensor:
+    return x if table.runs is None else torch.cat([x[start:end] for start, end in table.runs])
+
+
+def _scattered(grad: Tensor, shape: torch.Size, table: SegmentTable) -> Tensor:
+    """The gradient of ``_gathered``, added run by run, in order: deterministic, unlike an index_add."""
+    if table.runs is None:
+        return grad
+    result = grad.new_zeros(shape)
+    position = 0
+    for start, end in table.runs:
+        result[start:end] += grad[position : position + end - start]
+        position += end - start
+    return result
+
+
+def _repeated(x: Tensor, q: Tensor) -> Tensor:
+    """[T, H_kv, d] → [T, H, d], for a kernel that knows no grouped queries."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _summed(grad: Tensor, k: Tensor) -> Tensor:
+    """The gradient of ``_repeated``."""
+    return grad if grad.shape[1] == k.shape[1] else grad.unflatten(1, (k.shape[1], -1)).sum(2)
+
+
+def _grouped(x: Tensor, k: Tensor, rows: slice) -> Tensor:
+    """Rows of a [T, H, d] tensor as [H_kv, H / H_kv, rows, d]: heads that share a key beside each other, no copy."""
+    return x[rows].unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)
+
+
+def _heads(x: Tensor, rows: slice) -> Tensor:
+    """Rows of keys or values as [H_kv, 1, rows, d]."""
+    return x[rows].transpose(0, 1)[:, None]
+
+
+def _mask(q: Tensor, k: Tensor, window: int | None) -> Tensor | None:
+    """What is added to the scores: 0 or -inf, causal from the bottom right; a window of w is the query's own key and
+    w - 1 before it. None where the kernel's own causal mask, which is aligned to the top left, is the same."""
+    queries, keys = q.shape[-2], k.shape[-2]
+    if queries == keys and (window is None or window >= keys):
+        return None
+    hidden = _hidden(queries, keys, window, q.device)
+    return torch.zeros(queries, keys, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
+
+
+def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] bool: which keys a query does not see."""
     distance = (torch.arange(queries, device=device)[:, None] + (keys - queries)) - torch.arange(keys, device=device)
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
+    return distance < 0 if window is None else (distance < 0) | (distance >= window)
 
 
-@cache
-def _varlen_parameters() -> frozenset[str]:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def _has_flash(q: Tensor) -> bool:
-    return (
-        q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        and bool(_varlen_parameters())
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -> tuple[Tensor, Tensor]:
+    mask = _mask(q, k, piece.window)
+    k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
     )
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = _varlen_parameters()
-    options: dict[str, Any] = {}
-    if "scale" in known:
-        options["scale"] = scale
-    elif abs(scale * q.shape[-1] ** 0.5 - 1) > 1e-6:
-        q = q * (scale * q.shape[-1] ** 0.5)  # this version always divides by sqrt(d)
-    if "window_size" in known:
-        options["window_size"] = (-1 if table.window is None else table.window - 1, 0)
-    elif table.window is None or table.window >= max(table.key_lengths):
-        options["is_causal"] = True
-    else:
-        return _by_segment(q, k, v, table, scale)  # torch 2.10 and older know no window
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return varlen_attn(
-        q, k, v, table.cu_queries, table.cu_keys, max(table.query_lengths), max(table.key_lengths), **options
+def _cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: _Piece, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = _mask(q, k, piece.window)
+    k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=scale
     )
+
+
+def _scores(q: Tensor, k: Tensor, piece: _Piece, scale: float) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
+    return scores.masked_fill_(_hidden(q.shape[-2], k.shape[-2], piece.window, q.device), -torch.inf)
+
+
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, piece, scale)
+    lse = scores.logsumexp(-1)
+    return ((scores - lse[..., None]).exp() @ v.to(scores.dtype)).to(q.dtype), lse
+
+
+def _plain_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: _Piece, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    p = (_scores(q, k, piece, scale) - lse[..., None]).exp()
+    wide = grad.to(p.dtype)
+    inner = (wide * out.to(p.dtype)).sum(-1, keepdim=True)
+    ds = p * (wide @ v.to(p.dtype).transpose(-1, -2) - inner) * scale
+    d_q, d_k = ds @ k.to(p.dtype), ds.transpose(-1, -2) @ q.to(p.dtype)
+    return d_q.to(q.dtype), d_k.to(q.dtype), (p.transpose(-1, -2) @ wide).to(q.dtype)

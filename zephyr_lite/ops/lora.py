@@ -3,21 +3,26 @@
     y_j = x W_jᵀ + b_j + Σ_i s_i (x A_ijᵀ) B_ijᵀ
 
 for the projections j of one site (q, k, v; or gate, up; or o; or down) and the adapters i of the stack. All A's
-that read the same x are one product. An adapter that is switched off keeps its columns of that product, set to
-zero: the shapes, and so the rounding, are those of the adapter switched on, and a reference equals its policy to
-the bit as long as B is zero.
+that read the same x are one product z = x Aᵀ; an adapter with dropout has an input, and so a product, of its own. An
+adapter that is switched off keeps its columns of the product, set to zero: the shapes, and so the rounding, are those
+of the adapter switched on, and a reference equals its policy to the bit as long as B is zero.
+
+Forward and backward are separate functions, because the decoder layer decides what is kept between them. The frozen
+matrices come in parts, an iterable of (first column of y, W): one part where a site's matrices lie beside each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .dropout import DropoutKey, dropout_mask, dropped
-from .nf4 import dequantize
+from .dropout import DropoutKey, add_dropped_, drop
+
+Parts = Iterable[tuple[int, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class LoraPair:
 
     Attributes:
         projection: index of the projection within the site.
-        a, b: [r, in] and [out, r], float32 master weights (float64 in tests).
+        a, b: [r, in] and [out, r], float32 master weights (float64 in tests; whatever a foreign trainer has).
         scale: alpha / r, or alpha / sqrt(r) for rank-stabilized adapters.
         off: keep the columns, but set them to zero.
         dropout: whether the site's dropout applies to this adapter's input.
@@ -39,130 +44,229 @@ class LoraPair:
     off: bool = False
     dropout: bool = False
 
+    @property
+    def trained(self) -> bool:
+        return self.a.requires_grad and not self.off
 
-def lora_linear(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stack: Sequence[LoraPair],
-    dropout: DropoutKey | None = None,
-) -> tuple[Tensor, ...]:
-    """All projections of one site.
+
+@dataclass(frozen=True)
+class _Group:
+    """Adapters of a site that read the same input: their A's are one product, its columns sorted by projection."""
+
+    drop: bool
+    pairs: tuple[LoraPair, ...]
+
+    @cached_property
+    def rank(self) -> int:
+        return sum(pair.a.shape[0] for pair in self.pairs)
+
+    @cached_property
+    def off(self) -> bool:
+        return all(pair.off for pair in self.pairs)
+
+    @cached_property
+    def columns(self) -> list[slice]:
+        """Where each pair's columns lie."""
+        result, start = [], 0
+        for pair in self.pairs:
+            result.append(slice(start, start + pair.a.shape[0]))
+            start += pair.a.shape[0]
+        return result
+
+    def by_projection(self) -> list[tuple[int, slice, list[LoraPair]]]:
+        """(projection, columns, pairs), for each projection that an adapter reaches."""
+        result: list[tuple[int, slice, list[LoraPair]]] = []
+        for pair, columns in zip(self.pairs, self.columns):
+            if result and result[-1][0] == pair.projection:
+                last = result[-1]
+                result[-1] = (last[0], slice(last[1].start, columns.stop), [*last[2], pair])
+            else:
+                result.append((pair.projection, columns, [pair]))
+        return result
+
+    def a(self, dtype: torch.dtype) -> Tensor:
+        """[R, in]"""
+        return torch.cat([pair.a.detach().to(dtype) for pair in self.pairs])
+
+
+@dataclass(frozen=True)
+class Site:
+    """Projections that read the same input.
+
+    Attributes:
+        weights: one frozen [out_j, in] matrix a projection, plain or NF4.
+        biases: [out_j] or None a projection; frozen.
+        outs: out_j.
+        stack: the adapters.
+        dropout: for the adapters marked with ``dropout``; None: there is none.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    outs: tuple[int, ...]
+    stack: tuple[LoraPair, ...]
+    dropout: DropoutKey | None = None
+
+    @cached_property
+    def groups(self) -> tuple[_Group, ...]:
+        found = []
+        for drop_ in (False, True):
+            pairs = [p for p in self.stack if (p.dropout and self.dropout is not None) == drop_]
+            if pairs:
+                found.append(_Group(drop_, tuple(sorted(pairs, key=lambda p: p.projection))))
+        return tuple(found)
+
+    @cached_property
+    def slices(self) -> list[slice]:
+        """Where each projection's columns of y lie."""
+        result, start = [], 0
+        for out in self.outs:
+            result.append(slice(start, start + out))
+            start += out
+        return result
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """a and b of every trained pair, in the order in which ``grad_adapters`` returns their gradients."""
+        return [t for group in self.groups for pair in group.pairs if pair.trained for t in (pair.a, pair.b)]
+
+
+def low_rank(x: Tensor, site: Site) -> tuple[Tensor, ...]:
+    """z = x Aᵀ, [T, R] a group of adapters, with dropout where the group has it. None is computed of adapters that are
+    all switched off: their columns are zero, and adding zero changes no bit."""
+    products = []
+    for group in site.groups:
+        if group.off:
+            products.append(x.new_empty(0, group.rank))
+            continue
+        a = group.a(x.dtype)
+        if group.drop:
+            assert site.dropout is not None
+            # dropout's factor 1 / (1 - p) goes to the product, which is narrow
+            product = (drop(x, site.dropout) @ a.T).div_(1 - site.dropout.p)
+        else:
+            product = x @ a.T
+        for pair, columns in zip(group.pairs, group.columns):
+            if pair.off:
+                product[:, columns] = 0
+        products.append(product)
+    return tuple(products)
+
+
+def project(x: Tensor, parts: Parts, site: Site, products: Sequence[Tensor], *, add: Tensor | None = None) -> Tensor:
+    """y of all projections beside each other.
 
     Args:
         x: [T, in].
-        weights: one [out_j, in] a projection, plain or NF4; frozen.
-        biases: [out_j] or None a projection; frozen.
-        stack: the adapters, in order; gradients go to those whose a and b require them, in float32.
-        dropout: for the adapters marked with ``dropout``; None or p = 0 means none.
+        parts: the frozen matrices in x's dtype.
+        products: of ``low_rank``.
+        add: [T, Σ out], added to the result (a residual).
     Returns:
-        [T, out_j] a projection, in x's dtype. Kept for the backward pass: x, and r numbers a token and adapter.
+        [T, Σ out], a new tensor in x's dtype.
     """
-    if dropout is not None and dropout.p == 0:
-        dropout = None
-    tensors = [tensor for pair in stack for tensor in (pair.a, pair.b)]
-    return _LoraLinear.apply(x, tuple(weights), tuple(biases), tuple(stack), dropout, *tensors)
+    y = torch.empty(x.shape[0], sum(site.outs), dtype=x.dtype, device=x.device)
+    for start, weight in parts:
+        columns = slice(start, start + weight.shape[0])
+        if add is None:
+            torch.mm(x, weight.T, out=y[:, columns])
+        else:
+            torch.addmm(add[:, columns], x, weight.T, out=y[:, columns])
+    for bias, columns in zip(site.biases, site.slices):
+        if bias is not None:
+            y[:, columns] += bias.to(x.dtype)
+    for group, product in zip(site.groups, products):
+        if group.off:
+            continue
+        for projection, columns, pairs in group.by_projection():
+            y[:, site.slices[projection]].addmm_(product[:, columns], _scaled_b(pairs, x.dtype).T)
+    return y
 
 
-def _stacked(pairs: list[LoraPair], dtype: torch.dtype) -> Tensor:
-    return torch.cat([pair.a.detach().to(dtype) for pair in pairs])
+def grad_low_rank(grad: Tensor, site: Site, *, need_all: bool = True) -> tuple[Tensor, ...]:
+    """The gradients of the products: [T, R] a group, zero in the columns of what is switched off.
+
+    Args:
+        grad: [T, Σ out].
+        need_all: False where no gradient of x is wanted: a group without a trained adapter is left out then.
+    """
+    result = []
+    for group in site.groups:
+        if group.off or not (need_all or any(pair.trained for pair in group.pairs)):
+            result.append(grad.new_empty(0, group.rank))
+            continue
+        d_product = grad.new_empty(grad.shape[0], group.rank)
+        for projection, columns, pairs in group.by_projection():
+            d_y = grad[:, site.slices[projection]]
+            torch.mm(d_y, _scaled_b(pairs, grad.dtype), out=d_product[:, columns])
+        for pair, columns in zip(group.pairs, group.columns):
+            if pair.off:
+                d_product[:, columns] = 0
+        if group.drop:
+            assert site.dropout is not None
+            d_product.div_(1 - site.dropout.p)
+        result.append(d_product)
+    return tuple(result)
 
 
-def _columns(pairs: list[LoraPair]) -> dict[int, slice]:
-    """Where each pair's columns lie in the product, by the pair's place in the list."""
-    result, start = {}, 0
-    for place, pair in enumerate(pairs):
-        result[place] = slice(start, start + pair.a.shape[0])
-        start += pair.a.shape[0]
+def grad_input(grad: Tensor, parts: Parts, site: Site, d_products: Sequence[Tensor]) -> Tensor:
+    """The gradient of x: [T, in], a new tensor.
+
+    Args:
+        grad: [T, Σ out].
+        parts: as in ``project``.
+        d_products: of ``grad_low_rank``.
+    """
+    result = None
+    for start, weight in parts:
+        d_y = grad[:, start : start + weight.shape[0]]
+        result = d_y @ weight if result is None else result.addmm_(d_y, weight)
+    assert result is not None
+    for group, d_product in zip(site.groups, d_products):
+        if group.off:
+            continue
+        a = group.a(grad.dtype)
+        if group.drop:
+            assert site.dropout is not None
+            add_dropped_(result, d_product @ a, site.dropout)
+        else:
+            result.addmm_(d_product, a)
     return result
 
 
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weights, biases, stack, dropout, *tensors):  # type: ignore[override]
-        outputs = []
-        for weight, bias in zip(weights, biases):
-            y = x @ dequantize(weight, x.dtype).T
-            outputs.append(y if bias is None else y.add_(bias.to(x.dtype)))
-        groups = []  # (whether there is dropout, pairs); the adapters with dropout have an input of their own
-        for drop in (False, True):
-            pairs = [p for p in stack if (p.dropout and dropout is not None) == drop]
-            if pairs:
-                groups.append((drop, pairs))
-        products = []
-        for drop, pairs in groups:
-            a = _stacked(pairs, x.dtype)
-            # dropout's factor 1 / (1 - p) goes to the product, which is narrow
-            if all(pair.off for pair in pairs):
-                product = x.new_zeros(x.shape[0], a.shape[0])
-            elif drop:
-                product = (dropped(x, dropout_mask(dropout, x.shape[1])) @ a.T).div_(1 - dropout.p)
-            else:
-                product = x @ a.T
-            for place, columns in _columns(pairs).items():
-                if pairs[place].off:
-                    product[:, columns] = 0
-            # sorted by projection, one addmm a projection and group
-            for j, y in enumerate(outputs):
-                places = [place for place, p in enumerate(pairs) if p.projection == j]
-                if places:
-                    z, b = _gather(product, pairs, places, x.dtype)
-                    y.addmm_(z, b.T)
-            products.append(product)
-        ctx.save_for_backward(x, *products, *tensors)
-        ctx.meta = (weights, stack, dropout, groups)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx, *grads):  # type: ignore[override]
-        weights, stack, dropout, groups = ctx.meta
-        x, *rest = ctx.saved_tensors
-        products = rest[: len(groups)]
-        grads = tuple(g.contiguous() for g in grads)
-        need_x = ctx.needs_input_grad[0]
-        grad_x = None
-        if need_x:
-            for weight, grad in zip(weights, grads):
-                w = dequantize(weight, x.dtype)
-                grad_x = grad @ w if grad_x is None else grad_x.addmm_(grad, w)
-        # by place in the stack; the same object may not stand there twice
-        by_pair: dict[int, tuple[Tensor | None, Tensor | None]] = {}
-        for (drop, pairs), product in zip(groups, products):
-            mask = dropout_mask(dropout, x.shape[1]) if drop else None
-            trainable = [p.a.requires_grad and not p.off for p in pairs]
-            if not need_x and not any(trainable):
-                continue
-            grad_product = torch.zeros_like(product)
-            for place, columns in _columns(pairs).items():
-                pair = pairs[place]
-                if pair.off or not (need_x or trainable[place]):
-                    continue
-                grad = grads[pair.projection]
-                grad_product[:, columns] = grad @ (pair.b.detach() * pair.scale).to(x.dtype)
-                if trainable[place]:
-                    grad_b = (grad.T @ product[:, columns]).to(pair.b.dtype)
-                    by_pair[id(pair)] = (None, grad_b.mul_(pair.scale))
-            source = x if mask is None else dropped(x, mask)
-            if mask is not None:
-                grad_product.div_(1 - dropout.p)
-            for place, columns in _columns(pairs).items():
-                pair = pairs[place]
-                if trainable[place]:
-                    grad_a = (grad_product[:, columns].T @ source).to(pair.a.dtype)
-                    by_pair[id(pair)] = (grad_a, by_pair[id(pair)][1])
-            if grad_x is not None:
-                a = _stacked(pairs, x.dtype)
-                if mask is None:
-                    grad_x.addmm_(grad_product, a)
-                else:
-                    grad_x.add_(dropped(grad_product @ a, mask, inplace=True))
-        adapter_grads = [g for pair in stack for g in by_pair.get(id(pair), (None, None))]
-        return (grad_x, None, None, None, None, *adapter_grads)
+def grad_adapters(
+    grad: Tensor, x: Tensor, site: Site, products: Sequence[Tensor], d_products: Sequence[Tensor]
+) -> list[Tensor]:
+    """The gradients of every trained a and b, in the order of ``Site.trained``, each in its parameter's dtype; computed
+    in float32 where x has 16 bits."""
+    result: list[Tensor] = []
+    for group, product, d_product in zip(site.groups, products, d_products):
+        trained = [(pair, columns) for pair, columns in zip(group.pairs, group.columns) if pair.trained]
+        if not trained:
+            continue
+        source = drop(x, site.dropout) if group.drop and site.dropout is not None else x
+        if len(trained) < len(group.pairs):
+            d_product = torch.cat([d_product[:, columns] for _, columns in trained], dim=1)
+        d_a = _wide_mm(d_product.T, source)
+        start = 0
+        for pair, columns in trained:
+            rank = pair.a.shape[0]
+            d_b = _wide_mm(grad[:, site.slices[pair.projection]].T, product[:, columns]).mul_(pair.scale)
+            result += [d_a[start : start + rank].to(pair.a.dtype), d_b.to(pair.b.dtype)]
+            start += rank
+    return result
 
 
-def _gather(product: Tensor, pairs: list[LoraPair], places: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The columns of the product that one projection reads, and its scaled B's beside each other."""
-    columns = _columns(pairs)
-    z = torch.cat([product[:, columns[place]] for place in places], dim=1)
-    b = torch.cat([(pairs[place].b.detach() * pairs[place].scale).to(dtype) for place in places], dim=1)
-    return z, b
+def _scaled_b(pairs: Sequence[LoraPair], dtype: torch.dtype) -> Tensor:
+    """s B of adapters on one projection beside each other: [out, Σ r]."""
+    if len(pairs) == 1:
+        return (pairs[0].b.detach() * pairs[0].scale).to(dtype)
+    return torch.cat([(pair.b.detach() * pair.scale).to(dtype) for pair in pairs], dim=1)
+
+
+def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a result of at least 32 bits: a sum over all tokens, rounded to 16 bits, would lose small gradients."""
+    if a.dtype.itemsize >= 4:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

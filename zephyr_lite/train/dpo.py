@@ -77,8 +77,7 @@ class DpoTask:
         batch = self._batch(self.data, examples)
         config = self.stage.config
         dropout = Dropout(config.lora_dropout, config.seed, step)
-        reference = self._reference(batch, dropout)
-        policy = pair_sums(self.decoder, batch, keep=self.stage.plan.keep, dropout=dropout)
+        policy, reference = self._sums(batch, dropout)
         if step == 0:
             self._check_start(policy.detach(), reference, batch)
         found = self._preference(policy, reference, batch)
@@ -98,8 +97,8 @@ class DpoTask:
         for group in evaluation_batches(data.lengths, self.stage.plan.micro_tokens):
             batch = self._batch(data, group)
             with torch.no_grad():
-                reference = pair_sums(self.decoder, batch, reference=True)
-                policy = pair_sums(self.decoder, batch)
+                both = self.decoder.policy_and_reference(batch)
+            policy, reference = (batch.sum_by_group(logps).view(-1, 2) for logps in both)
             found = self._preference(policy, reference, batch)
             for name, value in {"loss": found.losses.sum().item(), **_sums(found, policy)}.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -119,10 +118,18 @@ class DpoTask:
             label_smoothing=config.label_smoothing,
         )
 
-    def _reference(self, batch: Batch, dropout: Dropout) -> Tensor:
+    def _sums(self, batch: Batch, dropout: Dropout) -> tuple[Tensor, Tensor]:
+        """[P, 2] summed log-probabilities of policy and reference; with the plan's ``reference`` in one pass or in two."""
+        keep = self.stage.plan.keep
+        if self.cache is None and self.stage.plan.reference == "together":
+            both = self.decoder.policy_and_reference(batch, keep=keep, dropout=dropout)
+            policy, reference = (batch.sum_by_group(logps).view(-1, 2) for logps in both)
+            return policy, reference
         if self.cache is not None:
-            return self.cache(batch.indices, self.decoder.device)
-        return pair_sums(self.decoder, batch, reference=True, dropout=dropout)
+            reference = self.cache(batch.indices, self.decoder.device)
+        else:
+            reference = pair_sums(self.decoder, batch, reference=True, dropout=dropout)
+        return pair_sums(self.decoder, batch, keep=keep, dropout=dropout), reference
 
     def _check_start(self, policy: Tensor, reference: Tensor, batch: Batch) -> None:
         """At step 0 the adapter's B is zero, so policy and reference are one function; anything else is a wrong reference."""

@@ -163,8 +163,17 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
             config.stage, r=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules, seed=config.seed
         )
     longest = int(max(data.lengths.max(), eval_data.lengths.max() if eval_data else 0))
-    training = {"optim": config.optim, "parameters": sum(p.numel() for p in stack.parameters().values())}
-    plan = make_plan(base.model.config, base.dtype, base.device, longest, config.memory, **training)
+    plan = make_plan(
+        base.model.config,
+        base.dtype,
+        base.device,
+        longest,
+        config.memory,
+        parameters=sum(p.numel() for p in stack.parameters().values()),
+        optim=config.optim,
+        ranks=stack.ranks_per_layer(),
+        in_4bit=base.load_in_4bit,
+    )
     if before is not None:
         if _memory_then(stage) == config.memory.model_dump(mode="json"):
             plan = Plan(**before["plan"])  # another split would change bits
@@ -194,7 +203,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     if claim:
         write_text(stage.config, dump_config(config))
         stage.write_info(info)
-    decoder = Decoder(stack, base.dtype)
+    decoder = Decoder(stack, base.dtype, scratch=plan.scratch)
     return Stage(method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info)
 
 
