@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from .dispatch import Comparison, jit, next_power_of_2, on_device, register, rows_dense, runs_triton, samples, tl
 
 _M32 = 0xFFFFFFFF
 
@@ -73,10 +76,13 @@ def dropout_mask(key: DropoutKey, channels: int) -> Tensor:
     h.mul_(0x7FEB352D)
     h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF))
     h.mul_(-2073254261)  # 0x846CA68B as int32
-    # h is uniform over the int32; what lies below this stays. Halved, so that the difference cannot overflow: its sign
-    # then fills the word.
-    threshold = 2**31 - int(key.p * 2**32)
-    return h.bitwise_right_shift_(1).sub_(threshold >> 1).bitwise_right_shift_(31)
+    # halved, so that the difference cannot overflow: its sign then fills the word
+    return h.bitwise_right_shift_(1).sub_(_threshold(key)).bitwise_right_shift_(31)
+
+
+def _threshold(key: DropoutKey) -> int:
+    """The hash is uniform over the int32; where its half lies below this, an element stays."""
+    return (2**31 - int(key.p * 2**32)) >> 1
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -104,12 +110,110 @@ def drop(x: Tensor, key: DropoutKey, out: Tensor | None = None) -> Tensor:
     Returns:
         [T, channels]: `out`, or new.
     """
+    if runs_triton("dropout", x):
+        return _kernel(x, key, torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out, add=False)
+    return _twin_drop(x, key, out)
+
+
+def add_dropped_(target: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
+    """target += ``drop(x, key)``, in place; both [T, channels] in one dtype. Returns target."""
+    if runs_triton("dropout", x):
+        return _kernel(x, key, target, add=True)
+    return _twin_add(target, x, key)
+
+
+def _twin_drop(x: Tensor, key: DropoutKey, out: Tensor | None) -> Tensor:
     mask = dropout_mask(key, x.shape[1])
     if out is None:
         return dropped(x, mask)
     return dropped(out if out is x else out.copy_(x), mask, inplace=True)
 
 
-def add_dropped_(target: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
-    """target += ``drop(x, key)``, in place; both [T, channels] in one dtype. Returns target."""
-    return target.add_(drop(x, key))
+def _twin_add(target: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
+    return target.add_(_twin_drop(x, key, None))
+
+
+@jit
+def _mix32(h):
+    """``_mix`` on uint32, whose products wrap around."""
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@jit(do_not_specialize=["prefix", "limit"])
+def _drop(
+    x,
+    out,
+    streams,
+    positions,
+    prefix,
+    limit,
+    x_row,
+    out_row,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """A program takes BLOCK columns of a row; the mask is never in memory."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < WIDTH
+    # as in dropout_mask, word by word
+    h = _mix32(tl.load(streams + row).to(tl.uint32) ^ prefix.to(tl.uint32, bitcast=True))
+    h = _mix32(h ^ tl.load(positions + row).to(tl.uint32))
+    h = h ^ _mix32(column.to(tl.uint32) ^ 0x85EBCA6B)
+    h = h * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    stays = (h.to(tl.int32, bitcast=True) >> 1) < limit
+    # loaded where it is dropped too: loads under a mask without pattern are not vectorized
+    value = tl.load(x + row * x_row + column, mask=there, other=0.0)
+    value = tl.where(stays, value, tl.zeros_like(value))
+    place = out + row * out_row + column
+    if ADD:
+        value = (tl.load(place, mask=there, other=0.0).to(tl.float32) + value.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(place, value, mask=there)
+
+
+def _kernel(x: Tensor, key: DropoutKey, out: Tensor, *, add: bool) -> Tensor:
+    rows, width = x.shape
+    if out.shape != x.shape or (width > 1 and out.stride(1) != 1):
+        raise ValueError(
+            f"the result lies in {list(out.shape)} at strides {out.stride()}; dense rows of {list(x.shape)}"
+        )
+    if x.numel():
+        x = rows_dense(x)
+        prefix = _prefix(key)
+        block = min(1024, next_power_of_2(width))
+        with on_device(x):
+            _drop[(rows, -(-width // block))](
+                x,
+                out,
+                key.streams.contiguous(),
+                key.positions.contiguous(),
+                prefix - 2**32 if prefix >= 2**31 else prefix,
+                _threshold(key),
+                x.stride(0),
+                out.stride(0),
+                WIDTH=width,
+                BLOCK=block,
+                ADD=add,
+                num_warps=max(1, block // 256),
+            )
+    return out
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+    draw = samples(device, dtype)
+    for rows, width, p in ((1, 1, 0.5), (4, 576, 0.05), (2, 1100, 0.5)):
+        streams, positions = torch.arange(rows, device=device) * 2**33 + 5, torch.arange(rows, device=device)
+        key = DropoutKey(p, 2**40 + 7, 3, streams, positions, 31, 2)
+        x, target = draw(rows, width), draw(rows, width)
+        yield Comparison(
+            f"[{rows}, {width}]", _kernel(x, key, torch.empty_like(x), add=False), _twin_drop(x, key, None), None
+        )
+        added = _kernel(x, key, target.clone(), add=True), _twin_add(target.clone(), x, key)
+        yield Comparison(f"added [{rows}, {width}]", *added, target.double() + _twin_drop(x, key, None).double())
+
+
+register("dropout", _check)

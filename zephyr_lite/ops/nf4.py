@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
+from bitsandbytes.nn import Params4bit
 from torch import Tensor
+
+from .dispatch import Comparison, jit, on_device, register, runs_triton, samples, tl, truncates
 
 
 def is_quantized(weight: Tensor) -> bool:
@@ -26,32 +30,135 @@ def dequantize(weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) ->
         [out, in]; `out` where it is given, ``weight`` itself where it is plain and of that dtype, else a new tensor.
     """
     if is_quantized(weight):
-        return _twin(weight, dtype, out)
+        run = _kernel if runs_triton("nf4", weight, dtype) else _twin
+        return run(weight, dtype, out)
     weight = weight.detach().to(dtype) if out is None else weight.detach()
     return weight if out is None else out.copy_(weight)
 
 
 def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     state = weight.quant_state  # type: ignore[attr-defined]
-    shape = state.shape
-    if weight.device.type == "cpu" and shape[-1] % state.blocksize and shape.numel() % state.blocksize == 0:
-        # One row a block: the CPU kernel for AVX-512 mixes up the scales of rows that are no whole number of blocks.
-        shape = torch.Size((shape.numel() // state.blocksize, state.blocksize))
-    # a state of our own, because the result's dtype is read from it and the weight's own is shared
-    wanted = bnb.QuantState(
-        absmax=state.absmax,
-        shape=shape,
+    kind = torch.float32 if dtype == torch.float64 else dtype  # bitsandbytes knows no float64
+    if weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+        result = _whole_blocks(weight, state, kind)
+    else:
+        wanted = _state(state, state.absmax, state.shape, kind, state.state2, state.offset)
+        if out is not None and out.is_cuda and out.dtype == kind:
+            return bnb.dequantize_4bit(weight.data, wanted, out=out)
+        result = bnb.dequantize_4bit(weight.data, wanted).view(state.shape)
+    result = result.to(dtype)
+    return result if out is None else out.copy_(result)
+
+
+def _state(state: Any, absmax: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *nested: Any) -> Any:
+    """A state of our own, because the result's shape and dtype are read from it, and the weight's is shared."""
+    state2, offset = nested or (None, None)
+    return bnb.QuantState(
+        absmax=absmax,
+        shape=torch.Size(shape),
         code=state.code,
         blocksize=state.blocksize,
         quant_type=state.quant_type,
-        dtype=torch.float32 if dtype == torch.float64 else dtype,
-        offset=state.offset,
-        state2=state.state2,
+        dtype=dtype,
+        offset=offset,
+        state2=state2,
     )
-    if out is not None and out.is_cuda and out.dtype == wanted.dtype:
-        return bnb.dequantize_4bit(weight.data, wanted, out=out)
-    result = bnb.dequantize_4bit(weight.data, wanted).view(state.shape).to(dtype)
-    return result if out is None else out.copy_(result)
+
+
+def _whole_blocks(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """One row a block: the CPU kernel for AVX-512 mixes up the scales of rows that are no whole number of blocks."""
+    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    elements, size = state.shape.numel(), state.blocksize
+    packed, whole = weight.data.reshape(-1).view(torch.uint8), elements // size
+    flat = torch.empty(elements, dtype=dtype)
+    for first, count, width in ((0, whole, size), (whole, 1, elements % size)):
+        if count * width:
+            part = packed[first * size // 2 :][: (count * width + 1) // 2].view(-1, 1)
+            scales = absmax[first : first + count]
+            values = bnb.dequantize_4bit(part, _state(state, scales, (count, width), dtype))
+            flat[first * size :][: count * width] = values.reshape(-1)
+    return flat.view(state.shape)
+
+
+@jit
+def _dequantize(
+    packed,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    offset,
+    out,
+    elements,
+    size,
+    NESTED: tl.constexpr,
+    HALF: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A row is a block of 2 · HALF values that share a scale; a program takes ROWS of them."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    filled = row * (2 * HALF) < elements
+    if NESTED:
+        scale = tl.load(nested_code + tl.load(absmax + row, mask=filled, other=0).to(tl.int32))
+        # the sum is after the product and both round, as in bitsandbytes: launched with enable_fp_fusion=False
+        scale = scale * tl.load(nested_absmax + row // NESTED_BLOCK, mask=filled, other=0.0) + tl.load(offset)
+    else:
+        scale = tl.load(absmax + row, mask=filled, other=0.0).to(tl.float32)
+    byte = row[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    pair = tl.load(packed + byte, mask=byte < size, other=0).to(tl.int32)
+    # the high half of a byte is the earlier value
+    value = tl.interleave(tl.load(code + (pair >> 4)), tl.load(code + (pair & 15))) * scale[:, None]
+    place = row[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=place < elements)
+
+
+def _kernel(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    state = weight.quant_state  # type: ignore[attr-defined]
+    if out is None:
+        out = torch.empty(state.shape, dtype=dtype, device=weight.device)
+    elements = out.numel()
+    if not elements:
+        return out
+    if out.shape != state.shape or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(f"out is {list(out.shape)} {out.dtype}; a contiguous {list(state.shape)} {dtype} is wanted")
+    packed = weight.data.contiguous().view(-1).view(torch.uint8)  # its dtype is a matter of storage
+    nested = state.state2
+    half = state.blocksize // 2
+    rows = max(1, 1024 // half)
+    with on_device(weight):
+        _dequantize[(-(-elements // (2 * half * rows)),)](
+            packed,
+            state.absmax,
+            state.code.to(weight.device),
+            nested.absmax if nested else packed,
+            nested.code.to(weight.device) if nested else packed,
+            state.offset.to(weight.device) if nested else packed,
+            out,
+            elements,
+            (elements + 1) // 2,
+            NESTED=bool(nested),
+            HALF=half,
+            NESTED_BLOCK=nested.blocksize if nested else 1,
+            ROWS=rows,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+    draw = samples(device, torch.float32)
+    for nested in (True, False):
+        for shape in ((1, 64), (33, 576)):
+            data, state = bnb.quantize_4bit(draw(*shape), blocksize=64, quant_type="nf4", compress_statistics=nested)
+            weight = Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)
+            name = f"{list(shape)} {'nested' if nested else 'plain'}"
+            exact = _twin(weight, torch.float64, None) if truncates(device, dtype) else None
+            yield Comparison(name, _kernel(weight, dtype, None), _twin(weight, dtype, None), exact)
+
+
+register("nf4", _check)
 
 
 BLOCK = 64

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from .dispatch import Comparison, jit, next_power_of_2, on_device, register, rows_dense, runs_triton, samples, tl
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,7 +37,8 @@ def rms_norm_forward(
         y [T, D] = weight · round(h · inverse), rounded to x's dtype where the Hugging Face layer rounds; h [T, D], the
         sum rounded to x's dtype (x itself without a residual); inverse [T] in max(float32, x's dtype).
     """
-    return _forward(x, weight, eps, residual)
+    run = _kernel_forward if runs_triton("rms_norm", x) else _twin_forward
+    return run(x, weight, eps, residual)
 
 
 def rms_norm_backward(
@@ -48,10 +53,11 @@ def rms_norm_backward(
     Returns:
         [T, D] in h's dtype, new.
     """
-    return _backward(grad, h, weight, inverse, residual_grad)
+    run = _kernel_backward if runs_triton("rms_norm", h) else _twin_backward
+    return run(grad, h, weight, inverse, residual_grad)
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _twin_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     h = x if residual is None else x + residual
     wide = torch.promote_types(x.dtype, torch.float32)
     inverse = torch.linalg.vector_norm(h, dim=-1, dtype=wide).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
@@ -59,7 +65,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     return (h * inverse[:, None]).to(x.dtype).mul_(weight), h, inverse
 
 
-def _backward(grad: Tensor, h: Tensor, weight: Tensor, inverse: Tensor, residual_grad: Tensor | None) -> Tensor:
+def _twin_backward(grad: Tensor, h: Tensor, weight: Tensor, inverse: Tensor, residual_grad: Tensor | None) -> Tensor:
     # with n = h · inverse: dx = inverse · (w · grad - n · mean(w · grad · n)) = inverse · w · grad - h · inverse² · mean
     weighted = (grad.to(inverse.dtype) * weight).mul_(inverse[:, None])
     mean = (weighted * h).sum(-1, keepdim=True).mul_(inverse[:, None].square()).div_(h.shape[-1])
@@ -67,6 +73,155 @@ def _backward(grad: Tensor, h: Tensor, weight: Tensor, inverse: Tensor, residual
     if residual_grad is not None:
         weighted.add_(residual_grad)
     return weighted.to(h.dtype)
+
+
+@jit
+def _forward(
+    x,
+    residual,
+    weight,
+    y,
+    h,
+    inverse,
+    eps,
+    x_row,
+    residual_row,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """A program takes a row, which stays in registers."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = column < D
+    value = tl.load(x + row * x_row + column, mask=there, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(residual + row * residual_row + column, mask=there, other=0.0).to(tl.float32)
+        rounded = value.to(h.dtype.element_ty)
+        tl.store(h + row * D + column, rounded, mask=there)
+        value = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+    tl.store(inverse + row, scale)
+    normalized = (value * scale).to(y.dtype.element_ty).to(tl.float32)
+    result = normalized * tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + row * D + column, result.to(y.dtype.element_ty), mask=there)
+
+
+@jit
+def _backward(
+    grad,
+    h,
+    weight,
+    inverse,
+    residual_grad,
+    dx,
+    grad_row,
+    h_row,
+    residual_row,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = column < D
+    scale = tl.load(inverse + row)
+    weighted = tl.load(grad + row * grad_row + column, mask=there, other=0.0).to(tl.float32)
+    weighted *= tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    normalized = tl.load(h + row * h_row + column, mask=there, other=0.0).to(tl.float32) * scale
+    result = (weighted - normalized * (tl.sum(weighted * normalized, 0) / D)) * scale
+    if ADD:
+        result += tl.load(residual_grad + row * residual_row + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(dx + row * D + column, result.to(dx.dtype.element_ty), mask=there)
+
+
+def _launch(width: int) -> dict[str, int]:
+    block = next_power_of_2(width)
+    # 16 values a thread keep a row in registers and its loads at 16 bytes
+    return {"D": width, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def _kernel_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    x = rows_dense(x)
+    residual = None if residual is None else rows_dense(residual)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = x if residual is None else torch.empty_like(y)
+    inverse = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    if y.numel():
+        other = x if residual is None else residual
+        with on_device(x):
+            _forward[(x.shape[0],)](
+                x,
+                other,
+                weight.contiguous(),
+                y,
+                h,
+                inverse,
+                eps,
+                x.stride(0),
+                other.stride(0),
+                ADD=residual is not None,
+                **_launch(x.shape[1]),
+            )
+    return y, h, inverse
+
+
+def _kernel_backward(grad: Tensor, h: Tensor, weight: Tensor, inverse: Tensor, residual_grad: Tensor | None) -> Tensor:
+    grad, h = rows_dense(grad), rows_dense(h)
+    other = h if residual_grad is None else rows_dense(residual_grad)
+    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    if dx.numel():
+        with on_device(h):
+            _backward[(h.shape[0],)](
+                grad,
+                h,
+                weight.contiguous(),
+                inverse,
+                other,
+                dx,
+                grad.stride(0),
+                h.stride(0),
+                other.stride(0),
+                ADD=residual_grad is not None,
+                **_launch(h.shape[1]),
+            )
+    return dx
+
+
+def _exact(x: Tensor, weight: Tensor, eps: float, residual: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, inverse and the gradient to x + residual, itself added once more, in float64 by autograd."""
+    x, weight, residual, grad = (t.double() for t in (x, weight, residual, grad))
+    h = (x + residual).requires_grad_()
+    with torch.enable_grad():
+        inverse = (h.square().mean(-1) + eps).rsqrt()
+        y = weight * h * inverse[:, None]
+        (dx,) = torch.autograd.grad(y, h, grad)
+    return y.detach(), inverse.detach(), dx + grad
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+    draw = samples(device, dtype)
+    for shape in ((1, 1), (3, 576), (2, 1024)):
+        x, residual, grad, weight = draw(*shape), draw(*shape), draw(*shape), draw(shape[1])
+        eps = 1.0 if shape[1] == 1 else 1e-5  # of one channel only eps leaves a gradient
+        exact = _exact(x, weight, eps, residual, grad)
+        got, want = (f(x, weight, eps, residual) for f in (_kernel_forward, _twin_forward))
+        yield Comparison(f"y {list(shape)}", got[0], want[0], exact[0])
+        yield Comparison(f"h {list(shape)}", got[1], want[1], x.double() + residual.double())
+        h, inverse = want[1], want[2]
+        back = (grad, h, weight, inverse, grad)
+        yield Comparison(f"dx {list(shape)}", _kernel_backward(*back), _twin_backward(*back), exact[2])
+        # without a residual
+        zero = torch.zeros_like(h)
+        y, exact_inverse, dx = _exact(h, weight, eps, zero, grad)
+        got, want = (f(h, weight, eps, None) for f in (_kernel_forward, _twin_forward))
+        yield Comparison(f"y alone {list(shape)}", got[0], want[0], y)
+        yield Comparison(f"inverse {list(shape)}", got[2], want[2], exact_inverse)
+        alone = [f(grad, h, weight, inverse, None) for f in (_kernel_backward, _twin_backward)]
+        yield Comparison(f"dx alone {list(shape)}", *alone, dx - grad.double())
+
+
+register("rms_norm", _check)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from .dispatch import Comparison, jit, next_power_of_2, on_device, register, rows_dense, runs_triton, samples, tl
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -29,7 +33,8 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     Returns:
         x.
     """
-    return _twin(x, cos, sin, inverse)
+    run = _kernel if runs_triton("rope", x) else _twin
+    return run(x, cos, sin, inverse)
 
 
 def _twin(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
@@ -41,6 +46,86 @@ def _twin(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     first.mul_(c).addcmul_(second, s, value=-sign)
     second.mul_(c).add_(crossed, alpha=sign)
     return x
+
+
+@jit
+def _rotate(
+    x,
+    cos,
+    sin,
+    row_stride,
+    angle_stride,
+    heads,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    """A program takes HEADS heads of a token."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, BLOCK)
+    c = tl.load(cos + row * angle_stride + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + row * angle_stride + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    if INVERSE:
+        s = -s
+    there = (head < heads)[:, None] & (column < HALF)[None, :]
+    first = x + row * row_stride + head[:, None] * (2 * HALF) + column[None, :]
+    a = tl.load(first, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(first + HALF, mask=there, other=0.0).to(tl.float32)
+    tl.store(first, (a * c - b * s).to(x.dtype.element_ty), mask=there)
+    tl.store(first + HALF, (b * c + a * s).to(x.dtype.element_ty), mask=there)
+
+
+def _kernel(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    tokens, heads, width = x.shape
+    if not x.numel():
+        return x
+    if x.stride(2) != 1 or (heads > 1 and x.stride(1) != width):
+        raise ValueError(f"heads lie at strides {x.stride()}, not dense beside each other")
+    cos, sin = rows_dense(cos), rows_dense(sin)
+    if cos.stride(0) != sin.stride(0):
+        cos, sin = cos.contiguous(), sin.contiguous()
+    block = next_power_of_2(width // 2)
+    together = min(next_power_of_2(heads), max(1, 1024 // block))
+    with on_device(x):
+        _rotate[(tokens, -(-heads // together))](
+            x,
+            cos,
+            sin,
+            x.stride(0),
+            cos.stride(0),
+            heads,
+            HALF=width // 2,
+            BLOCK=block,
+            HEADS=together,
+            INVERSE=inverse,
+            num_warps=max(1, block * together // 256),
+        )
+    return x
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+    draw = samples(device, dtype)
+    for heads, width in ((1, 2), (5, 64), (3, 80)):
+        tokens = 3
+        wide = draw(tokens, heads + 2, width)  # values beside the heads that are rotated
+        angle = draw(tokens, width // 2).float()
+        cos, sin = (torch.cat([f(angle), f(angle)], -1).to(dtype) for f in (torch.cos, torch.sin))
+        for inverse in (False, True):
+            got, want = wide.clone(), wide.clone()
+            _kernel(got[:, :heads], cos, sin, inverse)
+            _twin(want[:, :heads], cos, sin, inverse)
+            exact = wide.double()
+            a, b = exact[:, :heads].chunk(2, -1)
+            c, s = cos[:, None, : width // 2].double(), sin[:, None, : width // 2].double() * (-1 if inverse else 1)
+            exact[:, :heads] = torch.cat([a * c - b * s, b * c + a * s], -1)
+            name = f"{heads} heads of {width}{', back' if inverse else ''}"
+            yield Comparison(name, got[:, :heads], want[:, :heads], exact[:, :heads])
+            yield Comparison(f"beside {name}", got[:, heads:], wide[:, heads:], None)
+
+
+register("rope", _check)
 
 
 class _Rope(torch.autograd.Function):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .dispatch import Comparison, jit, next_power_of_2, on_device, register, rows_dense, runs_triton, samples, tl
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -21,7 +25,8 @@ def swiglu_forward(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tenso
     Returns:
         [T, I]: `out`, or new.
     """
-    return _forward(gate, up, out)
+    run = _kernel_forward if runs_triton("swiglu", gate) else _twin_forward
+    return run(gate, up, out)
 
 
 def swiglu_backward(
@@ -42,15 +47,16 @@ def swiglu_backward(
     Returns:
         (d_gate, d_up, act).
     """
-    return _backward(grad_act, gate, up, d_gate, d_up, act)
+    run = _kernel_backward if runs_triton("swiglu", gate) else _twin_backward
+    return run(grad_act, gate, up, d_gate, d_up, act)
 
 
-def _forward(gate: Tensor, up: Tensor, out: Tensor | None) -> Tensor:
+def _twin_forward(gate: Tensor, up: Tensor, out: Tensor | None) -> Tensor:
     act = F.silu(gate).mul_(up)
     return act if out is None else out.copy_(act)
 
 
-def _backward(
+def _twin_backward(
     grad_act: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor | None, d_up: Tensor | None, act: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     # two buffers of our own, and every input is read for the last time before an output may lie over it
@@ -62,6 +68,113 @@ def _backward(
     torch.mul(silu, up, out=product)
     d_up = torch.mul(silu, grad_act, out=silu if d_up is None else d_up)
     return d_gate, d_up, product if act is None else act.copy_(product)
+
+
+@jit
+def _forward(gate, up, out, gate_row, up_row, out_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A program takes BLOCK columns of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < WIDTH
+    g = tl.load(gate + row * gate_row + column, mask=there, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + column, mask=there, other=0.0).to(tl.float32)
+    # of -|g|: nothing overflows
+    e = tl.exp(-tl.abs(g))
+    sigmoid = tl.where(g >= 0, 1.0, e) / (1.0 + e)
+    tl.store(out + row * out_row + column, (g * sigmoid * u).to(out.dtype.element_ty), mask=there)
+
+
+@jit
+def _backward(
+    grad,
+    gate,
+    up,
+    d_gate,
+    d_up,
+    act,
+    grad_row,
+    gate_row,
+    up_row,
+    d_gate_row,
+    d_up_row,
+    act_row,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As above; everything is read before anything is written, so outputs may lie over inputs."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < WIDTH
+    d = tl.load(grad + row * grad_row + column, mask=there, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_row + column, mask=there, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + column, mask=there, other=0.0).to(tl.float32)
+    e = tl.exp(-tl.abs(g))
+    sigmoid = tl.where(g >= 0, 1.0, e) / (1.0 + e)
+    silu = g * sigmoid
+    # 1 - sigmoid, without its cancellation
+    rest = tl.where(g >= 0, e, 1.0) / (1.0 + e)
+    slope = sigmoid + silu * rest
+    tl.store(d_gate + row * d_gate_row + column, (d * u * slope).to(d_gate.dtype.element_ty), mask=there)
+    tl.store(d_up + row * d_up_row + column, (d * silu).to(d_up.dtype.element_ty), mask=there)
+    tl.store(act + row * act_row + column, (silu * u).to(act.dtype.element_ty), mask=there)
+
+
+def _grid(like: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    rows, width = like.shape
+    block = min(1024, next_power_of_2(width))
+    return (rows, -(-width // block)), {"WIDTH": width, "BLOCK": block, "num_warps": max(1, block // 256)}
+
+
+def _output(given: Tensor | None, like: Tensor) -> Tensor:
+    if given is None:
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    if given.shape != like.shape or (given.shape[1] > 1 and given.stride(1) != 1):
+        raise ValueError(
+            f"an output is {list(given.shape)} at strides {given.stride()}; dense rows of {list(like.shape)}"
+        )
+    return given
+
+
+def _kernel_forward(gate: Tensor, up: Tensor, out: Tensor | None) -> Tensor:
+    gate, up = rows_dense(gate), rows_dense(up)
+    out = _output(out, gate)
+    if gate.numel():
+        grid, options = _grid(gate)
+        with on_device(gate):
+            _forward[grid](gate, up, out, gate.stride(0), up.stride(0), out.stride(0), **options)
+    return out
+
+
+def _kernel_backward(
+    grad_act: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor | None, d_up: Tensor | None, act: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = [rows_dense(t) for t in (grad_act, gate, up)] + [_output(t, gate) for t in (d_gate, d_up, act)]
+    if gate.numel():
+        grid, options = _grid(gate)
+        with on_device(gate):
+            _backward[grid](*tensors, *(t.stride(0) for t in tensors), **options)
+    return tensors[3], tensors[4], tensors[5]
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+    draw = samples(device, dtype)
+    for rows, width in ((1, 1), (3, 576), (2, 1100)):
+        both, grad = draw(rows, 2 * width) * 3, draw(rows, width)
+        gate, up = both.chunk(2, -1)
+        g, u, d = gate.double(), up.double(), grad.double()
+        sigmoid = g.sigmoid()
+        exact = (d * u * sigmoid * (1 + g * (1 - sigmoid)), d * g * sigmoid, g * sigmoid * u)
+        name = f"[{rows}, {width}]"
+        yield Comparison(f"forward {name}", _kernel_forward(gate, up, None), _twin_forward(gate, up, None), exact[2])
+        want = _twin_backward(grad, gate, up, None, None, None)
+        got = _kernel_backward(grad, gate, up, None, None, None)
+        _kernel_backward(grad, gate, up, gate, up, grad)  # over the inputs
+        for what, kernel, over, twin, right in zip(("d_gate", "d_up", "act"), got, (gate, up, grad), want, exact):
+            yield Comparison(f"{what} {name}", kernel, twin, right)
+            yield Comparison(f"{what} {name} in place", over, kernel, None)
+
+
+register("swiglu", _check)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+
+from .dispatch import Comparison, jit, next_power_of_2, on_device, register, runs_triton, samples, tl
 
 # The logits of one chunk, in bytes of the dtype that the softmax is computed in. Small enough for a processor's
 # outer caches to help, large enough for the product to run at full speed.
@@ -101,6 +104,102 @@ def _twin(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk:
     return _Chunk(logps, entropy, correct, weights.mul_(factor / total).to(kind), factor)
 
 
+@jit
+def _softmax(
+    logits,
+    targets,
+    logps,
+    entropy,
+    correct,
+    row_stride,
+    factor,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STATS: tl.constexpr,
+    WRITE: tl.constexpr,
+):
+    """A program takes a row: once through it for the sums, once more (from the caches) to overwrite it."""
+    row = tl.program_id(0).to(tl.int64)
+    start_of_row = logits + row * row_stride
+    target = tl.load(start_of_row + tl.load(targets + row)).to(tl.float32)
+    column = tl.arange(0, BLOCK)
+    # finite, so that the first rescaling is 0 · something and no NaN
+    top = -1.0e38
+    total = 0.0
+    inner = 0.0  # Σ exp(l - top) (l - top), for the entropy
+    for start in range(0, V, BLOCK):
+        there = start + column < V
+        value = tl.load(start_of_row + start + column, mask=there, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(value, 0))
+        shrink = tl.exp(top - higher)
+        weight = tl.exp(value - higher)
+        if STATS:
+            shifted = tl.where(there, value - higher, 0.0)
+            inner = (inner + total * (top - higher)) * shrink + tl.sum(weight * shifted, 0)
+        total = total * shrink + tl.sum(weight, 0)
+        top = higher
+    log_total = tl.log(total)
+    tl.store(logps + row, target - top - log_total)
+    if STATS:
+        tl.store(entropy + row, log_total - inner / total)
+        tl.store(correct + row, target >= top)
+    if WRITE:
+        scale = factor / total
+        for start in range(0, V, BLOCK):
+            there = start + column < V
+            value = tl.load(start_of_row + start + column, mask=there, other=float("-inf")).to(tl.float32)
+            weight = tl.exp(value - top) * scale
+            tl.store(start_of_row + start + column, weight.to(logits.dtype.element_ty), mask=there)
+
+
+def _kernel(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk:
+    """As the twin; the weights are `logits`, overwritten."""
+    count, vocabulary = logits.shape
+    logps = logits.new_empty(count, dtype=torch.float32)
+    entropy = torch.empty_like(logps) if stats else None
+    correct = torch.empty_like(logps, dtype=torch.bool) if stats else None
+    factor = _FACTOR.get(logits.dtype, 1.0)
+    block = min(8192, next_power_of_2(vocabulary))
+    if count:
+        with on_device(logits):
+            _softmax[(count,)](
+                logits,
+                targets,
+                logps,
+                logps if entropy is None else entropy,
+                logps if correct is None else correct,
+                logits.stride(0),
+                factor,
+                V=vocabulary,
+                BLOCK=block,
+                STATS=stats,
+                WRITE=write,
+                num_warps=min(16, max(1, block // 512)),
+            )
+    return _Chunk(logps, entropy, correct, logits if write else None, factor)
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+    draw = samples(device, dtype)
+    for rows, vocabulary, spread in ((1, 1, 1.0), (3, 448, 3.0), (3, 448, 1e4), (2, 9000, 3.0)):
+        logits = draw(rows, vocabulary) * spread
+        targets = torch.arange(rows, device=device) * 7 % vocabulary
+        targets[-1] = logits[-1].argmax()
+        got, want = (f(logits.clone(), targets, True, True) for f in (_kernel, _twin))
+        exact = logits.double().log_softmax(-1)
+        name = f"[{rows}, {vocabulary}] spread {spread:g}"
+        yield Comparison(f"logps {name}", got.logps, want.logps, exact.gather(1, targets[:, None])[:, 0])
+        weights = [(chunk.weights / chunk.factor).to(dtype) for chunk in (got, want)]
+        yield Comparison(f"softmax {name}", *weights, exact.exp())
+        entropies = got.entropy, want.entropy
+        yield Comparison(f"entropy {name}", *entropies, -(exact.exp() * exact).sum(-1))
+        yield Comparison(f"correct {name}", got.correct, want.correct, None)
+        yield Comparison(f"bare logps {name}", _kernel(logits.clone(), targets, False, False).logps, got.logps, None)
+
+
+register("token_logps", _check)
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, stats: bool):  # type: ignore[override]
@@ -114,11 +213,12 @@ class _TokenLogps(torch.autograd.Function):
         size = max(1, min(count, CHUNK_BYTES // (vocabulary * wide.itemsize)))
         # one buffer for all chunks: new pages cost a CPU a tenth of the product
         buffer = hidden.new_empty(size, vocabulary)
+        run = _kernel if runs_triton("token_logps", hidden) else _twin
         for start in range(0, count, size):
             here = slice(start, min(start + size, count))
             ids = targets[here]
             logits = torch.mm(hidden[here], head.T, out=buffer[: ids.shape[0]])
-            chunk = _twin(logits, ids, stats, slope is not None)
+            chunk = run(logits, ids, stats, slope is not None)
             logps[here] = chunk.logps
             if entropy is not None and correct is not None:
                 entropy[here], correct[here] = chunk.entropy, chunk.correct

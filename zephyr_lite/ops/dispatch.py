@@ -1,0 +1,157 @@
+"""Which of an operation's two implementations runs, the Triton kernel or its plain PyTorch twin: one rule for all.
+
+A kernel runs for CUDA tensors wherever triton is installed and the operation's check on this device and dtype did not
+fail, and for CPU tensors where ``TRITON_INTERPRET=1`` asks for triton's interpreter. Everything else, and float64
+always, runs the twin.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton  # noqa: F401
+    import triton.language as tl
+    from triton import jit, next_power_of_2
+
+    HAVE_TRITON = True
+except ImportError:
+    # stand-ins with which an operation's file imports; no kernel of it is ever launched
+    HAVE_TRITON = False
+    tl: Any = None  # type: ignore[no-redef]
+
+    def jit(function: Any = None, **_: Any) -> Any:  # type: ignore[no-redef]
+        return (lambda f: f) if function is None else function
+
+    def next_power_of_2(n: int) -> int:  # type: ignore[misc]
+        return 1 << max(0, n - 1).bit_length()
+
+
+class Comparison(NamedTuple):
+    """One result of a kernel beside its twin's.
+
+    Attributes:
+        what: the result, in words.
+        kernel, twin: of one shape.
+        exact: the same in float64, computed apart from both; None where kernel and twin must be equal to the bit.
+    """
+
+    what: str
+    kernel: Tensor
+    twin: Tensor
+    exact: Tensor | None
+
+
+Check = Callable[[torch.device, torch.dtype], Iterable[Comparison]]
+
+_checks: dict[str, Check] = {}
+_failed: set[tuple[str, torch.device, torch.dtype]] = set()
+_twins_only = False
+
+
+def register(op: str, check: Check) -> None:
+    """Name an operation's check: it runs kernel and twin side by side at a few small shapes, whatever the dispatch."""
+    _checks[op] = check
+
+
+def runs_triton(op: str, x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether `op` runs its kernel on x.
+
+    Args:
+        dtype: the operation's, where it is not x's own.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    if not HAVE_TRITON or _twins_only or dtype == torch.float64:
+        return False
+    if x.device.type == "cuda":
+        return (op, x.device, dtype) not in _failed
+    return _interpreted(x.device) and (op, x.device, dtype) not in _failed
+
+
+def _interpreted(device: torch.device) -> bool:
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def truncates(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels round towards zero here: triton's interpreter does in bfloat16."""
+    return dtype == torch.bfloat16 and _interpreted(device)
+
+
+@contextmanager
+def twins() -> Iterator[None]:
+    """Within it every operation runs its twin."""
+    global _twins_only
+    before, _twins_only = _twins_only, True
+    try:
+        yield
+    finally:
+        _twins_only = before
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def rows_dense(x: Tensor) -> Tensor:
+    """x, or a copy where its last dimension is not dense: what kernels take that step from row to row by a stride."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """A source of normal values for checks: ``draw(*shape)``, the same at every call, apart from the run's generator."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+def disagreement(comparison: Comparison) -> str | None:
+    """How a kernel breaks its bound, or None.
+
+    ‖kernel - exact‖ ≤ 1.1 ‖twin - exact‖ + 1e-6 ‖exact‖ in float32, 1e-3 ‖exact‖ in 16 bits; two units in the last
+    place of bfloat16 in the interpreter.
+    """
+    what, kernel, twin, exact = comparison
+    if kernel.shape != twin.shape or kernel.dtype != twin.dtype:
+        return f"{what}: {list(kernel.shape)} {kernel.dtype} instead of {list(twin.shape)} {twin.dtype}"
+    if exact is None:
+        wrong = int((kernel != twin).sum())
+        return f"{what}: {wrong} of {twin.numel()} values differ" if wrong else None
+    norm = float(exact.norm())
+    share = 2.0**-6 if truncates(kernel.device, kernel.dtype) else 1e-6 if kernel.dtype == torch.float32 else 1e-3
+    error, allowed = float((kernel - exact).norm()), 1.1 * float((twin - exact).norm()) + share * norm
+    if error <= allowed:  # false for a NaN
+        return None
+    return f"{what}: an error of {error:.2e} where {allowed:.2e} is allowed (norm {norm:.2e})"
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Compile every kernel and compare it with its twin; from then on one that fails is replaced by the twin.
+
+    Args:
+        device: where the run computes.
+        dtype: in which it computes.
+    Returns:
+        A sentence for each operation whose kernel is not used though kernels run here; empty where none do.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if not HAVE_TRITON or dtype == torch.float64 or not (device.type == "cuda" or _interpreted(device)):
+        return []
+    notes = []
+    for op, check in _checks.items():
+        try:
+            faults = [fault for comparison in check(device, dtype) if (fault := disagreement(comparison)) is not None]
+        except Exception as error:  # a compiler's failure has no common class
+            first = (str(error).strip().splitlines() or [""])[0]
+            faults = [f"{type(error).__name__}: {first}"[:300]]
+        if faults:
+            _failed.add((op, device, dtype))
+            notes.append(f"The Triton kernel {op} is not used in {dtype} on {device}; plain PyTorch is ({faults[0]}).")
+    return notes
