@@ -125,23 +125,29 @@ def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
         raise UserError(f"{folder}/config.json: not a configuration that transformers reads: {error}") from None
     if any_family:
         return config
+    check_family(config, f"{folder}/config.json")
+    return config
+
+
+def check_family(config: Any, where: str) -> None:
+    """Refuse what the decoder layer would compute wrongly.
+
+    Raises:
+        UserError: another family, or a variant of the family that the engine does not know.
+    """
     if config.model_type not in FAMILIES:
         raise UserError(
-            f"{folder}: a {config.model_type} model; the fused engine knows the families {' and '.join(FAMILIES)}.",
+            f"{where}: a {config.model_type} model; the fused engine knows the families {' and '.join(FAMILIES)}.",
             "Set engine=trl for any other architecture.",
         )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise UserError(
-            f"{folder}/config.json: rotary embeddings of type {rope} depend on the sequence's length, which a packed row "
-            "does not have.",
+            f"{where}: rotary embeddings of type {rope} depend on the sequence's length, which a packed row does not have.",
             "Set engine=trl.",
         )
     if config.hidden_act != "silu":
-        raise UserError(
-            f"{folder}/config.json: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl."
-        )
-    return config
+        raise UserError(f"{where}: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl.")
 
 
 def load_base(config: RunConfig, *, device: torch.device | None = None) -> Base:

@@ -1,0 +1,224 @@
+"""The hand-written layer inside somebody else's trainer: ``fuse(model)``, one line before TRL's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ..data.batch import Segment
+from ..errors import UserError
+from ..ops.attention import SegmentTable
+from ..ops.dropout import DropoutKey
+from ..ops.lora import LoraPair
+from ..ops.rms_norm import rms_norm
+from .layer import Keep, Pass, layer_of, run_layer
+from .load import check_family
+from .memory import Scratch, ScratchMode
+
+
+def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer") -> Any:
+    """Let a Mistral or Llama model run its decoder layers as this project does, inside any trainer.
+
+    The base may be in 4 bits (bitsandbytes) or plain; the adapters are PEFT's LoRA, attached before or after this call,
+    and PEFT decides which are on and which is trained. Padding is taken out before the first layer and put back (as
+    zeros) after the last; conversations packed into a row stay apart where positions start again. LoRA dropout is
+    a hash under a seed drawn from torch's generator, not PEFT's own. Generation with a cache, and a forward pass that
+    asks for attention weights or all hidden states, run as before.
+
+    Args:
+        model: a PeftModel, or a Hugging Face causal language model; changed in place.
+        keep: what a layer keeps for its backward pass (see ``layer``); None: ``input`` where the trainer has switched
+            gradient checkpointing on, else ``all``.
+        scratch: how much room dequantized weights get (see ``memory``).
+    Returns:
+        model.
+
+    Raises:
+        UserError: another family, or a variant that the layer does not know; in a forward pass: something in
+            the layers is to be trained that is not LoRA, or an attention mask of another form than [B, T].
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    check_family(causal.config, "this model")
+    inner = causal.model
+    if isinstance(getattr(inner.forward, "__self__", None), _Fused):
+        raise UserError("fuse: this model is fused already.")
+    for module in inner.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weight in place at the first evaluation, and this layer would read noise
+            module.support_avx512bf16_for_cpu = False
+        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+            raise UserError(
+                "fuse: bitsandbytes has repacked this model's 4-bit weights for inference on this processor.",
+                "Load it again, and fuse it before its first forward pass.",
+            )
+    fused = _Fused(inner, keep, scratch)
+    inner.forward = MethodType(_Fused.forward, fused)
+    return model
+
+
+class _Fused:
+    """Stands in for the forward method of the model's decoder (embeddings to final norm)."""
+
+    def __init__(self, inner: Any, keep: Keep | None, scratch: ScratchMode) -> None:
+        self.inner = inner
+        self.plain: Callable[..., Any] = inner.forward
+        self.keep = keep
+        self.scratch = Scratch(scratch)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        inner = self.inner
+        if use_cache is None:
+            use_cache = inner.config.use_cache and not torch.is_grad_enabled()
+        if (
+            use_cache
+            or past_key_values is not None
+            or any(
+                kwargs.get(k) or getattr(inner.config, k, None) for k in ("output_attentions", "output_hidden_states")
+            )
+        ):
+            return self.plain(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        if inputs_embeds is None:
+            x = inner.embed_tokens(input_ids)
+            if not inner.embed_tokens.weight.requires_grad:
+                x = x.detach()  # trainers let it require a gradient for the sake of checkpointing; nothing reads that
+        else:
+            x = inputs_embeds
+        if x.device.type != inner.norm.weight.device.type or x.device != inner.layers[-1].mlp.down_proj.weight.device:
+            raise UserError(
+                "fuse: the model's layers lie on more than one device.",
+                'Load it with device_map={"": 0} or on the CPU.',
+            )
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        where, positions, segments = _without_padding(x, attention_mask, position_ids)
+        flat = x.flatten(0, 1)
+        flat = (flat if where is None else flat[where]).to(dtype)
+        with torch.autocast(kind, enabled=False):
+            flat = self._layers(flat, positions, segments)
+        if where is not None:
+            flat = flat.new_zeros(x.shape[0] * x.shape[1], flat.shape[1]).index_copy(0, where, flat)
+        return BaseModelOutputWithPast(last_hidden_state=flat.view(*x.shape[:2], -1), past_key_values=None)
+
+    def _layers(self, x: Tensor, positions: Tensor, segments: list[Segment]) -> Tensor:
+        inner, config = self.inner, self.inner.config
+        cos, sin = inner.rotary_emb(x, positions[None])
+        table = SegmentTable.build(segments, getattr(config, "sliding_window", None), x.device)
+        state = Pass(table, cos[0].to(x.dtype), sin[0].to(x.dtype))
+        recompute = any(getattr(m, "gradient_checkpointing", False) for m in (inner, *inner.layers))
+        keep: Keep = self.keep or ("input" if recompute and inner.training else "all")
+        if inner.training and getattr(config, "attention_dropout", 0):
+            raise UserError(f"fuse: attention_dropout is {config.attention_dropout}; only 0 is known.")
+        p = _dropout_of(inner)
+        # one draw a forward pass, from the generator that the trainer seeds
+        key = DropoutKey(p, int(torch.randint(2**31 - 1, ())), 0, *_names(x)) if p else None
+        for index, module in enumerate(inner.layers):
+            layer = layer_of(module, _active_pairs, lambda site, i=index: None if key is None else key.at(i, site))
+            frozen = [w for site in layer.sites for w in (*site.weights, *site.biases)] + [
+                n.weight for n in layer.norms
+            ]
+            if torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in frozen):
+                raise UserError(
+                    f"fuse: layer {index} has weights to be trained that are no LoRA adapter's.",
+                    "Train with a PEFT LoraConfig, or leave fuse out.",
+                )
+            x = run_layer(x, layer, state, self.scratch, keep)
+        return rms_norm(x, inner.norm.weight, inner.norm.variance_epsilon)
+
+
+def _names(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What dropout knows tokens by: their place in the flat row."""
+    places = torch.arange(x.shape[0], device=x.device)
+    return places, torch.zeros_like(places)
+
+
+def _without_padding(
+    x: Tensor, mask: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor | None, Tensor, list[Segment]]:
+    """Which places of the flattened batch hold a token (None: all), their positions, and the segments among them."""
+    rows, length = x.shape[:2]
+    if mask is not None and mask.ndim != 2:
+        raise UserError(
+            f"fuse: an attention mask of {mask.ndim} dimensions; only [batch, tokens] is known.",
+            'Load the model with attn_implementation="sdpa" and let the trainer\'s collator make the mask.',
+        )
+    packed = mask is None and positions is not None  # as in transformers: positions alone tell packed rows apart
+    if positions is None:
+        positions = torch.arange(length, device=x.device)[None]
+    positions = positions.expand(rows, length)
+    starts = torch.zeros(rows, length, dtype=torch.bool, device=x.device)
+    starts[:, 0] = True
+    if packed:
+        starts[:, 1:] = positions.diff(dim=1) != 1
+    where = None
+    flat, starts = positions.reshape(-1), starts.reshape(-1)
+    if mask is not None:
+        kept = mask.bool()
+        # a row's first token, wherever it stands
+        starts = (kept & (kept.cumsum(1) == 1)).reshape(-1)
+        where = kept.reshape(-1).nonzero()[:, 0]
+        flat, starts = flat[where], starts[where]
+        if where.numel() == rows * length:
+            where = None
+        if flat.numel() == 0:
+            raise UserError("fuse: a batch without a single token: its attention mask is zero everywhere.")
+    borders = [*starts.nonzero()[:, 0].tolist(), flat.numel()]
+    return where, flat, [Segment(a, b) for a, b in pairwise(borders)]
+
+
+def _active_pairs(linear: Any, projection: int) -> list[LoraPair]:
+    """PEFT's adapters that are on, as its own forward pass takes them."""
+    if not isinstance(linear, LoraLayer):
+        if not isinstance(linear, nn.Linear):
+            raise UserError(f"fuse: a projection is a {type(linear).__name__}; only linear layers and LoRA are known.")
+        return []
+    if linear.disable_adapters or linear.merged:
+        return []
+    pairs = []
+    for name in linear.active_adapters:
+        if name not in linear.lora_A:
+            continue
+        if name in linear.lora_variant or linear.lora_bias.get(name):
+            raise UserError(f"fuse: adapter {name} is a variant of LoRA (DoRA or the like, or one with a bias).")
+        dropout = linear.lora_dropout[name]
+        dropped = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+        a, b = linear.lora_A[name].weight, linear.lora_B[name].weight
+        pairs.append(LoraPair(projection, a, b, linear.scaling[name], dropout=dropped))
+    return pairs
+
+
+def _dropout_of(inner: nn.Module) -> float:
+    """The one probability of all active adapters that have dropout; 0 where there is none."""
+    found = {
+        module.lora_dropout[name].p
+        for module in inner.modules()
+        if isinstance(module, LoraLayer) and not module.disable_adapters
+        for name in module.active_adapters
+        if name in module.lora_dropout and isinstance(module.lora_dropout[name], nn.Dropout) and module.training
+    } - {0.0}
+    if len(found) > 1:
+        raise UserError(f"fuse: adapters with different dropout ({', '.join(map(str, sorted(found)))}); one is known.")
+    return found.pop() if found else 0.0
