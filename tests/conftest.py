@@ -13,6 +13,15 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+    # Triton decides at its own import, and at each kernel's, whether they are for its interpreter. Whether an operation
+    # runs them is decided at every call: test_kernels.py sets the variable again, everything else runs the twins.
+    os.environ["TRITON_INTERPRET"] = "1"
+    from zephyr_lite.ops import dropout, nf4, rms_norm, rope, swiglu, token_logps  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 

@@ -68,20 +68,20 @@ class _Chunk(NamedTuple):
     Attributes:
         logps, entropy: [n], float32 or float64; entropy is None where it was not asked for.
         correct: [n] bool, or None.
-        weights: [n, V] in the logits' dtype, the softmax times `factor`, or None.
-        factor: [n, 1], or one number.
+        weights: [n, V] in the logits' dtype, the softmax times `divisor`, or None.
+        divisor: [n, 1], or 1.
     """
 
     logps: Tensor
     entropy: Tensor | None
     correct: Tensor | None
     weights: Tensor | None
-    factor: Tensor | float
+    divisor: Tensor | float
 
 
-# In float16 a probability under 6e-5 loses digits, and a flat distribution over 32,000 tokens has only such: scaled by
-# a power of two, which is divided out of the expected embedding exactly.
-_FACTOR = {torch.float16: 1024.0}
+# In float16 a probability under 6e-5 loses digits, and a flat distribution over 32,000 tokens has only such. So a row is
+# scaled up until its largest weight is 1, but no further than this: the product with the head must stay in range.
+_LIMIT = {torch.float16: 1024.0}
 
 
 def _twin(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk:
@@ -100,8 +100,8 @@ def _twin(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk:
         return _Chunk(logps, entropy, correct, None, 1.0)
     if kind == weights.dtype:  # dividing by the total is left for the product, which is narrower
         return _Chunk(logps, entropy, correct, weights, total)
-    factor = _FACTOR.get(kind, 1.0)
-    return _Chunk(logps, entropy, correct, weights.mul_(factor / total).to(kind), factor)
+    divisor = total.clamp(max=_LIMIT[kind]) if kind in _LIMIT else 1.0
+    return _Chunk(logps, entropy, correct, weights.mul_(divisor / total).to(kind), divisor)
 
 
 @jit
@@ -111,8 +111,9 @@ def _softmax(
     logps,
     entropy,
     correct,
+    divisors,
     row_stride,
-    factor,
+    limit,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
     STATS: tl.constexpr,
@@ -144,7 +145,9 @@ def _softmax(
         tl.store(entropy + row, log_total - inner / total)
         tl.store(correct + row, target >= top)
     if WRITE:
-        scale = factor / total
+        divisor = tl.minimum(total, limit)
+        tl.store(divisors + row, divisor)
+        scale = divisor / total
         for start in range(0, V, BLOCK):
             there = start + column < V
             value = tl.load(start_of_row + start + column, mask=there, other=float("-inf")).to(tl.float32)
@@ -158,7 +161,8 @@ def _kernel(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk
     logps = logits.new_empty(count, dtype=torch.float32)
     entropy = torch.empty_like(logps) if stats else None
     correct = torch.empty_like(logps, dtype=torch.bool) if stats else None
-    factor = _FACTOR.get(logits.dtype, 1.0)
+    limit = _LIMIT.get(logits.dtype, 1.0)
+    divisor = torch.empty_like(logps)
     block = min(8192, next_power_of_2(vocabulary))
     if count:
         with on_device(logits):
@@ -168,15 +172,16 @@ def _kernel(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk
                 logps,
                 logps if entropy is None else entropy,
                 logps if correct is None else correct,
+                divisor,
                 logits.stride(0),
-                factor,
+                limit,
                 V=vocabulary,
                 BLOCK=block,
                 STATS=stats,
                 WRITE=write,
                 num_warps=min(16, max(1, block // 512)),
             )
-    return _Chunk(logps, entropy, correct, logits if write else None, factor)
+    return _Chunk(logps, entropy, correct, logits if write else None, divisor[:, None] if limit > 1 else 1.0)
 
 
 def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
@@ -189,7 +194,7 @@ def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
         exact = logits.double().log_softmax(-1)
         name = f"[{rows}, {vocabulary}] spread {spread:g}"
         yield Comparison(f"logps {name}", got.logps, want.logps, exact.gather(1, targets[:, None])[:, 0])
-        weights = [(chunk.weights / chunk.factor).to(dtype) for chunk in (got, want)]
+        weights = [(chunk.weights / chunk.divisor).to(dtype) for chunk in (got, want)]
         yield Comparison(f"softmax {name}", *weights, exact.exp())
         entropies = got.entropy, want.entropy
         yield Comparison(f"entropy {name}", *entropies, -(exact.exp() * exact).sum(-1))
@@ -223,7 +228,9 @@ class _TokenLogps(torch.autograd.Function):
             if entropy is not None and correct is not None:
                 entropy[here], correct[here] = chunk.entropy, chunk.correct
             if slope is not None:
-                expected = (chunk.weights @ head).div_(chunk.factor)
+                expected = chunk.weights @ head
+                if isinstance(chunk.divisor, Tensor):
+                    expected.div_(chunk.divisor)
                 torch.sub(head[ids], expected, out=slope[here])
         ctx.save_for_backward(*([slope] if slope is not None else []))
         if stats:

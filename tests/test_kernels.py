@@ -1,0 +1,505 @@
+"""Every Triton kernel against its plain twin, in triton's interpreter where there is no GPU (invariant 8 of the design)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from bitsandbytes.nn import Params4bit
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops.dispatch import check_kernels, runs_triton, twins
+from zephyr_lite.ops.dropout import DropoutKey, add_dropped_, drop, dropout_mask
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPS = {"nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps"}
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(dispatch, "_failed", set())
+    if DEVICE.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def rand(*shape, device=DEVICE, dtype=torch.float32, scale=1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).to(device, dtype)
+
+
+def both(op: str, run, x: Tensor):
+    """What the kernel gives, and the twin."""
+    assert runs_triton(op, x)
+    kernel = run()
+    with twins():
+        assert not runs_triton(op, x)
+        return kernel, run()
+
+
+def hold(what: str, kernel: Tensor, twin: Tensor, exact: Tensor) -> None:
+    """Invariant 8. A kernel that returns zeros has an error of ‖exact‖, which no twin comes near."""
+    assert kernel.dtype == twin.dtype and kernel.shape == twin.shape == exact.shape, what
+    norm = exact.norm().item()
+    error, twins_error = ((t.double() - exact).norm().item() for t in (kernel, twin))
+    share = 1e-6 if kernel.dtype == torch.float32 else 1e-3
+    if kernel.dtype == torch.bfloat16 and kernel.device.type == "cpu":
+        share = 2**-6  # the interpreter truncates: a unit in the last place for each of up to two roundings
+    assert norm > 0 and twins_error < 0.1 * norm, what
+    assert error <= 1.1 * twins_error + share * norm, f"{what}: {error / norm:.2e} beside {twins_error / norm:.2e}"
+
+
+def same(kernel: Tensor, exact: Tensor) -> None:
+    """Equal to the bit; in bfloat16 the interpreter may be one unit in the last place off."""
+    if kernel.dtype == torch.bfloat16 and kernel.device.type == "cpu":
+        assert (kernel.view(torch.int16).int() - exact.view(torch.int16).int()).abs().max() <= 1
+    else:
+        assert torch.equal(kernel, exact)
+
+
+# NF4
+
+
+def stored(shape, quant_type="nf4", blocksize=64, nested=256, device=DEVICE) -> Params4bit:
+    """A weight in 4 bits, its scales in blocks of `nested`, or not nested (0)."""
+    # one row a block while quantizing: whatever bitsandbytes' CPU kernels do with rows that are no whole blocks
+    flat = torch.randn(shape[0] * shape[1], device=device) * 0.1
+    data, state = bnb.quantize_4bit(flat, blocksize=blocksize, quant_type=quant_type)
+    state.shape = torch.Size(shape)
+    if nested:
+        offset = state.absmax.mean()
+        codes, state2 = bnb.quantize_blockwise(state.absmax - offset, blocksize=nested)
+        state.absmax, state.offset, state.state2, state.nested = codes, offset, state2, True
+    return Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)
+
+
+def by_hand(weight: Params4bit) -> Tensor:
+    """[out, in] float32, by the definition."""
+    state = weight.quant_state
+    absmax = state.absmax
+    if state.nested:
+        nested = state.state2
+        scales = nested.absmax.repeat_interleave(nested.blocksize)[: absmax.numel()]
+        absmax = nested.code[absmax.int()] * scales + state.offset
+    packed = weight.data.view(-1)
+    values = state.code[torch.stack([packed >> 4, packed & 15], 1).view(-1).int()][: state.shape.numel()]
+    return (values * absmax.repeat_interleave(state.blocksize)[: values.numel()]).view(state.shape)
+
+
+def compare_nf4(device, dtype, shape, **options) -> None:
+    weight = stored(shape, device=device, **options)
+    exact = by_hand(weight)
+    assert exact.norm() > 0
+    kernel, twin = both("nf4", lambda: nf4.dequantize(weight, dtype), exact.to(dtype))
+    assert kernel.shape == shape and torch.equal(twin, exact.to(dtype))
+    same(kernel, exact.to(dtype))
+    scratch = torch.full((shape[0] + 2, shape[1]), 7.0, dtype=dtype, device=device)
+    for _ in both("nf4", lambda: nf4.dequantize(weight, dtype, scratch[1:-1]), scratch):
+        same(scratch[1:-1], exact.to(dtype))
+        assert (scratch[[0, -1]] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((3, 576), {}),
+        ((1, 64), {"nested": 0}),
+        ((64, 192), {"nested": 64}),  # blocks of scales that are no multiple of what a program takes
+        ((5, 100), {}),  # rows that are no whole blocks, and a last block that is not full
+        ((4, 112), {"quant_type": "fp4", "nested": 0}),
+        ((7, 256), {"quant_type": "fp4", "blocksize": 128}),
+        ((3, 4096), {"blocksize": 4096}),
+        ((3, 21), {"blocksize": 32}),  # an odd number of values: half of the last byte
+        ((40, 64), {"blocksize": 32}),
+    ],
+)
+def test_nf4_dequantizes_to_the_bit(dtype, shape, options):
+    compare_nf4(DEVICE, dtype, shape, **options)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_nf4_equals_bitsandbytes(nested):
+    data, state = bnb.quantize_4bit(rand(70, 576), quant_type="nf4", compress_statistics=nested)
+    weight = Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)
+    assert torch.equal(nf4.dequantize(weight, torch.float32), bnb.dequantize_4bit(data, state))
+    # as bnb_4bit_quant_storage has it
+    stored_otherwise = Params4bit(data.view(-1).view(torch.bfloat16)[:, None], quant_state=state, bnb_quantized=True)
+    assert torch.equal(nf4.dequantize(stored_otherwise, torch.float32), bnb.dequantize_4bit(data, state))
+
+
+def test_nf4_refuses_a_buffer_that_does_not_fit():
+    weight = stored((4, 64))
+    for out in (torch.empty(4, 128)[:, ::2], torch.empty(5, 64), torch.empty(4, 64, dtype=torch.float16)):
+        with pytest.raises(ValueError, match="contiguous"):
+            nf4.dequantize(weight, torch.float32, out.to(DEVICE))
+
+
+# RMSNorm
+
+
+def compare_rms_norm(device, dtype, rows, width) -> None:
+    eps = 1e-5 if width > 1 else 1.0  # of one channel only eps leaves a gradient
+    x, residual, grad, more = (rand(rows, width, device=device, dtype=dtype) for _ in range(4))
+    weight = rand(width, device=device, dtype=dtype)
+    for add in (True, False):
+        kernel, twin = both(
+            "rms_norm", lambda r=residual if add else None: rms_norm.rms_norm_forward(x, weight, eps, r), x
+        )
+        h = (x.double() + residual.double() if add else x.double()).requires_grad_()
+        inverse = (h.square().mean(-1) + eps).rsqrt()
+        y = weight.double() * h * inverse[:, None]
+        (dx,) = torch.autograd.grad(y, h, grad.double())
+        hold("y", kernel[0], twin[0], y.detach())
+        hold("h", kernel[1], twin[1], h.detach())
+        assert add or kernel[1] is x
+        if not add:
+            hold("inverse", kernel[2], twin[2], inverse.detach())
+        for extra, exact in ((None, dx), (more, dx + more.double())):
+
+            def back(h=twin[1], inverse=twin[2], extra=extra):
+                return rms_norm.rms_norm_backward(grad, h, weight, inverse, extra)
+
+            hold(f"dx {add}", *both("rms_norm", back, x), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 576), (3, 64), (2, 1000), (1, 8192)])
+def test_rms_norm(dtype, rows, width):
+    compare_rms_norm(DEVICE, dtype, rows, width)
+
+
+def test_rms_norm_of_large_values_and_of_strided_rows():
+    x = rand(3, 576, dtype=torch.float16, scale=300)  # squares overflow float16
+    y, _, inverse = rms_norm.rms_norm_forward(x, torch.ones_like(x[0]), 1e-5)
+    assert torch.isfinite(y).all() and torch.isfinite(inverse).all() and abs(y.float().std() - 1) < 0.1
+    wide = rand(3, 640)
+    weight, residual = rand(576), rand(3, 600)[:, :576]
+    got = rms_norm.rms_norm_forward(wide[:, :576], weight, 1e-5, residual)
+    for a, b in zip(got, rms_norm.rms_norm_forward(wide[:, :576].clone(), weight, 1e-5, residual.clone())):
+        assert torch.equal(a, b)
+
+
+# Rotary embeddings
+
+
+def compare_rope(device, dtype, tokens, heads, width) -> None:
+    angle = torch.randn(tokens, width // 2).to(device)
+    cos, sin = (torch.cat([f(angle), f(angle)], -1).to(dtype) for f in (torch.cos, torch.sin))
+    fused = rand(tokens, (heads + 2) * width, device=device, dtype=dtype)
+    for inverse in (False, True):
+
+        def run(inverse=inverse):
+            buffer = fused.clone()
+            x = buffer[:, : heads * width].view(tokens, heads, width)
+            assert rope.rope_(x, cos, sin, inverse) is x
+            assert torch.equal(buffer[:, heads * width :], fused[:, heads * width :])
+            return x
+
+        a, b = fused[:, : heads * width].view(tokens, heads, width).double().chunk(2, -1)
+        c, s = cos[:, None, : width // 2].double(), sin[:, None, : width // 2].double() * (-1 if inverse else 1)
+        hold(f"inverse={inverse}", *both("rope", run, fused), torch.cat([a * c - b * s, b * c + a * s], -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 1, 2), (3, 12, 64), (2, 40, 128), (2, 3, 80)])
+def test_rope(dtype, tokens, heads, width):
+    compare_rope(DEVICE, dtype, tokens, heads, width)
+
+
+def test_rope_refuses_heads_that_are_not_dense():
+    cos = torch.ones(2, 8, device=DEVICE)
+    for x in (rand(2, 4, 16)[..., ::2], rand(2, 4, 16)[..., :8], rand(4, 2, 8).transpose(0, 1)):
+        with pytest.raises(ValueError, match="dense"):
+            rope.rope_(x, cos, cos)
+
+
+# SwiGLU
+
+
+def compare_swiglu(device, dtype, rows, width) -> None:
+    halves, grad = (
+        rand(rows, 2 * width, device=device, dtype=dtype, scale=3),
+        rand(rows, width, device=device, dtype=dtype),
+    )
+    gate, up = halves.chunk(2, -1)
+    g, u, d = gate.double(), up.double(), grad.double()
+    sigmoid = g.sigmoid()
+    exact = (d * u * sigmoid * (1 + g * (1 - sigmoid)), d * g * sigmoid, g * sigmoid * u)
+    hold("forward", *both("swiglu", lambda: swiglu.swiglu_forward(gate, up), gate), exact[2])
+    out = torch.empty_like(grad)
+    assert swiglu.swiglu_forward(gate, up, out) is out and torch.equal(out, swiglu.swiglu_forward(gate, up))
+
+    def in_place():
+        buffer, act = halves.clone(), grad.clone()
+        d_gate, d_up = buffer.chunk(2, -1)
+        result = swiglu.swiglu_backward(act, d_gate, d_up, d_gate, d_up, act)
+        assert all(a is b for a, b in zip(result, (d_gate, d_up, act)))
+        return result
+
+    for run in (lambda: swiglu.swiglu_backward(grad, gate, up), in_place):
+        for what, kernel, twin, right in zip(("d_gate", "d_up", "act"), *both("swiglu", run, gate), exact):
+            hold(what, kernel, twin, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 576), (2, 1536)])
+def test_swiglu(dtype, rows, width):
+    compare_swiglu(DEVICE, dtype, rows, width)
+
+
+def test_swiglu_of_extreme_gates():
+    gate = torch.tensor([[1e4, -1e4, 0.0, 80.0, -80.0]], device=DEVICE)
+    up = grad = torch.full_like(gate, 2.0)
+    d_gate, d_up, act = swiglu.swiglu_backward(grad, gate, up)
+    assert all(torch.isfinite(t).all() for t in (d_gate, d_up, act))
+    torch.testing.assert_close(d_gate, torch.tensor([[4.0, 0, 2.0, 4.0, 0]], device=DEVICE))
+    torch.testing.assert_close(act, torch.tensor([[2e4, 0, 0, 160.0, 0]], device=DEVICE))
+    torch.testing.assert_close(swiglu.swiglu_forward(gate, up), act)
+
+
+# Dropout
+
+
+def compare_dropout(device, dtype, rows, width, p=0.3) -> None:
+    streams = torch.randint(-(2**62), 2**62, (rows,), device=device)
+    key = DropoutKey(p, 2**35 + 1, 17, streams, torch.arange(rows, device=device) + 2**31, 31, 3)
+    x, target = rand(rows, width, device=device, dtype=dtype) + 9, rand(rows, width, device=device, dtype=dtype)
+    stays = dropout_mask(key, width) != 0
+    exact = torch.where(stays, x, torch.zeros_like(x))
+    for got in both("dropout", lambda: drop(x, key), x):
+        assert torch.equal(got, exact)
+    out = torch.empty_like(x)
+    assert drop(x, key, out) is out and torch.equal(out, exact)
+    strided = torch.cat([x, x], 1)[:, :width]
+    assert drop(strided, key, strided) is strided and torch.equal(strided, exact)
+    kernel, twin = both("dropout", lambda: add_dropped_(target.clone(), x, key), x)
+    same(kernel, twin)
+    assert torch.equal(kernel[~stays], target[~stays]) and not torch.equal(kernel, target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 40), (5, 576), (2, 1100)])
+def test_dropout_has_the_bits_of_its_mask(dtype, rows, width):
+    compare_dropout(DEVICE, dtype, rows, width)
+
+
+@pytest.mark.parametrize(("p", "left"), [(0.0, 1.0), (1.0, 0.0)])
+def test_dropout_of_all_and_of_nothing(p, left):
+    key = DropoutKey(p, 1, 2, torch.arange(4, device=DEVICE), torch.arange(4, device=DEVICE))
+    x = rand(4, 500)
+    kernel, twin = both("dropout", lambda: drop(x, key), x)
+    assert torch.equal(kernel, x * left) and torch.equal(twin, x * left)
+
+
+# token_logps
+
+
+def compare_token_logps(device, dtype, rows, width, vocabulary, scale=1.0) -> None:
+    hidden, head = rand(rows, width, device=device, dtype=dtype), rand(vocabulary, width, device=device, dtype=dtype)
+    hidden *= scale
+    targets = torch.randint(vocabulary, (rows,)).to(device)
+    targets[0] = (hidden[0] @ head.T).argmax()
+    upstream = rand(rows, device=device)
+
+    def run():
+        leaf = hidden.clone().requires_grad_()
+        logps, stats = token_logps.token_logps(leaf, head, targets, stats=True)
+        assert torch.equal(token_logps.token_logps(hidden, head, targets), logps)  # keeps nothing, writes nothing back
+        assert not stats.entropy.requires_grad
+        return logps, *torch.autograd.grad(logps, leaf, upstream), stats
+
+    kernel, twin = both("token_logps", run, hidden)
+    leaf = hidden.double().requires_grad_()
+    full = (leaf @ head.double().T).log_softmax(-1)
+    logps = full.gather(1, targets[:, None])[:, 0]
+    (gradient,) = torch.autograd.grad(logps, leaf, upstream.double())
+    full = full.detach()
+    hold("logps", kernel[0], twin[0], logps.detach())
+    hold("gradient", kernel[1], twin[1], gradient)
+    hold("entropy", kernel[2].entropy, twin[2].entropy, -(full.exp() * full).sum(-1))
+    assert torch.equal(kernel[2].correct, twin[2].correct)
+    assert kernel[2].correct[0] and bool(kernel[2].correct.all()) == (rows == 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 3), (5, 448), (2, 1000), (3, 9000)])
+def test_token_logps(dtype, rows, vocabulary, monkeypatch):
+    monkeypatch.setattr(token_logps, "CHUNK_BYTES", 2 * vocabulary * 4)  # more than one chunk, the last not full
+    compare_token_logps(DEVICE, dtype, rows, 24, vocabulary, scale=0.3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_logps_of_extreme_logits(dtype):
+    head = torch.tensor([[1e4], [-1e4], [0.0]], device=DEVICE, dtype=dtype)
+    hidden = torch.tensor([[1.0], [-1.0], [1.0]], device=DEVICE, dtype=dtype, requires_grad=True)
+    targets = torch.tensor([1, 0, 0], device=DEVICE)
+    logps, stats = token_logps.token_logps(hidden, head, targets, stats=True)
+    (gradient,) = torch.autograd.grad(logps.sum(), hidden)
+    high = head[0].float().item()  # 1e4 has no exact bfloat16
+    assert logps.tolist() == [-2 * high, -2 * high, 0.0] and stats.correct.tolist() == [False, False, True]
+    assert stats.entropy.tolist() == [0.0, 0.0, 0.0]
+    assert gradient[:, 0].tolist() == [-2 * high, 2 * high, 0.0]
+
+
+def test_a_tie_counts_as_correct():
+    hidden, head = torch.zeros(1, 4, device=DEVICE), rand(10, 4)
+    for run in both(
+        "token_logps", lambda: token_logps.token_stats(hidden, head, torch.tensor([3], device=DEVICE)), hidden
+    ):
+        assert run[1].correct.tolist() == [True]
+
+
+def test_a_flat_distribution_keeps_its_digits_in_float16():
+    """Every probability is under float16's smallest normal number; the expected embedding must not notice."""
+    vocabulary = 40_000
+    logits = torch.zeros(1, vocabulary, dtype=torch.float16, device=DEVICE)
+    chunk = token_logps._kernel(logits, torch.tensor([0], device=DEVICE), False, True)
+    assert abs(chunk.weights.double().sum().item() / chunk.divisor.item() - 1) < 1e-3
+
+
+def test_nothing_in_nothing_out():
+    empty = torch.empty(0, 64, device=DEVICE)
+    weight, none = torch.ones(64, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    y, h, inverse = rms_norm.rms_norm_forward(empty, weight, 1e-5, empty)
+    assert y.shape == h.shape == (0, 64) and inverse.shape == (0,)
+    assert rms_norm.rms_norm_backward(empty, empty, weight, inverse, empty).shape == (0, 64)
+    assert rope.rope_(empty.view(0, 4, 16), empty[:, :16], empty[:, :16]).shape == (0, 4, 16)
+    assert swiglu.swiglu_forward(empty, empty).shape == (0, 64)
+    assert [t.shape for t in swiglu.swiglu_backward(empty, empty, empty)] == [(0, 64)] * 3
+    key = DropoutKey(0.1, 1, 2, none, none)
+    assert drop(empty, key).shape == add_dropped_(empty, empty, key).shape == (0, 64)
+    hidden = empty.clone().requires_grad_()
+    logps, stats = token_logps.token_logps(hidden, rand(9, 64), none, stats=True)
+    logps.sum().backward()
+    assert logps.shape == stats.entropy.shape == stats.correct.shape == (0,) and hidden.grad.shape == (0, 64)
+
+
+# Which of the two runs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_checks_pass_and_cover_every_operation(dtype):
+    assert set(dispatch._checks) == OPS
+    assert check_kernels(DEVICE, dtype) == []
+    assert all(runs_triton(op, torch.empty(1, device=DEVICE, dtype=dtype)) for op in OPS)
+
+
+def zeroed(result):
+    if isinstance(result, Tensor):
+        return result.zero_()
+    if isinstance(result, tuple):
+        for part in result:
+            zeroed(part)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("op", "module", "function"),
+    [
+        ("nf4", nf4, "_kernel"),
+        ("rms_norm", rms_norm, "_kernel_forward"),
+        ("rms_norm", rms_norm, "_kernel_backward"),
+        ("rope", rope, "_kernel"),
+        ("swiglu", swiglu, "_kernel_forward"),
+        ("swiglu", swiglu, "_kernel_backward"),
+        ("dropout", dropout, "_kernel"),
+        ("token_logps", token_logps, "_kernel"),
+    ],
+)
+def test_a_kernel_that_returns_zeros_is_replaced(op, module, function, monkeypatch):
+    kernel = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *a, **k: zeroed(kernel(*a, **k)))
+    (note,) = check_kernels(DEVICE, torch.float32)
+    assert f"kernel {op} is not used in torch.float32" in note and "plain PyTorch" in note
+    x = torch.empty(1, device=DEVICE)
+    assert [o for o in OPS if not runs_triton(o, x)] == [op]
+    assert runs_triton(op, x.half())  # another dtype has its own check
+
+
+def test_a_kernel_that_does_not_compile_is_replaced(monkeypatch):
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("ptxas died\nof something")
+
+    monkeypatch.setattr(swiglu, "_forward", Broken())
+    gate = rand(2, 8)
+    with pytest.raises(RuntimeError, match="ptxas"):
+        swiglu.swiglu_forward(gate, gate)
+    (note,) = check_kernels(DEVICE, torch.float32)
+    assert "swiglu" in note and "RuntimeError: ptxas died" in note and "\n" not in note
+    torch.testing.assert_close(swiglu.swiglu_forward(gate, gate), torch.nn.functional.silu(gate) * gate)
+
+
+def test_the_checks_leave_the_runs_random_numbers_alone():
+    before = torch.get_rng_state()
+    check_kernels(DEVICE, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_processor_and_float64_run_the_twins(monkeypatch):
+    assert check_kernels(DEVICE, torch.float64) == []
+    assert not runs_triton("rope", torch.empty(1, dtype=torch.float64, device=DEVICE))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(rope, "_kernel", None)
+    assert not runs_triton("rope", torch.empty(1))
+    assert check_kernels(torch.device("cpu"), torch.float32) == []
+    ones = torch.ones(2, 8)
+    assert torch.equal(rope.rope_(torch.ones(2, 1, 8), ones, 0 * ones), torch.ones(2, 1, 8))
+
+
+COMPILE = """
+import os, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
+
+class Card:
+    def get_current_target(self): return GPUTarget("cuda", capability, 32)
+    def get_current_device(self): return capability
+    def get_current_stream(self, device): return 0
+
+# every launch of the checks becomes a compilation, for the very arguments and options of the launch
+names = set()
+def launch(kernel, grid):
+    def run(*args, **options):
+        names.add(kernel.__name__)
+        assert kernel.warmup(*args, grid=grid, **options).asm["cubin"]
+    return run
+JITFunction.__getitem__ = launch
+os.environ["TRITON_INTERPRET"] = "1"  # only now: the kernels above are the compiler's
+driver.set_active(Card())
+for capability, dtype in ((75, torch.float16), (90, torch.bfloat16)):
+    for check in dispatch._checks.values():
+        for _ in check(torch.device("cpu"), dtype): pass
+print(*sorted(names))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a card compiles them in every other test")
+def test_the_kernels_compile_for_cards_that_are_not_there(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["_backward", "_dequantize", "_drop", "_forward", "_rotate", "_softmax"]
+
+
+def test_every_kernel_of_an_operation_is_launched_by_one_of_the_functions_tested():
+    """A kernel that nobody added to the comparisons above would go unnoticed."""
+    kernels = {
+        name
+        for module in (dropout, nf4, rms_norm, rope, swiglu, token_logps)
+        for name, value in vars(module).items()
+        if not isinstance(value, types.FunctionType) and hasattr(value, "arg_names")
+    }
+    assert kernels == {"_backward", "_dequantize", "_drop", "_forward", "_rotate", "_softmax", "_mix32"}
