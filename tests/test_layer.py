@@ -25,6 +25,8 @@ from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.layer import kept_elements
 from zephyr_lite.model.load import load_base
 from zephyr_lite.model.plan import kept_bytes
+from zephyr_lite.ops import dispatch, nf4, rms_norm, rope, swiglu
+from zephyr_lite.ops import dropout as dropout_file
 from zephyr_lite.ops import token_logps as token_logps_file
 from zephyr_lite.ops.dropout import DropoutKey, dropout_scale
 
@@ -194,6 +196,91 @@ def test_saved_tensors_are_not_overwritten():
         first = torch.autograd.grad(total, parameters, retain_graph=True)
         second = torch.autograd.grad(total, parameters)
         assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+# --- precision ---
+
+
+def sixteen_bits(model, dtype, **options):
+    stack = live_stack(model, **options)
+    for name, parameter in stack.model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+    return Decoder(stack, dtype)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_as_near_to_float64_as_the_hugging_face_model_in_16_bits(dtype, keep):
+    """Log-probabilities and gradients; the adapters' gradients are float32, like the adapters."""
+    example = conversation(0, 33)
+    batch = collate_conversations([example])
+    exact = Decoder(live_stack(make_model(), torch.float64), torch.float64)
+    want, wanted = loss_and_gradients(exact, batch, keep=keep)
+    decoder = sixteen_bits(make_model(), dtype)
+    logps, grads = loss_and_gradients(decoder, batch, keep=keep)
+    assert all(g.dtype == torch.float32 for g in grads.values())
+    plain = sixteen_bits(make_model(), dtype)
+    hugging_face = oracle(plain, example, batch)
+    hugging_face.float().sum().backward()
+    theirs = gradients(plain.stack)
+    assert apart(logps.double(), want) <= 1.1 * apart(hugging_face.detach().double(), want) + 1e-3
+    ours = [apart(grads[n].double(), wanted[n]) for n in wanted]
+    assert max(ours) < 1.5 * max(apart(theirs[n].double(), wanted[n]) for n in wanted) + 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "what", ["large logits", "one token", "a segment of one token", "rank 1", "rank 256", "576 wide", "no target"]
+)
+def test_extreme_but_valid_inputs_are_finite(what, dtype):
+    wide = {"hidden_size": 576, "intermediate_size": 96, "num_attention_heads": 9, "num_key_value_heads": 3}
+    model = make_model(**(wide if what == "576 wide" else {}))
+    if what == "large logits":
+        model.lm_head.weight.data.mul_(2.5e4 / model.lm_head.weight.data.norm(dim=1).mean() / 8)
+    options = {"rank 1": {"r": 1}, "rank 256": {"r": 256}}.get(what, {})
+    decoder = sixteen_bits(model, dtype, **options)
+    lengths = {"one token": [1, 5], "a segment of one token": [9, 1, 1, 4]}.get(what, [12, 7])
+    examples = [conversation(i, n) for i, n in enumerate(lengths)]
+    for example in examples:
+        example.mask[:] = what != "no target"
+    batch = collate_conversations(examples)
+    for keep in KEEPS:
+        logps, grads = loss_and_gradients(decoder, batch, keep=keep, dropout=Dropout(0.1, 1, 1))
+        assert len(logps) == (0 if what == "no target" else sum(lengths) - len(lengths))
+        assert bool(logps.isfinite().all())
+        assert what != "large logits" or logps.min() < -1e4
+        assert all(bool(g.isfinite().all()) for g in grads.values())
+        assert what == "no target" or all(bool(g.any()) for g in grads.values())
+
+
+def test_a_pair_of_single_tokens():
+    decoder = Decoder(live_stack(make_model(sliding_window=1)), torch.float32)
+    policy, reference = decoder.policy_and_reference(collate_pairs([pair(0, 1, 1, 1)]))
+    (policy - reference).sum().backward()
+    assert bool(policy.isfinite().all()) and all(p.grad.isfinite().all() for p in decoder.stack.parameters().values())
+
+
+@pytest.mark.parametrize("keep", ["input", "all"])
+def test_the_layer_on_the_triton_kernels(tiny_base, keep, monkeypatch):
+    """Every kernel in its place, in triton's interpreter: the decoder with kernels is the decoder with their twins."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the card here; test_gpu.py runs them")
+    base = load_base(RunConfig(model_name_or_path=str(tiny_base)))
+    decoder = Decoder(live_stack(base.model), base.dtype)
+    batch = collate_pairs([pair(0, 6, 3, 4)])
+    dropout = Dropout(0.3, 1, 1)
+    want, wanted = loss_and_gradients(decoder, batch, keep=keep, dropout=dropout)
+    decoder.scratch.free()
+    asked = set()
+    plain = dispatch.runs_triton
+    for file in (nf4, rms_norm, rope, swiglu, dropout_file, token_logps_file):
+        monkeypatch.setattr(file, "runs_triton", lambda op, *a: asked.add((op, plain(op, *a))) or plain(op, *a))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    got, grads = loss_and_gradients(decoder, batch, keep=keep, dropout=dropout)
+    assert asked == {(op, True) for op in ("nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps")}
+    assert apart(got, want) < 1e-5
+    assert_same(grads, wanted)
 
 
 # --- what it counts ---

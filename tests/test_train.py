@@ -291,9 +291,12 @@ def test_metrics_log_drops_a_torn_line_and_what_is_repeated(tmp_path):
 
 def test_three_steps_that_are_not_finite_stop_the_run(tiny_base, chat_rows, tmp_path, monkeypatch):
     real = SftTask.loss
-    monkeypatch.setattr(
-        SftTask, "loss", lambda self, e, s, t: (real(self, e, s, t)[0] * float("nan"), {"num_tokens": 1.0})
-    )
+
+    def broken(self, examples, step, total):
+        loss, sums = real(self, examples, step, total)
+        return loss * float("nan"), sums
+
+    monkeypatch.setattr(SftTask, "loss", broken)
     with pytest.raises(UserError, match="not finite three times"):
         run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet)
 

@@ -127,11 +127,23 @@ def _attention() -> Finding:
 
 
 def _kernels() -> Finding:
+    from .model import layer  # noqa: F401  (its operations bring their checks)
+    from .model.load import compute_device, compute_dtype
+    from .ops.dispatch import check_kernels
+
     try:
-        triton = f"triton {version('triton')} is installed and not used yet"
+        installed = f"triton {version('triton')}"
     except PackageNotFoundError:
-        triton = "triton is not installed, and not needed"
-    return Finding("kernels", f"plain PyTorch, in this version for every operation ({triton})")
+        installed = ""
+    device = compute_device()
+    if device.type == "cpu":
+        return Finding("kernels", "plain PyTorch: Triton's are for GPUs")
+    if not installed:
+        return Finding("kernels", "plain PyTorch: triton is not installed", 'pip install "zephyr-lite[triton]"')
+    notes = check_kernels(device, compute_dtype("auto", device))
+    if notes:
+        return Finding("kernels", " ".join(notes), f"The run is slower, not wrong. Please report this ({installed}).")
+    return Finding("kernels", f"{installed}; every kernel compiles here and agrees with plain PyTorch")
 
 
 def _quantization() -> Finding:

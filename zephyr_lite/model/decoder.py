@@ -16,7 +16,7 @@ from ..ops.attention import SegmentTable
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
 from ..ops.rms_norm import rms_norm
-from ..ops.token_logps import TokenStats, token_logps, token_stats
+from ..ops.token_logps import TokenStats, token_logps
 from .adapters import AdapterStack
 from .layer import Keep, Layer, Pass, layer_of, run_layer
 from .memory import Scratch, ScratchMode
@@ -96,11 +96,12 @@ class Decoder:
             reference_logps = self._logps(reference, batch)
         return self._logps(policy, batch), reference_logps
 
-    def token_stats(self, batch: Batch) -> tuple[Tensor, TokenStats]:
-        """The policy's log-probabilities with entropy and top-1, without a graph."""
-        with torch.no_grad():
-            (rows,) = self._run(batch, None, "input", (None,))
-            return token_stats(rows, self.stack.base.lm_head.weight, batch.target_ids)
+    def token_stats(
+        self, batch: Batch, *, keep: Keep = "all", dropout: Dropout | None = None
+    ) -> tuple[Tensor, TokenStats]:
+        """The policy's log-probabilities, as ``token_logps`` gives them, with entropy and top-1 of the same pass."""
+        (rows,) = self._run(batch, dropout, keep, (None,))
+        return token_logps(rows, self.stack.base.lm_head.weight, batch.target_ids, stats=True)
 
     def _logps(self, rows: Tensor, batch: Batch) -> Tensor:
         return token_logps(rows, self.stack.base.lm_head.weight, batch.target_ids)

@@ -32,6 +32,7 @@ from ..model.peft_files import (
     write_adapter,
 )
 from ..model.plan import Plan, make_plan
+from ..ops.dispatch import check_kernels
 from ..rundir import StageDir, folder_aside, newest_run, write_text
 from .loop import Outcome, step_schedule
 
@@ -155,6 +156,9 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         stage.claim()
     say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
     base = load_base(config)
+    if config.engine == "fused":
+        for note in check_kernels(base.device, base.dtype):
+            say(note)
     stack = AdapterStack(base.model)
     if config.engine == "fused":  # the baselines attach theirs by themselves, to any architecture
         for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..config import Loaded
@@ -63,13 +64,18 @@ class SftTask:
     def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Metrics]:
         batch = self._batch(self.data, examples)
         config = self.stage.config
-        logps = self.decoder.token_logps(
+        logps, stats = self.decoder.token_stats(
             batch, keep=self.stage.plan.keep, dropout=Dropout(config.lora_dropout, config.seed, step)
         )
-        return sft_loss(logps, total), {"num_tokens": float(len(batch))}
+        return sft_loss(logps, total), {
+            "entropy": stats.entropy.sum().item(),
+            "mean_token_accuracy": float(stats.correct.sum()),
+            "num_tokens": float(len(batch)),
+        }
 
     def summarize(self, sums: Metrics, total: int) -> Metrics:
-        return {"loss": sums["loss"], "num_tokens": sums["num_tokens"], "num_targets": float(total)}
+        means = {name: sums[name] / total for name in ("entropy", "mean_token_accuracy")}
+        return {"loss": sums["loss"], **means, "num_tokens": sums["num_tokens"], "num_targets": float(total)}
 
     def evaluate(self) -> Metrics:
         return evaluate_loss(self.stage)
@@ -87,7 +93,8 @@ def evaluate_loss(stage: Stage) -> Metrics:
     targets = 0
     for group in evaluation_batches(data.lengths, stage.plan.micro_tokens):
         batch = collate_conversations([data.examples[i] for i in group]).to(stage.decoder.device)
-        logps, stats = stage.decoder.token_stats(batch)
+        with torch.no_grad():
+            logps, stats = stage.decoder.token_stats(batch)
         loss -= logps.double().sum().item()
         entropy += stats.entropy.double().sum().item()
         correct += stats.correct.sum().item()
