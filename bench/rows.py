@@ -61,6 +61,17 @@ def write_pairs(path: Path, template: ChatTemplate, pairs: int, *, scale: float 
             file.write(json.dumps(row) + "\n")
 
 
+def pair_sizes(pairs: int, max_length: int, max_prompt_length: int) -> list[int]:
+    """Tokens of the longer side of each pair that ``write_pairs`` writes, cut as the recipe cuts."""
+    sizes = []
+    for prompt, chosen, rejected in itertools.islice(itertools.cycle(lengths("dpo_pairs")), pairs):
+        response = max(chosen, rejected)
+        if prompt + response > max_length:
+            prompt = min(prompt, max_prompt_length)
+        sizes.append(min(prompt + response, max_length))
+    return sizes
+
+
 def seed_with_longest_first(sizes: list[int], batch_size: int) -> int:
     """A seed whose first step takes the longest row, so that what does not fit shows at once (see ``loop.rows_of_step``)."""
     from zephyr_lite.config import RunConfig

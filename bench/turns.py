@@ -143,7 +143,7 @@ def imitate_card(gib: float) -> None:
 
     _, total = real()
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-    torch.cuda.mem_get_info = mem_get_info
+    torch.cuda.mem_get_info = torch.cuda.memory.mem_get_info = mem_get_info
 
 
 def worker(pipe: Connection, variant: Variant, values: dict[str, Any], cap: float | None, own_folder: bool) -> None:
@@ -203,6 +203,8 @@ def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
         }
     }
     trainer, _ = baselines.make_trainer(stage, say=lambda line: None, on_metrics=lambda step, total, found: None)
+    if variant.engine == "unsloth" and "unsloth" not in sys.modules:
+        raise UserError("engine unsloth: its trainer was made without importing unsloth, so it is another's.")
     if variant.padded:
         trainer.data_collator = baselines.Rows([stage.data], trainer.data_collator.pad_token_id, packed=False)
     trainer.add_callback(turns)
@@ -257,12 +259,16 @@ class Runner:
         self.kill()
 
     def kill(self) -> None:
-        """End the process and give its memory back; a thread ends by itself."""
+        """Wait a moment for the process to end, then end it; a thread ends by itself."""
         if self.process is not None:
             self.process.join(5)
-            if self.process.is_alive():
-                self.process.kill()
-                self.process.join()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """End it now, whatever it does, and give its memory back; a thread ends with this process."""
+        if self.process is not None and self.process.is_alive():
+            self.process.kill()
+            self.process.join()
 
     def _send(self, word: str) -> None:
         try:
@@ -287,6 +293,7 @@ class Runner:
 
 def describe(runner: Runner, unit: str) -> dict[str, Any]:
     """What a runner's measured steps were, for JSON; ``unit`` is tokens or pairs."""
+    allocated = [s["peak_allocated_bytes"] for s in runner.steps if "peak_allocated_bytes" in s]
     return {
         **asdict(runner.variant),
         f"{unit}_per_second": median(s[unit] / s["seconds"] for s in runner.steps),
@@ -296,6 +303,7 @@ def describe(runner: Runner, unit: str) -> dict[str, Any]:
         "tokens": [s["tokens"] for s in runner.steps],
         "loaded_bytes": runner.ready.get("now_bytes"),
         "peak_bytes": max((s.get("peak_bytes", 0) for s in runner.steps), default=0),
+        **({"peak_allocated_bytes": max(allocated)} if allocated else {}),
         "threads": runner.ready["threads"],
         "plan": runner.ready["plan"] if runner.variant.engine == "fused" else None,
     }

@@ -1,0 +1,148 @@
+"""Each Triton kernel against its plain PyTorch twin, and against bitsandbytes, Liger and Unsloth where they are installed.
+
+    python -m bench.ops --out ops.json                         # Mistral-7B's shapes, 4096 tokens
+    TRITON_INTERPRET=1 python -m bench.ops --tiny              # on a CPU: does everything run?
+
+GB/s counts the least that an operation must read and write, whatever an implementation moves; the share is of what a
+plain copy reaches on the same card, a large one (``share``), and one that moves as many bytes as the operation
+(``share_of_same_size``: a short kernel is over before the memory is at full speed). ``token_logps`` is bound by its
+matrix products, so FLOP/s are given instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.card import Clock, commit, copy_bandwidth, describe_card, versions
+from bench.cases import Bench, Case, cases
+from bench.mistral import MISTRAL_7B, TINY
+from bench.turns import machine
+from zephyr_lite.errors import UserError
+from zephyr_lite.model.load import compute_device, compute_dtype
+from zephyr_lite.ops import dispatch
+
+TARGET = 0.8  # of the copy bandwidth, for what is bound by memory
+PEERS = {"bitsandbytes": None, "torch": None, "liger": "liger_kernel", "unsloth": "unsloth"}
+
+
+def measure(bench: Bench, found: list[Case], clock: Clock, copied: float) -> list[dict[str, Any]]:
+    """Everyone's times. Unsloth comes last: on import it changes what bitsandbytes does."""
+    results: list[dict[str, Any]] = []
+    same_size = {} if clock.device.type == "cpu" else {c.name: copy_bandwidth(clock, c.bytes // 2) for c in found}
+    for who in ("kernel", "twin", *PEERS):
+        for case in found:
+            if who not in ("kernel", "twin", *case.peers):
+                continue
+            record: dict[str, Any] = {"operation": case.name, "by": who}
+            results.append(record)
+            try:
+                record["seconds"] = _seconds(who, case, clock, bench)
+            except Exception as error:  # a missing package, a version without the function, a compiler's failure
+                record["not_run"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                continue
+            moved = case.peer_bytes.get(who, case.bytes)
+            if case.flops is not None:
+                record["flop_per_second"] = case.flops / record["seconds"]
+                continue
+            record["bytes_per_second"] = moved / record["seconds"]
+            record["share"] = record["bytes_per_second"] / copied
+            if case.name in same_size:
+                record["share_of_same_size"] = record["bytes_per_second"] / same_size[case.name]
+    return results
+
+
+class NotUsed(Exception):
+    """The dispatch takes the twin."""
+
+
+def _seconds(who: str, case: Case, clock: Clock, bench: Bench) -> float:
+    if who == "twin":
+        with dispatch.twins():
+            return clock.seconds(case.ours)
+    if who == "kernel":
+        if not dispatch.runs_triton(case.op, torch.empty(0, device=bench.device, dtype=bench.dtype)):
+            raise NotUsed(f"no kernel runs on {bench.device} in {bench.dtype}, so the twin does")
+        return clock.seconds(case.ours)
+    if PEERS[who] is not None and bench.device.type == "cpu" and not dispatch.runs_triton(case.op, torch.empty(0)):
+        raise NotUsed("needs a CUDA device")
+    return clock.seconds(case.peers[who]())
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{results['card']['name']}, {results['dtype']}, {results['tokens']} tokens; a copy reaches "
+        f"{results['copy_bytes_per_second'] / 1e9:,.0f} GB/s; wanted: {TARGET:.0%} of it for what memory bounds",
+        f"{'':36}{'by':14}{'µs':>10}{'GB/s':>9}{'share':>8}{'same size':>11}",
+    ]
+    order = list(dict.fromkeys(r["operation"] for r in results["operations"]))
+    for name in order:
+        for r in (r for r in results["operations"] if r["operation"] == name):
+            head = f"{name:36}{r['by']:14}"
+            if "not_run" in r:
+                lines.append(f"{head}not run: {r['not_run'][:120]}")
+            elif "flop_per_second" in r:
+                lines.append(f"{head}{r['seconds'] * 1e6:10,.1f}  {r['flop_per_second'] / 1e12:,.1f} TFLOP/s")
+            else:
+                same = f"{r['share_of_same_size']:11.0%}" if "share_of_same_size" in r else ""
+                short = "  below" if same and r["by"] == "kernel" and r["share"] < TARGET else ""
+                speed = f"{r['bytes_per_second'] / 1e9:9,.0f}{r['share']:8.0%}"
+                lines.append(f"{head}{r['seconds'] * 1e6:10,.1f}{speed}{same}{short}")
+    return [*lines, *results["kernels_replaced"]]
+
+
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+    begun = time.monotonic()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=25, help="runs that the median is taken of")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU too: does everything run?")
+    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    args = parser.parse_args(words)
+    if not args.tiny and not torch.cuda.is_available():
+        raise UserError("bench.ops measures an NVIDIA card, and PyTorch finds none here.", "--tiny runs on a CPU.")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    device = compute_device()
+    dtype = compute_dtype("auto", device)
+    tokens, rounds = (8, 2) if args.tiny else (args.tokens, args.rounds)
+    clock = Clock(device, rounds, 1 if args.tiny else 5)
+    bench = Bench(TINY | {"vocab_size": 96} if args.tiny else MISTRAL_7B, tokens, device, dtype)
+    torch.manual_seed(0)
+    copied = copy_bandwidth(clock, 2**20 if args.tiny else 2**30)
+    replaced = dispatch.check_kernels(device, dtype)
+    results: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "card": describe_card(device),
+        "versions": versions("liger_kernel", "unsloth", "unsloth_zoo"),
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": tokens,
+        "rounds": rounds,
+        "copy_bytes_per_second": copied,
+        "target_share": TARGET,
+        "kernels_replaced": replaced,
+        "operations": measure(bench, cases(bench), clock, copied),
+    }
+    results["minutes"] = round((time.monotonic() - begun) / 60, 2)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(table(results)))
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{error}")
