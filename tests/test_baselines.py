@@ -187,7 +187,6 @@ def test_packed_conversations_are_kept_apart():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"engine": "unsloth"}, ["not built", "unsloth 2026.10.7", "engine=trl"]),
         ({"loss_type": "ipo_sum"}, ["ipo_sum", "engine=fused"]),
         ({"label_smoothing": 0.1}, ["TRL ignores it", "robust"]),
     ],

@@ -69,7 +69,12 @@ def dpo(context: typer.Context, config: Config = None, dry_run: DryRun = False, 
 def _train(method: Any, config: str | None, overrides: list[str], dry_run: bool) -> None:
     from .config import load_config
 
-    load_config(method, config or f"zephyr-7b/{method}", overrides)  # a wrong key is said before torch is imported
+    # a wrong key is said before torch is imported
+    first = load_config(method, config or f"zephyr-7b/{method}", overrides).config
+    if first.engine == "unsloth":
+        from .train.baselines import start_unsloth
+
+        start_unsloth()  # it replaces what is imported from here on
     from .needs import needs_lines
     from .train.dpo import run_dpo
     from .train.dry_run import run_dry

@@ -75,7 +75,12 @@ def _packages() -> Finding:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    return Finding("packages", ", ".join(found))
+    from .train.baselines import unsloth_conflicts
+
+    conflicts = unsloth_conflicts() if any(name.startswith("unsloth ") for name in found) else []
+    return Finding(
+        "packages", ", ".join(found), f"engine=unsloth cannot run: {'; '.join(conflicts)}" if conflicts else ""
+    )
 
 
 def _torch() -> Finding:

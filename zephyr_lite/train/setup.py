@@ -135,7 +135,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         _may_go_on(stage, before, config, method)
     frozen = _frozen(method, config, stage, say)
     folder = fetch_base(config.model_name_or_path, config.model_revision)
-    base_config = read_model_config(folder, any_family=config.engine == "trl")
+    base_config = read_model_config(folder, any_family=config.engine != "fused")
     print_of_base = fingerprint(folder)
     _same_base(frozen, print_of_base, folder)
     if before is not None:
@@ -211,6 +211,14 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     return Stage(method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info)
 
 
+def _load(config: RunConfig) -> Base:
+    if config.engine == "unsloth":
+        from .baselines.unsloth import load_unsloth
+
+        return load_unsloth(config)
+    return load_base(config)
+
+
 def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[str, LoraWeights] | None = None) -> None:
     """Write what people load: the stage's own adapter, the whole chain as one, the tokenizer; then mark it complete.
 
@@ -268,7 +276,7 @@ def peak_memory(device: torch.device) -> int:
 
 def versions() -> dict[str, str]:
     result = {"zephyr-lite": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl", "triton"):
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl", "triton", "unsloth"):
         try:
             result[name] = version(name)
         except PackageNotFoundError:
