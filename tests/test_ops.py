@@ -1,5 +1,8 @@
 """Every operation's plain twin against autograd over the formula it implements."""
 
+import subprocess
+import sys
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -8,12 +11,12 @@ from torch.autograd import gradcheck
 
 from zephyr_lite.ops import token_logps as token_logps_file
 from zephyr_lite.ops.attention import SegmentTable, attention
-from zephyr_lite.ops.dropout import DropoutKey, dropout_scale
-from zephyr_lite.ops.lora import LoraPair, lora_linear
+from zephyr_lite.ops.dropout import DropoutKey, add_dropped_, drop, dropout_mask, dropout_scale
+from zephyr_lite.ops.lora import LoraPair, Site, grad_adapters, grad_input, grad_low_rank, low_rank, project
 from zephyr_lite.ops.nf4 import dequantize, is_quantized
-from zephyr_lite.ops.rms_norm import rms_norm
-from zephyr_lite.ops.rope import rope
-from zephyr_lite.ops.swiglu import swiglu
+from zephyr_lite.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
+from zephyr_lite.ops.rope import rope, rope_
+from zephyr_lite.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 from zephyr_lite.ops.token_logps import token_logps, token_stats
 
 D = torch.float64
@@ -34,6 +37,18 @@ def test_rms_norm_equals_torch_and_its_gradient():
     assert gradcheck(lambda x: rms_norm(x, w, 1e-5), (x,))
 
 
+def test_rms_norm_after_a_residual():
+    x, residual, w, grad, more = rand(5, 12, grad=True), rand(5, 12), rand(12), rand(5, 12), rand(5, 12)
+    y, h, inverse = rms_norm_forward(x.detach(), w, 1e-5, residual)
+    want_h = x + residual
+    want = F.rms_norm(want_h, (12,), w, 1e-5)
+    torch.testing.assert_close((y, h), (want, want_h))
+    torch.testing.assert_close(inverse, (h.square().mean(-1) + 1e-5).rsqrt())
+    (dx,) = torch.autograd.grad([want, want_h], x, [grad, more])
+    torch.testing.assert_close(rms_norm_backward(grad, h, w, inverse, more), dx)
+    assert rms_norm_forward(x, w, 1e-5)[1] is x
+
+
 def test_rms_norm_computes_its_statistics_in_float32_for_16_bits():
     x = (torch.randn(4, 576) * 300).to(torch.float16)  # squares overflow float16
     out = rms_norm(x, torch.ones(576, dtype=torch.float16), 1e-5)
@@ -48,10 +63,39 @@ def test_rope_equals_the_hugging_face_rotation_and_is_inverted_backward():
     assert gradcheck(lambda x: rope(x, cos, sin), (x,))
 
 
+def test_rope_in_place_in_a_fused_buffer():
+    fused, angle = rand(5, 40), rand(5, 4)
+    cos, sin = (torch.cat([f(angle), f(angle)], -1) for f in (torch.cos, torch.sin))
+    buffer = fused.clone()
+    x = buffer[:, :24].view(5, 3, 8)
+    assert rope_(x, cos, sin) is x
+    torch.testing.assert_close(x, rope(fused[:, :24].view(5, 3, 8), cos, sin))
+    assert torch.equal(buffer[:, 24:], fused[:, 24:])
+    rope_(x, cos, sin, inverse=True)
+    torch.testing.assert_close(buffer, fused)
+
+
 def test_swiglu_and_its_gradient():
     gate, up = rand(4, 6, grad=True), rand(4, 6, grad=True)
     torch.testing.assert_close(swiglu(gate, up), F.silu(gate) * up)
     assert gradcheck(swiglu, (gate, up))
+
+
+@pytest.mark.parametrize("over", [(False, False, False), (True, True, True), (True, True, False), (False, False, True)])
+def test_swiglu_backward_over_its_inputs(over):
+    halves, grad = rand(4, 12), rand(4, 6)
+    leaves = [t.clone().requires_grad_() for t in halves.chunk(2, -1)]
+    act = F.silu(leaves[0]) * leaves[1]
+    want = (*torch.autograd.grad(act, leaves, grad), act.detach())
+    inputs = (*halves.chunk(2, -1), grad)
+    outputs = [t if o else None for t, o in zip(inputs, over)]
+    got = swiglu_backward(grad, inputs[0], inputs[1], *outputs)
+    torch.testing.assert_close(got, want)
+    assert all(output is None or found is output for found, output in zip(got, outputs))
+    gate, up = (leaf.detach() for leaf in leaves)
+    out = gate.clone()
+    assert swiglu_forward(out, up, out) is out
+    torch.testing.assert_close(out, act.detach())
 
 
 def test_nf4_reads_bitsandbytes_storage():
@@ -63,6 +107,13 @@ def test_nf4_reads_bitsandbytes_storage():
     assert is_quantized(stored) and not is_quantized(weight)
     torch.testing.assert_close(dequantize(stored, torch.float32), bnb.dequantize_4bit(data, state), rtol=0, atol=0)
     assert dequantize(weight, torch.float32).data_ptr() == weight.data_ptr()
+    exact = dequantize(stored, torch.float32)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):  # whatever its own state says, and without changing it
+        assert torch.equal(dequantize(stored, dtype), exact.to(dtype)) and state.dtype == torch.float32
+    for source, kind in ((stored, torch.float16), (weight, torch.float64), (weight, torch.float32)):
+        scratch = torch.zeros(98, 64, dtype=kind)
+        assert dequantize(source, kind, scratch[1:-1]).data_ptr() == scratch[1:].data_ptr()
+        assert torch.equal(scratch[1:-1], dequantize(source, kind)) and not scratch[[0, -1]].any()
 
 
 def stack_of(grad_from=0, off=None, dropout=False):
@@ -83,27 +134,46 @@ def formula(x, weights, biases, pairs, scale=None):
     return outs
 
 
+def lora_linear(x, weights, biases, pairs, key=None, upstream=None):
+    """The site's outputs; with `upstream`, the gradients of x and of the trained pairs too."""
+    site = Site(tuple(weights), tuple(biases), tuple(w.shape[0] for w in weights), tuple(pairs), key)
+    parts = [(columns.start, w) for columns, w in zip(site.slices, weights)]
+    with torch.no_grad():
+        products = low_rank(x, site)
+        outs = project(x, parts, site, products).split(site.outs, 1)
+        if upstream is None:
+            return outs
+        grad = torch.cat(upstream, 1)
+        d_products = grad_low_rank(grad, site)
+        adapters = grad_adapters(grad, x, site, products, d_products)
+        return outs, grad_input(grad, parts, site, d_products), list(zip(site.trained, adapters))
+
+
 @pytest.mark.parametrize("dropout", [False, True])
-def test_lora_linear_equals_the_formula_with_every_gradient(dropout):
+def test_lora_equals_the_formula_with_every_gradient(dropout):
     x, weights, biases = rand(9, 6, grad=True), [rand(5, 6), rand(7, 6)], [None, rand(7)]
     pairs = stack_of(dropout=dropout)
     key = DropoutKey(0.3, 1, 2, torch.arange(9) // 4, torch.arange(9) % 4) if dropout else None
     scale = dropout_scale(key, 6, D) if dropout else None
-    leaves = [x, *(t for p in pairs for t in (p.a, p.b))]
-    got, want = lora_linear(x, weights, biases, pairs, key), formula(x, weights, biases, pairs, scale)
+    want = formula(x, weights, biases, pairs, scale)
     upstream = [torch.randn_like(w) for w in want]
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b)
-    for a, b in zip(torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(want, leaves, upstream)):
-        torch.testing.assert_close(a, b)
+    got, d_x, adapters = lora_linear(x, weights, biases, pairs, key, upstream)
+    torch.testing.assert_close(got, tuple(w.detach() for w in want))
+    leaves = [leaf for leaf, _ in adapters]
+    assert {id(leaf) for leaf in leaves} == {id(t) for p in pairs for t in (p.a, p.b)}
+    wanted = torch.autograd.grad(want, [x, *leaves], upstream)
+    torch.testing.assert_close((d_x, *(found for _, found in adapters)), wanted)
 
 
-def test_frozen_adapters_get_no_gradient_and_x_need_not():
+def test_frozen_adapters_get_no_gradient():
     x, weights = rand(4, 6), [rand(5, 6), rand(7, 6)]
     pairs = stack_of(grad_from=2)
-    out = lora_linear(x, weights, [None, None], pairs)
-    (out[0].sum() + out[1].sum()).backward()
-    assert pairs[0].a.grad is None and pairs[1].b.grad is None and pairs[2].a.grad is not None
+    outs = formula(x, weights, [None, None], pairs)
+    upstream = [torch.randn_like(w) for w in outs]
+    _, _, adapters = lora_linear(x, weights, [None, None], pairs, None, upstream)
+    leaves = [pairs[2].a, pairs[2].b]
+    assert [id(leaf) for leaf, _ in adapters] == [id(leaf) for leaf in leaves]
+    torch.testing.assert_close(tuple(g for _, g in adapters), torch.autograd.grad(outs[0], leaves, upstream[0]))
 
 
 def test_an_adapter_that_is_off_equals_one_whose_b_is_zero_bit_for_bit():
@@ -126,6 +196,28 @@ def test_dropout_depends_on_the_token_and_not_on_its_place_in_the_row():
     assert torch.equal(dropout_scale(moved, 50, torch.float32), scale[order])
     for other in (key.at(1, 3), key.at(2, 2), DropoutKey(0.4, 7, 4, streams, positions, 1, 2)):
         assert not torch.equal(dropout_scale(other, 50, torch.float32), scale)
+
+
+# the pattern of seed 42, step 3, layer 1, site 2: what a run's dropout is must not change between versions
+PATTERN = [".x.x..xxxxx....x...x.xx...x..xx.", ".xxx.xxx..xxxx..xx..xx...x.x.x.x"]
+
+
+def test_the_dropout_pattern_is_what_it_was():
+    key = DropoutKey(0.5, 42, 3, torch.tensor([0, 8]), torch.tensor([0, 5]), layer=1, site=2)
+    rows = ["".join("x" if stays else "." for stays in row) for row in dropout_mask(key, 32).bool().tolist()]
+    assert rows == PATTERN
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_drop_and_its_sum(dtype):
+    key = DropoutKey(0.4, 7, 3, torch.arange(6), torch.arange(6) * 3, layer=1, site=2)
+    x, target, mask = rand(6, 30, dtype=dtype), rand(6, 30, dtype=dtype), dropout_mask(key, 30).bool()
+    want = torch.where(mask, x, torch.zeros_like(x))
+    assert torch.equal(drop(x, key), want)
+    assert torch.equal(add_dropped_(target.clone(), x, key), target + want)
+    out = torch.empty_like(x)
+    assert drop(x, key, out) is out and torch.equal(out, want)
+    assert drop(x, key, x) is x and torch.equal(x, want)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
@@ -201,6 +293,23 @@ def test_token_logps_equals_log_softmax(chunk_rows, monkeypatch):
     full = (hidden @ head.T).log_softmax(-1).detach()
     torch.testing.assert_close(stats.entropy, -(full.exp() * full).sum(-1))
     assert torch.equal(stats.correct, full.argmax(-1) == targets)
+    both, same = token_logps(hidden, head, targets, stats=True)  # in the pass that is differentiated
+    assert torch.equal(same.entropy, stats.entropy) and torch.equal(same.correct, stats.correct)
+    for one, other in zip(torch.autograd.grad(both.sum(), hidden), torch.autograd.grad(want.sum(), hidden)):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_token_logps_keeps_one_row_a_target_in_the_hidden_states_dtype(dtype):
+    hidden, head = rand(7, 64, grad=True, dtype=dtype), rand(300, 64, dtype=dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        logps = token_logps(hidden, head, torch.arange(7))
+    assert [(t.shape, t.dtype) for t in kept] == [((7, 64), dtype)]
+    (gradient,) = torch.autograd.grad(logps.sum(), hidden)
+    exact = hidden.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad((exact @ head.double().T).log_softmax(-1)[range(7), range(7)].sum(), exact)
+    assert gradient.dtype == dtype and (gradient - wanted).norm() < 2e-2 * wanted.norm()
 
 
 def test_token_logps_is_finite_for_extreme_logits():
@@ -209,3 +318,28 @@ def test_token_logps_is_finite_for_extreme_logits():
     logps = token_logps(hidden, head, torch.tensor([1, 0]))
     logps.sum().backward()
     assert logps.tolist() == [-2e4, -2e4] and bool(torch.isfinite(hidden.grad).all())
+
+
+WITHOUT_TRITON = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from zephyr_lite.ops import attention, dispatch, dropout, lora, nf4, rms_norm, rope, swiglu, token_logps
+assert not dispatch.HAVE_TRITON and not any(name.split(".")[0] == "triton" for name in sys.modules)
+ones = torch.ones(2, 8)
+assert not dispatch.runs_triton("swiglu", ones)
+assert dispatch.check_kernels(torch.device("cpu"), torch.float32) == []
+print(swiglu.swiglu_forward(ones, ones)[0, 0].item())
+"""
+
+
+def test_everything_works_without_triton():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item())

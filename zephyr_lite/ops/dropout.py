@@ -126,7 +126,8 @@ def _twin_drop(x: Tensor, key: DropoutKey, out: Tensor | None) -> Tensor:
     mask = dropout_mask(key, x.shape[1])
     if out is None:
         return dropped(x, mask)
-    return dropped(out if out is x else out.copy_(x), mask, inplace=True)
+    dropped(out if out is x else out.copy_(x), mask, inplace=True)
+    return out
 
 
 def _twin_add(target: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
