@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import platform
 import sys
 import threading
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from bench.process import begin
 from zephyr_lite.config import Loaded, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.train.loop import Loop, rows_of_step
@@ -146,19 +148,15 @@ def imitate_card(gib: float) -> None:
     torch.cuda.mem_get_info = torch.cuda.memory.mem_get_info = mem_get_info
 
 
-def worker(pipe: Connection, variant: Variant, values: dict[str, Any], cap: float | None, own_folder: bool) -> None:
+def worker(pipe: Connection, variant: Variant, values: dict[str, Any], cap: float | None) -> None:
     """Load, tell the parent, and step when told.
 
     Args:
         cap: GiB of the card to imitate, or None.
-        own_folder: work in the run's folder, where engines may leave what they compile; paths must be absolute.
     """
     try:
         if cap is not None:
             imitate_card(cap)
-        if own_folder:
-            Path(values["output_dir"]).mkdir(parents=True, exist_ok=True)
-            os.chdir(values["output_dir"])
         config = RunConfig.model_validate(values)
         stage = open_stage(variant.method, Loaded(config, set(values), [], None), say=lambda line: None)  # type: ignore[arg-type]
         turns = Turns(pipe, stage)
@@ -226,17 +224,23 @@ class Runner:
         cap: float | None = None,
         own_folder: bool = False,
     ) -> None:
-        """Start it; ``load`` waits until it is ready. See ``worker`` for the last two."""
+        """Start it; ``load`` waits until it is ready.
+
+        Args:
+            cap: GiB of the card that the process sees; None: all.
+            own_folder: it works in its output_dir; paths in ``values`` must be absolute.
+        """
         self.variant = variant
         self.steps: list[dict[str, Any]] = []
         self.ready: dict[str, Any] = {}
         self.pipe, far = multiprocessing.Pipe()
         self.process: Any = None
-        arguments = (far, variant, values, cap, own_folder and not threads)
+        folder = values["output_dir"] if own_folder and not threads else None
+        arguments = (far, variant.engine, folder, pickle.dumps((variant, values, cap)))
         if threads:
-            threading.Thread(target=worker, args=arguments, daemon=True).start()
+            threading.Thread(target=begin, args=arguments, daemon=True).start()
         else:
-            self.process = multiprocessing.get_context("spawn").Process(target=worker, args=arguments, daemon=True)
+            self.process = multiprocessing.get_context("spawn").Process(target=begin, args=arguments, daemon=True)
             self.process.start()
             far.close()  # the only other end is the worker's: its death is an EOFError here
 

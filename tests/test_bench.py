@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
-from bench import compare, gpu, match, mistral, ops, rows, turns
+from bench import compare, contest, gpu, match, mistral, ops, rows, turns
 from bench.cases import Bench, cases
 from zephyr_lite.config import DatasetSpec, RunConfig
 from zephyr_lite.data.chat import resolve_template
@@ -183,27 +183,27 @@ def test_gpu_tiny(tmp_path, capsys):
 def test_what_does_not_fit_is_a_result(monkeypatch):
     real = turns.baseline
 
-    def cramped(stage, turns_, variant):
-        if variant.per_device > 1 or variant.engine == "unsloth":
+    def cramped(stage, turns_, variant=None):
+        if variant is None or variant.per_device > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(stage, turns_, variant)
 
     monkeypatch.setattr(turns, "baseline", cramped)
-    results = gpu.main(
-        [*SMALL, "--methods", "sft", "--dropout", "0", "--per-device", "1", "2", "--engines", "trl,unsloth"]
-    )
-    (played,) = results["matches"]
-    told = {(t["engine"], t["per_device"], t["recompute"]): t["result"] for t in played["tried"]}
-    assert told["trl", 1, True] == told["trl", 1, False] == "ran"
-    assert told["trl", 2, True] == told["trl", 2, False] == "memory"
-    assert told["unsloth", 1, True] == "memory" and told["unsloth", 2, True] == "not tried"
-    assert played["variants"]["trl"]["per_device"] == 1
-    assert played["not_run"] == {"unsloth": "memory: CUDA out of memory."}
+    monkeypatch.setattr(turns, "fused", cramped)
+    words = ["--methods", "sft", "--per-device", "1", "2", "4", "--sft-rows", "4", "--dpo-pairs", "4"]
+    results = gpu.main([*SMALL, *words, "--engines", "fused,trl"])
+    first, second = results["matches"]
+    told = {(t["engine"], t["per_device"], t["recompute"]): t["result"] for t in first["tried"]}
+    for recompute in (True, False):
+        assert [told["trl", n, recompute] for n in (1, 2, 4)] == ["ran", "memory", "not tried"]
+    for played in (first, second):
+        assert played["variants"].keys() == {"trl"} and played["variants"]["trl"]["per_device"] == 1
+        assert played["not_run"]["fused"] == "memory: CUDA out of memory."
 
 
 def players_alone(folder: Path, base: Path, **changes) -> match.Match:
     args = gpu.arguments([*SMALL, "--methods", "sft"])
-    values = gpu.configurations(args, base, folder)["sft"]
+    values = contest.configurations(args, base, folder)["sft"]
     told = {
         "cap": 1.0,
         "room_bytes": 2**30,
@@ -218,7 +218,7 @@ def players_alone(folder: Path, base: Path, **changes) -> match.Match:
 def test_where_the_card_holds_one_engine_they_run_one_after_the_other(random_base, tmp_path):
     played = players_alone(tmp_path, random_base)
     sides = [match.Player("sft", "fused"), match.Player("sft", "trl")]
-    result = played.play(sides, gpu.nothing, 2)
+    result = played.play(sides, contest.nothing, 2)
     assert not result["side_by_side"] and result["rounds"] == 2
     assert result["variants"]["fused"]["tokens"] == result["variants"]["trl"]["tokens"]
     assert result["ratios"].keys() == {"fused over trl"}
@@ -226,14 +226,14 @@ def test_where_the_card_holds_one_engine_they_run_one_after_the_other(random_bas
 
 def test_without_time_a_round_is_played_all_the_same(random_base, tmp_path):
     played = players_alone(tmp_path, random_base, cap=None, deadline=0.0)
-    result = played.play(match.settings("sft", "trl", [1, 2]), gpu.nothing, 1)
+    result = played.play(match.settings("sft", "trl", [1, 2]), contest.nothing, 1)
     assert result["rounds"] == 1 and result["rounds_wanted"] == 2
     assert [t["why"] for t in result["tried"]] == ["", "out of time", "out of time", "out of time"]
 
 
 def test_an_engine_in_a_process_of_its_own(random_base, tmp_path):
     played = players_alone(tmp_path, random_base, room_bytes=2**34, threads=False)
-    result = played.play([match.Player("sft", "fused")], gpu.nothing, 1)
+    result = played.play([match.Player("sft", "fused")], contest.nothing, 1)
     assert result["side_by_side"] and result["variants"]["fused"]["peak_bytes"] > 0
     assert result["not_run"] == {}
 
