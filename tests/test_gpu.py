@@ -7,40 +7,61 @@ import torch
 
 from tests.conftest import make_model
 from tests.test_decoder import apart, conversation, live_stack, loss_and_gradients, pair
+from tests.test_fuse import IDS, RIGHT, both, peft_model
+from tests.test_fuse import assert_same as assert_same_hidden
 from tests.test_train import LN2, metrics, quiet, words
-from zephyr_lite.config import load_config
+from zephyr_lite.config import RunConfig, load_config
 from zephyr_lite.data.batch import Segment, collate_conversations, collate_pairs
-from zephyr_lite.model.decoder import Decoder
-from zephyr_lite.ops.attention import SegmentTable, _by_segment, _has_flash, attention
+from zephyr_lite.model.decoder import Decoder, Dropout
+from zephyr_lite.model.load import load_base
+from zephyr_lite.ops import attention as attention_file
+from zephyr_lite.ops.attention import SegmentTable
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
 
-@pytest.mark.parametrize("window", [None, 20])
-def test_variable_length_flash_attention_equals_sdpa_a_segment(window):
+@pytest.mark.parametrize("window", [None, 20, 1])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("flash", torch.bfloat16),
+        ("flash", torch.float16),
+        ("efficient", torch.bfloat16),
+        ("efficient", torch.float16),
+        ("efficient", torch.float32),
+        ("plain", torch.float32),
+    ],
+)
+def test_every_attention_kernel_equals_float64(kind, dtype, size, window, monkeypatch):
+    """Packed, shared prompts, one token alone, grouped queries, views of one buffer; forward and backward."""
+    segments = [
+        Segment(0, 70),
+        Segment(70, 110, (0, 40)),
+        Segment(110, 111),
+        Segment(111, 180),
+        Segment(180, 190, (111, 160)),
+    ]
     torch.manual_seed(0)
-    segments = [Segment(0, 70), Segment(70, 110, (0, 40)), Segment(110, 111), Segment(111, 180)]
-    q, k, v = (torch.randn(180, h, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (8, 2, 2))
-    if not _has_flash(q):
-        pytest.skip("this card has no variable-length FlashAttention")
-    table = SegmentTable.build(segments, window, q.device)
-    upstream = torch.randn_like(q)
-    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    want = attention(*exact, table, 0.125)
-    wanted = torch.autograd.grad(want, exact, upstream.double())
-    for run in (attention, lambda *a: _by_segment_gathered(*a)):
-        out = run(q, k, v, table, 0.125)
-        assert apart(out.double(), want) < 1e-2
-        for a, b in zip(torch.autograd.grad(out, (q, k, v), upstream), wanted):
-            assert apart(a.double(), b) < 2e-2
+    whole = torch.randn(190, 12, size, device="cuda", dtype=dtype, requires_grad=True)
+    if kind == "flash" and attention_file.backend(whole) != "flash":
+        pytest.skip("this card has no FlashAttention")
+    table = SegmentTable.build(segments, window, whole.device)
+    upstream = torch.randn_like(whole[:, :8])
 
+    def run(whole):
+        out = attention(*whole.split([8, 2, 2], dim=1), table, 0.125)
+        return out, torch.autograd.grad(out, whole, upstream.to(out.dtype))[0]
 
-def _by_segment_gathered(q, k, v, table, scale):
-    runs = table.runs
-    k, v = (torch.cat([t[a:b] for a, b in runs]) for t in (k, v))
-    return _by_segment(q, k, v, table, scale)
+    monkeypatch.setattr(attention_file, "backend", lambda q: "plain")
+    want, wanted = run(whole.detach().double().requires_grad_())
+    monkeypatch.setattr(attention_file, "backend", lambda q: kind)
+    out, grad = run(whole)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert apart(out.double(), want) < tolerance
+    assert apart(grad.double(), wanted) < 2 * tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -67,7 +88,53 @@ def test_step_0_is_ln_2_in_16_bits():
             parameter.data = parameter.data.bfloat16()
     decoder = Decoder(stack, torch.bfloat16)
     batch = collate_pairs([pair(0, 40, 30, 20), pair(1, 9, 12, 30)]).to("cuda")
-    assert torch.equal(decoder.token_logps(batch).detach(), decoder.token_logps(batch, reference=True))
+    for dropout in (None, Dropout(0.1, 1, 1)):
+        policy, reference = decoder.policy_and_reference(batch, dropout=dropout)
+        assert torch.equal(policy.detach(), reference)
+        assert torch.equal(reference, decoder.token_logps(batch, reference=True, dropout=dropout))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keep_policies_agree_on_the_gpu(dtype):
+    """Recomputing is the same kernels on the same numbers: the same bits."""
+    stack = live_stack(make_model())
+    stack.model.cuda()
+    for name, parameter in stack.model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+    decoder = Decoder(stack, dtype)
+    batch = collate_pairs([pair(0, 40, 30, 20)]).to("cuda")
+    found = [
+        loss_and_gradients(decoder, batch, keep=k, dropout=Dropout(0.1, 1, 1)) for k in ("all", "attention", "input")
+    ]
+    for logps, grads in found[1:]:
+        assert torch.equal(logps, found[0][0])
+        assert all(apart(grads[n], found[0][1][n]) < 1e-3 for n in grads)
+
+
+@pytest.mark.parametrize("scratch", ["layer", "small"])
+def test_nf4_on_the_gpu_equals_bitsandbytes_own_forward(tiny_base, scratch):
+    base = load_base(RunConfig(model_name_or_path=str(tiny_base), dtype="float32"))
+    decoder = Decoder(live_stack(base.model), base.dtype, scratch=scratch)
+    decoder.stack.model.cuda()
+    example = conversation(0, 33)
+    batch = collate_conversations([example]).to("cuda")
+    logps, grads = loss_and_gradients(decoder, batch, keep="input")
+    targets = batch.target_rows
+    decoder.stack.model.base_model.set_adapter(["sft", "dpo"])
+    logits = decoder.stack.model(batch.tokens[None]).logits[0].log_softmax(-1)
+    want = logits[targets, batch.target_ids]
+    parameters = decoder.stack.parameters()
+    wanted = torch.autograd.grad(want.sum(), list(parameters.values()))
+    assert apart(logps, want.detach()) < 1e-4
+    for (name, _), grad in zip(parameters.items(), wanted):
+        assert apart(grads[name], grad) < 1e-3, name
+
+
+def test_fuse_on_the_gpu():
+    model = peft_model()
+    model.cuda()
+    assert_same_hidden(both(model, input_ids=IDS.cuda(), attention_mask=RIGHT.cuda()), 1e-4)
 
 
 def test_packed_equals_one_row_at_a_time_on_the_gpu():

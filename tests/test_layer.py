@@ -25,7 +25,7 @@ from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.layer import kept_elements
 from zephyr_lite.model.load import load_base
 from zephyr_lite.model.plan import kept_bytes
-from zephyr_lite.ops import dispatch, nf4, rms_norm, rope, swiglu
+from zephyr_lite.ops import attention, dispatch, nf4, rms_norm, rope, swiglu
 from zephyr_lite.ops import dropout as dropout_file
 from zephyr_lite.ops import token_logps as token_logps_file
 from zephyr_lite.ops.dropout import DropoutKey, dropout_scale
@@ -196,6 +196,18 @@ def test_saved_tensors_are_not_overwritten():
         first = torch.autograd.grad(total, parameters, retain_graph=True)
         second = torch.autograd.grad(total, parameters)
         assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_plain_attention_is_the_processors(window, monkeypatch):
+    """What runs where PyTorch has no kernel is the same function."""
+    decoder = Decoder(live_stack(make_model(sliding_window=window), torch.float64), torch.float64)
+    batch = collate_pairs([pair(0, 9, 6, 4), pair(1, 5, 8, 8)])
+    want, wanted = loss_and_gradients(decoder, batch)
+    monkeypatch.setattr(attention, "backend", lambda q: "plain")
+    got, grads = loss_and_gradients(decoder, batch)
+    assert 0 < apart(got, want) < 1e-12
+    assert_same(grads, wanted, 1e-12)
 
 
 # --- precision ---
