@@ -52,7 +52,7 @@ def test_every_attention_kernel_equals_float64(kind, dtype, size, window, monkey
     upstream = torch.randn_like(whole[:, :8])
 
     def run(whole):
-        out = attention(*whole.split([8, 2, 2], dim=1), table, 0.125)
+        out = attention_file.attention(*whole.split([8, 2, 2], dim=1), table, 0.125)
         return out, torch.autograd.grad(out, whole, upstream.to(out.dtype))[0]
 
     monkeypatch.setattr(attention_file, "backend", lambda q: "plain")
