@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from datasets import Dataset
+from transformers import AutoTokenizer
 
 from zephyr_lite import cli
 from zephyr_lite.config import DPO_DEFAULTS, DatasetSpec, RunConfig, load_config
@@ -92,6 +94,24 @@ def test_rows_of_every_format_are_read(number, tmp_path):
 def test_python_examples_are_python():
     for text in blocks("python"):
         compile(text, "README.md", "exec")
+
+
+def test_the_line_for_trl_runs_in_small(tmp_path, tiny_base, chat_rows, monkeypatch):
+    """The example as it stands, with the model, the rows and the sizes replaced."""
+    (text,) = (block for block in blocks("python") if "fuse(model)" in block)
+    text = text.replace("mistralai/Mistral-7B-v0.1", str(tiny_base))
+    text = text.replace('load_dataset("HuggingFaceH4/ultrachat_200k", split="train_sft")', "rows")
+    text = text.replace(
+        "args=SFTConfig(", "processing_class=tokenizer, args=SFTConfig(use_cpu=True, bf16=False, max_steps=2, "
+    )
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.pad_token = tokenizer.eos_token
+    messages = [json.loads(line)["messages"] for line in chat_rows.read_text().splitlines()]
+    found = {"rows": Dataset.from_list([{"messages": m} for m in messages]), "tokenizer": tokenizer}
+    exec(text, found)
+    assert len(found["trainer"].state.log_history) > 0 and found["trainer"].state.global_step == 2
 
 
 def test_the_table_has_every_key_with_its_default():
