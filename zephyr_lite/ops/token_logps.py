@@ -193,13 +193,15 @@ def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
         got, want = (f(logits.clone(), targets, True, True) for f in (_kernel, _twin))
         exact = logits.double().log_softmax(-1)
         name = f"[{rows}, {vocabulary}] spread {spread:g}"
-        yield Comparison(f"logps {name}", got.logps, want.logps, exact.gather(1, targets[:, None])[:, 0])
+        logps = exact.gather(1, targets[:, None])[:, 0]
+        yield Comparison(f"logps {name}", got.logps, want.logps, logps)
+        bare = _kernel(logits.clone(), targets, False, False)
+        yield Comparison(f"logps alone {name}", bare.logps, want.logps, logps)
         weights = [(chunk.weights / chunk.divisor).to(dtype) for chunk in (got, want)]
         yield Comparison(f"softmax {name}", *weights, exact.exp())
         entropies = got.entropy, want.entropy
         yield Comparison(f"entropy {name}", *entropies, -(exact.exp() * exact).sum(-1))
         yield Comparison(f"correct {name}", got.correct, want.correct, None)
-        yield Comparison(f"bare logps {name}", _kernel(logits.clone(), targets, False, False).logps, got.logps, None)
 
 
 register("token_logps", _check)
