@@ -200,6 +200,7 @@ def _kernel(x: Tensor, key: DropoutKey, out: Tensor, *, add: bool) -> Tensor:
                 BLOCK=block,
                 ADD=add,
                 num_warps=max(1, block // 256),
+                enable_fp_fusion=True,
             )
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,10 +136,10 @@ def _backward(
     tl.store(dx + row * D + column, result.to(dx.dtype.element_ty), mask=there)
 
 
-def _launch(width: int) -> dict[str, int]:
+def _launch(width: int) -> dict[str, Any]:
     block = next_power_of_2(width)
     # 16 values a thread keep a row in registers and its loads at 16 bytes
-    return {"D": width, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return {"D": width, "BLOCK": block, "num_warps": min(16, max(1, block // 512)), "enable_fp_fusion": True}
 
 
 def _kernel_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -101,6 +101,7 @@ def _kernel(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
             HEADS=together,
             INVERSE=inverse,
             num_warps=max(1, block * together // 256),
+            enable_fp_fusion=True,
         )
     return x
 

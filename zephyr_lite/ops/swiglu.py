@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,10 +120,11 @@ def _backward(
     tl.store(act + row * act_row + column, (silu * u).to(act.dtype.element_ty), mask=there)
 
 
-def _grid(like: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+def _grid(like: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
     rows, width = like.shape
     block = min(1024, next_power_of_2(width))
-    return (rows, -(-width // block)), {"WIDTH": width, "BLOCK": block, "num_warps": max(1, block // 256)}
+    options = {"WIDTH": width, "BLOCK": block, "num_warps": max(1, block // 256), "enable_fp_fusion": True}
+    return (rows, -(-width // block)), options
 
 
 def _output(given: Tensor | None, like: Tensor) -> Tensor:
