@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import multiprocessing
 import tempfile
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +96,9 @@ def lineup(method: str, engines: Sequence[str], per_device: Sequence[int], token
             Player(method, "fused", micro_tokens=tokens) if method == "sft" else Player(method, "fused", cached=True)
         )
         players.append(extra)
-    tries = [settings(method, engine, per_device) for engine in BASELINES if engine in engines]
-    return players + [player for group in zip(*tries) for player in group]
+    liger = importlib.util.find_spec("liger_kernel") is not None
+    tries = [settings(method, engine, per_device, liger=liger) for engine in BASELINES if engine in engines]
+    return players + [player for group in zip_longest(*tries) for player in group if player is not None]
 
 
 def matches(args: argparse.Namespace) -> list[tuple[float | None, str, float, int]]:
@@ -198,10 +201,11 @@ def table(results: dict[str, Any]) -> list[str]:
         rounds = f"{played['rounds']} of {played['rounds_wanted']} rounds"
         order = "taking turns" if played["side_by_side"] else "one engine after the other"
         lines += ["", f"{played['method']}, dropout {played['dropout']}{cap}: {rounds}, {order}"]
-        lines.append(f"  {'':30}{unit:>12}{'peak GiB':>10}  setting")
+        lines.append(f"  {'':30}{unit:>12}{'peak GiB':>10}{'allocated':>11}  setting")
         for side, found in played["variants"].items():
             speed = found[unit.replace("/s", "_per_second")]
-            lines.append(f"  {side:30}{speed:12,.2f}{found['peak_bytes'] / 2**30:10.2f}  {found['setting']}")
+            peak, used = found["peak_bytes"] / 2**30, found.get("peak_allocated_bytes", 0) / 2**30
+            lines.append(f"  {side:30}{speed:12,.2f}{peak:10.2f}{used:11.2f}  {found['setting']}")
         for side, why in played["not_run"].items():
             lines.append(f"  {side:30}NO RESULT: {' '.join(why.split())[:300]}")
         lines += [f"  {name}: {ratio:.2f}×" for name, ratio in played["ratios"].items()]
@@ -232,7 +236,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "commit": commit(),
             "machine": machine(),
-            "versions": versions("accelerate", "unsloth", "unsloth_zoo", "xformers", "flash_attn"),
+            "versions": versions("accelerate", "unsloth", "unsloth_zoo", "liger_kernel", "xformers", "flash_attn"),
             "settings": vars(args) | {"out": None, "base": None},
             **found,
             # forward and the gradient to the inputs: two products of two FLOP each; recomputing is not work done

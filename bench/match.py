@@ -44,14 +44,29 @@ class Player(Variant):
         return " ".join(words)
 
     @property
+    def kind(self) -> tuple[bool, ...]:
+        """What settings that differ by the size of their micro-batches have in common."""
+        return self.recompute, self.padded, self.liger
+
+    @property
     def name(self) -> str:
         return self.side if self.engine == "fused" else super().name
 
 
-def settings(method: str, engine: str, per_device: Iterable[int]) -> list[Player]:
-    """A baseline's settings, in the order in which they are tried: what surely fits first."""
+def settings(method: str, engine: str, per_device: Iterable[int], *, liger: bool = False) -> list[Player]:
+    """A baseline's settings, in the order in which they are tried: what surely fits first.
+
+    Args:
+        liger: TRL with Liger's kernels, too.
+    """
     sizes = sorted(per_device)
-    return [Player(method, engine, recompute=recompute, per_device=n) for n in sizes for recompute in (True, False)]
+    found = [Player(method, engine, recompute=recompute, per_device=n) for n in sizes for recompute in (True, False)]
+    if engine == "trl" and liger:
+        found += [Player(method, engine, recompute=True, per_device=n, liger=True) for n in sizes]
+        found.append(Player(method, engine, liger=True))
+    if engine == "trl" and method == "sft":
+        found.append(Player(method, engine, recompute=True, padded=True))
+    return found
 
 
 @dataclass
@@ -165,7 +180,7 @@ class Match:
                 continue
             if t["result"] == "refused":
                 return f"the engine refused {other.name}"
-            if other.recompute == player.recompute and other.per_device < player.per_device and t["result"] == "memory":
+            if t["result"] == "memory" and other.per_device < player.per_device and other.kind == player.kind:
                 return f"{other.name} did not fit"
         broken = [t for t in self.tried if t["side"] == player.side and t["result"] in ("error", "died", "late")]
         if len(broken) > 1 and player.side not in self.best:
@@ -173,7 +188,7 @@ class Match:
         fitted = sorted(
             (t["player"].per_device, t["seconds"])
             for t in self.tried
-            if t["side"] == player.side and t["result"] == "ran" and t["player"].recompute == player.recompute
+            if t["side"] == player.side and t["result"] == "ran" and t["player"].kind == player.kind
         )
         if len(fitted) > 1 and fitted[-1][0] < player.per_device and fitted[-1][1] > fitted[-2][1]:
             return "more at once was slower already"

@@ -13,13 +13,14 @@ def begin(pipe: Connection, engine: str, folder: str | None, packed: bytes) -> N
     """Run ``turns.worker``.
 
     Args:
-        folder: where to work, and where engines may leave what they compile, which several at once must not share.
+        folder: where to work, and where libraries may keep what they generate, which several at once must not share.
         packed: the worker's other arguments, pickled: unpickling them imports everything.
     """
     if folder is not None:
         os.makedirs(folder, exist_ok=True)
         os.chdir(folder)
         os.environ["UNSLOTH_COMPILE_LOCATION"] = os.path.join(folder, "unsloth")
+        os.environ["HF_DATASETS_CACHE"] = os.path.join(folder, "datasets")
     if engine == "unsloth":
         from zephyr_lite.train.baselines import start_unsloth
 

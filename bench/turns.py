@@ -45,6 +45,7 @@ class Variant:
         cached: the reference is computed before the first step.
         per_device: rows in one of a baseline's micro-batches.
         padded: TRL gets a packed row's conversations as a padded batch.
+        liger: TRL with Liger's kernels.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Variant:
     cached: bool = False
     per_device: int = 1
     padded: bool = False
+    liger: bool = False
 
     @property
     def name(self) -> str:
@@ -62,6 +64,7 @@ class Variant:
         if self.engine != "fused":
             words += [f"{self.per_device} at once"] if self.per_device > 1 else []
             words += ["padded"] if self.padded else []
+            words += ["liger"] if self.liger else []
             words += ["recompute"] if self.recompute else []
         return " ".join(words)
 
@@ -171,7 +174,8 @@ def worker(pipe: Connection, variant: Variant, values: dict[str, Any], cap: floa
 
 
 def _kind(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+    text = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "cublas_status_alloc_failed" in text:
         return "memory"
     return "refused" if isinstance(error, UserError) else "error"
 
@@ -198,6 +202,7 @@ def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
             "per_device_train_batch_size": variant.per_device,
             "gradient_accumulation_steps": stage.config.batch_size // variant.per_device,
             "gradient_checkpointing": variant.recompute,
+            **({"use_liger_kernel": True} if variant.liger else {}),
         }
     }
     trainer, _ = baselines.make_trainer(stage, say=lambda line: None, on_metrics=lambda step, total, found: None)

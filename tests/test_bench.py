@@ -21,6 +21,7 @@ from zephyr_lite.data.chat import resolve_template
 from zephyr_lite.data.prepare import prepare
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.load import load_tokenizer
+from zephyr_lite.model.plan import free_memory
 from zephyr_lite.ops.dispatch import HAVE_TRITON
 from zephyr_lite.train.loop import rows_of_step
 
@@ -228,7 +229,7 @@ def test_without_time_a_round_is_played_all_the_same(random_base, tmp_path):
     played = players_alone(tmp_path, random_base, cap=None, deadline=0.0)
     result = played.play(match.settings("sft", "trl", [1, 2]), contest.nothing, 1)
     assert result["rounds"] == 1 and result["rounds_wanted"] == 2
-    assert [t["why"] for t in result["tried"]] == ["", "out of time", "out of time", "out of time"]
+    assert [t["why"] for t in result["tried"]] == ["", *["out of time"] * 4]
 
 
 def test_an_engine_in_a_process_of_its_own(random_base, tmp_path):
@@ -236,6 +237,70 @@ def test_an_engine_in_a_process_of_its_own(random_base, tmp_path):
     result = played.play([match.Player("sft", "fused")], contest.nothing, 1)
     assert result["side_by_side"] and result["variants"]["fused"]["peak_bytes"] > 0
     assert result["not_run"] == {}
+
+
+def test_a_cap_is_what_the_planner_sees(monkeypatch):
+    gib, told = 2**30, []
+    for where in (torch.cuda, torch.cuda.memory):
+        monkeypatch.setattr(where, "mem_get_info", lambda device=None: (100 * gib, 140 * gib))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 6 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: 5 * gib)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", told.append)
+    turns.imitate_card(24)
+    assert told == [(24 * gib - turns.CONTEXT_BYTES) / (140 * gib)]
+    assert torch.cuda.mem_get_info() == (18 * gib - turns.CONTEXT_BYTES, 24 * gib)
+    assert free_memory(torch.device("cuda")) == 19 * gib - turns.CONTEXT_BYTES
+
+
+def test_room_is_made_for_the_next_on_trial(monkeypatch, tmp_path):
+    """The card is never asked for more than it has: loaded players, kept ones at their peaks, and one at its cap."""
+    gib, cap, idle, card = 2**30, 24, 6 * 2**30, 100 * 2**30
+    alive: dict[object, int] = {}
+
+    class Fake:
+        def __init__(self, variant, values, **options):
+            self.variant, self.steps, self.ready = variant, [], {"threads": 1, "plan": {}}
+            alive[self] = idle
+
+        def load(self, timeout):
+            return self
+
+        def step(self, timeout):
+            alive[self] = cap * gib
+            assert sum(alive.values()) <= card
+            alive[self] = 20 * gib + turns.CONTEXT_BYTES
+            seconds = 1 / self.variant.per_device  # more at once is faster, so that the kept one changes
+            return {"seconds": seconds, "cpu_seconds": 0, "pairs": 4, "tokens": 9, "peak_bytes": 20 * gib}
+
+        def stop(self):
+            alive.pop(self)
+
+        def abandon(self):
+            alive.pop(self, None)
+
+    monkeypatch.setattr(match, "Runner", Fake)
+    played = match.Match("dpo", {}, 3, time.monotonic() + 60, tmp_path, cap, card, idle)
+    players = contest.lineup("dpo", ["fused", "trl", "unsloth"], [1, 2, 4], 4096)
+    result = played.play(players, contest.nothing, 4)
+    assert result["side_by_side"] and result["rounds"] == 3
+    assert {s: v["per_device"] for s, v in result["variants"].items()} == {
+        "fused live": 1, "fused cached": 1, "trl live": 4, "unsloth live": 4,
+    }  # fmt: skip
+    assert not alive
+
+    small = match.Match("dpo", {}, 3, time.monotonic() + 60, tmp_path, cap, cap * gib, idle)
+    card = cap * gib
+    assert not small.play(players, contest.nothing, 4)["side_by_side"] and not alive
+
+
+def test_what_is_tried():
+    tried = match.settings("sft", "trl", [2, 1], liger=True)
+    assert tried[0].name == "trl recompute" and tried[0].per_device == 1  # what surely fits comes first
+    assert {"trl", "trl 2 at once", "trl padded recompute", "trl liger recompute"} <= {p.name for p in tried}
+    assert not any(p.liger or p.padded for p in match.settings("dpo", "unsloth", [1, 2], liger=True))
+    order = [p.engine for p in contest.lineup("dpo", ["fused", "trl", "unsloth"], [1], 4096)]
+    assert order[:4] == ["fused", "fused", "trl", "unsloth"]  # no engine waits until another has tried everything
 
 
 def test_gpu_refuses_what_it_cannot_do():
