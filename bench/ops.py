@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,6 +112,8 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     if not args.tiny and not torch.cuda.is_available():
         raise UserError("bench.ops measures an NVIDIA card, and PyTorch finds none here.", "--tiny runs on a CPU.")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    # what Unsloth generates on import is not left in the current folder
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "zephyr-lite-bench-unsloth"))
     device = compute_device()
     dtype = compute_dtype("auto", device)
     tokens, rounds = (8, 2) if args.tiny else (args.tokens, args.rounds)
