@@ -155,7 +155,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     if claim:
         stage.claim()
     say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
-    base = load_base(config)
+    base = _load(config)
     if config.engine == "fused":
         for note in check_kernels(base.device, base.dtype):
             say(note)

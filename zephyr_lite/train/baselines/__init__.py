@@ -1,11 +1,11 @@
 """The same run on other people's trainers: stock TRL (``engine: trl``), or Unsloth under TRL's trainers (``engine:
 unsloth``). Same rows in the same order, same hyperparameters, same run folder.
 
-    run.py            a stage from its opening to its adapter; the trainer and its hyperparameters
-    rows.py           our rows in TRL's collators, our order in its trainers
-    trl.py            what TRL trains on: adapters below, the initial weights
-    unsloth.py        the same with Unsloth's loader, kernels and checkpointing
-    start_unsloth.py  its import, which has to come before everybody else's
+    run.py      a stage from its opening to its adapter; the trainer and its hyperparameters
+    rows.py     our rows in TRL's collators, our order in its trainers
+    trl.py      what TRL trains on: adapters below, the initial weights
+    unsloth.py  the same with Unsloth's loader, kernels and checkpointing
+    early.py    its import, which has to come before everybody else's
 
 Nothing is imported here: Unsloth has to come before transformers, and who asks for it comes through this package.
 """
@@ -22,8 +22,8 @@ WHERE = {
     "Pairs": "rows",
     "places": "rows",
     "sees_only_itself": "rows",
-    "start_unsloth": "start_unsloth",
-    "unsloth_conflicts": "start_unsloth",
+    "start_unsloth": "early",
+    "unsloth_conflicts": "early",
 }
 __all__ = sorted(WHERE)
 

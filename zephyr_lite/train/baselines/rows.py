@@ -13,7 +13,10 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ...data.prepare import Prepared
+from ...model.adapters import AdapterStack
+from ...model.peft_files import read_adapter
 from ..recorder import Order
+from .trl import ADAPTER, REFERENCE
 
 LENGTHS = "packed_seq_lengths"  # what Unsloth's attention calls the lengths of a packed row's sequences
 
@@ -132,6 +135,14 @@ class _OurRows:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self.order
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Of a checkpoint with several adapters transformers loads those in sub-folders only: the reference, and not
+        the policy, which would start over against it."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        model = self.model if model is None else model  # type: ignore[attr-defined]
+        if REFERENCE in getattr(model, "peft_config", {}):
+            AdapterStack(model).load(ADAPTER, read_adapter(resume_from_checkpoint).modules)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run folder says what it is."""

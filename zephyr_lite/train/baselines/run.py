@@ -31,7 +31,7 @@ from ..recorder import OnMetrics, Order, Recorder
 from ..setup import Say, Stage, close_stage, open_stage
 from . import trl, unsloth
 from .rows import Dpo, Pairs, Rows, Sft, places, sees_only_itself, targets
-from .start_unsloth import start_unsloth
+from .early import start_unsloth
 from .trl import ADAPTER, Start, start_as_fused
 
 
@@ -114,6 +114,8 @@ def make_trainer(stage: Stage, *, say: Say, on_metrics: OnMetrics) -> tuple[Any,
         packed = sees_only_itself(model, with_lengths=lengths)
         if not packed:
             say("this architecture does not keep packed conversations apart: TRL gets them padded instead")
+        if fast:
+            common["loss_type"] = "nll"  # the one that Unsloth's own chunked loss replaces; TRL's default is TRL's own
         arguments = SFTConfig(**common, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
         collator = Rows(parts, pad, packed=packed, with_lengths=lengths)
         trainer = Sft(**shared, args=arguments, data_collator=collator)

@@ -23,6 +23,7 @@ from ...model.peft_files import compose, write_adapter
 from ..setup import Say, Stage
 
 ADAPTER = "default"  # the name that TRL looks for
+REFERENCE = "ref"  # what it calls its frozen copy of it
 
 
 def attach(stage: Stage, say: Say) -> tuple[Any, LoraConfig | None]:

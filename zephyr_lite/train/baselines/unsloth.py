@@ -11,11 +11,13 @@ length, a vocabulary that it extends.
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ...config import RunConfig
 from ...errors import UserError
@@ -32,7 +34,7 @@ from ...model.load import (
 )
 from ...model.peft_files import LoraWeights, compose
 from ..setup import Say, Stage
-from .start_unsloth import start_unsloth
+from .early import start_unsloth
 from .trl import ADAPTER, goes_on_below, merged_below, start_as_fused
 
 
@@ -59,6 +61,8 @@ def load_unsloth(config: RunConfig) -> Base:
             "Set bnb_4bit_use_double_quant=true, or engine=fused.",
         )
     own_length = getattr(model_config, "max_position_embeddings", None) or config.max_length
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # in a log file it is noise
     try:
         model, _ = FastLanguageModel.from_pretrained(
             str(folder),
