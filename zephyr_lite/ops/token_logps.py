@@ -212,10 +212,12 @@ def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
         yield Comparison(f"logps {name}", got.logps, want.logps, logps)
         bare = _kernel(logits.clone(), targets, False, False)
         yield Comparison(f"logps alone {name}", bare.logps, want.logps, logps)
-        weights = [(chunk.weights / chunk.divisor).to(dtype) for chunk in (got, want)]
-        yield Comparison(f"softmax {name}", *weights, exact.exp())
-        entropies = got.entropy, want.entropy
-        yield Comparison(f"entropy {name}", *entropies, -(exact.exp() * exact).sum(-1))
+        assert got.weights is not None and want.weights is not None  # all of it was asked for
+        softmaxes = (got.weights / got.divisor).to(dtype), (want.weights / want.divisor).to(dtype)
+        yield Comparison(f"softmax {name}", softmaxes[0], softmaxes[1], exact.exp())
+        assert got.entropy is not None and want.entropy is not None and got.correct is not None
+        assert want.correct is not None
+        yield Comparison(f"entropy {name}", got.entropy, want.entropy, -(exact.exp() * exact).sum(-1))
         yield Comparison(f"correct {name}", got.correct, want.correct, None)
 
 
