@@ -154,6 +154,9 @@ def compare_rms_norm(device, dtype, rows, width) -> None:
         (dx,) = torch.autograd.grad(y, h, grad.double())
         hold("y", kernel[0], twin[0], y.detach())
         hold("h", kernel[1], twin[1], h.detach())
+        # of the sum as it was rounded: what is kept for the backward pass is what was normalized
+        again = rms_norm.rms_norm_forward(kernel[1], weight, eps)[0]
+        assert (kernel[0].double() - again.double()).norm() <= 2e-4 * y.norm()
         assert add or kernel[1] is x
         if not add:
             hold("inverse", kernel[2], twin[2], inverse.detach())
