@@ -132,12 +132,13 @@ def test_precomputed_reference(run):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_a_killed_run_goes_on(run, method):
-    """Dropout off, float32: the resumed run's losses are those of an undisturbed one."""
+@pytest.mark.parametrize(("method", "four_bit"), [("sft", False), ("dpo", False), ("dpo", True)])
+def test_a_killed_run_goes_on(run, method, four_bit):
+    """Dropout off, float32: the resumed run's losses are those of an undisturbed one. In 4 bits the checkpoint holds the
+    policy and the reference, and both have to come back."""
     if method == "dpo":
-        run("sft")
-        run("sft", run="whole")
+        run("sft", load_in_4bit=four_bit)
+        run("sft", run="whole", load_in_4bit=four_bit)
 
     class Killed(Exception):
         pass
@@ -147,9 +148,9 @@ def test_a_killed_run_goes_on(run, method):
             raise Killed
 
     with pytest.raises(Killed):
-        run(method, on_metrics=kill)
-    resumed = run(method)
-    undisturbed = run(method, run="whole")
+        run(method, on_metrics=kill, load_in_4bit=four_bit)
+    resumed = run(method, load_in_4bit=four_bit)
+    undisturbed = run(method, run="whole", load_in_4bit=four_bit)
     a, b = metrics(resumed), metrics(undisturbed)
     assert [r["step"] for r in a] == [r["step"] for r in b]
     assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-5)

@@ -30,8 +30,8 @@ from ..optim import make_optimizer, make_scheduler
 from ..recorder import OnMetrics, Order, Recorder
 from ..setup import Say, Stage, close_stage, open_stage
 from . import trl, unsloth
-from .rows import Dpo, Pairs, Rows, Sft, places, sees_only_itself, targets
 from .early import start_unsloth
+from .rows import Dpo, Pairs, Rows, Sft, places, sees_only_itself, targets
 from .trl import ADAPTER, Start, start_as_fused
 
 

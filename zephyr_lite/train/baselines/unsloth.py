@@ -4,6 +4,8 @@ Its fused kernels know one active adapter. So the adapters below are treated as 
 16- or 32-bit base under a fresh adapter, and on a 4-bit base trained on (composed into one, at their own rank) against
 the frozen copy that TRL's DPO makes of them. A fresh adapter gets such a copy too; its B is zero, so it is the base.
 
+Checkpointing is in Unsloth's mode where the plan (or ``memory.keep``) says to recompute.
+
 What Unsloth would change silently is refused: another dtype than asked for, 16 bits where 4 were asked for, scales of
 the weights that are not quantized (it always quantizes them), rotary embeddings stretched beyond the model's own
 length, a vocabulary that it extends.
@@ -53,8 +55,11 @@ def load_unsloth(config: RunConfig) -> Base:
     dtype = compute_dtype(config.dtype, device)
     stored = getattr(model_config, "quantization_config", None)
     _, four_bit, double = _quantization(config, stored, folder, dtype)
-    if dtype == torch.float64:
-        raise UserError("dtype float64: Unsloth computes in at most 32 bits.", "Set dtype=float32, or engine=fused.")
+    if dtype == torch.float64 or (dtype == torch.float32 and device.type == "cuda"):
+        limit = (
+            "its trainers autocast to 16 bits on a GPU" if device.type == "cuda" else "it computes in at most 32 bits"
+        )
+        raise UserError(f"dtype {str(dtype).removeprefix('torch.')}: Unsloth cannot; {limit}.", "Set engine=fused.")
     if four_bit and stored is None and not double:
         raise UserError(
             "bnb_4bit_use_double_quant false: Unsloth always quantizes the scales of a base that it quantizes.",
@@ -71,7 +76,6 @@ def load_unsloth(config: RunConfig) -> Base:
             load_in_4bit=four_bit,
             load_in_16bit=not four_bit,
             device_map={"": str(device)},
-            use_gradient_checkpointing=False,  # decided when the adapter is put on
             use_exact_model_name=True,
             random_state=config.seed,
         )
