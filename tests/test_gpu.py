@@ -9,6 +9,7 @@ from tests.conftest import make_model
 from tests.test_decoder import apart, conversation, live_stack, loss_and_gradients, pair
 from tests.test_fuse import IDS, RIGHT, both, peft_model
 from tests.test_fuse import assert_same as assert_same_hidden
+from tests.test_ops import UnderAutograd
 from tests.test_train import LN2, metrics, quiet, words
 from zephyr_lite.config import RunConfig, load_config
 from zephyr_lite.data.batch import Segment, collate_conversations, collate_pairs
@@ -52,7 +53,7 @@ def test_every_attention_kernel_equals_float64(kind, dtype, size, window, monkey
     upstream = torch.randn_like(whole[:, :8])
 
     def run(whole):
-        out = attention_file.attention(*whole.split([8, 2, 2], dim=1), table, 0.125)
+        out = UnderAutograd.apply(*whole.split([8, 2, 2], dim=1), table, 0.125)
         return out, torch.autograd.grad(out, whole, upstream.to(out.dtype))[0]
 
     monkeypatch.setattr(attention_file, "backend", lambda q: "plain")

@@ -351,7 +351,7 @@ def test_token_logps_of_extreme_logits(dtype):
 def test_a_tie_counts_as_correct():
     hidden, head = torch.zeros(1, 4, device=DEVICE), rand(10, 4)
     for run in both(
-        "token_logps", lambda: token_logps.token_stats(hidden, head, torch.tensor([3], device=DEVICE)), hidden
+        "token_logps", lambda: token_logps.token_logps(hidden, head, torch.tensor([3], device=DEVICE), True), hidden
     ):
         assert run[1].correct.tolist() == [True]
 

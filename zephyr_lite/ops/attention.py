@@ -169,27 +169,6 @@ def attention_backward(
             target.copy_(found)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scale: float) -> Tensor:
-    """``attention_forward`` under autograd: [T, H, d]."""
-    return _Attention.apply(q, k, v, table, scale)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scale: float) -> Tensor:  # type: ignore[override]
-        out, lse = attention_forward(q, k, v, table, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.table, ctx.scale = table, scale
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
-        into = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-        attention_backward(grad.contiguous(), q, k, v, out, lse, ctx.table, ctx.scale, into)
-        return (*into, None, None)
-
-
 @dataclass(frozen=True)
 class _Piece:
     """A segment's place among the queries and among the gathered keys."""

@@ -10,18 +10,6 @@ from torch import Tensor
 from .dispatch import Comparison, jit, next_power_of_2, on_device, register, rows_dense, runs_triton, samples, tl
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys.
-
-    Args:
-        x: [T, H, d].
-        cos, sin: [T, d], both halves alike, in x's dtype.
-    Returns:
-        [T, H, d]. Nothing of x is kept: the backward pass is the inverse rotation.
-    """
-    return _Rope.apply(x, cos, sin)
-
-
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """Rotate queries and keys where they lie.
 
@@ -127,15 +115,3 @@ def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
 
 
 register("rope", _check)
-
-
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(cos, sin)
-        return rope_(x.clone(memory_format=torch.contiguous_format), cos, sin)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        return rope_(grad.clone(memory_format=torch.contiguous_format), cos, sin, inverse=True), None, None

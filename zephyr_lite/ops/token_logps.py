@@ -52,12 +52,6 @@ def token_logps(
     return (logps, TokenStats(entropy, correct)) if stats else logps
 
 
-def token_stats(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, TokenStats]:
-    """As ``token_logps`` with its statistics, without a gradient."""
-    with torch.no_grad():
-        return token_logps(hidden, head, targets, stats=True)
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
