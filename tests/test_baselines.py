@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from tests.conftest import make_model, make_tokenizer
 from zephyr_lite.config import load_config
 from zephyr_lite.errors import UserError
+from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.train.baselines import sees_only_itself
+from zephyr_lite.train.baselines.trl import REFERENCE, Start
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.setup import StageComplete
 from zephyr_lite.train.sft import run_sft
@@ -121,6 +123,21 @@ def test_nf4_continues_the_sft_adapter_at_its_own_rank(run):
     assert "rank 3 instead of lora_r 8" in line
     info = json.loads((dpo / "stage.json").read_text())
     assert info["trl"]["continues"][0]["path"] == "sft/adapter"
+
+
+def test_a_wrong_reference_is_refused(run, monkeypatch):
+    """As if TRL had copied nothing: its reference is then the bare base."""
+    run("sft", load_in_4bit=True)
+    put_back = Start.put_back
+
+    def forget(self, model, *, dropout):
+        put_back(self, model, dropout=dropout)
+        for _, layer in AdapterStack(model).lora_layers():
+            layer.lora_B[REFERENCE].weight.data.zero_()
+
+    monkeypatch.setattr(Start, "put_back", forget)
+    with pytest.raises(UserError, match="policy and reference differ"):
+        run("dpo", load_in_4bit=True)
 
 
 def test_precomputed_reference(run):

@@ -14,6 +14,7 @@ length, a vocabulary that it extends.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -140,7 +141,6 @@ def attach(stage: Stage, say: Say, *, checkpointing: bool) -> Any:
             f"a row has {longest} tokens, and the model {limit} positions; Unsloth would cut it or stretch the positions.",
             f"Set max_length={limit}, or engine=fused.",
         )
-    below: dict[str, LoraWeights] | None = None
     if stage.frozen and stage.base.load_in_4bit:
         below = compose(stage.frozen)
         model = _peft_model(stage.base.model, stage, checkpointing, below)
@@ -152,7 +152,7 @@ def attach(stage: Stage, say: Say, *, checkpointing: bool) -> Any:
     return model
 
 
-def _peft_model(model: Any, stage: Stage, checkpointing: bool, below: dict[str, LoraWeights] | None) -> Any:
+def _peft_model(model: Any, stage: Stage, checkpointing: bool, below: Mapping[str, LoraWeights] | None) -> Any:
     """``FastLanguageModel.get_peft_model`` with a fresh adapter, or one of the shape of the adapters below."""
     from unsloth import FastLanguageModel
 
