@@ -506,6 +506,12 @@ def expected_flops(batch, keep, *, policy=True, reference=False, drop=False, lay
     return total
 
 
+def angles(decoder, batch):
+    """some versions of transformers multiply positions and frequencies as matrices; that is no work of the layers."""
+    model = decoder.stack.base.model
+    return flops(lambda: model.rotary_emb(torch.empty(1), batch.positions[None]))
+
+
 @pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("keep", KEEPS)
 def test_flops_of_an_sft_step(keep, drop):
@@ -513,7 +519,7 @@ def test_flops_of_an_sft_step(keep, drop):
     batch = collate_conversations([conversation(0, 40), conversation(1, 24)])
     dropout = Dropout(0.3, 1, 1) if drop else None
     found = flops(lambda: loss_and_gradients(decoder, batch, keep=keep, dropout=dropout))
-    assert found == expected_flops(batch, keep, drop=drop)
+    assert found - angles(decoder, batch) == expected_flops(batch, keep, drop=drop)
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -527,7 +533,7 @@ def test_flops_of_a_dpo_step(keep, drop):
         policy, reference = decoder.policy_and_reference(batch, keep=keep, dropout=dropout)
         (policy - reference).sum().backward()
 
-    assert flops(step) == expected_flops(batch, keep, reference=True, drop=drop)
+    assert flops(step) - angles(decoder, batch) == expected_flops(batch, keep, reference=True, drop=drop)
 
 
 def test_an_oracle_that_is_wrong_is_seen():
