@@ -143,7 +143,7 @@ def test_all_linear_is_every_linear_layer_but_the_head():
 
 @pytest.fixture(scope="module")
 def starts():
-    """Skips where Unsloth does not start without a GPU. (Its CPU fallback is what is tested here; see test_gpu.)"""
+    """Skips where Unsloth does not start without a GPU. Its CPU fallback is what is tested here."""
     if conflicts := early.unsloth_conflicts():
         pytest.skip("; ".join(conflicts))
     code, _, complaint = python("-c", "from zephyr_lite.train.baselines import start_unsloth; start_unsloth()")
