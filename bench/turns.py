@@ -161,10 +161,22 @@ def worker(pipe: Connection, variant: Variant, values: dict[str, Any], cap: floa
         if cap is not None:
             imitate_card(cap)
         config = RunConfig.model_validate(values)
-        stage = open_stage(variant.method, Loaded(config, set(values), [], None), say=lambda line: None)  # type: ignore[arg-type]
+        said: list[str] = []
+        stage = open_stage(variant.method, Loaded(config, set(values), [], None), say=said.append)  # type: ignore[arg-type]
         turns = Turns(pipe, stage)
         run = fused(stage, turns) if variant.engine == "fused" else baseline(stage, turns, variant)
-        pipe.send({"ready": True, "threads": torch.get_num_threads(), "plan": stage.plan.as_dict(), **memory()})
+        replaced = [line for line in said if line.startswith("The Triton kernel")]
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # what loading took is no part of a step
+        pipe.send(
+            {
+                "ready": True,
+                "threads": torch.get_num_threads(),
+                "plan": stage.plan.as_dict(),
+                "kernels_replaced": replaced,
+                **memory(),
+            }
+        )
         try:
             run()
         except Stop:
@@ -315,6 +327,7 @@ def describe(runner: Runner, unit: str) -> dict[str, Any]:
         **({"peak_allocated_bytes": max(allocated)} if allocated else {}),
         "threads": runner.ready["threads"],
         "plan": runner.ready["plan"] if runner.variant.engine == "fused" else None,
+        "kernels_replaced": runner.ready["kernels_replaced"],
     }
 
 

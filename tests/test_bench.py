@@ -260,7 +260,7 @@ def test_room_is_made_for_the_next_on_trial(monkeypatch, tmp_path):
 
     class Fake:
         def __init__(self, variant, values, **options):
-            self.variant, self.steps, self.ready = variant, [], {"threads": 1, "plan": {}}
+            self.variant, self.steps, self.ready = variant, [], {"threads": 1, "plan": {}, "kernels_replaced": []}
             alive[self] = idle
 
         def load(self, timeout):

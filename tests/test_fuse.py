@@ -51,7 +51,7 @@ def both(model, **inputs):
         hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
         mask = inputs.get("attention_mask")
         hidden = hidden if mask is None else hidden * mask[..., None]
-        (hidden * torch.linspace(-1, 1, hidden.shape[1])[None, :, None]).sum().backward()
+        (hidden * torch.linspace(-1, 1, hidden.shape[1], device=hidden.device)[None, :, None]).sum().backward()
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append((hidden.detach(), grads))
     return found

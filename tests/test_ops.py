@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from zephyr_lite.ops import attention as attention_file
 from zephyr_lite.ops import token_logps as token_logps_file
 from zephyr_lite.ops.attention import SegmentTable, attention_backward, attention_forward
 from zephyr_lite.ops.dropout import DropoutKey, add_dropped_, drop, dropout_mask, dropout_scale
@@ -300,6 +302,30 @@ def test_attention_over_the_segment_table(window, kind):
     upstream = torch.randn_like(want)
     for a, b in zip(torch.autograd.grad(got, (q, k, v), upstream), torch.autograd.grad(want, (q, k, v), upstream)):
         torch.testing.assert_close(a, b)
+
+
+def test_segments_of_like_length_run_together():
+    """What the memory-efficient kernel gets: every segment once, in order, and no run that wastes half of its room."""
+    lengths = [20, 2000, 30, 31, 29, 1, 1, 900, 1000, 5]
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    segments = [Seg(a, b, (0, 7) if i == 3 else None) for i, (a, b) in enumerate(pairwise(starts))]
+    table = SegmentTable.build(segments, None, torch.device("cpu"))
+    runs = attention_file._like_lengths(table)
+    assert [n for run in runs for n in run.queries] == lengths and 1 < len(runs) < len(lengths)
+    assert [n for run in runs for n in run.keys] == [n + 7 * (i == 3) for i, n in enumerate(lengths)]
+    assert [run.q.start for run in runs[1:]] == [run.q.stop for run in runs[:-1]] and runs[-1].q.stop == sum(lengths)
+    assert [run.k.start for run in runs[1:]] == [run.k.stop for run in runs[:-1]] and runs[-1].k.stop == sum(
+        lengths
+    ) + 7
+    for run in runs:
+        assert len(run.queries) * max(run.queries) <= 2 * sum(run.queries)
+        assert run.cu_queries.tolist() == [sum(run.queries[:i]) for i in range(len(run.queries) + 1)]
+        assert run.cu_keys.tolist() == [sum(run.keys[:i]) for i in range(len(run.keys) + 1)]
+        lse = torch.randn(sum(run.queries), 3)
+        padded = attention_file._padded(lse, run.queries)
+        assert padded.shape == (len(run.queries), 3, -(-max(run.queries) // 32) * 32)
+        assert torch.equal(attention_file._by_token(padded, run.queries), lse)
+        assert int(padded.isinf().sum()) == padded.numel() - lse.numel()
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 1000])

@@ -75,6 +75,9 @@ def _train(method: Any, config: str | None, overrides: list[str], dry_run: bool)
         from .train.baselines import start_unsloth
 
         start_unsloth()  # it replaces what is imported from here on
+    elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # micro-batches differ in size: blocks that cannot grow would leave holes
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from .needs import needs_lines
     from .train.dpo import run_dpo
     from .train.dry_run import run_dry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from types import MethodType
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..data.batch import Segment
 from ..errors import UserError
 from ..ops.attention import SegmentTable
+from ..ops.dispatch import check_kernels
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
 from ..ops.rms_norm import rms_norm
@@ -71,6 +73,7 @@ class _Fused:
         self.plain: Callable[..., Any] = inner.forward
         self.keep = keep
         self.scratch = Scratch(scratch)
+        self.checked: set[tuple[torch.device, torch.dtype]] = set()
 
     def forward(
         self,
@@ -117,6 +120,11 @@ class _Fused:
         where, positions, segments = _without_padding(x, attention_mask, position_ids)
         flat = x.flatten(0, 1)
         flat = (flat if where is None else flat[where]).to(dtype)
+        if (x.device, dtype) not in self.checked:
+            self.checked.add((x.device, dtype))
+            with torch.no_grad():
+                for note in check_kernels(x.device, dtype):
+                    warnings.warn(note, stacklevel=2)
         with torch.autocast(kind, enabled=False):
             flat = self._layers(flat, positions, segments)
         if where is not None:

@@ -112,10 +112,10 @@ def make_plan(
 
 def transient_bytes(config: Any, dtype: torch.dtype, keep: Keep) -> int:
     """About what a token takes while one layer's backward pass runs, beside what is kept: everything that is recomputed,
-    the gradient of the activation, and two hidden states."""
+    the activation's gradient and, with dropout, its dropped copy, and two hidden states."""
     layer = kept_bytes(config, dtype, "all") // config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    extra = (inner + 2 * config.hidden_size) * dtype.itemsize
+    extra = 2 * (inner + config.hidden_size) * dtype.itemsize
     return extra + (2 * inner * dtype.itemsize if keep == "all" else layer)
 
 

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Backend = Literal["flash", "efficient", "cpu", "plain"]
@@ -57,13 +58,23 @@ class SegmentTable:
     cu_queries: Tensor
     cu_keys: Tensor
 
+    @cached_property
+    def query_starts(self) -> list[int]:
+        """[S + 1] where each segment's queries begin."""
+        return list(accumulate(self.query_lengths, initial=0))
+
+    @cached_property
+    def key_starts(self) -> list[int]:
+        """[S + 1] where each segment's gathered keys begin."""
+        return list(accumulate(self.key_lengths, initial=0))
+
     @classmethod
     def build(cls, segments: Sequence[SegmentLike], window: int | None, device: torch.device) -> SegmentTable:
         queries, keys = [s.queries for s in segments], [s.keys for s in segments]
         runs = [run for s in segments for run in s.key_runs()]
 
         def cumulative(lengths: list[int]) -> Tensor:
-            return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+            return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32).to(device, non_blocking=True)
 
         return cls(queries, keys, None if keys == queries else runs, window, cumulative(queries), cumulative(keys))
 
@@ -88,8 +99,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scal
         table: the segments.
         scale: what the products are multiplied with before the softmax.
     Returns:
-        out [T, H, d] contiguous, and the log-sum-exp of every query's scores in max(float32, dtype), in the layout of
-        the kernel that computed it: hand it to ``attention_backward`` as it is.
+        out [T, H, d] contiguous, and the log-sum-exp of every query's scores in max(float32, dtype): T H numbers, in a
+        layout of their own; hand it to ``attention_backward`` as it is.
     """
     kind = backend(q)
     k, v = _gathered(k, table), _gathered(v, table)
@@ -100,15 +111,18 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scal
             0.0, left < 0, False, scale=scale, window_size_left=left, window_size_right=right,
         )  # fmt: skip
         return out, lse
-    if kind == "efficient":
-        k, v = _repeated(k, q), _repeated(v, q)
-        out, lse, *_ = torch.ops.aten._efficient_attention_forward(
-            q[None], k[None], v[None], None, table.cu_queries, table.cu_keys, max(table.query_lengths),
-            max(table.key_lengths), 0.0, _CAUSAL_FROM_BOTTOM_RIGHT, True, scale=scale, window_size=table.window,
-        )  # fmt: skip
-        return out[0], lse
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    if kind == "efficient":
+        k, v = _repeated(k, q), _repeated(v, q)
+        for run in _like_lengths(table):
+            found, padded, *_ = torch.ops.aten._efficient_attention_forward(
+                q[None, run.q], k[None, run.k], v[None, run.k], None, run.cu_queries, run.cu_keys, max(run.queries),
+                max(run.keys), 0.0, _CAUSAL_FROM_BOTTOM_RIGHT, True, scale=scale, window_size=table.window,
+            )  # fmt: skip
+            out[run.q] = found[0]
+            lse[run.q] = _by_token(padded, run.queries)
+        return out, lse
     forward = _cpu_forward if kind == "cpu" else _plain_forward
     for piece in _pieces(table):
         here = forward(_grouped(q, k, piece.q), _heads(k, piece.k), _heads(v, piece.k), piece, scale)
@@ -136,19 +150,23 @@ def attention_backward(
     if kind == "flash":
         left, right = _window(table)
         none = torch.empty(0, device=q.device)
-        state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
+        state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not: never read
         a, b, c = torch.ops.aten._flash_attention_backward(
             grad, q, k, v, out, lse, table.cu_queries, table.cu_keys, max(table.query_lengths), max(table.key_lengths),
             0.0, left < 0, state, none, scale=scale, window_size_left=left, window_size_right=right,
         )  # fmt: skip
     elif kind == "efficient":
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
-        a, b, c, _ = torch.ops.aten._efficient_attention_backward(
-            grad[None], q[None], _repeated(k, q)[None], _repeated(v, q)[None], None, out[None], table.cu_queries,
-            table.cu_keys, max(table.query_lengths), max(table.key_lengths), lse, 0.0, seed, seed,
-            _CAUSAL_FROM_BOTTOM_RIGHT, False, scale=scale, window_size=table.window,
-        )  # fmt: skip
-        a, b, c = a[0], _summed(b[0], k), _summed(c[0], k)
+        wide_k, wide_v = _repeated(k, q), _repeated(v, q)
+        a, b, c = d_q, torch.empty_like(k), torch.empty_like(v)
+        for run in _like_lengths(table):
+            gq, gk, gv, _ = torch.ops.aten._efficient_attention_backward(
+                grad[None, run.q], q[None, run.q], wide_k[None, run.k], wide_v[None, run.k], None, out[None, run.q],
+                run.cu_queries, run.cu_keys, max(run.queries), max(run.keys), _padded(lse[run.q], run.queries), 0.0, seed,
+                seed, _CAUSAL_FROM_BOTTOM_RIGHT, False, scale=scale, window_size=table.window,
+            )  # fmt: skip
+            a[run.q] = gq[0]
+            b[run.k], c[run.k] = _summed(gk[0], k), _summed(gv[0], k)
     else:
         direct = table.runs is None
         a = d_q
@@ -179,10 +197,62 @@ class _Piece:
 
 
 def _pieces(table: SegmentTable) -> Iterator[_Piece]:
-    q = k = 0
-    for queries, keys in zip(table.query_lengths, table.key_lengths):
-        yield _Piece(slice(q, q + queries), slice(k, k + keys), table.window)
-        q, k = q + queries, k + keys
+    for queries, keys in zip(pairwise(table.query_starts), pairwise(table.key_starts)):
+        yield _Piece(slice(*queries), slice(*keys), table.window)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive segments: their place among queries and keys, their lengths, and these cumulated on the device."""
+
+    q: slice
+    k: slice
+    queries: list[int]
+    keys: list[int]
+    cu_queries: Tensor
+    cu_keys: Tensor
+
+
+def _like_lengths(table: SegmentTable) -> list[_Run]:
+    """The segments in runs of like length: the memory-efficient kernel takes room for every segment as if it were the
+    longest of its call, and one long conversation among many short ones would take ten times what it needs."""
+    runs: list[_Run] = []
+    first = 0
+
+    def close(end: int) -> None:
+        q, k = table.query_starts[first], table.key_starts[first]
+        runs.append(
+            _Run(
+                slice(q, table.query_starts[end]),
+                slice(k, table.key_starts[end]),
+                table.query_lengths[first:end],
+                table.key_lengths[first:end],
+                table.cu_queries[first : end + 1] - q,
+                table.cu_keys[first : end + 1] - k,
+            )
+        )
+
+    for end in range(1, len(table.query_lengths)):
+        lengths = table.query_lengths[first : end + 1]
+        if len(lengths) * max(lengths) > 2 * sum(lengths):
+            close(end)
+            first = end
+    close(len(table.query_lengths))
+    return runs
+
+
+def _by_token(padded: Tensor, lengths: list[int]) -> Tensor:
+    """[S, H, at least the longest] → [Σ lengths, H]"""
+    return torch.cat([padded[i, :, :n].T for i, n in enumerate(lengths)])
+
+
+def _padded(lse: Tensor, lengths: list[int]) -> Tensor:
+    """[Σ lengths, H] → [S, H, the longest rounded up to 32], infinite beyond, as the kernel's forward pass leaves it."""
+    longest = -(-max(lengths) // 32) * 32
+    result = lse.new_full((len(lengths), lse.shape[1], longest), torch.inf)
+    for row, part in zip(result, lse.split(lengths)):
+        row[:, : part.shape[0]] = part.T
+    return result
 
 
 def _window(table: SegmentTable) -> tuple[int, int]:

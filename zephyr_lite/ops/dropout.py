@@ -167,28 +167,37 @@ def _drop(
     limit,
     x_row,
     out_row,
+    rows,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """A program takes BLOCK columns of a row; the mask is never in memory."""
-    row = tl.program_id(0).to(tl.int64)
+    """A program takes BLOCK columns of ROWS rows, so that a column is hashed once for all of them: hashing is what bounds
+    this kernel on a card whose memory is fast. The mask is never in memory."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < WIDTH
     # as in dropout_mask, word by word
-    h = _mix32(tl.load(streams + row).to(tl.uint32) ^ prefix.to(tl.uint32, bitcast=True))
-    h = _mix32(h ^ tl.load(positions + row).to(tl.uint32))
-    h = h ^ _mix32(column.to(tl.uint32) ^ 0x85EBCA6B)
-    h = h * 0x7FEB352D
-    h = (h ^ (h >> 15)) * 0x846CA68B
-    stays = (h.to(tl.int32, bitcast=True) >> 1) < limit
-    # loaded where it is dropped too: loads under a mask without pattern are not vectorized
-    value = tl.load(x + row * x_row + column, mask=there, other=0.0)
-    value = tl.where(stays, value, tl.zeros_like(value))
-    place = out + row * out_row + column
-    if ADD:
-        value = (tl.load(place, mask=there, other=0.0).to(tl.float32) + value.to(tl.float32)).to(out.dtype.element_ty)
-    tl.store(place, value, mask=there)
+    of_column = _mix32(column.to(tl.uint32) ^ 0x85EBCA6B)
+    for i in tl.static_range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + i
+        there = column < tl.where(row < rows, WIDTH, 0)
+        known = tl.minimum(row, rows - 1)
+        h = _mix32(tl.load(streams + known).to(tl.uint32) ^ prefix.to(tl.uint32, bitcast=True))
+        h = _mix32(h ^ tl.load(positions + known).to(tl.uint32))
+        h = (h ^ of_column) * 0x7FEB352D
+        h = (h ^ (h >> 15)) * 0x846CA68B
+        stays = (h.to(tl.int32, bitcast=True) >> 1) < limit
+        # loaded where it is dropped too: loads under a mask without pattern are not vectorized
+        value = tl.load(x + row * x_row + column, mask=there, other=0.0)
+        value = tl.where(stays, value, tl.zeros_like(value))
+        place = out + row * out_row + column
+        if ADD:
+            before = tl.load(place, mask=there, other=0.0).to(tl.float32)
+            value = (before + value.to(tl.float32)).to(out.dtype.element_ty)
+        tl.store(place, value, mask=there)
+
+
+_ROWS = 8
 
 
 def _kernel(x: Tensor, key: DropoutKey, out: Tensor, *, add: bool) -> Tensor:
@@ -202,7 +211,7 @@ def _kernel(x: Tensor, key: DropoutKey, out: Tensor, *, add: bool) -> Tensor:
         prefix = _prefix(key)
         block = min(1024, next_power_of_2(width))
         with on_device(x):
-            _drop[(rows, -(-width // block))](
+            _drop[(-(-rows // _ROWS), -(-width // block))](
                 x,
                 out,
                 key.streams.contiguous(),
@@ -211,8 +220,10 @@ def _kernel(x: Tensor, key: DropoutKey, out: Tensor, *, add: bool) -> Tensor:
                 _threshold(key),
                 x.stride(0),
                 out.stride(0),
+                rows,
                 WIDTH=width,
                 BLOCK=block,
+                ROWS=_ROWS,
                 ADD=add,
                 num_warps=max(1, block // 256),
                 enable_fp_fusion=True,

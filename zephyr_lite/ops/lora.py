@@ -86,7 +86,7 @@ class _Group:
 
     def a(self, dtype: torch.dtype) -> Tensor:
         """[R, in]"""
-        return torch.cat([pair.a.detach().to(dtype) for pair in self.pairs])
+        return torch.cat([pair.a.detach() for pair in self.pairs]).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -257,10 +257,14 @@ def grad_adapters(
 
 
 def _scaled_b(pairs: Sequence[LoraPair], dtype: torch.dtype) -> Tensor:
-    """s B of adapters on one projection beside each other: [out, Σ r]."""
-    if len(pairs) == 1:
-        return (pairs[0].b.detach() * pairs[0].scale).to(dtype)
-    return torch.cat([(pair.b.detach() * pair.scale).to(dtype) for pair in pairs], dim=1)
+    """s B of adapters on one projection beside each other: [out, Σ r], scaled in B's own dtype, then rounded."""
+    bs, scales = [pair.b.detach() for pair in pairs], {pair.scale for pair in pairs}
+    if len(scales) > 1:
+        bs, scales = [b * pair.scale for b, pair in zip(bs, pairs)], {1.0}
+    whole, scale = (torch.cat(bs, dim=1) if len(bs) > 1 else bs[0]), scales.pop()
+    if scale == 1:
+        return whole.to(dtype)
+    return torch.mul(whole, scale, out=torch.empty(whole.shape, dtype=dtype, device=whole.device))
 
 
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:

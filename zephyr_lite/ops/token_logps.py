@@ -11,7 +11,7 @@ from torch import Tensor
 from .dispatch import Comparison, jit, next_power_of_2, on_device, register, runs_triton, samples, tl
 
 # The logits of one chunk, in bytes of the dtype that the softmax is computed in. Small enough for a processor's
-# outer caches to help, large enough for the product to run at full speed.
+# outer caches to help, large enough for the product to run at full speed: on a GPU that takes four times as many rows.
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -228,7 +228,10 @@ class _TokenLogps(torch.autograd.Function):
         entropy = hidden.new_empty(count, dtype=wide) if stats else None
         correct = hidden.new_empty(count, dtype=torch.bool) if stats else None
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, min(count, CHUNK_BYTES // (vocabulary * wide.itemsize)))
+        room = 4 * CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES
+        size = max(1, min(count, room // (vocabulary * wide.itemsize)))
+        if hidden.is_cuda and size < count:
+            size -= size % 128 if size > 128 else 0  # whole tiles of a matrix product
         # one buffer for all chunks: new pages cost a CPU a tenth of the product
         buffer = hidden.new_empty(size, vocabulary)
         run = _kernel if runs_triton("token_logps", hidden) else _twin
