@@ -23,6 +23,9 @@ from zephyr_lite.errors import UserError
 # Engines' processes import this file too, before anything else: nothing heavy may be imported here (see ``process``).
 
 
+ENGINES, METHODS = ("fused", "trl", "unsloth"), ("sft", "dpo")
+
+
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
@@ -44,6 +47,17 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a tiny model in one process, on a CPU too: does it run?")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     args = parser.parse_args(words)
+    for what, given, known in (("engines", args.engines, ENGINES), ("methods", args.methods, METHODS)):
+        if not set(given.split(",")) <= set(known):
+            raise UserError(f"--{what} {given}: known are {', '.join(known)}.")
+    counts = {
+        "--rounds": args.rounds, "--rank": args.rank, "--sft-rows": args.sft_rows, "--dpo-pairs": args.dpo_pairs,
+        "--layers": args.layers, "--per-device": min(args.per_device),
+    }  # fmt: skip
+    if low := [f"{name} {n}" for name, n in counts.items() if n < 1]:
+        raise UserError(f"{', '.join(low)}: must be 1 or more.")
+    if any(not 0 <= p < 1 for p in args.dropout):
+        raise UserError(f"--dropout {args.dropout}: must be at least 0 and below 1.")
     too_many = [n for n in args.per_device if args.sft_rows % n or args.dpo_pairs % n]
     if too_many:
         raise UserError(f"--per-device {too_many}: must divide --sft-rows and --dpo-pairs.")

@@ -109,6 +109,8 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU too: does everything run?")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     args = parser.parse_args(words)
+    if args.tokens < 1 or args.rounds < 1:
+        raise UserError(f"--tokens {args.tokens} --rounds {args.rounds}: must be 1 or more.")
     if not args.tiny and not torch.cuda.is_available():
         raise UserError("bench.ops measures an NVIDIA card, and PyTorch finds none here.", "--tiny runs on a CPU.")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")

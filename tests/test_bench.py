@@ -306,6 +306,17 @@ def test_what_is_tried():
 def test_gpu_refuses_what_it_cannot_do():
     with pytest.raises(UserError, match="per-device"):
         gpu.main(["--tiny", "--per-device", "3"])
+    for words, said in (
+        (["--engines", "fused,foo"], "foo"),
+        (["--methods", "ppo"], "ppo"),
+        (["--rounds", "0"], "rounds 0"),
+        (["--per-device", "0"], "per-device 0"),
+        (["--dropout", "2"], "dropout"),
+    ):
+        with pytest.raises(UserError, match=said):
+            gpu.main(["--tiny", *words])
+    with pytest.raises(UserError, match="rounds 0"):
+        ops.main(["--tiny", "--rounds", "0"])
     if not torch.cuda.is_available():
         for main in (gpu.main, ops.main):
             with pytest.raises(UserError, match="NVIDIA"):

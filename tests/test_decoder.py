@@ -159,6 +159,17 @@ def test_packed_equals_one_row_at_a_time(window, p):
         assert_same(summed, grads)
 
 
+def test_a_llama_has_no_sliding_window():
+    """Whatever its configuration says: the Hugging Face model ignores the key."""
+    decoder = Decoder(live_stack(make_model("llama")), torch.float32)
+    decoder.stack.base.config.sliding_window = 3
+    example = conversation(0, 25)
+    targets = np.flatnonzero(example.mask[1:]) + 1
+    with torch.no_grad():
+        logps = decoder.token_logps(collate_conversations([example]))
+        assert apart(logps, hugging_face_logps(decoder.stack, example.ids, targets, ["sft", "dpo"])) < 1e-5
+
+
 def test_dropout_changes_the_loss_and_is_repeatable():
     decoder = Decoder(live_stack(make_model()), torch.float32)
     batch = collate_conversations([conversation(0, 20)])

@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -83,6 +83,34 @@ def test_a_sliding_window_and_4_bits(tiny_base):
 def test_packed_rows_are_told_apart_by_their_positions():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 5]])
     assert_same(both(peft_model(), input_ids=IDS[:1], position_ids=positions))
+
+
+def test_a_llama_has_no_sliding_window():
+    """Whatever its configuration says: the Hugging Face model ignores the key."""
+    model = peft_model(kind="llama")
+    model.get_base_model().config.sliding_window = 3
+    assert_same(both(model, input_ids=IDS, attention_mask=RIGHT))
+
+
+def test_holes_in_a_mask_without_a_window():
+    mask = torch.tensor([[1] * 4 + [0, 0] + [1] * 6] * 3)
+    assert_same(both(peft_model(), input_ids=IDS, attention_mask=mask))
+
+
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+def test_one_side_of_the_adapters_frozen(side):
+    model = peft_model()
+    for name, parameter in model.named_parameters():
+        if side in name:
+            parameter.requires_grad_(False)
+    assert_same(both(model, input_ids=IDS, attention_mask=RIGHT))
+
+
+def test_an_adapter_on_the_embeddings_and_a_trained_final_norm():
+    config = LoraConfig(**{**LORA, "target_modules": ["q_proj", "embed_tokens"]}, modules_to_save=["model.norm"])
+    found = both(get_peft_model(make_model(), config), input_ids=IDS, attention_mask=RIGHT)
+    assert {"lora_embedding_B", "norm"} <= {part for name in found[0][1] for part in name.split(".")}
+    assert_same(found)
 
 
 @pytest.mark.parametrize("keep", ["input", "attention", "all"])
@@ -170,7 +198,9 @@ def test_fusing_twice_is_refused():
         fuse(fuse(peft_model()))
 
 
-@pytest.mark.parametrize("what", ["dora", "bias", "full", "mask", "dropouts", "empty"])
+@pytest.mark.parametrize(
+    "what", ["dora", "bias", "full", "mask", "dropouts", "empty", "holes", "int8", "ia3", "hook", "names", "merged"]
+)
 def test_what_it_would_compute_wrongly_is_refused(what):
     inputs = {"input_ids": IDS, "use_cache": False}
     if what == "dora":
@@ -183,6 +213,23 @@ def test_what_it_would_compute_wrongly_is_refused(what):
         model = peft_model(dropout=0.1 if what == "dropouts" else 0.0)
     if what == "full":
         model.get_base_model().model.layers[1].mlp.up_proj.get_base_layer().weight.requires_grad_(True)
+    if what == "holes":
+        model = peft_model(sliding_window=4)
+        inputs["attention_mask"] = torch.tensor([[1] * 4 + [0, 0] + [1] * 6] * 3)
+    if what == "int8":
+        projection = model.get_base_model().model.layers[0].mlp.up_proj
+        projection.base_layer = type("Linear8bitLt", (torch.nn.Linear,), {})(64, 128, bias=False).requires_grad_(False)
+    if what == "ia3":
+        targets = {"target_modules": ["k_proj"], "feedforward_modules": []}
+        model = get_peft_model(make_model(), IA3Config(task_type="CAUSAL_LM", **targets))
+    if what == "hook":
+        model.get_base_model().model.layers[1].mlp.register_forward_hook(lambda *a: None)
+    if what == "names":
+        inputs["adapter_names"] = ["default", "__base__", "default"]
+        model.eval()
+    if what == "merged":
+        model.merge_adapter()
+        model.base_model.disable_adapter_layers()
     if what == "mask":
         inputs["attention_mask"] = torch.ones(3, 1, 12, 12, dtype=torch.bool)
     if what == "empty":
@@ -192,10 +239,23 @@ def test_what_it_would_compute_wrongly_is_refused(what):
         next(m for m in model.modules() if isinstance(m, LoraLayer)).lora_dropout["default"].p = 0.2
     match = {
         "dora": "variant", "bias": "variant", "full": "layer 1", "mask": "4 dimensions", "dropouts": "0.1, 0.2",
-        "empty": "zero everywhere",
+        "empty": "zero everywhere", "holes": "holes", "int8": "Linear8bitLt", "ia3": "ia3", "hook": "layers.1.mlp",
+        "names": "adapter_names", "merged": "merged",
     }[what]  # fmt: skip
     with pytest.raises(UserError, match=match):
         fuse(model)(**inputs)
+
+
+@pytest.mark.parametrize("change", [{"keep": "al"}, {"scratch": "big"}])
+def test_arguments_are_checked(change):
+    with pytest.raises(UserError, match="is None or one of input, attention, all; scratch is one of layer, small"):
+        fuse(peft_model(), **change)
+
+
+@pytest.mark.parametrize("what", ["word", "headless"])
+def test_what_is_no_language_model_is_refused(what):
+    with pytest.raises(UserError, match="a causal language model"):
+        fuse("model" if what == "word" else make_model().model)
 
 
 def test_weights_that_bitsandbytes_repacked_are_refused(tiny_base):

@@ -251,6 +251,8 @@ def load_config(
     except ValidationError as error:
         keys = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
         typed = {*said, *(key.split(".")[0] for key, _ in nested)}
+        # a rule over several keys belongs to no place: whoever typed one of those it names is told
+        keys = keys or {key for key in typed if key in str(error)}
         by_words = path is None or (keys and keys <= typed)
         raise UserError(_explain(error, "the command line" if by_words else str(path))) from None
     return Loaded(config, set(given), notes, path)

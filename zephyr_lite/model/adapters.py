@@ -21,6 +21,22 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."
 
 
+def check_targets(targets: Sequence[str] | str) -> list[str]:
+    """The projections that ``lora_target_modules`` names.
+
+    Raises:
+        UserError: one that no decoder layer has.
+    """
+    wanted = [*ATTENTION, *MLP] if isinstance(targets, str) else list(targets)
+    for target in wanted:
+        if target.split(".")[-1] not in (*ATTENTION, *MLP):
+            raise UserError(
+                f"lora_target_modules: {target!r} is none of {', '.join((*ATTENTION, *MLP))}.",
+                "Name projections of the decoder layers, or all-linear.",
+            )
+    return wanted
+
+
 class AdapterStack:
     """The base with frozen adapters left on, and at most one adapter under training on top of them.
 
@@ -188,14 +204,7 @@ class AdapterStack:
                 layer.lora_B[name].float()
 
     def _targets(self, targets: Sequence[str] | str) -> list[str]:
-        wanted = [*ATTENTION, *MLP] if isinstance(targets, str) else list(targets)
-        known = {*ATTENTION, *MLP}
-        for target in wanted:
-            if target.split(".")[-1] not in known:
-                raise UserError(
-                    f"lora_target_modules: {target!r} is none of {', '.join((*ATTENTION, *MLP))}.",
-                    "Name projections of the decoder layers, or all-linear.",
-                )
+        wanted = check_targets(targets)
         return [
             module
             for module, layer in self.base.named_modules()

@@ -19,6 +19,7 @@ from ..ops.rms_norm import rms_norm
 from ..ops.token_logps import TokenStats, token_logps
 from .adapters import AdapterStack
 from .layer import Keep, Layer, Pass, layer_of, run_layer
+from .load import sliding_window
 from .memory import Scratch, ScratchMode
 
 
@@ -112,9 +113,8 @@ class Decoder:
         model = self.stack.base.model
         x = model.embed_tokens(batch.tokens).detach().to(self.dtype)
         cos, sin = model.rotary_emb(x, batch.positions[None])
-        window = getattr(self.stack.base.config, "sliding_window", None)
         state = Pass(
-            table=SegmentTable.build(batch.segments, window, x.device),
+            table=SegmentTable.build(batch.segments, sliding_window(self.stack.base.config), x.device),
             cos=cos[0].to(self.dtype),
             sin=sin[0].to(self.dtype),
         )

@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from types import MethodType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -19,9 +21,10 @@ from ..ops.attention import SegmentTable
 from ..ops.dispatch import check_kernels
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
+from ..ops.nf4 import is_quantized
 from ..ops.rms_norm import rms_norm
 from .layer import Keep, Pass, layer_of, run_layer
-from .load import check_family
+from .load import check_family, sliding_window
 from .memory import Scratch, ScratchMode
 
 
@@ -32,7 +35,8 @@ def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer"
     and PEFT decides which are on and which is trained. Padding is taken out before the first layer and put back (as
     zeros) after the last; conversations packed into a row stay apart where positions start again. LoRA dropout is
     a hash under a seed drawn from torch's generator, not PEFT's own. Generation with a cache, and a forward pass that
-    asks for attention weights or all hidden states, run as before.
+    asks for attention weights or all hidden states, run as before. A place of padding has no state here (zeros): a
+    token right after it is predicted from nothing, where a plain model predicts it from whatever it made of the padding.
 
     Args:
         model: a PeftModel, or a Hugging Face causal language model; changed in place.
@@ -44,11 +48,24 @@ def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer"
 
     Raises:
         UserError: another family, or a variant that the layer does not know; in a forward pass: something in
-            the layers is to be trained that is not LoRA, or an attention mask of another form than [B, T].
+            the layers is to be trained that is not LoRA, somebody's hook waits in them (a batch of mixed adapters is
+            one), weights are stored in another way than plain or 4 bits, adapters are merged and switched off, or an
+            attention mask has another form than [B, T] or, with a sliding window, holes.
     """
+    if keep not in (None, *get_args(Keep)) or scratch not in get_args(ScratchMode):
+        raise UserError(
+            f"fuse: keep={keep!r}, scratch={scratch!r}.",
+            f"keep is None or one of {', '.join(get_args(Keep))}; scratch is one of {', '.join(get_args(ScratchMode))}.",
+        )
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    check_family(causal.config, "this model")
-    inner = causal.model
+    if hasattr(causal, "config"):
+        check_family(causal.config, "this model")
+    inner = getattr(causal, "model", None)
+    if not isinstance(inner, nn.Module) or not hasattr(causal, "config"):
+        raise UserError(
+            f"fuse: a {type(model).__name__}; a PeftModel or a causal language model of transformers is wanted.",
+            "Load it with AutoModelForCausalLM.from_pretrained.",
+        )
     if isinstance(getattr(inner.forward, "__self__", None), _Fused):
         raise UserError("fuse: this model is fused already.")
     for module in inner.modules():
@@ -106,7 +123,7 @@ class _Fused:
             )
         if inputs_embeds is None:
             x = inner.embed_tokens(input_ids)
-            if not inner.embed_tokens.weight.requires_grad:
+            if not any(p.requires_grad for p in inner.embed_tokens.parameters()):
                 x = x.detach()  # trainers let it require a gradient for the sake of checkpointing; nothing reads that
         else:
             x = inputs_embeds
@@ -117,7 +134,8 @@ class _Fused:
             )
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        where, positions, segments = _without_padding(x, attention_mask, position_ids)
+        windowed = sliding_window(inner.config) is not None
+        where, positions, segments = _without_padding(x, attention_mask, position_ids, windowed)
         flat = x.flatten(0, 1)
         flat = (flat if where is None else flat[where]).to(dtype)
         if (x.device, dtype) not in self.checked:
@@ -133,13 +151,15 @@ class _Fused:
 
     def _layers(self, x: Tensor, positions: Tensor, segments: list[Segment]) -> Tensor:
         inner, config = self.inner, self.inner.config
+        window = sliding_window(config)
         cos, sin = inner.rotary_emb(x, positions[None])
-        table = SegmentTable.build(segments, getattr(config, "sliding_window", None), x.device)
+        table = SegmentTable.build(segments, window, x.device)
         state = Pass(table, cos[0].to(x.dtype), sin[0].to(x.dtype))
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in (inner, *inner.layers))
         keep: Keep = self.keep or ("input" if recompute and inner.training else "all")
         if inner.training and getattr(config, "attention_dropout", 0):
             raise UserError(f"fuse: attention_dropout is {config.attention_dropout}; only 0 is known.")
+        _no_hooks(inner.layers)
         p = _dropout_of(inner)
         # one draw a forward pass, from the generator that the trainer seeds
         key = DropoutKey(p, int(torch.randint(2**31 - 1, ())), 0, *_names(x)) if p else None
@@ -154,6 +174,8 @@ class _Fused:
                     "Train with a PEFT LoraConfig, or leave fuse out.",
                 )
             x = run_layer(x, layer, state, self.scratch, keep)
+        if isinstance(inner.norm, ModulesToSaveWrapper) or inner.norm.weight.requires_grad:
+            return inner.norm(x)  # ours gives its weight no gradient
         return rms_norm(x, inner.norm.weight, inner.norm.variance_epsilon)
 
 
@@ -164,7 +186,7 @@ def _names(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without_padding(
-    x: Tensor, mask: Tensor | None, positions: Tensor | None
+    x: Tensor, mask: Tensor | None, positions: Tensor | None, windowed: bool
 ) -> tuple[Tensor | None, Tensor, list[Segment]]:
     """Which places of the flattened batch hold a token (None: all), their positions, and the segments among them."""
     rows, length = x.shape[:2]
@@ -185,6 +207,11 @@ def _without_padding(
     flat, starts = positions.reshape(-1), starts.reshape(-1)
     if mask is not None:
         kept = mask.bool()
+        if windowed and bool((kept[:, 1:] & ~kept[:, :-1] & (kept[:, :-1].cumsum(1) > 0)).any()):
+            raise UserError(
+                "fuse: an attention mask with holes, which this model's sliding window would count.",
+                "Take out what it hides instead.",
+            )
         # a row's first token, wherever it stands
         starts = (kept & (kept.cumsum(1) == 1)).reshape(-1)
         where = kept.reshape(-1).nonzero()[:, 0]
@@ -199,11 +226,23 @@ def _without_padding(
 
 def _active_pairs(linear: Any, projection: int) -> list[LoraPair]:
     """PEFT's adapters that are on, as its own forward pass takes them."""
+    base = linear.get_base_layer() if isinstance(linear, LoraLayer) else linear
+    if isinstance(base, BaseTunerLayer):
+        raise UserError(f"fuse: a projection has an adapter of {type(base).__module__}; of PEFT's only LoRA is known.")
+    if type(base) is not nn.Linear and not is_quantized(base.weight):
+        raise UserError(
+            f"fuse: a projection is a {type(base).__name__}; plain linear layers and bitsandbytes' 4 bits are known.",
+            "Load the base in 16 bits or with load_in_4bit.",
+        )
     if not isinstance(linear, LoraLayer):
-        if not isinstance(linear, nn.Linear):
-            raise UserError(f"fuse: a projection is a {type(linear).__name__}; only linear layers and LoRA are known.")
         return []
-    if linear.disable_adapters or linear.merged:
+    if linear.merged:
+        if linear.disable_adapters:
+            raise UserError(
+                "fuse: adapters are merged into the base and switched off.", "Call unmerge_adapter() first."
+            )
+        return []
+    if linear.disable_adapters:
         return []
     pairs = []
     for name in linear.active_adapters:
@@ -216,6 +255,18 @@ def _active_pairs(linear: Any, projection: int) -> list[LoraPair]:
         a, b = linear.lora_A[name].weight, linear.lora_B[name].weight
         pairs.append(LoraPair(projection, a, b, linear.scaling[name], dropout=dropped))
     return pairs
+
+
+def _no_hooks(layers: nn.Module) -> None:
+    """The layers' own forward methods do not run, so what hangs on them would not either. (Those of transformers only
+    collect outputs that nobody asked for here.)"""
+    for name, module in layers.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if not (getattr(hook, "__module__", None) or "").startswith("transformers."):
+                raise UserError(
+                    f"fuse: layers.{name} has a forward hook, which would not be called.",
+                    "Remove it, or leave fuse out. (A batch with adapter_names works through such hooks.)",
+                )
 
 
 def _dropout_of(inner: nn.Module) -> float:

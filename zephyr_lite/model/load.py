@@ -150,6 +150,11 @@ def check_family(config: Any, where: str) -> None:
         raise UserError(f"{where}: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl.")
 
 
+def sliding_window(config: Any) -> int | None:
+    """How many keys back a query sees. A Llama ignores the key, wherever its configuration has it from."""
+    return config.sliding_window if config.model_type == "mistral" else None
+
+
 def load_base(config: RunConfig, *, device: torch.device | None = None) -> Base:
     """Load the base that a run names, frozen, onto the GPU where there is one.
 

@@ -46,7 +46,7 @@ class LoraPair:
 
     @property
     def trained(self) -> bool:
-        return self.a.requires_grad and not self.off
+        return (self.a.requires_grad or self.b.requires_grad) and not self.off
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..config import Loaded, MemorySpec, Method, RunConfig, dump_config, load_co
 from ..data.chat import ChatTemplate, resolve_template
 from ..data.prepare import Prepared, prepare
 from ..errors import UserError
-from ..model.adapters import AdapterStack, resolve_frozen_names
+from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.chain import chain_of_run, check_order
 from ..model.decoder import Decoder
 from ..model.load import Base, fetch_base, fingerprint, load_base, load_tokenizer, read_model_config
@@ -133,6 +133,8 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         before = before if stage.checkpoints() else None
     if before is not None:
         _may_go_on(stage, before, config, method)
+    if config.engine == "fused":
+        check_targets(config.lora_target_modules)
     frozen = _frozen(method, config, stage, say)
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
