@@ -4,6 +4,7 @@ where no other file shows them."""
 import ast
 import json
 import math
+import platform
 import shutil
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from zephyr_lite.merge import chain_of_run, merge
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.peft_files import LoraWeights, read_adapter, write_adapter
-from zephyr_lite.model.plan import make_plan
+from zephyr_lite.model.plan import keep_freed_pages, make_plan
 from zephyr_lite.rundir import StageDir
 from zephyr_lite.train import loop as loop_file
 from zephyr_lite.train.dpo import DpoTask, run_dpo
@@ -482,3 +483,8 @@ def test_every_key_of_the_configuration_is_read_somewhere():
     }
     keys = {*RunConfig.model_fields, *DatasetSpec.model_fields, *MemorySpec.model_fields}
     assert keys - read == set()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own switch")
+def test_freed_pages_are_kept_where_glibc_is_the_library():
+    assert keep_freed_pages()

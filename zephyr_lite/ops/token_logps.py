@@ -78,12 +78,29 @@ class _Chunk(NamedTuple):
 _LIMIT = {torch.float16: 1024.0}
 
 
+# On a CPU the softmax goes a few rows at a time, which stay in its caches from one step to the next.
+_CACHED_BYTES = 2 * 2**20
+
+
 def _twin(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk:
     """The softmax of a chunk; overwrites `logits`."""
-    kind, logits = logits.dtype, logits.to(_wide(logits.dtype))
-    target = logits.gather(1, targets[:, None])
-    top = logits.amax(-1, keepdim=True)
-    shifted = logits.sub_(top)
+    rows = logits.shape[0]
+    if logits.device.type == "cpu":
+        rows = max(1, min(rows, _CACHED_BYTES // (logits.shape[1] * _wide(logits.dtype).itemsize)))
+    parts = [_twin_rows(*piece, stats, write) for piece in zip(logits.split(rows), targets.split(rows))]
+    logps, entropy, correct, divisor = (torch.cat(found) if found[0] is not None else None for found in zip(*parts))
+    assert logps is not None
+    return _Chunk(logps, entropy, correct, logits if write else None, 1.0 if divisor is None else divisor)
+
+
+def _twin_rows(
+    logits: Tensor, targets: Tensor, stats: bool, write: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """logps, entropy, correct and divisor of some rows, whose weights are left in `logits`."""
+    kind, shifted = logits.dtype, logits.to(_wide(logits.dtype))
+    target = shifted.gather(1, targets[:, None])
+    top = shifted.amax(-1, keepdim=True)
+    shifted = shifted.sub_(top)
     weights = shifted.exp() if stats else shifted.exp_()
     total = weights.sum(-1, keepdim=True)
     log_total = total.log()
@@ -91,11 +108,15 @@ def _twin(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk:
     correct = (target >= top)[:, 0] if stats else None
     logps = (target - top - log_total)[:, 0]
     if not write:
-        return _Chunk(logps, entropy, correct, None, 1.0)
+        return logps, entropy, correct, None
     if kind == weights.dtype:  # dividing by the total is left for the product, which is narrower
-        return _Chunk(logps, entropy, correct, weights, total)
-    divisor = total.clamp(max=_LIMIT[kind]) if kind in _LIMIT else 1.0
-    return _Chunk(logps, entropy, correct, weights.mul_(divisor / total).to(kind), divisor)
+        divisor = total
+    else:
+        divisor = total.clamp(max=_LIMIT[kind]) if kind in _LIMIT else None
+        weights.mul_(1 / total if divisor is None else divisor / total)
+    if weights.data_ptr() != logits.data_ptr():
+        logits.copy_(weights)
+    return logps, entropy, correct, divisor
 
 
 @jit

@@ -31,7 +31,7 @@ from ..model.peft_files import (
     read_adapter,
     write_adapter,
 )
-from ..model.plan import Plan, make_plan
+from ..model.plan import Plan, keep_freed_pages, make_plan
 from ..ops.dispatch import check_kernels
 from ..rundir import StageDir, folder_aside, newest_run, write_text
 from .loop import Outcome, step_schedule
@@ -186,6 +186,8 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         else:
             say("memory was changed: from here on sums are split otherwise, and round otherwise")
             before["plan"] = plan.as_dict()
+    if base.device.type == "cpu":
+        keep_freed_pages()
     torch.set_num_threads(plan.threads)  # decides the order of sums, a reference's to be kept on disk among them
     for line in plan.lines():
         say(line)
