@@ -1,12 +1,10 @@
-"""The hand-written layer against autograd over the Hugging Face layer (invariant 3), and what it counts.
+"""The hand-written layer against autograd over the Hugging Face layer (invariant 3).
 
 Whatever is compared runs the whole decoder: the oracle is the PEFT model's own forward, with the counter-hash dropout
 put where PEFT has its own, and norms that compute in the input's precision.
 """
 
 import copy
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,17 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import make_model
 from tests.test_decoder import TOLERANCE, apart, assert_same, conversation, live_stack, loss_and_gradients, pair
 from zephyr_lite.config import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
-from zephyr_lite.model import memory
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.model.layer import kept_elements
 from zephyr_lite.model.load import load_base
-from zephyr_lite.model.plan import kept_bytes
 from zephyr_lite.ops import attention, dispatch, nf4, rms_norm, rope, swiglu
 from zephyr_lite.ops import dropout as dropout_file
 from zephyr_lite.ops import token_logps as token_logps_file
@@ -293,247 +287,6 @@ def test_the_layer_on_the_triton_kernels(tiny_base, keep, monkeypatch):
     assert asked == {(op, True) for op in ("nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps")}
     assert apart(got, want) < 1e-5
     assert_same(grads, wanted)
-
-
-# --- what it counts ---
-
-
-@contextmanager
-def kept():
-    """Bytes that autograd keeps, each storage once, parameters aside."""
-    seen, result = {}, SimpleNamespace(bytes=0)
-
-    def pack(tensor):
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield result
-    result.bytes = sum(size for size, _ in seen.values())
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_kept_for_the_backward_pass(dtype, keep, p):
-    """Exactly what the policy says, a token and layer, and what the head keeps a target; the planner's figure is this."""
-    model = make_model().to(dtype)
-    decoder = Decoder(live_stack(model), dtype)
-    batch = collate_conversations([conversation(0, 40), conversation(1, 24)])
-    with kept() as found:
-        decoder.token_logps(batch, keep=keep, dropout=Dropout(p, 1, 1) if p else None)
-    hidden, queries, keys, inner, heads, ranks = 64, 64, 32, 128, 4, 7 * (2 + 4)
-    size = dtype.itemsize
-    a_layer = {
-        "input": size * hidden,
-        "attention": size * (2 * hidden + queries) + 4 * heads,
-        "all": size * (2 * hidden + 2 * queries + 2 * keys + 2 * inner + ranks) + 4 * heads,
-    }[keep]
-    targets = len(batch.target_ids)
-    # of the last hidden states: what the gather and the final norm keep, and the head's slope
-    head = targets * (hidden * size + 4 + hidden * size + 8)
-    assert found.bytes == 2 * len(batch) * a_layer + head
-    assert kept_bytes(model.config, dtype, keep, ranks=ranks) == 2 * a_layer
-
-
-def test_bytes_kept_a_token_of_mistral():
-    """8 KB, 24 KB and 92 KB a token and layer in 16 bits, as the design says."""
-    config = SimpleNamespace(
-        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1,
-    )  # fmt: skip
-    found = [kept_bytes(config, torch.bfloat16, keep) for keep in KEEPS]
-    assert found == [8 * 1024, 24 * 1024 + 128, 92 * 1024 + 128]
-
-
-def test_kept_elements_of_a_layer_are_the_plans():
-    decoder = Decoder(live_stack(make_model()), torch.float32)
-    layer = decoder._layer(decoder.stack.base.model.layers[0], 0, None, None)
-    for keep in KEEPS:
-        narrow, wide = kept_elements(layer, keep)
-        assert kept_bytes(decoder.stack.base.config, torch.float32, keep, ranks=42) == 2 * 4 * (narrow + wide)
-
-
-@pytest.fixture
-def dequantized(monkeypatch):
-    """Which weights were dequantized, in order."""
-    found = []
-    plain = memory.dequantize
-
-    def counting(weight, dtype, out=None):
-        found.append(weight)
-        return plain(weight, dtype, out=out)
-
-    monkeypatch.setattr(memory, "dequantize", counting)
-    return found
-
-
-@pytest.mark.parametrize("keep", KEEPS)
-def test_dequantizations_of_a_step(tiny_base, dequantized, keep):
-    """Seven weights a layer and pass; less those that a backward pass finds where the forward pass left them."""
-    base = load_base(RunConfig(model_name_or_path=str(tiny_base)))
-    decoder = Decoder(live_stack(base.model), base.dtype)
-    layers = 2
-    # the first layer's q, k, v are read again only to recompute: nothing wants the gradient of the embeddings
-    first = 7 * (2 * layers - 1) - (3 if keep == "all" else 0)
-    batch = collate_conversations([conversation(0, 20)])
-    loss_and_gradients(decoder, batch, keep=keep)
-    assert len(dequantized) == first
-    loss_and_gradients(decoder, batch, keep=keep)  # begins with the layer that the first one ended with
-    assert len(dequantized) == first + 7 * (2 * layers - 2)
-    dequantized.clear()
-    decoder.scratch.free()
-    pairs = collate_pairs([pair(0, 9, 6, 4)])
-    policy, _ = decoder.policy_and_reference(pairs, keep=keep)
-    policy.sum().backward()
-    assert len(dequantized) == first  # the reference costs none
-    dequantized.clear()
-    decoder.scratch.free()
-    reference = decoder.token_logps(pairs, reference=True)
-    policy = decoder.token_logps(pairs, keep=keep)
-    (policy - reference).sum().backward()
-    assert len(dequantized) == first + 7 * layers
-
-
-def test_dequantizations_of_a_step_in_the_small_scratch(tiny_base, dequantized):
-    base = load_base(RunConfig(model_name_or_path=str(tiny_base)))
-    decoder = Decoder(live_stack(base.model), base.dtype, scratch="small")
-    loss_and_gradients(decoder, collate_conversations([conversation(0, 20)]), keep="input")
-    # forward: 7 a layer; backward: gate and up twice, and in the last layer the attention's are still there
-    assert len(dequantized) == 7 * 2 + 9 * 2 - 4
-
-
-@pytest.mark.parametrize("mode", ["layer", "small"])
-def test_the_scratch_is_as_large_as_the_design_says(mode):
-    """For Mistral-7B in 16 bits: 416 MiB; small: no more than 224 MiB."""
-    sites = [
-        SimpleNamespace(outs=(4096, 1024, 1024), weights=[torch.empty(1, 4096)]),
-        SimpleNamespace(outs=(4096,), weights=[torch.empty(1, 4096)]),
-        SimpleNamespace(outs=(14336, 14336), weights=[torch.empty(1, 4096)]),
-        SimpleNamespace(outs=(4096,), weights=[torch.empty(1, 14336)]),
-    ]
-    sizes = [2 * n / 2**20 for n in memory.scratch_elements(sites, mode)]
-    assert sizes == {"layer": [416.0], "small": [80.0, 112.0]}[mode]
-
-
-def test_the_head_multiplies_target_rows_only(monkeypatch):
-    decoder = Decoder(live_stack(make_model()), torch.float32)
-    rows = []
-    plain = token_logps_file.token_logps
-
-    def counting(hidden, head, targets, **options):
-        rows.append(hidden.shape[0])
-        return plain(hidden, head, targets, **options)
-
-    monkeypatch.setattr("zephyr_lite.model.decoder.token_logps", counting)
-    batch = collate_pairs([pair(0, 9, 6, 4)])
-    decoder.policy_and_reference(batch)
-    assert rows == [10, 10]  # 19 tokens, 10 of them in a response
-
-
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def _product(*shapes):
-    (m, k), (_, n) = shapes
-    return 2 * m * k * n
-
-
-def flops(run):
-    """Of every matrix product, and of attention as full rectangles: 4 q k d a head forward, 10 backward."""
-
-    def forward(q, k, *args, **kwargs):
-        return 4 * q[0] * q[1] * q[2] * q[3] * k[2]
-
-    def backward(grad, q, k, *args, **kwargs):
-        return 10 * q[0] * q[1] * q[2] * q[3] * k[2]
-
-    formulas = {
-        _ATTENTION: forward,
-        _ATTENTION_BACKWARD: backward,
-        torch.ops.aten.addmm_: lambda y, a, b, **kwargs: _product(a, b),
-    }
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def expected_flops(batch, keep, *, policy=True, reference=False, drop=False, layers=2):
-    """The formula, written down without looking at the code: T tokens, N targets, S sums of queries times keys."""
-    t, n = len(batch), len(batch.target_ids)
-    s = sum(x.queries * x.keys for x in batch.segments)
-    d, queries, keys, inner, heads, size, vocabulary = 64, 64, 32, 128, 4, 16, 448
-    weights = {"qkv": d * (queries + 2 * keys), "o": queries * d, "gate_up": 2 * d * inner, "down": inner * d}
-    ins, count = {"qkv": d, "o": queries, "gate_up": d, "down": inner}, {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}
-    outs = {"qkv": queries + 2 * keys, "o": d, "gate_up": 2 * inner, "down": d}
-    frozen, trained = 2, 4  # ranks
-    narrow = {site: 2 * t * (frozen + trained) * count[site] * ins[site] for site in weights}  # x A
-    widen = {site: 2 * t * (frozen + trained) * outs[site] for site in weights}  # z B
-    if reference and drop:  # the trained adapter has a product of its own, and the reference leaves it out
-        narrow_off = {site: 2 * t * frozen * count[site] * ins[site] for site in weights}
-        widen_off = {site: 2 * t * frozen * outs[site] for site in weights}
-    else:
-        narrow_off, widen_off = narrow, widen
-    attend = 4 * s * heads * size
-    total = 0
-    if policy:
-        forward = sum(2 * t * w for w in weights.values()) + sum(narrow.values()) + sum(widen.values()) + attend
-        again = {
-            "input": sum(2 * t * weights[x] + narrow[x] + widen[x] for x in ("qkv", "o", "gate_up"))
-            + attend
-            + narrow["down"],
-            "attention": sum(2 * t * weights[x] + widen[x] for x in ("qkv", "gate_up")) + sum(narrow.values()),
-            "all": 0,
-        }[keep]
-        backward = (
-            sum(2 * t * w for w in weights.values())
-            + sum(narrow.values())
-            + sum(widen.values())
-            + 10 * s * heads * size
-        )
-        for x in weights:  # dA and dB
-            backward += 2 * t * trained * (count[x] * ins[x] + outs[x])
-        total += layers * (forward + again + backward)
-        total -= 2 * t * weights["qkv"] + narrow["qkv"]  # nothing wants the gradient of the embeddings
-        if drop:  # nor, where frozen adapters have a product of their own, that product's
-            total -= 2 * t * frozen * outs["qkv"]
-        total += 2 * (2 * n * d * vocabulary)  # the head: logits, and the expected embedding
-    if reference:
-        off = sum(2 * t * w for w in weights.values()) + sum(narrow_off.values()) + sum(widen_off.values()) + attend
-        total += layers * off + 2 * n * d * vocabulary
-    return total
-
-
-def angles(decoder, batch):
-    """some versions of transformers multiply positions and frequencies as matrices; that is no work of the layers."""
-    model = decoder.stack.base.model
-    return flops(lambda: model.rotary_emb(torch.empty(1), batch.positions[None]))
-
-
-@pytest.mark.parametrize("drop", [False, True])
-@pytest.mark.parametrize("keep", KEEPS)
-def test_flops_of_an_sft_step(keep, drop):
-    decoder = Decoder(live_stack(make_model()), torch.float32)
-    batch = collate_conversations([conversation(0, 40), conversation(1, 24)])
-    dropout = Dropout(0.3, 1, 1) if drop else None
-    found = flops(lambda: loss_and_gradients(decoder, batch, keep=keep, dropout=dropout))
-    assert found - angles(decoder, batch) == expected_flops(batch, keep, drop=drop)
-
-
-@pytest.mark.parametrize("drop", [False, True])
-@pytest.mark.parametrize("keep", KEEPS)
-def test_flops_of_a_dpo_step(keep, drop):
-    decoder = Decoder(live_stack(make_model()), torch.float32)
-    batch = collate_pairs([pair(0, 12, 7, 5), pair(1, 20, 9, 11)])
-    dropout = Dropout(0.3, 1, 1) if drop else None
-
-    def step():
-        policy, reference = decoder.policy_and_reference(batch, keep=keep, dropout=dropout)
-        (policy - reference).sum().backward()
-
-    assert flops(step) - angles(decoder, batch) == expected_flops(batch, keep, reference=True, drop=drop)
 
 
 def test_an_oracle_that_is_wrong_is_seen():
