@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +25,8 @@ from typing import Any
 
 import torch
 
+from bench import command
 from bench.turns import Runner, Variant, describe, frozen_adapter, machine, take_turns, times_faster
-from zephyr_lite.errors import UserError
 from zephyr_lite.train.setup import versions
 
 # what the issue that asked for this bench wants of the quotients
@@ -202,7 +201,4 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"{error}")
+    command.run(main)

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import command
 from zephyr_lite.errors import UserError
 
 # Engines' processes import this file too, before anything else: nothing heavy may be imported here (see ``process``).
@@ -78,7 +78,4 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"{error}")
+    command.run(main)

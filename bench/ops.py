@@ -15,7 +15,6 @@ import argparse
 import datetime
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from bench import command
 from bench.card import Clock, commit, copy_bandwidth, describe_card, versions
 from bench.cases import Bench, Case, cases
 from bench.mistral import MISTRAL_7B, TINY
@@ -147,7 +147,4 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"{error}")
+    command.run(main)

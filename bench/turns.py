@@ -25,7 +25,7 @@ import torch
 from transformers import TrainerCallback
 
 from bench.process import begin
-from zephyr_lite.config import Loaded, RunConfig
+from zephyr_lite.config import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.train.loop import Loop, rows_of_step
 from zephyr_lite.train.setup import Stage, open_stage
@@ -48,7 +48,7 @@ class Variant:
         liger: TRL with Liger's kernels.
     """
 
-    method: str
+    method: Method
     engine: str
     recompute: bool = False
     cached: bool = False
@@ -162,7 +162,7 @@ def worker(pipe: Connection, variant: Variant, values: dict[str, Any], cap: floa
             imitate_card(cap)
         config = RunConfig.model_validate(values)
         said: list[str] = []
-        stage = open_stage(variant.method, Loaded(config, set(values), [], None), say=said.append)  # type: ignore[arg-type]
+        stage = open_stage(variant.method, Loaded(config, set(values), [], None), say=said.append)
         turns = Turns(pipe, stage)
         run = fused(stage, turns) if variant.engine == "fused" else baseline(stage, turns, variant)
         replaced = [line for line in said if line.startswith("The Triton kernel")]

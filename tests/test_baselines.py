@@ -15,7 +15,7 @@ from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.train.baselines import sees_only_itself
 from zephyr_lite.train.baselines.trl import REFERENCE, Start
 from zephyr_lite.train.dpo import run_dpo
-from zephyr_lite.train.setup import StageComplete
+from zephyr_lite.train.ground import StageComplete
 from zephyr_lite.train.sft import run_sft
 
 RUN = {"sft": run_sft, "dpo": run_dpo}

@@ -59,7 +59,7 @@ def test_one_engine_alone(tmp_path, capsys):
 
 def test_a_variant_that_fails_says_which(tmp_path, monkeypatch):
     monkeypatch.setattr(turns, "fused", None)
-    with pytest.raises(compare.UserError, match="fused"):
+    with pytest.raises(UserError, match="fused"):
         compare.main(["--tiny", "--engines", "fused", "--methods", "sft"])
 
 

@@ -15,10 +15,13 @@ from zephyr_lite.config import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.model import memory
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.model.layer import kept_elements
 from zephyr_lite.model.load import load_base
-from zephyr_lite.model.plan import kept_bytes
+from zephyr_lite.model.plan import kept_bytes, scratch_bytes
 from zephyr_lite.ops import token_logps as token_logps_file
+
+MISTRAL = SimpleNamespace(
+    hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1,
+)  # fmt: skip
 
 
 @contextmanager
@@ -63,19 +66,8 @@ def test_bytes_kept_for_the_backward_pass(dtype, keep, p):
 
 def test_bytes_kept_a_token_of_mistral():
     """8 KB, 24 KB and 92 KB a token and layer in 16 bits, as the design says."""
-    config = SimpleNamespace(
-        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1,
-    )  # fmt: skip
-    found = [kept_bytes(config, torch.bfloat16, keep) for keep in KEEPS]
+    found = [kept_bytes(MISTRAL, torch.bfloat16, keep) for keep in KEEPS]
     assert found == [8 * 1024, 24 * 1024 + 128, 92 * 1024 + 128]
-
-
-def test_kept_elements_of_a_layer_are_the_plans():
-    decoder = Decoder(live_stack(make_model()), torch.float32)
-    layer = decoder._layer(decoder.stack.base.model.layers[0], 0, None, None)
-    for keep in KEEPS:
-        narrow, wide = kept_elements(layer, keep)
-        assert kept_bytes(decoder.stack.base.config, torch.float32, keep, ranks=42) == 2 * 4 * (narrow + wide)
 
 
 @pytest.fixture
@@ -138,6 +130,7 @@ def test_the_scratch_is_as_large_as_the_design_says(mode):
     ]
     sizes = [2 * n / 2**20 for n in memory.scratch_elements(sites, mode)]
     assert sizes == {"layer": [416.0], "small": [80.0, 112.0]}[mode]
+    assert scratch_bytes(MISTRAL, torch.bfloat16, mode) == sum(sizes) * 2**20  # what the planner counts with
 
 
 def test_the_head_multiplies_target_rows_only(monkeypatch):

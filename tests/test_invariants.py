@@ -17,7 +17,7 @@ from transformers.trainer_utils import SchedulerType
 import zephyr_lite
 from tests.conftest import make_model
 from tests.test_decoder import apart, conversation, live_stack, pair
-from tests.test_train import LN2, Killed, dpo_words, metrics, quiet, words
+from tests.test_train import LN2, Killed, dpo_words, killed_at, metrics, quiet, words
 from zephyr_lite.chat import load_chat
 from zephyr_lite.config import MemorySpec, RunConfig, load_config, read_dumped
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
@@ -171,22 +171,13 @@ def test_the_written_adapter_and_the_merged_folder_are_the_live_policy(windowed,
 # Going on
 
 
-def test_a_stage_goes_on_from_its_own_base_and_adapters_only(windowed, run, pair_rows, tmp_path, monkeypatch):
+def test_a_stage_goes_on_from_its_own_base_and_adapters_only(windowed, run, pair_rows, tmp_path):
     base, below = tmp_path / "base", tmp_path / "below"
     shutil.copytree(windowed, base)
     shutil.copytree(run / "sft" / "adapter", below)
     settings = dpo_words(base, tmp_path / "r", pair_rows, adapters=f"[{below}]", save_steps=1, **PLAIN)
-    step = Loop._step
-
-    def dies(self, number):
-        if number == 1:
-            raise Killed
-        return step(self, number)
-
-    monkeypatch.setattr(Loop, "_step", dies)
-    with pytest.raises(Killed):
+    with killed_at(1):
         run_dpo(load_config("dpo", None, settings), say=quiet)
-    monkeypatch.setattr(Loop, "_step", step)
     adapter = read_adapter(below)
     changed = {m: LoraWeights(w.a.clone(), w.b.clone() * 1.01, w.scale) for m, w in adapter.modules.items()}
     kept = {p.name: p.read_bytes() for p in below.iterdir()}
@@ -203,15 +194,7 @@ def test_a_stage_goes_on_from_its_own_base_and_adapters_only(windowed, run, pair
 def test_memory_may_be_changed_to_go_on(windowed, chat_rows, tmp_path, monkeypatch):
     """A run that was too large for the card must be able to go on with a smaller plan, and only then has a new one."""
     settings = {"save_steps": 1, **PLAIN}
-    step = Loop._step
-
-    def dies(self, number):
-        if number == 1:
-            raise Killed
-        return step(self, number)
-
-    monkeypatch.setattr(Loop, "_step", dies)
-    with pytest.raises(Killed):
+    with killed_at(1):
         run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)), say=quiet)
     first = StageDir(tmp_path / "r" / "sft").info()["plan"]
     monkeypatch.setattr("zephyr_lite.model.plan.free_memory", lambda device: 2**20)

@@ -29,7 +29,8 @@ from transformers import (
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge import adapter_only, chain_of_adapters, chain_of_run, compare_logps, folder_logps, merge
 from zephyr_lite.merge import weights as merging
-from zephyr_lite.model.peft_files import LoraWeights, compose, read_adapter, write_adapter
+from zephyr_lite.model.compose import compose
+from zephyr_lite.model.peft_files import LoraWeights, read_adapter, write_adapter
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(24).view(2, 12) % 100 + 6

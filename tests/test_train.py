@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from zephyr_lite.config import DPO_DEFAULTS, RunConfig, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.peft_files import read_adapter
 from zephyr_lite.rundir import StageDir
-from zephyr_lite.train import loop as loop_file
 from zephyr_lite.train.checkpoint import MetricsLog, prune
 from zephyr_lite.train.dpo import DpoTask, run_dpo
+from zephyr_lite.train.ground import StageComplete
 from zephyr_lite.train.loop import Loop, micro_batches, rows_of_step, step_schedule
 from zephyr_lite.train.losses import preference_loss
-from zephyr_lite.train.setup import StageComplete, open_stage, resolve_run
+from zephyr_lite.train.setup import open_stage, resolve_run
 from zephyr_lite.train.sft import SftTask, run_sft
 
 LN2 = 0.6931471805599453
@@ -189,41 +190,40 @@ class Killed(BaseException):
     pass
 
 
+@contextmanager
+def killed_at(step):
+    """The run inside it dies when it would begin that step."""
+    plain = Loop._step
+
+    def dies(self, number):
+        if number == step:
+            raise Killed
+        return plain(self, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_step", dies)
+        with pytest.raises(Killed):
+            yield
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
 @pytest.mark.parametrize("at", [1, 3, 4])
-def test_a_killed_run_goes_on_to_the_same_adapter(tiny_base, chat_rows, tmp_path, monkeypatch, at, optim):
+def test_a_killed_run_goes_on_to_the_same_adapter(tiny_base, chat_rows, tmp_path, at, optim):
     """Invariant 7 at the seams: the same bits, and metrics without gaps or doubles."""
     settings = {"lora_dropout": 0.1, "optim": optim, "batch_size": 1, "num_train_epochs": 1, "lora_r": 64}
     run_sft(load_config("sft", None, words(tiny_base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "killed", chat_rows, **settings))
-    step = Loop._step
-
-    def dies(self, number):
-        if number == at:
-            raise Killed
-        return step(self, number)
-
-    monkeypatch.setattr(loop_file.Loop, "_step", dies)
-    with pytest.raises(Killed):
+    with killed_at(at):
         run_sft(loaded, say=quiet)
-    monkeypatch.setattr(loop_file.Loop, "_step", step)
     run_sft(loaded, say=quiet)
     whole, killed = (read_adapter(tmp_path / n / "sft" / "adapter") for n in ("whole", "killed"))
     assert whole.sha256 == killed.sha256
     assert metrics(tmp_path / "killed" / "sft") == metrics(tmp_path / "whole" / "sft")
 
 
-def test_another_configuration_or_other_rows_do_not_go_on(tiny_base, chat_rows, tmp_path, monkeypatch):
+def test_another_configuration_or_other_rows_do_not_go_on(tiny_base, chat_rows, tmp_path):
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows))
-    step = Loop._step
-
-    def dies(self, number):
-        if number == 2:
-            raise Killed
-        return step(self, number)
-
-    monkeypatch.setattr(loop_file.Loop, "_step", dies)
-    with pytest.raises(Killed):
+    with killed_at(2):
         run_sft(loaded, say=quiet)
     assert StageDir(tmp_path / "r" / "sft").checkpoints()
     with pytest.raises(UserError, match=r"learning_rate: 0.005 then, 0.001 now"):

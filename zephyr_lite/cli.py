@@ -81,7 +81,8 @@ def _train(method: Any, config: str | None, overrides: list[str], dry_run: bool)
     from .needs import needs_lines
     from .train.dpo import run_dpo
     from .train.dry_run import run_dry
-    from .train.setup import StageComplete, resolve_run
+    from .train.ground import StageComplete
+    from .train.setup import resolve_run
     from .train.sft import run_sft
 
     loaded = resolve_run(method, config, overrides)

@@ -132,7 +132,6 @@ def _attention() -> Finding:
 
 
 def _kernels() -> Finding:
-    from .model import layer  # noqa: F401  (its operations bring their checks)
     from .model.load import compute_device, compute_dtype
     from .ops.dispatch import check_kernels
 

@@ -22,8 +22,8 @@ from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
 from ..rundir import StageDir, write_json, write_text
 from ..train.dpo import run_dpo
+from ..train.ground import StageComplete
 from ..train.loop import evaluation_batches
-from ..train.setup import StageComplete
 from ..train.sft import run_sft
 from . import CONVERSATIONS, CONVERSATIONS_TEST, FEEDBACK, FEEDBACK_TEST, QUESTIONS, dodges
 from .base import demo_base

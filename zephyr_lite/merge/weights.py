@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..model.peft_files import AdapterFile, LoraWeights, compose, write_adapter
+from ..model.compose import compose
+from ..model.peft_files import AdapterFile, LoraWeights, write_adapter
 from ..ops.nf4 import StoredNf4, quantize_stored
 from ..rundir import folder_aside, write_json
 from ..safetensors_stream import FLOATS, Entry, row_blocks, tensor_bytes, write_stream

@@ -299,17 +299,6 @@ def _rotated(qkv: Tensor, layer: Layer) -> Tensor:
     return qkv.unflatten(1, (-1, layer.head_dim))[:, : layer.heads + layer.kv_heads]
 
 
-def kept_elements(layer: Layer, keep: Keep) -> tuple[int, int]:
-    """What a token leaves for the backward pass: numbers in the compute dtype, and numbers in max(float32, dtype)."""
-    hidden, queries = layer.sites[OUT].outs[0], layer.heads * layer.head_dim
-    if keep == "input":
-        return hidden, 0
-    if keep == "attention":
-        return hidden + queries + hidden, layer.heads
-    ranks = sum(group.rank for site in layer.sites for group in site.groups)
-    return hidden + queries + hidden + sum(layer.sites[QKV].outs) + sum(layer.sites[GATE_UP].outs) + ranks, layer.heads
-
-
 def layer_of(module: Any, stack_of: Any, dropout_of: Any) -> Layer:
     """Read a Hugging Face decoder layer.
 

@@ -166,7 +166,7 @@ def load_base(config: RunConfig, *, device: torch.device | None = None) -> Base:
     device = device or compute_device()
     dtype = compute_dtype(config.dtype, device)
     stored = getattr(model_config, "quantization_config", None)
-    quantization, four_bit, double = _quantization(config, stored, folder, dtype)
+    quantization, four_bit, double = quantization_of(config, stored, folder, dtype)
     if four_bit and dtype == torch.float64:
         raise UserError("dtype float64: bitsandbytes dequantizes to at most float32.", "Set load_in_4bit=false.")
     if not sys.stderr.isatty():
@@ -182,8 +182,6 @@ def load_base(config: RunConfig, *, device: torch.device | None = None) -> Base:
         )
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: its weights cannot be read: {error}", "Fetch the model again.") from None
-    model.requires_grad_(False)
-    model.config.use_cache = False
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # it would repack the weight in place at the first evaluation, and every later reader would see noise
@@ -194,6 +192,22 @@ def load_base(config: RunConfig, *, device: torch.device | None = None) -> Base:
                     "for rows that are no multiple of 64.",
                     "Set load_in_4bit=false, or run it on a GPU.",
                 )
+    return frozen_base(model, config, folder, dtype, device, four_bit=four_bit, double_quant=double)
+
+
+def frozen_base(
+    model: Any,
+    config: RunConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    four_bit: bool,
+    double_quant: bool,
+) -> Base:
+    """A loaded model as the base of a run: every parameter frozen, no cache, the folder's own tokenizer."""
+    model.requires_grad_(False)
+    model.config.use_cache = False
     return Base(
         model=model,
         tokenizer=load_tokenizer(folder),
@@ -204,7 +218,7 @@ def load_base(config: RunConfig, *, device: torch.device | None = None) -> Base:
         device=device,
         fingerprint=fingerprint(folder),
         load_in_4bit=four_bit,
-        double_quant=double,
+        double_quant=double_quant,
     )
 
 
@@ -223,7 +237,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _quantization(config: RunConfig, stored: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool, bool]:
+def quantization_of(config: RunConfig, stored: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool, bool]:
     """What to hand to from_pretrained, whether the base is in 4 bits, and whether its scales are quantized too."""
     if stored is not None:
         stored = stored if isinstance(stored, dict) else stored.to_dict()

@@ -129,7 +129,7 @@ def scratch_bytes(config: Any, dtype: torch.dtype, mode: ScratchMode) -> int:
 
 
 def kept_bytes(config: Any, dtype: torch.dtype, keep: Keep, *, ranks: int = 0) -> int:
-    """Bytes a token that the decoder layers leave for the backward pass, exactly (``layer.kept_elements`` of all layers).
+    """Bytes a token that the decoder layers leave for the backward pass, exactly.
 
     Args:
         config: the Hugging Face configuration.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class Comparison(NamedTuple):
 
 Check = Callable[[torch.device, torch.dtype], Iterable[Comparison]]
 
+_FILES = ("nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps")
 _checks: dict[str, Check] = {}
 _failed: set[tuple[str, torch.device, torch.dtype]] = set()
 _twins_only = False
@@ -144,6 +146,8 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
         device = torch.device("cuda", torch.cuda.current_device())
     if not HAVE_TRITON or dtype == torch.float64 or not (device.type == "cuda" or _interpreted(device)):
         return []
+    for file in _FILES:  # each registers its check when it is imported
+        import_module(f".{file}", __package__)
     notes = []
     for op, check in _checks.items():
         try:

@@ -14,42 +14,40 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import Loaded, MemorySpec, Method, RunConfig, dump_config, load_config, read_dumped
+from ..config import Loaded, Method, RunConfig, dump_config, load_config, read_dumped
 from ..data.chat import ChatTemplate, resolve_template
 from ..data.prepare import Prepared, prepare
 from ..errors import UserError
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
-from ..model.chain import chain_of_run, check_order
+from ..model.compose import compose
 from ..model.decoder import Decoder
 from ..model.load import Base, fetch_base, fingerprint, load_base, load_tokenizer, read_model_config
 from ..model.peft_files import (
     AdapterFile,
     LoraWeights,
     adapter_sha256,
-    compose,
-    fetch_adapter,
     read_adapter,
     write_adapter,
 )
 from ..model.plan import Plan, keep_freed_pages, make_plan
 from ..ops.dispatch import check_kernels
 from ..rundir import StageDir, folder_aside, newest_run, write_text
+from .ground import (
+    adapters_below,
+    may_go_on,
+    memory_then,
+    relative_to_run,
+    same_base,
+    same_ground,
+    vocabulary_fits,
+)
 from .loop import Outcome, step_schedule
 
 Say = Callable[[str], None]
 
 # what a stage takes over from the one below it, unless the user says otherwise
 INHERITED = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype", "system")
-# what may differ when a stage goes on: nothing that a gradient depends on
-MAY_CHANGE = {
-    "output_dir", "eval_dataset", "eval_steps", "save_steps", "logging_steps", "save_total_limit",
-    "load_best_model_at_end", "early_stopping_patience", "report_to", "push_to_hub", "memory",
-}  # fmt: skip
 DEFAULT_CONFIG = {"sft": "zephyr-7b/sft", "dpo": "zephyr-7b/dpo"}
-
-
-class StageComplete(UserError):
-    """The stage is finished; there is nothing to do. The command line says so and exits with 0."""
 
 
 def resolve_run(method: Method, file: str | None, overrides: list[str], *, runs_root: Path = Path("runs")) -> Loaded:
@@ -132,18 +130,18 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         # nothing was kept of a stage without a checkpoint (a typo, an early error), so nothing binds the next start
         before = before if stage.checkpoints() else None
     if before is not None:
-        _may_go_on(stage, before, config, method)
+        may_go_on(stage, before, config, method)
     if config.engine == "fused":
         check_targets(config.lora_target_modules)
-    frozen = _frozen(method, config, stage, say)
+    frozen = adapters_below(method, config, stage, say)
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
     print_of_base = fingerprint(folder)
-    _same_base(frozen, print_of_base, folder)
+    same_base(frozen, print_of_base, folder)
     if before is not None:
-        _same_ground(stage, before, print_of_base, frozen)
+        same_ground(stage, before, print_of_base, frozen)
     template = _template(config, folder, frozen)
-    _vocabulary_fits(template.tokenizer, base_config, folder)
+    vocabulary_fits(template.tokenizer, base_config, folder)
     data = prepare(config.dataset, method, config, template, what="training")
     _tell(data, say)
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
@@ -181,7 +179,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         in_4bit=base.load_in_4bit,
     )
     if before is not None:
-        if _memory_then(stage) == config.memory.model_dump(mode="json"):
+        if memory_then(stage) == config.memory.model_dump(mode="json"):
             plan = Plan(**before["plan"])  # another split would change bits
         else:
             say("memory was changed: from here on sums are split otherwise, and round otherwise")
@@ -201,7 +199,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         "status": "running",
         "engine": config.engine,
         "base": base.describe(),
-        "adapters": [{"path": _relative(a.path, stage.run), "sha256": a.sha256} for a in frozen],
+        "adapters": [{"path": relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen],
         "chat_template": template.text,
         "versions": versions(),
         "plan": plan.as_dict(),
@@ -288,94 +286,6 @@ def versions() -> dict[str, str]:
     return result
 
 
-def _may_go_on(stage: StageDir, before: dict[str, Any], config: RunConfig, method: Method) -> None:
-    """Refuse a finished stage, and one that was started with another configuration."""
-    if before.get("method") not in (None, method):
-        raise UserError(
-            f"{stage.path}: is a {before['method']} stage; this is {method}.", "Choose another stage or output_dir."
-        )
-    complete = before.get("status") == "complete"
-    old = read_dumped(stage.config) if stage.config.is_file() else {}
-    new = config.model_dump(mode="json")
-    changed = [
-        f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in new.items() if k not in MAY_CHANGE and old.get(k) != v
-    ]
-    if changed:
-        cure = "choose another output_dir or stage."
-        raise UserError(
-            f"{stage.path}: was {'finished' if complete else 'started'} with another configuration:\n  "
-            + "\n  ".join(changed),
-            f"To train with this one, {cure}" if complete else f"Go back to it to go on, or {cure}",
-        )
-    if complete:
-        following = {"sft": "zephyr-lite dpo", "dpo": "zephyr-lite merge --out model/"}[before["method"]]
-        raise StageComplete(f"{stage.path} is complete already.", f"Next: {following}")
-
-
-def _memory_then(stage: StageDir) -> dict[str, Any]:
-    """What the user had fixed of the plan when the stage was started."""
-    then = read_dumped(stage.config) if stage.config.is_file() else {}
-    return MemorySpec.model_validate(then.get("memory") or {}).model_dump(mode="json")
-
-
-def _same_ground(stage: StageDir, before: dict[str, Any], base: str, frozen: list[AdapterFile]) -> None:
-    """A stage that goes on stands on what it was started on: the same base, the same adapters below."""
-    if "trl" in before:  # the baseline counts adapters that it trains on as its own
-        then = before["trl"].get("continues", before.get("adapters", []))
-    else:
-        then = before.get("adapters", [])
-    if before["base"]["fingerprint"] != base:
-        raise UserError(
-            f"{stage.path}: was started on other weights of {before['base']['name_or_path']} than these.",
-            "Restore them (a hub id's model_revision pins them), or choose another output_dir or stage.",
-        )
-    if [a["sha256"] for a in then] != [a.sha256 for a in frozen]:
-        raise UserError(
-            f"{stage.path}: an adapter below it was changed or replaced since it was started.",
-            "Restore it, or choose another output_dir or stage.",
-        )
-
-
-def _frozen(method: Method, config: RunConfig, stage: StageDir, say: Say) -> list[AdapterFile]:
-    """The adapters below this stage, read and verified."""
-    if config.adapters == "none":
-        return []
-    if config.adapters:
-        adapters = [read_adapter(fetch_adapter(name)) for name in config.adapters]
-        check_order(adapters)
-        return adapters
-    if method == "sft":
-        return []
-    below = StageDir(stage.run / "sft")
-    info = below.info()
-    if info is None or info.get("status") != "complete":
-        state = "has no stage sft" if info is None else "has a stage sft that is not finished"
-        raise UserError(
-            f"{stage.run}: {state}, so there is nothing for dpo to start from.",
-            "Run `zephyr-lite sft` first, name an SFT adapter (adapters=[FOLDER]), or set adapters=none to train on the "
-            "base itself.",
-        )
-    adapters = chain_of_run(stage.run, stage="sft").adapters
-    say(f"the reference is the base with {', '.join(str(a.path) for a in adapters)}")
-    return adapters
-
-
-def _relative(path: Path, run: Path) -> str:
-    path, run = path.resolve(), run.resolve()
-    return str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
-
-
-def _same_base(frozen: list[AdapterFile], ours: str, folder: Path) -> None:
-    """An adapter of a run of ours knows the base that it was trained on."""
-    for adapter in frozen:
-        info = StageDir(adapter.path.parent).info() if adapter.path.name in ("adapter", "delta") else None
-        if info is not None and info["base"]["fingerprint"] != ours:
-            raise UserError(
-                f"adapter {adapter.path}: was trained on {info['base']['name_or_path']}, and {folder} is another model.",
-                f"Set model_name_or_path={info['base']['name_or_path']}.",
-            )
-
-
 def _template(config: RunConfig, folder: Path, frozen: list[AdapterFile]) -> ChatTemplate:
     """``auto`` takes the template of the adapter below, where that was saved with one; then the base's own."""
     source = folder
@@ -386,14 +296,6 @@ def _template(config: RunConfig, folder: Path, frozen: list[AdapterFile]) -> Cha
                 if (candidate / "tokenizer_config.json").is_file():
                     return resolve_template("auto", load_tokenizer(candidate))
     return resolve_template(config.chat_template, load_tokenizer(source))
-
-
-def _vocabulary_fits(tokenizer: Any, config: Any, folder: Path) -> None:
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer knows {len(tokenizer):,} tokens, the model {config.vocab_size:,}.",
-            "Use the tokenizer that belongs to this model.",
-        )
 
 
 def _tell(data: Prepared, say: Say) -> None:

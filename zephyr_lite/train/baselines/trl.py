@@ -19,7 +19,8 @@ from torch import nn
 
 from ...config import RunConfig
 from ...model.adapters import AdapterStack
-from ...model.peft_files import compose, write_adapter
+from ...model.compose import compose
+from ...model.peft_files import write_adapter
 from ..setup import Say, Stage
 
 ADAPTER = "default"  # the name that TRL looks for

@@ -25,17 +25,17 @@ from transformers.utils import logging
 from ...config import RunConfig
 from ...errors import UserError
 from ...model.adapters import AdapterStack
+from ...model.compose import compose
 from ...model.load import (
     Base,
-    _quantization,
     compute_device,
     compute_dtype,
     fetch_base,
-    fingerprint,
-    load_tokenizer,
+    frozen_base,
+    quantization_of,
     read_model_config,
 )
-from ...model.peft_files import LoraWeights, compose
+from ...model.peft_files import LoraWeights
 from ..setup import Say, Stage
 from .early import start_unsloth
 from .trl import ADAPTER, goes_on_below, merged_below, start_as_fused
@@ -55,7 +55,7 @@ def load_unsloth(config: RunConfig) -> Base:
     device = compute_device()
     dtype = compute_dtype(config.dtype, device)
     stored = getattr(model_config, "quantization_config", None)
-    _, four_bit, double = _quantization(config, stored, folder, dtype)
+    _, four_bit, double = quantization_of(config, stored, folder, dtype)
     if dtype == torch.float64 or (dtype == torch.float32 and device.type == "cuda"):
         limit = (
             "its trainers autocast to 16 bits on a GPU" if device.type == "cuda" else "it computes in at most 32 bits"
@@ -88,21 +88,8 @@ def load_unsloth(config: RunConfig) -> Base:
             f"{' '.join(str(error).split())[:400]}",
             "Set engine=trl, which takes any architecture, or engine=fused.",
         ) from error
-    model.requires_grad_(False)
-    model.config.use_cache = False
     _check_loaded(model, model_config, folder, dtype, four_bit)
-    return Base(
-        model=model,
-        tokenizer=load_tokenizer(folder),
-        path=folder,
-        name_or_path=config.model_name_or_path,
-        revision=config.model_revision,
-        dtype=dtype,
-        device=device,
-        fingerprint=fingerprint(folder),
-        load_in_4bit=four_bit,
-        double_quant=double,
-    )
+    return frozen_base(model, config, folder, dtype, device, four_bit=four_bit, double_quant=double)
 
 
 def _check_loaded(model: Any, model_config: Any, folder: Any, dtype: torch.dtype, four_bit: bool) -> None:
