@@ -199,7 +199,8 @@ def test_fusing_twice_is_refused():
 
 
 @pytest.mark.parametrize(
-    "what", ["dora", "bias", "full", "mask", "dropouts", "empty", "holes", "int8", "ia3", "hook", "names", "merged"]
+    "what",
+    ["dora", "bias", "full", "mask", "dropouts", "empty", "holes", "int8", "ia3", "hook", "names", "merged", "short"],
 )
 def test_what_it_would_compute_wrongly_is_refused(what):
     inputs = {"input_ids": IDS, "use_cache": False}
@@ -230,6 +231,8 @@ def test_what_it_would_compute_wrongly_is_refused(what):
     if what == "merged":
         model.merge_adapter()
         model.base_model.disable_adapter_layers()
+    if what == "short":
+        inputs["attention_mask"] = torch.ones(3, 11)
     if what == "mask":
         inputs["attention_mask"] = torch.ones(3, 1, 12, 12, dtype=torch.bool)
     if what == "empty":
@@ -241,6 +244,7 @@ def test_what_it_would_compute_wrongly_is_refused(what):
         "dora": "variant", "bias": "variant", "full": "layer 1", "mask": "4 dimensions", "dropouts": "0.1, 0.2",
         "empty": "zero everywhere", "holes": "holes", "int8": "Linear8bitLt", "ia3": "ia3", "hook": "layers.1.mlp",
         "names": "adapter_names", "merged": "merged",
+        "short": r"\[3, 11\] beside tokens of \[3, 12\]",
     }[what]  # fmt: skip
     with pytest.raises(UserError, match=match):
         fuse(model)(**inputs)

@@ -206,6 +206,19 @@ def test_memory_may_be_changed_to_go_on(windowed, chat_rows, tmp_path, monkeypat
     assert stage.dir.info()["plan"]["keep"] == "input"
 
 
+@pytest.mark.parametrize("plan", [{"micro_tokens": 64, "tea": 1}, None])
+def test_a_plan_of_another_version_is_said(windowed, chat_rows, tmp_path, plan):
+    settings = {"save_steps": 1, **PLAIN}
+    loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
+    with killed_at(1):
+        run_sft(loaded, say=quiet)
+    stage = StageDir(tmp_path / "r" / "sft")
+    info = stage.info()
+    stage.write_info({**info, "plan": plan} if plan else {k: v for k, v in info.items() if k != "plan"})
+    with pytest.raises(UserError, match=r"stage.json: its plan is none of this version's"):
+        run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)), say=quiet)
+
+
 @pytest.mark.parametrize("where", ["early", "end"])
 def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, monkeypatch, where):
     """After the last checkpoint, or after an early stop: nothing is trained again, and the result has its evaluations."""

@@ -195,6 +195,8 @@ def _without_padding(
             f"fuse: an attention mask of {mask.ndim} dimensions; only [batch, tokens] is known.",
             'Load the model with attn_implementation="sdpa" and let the trainer\'s collator make the mask.',
         )
+    if mask is not None and mask.shape != (rows, length):
+        raise UserError(f"fuse: an attention mask of {list(mask.shape)} beside tokens of {[rows, length]}.")
     packed = mask is None and positions is not None  # as in transformers: positions alone tell packed rows apart
     if positions is None:
         positions = torch.arange(length, device=x.device)[None]

@@ -10,6 +10,7 @@ from ..config import MemorySpec, Method, RunConfig, read_dumped
 from ..errors import UserError
 from ..model.chain import chain_of_run, check_order
 from ..model.peft_files import AdapterFile, fetch_adapter, read_adapter
+from ..model.plan import Plan
 from ..rundir import StageDir
 
 # what may differ when a stage goes on: nothing that a gradient depends on
@@ -51,6 +52,17 @@ def memory_then(stage: StageDir) -> dict[str, Any]:
     """What the user had fixed of the plan when the stage was started."""
     then = read_dumped(stage.config) if stage.config.is_file() else {}
     return MemorySpec.model_validate(then.get("memory") or {}).model_dump(mode="json")
+
+
+def plan_then(stage: StageDir, before: dict[str, Any]) -> Plan:
+    """The plan that the stage was started with."""
+    try:
+        return Plan(**before["plan"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{stage.path}/stage.json: its plan is none of this version's ({error}).",
+            "Go on with the version that began the stage (the file names it), or choose another output_dir or stage.",
+        ) from None
 
 
 def same_ground(stage: StageDir, before: dict[str, Any], base: str, frozen: list[AdapterFile]) -> None:

@@ -36,6 +36,7 @@ from .ground import (
     adapters_below,
     may_go_on,
     memory_then,
+    plan_then,
     relative_to_run,
     same_base,
     same_ground,
@@ -180,7 +181,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     )
     if before is not None:
         if memory_then(stage) == config.memory.model_dump(mode="json"):
-            plan = Plan(**before["plan"])  # another split would change bits
+            plan = plan_then(stage, before)  # another split would change bits
         else:
             say("memory was changed: from here on sums are split otherwise, and round otherwise")
             before["plan"] = plan.as_dict()
