@@ -75,7 +75,7 @@ def moved(stage):
 
 
 def step_of(stage, task, tokens, step):
-    plan = type(stage.plan)(tokens, "all", 0, 0, 1)
+    plan = type(stage.plan)(tokens, ("all",) * len(stage.plan.keep))
     loop = Loop(stage.config, stage.dir, stage.stack, task, plan, say=quiet)
     loop.optimizer.zero_grad()
     sums, total = loop.gradients(step)
@@ -198,12 +198,12 @@ def test_memory_may_be_changed_to_go_on(windowed, chat_rows, tmp_path, monkeypat
         run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)), say=quiet)
     first = StageDir(tmp_path / "r" / "sft").info()["plan"]
     monkeypatch.setattr("zephyr_lite.model.plan.free_memory", lambda device: 2**20)
-    for memory, keep in ((None, first["keep"]), ("input", "input")):
+    for memory, keep in ((None, first["keep"]), ("input", ["input"] * len(first["keep"]))):
         changes = {} if memory is None else {"memory.keep": memory}
         loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings, **changes))
         stage = open_stage("sft", loaded, say=quiet)
-        assert stage.plan.keep == keep and (stage.plan.as_dict() == first) == (memory is None)
-    assert stage.dir.info()["plan"]["keep"] == "input"
+        assert list(stage.plan.keep) == keep and (stage.plan.as_dict() == first) == (memory is None)
+    assert set(stage.dir.info()["plan"]["keep"]) == {"input"}
 
 
 @pytest.mark.parametrize("plan", [{"micro_tokens": 64, "tea": 1}, None])
@@ -379,7 +379,7 @@ def test_the_largest_micro_batch_is_tried_first_and_leaves_no_trace(windowed, ch
     stage = open_stage("sft", loaded, say=quiet, claim=False)
     lengths = stage.data.lengths
     for tokens in (1, int(lengths.max() + lengths.min()), 10_000):
-        plan = type(stage.plan)(tokens, "all", 0, 0, 1)
+        plan = type(stage.plan)(tokens, ("all",) * len(stage.plan.keep))
         loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), plan, say=quiet)
         before = {n: p.detach().clone() for n, p in loop.parameters.items()}
         group = loop.rehearse()

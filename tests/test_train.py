@@ -147,7 +147,7 @@ def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, to
         parameter.data.normal_(0, 0.05)
     found = {}
     for size in (tokens, 128):
-        plan = type(stage.plan)(size, "all", 0, 0, 1)
+        plan = type(stage.plan)(size, ("all",) * len(stage.plan.keep))
         loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), plan, say=quiet)
         sums, total = loop.gradients(step)
         found[size] = (sums["loss"], total, [p.grad.clone() for p in loop.parameters.values()])

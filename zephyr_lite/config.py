@@ -42,6 +42,10 @@ class MemorySpec(BaseModel):
 
     keep: Literal["input", "attention", "all"] | None = None  # what each layer keeps for its backward pass
     micro_tokens: int | None = Field(None, ge=1)  # tokens that run at once
+    vram: str | None = None  # use so much of the card at most: 8GiB
+    host: str | None = None  # take so much of the main memory at most, for what is offloaded or streamed: 16GiB
+    offload: bool | None = None  # what layers keep lies in main memory between the passes
+    stream: bool | None = None  # the base's layers lie in main memory and come to the card one ahead
 
 
 class RunConfig(BaseModel):

@@ -23,6 +23,9 @@ from .load import sliding_window
 from .memory import Scratch, ScratchMode
 
 
+Keeps = Keep | Sequence[Keep]
+
+
 @dataclass(frozen=True)
 class Dropout:
     """LoRA dropout of one forward pass: on the trainable adapter only."""
@@ -67,7 +70,7 @@ class Decoder:
         return self.stack.base.model.embed_tokens.weight.device
 
     def token_logps(
-        self, batch: Batch, *, reference: bool = False, keep: Keep = "all", dropout: Dropout | None = None
+        self, batch: Batch, *, reference: bool = False, keep: Keeps = "all", dropout: Dropout | None = None
     ) -> Tensor:
         """Log-probability of each target of the batch.
 
@@ -75,7 +78,7 @@ class Decoder:
             batch: on the decoder's device.
             reference: with the trainable adapter off and without a graph: its columns are there, and zero. Given the
                 policy's ``dropout`` it runs the products that the policy runs, so that both round alike.
-            keep: what a layer keeps for its backward pass (see ``layer``).
+            keep: what a layer keeps for its backward pass (see ``layer``): one word for all, or one a layer.
             dropout: for the trainable adapter, in training.
         Returns:
             [N] float32, in the order of ``batch.target_ids``; differentiable unless ``reference``.
@@ -88,7 +91,7 @@ class Decoder:
         return self._logps(rows, batch)
 
     def policy_and_reference(
-        self, batch: Batch, *, keep: Keep = "all", dropout: Dropout | None = None
+        self, batch: Batch, *, keep: Keeps = "all", dropout: Dropout | None = None
     ) -> tuple[Tensor, Tensor]:
         """Both in one pass, layer by layer, so that each weight is dequantized once for the two: what two calls of
         ``token_logps`` return, bit for bit. The reference's half keeps nothing, and takes the room of one layer."""
@@ -98,7 +101,7 @@ class Decoder:
         return self._logps(policy, batch), reference_logps
 
     def token_stats(
-        self, batch: Batch, *, keep: Keep = "all", dropout: Dropout | None = None
+        self, batch: Batch, *, keep: Keeps = "all", dropout: Dropout | None = None
     ) -> tuple[Tensor, TokenStats]:
         """The policy's log-probabilities, as ``token_logps`` gives them, with entropy and top-1 of the same pass."""
         (rows,) = self._run(batch, dropout, keep, (None,))
@@ -107,7 +110,7 @@ class Decoder:
     def _logps(self, rows: Tensor, batch: Batch) -> Tensor:
         return token_logps(rows, self.stack.base.lm_head.weight, batch.target_ids)
 
-    def _run(self, batch: Batch, dropout: Dropout | None, keep: Keep, off: Sequence[str | None]) -> list[Tensor]:
+    def _run(self, batch: Batch, dropout: Dropout | None, keep: Keeps, off: Sequence[str | None]) -> list[Tensor]:
         """The hidden states that predict, after the final norm: [N, D] (a row that predicts two targets stands there
         twice), once for each of ``off``: the name of an adapter that is switched off (no graph is kept then), or None."""
         model = self.stack.base.model
@@ -121,12 +124,13 @@ class Decoder:
         key = None
         if dropout is not None and dropout.p > 0:
             key = DropoutKey(dropout.p, dropout.seed, dropout.step, batch.streams, batch.positions)
+        keeps = [keep] * len(model.layers) if isinstance(keep, str) else keep
         streams = [x for _ in off]
         for index, module in enumerate(model.layers):
             for place, name in enumerate(off):
                 layer = self._layer(module, index, name, key)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and name is None):
-                    streams[place] = run_layer(streams[place], layer, state, self.scratch, keep)
+                    streams[place] = run_layer(streams[place], layer, state, self.scratch, keeps[index])
         rows = [stream[batch.target_rows] for stream in streams]
         return [rms_norm(r, model.norm.weight, model.norm.variance_epsilon) for r in rows]
 

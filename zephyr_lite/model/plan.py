@@ -28,31 +28,45 @@ class Plan:
 
     Attributes:
         micro_tokens: a micro-batch holds at most so many tokens (one example at least).
-        keep: what each layer keeps for its backward pass (see ``layer``).
-        bytes_per_token: of what is kept under this plan.
-        free_bytes: what was free when the plan was made, less what the optimizer will take.
-        threads: the number of CPU threads, which decides the order of sums there.
+        keep: what each layer keeps for its backward pass, from the first layer to the last (see ``layer``).
+        offload: what the first so many layers keep lies on the host between the two passes (see ``offload``).
+        stream: the decoder layers' weights lie on the host, and come to the device one layer ahead (see ``stream``).
+        tile: the MLP runs over so many tokens at a time; None: over all of a micro-batch.
         scratch: how much room dequantized weights get (see ``memory``).
         reference: a live reference runs in the policy's pass (``together``), or in one of its own before it.
+        threads: the number of CPU threads, which decides the order of sums there.
+        bytes_per_token: of what all layers keep under this plan, wherever it lies.
+        free_bytes: what was free when the plan was made, less what the optimizer will take.
     """
 
     micro_tokens: int
-    keep: Keep
-    bytes_per_token: int
-    free_bytes: int
-    threads: int
+    keep: tuple[Keep, ...]
+    offload: int = 0
+    stream: bool = False
+    tile: int | None = None
     scratch: ScratchMode = "layer"
     reference: Literal["together", "own"] = "together"
+    threads: int = 1
+    bytes_per_token: int = 0
+    free_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(self.keep))  # JSON knows lists only
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether any layer's matrix products are computed again in the backward pass."""
+        return any(keep != "all" for keep in self.keep)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "keep": list(self.keep)}
 
     def lines(self) -> list[str]:
         kept = {
             "all": "everything that a matrix product computed",
             "attention": "layer inputs and the attention's output, the rest is recomputed",
             "input": "layer inputs, the rest is recomputed",
-        }[self.keep]
+        }[self.keep[0]]
         return [
             f"{self.micro_tokens:,} tokens at once, {self.bytes_per_token / 2**20:.2f} MiB kept a token ({kept}); "
             f"{self.free_bytes / 2**30:.1f} GiB free"
@@ -108,7 +122,15 @@ def make_plan(
     one_more = config.hidden_size * dtype.itemsize
     together = longest * (per_token + one_more) <= budget
     tokens = memory.micro_tokens or max(longest, min(wanted, budget // (per_token + (one_more if together else 0))))
-    return Plan(tokens, keep, kept, free, torch.get_num_threads(), scratch, "together" if together else "own")
+    return Plan(
+        tokens,
+        (keep,) * config.num_hidden_layers,
+        scratch=scratch,
+        reference="together" if together else "own",
+        threads=torch.get_num_threads(),
+        bytes_per_token=kept,
+        free_bytes=free,
+    )
 
 
 def transient_bytes(config: Any, dtype: torch.dtype, keep: Keep) -> int:

@@ -216,8 +216,8 @@ def _largest_divisor(number: int, limit: int) -> int:
 def _checkpointing(stage: Stage, per_device: int) -> bool:
     """Whether TRL recomputes activations: as the plan says, or where its layers, which keep about three times as much as
     the fused engine's, would not fit. It knows nothing between all and nothing."""
-    if stage.plan.keep != "all" or stage.config.memory.keep is not None:
-        return stage.plan.keep != "all"
+    if stage.plan.recomputes or stage.config.memory.keep is not None:
+        return stage.plan.recomputes
     longest = int(stage.data.lengths.max()) if stage.method == "dpo" else stage.config.max_length
     return 3 * stage.plan.bytes_per_token * longest * per_device > SHARE * stage.plan.free_bytes
 
