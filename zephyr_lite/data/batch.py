@@ -54,6 +54,7 @@ class Batch:
         group_sizes: [G] int64, how many targets each response has, in order: one group an example (SFT), chosen and
             rejected in turn (DPO).
         indices: the examples' indices in the data set, in order.
+        host_tokens: the tokens on the host, for an embedding that lies there; None while ``tokens`` do themselves.
     """
 
     tokens: Tensor
@@ -64,6 +65,7 @@ class Batch:
     target_ids: Tensor
     group_sizes: Tensor
     indices: tuple[int, ...]
+    host_tokens: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.numel()
@@ -73,7 +75,7 @@ class Batch:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("tokens", "positions", "streams", "target_rows", "target_ids", "group_sizes")
         }
-        return replace(self, **moved)
+        return replace(self, host_tokens=self.tokens if self.host_tokens is None else self.host_tokens, **moved)
 
     def sum_by_group(self, values: Tensor) -> Tensor:
         """[N] values per target → [G] sums per response, in a fixed order (no atomics), differentiable."""

@@ -18,10 +18,13 @@ from ..ops.lora import LoraPair
 from ..ops.rms_norm import rms_norm
 from ..ops.token_logps import TokenStats, token_logps
 from .adapters import AdapterStack
-from .layer import Keep, Layer, Pass, layer_of, run_layer
+from .layer import run_layer
+from .layer_spec import Keep, Layer, Pass, layer_of
 from .load import sliding_window
 from .memory import Scratch, ScratchMode
-
+from .offload import Offload
+from .plan import Plan
+from .stream import StreamedBase
 
 Keeps = Keep | Sequence[Keep]
 
@@ -43,6 +46,7 @@ class Decoder:
         dtype: the compute dtype of the hidden states.
         names: the adapters that take part, from the bottom up; None: all of the stack.
         scratch: how much room dequantized weights get (see ``memory``).
+        stream: where the base's layers come from, if they lie on the host.
 
     Raises:
         UserError: an adapter reaches the output head.
@@ -54,11 +58,15 @@ class Decoder:
         dtype: torch.dtype,
         names: Sequence[str] | None = None,
         scratch: ScratchMode = "layer",
+        stream: StreamedBase | None = None,
     ) -> None:
         self.stack = stack
         self.dtype = dtype
         self.names = names
         self.scratch = Scratch(scratch)
+        self.stream = stream
+        self.offload: Offload | None = None
+        self.tile: int | None = None
         if isinstance(getattr(stack.base, "lm_head", None), LoraLayer):
             raise UserError(
                 "an adapter of the stack changes the output head, which the fused engine takes as it is.",
@@ -67,7 +75,18 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        return self.stack.base.model.embed_tokens.weight.device
+        return self.stack.base.model.embed_tokens.weight.device if self.stream is None else self.stream.device
+
+    def follow(self, plan: Plan) -> None:
+        """Compute as the plan says, from the next pass on; no pass may be under way, or wait for its backward pass. What
+        a pass that failed left behind is dropped."""
+        if self.scratch.mode != plan.scratch:
+            self.scratch = Scratch(plan.scratch)
+        self.tile = plan.tile
+        if self.offload is not None:
+            self.offload.clear()
+        if self.offload is None or self.offload.layers != plan.offload:
+            self.offload = Offload(self.device, plan.offload) if plan.offload else None
 
     def token_logps(
         self, batch: Batch, *, reference: bool = False, keep: Keeps = "all", dropout: Dropout | None = None
@@ -96,30 +115,47 @@ class Decoder:
         """Both in one pass, layer by layer, so that each weight is dequantized once for the two: what two calls of
         ``token_logps`` return, bit for bit. The reference's half keeps nothing, and takes the room of one layer."""
         policy, reference = self._run(batch, dropout, keep, (None, self.stack.trainable))
+        head = self._head()
         with torch.no_grad():
-            reference_logps = self._logps(reference, batch)
-        return self._logps(policy, batch), reference_logps
+            reference_logps = self._logps(reference, batch, head)
+        return self._logps(policy, batch, head), reference_logps
 
     def token_stats(
         self, batch: Batch, *, keep: Keeps = "all", dropout: Dropout | None = None
     ) -> tuple[Tensor, TokenStats]:
         """The policy's log-probabilities, as ``token_logps`` gives them, with entropy and top-1 of the same pass."""
         (rows,) = self._run(batch, dropout, keep, (None,))
-        return token_logps(rows, self.stack.base.lm_head.weight, batch.target_ids, stats=True)
+        return token_logps(rows, self._head(), batch.target_ids, stats=True)
 
-    def _logps(self, rows: Tensor, batch: Batch) -> Tensor:
-        return token_logps(rows, self.stack.base.lm_head.weight, batch.target_ids)
+    def _logps(self, rows: Tensor, batch: Batch, head: Tensor | None = None) -> Tensor:
+        return token_logps(rows, self._head() if head is None else head, batch.target_ids)
+
+    def _head(self) -> Tensor:
+        """[V, D] on the device: of a streamed base a copy, which goes when the log-probabilities are there."""
+        weight = self.stack.base.lm_head.weight.detach()
+        return weight.to(self.device, non_blocking=True)
+
+    def _embedded(self, batch: Batch) -> Tensor:
+        """[T, D]; from an embedding on the host the rows come over."""
+        embedding = self.stack.base.model.embed_tokens
+        if self.stream is None:
+            return embedding(batch.tokens).detach().to(self.dtype)
+        tokens = batch.tokens if batch.host_tokens is None else batch.host_tokens
+        return embedding(tokens.to(embedding.weight.device)).detach().to(self.dtype).to(self.device)
 
     def _run(self, batch: Batch, dropout: Dropout | None, keep: Keeps, off: Sequence[str | None]) -> list[Tensor]:
         """The hidden states that predict, after the final norm: [N, D] (a row that predicts two targets stands there
         twice), once for each of ``off``: the name of an adapter that is switched off (no graph is kept then), or None."""
         model = self.stack.base.model
-        x = model.embed_tokens(batch.tokens).detach().to(self.dtype)
+        x = self._embedded(batch)
         cos, sin = model.rotary_emb(x, batch.positions[None])
         state = Pass(
             table=SegmentTable.build(batch.segments, sliding_window(self.stack.base.config), x.device),
             cos=cos[0].to(self.dtype),
             sin=sin[0].to(self.dtype),
+            tile=self.tile,
+            offload=self.offload,
+            stream=self.stream,
         )
         key = None
         if dropout is not None and dropout.p > 0:
@@ -131,6 +167,8 @@ class Decoder:
                 layer = self._layer(module, index, name, key)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and name is None):
                     streams[place] = run_layer(streams[place], layer, state, self.scratch, keeps[index])
+        if self.offload is not None:
+            self.offload.settle()
         rows = [stream[batch.target_rows] for stream in streams]
         return [rms_norm(r, model.norm.weight, model.norm.variance_epsilon) for r in rows]
 
@@ -153,4 +191,10 @@ class Decoder:
                 if name in linear.lora_A
             ]
 
-        return layer_of(module, pairs, lambda site: None if key is None else key.at(index, site))
+        return layer_of(
+            module,
+            pairs,
+            lambda site: None if key is None else key.at(index, site),
+            index=index,
+            stream=self.stream,
+        )

@@ -23,7 +23,8 @@ from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
 from ..ops.nf4 import is_quantized
 from ..ops.rms_norm import rms_norm
-from .layer import Keep, Pass, layer_of, run_layer
+from .layer import run_layer
+from .layer_spec import Keep, Pass, layer_of
 from .load import check_family, sliding_window
 from .memory import Scratch, ScratchMode
 

@@ -12,68 +12,20 @@ Norms, rotations and SiLU are computed again under every policy: they cost a pas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.attention import SegmentTable, attention_backward, attention_forward
-from ..ops.lora import Site, grad_adapters, grad_input, grad_low_rank, low_rank, project
+from ..ops.attention import attention_backward, attention_forward
+from ..ops.lora import grad_adapters, grad_input, grad_low_rank, low_rank, project
 from ..ops.rms_norm import rms_norm_backward, rms_norm_forward
 from ..ops.rope import rope_
-from ..ops.swiglu import swiglu_backward, swiglu_forward
+from .layer_spec import DOWN, GATE_UP, OUT, QKV, Keep, Layer, Pass
 from .memory import Scratch
-
-Keep = Literal["input", "attention", "all"]
-QKV, OUT, GATE_UP, DOWN = range(4)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm's weight [D], frozen, and its epsilon."""
-
-    weight: Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What a layer computes with.
-
-    Attributes:
-        sites: q, k, v; o; gate, up; down.
-        norms: before the attention, before the MLP.
-        heads, kv_heads, head_dim: of the attention.
-        scale: what its scores are multiplied with.
-    """
-
-    sites: tuple[Site, Site, Site, Site]
-    norms: tuple[Norm, Norm]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-
-    @property
-    def trained(self) -> list[Tensor]:
-        return [tensor for site in self.sites for tensor in site.trained]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What every layer of one forward pass reads.
-
-    Attributes:
-        table: who sees whom.
-        cos, sin: [T, head_dim], in the compute dtype.
-    """
-
-    table: SegmentTable
-    cos: Tensor
-    sin: Tensor
+from .mlp import Kept, Products, mlp_backward, mlp_forward
 
 
 def run_layer(x: Tensor, layer: Layer, state: Pass, scratch: Scratch, keep: Keep) -> Tensor:
@@ -89,7 +41,7 @@ def run_layer(x: Tensor, layer: Layer, state: Pass, scratch: Scratch, keep: Keep
     trained = layer.trained
     if torch.is_grad_enabled() and (trained or x.requires_grad):
         return _Layer.apply(x, layer, state, scratch, keep, *trained)
-    return _forward(x, layer, state, scratch)[0]
+    return _forward(x, layer, state, scratch, None)[0]
 
 
 @dataclass
@@ -102,7 +54,7 @@ class _Activations:
         mixed, lse: the attention's output [T, H d] and its log-sum-exp.
         middle: [T, D], the residual after the attention.
         gate_up: [T, 2 I].
-        products: of each site's adapters.
+        products: of each site's adapters: q, k, v; o; gate, up; down.
     """
 
     x: Tensor
@@ -111,31 +63,36 @@ class _Activations:
     lse: Tensor | None = None
     middle: Tensor | None = None
     gate_up: Tensor | None = None
-    products: tuple[tuple[Tensor, ...] | None, ...] = (None, None, None, None)
+    products: tuple[Products | None, ...] = (None, None, None, None)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: Layer, state: Pass, scratch: Scratch, keep: Keep, *trained: Tensor) -> Tensor:  # type: ignore[override]
-        y, found = _forward(x, layer, state, scratch)
+        y, found = _forward(x, layer, state, scratch, keep)
         ctx.layer, ctx.state, ctx.scratch = layer, state, scratch
-        ctx.kept = _save(ctx, found, keep)
+        _save(ctx, found, keep)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
+        layer, state, scratch = ctx.layer, ctx.state, ctx.scratch
+        if state.stream is not None:
+            state.stream.begin(layer.index, -1)
         found = _restore(ctx)
-        owned = found.gate_up is None  # what was kept is autograd's, and must not be overwritten
-        _recompute(found, ctx.layer, ctx.state, ctx.scratch)
+        if state.offload is not None:
+            state.offload.ahead(layer.index - 1)
+        _recompute(found, layer, state, scratch)
         d_x, grads = _backward(
-            grad.contiguous(), found, ctx.layer, ctx.state, ctx.scratch, owned=owned, need_x=ctx.needs_input_grad[0]
-        )
+            grad.contiguous(), found, layer, state, scratch, owned=ctx.away is not None,
+            need_x=ctx.needs_input_grad[0],
+        )  # fmt: skip
         return (d_x, None, None, None, None, *grads)
 
 
-def _save(ctx: Any, found: _Activations, keep: Keep) -> tuple[list[str], list[int]]:
-    """Hand what the policy keeps to autograd; returns the names, and how many products each site has."""
+def _save(ctx: Any, found: _Activations, keep: Keep) -> None:
+    """Hand what the policy keeps to autograd, or to the host."""
     names = ["x"]
     if keep != "input":
         names += ["mixed", "lse", "middle"]
@@ -147,42 +104,52 @@ def _save(ctx: Any, found: _Activations, keep: Keep) -> tuple[list[str], list[in
             assert of_site is not None
             counts.append(len(of_site))
             products += of_site
-    ctx.save_for_backward(*(getattr(found, name) for name in names), *products)
-    return names, counts
+    tensors = [*(getattr(found, name) for name in names), *products]
+    ctx.names, ctx.counts, ctx.away = names, counts, None
+    offload = ctx.state.offload
+    if offload is not None and ctx.layer.index < offload.layers:
+        ctx.away = offload.put(ctx.layer.index, tensors)
+        return
+    if offload is not None:
+        offload.settle()
+    ctx.save_for_backward(*tensors)
 
 
 def _restore(ctx: Any) -> _Activations:
-    names, counts = ctx.kept
-    tensors = iter(ctx.saved_tensors)
-    kept = {name: next(tensors) for name in names}
-    if counts:
-        kept["products"] = tuple(tuple(next(tensors) for _ in range(count)) for count in counts)
+    tensors = iter(ctx.saved_tensors if ctx.away is None else ctx.state.offload.get(ctx.away))
+    kept: dict[str, Any] = {name: next(tensors) for name in ctx.names}
+    if ctx.counts:
+        kept["products"] = tuple(tuple(next(tensors) for _ in range(count)) for count in ctx.counts)
     return _Activations(**kept)
 
 
-def _forward(x: Tensor, layer: Layer, state: Pass, scratch: Scratch) -> tuple[Tensor, _Activations]:
+def _forward(x: Tensor, layer: Layer, state: Pass, scratch: Scratch, keep: Keep | None) -> tuple[Tensor, _Activations]:
+    """The layer's output, and what `keep` names of what was computed on the way (None: nothing); the rest goes as soon
+    as it was read."""
+    if state.stream is not None:
+        state.stream.begin(layer.index, 1)
     found = _Activations(x)
     normed, _, _ = rms_norm_forward(x, layer.norms[0].weight, layer.norms[0].eps)
     qkv_products = _attend(found, normed, layer, state, scratch)
     del normed
     assert found.mixed is not None
+    if keep != "all":
+        found.qkv = None
     o_products = low_rank(found.mixed, layer.sites[OUT])
     out = project(found.mixed, _parts(layer, OUT, scratch, x), layer.sites[OUT], o_products)
-    normed, found.middle, _ = rms_norm_forward(out, layer.norms[1].weight, layer.norms[1].eps, residual=x)
-    del out
-    gate_up_products = low_rank(normed, layer.sites[GATE_UP])
-    found.gate_up = project(normed, _parts(layer, GATE_UP, scratch, x), layer.sites[GATE_UP], gate_up_products)
-    del normed
-    act = swiglu_forward(*found.gate_up.chunk(2, dim=1))
-    down_products = low_rank(act, layer.sites[DOWN])
-    y = project(act, _parts(layer, DOWN, scratch, x), layer.sites[DOWN], down_products, add=found.middle)
-    found.products = (qkv_products, o_products, gate_up_products, down_products)
-    return y, found
+    if keep in (None, "input"):
+        found.mixed = found.lse = None
+    mlp = mlp_forward(out, x, layer, scratch, tile=state.tile, whole=keep == "all")
+    found.middle = mlp.middle
+    if mlp.kept is not None:
+        found.gate_up, *of_mlp = mlp.kept
+        found.products = (qkv_products, o_products, *of_mlp)
+    return mlp.y, found
 
 
 def _attend(
     found: _Activations, normed: Tensor, layer: Layer, state: Pass, scratch: Scratch, *, mix: bool = True
-) -> tuple[Tensor, ...]:
+) -> Products:
     """From the normalized input to q, k, v and (``mix``) the attention's output; returns the adapters' products."""
     products = low_rank(normed, layer.sites[QKV])
     found.qkv = project(normed, _parts(layer, QKV, scratch, normed), layer.sites[QKV], products)
@@ -195,8 +162,8 @@ def _attend(
 
 
 def _recompute(found: _Activations, layer: Layer, state: Pass, scratch: Scratch) -> None:
-    """Fill in what a backward pass reads and the policy did not keep (never down_proj)."""
-    qkv_products, o_products, gate_up_products, _ = found.products
+    """Fill in what a backward pass reads of the attention and the policy did not keep."""
+    qkv_products, o_products, *of_mlp = found.products
     if found.qkv is None:
         normed, _, _ = rms_norm_forward(found.x, layer.norms[0].weight, layer.norms[0].eps)
         qkv_products = _attend(found, normed, layer, state, scratch, mix=found.mixed is None)
@@ -204,56 +171,37 @@ def _recompute(found: _Activations, layer: Layer, state: Pass, scratch: Scratch)
     assert found.mixed is not None
     if o_products is None:
         o_products = low_rank(found.mixed, layer.sites[OUT])
-    normed = None
     if found.middle is None:
         out = project(found.mixed, _parts(layer, OUT, scratch, found.x), layer.sites[OUT], o_products)
-        normed, found.middle, _ = rms_norm_forward(out, layer.norms[1].weight, layer.norms[1].eps, residual=found.x)
-    if found.gate_up is None:
-        if normed is None:
-            normed, _, _ = rms_norm_forward(found.middle, layer.norms[1].weight, layer.norms[1].eps)
-        gate_up_products = low_rank(normed, layer.sites[GATE_UP])
-        parts = _parts(layer, GATE_UP, scratch, found.x)
-        found.gate_up = project(normed, parts, layer.sites[GATE_UP], gate_up_products)
-    found.products = (qkv_products, o_products, gate_up_products, found.products[DOWN])
+        found.middle = out.add_(found.x)  # to the bit what the norm's kernel gave in the forward pass
+    found.products = (qkv_products, o_products, *of_mlp)
 
 
 def _backward(
-    grad: Tensor, found: _Activations, layer: Layer, state: Pass, scratch: Scratch, *, owned: bool, need_x: bool
-) -> tuple[Tensor | None, list[Tensor]]:
+    grad: Tensor, found: _Activations, layer: Layer, state: Pass, scratch: Scratch, *,
+    owned: bool, need_x: bool,
+) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
     """The gradients of x and of every trained adapter.
 
     Args:
         grad: [T, D], of the layer's output.
-        owned: whether ``found.gate_up`` may be overwritten.
+        owned: whether what was kept may be overwritten: not what is autograd's.
     """
-    qkv, mixed, lse, middle, gate_up = found.qkv, found.mixed, found.lse, found.middle, found.gate_up
-    assert qkv is not None and mixed is not None and lse is not None and middle is not None and gate_up is not None
-    sites, grads = layer.sites, [[], [], [], []]  # type: tuple[Site, ...], list[list[Tensor]]
-
-    # y = middle + down(silu(gate) · up)
-    d_products = grad_low_rank(grad, sites[DOWN])
-    d_act = grad_input(grad, _parts(layer, DOWN, scratch, grad), sites[DOWN], d_products)
-    d_gate_up = gate_up if owned else torch.empty_like(gate_up)
-    (gate, up), (d_gate, d_up) = gate_up.chunk(2, dim=1), d_gate_up.chunk(2, dim=1)
-    _, _, act = swiglu_backward(d_act, gate, up, d_gate, d_up, act=d_act)
-    if sites[DOWN].trained:
-        products = found.products[DOWN]
-        products = low_rank(act, sites[DOWN]) if products is None else products
-        grads[DOWN] = grad_adapters(grad, act, sites[DOWN], products, d_products)
-    del act, d_act, gate, up, d_gate, d_up
-    found.gate_up = gate_up = None
-
-    # gate, up = W · norm(middle)
-    d_products = grad_low_rank(d_gate_up, sites[GATE_UP])
-    d_normed = grad_input(d_gate_up, _parts(layer, GATE_UP, scratch, grad), sites[GATE_UP], d_products)
-    normed, _, inverse = rms_norm_forward(middle, layer.norms[1].weight, layer.norms[1].eps)
-    if sites[GATE_UP].trained:
-        products = found.products[GATE_UP]
-        assert products is not None
-        grads[GATE_UP] = grad_adapters(d_gate_up, normed, sites[GATE_UP], products, d_products)
-    del d_gate_up, normed
-    d_middle = rms_norm_backward(d_normed, middle, layer.norms[1].weight, inverse, residual_grad=grad)
-    del d_normed, middle
+    sites, grads = layer.sites, [[], [], [], []]  # type: tuple[Any, ...], list[list[Tensor]]
+    middle, kept = found.middle, None
+    assert middle is not None
+    if found.gate_up is not None:
+        _, _, first, second = found.products
+        assert first is not None and second is not None
+        kept = Kept(found.gate_up, first, second)
+        found.gate_up = None
+    d_middle, grads[GATE_UP], grads[DOWN] = mlp_backward(
+        grad, middle, kept, layer, scratch, tile=state.tile, owned=owned
+    )
+    del kept, middle
+    found.middle = None
+    qkv, mixed, lse = found.qkv, found.mixed, found.lse
+    assert qkv is not None and mixed is not None and lse is not None
 
     # middle = x + o(attention(q, k, v))
     d_products = grad_low_rank(d_middle, sites[OUT])
@@ -297,42 +245,3 @@ def _heads(qkv: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
 def _rotated(qkv: Tensor, layer: Layer) -> Tensor:
     """The heads that positions turn, q's and k's: a view [T, H + H_kv, d]."""
     return qkv.unflatten(1, (-1, layer.head_dim))[:, : layer.heads + layer.kv_heads]
-
-
-def layer_of(module: Any, stack_of: Any, dropout_of: Any) -> Layer:
-    """Read a Hugging Face decoder layer.
-
-    Args:
-        module: a MistralDecoderLayer or LlamaDecoderLayer, its linear layers plain, 4-bit, or wrapped by PEFT.
-        stack_of: (linear layer, index of the projection within its site) → the LoraPairs that are on.
-        dropout_of: index of the site → its DropoutKey, or None.
-    """
-    attention, mlp = module.self_attn, module.mlp
-    modules: Sequence[tuple[Any, ...]] = (
-        (attention.q_proj, attention.k_proj, attention.v_proj),
-        (attention.o_proj,),
-        (mlp.gate_proj, mlp.up_proj),
-        (mlp.down_proj,),
-    )
-    sites = []
-    for place, linears in enumerate(modules):
-        inner = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in linears]
-        sites.append(
-            Site(
-                tuple(m.weight for m in inner),
-                tuple(m.bias for m in inner),
-                tuple(m.out_features for m in inner),
-                tuple(pair for index, m in enumerate(linears) for pair in stack_of(m, index)),
-                dropout_of(place),
-            )
-        )
-    norms = (module.input_layernorm, module.post_attention_layernorm)
-    head_dim = attention.head_dim
-    return Layer(
-        (sites[0], sites[1], sites[2], sites[3]),
-        (Norm(norms[0].weight, norms[0].variance_epsilon), Norm(norms[1].weight, norms[1].variance_epsilon)),
-        sites[0].outs[0] // head_dim,
-        sites[0].outs[1] // head_dim,
-        head_dim,
-        attention.scaling,
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -35,7 +35,11 @@ class DropoutKey:
     site: int = 0
 
     def at(self, layer: int, site: int) -> DropoutKey:
-        return DropoutKey(self.p, self.seed, self.step, self.streams, self.positions, layer, site)
+        return replace(self, layer=layer, site=site)
+
+    def rows(self, rows: slice) -> DropoutKey:
+        """Of some of the tokens."""
+        return replace(self, streams=self.streams[rows], positions=self.positions[rows])
 
 
 Word = TypeVar("Word", int, Tensor)

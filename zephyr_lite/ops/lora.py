@@ -14,7 +14,7 @@ matrices come in parts, an iterable of (first column of y, W): one part where a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -125,6 +125,10 @@ class Site:
             start += out
         return result
 
+    def rows(self, rows: slice) -> Site:
+        """For some of the tokens: only dropout knows which they are."""
+        return self if self.dropout is None else replace(self, dropout=self.dropout.rows(rows))
+
     @property
     def trained(self) -> list[Tensor]:
         """a and b of every trained pair, in the order in which ``grad_adapters`` returns their gradients."""
@@ -153,7 +157,15 @@ def low_rank(x: Tensor, site: Site) -> tuple[Tensor, ...]:
     return tuple(products)
 
 
-def project(x: Tensor, parts: Parts, site: Site, products: Sequence[Tensor], *, add: Tensor | None = None) -> Tensor:
+def project(
+    x: Tensor,
+    parts: Parts,
+    site: Site,
+    products: Sequence[Tensor],
+    *,
+    add: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """y of all projections beside each other.
 
     Args:
@@ -161,10 +173,11 @@ def project(x: Tensor, parts: Parts, site: Site, products: Sequence[Tensor], *, 
         parts: the frozen matrices in x's dtype.
         products: of ``low_rank``.
         add: [T, Σ out], added to the result (a residual).
+        out: where the result goes.
     Returns:
-        [T, Σ out], a new tensor in x's dtype.
+        [T, Σ out] in x's dtype: `out`, or a new tensor.
     """
-    y = torch.empty(x.shape[0], sum(site.outs), dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape[0], sum(site.outs), dtype=x.dtype, device=x.device) if out is None else out
     for start, weight in parts:
         columns = slice(start, start + weight.shape[0])
         if add is None:

@@ -19,6 +19,45 @@ def is_quantized(weight: Tensor) -> bool:
     return getattr(weight, "quant_state", None) is not None
 
 
+def stored_tensors(weight: Tensor) -> dict[str, Tensor]:
+    """All that a frozen weight is read from, by name: "" its own storage, and of a 4-bit one its quantization state's
+    tensors as well."""
+    found = {"": weight.data}
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        found |= {"absmax": state.absmax, "code": state.code}
+        if state.nested:
+            found |= {"offset": state.offset, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
+    return found
+
+
+def weight_over(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A weight as ``dequantize`` takes it, read from other tensors than the ones that ``stored_tensors(weight)`` names:
+    of the same shapes and dtypes, on any device."""
+    result = tensors[""]
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        nested = None
+        if state.nested:
+            nested = bnb.QuantState(
+                absmax=tensors["nested_absmax"],
+                code=tensors["nested_code"],
+                blocksize=state.state2.blocksize,
+                dtype=state.state2.dtype,
+            )
+        result.quant_state = bnb.QuantState(  # type: ignore[attr-defined]
+            absmax=tensors["absmax"],
+            shape=state.shape,
+            code=tensors["code"],
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=state.dtype,
+            offset=tensors.get("offset"),
+            state2=nested,
+        )
+    return result
+
+
 def dequantize(weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """A frozen weight as a matrix to multiply with.
 
@@ -220,18 +259,60 @@ def quantize_stored(weight: Tensor, *, double_quant: bool, dtype: torch.dtype) -
         weight: [out, in], floating point, on the CPU.
         dtype: float32, float16 or bfloat16.
     """
-    flat = weight.reshape(-1)
+    packed, scales = _quantize(weight, dtype, torch.device("cpu"))
+    if double_quant:
+        codes, nested, offset = _quantize_scales(scales)
+        scales = bnb.dequantize_blockwise(codes, nested) + offset
+    return StoredNf4(packed, scales, tuple(weight.shape), dtype)
+
+
+def quantize_parts(
+    weight: Tensor, *, double_quant: bool, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """The tensors under which a quantized checkpoint keeps a matrix: those that ``read_stored`` reads, on the CPU.
+
+    They are what transformers' 4-bit loading with `dtype=dtype` onto `device` would make of it, and its ``state_dict``
+    would hold, bit for bit. Works in pieces, as ``quantize_stored``.
+
+    Args:
+        weight: [out, in], floating point, on the CPU.
+        dtype: float32, float16 or bfloat16: what it is cast to first, and will be dequantized to.
+        device: where to quantize.
+    """
+    packed, scales = _quantize(weight, dtype, device)
+    nested = offset = None
+    if double_quant:
+        scales, nested, offset = _quantize_scales(scales)
+    state = bnb.QuantState(
+        absmax=scales,
+        shape=weight.shape,
+        code=bnb.get_4bit_type("nf4", device=device),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=offset,
+        state2=nested,
+    )
+    parts = {"": packed.view(-1, 1), **state.as_dict(packed=True)}
+    return {name: tensor.cpu() for name, tensor in parts.items()}
+
+
+def _quantize(weight: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """uint8 [ceil(n / 2)] and float32 [ceil(n / 64)] of a matrix of n elements, on `device`."""
     packed, absmax = [], []
-    for piece in flat.split(_PIECE):
-        values, state = bnb.quantize_4bit(piece.to(dtype), blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+    for piece in weight.reshape(-1).split(_PIECE):
+        piece = piece.to(device=device, dtype=dtype)
+        values, state = bnb.quantize_4bit(piece, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
         packed.append(values.view(-1))
         absmax.append(state.absmax)
-    scales = torch.cat(absmax)
-    if double_quant:
-        offset = scales.mean()
-        codes, nested = bnb.quantize_blockwise(scales - offset, blocksize=256)
-        scales = bnb.dequantize_blockwise(codes, nested) + offset
-    return StoredNf4(torch.cat(packed), scales, tuple(weight.shape), dtype)
+    return torch.cat(packed), torch.cat(absmax)
+
+
+def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Any, Tensor]:
+    """Scales in 8 bits around their mean, in blocks of 256: codes, their state, the mean."""
+    offset = absmax.mean()
+    codes, nested = bnb.quantize_blockwise(absmax - offset, blocksize=256)
+    return codes, nested, offset
 
 
 def read_stored(tensors: Mapping[str, Tensor]) -> StoredNf4:

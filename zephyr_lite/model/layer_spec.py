@@ -1,0 +1,118 @@
+"""What a decoder layer (Mistral and Llama families) computes with, read from the Hugging Face module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..ops.attention import SegmentTable
+from ..ops.lora import Site
+from .offload import Offload
+from .stream import StreamedBase
+
+Keep = Literal["input", "attention", "all"]
+QKV, OUT, GATE_UP, DOWN = range(4)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm's weight [D], frozen, and its epsilon."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer computes with.
+
+    Attributes:
+        sites: q, k, v; o; gate, up; down.
+        norms: before the attention, before the MLP.
+        heads, kv_heads, head_dim: of the attention.
+        scale: what its scores are multiplied with.
+        index: its place among the layers.
+    """
+
+    sites: tuple[Site, Site, Site, Site]
+    norms: tuple[Norm, Norm]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    index: int = 0
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [tensor for site in self.sites for tensor in site.trained]
+
+    def with_sites(self, sites: Sequence[Site]) -> Layer:
+        """The same layer with other sites of the same shapes."""
+        return replace(self, sites=(sites[0], sites[1], sites[2], sites[3]))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What every layer of one forward pass reads.
+
+    Attributes:
+        table: who sees whom.
+        cos, sin: [T, head_dim], in the compute dtype.
+        tile: tokens that the MLP takes at a time; None: all.
+        offload: where what is kept goes until the backward pass; None: it stays on the device.
+        stream: brings the layers' weights to the device; None: they are there.
+    """
+
+    table: SegmentTable
+    cos: Tensor
+    sin: Tensor
+    tile: int | None = None
+    offload: Offload | None = None
+    stream: StreamedBase | None = None
+
+
+def layer_of(
+    module: Any, stack_of: Any, dropout_of: Any, *, index: int = 0, stream: StreamedBase | None = None
+) -> Layer:
+    """Read a Hugging Face decoder layer.
+
+    Args:
+        module: a MistralDecoderLayer or LlamaDecoderLayer, its linear layers plain, 4-bit, or wrapped by PEFT.
+        stack_of: (linear layer, index of the projection within its site) → the LoraPairs that are on.
+        dropout_of: index of the site → its DropoutKey, or None.
+        index: its place among the layers.
+        stream: where its matrices are read, if they come to the device from the host.
+    """
+    attention, mlp = module.self_attn, module.mlp
+    modules: Sequence[tuple[Any, ...]] = (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    )
+    sites = []
+    for place, linears in enumerate(modules):
+        inner = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in linears]
+        sites.append(
+            Site(
+                tuple(m.weight if stream is None else stream.on_device(m.weight) for m in inner),
+                tuple(m.bias for m in inner),
+                tuple(m.out_features for m in inner),
+                tuple(pair for index, m in enumerate(linears) for pair in stack_of(m, index)),
+                dropout_of(place),
+            )
+        )
+    norms = (module.input_layernorm, module.post_attention_layernorm)
+    head_dim = attention.head_dim
+    return Layer(
+        (sites[0], sites[1], sites[2], sites[3]),
+        (Norm(norms[0].weight, norms[0].variance_epsilon), Norm(norms[1].weight, norms[1].variance_epsilon)),
+        sites[0].outs[0] // head_dim,
+        sites[0].outs[1] // head_dim,
+        head_dim,
+        attention.scaling,
+        index,
+    )

@@ -1,0 +1,189 @@
+"""What layers keep for their backward pass, on the host in the meantime.
+
+A layer's tensors are copied out on a stream of their own while the next layer computes, and come back while the layer
+after it goes backward: one layer's are on their way at any time, so that two layers' are on the device in either pass.
+A CPU stands in for the accelerator through the same code; nothing runs beside anything else there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+ALIGNMENT = 256  # what CUDA's own allocations begin at
+
+
+class SideStream:
+    """A CUDA stream for copies beside the computing one; on a CPU, where copies are done when they return, nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        """Copy each (target, source) after everything that was given to the computing stream so far.
+
+        Returns:
+            what ``wait`` takes.
+        """
+        if self._stream is None:
+            for target, source in pairs:
+                target.copy_(source)
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        return done
+
+    def wait(self, done: Any) -> None:
+        """What is given to the computing stream from here on runs after the copy. The processor does not wait."""
+        if done is not None:
+            torch.cuda.current_stream(self.device).wait_event(done)
+
+    def finish(self) -> None:
+        """Wait for all copies."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+def host_bytes(count: int, device: torch.device) -> Tensor:
+    """uint8 [count] on the host, locked in place where a GPU copies from or to it.
+
+    PyTorch's own pinned memory comes in powers of two: up to twice what is needed. So ordinary memory is registered.
+
+    Raises:
+        UserError: the system does not lock so much memory.
+    """
+    if device.type != "cuda" or not count:
+        return torch.empty(count, dtype=torch.uint8)
+    owner = np.empty(count, dtype=np.uint8)
+    memory = torch.from_numpy(owner)
+    runtime = torch.cuda.cudart()
+    code = int(runtime.cudaHostRegister(memory.data_ptr(), count, 0))
+    if code:
+        runtime.cudaGetLastError()
+        raise UserError(
+            f"{count / 2**30:.2f} GiB of main memory could not be locked for copies to the card (CUDA error {code}).",
+            "Raise the limit (`ulimit -l`, or the container's memlock), close what fills the main memory, or set "
+            "memory.offload=false and memory.stream=false.",
+        )
+    # the tensor keeps its owner alive, whose end is told before its memory goes
+    weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())
+    return memory
+
+
+@dataclass
+class Kept:
+    """One layer's kept tensors, while they are on the host.
+
+    Attributes:
+        layer: its index.
+        turn: the number of the forward pass that kept them; a later one takes the place on the host over.
+        host: where each lies: views of the layer's place.
+    """
+
+    layer: int
+    turn: int
+    host: list[Tensor]
+    _device: list[Tensor] = field(default_factory=list)
+    _done: Any = None
+
+
+class Offload:
+    """The place on the host for what the first `layers` layers keep.
+
+    One place a layer, as large as it ever had to be. A graph's backward pass must have run (or never run) before the
+    next forward pass that keeps something: training is like that, and anything else is an error.
+    """
+
+    def __init__(self, device: torch.device, layers: int) -> None:
+        self.layers = layers
+        self._side = SideStream(device)
+        self._device = device
+        self._places: dict[int, Tensor] = {}
+        self._now: dict[int, Kept] = {}
+        self._leaving: list[tuple[Any, Sequence[Tensor]]] = []
+        self._turn: dict[int, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the host."""
+        return sum(place.numel() for place in self._places.values())
+
+    def put(self, layer: int, tensors: Sequence[Tensor]) -> Kept:
+        """Send a layer's tensors to the host. The caller drops its references; they stay until they have left."""
+        tensors = [t.contiguous() for t in tensors]
+        kept = Kept(layer, self._turn.get(layer, 0) + 1, self._views(layer, tensors))
+        self._turn[layer] = kept.turn
+        done = self._side.copy(list(zip(kept.host, tensors)))
+        self.settle()  # the layer before has had this layer's time to leave
+        self._leaving.append((done, tensors))
+        self._now[layer] = kept
+        return kept
+
+    def settle(self) -> None:
+        """Let go of what has left: later work takes its memory only after it did."""
+        for done, _ in self._leaving:
+            self._side.wait(done)
+        self._leaving.clear()
+
+    def ahead(self, layer: int) -> None:
+        """Start bringing a layer's tensors back, if it has any here."""
+        kept = self._now.get(layer)
+        if kept is not None and not kept._device:
+            self._fetch(kept)
+
+    def get(self, kept: Kept) -> list[Tensor]:
+        """A layer's tensors on the device.
+
+        Raises:
+            RuntimeError: another forward pass took their place.
+        """
+        if self._turn.get(kept.layer) != kept.turn:
+            raise RuntimeError(
+                f"layer {kept.layer}: another forward pass has taken the place of what it kept on the host; "
+                "run each backward pass before the next forward pass"
+            )
+        if not kept._device:
+            self._fetch(kept)
+        self._side.wait(kept._done)
+        tensors, kept._device, kept._done = kept._device, [], None
+        if self._now.get(kept.layer) is kept:
+            del self._now[kept.layer]  # nothing may bring it back a second time by itself
+        return tensors
+
+    def clear(self) -> None:
+        """Drop what a pass that failed left on its way; the places on the host stay."""
+        self._side.finish()
+        for kept in self._now.values():
+            kept._device = []
+        self._now, self._leaving = {}, []
+
+    def _fetch(self, kept: Kept) -> None:
+        tensors = [torch.empty(h.shape, dtype=h.dtype, device=self._device) for h in kept.host]
+        kept._done = self._side.copy(list(zip(tensors, kept.host)))
+        kept._device = tensors
+
+    def _views(self, layer: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """A place for each tensor in the layer's place."""
+        starts, end = [], 0
+        for tensor in tensors:
+            starts.append(end)
+            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        place = self._places.get(layer)
+        if place is None or place.numel() < end:
+            self._side.finish()  # nothing may be on its way to or from the place that goes
+            self._places.pop(layer, None)
+            place = self._places[layer] = host_bytes(end, self._device)
+        return [place[start : start + t.nbytes].view(t.dtype).view(t.shape) for start, t in zip(starts, tensors)]
