@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..model.adapters import AdapterStack
 from ..rundir import StageDir, folder_aside, read_json, write_json
+from .optim import restore_state
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
@@ -78,16 +79,7 @@ class Checkpoint:
         if state is None:
             raise UserError(f"{folder}: holds no {STATE}.", "Delete this checkpoint; the one before it is taken.")
         self._load_adapter(folder, tensors)
-        names = list(self.parameters)
-        restored: dict[int, dict[str, Any]] = {}
-        for full, tensor in tensors.items():
-            if full.startswith("optimizer."):
-                key, name = full.removeprefix("optimizer.").split(".", 1)
-                _put(restored.setdefault(names.index(name), {}), key, tensor)
-        for key, values in state["optimizer"]["plain"].items():
-            for name, value in values.items():
-                _put(restored.setdefault(names.index(name), {}), key, value)
-        self.optimizer.load_state_dict({"state": restored, "param_groups": _tuples(state["optimizer"]["param_groups"])})
+        self._load_optimizer(folder, tensors, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -96,6 +88,25 @@ class Checkpoint:
     def read_adapter(self, folder: Path) -> None:
         """Put back the adapter's weights alone."""
         self._load_adapter(folder, _tensors(folder))
+
+    def _load_optimizer(self, folder: Path, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        """Into the state that was allocated, wherever that lies."""
+        restored: dict[str, dict[str, Any]] = {name: {} for name in self.parameters}
+        for full, tensor in tensors.items():
+            if full.startswith("optimizer."):
+                key, name = full.removeprefix("optimizer.").split(".", 1)
+                restored[name][_inner(key)] = tensor
+        for key, values in plain["plain"].items():
+            for name, value in values.items():
+                restored[name][_inner(key)] = value
+        try:
+            restore_state(self.optimizer, list(restored.values()), plain["param_groups"])
+        except ValueError as error:
+            raise UserError(
+                f"{folder}: holds another optimizer's state than this run's ({error}).",
+                "Go on with the optim and on the kind of device that the run was started with, or choose another "
+                "output_dir.",
+            ) from None
 
     def _load_adapter(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         found = {name.removeprefix("adapter."): t for name, t in tensors.items() if name.startswith("adapter.")}
@@ -118,12 +129,9 @@ def _flat(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _put(state: dict[str, Any], key: str, value: Any) -> None:
-    """The inverse of ``_flat``, one entry at a time."""
-    *outer, inner = key.split("/")
-    for part in outer:
-        state = state.setdefault(part, {})
-    state[inner] = value
+def _inner(key: str) -> str:
+    """The name of such an entry in the live state, which is flat."""
+    return key.rsplit("/", 1)[-1]
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -133,11 +141,6 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{folder / TENSORS}: cannot be read: {error}.", "Delete this checkpoint; the one before it is taken."
         ) from None
-
-
-def _tuples(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """JSON has no tuples, and an optimizer's betas are one."""
-    return [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in groups]
 
 
 def resume_point(stage: StageDir) -> Path | None:

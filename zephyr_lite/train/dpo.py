@@ -22,10 +22,13 @@ from ..data.batch import Batch, collate_pairs
 from ..data.prepare import Prepared
 from ..errors import UserError
 from ..model.decoder import Dropout
-from .loop import Lengths, Loop, Metrics, Outcome, evaluation_batches
+from ..model.plan import Plan
+from .loop import Loop, Metrics, Outcome
 from .losses import Preference, preference_loss
+from .out_of_memory import Guard
 from .reference import ReferenceCache, cache_key, pair_sums
 from .setup import Say, Stage, close_stage, open_stage
+from .steps import Lengths
 
 # How far apart policy and reference may be at step 0, where both are the same function: in nats a token. A live
 # reference runs through the same products in the same order; a cached one ran in other micro-batches, whose rounding
@@ -62,7 +65,11 @@ class DpoTask:
         self.stage = stage
         self.data = stage.data
         self.decoder = stage.decoder
+        self.guard = Guard(stage, say)
         self.cache = self._fill_cache(say) if stage.config.precompute_ref_log_probs else None
+
+    def follow(self, plan: Plan) -> None:
+        self.guard.follow(plan)
 
     def rows(self) -> Sequence[Sequence[int]]:
         return self.data.rows
@@ -74,10 +81,11 @@ class DpoTask:
         return len(examples)
 
     def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Metrics]:
+        self.guard.begin(self.data, examples, training=True, together=self.cache is None)
         batch = self._batch(self.data, examples)
         config = self.stage.config
         dropout = Dropout(config.lora_dropout, config.seed, step)
-        policy, reference = self._sums(batch, dropout)
+        policy, reference = self._sums(batch, dropout, self.cache)
         if step == 0:
             self._check_start(policy.detach(), reference, batch)
         found = self._preference(policy, reference, batch)
@@ -94,14 +102,16 @@ class DpoTask:
         if data is None:
             return {}
         sums: Metrics = {}
-        for group in evaluation_batches(data.lengths, self.stage.plan.micro_tokens):
+
+        @torch.no_grad()
+        def add(group: list[int]) -> None:
             batch = self._batch(data, group)
-            with torch.no_grad():
-                both = self.decoder.policy_and_reference(batch)
-            policy, reference = (batch.sum_by_group(logps).view(-1, 2) for logps in both)
+            policy, reference = self._sums(batch)
             found = self._preference(policy, reference, batch)
             for name, value in {"loss": found.losses.sum().item(), **_sums(found, policy)}.items():
                 sums[name] = sums.get(name, 0.0) + value
+
+        self.guard.over(data, add, together=True)
         return {f"eval_{name}": value / len(data.lengths) for name, value in sums.items()}
 
     def _batch(self, data: Prepared, examples: Sequence[int]) -> Batch:
@@ -118,15 +128,18 @@ class DpoTask:
             label_smoothing=config.label_smoothing,
         )
 
-    def _sums(self, batch: Batch, dropout: Dropout) -> tuple[Tensor, Tensor]:
-        """[P, 2] summed log-probabilities of policy and reference; with the plan's ``reference`` in one pass or in two."""
+    def _sums(
+        self, batch: Batch, dropout: Dropout | None = None, cache: ReferenceCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[P, 2] summed log-probabilities of policy and reference; a live reference runs in the policy's pass or in its
+        own, as the plan says."""
         keep = self.stage.plan.keep
-        if self.cache is None and self.stage.plan.reference == "together":
+        if cache is None and self.stage.plan.reference == "together":
             both = self.decoder.policy_and_reference(batch, keep=keep, dropout=dropout)
             policy, reference = (batch.sum_by_group(logps).view(-1, 2) for logps in both)
             return policy, reference
-        if self.cache is not None:
-            reference = self.cache(batch.indices, self.decoder.device)
+        if cache is not None:
+            reference = cache(batch.indices, self.decoder.device)
         else:
             reference = pair_sums(self.decoder, batch, reference=True, dropout=dropout)
         return pair_sums(self.decoder, batch, keep=keep, dropout=dropout), reference
@@ -157,8 +170,11 @@ class DpoTask:
             say(f"reference log-probabilities read from {cache.path}")
             return cache
         say(f"computing the reference log-probabilities of {len(self.data.lengths):,} pairs once")
-        groups = list(evaluation_batches(self.data.lengths, stage.plan.micro_tokens))
-        cache.compute(self.decoder, groups, lambda indices: collate_pairs([self.data.examples[i] for i in indices]))
+        cache.compute(
+            self.decoder,
+            lambda indices: collate_pairs([self.data.examples[i] for i in indices]),
+            lambda run: self.guard.over(self.data, run),
+        )
         return cache
 
 

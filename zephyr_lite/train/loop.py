@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -21,22 +20,26 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from ..config import RunConfig
-from ..data.packing import best_fit
 from ..errors import UserError
 from ..model.adapters import AdapterStack, total_norm
 from ..model.plan import Plan
 from ..rundir import StageDir
 from .checkpoint import Checkpoint, MetricsLog, prune, resume_point
 from .optim import make_optimizer, make_scheduler
+from .out_of_memory import Guard, is_out_of_memory
+from .steps import Lengths, largest_micro_batch, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
 
 Metrics = dict[str, float]
-Lengths = Sequence[int] | np.ndarray
 
 
 class Task(Protocol):
     """What a stage gives to the loop."""
 
     unit: str  # what throughput counts: "tokens" or "pairs"
+    guard: Guard  # has the plan, and a smaller one where memory runs out
+
+    def follow(self, plan: Plan) -> None:
+        """Split and compute as this plan says, from the next micro-batch on."""
 
     def rows(self) -> Sequence[Sequence[int]]:
         """The recipe's rows, each a list of examples' indices."""
@@ -48,7 +51,8 @@ class Task(Protocol):
         """What a step's loss is normalized by: supervised tokens, or pairs."""
 
     def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Metrics]:
-        """A micro-batch's share of the step's loss, with a graph, and metrics that sum up over micro-batches."""
+        """A micro-batch's share of the step's loss, with a graph, and metrics that sum up over micro-batches. Tells the
+        guard what runs."""
 
     def summarize(self, sums: Metrics, total: int) -> Metrics:
         """The step's metrics from the sums over its micro-batches."""
@@ -77,27 +81,6 @@ class Outcome:
     evaluations: list[Metrics] = field(default_factory=list)
 
 
-def step_schedule(config: RunConfig, rows: int) -> tuple[int, int]:
-    """(steps in an epoch, steps in all). The last step of an epoch may be a partial one."""
-    per_epoch = math.ceil(rows / config.batch_size)
-    total = config.max_steps or max(1, math.ceil(config.num_train_epochs * per_epoch))
-    return per_epoch, total
-
-
-def rows_of_step(config: RunConfig, rows: int, step: int) -> list[int]:
-    """Which rows step number ``step`` (from 0) takes: a permutation an epoch, drawn from the seed and the epoch alone."""
-    per_epoch = math.ceil(rows / config.batch_size)
-    epoch, place = divmod(step, per_epoch)
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)).tolist()
-    return order[place * config.batch_size : (place + 1) * config.batch_size]
-
-
-def micro_batches(examples: Sequence[int], lengths: Lengths, tokens: int) -> list[list[int]]:
-    """Split a step's examples into groups of at most ``tokens`` tokens (an example longer than that runs alone)."""
-    sizes = [min(int(lengths[i]), tokens) for i in examples]
-    return [[examples[place] for place in group] for group in best_fit(sizes, tokens)]
-
-
 class Loop:
     """Trains one adapter.
 
@@ -106,7 +89,7 @@ class Loop:
         stage: its folder.
         stack: the live model.
         task: the stage's losses and rows.
-        plan: how a step is split.
+        plan: how a step is split and computed; the task follows it, and where memory runs out a smaller one.
         fp16: scale the loss, as float16 gradients need it.
         on_metrics: called with (step, metrics) at every logged step and evaluation.
         callbacks: transformers' callbacks, beside the trackers of ``report_to``.
@@ -125,7 +108,9 @@ class Loop:
         callbacks: Sequence[TrainerCallback] = (),
         say: Callable[[str], None] = print,
     ) -> None:
-        self.config, self.stage, self.stack, self.task, self.plan = config, stage, stack, task, plan
+        self.config, self.stage, self.stack, self.task = config, stage, stack, task
+        if plan != task.guard.plan:
+            task.follow(plan)
         self.say = say
         self.on_metrics = on_metrics
         self.parameters = stack.parameters()
@@ -138,14 +123,21 @@ class Loop:
         self.handler, self.state, self.control, self.arguments = self._callbacks(callbacks)
         self.best: tuple[float, int] | None = None
         self.stale = 0  # evaluations without a new best
+        self._unscaled = False  # whether the scaler has seen this step's gradients
+
+    @property
+    def plan(self) -> Plan:
+        return self.task.guard.plan
 
     def run(self) -> Outcome:
         """Train from the last checkpoint, or from the start, to the end.
 
         Raises:
-            UserError: the loss is not finite three steps in a row (float16 loss scaling's search aside).
+            UserError: the loss is not finite three steps in a row (float16 loss scaling's search aside); an example does
+                not fit into memory under any plan; memory ran out where it must not (see ``_update``).
         """
         torch.set_num_threads(self.plan.threads)
+        self.task.guard.record()
         log = MetricsLog(self.stage.metrics)
         step, before = self._resume(log)
         # what an earlier process logged belongs to the run's result too
@@ -205,7 +197,7 @@ class Loop:
 
     def gradients(self, step: int) -> tuple[Metrics, int]:
         """Forward and backward of one step, all its micro-batches; gradients are left on the parameters, scaled by the
-        loss scaler. Returns the summed metrics and the step's count."""
+        loss scaler. Returns the summed metrics and the step's count. Where memory runs out it fails: see ``prepare``."""
         examples = self.examples_of_step(step)
         total = self.task.count(examples)
         sums: Metrics = {}
@@ -216,45 +208,93 @@ class Loop:
                 sums[name] = sums.get(name, 0.0) + value
         return sums, total
 
+    def prepare(self, step: int) -> tuple[Metrics, bool, bool]:
+        """Everything of a step that comes before its update: unscaled and clipped gradients are left on the parameters.
+        Where memory runs out the whole of it is done again, under a smaller plan.
+
+        Returns:
+            the step's metrics, whether its update is to be applied, and whether its loss was finite.
+        """
+
+        def work() -> tuple[Metrics, bool, bool]:
+            sums, total = self.gradients(step)
+            metrics = self.task.summarize(sums, total)
+            self._unscaled = True
+            self.scaler.unscale_(self.optimizer)
+            grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+            norm = total_norm(grads)
+            finite = math.isfinite(metrics["loss"])
+            metrics["grad_norm"] = norm.item()
+            metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
+            applied = finite and math.isfinite(metrics["grad_norm"])
+            if applied:
+                torch._foreach_mul_(grads, torch.clamp(self.config.max_grad_norm / (norm + 1e-6), max=1.0))
+            return metrics, applied, finite
+
+        self.optimizer.zero_grad(set_to_none=True)
+        self._unscaled = False
+        return self.task.guard(work, self._undo)
+
     def rehearse(self) -> list[int]:
         """Forward and backward of as large a micro-batch as there can be, the longest example in it, and keep nothing of
-        it: what does not fit on the card shows before the first step, not hours later. Returns its examples."""
-        lengths = np.asarray(self.task.lengths())
-        group: list[int] = []
-        room = self.plan.micro_tokens
-        for i in np.argsort(-lengths, kind="stable").tolist():
-            if not group or lengths[i] <= room:
-                group.append(i)
-                room -= int(lengths[i])
-        # the number of no step: it decides nothing but dropout
-        loss, _ = self.task.loss(group, self.total, self.task.count(group))
-        self.scaler.scale(loss).backward()
-        self.optimizer.zero_grad(set_to_none=True)
+        it: what does not fit on the card shows before the first step, not hours later, and the plan adapts to it. Where
+        steps have several micro-batches the gradients of those before lie there too. Returns its examples."""
+        lengths = self.task.lengths()
+
+        def work() -> list[int]:
+            group = largest_micro_batch(lengths, self.plan.micro_tokens)
+            if tokens_of_largest_step(self.config, self.rows, lengths) > self.plan.micro_tokens:
+                for parameter in self.parameters.values():
+                    parameter.grad = torch.zeros_like(parameter)
+            # the number of no step: it decides nothing but dropout
+            loss, _ = self.task.loss(group, self.total, self.task.count(group))
+            self.scaler.scale(loss).backward()
+            return group
+
+        group = self.task.guard(work, self._undo)
+        self._undo()
         return group
+
+    def _undo(self) -> None:
+        """Forget the gradients, and that the scaler has seen them."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._unscaled and self.scaler.is_enabled():
+            self.scaler.update(self.scaler.get_scale())  # the same scale; gradients may be unscaled once an update
+        self._unscaled = False
 
     def _step(self, step: int) -> tuple[Metrics, bool, bool]:
         """One optimizer step; returns its metrics, whether it was applied, and whether its loss was finite."""
-        self.optimizer.zero_grad(set_to_none=True)
-        sums, total = self.gradients(step)
-        metrics = self.task.summarize(sums, total)
-        self.scaler.unscale_(self.optimizer)
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = total_norm(grads)
-        finite = math.isfinite(metrics["loss"])
-        metrics["grad_norm"] = norm.item()
-        metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
-        applied = bool(finite and torch.isfinite(norm))
+        metrics, applied, finite = self.prepare(step)
         if applied:
-            torch._foreach_mul_(grads, torch.clamp(self.config.max_grad_norm / (norm + 1e-6), max=1.0))
-            self.scaler.step(self.optimizer)
+            self._update(step)
         else:
-            self.say(f"step {step + 1}: loss {metrics['loss']:.4g}, gradient norm {norm.item():.4g}: step left out.")
+            norm = metrics["grad_norm"]
+            self.say(f"step {step + 1}: loss {metrics['loss']:.4g}, gradient norm {norm:.4g}: step left out.")
         if self.scaler.is_enabled():
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         # the schedule follows the rows, not the updates: a step left out is over all the same
         self.scheduler.step()
         return metrics, applied, finite
+
+    def _update(self, step: int) -> None:
+        """Change the adapter. This cannot be redone: what was changed already would change twice. The fused AdamW and
+        bitsandbytes' kernels for GPUs allocate nothing, their state lies there since before the first step; bitsandbytes
+        on a CPU does allocate.
+
+        Raises:
+            UserError: memory ran out.
+        """
+        try:
+            self.scaler.step(self.optimizer)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"step {step + 1}: memory ran out while the adapter was being changed ({str(error).splitlines()[0]}).",
+                "The last checkpoint is untouched: start the same command again, and the run goes on from it. "
+                "optim=adamw_torch needs no memory at this place.",
+            ) from None
 
     def _throughput(self, metrics: Metrics, seconds: float) -> Metrics:
         done = metrics.get("num_tokens" if self.task.unit == "tokens" else "num_pairs", 0.0)
@@ -326,8 +366,3 @@ class Loop:
         state = TrainerState(max_steps=self.total, num_train_epochs=math.ceil(self.config.num_train_epochs))
         state.is_local_process_zero = state.is_world_process_zero = True
         return handler, state, TrainerControl(), arguments
-
-
-def evaluation_batches(lengths: Lengths, tokens: int) -> Iterator[list[int]]:
-    """Every example once, in micro-batches of the plan's size."""
-    yield from micro_batches(list(range(len(lengths))), lengths, tokens)

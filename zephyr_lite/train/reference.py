@@ -51,16 +51,22 @@ class ReferenceCache:
     def compute(
         self,
         decoder: Decoder,
-        batches: Sequence[list[int]],
         collate: Callable[[list[int]], Batch],
-        progress: Callable[[int], None] = lambda done: None,
+        over: Callable[[Callable[[list[int]], None]], None],
     ) -> None:
-        """Fill the cache with the live reference's values and write it (aside, then renamed)."""
+        """Fill the cache with the live reference's values and write it (aside, then renamed).
+
+        Args:
+            collate: makes a batch of pairs.
+            over: calls its argument with groups of pairs until every pair was in one (``Guard.over``).
+        """
         sums = torch.full((self.pairs, 2), float("nan"), dtype=torch.float64)
-        for indices in batches:
+
+        def fill(indices: list[int]) -> None:
             batch = collate(indices).to(decoder.device)
             sums[torch.tensor(batch.indices)] = pair_sums(decoder, batch, reference=True).double().cpu()
-            progress(len(indices))
+
+        over(fill)
         self.sums = sums
         aside = self.path.with_suffix(".writing")
         aside.write_bytes(save({"sums": sums}, metadata={"key": self.key}))

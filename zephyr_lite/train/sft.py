@@ -17,9 +17,12 @@ from ..config import Loaded
 from ..data.batch import Batch, collate_conversations
 from ..data.prepare import Prepared
 from ..model.decoder import Dropout
-from .loop import Lengths, Loop, Metrics, Outcome, evaluation_batches
+from ..model.plan import Plan
+from .loop import Loop, Metrics, Outcome
 from .losses import sft_loss
+from .out_of_memory import Guard
 from .setup import Say, Stage, close_stage, open_stage
+from .steps import Lengths
 
 
 def run_sft(loaded: Loaded, *, say: Say = print, on_metrics=lambda step, total, metrics: None) -> Outcome:
@@ -34,7 +37,7 @@ def run_sft(loaded: Loaded, *, say: Say = print, on_metrics=lambda step, total, 
 
 def train_sft(stage: Stage, *, say: Say = print, on_metrics=lambda step, total, metrics: None) -> Outcome:
     """Train an opened stage and write its adapter."""
-    task = SftTask(stage)
+    task = SftTask(stage, say)
     fp16 = str(stage.base.dtype) == "torch.float16"
     loop = Loop(stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, on_metrics=on_metrics, say=say)
     outcome = loop.run()
@@ -47,10 +50,14 @@ class SftTask:
 
     unit = "tokens"
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, say: Say = print) -> None:
         self.stage = stage
         self.data = stage.data
         self.decoder = stage.decoder
+        self.guard = Guard(stage, say)
+
+    def follow(self, plan: Plan) -> None:
+        self.guard.follow(plan)
 
     def rows(self) -> Sequence[Sequence[int]]:
         return self.data.rows
@@ -62,6 +69,7 @@ class SftTask:
         return sum(int(self.data.examples[i].mask[1:].sum()) for i in examples)
 
     def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Metrics]:
+        self.guard.begin(self.data, examples, training=True)
         batch = self._batch(self.data, examples)
         config = self.stage.config
         logps, stats = self.decoder.token_stats(
@@ -78,30 +86,24 @@ class SftTask:
         return {"loss": sums["loss"], **means, "num_tokens": sums["num_tokens"], "num_targets": float(total)}
 
     def evaluate(self) -> Metrics:
-        return evaluate_loss(self.stage)
+        """Mean loss over the held-out rows' supervised tokens, each counted once, with entropy and top-1 accuracy."""
+        data = self.stage.eval_data
+        if data is None:
+            return {}
+        sums = {"loss": 0.0, "mean_token_accuracy": 0.0, "entropy": 0.0}
+        targets = 0
+
+        @torch.no_grad()
+        def add(group: list[int]) -> None:
+            nonlocal targets
+            logps, stats = self.decoder.token_stats(self._batch(data, group))
+            found = (-logps.double().sum().item(), stats.correct.sum().item(), stats.entropy.double().sum().item())
+            for name, value in zip(sums, found):
+                sums[name] += value
+            targets += logps.numel()
+
+        self.guard.over(data, add)
+        return {**{f"eval_{name}": value / targets for name, value in sums.items()}, "eval_targets": float(targets)}
 
     def _batch(self, data: Prepared, examples: Sequence[int]) -> Batch:
         return collate_conversations([data.examples[i] for i in examples]).to(self.decoder.device)
-
-
-def evaluate_loss(stage: Stage) -> Metrics:
-    """Mean loss over the held-out rows' supervised tokens, each counted once, with entropy and top-1 accuracy."""
-    data = stage.eval_data
-    if data is None:
-        return {}
-    loss = entropy = correct = 0.0
-    targets = 0
-    for group in evaluation_batches(data.lengths, stage.plan.micro_tokens):
-        batch = collate_conversations([data.examples[i] for i in group]).to(stage.decoder.device)
-        with torch.no_grad():
-            logps, stats = stage.decoder.token_stats(batch)
-        loss -= logps.double().sum().item()
-        entropy += stats.entropy.double().sum().item()
-        correct += stats.correct.sum().item()
-        targets += logps.numel()
-    return {
-        "eval_loss": loss / targets,
-        "eval_mean_token_accuracy": correct / targets,
-        "eval_entropy": entropy / targets,
-        "eval_targets": float(targets),
-    }

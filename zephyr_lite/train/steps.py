@@ -1,0 +1,58 @@
+"""Which rows a step takes, and how they are split into micro-batches: functions of the configuration and the lengths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from ..config import RunConfig
+from ..data.packing import best_fit
+
+Lengths = Sequence[int] | np.ndarray
+
+
+def step_schedule(config: RunConfig, rows: int) -> tuple[int, int]:
+    """(steps in an epoch, steps in all). The last step of an epoch may be a partial one."""
+    per_epoch = math.ceil(rows / config.batch_size)
+    total = config.max_steps or max(1, math.ceil(config.num_train_epochs * per_epoch))
+    return per_epoch, total
+
+
+def rows_of_step(config: RunConfig, rows: int, step: int) -> list[int]:
+    """Which rows step number ``step`` (from 0) takes: a permutation an epoch, drawn from the seed and the epoch alone."""
+    per_epoch = math.ceil(rows / config.batch_size)
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)).tolist()
+    return order[place * config.batch_size : (place + 1) * config.batch_size]
+
+
+def micro_batches(examples: Sequence[int], lengths: Lengths, tokens: int) -> list[list[int]]:
+    """Split a step's examples into groups of at most ``tokens`` tokens (an example longer than that runs alone)."""
+    sizes = [min(int(lengths[i]), tokens) for i in examples]
+    return [[examples[place] for place in group] for group in best_fit(sizes, tokens)]
+
+
+def evaluation_batches(lengths: Lengths, tokens: int) -> Iterator[list[int]]:
+    """Every example once, in micro-batches of the plan's size."""
+    yield from micro_batches(list(range(len(lengths))), lengths, tokens)
+
+
+def largest_micro_batch(lengths: Lengths, tokens: int) -> list[int]:
+    """The longest example, and as many more as fit beside it, the longest first."""
+    sizes = np.asarray(lengths)
+    group: list[int] = []
+    room = tokens
+    for i in np.argsort(-sizes, kind="stable").tolist():
+        if not group or sizes[i] <= room:
+            group.append(i)
+            room -= int(sizes[i])
+    return group
+
+
+def tokens_of_largest_step(config: RunConfig, rows: Sequence[Sequence[int]], lengths: Lengths) -> int:
+    """No step has more tokens than this."""
+    sizes = sorted((sum(int(lengths[i]) for i in row) for row in rows), reverse=True)
+    return sum(sizes[: config.batch_size])
