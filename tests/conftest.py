@@ -95,6 +95,21 @@ def make_model(kind: str = "mistral", seed: int = 0, **changes):
     return model.eval()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Path:
+    """What the kit keeps in the user's cache, quantized bases above all, goes to a folder of this session, and so does
+    that of the commands it starts. The demo's converted base, half a minute's work, is borrowed."""
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = tmp_path_factory.mktemp("user-cache")
+    demo = Path("zephyr-lite", "smollm2-135m")
+    if (users / demo).is_dir():
+        (cache / demo).parent.mkdir()
+        (cache / demo).symlink_to(users / demo)
+    os.environ.setdefault("HF_HOME", str(users / "huggingface"))
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    return cache
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """A folder in the hub's layout: a tiny random Mistral and its tokenizer, without a chat template."""

@@ -46,7 +46,7 @@ class Finding:
 def survey() -> list[Finding]:
     """Everything, in a fixed order. Nothing here fails: what cannot be found out is a finding too."""
     checks: tuple[Callable[[], Finding], ...] = (
-        _system, _packages, _torch, _attention, _kernels, _quantization, _token, _gate, _disk, _memory, _demo,
+        _system, _packages, _torch, _attention, _kernels, _quantization, _token, _gate, _disk, _quantized, _memory, _demo,
     )  # fmt: skip
     findings = []
     for check in checks:
@@ -221,6 +221,18 @@ def _disk() -> Finding:
             f"The recipe and its merged model want {RECIPE_DISK / GB:.0f} GB; HF_HOME moves the cache.",
         )
     return Finding("disk", found)
+
+
+def _quantized() -> Finding:
+    from .model.quantized import kept_bases, quantized_dir
+
+    bases = kept_bases()
+    if not bases:
+        return Finding("quantized", f"none yet; bases quantized here are kept in {quantized_dir()}")
+    word = "base" if len(bases) == 1 else "bases"
+    return Finding(
+        "quantized", f"{len(bases)} {word}, {sum(bases.values()) / GB:.1f} GB in {quantized_dir()}; may be deleted"
+    )
 
 
 def _memory() -> Finding:

@@ -127,6 +127,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def cache_dir() -> Path:
+    """The kit's folder in the user's cache: ``$XDG_CACHE_HOME/zephyr-lite``, or ``~/.cache/zephyr-lite``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "zephyr-lite"
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.utils import logging
 
 from ..config import RunConfig
 from ..errors import UserError
+from .quantized import Recipe, quantized_folder
 
 # what a base consists of; pickles are never fetched
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model*", "*.txt"]
@@ -35,9 +37,10 @@ class Base:
         path: the folder that it was read from.
         name_or_path: what the user called it.
         dtype: the compute dtype.
-        device: where it lies.
+        device: where it computes, and lies, unless it is streamed.
         fingerprint: of its files (see ``fingerprint``).
         load_in_4bit, double_quant: how its linear layers are stored.
+        streamed: every parameter was loaded to the host, wherever `device` is.
     """
 
     model: Any
@@ -50,6 +53,7 @@ class Base:
     fingerprint: str
     load_in_4bit: bool
     double_quant: bool
+    streamed: bool = False
 
     def describe(self) -> dict[str, Any]:
         """What stage.json keeps of it."""
@@ -155,8 +159,26 @@ def sliding_window(config: Any) -> int | None:
     return config.sliding_window if config.model_type == "mistral" else None
 
 
-def load_base(config: RunConfig, *, device: torch.device | None = None) -> Base:
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def load_base(
+    config: RunConfig,
+    *,
+    device: torch.device | None = None,
+    stream: bool = False,
+    say: Callable[[str], None] = _to_stderr,
+) -> Base:
     """Load the base that a run names, frozen, onto the GPU where there is one.
+
+    A 16-bit base that is wanted in 4 bits is quantized once, and read from the user's cache afterwards (``quantized``).
+
+    Args:
+        device: where to compute; None: the GPU where there is one.
+        stream: leave every parameter on the host. What ``stream`` copies from there layer by layer (the decoder's
+            projections) may still be mapped from the file, everything else is in memory of its own.
+        say: is told when something is quantized and kept, or why it cannot be kept.
 
     Raises:
         UserError: it cannot be found or read, is of another family, or is quantized in another way than NF4.
@@ -164,6 +186,7 @@ def load_base(config: RunConfig, *, device: torch.device | None = None) -> Base:
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     model_config = read_model_config(folder, any_family=config.engine == "trl")
     device = device or compute_device()
+    place = torch.device("cpu") if stream else device
     dtype = compute_dtype(config.dtype, device)
     stored = getattr(model_config, "quantization_config", None)
     quantization, four_bit, double = quantization_of(config, stored, folder, dtype)
@@ -171,17 +194,24 @@ def load_base(config: RunConfig, *, device: torch.device | None = None) -> Base:
         raise UserError("dtype float64: bitsandbytes dequantizes to at most float32.", "Set load_in_4bit=false.")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # in a log file it is noise
+    source, print_of_base = folder, fingerprint(folder)
+    if quantization is not None and model_config.model_type in FAMILIES:  # others may rename weights on loading
+        recipe = Recipe(config.model_name_or_path, print_of_base, quantization, dtype)
+        kept = quantized_folder(folder, model_config, recipe, device, say)
+        if kept is not None:
+            source, model_config, quantization = kept, read_model_config(kept), None
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder,
+            source,
             config=model_config,
             dtype=dtype,
             quantization_config=quantization,
-            device_map={"": str(device)},
+            device_map={"": str(place)},
             use_safetensors=True,
         )
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: its weights cannot be read: {error}", "Fetch the model again.") from None
+        raise UserError(f"{source}: its weights cannot be read: {error}", "Fetch the model again.") from None
+    model.config._name_or_path = model.name_or_path = str(folder)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # it would repack the weight in place at the first evaluation, and every later reader would see noise
@@ -192,7 +222,39 @@ def load_base(config: RunConfig, *, device: torch.device | None = None) -> Base:
                     "for rows that are no multiple of 64.",
                     "Set load_in_4bit=false, or run it on a GPU.",
                 )
-    return frozen_base(model, config, folder, dtype, device, four_bit=four_bit, double_quant=double)
+    if place.type == "cpu":
+        _leave_the_file(model)
+    return frozen_base(
+        model,
+        config,
+        folder,
+        dtype,
+        device,
+        four_bit=four_bit,
+        double_quant=double,
+        streamed=stream,
+        known_fingerprint=print_of_base,
+    )
+
+
+def _leave_the_file(model: Any) -> None:
+    """Copy what transformers mapped from a file, but for the decoder's projections, into memory of its own.
+
+    A mapped tensor lies in the file at any address and may have to be read again; as long as one is there, so is the
+    mapping of the whole file. The projections' are mapped until ``stream`` puts them into its slabs; on a CPU without
+    streaming they stay so, and the system may drop and read them again.
+    """
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        plain = module is head or not isinstance(module, torch.nn.Linear)
+        for name, parameter in module.named_parameters(recurse=False):
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                state.code = state.code.clone()
+                if state.nested:
+                    state.state2.absmax, state.state2.code = state.state2.absmax.clone(), state.state2.code.clone()
+            elif plain or name == "bias":
+                parameter.data = parameter.data.clone()
 
 
 def frozen_base(
@@ -204,6 +266,8 @@ def frozen_base(
     *,
     four_bit: bool,
     double_quant: bool,
+    streamed: bool = False,
+    known_fingerprint: str | None = None,
 ) -> Base:
     """A loaded model as the base of a run: every parameter frozen, no cache, the folder's own tokenizer."""
     model.requires_grad_(False)
@@ -216,9 +280,10 @@ def frozen_base(
         revision=config.model_revision,
         dtype=dtype,
         device=device,
-        fingerprint=fingerprint(folder),
+        fingerprint=known_fingerprint or fingerprint(folder),
         load_in_4bit=four_bit,
         double_quant=double_quant,
+        streamed=streamed,
     )
 
 

@@ -1,0 +1,409 @@
+"""The quantized base in the user's cache: the same bits as transformers' own, kept once, whatever goes wrong meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from bench.merge_memory import rss_anon
+from zephyr_lite.config import RunConfig
+from zephyr_lite.environment import survey
+from zephyr_lite.errors import UserError
+from zephyr_lite.model import load, quantized
+from zephyr_lite.model.load import load_base
+
+from .conftest import make_model, make_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache for each test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "zephyr-lite" / "quantized"
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return make_base(tmp_path / "base")
+
+
+def make_base(folder: Path, kind: str = "mistral", *, sharded: bool = True, dtype=torch.bfloat16, **changes) -> Path:
+    """A tiny base of several quantization blocks of scales, in 16 bits."""
+    model = make_model(kind, **{"intermediate_size": 320, **changes}).to(dtype)
+    model.save_pretrained(folder, max_shard_size="150KB" if sharded else "1GB")
+    make_tokenizer(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1 or not sharded
+    return folder
+
+
+def config(base: Path, **changes) -> RunConfig:
+    return RunConfig(model_name_or_path=str(base), **changes)
+
+
+def entries(cache: Path) -> list[Path]:
+    """Kept folders, what is beside them (but for locks) included."""
+    return [path for path in cache.glob("*") if not path.name.startswith(".lock-")] if cache.is_dir() else []
+
+
+def reference(base: Path, dtype: torch.dtype, double: bool):
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=dtype
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, quantization_config=settings, device_map={"": "cpu"}, use_safetensors=True
+    )
+
+
+def assert_same(model, wanted) -> None:
+    """Every tensor, scales and their scales included, and every state's settings."""
+    found, expected = model.state_dict(), wanted.state_dict()
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    for (name, p), (other, q) in zip(model.named_parameters(), wanted.named_parameters()):
+        assert name == other and p.requires_grad is False
+        if hasattr(q, "quant_state"):
+            assert p.quant_state.as_dict(packed=True).keys() == q.quant_state.as_dict(packed=True).keys()
+            assert (p.quant_state.dtype, p.quant_state.shape) == (q.quant_state.dtype, q.quant_state.shape)
+            assert p.quant_state is model.get_submodule(name.removesuffix(".weight")).quant_state
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "double", "sharded", "tied"),
+    [
+        ("mistral", "float32", True, True, False),
+        ("mistral", "bfloat16", False, False, True),
+        ("llama", "float32", False, True, True),
+        ("llama", "bfloat16", True, False, False),
+        ("llama", "float16", True, True, False),
+    ],
+)
+def test_bits_are_those_of_from_pretrained(tmp_path, cache, kind, dtype, double, sharded, tied):
+    folder = make_base(tmp_path / "base", kind, sharded=sharded, tie_word_embeddings=tied, attention_bias=True)
+    wanted = reference(folder, getattr(torch, dtype), double)
+    asked = config(folder, dtype=dtype, bnb_4bit_use_double_quant=double)
+    for _ in range(2):
+        found = load_base(asked)
+        assert_same(found.model, wanted)
+        assert (found.path, found.model.name_or_path, found.double_quant) == (folder, str(folder), double)
+        assert found.model.config._name_or_path == str(folder) and not found.streamed
+    assert (found.model.lm_head.weight is found.model.model.embed_tokens.weight) is tied
+    kept = entries(cache)
+    assert len(kept) == 1
+    assert_same(
+        AutoModelForCausalLM.from_pretrained(kept[0], dtype=getattr(torch, dtype)).requires_grad_(False), wanted
+    )
+    wanted.save_pretrained(tmp_path / "saved")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((kept[0] / name).read_text()) == json.loads((tmp_path / "saved" / name).read_text())
+
+
+def test_small_files_hold_the_same_bits(base, cache, monkeypatch):
+    monkeypatch.setattr(quantized, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(quantized, "CAST_BYTES", 1_000)
+    monkeypatch.setattr("zephyr_lite.ops.nf4._PIECE", 1024)
+    assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
+    (kept,) = entries(cache)
+    index = json.loads((kept / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 3 and files == {path.name for path in kept.glob("*.safetensors")}
+    assert all(index["weight_map"][name] == file for file in files for name in load_file(kept / file))
+
+
+def test_what_it_depends_on_is_in_its_name(base, cache):
+    load_base(config(base))
+    load_base(config(base, dtype="bfloat16"))
+    load_base(config(base, bnb_4bit_use_double_quant=False))
+    assert len(entries(cache)) == 3
+    other = make_base(base.parent / "other" / "base", seed=1)
+    load_base(config(other))
+    assert len(entries(cache)) == 4
+
+
+def test_a_second_start_reads_no_16_bit_weights(base, cache, monkeypatch):
+    first = load_base(config(base))
+    tensors = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    for path in base.glob("*.safetensors"):  # what the fingerprint reads is at the same places as before
+        path.rename(path.with_suffix(".away"))
+    monkeypatch.setattr(load, "fingerprint", lambda folder: first.fingerprint)
+    monkeypatch.setattr(load, "fetch_base", lambda *words: base)
+    said: list[str] = []
+    second = load_base(config(base), say=said.append)
+    assert_same(second.model, first.model)
+    assert said == [] and second.path == base and second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    assert tensors > 0 and not list(base.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_streamed_base_lies_on_the_host(base, cache, monkeypatch, kept):
+    if not kept:
+        monkeypatch.setattr(quantized, "_write", no_space)
+    found = load_base(config(base), stream=True)
+    assert found.streamed and found.device.type == load.compute_device().type
+    assert {p.device.type for p in found.model.parameters()} == {"cpu"}
+    assert_same(found.model, load_base(config(base), device=CPU).model)
+
+
+def test_a_streamed_base_computes_on_another_device_than_it_lies_on(base, cache):
+    """The device is only a name here: nothing is put on it, so a machine without it can tell."""
+    load_base(config(base, dtype="bfloat16"))
+    (kept,) = entries(cache)
+    make_tokenizer(kept)
+    found = load_base(config(kept, dtype="bfloat16"), device=torch.device("cuda", 0), stream=True)
+    assert found.device == torch.device("cuda", 0) and found.dtype == torch.bfloat16
+    assert {p.device.type for p in found.model.parameters()} == {"cpu"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_nothing_stays_mapped_once_the_projections_are_copied(base, cache):
+    for _ in range(2):
+        found = load_base(config(base), stream=True)
+    for module in found.model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            module.weight.data, state.absmax = module.weight.data.clone(), state.absmax.clone()
+    gc.collect()  # the model before
+    mapped = Path("/proc/self/maps").read_text()
+    assert str(cache) not in mapped and str(base) not in mapped
+    assert found.model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_plain_bases_and_quantized_ones_are_not_kept(base, cache):
+    plain = load_base(config(base, load_in_4bit=False, dtype="bfloat16"), stream=True)
+    assert not plain.load_in_4bit and not entries(cache)
+    wanted = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).requires_grad_(False)
+    assert_same(plain.model, wanted)
+    load_base(config(base))
+    (kept,) = entries(cache)
+    make_tokenizer(kept)
+    again = load_base(config(kept))
+    assert again.path == kept and again.load_in_4bit and again.double_quant and entries(cache) == [kept]
+
+
+def test_a_family_that_may_rename_its_weights_is_quantized_in_memory(tmp_path, cache):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=448, num_key_value_heads=2, **sizes))
+    model.save_pretrained(tmp_path / "qwen")
+    make_tokenizer(tmp_path / "qwen")
+    found = load_base(config(tmp_path / "qwen", engine="trl"))
+    assert_same(found.model, reference(tmp_path / "qwen", torch.float32, True))
+    assert not entries(cache)
+
+
+def test_files_that_name_their_tensors_otherwise_are_left_to_transformers(tmp_path, cache):
+    folder = make_base(tmp_path / "base", sharded=False)
+    tensors = {name.removeprefix("model."): t for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    said: list[str] = []
+    found = load_base(config(folder), say=said.append)
+    assert_same(found.model, reference(folder, torch.float32, True))
+    assert "no tensor model.embed_tokens.weight" in said[0] and not entries(cache)
+
+
+# What goes wrong
+
+
+def no_space(*words, **settings):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+
+@pytest.mark.parametrize("where", ["write_stream", "write_json"])
+def test_a_full_disk_is_said_and_the_base_quantized_in_memory(base, cache, monkeypatch, where):
+    monkeypatch.setattr(quantized, where, no_space)
+    said: list[str] = []
+    found = load_base(config(base), say=said.append)
+    assert_same(found.model, reference(base, torch.float32, True))
+    assert entries(cache) == []
+    assert "No space left" in said[-1] and "XDG_CACHE_HOME" in said[-1] and "in memory" in said[-1]
+    monkeypatch.undo()
+
+
+def test_too_little_room_is_known_before(base, cache, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
+    monkeypatch.setattr(quantized, "_write", no_space)
+    said: list[str] = []
+    load_base(config(base), say=said.append)
+    assert "0.00 GB free" in said[0] and "0.07 GB" in said[0] and "XDG_CACHE_HOME" in said[0] and len(said) == 1
+
+
+def test_a_cache_that_cannot_be_written(base, cache):
+    cache.parent.parent.mkdir()
+    cache.parent.write_text("a file where the folder should be")
+    said: list[str] = []
+    found = load_base(config(base), say=said.append)
+    assert_same(found.model, reference(base, torch.float32, True))
+    assert "cannot be kept" in said[0] and str(cache) in said[0]
+
+
+def test_a_broken_base_is_the_users_error_and_leaves_nothing(base, cache):
+    shard = sorted(base.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match=shard.name):
+        load_base(config(base))
+    assert entries(cache) == []
+
+
+def shorter(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def other_header(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:12] + b"#" + data[13:])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "says"),
+    [
+        ("model.safetensors", shorter, "bytes"),
+        ("model.safetensors", other_header, "header"),
+        ("model.safetensors", Path.unlink, "cannot be read"),
+        ("config.json", lambda path: path.write_text("x" * path.stat().st_size), "not readable"),
+        (quantized.MANIFEST, Path.unlink, "cannot be read"),
+        (quantized.MANIFEST, lambda path: path.write_text("[]"), "not readable"),
+        (quantized.MANIFEST, lambda path: path.write_text('{"files": {}, "format": 0}'), "another base or version"),
+    ],
+)
+def test_a_damaged_folder_is_made_again(base, cache, file, damage, says):
+    load_base(config(base))
+    (kept,) = entries(cache)
+    damage(kept / file)
+    said: list[str] = []
+    found = load_base(config(base), say=said.append)
+    assert says in said[0] and "made again" in said[0] and str(kept) in said[0]
+    assert_same(found.model, reference(base, torch.float32, True))
+    assert entries(cache) == [kept] and quantized.fault(kept, recipe(base)) is None
+    said.clear()
+    load_base(config(base), say=said.append)
+    assert said == []
+
+
+def recipe(base: Path) -> quantized.Recipe:
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    return quantized.Recipe(str(base), load.fingerprint(base), settings, torch.float32)
+
+
+# In processes of their own
+
+CHILD = """
+import sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from zephyr_lite.config import RunConfig
+from zephyr_lite.model import quantized
+from zephyr_lite.model.load import load_base
+write = quantized._write_shard
+def slowly(*words):
+    write(*words)
+    print("a shard", flush=True)
+    time.sleep({pause})
+quantized._write_shard, quantized.SHARD_BYTES = slowly, 40_000
+print("ready", flush=True)
+load_base(RunConfig(model_name_or_path={base!r}))
+print("loaded", flush=True)
+"""
+
+
+def start(base: Path, pause: float) -> subprocess.Popen:
+    code = CHILD.format(root=str(Path(__file__).parent.parent), base=str(base), pause=pause)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process: subprocess.Popen, word: str) -> None:
+    for line in process.stdout:
+        if line.strip() == word:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def test_a_killed_process_leaves_nothing_that_counts_and_two_at_once_agree(base, cache):
+    killed = start(base, 60)
+    wait_for(killed, "a shard")
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    left = entries(cache)
+    assert len(left) == 1 and left[0].name.startswith(".") and list(left[0].glob("*.safetensors"))
+
+    two = [start(base, 0.1) for _ in range(2)]
+    told = [process.communicate() for process in two]
+    assert [process.returncode for process in two] == [0, 0], told
+    assert all("loaded" in out for out, _ in told)
+    assert sum("quantizing the base once" in err for _, err in told) == 1
+    (kept,) = entries(cache)
+    assert quantized.fault(kept, recipe(base)) is None
+    assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
+
+
+MEMORY = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from pathlib import Path
+from transformers import AutoConfig, BitsAndBytesConfig
+from zephyr_lite.model.quantized import Recipe, quantized_folder
+from zephyr_lite.ops.nf4 import quantize_parts
+quantize_parts(torch.randn(64, 64), double_quant=True, dtype=torch.float32, device=torch.device("cpu"))
+settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+base = Path({base!r})
+config = AutoConfig.from_pretrained(base)
+print("ready", flush=True)
+sys.stdin.readline()
+print(quantized_folder(base, config, Recipe("m", "f" * 64, settings, torch.float32), torch.device("cpu"), print))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_bounded(tmp_path, cache):
+    """470 MB of weights, cast to float32 and quantized; the largest tensor takes 131 MB as float32."""
+    sizes = {"vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8}
+    folder = tmp_path / "base"
+    sizes |= {"num_key_value_heads": 8, "num_hidden_layers": 10}
+    with torch.device("meta"):
+        model = MistralForCausalLM(MistralConfig(**sizes)).to(torch.bfloat16)
+    model.config.save_pretrained(folder)
+    tensors = {name: torch.full(t.shape, 0.5, dtype=t.dtype) for name, t in model.state_dict().items()}
+    total = sum(t.nbytes for t in tensors.values())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    del tensors
+    code = MEMORY.format(root=str(Path(__file__).parent.parent), base=str(folder))
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, text=True)
+    wait_for(process, "ready")
+    before = peak = rss_anon(process.pid)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    while process.poll() is None:
+        peak = max(peak, rss_anon(process.pid))
+        time.sleep(0.003)
+    out, err = process.communicate()
+    assert process.returncode == 0 and "nf4-double-float32" in out, err
+    assert total > 460e6
+    assert peak - before < 350e6, f"{(peak - before) / 1e6:.0f} MB"
+
+
+def test_the_survey_names_the_cache(base, cache):
+    assert any(f.name == "quantized" and "none yet" in f.found for f in survey())
+    load_base(config(base))
+    (finding,) = [f for f in survey() if f.name == "quantized"]
+    assert "1 base" in finding.found and str(cache) in finding.found
