@@ -94,6 +94,20 @@ def test_equals_it_in_float64_but_for_the_rotary_angles(keep, p):
     compare(decoder, keep, Dropout(p, seed=1, step=4) if p else None, 1e-11)
 
 
+@pytest.mark.parametrize("tile", [1, 10, 32, 33])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_equals_it_with_the_mlp_in_tiles(tiny_base, keep, p, tile):
+    """Of 33 tokens, the last tile shorter than the others or not there; dropout knows which tokens it sees."""
+    decoder = Decoder(live_stack(make_model(sliding_window=9), torch.float64), torch.float64)
+    decoder.tile = tile
+    compare(decoder, keep, Dropout(p, seed=1, step=4) if p else None, 1e-11)
+    base = load_base(RunConfig(model_name_or_path=str(tiny_base)))
+    decoder = Decoder(live_stack(base.model), base.dtype, scratch="small")
+    decoder.tile = tile
+    compare(decoder, keep, Dropout(p, seed=1, step=4) if p else None, 1e-5)
+
+
 @pytest.mark.parametrize("scratch", ["layer", "small"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("keep", KEEPS)

@@ -44,10 +44,15 @@ class AdapterStack:
         model: a PeftModel over the base, or the bare base where there is no adapter at all.
         frozen: names of the frozen adapters, from the bottom up.
         trainable: the name of the adapter under training, or None.
+
+    Args:
+        model: the base.
+        device: where adapters lie; None: each beside the weight that it stands on (which a streamed base has on the host).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
         self.model: Any = model
+        self._device = device
         self.frozen: list[str] = []
         self.trainable: str | None = None
 
@@ -199,9 +204,11 @@ class AdapterStack:
         else:
             self.model = get_peft_model(self.model, config, adapter_name=name)
         for _, layer in self.lora_layers():
-            if name in layer.lora_A and layer.lora_A[name].weight.dtype.itemsize < 4:
-                layer.lora_A[name].float()
-                layer.lora_B[name].float()
+            for part in (layer.lora_A, layer.lora_B):
+                if name in part:
+                    part[name].to(self._device)  # as it is, where that is None
+                    if part[name].weight.dtype.itemsize < 4:
+                        part[name].float()
 
     def _targets(self, targets: Sequence[str] | str) -> list[str]:
         wanted = check_targets(targets)

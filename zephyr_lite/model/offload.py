@@ -123,7 +123,7 @@ class Offload:
 
     def put(self, layer: int, tensors: Sequence[Tensor]) -> Kept:
         """Send a layer's tensors to the host. The caller drops its references; they stay until they have left."""
-        tensors = [t.contiguous() for t in tensors]
+        tensors = [t.detach().contiguous() for t in tensors]  # nothing here may hold a graph
         kept = Kept(layer, self._turn.get(layer, 0) + 1, self._views(layer, tensors))
         self._turn[layer] = kept.turn
         done = self._side.copy(list(zip(kept.host, tensors)))

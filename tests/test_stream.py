@@ -1,0 +1,255 @@
+"""Layers that come from the host, and kept activations that go there: to the bit what the resident engine computes.
+
+The CPU stands in for the accelerator. Copies are made at both ends of what a card may do: at once, and not before
+somebody waits for them, with their target full of rubbish until then.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import make_model
+from tests.test_counts import kept
+from tests.test_decoder import conversation, live_stack, pair
+from tests.test_layer import KEEPS
+from zephyr_lite.config import RunConfig
+from zephyr_lite.data.batch import collate_conversations, collate_pairs
+from zephyr_lite.model import offload as offload_file
+from zephyr_lite.model import stream as stream_file
+from zephyr_lite.model.decoder import Decoder, Dropout
+from zephyr_lite.model.load import load_base
+from zephyr_lite.model.offload import Offload
+from zephyr_lite.model.plan import Plan
+from zephyr_lite.model.stream import StreamedBase
+
+CPU = torch.device("cpu")
+LAYERS = 4
+
+
+class LateStream:
+    """A side stream as slow as it may be: a copy is made when somebody waits for it, or for a later one."""
+
+    def __init__(self, device):
+        self.waiting = []
+
+    def copy(self, pairs):
+        for target, _ in pairs:
+            target.view(-1).view(torch.uint8).fill_(255)
+        job = list(pairs)
+        self.waiting.append(job)
+        return job
+
+    def wait(self, done):
+        while any(job is done for job in self.waiting):
+            with torch.no_grad():
+                for target, source in self.waiting.pop(0):
+                    target.copy_(source)
+
+    def finish(self):
+        if self.waiting:
+            self.wait(self.waiting[-1])
+
+
+@pytest.fixture(params=["at once", "late"])
+def copies(request, monkeypatch):
+    if request.param == "late":
+        monkeypatch.setattr(offload_file, "SideStream", LateStream)
+        monkeypatch.setattr(stream_file, "SideStream", LateStream)
+
+
+@pytest.fixture(scope="session")
+def deep_base(tmp_path_factory):
+    from tests.conftest import make_tokenizer
+
+    folder = tmp_path_factory.mktemp("deep")
+    make_model(num_hidden_layers=LAYERS, sliding_window=24).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def quantized(folder, **settings):
+    return load_base(RunConfig(model_name_or_path=str(folder), **settings)).model
+
+
+def decoder_over(model, *, stream=False, plan=None, scratch="layer"):
+    streamed = StreamedBase(model, CPU) if stream else None
+    decoder = Decoder(live_stack(model), torch.float32, scratch=scratch, stream=streamed)
+    if plan is not None:
+        decoder.follow(plan)
+    return decoder
+
+
+def plan_of(**changes):
+    return Plan(**{"micro_tokens": 1000, "keep": ("input",) * LAYERS, **changes})
+
+
+def sft_steps(decoder, keep, dropout, steps=2):
+    """Everything that comes out of some passes, a held-out one between them."""
+    found = []
+    for step in range(steps):
+        batch = collate_conversations([conversation(step, 33), conversation(7, 12)])
+        for p in decoder.stack.parameters().values():
+            p.grad = None
+        logps, stats = decoder.token_stats(batch, keep=keep, dropout=dropout)
+        logps.sum().backward()
+        found += [logps.detach(), stats.entropy, *(p.grad for p in decoder.stack.parameters().values())]
+        with torch.no_grad():
+            found.append(decoder.token_logps(batch))
+    return found
+
+
+def dpo_steps(decoder, keep, dropout, steps=2):
+    found = []
+    for step in range(steps):
+        batch = collate_pairs([pair(step, 9, 12, 5), pair(step + 5, 6, 4, 11)])
+        for p in decoder.stack.parameters().values():
+            p.grad = None
+        policy, reference = decoder.policy_and_reference(batch, keep=keep, dropout=dropout)
+        (policy - reference).sum().backward()
+        found += [policy.detach(), reference, *(p.grad for p in decoder.stack.parameters().values())]
+        found.append(decoder.token_logps(batch, reference=True, dropout=dropout))
+    return found
+
+
+def assert_bits(found, wanted):
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("steps", [sft_steps, dpo_steps])
+def test_streamed_and_offloaded_equal_resident_to_the_bit(copies, deep_base, steps, keep, p):
+    dropout = Dropout(p, seed=1, step=4) if p else None
+    want = steps(decoder_over(quantized(deep_base)), keep, dropout)
+    for plan in (plan_of(offload=0), plan_of(offload=2), plan_of(offload=LAYERS)):
+        for stream in (False, True):
+            assert_bits(steps(decoder_over(quantized(deep_base), stream=stream, plan=plan), keep, dropout), want)
+
+
+@pytest.mark.parametrize("scratch", ["layer", "small"])
+@pytest.mark.parametrize(
+    "storage",
+    [{"bnb_4bit_use_double_quant": True}, {"bnb_4bit_use_double_quant": False}, {"load_in_4bit": False}],
+    ids=["nested", "plain", "dense"],
+)
+def test_every_storage_streams(copies, deep_base, storage, scratch):
+    want = sft_steps(decoder_over(quantized(deep_base, **storage), scratch=scratch), "input", None)
+    plan = plan_of(offload=LAYERS, scratch=scratch)
+    got = decoder_over(quantized(deep_base, **storage), stream=True, plan=plan, scratch=scratch)
+    assert_bits(sft_steps(got, "input", None), want)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize(
+    "changes", [{"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}], ids=["biases", "tied head"]
+)
+def test_llamas_of_few_layers_stream(copies, layers, changes):
+    def model():
+        return make_model("llama", num_hidden_layers=layers, **changes)
+
+    want = dpo_steps(decoder_over(model()), "attention", None)
+    assert_bits(dpo_steps(decoder_over(model(), stream=True), "attention", None), want)
+
+
+def test_mixed_policies_and_a_tile_stream_too(copies, deep_base):
+    mixed = ("input", "attention", "all", "all")
+    plan = plan_of(keep=mixed, offload=3, tile=10)
+    want = sft_steps(decoder_over(quantized(deep_base), plan=plan_of(tile=10)), mixed, None)
+    assert_bits(sft_steps(decoder_over(quantized(deep_base), stream=True, plan=plan), mixed, None), want)
+
+
+def test_where_a_pass_ends_the_next_begins_without_a_copy(deep_base):
+    decoder = decoder_over(quantized(deep_base), stream=True)
+    plain, copied = decoder.stream._side.copy, []
+    decoder.stream._side.copy = lambda pairs: copied.append(1) or plain(pairs)
+    batch = collate_conversations([conversation(0, 20)])
+    for step in range(2):
+        decoder.token_logps(batch, keep="input").sum().backward()
+        # of 4 layers 2 are still there where the backward pass begins, and again where the next step does
+        assert len(copied) == [LAYERS + LAYERS - 2, 2 * (LAYERS - 2)][step]
+        copied.clear()
+
+
+def test_a_streamed_layer_lies_once_on_the_host_and_nowhere_else(deep_base):
+    model = quantized(deep_base)
+    stream = StreamedBase(model, CPU)
+    assert [b.numel() for b in stream.buffers] == [max(s.numel() for s in stream.slabs)] * 2
+    for slab, layer in zip(stream.slabs, model.model.layers):
+        low, high = slab.data_ptr(), slab.data_ptr() + slab.numel()
+        for name, module in layer.named_modules():
+            if name.endswith("_proj"):
+                state = module.weight.quant_state
+                for tensor in (module.weight, state.absmax, state.code, state.offset, state.state2.absmax):
+                    assert low <= tensor.data_ptr() < high
+                assert stream.on_device(module.weight).data_ptr() != module.weight.data_ptr()
+    assert stream.host_bytes == sum(s.numel() for s in stream.slabs)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_what_is_offloaded_is_not_kept_on_the_device(deep_base, keep):
+    decoder = decoder_over(quantized(deep_base), plan=plan_of(offload=LAYERS))
+    batch = collate_conversations([conversation(0, 40)])
+    with kept() as found:
+        decoder.token_logps(batch, keep=keep)
+    # a target's hidden state and slope, the norm's number, and which row it is
+    assert found.bytes == len(batch.target_ids) * (2 * 4 * 64 + 4 + 8)
+    resident = decoder_over(quantized(deep_base))
+    with kept() as wanted:
+        resident.token_logps(batch, keep=keep)
+    layers = wanted.bytes - found.bytes
+    # on the host, each tensor at a boundary of 256 bytes
+    assert layers <= decoder.offload.nbytes <= layers + LAYERS * 16 * 256
+
+
+def test_two_layers_kept_tensors_are_on_the_device_at_most(monkeypatch, deep_base):
+    decoder = decoder_over(quantized(deep_base), plan=plan_of(offload=LAYERS))
+    most = []
+    fetch = Offload._fetch
+
+    def counting(self, kept):
+        fetch(self, kept)
+        most.append(sum(bool(k._device) for k in self._now.values()))
+
+    monkeypatch.setattr(Offload, "_fetch", counting)
+    decoder.token_logps(collate_conversations([conversation(0, 20)]), keep="all").sum().backward()
+    assert len(most) == LAYERS and max(most) <= 2
+    assert not decoder.offload._leaving and not decoder.offload._now
+
+
+def test_a_second_forward_pass_before_the_backward_pass_is_an_error(deep_base):
+    decoder = decoder_over(quantized(deep_base), plan=plan_of(offload=LAYERS))
+    batch = collate_conversations([conversation(0, 20)])
+    first = decoder.token_logps(batch, keep="input")
+    decoder.token_logps(batch, keep="input")
+    with pytest.raises(RuntimeError, match="taken the place"):
+        first.sum().backward()
+
+
+def test_after_a_pass_that_failed_the_next_is_right(copies, deep_base, monkeypatch):
+    want = sft_steps(decoder_over(quantized(deep_base)), "all", None)
+    plan = plan_of(offload=LAYERS)
+    decoder = decoder_over(quantized(deep_base), stream=True, plan=plan)
+    logps = decoder.token_logps(collate_conversations([conversation(3, 50)]), keep="all")
+    get, calls = Offload.get, []
+
+    def failing(self, kept):
+        calls.append(kept.layer)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return get(self, kept)
+
+    monkeypatch.setattr(Offload, "get", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        logps.sum().backward()
+    monkeypatch.setattr(Offload, "get", get)
+    decoder.follow(plan)
+    assert_bits(sft_steps(decoder, "all", None), want)
+
+
+def test_tokens_on_the_host_are_kept_for_the_embedding():
+    batch = collate_conversations([conversation(0, 9)])
+    assert batch.host_tokens is None
+    moved = batch.to(CPU).to(CPU)
+    assert np.array_equal(moved.host_tokens, batch.tokens)
