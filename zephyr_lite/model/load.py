@@ -159,16 +159,12 @@ def sliding_window(config: Any) -> int | None:
     return config.sliding_window if config.model_type == "mistral" else None
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def load_base(
     config: RunConfig,
     *,
     device: torch.device | None = None,
     stream: bool = False,
-    say: Callable[[str], None] = _to_stderr,
+    say: Callable[[str], None] = print,
 ) -> Base:
     """Load the base that a run names, frozen, onto the GPU where there is one.
 
