@@ -286,9 +286,12 @@ def dense_attention(q, k, v, segments, window, scale):
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
 
 
+@pytest.mark.parametrize("at_once", [2**24, 20])
 @pytest.mark.parametrize("window", [None, 3, 6, 100])
 @pytest.mark.parametrize("kind", ["packed", "pairs", "one token"])
-def test_attention_over_the_segment_table(window, kind):
+def test_attention_over_the_segment_table(window, kind, at_once, monkeypatch):
+    """A segment whole, and in blocks of queries."""
+    monkeypatch.setattr(attention_file, "_AT_ONCE", at_once)
     segments = {
         "packed": [Seg(0, 4), Seg(4, 5), Seg(5, 14)],
         "pairs": [Seg(0, 7), Seg(7, 11, (0, 5)), Seg(11, 18), Seg(18, 20, (11, 12))],

@@ -4,16 +4,21 @@ The CPU stands in for the accelerator. Copies are made at both ends of what a ca
 somebody waits for them, with their target full of rubbish until then.
 """
 
+import gc
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tests.conftest import make_model
 from tests.test_counts import kept
-from tests.test_decoder import conversation, live_stack, pair
+from tests.test_decoder import apart, conversation, live_stack, pair
 from tests.test_layer import KEEPS
 from zephyr_lite.config import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
+from zephyr_lite.data.chat import Example
+from zephyr_lite.errors import UserError
 from zephyr_lite.model import offload as offload_file
 from zephyr_lite.model import stream as stream_file
 from zephyr_lite.model.decoder import Decoder, Dropout
@@ -253,3 +258,52 @@ def test_tokens_on_the_host_are_kept_for_the_embedding():
     assert batch.host_tokens is None
     moved = batch.to(CPU).to(CPU)
     assert np.array_equal(moved.host_tokens, batch.tokens)
+
+
+def test_a_row_of_32k_tokens_trains_and_its_window_is_honoured():
+    """Streamed, offloaded, the MLP in tiles: the last tokens' figures are those of the last tokens alone."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = make_model(num_hidden_layers=2, sliding_window=64, max_position_embeddings=2**15, **shape)
+    decoder = decoder_over(model, stream=True, plan=plan_of(offload=2, tile=4096))
+    count, tail = 2**15, 300
+    example = conversation(0, count)
+    example.mask[:-100] = False
+    batch = collate_conversations([example])
+    logps = decoder.token_logps(batch, keep="input")
+    logps.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in decoder.stack.parameters().values())
+    short = collate_conversations([Example(example.ids[-tail:], example.mask[-tail:], "", 0)])
+    short = replace(short, positions=batch.positions[-tail:], streams=batch.streams[-tail:])
+    with torch.no_grad():
+        assert apart(logps.detach(), decoder.token_logps(short)) < 1e-5
+
+
+def test_host_memory_is_locked_page_by_page_and_let_go_with_its_last_view(monkeypatch):
+    class Runtime:
+        code, locked = 0, {}
+
+        def cudaHostRegister(self, start, count, flags):
+            if not self.code:
+                self.locked[start] = count
+            return self.code
+
+        def cudaHostUnregister(self, start):
+            del self.locked[start]
+
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    places = [offload_file.host_bytes(1000, torch.device("cuda")) for _ in range(3)]
+    assert runtime.locked == {place.data_ptr(): 1000 for place in places}
+    assert all(place.data_ptr() % offload_file.PAGE == 0 for place in places)
+    view = places[0][40:80].view(torch.float32)
+    del places
+    gc.collect()
+    assert len(runtime.locked) == 1 and view.fill_(1).sum() == 10
+    del view
+    gc.collect()
+    assert not runtime.locked
+    runtime.code = 2
+    with pytest.raises(
+        UserError, match=r"0.00 GiB of main memory could not be locked for copies to the card .CUDA error 2."
+    ):
+        offload_file.host_bytes(1000, torch.device("cuda"))

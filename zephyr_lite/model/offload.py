@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..errors import UserError
 
-ALIGNMENT = 256  # what CUDA's own allocations begin at
+ALIGNMENT = 256  # what a device's memory is aligned to; views of 16-byte types need no more
+PAGE = 4096
 
 
 class SideStream:
@@ -67,18 +68,18 @@ def host_bytes(count: int, device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or not count:
         return torch.empty(count, dtype=torch.uint8)
-    owner = np.empty(count, dtype=np.uint8)
-    memory = torch.from_numpy(owner)
-    runtime = torch.cuda.cudart()
+    owner = np.empty(count + PAGE, dtype=np.uint8)
+    start = -owner.ctypes.data % PAGE  # a page belongs to one registration
+    memory = torch.from_numpy(owner[start : start + count])
+    runtime: Any = torch.cuda.cudart()
     code = int(runtime.cudaHostRegister(memory.data_ptr(), count, 0))
     if code:
-        runtime.cudaGetLastError()
         raise UserError(
             f"{count / 2**30:.2f} GiB of main memory could not be locked for copies to the card (CUDA error {code}).",
             "Raise the limit (`ulimit -l`, or the container's memlock), close what fills the main memory, or set "
             "memory.offload=false and memory.stream=false.",
         )
-    # the tensor keeps its owner alive, whose end is told before its memory goes
+    # tensors keep their owner alive; its end is told before its memory goes
     weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())
     return memory
 

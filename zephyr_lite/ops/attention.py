@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["flash", "efficient", "cpu", "plain"]
+_AT_ONCE = 2**24  # scores of a head that are masked at once
 _CAUSAL_FROM_BOTTOM_RIGHT = 2  # what the memory-efficient kernel calls it
 
 
@@ -124,7 +125,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scal
             lse[run.q] = _by_token(padded, run.queries)
         return out, lse
     forward = _cpu_forward if kind == "cpu" else _plain_forward
-    for piece in _pieces(table):
+    for piece in _pieces(table, kind):
         here = forward(_grouped(q, k, piece.q), _heads(k, piece.k), _heads(v, piece.k), piece, scale)
         _grouped(out, k, piece.q).copy_(here[0])
         _grouped(lse[..., None], k, piece.q)[..., 0].copy_(here[1])
@@ -170,16 +171,16 @@ def attention_backward(
     else:
         direct = table.runs is None
         a = d_q
-        b, c = (d_k, d_v) if direct else (k.new_empty(k.shape), v.new_empty(v.shape))
+        b, c = (d_k.zero_(), d_v.zero_()) if direct else (k.new_zeros(k.shape), v.new_zeros(v.shape))
         backward = _cpu_backward if kind == "cpu" else _plain_backward
-        for piece in _pieces(table):
+        for piece in _pieces(table, kind):
             gq, gk, gv = backward(
                 _grouped(grad, k, piece.q), _grouped(q, k, piece.q), _heads(k, piece.k), _heads(v, piece.k),
                 _grouped(out, k, piece.q), _grouped(lse[..., None], k, piece.q)[..., 0], piece, scale,
             )  # fmt: skip
             _grouped(a, k, piece.q).copy_(gq)
-            b[piece.k].copy_(gk.sum(1).transpose(0, 1))
-            c[piece.k].copy_(gv.sum(1).transpose(0, 1))
+            b[piece.k] += gk.sum(1).transpose(0, 1)
+            c[piece.k] += gv.sum(1).transpose(0, 1)
         if direct:
             return
     for found, target in ((a, d_q), (_scattered(b, shape, table), d_k), (_scattered(c, shape, table), d_v)):
@@ -189,16 +190,30 @@ def attention_backward(
 
 @dataclass(frozen=True)
 class _Piece:
-    """A segment's place among the queries and among the gathered keys."""
+    """A segment's place, or that of some of its queries, among the queries and among the gathered keys."""
 
     q: slice
     k: slice
     window: int | None
 
 
-def _pieces(table: SegmentTable) -> Iterator[_Piece]:
-    for queries, keys in zip(pairwise(table.query_starts), pairwise(table.key_starts)):
-        yield _Piece(slice(*queries), slice(*keys), table.window)
+def _pieces(table: SegmentTable, kind: Backend) -> Iterator[_Piece]:
+    """The segments. One whose mask (or scores) would be large goes in blocks of queries, each with the keys that it sees:
+    32 k tokens squared are 4 GB, a block of them under a window is a few MB."""
+    for (first, last), (start, end) in zip(pairwise(table.query_starts), pairwise(table.key_starts)):
+        queries, keys, window = last - first, end - start, table.window
+        windowed = window is not None and window < keys
+        if (kind == "cpu" and queries == keys and not windowed) or queries * keys <= _AT_ONCE:
+            yield _Piece(slice(first, last), slice(start, end), window)
+            continue
+        # a block of n queries sees n + window - 1 keys
+        size = _AT_ONCE // keys if window is None else int(((window**2 + 4 * _AT_ONCE) ** 0.5 - window) / 2)
+        size = max(1, size)
+        for here in range(first, last, size):
+            there = min(last, here + size)
+            stop = end - (last - there)  # causal from the bottom right
+            begin = start if window is None else max(start, stop - (there - here) - window + 1)
+            yield _Piece(slice(here, there), slice(begin, stop), window)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,8 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     if config.engine == "fused":
         for note in check_kernels(base.device, base.dtype):
             say(note)
-    stack = AdapterStack(base.model)
+    stream = None  # wired below, once the plan is made before the base is loaded
+    stack = AdapterStack(base.model, base.device)
     if config.engine == "fused":  # the baselines attach theirs by themselves, to any architecture
         for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
             stack.add_frozen(name, adapter)
@@ -210,7 +211,8 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     if claim:
         write_text(stage.config, dump_config(config))
         stage.write_info(info)
-    decoder = Decoder(stack, base.dtype, scratch=plan.scratch)
+    decoder = Decoder(stack, base.dtype, scratch=plan.scratch, stream=stream)
+    decoder.follow(plan)
     return Stage(method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info)
 
 
