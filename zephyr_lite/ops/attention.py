@@ -206,8 +206,10 @@ def _pieces(table: SegmentTable, kind: Backend) -> Iterator[_Piece]:
         if (kind == "cpu" and queries == keys and not windowed) or queries * keys <= _AT_ONCE:
             yield _Piece(slice(first, last), slice(start, end), window)
             continue
-        # a block of n queries sees n + window - 1 keys
-        size = _AT_ONCE // keys if window is None else int(((window**2 + 4 * _AT_ONCE) ** 0.5 - window) / 2)
+        size = _AT_ONCE // keys
+        if window is not None:
+            # a block of n queries sees n + window - 1 keys, of which it needs fewer the larger it is
+            size = min(int(((window**2 + 4 * _AT_ONCE) ** 0.5 - window) / 2), max(window, 256))
         size = max(1, size)
         for here in range(first, last, size):
             there = min(last, here + size)
