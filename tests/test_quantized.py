@@ -7,29 +7,28 @@ import gc
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    MistralConfig,
-    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
-from bench.merge_memory import rss_anon
 from zephyr_lite.config import RunConfig
+from zephyr_lite.data.batch import collate_conversations
+from zephyr_lite.data.chat import Example
 from zephyr_lite.environment import survey
 from zephyr_lite.errors import UserError
 from zephyr_lite.model import load, quantized
+from zephyr_lite.model.adapters import AdapterStack
+from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.load import load_base
 
 from .conftest import make_model, make_tokenizer
@@ -202,6 +201,19 @@ def test_plain_bases_and_quantized_ones_are_not_kept(base, cache):
     assert again.path == kept and again.load_in_4bit and again.double_quant and entries(cache) == [kept]
 
 
+def test_a_quantized_checkpoint_computes_in_another_dtype_than_it_was_stored_in(base, cache):
+    load_base(config(base, dtype="bfloat16"))
+    (kept,) = entries(cache)
+    make_tokenizer(kept)
+    for dtype in (torch.float32, torch.float16):
+        found = load_base(config(kept, dtype=str(dtype).removeprefix("torch.")))
+        plain = [p for p in found.model.parameters() if not hasattr(p, "quant_state")]
+        assert found.dtype == dtype and {p.dtype for p in plain} == {dtype} and len(plain) == 7
+        stack = AdapterStack(found.model)
+        batch = collate_conversations([Example(np.arange(9, dtype=np.int32), np.ones(9, dtype=bool), "", 0)])
+        assert Decoder(stack, found.dtype).token_logps(batch).isfinite().all()
+
+
 def test_a_family_that_may_rename_its_weights_is_quantized_in_memory(tmp_path, cache):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=448, num_key_value_heads=2, **sizes))
@@ -303,103 +315,6 @@ def test_a_damaged_folder_is_made_again(base, cache, file, damage, says):
 def recipe(base: Path) -> quantized.Recipe:
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
     return quantized.Recipe(str(base), load.fingerprint(base), settings, torch.float32)
-
-
-# In processes of their own
-
-CHILD = """
-import sys, time
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from zephyr_lite.config import RunConfig
-from zephyr_lite.model import quantized
-from zephyr_lite.model.load import load_base
-write = quantized._write_shard
-def slowly(*words):
-    write(*words)
-    print("a shard", flush=True)
-    time.sleep({pause})
-quantized._write_shard, quantized.SHARD_BYTES = slowly, 40_000
-print("ready", flush=True)
-load_base(RunConfig(model_name_or_path={base!r}))
-print("loaded", flush=True)
-"""
-
-
-def start(base: Path, pause: float) -> subprocess.Popen:
-    code = CHILD.format(root=str(Path(__file__).parent.parent), base=str(base), pause=pause)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(process: subprocess.Popen, word: str) -> None:
-    for line in process.stdout:
-        if line.strip() == word:
-            return
-    raise AssertionError(process.stderr.read())
-
-
-def test_a_killed_process_leaves_nothing_that_counts_and_two_at_once_agree(base, cache):
-    killed = start(base, 60)
-    wait_for(killed, "a shard")
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    left = entries(cache)
-    assert len(left) == 1 and left[0].name.startswith(".") and list(left[0].glob("*.safetensors"))
-
-    two = [start(base, 0.1) for _ in range(2)]
-    told = [process.communicate() for process in two]
-    assert [process.returncode for process in two] == [0, 0], told
-    assert all("loaded" in out for out, _ in told)
-    assert sum("quantizing the base once" in out for out, _ in told) == 1
-    (kept,) = entries(cache)
-    assert quantized.fault(kept, recipe(base)) is None
-    assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
-
-
-MEMORY = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-from pathlib import Path
-from transformers import AutoConfig, BitsAndBytesConfig
-from zephyr_lite.model.quantized import Recipe, quantized_folder
-from zephyr_lite.ops.nf4 import quantize_parts
-quantize_parts(torch.randn(64, 64), double_quant=True, dtype=torch.float32, device=torch.device("cpu"))
-settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-base = Path({base!r})
-config = AutoConfig.from_pretrained(base)
-print("ready", flush=True)
-sys.stdin.readline()
-print(quantized_folder(base, config, Recipe("m", "f" * 64, settings, torch.float32), torch.device("cpu"), print))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_is_bounded(tmp_path, cache):
-    """470 MB of weights, cast to float32 and quantized; the largest tensor takes 131 MB as float32."""
-    sizes = {"vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8}
-    folder = tmp_path / "base"
-    sizes |= {"num_key_value_heads": 8, "num_hidden_layers": 10}
-    with torch.device("meta"):
-        model = MistralForCausalLM(MistralConfig(**sizes)).to(torch.bfloat16)
-    model.config.save_pretrained(folder)
-    tensors = {name: torch.full(t.shape, 0.5, dtype=t.dtype) for name, t in model.state_dict().items()}
-    total = sum(t.nbytes for t in tensors.values())
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    del tensors
-    code = MEMORY.format(root=str(Path(__file__).parent.parent), base=str(folder))
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, text=True)
-    wait_for(process, "ready")
-    before = peak = rss_anon(process.pid)
-    process.stdin.write("\n")
-    process.stdin.flush()
-    while process.poll() is None:
-        peak = max(peak, rss_anon(process.pid))
-        time.sleep(0.003)
-    out, err = process.communicate()
-    assert process.returncode == 0 and "nf4-double-float32" in out, err
-    assert total > 460e6
-    assert peak - before < 350e6, f"{(peak - before) / 1e6:.0f} MB"
 
 
 def test_the_survey_names_the_cache(base, cache):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,8 @@ def load_base(
                     "for rows that are no multiple of 64.",
                     "Set load_in_4bit=false, or run it on a GPU.",
                 )
+    if stored is not None and model_config.model_type in FAMILIES:
+        _cast(model, dtype)
     if place.type == "cpu":
         _leave_the_file(model)
     return frozen_base(
@@ -240,17 +242,32 @@ def _leave_the_file(model: Any) -> None:
     mapping of the whole file. The projections' are mapped until ``stream`` puts them into its slabs; on a CPU without
     streaming they stay so, and the system may drop and read them again.
     """
-    head = model.get_output_embeddings()
+    for parameter, projection in _parameters(model):
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            state.code = state.code.clone()
+            if state.nested:
+                state.state2.absmax, state.state2.code = state.state2.absmax.clone(), state.state2.code.clone()
+        elif not projection:
+            parameter.data = parameter.data.clone()
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Bring what is not quantized to the compute dtype: of a stored quantized checkpoint transformers leaves embedding,
+    norms and head in their own."""
+    for parameter, _ in _parameters(model):
+        if not hasattr(parameter, "quant_state") and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _parameters(model: Any) -> Iterator[tuple[torch.nn.Parameter, bool]]:
+    """Every parameter once, and whether it is the matrix of one of the decoder's projections."""
+    head, seen = model.get_output_embeddings(), set()
     for module in model.modules():
-        plain = module is head or not isinstance(module, torch.nn.Linear)
         for name, parameter in module.named_parameters(recurse=False):
-            state = getattr(parameter, "quant_state", None)
-            if state is not None:
-                state.code = state.code.clone()
-                if state.nested:
-                    state.state2.absmax, state.state2.code = state.state2.absmax.clone(), state.state2.code.clone()
-            elif plain or name == "bias":
-                parameter.data = parameter.data.clone()
+            if parameter not in seen:
+                seen.add(parameter)
+                yield parameter, isinstance(module, torch.nn.Linear) and module is not head and name == "weight"
 
 
 def frozen_base(
