@@ -17,7 +17,15 @@ from bench.merge_memory import rss_anon
 from zephyr_lite.model import quantized
 from zephyr_lite.model.load import load_base
 
-from .test_quantized import assert_same, base, cache, config, entries, recipe, reference  # noqa: F401
+from .test_quantized import assert_same, config, entries, make_base, recipe, reference
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache for each test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "zephyr-lite" / "quantized"
+
 
 CHILD = """
 import sys, time
@@ -50,7 +58,8 @@ def wait_for(process: subprocess.Popen, word: str) -> None:
     raise AssertionError(process.stderr.read())
 
 
-def test_a_killed_process_leaves_nothing_that_counts_and_two_at_once_agree(base, cache):
+def test_a_killed_process_leaves_nothing_that_counts_and_two_at_once_agree(tmp_path, cache):
+    base = make_base(tmp_path / "base")
     killed = start(base, 60)
     wait_for(killed, "a shard")
     killed.send_signal(signal.SIGKILL)
