@@ -165,6 +165,18 @@ def test_mixed_policies_and_a_tile_stream_too(copies, deep_base):
     assert_bits(sft_steps(decoder_over(quantized(deep_base), stream=True, plan=plan), mixed, None), want)
 
 
+def test_a_base_that_was_resident_may_be_streamed_from_then_on(copies, deep_base):
+    resident = decoder_over(quantized(deep_base))
+    want = [sft_steps(resident, "input", None), dpo_steps(resident, "input", None)]
+    decoder = decoder_over(quantized(deep_base))
+    got = [sft_steps(decoder, "input", None)]
+    decoder.follow(plan_of(stream=True, offload=LAYERS))
+    got.append(dpo_steps(decoder, "input", None))
+    assert decoder.stream is not None and len(decoder.stream.slabs) == LAYERS
+    for a, b in zip(got, want):
+        assert_bits(a, b)
+
+
 def test_where_a_pass_ends_the_next_begins_without_a_copy(deep_base):
     decoder = decoder_over(quantized(deep_base), stream=True)
     plain, copied = decoder.stream._side.copy, []

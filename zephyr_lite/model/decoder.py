@@ -79,7 +79,12 @@ class Decoder:
 
     def follow(self, plan: Plan) -> None:
         """Compute as the plan says, from the next pass on; no pass may be under way, or wait for its backward pass. What
-        a pass that failed left behind is dropped."""
+        a pass that failed left behind is dropped. A resident base moves to the host where the plan streams it; none
+        comes back."""
+        if plan.stream and self.stream is None:
+            device = self.device
+            self.scratch.free()
+            self.stream = StreamedBase(self.stack.base, device)
         if self.scratch.mode != plan.scratch:
             self.scratch = Scratch(plan.scratch)
         self.tile = plan.tile

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.nf4 import stored_tensors, weight_over
 from .offload import ALIGNMENT, SideStream, host_bytes
@@ -24,40 +24,38 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class StreamedBase:
     """The layers of a model on the host, and its buffers on the device.
 
-    Takes over the weights of `model` (a Mistral or Llama for causal language modelling, on the host): they become views
-    of the slabs, so that nothing is held twice. Everything else of the model but embedding and head moves to `device`.
+    Takes over the weights of `model` (a Mistral or Llama for causal language modelling): they become views of the
+    slabs, layer by layer, so that nothing is held twice. Embedding and head move to the host, the rest to `device`.
 
     Args:
-        model: its linear layers plain or 4-bit, without adapters yet.
+        model: its linear layers plain or 4-bit, on the host or on the device, with adapters around them or without.
         device: where the run computes.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.device = device
         self._side = SideStream(device)
-        layouts = [_layout(linears) for linears in map(_linears, model.model.layers)]
-        self.buffers = [
-            torch.empty(max((size for _, size in layouts[slot::2]), default=0), dtype=torch.uint8, device=device)
-            for slot in range(2)
-        ]
         self.slabs: list[Tensor] = []
-        self._views: dict[Tensor, Tensor] = {}
-        for index, (module, (places, size)) in enumerate(zip(model.model.layers, layouts)):
-            slab = host_bytes(size, device)
-            for linear, starts in zip(_linears(module), places):
-                self._views[linear.weight] = self._move(linear, starts, slab, self.buffers[index % 2])
-            self.slabs.append(slab)
-        self._holds: list[int | None] = [None, None]
-        self._ready: list[Any] = [None, None]
+        places = [self._take(layer) for layer in model.model.layers]
         _lock(model.lm_head.weight, device)
+        model.model.embed_tokens.to("cpu")
+        model.lm_head.to("cpu")
         for module in (model.model.norm, model.model.rotary_emb):
             module.to(device)
-        for layer in model.model.layers:
-            layer.input_layernorm.to(device)
-            layer.post_attention_layernorm.to(device)
-            for linear in _linears(layer):
-                if linear.bias is not None:
-                    linear.bias.data = linear.bias.data.to(device)
+        # last: a card that was full has room by now
+        self.buffers = [
+            torch.empty(
+                max((slab.numel() for slab in self.slabs[slot::2]), default=0), dtype=torch.uint8, device=device
+            )
+            for slot in range(2)
+        ]
+        self._views = {
+            linear.weight: weight_over(linear.weight, _views(linear.weight, starts, self.buffers[index % 2]))
+            for index, layer in enumerate(model.model.layers)
+            for linear, starts in zip(_linears(layer), places[index])
+        }
+        self._holds: list[int | None] = [None, None]
+        self._ready: list[Any] = [None, None]
 
     @property
     def host_bytes(self) -> int:
@@ -87,30 +85,35 @@ class StreamedBase:
         self._ready[slot] = self._side.copy([(self.buffers[slot][: slab.numel()], slab)])
         self._holds[slot] = layer
 
-    @staticmethod
-    def _move(linear: nn.Linear, starts: dict[str, int], slab: Tensor, buffer: Tensor) -> Tensor:
-        """Copy a matrix into the slab, let the parameter be a view of that, and return the view of the buffer."""
-        weight = linear.weight
-        tensors = stored_tensors(weight)
+    def _take(self, layer: Any) -> list[dict[str, int]]:
+        """Let a layer's matrices be views of a slab, and the rest of it lie on the device; returns where each begins."""
+        linears = _linears(layer)
+        places, size = _layout(linears)
+        slab = host_bytes(size, self.device)
+        for linear, starts in zip(linears, places):
+            on_host = _views(linear.weight, starts, slab)
+            for name, tensor in stored_tensors(linear.weight).items():
+                on_host[name].copy_(tensor)
+                (linear.weight if name == "" else tensor).data = on_host[name]
+            if linear.bias is not None:
+                linear.bias.data = linear.bias.data.to(self.device)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.to(self.device)
+        self.slabs.append(slab)
+        return places
 
-        def views(memory: Tensor) -> dict[str, Tensor]:
-            return {
-                name: memory[starts[name] : starts[name] + t.nbytes].view(t.dtype).view(t.shape)
-                for name, t in tensors.items()
-            }
 
-        on_host = views(slab)
-        for name, tensor in tensors.items():
-            on_host[name].copy_(tensor)
-        weight.data = on_host[""]
-        for name, tensor in tensors.items():
-            if name:
-                tensor.data = on_host[name]
-        return weight_over(weight, views(buffer))
+def _views(weight: Tensor, starts: dict[str, int], memory: Tensor) -> dict[str, Tensor]:
+    """What a matrix is read from, over other memory."""
+    return {
+        name: memory[starts[name] : starts[name] + t.nbytes].view(t.dtype).view(t.shape)
+        for name, t in stored_tensors(weight).items()
+    }
 
 
 def _linears(layer: Any) -> list[Any]:
-    return [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in PROJECTIONS]
+    found = [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in PROJECTIONS]
+    return [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in found]
 
 
 def _layout(linears: Sequence[Any]) -> tuple[list[dict[str, int]], int]:
