@@ -25,8 +25,9 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.merge import chain_of_run, merge
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.decoder import Decoder, Dropout
+from zephyr_lite.model.job import AdapterSpec, Job, Shape
 from zephyr_lite.model.peft_files import LoraWeights, read_adapter, write_adapter
-from zephyr_lite.model.plan import keep_freed_pages, make_plan
+from zephyr_lite.model.plan import keep_freed_pages, make_plan, this_machine
 from zephyr_lite.rundir import StageDir
 from zephyr_lite.train import loop as loop_file
 from zephyr_lite.train.dpo import DpoTask, run_dpo
@@ -353,13 +354,19 @@ def test_float16_scales_the_loss_and_gives_up_when_no_scale_helps(windowed, chat
 def test_the_plan_leaves_room_for_gradients_and_moments(monkeypatch):
     """A rank of 128 on a 7B model: 335 million parameters, 4 GB that are not there yet when the plan is made."""
     monkeypatch.setattr("zephyr_lite.model.plan.free_memory", lambda device: 10**9)
-    arguments = (make_model().config, torch.float32, torch.device("cpu"), 10, MemorySpec())
-    free = {
-        optim: make_plan(*arguments, parameters=10**7, optim=optim).free_bytes
-        for optim in ("adamw_torch", "adamw_8bit", "paged_adamw_32bit")
-    }
-    assert free == {"adamw_torch": 88 * 10**7, "adamw_8bit": 94 * 10**7, "paged_adamw_32bit": 96 * 10**7}
-    assert make_plan(*arguments, parameters=10**9).micro_tokens == 10  # one example runs, come what may
+    shape, cpu, spec = Shape.of(make_model().config), torch.device("cpu"), MemorySpec()
+
+    def plan(optim, r):
+        adapter = AdapterSpec.fresh(shape, r, r, "all-linear")
+        job = Job(shape, torch.float32, "dense", (adapter,), optim, False, "sft", longest=10)
+        return job.parameters, make_plan(job, this_machine(cpu, job.dtype, spec), spec)
+
+    # of a parameter: itself, its gradient, and two moments of 4 bytes or of one
+    for optim, least, most in (("adamw_torch", 16, 16.1), ("adamw_8bit", 10, 10.1), ("paged_adamw_32bit", 16, 16.1)):
+        small, large = plan(optim, 128), plan(optim, 256)
+        a_parameter = (small[1].free_bytes - large[1].free_bytes) / (large[0] - small[0])
+        assert least <= a_parameter <= most
+    assert plan("adamw_torch", 10**5)[1].micro_tokens == 10  # one example runs, come what may
 
 
 def test_an_adapter_on_the_output_head_is_not_ignored(tmp_path):

@@ -1,24 +1,28 @@
-"""How much of a run fits into memory: how many tokens run at once, and what each layer keeps for its backward pass."""
+"""The plan of a run: how much runs at once, what each layer keeps, what lies on the host. Made before anything is loaded."""
 
 from __future__ import annotations
 
 import ctypes
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from ..config import MemorySpec
-from .layer import Keep
+from ..errors import UserError
+from .account import CONTEXT_BYTES, GIB, Setting, account, kept_per_token, kept_widths, scratch_widths
+from .cards import Card
+from .cost import step_time
+from .job import Job, Shape
+from .layer_spec import Keep
+from .machine import HOST_SHARE, PROCESSOR, Machine, main_memory, parse_size
 from .memory import ScratchMode
+from .search import KEEPS, LEAST, Limits, cures, least_account, search
 
-# At once, where memory allows it: enough for matrix products at full speed, little enough for a CPU's caches.
-WANTED_TOKENS = {"cuda": 16384, "cpu": 2048}
-# Of an optimizer's moments, a trained parameter; paged ones move to the host when the card is full.
-STATE_BYTES = {"adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0}
-# Of the free memory; the rest is for the head's chunk, the allocator's slack and what else runs on the machine.
+# At once on a CPU: enough for matrix products at full speed, little enough for its caches.
+CPU_TOKENS = 2048
+# Of the free memory, where the accounting is not exact: on a CPU, and for other engines' layers.
 SHARE = 0.7
 
 
@@ -36,7 +40,12 @@ class Plan:
         reference: a live reference runs in the policy's pass (``together``), or in one of its own before it.
         threads: the number of CPU threads, which decides the order of sums there.
         bytes_per_token: of what all layers keep under this plan, wherever it lies.
-        free_bytes: what was free when the plan was made, less what the optimizer will take.
+        free_bytes: what is left of the free memory when base, adapters, gradients and optimizer are there.
+        account: bytes of the device's memory by name, at the peak; the last entry is their sum (see ``account``).
+        host: bytes of main memory that are locked, by name.
+        managed: bytes of optimizer states that CUDA keeps on the host where the device is full.
+        at: where in a step the peak is.
+        seconds_per_step, tokens_per_second: what the cost model expects; 0: nothing is known.
     """
 
     micro_tokens: int
@@ -49,6 +58,12 @@ class Plan:
     threads: int = 1
     bytes_per_token: int = 0
     free_bytes: int = 0
+    account: dict[str, int] = field(default_factory=dict, hash=False)
+    host: dict[str, int] = field(default_factory=dict, hash=False)
+    managed: int = 0
+    at: str = ""
+    seconds_per_step: float = 0.0
+    tokens_per_second: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))  # JSON knows lists only
@@ -58,96 +73,204 @@ class Plan:
         """Whether any layer's matrix products are computed again in the backward pass."""
         return any(keep != "all" for keep in self.keep)
 
+    @property
+    def peak(self) -> int:
+        """Bytes of the device's memory at the peak; 0: not counted."""
+        return self.account.get("peak", 0)
+
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "keep": list(self.keep)}
 
     def lines(self) -> list[str]:
-        kept = {
-            "all": "everything that a matrix product computed",
-            "attention": "layer inputs and the attention's output, the rest is recomputed",
-            "input": "layer inputs, the rest is recomputed",
-        }[self.keep[0]]
-        return [
-            f"{self.micro_tokens:,} tokens at once, {self.bytes_per_token / 2**20:.2f} MiB kept a token ({kept}); "
-            f"{self.free_bytes / 2**30:.1f} GiB free"
+        """What was decided, in words."""
+        said = [
+            f"{self.micro_tokens:,} tokens at once, {self.bytes_per_token / 2**20:.2f} MiB kept a token: "
+            f"{kept_in_words(self.keep)}"
         ]
+        if self.offload:
+            which = "all layers" if self.offload == len(self.keep) else f"the first {self.offload} layers"
+            said.append(f"what {which} keep lies in main memory between the passes")
+        if self.stream:
+            said.append("the base lies in main memory and comes to the card one layer ahead")
+        if self.tile is not None:
+            said.append(f"the MLP takes {self.tile:,} tokens at a time")
+        return said
 
 
-def make_plan(
-    config: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-    longest: int,
-    memory: MemorySpec,
-    *,
-    parameters: int = 0,
-    optim: str = "adamw_torch",
-    ranks: int = 0,
-    in_4bit: bool = False,
-) -> Plan:
-    """Choose for a model's configuration and the free memory.
+_WORDS: dict[Keep, str] = {
+    "all": "everything that a matrix product computed",
+    "attention": "layer inputs and the attention's output, the rest is recomputed",
+    "input": "layer inputs, the rest is recomputed",
+}
 
-    The first policy of ``all``, ``attention``, ``input`` under which a micro-batch of useful size fits; a live reference
-    in the policy's pass where the one hidden state more a token fits as well.
+
+def kept_in_words(keep: Sequence[Keep]) -> str:
+    first, last = keep[0], keep[-1]
+    if first == last:
+        return _WORDS[first]
+    count = sum(k == first for k in keep)
+    return f"{_WORDS[first]} (layers 1 to {count}); {_WORDS[last]} (the last {len(keep) - count})"
+
+
+def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *, measure: bool = True) -> Machine:
+    """The machine that we are on.
 
     Args:
-        config: the Hugging Face configuration of the base.
-        dtype: of the hidden states.
-        device: where the run computes.
-        longest: tokens of the longest example, which must run at once.
-        memory: what the user fixed.
-        parameters, optim: how many are trained, and with what: their gradients and moments are not there yet.
-        ranks: the sum of the ranks of all adapters on all projections of a layer.
-        in_4bit: the base's weights are dequantized, layer by layer.
+        device: where the run will compute.
+        dtype: in what.
+        memory: ``vram`` caps what is free to what a card of that size would have (its context comes off).
+        measure: measure the card's speed; False: it does not matter.
+
+    Raises:
+        UserError: ``vram`` is no size.
     """
-    free = max(0, free_memory(device) - parameters * (4 + STATE_BYTES[optim]))
-    wanted = max(longest, WANTED_TOKENS[device.type])
-    budget = int(free * SHARE)
-    scratch: ScratchMode = "layer"
-    if in_4bit:
-        least = longest * (kept_bytes(config, dtype, "input") + transient_bytes(config, dtype, "input"))
-        if scratch_bytes(config, dtype, "layer") + least > budget:
-            scratch = "small"
-        budget = max(0, budget - scratch_bytes(config, dtype, scratch))
-    keep: Keep = "input"
-    if memory.keep is not None:
-        keep = memory.keep
+    free, host = free_memory(device), int(main_memory() * HOST_SHARE)
+    if device.type == "cpu":
+        if memory.vram is not None:
+            free = min(free, parse_size(memory.vram, "memory.vram"))
+        return Machine("cpu", "the CPU", PROCESSOR, free, host)
+    if memory.vram is not None:
+        free = min(free, parse_size(memory.vram, "memory.vram") - CONTEXT_BYTES)
+    if measure:
+        from .calibrate import measure as measured
+
+        card = measured(device, dtype)
     else:
-        for policy in ("all", "attention"):
-            if kept_bytes(config, dtype, policy, ranks=ranks) * max(longest, min(wanted, 2048)) <= budget:
-                keep = policy
-                break
-    kept = kept_bytes(config, dtype, keep, ranks=ranks)
-    per_token = kept + transient_bytes(config, dtype, keep)
-    one_more = config.hidden_size * dtype.itemsize
-    together = longest * (per_token + one_more) <= budget
-    tokens = memory.micro_tokens or max(longest, min(wanted, budget // (per_token + (one_more if together else 0))))
+        card = Card(
+            torch.cuda.get_device_name(device), free / GIB, 50, 500, 12, torch.cuda.get_device_capability(device)
+        )
+    return Machine("cuda", card.name, card, free, host)
+
+
+def make_plan(job: Job, machine: Machine, memory: MemorySpec) -> Plan:
+    """The fastest plan that fits: searched on a card under the fused engine; elsewhere the first policy that fits.
+
+    Args:
+        job: what is computed.
+        machine: where.
+        memory: what the user fixed; ``host`` replaces the machine's.
+
+    Raises:
+        UserError: nothing fits the card; says how much is missing, and what would help. (A CPU's memory is no fixed
+            number, and another engine's layers are not ours to count: they are never refused.)
+    """
+    host = machine.host if memory.host is None else parse_size(memory.host, "memory.host")
+    limits = Limits(machine.free, host, machine.card, machine.device(job.dtype))
+    if machine.kind == "cpu" or job.engine != "fused":
+        return _simple(job, limits, memory)
+    found = search(job, limits, memory)
+    if found is None:
+        raise _refusal(job, limits, memory, machine)
+    setting, fits = found.setting, found.account
+    resident = sum(fits.resident.values()) + 4 * job.parameters
     return Plan(
-        tokens,
-        (keep,) * config.num_hidden_layers,
-        scratch=scratch,
-        reference="together" if together else "own",
+        micro_tokens=setting.tokens if memory.micro_tokens is None else memory.micro_tokens,
+        keep=setting.keep,
+        offload=setting.offload,
+        stream=setting.stream,
+        tile=setting.tile,
+        scratch=setting.scratch,
+        reference="together" if setting.together else "own",
         threads=torch.get_num_threads(),
-        bytes_per_token=kept,
-        free_bytes=free,
+        bytes_per_token=kept_per_token(job, setting.keep),
+        free_bytes=max(0, machine.free - resident),
+        account=fits.as_dict(),
+        host=fits.host,
+        managed=fits.managed,
+        at=fits.at,
+        seconds_per_step=round(found.time.step, 4),
+        tokens_per_second=round(found.time.tokens_per_second, 2),
     )
 
 
-def transient_bytes(config: Any, dtype: torch.dtype, keep: Keep) -> int:
-    """About what a token takes while one layer's backward pass runs, beside what is kept: everything that is recomputed,
-    the activation's gradient and, with dropout, its dropped copy, and two hidden states."""
-    layer = kept_bytes(config, dtype, "all") // config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    extra = 2 * (inner + config.hidden_size) * dtype.itemsize
-    return extra + (2 * inner * dtype.itemsize if keep == "all" else layer)
+def _simple(job: Job, limits: Limits, memory: MemorySpec) -> Plan:
+    """The first policy of ``all``, ``attention``, ``input`` under which a micro-batch of useful size fits, and then as
+    many tokens as fit; a live reference in the policy's pass where that fits too."""
+    layers = job.shape.layers
+    wanted = max(job.longest, CPU_TOKENS if limits.kind.backend == "cpu" else 16384)
+    ours = job.engine == "fused"
+    setting = Setting(
+        job.longest,
+        (LEAST,) * layers,
+        layers if memory.offload and ours else 0,
+        bool(memory.stream) and ours,
+    )
+    budget = int(limits.device * SHARE)
+
+    def fits(setting: Setting) -> bool:
+        return account(job, setting, limits.kind).peak <= budget
+
+    if job.storage != "dense" and not fits(setting):
+        setting = replace(setting, scratch="small")
+    keep = memory.keep
+    if keep is None:
+        keep = LEAST
+        useful = replace(setting, tokens=max(job.longest, min(wanted, 2048)))
+        for policy in KEEPS[:-1]:
+            if fits(replace(useful, keep=(policy,) * layers)):
+                keep = policy
+                break
+    setting = replace(setting, keep=(keep,) * layers)
+    together = fits(setting)
+    setting = replace(setting, together=together)
+    if memory.micro_tokens is not None:
+        tokens = memory.micro_tokens
+    else:
+        low, high = job.longest, wanted
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(replace(setting, tokens=middle)) else (low, middle - 1)
+        tokens = low
+    setting = replace(setting, tokens=max(tokens, job.longest))
+    found = account(job, setting, limits.kind)
+    time = step_time(job, setting, limits.card)
+    resident = sum(found.resident.values()) + 4 * job.parameters
+    return Plan(
+        micro_tokens=tokens,
+        keep=setting.keep,
+        offload=setting.offload,
+        stream=setting.stream,
+        scratch=setting.scratch,
+        reference="together" if together else "own",
+        threads=torch.get_num_threads(),
+        bytes_per_token=kept_per_token(job, setting.keep),
+        free_bytes=max(0, limits.device - resident),
+        account=found.as_dict() if ours else {},
+        host=found.host,
+        managed=found.managed,
+        at=found.at,
+        seconds_per_step=round(time.step, 4) if ours else 0.0,
+        tokens_per_second=round(time.tokens_per_second, 2) if ours else 0.0,
+    )
+
+
+def _refusal(job: Job, limits: Limits, memory: MemorySpec, machine: Machine) -> UserError:
+    _, least = least_account(job, limits, memory)
+    missing = least.peak - limits.budget
+    what = "an example" if job.method == "sft" else "a pair"
+    host = sum(least.host.values())
+    if missing > 0:
+        parts = sorted(((n, name) for name, n in least.as_dict().items() if name != "peak"), reverse=True)[:3]
+        message = (
+            f"{machine.name}: {missing / GIB:.2f} GiB are missing. The most frugal plan for {what} of {job.longest:,} tokens "
+            f"takes {least.peak / GIB:.2f} GiB of the card's memory ("
+            + ", ".join(f"{name} {n / GIB:.2f}" for n, name in parts)
+            + f"); {limits.budget / GIB:.2f} GiB can be counted on of {limits.device / GIB:.2f} free."
+        )
+    else:
+        message = (
+            f"{machine.name}: {what} of {job.longest:,} tokens fits only with {host / GIB:.2f} GiB in main memory, and "
+            f"{limits.host / GIB:.2f} GiB of it may be taken."
+        )
+    found = cures(job, limits, memory)
+    return UserError(
+        message, f"Any one of these would do: {'; '.join(found)}." if found else "No single change would do."
+    )
 
 
 def scratch_bytes(config: Any, dtype: torch.dtype, mode: ScratchMode) -> int:
     """Of the dequantized weights of one decoder layer (``memory.scratch_elements``)."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    attention = 2 * hidden * (config.num_attention_heads + config.num_key_value_heads) * head_dim
-    return dtype.itemsize * (attention + (3 if mode == "layer" else 1) * hidden * inner)
+    return dtype.itemsize * scratch_widths(Shape.of(config), mode)
 
 
 def kept_bytes(config: Any, dtype: torch.dtype, keep: Keep, *, ranks: int = 0) -> int:
@@ -159,19 +282,7 @@ def kept_bytes(config: Any, dtype: torch.dtype, keep: Keep, *, ranks: int = 0) -
         keep: the policy.
         ranks: the sum of the ranks of all adapters on all projections of a layer.
     """
-    # engine trl takes families whose configurations lack some of these names
-    hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head_dim, key_heads * head_dim
-    narrow = hidden  # the layer's input
-    wide = 0
-    if keep != "input":
-        narrow += queries + hidden  # the attention's output, and the residual after it
-        wide += config.num_attention_heads  # its log-sum-exp
-    if keep == "all":
-        narrow += queries + 2 * keys + 2 * inner + ranks
+    narrow, wide = kept_widths(Shape.of(config), keep, ranks)
     return config.num_hidden_layers * (narrow * dtype.itemsize + wide * max(4, dtype.itemsize))
 
 
@@ -180,13 +291,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 8 * 2**30
+    return main_memory()
 
 
 def keep_freed_pages() -> bool:

@@ -29,7 +29,7 @@ from ..model.peft_files import (
     read_adapter,
     write_adapter,
 )
-from ..model.plan import Plan, keep_freed_pages, make_plan
+from ..model.plan import Plan, keep_freed_pages
 from ..ops.dispatch import check_kernels
 from ..rundir import StageDir, folder_aside, newest_run, write_text
 from .ground import (
@@ -43,6 +43,7 @@ from .ground import (
     vocabulary_fits,
 )
 from .loop import Outcome, step_schedule
+from .planning import plan_stage, said_again, set_threads, stage_job
 
 Say = Callable[[str], None]
 
@@ -153,10 +154,21 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
             f"{stage.path}: was started on other rows than these (or the chat template or the tokenizer changed).",
             "Go back to the data that the stage was started with, or choose another output_dir or stage.",
         )
+    if before is not None and memory_then(stage) == config.memory.model_dump(mode="json"):
+        plan = plan_then(stage, before)  # another split would change bits
+        said = said_again(plan)
+    else:
+        plan, said = plan_stage(stage_job(method, config, base_config, folder, frozen, data, eval_data), config)
+        if before is not None:
+            say("memory was changed: from here on sums are split otherwise, and round otherwise")
+            before["plan"] = plan.as_dict()
+    for line in said:
+        say(line)
+    set_threads(plan)
     if claim:
         stage.claim()
     say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
-    base = _load(config)
+    base = _load(config, plan)
     if config.engine == "fused":
         for note in check_kernels(base.device, base.dtype):
             say(note)
@@ -168,29 +180,8 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         stack.add_trainable(
             config.stage, r=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules, seed=config.seed
         )
-    longest = int(max(data.lengths.max(), eval_data.lengths.max() if eval_data else 0))
-    plan = make_plan(
-        base.model.config,
-        base.dtype,
-        base.device,
-        longest,
-        config.memory,
-        parameters=sum(p.numel() for p in stack.parameters().values()),
-        optim=config.optim,
-        ranks=stack.ranks_per_layer(),
-        in_4bit=base.load_in_4bit,
-    )
-    if before is not None:
-        if memory_then(stage) == config.memory.model_dump(mode="json"):
-            plan = plan_then(stage, before)  # another split would change bits
-        else:
-            say("memory was changed: from here on sums are split otherwise, and round otherwise")
-            before["plan"] = plan.as_dict()
     if base.device.type == "cpu":
         keep_freed_pages()
-    torch.set_num_threads(plan.threads)  # decides the order of sums, a reference's to be kept on disk among them
-    for line in plan.lines():
-        say(line)
     per_epoch, total = step_schedule(config, len(data.rows))
     parameters = sum(p.numel() for p in stack.parameters().values())
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
@@ -216,7 +207,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     return Stage(method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info)
 
 
-def _load(config: RunConfig) -> Base:
+def _load(config: RunConfig, plan: Plan) -> Base:
     if config.engine == "unsloth":
         from .baselines.unsloth import load_unsloth
 

@@ -1,0 +1,150 @@
+"""A plan in words and numbers: what takes how much, what was chosen and why, what it takes in time and money.
+
+At most 80 columns, plain text: the same lines from ``zephyr-lite plan``, before a run, and in a dry run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .config import RunConfig
+from .console import duration
+from .model.account import Setting
+from .model.cost import step_time
+from .model.job import Job
+from .model.machine import Machine
+from .model.plan import Plan, kept_in_words
+from .model.search import LEAST
+
+GIB, GB = 2**30, 1e9
+WIDTH = 78
+_LABELS = {
+    "decoder layers": "base: decoder layers",
+    "two layers' buffers": "base: two layers at a time",
+    "embedding": "base: embedding",
+    "output head": "base: output head",
+    "norms": "base: norms",
+    "dequantized weights": "one layer's weights, dequantized",
+    "adapters": "adapters (float32)",
+    "optimizer's state": "optimizer's state",
+    "matrix products' workspace": "matrix products' workspace",
+    "CUDA context": "CUDA context (estimate)",
+    "gradients": "gradients (float32)",
+    "kept activations": "activations kept for the backward pass",
+    "inputs": "inputs of a micro-batch",
+    "reference's hidden states": "the reference's hidden states",
+    "a layer at work": "a layer at work",
+    "the head at work": "the output head at work",
+    "allocator's slack": "allocator's slack (estimate)",
+}
+
+
+def forecast_lines(
+    job: Job, machine: Machine, plan: Plan, config: RunConfig, *, price: float | None = None
+) -> list[str]:
+    """The plan of a job on a machine.
+
+    Args:
+        price: US dollars an hour; None: the card's usual one, where it has one.
+    """
+    storage = {"dense": str(job.dtype).removeprefix("torch."), "nf4": "NF4", "nf4 nested": "NF4, scales in 8 bits"}
+    where = f"{machine.name}, {machine.free / GIB:.1f} GiB" + (" free" if not machine.context else "")
+    lines = [
+        f"plan of {job.method} on {where}",
+        f"  {config.model_name_or_path} ({storage[job.storage]}), rank {config.lora_r}, {config.optim}",
+        f"  longest {'row' if job.method == 'sft' else 'pair'} {job.longest:,} tokens"
+        + (f", {job.step_tokens:,} tokens a step" if job.step_tokens else ""),
+        "",
+        _row("memory at its fullest", "GiB"),
+    ]
+    resident = [name for name in plan.account if name != "peak"]
+    for name in resident:
+        lines.append(_row(f"  {_LABELS[name]}", f"{plan.account[name] / GIB:.2f}"))
+    lines.append(_row("  together", f"{plan.peak / GIB:.2f}") + f"  of {machine.free / GIB:.2f}")
+    lines += [f"  fullest in the {plan.at}" if plan.at else "", ""]
+    lines += ["what was chosen, and why", *_wrapped(_reasons(job, machine, plan)), ""]
+    lines += _elsewhere(plan)
+    lines += _time(job, machine, plan, price)
+    return [line for line in lines if line is not None]
+
+
+def _row(name: str, value: str) -> str:
+    return f"{name:<48}{value:>9}"
+
+
+def _reasons(job: Job, machine: Machine, plan: Plan) -> list[str]:
+    setting = Setting(
+        max(plan.micro_tokens, job.longest), plan.keep, plan.offload, plan.stream, plan.tile, plan.scratch,
+        plan.reference == "together",
+    )  # fmt: skip
+    layers = len(plan.keep)
+    step = step_time(job, setting, machine.card).step
+
+    def slower(other: Setting) -> float:
+        return step_time(job, other, machine.card).step / step
+
+    said = [f"{plan.micro_tokens:,} tokens run at once."]
+    recomputed = slower(replace(setting, keep=(LEAST,) * layers, offload=0))
+    kept = f"A layer keeps {kept_in_words(plan.keep)}: {plan.bytes_per_token / 2**20:.2f} MiB a token in all"
+    said.append(
+        kept + (f"; keeping inputs only would take {recomputed:.2f} times as long." if recomputed > 1.005 else ".")
+    )
+    if plan.offload:
+        which = "All of that" if plan.offload == layers else f"Of the first {plan.offload} layers that"
+        waits = step_time(job, setting, machine.card).waiting / step
+        cost = "the copies are hidden behind computing"
+        if waits >= 0.005:
+            cost = f"waiting for the copies takes {waits:.0%} of a step"
+        said.append(f"{which} lies in main memory between the two passes; {cost}.")
+    if plan.stream:
+        extra = 1 / slower(replace(setting, stream=False))
+        said.append(
+            "The base lies in main memory and comes to the card one layer ahead: the room is worth more for other things"
+            + (
+                f" (if it fitted, a step would be {extra - 1:.0%} faster)."
+                if extra > 1.005
+                else "; the copies are hidden."
+            )
+        )
+    if plan.tile is not None:
+        said.append(f"The MLP takes {plan.tile:,} tokens at a time.")
+    if plan.scratch == "small":
+        said.append("Gate and up are dequantized twice, in a smaller buffer.")
+    if job.live_reference:
+        said.append(
+            "The reference runs in the policy's pass: no weights, nothing kept."
+            if plan.reference == "together"
+            else "The reference runs in a pass of its own, for room: no weights, nothing kept."
+        )
+    return said
+
+
+def _elsewhere(plan: Plan) -> list[str]:
+    if not plan.host and not plan.managed:
+        return ["main memory: nothing is locked"]
+    parts = [f"{name} {n / GIB:.2f} GiB" for name, n in plan.host.items()]
+    lines = [f"main memory, locked: {', '.join(parts)}"] if parts else []
+    if plan.managed:
+        lines.append(f"optimizer states that move to main memory when the card is full: {plan.managed / GIB:.2f} GiB")
+    return [part for line in lines for part in _wrap(line, "", "  ")]
+
+
+def _time(job: Job, machine: Machine, plan: Plan, price: float | None) -> list[str]:
+    basis = "from what this card does in two seconds" if machine.card.measured else "from data sheets, not measured"
+    lines = [f"speed: about {plan.tokens_per_second:,.0f} tokens/s ({basis})"]
+    if job.run_tokens:
+        seconds = job.run_tokens / max(plan.tokens_per_second, 1e-9)
+        price = machine.card.price if price is None else price
+        money = f", ${seconds / 3600 * price:,.2f} at ${price:.2f} an hour" if price is not None else ""
+        lines.append(f"this recipe: {job.run_tokens / 1e6:,.1f} M tokens, about {duration(seconds)}{money}")
+    return [part for line in lines for part in _wrap(line, "", "  ")]
+
+
+def _wrapped(sentences: list[str]) -> list[str]:
+    return [line for sentence in sentences for line in _wrap(sentence, "  ", "    ")]
+
+
+def _wrap(text: str, first: str, later: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=later)

@@ -1,0 +1,98 @@
+"""Graphics cards by name, from their data sheets, so that a run can be planned for one that is not here."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a plan needs to know of a card.
+
+    Attributes:
+        name: as people say it.
+        memory: GiB on its box.
+        tflops: dense products of 16-bit matrices with 32-bit sums, 10^12 operations a second.
+        bandwidth: of its memory, 10^9 bytes a second.
+        pcie: between main memory and card, each way, 10^9 bytes a second, as copies of locked memory reach it.
+        capability: CUDA compute capability.
+        price: US dollars an hour, rented; about what it cost at the end of 2026. None: not rented out.
+        share: of `tflops` that large matrix products reach.
+        measured: its numbers were measured here.
+    """
+
+    name: str
+    memory: float
+    tflops: float
+    bandwidth: float
+    pcie: float
+    capability: tuple[int, int]
+    price: float | None = None
+    share: float = 0.7
+    measured: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.capability >= (8, 0) else torch.float16
+
+
+# PCIe 3.0 x16 reaches 12, 4.0 x16 24, 4.0 x8 12, 5.0 x16 50 (10^9 bytes a second). A T4 cannot hold its clock.
+_CARDS = (
+    #    name               GiB  TFLOP/s   GB/s  PCIe  capability  $/h
+    Card("rtx2060", 6, 26, 336, 12, (7, 5)),
+    Card("laptop", 8, 35, 256, 12, (8, 9)),  # a mobile 4060
+    Card("3060", 12, 25.5, 360, 12, (8, 6), 0.10),
+    Card("3060ti", 8, 32.5, 448, 24, (8, 6), 0.10),
+    Card("4060ti-16", 16, 44, 288, 12, (8, 9), 0.12),
+    Card("4070", 12, 58, 504, 24, (8, 9), 0.15),
+    Card("3090", 24, 71, 936, 24, (8, 6), 0.22),
+    Card("4080", 16, 97.5, 717, 24, (8, 9), 0.25),
+    Card("4090", 24, 165, 1008, 24, (8, 9), 0.40),
+    Card("5090", 32, 209, 1792, 50, (12, 0), 0.60),
+    Card("t4", 16, 65, 300, 12, (7, 5), 0.35, share=0.35),
+    Card("l4", 24, 121, 300, 24, (8, 9), 0.70, share=0.45),
+    Card("a10g", 24, 70, 600, 24, (8, 6), 1.00),
+    Card("a100-40", 40, 312, 1555, 24, (8, 0), 1.20),
+    Card("a100-80", 80, 312, 2039, 24, (8, 0), 1.60),
+    Card("h100", 80, 989, 3350, 50, (9, 0), 2.50, share=0.6),
+    Card("h200", 141, 989, 4800, 50, (9, 0), 3.20, share=0.6),
+)
+CARDS = {card.name: card for card in _CARDS}
+# For --vram alone: a plain consumer card of that size.
+_BY_MEMORY = {
+    6: "rtx2060",
+    8: "laptop",
+    12: "3060",
+    16: "4060ti-16",
+    24: "3090",
+    32: "5090",
+    40: "a100-40",
+    80: "a100-80",
+}
+
+
+def find_card(name: str) -> Card:
+    """A card by its name, spelled as people do ("RTX 4090", "A100 80GB").
+
+    Raises:
+        UserError: it is not known; the message lists those that are.
+    """
+    plain = "".join(c for c in name.lower() if c.isalnum()).replace("nvidia", "").replace("geforce", "")
+    plain = plain.removesuffix("gb").removesuffix("gib")
+    names = {card.replace("-", ""): card for card in CARDS}
+    for candidate in (plain, plain.removeprefix("rtx"), f"rtx{plain}"):
+        if candidate in names:
+            return CARDS[names[candidate]]
+    near = difflib.get_close_matches(plain, names, n=1)
+    hint = f"Did you mean {names[near[0]]}? " if near else ""
+    raise UserError(f"--gpu {name}: no card of that name is known.", f"{hint}Known are: {', '.join(CARDS)}.")
+
+
+def card_of_size(gib: float) -> Card:
+    """A plain card of at least this memory, or the largest there is."""
+    return CARDS[next((name for size, name in _BY_MEMORY.items() if size >= gib), "h200")]

@@ -1,0 +1,81 @@
+"""The machine that a run is planned for: this one, or a card by name."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..errors import UserError
+from .account import CONTEXT_BYTES, CPU, GIB, Device
+from .cards import Card
+
+# Of the main memory that is available: what is offloaded or streamed is locked, and other programs want some.
+HOST_SHARE = 0.5
+# Main memory to spare on a machine that is not this one, unless memory.host says otherwise.
+HOST_ELSEWHERE = 16 * GIB
+# What a processor reaches; only a card's plan depends on it.
+PROCESSOR = Card("cpu", 0, 0.08, 20, 10, (0, 0))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run may take.
+
+    Attributes:
+        kind: what computes.
+        name: in words.
+        card: its speed.
+        free: bytes of the device's memory (a CPU: of main memory) for the run, and for its context if `context`.
+        host: bytes of main memory to spare.
+        context: what the process takes of `free` before its first tensor; 0 where `free` was measured inside it.
+    """
+
+    kind: Literal["cuda", "cpu"]
+    name: str
+    card: Card
+    free: int
+    host: int
+    context: int = 0
+
+    def device(self, dtype: torch.dtype) -> Device:
+        """How it computes in a dtype."""
+        if self.kind == "cpu":
+            return CPU
+        return Device.of(self.card.capability, dtype.itemsize == 2, context=self.context)
+
+
+def of_card(card: Card, vram: str | None = None) -> Machine:
+    """A card that need not be here, with as much of its memory as `vram` says."""
+    memory = int(card.memory * GIB) if vram is None else parse_size(vram, "memory.vram")
+    return Machine("cuda", card.name, card, memory, HOST_ELSEWHERE, CONTEXT_BYTES)
+
+
+def main_memory() -> int:
+    """Bytes of main memory that are available."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 8 * GIB
+
+
+_UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": GIB, "m": 2**20, "mib": 2**20, "mb": 2**20}
+
+
+def parse_size(text: str, what: str) -> int:
+    """Bytes of "8GiB", "7.5 GB", "8" (GiB; nobody means powers of ten by a card's GB) or "512MiB".
+
+    Raises:
+        UserError: it is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if found is None or found[2].lower() not in _UNITS or not float(found[1]):
+        raise UserError(f"{what}: {text!r} is no size.", "Write 8GiB, for instance.")
+    return int(float(found[1]) * _UNITS[found[2].lower()])

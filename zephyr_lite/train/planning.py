@@ -1,0 +1,98 @@
+"""The plan of a stage, from its configuration, its rows and the base's configuration: before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import Method, RunConfig
+from ..data.prepare import Prepared
+from ..forecast import forecast_lines
+from ..model.job import Job, Storage, make_job
+from ..model.load import compute_device, compute_dtype, quantization_of
+from ..model.peft_files import AdapterFile
+from ..model.plan import Plan, make_plan, this_machine
+from .steps import step_schedule
+
+
+def stage_job(
+    method: Method,
+    config: RunConfig,
+    base_config: Any,
+    folder: Path,
+    frozen: Sequence[AdapterFile],
+    data: Prepared,
+    eval_data: Prepared | None,
+) -> Job:
+    """What the stage will compute.
+
+    Raises:
+        UserError: the base is stored quantized in another way than NF4.
+    """
+    dtype = compute_dtype(config.dtype, compute_device())
+    stored = getattr(base_config, "quantization_config", None)
+    _, four_bit, nested = quantization_of(config, stored, folder, dtype)
+    storage: Storage = "dense" if not four_bit else "nf4 nested" if nested else "nf4"
+    return make_job(
+        config,
+        method,
+        base_config,
+        dtype,
+        frozen=[adapter.modules for adapter in frozen],
+        storage=storage,
+        **of_rows(method, config, data, eval_data),
+    )
+
+
+def of_rows(method: Method, config: RunConfig, data: Prepared, eval_data: Prepared | None) -> dict[str, Any]:
+    """What memory and time depend on of the rows (see ``Job``)."""
+    rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
+    _, steps = step_schedule(config, len(rows))
+    in_a_step = config.batch_size * rows.mean()
+    found: dict[str, Any] = {
+        "longest": int(max(data.lengths.max(), eval_data.lengths.max() if eval_data else 0)),
+        "step_tokens": int(np.ceil(in_a_step)),
+        "step_most": int(np.sort(rows)[-config.batch_size :].sum()),
+        "run_tokens": int(steps * in_a_step),
+        "steps": steps,
+        "segment": max(1, int(data.lengths.mean() / (1 if method == "sft" else 2))),
+    }
+    if method == "dpo":
+        parts = [data, *([eval_data] if eval_data else [])]
+        found["keys"] = max(
+            1 + len(pair.prompt_ids) / max(1, int(length))
+            for part in parts
+            for pair, length in zip(part.examples, part.lengths)
+        )
+    return found
+
+
+def plan_stage(job: Job, config: RunConfig) -> tuple[Plan, list[str]]:
+    """The plan on this machine, and what to say of it.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    device = compute_device()
+    measure = device.type == "cuda" and config.engine == "fused"
+    machine = this_machine(device, job.dtype, config.memory, measure=measure)
+    plan = make_plan(job, machine, config.memory)
+    if config.engine != "fused" or machine.kind == "cpu":
+        free = f"; {plan.free_bytes / 2**30:.1f} GiB free" if plan.free_bytes else ""
+        first, *rest = plan.lines()
+        return plan, [first + free, *rest]
+    return plan, forecast_lines(job, machine, plan, config)
+
+
+def said_again(plan: Plan) -> list[str]:
+    """Of a plan that a resumed stage keeps."""
+    return ["the plan is the one that the stage was started with", *plan.lines()]
+
+
+def set_threads(plan: Plan) -> None:
+    """The number of CPU threads decides the order of sums, a reference's to be kept on disk among them."""
+    torch.set_num_threads(plan.threads)
