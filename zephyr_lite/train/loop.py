@@ -286,7 +286,7 @@ class Loop:
             UserError: memory ran out.
         """
         try:
-            self.scaler.step(self.optimizer)
+            self.optimizer.step()  # the gradients are unscaled and finite already, so the scaler has no say in it
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -10,8 +10,8 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -66,7 +66,7 @@ class Running:
         return sum(int(self.data.lengths[i]) for i in self.examples)
 
 
-def smaller(plan: Plan, running: Running, *, quantized: bool, may_offload: bool) -> Plan | None:
+def smaller(plan: Plan, running: Running, *, quantized: bool, may_offload: bool, may_stream: bool) -> Plan | None:
     """The next plan for what did not fit; None where nothing is left to try.
 
     What costs least time comes first:
@@ -80,18 +80,20 @@ def smaller(plan: Plan, running: Running, *, quantized: bool, may_offload: bool)
        then to ``input`` (the attention does too).
     6. The MLP over 512 tokens at a time: products too small for a card's full speed.
     7. What is kept goes to the host: 8 KB a token and layer over PCIe, twice (of Mistral-7B's inputs).
-    8. Fewer tokens than the longest example has: where even that one fits alone, others need not run beside each other.
+    8. The base goes to the host for good: its bytes over PCIe twice a micro-batch, and as many bytes of main memory.
+    9. Fewer tokens than the longest example has: where even that one fits alone, others need not run beside each other.
 
     Args:
         plan: under which it failed.
         running: what failed.
         quantized: the base is dequantized into the scratch.
-        may_offload: there is a host beside the device, and the user has not ruled it out.
+        may_offload, may_stream: there is a host beside the device, and the user has not ruled it out.
     """
     tokens, several = running.tokens, len(running.examples) > 1
     longest = int(running.data.lengths.max())
-    if several and tokens > longest:
-        return replace(plan, micro_tokens=max(longest, min(plan.micro_tokens, tokens) // 2))
+    room = min(plan.micro_tokens, tokens)  # a step may have far fewer tokens than the plan would let it have
+    if several and room > longest:
+        return replace(plan, micro_tokens=max(longest, room // 2))
     if tokens > TILES[0] and (plan.tile is None or plan.tile > TILES[0]):
         return replace(plan, tile=TILES[0])
     if running.together and plan.reference == "together":
@@ -107,9 +109,21 @@ def smaller(plan: Plan, running: Running, *, quantized: bool, may_offload: bool)
         return replace(plan, tile=TILES[1])
     if running.training and may_offload and plan.offload < len(plan.keep):
         return replace(plan, offload=len(plan.keep))
-    if several:
-        return replace(plan, micro_tokens=max(1, tokens // 2))
+    if may_stream and not plan.stream:
+        return replace(plan, stream=True)
+    if several and room > 1:
+        return replace(plan, micro_tokens=room // 2)
     return None
+
+
+def _unknown(plan: Plan) -> dict[str, Any]:
+    """What was forecast for the plan before, and does not hold for this one."""
+    forecast = {"account", "host", "at", "seconds_per_step", "tokens_per_second"}
+    return {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in fields(plan)
+        if f.name in forecast
+    }
 
 
 def changes(old: Plan, new: Plan) -> str:
@@ -124,6 +138,8 @@ def changes(old: Plan, new: Plan) -> str:
         said.append(f"the MLP takes {new.tile:,} tokens at a time")
     if new.offload != old.offload:
         said.append("what layers keep lies in main memory between the passes")
+    if new.stream != old.stream:
+        said.append("the base lies in main memory and comes to the card one layer ahead")
     if new.scratch != old.scratch:
         said.append("weights are dequantized into the small scratch")
     if new.reference != old.reference:
@@ -151,8 +167,8 @@ class Guard:
 
     def follow(self, plan: Plan) -> None:
         """Work under this plan from here on."""
-        self.stage.plan = plan
         self.stage.decoder.follow(plan)
+        self.stage.plan = plan
 
     def record(self) -> None:
         """From here on stage.json has the plan, so that a resumed run begins with it. (A dry run never comes here.)"""
@@ -230,6 +246,7 @@ class Guard:
             running,
             quantized=stage.base.load_in_4bit,
             may_offload=device.type != "cpu" and stage.config.memory.offload is not False,
+            may_stream=device.type != "cpu" and stage.config.memory.stream is not False,
         )
         if plan is None:
             raise _does_not_fit(stage, running, failure)
@@ -237,7 +254,7 @@ class Guard:
         self.say(
             f"memory ran out for {size} ({failure}); it is tried again, from here on with: {changes(self.plan, plan)}"
         )
-        self.follow(plan)
+        self.follow(replace(plan, **_unknown(plan)))
         if self._recording:
             self.record()
 
@@ -249,7 +266,7 @@ def _does_not_fit(stage: Stage, running: Running, failure: str) -> UserError:
         cures.append(f"lower lora_r (it is {stage.config.lora_r})")
     if stage.base.device.type != "cpu":
         if not stage.plan.stream:
-            cures.append("set memory.stream=true, which leaves the base in main memory")
+            cures.append("allow memory.stream, which leaves the base in main memory")
         if running.training and stage.config.memory.offload is False:
             cures.append("allow memory.offload")
         cures.append("or take a card with more memory")

@@ -1,0 +1,525 @@
+"""Never out of memory: whichever allocation of a step fails, the step is redone and equals the undisturbed one."""
+
+import gc
+import json
+import weakref
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.optim.optimizer import Optimizer2State
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from tests.conftest import make_model, make_tokenizer
+from tests.test_decoder import apart
+from tests.test_train import dpo_words, killed_at, metrics, quiet, words
+from zephyr_lite.config import load_config
+from zephyr_lite.errors import UserError
+from zephyr_lite.model.decoder import Decoder
+from zephyr_lite.model.plan import Plan
+from zephyr_lite.rundir import StageDir
+from zephyr_lite.train.dpo import DpoTask
+from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.out_of_memory import Guard, Running, changes, is_out_of_memory, smaller
+from zephyr_lite.train.setup import open_stage
+from zephyr_lite.train.sft import SftTask, run_sft
+from zephyr_lite.train.steps import micro_batches
+
+STEP = 3
+
+
+class Fails(TorchDispatchMode):
+    """Counts operations whose result has memory of its own, and refuses it to some of them.
+
+    Args:
+        at: which allocation fails, from 1; 0: none.
+        times: how often; the count begins anew after each.
+    """
+
+    def __init__(self, at=0, times=1):
+        super().__init__()
+        self.at, self.times, self.count, self.failed = at, times, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if allocates(func) and (not self.at or self.failed < self.times):
+            self.count += 1
+            if self.count == self.at:
+                self.count, self.failed = 0, self.failed + 1
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate for {func} (a test)")
+        return result
+
+
+@cache
+def allocates(func):
+    """Whether its result has memory of its own: it is a tensor that its schema does not call a view or an argument."""
+    returns = func._schema.returns
+    fresh = [r for r in returns if "Tensor" in str(r.type) and r.alias_info is None]
+    return bool(fresh) and func is not torch.ops.aten._unsafe_view.default
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_model(intermediate_size=64).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def opened(base, chat_rows, pair_rows, tmp_path):
+    """(method, tokens at once, what layers keep, settings) → a loop whose adapter is as after some training: B is not zero."""
+
+    def make(method, tokens, keep, **changes):
+        settings = {
+            "lora_r": 2, "lora_target_modules": "[q_proj, down_proj]", "max_length": 80, "batch_size": 2,
+            "adapters": "none", "load_in_4bit": "false", "warmup_ratio": 0, "lora_dropout": 0, **changes,
+        }  # fmt: skip
+        named = words if method == "sft" else dpo_words
+        rows = chat_rows if method == "sft" else pair_rows
+        stage = open_stage(method, load_config(method, None, named(base, tmp_path / "r", rows, **settings)), say=quiet)
+        generator = torch.Generator().manual_seed(3)
+        for parameter in stage.stack.parameters().values():
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        task = SftTask(stage, quiet) if method == "sft" else DpoTask(stage, quiet)
+        plan = Plan(tokens, keep, threads=torch.get_num_threads())
+        return Loop(stage.config, stage.dir, stage.stack, task, plan, say=quiet)
+
+    return make
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Collecting cycles takes a quarter of a second with all these libraries; that there are none is a test of its own."""
+    monkeypatch.setattr("zephyr_lite.train.out_of_memory.gc.collect", lambda: 0)
+
+
+class Again:
+    """Runs a step of a loop over and over, each time from the same beginning."""
+
+    def __init__(self, loop):
+        self.loop, self.plan = loop, loop.plan
+        self.adapter = {n: p.detach().clone() for n, p in loop.parameters.items()}
+        self.state = [{k: torch.as_tensor(v).clone() for k, v in s.items()} for s in loop.optimizer.state.values()]
+        self.schedule = loop.scheduler.state_dict().copy()
+        self.rates = [group["lr"] for group in loop.optimizer.param_groups]
+
+    def reset(self):
+        with torch.no_grad():
+            for name, parameter in self.loop.parameters.items():
+                parameter.copy_(self.adapter[name])
+                parameter.grad = None
+            for state, then in zip(self.loop.optimizer.state.values(), self.state):
+                for key, value in then.items():
+                    state[key] = value.clone() if isinstance(state[key], torch.Tensor) else value.item()
+        self.loop.scheduler.load_state_dict(self.schedule.copy())
+        for group, rate in zip(self.loop.optimizer.param_groups, self.rates):
+            group["lr"] = rate
+        self.loop.task.follow(self.plan)
+
+    def run(self, fails=None, steps=1):
+        """(metrics, gradients as the update gets them, adapter) after so many steps; the first of them under ``fails``."""
+        self.reset()
+        grads = {}
+
+        def update(step):
+            with _disable_current_modes():  # these copies are the test's own
+                grads.update({(step, n): p.grad.clone() for n, p in self.loop.parameters.items()})
+            type(self.loop)._update(self.loop, step)
+
+        self.loop._update = update
+        with fails or Fails():
+            found, *_ = self.loop._step(STEP)
+        for more in range(1, steps):
+            found, *_ = self.loop._step(STEP + more)
+        del self.loop._update
+        return found, grads, {n: p.detach().clone() for n, p in self.loop.parameters.items()}
+
+
+def assert_equal(found, wanted):
+    for name, value in wanted[0].items():
+        assert found[0][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    for mine, whole in zip(found[1:], wanted[1:]):
+        assert mine.keys() == whole.keys()
+        for name, value in whole.items():
+            assert value.norm() > 0 and apart(mine[name], value) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens", "keep", "targets"),
+    [("sft", 60, ("input", "all"), "[q_proj, down_proj]"), ("dpo", 150, ("all", "attention"), "[v_proj]")],
+)
+def test_whichever_allocation_of_a_step_fails_the_step_is_the_same(opened, at_once, method, tokens, keep, targets):
+    """Forward, backward, norm, clipping, update: every one."""
+    again = Again(opened(method, tokens, keep, lora_target_modules=targets))
+    count = Fails()
+    wanted, after_two = again.run(count), again.run(steps=2)
+    assert 150 < count.count < 600
+    for n in range(1, count.count + 1):
+        fails = Fails(n)
+        assert_equal(again.run(fails), wanted)
+        assert fails.failed and again.loop.plan != again.plan, n
+        if n % 30 == 0:
+            assert_equal(again.run(Fails(n), steps=2), after_two)
+    unhurt = Fails(count.count + 1)
+    again.run(unhurt)
+    assert not unhurt.failed and again.loop.plan == again.plan
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_what_fails_again_gets_ever_smaller_and_drops_the_same(opened, at_once, method):
+    """Dropout is a function of the step's number; NF4's scratch is emptied on the way."""
+    settings = {"lora_dropout": 0.2, "load_in_4bit": "true", "batch_size": 3, "lora_target_modules": "[v_proj]"}
+    again = Again(opened(method, 250, ("all", "all"), **settings))
+    count = Fails()
+    wanted = again.run(count)
+    other = again.loop.gradients(STEP + 1)[0]["loss"]
+    assert other != pytest.approx(wanted[0]["loss"], rel=1e-3)
+    for n in range(5, count.count, count.count // 12):
+        fails = Fails(n, times=4)
+        assert_equal(again.run(fails), wanted)
+        assert fails.failed == 4, n
+
+
+def test_what_was_offloaded_and_tiled_is_redone_too(opened, at_once):
+    """A pass that failed leaves layers' tensors on their way; the next one must not meet them."""
+    loop = opened("sft", 60, ("input", "all"))
+    loop.task.follow(replace(loop.plan, offload=2, tile=16))
+    again = Again(loop)
+    count = Fails()
+    wanted = again.run(count)
+    for n in range(3, count.count, count.count // 20):
+        fails = Fails(n, times=2)
+        assert_equal(again.run(fails), wanted)
+        assert fails.failed == 2 and loop.plan.offload == 2
+
+
+def test_float16_unscales_a_redone_step_once(opened, at_once):
+    """The scaler refuses to unscale twice, and a step that was unscaled in part must not be."""
+    loop = opened("sft", 60, ("all", "all"), dtype="float16")
+    loop.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    again = Again(loop)
+    count = Fails()
+    wanted = again.run(count)
+    for n in range(count.count, count.count - 16, -1):  # norm, unscaling and what is before them
+        found = again.run(Fails(n))
+        assert loop.scaler.get_scale() == 2.0**10
+        for name, value in wanted[2].items():
+            assert apart(found[2][name], value) < 1e-3, (n, name)
+
+
+def test_the_update_allocates_nothing_with_adamw_torch(opened):
+    loop = opened("sft", 500, ("all", "all"), lora_r=16)
+    loop.prepare(0)
+    with Fails() as count:
+        loop._update(0)
+    assert count.count == 0
+    assert all(state["step"] == 1 for state in loop.optimizer.state.values())
+
+
+def test_where_an_update_does_allocate_a_failure_in_it_ends_the_run_before_anything_is_written(
+    base, chat_rows, tmp_path, monkeypatch
+):
+    """bitsandbytes' 8-bit AdamW on a CPU: half of the adapter may have changed, and must not be gone on with."""
+    settings = {"optim": "adamw_8bit", "lora_r": 64, "load_in_4bit": "false", "save_steps": 1, "num_train_epochs": 1}
+    run_sft(load_config("sft", None, words(base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
+    plain, changed = Optimizer2State.update_step, []
+
+    def failing(self, group, parameter, gindex, pindex):
+        # the operation is one to a dispatch mode, which does not see what it allocates inside
+        if self.state[parameter]["step"] == 1:
+            if len(changed) == 5:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 KiB.")
+            changed.append(parameter)
+        plain(self, group, parameter, gindex, pindex)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimizer2State, "update_step", failing)
+        loaded = load_config("sft", None, words(base, tmp_path / "r", chat_rows, **settings))
+        with pytest.raises(
+            UserError, match=r"step 2: memory ran out while the adapter was being changed .*\n.*checkpoint"
+        ):
+            run_sft(loaded, say=quiet)
+    assert len(changed) == 5
+    assert [p.name for p in StageDir(tmp_path / "r" / "sft").checkpoints()] == ["checkpoint-1"]
+    run_sft(loaded, say=quiet)
+    shas = {n: StageDir(tmp_path / n / "sft").info()["adapter_sha256"] for n in ("whole", "r")}
+    assert shas["whole"] == shas["r"]
+
+
+def test_a_run_goes_on_under_the_smaller_plan_and_so_does_a_resumed_one(base, chat_rows, tmp_path, monkeypatch):
+    settings = {"load_in_4bit": "false", "save_steps": 1, "num_train_epochs": 2, "lora_dropout": 0.1}
+    run_sft(load_config("sft", None, words(base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
+    plain, said = SftTask.loss, []
+    most = 200
+
+    def cramped(self, examples, step, total):
+        tokens = sum(int(self.data.lengths[i]) for i in examples)
+        found = plain(self, examples, step, total)
+        if step >= 1 and tokens > most:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {tokens} KiB.")
+        return found
+
+    monkeypatch.setattr(SftTask, "loss", cramped)
+    loaded = load_config("sft", None, words(base, tmp_path / "r", chat_rows, **settings))
+    with killed_at(3):
+        run_sft(loaded, say=said.append)
+    shrunk = [line for line in said if "memory ran out" in line]
+    assert shrunk and "tokens at once instead of" in shrunk[0] and "Tried to allocate" in shrunk[0]
+    plan = StageDir(tmp_path / "r" / "sft").info()["plan"]
+    assert plan["micro_tokens"] <= most
+    said.clear()
+    run_sft(loaded, say=said.append)
+    assert not any("memory ran out" in line for line in said)
+    info = StageDir(tmp_path / "r" / "sft").info()
+    assert info["status"] == "complete" and info["plan"] == plan
+    assert metrics(tmp_path / "r" / "sft") == pytest.approx(metrics(tmp_path / "whole" / "sft"), rel=1e-4)
+    assert metrics(tmp_path / "r" / "sft", "eval_loss") == pytest.approx(
+        metrics(tmp_path / "whole" / "sft", "eval_loss"), rel=1e-4
+    )
+
+
+def test_an_example_that_fits_under_no_plan_is_named_and_nothing_is_changed(base, chat_rows, tmp_path, monkeypatch):
+    plain, tried = SftTask.loss, []
+
+    def cramped(self, examples, step, total):
+        found = plain(self, examples, step, total)
+        if step == 1:
+            tried.append((list(examples), self.stage.plan))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 KiB.")
+        return found
+
+    monkeypatch.setattr(SftTask, "loss", cramped)
+    settings = {"save_steps": 1, "lora_r": 2}
+    loaded = load_config("sft", None, words(base, tmp_path / "r", chat_rows, **settings))
+    with pytest.raises(UserError) as error:
+        run_sft(loaded, say=quiet)
+    last, plan = tried[-1]
+    assert len(last) == 1 and plan.keep == ("input", "input") and plan.scratch == "small" and not plan.offload
+    assert {len(examples) for examples, _ in tried} > {1}
+    stage = open_stage("sft", loaded, say=quiet, claim=False)
+    example = stage.data.examples[last[0]]
+    assert error.value.message.startswith(f"{example.where}: its {len(example.ids)} tokens do not fit")
+    assert "chat.jsonl" in example.where and "max_length (it is 128)" in error.value.hint
+    checkpoints = StageDir(tmp_path / "r" / "sft").checkpoints()
+    assert [p.name for p in checkpoints] == ["checkpoint-1"]
+    assert stage.plan == plan  # the next start begins with it
+
+
+@pytest.mark.parametrize("at", [0.3, 0.55, 0.8, 0.95])
+def test_the_failed_graph_is_gone_before_the_next_attempt(opened, at):
+    """An error's traceback holds its frames, and those the graph: then the second attempt has less room than the first."""
+    loop = opened("sft", 150, ("all", "all"))
+    with Fails() as count:
+        loop.prepare(STEP)
+    alive, seen = [], []
+    plain = loop.task.loss
+
+    def watched(examples, step, total):
+        gc.disable()  # nothing may be left to chance here
+        seen.append(sum(ref() is not None for ref in alive))
+        loss, parts = plain(examples, step, total)
+        alive.append(weakref.ref(loss))
+        return loss, parts
+
+    loop.task.loss = watched
+    kept = []
+    place = Decoder.token_stats
+
+    def stats(self, *args, **kwargs):
+        logps, found = place(self, *args, **kwargs)
+        kept.append(weakref.ref(logps))
+        return logps, found
+
+    loop.task.decoder.token_stats = stats.__get__(loop.task.decoder)
+    collect, collected = gc.collect, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            gc, "collect", lambda *a: collected.append(sum(r() is not None for r in alive + kept)) or collect()
+        )
+        try:
+            with Fails(int(count.count * at)):
+                loop.prepare(STEP)
+        finally:
+            gc.enable()
+    assert collected == [0] and seen[1] == 0  # by counting references alone
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_an_evaluation_that_does_not_fit_is_split_and_what_is_done_stays(opened, at_once, method):
+    loop = opened(method, 150, ("all", "all"))
+    stage, task, plan = loop.task.stage, loop.task, loop.plan
+    with Fails() as count:
+        wanted = task.evaluate()
+    batches = []
+    plain = task._batch
+    task._batch = lambda data, examples: batches.append(list(examples)) or plain(data, examples)
+    for n in [*range(1, count.count, count.count // 8), count.count]:
+        task.follow(plan)
+        batches.clear()
+        with Fails(n) as fails:
+            found = task.evaluate()
+        assert fails.failed and stage.plan != plan
+        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5), n
+        tried = sorted(i for group in batches for i in group)
+        assert len(tried) - len(stage.eval_data.lengths) <= 3  # one group, and no other, ran twice
+    task.follow(replace(plan, reference="own"))
+    assert task.evaluate() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+def test_an_evaluation_obeys_the_plan_about_the_reference(opened, monkeypatch):
+    loop = opened("dpo", 150, ("all", "all"))
+    passes = []
+    for name in ("policy_and_reference", "token_logps"):
+        plain = getattr(Decoder, name)
+        monkeypatch.setattr(Decoder, name, lambda *a, _p=plain, _n=name, **k: passes.append(_n) or _p(*a, **k))
+    loop.task.evaluate()
+    assert set(passes) == {"policy_and_reference"}
+    passes.clear()
+    loop.task.follow(replace(loop.plan, reference="own"))
+    loop.task.evaluate()
+    assert set(passes) == {"token_logps"}
+
+
+def test_a_reference_that_does_not_fit_is_computed_in_smaller_groups(opened, at_once):
+    loop = opened("dpo", 250, ("all", "all"))
+    stage, task, plan = loop.task.stage, loop.task, loop.plan
+    stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": True})
+    with Fails() as count:
+        cache = task._fill_cache(quiet)
+    for n in range(2, count.count, count.count // 8):  # the first is the result's own, on the host
+        cache.path.unlink()
+        task.follow(plan)
+        with Fails(n) as fails:
+            again = task._fill_cache(quiet)
+        assert fails.failed and stage.plan.micro_tokens < plan.micro_tokens and stage.plan.reference == "together"
+        assert (again.sums - cache.sums).norm() <= 1e-5 * cache.sums.norm(), n
+
+
+def test_the_rehearsal_is_guarded_too(opened):
+    loop = opened("sft", 250, ("all", "all"))
+    assert len(loop.rehearse()) > 2
+    with Fails(40, times=3):
+        group = loop.rehearse()
+    lengths = loop.task.lengths()
+    assert group == [int(np.argmax(lengths))] and loop.plan.micro_tokens < 250
+    assert all(p.grad is None for p in loop.parameters.values())
+
+
+def test_a_rehearsal_has_the_gradients_that_a_later_micro_batch_finds(opened):
+    loop = opened("sft", 60, ("all", "all"))
+    found = []
+    plain = loop.task.loss
+
+    def watched(*args):
+        found.append({p.grad is not None for p in loop.parameters.values()})
+        return plain(*args)
+
+    loop.task.loss = watched
+    loop.rehearse()
+    loop.task.follow(replace(loop.plan, micro_tokens=10_000))
+    loop.rehearse()
+    assert found == [{True}, {False}]
+
+
+def test_only_a_run_writes_the_plan(opened):
+    """A dry run leaves nothing on the disk."""
+    loop = opened("sft", 150, ("all", "all"))
+    path = loop.stage.path / "stage.json"
+    before = path.read_text()
+    with Fails(30):
+        loop.prepare(0)
+    assert path.read_text() == before
+    loop.task.guard.record()
+    assert json.loads(path.read_text())["plan"] == loop.plan.as_dict()
+
+
+def test_other_errors_pass(opened):
+    loop = opened("sft", 150, ("all", "all"))
+    plan = loop.plan
+
+    def broken(*args):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    loop.task.loss = broken
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        loop.prepare(0)
+    assert loop.plan == plan
+
+
+def test_what_is_out_of_memory():
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(real.value) and is_out_of_memory(torch.OutOfMemoryError("x"))
+    for text in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "Triton Error [CUDA]: out of memory",
+    ):
+        assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(ValueError(text))
+    for text in ("CUDA error: an illegal memory access was encountered", "main memory could not be locked"):
+        assert not is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(UserError("CUDA out of memory")) and not is_out_of_memory(MemoryError())
+
+
+class Rows:
+    def __init__(self, *lengths):
+        self.lengths = np.array(lengths)
+
+
+def ladder(plan, lengths, *, training=True, together=False, quantized=False, host=False):
+    """Every plan until none is left, if whatever runs always fails: the largest group of each plan."""
+    data, plans = Rows(*lengths), []
+    while plan is not None:
+        group = max(micro_batches(list(range(len(lengths))), data.lengths, plan.micro_tokens), key=len)
+        running = Running(data, group, training, together)
+        new = smaller(plan, running, quantized=quantized, may_offload=host, may_stream=host)
+        if new is not None:
+            plans.append(changes(plan, new))
+            assert new != plan and plans[-1] and len(plans) < 40
+        plan = new
+    return plans, running
+
+
+def test_the_order_of_smaller_plans():
+    start = Plan(16384, ("all", "input", "all"), threads=1)
+    everything = {"together": True, "quantized": True, "host": True}
+    found, running = ladder(start, [6000], **everything)
+    assert found == [
+        "the MLP takes 2,048 tokens at a time",
+        "the reference has a pass of its own",
+        "weights are dequantized into the small scratch",
+        "a layer keeps its input and the attention's output at most",
+        "a layer keeps its input at most",
+        "the MLP takes 512 tokens at a time",
+        "what layers keep lies in main memory between the passes",
+        "the base lies in main memory and comes to the card one layer ahead",
+    ]
+    assert ladder(start, [6000], training=False, **everything)[0] == [*found[:3], found[5], found[7]]
+    assert ladder(start, [300])[0] == found[3:5]  # neither scratch, nor reference, nor host, nor enough tokens to tile
+    several, running = ladder(start, [3000, 100, 1200, 3000, 1000], **everything)
+    assert several[:2] == ["4,150 tokens at once instead of 16,384", "3,000 tokens at once instead of 4,150"]
+    assert several[2:10] == found and len(running.examples) == 1
+    assert all("tokens at once" in line for line in several[10:]) and len(several) > 10
+
+
+def test_a_failed_group_is_always_split():
+    """Half of what failed, not of what was allowed: the rows at hand may be far fewer than the plan's tokens."""
+    for lengths in ([5, 5], [1, 1, 1], [7, 3, 3], [100, 1]):
+        data = Rows(*lengths)
+        running = Running(data, range(len(lengths)), True, False)
+        plan = smaller(Plan(16384, ("input",)), running, quantized=False, may_offload=False, may_stream=False)
+        assert len(micro_batches(list(range(len(lengths))), data.lengths, plan.micro_tokens)) > 1
+
+
+def test_a_guard_that_was_told_nothing_says_so(opened):
+    guard = Guard(opened("sft", 150, ("all", "all")).task.stage, quiet)
+
+    def work():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(UserError, match="before anything was computed"):
+        guard(work)
