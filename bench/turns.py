@@ -134,12 +134,12 @@ def memory() -> dict[str, int]:
     return {"peak_bytes": found["VmHWM"], "now_bytes": found["VmRSS"]}
 
 
-def imitate_card(gib: float) -> None:
-    """From now on this process sees a card of so many GiB: its allocator stops there, and what asks how much is free is
-    told so (the fused engine's planner does)."""
+def imitate_card(gib: float, context: int = CONTEXT_BYTES) -> None:
+    """From now on this process sees a card of so many GiB: its allocator stops `context` bytes below, and what asks how
+    much is free is told so (the fused engine's planner does)."""
     if not torch.cuda.is_available():
         return
-    limit = int(gib * 2**30) - CONTEXT_BYTES
+    limit = int(gib * 2**30) - context
     real = torch.cuda.mem_get_info
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
