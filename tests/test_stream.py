@@ -15,7 +15,8 @@ from tests.conftest import make_model
 from tests.test_counts import kept
 from tests.test_decoder import apart, conversation, live_stack, pair
 from tests.test_layer import KEEPS
-from zephyr_lite.config import RunConfig
+from tests.test_train import killed_at, metrics, quiet, words
+from zephyr_lite.config import RunConfig, load_config
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.data.chat import Example
 from zephyr_lite.errors import UserError
@@ -24,8 +25,12 @@ from zephyr_lite.model import stream as stream_file
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.load import load_base
 from zephyr_lite.model.offload import Offload
+from zephyr_lite.model.peft_files import read_adapter
 from zephyr_lite.model.plan import Plan
 from zephyr_lite.model.stream import StreamedBase
+from zephyr_lite.rundir import StageDir
+from zephyr_lite.train.dpo import run_dpo
+from zephyr_lite.train.sft import run_sft
 
 CPU = torch.device("cpu")
 LAYERS = 4
@@ -319,3 +324,32 @@ def test_host_memory_is_locked_page_by_page_and_let_go_with_its_last_view(monkey
         UserError, match=r"0.00 GiB of main memory could not be locked for copies to the card .CUDA error 2."
     ):
         offload_file.host_bytes(1000, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_both_stages_streamed_and_offloaded_end_with_the_same_adapters(
+    deep_base, chat_rows, pair_rows, tmp_path, interrupted
+):
+    """SFT, DPO, evaluation, checkpoints, resume: to the bit what the resident run leaves."""
+    host = {"memory.stream": True, "memory.offload": True}
+    for name, memory in (("resident", {}), ("streamed", host)):
+        settings = {"memory.keep": "attention", "memory.micro_tokens": 90, "lora_dropout": 0.1, **memory}
+        for run, rows, more in (
+            (run_sft, chat_rows, {}),
+            (run_dpo, pair_rows, {"max_prompt_length": 64, "beta": 0.1, "learning_rate": 1e-3}),
+        ):
+            method = "sft" if run is run_sft else "dpo"
+            loaded = load_config(method, None, words(deep_base, tmp_path / name, rows, **settings, **more))
+            if interrupted and memory:
+                with killed_at(3):
+                    run(loaded, say=quiet)
+            run(loaded, say=quiet)
+            plan = StageDir(tmp_path / name / method).info()["plan"]
+            assert (plan["stream"], plan["offload"]) == ((True, LAYERS) if memory else (False, 0))
+    for method in ("sft", "dpo"):
+        a, b = (metrics(tmp_path / name / method) for name in ("resident", "streamed"))
+        assert a == b
+        a, b = (metrics(tmp_path / name / method, "eval_loss") for name in ("resident", "streamed"))
+        assert a == b
+        a, b = (read_adapter(tmp_path / name / method / "adapter") for name in ("resident", "streamed"))
+        assert a.sha256 == b.sha256

@@ -30,6 +30,7 @@ from ..model.peft_files import (
     write_adapter,
 )
 from ..model.plan import Plan, keep_freed_pages
+from ..model.stream import StreamedBase
 from ..ops.dispatch import check_kernels
 from ..rundir import StageDir, folder_aside, newest_run, write_text
 from .ground import (
@@ -172,7 +173,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     if config.engine == "fused":
         for note in check_kernels(base.device, base.dtype):
             say(note)
-    stream = None  # wired below, once the plan is made before the base is loaded
+    stream = StreamedBase(base.model, base.device) if base.streamed else None
     stack = AdapterStack(base.model, base.device)
     if config.engine == "fused":  # the baselines attach theirs by themselves, to any architecture
         for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
@@ -212,7 +213,7 @@ def _load(config: RunConfig, plan: Plan) -> Base:
         from .baselines.unsloth import load_unsloth
 
         return load_unsloth(config)
-    return load_base(config)
+    return load_base(config, stream=plan.stream)
 
 
 def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[str, LoraWeights] | None = None) -> None:
