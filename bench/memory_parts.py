@@ -85,7 +85,7 @@ class Bench:
             "dataset": [{"path": str(self.folder / f"{method}.jsonl")}], "batch_size": self.args.rows,
         }  # fmt: skip
         if method == "sft":
-            own = {"lora_r": SFT_RANK, "lora_alpha": SFT_RANK, "max_length": int(2048 * self.scale)}
+            own: dict[str, Any] = {"lora_r": SFT_RANK, "lora_alpha": SFT_RANK, "max_length": int(2048 * self.scale)}
         else:
             own = {
                 "lora_r": DPO_RANK, "lora_alpha": DPO_RANK, "max_length": int(1024 * self.scale), "beta": 0.01,
@@ -161,7 +161,7 @@ def speed(bench: Bench) -> dict[str, Any]:
     """A streamed base and a resident one, with the same tokens at once; what layers keep is their inputs, on the card."""
     tokens = [int(n * bench.scale) for n in bench.args.tokens]
     options = {"tokens": tokens, "rounds": 2}
-    found = {}
+    found: dict[str, Any] = {}
     for name, stream in (("resident", False), ("streamed", True)):
         memory = {"keep": "input", "offload": False, "stream": stream, "micro_tokens": max(tokens)}
         values = bench.values("sft", memory, max_length=min(tokens), batch_size=max(tokens) // min(tokens))
@@ -292,11 +292,13 @@ def _row(case: dict[str, Any]) -> str:
         return f"{shown}{found['managed'] / GIB:9.2f}{told['host'] / GIB:7.1f}  {words}"
     if "modes" in case:
         costs = ", ".join(f"{mode} {found['cost'] / GIB:.3f}" for mode, found in case["modes"].items())
-        sizes = f"a pass keeps {case['kept_by_a_pass'] / GIB:.2f}, a hidden state is {case['a_hidden_state'] / GIB:.3f}"
-        return f"{costs} more at the peak of {case['tokens']:,} tokens ({sizes})"
+        beside = (
+            f"a pass keeps {case['kept_by_a_pass'] / GIB:.2f}, a hidden state is {case['a_hidden_state'] / GIB:.3f}"
+        )
+        return f"{costs} more at the peak of {case['tokens']:,} tokens ({beside})"
     if "tokens_per_second" in case:
         speeds = case["tokens_per_second"].items()
-        return "  ".join(f"{n:,}: {s:,.0f} tokens/s" if s else f"{n:,}: did not fit" for n, s in speeds)
+        return "  ".join(f"{n:,}: {speed:,.0f} tokens/s" if speed else f"{n:,}: did not fit" for n, speed in speeds)
     if "opening" in case:
         cold = (
             "files dropped from the system's cache first" if case["files_dropped_from_cache"] else "files maybe cached"

@@ -23,8 +23,8 @@ from ..model.decoder import Decoder
 from ..rundir import StageDir, write_json, write_text
 from ..train.dpo import run_dpo
 from ..train.ground import StageComplete
-from ..train.loop import evaluation_batches
 from ..train.sft import run_sft
+from ..train.steps import evaluation_batches
 from . import CONVERSATIONS, CONVERSATIONS_TEST, FEEDBACK, FEEDBACK_TEST, QUESTIONS, dodges
 from .base import demo_base
 
