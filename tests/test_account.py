@@ -13,13 +13,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.conftest import make_model, tiny_config
+from tests.test_counts import kept
 from tests.test_decoder import conversation, live_stack, pair
+from tests.test_layer import KEEPS
+from zephyr_lite.config import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.model import layer as layer_file
+from zephyr_lite.model.account import (
+    CPU,
+    Device,
+    Setting,
+    account,
+    base_bytes,
+    kept_per_token,
+    optimizer_bytes,
+    scratch_bytes,
+    slab_bytes,
+)
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.model.job import AdapterSpec, Job, Shape
+from zephyr_lite.model.job import PROJECTIONS, AdapterSpec, Job, Shape, make_job
+from zephyr_lite.model.load import load_base
 from zephyr_lite.model.phases import Run, backward_peak, forward_peak, sites_of
 from zephyr_lite.model.plan import Plan
+from zephyr_lite.model.stream import slab_bytes as stream_slab_bytes
+from zephyr_lite.ops.nf4 import stored_tensors
+from zephyr_lite.train.optim import make_optimizer
 
 
 class Alive(TorchDispatchMode):
@@ -85,9 +103,7 @@ def tiny_job(dtype, dropout, **changes) -> Job:
     """Of ``live_stack``: a frozen adapter of rank 2 and scale 4, a trained one of rank 4 and scale 1."""
     shape = Shape.of(tiny_config())
     adapters = (
-        AdapterSpec.fresh(shape, 2, 8, "all-linear").__class__(
-            AdapterSpec.fresh(shape, 2, 8, "all-linear").ranks, 4.0, trained=False
-        ),
+        AdapterSpec.fresh(shape, 2, 8, "all-linear").frozen(),
         AdapterSpec.fresh(shape, 4, 4, "all-linear"),
     )
     settings = {"optim": "adamw_torch", "method": "sft", "longest": 40}
@@ -131,3 +147,126 @@ def test_what_a_layer_holds_at_most(monkeypatch, dtype, dropout, keep, tile, pai
     share = 0.07 if pairs else 0.0
     assert found.forward == pytest.approx(forward, rel=share, abs=0)
     assert found.backward == pytest.approx(backward, rel=share, abs=0)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("keeps", [*((k, k) for k in KEEPS), ("input", "all")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_activations_and_gradients(dtype, keeps, dropout):
+    """What autograd keeps of the layers, and the gradients that a step leaves, to the byte; twins or kernels alike."""
+    decoder = Decoder(live_stack(make_model().to(dtype)), dtype)
+    batch = collate_conversations([conversation(0, 40), conversation(1, 24)])
+    with kept() as found:
+        logps = decoder.token_logps(batch, keep=keeps, dropout=Dropout(0.3, 1, 1) if dropout else None)
+    job = tiny_job(dtype, dropout)
+    size, targets = dtype.itemsize, len(batch.target_ids)
+    head = targets * (64 * size + 4 + 64 * size + 8)  # rows with their scale, slopes, and the rows' numbers
+    assert found.bytes - head == kept_per_token(job, keeps) * len(batch)
+    logps.sum().backward()
+    gradients = [p.grad for p in decoder.stack.parameters().values()]
+    assert sum(g.nbytes for g in gradients) == 4 * job.parameters
+    assert sorted(g.numel() for g in gradients) == sorted(job.trained_tensors)
+    counted = account(job, Setting(len(batch), keeps), CPU)
+    assert counted.passing["gradients"] == 4 * job.parameters
+    assert counted.resident["adapters"] == sum(
+        p.nbytes for name, p in decoder.stack.model.named_parameters() if "lora_" in name
+    )
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+@pytest.mark.parametrize("r", [4, 96])
+def test_optimizer_states(optim, r):
+    """Of tensors on either side of what bitsandbytes keeps in 32 bits, after a step on the CPU (where nothing is paged)."""
+    stack = live_stack(make_model(), r=r)
+    parameters = stack.parameters()
+    optimizer = make_optimizer(RunConfig(optim=optim), parameters)
+    for p in parameters.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    tensors = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for t in state.values()
+        if isinstance(t, Tensor)
+    }
+    spec = AdapterSpec.fresh(Shape.of(tiny_config()), r, r, "all-linear")
+    sizes = spec.tensors(Shape.of(tiny_config()))
+    assert sorted(sizes) == sorted(p.numel() for p in parameters.values())
+    found, managed = optimizer_bytes(optim, sizes, cuda=False)
+    assert (found, managed) == (sum(tensors.values()), 0)
+
+
+def test_paged_states_are_managed():
+    """Each moment of a tensor from 100,000 numbers on; the scales stay on the device."""
+    tensors = [99_999, 100_000]
+    assert optimizer_bytes("paged_adamw_32bit", tensors) == (8 * 99_999, 8 * 100_000)
+    codes, scales = 2 * 4 * 256, 8 * (391 + 391)
+    assert optimizer_bytes("paged_adamw_8bit", tensors) == (2 * 99_999 + codes + scales, 2 * 100_000)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_base_as_bitsandbytes_stores_it(tiny_base, nested):
+    config = RunConfig(model_name_or_path=str(tiny_base), bnb_4bit_use_double_quant=nested)
+    base = load_base(config, say=lambda line: None)
+    layer = base.model.model.layers[1]
+    stored = [
+        t for name, m in layer.named_modules() if name.endswith("_proj") for t in stored_tensors(m.weight).values()
+    ]
+    job = make_job(config, "sft", base.model.config, base.dtype)
+    counted = base_bytes(job)
+    assert counted["decoder layers"] == 2 * sum(t.nbytes for t in stored)
+    model = base.model
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    assert counted["norms"] == sum(p.nbytes for p in norms)
+    assert counted["embedding"] == model.model.embed_tokens.weight.nbytes
+    assert counted["output head"] == model.lm_head.weight.nbytes
+    assert slab_bytes(job) == stream_slab_bytes(layer)
+    assert base_bytes(job, stream=True)["two layers' buffers"] == 2 * slab_bytes(job)
+
+
+def test_a_tied_head_counts_once_and_biases_count():
+    config = tiny_config("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    job = make_job(RunConfig(load_in_4bit=False), "sft", config, torch.float32)
+    model = make_model("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    assert sum(base_bytes(job).values()) == sum(p.nbytes for p in model.parameters())
+    assert scratch_bytes(job, "layer") == 0
+
+
+def test_what_lies_on_the_host():
+    """Offloaded activations less two layers', a streamed base with its embedding and head."""
+    job = tiny_job(torch.bfloat16, False).at(storage="nf4 nested")
+    flash = Device.of((8, 9))
+    here = account(job, Setting(64, ("all",) * 2), flash)
+    away = account(job, Setting(64, ("all",) * 2, offload=2, stream=True), flash)
+    assert here.host == {} and away.host["kept activations"] == 64 * kept_per_token(job, ("all",) * 2)
+    assert away.host["streamed base"] == 2 * slab_bytes(job) + 2 * 448 * 64 * 2
+    assert "decoder layers" not in away.resident and "embedding" not in away.resident
+
+
+def test_a_resident_layer_costs_what_it_keeps_and_an_offloaded_one_nothing():
+    """Ten more layers: of each what it keeps, or only its weights, norms and adapters."""
+
+    def peak(layers, offload):
+        shape = Shape.of(tiny_config(num_hidden_layers=layers))
+        job = tiny_job(torch.bfloat16, False).at(shape=shape, adapters=(AdapterSpec.fresh(shape, 4, 4, "all-linear"),))
+        found = account(job, Setting(512, ("all",) * layers, offload=layers if offload else 0), CPU)
+        weights = sum(base_bytes(job).values()) + sum(optimizer_bytes("adamw_torch", job.trained_tensors))
+        return found.peak - weights - 8 * job.parameters
+
+    a_layer = (
+        512
+        * kept_per_token(
+            tiny_job(torch.bfloat16, False).at(
+                adapters=(AdapterSpec.fresh(Shape.of(tiny_config()), 4, 4, "all-linear"),)
+            ),
+            ("all",) * 2,
+        )
+        // 2
+    )
+    assert peak(14, False) - peak(4, False) == 10 * a_layer
+    assert peak(14, True) == peak(4, True)
+
+
+def test_the_account_has_every_projection():
+    assert set(PROJECTIONS) == set(Shape.of(tiny_config()).matrices)
+    assert sum(Shape.of(tiny_config()).matrices[name][0] for name in PROJECTIONS[:3]) == 64 + 2 * 32

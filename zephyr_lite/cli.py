@@ -99,6 +99,35 @@ def _train(method: Any, config: str | None, overrides: list[str], dry_run: bool)
         console.say(f"{done.message} {done.hint}")
 
 
+@app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo|both] [OPTIONS] [KEY=VALUE]...")
+def plan(
+    context: typer.Context,
+    config: Config = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="A card by name: t4, 3060, 4090, a100-80 …")] = None,
+    vram: Annotated[
+        str | None, typer.Option("--vram", help="So much memory: 8GiB. Alone: a plain card of that size.")
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", help="US dollars an hour for the card.")] = None,
+    ladder: Annotated[
+        bool, typer.Option("--ladder", help="Cards of 6 to 24 GB beside each other, as a Markdown table.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """What a run will take and how fast it will be, on this machine or on any card; needs neither weights nor a GPU."""
+    from .planned import ladder_lines, planned_lines
+
+    words = list(context.args)
+    methods: tuple[Any, ...] = ("sft", "dpo")
+    if words and words[0] in ("sft", "dpo", "both"):
+        first = words.pop(0)
+        methods = methods if first == "both" else (first,)
+    if ladder:
+        console.plan(ladder_lines(words))
+        return
+    for method in methods:
+        console.plan(planned_lines(method, config, words, gpu=gpu, vram=vram, price=price))
+
+
 @app.command()
 def merge(
     out: Annotated[Path, typer.Option("--out", help="The model folder to make.")],

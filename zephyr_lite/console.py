@@ -66,6 +66,13 @@ class Console:
             Text("This is our fault, not yours. Please report it, with what the command shows with --verbose.")
         )
 
+    def plan(self, lines: Sequence[str]) -> None:
+        """A plan (``forecast``): what begins a part of it stands out, and what is an estimate steps back."""
+        for line in lines:
+            outstanding = bool(line) and not line.startswith((" ", "|"))
+            style = "bold" if outstanding else "dim" if "estimate" in line or "not measured" in line else ""
+            self.out.print(Text(line, style=style))
+
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         """The line of a logged step, or of an evaluation."""
         evaluation = any(name.startswith("eval_") for name in metrics)

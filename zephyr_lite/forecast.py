@@ -61,11 +61,13 @@ def forecast_lines(
     for name in resident:
         lines.append(_row(f"  {_LABELS[name]}", f"{plan.account[name] / GIB:.2f}"))
     lines.append(_row("  together", f"{plan.peak / GIB:.2f}") + f"  of {machine.free / GIB:.2f}")
-    lines += [f"  fullest in the {plan.at}" if plan.at else "", ""]
+    lines += [f"  fullest in the {plan.at}", ""]
     lines += ["what was chosen, and why", *_wrapped(_reasons(job, machine, plan)), ""]
     lines += _elsewhere(plan)
     lines += _time(job, machine, plan, price)
-    return [line for line in lines if line is not None]
+    if machine.kind == "cpu":
+        lines.append("no GPU here; `zephyr-lite plan --gpu 3060` plans for a card")
+    return [part for line in lines for part in (_wrap(line, "", "    ") if len(line) > WIDTH else [line])]
 
 
 def _row(name: str, value: str) -> str:

@@ -1,7 +1,7 @@
-"""What a run will take, said before anything is downloaded: download, disk, memory of the card, hours.
+"""What a run will take, said before anything is downloaded: download and disk; and what the planner needs to know of the
+recipe's own models and data where they are not here yet.
 
-Sizes of the recipe's own models and data are facts of their hub pages. Memory follows from the model's shape and the
-adapter's rank. Hours are arithmetic on cards' data sheets, an estimate and called one.
+Sizes are facts of their hub pages. Memory and time are the planner's (``model.plan``, ``model.cost``).
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ import torch
 
 from .config import DatasetSpec, Method, RunConfig
 from .console import duration
-from .model.plan import kept_bytes
+from .errors import UserError
+from .model.account import base_bytes, optimizer_bytes
+from .model.cards import CARDS
+from .model.job import Job, longest_of, make_job
+from .model.load import compute_device, compute_dtype
+from .model.machine import of_card
+from .model.plan import make_plan, this_machine
 
 GB = 1e9
 MISTRAL = "mistralai/Mistral-7B-v0.1"
 MISTRAL_BYTES = 14_483_000_000  # its safetensors files
 MISTRAL_SHAPE: Any = SimpleNamespace(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-    vocab_size=32000,
+    model_type="mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, vocab_size=32000, sliding_window=4096, tie_word_embeddings=False,
+    rope_parameters=None, hidden_act="silu",
 )  # fmt: skip
 
 
@@ -48,85 +55,158 @@ KNOWN_DATA = {
     "HuggingFaceH4/ultrachat_200k": KnownData(1_624_000_000, 3_047_000_000, 207_865, 1375),
     "HuggingFaceH4/ultrafeedback_binarized": KnownData(650_000_000, 1_162_000_000, 61_135, 700),
 }
-# Dense 16-bit products with 32-bit sums, operations a second, from the data sheets; and the share of it that such a
-# run is taken to reach.
-CARDS = {"RTX 3060": 25.5e12, "T4": 65e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}
-REACHED = {"T4": 0.15}  # it cannot hold its clock
-REACHED_ELSE = 0.4
+# Of the cards whose hours are said before a run.
+SAID = ("3060", "t4", "3090", "4090", "a100-40", "h100")
+# Stage 2 stands on stage 1's adapter: rank 16 on every projection, unless there is a run that says otherwise.
+RANK_BELOW = 16
 
 
 def needs_lines(method: Method, config: RunConfig) -> list[str]:
-    """One fact a line. Never fails: what is not known is said to be unknown."""
+    """One fact a line; what is not known is said to be unknown.
+
+    Raises:
+        UserError: the base is still to be fetched, and the run will not fit this card.
+    """
     lines = ["what this will take:"]
     fetch, keep = _downloads(config)
     if fetch:
         lines.append("  download: " + ", ".join(f"{name} {size}" for name, size in fetch))
     else:
         lines.append("  download: nothing")
+    shape = _known_shape(config.model_name_or_path)
+    job = None if shape is None or config.engine != "fused" else expected_job(method, config, shape, _dtype(config))
     free = shutil.disk_usage(_existing(_hub_cache())).free
-    if keep:
+    parts = [f"about {keep / GB:.0f} GB in the hub's cache"] if keep else []
+    if job is not None:
+        parts += [f"{n / GB:.1f} GB {what}" for what, n in disk_bytes(job, config).items()]
+    if parts:
         short = " — NOT ENOUGH" if free < keep else ""
-        lines.append(f"  disk: about {keep / GB:.0f} GB in the hub's cache, {free / GB:.0f} GB are free there{short}")
-    shape = _shape(config.model_name_or_path)
-    if shape is None:
+        lines.append(f"  disk: {', '.join(parts)}; {free / GB:.0f} GB are free{short}")
+    if job is None:
         return lines
-    memory = memory_bytes(method, config, shape)
-    device = "no GPU here: it runs on the CPU, in main memory"
-    short = ""
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        device = f"{properties.name} has {properties.total_memory / GB:.0f} GB"
-        short = " — MORE THAN THE CARD HAS" if memory > properties.total_memory else ""
-    lines.append(f"  memory: about {memory / GB:.1f} GB ({device}){short}")
-    tokens = _tokens(config)
-    if tokens and shape is MISTRAL_SHAPE:
-        hours = {card: _seconds(method, tokens, shape, card) for card in CARDS}
-        lines.append(
-            f"  time: {tokens / 1e6:.0f} M tokens; estimates from data sheets, not measured: "
-            + ", ".join(f"{card} {duration(seconds)}" for card, seconds in hours.items())
-        )
-        if not torch.cuda.is_available():
-            lines.append("  on a CPU this takes months; `zephyr-lite demo` runs the recipe on a small model in minutes")
+    fetched = not any(name == config.model_name_or_path for name, _ in fetch)
+    lines += _memory_and_time(job, config, fetched)
     return lines
 
 
-def memory_bytes(method: Method, config: RunConfig, shape: Any) -> int:
-    """Base, adapter with gradient and optimizer, what one example (a pair: two) of ``max_length`` keeps, and slack."""
-    linear, other = _weights(shape)
-    base = int(linear * (0.516 if config.load_in_4bit and config.bnb_4bit_use_double_quant else 0.5625))
-    if not config.load_in_4bit:
-        base = 2 * linear
-    # weight, gradient, and two moments unless these may move to the host
-    per_parameter = {"adamw_torch": 16, "adamw_8bit": 10}.get(config.optim, 8)
-    adapter = config.lora_r * _lora_width(shape) * per_parameter
-    tokens = config.max_length * (2 if method == "dpo" else 1)
-    half = torch.float16
-    kept = tokens * (kept_bytes(shape, half, "input") + kept_bytes(shape, half, "all") // shape.num_hidden_layers)
-    return base + 2 * other + adapter + kept + int(1.0 * GB)
+def _memory_and_time(job: Job, config: RunConfig, fetched: bool) -> list[str]:
+    device = compute_device()
+    if device.type == "cuda":
+        # the plan is made, and said, once the rows are there; but nothing is fetched for a run that cannot be
+        if not fetched:
+            make_plan(job, this_machine(device, job.dtype, config.memory, measure=False), config.memory)
+        return []
+    plan = make_plan(job, this_machine(device, job.dtype, config.memory), config.memory)
+    lines = [f"  memory: about {plan.peak / GB:.1f} GB (no GPU here: it runs on the CPU, in main memory)"]
+    if job.run_tokens and job.shape.layer_weights * job.shape.layers > 10**9:
+        hours = []
+        for name in SAID:
+            there = job.at(dtype=CARDS[name].dtype)
+            try:
+                speed = make_plan(there, of_card(CARDS[name]), config.memory).tokens_per_second
+                hours.append(f"{name} {duration(job.run_tokens / speed)}")
+            except UserError:
+                hours.append(f"{name} does not fit")
+        lines += [
+            f"  time: {job.run_tokens / 1e6:.0f} M tokens; estimates from data sheets, not measured: {', '.join(hours)}",
+            "  on a CPU this takes months; `zephyr-lite demo` runs the recipe on a small model in minutes",
+        ]
+    return lines
 
 
-def _weights(shape: Any) -> tuple[int, int]:
-    """Parameters of the linear layers, and of embeddings and head."""
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    queries, keys = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
-    layer = shape.hidden_size * (2 * queries + 2 * keys + 3 * shape.intermediate_size)
-    tied = 1 if getattr(shape, "tie_word_embeddings", False) else 2
-    return layer * shape.num_hidden_layers, tied * shape.vocab_size * shape.hidden_size
+def _dtype(config: RunConfig) -> torch.dtype:
+    return compute_dtype(config.dtype, compute_device())
 
 
-def _lora_width(shape: Any) -> int:
-    """Parameters of an adapter of rank 1 on every linear layer."""
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    queries, keys = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
-    attention = 2 * (shape.hidden_size + queries) + 2 * (shape.hidden_size + keys)
-    return shape.num_hidden_layers * (attention + 3 * (shape.hidden_size + shape.intermediate_size))
+def expected_job(method: Method, config: RunConfig, base_config: Any, dtype: torch.dtype) -> Job:
+    """The job of a configuration whose rows are not at hand: as long as they may be, as many as are published."""
+    rows: dict[str, Any] = {"longest": longest_of(config, method)}
+    known = [KNOWN_DATA.get(spec.path) for spec in config.dataset]
+    a_row = [k.tokens for k in known if k is not None]
+    mean = sum(a_row) / len(a_row) if a_row else config.max_length
+    rows["segment"] = int(min(mean, config.max_length) if method == "sft" else mean / 2)
+    in_a_step = config.batch_size * (config.max_length if method == "sft" else min(mean, rows["longest"]))
+    rows["step_tokens"] = int(in_a_step)
+    rows["step_most"] = config.batch_size * rows["longest"]
+    tokens = _tokens(config)
+    if config.max_steps is not None:
+        rows["run_tokens"], rows["steps"] = int(config.max_steps * in_a_step), config.max_steps
+    elif tokens is not None:
+        rows["run_tokens"], rows["steps"] = tokens, max(1, round(tokens / in_a_step))
+    if method == "dpo":
+        rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / rows["longest"]
+    below: list[Any] = []
+    if config.adapters != "none" and (method == "dpo" or config.adapters):
+        count = len(config.adapters) or 1
+        below = [config.model_copy(update={"lora_r": RANK_BELOW, "lora_alpha": RANK_BELOW})] * count
+    job = make_job(config, method, base_config, dtype, storage=_storage(config, base_config), **rows)
+    frozen = [make_job(c, "sft", base_config, dtype).adapters[0] for c in below]
+    return job.at(adapters=(*(f.frozen() for f in frozen), *job.adapters))
 
 
-def _seconds(method: Method, tokens: int, shape: Any, card: str) -> float:
-    """Two operations a weight and token for each of: forward, forward again, backward; and the reference's forward."""
-    linear, other = _weights(shape)
-    passes = 3 if method == "sft" else 4
-    return 2 * passes * (linear + other // 2) * tokens / (CARDS[card] * REACHED.get(card, REACHED_ELSE))
+def _storage(config: RunConfig, base_config: Any) -> Any:
+    stored = getattr(base_config, "quantization_config", None)
+    if stored is None:
+        return None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    return "nf4 nested" if stored.get("bnb_4bit_use_double_quant") else "nf4"
+
+
+def disk_bytes(job: Job, config: RunConfig) -> dict[str, int]:
+    """What is written: the quantized base in the user's cache, the checkpoints, the adapters."""
+    found = {}
+    if config.load_in_4bit:
+        found["for the quantized base in the cache"] = sum(base_bytes(job).values())
+    weights = 4 * job.parameters
+    checkpoint = weights + sum(optimizer_bytes(job.optim, job.trained_tensors))
+    every = [n for n in (config.save_steps, config.eval_steps) if n]
+    count = min(config.save_total_limit, (job.steps or 10**9) // min(every)) + 1 if every else 1
+    found["for checkpoints (one more than save_total_limit while one is written)"] = count * checkpoint
+    found["for the adapter"] = 4 * sum(sum(a.tensors(job.shape)) for a in job.adapters) + weights * (
+        len(job.adapters) > 1
+    )
+    return found
+
+
+def base_shape(name: str, revision: str = "main") -> tuple[Any, str | None]:
+    """The base's configuration, from its folder, the hub's cache or the hub, and no weight of it; and what to say of it.
+
+    Raises:
+        UserError: there is none, or the hub cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id."
+            )
+        return AutoConfig.from_pretrained(folder), None
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision), None
+    except (OSError, ValueError, KeyError):
+        if name == MISTRAL:
+            return MISTRAL_SHAPE, "the hub was not reached: the base's published shape is taken"
+        raise UserError(
+            f"model {name}: its config.json is neither in a folder of that name nor in the hub's cache, and the hub does "
+            "not have it or could not be reached.",
+            "Check the name and the connection, or give a local folder.",
+        ) from None
+
+
+def _known_shape(name: str) -> Any | None:
+    """The configuration of a base that is here, or Mistral's; None where neither is."""
+    if name == MISTRAL:
+        return MISTRAL_SHAPE
+    if not (Path(name).expanduser() / "config.json").is_file():
+        return None
+    try:
+        shape, _ = base_shape(name)
+        make_job(RunConfig(), "sft", shape, torch.float16)
+    except (ValueError, KeyError, OSError, AttributeError):
+        return None  # said properly when the base is read
+    return shape
 
 
 def _tokens(config: RunConfig) -> int | None:
@@ -137,8 +217,6 @@ def _tokens(config: RunConfig) -> int | None:
         if known is None or Path(spec.path).is_dir():
             return None
         total += min(spec.limit or known.rows, known.rows) * spec.weight * known.tokens
-    if config.max_steps is not None:
-        return None
     return int(total * config.num_train_epochs)
 
 
@@ -187,20 +265,3 @@ def _hub_cache() -> Path:
 
 def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
-
-
-def _shape(name: str) -> Any | None:
-    """The configuration of a base that is here, or Mistral's; None where neither is."""
-    if name == MISTRAL:
-        return MISTRAL_SHAPE
-    folder = Path(name).expanduser()
-    if not (folder / "config.json").is_file():
-        return None
-    from transformers import AutoConfig
-
-    try:
-        shape = AutoConfig.from_pretrained(folder)
-        _weights(shape)
-    except (ValueError, KeyError, OSError, AttributeError):
-        return None  # said properly when the base is read
-    return shape

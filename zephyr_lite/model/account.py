@@ -201,9 +201,13 @@ def head_phases(job: Job, setting: Setting, *, cuda: bool = True) -> dict[str, d
     numbers = {"log-probabilities": targets * (3 * wide + 1)}
     return {
         "final norm": {"hidden states": streams * x, "target rows": 2 * streams * rows + 4 * targets},
-        "head": {**normed, **head, **logits, **numbers, "slopes": rows},
-        "head, backward": {"target rows": 3 * rows + 4 * targets, **numbers},
-        "final norm, backward": {"target rows": 2 * rows + 4 * targets, "hidden states": x, "sorting": 40 * targets},
+        "pass through the output head": {**normed, **head, **logits, **numbers, "slopes": rows},
+        "backward pass of the output head": {"target rows": 3 * rows + 4 * targets, **numbers},
+        "backward pass of the final norm": {
+            "target rows": 2 * rows + 4 * targets,
+            "hidden states": x,
+            "sorting": 40 * targets,
+        },
     }
 
 

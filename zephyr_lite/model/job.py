@@ -122,6 +122,10 @@ class AdapterSpec:
                 scale = weights.scale
         return cls(tuple(tuple(sorted(r.items(), key=lambda p: PROJECTIONS.index(p[0]))) for r in layers), scale)
 
+    def frozen(self) -> AdapterSpec:
+        """The same, as an adapter below."""
+        return replace(self, trained=False)
+
     def tensors(self, shape: Shape) -> list[int]:
         """Numbers in each A and B, layer by layer."""
         found = []

@@ -81,7 +81,7 @@ def plan_stage(job: Job, config: RunConfig) -> tuple[Plan, list[str]]:
     measure = device.type == "cuda" and config.engine == "fused"
     machine = this_machine(device, job.dtype, config.memory, measure=measure)
     plan = make_plan(job, machine, config.memory)
-    if config.engine != "fused" or machine.kind == "cpu":
+    if config.engine != "fused":
         free = f"; {plan.free_bytes / 2**30:.1f} GiB free" if plan.free_bytes else ""
         first, *rest = plan.lines()
         return plan, [first + free, *rest]

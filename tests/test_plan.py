@@ -1,0 +1,408 @@
+"""The planner: what it chooses, what it leaves to the user, what it refuses and with which cure; `zephyr-lite plan`."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import tiny_config
+from zephyr_lite import cli, forecast, planned
+from zephyr_lite.config import MemorySpec, RunConfig, load_config
+from zephyr_lite.errors import UserError
+from zephyr_lite.model.account import CONTEXT_BYTES, GIB, Setting, account
+from zephyr_lite.model.cards import CARDS, card_of_size, find_card
+from zephyr_lite.model.cost import step_time
+from zephyr_lite.model.job import AdapterSpec, Job, Shape, make_job
+from zephyr_lite.model.machine import HOST_ELSEWHERE, Machine, of_card, parse_size
+from zephyr_lite.model.plan import Plan, make_plan, this_machine
+from zephyr_lite.model.search import KEEPS, MARGIN, MIXTURES, Limits, feasible, longest_context, search, with_rank
+from zephyr_lite.needs import MISTRAL_SHAPE, expected_job
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+FREE = MemorySpec()
+
+
+def mistral(method="sft", *words, dtype=torch.bfloat16) -> Job:
+    config = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit", *words]).config
+    return expected_job(method, config, MISTRAL_SHAPE, dtype)
+
+
+def limits_of(machine: Machine, host: int | None = None) -> Limits:
+    return Limits(machine.free, machine.host if host is None else host, machine.card, machine.device(torch.bfloat16))
+
+
+def setting_of(plan: Plan, job: Job) -> Setting:
+    tokens = max(plan.micro_tokens, job.longest)
+    return Setting(tokens, plan.keep, plan.offload, plan.stream, plan.tile, plan.scratch, plan.reference == "together")
+
+
+# -- what is chosen ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("size", [6, 8, 12, 16, 24])
+def test_every_plan_fits_and_says_what_it_takes(size, method):
+    machine, job = of_card(card_of_size(size), f"{size}GiB"), mistral(method)
+    plan = make_plan(job, machine, FREE)
+    assert plan.peak <= size * GIB * (1 - MARGIN)
+    assert plan.peak == sum(n for name, n in plan.account.items() if name != "peak")
+    assert plan.account["CUDA context"] == CONTEXT_BYTES
+    assert sum(plan.host.values()) <= HOST_ELSEWHERE
+    assert plan.peak == account(job, setting_of(plan, job), machine.device(job.dtype)).peak
+    assert plan.micro_tokens >= job.longest and len(plan.keep) == 32
+    assert Plan(**json.loads(json.dumps(plan.as_dict()))) == plan
+
+
+def test_more_memory_is_never_slower():
+    speeds = [make_plan(mistral(), of_card(CARDS["4090"], f"{n}GiB"), FREE).tokens_per_second for n in (6, 8, 12, 24)]
+    assert all(later >= earlier * 0.98 for earlier, later in pairwise(speeds))
+
+
+def test_nothing_goes_to_the_host_where_the_card_has_room():
+    plan = make_plan(mistral(), of_card(CARDS["h100"]), FREE)
+    assert not plan.offload and not plan.stream and plan.tile is None and set(plan.keep) == {"all"}
+    assert plan.host == {} and plan.scratch == "layer" and not plan.recomputes
+
+
+def test_offload_or_recompute_is_decided_by_the_link():
+    """`all` on the host where copies are fast, recomputation where they are slow."""
+    job = mistral()
+    fast = make_plan(job, of_card(CARDS["3090"], "10GiB"), FREE)
+    assert fast.offload > 0 and set(fast.keep) == {"all"}
+    slow = make_plan(job, of_card(replace(CARDS["3090"], pcie=0.5), "10GiB"), FREE)
+    assert slow.offload == 0 and slow.recomputes
+
+
+def test_without_a_host_layers_keep_different_things():
+    machine = replace(of_card(CARDS["3090"], "11GiB"), host=0)
+    plan = make_plan(mistral(), machine, FREE)
+    assert len(set(plan.keep)) == 2 and (plan.keep[0], plan.keep[-1]) in MIXTURES and plan.offload == 0
+
+
+def test_a_long_example_is_planned_with_the_mlp_in_tiles():
+    job = mistral("sft", "max_length=49152")
+    plan = make_plan(job, of_card(CARDS["3090"], "24GiB"), MemorySpec(stream=False))
+    assert plan.micro_tokens >= 49152 and plan.tile is not None and plan.peak <= 24 * GIB
+
+
+def test_the_search_finds_what_trying_everything_finds():
+    """On a small model, over every setting that the search may combine."""
+    shape = Shape.of(tiny_config(num_hidden_layers=3, hidden_size=512, intermediate_size=1536))
+    adapter = AdapterSpec.fresh(shape, 8, 8, "all-linear")
+    job = Job(shape, torch.bfloat16, "nf4 nested", (adapter,), "adamw_8bit", False, "sft", longest=1500)
+    spec = MemorySpec(micro_tokens=2048, stream=False)
+    machine = of_card(CARDS["3090"])
+    kinds = [k for keep in KEEPS for k in [(keep,) * 3]] + [
+        (a,) * n + (b,) * (3 - n) for a, b in MIXTURES for n in (1, 2)
+    ]
+    settings = [
+        Setting(2048, keep, offload if len(set(keep)) == 1 else 0, False, tile, scratch)
+        for keep in kinds
+        for offload in range(4)
+        for tile in (None, 1024, 512)
+        for scratch in ("layer", "small")
+    ]
+    peaks = sorted({account(job, s, machine.device(job.dtype)).peak for s in settings})
+    for peak in peaks[:: max(1, len(peaks) // 8)]:
+        limits = replace(limits_of(machine), device=int(peak / (1 - MARGIN)) + 2)
+        found = search(job, limits, spec)
+        fitting = [s for s in settings if account(job, s, limits.kind).peak <= limits.budget]
+        best = min(step_time(job, s, limits.card).step for s in fitting)
+        assert found is not None and found.account.peak <= limits.budget
+        assert found.time.step <= best * 1.05  # a little is given away for what is simpler
+
+
+# -- what the user fixed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [{"keep": "attention"}, {"micro_tokens": 3000}, {"offload": True}, {"offload": False}, {"stream": True}],
+)
+def test_what_the_user_fixed_stays(fixed):
+    plan = make_plan(mistral(), of_card(CARDS["3090"], "16GiB"), MemorySpec(**fixed))
+    ((name, value),) = fixed.items()
+    found = {"keep": plan.keep[0], "micro_tokens": plan.micro_tokens, "offload": plan.offload, "stream": plan.stream}
+    if name == "offload":
+        assert plan.offload == (32 if value else 0)
+    else:
+        assert found[name] == value and (name != "keep" or len(set(plan.keep)) == 1)
+
+
+def test_a_budget_for_the_host_is_kept():
+    machine = of_card(CARDS["3060"])
+    much, little = (make_plan(mistral(), machine, MemorySpec(host=h)) for h in ("16GiB", "2GiB"))
+    assert sum(little.host.values()) <= 2 * GIB < sum(much.host.values()) and little.peak <= machine.free
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("8GiB", 8 * GIB), ("8", 8 * GIB), ("7.5 gb", int(7.5 * GIB)), ("512MiB", 2**29)]
+)
+def test_sizes(text, bytes_):
+    assert parse_size(text, "x") == bytes_
+
+
+@pytest.mark.parametrize("text", ["", "many", "8KiB", "-1GiB", "0GiB"])
+def test_what_is_no_size(text):
+    with pytest.raises(UserError, match=r"memory\.vram: .* is no size"):
+        of_card(CARDS["3060"], text)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_says_what_is_missing_and_its_cures_cure():
+    machine = of_card(CARDS["3060"], "5.7GiB")
+    spec = MemorySpec(stream=False)
+    job = mistral("sft", "optim=adamw_torch", "lora_r=64")
+    with pytest.raises(UserError) as caught:
+        make_plan(job, machine, spec)
+    missing = float(re.search(r"([\d.]+) GiB are missing", caught.value.message)[1])
+    assert missing > 0 and "decoder layers 3.35" in caught.value.message
+    hint = caught.value.hint
+    cures = hint.removeprefix("Any one of these would do: ").removesuffix(".").split("; ")
+    assert {cure.split("=")[0] for cure in cures} >= {"memory.stream left to the plan", "optim", "lora_r"}
+    for cure in cures:
+        changed, there, fixed = job, machine, spec
+        if found := re.fullmatch(r"memory\.(\w+) left to the plan", cure):
+            fixed = spec.model_copy(update={found[1]: None})
+        elif found := re.fullmatch(r"optim=(\w+)", cure):
+            changed = job.at(optim=found[1])
+        elif found := re.fullmatch(r"lora_r=(\d+)", cure):
+            changed = with_rank(job, int(found[1]))
+        elif found := re.fullmatch(r"max_length=(\d+)", cure):
+            changed = job.at(longest=int(found[1]))
+        else:
+            there = of_card(CARDS["3060"], re.fullmatch(r"a card of (\d+) GB", cure)[1])
+        assert feasible(changed, replace(limits_of(there)), fixed), cure
+
+
+def test_a_refusal_counts_what_a_card_of_that_size_lacks():
+    """Just below what the most frugal plan takes nothing fits; with what was missing it does."""
+    job, spec = mistral(), MemorySpec(stream=False)
+    with pytest.raises(UserError) as caught:
+        make_plan(job, of_card(CARDS["3060"], "5GiB"), spec)
+    missing = float(re.search(r"([\d.]+) GiB are missing", caught.value.message)[1])
+    make_plan(job, of_card(CARDS["3060"], f"{(5 * (1 - MARGIN) + missing) / (1 - MARGIN) + 0.02:.3f}GiB"), spec)
+
+
+def test_too_little_main_memory_is_said():
+    machine = replace(of_card(CARDS["3060"], "4GiB"), host=GIB)
+    with pytest.raises(UserError, match="GiB in main memory") as caught:
+        make_plan(mistral(), machine, FREE)
+    assert "memory.host=" in caught.value.hint
+
+
+def test_a_cpu_and_another_engine_are_never_refused():
+    shape = Shape.of(tiny_config())
+    job = Job(shape, torch.float32, "dense", (AdapterSpec.fresh(shape, 4, 4, "all-linear"),), "adamw_torch", False,
+              "sft", longest=10)  # fmt: skip
+    cpu = Machine("cpu", "the CPU", CARDS["3060"], 1000, 1000)
+    assert make_plan(job, cpu, FREE).micro_tokens == 10
+    card = replace(of_card(CARDS["3060"]), free=1000)
+    plan = make_plan(job.at(engine="trl"), card, FREE)
+    assert plan.micro_tokens == 10 and not plan.offload and not plan.stream and plan.account == {}
+
+
+# -- a CPU stays what it was -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [10, 3000])
+def test_a_cpu_keeps_all_and_runs_2048_tokens(monkeypatch, length):
+    monkeypatch.setattr("zephyr_lite.model.plan.free_memory", lambda device: 16 * GIB)
+    config = RunConfig(load_in_4bit=False)
+    job = make_job(config, "sft", tiny_config(), torch.float32, longest=length)
+    plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, config.memory), config.memory)
+    assert set(plan.keep) == {"all"} and plan.micro_tokens == max(2048, length)
+    assert (plan.offload, plan.stream, plan.tile, plan.reference) == (0, False, None, "together")
+
+
+def test_a_cpu_stands_in_for_a_card_where_the_user_says_so():
+    job = make_job(RunConfig(), "sft", tiny_config(), torch.float32)
+    spec = MemorySpec(offload=True, stream=True)
+    plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, spec), spec)
+    assert plan.stream and plan.offload == 2
+
+
+def test_a_configuration_that_lacks_names_is_planned_for_other_engines():
+    class Strange:
+        hidden_size, num_hidden_layers, num_attention_heads = 64, 3, 4
+
+    config = RunConfig(engine="trl", lora_target_modules=["query_key_value"])
+    job = make_job(config, "sft", Strange(), torch.float32)
+    plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, config.memory), config.memory)
+    assert len(plan.keep) == 3 and plan.bytes_per_token > 0 and plan.free_bytes > 0
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+def test_streaming_hides_behind_compute_from_some_tokens_on():
+    job, card = mistral(), CARDS["4090"]
+    settings = [Setting(n, ("input",) * 32, stream=s) for n in (256, 4096) for s in (True, False)]
+    few, few_resident, many, many_resident = (step_time(job, s, card).step for s in settings)
+    assert few > 1.2 * few_resident and many < 1.1 * many_resident
+
+
+def test_time_follows_what_is_computed_again():
+    job, card = mistral(), CARDS["4090"]
+    times = [step_time(job, Setting(4096, (keep,) * 32), card).step for keep in KEEPS]
+    assert times == sorted(times) and 1.2 < times[-1] / times[0] < 1.45
+
+
+# -- the goals, as the planner sees them -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "spec", "goal"),
+    [
+        ("sft", [], {"offload": True, "stream": False, "keep": "input", "micro_tokens": 2048, "vram": "5.75GiB"}, 5.0),
+        ("sft", [], {"stream": True, "micro_tokens": 2048, "vram": "2.75GiB"}, 2.0),
+        ("dpo", [], {"stream": False, "vram": "8.75GiB"}, 8.0),
+    ],
+)
+def test_goals(method, words, spec, goal):
+    plan = make_plan(mistral(method, *words), of_card(CARDS["4090"], spec["vram"]), MemorySpec(**spec))
+    assert plan.peak - plan.account["CUDA context"] <= goal * GIB
+
+
+def test_goals_of_length():
+    for size, goal in ((24, 64), (8, 24)):
+        machine = of_card(card_of_size(size), f"{size}GiB")
+        assert longest_context(mistral().at(step_most=None), limits_of(machine), FREE) >= goal * 1024
+
+
+# -- cards -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("RTX 4090", "4090"),
+        ("a100-80", "a100-80"),
+        ("A100 80GB", "a100-80"),
+        ("nvidia T4", "t4"),
+        ("RTX2060", "rtx2060"),
+    ],
+)
+def test_cards_are_found_as_people_spell_them(said, name):
+    assert find_card(said).name == name
+
+
+def test_an_unknown_card_lists_the_known_ones():
+    with pytest.raises(UserError) as caught:
+        find_card("tnt2")
+    assert all(name in caught.value.hint for name in CARDS)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+    def run(*words):
+        code = cli.run(["plan", *words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_plan_prints_a_table_for_a_card(said):
+    code, out, _ = said("--gpu", "3060", "--price", "0.2", "optim=adamw_8bit")
+    assert code == 0
+    for text in ("plan of sft on 3060", "plan of dpo on 3060", "base: decoder layers", "3.35", "together", "what was chosen",
+                 "main memory, locked", "tokens/s", "at $0.20 an hour", "disk:", "published shape"):  # fmt: skip
+        assert text in out, text
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_its_rows_add_up(said):
+    _, out, _ = said("sft", "--vram", "8GiB")
+    numbers = [
+        float(line.split()[-1])
+        for line in out.splitlines()
+        if line.startswith("  ") and "together" not in line and re.search(r"\d\.\d\d$", line)
+    ]
+    (total,) = re.findall(r"together +(\d+\.\d+)  of 8\.00", out)
+    assert sum(numbers) == pytest.approx(float(total), abs=0.005 * (len(numbers) + 1))
+
+
+def test_one_stage_on_this_machine_from_a_folder(said, tiny_base):
+    code, out, _ = said("dpo", f"model_name_or_path={tiny_base}", "max_length=64")
+    assert code == 0 and "plan of dpo on the CPU" in out and "plan of sft" not in out and "--gpu 3060" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        (["--gpu", "tnt2"], "no card of that name"),
+        (["--vram", "lots"], "is no size"),
+        (["model_name_or_path=some/where"], "config.json"),
+        (["lora_rr=3"], "lora_rr"),
+        (["engine=trl"], "only the fused engine"),
+        (["--gpu", "3060", "--vram", "3GiB", "memory.stream=false"], "GiB are missing"),
+        (["--gpu", "3060", "--price", "-1"], "below zero"),
+    ],
+)
+def test_what_is_wrong_is_said(said, words, wrong):
+    code, _, err = said("sft", *words)
+    assert code == 2 and wrong in err
+
+
+def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_base, chat_rows, tmp_path):
+    """The lines of a dry run and of a run are the forecast's; and what does not fit is refused before the base is read."""
+    from zephyr_lite.train import planning, setup
+
+    words = [
+        f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", "max_length=128", "chat_template=zephyr",
+        f"output_dir={tmp_path / 'r'}", "load_in_4bit=false",
+    ]  # fmt: skip
+    loaded = load_config("sft", None, words)
+    lines: list[str] = []
+    stage = setup.open_stage("sft", loaded, say=lines.append, claim=False)
+    wanted = [line for line in lines if line.startswith("plan of sft on the CPU")]
+    assert wanted and lines.index(wanted[0]) < next(i for i, line in enumerate(lines) if line.startswith("loading"))
+    assert stage.plan.peak > 0 and "  what was chosen" not in lines
+    monkeypatch.setattr(planning, "this_machine", lambda *a, **k: of_card(CARDS["3060"], "1GiB"))
+    monkeypatch.setattr(setup, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+    with pytest.raises(UserError, match="GiB are missing"):
+        setup.open_stage("sft", load_config("sft", None, [*words, "memory.micro_tokens=9000000"]), say=lines.append)
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_plans_parameters_are_the_stages(tiny_base, chat_rows, tmp_path):
+    """Counted from the configuration, equal to what is attached; so is a frozen adapter's rank."""
+    from zephyr_lite.train.setup import open_stage
+
+    for targets in ("all-linear", ["q_proj", "model.layers.1.mlp.down_proj"]):
+        config = load_config("sft", None, [f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", "max_length=128",
+                                           f"output_dir={tmp_path / 'r'}", "chat_template=zephyr"])  # fmt: skip
+        config.config = config.config.model_copy(update={"lora_target_modules": targets})
+        stage = open_stage("sft", config, say=lambda line: None, claim=False)
+        job = make_job(config.config, "sft", stage.base.model.config, stage.base.dtype)
+        assert job.parameters == sum(p.numel() for p in stage.stack.parameters().values())
+        assert max(job.ranks) == stage.stack.ranks_per_layer()
+
+
+# -- the README --------------------------------------------------------------------------------------------------------
+
+
+def test_the_ladder_in_the_readme_is_the_planners():
+    lines = planned.ladder_lines([])
+    assert "\n".join(lines) in README, "run `zephyr-lite plan --ladder` and put its table there"
+
+
+def test_every_part_of_an_account_has_a_label():
+    for size in (6, 24):
+        for method in ("sft", "dpo"):
+            plan = make_plan(mistral(method), of_card(card_of_size(size), f"{size}GiB"), FREE)
+            assert set(plan.account) - {"peak"} <= set(forecast._LABELS)

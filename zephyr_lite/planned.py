@@ -1,0 +1,118 @@
+"""``zephyr-lite plan``: a run planned from its configuration alone, and the ladder of cards in the README."""
+
+from __future__ import annotations
+
+import torch
+
+from .config import MemorySpec, Method, RunConfig, load_config
+from .errors import UserError
+from .forecast import forecast_lines
+from .model.cards import card_of_size, find_card
+from .model.job import Job
+from .model.load import check_family, compute_device, compute_dtype
+from .model.machine import GIB, Machine, of_card, parse_size
+from .model.plan import Plan, make_plan, this_machine
+from .model.search import Limits, longest_context
+from .needs import GB, MISTRAL_SHAPE, RANK_BELOW, base_shape, disk_bytes, expected_job
+
+LADDER = (6, 8, 12, 16, 24)
+
+
+def planned_lines(
+    method: Method, file: str | None, words: list[str], *, gpu: str | None, vram: str | None, price: float | None
+) -> list[str]:
+    """The plan of a configuration, on this machine, or on the card or the size that is named.
+
+    Raises:
+        UserError: a wrong key, an unknown card, a base that cannot be looked at; or nothing fits.
+    """
+    loaded = load_config(method, file or f"zephyr-7b/{method}", words)
+    config = loaded.config
+    if config.engine != "fused":
+        raise UserError(f"engine {config.engine}: only the fused engine is planned.", "Add engine=fused.")
+    if price is not None and price < 0:
+        raise UserError(f"--price {price}: is below zero.")
+    vram = vram or config.memory.vram
+    base, note = base_shape(config.model_name_or_path, config.model_revision)
+    check_family(base, f"{config.model_name_or_path}/config.json")
+    machine, dtype, memory = _machine(config, gpu, vram)
+    job = expected_job(method, config, base, dtype)
+    plan = make_plan(job, machine, memory)
+    lines = [f"note: {text}" for text in (note, *_assumed(method, config)) if text]
+    lines += forecast_lines(job, machine, plan, config, price=price)
+    disk = disk_bytes(job, config)
+    lines += ["disk: " + ", ".join(f"{n / GB:.1f} GB {what}" for what, n in list(disk.items())[:1])]
+    lines += [f"  {n / GB:.1f} GB {what}" for what, n in list(disk.items())[1:]]
+    return [*lines, ""]
+
+
+def _machine(config: RunConfig, gpu: str | None, vram: str | None) -> tuple[Machine, torch.dtype, MemorySpec]:
+    here = compute_device()
+    memory = config.memory.model_copy(update={"vram": vram})
+    if gpu is None and (vram is None or here.type == "cuda"):
+        dtype = compute_dtype(config.dtype, here)
+        return this_machine(here, dtype, memory), dtype, memory
+    if gpu is not None:
+        card = find_card(gpu)
+    else:
+        assert vram is not None
+        card = card_of_size(parse_size(vram, "--vram") / GIB)
+    dtype = card.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    return of_card(card, vram), dtype, memory
+
+
+def _assumed(method: Method, config: RunConfig) -> list[str]:
+    said = [f"rows are taken to be as long as max_length={config.max_length} lets them be"]
+    if method == "dpo" and config.adapters == []:
+        said.append(f"the SFT adapter below is taken to have rank {RANK_BELOW}")
+    return said
+
+
+def ladder(words: list[str]) -> list[tuple[int, Method, Plan | UserError, int]]:
+    """(GB of the card, stage, plan or why there is none, longest example) of Mistral-7B with 8-bit AdamW."""
+    found: list[tuple[int, Method, Plan | UserError, int]] = []
+    methods: tuple[Method, ...] = ("sft", "dpo")
+    for size in LADDER:
+        card = card_of_size(size)
+        machine = of_card(card, f"{size}GiB")
+        for method in methods:
+            config = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit", *words]).config
+            job = expected_job(method, config, MISTRAL_SHAPE, card.dtype)
+            limits = Limits(machine.free, machine.host, card, machine.device(job.dtype))
+            result: Plan | UserError
+            try:
+                result = make_plan(job, machine, config.memory)
+            except UserError as error:
+                result = error
+            longest = longest_context(_by_length(job), limits, config.memory) if method == "sft" else 0
+            found.append((size, method, result, longest))
+    return found
+
+
+def _by_length(job: Job) -> Job:
+    return job.at(step_most=None)
+
+
+def ladder_lines(words: list[str]) -> list[str]:
+    """The ladder as a Markdown table."""
+    lines = [
+        "| card | stage | tokens at once | layers keep | base | peak GiB | host GiB | longest row |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for size, method, plan, longest in ladder(words):
+        if isinstance(plan, UserError):
+            lines.append(f"| {size} GB | {method} | does not fit | | | | | |")
+            continue
+        host = sum(plan.host.values()) / GIB
+        context = f"{longest // 1024}k" if longest else ""
+        lines.append(
+            f"| {size} GB | {method} | {plan.micro_tokens:,} | {_kept(plan)} | {'streamed' if plan.stream else 'resident'} "
+            f"| {plan.peak / GIB:.1f} | {host:.1f} | {context} |"
+        )
+    return lines
+
+
+def _kept(plan: Plan) -> str:
+    words = list(dict.fromkeys(plan.keep))
+    text = " / ".join(f"{word} ×{plan.keep.count(word)}" for word in words) if len(words) > 1 else words[0]
+    return text + (f", {plan.offload} of {len(plan.keep)} on the host" if plan.offload else "")
