@@ -10,13 +10,15 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..data.prepare import Prepared
 from ..errors import UserError
+from ..model.account import kept_widths
+from ..model.job import Shape
 from ..model.layer_spec import Keep
 from ..model.plan import Plan
 from .steps import micro_batches
@@ -116,14 +118,9 @@ def smaller(plan: Plan, running: Running, *, quantized: bool, may_offload: bool,
     return None
 
 
-def _unknown(plan: Plan) -> dict[str, Any]:
-    """What was forecast for the plan before, and does not hold for this one."""
-    forecast = {"account", "host", "at", "seconds_per_step", "tokens_per_second"}
-    return {
-        f.name: f.default if f.default_factory is MISSING else f.default_factory()
-        for f in fields(plan)
-        if f.name in forecast
-    }
+def _unknown() -> dict[str, Any]:
+    """In place of what was forecast for the plan before, and does not hold for this one."""
+    return {"account": {}, "host": {}, "at": "", "seconds_per_step": 0.0, "tokens_per_second": 0.0}
 
 
 def changes(old: Plan, new: Plan) -> str:
@@ -254,9 +251,16 @@ class Guard:
         self.say(
             f"memory ran out for {size} ({failure}); it is tried again, from here on with: {changes(self.plan, plan)}"
         )
-        self.follow(replace(plan, **_unknown(plan)))
+        self.follow(replace(plan, bytes_per_token=_kept_per_token(stage, plan), **_unknown()))
         if self._recording:
             self.record()
+
+
+def _kept_per_token(stage: Stage, plan: Plan) -> int:
+    """Bytes a token that all layers keep under this plan."""
+    shape, size = Shape.of(stage.stack.base.config), stage.base.dtype.itemsize
+    widths = [kept_widths(shape, keep, stage.stack.ranks_per_layer()) for keep in plan.keep]
+    return sum(narrow * size + wide * max(4, size) for narrow, wide in widths)
 
 
 def _does_not_fit(stage: Stage, running: Running, failure: str) -> UserError:
