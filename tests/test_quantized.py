@@ -139,6 +139,9 @@ def test_what_it_depends_on_is_in_its_name(base, cache):
     other = make_base(base.parent / "other" / "base", seed=1)
     load_base(config(other))
     assert len(entries(cache)) == 4
+    said: list[str] = []
+    load_base(config(shutil.copytree(base, base.parent / "moved")), say=said.append)
+    assert len(entries(cache)) == 4 and said == []  # the same base by another name
 
 
 def test_a_second_start_reads_no_16_bit_weights(base, cache, monkeypatch):

@@ -60,21 +60,28 @@ def wait_for(process: subprocess.Popen, word: str) -> None:
 
 def test_a_killed_process_leaves_nothing_that_counts_and_two_at_once_agree(tmp_path, cache):
     base = make_base(tmp_path / "base")
-    killed = start(base, 60)
+    killed, other = start(base, 60), start(make_base(tmp_path / "other", seed=1), 60)
     wait_for(killed, "a shard")
+    wait_for(other, "a shard")
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     left = entries(cache)
-    assert len(left) == 1 and left[0].name.startswith(".") and list(left[0].glob("*.safetensors"))
+    assert len(left) == 2 and all(path.name.startswith(".") and list(path.glob("*.safetensors")) for path in left)
 
     two = [start(base, 0.1) for _ in range(2)]
     told = [process.communicate() for process in two]
     assert [process.returncode for process in two] == [0, 0], told
     assert all("loaded" in out for out, _ in told)
     assert sum("quantizing the base once" in out for out, _ in told) == 1
-    (kept,) = entries(cache)
+    found = entries(cache)
+    (kept,) = (path for path in found if not path.name.startswith("."))
+    assert len(found) == 2  # and what another process is at work on
+    other.kill()
+    other.communicate()
     assert quantized.fault(kept, recipe(base)) is None
     assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
+    load_base(config(base, dtype="bfloat16"))
+    assert not [path for path in entries(cache) if path.name.startswith(".")]  # nobody is any more
 
 
 MEMORY = """

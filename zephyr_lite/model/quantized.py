@@ -76,9 +76,11 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        words = [Path(self.name).name or "base", self.fingerprint[:16], "nf4"]
-        words += ["double"] if self.key["double_quant"] else []
-        return quantized_dir() / "-".join([*words, self.key["dtype"], f"v{FORMAT}"])
+        """Where it is kept, under whatever name the base was called then."""
+        words = [self.fingerprint[:16], "nf4", *(["double"] if self.key["double_quant"] else [])]
+        suffix = "-".join([*words, self.key["dtype"], f"v{FORMAT}"])
+        there = sorted(quantized_dir().glob(f"[!.]*-{suffix}"))
+        return there[0] if there else quantized_dir() / f"{Path(self.name).name or 'base'}-{suffix}"
 
 
 def quantized_dir() -> Path:
@@ -230,9 +232,7 @@ def _make(
             wrong = fault(folder, recipe) if folder.exists() else ""
             if wrong is None:
                 return
-            # nobody else is at work, so what lies beside it was left by a process that was killed
-            for left in (*folder.parent.glob(f".{folder.name}.*"), *folder.parent.glob(f".old-{folder.name}.*")):
-                shutil.rmtree(left, ignore_errors=True)
+            _sweep(folder)
             if wrong:
                 say(f"{folder}: {wrong}; the quantized base is made again")
                 shutil.rmtree(folder)
@@ -262,6 +262,21 @@ def _alone(folder: Path, say: Say) -> Iterator[None]:
             say("another process is quantizing this base; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed left half-made. `folder`'s lock is held; what others are at work on stays."""
+    for left in folder.parent.glob(".*"):
+        name = left.name.removeprefix(".old-").removeprefix(".").rpartition(".")[0]  # what mkdtemp drew has no dot
+        if not name or not left.is_dir():
+            continue
+        try:
+            with open(folder.parent / f".lock-{name}", "a") as lock:
+                if name != folder.name:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+        except BlockingIOError:
+            continue
 
 
 def _write(
