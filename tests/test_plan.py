@@ -158,7 +158,7 @@ def test_what_is_no_size(text):
 
 
 def test_a_refusal_says_what_is_missing_and_its_cures_cure():
-    machine = of_card(CARDS["3060"], "5.7GiB")
+    machine = of_card(CARDS["3060"], "7GiB")
     spec = MemorySpec(stream=False)
     job = mistral("sft", "optim=adamw_torch", "lora_r=64")
     with pytest.raises(UserError) as caught:

@@ -33,7 +33,7 @@ class Card:
     pcie: float
     capability: tuple[int, int]
     price: float | None = None
-    share: float = 0.7
+    share: float = 0.6
     measured: bool = False
 
     @property
@@ -54,13 +54,13 @@ _CARDS = (
     Card("4080", 16, 97.5, 717, 24, (8, 9), 0.25),
     Card("4090", 24, 165, 1008, 24, (8, 9), 0.40),
     Card("5090", 32, 209, 1792, 50, (12, 0), 0.60),
-    Card("t4", 16, 65, 300, 12, (7, 5), 0.35, share=0.35),
-    Card("l4", 24, 121, 300, 24, (8, 9), 0.70, share=0.45),
+    Card("t4", 16, 65, 300, 12, (7, 5), 0.35, share=0.3),
+    Card("l4", 24, 121, 300, 24, (8, 9), 0.70, share=0.4),
     Card("a10g", 24, 70, 600, 24, (8, 6), 1.00),
     Card("a100-40", 40, 312, 1555, 24, (8, 0), 1.20),
     Card("a100-80", 80, 312, 2039, 24, (8, 0), 1.60),
-    Card("h100", 80, 989, 3350, 50, (9, 0), 2.50, share=0.6),
-    Card("h200", 141, 989, 4800, 50, (9, 0), 3.20, share=0.6),
+    Card("h100", 80, 989, 3350, 50, (9, 0), 2.50, share=0.5),
+    Card("h200", 141, 989, 4800, 50, (9, 0), 3.20, share=0.5),
 )
 CARDS = {card.name: card for card in _CARDS}
 # For --vram alone: a plain consumer card of that size.

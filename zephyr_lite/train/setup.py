@@ -169,7 +169,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     if claim:
         stage.claim()
     say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
-    base = _load(config, plan)
+    base = _load(config, plan, say)
     if config.engine == "fused":
         for note in check_kernels(base.device, base.dtype):
             say(note)
@@ -208,12 +208,12 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     return Stage(method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info)
 
 
-def _load(config: RunConfig, plan: Plan) -> Base:
+def _load(config: RunConfig, plan: Plan, say: Say) -> Base:
     if config.engine == "unsloth":
         from .baselines.unsloth import load_unsloth
 
         return load_unsloth(config)
-    return load_base(config, stream=plan.stream)
+    return load_base(config, stream=plan.stream, say=say)
 
 
 def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[str, LoraWeights] | None = None) -> None:
