@@ -292,8 +292,7 @@ class Loop:
                 raise
             raise UserError(
                 f"step {step + 1}: memory ran out while the adapter was being changed ({str(error).splitlines()[0]}).",
-                "The last checkpoint is untouched: start the same command again, and the run goes on from it. "
-                "optim=adamw_torch needs no memory at this place.",
+                "The last checkpoint is untouched: start the same command again, and the run goes on from it.",
             ) from None
 
     def _throughput(self, metrics: Metrics, seconds: float) -> Metrics:
