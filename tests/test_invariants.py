@@ -424,7 +424,7 @@ ROOT = Path(zephyr_lite.__file__).parent
 BELOW = {
     "ops": {"ops"},
     "data": {"data", "config", "rundir", "errors"},
-    "model": {"model", "ops", "data.batch", "config", "rundir", "errors", "safetensors_stream"},
+    "model": {"model", "ops", "data.batch", "config", "rundir", "errors", "words", "safetensors_stream"},
     "train": {"train", "model", "ops", "data", "config", "rundir", "errors", "__version__"},
 }
 ONLY_IN = {

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
-from zephyr_lite import cli, forecast, planned
+from zephyr_lite import cli, planned
 from zephyr_lite.config import MemorySpec, RunConfig, load_config
 from zephyr_lite.errors import UserError
+from zephyr_lite.model import forecast
 from zephyr_lite.model.account import CONTEXT_BYTES, GIB, Setting, account
 from zephyr_lite.model.cards import CARDS, card_of_size, find_card
 from zephyr_lite.model.cost import step_time

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import UserError
+from .words import duration
 
 Metrics = dict[str, float]
 # runs of text, and whether they are supervised
@@ -135,15 +136,3 @@ def metrics_line(step: int, total: int, metrics: Metrics, left: float | None = N
     if left is not None:
         parts.append(f"{duration(left)} left")
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``1 h 20 min``, ``2.5 days``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 600 else f"{minutes / 60:.0f} h"
-    return f"{minutes / 1440:.1f} days"

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from .config import DatasetSpec, Method, RunConfig
-from .console import duration
 from .errors import UserError
 from .model.account import base_bytes, optimizer_bytes
 from .model.cards import CARDS
@@ -23,6 +22,7 @@ from .model.job import Job, longest_of, make_job
 from .model.load import compute_device, compute_dtype
 from .model.machine import of_card
 from .model.plan import make_plan, this_machine
+from .words import duration
 
 GB = 1e9
 MISTRAL = "mistralai/Mistral-7B-v0.1"

@@ -6,8 +6,8 @@ import torch
 
 from .config import MemorySpec, Method, RunConfig, load_config
 from .errors import UserError
-from .forecast import forecast_lines
 from .model.cards import card_of_size, find_card
+from .model.forecast import forecast_lines
 from .model.job import Job
 from .model.load import check_family, compute_device, compute_dtype
 from .model.machine import GIB, Machine, of_card, parse_size

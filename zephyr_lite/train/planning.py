@@ -11,7 +11,7 @@ import torch
 
 from ..config import Method, RunConfig
 from ..data.prepare import Prepared
-from ..forecast import forecast_lines
+from ..model.forecast import forecast_lines
 from ..model.job import Job, Storage, make_job
 from ..model.load import compute_device, compute_dtype, quantization_of
 from ..model.peft_files import AdapterFile

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .config import RunConfig
-from .console import duration
-from .model.account import Setting
-from .model.cost import step_time
-from .model.job import Job
-from .model.machine import Machine
-from .model.plan import Plan, kept_in_words
-from .model.search import LEAST
+from ..config import RunConfig
+from ..words import duration
+from .account import Setting
+from .cost import step_time
+from .job import Job
+from .machine import Machine
+from .plan import Plan, kept_in_words
+from .search import LEAST
 
 GIB, GB = 2**30, 1e9
 WIDTH = 78
@@ -85,7 +85,7 @@ def _reasons(job: Job, machine: Machine, plan: Plan) -> list[str]:
     def slower(other: Setting) -> float:
         return step_time(job, other, machine.card).step / step
 
-    said = [f"{plan.micro_tokens:,} tokens run at once."]
+    said = [f"{plan.micro_tokens:,} tokens at once."]
     recomputed = slower(replace(setting, keep=(LEAST,) * layers, offload=0))
     kept = f"A layer keeps {kept_in_words(plan.keep)}: {plan.bytes_per_token / 2**20:.2f} MiB a token in all"
     said.append(
