@@ -123,7 +123,7 @@ def base_bytes(job: Job, *, stream: bool = False) -> dict[str, int]:
     biases = s.attention_bias * (s.queries + 2 * s.keys + s.hidden) + s.mlp_bias * (2 * s.inner + s.hidden)
     small = {"norms": size * (s.layers * (2 * s.hidden + biases) + s.hidden)}
     if stream:
-        return {"two layers' buffers": 2 * slab_bytes(job), **small}
+        return {"two layers' buffers": min(2, s.layers) * slab_bytes(job), **small}
     layers = s.layers * sum(sum(stored_bytes(job, name)) for name in PROJECTIONS)
     head = {} if s.tied else {"output head": size * s.head_weights}
     return {"decoder layers": layers, "embedding": size * s.head_weights, **head, **small}
