@@ -32,8 +32,9 @@ from zephyr_lite.model.account import (
 )
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.job import PROJECTIONS, AdapterSpec, Job, Shape, make_job
+from zephyr_lite.model.ledger import Run, sites_of
 from zephyr_lite.model.load import load_base
-from zephyr_lite.model.phases import Run, backward_peak, forward_peak, sites_of
+from zephyr_lite.model.phases import backward_peak, forward_peak
 from zephyr_lite.model.plan import Plan
 from zephyr_lite.model.stream import slab_bytes as stream_slab_bytes
 from zephyr_lite.ops.nf4 import stored_tensors
@@ -319,4 +320,6 @@ def test_the_peak_of_a_whole_micro_batch(monkeypatch, method, keeps, offload, ti
     counted = account(job, Setting(len(batch), keeps, offload, tile=tile), CPU)
     ids = 3 * 8 * len(batch) + 16 * len(batch.target_ids)
     host = 0 if decoder.offload is None else decoder.offload.nbytes  # here it is the same memory
-    assert alive.peak - host == pytest.approx(sum(counted.passing.values()) - ids, rel=0.02 if method == "sft" else 0.05)
+    assert alive.peak - host == pytest.approx(
+        sum(counted.passing.values()) - ids, rel=0.02 if method == "sft" else 0.05
+    )

@@ -15,7 +15,7 @@ from tests.conftest import tiny_config
 from zephyr_lite import cli, planned
 from zephyr_lite.config import MemorySpec, RunConfig, load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.model import forecast
+from zephyr_lite.model import calibrate, forecast
 from zephyr_lite.model.account import CONTEXT_BYTES, GIB, Setting, account
 from zephyr_lite.model.cards import CARDS, card_of_size, find_card
 from zephyr_lite.model.cost import step_time
@@ -300,6 +300,25 @@ def test_an_unknown_card_lists_the_known_ones():
     with pytest.raises(UserError) as caught:
         find_card("tnt2")
     assert all(name in caught.value.hint for name in CARDS)
+
+
+def test_a_rate_is_what_is_done_a_second(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    clock, done = iter(range(100)), []
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(clock) * 0.1)
+    # looks at the clock at 0.1, 0.2 and 0.3: two rounds of four, after one to warm up
+    assert calibrate._rate(torch.device("cpu"), lambda: done.append(1), 3.0) == pytest.approx(3.0 * 8 / 0.3)
+    assert len(done) == 9
+
+
+@pytest.mark.gpu
+def test_this_card_is_measured_and_planned_for():
+    device = torch.device("cuda", torch.cuda.current_device())
+    machine = this_machine(device, torch.float16, FREE)
+    card = machine.card
+    assert card.measured and card.tflops > 1 and card.bandwidth > 20 and 0.5 < card.pcie < 200
+    plan = make_plan(mistral(dtype=torch.float16), machine, FREE)
+    assert 0 < plan.peak <= machine.free
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

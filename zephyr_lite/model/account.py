@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from ..ops.token_logps import CHUNK_BYTES
 from .job import PROJECTIONS, Job, Shape
 from .layer_spec import Keep
+from .ledger import Backend, Run, sites_of
 from .memory import ScratchMode
-from .phases import Backend, Run, backward_peak, forward_peak, sites_of
+from .phases import backward_peak, forward_peak
 
 MIB, GIB = 2**20, 2**30
 ALIGNMENT = 256  # of a tensor in a streamed layer's slab (``stream``)

@@ -124,22 +124,22 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *
     Raises:
         UserError: ``vram`` is no size.
     """
-    free, host = free_memory(device), int(main_memory() * HOST_SHARE)
+    host = int(main_memory() * HOST_SHARE)
     if device.type == "cpu":
+        free = free_memory(device)
         if memory.vram is not None:
             free = min(free, parse_size(memory.vram, "memory.vram"))
         return Machine("cpu", "the CPU", PROCESSOR, free, host)
-    if memory.vram is not None:
-        free = min(free, parse_size(memory.vram, "memory.vram") - CONTEXT_BYTES)
+    limit = None if memory.vram is None else parse_size(memory.vram, "memory.vram") - CONTEXT_BYTES
     if measure:
         from .calibrate import measure as measured
 
-        card = measured(device, dtype)
-    else:
-        card = Card(
-            torch.cuda.get_device_name(device), free / GIB, 50, 500, 12, torch.cuda.get_device_capability(device)
-        )
-    return Machine("cuda", card.name, card, free, host)
+        card = measured(device, dtype)  # first: the libraries that it loads take room too
+    free = free_memory(device)
+    if not measure:
+        capability = torch.cuda.get_device_capability(device)
+        card = Card(torch.cuda.get_device_name(device), free / GIB, 50, 500, 12, capability)
+    return Machine("cuda", card.name, card, free if limit is None else min(free, limit), host)
 
 
 def make_plan(job: Job, machine: Machine, memory: MemorySpec) -> Plan:

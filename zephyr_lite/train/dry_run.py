@@ -57,6 +57,7 @@ def run_dry(method: Method, loaded: Loaded, *, say: Say, show: Callable[[str, Sp
     say(
         f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4g}, "
         f"{metrics['seconds']:.2f} s (warm-up included), {peak_memory(stage.base.device) / 2**30:.2f} GiB at most"
+        + (f", {stage.plan.peak / 2**30:.2f} planned" if stage.base.device.type == "cuda" else "")
     )
     whole = timedelta(seconds=round(metrics["seconds"] * loop.total))
     say(f"at this pace {loop.total:,} steps take {whole} at most, evaluations aside; nothing was written")

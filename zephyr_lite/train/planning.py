@@ -62,13 +62,21 @@ def of_rows(method: Method, config: RunConfig, data: Prepared, eval_data: Prepar
         "segment": max(1, int(data.lengths.mean() / (1 if method == "sft" else 2))),
     }
     if method == "dpo":
-        parts = [data, *([eval_data] if eval_data else [])]
-        found["keys"] = max(
-            1 + len(pair.prompt_ids) / max(1, int(length))
-            for part in parts
-            for pair, length in zip(part.examples, part.lengths)
-        )
+        found["keys"] = 1 + _prompt_share([data, *([eval_data] if eval_data else [])], found["longest"])
     return found
+
+
+def _prompt_share(parts: Sequence[Prepared], longest: int) -> float:
+    """The share of prompts in the tokens of pairs, whose keys attention gathers twice: of all pairs, which is that of many
+    in one micro-batch, or the most in a long pair, which may run alone."""
+    prompts = tokens = 0
+    most = 0.0
+    for part in parts:
+        for pair, length in zip(part.examples, part.lengths):
+            prompts, tokens = prompts + len(pair.prompt_ids), tokens + int(length)
+            if length >= 0.75 * longest:
+                most = max(most, len(pair.prompt_ids) / int(length))
+    return max(most, prompts / max(1, tokens))
 
 
 def plan_stage(job: Job, config: RunConfig) -> tuple[Plan, list[str]]:
