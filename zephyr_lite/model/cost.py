@@ -33,13 +33,11 @@ class Time:
 
     Attributes:
         step: all of it.
-        computing: products and kernels of forward and backward passes.
         waiting: for copies from and to the host that computing does not hide.
         tokens_per_second: through the policy.
     """
 
     step: float
-    computing: float
     waiting: float
     tokens_per_second: float
 
@@ -124,15 +122,18 @@ def step_time(job: Job, setting: Setting, card: Card) -> Time:
             backward_ops / forward_ops, unpacked + small,
         )  # fmt: skip
         tiles = 1 if setting.tile is None else max(1, -(-tokens // setting.tile))
-        if tiles > 1:  # each tile multiplies with the MLP's matrices again
-            extra = (tiles - 1) * (2 * LAUNCHES["forward"]) * LAUNCH / 4
-            forward, backward = forward + extra, backward + 2 * extra
-            if setting.scratch == "small" and job.storage != "dense":  # and dequantizes them again
-                share = 3 * s.hidden * s.inner / weights
-                forward, backward = (
-                    forward + (tiles - 1) * unpacked * share,
-                    backward + (tiles - 1) * unpacked * share * 5 / 3,
-                )
+        if tiles > 1 and setting.tile is not None:
+            share = 3 * s.hidden * s.inner / weights  # the MLP's, of all matrices
+            # smaller products are slower, and every tile launches the MLP's kernels anew
+            slower = share * tokens / rate * HALF_RATE_TOKENS * (1 / setting.tile - 1 / tokens)
+            launched = (tiles - 1) * LAUNCH * LAUNCHES["forward"] / 2
+            forward, backward = (
+                forward + forward_ops * slower + launched,
+                backward + backward_ops * slower + 2 * launched,
+            )
+            if setting.scratch == "small":  # and each dequantizes gate, up and down; gate and up twice on the way back
+                each = (tiles - 1) * unpacked * share
+                forward, backward = forward + each, backward + each * 5 / 3
         computing += forward + backward
         # to the host and from the host go beside each other, what goes the same way does not
         waiting += max(0.0, max(away, slab) - forward) + max(0.0, away + slab - backward)
@@ -147,4 +148,4 @@ def step_time(job: Job, setting: Setting, card: Card) -> Time:
     state, managed = optimizer_bytes(job.optim, job.trained_tensors)
     update = (job.parameters * 24 + 2 * state) / memory + 2 * managed / link
     step = batches * micro + update
-    return Time(step, batches * (computing + head), batches * waiting, batches * tokens / step)
+    return Time(step, batches * waiting, batches * tokens / step)

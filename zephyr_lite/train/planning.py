@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +61,30 @@ def of_rows(method: Method, config: RunConfig, data: Prepared, eval_data: Prepar
         "steps": steps,
         "segment": max(1, int(data.lengths.mean() / (1 if method == "sft" else 2))),
     }
+    parts = [data, *([eval_data] if eval_data else [])]
     if method == "dpo":
-        found["keys"] = 1 + _prompt_share([data, *([eval_data] if eval_data else [])], found["longest"])
+        # a prompt's keys are gathered twice
+        found["keys"] = 1 + _share(parts, found["longest"], lambda pair: len(pair.prompt_ids))
+        found["targets"] = _share(
+            parts, found["longest"], lambda pair: int(pair.chosen_mask.sum() + pair.rejected_mask.sum())
+        )
+    else:
+        found["targets"] = _share(parts, found["longest"], lambda example: int(example.mask[1:].sum()))
     return found
 
 
-def _prompt_share(parts: Sequence[Prepared], longest: int) -> float:
-    """The share of prompts in the tokens of pairs, whose keys attention gathers twice: of all pairs, which is that of many
-    in one micro-batch, or the most in a long pair, which may run alone."""
-    prompts = tokens = 0
+def _share(parts: Sequence[Prepared], longest: int, count: Callable[[Any], int]) -> float:
+    """What share of a micro-batch's tokens is counted: of all examples, which is that of many at once, or the most in a
+    long one, which may run alone."""
+    counted = tokens = 0
     most = 0.0
     for part in parts:
-        for pair, length in zip(part.examples, part.lengths):
-            prompts, tokens = prompts + len(pair.prompt_ids), tokens + int(length)
+        for example, length in zip(part.examples, part.lengths):
+            here, length = count(example), int(length)
+            counted, tokens = counted + here, tokens + length
             if length >= 0.75 * longest:
-                most = max(most, len(pair.prompt_ids) / int(length))
-    return max(most, prompts / max(1, tokens))
+                most = max(most, here / length)
+    return max(most, counted / max(1, tokens))
 
 
 def plan_stage(job: Job, config: RunConfig) -> tuple[Plan, list[str]]:
