@@ -240,7 +240,7 @@ def _cure(error: Exception) -> UserError | None:
     if type(error).__name__ == "OutOfMemoryError":
         return UserError(
             f"the card's memory is full: {' '.join(str(error).split())[:200]}",
-            "Close what else runs on it, lower max_length or lora_r, set memory.keep=input or memory.micro_tokens=N.",
+            "Close what else runs on it, or set memory.vram to less than it has.",
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return UserError(f"the disk is full: {error}", "Free some; the same command goes on from the last checkpoint.")
@@ -250,4 +250,5 @@ def _cure(error: Exception) -> UserError | None:
 def _quiet_libraries() -> None:
     """Set before anything heavy is imported, unless the user set it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each of its retries would be a line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # fork after tokenizing would warn

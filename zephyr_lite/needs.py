@@ -183,11 +183,14 @@ def base_shape(name: str, revision: str = "main") -> tuple[Any, str | None]:
                 f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id."
             )
         return AutoConfig.from_pretrained(folder), None
+    if name == MISTRAL:  # known, so that nobody has to be asked
+        try:
+            return AutoConfig.from_pretrained(name, revision=revision, local_files_only=True), None
+        except (OSError, ValueError, KeyError):
+            return MISTRAL_SHAPE, "the base is not here yet: its published shape is taken"
     try:
         return AutoConfig.from_pretrained(name, revision=revision), None
     except (OSError, ValueError, KeyError):
-        if name == MISTRAL:
-            return MISTRAL_SHAPE, "the hub was not reached: the base's published shape is taken"
         raise UserError(
             f"model {name}: its config.json is neither in a folder of that name nor in the hub's cache, and the hub does "
             "not have it or could not be reached.",

@@ -16,7 +16,7 @@ class Card:
 
     Attributes:
         name: as people say it.
-        memory: GiB on its box.
+        memory: GiB that its driver reports, which is less than the box says where memory checks itself (T4, L4, A10G).
         tflops: dense products of 16-bit matrices with 32-bit sums, 10^12 operations a second.
         bandwidth: of its memory, 10^9 bytes a second.
         pcie: between main memory and card, each way, 10^9 bytes a second, as copies of locked memory reach it.
@@ -54,13 +54,13 @@ _CARDS = (
     Card("4080", 16, 97.5, 717, 24, (8, 9), 0.25),
     Card("4090", 24, 165, 1008, 24, (8, 9), 0.40),
     Card("5090", 32, 209, 1792, 50, (12, 0), 0.60),
-    Card("t4", 16, 65, 300, 12, (7, 5), 0.35, share=0.3),
-    Card("l4", 24, 121, 300, 24, (8, 9), 0.70, share=0.4),
-    Card("a10g", 24, 70, 600, 24, (8, 6), 1.00),
+    Card("t4", 15, 65, 300, 12, (7, 5), 0.35, share=0.3),
+    Card("l4", 22.5, 121, 300, 24, (8, 9), 0.70, share=0.4),
+    Card("a10g", 22.5, 70, 600, 24, (8, 6), 1.00),
     Card("a100-40", 40, 312, 1555, 24, (8, 0), 1.20),
     Card("a100-80", 80, 312, 2039, 24, (8, 0), 1.60),
-    Card("h100", 80, 989, 3350, 50, (9, 0), 2.50, share=0.5),
-    Card("h200", 141, 989, 4800, 50, (9, 0), 3.20, share=0.5),
+    Card("h100", 79.6, 989, 3350, 50, (9, 0), 2.50, share=0.5),
+    Card("h200", 140.4, 989, 4800, 50, (9, 0), 3.20, share=0.5),
 )
 CARDS = {card.name: card for card in _CARDS}
 # For --vram alone: a plain consumer card of that size.

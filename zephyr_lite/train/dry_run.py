@@ -48,9 +48,11 @@ def run_dry(method: Method, loaded: Loaded, *, say: Say, show: Callable[[str, Sp
     stage = open_stage(method, loaded, say=say, claim=False)
     for title, spans in first_row(stage):
         show(title, spans)
-    task: Any = SftTask(stage) if method == "sft" else DpoTask(stage, say)
+    task: Any = SftTask(stage, say) if method == "sft" else DpoTask(stage, say)
     fp16 = str(stage.base.dtype) == "torch.float16"
     loop = Loop(stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, say=say)
+    if stage.base.device.type == "cuda":
+        loop.rehearse()
     started = time.perf_counter()
     metrics, _, _ = loop._step(0)
     metrics["seconds"] = time.perf_counter() - started
