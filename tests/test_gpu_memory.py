@@ -94,8 +94,7 @@ def decoder_over(folder, *, stream=False, plan=None, **settings):
         layer.lora_A.to(CUDA)
         layer.lora_B.to(CUDA)
     decoder = Decoder(stack, base.dtype, stream=streamed)
-    if plan is not None:
-        decoder.follow(plan)
+    decoder.follow(plan or plan_of(stream=stream))
     return OnTheCard(decoder)
 
 
