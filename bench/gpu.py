@@ -70,6 +70,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     for name in ("HF_HUB_OFFLINE", "UNSLOTH_DISABLE_STATISTICS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the commands do; the peers have it too
     from bench.contest import run, table
 
     results = run(args)

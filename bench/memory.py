@@ -51,6 +51,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     args = arguments(words)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the commands do
     from bench.memory_parts import run, table
 
     results = run(args)

@@ -290,11 +290,11 @@ def measure_reference(case: Case, begun: float) -> dict[str, Any]:
     """What a live reference adds to the peak of a pass: the peak of preference optimization's forward and backward pass on
     the largest micro-batch, less that of the policy's alone on the same batch, as supervised fine-tuning would run it."""
     from zephyr_lite.model.decoder import Dropout
-    from zephyr_lite.train.steps import largest_micro_batch
+    from zephyr_lite.train.steps import largest_micro_batches
 
     stage, loop = opened(case, [])
     task, config = loop.task, stage.config
-    group = largest_micro_batch(task.lengths(), loop.plan.micro_tokens)
+    group = largest_micro_batches(task.lengths(), loop.plan.micro_tokens)[-1]
     batch = task._batch(stage.data, group)
 
     def both() -> None:

@@ -389,7 +389,8 @@ def test_the_largest_micro_batch_is_tried_first_and_leaves_no_trace(windowed, ch
         plan = type(stage.plan)(tokens, ("all",) * len(stage.plan.keep))
         loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), plan, say=quiet)
         before = {n: p.detach().clone() for n, p in loop.parameters.items()}
-        group = loop.rehearse()
+        group, *others = loop.rehearse()
+        assert all(lengths[other].sum() > lengths[group].sum() for other in others)
         assert int(lengths.argmax()) in group and len(group) == {1: 1, 10_000: len(lengths)}.get(tokens, len(group))
         assert tokens == 1 or lengths[group].sum() <= tokens
         assert all(p.grad is None and torch.equal(p, before[n]) for n, p in loop.parameters.items())

@@ -18,6 +18,7 @@ from tests.test_train import dpo_words, killed_at, metrics, quiet, words
 from zephyr_lite.config import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.decoder import Decoder
+from zephyr_lite.model.offload import LockRefused, Offload
 from zephyr_lite.model.plan import Plan
 from zephyr_lite.rundir import StageDir
 from zephyr_lite.train.dpo import DpoTask
@@ -402,11 +403,11 @@ def test_a_reference_that_does_not_fit_is_computed_in_smaller_groups(opened, at_
 
 def test_the_rehearsal_is_guarded_too(opened):
     loop = opened("sft", 250, ("all", "all"))
-    assert len(loop.rehearse()) > 2
+    assert len(loop.rehearse()[0]) > 2
     with Fails(40, times=3):
-        group = loop.rehearse()
+        groups = loop.rehearse()
     lengths = loop.task.lengths()
-    assert group == [int(np.argmax(lengths))] and loop.plan.micro_tokens < 250
+    assert groups[0] == [int(np.argmax(lengths))] and loop.plan.micro_tokens < 250
     assert all(p.grad is None for p in loop.parameters.values())
 
 
@@ -459,3 +460,42 @@ def test_a_guard_that_was_told_nothing_says_so(opened):
 
     with pytest.raises(UserError, match="before anything was computed"):
         guard(work)
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_locked_memory_that_is_refused_is_done_without(opened, monkeypatch, asked_for):
+    """The plan would offload, and the system lends no locked memory; who asked for it is told."""
+    fixed = {"memory.offload": True} if asked_for else {}
+    loop = opened("sft", 250, ("input", "input"), **fixed)
+    loop.gradients(0)
+    want = {n: p.grad.clone() for n, p in loop.parameters.items()}
+    loop.task.follow(replace(loop.plan, offload=2))
+    plain = Offload.put
+
+    def refused(self, layer, tensors):
+        if layer == 1:
+            raise LockRefused("0.00 GiB of main memory could not be locked")
+        return plain(self, layer, tensors)
+
+    monkeypatch.setattr(Offload, "put", refused)
+    loop.config.max_grad_norm = 1e9
+    if asked_for:
+        with pytest.raises(LockRefused):
+            loop.prepare(0)
+        return
+    loop.prepare(0)
+    assert loop.plan.offload == 0
+    for name, parameter in loop.parameters.items():
+        assert apart(parameter.grad, want[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize(("host", "offloads"), [("10MiB", True), ("1MiB", False), (None, True)])
+def test_what_the_host_cannot_spare_is_not_put_there(opened, monkeypatch, host, offloads):
+    loop = opened("sft", 50, ("input", "input"), **({"memory.host": host} if host else {}))
+    guard, stage = loop.task.guard, loop.task.stage
+    assert not guard._lends(1)  # a CPU has no host beside it
+    object.__setattr__(stage.base, "device", torch.device("cuda"))
+    monkeypatch.setattr("zephyr_lite.train.out_of_memory.main_memory", lambda: 12 * 2**20)
+    assert guard._lends(5 * 2**20) == offloads
+    guard._lockable = False
+    assert not guard._lends(1)

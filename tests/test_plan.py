@@ -16,6 +16,7 @@ from zephyr_lite import cli, planned
 from zephyr_lite.config import MemorySpec, RunConfig, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.model import calibrate, forecast
+from zephyr_lite.model import machine as machine_file
 from zephyr_lite.model.account import CONTEXT_BYTES, GIB, Setting, account
 from zephyr_lite.model.cards import CARDS, card_of_size, find_card
 from zephyr_lite.model.cost import step_time
@@ -426,3 +427,26 @@ def test_every_part_of_an_account_has_a_label():
         for method in ("sft", "dpo"):
             plan = make_plan(mistral(method), of_card(card_of_size(size), f"{size}GiB"), FREE)
             assert set(plan.account) - {"peak"} <= set(forecast._LABELS)
+
+
+@pytest.mark.parametrize("place", ["box/run", "elsewhere"])
+def test_a_containers_limit_counts(tmp_path, place):
+    """Of nested groups the tightest does; cached files are room; a group that is not there is the one at the top."""
+    group = tmp_path / "group"
+    assert machine_file.container_room(group, tmp_path) is None
+
+    def write(folder, limit, used, cached, names=("memory.max", "memory.current", "inactive_file")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cached}\n")
+
+    group.write_text(f"0::/{place}\n")
+    write(tmp_path, 9000, 1000, 200)
+    write(tmp_path / "box", 1000, 500, 100)
+    write(tmp_path / "box" / "run", "max", 300, 0)
+    assert machine_file.container_room(group, tmp_path) == (600 if place == "box/run" else 8200)
+    old = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    write(tmp_path / "memory" / "box" / "run", 700, 500, 50, old)
+    group.write_text("5:cpu,cpuacct:/\n4:memory:/box/run\n")
+    assert machine_file.container_room(group, tmp_path) == 250

@@ -309,6 +309,7 @@ def test_host_memory_is_locked_page_by_page_and_let_go_with_its_last_view(monkey
 
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     places = [offload_file.host_bytes(1000, torch.device("cuda")) for _ in range(3)]
     assert runtime.locked == {place.data_ptr(): 1000 for place in places}
     assert all(place.data_ptr() % offload_file.PAGE == 0 for place in places)

@@ -24,9 +24,10 @@ NF4_BLOCK, NESTED_BLOCK = 64, 256  # numbers that share a scale; scales that sha
 CONTEXT_BYTES = 3 * GIB // 4
 # cuBLAS keeps a workspace (torch/cuda: CUBLAS_WORKSPACE_CONFIG's default :4096:2:16:8; 32 MiB from compute capability 9.0)
 CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8_519_680, 32 * MIB
-# The one estimate: what the allocator holds beyond what was asked for. Segments grow by 2 MiB and requests are rounded to
-# 512 bytes; a freed block is not always where the next one fits. So a share of what comes and goes, and a few segments.
-SLACK_SHARE, SLACK_BYTES = 0.03, 24 * MIB
+# The one estimate: what the allocator holds beyond what was asked for. Segments of large blocks grow by 20 MiB, those of small
+# ones by 2, and requests are rounded to 512 bytes; a freed block is not always where the next one fits. So a share of what
+# comes and goes, and two steps of growth.
+SLACK_SHARE, SLACK_BYTES = 0.03, 40 * MIB
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,8 @@ def _resident(job: Job, setting: Setting, device: Device) -> dict[str, int]:
             "dequantized weights": scratch_bytes(job, setting.scratch),
             "adapters": 4 * sum(sum(a.tensors(job.shape)) for a in job.adapters),
             "optimizer's state": on_device,
-            "matrix products' workspace": device.workspace,
+            # the forward pass has one, and the backward pass, which runs in autograd's thread, another
+            "matrix products' workspace": 2 * device.workspace,
             "CUDA context": device.context,
         }
         job.memo[key] = {name: n for name, n in found.items() if n}

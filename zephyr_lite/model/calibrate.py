@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .cards import Card
+from .offload import host_bytes
 
 SECONDS = 0.25  # of each measurement, at least
 COPY_BYTES = 128 * 2**20
@@ -24,6 +25,10 @@ def measure(device: torch.device, dtype: torch.dtype) -> Card:
     free, _ = torch.cuda.mem_get_info(device)
     rows, width = (4096, 4096) if free > 2**30 else (1024, 2048)
     products, memory, pcie = _rates(device, dtype, rows, width, min(COPY_BYTES, free // 8))
+    # autograd's thread has a handle and a workspace of its own, which are to be there when free memory is asked for
+    weight = torch.randn(64, 64, device=device, dtype=dtype, requires_grad=True)
+    (weight @ weight).sum().backward()
+    torch._C._cuda_clearCublasWorkspaces()  # the plan counts them
     torch.cuda.empty_cache()
     return Card(
         name=properties.name,
@@ -44,7 +49,7 @@ def _rates(device: torch.device, dtype: torch.dtype, rows: int, width: int, size
     products = _rate(device, lambda: torch.mm(a, b.T, out=out), 2 * rows * rows * width)
     one, two = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     memory = _rate(device, lambda: two.copy_(one), 2 * size)
-    host = torch.empty(size // 2, dtype=torch.uint8).pin_memory()
+    host = host_bytes(size // 2, device)
     there = one[: size // 2]
     up = _rate(device, lambda: there.copy_(host, non_blocking=True), size // 2)
     down = _rate(device, lambda: host.copy_(there, non_blocking=True), size // 2)

@@ -93,6 +93,12 @@ class Decoder:
         if self.offload is None or self.offload.layers != plan.offload:
             self.offload = Offload(self.device, plan.offload) if plan.offload else None
 
+    def release(self) -> None:
+        """Give back what a pass that failed left behind, and what is only held to be used again."""
+        self.scratch.free()
+        if self.offload is not None:
+            self.offload.clear()
+
     def token_logps(
         self, batch: Batch, *, reference: bool = False, keep: Keeps = "all", dropout: Dropout | None = None
     ) -> Tensor:
@@ -145,8 +151,8 @@ class Decoder:
         embedding = self.stack.base.model.embed_tokens
         if self.stream is None:
             return embedding(batch.tokens).detach().to(self.dtype)
-        tokens = batch.tokens if batch.host_tokens is None else batch.host_tokens
-        return embedding(tokens.to(embedding.weight.device)).detach().to(self.dtype).to(self.device)
+        tokens = batch.tokens.cpu() if batch.host_tokens is None else batch.host_tokens
+        return self.stream.embedded(embedding.weight, tokens).to(self.dtype)
 
     def _run(self, batch: Batch, dropout: Dropout | None, keep: Keeps, off: Sequence[str | None]) -> list[Tensor]:
         """The hidden states that predict, after the final norm: [N, D] (a row that predicts two targets stands there
@@ -167,6 +173,7 @@ class Decoder:
             key = DropoutKey(dropout.p, dropout.seed, dropout.step, batch.streams, batch.positions)
         keeps = [keep] * len(model.layers) if isinstance(keep, str) else keep
         streams = [x for _ in off]
+        del x  # the first layer's alone from here on
         for index, module in enumerate(model.layers):
             for place, name in enumerate(off):
                 layer = self._layer(module, index, name, key)

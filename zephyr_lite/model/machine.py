@@ -56,14 +56,48 @@ def of_card(card: Card, vram: str | None = None) -> Machine:
 
 
 def main_memory() -> int:
-    """Bytes of main memory that are available."""
+    """Bytes of main memory that are available: to the machine, and to the container that we are in."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                there = int(line.split()[1]) * 1024
+                room = container_room()
+                return there if room is None else min(there, room)
     except OSError:
         pass  # not Linux
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 8 * GIB
+
+
+def container_room(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that the control groups of this process leave it (cgroups v2 and v1), None where none limits it. A process that
+    takes more is killed without a word; files that are only cached count as free."""
+    rooms = []
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds == "":
+            top, files = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in kinds.split(","):
+            top, files = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        limit, usage, cached = files
+        folder = top / path.strip("/")
+        # inside a container the path may be the host's, and the group itself lies at the top
+        for place in (folder, *folder.parents) if folder.is_dir() else (top,):
+            try:
+                most = (place / limit).read_text().strip()
+                stat = dict(entry.split() for entry in (place / "memory.stat").read_text().splitlines())
+                if most != "max":
+                    rooms.append(int(most) - int((place / usage).read_text()) + int(stat.get(cached, 0)))
+            except (OSError, ValueError):
+                pass  # the top of the tree has no such files
+            if place == top:
+                break
+    return max(0, min(rooms)) if rooms else None
 
 
 _UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": GIB, "m": 2**20, "mib": 2**20, "mb": 2**20}

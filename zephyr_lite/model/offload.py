@@ -18,6 +18,11 @@ from torch import Tensor
 
 from ..errors import UserError
 
+
+class LockRefused(UserError):
+    """The system does not lock as much main memory as was asked for."""
+
+
 ALIGNMENT = 256  # what a device's memory is aligned to; views of 16-byte types need no more
 PAGE = 4096
 
@@ -64,7 +69,7 @@ def host_bytes(count: int, device: torch.device) -> Tensor:
     PyTorch's own pinned memory comes in powers of two: up to twice what is needed. So ordinary memory is registered.
 
     Raises:
-        UserError: the system does not lock so much memory.
+        LockRefused: the system does not lock so much memory.
     """
     if device.type != "cuda" or not count:
         return torch.empty(count, dtype=torch.uint8)
@@ -74,14 +79,19 @@ def host_bytes(count: int, device: torch.device) -> Tensor:
     runtime: Any = torch.cuda.cudart()
     code = int(runtime.cudaHostRegister(memory.data_ptr(), count, 0))
     if code:
-        raise UserError(
+        raise LockRefused(
             f"{count / 2**30:.2f} GiB of main memory could not be locked for copies to the card (CUDA error {code}).",
             "Raise the limit (`ulimit -l`, or the container's memlock), close what fills the main memory, or set "
             "memory.offload=false and memory.stream=false.",
         )
     # tensors keep their owner alive; its end is told before its memory goes
-    weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())
+    weakref.finalize(owner, _unlock, runtime, memory.data_ptr(), device).atexit = False  # the process takes it along
     return memory
+
+
+def _unlock(runtime: Any, start: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a pass that failed may have left a copy on its way
+    runtime.cudaHostUnregister(start)
 
 
 @dataclass

@@ -56,6 +56,8 @@ class StreamedBase:
         }
         self._holds: list[int | None] = [None, None]
         self._ready: list[Any] = [None, None]
+        self._gathered: Tensor | None = None
+        self._gone: Any = None
 
     @property
     def host_bytes(self) -> int:
@@ -75,6 +77,26 @@ class StreamedBase:
         self._side.wait(self._ready[slot])
         if 0 <= layer + step < len(self.slabs):
             self._load(layer + step)
+
+    def embedded(self, weight: Tensor, tokens: Tensor) -> Tensor:
+        """Rows of the embedding [V, D], gathered on the host: [T, D] on the device.
+
+        They go by way of locked memory: a copy from other memory would keep the processor until the card comes to it.
+        """
+        count, width = tokens.numel(), weight.shape[1]
+        if self._gathered is None or self._gathered.shape[0] < count:
+            self._gathered = (
+                host_bytes(count * width * weight.element_size(), self.device).view(weight.dtype).view(-1, width)
+            )
+        if self._gone is not None:
+            self._gone.synchronize()  # the micro-batch before has long taken its rows
+        rows = torch.index_select(weight.detach(), 0, tokens, out=self._gathered[:count])
+        if self.device.type != "cuda":
+            return rows.clone()
+        there = rows.to(self.device, non_blocking=True)
+        self._gone = torch.cuda.Event()
+        self._gone.record(torch.cuda.current_stream(self.device))
+        return there
 
     def _load(self, layer: int) -> None:
         slot = layer % 2

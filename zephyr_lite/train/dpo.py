@@ -23,7 +23,7 @@ from ..data.prepare import Prepared
 from ..errors import UserError
 from ..model.decoder import Dropout
 from ..model.plan import Plan
-from .loop import Loop, Metrics, Outcome
+from .loop import Loop, Metrics, Outcome, Shares
 from .losses import Preference, preference_loss
 from .out_of_memory import Guard
 from .reference import ReferenceCache, cache_key, pair_sums
@@ -80,7 +80,7 @@ class DpoTask:
     def count(self, examples: Sequence[int]) -> int:
         return len(examples)
 
-    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Metrics]:
+    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Shares]:
         self.guard.begin(self.data, examples, training=True, together=self.cache is None)
         batch = self._batch(self.data, examples)
         config = self.stage.config
@@ -108,8 +108,8 @@ class DpoTask:
             batch = self._batch(data, group)
             policy, reference = self._sums(batch)
             found = self._preference(policy, reference, batch)
-            for name, value in {"loss": found.losses.sum().item(), **_sums(found, policy)}.items():
-                sums[name] = sums.get(name, 0.0) + value
+            for name, value in {"loss": found.losses.sum(), **_sums(found, policy)}.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
 
         self.guard.over(data, add, together=True)
         return {f"eval_{name}": value / len(data.lengths) for name, value in sums.items()}
@@ -178,14 +178,14 @@ class DpoTask:
         return cache
 
 
-def _sums(found: Preference, policy: Tensor) -> Metrics:
+def _sums(found: Preference, policy: Tensor) -> dict[str, Tensor]:
     """A micro-batch's sums of what TRL's metrics average."""
     chosen, rejected = found.chosen_rewards, found.rejected_rewards
     return {
-        "rewards/chosen": chosen.sum().item(),
-        "rewards/rejected": rejected.sum().item(),
-        "rewards/accuracies": (chosen > rejected).float().sum().item(),
-        "rewards/margins": (chosen - rejected).sum().item(),
-        "logps/chosen": policy[:, 0].sum().item(),
-        "logps/rejected": policy[:, 1].sum().item(),
+        "rewards/chosen": chosen.sum(),
+        "rewards/rejected": rejected.sum(),
+        "rewards/accuracies": (chosen > rejected).float().sum(),
+        "rewards/margins": (chosen - rejected).sum(),
+        "logps/chosen": policy[:, 0].sum(),
+        "logps/rejected": policy[:, 1].sum(),
     }

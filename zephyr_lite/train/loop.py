@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from ..rundir import StageDir
 from .checkpoint import Checkpoint, MetricsLog, prune, resume_point
 from .optim import make_optimizer, make_scheduler
 from .out_of_memory import Guard, is_out_of_memory
-from .steps import Lengths, largest_micro_batch, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
+from .steps import Lengths, largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
 
 Metrics = dict[str, float]
+# a micro-batch's; what is still a tensor is read when the step is over, so that nobody waits for the device before
+Shares = Mapping[str, float | Tensor]
 
 
 class Task(Protocol):
@@ -50,7 +52,7 @@ class Task(Protocol):
     def count(self, examples: Sequence[int]) -> int:
         """What a step's loss is normalized by: supervised tokens, or pairs."""
 
-    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Metrics]:
+    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Shares]:
         """A micro-batch's share of the step's loss, with a graph, and metrics that sum up over micro-batches. Tells the
         guard what runs."""
 
@@ -200,13 +202,14 @@ class Loop:
         loss scaler. Returns the summed metrics and the step's count. Where memory runs out it fails: see ``prepare``."""
         examples = self.examples_of_step(step)
         total = self.task.count(examples)
-        sums: Metrics = {}
+        sums: dict[str, Any] = {}
         for group in micro_batches(examples, self.task.lengths(), self.plan.micro_tokens):
             loss, parts = self.task.loss(group, step, total)
             self.scaler.scale(loss).backward()
-            for name, value in {"loss": loss.detach().item(), **parts}.items():
-                sums[name] = sums.get(name, 0.0) + value
-        return sums, total
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
+            del loss  # and with it what all layers' nodes hold
+        return {name: float(value) for name, value in sums.items()}, total
 
     def prepare(self, step: int) -> tuple[Metrics, bool, bool]:
         """Everything of a step that comes before its update: unscaled and clipped gradients are left on the parameters.
@@ -235,25 +238,28 @@ class Loop:
         self._unscaled = False
         return self.task.guard(work, self._undo)
 
-    def rehearse(self) -> list[int]:
-        """Forward and backward of as large a micro-batch as there can be, the longest example in it, and keep nothing of
-        it: what does not fit on the card shows before the first step, not hours later, and the plan adapts to it. Where
-        steps have several micro-batches the gradients of those before lie there too. Returns its examples."""
+    def rehearse(self) -> list[list[int]]:
+        """Forward and backward of as large micro-batches as there can be, that of the longest example and the one of most
+        tokens, and keep nothing of them: what does not fit on the card shows before the first step, not hours later, and
+        the plan adapts to it. Where steps have several micro-batches the gradients of those before lie there too. Returns
+        their examples."""
         lengths = self.task.lengths()
 
-        def work() -> list[int]:
-            group = largest_micro_batch(lengths, self.plan.micro_tokens)
+        def work() -> list[list[int]]:
+            groups = largest_micro_batches(lengths, self.plan.micro_tokens)
             if tokens_of_largest_step(self.config, self.rows, lengths) > self.plan.micro_tokens:
                 for parameter in self.parameters.values():
                     parameter.grad = torch.zeros_like(parameter)
-            # the number of no step: it decides nothing but dropout
-            loss, _ = self.task.loss(group, self.total, self.task.count(group))
-            self.scaler.scale(loss).backward()
-            return group
+            for group in groups:
+                # the number of no step: it decides nothing but dropout
+                loss, _ = self.task.loss(group, self.total, self.task.count(group))
+                self.scaler.scale(loss).backward()
+                del loss
+            return groups
 
-        group = self.task.guard(work, self._undo)
+        groups = self.task.guard(work, self._undo)
         self._undo()
-        return group
+        return groups
 
     def _undo(self) -> None:
         """Forget the gradients, and that the scaler has seen them."""

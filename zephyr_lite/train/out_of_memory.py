@@ -20,6 +20,8 @@ from ..errors import UserError
 from ..model.account import kept_widths
 from ..model.job import Shape
 from ..model.layer_spec import Keep
+from ..model.machine import HOST_SHARE, main_memory, parse_size
+from ..model.offload import LockRefused
 from ..model.plan import Plan
 from .steps import micro_batches
 
@@ -33,6 +35,7 @@ T = TypeVar("T")
 WORDS = (
     "CUDA out of memory",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",  # of segments that grow
     "CUBLAS_STATUS_ALLOC_FAILED",
     "Triton Error [CUDA]: out of memory",
     "DefaultCPUAllocator: can't allocate memory",
@@ -157,6 +160,7 @@ class Guard:
         self.say = say
         self._running: Running | None = None
         self._recording = False
+        self._lockable = True  # whether the system lends locked memory, as far as is known
 
     @property
     def plan(self) -> Plan:
@@ -215,13 +219,24 @@ class Guard:
                 done.update(group)
             left = [i for i in left if i not in done]
 
+    def _lends(self, count: int) -> bool:
+        """Whether there is a host beside the device that can spare so many bytes."""
+        if self.stage.base.device.type == "cpu" or not self._lockable:
+            return False
+        limit = self.stage.config.memory.host
+        return count <= (int(main_memory() * HOST_SHARE) if limit is None else parse_size(limit, "memory.host"))
+
     def _attempt(self, work: Callable[[], T]) -> tuple[T | None, str | None]:
         """The result, or what memory ran out for. An error's traceback holds the frames, and those the failed graph: both
         must be gone before the next attempt, and are when this has returned."""
         try:
             return work(), None
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not is_out_of_memory(error):
+        except (RuntimeError, LockRefused) as error:  # torch.OutOfMemoryError is the former
+            if isinstance(error, LockRefused):
+                if self.stage.config.memory.offload:
+                    raise
+                self._lockable = False
+            elif not is_out_of_memory(error):
                 raise
             link: BaseException | None = error
             while link is not None:
@@ -234,16 +249,14 @@ class Guard:
         running, stage, device = self._running, self.stage, self.stage.base.device
         if running is None:
             raise UserError(f"memory ran out before anything was computed: {failure}", "Use a device with more memory.")
-        stage.decoder.scratch.free()
+        stage.decoder.release()
         gc.collect()  # an error that went through autograd may be part of a cycle
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
         plan = smaller(
-            self.plan,
+            self.plan if self._lockable else replace(self.plan, offload=0),
             running,
             quantized=stage.base.load_in_4bit,
-            may_offload=device.type != "cpu" and stage.config.memory.offload is not False,
-            may_stream=device.type != "cpu" and stage.config.memory.stream is not False,
+            may_offload=stage.config.memory.offload is not False and self._lends(_inputs_bytes(stage, running)),
+            may_stream=stage.config.memory.stream is not False and self._lends(_base_bytes(stage)),
         )
         if plan is None:
             raise _does_not_fit(stage, running, failure)
@@ -252,8 +265,20 @@ class Guard:
             f"memory ran out for {size} ({failure}); it is tried again, from here on with: {changes(self.plan, plan)}"
         )
         self.follow(replace(plan, bytes_per_token=_kept_per_token(stage, plan), **_unknown()))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         if self._recording:
             self.record()
+
+
+def _inputs_bytes(stage: Stage, running: Running) -> int:
+    """What all layers' inputs take."""
+    shape = stage.stack.base.config
+    return shape.num_hidden_layers * shape.hidden_size * stage.base.dtype.itemsize * running.tokens
+
+
+def _base_bytes(stage: Stage) -> int:
+    return sum(p.nbytes for p in stage.stack.base.parameters() if not p.requires_grad)
 
 
 def _kept_per_token(stage: Stage, plan: Plan) -> int:

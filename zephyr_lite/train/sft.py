@@ -18,7 +18,7 @@ from ..data.batch import Batch, collate_conversations
 from ..data.prepare import Prepared
 from ..model.decoder import Dropout
 from ..model.plan import Plan
-from .loop import Loop, Metrics, Outcome
+from .loop import Loop, Metrics, Outcome, Shares
 from .losses import sft_loss
 from .out_of_memory import Guard
 from .setup import Say, Stage, close_stage, open_stage
@@ -68,7 +68,7 @@ class SftTask:
     def count(self, examples: Sequence[int]) -> int:
         return sum(int(self.data.examples[i].mask[1:].sum()) for i in examples)
 
-    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Metrics]:
+    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Shares]:
         self.guard.begin(self.data, examples, training=True)
         batch = self._batch(self.data, examples)
         config = self.stage.config
@@ -76,8 +76,8 @@ class SftTask:
             batch, keep=self.stage.plan.keep, dropout=Dropout(config.lora_dropout, config.seed, step)
         )
         return sft_loss(logps, total), {
-            "entropy": stats.entropy.sum().item(),
-            "mean_token_accuracy": float(stats.correct.sum()),
+            "entropy": stats.entropy.sum(),
+            "mean_token_accuracy": stats.correct.sum(),
             "num_tokens": float(len(batch)),
         }
 

@@ -40,8 +40,20 @@ def evaluation_batches(lengths: Lengths, tokens: int) -> Iterator[list[int]]:
     yield from micro_batches(list(range(len(lengths))), lengths, tokens)
 
 
-def largest_micro_batch(lengths: Lengths, tokens: int) -> list[int]:
-    """The longest example, and as many more as fit beside it, the longest first."""
+def largest_micro_batches(lengths: Lengths, tokens: int) -> list[list[int]]:
+    """The longest example with as many more as fit beside it, the longest first; then, where another group of examples has
+    more tokens than that one, the fullest that packing all of them gives."""
+    first = _around_the_longest(lengths, tokens)
+    groups = micro_batches(range(len(lengths)), lengths, tokens)
+
+    def size(group: Sequence[int]) -> int:
+        return sum(int(lengths[i]) for i in group)
+
+    fullest = max(groups, key=size)
+    return [first, fullest] if size(fullest) > size(first) else [first]
+
+
+def _around_the_longest(lengths: Lengths, tokens: int) -> list[int]:
     sizes = np.asarray(lengths)
     group: list[int] = []
     room = tokens
