@@ -12,6 +12,8 @@ from transformers import get_scheduler
 
 from ..config import RunConfig
 from ..errors import UserError
+from ..model.account import optimizer_bytes
+from ..model.machine import main_memory
 from .out_of_memory import is_out_of_memory
 
 # Which implementation computes, and no part of what is computed: a checkpoint does not decide that.
@@ -35,6 +37,8 @@ def make_optimizer(config: RunConfig, parameters: dict[str, nn.Parameter]) -> to
         "weight_decay": config.weight_decay,
     }
     groups = list(parameters.values())
+    if groups[0].is_cuda:
+        _room_for_managed(config.optim, [p.numel() for p in groups], torch.cuda.mem_get_info(groups[0].device)[0])
     # Fused: it needs no memory of its own during a step, where torch's default on a GPU (foreach) takes several copies
     # of all parameters. On a CPU its numbers are 3e-9 from the plain loop's after 50 steps, for any number of threads.
     if config.optim == "adamw_torch":
@@ -59,6 +63,25 @@ def make_optimizer(config: RunConfig, parameters: dict[str, nn.Parameter]) -> to
             "Set optim=paged_adamw_8bit, whose state moves to main memory when the card is full, or lower lora_r.",
         ) from None
     return optimizer
+
+
+def _room_for_managed(optim: str, tensors: Sequence[int], free: int) -> None:
+    """Managed memory that neither the card nor the host has ends the process, without an error that could be caught.
+
+    Args:
+        tensors: numbers in each trained tensor.
+        free: bytes of the card's memory.
+    Raises:
+        UserError: there is too little of both.
+    """
+    _, managed = optimizer_bytes(optim, tensors)
+    room = main_memory()
+    if managed > free + room:
+        raise UserError(
+            f"optim {optim}: its state takes {managed / 2**30:.2f} GiB, and the card has {free / 2**30:.2f} GiB free, main "
+            f"memory {room / 2**30:.2f}.",
+            "Set optim=paged_adamw_8bit, or lower lora_r." if optim != "paged_adamw_8bit" else "Lower lora_r.",
+        )
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
