@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +37,7 @@ from zephyr_lite.model.ledger import Run, sites_of
 from zephyr_lite.model.load import load_base
 from zephyr_lite.model.phases import backward_peak, forward_peak
 from zephyr_lite.model.plan import Plan
-from zephyr_lite.model.stream import slab_bytes as stream_slab_bytes
+from zephyr_lite.model.stream import StreamedBase
 from zephyr_lite.ops.nf4 import stored_tensors
 from zephyr_lite.train.optim import make_optimizer
 
@@ -227,8 +228,8 @@ def test_the_base_as_bitsandbytes_stores_it(tiny_base, nested):
     assert counted["norms"] == sum(p.nbytes for p in norms)
     assert counted["embedding"] == model.model.embed_tokens.weight.nbytes
     assert counted["output head"] == model.lm_head.weight.nbytes
-    assert slab_bytes(job) == stream_slab_bytes(layer)
     assert base_bytes(job, stream=True)["two layers' buffers"] == 2 * slab_bytes(job)
+    assert [slab.numel() for slab in StreamedBase(model, torch.device("cpu")).slabs] == [slab_bytes(job)] * 2
 
 
 def test_a_tied_head_counts_once_and_biases_count():
@@ -246,7 +247,8 @@ def test_what_lies_on_the_host():
     here = account(job, Setting(64, ("all",) * 2), flash)
     away = account(job, Setting(64, ("all",) * 2, offload=2, stream=True), flash)
     assert here.host == {} and away.host["kept activations"] == 64 * kept_per_token(job, ("all",) * 2)
-    assert away.host["streamed base"] == 2 * slab_bytes(job) + 2 * 448 * 64 * 2
+    assert away.host["streamed base"] == 2 * slab_bytes(job) + 448 * 64 * 2  # with the output head
+    assert away.host["embedding"] == 448 * 64 * 2
     assert "decoder layers" not in away.resident and "embedding" not in away.resident
 
 
@@ -272,6 +274,22 @@ def test_a_resident_layer_costs_what_it_keeps_and_an_offloaded_one_nothing():
     )
     assert peak(14, False) - peak(4, False) == 10 * a_layer
     assert peak(14, True) == peak(4, True)
+
+
+def test_the_references_turn_in_the_last_layer_counts():
+    """Of a pair the peak is there: the reference's pass beside what the policy's has just left."""
+    shape = Shape(4096, 14336, 8, 32, 8, 128, 32000)
+    adapter = AdapterSpec.fresh(shape, 16, 16, "all-linear")
+    job = Job(shape, torch.bfloat16, "nf4", (adapter,), "adamw_8bit", False, "dpo", 2047, live_reference=True)
+    flash, setting = Device.of((8, 9)), Setting(4096, ("all",) * 8)
+    found = account(job, setting, flash)
+    assert found.at == "reference's pass of layer 8"
+    run = Run(shape, sites_of(job, 7), 4096, 4096, 2, 2, None, "flash")
+    x = 4096 * 4096 * 2
+    of_layers = found.passing["kept activations"] + found.passing["a layer at work"] + 2 * x
+    assert of_layers == 4096 * kept_per_token(job, setting.keep) + 2 * x + forward_peak(run, None)
+    assert found.passing["reference's hidden states"] == x
+    assert found.peak > account(job, replace(setting, together=False), flash).peak
 
 
 def test_the_account_has_every_projection():

@@ -7,6 +7,7 @@ Sizes are facts of their hub pages. Memory and time are the planner's (``model.p
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,8 @@ from .config import DatasetSpec, Method, RunConfig
 from .errors import UserError
 from .model.account import base_bytes, optimizer_bytes
 from .model.cards import CARDS
-from .model.job import Job, longest_of, make_job
-from .model.load import compute_device, compute_dtype
+from .model.job import AdapterSpec, Job, Shape, Storage, longest_of, make_job
+from .model.load import compute_device, compute_dtype, quantization_of
 from .model.machine import of_card
 from .model.plan import make_plan, this_machine
 from .words import duration
@@ -118,8 +119,23 @@ def _dtype(config: RunConfig) -> torch.dtype:
     return compute_dtype(config.dtype, compute_device())
 
 
-def expected_job(method: Method, config: RunConfig, base_config: Any, dtype: torch.dtype) -> Job:
-    """The job of a configuration whose rows are not at hand: as long as they may be, as many as are published."""
+def assumed_below(config: RunConfig, shape: Shape) -> AdapterSpec:
+    """An adapter that is not here."""
+    return AdapterSpec.fresh(shape, RANK_BELOW, RANK_BELOW, config.lora_target_modules).frozen()
+
+
+def expected_job(
+    method: Method,
+    config: RunConfig,
+    base_config: Any,
+    dtype: torch.dtype,
+    below: Sequence[AdapterSpec] | None = None,
+) -> Job:
+    """The job of a configuration whose rows are not at hand: as long as they may be, as many as are published.
+
+    Args:
+        below: the frozen adapters; None: what the configuration names is not here, and its rank is assumed.
+    """
     rows: dict[str, Any] = {"longest": longest_of(config, method)}
     known = [KNOWN_DATA.get(spec.path) for spec in config.dataset]
     a_row = [k.tokens for k in known if k is not None]
@@ -135,21 +151,18 @@ def expected_job(method: Method, config: RunConfig, base_config: Any, dtype: tor
         rows["run_tokens"], rows["steps"] = tokens, max(1, round(tokens / in_a_step))
     if method == "dpo":
         rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / rows["longest"]
-    below: list[Any] = []
-    if config.adapters != "none" and (method == "dpo" or config.adapters):
-        count = len(config.adapters) or 1
-        below = [config.model_copy(update={"lora_r": RANK_BELOW, "lora_alpha": RANK_BELOW})] * count
-    job = make_job(config, method, base_config, dtype, storage=_storage(config, base_config), **rows)
-    frozen = [make_job(c, "sft", base_config, dtype).adapters[0] for c in below]
-    return job.at(adapters=(*(f.frozen() for f in frozen), *job.adapters))
+    job = make_job(config, method, base_config, dtype, storage=_storage(config, base_config, dtype), **rows)
+    if below is None:
+        standing = config.adapters != "none" and (method == "dpo" or bool(config.adapters))
+        count = (len(config.adapters) or 1) if standing else 0
+        below = [assumed_below(config, job.shape)] * count
+    return job.at(adapters=(*below, *job.adapters))
 
 
-def _storage(config: RunConfig, base_config: Any) -> Any:
+def _storage(config: RunConfig, base_config: Any, dtype: torch.dtype) -> Storage:
     stored = getattr(base_config, "quantization_config", None)
-    if stored is None:
-        return None
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    return "nf4 nested" if stored.get("bnb_4bit_use_double_quant") else "nf4"
+    _, four_bit, nested = quantization_of(config, stored, Path(config.model_name_or_path), dtype)
+    return "dense" if not four_bit else "nf4 nested" if nested else "nf4"
 
 
 def disk_bytes(job: Job, config: RunConfig) -> dict[str, int]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from .config import MemorySpec, Method, RunConfig, load_config
 from .errors import UserError
 from .model.cards import card_of_size, find_card
+from .model.chain import chain_of_run
 from .model.forecast import forecast_lines
-from .model.job import Job
+from .model.job import AdapterSpec, Shape
 from .model.load import check_family, compute_device, compute_dtype
 from .model.machine import GIB, Machine, of_card, parse_size
+from .model.peft_files import read_adapter
 from .model.plan import Plan, make_plan, this_machine
 from .model.search import Limits, longest_context
-from .needs import GB, MISTRAL_SHAPE, RANK_BELOW, base_shape, disk_bytes, expected_job
+from .needs import GB, MISTRAL_SHAPE, RANK_BELOW, assumed_below, base_shape, disk_bytes, expected_job
+from .rundir import StageDir
+from .train.setup import resolve_run
 
 LADDER = (6, 8, 12, 16, 24)
 
@@ -26,7 +32,7 @@ def planned_lines(
     Raises:
         UserError: a wrong key, an unknown card, a base that cannot be looked at; or nothing fits.
     """
-    loaded = load_config(method, file or f"zephyr-7b/{method}", words)
+    loaded = resolve_run(method, file, words)
     config = loaded.config
     if config.engine != "fused":
         raise UserError(f"engine {config.engine}: only the fused engine is planned.", "Add engine=fused.")
@@ -36,13 +42,15 @@ def planned_lines(
     base, note = base_shape(config.model_name_or_path, config.model_revision)
     check_family(base, f"{config.model_name_or_path}/config.json")
     machine, dtype, memory = _machine(config, gpu, vram)
-    job = expected_job(method, config, base, dtype)
+    below, from_where = _below(method, config, Shape.of(base))
+    job = expected_job(method, config, base, dtype, below)
     plan = make_plan(job, machine, memory)
-    lines = [f"note: {text}" for text in (note, *_assumed(method, config)) if text]
+    notes = (*(n for n in loaded.notes if n.startswith("continuing")), note, *_assumed(config), *from_where)
+    lines = [f"note: {text}" for text in notes if text]
     lines += forecast_lines(job, machine, plan, config, price=price)
     disk = disk_bytes(job, config)
-    lines += ["disk: " + ", ".join(f"{n / GB:.1f} GB {what}" for what, n in list(disk.items())[:1])]
-    lines += [f"  {n / GB:.1f} GB {what}" for what, n in list(disk.items())[1:]]
+    sizes = [f"{n / GB:.1f} GB {what}" if n >= GB / 10 else f"{n / 1e6:.1f} MB {what}" for what, n in disk.items()]
+    lines += ["disk: " + sizes[0], *(f"  {size}" for size in sizes[1:])]
     return [*lines, ""]
 
 
@@ -61,11 +69,34 @@ def _machine(config: RunConfig, gpu: str | None, vram: str | None) -> tuple[Mach
     return of_card(card, vram), dtype, memory
 
 
-def _assumed(method: Method, config: RunConfig) -> list[str]:
-    said = [f"rows are taken to be as long as max_length={config.max_length} lets them be"]
-    if method == "dpo" and config.adapters == []:
-        said.append(f"the SFT adapter below is taken to have rank {RANK_BELOW}")
-    return said
+def _assumed(config: RunConfig) -> list[str]:
+    return [f"rows are taken to be as long as max_length={config.max_length} lets them be"]
+
+
+def _below(method: Method, config: RunConfig, shape: Shape) -> tuple[list[AdapterSpec] | None, list[str]]:
+    """The adapters below, from folders and from the run's finished SFT stage; None: they are assumed. And what to say.
+
+    Raises:
+        UserError: an adapter of one's own is not there, or is no plain LoRA.
+    """
+    if config.adapters == "none":
+        return [], []
+    if config.adapters:
+        found, notes = [], []
+        for name in config.adapters:
+            if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir():
+                found.append(assumed_below(config, shape))
+                notes.append(f"the adapter {name} is not here: it is taken to have rank {RANK_BELOW}")
+            else:
+                found.append(AdapterSpec.read(shape, read_adapter(Path(name).expanduser()).modules))
+        return found, notes
+    if method == "sft":
+        return [], []
+    info = StageDir(Path(config.output_dir) / "sft").info()
+    if info is None or info.get("status") != "complete":
+        return None, [f"the SFT adapter below is taken to have rank {RANK_BELOW}"]
+    adapters = chain_of_run(config.output_dir, stage="sft").adapters
+    return [AdapterSpec.read(shape, a.modules) for a in adapters], [f"on {', '.join(str(a.path) for a in adapters)}"]
 
 
 def ladder(words: list[str]) -> list[tuple[int, Method, Plan | UserError, int]]:
@@ -78,19 +109,16 @@ def ladder(words: list[str]) -> list[tuple[int, Method, Plan | UserError, int]]:
         for method in methods:
             config = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit", *words]).config
             job = expected_job(method, config, MISTRAL_SHAPE, card.dtype)
-            limits = Limits(machine.free, machine.host, card, machine.device(job.dtype))
+            host = machine.host if config.memory.host is None else parse_size(config.memory.host, "memory.host")
+            limits = Limits(machine.free, host, card, machine.device(job.dtype))
             result: Plan | UserError
             try:
                 result = make_plan(job, machine, config.memory)
             except UserError as error:
                 result = error
-            longest = longest_context(_by_length(job), limits, config.memory) if method == "sft" else 0
+            longest = longest_context(job, limits, config.memory) if method == "sft" else 0
             found.append((size, method, result, longest))
     return found
-
-
-def _by_length(job: Job) -> Job:
-    return job.at(step_most=None)
 
 
 def ladder_lines(words: list[str]) -> list[str]:

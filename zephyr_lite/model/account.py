@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from ..ops.token_logps import CHUNK_BYTES
 from .job import PROJECTIONS, Job, Shape
@@ -28,6 +29,9 @@ CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8_519_680, 32 * MIB
 # ones by 2, and requests are rounded to 512 bytes; a freed block is not always where the next one fits. So a share of what
 # comes and goes, and two steps of growth.
 SLACK_SHARE, SLACK_BYTES = 0.03, 40 * MIB
+
+# of a streamed base; in main memory, but not locked there (``stream``; a tied one is the output head, which is)
+PAGED = "embedding"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Account:
         passing: on the device where the peak is, beside that.
         at: where the peak is, in words.
         managed: optimizer states that CUDA moves between host and device; on the host where the device is full.
-        host: in main memory, locked.
+        host: in main memory, locked but for `PAGED`.
     """
 
     resident: dict[str, int]
@@ -225,40 +229,45 @@ def account(job: Job, setting: Setting, device: Device, *, micro_batches: int = 
     inputs = input_bytes(job, setting.tokens)
     x = setting.tokens * s.hidden * job.dtype.itemsize
     together = job.live_reference and setting.together
-    runs = {kind: layer_run(job, setting, device, layer) for kind, layer in job.kinds.items()}
+    runs = _runs(job, setting, device)
     wanted = list(zip(job.kind_of, setting.keep))
-    kept_of = {(kind, keep): sum(runs[kind].kept(keep).values()) for kind, keep in set(wanted)}
-    forward = {(kind, keep): forward_peak(runs[kind], keep) for kind, keep in set(wanted)}
+    kept_of = {(kind, keep): _kept_sum(job, setting, device, runs, kind, keep) for kind, keep in set(wanted)}
     kept = [kept_of[w] for w in wanted]
+    before = [0, *accumulate(0 if i < setting.offload else n for i, n in enumerate(kept))]  # by earlier layers
+    later = [gradients, *(gradients - n for n in accumulate(job.gradient_bytes[kind] for kind in job.kind_of))]
+    all_there = gradients if micro_batches > 1 else 0
 
     best: tuple[int, str, dict[str, int]] = (0, "", {})
 
     def consider(at: str, **parts: int) -> None:
         nonlocal best
-        if sum(parts.values()) > best[0]:
-            best = (sum(parts.values()), at, parts)
+        if (total := sum(parts.values())) > best[0]:
+            best = (total, at, parts)
 
-    seen: dict[tuple[int, Keep, bool], int] = {}
-    before, later = 0, gradients  # kept by earlier layers; the gradients of later ones are there already
-    for i, (kind, keep) in enumerate(wanted):
-        away, travelling = i < setting.offload, kept[i - 1] if 0 < i <= setting.offload else 0
-        all_there = gradients if micro_batches > 1 else 0
+    # among like layers what is there grows (or shrinks) evenly: the peak is near an end
+    ends = {0, setting.offload, *(i for i in range(1, s.layers) if wanted[i] != wanted[i - 1])}
+    for i in sorted({n for end in ends for n in range(end - 2, end + 2) if 0 <= n < s.layers} | {s.layers - 1}):
+        kind, keep = wanted[i]
+        there = before[i] + (kept[i - 1] if 0 < i <= setting.offload else 0)  # the layer before is on its way
         consider(
             f"forward pass of layer {i + 1}",
-            gradients=all_there, kept=before + travelling, inputs=inputs + x, reference=x * together,
-            layer=forward[kind, keep],
+            gradients=all_there, kept=there, inputs=inputs + x, reference=x * together,
+            layer=_layer_peak(job, setting, device, runs, kind, keep),
         )  # fmt: skip
-        later -= job.gradient_bytes[kind]
-        if (kind, keep, away) not in seen:
-            seen[kind, keep, away] = backward_peak(runs[kind], keep, away)
+        if together:  # beside what the policy's layer has just left: what it keeps, and its output
+            consider(
+                f"reference's pass of layer {i + 1}",
+                gradients=all_there, kept=before[i] + kept[i], inputs=inputs + x, reference=x,
+                layer=_layer_peak(job, setting, device, runs, kind, None),
+            )  # fmt: skip
+        # the gradients of later layers are there already
         consider(
             f"backward pass of layer {i + 1}",
-            gradients=all_there or later, kept=before + travelling, inputs=inputs + x, layer=seen[kind, keep, away],
+            gradients=all_there or later[i + 1], kept=there, inputs=inputs + x,
+            layer=_layer_peak(job, setting, device, runs, kind, keep, i < setting.offload),
         )  # fmt: skip
-        before += 0 if away else kept[i]
-    all_there = gradients if micro_batches > 1 else 0
-    for at, parts in head_phases(job, setting, cuda=cuda).items():
-        consider(at, gradients=all_there, kept=before, inputs=inputs, head=sum(parts.values()))
+    for at, head in _head_sums(job, setting, cuda).items():
+        consider(at, gradients=all_there, kept=before[-1], inputs=inputs, head=head)
     consider("optimizer's step", gradients=gradients)
     _, at, parts = best
     passing = {NAMES[name]: n for name, n in parts.items() if n}
@@ -269,8 +278,50 @@ def account(job: Job, setting: Setting, device: Device, *, micro_batches: int = 
     if setting.offload:
         host["kept activations"] = sum(kept[: setting.offload])
     if setting.stream:
-        host["streamed base"] = s.layers * slab_bytes(job) + (1 if s.tied else 2) * s.head_weights * job.dtype.itemsize
+        head = s.head_weights * job.dtype.itemsize
+        host["streamed base"] = s.layers * slab_bytes(job) + head
+        if not s.tied:
+            host[PAGED] = head
     return Account(resident, passing, at, job.memo["managed"], host)
+
+
+def _runs(job: Job, setting: Setting, device: Device) -> dict[int, Run]:
+    """Of each kind of layer."""
+    key = ("runs", setting.tokens, setting.tile, device)
+    if key not in job.memo:
+        job.memo[key] = {kind: layer_run(job, setting, device, layer) for kind, layer in job.kinds.items()}
+    return job.memo[key]
+
+
+def _layer_peak(
+    job: Job,
+    setting: Setting,
+    device: Device,
+    runs: dict[int, Run],
+    kind: int,
+    keep: Keep | None,
+    away: bool | None = None,
+) -> int:
+    """Of a forward pass; with ``away``, of a backward one."""
+    key = ("peak", setting.tokens, setting.tile, device, kind, keep, away)
+    if key not in job.memo:
+        run = runs[kind]
+        job.memo[key] = forward_peak(run, keep) if away is None or keep is None else backward_peak(run, keep, away)
+    return job.memo[key]
+
+
+def _kept_sum(job: Job, setting: Setting, device: Device, runs: dict[int, Run], kind: int, keep: Keep) -> int:
+    key = ("kept", setting.tokens, setting.tile, device, kind, keep)
+    if key not in job.memo:
+        job.memo[key] = sum(runs[kind].kept(keep).values())
+    return job.memo[key]
+
+
+def _head_sums(job: Job, setting: Setting, cuda: bool) -> dict[str, int]:
+    key = ("head", setting.tokens, setting.stream, setting.together, cuda)
+    if key not in job.memo:
+        job.memo[key] = {at: sum(parts.values()) for at, parts in head_phases(job, setting, cuda=cuda).items()}
+    return job.memo[key]
 
 
 NAMES = {
@@ -298,6 +349,11 @@ def _resident(job: Job, setting: Setting, device: Device) -> dict[str, int]:
         }
         job.memo[key] = {name: n for name, n in found.items() if n}
     return job.memo[key]
+
+
+def in_words(size: int) -> str:
+    """``3.35 GiB``; ``12.3 MiB`` where that says more."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.1f} MiB"
 
 
 def kept_widths(shape: Shape, keep: Keep, ranks: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ and to say what a run will roughly cost.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from .account import Setting, kept_per_token, optimizer_bytes, slab_bytes
@@ -81,6 +82,13 @@ def _bytes_moved(job: Job) -> tuple[float, float]:
     return size * forward, size * backward
 
 
+def _kept_per_layer(job: Job, keep: Keep) -> float:
+    """Bytes a token, of a layer on average."""
+    if ("kept", keep) not in job.memo:
+        job.memo["kept", keep] = kept_per_token(job, (keep,) * job.shape.layers) / job.shape.layers
+    return job.memo["kept", keep]
+
+
 def step_time(job: Job, setting: Setting, card: Card) -> Time:
     """One optimizer step, in micro-batches of the setting's tokens."""
     s, tokens = job.shape, setting.tokens
@@ -92,7 +100,7 @@ def step_time(job: Job, setting: Setting, card: Card) -> Time:
     unpacked = 0.0 if job.storage == "dense" else weights * (0.53 + job.dtype.itemsize) / memory
     gates = 2 * s.hidden * s.inner / weights  # the share of gate and up, which the small scratch takes twice
     slab = slab_bytes(job) / link if setting.stream else 0.0
-    per_token = {keep: kept_per_token(job, (keep,) * s.layers) / s.layers for keep in set(setting.keep)}
+    per_token = {keep: _kept_per_layer(job, keep) for keep in set(setting.keep)}
 
     def reading(passes: float) -> float:
         """Products read their matrices at least once."""
@@ -106,15 +114,18 @@ def step_time(job: Job, setting: Setting, card: Card) -> Time:
         return max(busy, launches * LAUNCH)
 
     computing = waiting = 0.0
-    for index, keep in enumerate(setting.keep):
-        forward_ops, backward_ops = layer_operations(job, keep, index)
-        away = tokens * per_token[keep] / link if index < setting.offload else 0.0
+    groups = Counter(
+        (job.kind_of[index], keep, index < setting.offload) for index, keep in enumerate(setting.keep)
+    )  # like layers take alike
+    for (kind, keep, leaves), count in groups.items():
+        forward_ops, backward_ops = layer_operations(job, keep, job.kinds[kind])
+        away = tokens * per_token[keep] / link if leaves else 0.0
         forward = one_pass(forward_ops, scores, moved[0], LAUNCHES["forward"], 1, unpacked)
         if job.live_reference:
             shared = 0.0 if setting.together else unpacked
             beside = one_pass(forward_ops, scores, moved[0], LAUNCHES["forward"], 1, shared)
             forward += beside
-            waiting += 0.0 if setting.together else max(0.0, slab - beside)
+            waiting += count * (0.0 if setting.together else max(0.0, slab - beside))
         again = (1 if keep == "input" else 0) * scores
         small = unpacked * gates if setting.scratch == "small" else 0.0
         backward = one_pass(
@@ -134,9 +145,9 @@ def step_time(job: Job, setting: Setting, card: Card) -> Time:
             if setting.scratch == "small":  # and each dequantizes gate, up and down; gate and up twice on the way back
                 each = (tiles - 1) * unpacked * share
                 forward, backward = forward + each, backward + each * 5 / 3
-        computing += forward + backward
+        computing += count * (forward + backward)
         # to the host and from the host go beside each other, what goes the same way does not
-        waiting += max(0.0, max(away, slab) - forward) + max(0.0, away + slab - backward)
+        waiting += count * (max(0.0, max(away, slab) - forward) + max(0.0, away + slab - backward))
     targets = tokens * job.targets
     head = s.head_weights * 2 * targets * (2 + job.live_reference) / rate
     head += 6 * targets * s.vocabulary * job.dtype.itemsize / memory
@@ -145,7 +156,9 @@ def step_time(job: Job, setting: Setting, card: Card) -> Time:
     micro = computing + waiting + head
     batches = max(1.0, (job.step_tokens or tokens) / tokens)
     # AdamW reads and writes weights, gradients and states once; clipping reads and writes the gradients
-    state, managed = optimizer_bytes(job.optim, job.trained_tensors)
+    if "states" not in job.memo:
+        job.memo["states"] = optimizer_bytes(job.optim, job.trained_tensors)
+    state, managed = job.memo["states"]
     update = (job.parameters * 24 + 2 * state) / memory + 2 * managed / link
     step = batches * micro + update
     return Time(step, batches * waiting, batches * tokens / step)

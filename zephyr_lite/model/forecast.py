@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ..config import RunConfig
 from ..words import duration
-from .account import Setting
+from .account import PAGED, Setting, in_words
 from .cost import step_time
 from .job import Job
 from .machine import Machine
@@ -49,21 +49,22 @@ def forecast_lines(
     """
     storage = {"dense": str(job.dtype).removeprefix("torch."), "nf4": "NF4", "nf4 nested": "NF4, scales in 8 bits"}
     where = f"{machine.name}, {machine.free / GIB:.1f} GiB" + (" free" if not machine.context else "")
+    unit, its_name = (GIB, "GiB") if plan.peak >= GIB / 2 else (2**20, "MiB")
     lines = [
         f"plan of {job.method} on {where}",
         f"  {config.model_name_or_path} ({storage[job.storage]}), rank {config.lora_r}, {config.optim}",
         f"  longest {'row' if job.method == 'sft' else 'pair'} {job.longest:,} tokens"
         + (f", {job.step_tokens:,} tokens a step" if job.step_tokens else ""),
         "",
-        _row("memory at its fullest", "GiB"),
+        _row("memory at its fullest", its_name),
     ]
     resident = [name for name in plan.account if name != "peak"]
     for name in resident:
-        lines.append(_row(f"  {_LABELS[name]}", f"{plan.account[name] / GIB:.2f}"))
-    lines.append(_row("  together", f"{plan.peak / GIB:.2f}") + f"  of {machine.free / GIB:.2f}")
+        lines.append(_row(f"  {_LABELS[name]}", f"{plan.account[name] / unit:.2f}"))
+    lines.append(_row("  together", f"{plan.peak / unit:.2f}") + f"  of {machine.free / unit:,.2f}")
     lines += [f"  fullest in the {plan.at}", ""]
     lines += ["what was chosen, and why", *_wrapped(_reasons(job, machine, plan)), ""]
-    lines += _elsewhere(plan)
+    lines += _elsewhere(machine, plan)
     lines += _time(job, machine, plan, price)
     if machine.kind == "cpu":
         lines.append("no GPU here; `zephyr-lite plan --gpu 3060` plans for a card")
@@ -79,13 +80,19 @@ def _reasons(job: Job, machine: Machine, plan: Plan) -> list[str]:
         max(plan.micro_tokens, job.longest), plan.keep, plan.offload, plan.stream, plan.tile, plan.scratch,
         plan.reference == "together",
     )  # fmt: skip
-    layers = len(plan.keep)
+    layers, card = len(plan.keep), machine.kind == "cuda"
     step = step_time(job, setting, machine.card).step
 
     def slower(other: Setting) -> float:
         return step_time(job, other, machine.card).step / step
 
     said = [f"{plan.micro_tokens:,} tokens at once."]
+    if plan.micro_tokens < job.longest:
+        unit = "row" if job.method == "sft" else "pair"
+        said = [
+            f"{plan.micro_tokens:,} tokens at once, as memory.micro_tokens says; a {unit} runs whole, so up to "
+            f"{job.longest:,} do."
+        ]
     recomputed = slower(replace(setting, keep=(LEAST,) * layers, offload=0))
     kept = f"A layer keeps {kept_in_words(plan.keep)}: {plan.bytes_per_token / 2**20:.2f} MiB a token in all"
     said.append(
@@ -93,12 +100,15 @@ def _reasons(job: Job, machine: Machine, plan: Plan) -> list[str]:
     )
     if plan.offload:
         which = "All of that" if plan.offload == layers else f"Of the first {plan.offload} layers that"
+        lies = f"{which} lies in main memory between the two passes"
         waits = step_time(job, setting, machine.card).waiting / step
         cost = "the copies are hidden behind computing"
         if waits >= 0.005:
             cost = f"waiting for the copies takes {waits:.0%} of a step"
-        said.append(f"{which} lies in main memory between the two passes; {cost}.")
-    if plan.stream:
+        said.append(f"{lies}; {cost}." if card else f"{lies}, as memory.offload says.")
+    if plan.stream and not card:
+        said.append("The base's layers are copied one ahead, as memory.stream says.")
+    elif plan.stream:
         extra = 1 / slower(replace(setting, stream=False))
         said.append(
             "The base lies in main memory and comes to the card one layer ahead: the room is worth more for other things"
@@ -121,13 +131,18 @@ def _reasons(job: Job, machine: Machine, plan: Plan) -> list[str]:
     return said
 
 
-def _elsewhere(plan: Plan) -> list[str]:
-    if not plan.host and not plan.managed:
-        return ["main memory: nothing is locked"]
-    parts = [f"{name} {n / GIB:.2f} GiB" for name, n in plan.host.items()]
-    lines = [f"main memory, locked: {', '.join(parts)}"] if parts else []
+def _elsewhere(machine: Machine, plan: Plan) -> list[str]:
+    locked = {name: n for name, n in plan.host.items() if name != PAGED}
+    parts = [f"{name} {in_words(n)}" for name, n in locked.items()]
+    if machine.kind == "cpu":
+        parts = [f"{name} {in_words(n)}" for name, n in plan.host.items()]
+        lines = [f"beside that, in the same memory: {', '.join(parts)}"] if parts else []
+    else:
+        lines = [f"main memory, locked: {', '.join(parts) if parts else 'nothing'}"]
+        if PAGED in plan.host:
+            lines.append(f"main memory, not locked: {PAGED} {in_words(plan.host[PAGED])}")
     if plan.managed:
-        lines.append(f"optimizer states that move to main memory when the card is full: {plan.managed / GIB:.2f} GiB")
+        lines.append(f"optimizer states that move to main memory when the card is full: {in_words(plan.managed)}")
     return [part for line in lines for part in _wrap(line, "", "  ")]
 
 
@@ -138,7 +153,13 @@ def _time(job: Job, machine: Machine, plan: Plan, price: float | None) -> list[s
         seconds = job.run_tokens / max(plan.tokens_per_second, 1e-9)
         price = machine.card.price if price is None else price
         money = f", ${seconds / 3600 * price:,.2f} at ${price:.2f} an hour" if price is not None else ""
-        lines.append(f"this recipe: {job.run_tokens / 1e6:,.1f} M tokens, about {duration(seconds)}{money}")
+        many = f"{job.run_tokens / 1e6:,.1f} M" if job.run_tokens >= 1e6 else f"{job.run_tokens:,}"
+        left_out = (
+            "without evaluations"
+            if job.method == "sft" or job.live_reference
+            else ("without evaluations and the reference's pass before the first step")
+        )
+        lines.append(f"this recipe: {many} tokens, about {duration(seconds)} of steps ({left_out}){money}")
     return [part for line in lines for part in _wrap(line, "", "  ")]
 
 

@@ -73,7 +73,13 @@ def host_bytes(count: int, device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or not count:
         return torch.empty(count, dtype=torch.uint8)
-    owner = np.empty(count + PAGE, dtype=np.uint8)
+    try:
+        owner = np.empty(count + PAGE, dtype=np.uint8)
+    except MemoryError:
+        raise LockRefused(
+            f"main memory has no {count / 2**30:.2f} GiB for what is offloaded or streamed.",
+            "Close what fills it, or set memory.offload=false and memory.stream=false.",
+        ) from None
     start = -owner.ctypes.data % PAGE  # a page belongs to one registration
     memory = torch.from_numpy(owner[start : start + count])
     runtime: Any = torch.cuda.cudart()

@@ -11,14 +11,14 @@ import torch
 
 from ..config import MemorySpec
 from ..errors import UserError
-from .account import CONTEXT_BYTES, GIB, Setting, account, kept_per_token, kept_widths, scratch_widths
+from .account import CONTEXT_BYTES, GIB, Setting, account, in_words, kept_per_token, kept_widths, scratch_widths
 from .cards import Card
 from .cost import step_time
 from .job import Job, Shape
 from .layer_spec import Keep
 from .machine import HOST_SHARE, PROCESSOR, Machine, main_memory, parse_size
 from .memory import ScratchMode
-from .search import KEEPS, LEAST, Limits, cures, least_account, search
+from .search import KEEPS, LEAST, Limits, cures, fixed_tokens, least_account, least_host, search
 
 # At once on a CPU: enough for matrix products at full speed, little enough for its caches.
 CPU_TOKENS = 2048
@@ -91,7 +91,7 @@ class Plan:
             which = "all layers" if self.offload == len(self.keep) else f"the first {self.offload} layers"
             said.append(f"what {which} keep lies in main memory between the passes")
         if self.stream:
-            said.append("the base lies in main memory and comes to the card one layer ahead")
+            said.append("the base lies in main memory and is copied one layer ahead")
         if self.tile is not None:
             said.append(f"the MLP takes {self.tile:,} tokens at a time")
         return said
@@ -157,14 +157,15 @@ def make_plan(job: Job, machine: Machine, memory: MemorySpec) -> Plan:
     host = machine.host if memory.host is None else parse_size(memory.host, "memory.host")
     limits = Limits(machine.free, host, machine.card, machine.device(job.dtype))
     if machine.kind == "cpu" or job.engine != "fused":
-        return _simple(job, limits, memory)
+        return _simple(job, limits, memory, machine.name)
     found = search(job, limits, memory)
     if found is None:
         raise _refusal(job, limits, memory, machine)
     setting, fits = found.setting, found.account
     resident = sum(fits.resident.values()) + 4 * job.parameters
     return Plan(
-        micro_tokens=setting.tokens if memory.micro_tokens is None else memory.micro_tokens,
+        # the user's own number where it is less than an example: of two that would fit, one runs
+        micro_tokens=min(setting.tokens, memory.micro_tokens or setting.tokens),
         keep=setting.keep,
         offload=setting.offload,
         stream=setting.stream,
@@ -183,11 +184,17 @@ def make_plan(job: Job, machine: Machine, memory: MemorySpec) -> Plan:
     )
 
 
-def _simple(job: Job, limits: Limits, memory: MemorySpec) -> Plan:
+def _simple(job: Job, limits: Limits, memory: MemorySpec, name: str) -> Plan:
     """The first policy of ``all``, ``attention``, ``input`` under which a micro-batch of useful size fits, and then as
-    many tokens as fit; a live reference in the policy's pass where that fits too."""
+    many tokens as fit; a live reference in the policy's pass where that fits too. On a CPU what is offloaded or streamed
+    lies in the same memory.
+
+    Raises:
+        UserError: ``memory.host`` is less than what ``offload`` or ``stream`` take at least.
+    """
     layers = job.shape.layers
-    wanted = max(job.longest, CPU_TOKENS if limits.kind.backend == "cpu" else 16384)
+    wanted = CPU_TOKENS if limits.kind.backend == "cpu" else 16384
+    wanted = max(job.longest, min(wanted, job.step_most or wanted))
     ours = job.engine == "fused"
     setting = Setting(
         job.longest,
@@ -196,10 +203,28 @@ def _simple(job: Job, limits: Limits, memory: MemorySpec) -> Plan:
         bool(memory.stream) and ours,
     )
     budget = int(limits.device * SHARE)
+    host = None if memory.host is None else limits.host
+
+    def host_of(setting: Setting) -> int:
+        return sum(account(job, setting, limits.kind).host.values())
 
     def fits(setting: Setting) -> bool:
-        return account(job, setting, limits.kind).peak <= budget
+        found = account(job, setting, limits.kind)
+        there = sum(found.host.values())
+        return found.peak + there <= budget and (host is None or there <= host)
 
+    fixed = replace(
+        setting,
+        keep=(memory.keep or LEAST,) * layers,
+        tokens=job.longest if memory.micro_tokens is None else fixed_tokens(job, memory.micro_tokens),
+    )
+    if host is not None and host_of(fixed) > host:
+        said = " and ".join(f"memory.{key}=true" for key in ("offload", "stream") if getattr(memory, key))
+        raise UserError(
+            f"{name}: {said} takes {in_words(host_of(fixed))} of main memory at least, and memory.host allows "
+            f"{in_words(host)}.",
+            f"Allow {-(-host_of(fixed) // GIB)}GiB, or leave {said.replace('=true', '')} out.",
+        )
     if job.storage != "dense" and not fits(setting):
         setting = replace(setting, scratch="small")
     keep = memory.keep
@@ -214,7 +239,7 @@ def _simple(job: Job, limits: Limits, memory: MemorySpec) -> Plan:
     together = fits(setting)
     setting = replace(setting, together=together)
     if memory.micro_tokens is not None:
-        tokens = memory.micro_tokens
+        tokens = min(memory.micro_tokens, fixed_tokens(job, memory.micro_tokens))
     else:
         low, high = job.longest, wanted
         while low < high:
@@ -245,27 +270,30 @@ def _simple(job: Job, limits: Limits, memory: MemorySpec) -> Plan:
 
 
 def _refusal(job: Job, limits: Limits, memory: MemorySpec, machine: Machine) -> UserError:
-    _, least = least_account(job, limits, memory)
+    setting, least = least_account(job, limits, memory)
     missing = least.peak - limits.budget
-    what = "an example" if job.method == "sft" else "a pair"
-    host = sum(least.host.values())
-    if missing > 0:
+    what = f"{'an example' if job.method == 'sft' else 'a pair'} of {job.longest:,} tokens"
+    if setting.tokens > job.longest:
+        what = f"a micro-batch of {setting.tokens:,} tokens"
+    host = least_host(job, limits, memory)
+    if missing > 0 or host is None:
         parts = sorted(((n, name) for name, n in least.as_dict().items() if name != "peak"), reverse=True)[:3]
         message = (
-            f"{machine.name}: {missing / GIB:.2f} GiB are missing. The most frugal plan for {what} of {job.longest:,} tokens "
-            f"takes {least.peak / GIB:.2f} GiB of the card's memory ("
-            + ", ".join(f"{name} {n / GIB:.2f}" for n, name in parts)
-            + f"); {limits.budget / GIB:.2f} GiB can be counted on of {limits.device / GIB:.2f} free."
+            f"{machine.name}: {in_words(missing)} are missing. The most frugal plan for {what} takes {in_words(least.peak)} "
+            "of the card's memory ("
+            + ", ".join(f"{name} {in_words(n)}" for n, name in parts)
+            + f"); {in_words(limits.budget)} can be counted on of {in_words(limits.device)} free."
         )
     else:
         message = (
-            f"{machine.name}: {what} of {job.longest:,} tokens fits only with {host / GIB:.2f} GiB in main memory, and "
-            f"{limits.host / GIB:.2f} GiB of it may be taken."
+            f"{machine.name}: {what} fits only with {in_words(host)} in main memory, and {in_words(limits.host)} of it may "
+            "be taken."
         )
     found = cures(job, limits, memory)
-    return UserError(
-        message, f"Any one of these would do: {'; '.join(found)}." if found else "No single change would do."
-    )
+    if not found:
+        return UserError(message, "No single change would do.")
+    first = "This would do" if len(found) == 1 else "Any one of these would do"
+    return UserError(message, f"{first}: {'; '.join(found)}.")
 
 
 def scratch_bytes(config: Any, dtype: torch.dtype, mode: ScratchMode) -> int:

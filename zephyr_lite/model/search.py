@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +20,13 @@ WANTED_TOKENS = 16384
 TILES = (8192, 4096, 2048, 1024, 512)
 KEEPS: tuple[Keep, ...] = ("all", "attention", "input")
 LEAST: Keep = "input"
+RICHEST: Keep = "all"
 # (first layers, last layers): the last layers' kept activations are there for a shorter time, but for as many bytes
 MIXTURES: tuple[tuple[Keep, Keep], ...] = (("attention", "all"), ("input", "all"), ("input", "attention"))
 # Of the free memory that a plan leaves alone: the prediction is to be right to 5 %.
 MARGIN = 0.03
+# Settings whose speeds differ by no more than this are equally fast: the cost model is not exact to that.
+TIE = 0.002
 SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 141)
 
 
@@ -62,36 +65,59 @@ def micro_batches(job: Job, tokens: int) -> int:
     return 2 if job.step_most is None or job.step_most > tokens else 1
 
 
+def on_device(job: Job, setting: Setting, limits: Limits) -> Account | None:
+    """What it takes, where the device has that much."""
+    key = (setting, limits.kind)
+    if key not in job.memo:
+        job.memo[key] = account(job, setting, limits.kind, micro_batches=micro_batches(job, setting.tokens))
+    found = job.memo[key]
+    return found if found.peak <= limits.budget else None
+
+
 def fits(job: Job, setting: Setting, limits: Limits) -> Account | None:
-    found = account(job, setting, limits.kind, micro_batches=micro_batches(job, setting.tokens))
-    if found.peak > limits.budget or sum(found.host.values()) > limits.host:
-        return None
-    return found
+    """What it takes, where device and host have that much."""
+    found = on_device(job, setting, limits)
+    return None if found is None or sum(found.host.values()) > limits.host else found
 
 
 def search(job: Job, limits: Limits, memory: MemorySpec) -> Found | None:
     """The fastest setting that fits, of those that leave alone what the user fixed; None where none fits."""
     best: Found | None = None
-    for start in _starts(job, memory):
-        for setting in _fillings(job, start, limits, memory):
-            found = fits(job, setting, limits)
-            if found is None:
-                continue
-            time = step_time(job, setting, limits.card)
+
+    def consider(setting: Setting) -> None:
+        nonlocal best
+        time = step_time(job, setting, limits.card)
+        if best is not None and time.step >= _cost(best, limits):
+            return
+        found = fits(job, setting, limits)
+        if found is not None:
             candidate = Found(setting, found, time)
             if best is None or _cost(candidate, limits) < _cost(best, limits):
                 best = candidate
+
+    for setting in _frugal_fits(job, limits, memory):
+        consider(setting)
+    if best is None:
+        return None  # as ``feasible`` says
+    starts = [
+        (step_time(job, replace(s, keep=(RICHEST,) * len(s.keep)), limits.card).step, s) for s in _starts(job, memory)
+    ]
+    # the most promising first; one that could not win with all of it kept on the device cannot win at all
+    for least, start in sorted(starts, key=lambda pair: pair[0]):
+        if memory.keep is None and least >= _cost(best, limits):
+            break
+        for setting in _fillings(job, start, limits, memory):
+            consider(setting)
     return best
 
 
 def _cost(found: Found, limits: Limits) -> float:
-    """Seconds, and a little for what can go wrong: the model is not exact to a hundredth, so what uses the host or fills
-    the card must be worth that much."""
+    """Seconds; among settings that are equally fast to two in a thousand, the simpler one."""
     setting = found.setting
     extra = (
         (setting.offload > 0) + setting.stream + 0.5 * (setting.tile is not None) + found.account.peak / limits.budget
     )
-    return found.time.step * (1 + 0.01 * extra)
+    return found.time.step * (1 + TIE * extra / 3.5)
 
 
 def _starts(job: Job, memory: MemorySpec) -> Iterator[Setting]:
@@ -107,13 +133,18 @@ def _starts(job: Job, memory: MemorySpec) -> Iterator[Setting]:
                         yield Setting(tokens, (LEAST,) * layers, 0, stream, tile, scratch, both)
 
 
+def fixed_tokens(job: Job, micro_tokens: int) -> int:
+    """What `micro_tokens` comes to: one example at least, and no more than a step has."""
+    return max(job.longest, min(micro_tokens, job.step_most or micro_tokens))
+
+
 def _tokens(job: Job, memory: MemorySpec) -> list[int]:
     """How many may run at once: the longest example at least."""
     if memory.micro_tokens is not None:
-        return [max(job.longest, memory.micro_tokens)]
+        return [fixed_tokens(job, memory.micro_tokens)]
     most = min(WANTED_TOKENS, job.step_most or job.step_tokens or WANTED_TOKENS)
-    powers = [1 << k for k in range(8, 15)]
-    return sorted({job.longest, max(job.longest, most), *(n for n in powers if job.longest < n <= most)}, reverse=True)
+    some = [*(1 << k for k in range(8, 15)), *(job.longest * n for n in range(2, 9))]
+    return sorted({job.longest, max(job.longest, most), *(n for n in some if job.longest < n <= most)}, reverse=True)
 
 
 def _fillings(job: Job, start: Setting, limits: Limits, memory: MemorySpec) -> Iterator[Setting]:
@@ -124,22 +155,41 @@ def _fillings(job: Job, start: Setting, limits: Limits, memory: MemorySpec) -> I
         uniform = replace(start, keep=(keep,) * layers)
         if memory.offload is not None:
             yield replace(uniform, offload=layers if memory.offload else 0)
-            continue
-        least = _least_offload(job, uniform, limits)
-        if least is not None:
+        elif (least := _least_offload(job, uniform, limits)) is not None:
             yield replace(uniform, offload=least)
     if memory.keep is not None or memory.offload:
         return
-    for first, last in MIXTURES:
-        mixed = [replace(start, keep=(first,) * n + (last,) * (layers - n)) for n in range(layers + 1)]
-        least = _least(lambda n, of=mixed: fits(job, of[n], limits) is not None, layers)  # type: ignore[misc]
+    for poor, rich in MIXTURES:
+        # the last layers' kept activations stay, and are more
+        mixed = [replace(start, keep=(poor,) * n + (rich,) * (layers - n)) for n in range(layers + 1)]
+        least = _least(lambda n, of=mixed: on_device(job, of[n], limits) is not None, layers)  # type: ignore[misc]
         if least is not None and 0 < least < layers:
             yield mixed[least]
+        if memory.offload is None and limits.host and layers > 1:
+            yield from _offloaded(job, mixed[1:-1], limits)
+            # the first layers' are more, and leave for the host
+            others = [replace(start, keep=(rich,) * n + (poor,) * (layers - n)) for n in range(layers - 1, 0, -1)]
+            yield from _offloaded(job, others, limits)
+
+
+def _offloaded(job: Job, mixtures: Sequence[Setting], limits: Limits) -> Iterator[Setting]:
+    """Of mixtures of ever fewer kept activations, each with the fewest layers on the host that the device asks for, the
+    first that the host takes."""
+
+    def with_host(setting: Setting) -> Setting | None:
+        offload = _least_offload(job, setting, limits)
+        found = None if offload is None else replace(setting, offload=offload)
+        return None if found is None or fits(job, found, limits) is None else found
+
+    least = _least(lambda n: with_host(mixtures[n]) is not None, len(mixtures) - 1)
+    if least is not None and (found := with_host(mixtures[least])) is not None:
+        yield found
 
 
 def _least_offload(job: Job, setting: Setting, limits: Limits) -> int | None:
-    """How many layers' kept activations must at least go to the host."""
-    return _least(lambda n: fits(job, replace(setting, offload=n), limits) is not None, job.shape.layers)
+    """How many layers' kept activations must at least go to the host for the device's sake; whether the host takes them is
+    another question (the more layers, the less)."""
+    return _least(lambda n: on_device(job, replace(setting, offload=n), limits) is not None, job.shape.layers)
 
 
 def _least(fits: Callable[[int], bool], most: int) -> int | None:
@@ -159,37 +209,48 @@ def _least(fits: Callable[[int], bool], most: int) -> int | None:
 
 
 def _frugal(job: Job, memory: MemorySpec) -> Iterator[Setting]:
-    """The settings that take least of the device."""
+    """The settings that take least of the device, but for what is offloaded."""
     layers = job.shape.layers
-    tokens = max(job.longest, memory.micro_tokens or 0)
-    keep: Keep = memory.keep or "input"
+    if memory.micro_tokens is not None:
+        lengths = [fixed_tokens(job, memory.micro_tokens)]
+    else:
+        lengths = [job.longest]
+        if job.step_most is not None and job.longest < job.step_most < 2 * job.longest:
+            lengths.append(job.step_most)  # a step in one piece: its gradients come while activations go
+    keep: Keep = memory.keep or LEAST
     scratch: ScratchMode = "layer" if job.storage == "dense" else "small"
     for stream in (False, True) if memory.stream is None else (memory.stream,):
-        for offload in (0, layers) if memory.offload is None else (layers if memory.offload else 0,):
+        for tokens in lengths:
             for tile in (None, *(t for t in (2048, 512) if t < tokens)):
-                yield Setting(tokens, (keep,) * layers, offload, stream, tile, scratch, False)
+                yield Setting(tokens, (keep,) * layers, 0, stream, tile, scratch, False)
+
+
+def _frugal_on_device(job: Job, limits: Limits, memory: MemorySpec) -> Iterator[Setting]:
+    """Those that the device takes, with as little on the host as it asks for."""
+    for setting in _frugal(job, memory):
+        if memory.offload is not None:
+            offload: int | None = job.shape.layers if memory.offload else 0
+            if on_device(job, replace(setting, offload=offload or 0), limits) is None:
+                continue
+        else:
+            offload = _least_offload(job, setting, limits)
+        if offload is not None:
+            yield replace(setting, offload=offload)
+
+
+def _frugal_fits(job: Job, limits: Limits, memory: MemorySpec) -> Iterator[Setting]:
+    return (s for s in _frugal_on_device(job, limits, memory) if fits(job, s, limits))
 
 
 def feasible(job: Job, limits: Limits, memory: MemorySpec) -> bool:
-    """Whether any setting fits."""
-    if any(fits(job, setting, limits) for setting in _frugal(job, memory)):
-        return True
-    if memory.offload is not None:
-        return False
-    return any(  # all of it may be more than the host has, nothing more than the device has
-        _least_offload(job, setting, limits) is not None or _part_fits(job, setting, limits)
-        for setting in _frugal(job, memory)
-        if setting.offload
-    )
+    """Whether ``search`` finds a setting."""
+    return next(_frugal_fits(job, limits, memory), None) is not None
 
 
-def _part_fits(job: Job, setting: Setting, limits: Limits) -> bool:
-    """Offloading as many layers as the host takes."""
-    full = account(job, setting, limits.kind).host
-    each = full.get("kept activations", 0) // job.shape.layers
-    room = limits.host - full.get("streamed base", 0)
-    n = min(job.shape.layers, room // max(1, each))
-    return n > 0 and fits(job, replace(setting, offload=n), limits) is not None
+def least_host(job: Job, limits: Limits, memory: MemorySpec) -> int | None:
+    """Bytes of main memory with which it would fit; None: the device does not take it with any."""
+    found = _frugal_on_device(job, limits, memory)
+    return min((sum(account(job, s, limits.kind).host.values()) for s in found), default=None)
 
 
 def longest_context(job: Job, limits: Limits, memory: MemorySpec, *, step: int = 1024, most: int = 2**20) -> int:
@@ -198,14 +259,18 @@ def longest_context(job: Job, limits: Limits, memory: MemorySpec, *, step: int =
     while high - low > 0:
         middle = (low + high + 1) // 2
         tokens = middle * step
-        ok = feasible(job.at(longest=tokens, segment=tokens, step_tokens=None), limits, memory)
+        segment = min(job.segment or tokens, tokens)
+        ok = feasible(job.at(longest=tokens, segment=segment, step_tokens=None, step_most=None), limits, memory)
         low, high = (middle, high) if ok else (low, middle - 1)
     return low * step
 
 
 def least_account(job: Job, limits: Limits, memory: MemorySpec) -> tuple[Setting, Account]:
     """The setting that takes least of the device, whatever it takes of the host."""
-    found = [(s, account(job, s, limits.kind)) for s in _frugal(job, memory)]
+    layers = job.shape.layers
+    offloads = (0, layers) if memory.offload is None else (layers if memory.offload else 0,)
+    settings = [replace(s, offload=n) for s in _frugal(job, memory) for n in offloads]
+    found = [(s, account(job, s, limits.kind, micro_batches=micro_batches(job, s.tokens))) for s in settings]
     return min(found, key=lambda pair: pair[1].peak)
 
 
@@ -221,14 +286,9 @@ def cures(job: Job, limits: Limits, memory: MemorySpec) -> list[str]:
             freed = memory.model_copy(update={key: None})
             if helps(job, freed):
                 said.append(f"memory.{key} left to the plan")
-    if limits.host < 2**40 and helps(job, there=replace(limits, host=2**45)):
-        host = min(
-            (sum(account(job, s, limits.kind).host.values()) for s in _frugal(job, memory)
-             if account(job, s, limits.kind).peak <= limits.budget),
-            default=0,
-        )  # fmt: skip
-        if host:
-            said.append(f"memory.host={-(-host // GIB)}GiB (a machine with that much main memory to spare)")
+    host = least_host(job, limits, memory)
+    if host is not None and host > limits.host:
+        said.append(f"memory.host={-(-host // GIB)}GiB (a machine with that much main memory to spare)")
     if job.optim in ("adamw_torch", "paged_adamw_32bit"):
         said += [f"optim={o}" for o in ("adamw_8bit", "paged_adamw_8bit") if helps(job.at(optim=o))][:1]
     if job.storage == "dense" and helps(job.at(storage="nf4 nested")):

@@ -35,25 +35,21 @@ class StreamedBase:
     def __init__(self, model: Any, device: torch.device) -> None:
         self.device = device
         self._side = SideStream(device)
-        self.slabs: list[Tensor] = []
-        places = [self._take(layer) for layer in model.model.layers]
-        _lock(model.lm_head.weight, device)
+        layers, head = list(model.model.layers), model.lm_head.weight
+        self._layers = [(_linears(layer), *_layout(_linears(layer))) for layer in layers]
+        # all that may be refused comes before anything is moved
+        self.slabs = [host_bytes(size, device) for _, _, size in self._layers]
+        locked = host_bytes(head.nbytes, device).view(head.dtype).view(head.shape)
+        for layer, (linears, places, _), slab in zip(layers, self._layers, self.slabs):
+            self._move(linears, places, slab)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.to(device)
+        head.data = locked.copy_(head.data)
         model.model.embed_tokens.to("cpu")
-        model.lm_head.to("cpu")
         for module in (model.model.norm, model.model.rotary_emb):
             module.to(device)
-        # last: a card that was full has room by now
-        self.buffers = [
-            torch.empty(
-                max((slab.numel() for slab in self.slabs[slot::2]), default=0), dtype=torch.uint8, device=device
-            )
-            for slot in range(2)
-        ]
-        self._views = {
-            linear.weight: weight_over(linear.weight, _views(linear.weight, starts, self.buffers[index % 2]))
-            for index, layer in enumerate(model.model.layers)
-            for linear, starts in zip(_linears(layer), places[index])
-        }
+        self.buffers: list[Tensor] = []
+        self._views: dict[Tensor, Tensor] = {}
         self._holds: list[int | None] = [None, None]
         self._ready: list[Any] = [None, None]
         self._gathered: Tensor | None = None
@@ -65,7 +61,20 @@ class StreamedBase:
 
     def on_device(self, weight: Tensor) -> Tensor:
         """The view through which a layer's matrix is read while the layer is there (see ``begin``)."""
+        if not self.buffers:
+            self._make_room()
         return self._views[weight]
+
+    def _make_room(self) -> None:
+        """The buffers and the views of them: made when the first pass begins, which may find no room and be tried again."""
+        sizes = [max((slab.numel() for slab in self.slabs[slot::2]), default=0) for slot in range(2)]
+        buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
+        self._views = {
+            linear.weight: weight_over(linear.weight, _views(linear.weight, starts, buffers[index % 2]))
+            for index, (linears, places, _) in enumerate(self._layers)
+            for linear, starts in zip(linears, places)
+        }
+        self.buffers = buffers
 
     def begin(self, layer: int, step: int) -> None:
         """What is computed from here on may read this layer; the next one (`layer + step`) starts to come over.
@@ -107,11 +116,8 @@ class StreamedBase:
         self._ready[slot] = self._side.copy([(self.buffers[slot][: slab.numel()], slab)])
         self._holds[slot] = layer
 
-    def _take(self, layer: Any) -> list[dict[str, int]]:
-        """Let a layer's matrices be views of a slab, and the rest of it lie on the device; returns where each begins."""
-        linears = _linears(layer)
-        places, size = _layout(linears)
-        slab = host_bytes(size, self.device)
+    def _move(self, linears: Sequence[Any], places: Sequence[dict[str, int]], slab: Tensor) -> None:
+        """Let a layer's matrices be views of its slab."""
         for linear, starts in zip(linears, places):
             on_host = _views(linear.weight, starts, slab)
             for name, tensor in stored_tensors(linear.weight).items():
@@ -119,10 +125,6 @@ class StreamedBase:
                 (linear.weight if name == "" else tensor).data = on_host[name]
             if linear.bias is not None:
                 linear.bias.data = linear.bias.data.to(self.device)
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.to(self.device)
-        self.slabs.append(slab)
-        return places
 
 
 def _views(weight: Tensor, starts: dict[str, int], memory: Tensor) -> dict[str, Tensor]:
@@ -148,16 +150,3 @@ def _layout(linears: Sequence[Any]) -> tuple[list[dict[str, int]], int]:
             end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         places.append(starts)
     return places, end
-
-
-def slab_bytes(layer: Any) -> int:
-    """Bytes of a decoder layer's slab."""
-    return _layout(_linears(layer))[1]
-
-
-def _lock(parameter: Tensor, device: torch.device) -> None:
-    """Put a parameter into locked memory, as a copy to the card wants it."""
-    if device.type == "cuda":
-        source = parameter.data
-        locked = host_bytes(source.nbytes, device).view(source.dtype).view(source.shape)
-        parameter.data = locked.copy_(source)
