@@ -20,6 +20,7 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.offload import LockRefused, Offload
 from zephyr_lite.model.plan import Plan
+from zephyr_lite.model.stream import StreamedBase
 from zephyr_lite.rundir import StageDir
 from zephyr_lite.train.dpo import DpoTask
 from zephyr_lite.train.loop import Loop
@@ -499,3 +500,40 @@ def test_what_the_host_cannot_spare_is_not_put_there(opened, monkeypatch, host, 
     assert guard._lends(5 * 2**20) == offloads
     guard._lockable = False
     assert not guard._lends(1)
+
+
+@pytest.mark.parametrize("refuses", ["the lock", "the first buffers"])
+def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkeypatch, refuses):
+    """The rescue itself fails: in the middle of a step either the next smaller plan runs, or the example is named."""
+    loop = opened("sft", 250, ("input", "input"))
+    loop.config.max_grad_norm = 1e9
+    loop.gradients(0)
+    want = {n: p.grad.clone() for n, p in loop.parameters.items()}
+    monkeypatch.setattr(Guard, "_lends", lambda self, count: self._lockable)
+    plain, room, failed = SftTask.loss, StreamedBase._make_room, []
+
+    def full(self, examples, step, total):
+        if not self.stage.plan.stream and (len(examples) > 1 or refuses != "the lock"):
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+        return plain(self, examples, step, total)
+
+    def no_room(self):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+        return room(self)
+
+    def refused(count, device):
+        raise LockRefused("no main memory could be locked")
+
+    monkeypatch.setattr(SftTask, "loss", full)
+    if refuses == "the lock":
+        monkeypatch.setattr("zephyr_lite.model.stream.host_bytes", refused)
+    else:
+        monkeypatch.setattr(StreamedBase, "_make_room", no_room)
+        with pytest.raises(UserError, match="tokens do not fit into memory, alone"):
+            loop.prepare(0)  # there is nothing left to try; and everything is whole
+    loop.prepare(0)
+    assert loop.plan.stream == (refuses != "the lock")
+    for name, parameter in loop.parameters.items():
+        assert apart(parameter.grad, want[name]) < 1e-5, name

@@ -197,6 +197,8 @@ def test_where_a_pass_ends_the_next_begins_without_a_copy(deep_base):
 def test_a_streamed_layer_lies_once_on_the_host_and_nowhere_else(deep_base):
     model = quantized(deep_base)
     stream = StreamedBase(model, CPU)
+    assert stream.buffers == []  # a card that was full has room once all has moved
+    stream.on_device(model.model.layers[0].mlp.up_proj.weight)
     assert [b.numel() for b in stream.buffers] == [max(s.numel() for s in stream.slabs)] * 2
     for slab, layer in zip(stream.slabs, model.model.layers):
         low, high = slab.data_ptr(), slab.data_ptr() + slab.numel()

@@ -114,15 +114,13 @@ def plan(
     verbose: Verbose = False,
 ) -> None:
     """What a run will take and how fast it will be, on this machine or on any card; needs neither weights nor a GPU."""
-    from .planned import ladder_lines, planned_lines
+    from .planned import ladder_lines, planned_lines, stages_of
 
-    words = list(context.args)
-    methods: tuple[Any, ...] = ("sft", "dpo")
-    if words and words[0] in ("sft", "dpo", "both"):
-        first = words.pop(0)
-        methods = methods if first == "both" else (first,)
+    methods, words = stages_of(list(context.args))
     if ladder:
-        console.plan(ladder_lines(words))
+        stage = None if words == context.args else context.args[0]
+        others = {"--gpu": gpu, "--vram": vram, "--price": price, "--config": config, f"a stage ({stage})": stage}
+        console.plan(ladder_lines(words, others))
         return
     for method in methods:
         console.plan(planned_lines(method, config, words, gpu=gpu, vram=vram, price=price))
@@ -242,7 +240,14 @@ def _cure(error: Exception) -> UserError | None:
             f"the card's memory is full: {' '.join(str(error).split())[:200]}",
             "Close what else runs on it, or set memory.vram to less than it has.",
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return UserError(
+            f"main memory is full: {error or type(error).__name__}",
+            "Close what fills it; the same command goes on from the last checkpoint.",
+        )
+    # safetensors wraps the system's error into one of its own
+    full = type(error).__name__ == "SafetensorError" and f"os error {errno.ENOSPC})" in str(error)
+    if full or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         return UserError(f"the disk is full: {error}", "Free some; the same command goes on from the last checkpoint.")
     return None
 

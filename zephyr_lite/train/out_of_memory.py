@@ -251,6 +251,30 @@ class Guard:
             raise UserError(f"memory ran out before anything was computed: {failure}", "Use a device with more memory.")
         stage.decoder.release()
         gc.collect()  # an error that went through autograd may be part of a cycle
+        size = f"{len(running.examples)} example{'s' * (len(running.examples) > 1)}, {running.tokens:,} tokens"
+        what = f"memory ran out for {size} ({failure}); it is tried again"
+        refused: str | None = failure
+        while refused is not None:
+            plan = self._next(running, refused)
+            self.say(f"{what}, from here on with: {changes(self.plan, plan)}")
+            adapted = replace(plan, bytes_per_token=_kept_per_token(stage, plan), **_unknown())
+            lockable = self._lockable
+            _, refused = self._attempt(lambda: self.follow(adapted))  # noqa: B023 (called at once)
+            what = f"that could not be had ({refused}); it is tried"
+            if refused is not None and not lockable:
+                raise _does_not_fit(stage, running, refused)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self._recording:
+            self.record()
+
+    def _next(self, running: Running, failure: str) -> Plan:
+        """The next smaller plan.
+
+        Raises:
+            UserError: there is none.
+        """
+        stage = self.stage
         plan = smaller(
             self.plan if self._lockable else replace(self.plan, offload=0),
             running,
@@ -260,15 +284,7 @@ class Guard:
         )
         if plan is None:
             raise _does_not_fit(stage, running, failure)
-        size = f"{len(running.examples)} example{'s' * (len(running.examples) > 1)}, {running.tokens:,} tokens"
-        self.say(
-            f"memory ran out for {size} ({failure}); it is tried again, from here on with: {changes(self.plan, plan)}"
-        )
-        self.follow(replace(plan, bytes_per_token=_kept_per_token(stage, plan), **_unknown()))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        if self._recording:
-            self.record()
+        return plan
 
 
 def _inputs_bytes(stage: Stage, running: Running) -> int:

@@ -201,8 +201,8 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if claim:
+        stage.write_info(info)  # first: a changed ``memory`` is told by the configuration that the file has
         write_text(stage.config, dump_config(config))
-        stage.write_info(info)
     decoder = Decoder(stack, base.dtype, scratch=plan.scratch, stream=stream)
     decoder.follow(plan)
     return Stage(method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info)
