@@ -43,7 +43,8 @@ from .ground import (
     same_ground,
     vocabulary_fits,
 )
-from .loop import Outcome, step_schedule
+from .loop import Outcome
+from .steps import step_schedule
 from .planning import plan_stage, said_again, set_threads, stage_job
 
 Say = Callable[[str], None]
