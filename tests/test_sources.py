@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -373,3 +375,49 @@ def test_several_processes_read_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "cache_key", lambda *args: "several")
     two = load(path)
     assert one.dataset.to_list() == two.dataset.to_list() and one.dropped == two.dropped
+
+
+def test_a_cache_that_is_a_file_is_not_the_row_files_fault(tmp_path, monkeypatch):
+    rows = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}])
+    cache = tmp_path / "cache"
+    cache.write_text("a file")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    with pytest.raises(UserError) as caught:
+        load(rows)
+    assert caught.value.message.startswith(str(cache)) and "a.jsonl" not in str(caught.value)
+    assert "HF_DATASETS_CACHE" in caught.value.hint
+
+
+@pytest.mark.parametrize("where", ["load_dataset", "map"])
+@pytest.mark.parametrize(
+    ("number", "place", "says"),
+    [
+        (errno.EACCES, "cache/x.lock", "cache/x.lock: Permission denied"),
+        (errno.EROFS, "cache/x.lock", "Read-only file system"),
+        (errno.ENOSPC, None, "No space left"),
+    ],
+)
+def test_what_fails_in_the_cache_names_the_cache(tmp_path, monkeypatch, where, number, place, says):
+    rows = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}])
+    error = OSError(number, os.strerror(number), *([str(tmp_path / place)] if place else []))
+
+    def fails(*words, **options):
+        if where == "map":
+            raise error
+        raise RuntimeError("while generating") from error
+
+    monkeypatch.setattr(datasets if where == "load_dataset" else datasets.Dataset, where, fails)
+    with pytest.raises(UserError, match=says) as caught:
+        load(rows)
+    assert "a.jsonl" not in str(caught.value) and str(datasets.config.HF_DATASETS_CACHE) in str(caught.value)
+
+
+def test_a_row_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    rows = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}])
+
+    def fails(*words, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(UserError, match=r"a\.jsonl: not readable as JSONL.*Permission denied"):
+        load(rows)

@@ -128,7 +128,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def cache_dir() -> Path:
-    """The kit's folder in the user's cache: ``$XDG_CACHE_HOME/zephyr-lite``, or ``~/.cache/zephyr-lite``."""
+    """The kit's folder in the user's cache: ``$ZEPHYR_LITE_CACHE``, or else ``$XDG_CACHE_HOME/zephyr-lite``, or else
+    ``~/.cache/zephyr-lite``. (The second moves the hub's cache too.)"""
+    if own := os.environ.get("ZEPHYR_LITE_CACHE"):
+        return Path(own).expanduser()
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "zephyr-lite"
 

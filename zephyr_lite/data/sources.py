@@ -6,9 +6,11 @@ Only JSONL, JSON, CSV and Parquet are read, and no code that comes with a data s
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from .formats import COLUMNS, Method, RowError, detect
 from .opening import find_broken_json, open_source, quiet
 
 PARALLEL_ROWS = 2000  # below this, starting processes costs more than it saves
+# not of a file that is only read, though the system names none
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _TURNS = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
 
 
@@ -78,7 +82,8 @@ def load_rows(specs: Sequence[DatasetSpec], method: Method, *, seed: int, system
 def _one_source(
     spec: DatasetSpec, method: Method, rng: np.random.Generator, system: str | None, rows: Rows
 ) -> datasets.Dataset:
-    raw, label = open_source(spec)
+    with _own_faults_only(spec):
+        raw, label = open_source(spec)
     if len(raw) == 0:
         raise UserError(f"{label}: empty; there is no row in it.")
     raw = _rename(raw, spec.columns, label)
@@ -98,7 +103,7 @@ def _one_source(
         "numbers": None if len(numbers) == total else numbers,
     }
     try:
-        with quiet(len(raw) <= PARALLEL_ROWS):
+        with quiet(len(raw) <= PARALLEL_ROWS), _own_faults_only(spec):
             mapped = raw.map(
                 _normalise,
                 with_indices=True,
@@ -146,6 +151,42 @@ def _one_source(
     mapped = mapped.remove_columns(["fault", "change"])
     indices = np.concatenate(chosen)
     return mapped if len(indices) == len(mapped) == len(kept) else mapped.select(indices)
+
+
+@contextmanager
+def _own_faults_only(spec: DatasetSpec) -> Iterator[None]:
+    """What fails in the cache that datasets keeps is not the fault of the file with the rows, and the path is named.
+
+    Raises:
+        UserError: a file other than the source's cannot be made, read or written, or the disk is full.
+    """
+    try:
+        yield
+    except (OSError, UserError) as error:
+        fault = _system_fault(error)
+        path = Path(str(fault.filename)) if fault is not None and fault.filename else None
+        if fault is None or (path is None and fault.errno not in _DISK) or (path and _is_of(path, spec)):
+            raise
+        cache = datasets.config.HF_DATASETS_CACHE
+        raise UserError(
+            f"{path or cache}: {fault.strerror or fault}; rows that were read are kept in {cache}.",
+            "Make it writable, or name another folder in the environment variable HF_DATASETS_CACHE.",
+        ) from None
+
+
+def _system_fault(error: BaseException | None) -> OSError | None:
+    """The system's error at the root of what became of it."""
+    found = None
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            found = error
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _is_of(path: Path, spec: DatasetSpec) -> bool:
+    source = Path(spec.path).expanduser().absolute()
+    return source in (path.absolute(), *path.absolute().parents)
 
 
 def _note(label: str, kind: str, looked: int, total: int, kept: int, weight: float) -> str:

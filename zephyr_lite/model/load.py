@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -195,7 +196,9 @@ def load_base(
         recipe = Recipe(config.model_name_or_path, print_of_base, quantization, dtype)
         kept = quantized_folder(folder, model_config, recipe, device, say)
         if kept is not None:
-            source, model_config, quantization = kept, read_model_config(kept), None
+            # of the weights alone: the configuration is the base's own, whatever became of the kept one
+            source, model_config = kept, copy.deepcopy(model_config)
+            model_config.quantization_config, quantization = quantization.to_dict(), None
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -342,7 +345,22 @@ def quantization_of(config: RunConfig, stored: Any, folder: Path, dtype: torch.d
 
 def fingerprint(folder: Path) -> str:
     """A hash that tells bases apart in milliseconds: the configuration, and of every safetensors file its size, its header
-    and 64 KiB at 16 places of its data. (Reading 15 GB to hash all of it would cost more than loading it.)"""
+    and 64 KiB at 16 places of its data. (Reading 15 GB to hash all of it would cost more than loading it.)
+
+    Raises:
+        UserError: a file is missing (a link of the hub's cache may lead nowhere) or cannot be read.
+    """
+    try:
+        return _fingerprint(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing, or a link to nowhere.", "Fetch the model again.") from None
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be read: {error.strerror}.", "Fetch the model again."
+        ) from None
+
+
+def _fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for key in ("_name_or_path", "transformers_version"):

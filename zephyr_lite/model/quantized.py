@@ -6,6 +6,10 @@ the device's.
 
     ~/.cache/zephyr-lite/quantized/NAME-FINGERPRINT-nf4-double-bfloat16-v1/
         config.json  model-00001-of-00020.safetensors …  zephyr_lite.json
+
+The environment variable ``ZEPHYR_LITE_CACHE`` names another folder than ``~/.cache/zephyr-lite``. What is kept is used
+for the files that it was made of, by path, size and mtime, and for files of equal content (``base_content``); a base
+that was changed in place is quantized again.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ import copy
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,23 +35,24 @@ from ..errors import UserError
 from ..ops.nf4 import quantize_parts
 from ..rundir import cache_dir, folder_aside, write_json
 from ..safetensors_stream import DTYPE_NAMES, SafetensorsFile, nbytes, row_blocks, tensor_bytes, write_stream
+from .base_content import INDEX, SINGLE, BaseFiles, NotKept, Record, file_hash, is_record, still_there, tensor_hash
 
 # raised when what is written changes, so that an older kit's folder is made again
 FORMAT = 1
 MANIFEST = "zephyr_lite.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # quantized tensors are held in memory until a file of them is full, then written at once
 SHARD_BYTES = 128 * 2**20
 # what is merely cast goes to the file so many bytes at a time
 CAST_BYTES = 32 * 2**20
 # of the disk, beside the weights: configuration, headers, and room for somebody else
 SPARE_BYTES = 64 * 2**20
+# of a base's name in a folder's, so that no file system finds it too long
+NAME_BYTES = 80
+# a kept folder's name, of which a half-made one's is made (``folder_aside``), ends so
+_SUFFIX = re.compile(r"[0-9a-f]{16}-nf4-[a-z0-9-]+")
+_ELSEWHERE = "name another folder in the environment variable ZEPHYR_LITE_CACHE"
 
 Say = Callable[[str], None]
-
-
-class NotKept(Exception):
-    """Why a base is not kept quantized; the run goes on without."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,19 @@ class Recipe:
         }
 
     @property
-    def folder(self) -> Path:
-        """Where it is kept, under whatever name the base was called then."""
+    def suffix(self) -> str:
+        """How the names of its folders end."""
         words = [self.fingerprint[:16], "nf4", *(["double"] if self.key["double_quant"] else [])]
-        suffix = "-".join([*words, self.key["dtype"], f"v{FORMAT}"])
-        there = sorted(quantized_dir().glob(f"[!.]*-{suffix}"))
-        return there[0] if there else quantized_dir() / f"{Path(self.name).name or 'base'}-{suffix}"
+        return "-".join([*words, self.key["dtype"], f"v{FORMAT}"])
+
+    def folder(self, content: str = "") -> Path:
+        """Where it is kept from now on; `content` tells it from another base of its fingerprint."""
+        name = Path(self.name).name.lstrip(".").encode(errors="replace")[:NAME_BYTES].decode(errors="ignore") or "base"
+        return quantized_dir() / "-".join([name, *([content] if content else []), self.suffix])
+
+    def folders(self) -> list[Path]:
+        """Where it may be kept, under whatever names the base was called then; files and dangling links included."""
+        return sorted(quantized_dir().glob(f"[!.]*-{self.suffix}"))
 
 
 def quantized_dir() -> Path:
@@ -109,16 +122,60 @@ def quantized_folder(source: Path, config: Any, recipe: Recipe, device: torch.de
     Raises:
         UserError: a file of the base is broken.
     """
-    folder = recipe.folder
-    if folder.is_dir() and fault(folder, recipe) is None:
-        return folder
     try:
-        tensors = _plan(source, config, recipe)
-        _make(folder, source, config, recipe, tensors, device, say)
-    except NotKept as reason:
-        say(f"{reason} The base is quantized in memory now, and again at every start.")
-        return None
-    return folder
+        base = BaseFiles(source)
+        folder = _find(recipe, base, say)
+        if folder is None:
+            return _make(base, config, recipe, device, say)
+        with suppress(OSError):  # in a cache that others keep for us: compared again at the next start
+            _remember(folder, recipe, base)
+        return folder
+    except NotKept as found:
+        reason = str(found)
+    except OSError as error:
+        what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        reason = (
+            f"{quantized_dir()}: the quantized base cannot be kept there ({what}); "
+            f"make room or make it writable, or {_ELSEWHERE}."
+        )
+    say(f"{reason} The base is quantized in memory now, and again at every start.")
+    return None
+
+
+def _find(recipe: Recipe, base: BaseFiles, say: Say) -> Path | None:
+    """A complete folder that was made of these files, or of equal ones."""
+    intact = {folder: _record(folder) for folder in recipe.folders() if fault(folder, recipe) is None}
+    for folder, record in intact.items():
+        if base.seen_in(record):
+            return folder
+    if intact and not base.hashed:
+        say(
+            f"{base.source}: not the files that were quantized, or changed since; "
+            f"comparing their contents ({base.nbytes / 1e9:.2f} GB)"
+        )
+    for folder, record in intact.items():
+        if base.equal(record):
+            return folder
+    return None
+
+
+def _record(folder: Path) -> Record:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sources"]
+
+
+def _remember(folder: Path, recipe: Recipe, base: BaseFiles) -> None:
+    """Note in the manifest that these files were compared.
+
+    Raises:
+        OSError: it cannot be written, or another process holds the lock.
+    """
+    if base.seen_in(_record(folder)):
+        return
+    with open(_lock(recipe.suffix), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if base.equal(told["sources"]):  # not replaced meanwhile
+            write_json(folder / MANIFEST, {**told, "sources": base.added_to(told["sources"])})
 
 
 def fault(folder: Path, recipe: Recipe) -> str | None:
@@ -126,7 +183,7 @@ def fault(folder: Path, recipe: Recipe) -> str | None:
     try:
         told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): int(size) for name, size in told.pop("files").items()}
-        if told != recipe.key:
+        if not is_record(told.pop("sources", None)) or told != recipe.key:
             return f"{MANIFEST} is of another base or version"
         for name, size in files.items():
             found = (folder / name).stat().st_size
@@ -166,7 +223,7 @@ class _Source:
         return -(-elements // 2) + (blocks + blocks // 64 + 1024 if recipe.key["double_quant"] else 4 * blocks)
 
 
-def _plan(source: Path, config: Any, recipe: Recipe) -> list[_Source]:
+def _plan(base: BaseFiles, config: Any, recipe: Recipe) -> list[_Source]:
     """All tensors to keep, in the model's order.
 
     Raises:
@@ -174,11 +231,11 @@ def _plan(source: Path, config: Any, recipe: Recipe) -> list[_Source]:
     """
     wanted = _model_tensors(config, recipe.settings)
     found: dict[str, SafetensorsFile] = {}
-    for file in _files(source):
+    for file in base.files:
         opened = SafetensorsFile(file)
         found |= dict.fromkeys(opened.entries, opened)
     if missing := [name for name, (_, needed) in wanted.items() if needed and name not in found]:
-        raise NotKept(f"{source}: no tensor {missing[0]} in its files.")
+        raise NotKept(f"{base.source}: no tensor {missing[0]} in its files.")
     return [_Source(found[name], name, quantized) for name, (quantized, _) in wanted.items() if name in found]
 
 
@@ -193,69 +250,65 @@ def _model_tensors(config: Any, settings: BitsAndBytesConfig) -> dict[str, tuple
     return {name: (quantizer.param_needs_quantization(model, name), name not in tied) for name in names}
 
 
-def _files(source: Path) -> list[Path]:
-    """The safetensors files that transformers reads of a folder.
-
-    Raises:
-        NotKept: there are none, or the index is broken.
-    """
-    if (source / SINGLE).is_file():
-        return [source / SINGLE]
-    try:
-        told = json.loads((source / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(told["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise NotKept(f"{source}: neither {SINGLE} nor a readable {INDEX} there.") from None
-    if missing := [name for name in names if not (source / name).is_file()]:
-        raise UserError(f"{source / INDEX}: names {missing[0]}, which is not there.", "Fetch the model again.")
-    return [source / name for name in names]
-
-
-def _make(
-    folder: Path,
-    source: Path,
-    config: Any,
-    recipe: Recipe,
-    tensors: list[_Source],
-    device: torch.device,
-    say: Say,
-) -> None:
+def _make(base: BaseFiles, config: Any, recipe: Recipe, device: torch.device, say: Say) -> Path:
     """Make the folder, unless another process did so meanwhile.
 
     Raises:
-        NotKept: the disk is full, or the cache cannot be written.
+        NotKept: the disk is full, or the base is not one to keep.
+        OSError: the cache cannot be written.
     """
+    tensors = _plan(base, config, recipe)
     size = sum(tensor.kept_bytes(recipe) for tensor in tensors)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder, say):
-            wrong = fault(folder, recipe) if folder.exists() else ""
-            if wrong is None:
-                return
-            _sweep(folder)
-            if wrong:
-                say(f"{folder}: {wrong}; the quantized base is made again")
-                shutil.rmtree(folder)
-            free = shutil.disk_usage(folder.parent).free
-            if free < size + SPARE_BYTES:
-                raise NotKept(
-                    f"{folder.parent}: {free / 1e9:.2f} GB free, the quantized base wants "
-                    f"{(size + SPARE_BYTES) / 1e9:.2f} GB there; free some, or name another folder in XDG_CACHE_HOME."
-                )
-            say(f"quantizing the base once ({size / 1e9:.2f} GB); later starts read {folder}")
-            with folder_aside(folder) as aside:
-                _write(aside, source, config, recipe, tensors, device)
-    except OSError as error:
-        raise NotKept(
-            f"{folder.parent}: the quantized base cannot be kept there ({error.strerror or error}); "
-            "make room or make it writable, or name another folder in XDG_CACHE_HOME."
-        ) from error
+    parent = quantized_dir()
+    parent.mkdir(parents=True, exist_ok=True)
+    with _alone(recipe, say):
+        if (found := _find(recipe, base, say)) is not None:
+            return found
+        _sweep(recipe)
+        folder, wrong = _place(recipe, base)
+        if wrong:
+            say(f"{folder}: {wrong}; the quantized base is made again")
+            _remove(folder)
+        free = shutil.disk_usage(parent).free
+        if free < size + SPARE_BYTES:
+            raise NotKept(
+                f"{parent}: {free / 1e9:.2f} GB free, the quantized base wants "
+                f"{(size + SPARE_BYTES) / 1e9:.2f} GB there; free some, or {_ELSEWHERE}."
+            )
+        say(f"quantizing the base once ({size / 1e9:.2f} GB); later starts read {folder}")
+        with folder_aside(folder) as aside:
+            _write(aside, base, config, recipe, tensors, device)
+    return folder
+
+
+def _place(recipe: Recipe, base: BaseFiles) -> tuple[Path, str]:
+    """The folder to make, and what is wrong with the one that is there. None that is there is of this base.
+
+    What was made of files that are still as they were is left alone: somebody uses both bases.
+    """
+    there = recipe.folders()
+    for folder in there:
+        if wrong := fault(folder, recipe):
+            return folder, wrong
+    for folder in there:
+        if not still_there(_record(folder)):
+            return folder, "the base has changed since"
+    if there:
+        return recipe.folder(base.content[:16]), ""
+    return recipe.folder(), ""
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 @contextmanager
-def _alone(folder: Path, say: Say) -> Iterator[None]:
-    """Only one process at a time, on a machine, makes a folder. The lock goes with the process that held it."""
-    with open(folder.parent / f".lock-{folder.name}", "a") as lock:
+def _alone(recipe: Recipe, say: Say) -> Iterator[None]:
+    """Only one process at a time, on a machine, makes a base's folder. The lock goes with the process that held it."""
+    with open(_lock(recipe.suffix), "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -264,15 +317,20 @@ def _alone(folder: Path, say: Say) -> Iterator[None]:
         yield
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what processes that were killed left half-made. `folder`'s lock is held; what others are at work on stays."""
-    for left in folder.parent.glob(".*"):
-        name = left.name.removeprefix(".old-").removeprefix(".").rpartition(".")[0]  # what mkdtemp drew has no dot
-        if not name or not left.is_dir():
+def _lock(suffix: str) -> Path:
+    return quantized_dir() / f".lock-{suffix}"
+
+
+def _sweep(recipe: Recipe) -> None:
+    """Remove what processes that were killed left half-made. The recipe's lock is held; what others are at work on stays."""
+    for left in quantized_dir().glob(".*"):
+        name = left.name.rpartition(".")[0]  # what mkdtemp drew has no dot
+        found = _SUFFIX.search(name)
+        if found is None or found.end() != len(name) or not left.is_dir():
             continue
         try:
-            with open(folder.parent / f".lock-{name}", "a") as lock:
-                if name != folder.name:
+            with open(_lock(found[0]), "a") as lock:
+                if found[0] != recipe.suffix:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(left, ignore_errors=True)
         except BlockingIOError:
@@ -280,8 +338,11 @@ def _sweep(folder: Path) -> None:
 
 
 def _write(
-    folder: Path, source: Path, config: Any, recipe: Recipe, tensors: list[_Source], device: torch.device
+    folder: Path, base: BaseFiles, config: Any, recipe: Recipe, tensors: list[_Source], device: torch.device
 ) -> None:
+    """Everything, into an empty folder; the base's files are hashed as they are read."""
+    files = {tensor.file.path: tensor.file for tensor in tensors}
+    known: dict[Path, dict[str, bytes]] = {path: {} for path in files}
     shards: list[list[str]] = []
     waiting: dict[str, Tensor] = {}
 
@@ -290,12 +351,13 @@ def _write(
             shards.append(list(waiting))
             _write_shard(folder / f"{len(shards)}.safetensors", waiting, recipe.dtype)
             waiting.clear()
-            for file in {tensor.file.path: tensor.file for tensor in tensors}.values():
+            for file in files.values():
                 file.forget()
 
     total = size = 0
     for tensor in tensors:
         weight = tensor.file.tensor(tensor.name)
+        known[tensor.file.path][tensor.name] = tensor_hash(tensor.file, tensor.name)
         if tensor.quantized:
             parts = quantize_parts(weight, double_quant=recipe.key["double_quant"], dtype=recipe.dtype, device=device)
             waiting |= {f"{tensor.name}.{part}" if part else tensor.name: value for part, value in parts.items()}
@@ -315,9 +377,14 @@ def _write(
     if len(shards) > 1:
         stored = sum((folder / name).stat().st_size for name in set(index.values()))
         write_json(folder / INDEX, {"metadata": {"total_size": stored}, "weight_map": dict(sorted(index.items()))})
-    _write_config(folder, source, config, recipe)
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    write_json(folder / MANIFEST, {**recipe.key, "files": files})
+    _write_config(folder, base.source, config, recipe)
+    hashes = {
+        path.name: file_hash(files.get(path) or SafetensorsFile(path), known.get(path, {})) for path in base.files
+    }
+    if base.changed():
+        raise NotKept(f"{base.source}: its files were changed while they were read.")
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST, {**recipe.key, "files": sizes, "sources": base.record(hashes)})
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
