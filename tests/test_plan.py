@@ -25,7 +25,7 @@ from zephyr_lite.model.job import AdapterSpec, Job, Shape, make_job
 from zephyr_lite.model.machine import HOST_ELSEWHERE, Machine, of_card, parse_size
 from zephyr_lite.model.peft_files import LoraWeights, adapter_sha256, write_adapter
 from zephyr_lite.model.plan import Plan, make_plan, this_machine
-from zephyr_lite.model.search import KEEPS, MARGIN, MIXTURES, Limits, feasible, longest_context, search, with_rank
+from zephyr_lite.model.search import KEEPS, MARGIN, MIXTURES, TIE, Limits, feasible, longest_context, search, with_rank
 from zephyr_lite.needs import MISTRAL_SHAPE, expected_job
 from zephyr_lite.rundir import StageDir
 
@@ -64,9 +64,24 @@ def test_every_plan_fits_and_says_what_it_takes(size, method):
     assert Plan(**json.loads(json.dumps(plan.as_dict()))) == plan
 
 
-def test_more_memory_is_never_slower():
-    speeds = [make_plan(mistral(), of_card(CARDS["4090"], f"{n}GiB"), FREE).tokens_per_second for n in (6, 8, 12, 24)]
-    assert all(later >= earlier * 0.98 for earlier, later in pairwise(speeds))
+@pytest.mark.parametrize("words", [[], ["max_length=8192"]])
+def test_more_memory_is_never_slower(words):
+    """But for what is equally fast; of one card, and of the cards that --vram alone means."""
+    same = [of_card(CARDS["4090"], f"{n}GiB") for n in (5.25, 6, 7.5, 8, 12, 24)]
+    series = [of_card(card_of_size(n), f"{n}GiB") for n in (6, 8, 12, 16, 24, 32, 40, 80)]
+    for machines in (same, series):
+        speeds = [make_plan(mistral("sft", *words), machine, FREE).tokens_per_second for machine in machines]
+        assert all(later >= earlier * (1 - TIE) for earlier, later in pairwise(speeds))
+
+
+def test_32_bit_products_are_slower_on_a_card():
+    for name in ("3060", "a100-40"):
+        half, full = (
+            make_plan(mistral(dtype=d), of_card(CARDS[name], "40GiB"), FREE) for d in (torch.float16, torch.float32)
+        )
+        assert full.tokens_per_second < 0.6 * half.tokens_per_second
+    assert CARDS["3060"].rate(torch.float64) < CARDS["3060"].rate(torch.float32) < CARDS["3060"].rate(torch.float16)
+    assert replace(CARDS["3060"], measured=True).rate(torch.float32) == CARDS["3060"].rate(torch.float16)
 
 
 def test_nothing_goes_to_the_host_where_the_card_has_room():
@@ -362,6 +377,10 @@ def test_goals_of_length():
         ("A100 80GB", "a100-80"),
         ("nvidia T4", "t4"),
         ("RTX2060", "rtx2060"),
+        ("3060 12GB", "3060"),
+        ("a100", "a100-40"),
+        ("V100", "v100-16"),
+        ("4060 Ti 16GB", "4060ti-16"),
     ],
 )
 def test_cards_are_found_as_people_spell_them(said, name):
@@ -488,11 +507,94 @@ def test_dpo_is_planned_on_the_run(said, tmp_path, tiny_base, monkeypatch):
         (["engine=trl"], "only the fused engine"),
         (["--gpu", "3060", "--vram", "3GiB", "memory.stream=false"], "GiB are missing"),
         (["--gpu", "3060", "--price", "-1"], "below zero"),
+        (["--gpu", "3060", "--price", "nan"], "no price"),
+        (["--gpu", "3060", "--price", "inf"], "no price"),
+        (["--vram", ""], "is no size"),
+        (["--gpu", "3060", "lora_target_modules=[foo]"], "'foo' is none of"),
+        (["--gpu", "3060", "dtype=float64"], "4-bit weights are not computed in 64 bits"),
     ],
 )
 def test_what_is_wrong_is_said(said, words, wrong):
     code, _, err = said("sft", *words)
     assert code == 2 and wrong in err
+
+
+def test_a_word_that_is_no_stage(said):
+    code = cli.run(["plan", "foo"])
+    assert code == 2
+    assert planned.stages_of(["DPO", "lora_r=8"]) == (("dpo",), ["lora_r=8"])
+    assert planned.stages_of(["lora_r=8"]) == (("sft", "dpo"), ["lora_r=8"])
+    with pytest.raises(UserError, match="no such stage") as caught:
+        planned.stages_of(["foo"])
+    assert "sft, dpo or both" in caught.value.hint
+
+
+def test_a_file_is_planned_for_the_stage_that_it_is_for(tmp_path):
+    assert planned.stages_of([], "zephyr-7b/paper-dpo")[0] == ("dpo",)
+    assert planned.stages_of([], "zephyr-7b/sft")[0] == ("sft",)
+    own = tmp_path / "mine.yaml"
+    own.write_text("beta: 0.1\n")
+    assert planned.stages_of([], str(own))[0] == ("dpo",)
+    own.write_text("lora_r: 8\n")
+    assert planned.stages_of([], str(own))[0] == ("sft", "dpo")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--gpu", "3060"],
+        ["--vram", "8"],
+        ["--price", "1"],
+        ["-c", "zephyr-7b/sft"],
+        ["model_name_or_path=x"],
+        ["engine=trl"],
+    ],
+)
+def test_what_has_no_say_in_the_ladder_is_refused(capsys, words):
+    assert cli.run(["plan", "--ladder", *words]) == 2
+    assert cli.run(["plan", "sft", "--ladder"]) == 2
+    assert "has no say there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["trl", "unsloth"])
+@pytest.mark.parametrize("word", ["stream=true", "offload=false", "host=1GiB", "vram=8GiB"])
+def test_what_another_engine_does_not_read_is_refused(engine, word):
+    with pytest.raises(UserError, match=f"memory.{word.split('=')[0]} means nothing to engine {engine}"):
+        load_config("sft", None, [f"engine={engine}", f"memory.{word}"])
+    load_config("sft", None, [f"engine={engine}", "memory.keep=input", "memory.micro_tokens=100"])
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ('{"model_type": "llama", ', "not valid JSON"),
+        ("[1, 2]", "a list"),
+        ("{}", "model_type"),
+        ({"hidden_size": "4096"}, "hidden_size is '4096'"),
+        ({"hidden_size": -4096}, "hidden_size is -4096"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"hidden_size": 100, "num_attention_heads": 3}, "hidden_size 100 is not a multiple"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+    ],
+)
+def test_a_broken_configuration_is_named(said, tmp_path, content, named):
+    path = tmp_path / "config.json"
+    if isinstance(content, dict):
+        content = json.dumps({**tiny_config().to_dict(), **content})
+    path.write_text(content)
+    code, _, err = said("sft", "--gpu", "3060", f"model_name_or_path={tmp_path}")
+    assert code == 2 and str(path) in err.replace("\n", ""), err
+    assert named in " ".join(err.split())
+
+
+def test_only_the_option_plans_another_machine(said, tiny_base):
+    words = [f"model_name_or_path={tiny_base}", "max_length=64"]
+    _, out, _ = said("sft", "memory.vram=8GiB", *words)
+    assert "plan of sft on the CPU" in out
+    _, out, _ = said("sft", "--vram", "8GiB", *words)
+    assert "plan of sft on 3060, 8.0 GiB" in out and "as fast as a 3060" in out
+    _, out, _ = said("sft", "--gpu", "t4", "dtype=bfloat16", "--vram", "16GiB", *words)
+    assert "no bfloat16 products" in out and "a t4 has 15 GiB" in out
 
 
 def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_base, chat_rows, tmp_path):

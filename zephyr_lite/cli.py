@@ -116,7 +116,7 @@ def plan(
     """What a run will take and how fast it will be, on this machine or on any card; needs neither weights nor a GPU."""
     from .planned import ladder_lines, planned_lines, stages_of
 
-    methods, words = stages_of(list(context.args))
+    methods, words = stages_of(list(context.args), config)
     if ladder:
         stage = None if words == context.args else context.args[0]
         others = {"--gpu": gpu, "--vram": vram, "--price": price, "--config": config, f"a stage ({stage})": stage}

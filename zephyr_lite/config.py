@@ -155,6 +155,15 @@ class RunConfig(BaseModel):
             )
         if self.loss_type in ("ipo", "ipo_sum", "hinge") and self.label_smoothing:
             raise ValueError(f"label_smoothing means nothing for loss_type {self.loss_type}; set it to 0")
+        if self.dtype == "float64" and self.load_in_4bit:
+            raise ValueError(
+                "dtype float64 with load_in_4bit: 4-bit weights are not computed in 64 bits; set one of them"
+            )
+        idle = [key for key in ("vram", "host", "offload", "stream") if getattr(self.memory, key) is not None]
+        if self.engine != "fused" and idle:
+            raise ValueError(
+                f"memory.{idle[0]} means nothing to engine {self.engine}; only memory.keep and memory.micro_tokens do"
+            )
         if not self.lora_target_modules:
             raise ValueError("lora_target_modules is empty; name modules, or take all-linear")
         if not self.dataset:

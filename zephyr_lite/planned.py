@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from .config import MemorySpec, Method, RunConfig, load_config
 from .errors import UserError
+from .model.adapters import check_targets
 from .model.cards import card_of_size, find_card
 from .model.chain import chain_of_run
 from .model.forecast import forecast_lines
@@ -36,16 +40,19 @@ def planned_lines(
     config = loaded.config
     if config.engine != "fused":
         raise UserError(f"engine {config.engine}: only the fused engine is planned.", "Add engine=fused.")
-    if price is not None and price < 0:
-        raise UserError(f"--price {price}: is below zero.")
-    vram = vram or config.memory.vram
+    if price is not None and not 0 <= price < math.inf:
+        raise UserError(f"--price {price}: is {'below zero' if price < 0 else 'no price'}.")
+    check_targets(config.lora_target_modules)
     base, note = base_shape(config.model_name_or_path, config.model_revision)
     check_family(base, f"{config.model_name_or_path}/config.json")
     machine, dtype, memory = _machine(config, gpu, vram)
     below, from_where = _below(method, config, Shape.of(base))
     job = expected_job(method, config, base, dtype, below)
     plan = make_plan(job, machine, memory)
-    notes = (*(n for n in loaded.notes if n.startswith("continuing")), note, *_assumed(config), *from_where)
+    notes = (
+        *(n for n in loaded.notes if n.startswith("continuing")), note, *_assumed(config), *from_where,
+        *_of_card(machine, dtype, gpu, vram),
+    )  # fmt: skip
     lines = [f"note: {text}" for text in notes if text]
     lines += forecast_lines(job, machine, plan, config, price=price)
     disk = disk_bytes(job, config)
@@ -55,18 +62,29 @@ def planned_lines(
 
 
 def _machine(config: RunConfig, gpu: str | None, vram: str | None) -> tuple[Machine, torch.dtype, MemorySpec]:
+    """The card that is named, or one of the size that is; else this machine, whatever memory.vram says."""
     here = compute_device()
-    memory = config.memory.model_copy(update={"vram": vram})
+    memory = config.memory if vram is None else config.memory.model_copy(update={"vram": vram})
     if gpu is None and (vram is None or here.type == "cuda"):
         dtype = compute_dtype(config.dtype, here)
         return this_machine(here, dtype, memory), dtype, memory
-    if gpu is not None:
-        card = find_card(gpu)
-    else:
-        assert vram is not None
-        card = card_of_size(parse_size(vram, "--vram") / GIB)
+    size = None if memory.vram is None else parse_size(memory.vram, "memory.vram" if vram is None else "--vram")
+    card = find_card(gpu) if gpu is not None else card_of_size((size or 0) / GIB)
     dtype = card.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    return of_card(card, vram), dtype, memory
+    return of_card(card, memory.vram), dtype, memory
+
+
+def _of_card(machine: Machine, dtype: torch.dtype, gpu: str | None, vram: str | None) -> list[str]:
+    """What may surprise about the card."""
+    card, said = machine.card, []
+    if machine.kind == "cuda" and not card.measured:
+        if gpu is None and vram is not None:
+            said.append(f"no card is named: one of that size, as fast as a {card.name}")
+        elif machine.free > card.memory * GIB:
+            said.append(f"a {card.name} has {card.memory:g} GiB; it is planned with {machine.free / GIB:g}")
+    if machine.kind == "cuda" and dtype == torch.bfloat16 and card.capability < (8, 0):
+        said.append(f"a {card.name} has no bfloat16 products, they are emulated: slower than is said here")
+    return said
 
 
 def _assumed(config: RunConfig) -> list[str]:
@@ -100,7 +118,15 @@ def _below(method: Method, config: RunConfig, shape: Shape) -> tuple[list[Adapte
 
 
 def ladder(words: list[str]) -> list[tuple[int, Method, Plan | UserError, int]]:
-    """(GB of the card, stage, plan or why there is none, longest example) of Mistral-7B with 8-bit AdamW."""
+    """(GB of the card, stage, plan or why there is none, longest example) of Mistral-7B with 8-bit AdamW.
+
+    Raises:
+        UserError: another model or engine is asked for, or something wrong.
+    """
+    for word in words:
+        key = word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_")
+        if key in ("model_name_or_path", "engine"):
+            raise UserError(f"plan --ladder: {key} has no say there.", "It is Mistral-7B's under the fused engine.")
     found: list[tuple[int, Method, Plan | UserError, int]] = []
     methods: tuple[Method, ...] = ("sft", "dpo")
     for size in LADDER:
@@ -121,8 +147,42 @@ def ladder(words: list[str]) -> list[tuple[int, Method, Plan | UserError, int]]:
     return found
 
 
-def ladder_lines(words: list[str]) -> list[str]:
-    """The ladder as a Markdown table."""
+def stages_of(words: list[str], file: str | None = None) -> tuple[tuple[Method, ...], list[str]]:
+    """The stages that the first word names, or the configuration's file by its name or keys; and the other words.
+
+    Raises:
+        UserError: it is none of sft, dpo and both.
+    """
+    if not words or "=" in words[0] or words[0].startswith("-"):
+        if file is not None:
+            named = [method for method in get_args(Method) if method in Path(file).stem.lower()]
+            own = load_config("dpo", file).given & {
+                "beta",
+                "loss_type",
+                "precompute_ref_log_probs",
+                "max_prompt_length",
+            }
+            if len(named) == 1 or own:
+                return ((named[0] if len(named) == 1 else "dpo"),), words
+        return ("sft", "dpo"), words
+    meant: dict[str, tuple[Method, ...]] = {"sft": ("sft",), "dpo": ("dpo",), "both": ("sft", "dpo")}
+    if words[0].lower() not in meant:
+        raise UserError(f"plan {words[0]}: there is no such stage.", "Say sft, dpo or both (or key=value).")
+    return meant[words[0].lower()], words[1:]
+
+
+def ladder_lines(words: list[str], others: Mapping[str, object] | None = None) -> list[str]:
+    """The ladder as a Markdown table.
+
+    Args:
+        others: options beside it, by name; those that are not None are refused.
+
+    Raises:
+        UserError: something that has no say there.
+    """
+    idle = [name for name, value in (others or {}).items() if value is not None]
+    if idle:
+        raise UserError(f"plan --ladder: {', '.join(idle)} has no say there.", "It has cards and stages of its own.")
     lines = [
         "| card | stage | tokens at once | layers keep | base | peak GiB | host GiB | longest row |",
         "|---|---|---|---|---|---|---|---|",

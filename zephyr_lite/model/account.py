@@ -199,10 +199,10 @@ def head_phases(job: Job, setting: Setting, *, cuda: bool = True) -> dict[str, d
     head = {"output head, copied": s.head_weights * size} if setting.stream else {}
     # the graph's rows before the norm with their scales, and after it; the other stream's after it
     normed = {"target rows": streams * rows + rows + 4 * targets}
-    several = 2 if chunk < targets else 1
     logits = {
         "logits of a chunk": chunk * s.vocabulary * size,
-        "expected embeddings": (several + 1) * chunk * s.hidden * size + 5 * wide * chunk,
+        # a chunk's beside those of its targets, or of the chunk before
+        "expected embeddings": 2 * chunk * s.hidden * size + 5 * wide * chunk,
     }
     numbers = {"log-probabilities": targets * (3 * wide + 1)}
     return {

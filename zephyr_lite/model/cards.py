@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,8 @@ class Card:
         capability: CUDA compute capability.
         price: US dollars an hour, rented; about what it cost at the end of 2026. None: not rented out.
         share: of `tflops` that large matrix products reach.
-        measured: its numbers were measured here.
+        measured: its numbers were measured here (in the run's dtype).
+        tflops32: of 32-bit matrices, without TF32.
     """
 
     name: str
@@ -35,6 +37,15 @@ class Card:
     price: float | None = None
     share: float = 0.6
     measured: bool = False
+    tflops32: float | None = None
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Operations a second that large matrix products of a dtype reach."""
+        tflops = self.tflops
+        if dtype.itemsize > 2 and not self.measured:
+            # of graphics cards whose number is not known: about a quarter; 64 bits: a 32nd of 32
+            tflops = (self.tflops32 or self.tflops / 4) / (32 if dtype.itemsize > 4 else 1)
+        return tflops * 1e12 * self.share
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,29 +55,29 @@ class Card:
 # PCIe 3.0 x16 reaches 12, 4.0 x16 24, 4.0 x8 12, 5.0 x16 50 (10^9 bytes a second). A T4 cannot hold its clock.
 _CARDS = (
     #    name               GiB  TFLOP/s   GB/s  PCIe  capability  $/h
-    Card("rtx2060", 6, 26, 336, 12, (7, 5)),
-    Card("laptop", 8, 35, 256, 12, (8, 9)),  # a mobile 4060
-    Card("3060", 12, 25.5, 360, 12, (8, 6), 0.10),
-    Card("3060ti", 8, 32.5, 448, 24, (8, 6), 0.10),
-    Card("4060ti-16", 16, 44, 288, 12, (8, 9), 0.12),
-    Card("4070", 12, 58, 504, 24, (8, 9), 0.15),
-    Card("3090", 24, 71, 936, 24, (8, 6), 0.22),
-    Card("4080", 16, 97.5, 717, 24, (8, 9), 0.25),
-    Card("4090", 24, 165, 1008, 24, (8, 9), 0.40),
-    Card("5090", 32, 209, 1792, 50, (12, 0), 0.60),
-    Card("t4", 15, 65, 300, 12, (7, 5), 0.35, share=0.3),
-    Card("l4", 22.5, 121, 300, 24, (8, 9), 0.70, share=0.4),
-    Card("a10g", 22.5, 70, 600, 24, (8, 6), 1.00),
-    Card("a100-40", 40, 312, 1555, 24, (8, 0), 1.20),
-    Card("a100-80", 80, 312, 2039, 24, (8, 0), 1.60),
-    Card("h100", 79.6, 989, 3350, 50, (9, 0), 2.50, share=0.5),
-    Card("h200", 140.4, 989, 4800, 50, (9, 0), 3.20, share=0.5),
+    Card("rtx2060", 6, 26, 336, 12, (7, 5), tflops32=6.5),
+    Card("laptop", 8, 35, 256, 12, (8, 9), tflops32=15.1),  # a mobile 4060
+    Card("3060", 12, 25.5, 360, 12, (8, 6), 0.10, tflops32=12.7),
+    Card("3060ti", 8, 32.5, 448, 24, (8, 6), 0.10, tflops32=16.2),
+    Card("4060ti-16", 16, 44, 288, 12, (8, 9), 0.12, tflops32=22.1),
+    Card("4070", 12, 58, 504, 24, (8, 9), 0.15, tflops32=29.1),
+    Card("3090", 24, 71, 936, 24, (8, 6), 0.22, tflops32=35.6),
+    Card("4080", 16, 97.5, 717, 24, (8, 9), 0.25, tflops32=48.7),
+    Card("4090", 24, 165, 1008, 24, (8, 9), 0.40, tflops32=82.6),
+    Card("5090", 32, 209, 1792, 50, (12, 0), 0.60, tflops32=104.8),
+    Card("t4", 15, 65, 300, 12, (7, 5), 0.35, share=0.3, tflops32=8.1),
+    Card("l4", 22.5, 121, 300, 24, (8, 9), 0.70, share=0.4, tflops32=30.3),
+    Card("v100-16", 15.8, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
+    Card("v100-32", 31.7, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
+    Card("a10g", 22.5, 70, 600, 24, (8, 6), 1.00, tflops32=31.2),
+    Card("a100-40", 40, 312, 1555, 24, (8, 0), 1.20, tflops32=19.5),
+    Card("a100-80", 80, 312, 2039, 24, (8, 0), 1.60, tflops32=19.5),
+    Card("h100", 79.6, 989, 3350, 50, (9, 0), 2.50, share=0.5, tflops32=66.9),
+    Card("h200", 140.4, 989, 4800, 50, (9, 0), 3.20, share=0.5, tflops32=66.9),
 )
 CARDS = {card.name: card for card in _CARDS}
-# For --vram alone: a plain consumer card of that size.
+# For --vram alone: a plain consumer card of that size, none slower than a smaller one (of 6 and 8 GB: one of 12 with less).
 _BY_MEMORY = {
-    6: "rtx2060",
-    8: "laptop",
     12: "3060",
     16: "4060ti-16",
     24: "3090",
@@ -88,6 +99,11 @@ def find_card(name: str) -> Card:
     for candidate in (plain, plain.removeprefix("rtx"), f"rtx{plain}"):
         if candidate in names:
             return CARDS[names[candidate]]
+        # "3060 12GB" is the 3060; "a100" the smaller one of two
+        several = [c for c in _CARDS if c.name.replace("-", "").startswith(candidate) and "-" in c.name]
+        sized = [c for c in _CARDS if candidate == f"{c.name.replace('-', '')}{math.ceil(c.memory)}"]
+        if sized or (several and candidate == several[0].name.split("-")[0]):
+            return (sized or several)[0]
     near = difflib.get_close_matches(plain, names, n=1)
     hint = f"Did you mean {names[near[0]]}? " if near else ""
     raise UserError(f"--gpu {name}: no card of that name is known.", f"{hint}Known are: {', '.join(CARDS)}.")

@@ -92,7 +92,7 @@ def _kept_per_layer(job: Job, keep: Keep) -> float:
 def step_time(job: Job, setting: Setting, card: Card) -> Time:
     """One optimizer step, in micro-batches of the setting's tokens."""
     s, tokens = job.shape, setting.tokens
-    rate = card.tflops * 1e12 * card.share * tokens / (tokens + HALF_RATE_TOKENS)
+    rate = card.rate(job.dtype) * tokens / (tokens + HALF_RATE_TOKENS)
     memory, link = card.bandwidth * 1e9 * BANDWIDTH_SHARE, card.pcie * 1e9
     moved = _bytes_moved(job)
     scores = attention_operations(job)

@@ -100,7 +100,18 @@ def container_room(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("
     return max(0, min(rooms)) if rooms else None
 
 
-_UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": GIB, "m": 2**20, "mib": 2**20, "mb": 2**20}
+_UNITS = {
+    "": GIB,
+    "t": 2**40,
+    "tib": 2**40,
+    "tb": 2**40,
+    "g": GIB,
+    "gib": GIB,
+    "gb": GIB,
+    "m": 2**20,
+    "mib": 2**20,
+    "mb": 2**20,
+}
 
 
 def parse_size(text: str, what: str) -> int:
