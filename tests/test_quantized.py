@@ -304,6 +304,8 @@ def other_header(path: Path) -> None:
         (quantized.MANIFEST, Path.unlink, "cannot be read"),
         (quantized.MANIFEST, lambda path: path.write_text("[]"), "not readable"),
         (quantized.MANIFEST, lambda path: path.write_text('{"files": {}, "format": 0}'), "another base or version"),
+        (quantized.MANIFEST, lambda path: path.write_text(path.read_text().replace("sha256", "md5")), "or version"),
+        (quantized.MANIFEST, lambda path: path.write_text(path.read_text().replace('"seen"', '"files"')), "or version"),
     ],
 )
 def test_a_damaged_folder_is_made_again(base, cache, file, damage, says):

@@ -104,8 +104,12 @@ def still_there(record: Record) -> bool:
 
 
 def is_record(value: Any) -> bool:
+    """Whether what was read from a file has a record's form."""
     return isinstance(value, dict) and all(
-        isinstance(told, dict) and isinstance(told.get("sha256"), str) and isinstance(told.get("seen"), list)
+        isinstance(told, dict)
+        and isinstance(told.get("sha256"), str)
+        and isinstance(told.get("seen"), list)
+        and all(isinstance(stamp, list) and len(stamp) == 3 for stamp in told["seen"])
         for told in value.values()
     )
 
