@@ -46,8 +46,12 @@ class BaseFiles:
 
     def __init__(self, source: Path) -> None:
         self.source, self.files = source, _files(source)
-        self.stamps = {path.name: _stamp(path) for path in self.files}
+        self.stamps = {self.name(path): _stamp(path) for path in self.files}
         self._hashes: dict[str, str] | None = None
+
+    def name(self, path: Path) -> str:
+        """Of a file, in the base's folder."""
+        return path.relative_to(self.source).as_posix()
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +69,7 @@ class BaseFiles:
             UserError: a file is broken.
         """
         if self._hashes is None:
-            self._hashes = {path.name: file_hash(SafetensorsFile(path), {}) for path in self.files}
+            self._hashes = {self.name(path): file_hash(SafetensorsFile(path), {}) for path in self.files}
         return self._hashes
 
     @property
@@ -75,7 +79,7 @@ class BaseFiles:
 
     def changed(self) -> bool:
         """Whether a file was changed since this was made."""
-        return any(_stamp(path) != self.stamps[path.name] for path in self.files)
+        return any(_stamp(path) != self.stamps[self.name(path)] for path in self.files)
 
     def seen_in(self, record: Record) -> bool:
         """Whether these very files were read for what the record is of."""

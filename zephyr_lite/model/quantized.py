@@ -379,7 +379,7 @@ def _write(
         write_json(folder / INDEX, {"metadata": {"total_size": stored}, "weight_map": dict(sorted(index.items()))})
     _write_config(folder, base.source, config, recipe)
     hashes = {
-        path.name: file_hash(files.get(path) or SafetensorsFile(path), known.get(path, {})) for path in base.files
+        base.name(path): file_hash(files.get(path) or SafetensorsFile(path), known.get(path, {})) for path in base.files
     }
     if base.changed():
         raise NotKept(f"{base.source}: its files were changed while they were read.")
