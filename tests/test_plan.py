@@ -573,7 +573,7 @@ def test_what_another_engine_does_not_read_is_refused(engine, word):
         ({"hidden_size": "4096"}, "hidden_size is '4096'"),
         ({"hidden_size": -4096}, "hidden_size is -4096"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"hidden_size": 100, "num_attention_heads": 3}, "hidden_size 100 is not a multiple"),
+        ({"hidden_size": 100, "num_attention_heads": 3, "head_dim": None}, "hidden_size 100 is not a multiple"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
     ],
 )

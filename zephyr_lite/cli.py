@@ -238,7 +238,7 @@ def _cure(error: Exception) -> UserError | None:
     if type(error).__name__ == "OutOfMemoryError":
         return UserError(
             f"the card's memory is full: {' '.join(str(error).split())[:200]}",
-            "Close what else runs on it, or set memory.vram to less than it has.",
+            "Close what else runs on it, lower max_length, or set memory.vram to less than it has.",
         )
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return UserError(
