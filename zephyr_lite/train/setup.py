@@ -44,8 +44,8 @@ from .ground import (
     vocabulary_fits,
 )
 from .loop import Outcome
-from .steps import step_schedule
 from .planning import plan_stage, said_again, set_threads, stage_job
+from .steps import step_schedule
 
 Say = Callable[[str], None]
 
