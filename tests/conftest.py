@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("ZEPHYR_LITE_CACHE", None)  # the tests have a cache of their own
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for a second thread
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

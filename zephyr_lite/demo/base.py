@@ -84,7 +84,7 @@ def demo_base() -> Path:
     except OSError as error:
         raise UserError(
             f"{folder.parent}: the converted base model cannot be kept here ({error.strerror}).",
-            "Name a writable folder in the environment variable XDG_CACHE_HOME.",
+            "Name a writable folder in the environment variable ZEPHYR_LITE_CACHE.",
         ) from error
     try:
         _convert(source, temporary)

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from ...errors import UserError
+from ...rundir import cache_dir
 
 WANTED = ">=2026.10.7,<2026.11"  # as the extra in pyproject.toml
 INSTALL = 'pip install "zephyr-lite[unsloth]"'
@@ -99,8 +100,7 @@ def _versions() -> str:
 
 def _cache() -> Path:
     """A folder in the user's cache, a version each: the sources depend on it."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zephyr-lite"
-    folder = root / f"unsloth-{version('unsloth')}-{version('trl')}"
+    folder = cache_dir() / f"unsloth-{version('unsloth')}-{version('trl')}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that cannot be written
