@@ -87,7 +87,7 @@ def test_a_base_that_was_touched_is_compared_once(base, cache, monkeypatch):
     load_base(config(base))
     for path in base.glob("*.safetensors"):
         os.utime(path, ns=(10**18, 10**18))
-    monkeypatch.setattr(quantized, "_write", no_space)
+    monkeypatch.setattr(quantized, "write_quantized", no_space)
     said: list[str] = []
     loaded_right(base, said.append)
     loaded_right(base, said.append)
@@ -116,13 +116,13 @@ def test_a_cache_of_others_serves_a_copy_without_being_written(base, cache, monk
 
 
 def test_a_base_that_changes_while_it_is_read_is_not_kept(base, cache, monkeypatch):
-    plan = quantized._plan
+    plan = quantized.tensors_to_keep
 
     def changing(*words):
         scale(base, 1.5)
         return plan(*words)
 
-    monkeypatch.setattr(quantized, "_plan", changing)
+    monkeypatch.setattr(quantized, "tensors_to_keep", changing)
     said: list[str] = []
     loaded_right(base, said.append)
     assert "changed while they were read" in said[-1] and entries(cache) == []

@@ -26,7 +26,7 @@ from zephyr_lite.data.batch import collate_conversations
 from zephyr_lite.data.chat import Example
 from zephyr_lite.environment import survey
 from zephyr_lite.errors import UserError
-from zephyr_lite.model import load, quantized
+from zephyr_lite.model import load, quantized, quantized_files
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.load import load_base
@@ -126,8 +126,8 @@ def test_bits_are_those_of_from_pretrained(tmp_path, cache, kind, dtype, double,
 
 
 def test_small_files_hold_the_same_bits(base, cache, monkeypatch):
-    monkeypatch.setattr(quantized, "SHARD_BYTES", 20_000)
-    monkeypatch.setattr(quantized, "CAST_BYTES", 1_000)
+    monkeypatch.setattr(quantized_files, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(quantized_files, "CAST_BYTES", 1_000)
     monkeypatch.setattr("zephyr_lite.ops.nf4._PIECE", 1024)
     assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
     (kept,) = entries(cache)
@@ -166,7 +166,7 @@ def test_a_second_start_reads_no_16_bit_weights(base, cache, monkeypatch):
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_streamed_base_lies_on_the_host(base, cache, monkeypatch, kept):
     if not kept:
-        monkeypatch.setattr(quantized, "_write", no_space)
+        monkeypatch.setattr(quantized, "write_quantized", no_space)
     found = load_base(config(base), stream=True)
     assert found.streamed and found.device.type == load.compute_device().type
     assert {p.device.type for p in found.model.parameters()} == {"cpu"}
@@ -251,7 +251,7 @@ def no_space(*words, **settings):
 
 @pytest.mark.parametrize("where", ["write_stream", "write_json"])
 def test_a_full_disk_is_said_and_the_base_quantized_in_memory(base, cache, monkeypatch, where):
-    monkeypatch.setattr(quantized, where, no_space)
+    monkeypatch.setattr(quantized_files if where == "write_stream" else quantized, where, no_space)
     said: list[str] = []
     found = load_base(config(base), say=said.append)
     assert_same(found.model, reference(base, torch.float32, True))
@@ -262,7 +262,7 @@ def test_a_full_disk_is_said_and_the_base_quantized_in_memory(base, cache, monke
 
 def test_too_little_room_is_known_before(base, cache, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
-    monkeypatch.setattr(quantized, "_write", no_space)
+    monkeypatch.setattr(quantized, "write_quantized", no_space)
     said: list[str] = []
     load_base(config(base), say=said.append)
     assert "0.00 GB free" in said[0] and "0.07 GB" in said[0] and "ZEPHYR_LITE_CACHE" in said[0] and len(said) == 1

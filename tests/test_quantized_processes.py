@@ -32,14 +32,14 @@ import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from zephyr_lite.config import RunConfig
-from zephyr_lite.model import quantized
+from zephyr_lite.model import quantized_files
 from zephyr_lite.model.load import load_base
-write = quantized._write_shard
+write = quantized_files._write_shard
 def slowly(*words):
     write(*words)
     print("a shard", flush=True)
     time.sleep({pause})
-quantized._write_shard, quantized.SHARD_BYTES = slowly, 40_000
+quantized_files._write_shard, quantized_files.SHARD_BYTES = slowly, 40_000
 print("ready", flush=True)
 load_base(RunConfig(model_name_or_path={base!r}))
 print("loaded", flush=True)

@@ -2,7 +2,7 @@
 
 What is kept is the folder that ``save_pretrained`` of the quantized model would write, so that plain transformers loads
 it too. It is made tensor by tensor from the mapped files: the 16-bit model is never in memory, neither the host's nor
-the device's.
+the device's (``quantized_files``).
 
     ~/.cache/zephyr-lite/quantized/NAME-FINGERPRINT-nf4-double-bfloat16-v1/
         config.json  model-00001-of-00020.safetensors …  zephyr_lite.json
@@ -14,36 +14,28 @@ that was changed in place is quantized again.
 
 from __future__ import annotations
 
-import copy
 import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.quantizers import AutoHfQuantizer
+from transformers import BitsAndBytesConfig
 
 from ..errors import UserError
-from ..ops.nf4 import quantize_parts
 from ..rundir import cache_dir, folder_aside, write_json
-from ..safetensors_stream import DTYPE_NAMES, SafetensorsFile, nbytes, row_blocks, tensor_bytes, write_stream
-from .base_content import INDEX, SINGLE, BaseFiles, NotKept, Record, file_hash, is_record, still_there, tensor_hash
+from ..safetensors_stream import SafetensorsFile
+from .base_content import BaseFiles, NotKept, Record, is_record, still_there
+from .quantized_files import tensors_to_keep, write_quantized
 
 # raised when what is written changes, so that an older kit's folder is made again
 FORMAT = 1
 MANIFEST = "zephyr_lite.json"
-# quantized tensors are held in memory until a file of them is full, then written at once
-SHARD_BYTES = 128 * 2**20
-# what is merely cast goes to the file so many bytes at a time
-CAST_BYTES = 32 * 2**20
 # of the disk, beside the weights: configuration, headers, and room for somebody else
 SPARE_BYTES = 64 * 2**20
 # of a base's name in a folder's, so that no file system finds it too long
@@ -202,54 +194,6 @@ def fault(folder: Path, recipe: Recipe) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A tensor of the base, and whether it is quantized."""
-
-    file: SafetensorsFile
-    name: str
-    quantized: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.file.entries[self.name].shape
-
-    def kept_bytes(self, recipe: Recipe) -> int:
-        """What it takes in the kept folder, to a few hundred bytes."""
-        elements = nbytes("U8", self.shape)
-        if not self.quantized:
-            return elements * recipe.dtype.itemsize
-        blocks = -(-elements // 64)
-        return -(-elements // 2) + (blocks + blocks // 64 + 1024 if recipe.key["double_quant"] else 4 * blocks)
-
-
-def _plan(base: BaseFiles, config: Any, recipe: Recipe) -> list[_Source]:
-    """All tensors to keep, in the model's order.
-
-    Raises:
-        NotKept: the files name their tensors otherwise than the model.
-    """
-    wanted = _model_tensors(config, recipe.settings)
-    found: dict[str, SafetensorsFile] = {}
-    for file in base.files:
-        opened = SafetensorsFile(file)
-        found |= dict.fromkeys(opened.entries, opened)
-    if missing := [name for name, (_, needed) in wanted.items() if needed and name not in found]:
-        raise NotKept(f"{base.source}: no tensor {missing[0]} in its files.")
-    return [_Source(found[name], name, quantized) for name, (quantized, _) in wanted.items() if name in found]
-
-
-def _model_tensors(config: Any, settings: BitsAndBytesConfig) -> dict[str, tuple[bool, bool]]:
-    """The model's tensors in its order: whether transformers quantizes each, and whether it must be in the files."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    names = list(model.state_dict())
-    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-    quantizer.preprocess_model(model=model, device_map={"": "cpu"}, dtype=None)
-    return {name: (quantizer.param_needs_quantization(model, name), name not in tied) for name in names}
-
-
 def _make(base: BaseFiles, config: Any, recipe: Recipe, device: torch.device, say: Say) -> Path:
     """Make the folder, unless another process did so meanwhile.
 
@@ -257,8 +201,8 @@ def _make(base: BaseFiles, config: Any, recipe: Recipe, device: torch.device, sa
         NotKept: the disk is full, or the base is not one to keep.
         OSError: the cache cannot be written.
     """
-    tensors = _plan(base, config, recipe)
-    size = sum(tensor.kept_bytes(recipe) for tensor in tensors)
+    tensors = tensors_to_keep(base, config, recipe.settings)
+    size = sum(tensor.kept_bytes(recipe.settings, recipe.dtype) for tensor in tensors)
     parent = quantized_dir()
     parent.mkdir(parents=True, exist_ok=True)
     with _alone(recipe, say):
@@ -277,7 +221,9 @@ def _make(base: BaseFiles, config: Any, recipe: Recipe, device: torch.device, sa
             )
         say(f"quantizing the base once ({size / 1e9:.2f} GB); later starts read {folder}")
         with folder_aside(folder) as aside:
-            _write(aside, base, config, recipe, tensors, device)
+            hashes = write_quantized(aside, base, config, recipe.settings, recipe.dtype, tensors, device)
+            sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
+            write_json(aside / MANIFEST, {**recipe.key, "files": sizes, "sources": base.record(hashes)})
     return folder
 
 
@@ -335,94 +281,3 @@ def _sweep(recipe: Recipe) -> None:
                 shutil.rmtree(left, ignore_errors=True)
         except BlockingIOError:
             continue
-
-
-def _write(
-    folder: Path, base: BaseFiles, config: Any, recipe: Recipe, tensors: list[_Source], device: torch.device
-) -> None:
-    """Everything, into an empty folder; the base's files are hashed as they are read."""
-    files = {tensor.file.path: tensor.file for tensor in tensors}
-    known: dict[Path, dict[str, bytes]] = {path: {} for path in files}
-    shards: list[list[str]] = []
-    waiting: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        if waiting:
-            shards.append(list(waiting))
-            _write_shard(folder / f"{len(shards)}.safetensors", waiting, recipe.dtype)
-            waiting.clear()
-            for file in files.values():
-                file.forget()
-
-    total = size = 0
-    for tensor in tensors:
-        weight = tensor.file.tensor(tensor.name)
-        known[tensor.file.path][tensor.name] = tensor_hash(tensor.file, tensor.name)
-        if tensor.quantized:
-            parts = quantize_parts(weight, double_quant=recipe.key["double_quant"], dtype=recipe.dtype, device=device)
-            waiting |= {f"{tensor.name}.{part}" if part else tensor.name: value for part, value in parts.items()}
-        else:
-            waiting[tensor.name] = weight  # mapped: it takes no memory, and is cast on its way to the file
-        size += tensor.kept_bytes(recipe)
-        total += tensor.kept_bytes(recipe)
-        if size >= SHARD_BYTES:
-            flush()
-            size = 0
-    flush()
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
-        os.rename(folder / f"{number}.safetensors", folder / name)
-        index |= dict.fromkeys(names, name)
-    if len(shards) > 1:
-        stored = sum((folder / name).stat().st_size for name in set(index.values()))
-        write_json(folder / INDEX, {"metadata": {"total_size": stored}, "weight_map": dict(sorted(index.items()))})
-    _write_config(folder, base.source, config, recipe)
-    hashes = {
-        base.name(path): file_hash(files.get(path) or SafetensorsFile(path), known.get(path, {})) for path in base.files
-    }
-    if base.changed():
-        raise NotKept(f"{base.source}: its files were changed while they were read.")
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    write_json(folder / MANIFEST, {**recipe.key, "files": sizes, "sources": base.record(hashes)})
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """In the order of their items' sizes, largest first, so that every tensor is aligned to its items."""
-
-    def stored(name: str, tensor: Tensor) -> torch.dtype:
-        return tensor.dtype if not tensor.is_floating_point() or _is_scale(name) else dtype
-
-    order = sorted(tensors, key=lambda name: -stored(name, tensors[name]).itemsize)
-
-    def write(name: str, out: BinaryIO) -> None:
-        tensor = tensors[name]
-        wanted = stored(name, tensor)
-        if tensor.dtype == wanted:
-            out.write(tensor_bytes(tensor))
-            return
-        row = wanted.itemsize * (tensor.numel() // max(1, tensor.shape[0]))
-        for rows in row_blocks(tensor.shape[0], row, CAST_BYTES):
-            out.write(tensor_bytes(tensor[rows].to(wanted)))
-
-    header = {name: (DTYPE_NAMES[stored(name, tensors[name])], tuple(tensors[name].shape)) for name in order}
-    write_stream(path, header, write, {"format": "pt"})
-
-
-def _is_scale(name: str) -> bool:
-    return name.rpartition(".")[2] in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-
-
-def _write_config(folder: Path, source: Path, config: Any, recipe: Recipe) -> None:
-    quantized = copy.deepcopy(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    quantized.architectures = [type(model).__name__]
-    quantized.dtype = recipe.key["dtype"]
-    quantized.quantization_config = recipe.settings.to_dict()
-    quantized.save_pretrained(folder)
-    generation = source / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
-    else:
-        model.generation_config.save_pretrained(folder)
