@@ -14,6 +14,12 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .commands.data_chat import chat
+from .commands.data_pairs import pairs
+from .commands.data_show import show
+from .commands.data_stats import stats
+from .commands.distill import distill
+from .commands.feedback import feedback
 from .console import Console
 from .errors import UserError
 
@@ -25,6 +31,7 @@ app = typer.Typer(
     help="Turn a base model into a chat model, the way Zephyr was made: sft, then dpo, then merge.",
 )
 console = Console()
+data_app = typer.Typer(no_args_is_help=True, help="Make data sets, and look at them as training does.")
 
 # any key of the configuration may follow a training command
 OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -183,6 +190,15 @@ def env(verbose: Verbose = False) -> None:
 
     for finding in survey():
         console.say(finding.line())
+
+
+app.add_typer(data_app, name="data")
+data_app.command(no_args_is_help=True)(chat)
+data_app.command(no_args_is_help=True)(pairs)
+data_app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo] [OPTIONS] [KEY=VALUE]...")(show)
+data_app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo] [OPTIONS] [KEY=VALUE]...")(stats)
+app.command(no_args_is_help=True)(feedback)
+app.command(no_args_is_help=True)(distill)
 
 
 def main(arguments: list[str] | None = None) -> None:
