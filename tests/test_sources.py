@@ -51,6 +51,7 @@ def messages(rows) -> list[list[dict[str, str]]]:
         ({"instruction": "Hi", "input": "", "output": "Hello"}, "Alpaca"),
         ({"instruction": "Hi", "output": "Hello"}, "Alpaca"),
         ({"prompt": "Hi", "completion": "Hello"}, "prompt and completion"),
+        ({"id": "0", "data": ["Hi", "Hello"]}, "raw UltraChat"),
         ({"prompt": turns("Hi"), "completion": turns("", "Hello")[1:]}, "prompt and completion"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, *turns("", "Hello")[1:]]},

@@ -19,6 +19,8 @@ from .errors import UserError
 from .foreign_keys import rename, unknown_key
 
 Method = Literal["sft", "dpo"]
+# folders of shipped files that are not the configuration of a stage
+OTHER_CONFIGS = ("tables", "feedback")
 
 
 class DatasetSpec(BaseModel):
@@ -220,11 +222,23 @@ def find_config(name: str) -> Path:
     )
 
 
-def shipped_configs() -> dict[str, Path]:
-    """{name: path} of the YAML files that travel with the package (in a checkout: ``configs/``)."""
+def shipped_configs(kind: str = "stages") -> dict[str, Path]:
+    """{name: path} of the YAML files that travel with the package (in a checkout: ``configs/``).
+
+    Args:
+        kind: ``stages``, what a training command takes; or one of the folders of other files: ``tables`` (ablations),
+            ``feedback``, without that folder in the name.
+    """
     here = Path(__file__).resolve().parent
     root = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
-    return {str(p.relative_to(root).with_suffix("")).replace("\\", "/"): p for p in sorted(root.rglob("*.yaml"))}
+    found = {}
+    for path in sorted((root if kind == "stages" else root / kind).rglob("*.yaml")):
+        parts = path.relative_to(root).parts
+        if kind != "stages":
+            found["/".join(parts[1:]).removesuffix(".yaml")] = path
+        elif parts[0] not in OTHER_CONFIGS:
+            found["/".join(parts).removesuffix(".yaml")] = path
+    return found
 
 
 def load_config(
@@ -246,7 +260,7 @@ def load_config(
     given: dict[str, Any] = {}
     defaults = {**(DPO_DEFAULTS if method == "dpo" else {}), **(base or {})}
     if path is not None:
-        given = rename(_read_yaml(path), str(path), RunConfig.model_fields, notes)
+        given = rename(read_yaml(path), str(path), RunConfig.model_fields, notes)
         _no_stranger_held_out(set(given), given, notes)
     words = _parse_overrides(overrides or [])
     said = rename(
@@ -276,16 +290,12 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def read_dumped(path: Path) -> dict[str, Any]:
-    """The keys that ``dump_config`` wrote.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The ``key: value`` lines of a YAML file.
 
     Raises:
-        UserError: the file is gone or broken.
+        UserError: it cannot be read, or holds something else.
     """
-    return _read_yaml(path)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -297,6 +307,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}.")
     return values
+
+
+def read_dumped(path: Path) -> dict[str, Any]:
+    """The keys that ``dump_config`` wrote.
+
+    Raises:
+        UserError: the file is gone or broken.
+    """
+    return read_yaml(path)
 
 
 def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:

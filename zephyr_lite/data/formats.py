@@ -27,6 +27,7 @@ COLUMNS = (
     "chosen",
     "rejected",
     "system",
+    "data",
 )
 
 ROLES = {
@@ -45,7 +46,7 @@ _TRANSCRIPT = re.compile(r"(?:^|\n\n)[ \t]*(Human|Assistant):")
 
 _NEEDS = {
     "sft": "sft needs conversations: a column messages, conversations (ShareGPT), instruction and output (Alpaca), "
-    "or prompt and completion",
+    "prompt and completion, or data (raw UltraChat)",
     "dpo": "dpo needs preference rows: columns chosen and rejected, with or without prompt",
 }
 
@@ -100,6 +101,8 @@ def _sft_format(have: set[str]) -> tuple[str, Reader] | None:
         return "Alpaca", _read_alpaca
     if {"prompt", "completion"} <= have:
         return "prompt and completion", _read_completion
+    if "data" in have:
+        return "raw UltraChat", _read_turns
     return None
 
 
@@ -125,6 +128,14 @@ def _read_alpaca(row: Mapping[str, Any]) -> tuple[Normalised, str]:
 
 def _read_completion(row: Mapping[str, Any]) -> tuple[Normalised, str]:
     messages = _as_prompt(row["prompt"], "prompt") + _as_response(row["completion"], "completion")
+    return _conversation(_with_system(messages, row.get("system")))
+
+
+def _read_turns(row: Mapping[str, Any]) -> tuple[Normalised, str]:
+    turns = row["data"]
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise RowError("data is not a list of texts, the user's and the assistant's in turn")
+    messages = [_message(("user", "assistant")[place % 2], _text(turn, "data")) for place, turn in enumerate(turns)]
     return _conversation(_with_system(messages, row.get("system")))
 
 
