@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .commands.ablate import ablate
 from .commands.data_chat import chat
 from .commands.data_pairs import pairs
 from .commands.data_show import show
@@ -192,6 +193,7 @@ def env(verbose: Verbose = False) -> None:
         console.say(finding.line())
 
 
+app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[TABLE] [OPTIONS] [[STAGE.]KEY=VALUE]...")(ablate)
 app.add_typer(data_app, name="data")
 data_app.command(no_args_is_help=True)(chat)
 data_app.command(no_args_is_help=True)(pairs)
@@ -236,7 +238,7 @@ def _run(arguments: list[str], verbose: bool) -> int:
         error.show()
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        trains = arguments[:1] in (["sft"], ["dpo"], ["demo"])
+        trains = arguments[:1] in (["sft"], ["dpo"], ["demo"], ["ablate"])
         console.err.print("interrupted" + ("; the same command goes on from the last checkpoint" if trains else ""))
         return 130
     except Exception as error:

@@ -110,6 +110,15 @@ class Console:
         # soft wrapping is for lines; a table is laid out for a width, and cut where it is wider than the console
         self.out.print(table, soft_wrap=False)
 
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Cells under a header; numbers read best on the right."""
+        table = Table()
+        for place, title in enumerate(header):
+            table.add_column(title, justify="right" if place else "left", overflow="fold")
+        for cells in rows:
+            table.add_row(*(Text(cell) for cell in cells))
+        self.out.print(table, soft_wrap=False)
+
     def _left(self, steps: int) -> float | None:
         if not self._seconds or steps <= 0:
             return None

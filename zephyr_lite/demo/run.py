@@ -9,14 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..chat import load_chat
 from ..config import DatasetSpec, RunConfig, load_config
-from ..data.batch import collate_conversations, collate_pairs
 from ..data.prepare import Prepared, prepare
 from ..data.ultrafeedback import to_pairs
 from ..errors import UserError
+from ..evaluate.likelihood import chat_loss, pair_logps
 from ..merge import MergeReport, merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
@@ -24,12 +22,10 @@ from ..rundir import StageDir, write_json, write_text
 from ..train.dpo import run_dpo
 from ..train.ground import StageComplete
 from ..train.sft import run_sft
-from ..train.steps import evaluation_batches
 from . import CONVERSATIONS, CONVERSATIONS_TEST, FEEDBACK, FEEDBACK_TEST, QUESTIONS, dodges
 from .base import demo_base
 
 Say = Callable[[str], None]
-MICRO_TOKENS = 2048
 
 
 @dataclass
@@ -195,7 +191,7 @@ def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Stan
         answers = chat.ask([*QUESTIONS, *prompts], max_new_tokens=40, adapters=adapters)
         own, others = answers[: len(QUESTIONS)], answers[len(QUESTIONS) :]
         result[name] = Standing(
-            loss=_loss(decoder, conversations),
+            loss=chat_loss(decoder, conversations),
             preference_accuracy=_preference_accuracy(decoder, pairs),
             dodging=sum(map(dodges, others)) / len(others),
             prefers_dodge=1 - _preference_accuracy(decoder, dodging),
@@ -204,20 +200,6 @@ def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Stan
     return result
 
 
-@torch.no_grad()
-def _loss(decoder: Decoder, data: Prepared) -> float:
-    total, targets = 0.0, 0
-    for group in evaluation_batches(data.lengths, MICRO_TOKENS):
-        logps = decoder.token_logps(collate_conversations([data.examples[i] for i in group]).to(decoder.device))
-        total, targets = total - logps.double().sum().item(), targets + logps.numel()
-    return total / targets
-
-
-@torch.no_grad()
 def _preference_accuracy(decoder: Decoder, data: Prepared) -> float:
-    won = 0
-    for group in evaluation_batches(data.lengths, MICRO_TOKENS):
-        batch = collate_pairs([data.examples[i] for i in group]).to(decoder.device)
-        means = (batch.sum_by_group(decoder.token_logps(batch)) / batch.group_sizes).view(-1, 2)
-        won += int((means[:, 0] > means[:, 1]).sum())
-    return won / len(data.lengths)
+    means = pair_logps(decoder, data).means()
+    return (means[:, 0] > means[:, 1]).double().mean().item()
