@@ -21,11 +21,20 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+# what the README links to, under docs/
+GUIDES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    lines = "".join(blocks("bash", text)).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+COMMANDS = [line for text in (TEXT, *GUIDES.values()) for line in commands(text)]
 OURS = list(dict.fromkeys(line for line in COMMANDS if line.startswith("zephyr-lite")))
 TRAINING = [line for line in OURS if line.split()[1] in ("sft", "dpo")]
 
@@ -38,8 +47,10 @@ def test_every_command_is_one_of_these():
 @pytest.mark.parametrize("line", OURS)
 def test_commands_parse(line, tmp_path):
     _, name, *words = shlex.split(line)
-    command = typer.main.get_command(cli.app).commands[name]
-    context = command.make_context(name, words)
+    group = typer.main.get_command(cli.app)
+    if name == "data":
+        group, name, *words = group.commands[name], *words
+    context = group.commands[name].make_context(name, words)
     if name in ("sft", "dpo"):
         config = context.params["config"]
         file = None if config == "my.yaml" else config or f"zephyr-7b/{name}"
@@ -129,5 +140,10 @@ def test_the_table_has_every_key_with_its_default():
 
 
 def test_links_into_the_checkout_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
+    for file, text in {ROOT / "README.md": TEXT, **GUIDES}.items():
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def test_every_guide_is_linked():
+    assert all(f"(docs/{path.name})" in TEXT for path in GUIDES)
