@@ -1,0 +1,235 @@
+"""What was sent and what came back, one JSON object a line, only ever appended: so that nothing is paid for twice.
+
+Records (``event``): ``journal`` (the first line), ``sent`` (on the disk before the request leaves), then for the same
+``id`` either ``reply`` or ``failed``. A ``sent`` with neither was under way when the process died. Questions are known
+by ``digest``, a hash of the request's key and of everything that is sent; keys and headers of HTTP are never recorded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import UserError
+
+Record = dict[str, Any]
+VERSION = 1
+NAME = "journal.jsonl"
+LOCK = ".journal.lock"
+
+
+class Journal:
+    """The journal of a job's folder, held by this process alone until ``close``.
+
+    Replies stay on the disk; what is in memory is where each one lies.
+
+    Raises:
+        UserError: another process holds it, it is no journal, or a line of it is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made: {error.strerror}.", "Choose another folder.") from None
+        # beside the journal: the lock file is emptied by whoever takes it. The kernel lets go of it at a kill -9.
+        self._lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"{folder}: another process is working on it.", "Wait until it has ended, or choose another folder."
+            ) from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be locked: {error.strerror}.", "Choose another folder.") from None
+        self._file = -1
+        self._places: dict[str, int] = {}  # digest of a question -> where its reply begins
+        self._size = 0
+        self._waiting: list[tuple[Record, asyncio.Future[None]]] = []
+        self._under_way: list[tuple[Record, asyncio.Future[None]]] = []
+        self._writer: asyncio.Task[None] | None = None
+        self._broken: str | None = None
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._mend()
+        except OSError as error:
+            self.close()
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}.", "Choose another folder.") from None
+        except BaseException:
+            self.close()
+            raise
+
+    # Reading
+
+    def replay(self) -> Iterator[Record]:
+        """All records from the beginning, in order; call it once, before anything is asked.
+
+        Raises:
+            UserError: a line is damaged, or the file is no journal.
+        """
+        place = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                record = self._record(line, f"line {number}")
+                if number == 1:
+                    if record.get("event") != "journal" or record.get("version") != VERSION:
+                        raise UserError(
+                            f"{self.path}: is not a journal that this version can read.",
+                            "Choose another folder, or move that file away.",
+                        )
+                else:
+                    if record["event"] == "reply":
+                        self._places[record["digest"]] = place
+                    yield record
+                place += len(line)
+
+    def _record(self, line: bytes, where: str) -> Record:
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record["event"], str):
+                raise ValueError
+            if record["event"] in ("sent", "reply", "failed"):
+                record["id"], record["digest"], record["tokens"] + 0, record["dollars"] + 0
+            if record["event"] == "reply":
+                record["text"] + "", record["prompt_tokens"] + record["completion_tokens"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(
+                f"{self.path}: {where} is damaged.",
+                "Restore the file; or delete that line (what it recorded is then asked, and paid for, again).",
+            ) from None
+        return record
+
+    def reply(self, digest: str) -> Record | None:
+        """The reply to a question, where there is one."""
+        place = self._places.get(digest)
+        if place is None:
+            return None
+        with self.path.open("rb") as file:
+            file.seek(place)
+            return self._record(file.readline(), f"the line at byte {place}")
+
+    def _mend(self) -> None:
+        """A process that dies while it writes leaves a last line without its end. Nothing followed from that line:
+        a request leaves when its ``sent`` is on the disk, and a reply is handed on when it is. It is cut off."""
+        self._size = os.fstat(self._file).st_size
+        if self._size:
+            with self.path.open("rb") as file:
+                end = self._size
+                while end:
+                    start = max(0, end - 2**16)
+                    file.seek(start)
+                    found = file.read(end - start).rfind(b"\n")
+                    if found >= 0:
+                        end = start + found + 1
+                        break
+                    end = start
+            if end < self._size:
+                if end == 0 and not self._begins_as_one():
+                    raise UserError(f"{self.path}: is not a journal.", "Choose another folder, or move that file away.")
+                os.ftruncate(self._file, end)
+                self._size = end
+        if not self._size:
+            self._write(_line({"event": "journal", "version": VERSION}))
+
+    def _begins_as_one(self) -> bool:
+        """Whether a file of one unfinished line is the beginning of a journal (its first line, torn)."""
+        first = _line({"event": "journal", "version": VERSION})
+        return self._size < len(first) and first.startswith(self.path.read_bytes())
+
+    # Writing
+
+    async def append(self, record: Record) -> None:
+        """Returns when the record is on the disk. It will be, from the moment of the call, even if nobody waits.
+
+        Records that come while the disk is busy go there together.
+
+        Raises:
+            UserError: the disk is full, or fails.
+        """
+        self._check()
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append((record, done))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._flush())
+        await asyncio.shield(done)
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            self._under_way, self._waiting = self._waiting, []
+            lines = [_line(record) for record, _ in self._under_way]
+            try:
+                # a cancelled wait would not stop the thread: this task is never cancelled, close() waits for it
+                await asyncio.to_thread(self._write, b"".join(lines))
+            except OSError as error:
+                self._broken = f"{self.path}: cannot be written: {error.strerror}."
+            self._settle(lines)
+
+    def _settle(self, lines: list[bytes]) -> None:
+        place = self._size
+        for (record, done), line in zip(self._under_way, lines):
+            if self._broken is None and record["event"] == "reply":
+                self._places[record["digest"]] = place
+            place += len(line)
+            if not done.done():
+                if self._broken is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(self._failure())
+                    done.exception()  # retrieved: whoever waits hears of it, and nobody has to
+        if self._broken is None:
+            self._size = place
+        self._under_way = []
+
+    def _write(self, data: bytes) -> None:
+        """Append and wait for the disk; on failure the file ends where it ended before."""
+        before = os.fstat(self._file).st_size
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._file, view) :]
+            os.fsync(self._file)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._file, before)
+            raise
+
+    def _failure(self) -> UserError:
+        return UserError(self._broken or "", "Make room there; the same command goes on.")
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise self._failure()
+
+    async def drain(self) -> None:
+        """Wait until everything is on the disk."""
+        while self._writer is not None and not self._writer.done():
+            await asyncio.wait([self._writer])
+
+    def close(self) -> None:
+        """Write what still waits, and let others have the folder."""
+        if self._file >= 0:
+            left = b"".join(_line(record) for record, _ in self._waiting)
+            self._waiting = []
+            try:
+                if left and self._broken is None:
+                    self._write(left)
+            finally:
+                os.close(self._file)
+                self._file = -1
+                self._lock.release()
+        else:
+            self._lock.release()
+
+
+def _line(record: Record) -> bytes:
+    # half of a surrogate pair, which a server may send, becomes its own JSON escape
+    text = json.dumps(record, ensure_ascii=False, separators=(", ", ": "))
+    return text.encode("utf-8", "backslashreplace") + b"\n"

@@ -1,0 +1,63 @@
+"""How fast an endpoint is asked: so many at once, so many a minute, and slower when it says so."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+
+LONGEST_BACK_OFF = 60.0  # seconds
+
+
+class Pace:
+    """One endpoint's.
+
+    Args:
+        concurrency: requests under way at once.
+        requests_per_minute: evenly spaced, so that no minute sees more.
+        back_off: seconds of the first wait after a failure; each further one is twice as long.
+    """
+
+    def __init__(self, concurrency: int, requests_per_minute: float | None, back_off: float) -> None:
+        self.slots = asyncio.Semaphore(concurrency)
+        self.back_off = back_off
+        self._space = 60.0 / requests_per_minute if requests_per_minute else 0.0
+        self._next = 0.0  # when the next request may leave, on the monotonic clock
+
+    async def turn(self) -> None:
+        """Wait for the next moment at which a request may leave."""
+        while True:
+            now = time.monotonic()
+            if now >= self._next:
+                self._next = now + self._space
+                return
+            await asyncio.sleep(self._next - now)
+
+    def pause(self, seconds: float) -> None:
+        """Nobody asks for so long: the server has said that it has too much to do."""
+        self._next = max(self._next, time.monotonic() + seconds)
+
+    def wait_after(self, tries: int) -> float:
+        """Seconds to wait after the n-th failed try: exponential, and not the same for all who failed together."""
+        longest = min(LONGEST_BACK_OFF, self.back_off * 2.0 ** min(tries - 1, 30))
+        return longest * random.uniform(0.5, 1.0)
+
+
+def retry_after(headers: dict[str, str]) -> float | None:
+    """Seconds that a server asks to wait: ``retry-after-ms``, or ``retry-after`` in seconds or as a date (RFC 9110)."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers[name]) * unit
+        except (KeyError, ValueError):
+            continue
+        if 0 <= seconds < float("inf"):
+            return seconds
+    try:
+        when = parsedate_to_datetime(headers["retry-after"])
+    except (KeyError, ValueError, TypeError):
+        return None
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
+    return max(0.0, when.timestamp() - time.time())
