@@ -1,0 +1,367 @@
+"""Sets of scored completions (raw UltraFeedback's schema) → a folder of preference pairs like ultrafeedback_binarized."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from ..config import DatasetSpec
+from ..errors import UserError
+from ..rundir import folder_aside, read_json, write_json, write_text
+from .formats import RowError
+from .opening import BUILDERS, open_source, quiet
+from .questions import Questions, read_questions
+from .sources import PARALLEL_ROWS, _own_faults_only, cache_key, processes, summarise
+from .ultrafeedback import NOTES, TRUTHFUL_QA, PairRules, pair_of_row
+from .writing import FileFormat, write_split
+
+REPORT = "report.json"
+DROPPED = "dropped.tsv"
+TRAIN, TEST = "train_prefs", "test_prefs"
+# As many rows as the published set holds out, but no more than a share that a small set can spare.
+TEST_ROWS, TEST_SHARE = 2000, 0.05
+_PLACES = 5
+_RAW = ("source", "instruction", "completions")
+
+_TURNS = [{"content": datasets.Value("string"), "role": datasets.Value("string")}]
+# the published columns, in their order
+SCHEMA = datasets.Features({
+    "prompt": datasets.Value("string"), "prompt_id": datasets.Value("string"), "chosen": _TURNS, "rejected": _TURNS,
+    "messages": _TURNS, "score_chosen": datasets.Value("float64"), "score_rejected": datasets.Value("float64"),
+})  # fmt: skip
+_BESIDE = datasets.Features({
+    "fault": datasets.Value("string"), "source": datasets.Value("string"), "place": datasets.Value("int64"),
+    "longer": datasets.Value("bool"), "notes": datasets.Sequence(datasets.Value("int32")),
+})  # fmt: skip
+
+
+@dataclass
+class PairsReport:
+    """What became of the rows; ``report.json`` has the same.
+
+    Attributes:
+        inputs: what was read, with how many rows.
+        rules: how pairs were chosen.
+        rows, pairs: read and made; train, test: pairs in each split.
+        dropped: reason → the places ("flan.jsonl row 17") of rows without a pair.
+        notes: ``ultrafeedback.NOTES`` that occur, with their numbers.
+        sources: ``source`` → (rows, pairs).
+        questions: how many excluded questions were looked for.
+        score_chosen, score_rejected: means over the pairs.
+        chosen_longer: share of the pairs whose chosen response has more characters than the rejected one.
+        files: written, beside the report.
+    """
+
+    inputs: list[str]
+    rules: PairRules
+    rows: int = 0
+    pairs: int = 0
+    train: int = 0
+    test: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
+    questions: int = 0
+    score_chosen: float = 0.0
+    score_rejected: float = 0.0
+    chosen_longer: float = 0.0
+    files: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """One fact a line."""
+        result = [f"read {text}" for text in self.inputs]
+        for reason, where in sorted(self.dropped.items(), key=lambda item: (-len(item[1]), item[0])):
+            result.append(f"left out, {summarise({reason: where}, _PLACES)}")
+        result += [f"{note}: {count:,}" for note, count in self.notes.items()]
+        if self.questions:
+            result.append(f"excluded questions looked for: {self.questions:,}")
+        if len(self.sources) > 1:
+            kept = ", ".join(f"{name or 'none named'} {n:,} of {of:,}" for name, (of, n) in self.sources.items())
+            result.append(f"pairs by source: {kept}")
+        result.append(
+            f"{self.pairs:,} pairs of {self.rows:,} rows: {self.train:,} {TRAIN}, {self.test:,} {TEST}; score "
+            f"{self.score_chosen:.2f} against {self.score_rejected:.2f} on average; the chosen response is the longer one in "
+            f"{self.chosen_longer:.1%}"
+        )
+        return result
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the first places of each reason only; ``dropped.tsv`` has all."""
+        values = asdict(self)
+        values["dropped"] = {
+            reason: {"count": len(where), "first": where[:_PLACES]} for reason, where in sorted(self.dropped.items())
+        }
+        values["sources"] = {name: {"rows": rows, "pairs": pairs} for name, (rows, pairs) in self.sources.items()}
+        return values
+
+
+def make_pairs(
+    inputs: Sequence[str | DatasetSpec],
+    out: Path,
+    rules: PairRules | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    test: float | None = None,
+    file_format: FileFormat = "parquet",
+    num_proc: int | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> PairsReport:
+    """Read, choose, split, write; the folder appears whole or not at all.
+
+    Rows keep their order. The held-out ones are those of the smallest hashes of seed and prompt: equal prompts are on the
+    same side. The same arguments and rows give the same bytes, whatever the number of processes.
+
+    Args:
+        inputs: files, folders or hub ids in the schema of ``openbmb/UltraFeedback``. A folder whose files are named by
+            source (``flan.jsonl``, ``sharegpt.jsonl``, …, as that set's are) is read whole.
+        out: the folder to make: train_prefs and test_prefs, report.json, report.md, dropped.tsv (reason and place of each
+            row without a pair).
+        rules: how to choose; None: ``PairRules()``.
+        exclude: what ``questions.read_questions`` takes. The prompts of the inputs' own truthful_qa rows are always
+            excluded, from every source.
+        test: pairs to hold out: a share below 1, or a number. None: 2,000, and no more than 5 %.
+        file_format: parquet or jsonl.
+        num_proc: processes; None: as many as there are cores, one for a small set.
+        overwrite: replace a folder of pairs that an earlier run made.
+        say: is told what takes long.
+
+    Raises:
+        UserError: an input is missing, unreadable or of another schema; no pair is left; ``out`` holds something else.
+    """
+    rules = rules or PairRules()
+    _check_arguments(rules, test, num_proc)
+    specs = [DatasetSpec(path=item) if isinstance(item, str) else item for item in inputs]
+    if not specs:
+        raise UserError("data pairs: nothing to read.", "Name a file, a folder or a hub id (openbmb/UltraFeedback).")
+    _check_out(out, specs, overwrite)
+    listed = [text for name in exclude for text in read_questions(name)]
+    opened = [part for spec in specs for part in _open(spec)]
+    own = [text for raw, _, _ in opened for text in _own_questions(raw)]
+    questions = Questions([*listed, *own])
+    report = PairsReport([f"{label}: {len(raw):,} rows" for raw, label, _ in opened], rules, questions=len(questions))
+    parts = []
+    for raw, label, spec in opened:
+        say(f"choosing pairs in {label}")
+        parts.append(_map(raw, label, spec, rules, questions, num_proc))
+    table = datasets.concatenate_datasets(parts)
+    kept = _account(table, [label for _, label, _ in opened], [len(part) for part in parts], report)
+    if len(kept) == 0:
+        raise UserError(
+            f"no pair is left of {report.rows:,} rows: {summarise(report.dropped)}.",
+            "Mend the rows, or choose other rules (--chosen-by, --rejected, --margin, --system-prompt).",
+        )
+    held_out = _held_out(table, kept, rules.seed, test)
+    splits = {TRAIN: kept[~held_out], TEST: kept[held_out]}
+    report.train, report.test = len(splits[TRAIN]), len(splits[TEST])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    columns = table.select_columns(list(SCHEMA))
+    with folder_aside(out) as folder:
+        for split, rows in splits.items():
+            if len(rows):
+                written = write_split(folder, split, columns.select(rows), file_format)
+                report.files += [path.name for path in written]
+        write_text(folder / DROPPED, "".join(f"{r}\t{p}\n" for r, where in report.dropped.items() for p in where))
+        write_text(folder / "report.md", _markdown(report))
+        write_json(folder / REPORT, {"made_by": "zephyr-lite data pairs", **report.as_dict()})
+    return report
+
+
+# -- arguments and inputs ------------------------------------------------------------------------------------------------
+
+
+def _check_arguments(rules: PairRules, test: float | None, num_proc: int | None) -> None:
+    if not rules.margin > 0:
+        raise UserError(f"margin {rules.margin:g}: has to be above 0.", "Half a point is --margin 0.5.")
+    if test is not None and not (0 <= test < 1 or (test >= 1 and float(test).is_integer())):
+        raise UserError(f"test {test:g}: is neither a share below 1 nor a number of pairs.", "Write --test 2000.")
+    if num_proc is not None and num_proc < 1:
+        raise UserError(f"num-proc {num_proc}: has to be at least 1.")
+
+
+def _check_out(out: Path, specs: Sequence[DatasetSpec], overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; a folder is to be made there.", "Choose another --out.")
+    for spec in specs:
+        source = Path(spec.path).expanduser()
+        if source.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"{out} holds the input {spec.path}, which it would replace.", "Choose another --out.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    made = (read_json(out / REPORT) or {}).get("made_by") == "zephyr-lite data pairs"
+    if not made:
+        names = ", ".join(sorted(p.name for p in out.iterdir())[:3])
+        raise UserError(f"{out} exists and holds other things ({names}).", "Choose another --out.")
+    if not overwrite:
+        raise UserError(f"{out} holds pairs already.", "Replace them with --overwrite, or choose another --out.")
+
+
+def _open(spec: DatasetSpec) -> Iterator[tuple[datasets.Dataset, str, DatasetSpec]]:
+    """An input's rows, their label in messages, and where they are; file by file where a folder is read whole."""
+    for each in _files_by_source(spec):
+        with _own_faults_only(each):
+            raw, label = open_source(each)
+        if len(raw) == 0:
+            raise UserError(f"{label}: empty; there is no row in it.")
+        _check_schema(raw.column_names, label, each)
+        yield raw.select_columns([c for c in _RAW if c in raw.column_names]), label, each
+
+
+def _files_by_source(spec: DatasetSpec) -> list[DatasetSpec]:
+    folder = Path(spec.path).expanduser()
+    if not folder.is_dir() or spec.split is not None or (folder / "data").is_dir():
+        return [spec]
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in BUILDERS)
+    splits = ("train", "test", "valid", "eval", "dev")
+    if len(files) < 2 or any(file.stem.lower().startswith(splits) for file in files):
+        return [spec]
+    return [spec.model_copy(update={"path": str(Path(spec.path) / file.name)}) for file in files]
+
+
+def _check_schema(columns: Sequence[str], label: str, spec: DatasetSpec) -> None:
+    if {"instruction", "completions"} <= set(columns):
+        return
+    found = f"{label}: found columns {', '.join(columns)}; "
+    needs = "scored completions are needed: columns instruction and completions, as in openbmb/UltraFeedback"
+    if {"chosen", "rejected"} <= set(columns):
+        raise UserError(
+            found + "these are preference pairs already.",
+            f"Train on them as they are: zephyr-lite dpo dataset.path={spec.path}"
+            + (f" dataset.split={spec.split}" if spec.split else ""),
+        )
+    if {"messages", "conversations", "prompt", "data"} & set(columns):
+        raise UserError(
+            found + needs + ".", "Conversations have no scores; `zephyr-lite feedback` makes some for their prompts."
+        )
+    raise UserError(found + needs + ".", "Name another file, or rename the columns.")
+
+
+def _own_questions(raw: datasets.Dataset) -> list[str]:
+    if "source" not in raw.column_names:
+        return []
+    found: list[str] = []
+    for batch in raw.select_columns(["source", "instruction"]).with_format("arrow").iter(batch_size=10_000):
+        ours = pa.compute.equal(batch.column("source").cast(pa.string()), TRUTHFUL_QA)
+        found += [text for text in batch.filter(ours).column("instruction").to_pylist() if isinstance(text, str)]
+    return found
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------------
+
+
+def _map(
+    raw: datasets.Dataset, label: str, spec: DatasetSpec, rules: PairRules, questions: Questions, num_proc: int | None
+) -> datasets.Dataset:
+    options = {"rules": tuple(asdict(rules).items()), "questions": questions.fingerprint}
+    workers = processes(len(raw)) if num_proc is None else min(num_proc, len(raw))
+    with quiet(len(raw) <= PARALLEL_ROWS), _own_faults_only(spec):
+        return raw.map(
+            _choose,
+            with_indices=True,
+            batched=True,
+            batch_size=200,
+            remove_columns=raw.column_names,
+            fn_kwargs={"rules": rules, "questions": questions},
+            new_fingerprint=cache_key(raw, options),
+            features=datasets.Features({**SCHEMA, **_BESIDE}),
+            num_proc=workers if workers and workers > 1 else None,
+            desc=f"choosing pairs in {label}",
+        )
+
+
+_NOTHING: dict[str, Any] = {
+    "prompt": "", "prompt_id": "", "chosen": [], "rejected": [], "messages": [], "score_chosen": 0.0, "score_rejected": 0.0
+}  # fmt: skip
+
+
+def _choose(
+    batch: dict[str, list[Any]], indices: list[int], *, rules: PairRules, questions: Questions
+) -> dict[str, list[Any]]:
+    values = {name: batch[name] for name in batch}  # datasets decodes a column when it is asked for
+    result: dict[str, list[Any]] = {name: [] for name in (*SCHEMA, *_BESIDE)}
+    for position, index in enumerate(indices):
+        row = {name: column[position] for name, column in values.items()}
+        counts: Counter[str] = Counter()
+        fault, pair = "", _NOTHING
+        try:
+            pair = pair_of_row(row, rules, counts, questions)
+        except RowError as reason:
+            fault = str(reason)
+        for name in SCHEMA:
+            result[name].append(pair[name])
+        source = row.get("source")
+        result["fault"].append(fault)
+        result["source"].append(source if isinstance(source, str) else "")
+        result["place"].append(index)
+        result["longer"].append(not fault and _characters(pair["chosen"]) > _characters(pair["rejected"]))
+        result["notes"].append([counts[note] for note in NOTES])
+    return result
+
+
+def _characters(turns: list[dict[str, str]]) -> int:
+    return len(turns[-1]["content"])
+
+
+def _account(table: datasets.Dataset, labels: list[str], sizes: list[int], report: PairsReport) -> np.ndarray:
+    """Fill in the report; the indices of the rows that have a pair."""
+    small = table.select_columns([*_BESIDE, "score_chosen", "score_rejected"]).with_format("arrow")
+    ends = np.cumsum(sizes)
+    kept: list[np.ndarray] = []
+    notes = np.zeros(len(NOTES), dtype=np.int64)
+    rows_by, pairs_by = Counter[str](), Counter[str]()
+    scores = np.zeros(2)
+    longer = 0
+    for start in range(0, len(table), 10_000):
+        batch = small[start : start + 10_000]
+        faults = batch.column("fault").to_pylist()
+        sources, places = batch.column("source").to_pylist(), batch.column("place").to_pylist()
+        good = np.asarray([fault == "" for fault in faults])
+        kept.append(start + np.flatnonzero(good))
+        notes += np.asarray(batch.column("notes").to_pylist(), dtype=np.int64).reshape(-1, len(NOTES)).sum(0)
+        rows_by.update(sources)
+        pairs_by.update(source for source, fault in zip(sources, faults) if not fault)
+        for name, at in (("score_chosen", 0), ("score_rejected", 1)):
+            scores[at] += batch.column(name).to_numpy()[good].sum()
+        longer += int(pa.compute.sum(batch.column("longer")).as_py() or 0)
+        for offset in np.flatnonzero(~good):
+            label = labels[int(np.searchsorted(ends, start + offset, side="right"))]
+            report.dropped.setdefault(faults[offset], []).append(f"{label} row {places[offset] + 1}")
+    result = np.concatenate(kept)
+    report.rows, report.pairs = len(table), len(result)
+    report.notes = {note: int(count) for note, count in zip(NOTES, notes) if count}
+    report.sources = {name: (rows_by[name], pairs_by[name]) for name in sorted(rows_by)}
+    if len(result):
+        report.score_chosen, report.score_rejected = (float(value) for value in scores / len(result))
+        report.chosen_longer = longer / len(result)
+    return result
+
+
+def _held_out(table: datasets.Dataset, kept: np.ndarray, seed: int, test: float | None) -> np.ndarray:
+    """[n] bool: which of the kept rows are held out. Rows of one prompt stay together."""
+    ids = table.select_columns(["prompt_id"]).with_format("arrow")
+    keys = np.empty(len(kept), dtype=np.uint64)
+    for start in range(0, len(kept), 10_000):
+        for at, prompt_id in enumerate(ids[kept[start : start + 10_000]].column("prompt_id").to_pylist(), start):
+            keys[at] = int.from_bytes(hashlib.sha256(f"{seed} test {prompt_id}".encode()).digest()[:8])
+    if test is not None and test < 1:
+        return keys < np.uint64(min(int(test * 2**64), 2**64 - 1))
+    wanted = min(TEST_ROWS, int(len(kept) * TEST_SHARE)) if test is None else int(test)
+    if wanted >= len(kept):
+        raise UserError(f"test {wanted:,}: there are {len(kept):,} pairs.", "Hold out fewer (--test 0.05, a share).")
+    unique, counts = np.unique(keys, return_counts=True)
+    held = unique[np.cumsum(counts) <= wanted]
+    return np.isin(keys, held)
+
+
+def _markdown(report: PairsReport) -> str:
+    rules = ", ".join(f"{key} {value}" for key, value in asdict(report.rules).items())
+    facts = "\n".join(f"- {line}" for line in report.lines())
+    return f"# Preference pairs\n\nMade by `zephyr-lite data pairs`: {rules}.\n\n{facts}\n"
