@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .config import RunConfig
 from .data.chat import ChatTemplate, resolve_template
@@ -15,6 +18,7 @@ from .model.adapters import AdapterStack, resolve_frozen_names
 from .model.chain import chain_of_run
 from .model.load import load_base, load_tokenizer
 from .rundir import STAGE_FILE, newest_run
+from .sampling import RowLimits, RowSampler, Sampled, Sampling
 
 Message = dict[str, str]
 
@@ -61,6 +65,47 @@ class Chat:
             prompt_ids = [self.template.prompt_ids(messages) for messages in conversations]
         except RowError as error:
             raise UserError(f"the prompt cannot be rendered: {error}.") from None
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        torch.manual_seed(seed)
+        with self.stack.only(self.adapters if adapters is None else adapters):
+            out = self._generate(prompt_ids, max_new_tokens=max_new_tokens, **sampling)
+        return [self._text(row) for row, _ in out]
+
+    def sample(
+        self,
+        prompt_ids: Sequence[Sequence[int] | np.ndarray],
+        rows: Sequence[Sampling],
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Sampled]:
+        """Answer all prompts in one batch, each with settings and a seed of its own; all adapters are on.
+
+        Args:
+            prompt_ids: of each conversation (``template.prompt_ids``), [P_i].
+            rows: how each answer is drawn. It does not depend on the others, but for rounding.
+            stop: asked at every token; True ends all of them ("length").
+        """
+        longest = max(len(ids) for ids in prompt_ids)
+        with self.stack.only(self.adapters):
+            out = self._generate(
+                prompt_ids,
+                max_new_tokens=max(row.max_new_tokens for row in rows),
+                do_sample=False,
+                logits_processor=LogitsProcessorList([RowSampler(rows)]),
+                stopping_criteria=StoppingCriteriaList([RowLimits(longest, rows, stop)]),
+            )
+        sampled = []
+        for ids, row, (answer, ended) in zip(prompt_ids, rows, out):
+            kept = answer[: row.max_new_tokens]
+            ended = ended and len(answer) < row.max_new_tokens
+            text = self._text(kept)
+            sampled.append(Sampled(text, "stop" if ended else "length", len(ids), len(kept) + ended))
+        return sampled
+
+    def _generate(
+        self, prompt_ids: Sequence[Sequence[int] | np.ndarray], **settings: Any
+    ) -> list[tuple[list[int], bool]]:
+        """The tokens of each answer, without the one that ends it, and whether there is one."""
         longest = max(len(ids) for ids in prompt_ids)
         model = self.stack.model
         device = self.stack.base.get_input_embeddings().weight.device
@@ -70,23 +115,23 @@ class Chat:
         for row, ids in enumerate(prompt_ids):  # padded on the left, and masked
             tokens[row, longest - len(ids) :] = torch.as_tensor(ids, dtype=torch.int64)
             mask[row, longest - len(ids) :] = 1
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        torch.manual_seed(seed)
-        with torch.inference_mode(), self.stack.only(self.adapters if adapters is None else adapters):
+        with torch.inference_mode():
             out = model.generate(
                 input_ids=tokens,
                 attention_mask=mask,
-                max_new_tokens=max_new_tokens,
                 eos_token_id=ends,
                 pad_token_id=ends[0],
                 use_cache=True,
-                **sampling,
+                **settings,
             )
         answers = []
         for row in out[:, longest:].tolist():
             end = next((i for i, token in enumerate(row) if token in ends), len(row))
-            answers.append(self.template.tokenizer.decode(row[:end], skip_special_tokens=True).strip())
+            answers.append((row[:end], end < len(row)))
         return answers
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.template.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def load_chat(source: str | Path | None = None) -> Chat:

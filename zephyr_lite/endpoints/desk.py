@@ -200,7 +200,7 @@ class DeskImpl:
             await self._record({"event": "sent", **head, "try": tries, **most})
             answer = await line.endpoint.ask(question)
         except Fault as fault:
-            final = self._judge(fault, line, tries)
+            final = None if self._closing else self._judge(fault, line, tries)
             nothing = {"tokens": 0, "dollars": 0.0}
             told = {"reason": fault.reason, "detail": fault.detail, "sent": fault.sent, "final": final is not None}
             await self._record({"event": "failed", **head, **told, **(most if fault.charged else nothing)})

@@ -1,0 +1,85 @@
+"""Sampling where each row of a batch has settings and a seed of its own, for ``generate``.
+
+torch's generator draws for a whole batch, so that an answer would depend on what else was asked at the same time. Here a
+row's draws depend on its own seed and on the place in its answer alone; what is left of the neighbours is rounding.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessor, StoppingCriteria
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one answer is drawn.
+
+    Attributes:
+        max_new_tokens: its length at most, at least 1.
+        temperature: 0 is greedy.
+        top_p: the smallest set of tokens with at least this probability; None: all.
+        seed: of its draws.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An answer: its text, why it ended ("stop", "length"), its tokens and those of its prompt (the end counts too)."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class RowSampler(LogitsProcessor):
+    """Chooses each row's next token, and leaves ``generate`` nothing but that choice.
+
+    Inverse of the cumulative distribution at one uniform number a row and step.
+    """
+
+    def __init__(self, rows: Sequence[Sampling]) -> None:
+        self._rows = rows
+        self._draws = [random.Random(row.seed) for row in rows]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """scores [rows, vocab] → the same shape, 0 at the chosen token and -inf elsewhere."""
+        chosen = scores.argmax(dim=-1)
+        for place, (row, draws) in enumerate(zip(self._rows, self._draws)):
+            if row.temperature > 0:
+                chosen[place] = self._draw(scores[place].double(), row, draws.random())
+        return torch.full_like(scores, -float("inf")).scatter_(1, chosen[:, None], 0.0)
+
+    @staticmethod
+    def _draw(logits: torch.Tensor, row: Sampling, uniform: float) -> torch.Tensor:
+        # the largest first: a temperature close to 0 then divides differences, and nothing overflows
+        probabilities = torch.softmax((logits - logits.max()) / row.temperature, dim=-1)
+        if row.top_p is not None and row.top_p < 1:
+            ranked, order = probabilities.sort(descending=True, stable=True)
+            beyond = ranked.cumsum(-1) - ranked >= row.top_p
+            probabilities[order[beyond]] = 0.0
+        total = probabilities.cumsum(-1)
+        found = torch.searchsorted(total, total[-1:] * uniform, right=True)[0]
+        # rounding could end behind the last token that has a probability
+        return found.clamp(max=int(probabilities.nonzero()[-1]))
+
+
+class RowLimits(StoppingCriteria):
+    """Ends each row at its own length, and all of them when ``stop`` says so."""
+
+    def __init__(self, prompt: int, rows: Sequence[Sampling], stop: Callable[[], bool]) -> None:
+        self._prompt, self._limits, self._stop = prompt, [row.max_new_tokens for row in rows], stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        made = input_ids.shape[1] - self._prompt
+        done = [self._stop() or made >= limit for limit in self._limits]
+        return torch.tensor(done, device=input_ids.device)
