@@ -220,8 +220,10 @@ def _files_by_source(spec: DatasetSpec) -> list[DatasetSpec]:
     if not folder.is_dir() or spec.split is not None or (folder / "data").is_dir():
         return [spec]
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in BUILDERS)
-    splits = ("train", "test", "valid", "eval", "dev")
-    if len(files) < 2 or any(file.stem.lower().startswith(splits) for file in files):
+    splits = [file for file in files if file.stem.lower().startswith(("train", "test", "valid", "eval", "dev"))]
+    if len(splits) == 1:  # beside a report or a journal, as `zephyr-lite feedback` leaves it
+        return [spec.model_copy(update={"path": str(Path(spec.path) / splits[0].name)})]
+    if splits or len(files) < 2:
         return [spec]
     return [spec.model_copy(update={"path": str(Path(spec.path) / file.name)}) for file in files]
 
