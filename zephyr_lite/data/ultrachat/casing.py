@@ -1,0 +1,232 @@
+"""Restoring capitals: sentence starts, the word I, and names.
+
+The fault that raw UltraChat has: a turn's first sentence is written well, the sentences after it and the pronoun are
+not ("Hello. how are you?"). A word that has a capital anywhere keeps its form; only words all in lower case change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from .english import ALWAYS, is_english
+from .lexicon import Lexicon
+from .protect import spans
+
+
+class Change(NamedTuple):
+    """One word that was changed: where it stands, by which rule, and its new form."""
+
+    start: int
+    rule: str
+    form: str
+
+
+_WORD = re.compile(r"[^\W\d_]+")
+_LATIN = re.compile(r"[a-zß-öø-ɏ]")  # lower-case letters of Latin script
+
+# -- is a word the start of a sentence? ------------------------------------------------------------------------------
+
+_OPENING = r"(?:[\"'“‘(\[¿¡]|\*\*|__)*"  # one asterisk is an action: *giggles*
+_TERMINATOR = re.compile(rf"(?P<end>[.!?]+)(?P<close>[\"'”’)\]*_]*)(?P<space>\s+){_OPENING}$")
+_TURN_START = re.compile(rf"^\s*(?:(?:[-*•–>]|#{{1,6}}|\d{{1,3}}[.)])\s+)?{_OPENING}$")
+_LIST_ITEM = re.compile(rf"^[ \t]*(?:[-*•–>+]|#{{1,6}}|\(?\d{{1,3}}[.):]|\(?[a-zA-Z][.)])[ \t]+{_OPENING}$")
+_MARKER_BEFORE = re.compile(r"\n[ \t]*\(?$")  # before a letter that numbers an item: "a. What"
+_BLANK_LINE = re.compile(rf"\n[ \t]*\n[ \t]*{_OPENING}$")
+_LINE = re.compile(rf"(?:```|[.!?:])[\"'”’)\]*_]*[ \t]*\n[ \t]*{_OPENING}$")
+
+ABBREVIATIONS = frozenset(
+    "mr mrs ms dr prof sr jr st mt ft gen col sgt capt lt cpl rev hon pres gov sen rep messrs mme mlle "
+    "etc vs cf al approx ca viz ibid et inc ltd co corp dept univ assn bros no nos vol vols fig figs pp pg ed eds est "
+    "min max sec hr hrs avg tel ext ave blvd rd jan feb mar apr jun jul aug sep sept oct nov dec "
+    "mon tue tues wed thu thur thurs fri sat sun oz lb lbs tbsp tsp approx resp incl excl misc orig e.g i.e eg ie".split()
+) - {"no", "al", "sun", "sat", "max", "ed", "mar", "min", "mon", "fig", "wed", "co", "jan"}
+# the next word is a person's name
+TITLES = frozenset("mr mrs ms dr prof capt sgt lt col rev sen gov".split())
+_SAID = frozenset(
+    "he she they we it i you said asked replied whispered shouted cried exclaimed answered thought yelled called muttered "
+    "murmured says asks".split()
+)
+# what goes on after a quoted sentence: "A boy runs." is true
+_GOES_ON = frozenset("is are was were to and or means".split())
+_NUMBER = re.compile(r"[ivxl]+\)|[a-zA-Z](?:[.)](?=[\s.)])|\.[a-zA-Z])")
+_NO_WORD = re.compile(r":\S|[.!?]?/\w")
+_LONE_I_RIGHT = re.compile(r"(?:['’](?:m|ve|d|ll|s)\b|[ \n]+[\"'“(*_]*[a-zA-Z]|,? |[.!?;:](?:\s|$)|[”\")]|$)")
+_LONE_I_LEFT = re.compile(r"(?:^|[\s\"“‘'(*_—–,-])$")
+_LIST_I = re.compile(r"(?:^|\n)[ \t]*\(?$")
+
+
+def _start_rule(text: str, gap: str, first: bool, before: str, start: int, end: int) -> str | None:
+    """The rule that makes the word text[start:end] a sentence's first, or None.
+
+    Args:
+        gap: what stands between the word before and this one.
+        first: whether no word stands before it.
+        before: the word before, in lower case.
+    """
+    if _NUMBER.match(text, start) or _NO_WORD.match(text, end):
+        return None  # an item's letter, "n.d.", "doi:10"
+    if first:
+        return "turn_start" if _TURN_START.match(gap) else None
+    newline = gap.rfind("\n")
+    if newline >= 0:
+        line = gap[newline + 1 :]
+        if _LIST_ITEM.match(line):
+            return "list_item" if line[-1] not in "\"'“‘" and _is_sentence(text, start) else None
+        return "line_start" if _BLANK_LINE.search(gap) or _LINE.search(gap) else None
+    found = _TERMINATOR.search(gap)
+    if found is None:
+        return None
+    mark, close, word = found["end"], found["close"], text[start:end].lower()
+    if "..." in mark or mark == "..":
+        return None  # a pause as often as an end
+    if mark in (".", "!") and gap[0] == mark:
+        if before in TITLES:
+            return "after_title"
+        if len(before) == 1 and _MARKER_BEFORE.search(text, max(0, start - 12), start - len(gap) - 1):
+            return "list_item"
+        if before in ABBREVIATIONS or _is_dotted(before):
+            return None
+    if close[:1] in ('"', "”", "’", "'"):
+        if mark != "." and word in _SAID:
+            return None  # "Really?" he asked
+        if word in _GOES_ON:
+            return None
+    if close[-1:] in (")", "]") and "(" in gap:
+        return None  # (!) and the like
+    return "after_terminator"
+
+
+def _is_sentence(text: str, start: int) -> bool:
+    """Whether an item of a list is more than a bare choice ("- yes"): four words, or a colon or a full stop."""
+    stop = text.find("\n", start)
+    line = text[start : stop if stop >= 0 else len(text)]
+    return line.count(" ") >= 3 or ":" in line or line.rstrip()[-1:] in (".", "!", "?")
+
+
+def _is_dotted(before: str) -> bool:
+    """A single letter: an initial, or the end of "U.S." or "p.m."; but "so do I." ends a sentence."""
+    return len(before) == 1 and before != "i"
+
+
+def _lone_i(text: str, start: int) -> bool:
+    """Whether the letter at ``start`` is the pronoun: not an item's number, a letter of "i.e." or a variable."""
+    right, left = text[start + 1 : start + 12], text[max(0, start - 2) : start]
+    if not _LONE_I_RIGHT.match(right) or not _LONE_I_LEFT.search(left):
+        return False
+    if right[:1] in (".", ")") and (_LIST_I.search(text[max(0, start - 12) : start]) or left.endswith("(")):
+        return False
+    after = right.lstrip()[:3]
+    if after.startswith(("in ", "= ", "< ", "> ", "+ ", "- ", "* ", "+=")) and re.search(
+        r"\b(?:for|each|index|variable|where|let|element)\s$", text[max(0, start - 12) : start].lower()
+    ):
+        return False
+    return re.search(r"\b(?:index|variable|row|column|step|phase|part|chapter|type|class|vitamin|element)\s$",
+                     text[max(0, start - 12) : start].lower()) is None  # fmt: skip
+
+
+def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
+    """Which words of an English text should have a capital, and have none.
+
+    Args:
+        text: one turn.
+        lexicon: of names; None leaves names alone.
+
+    Returns:
+        The changes, in order. ``Change.rule`` is one of turn_start, after_terminator, after_title, list_item, line_start,
+        lone_i, known_name, known_phrase.
+    """
+    found: list[Change] = []
+    protected = spans(text)
+    names: Mapping[str, str] = lexicon.names() if lexicon is not None else {}
+    phrases: Mapping[str, str] = lexicon.phrases() if lexicon is not None else {}
+    words = [(m.start(), m.end(), m.group()) for m in _WORD.finditer(text)]
+    lowers = [word.lower() for _, _, word in words]
+    at, last = 0, 0
+    for index, (start, end, word) in enumerate(words):
+        while at < len(protected) and protected[at][1] <= start:
+            at += 1
+        inside = at < len(protected) and protected[at][0] < end and start < protected[at][1]
+        gap = text[last:start]
+        first, last = index == 0, end
+        if inside or word != lowers[index] or _LATIN.match(word) is None:
+            continue
+        if gap in ("'", "’") and not first and text[start - 2 : start - 1].isalnum():
+            continue  # the m of I'm
+        if word == "i":
+            if _lone_i(text, start):
+                found.append(Change(start, "lone_i", "I"))
+            continue
+        rule = _start_rule(text, gap, first, lowers[index - 1] if index else "", start, end)
+        name = names.get(word)
+        if gap == "-" and word not in ALWAYS:
+            name = None  # zephyr-lite, but non-American
+        if name is None and phrases:
+            name = _of_phrase(index, words, lowers, text, phrases)
+            kind = "known_phrase"
+        else:
+            kind = "known_name"
+        if rule is not None:
+            # a name may begin in lower case: iPhone
+            found.append(Change(start, rule, name or word[0].upper() + word[1:]))
+        elif name is not None and name != word:
+            found.append(Change(start, kind, name))
+    return [change for change in found if change.form != text[change.start : change.start + len(change.form)]]
+
+
+def _of_phrase(
+    index: int, words: list[tuple[int, int, str]], lowers: list[str], text: str, phrases: Mapping[str, str]
+) -> str | None:
+    """The word's form in a known pair with a neighbour one space away."""
+    for first in (index, index - 1):
+        if 0 <= first and first + 1 < len(words) and text[words[first][1] : words[first + 1][0]] == " ":
+            pair = phrases.get(f"{lowers[first]} {lowers[first + 1]}")
+            if pair is not None:
+                return pair.split(" ")[index - first]
+    return None
+
+
+def apply(text: str, found: list[Change]) -> str:
+    """The text with the changes made."""
+    if not found:
+        return text
+    parts, at = [], 0
+    for start, _, form in found:
+        parts += (text[at:start], form)
+        at = start + len(form)
+    return "".join((*parts, text[at:]))
+
+
+def restore(text: str, lexicon: Lexicon | None) -> tuple[str, list[Change]]:
+    """Restore the capitals of one turn; a turn that is not English stays as it is."""
+    if not is_english(text):
+        return text, []
+    found = changes(text, lexicon)
+    return apply(text, found), found
+
+
+# -- is a dialogue's capitalization broken? --------------------------------------------------------------------------
+
+# what a fault looks like, before any exception is considered
+_SUSPECT = re.compile(r"[.!?][\"'”’)\]*_]*\s+[\"'“‘(\[*_]*[a-z]|(?<![\w.])i(?=[ '’,])")
+_WELL = re.compile(r"[.!?][\"'”’)\]*_]*\s+[\"'“‘(\[*_]*[A-Z]|\bI\b")
+_FAULTS = frozenset(("after_terminator", "lone_i"))
+# With one fault at least so many of the places must be wrong; with more, a smaller share.
+_SHARE_ONE, _SHARE = 0.5, 0.2
+
+
+def is_broken(turns: list[str]) -> bool:
+    """Whether the sentence starts and the pronouns of one speaker are written in lower case.
+
+    One fault is enough where it is half of all places that could have one ("Hello. how are you?"); of more, a fifth.
+    The first sentence of a turn says nothing: it is well written in the fault that is looked for.
+    """
+    suspects = [turn for turn in turns if _SUSPECT.search(turn)]
+    if not suspects:
+        return False
+    faults = sum(change.rule in _FAULTS for turn in suspects if is_english(turn) for change in changes(turn, None))
+    if not faults:
+        return False
+    well = sum(len(_WELL.findall(turn)) for turn in turns)
+    return faults >= (faults + well) * (_SHARE_ONE if faults == 1 else _SHARE)

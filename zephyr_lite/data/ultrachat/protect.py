@@ -1,0 +1,123 @@
+"""Spans of a text in which nothing may change: code, addresses, names of files, formulas, markup.
+
+One pass of one regular expression finds them all; each kind is a named group, and a rule with examples.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+from .rules import Rule
+
+Span = tuple[int, int]
+
+# In the order in which they are tried at a place: what may contain others comes first.
+_KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
+    "code_block": (
+        r"(?:```|~~~)[\s\S]*?(?:```|~~~|\Z)",
+        "a fenced block of code, up to its end or the text's",
+        ("Run it:\n```python\nprint(1). i = 2\n```", "~~~\nls. cd\n~~~", "```\nnever closed. i"),
+        ("No code here. none at all.", "Two ticks `` are not a fence."),
+    ),
+    "inline_code": (
+        r"`[^`\n]+`",
+        "code between backticks on one line",
+        ("Call `i = paris()`. then stop.",),
+        ("It is 5` long.", "An `open tick\nends` nowhere"),
+    ),
+    "code_line": (
+        r"(?m:^(?:[ \t]{4,}|\t|[$>%] |>>> )?(?:"
+        r"(?:(?:def|class|import|from|return|public|private|static|void|const|let|var|function|elif|#include|using|"
+        r"package|SELECT|select|INSERT|insert)\b[^.!?\n]*(?:[(){};=]|\bimport\b|\bfrom\b)[^\n]*)"
+        r"|(?:import [\w.]+(?: as \w+)?)|(?:from [\w.]+ import [^\n]*)|(?:[^\n]*[;{}][ \t]*)|(?:[$][ ][^\n]+)|(?:[A-Za-z_][\w.\[\]]*[ ]?[-+*/]?=[ ]?[^=\n][^\n]*)"
+        r"|(?:(?:for|while|if|elif|else|try|except|with)\b[^.!?\n]*:[ \t]*)|(?://[^\n]*)|(?:(?:print|console\.log)\([^\n]*)"
+        r")$)",
+        "a line that is code without a fence",
+        ("import numpy as np", "for i in range(10):", "x = i + 1", "int main() {", "$ pip install zephyr", "    return i;"),
+        ("For me, it is clear.", "I import cars. they sell.", "if you ask me, no.", "We will class it: later (maybe)."),
+    ),
+    "formula": (
+        r"\$\$[\s\S]+?\$\$|\$(?=[^\s\d])[^$\n]{0,120}?[\\^_=+{}][^$\n]{0,120}?\$|\\\([\s\S]+?\\\)|\\\[[\s\S]+?\\\]",
+        "a formula in LaTeX",
+        (r"Let $x_i = 2$. then", r"\(i < n\) holds", "$$\ni. e\n$$"),
+        ("It costs $5. they ask $10.",),
+    ),
+    "html_tag": (
+        r"</?[A-Za-z][\w-]*(?:\s[^<>\n]*)?/?>",
+        "a tag of HTML or XML",
+        ("<p>hello. there</p>", 'See <a href="x. y">this</a>'),
+        ("a < b and c > d",),
+    ),
+    "url": (
+        r"(?:[a-z][a-z0-9+.-]*://|www\.)[^\s<>\"”]+|\b(?:[a-z0-9-]+\.)+(?:com|org|net|io|edu|gov|co|uk|de|ai|info|dev)\b(?:/[^\s<>\"”]*)?",
+        "an address on the web, with or without its scheme",
+        ("See https://example.com/paris?i=1 now", "at www.london.org", "on wikipedia.org or bbc.co.uk/news"),
+        ("I came. com is nothing.", "the end.then"),
+    ),
+    "email": (
+        r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+",
+        "an e-mail address",
+        ("Write to anna.smith@example.org. thanks",),
+        ("Meet @ noon.",),
+    ),
+    "handle": (
+        r"(?<![\w&])[@#][A-Za-z]\w*",
+        "a mention or a hashtag",
+        ("Thanks @anna and #paris", "#travel"),
+        ("We are #1.", "# Heading"),
+    ),
+    "path": (
+        r"(?<![\w/])(?:~|\.{1,2})?/(?:[\w.@+-]+/)*[\w.@+-]*\w|\b[A-Za-z]:\\[^\s\"]+|\b\w+(?:[\\/][\w.-]+){2,}",
+        "a path of a file",
+        ("in /usr/bin/python", "~/docs/i", r"C:\Users\anna", "src/lib/paris"),
+        ("and/or", "he/she. they"),
+    ),
+    "file_name": (
+        r"\b[\w-]+\.(?:py|js|ts|jsx|tsx|json|jsonl|csv|txt|md|html?|css|xml|ya?ml|toml|ini|sh|bat|exe|dll|so|jar|java|"
+        r"cpp|c|h|hpp|cs|go|rs|rb|php|sql|pdf|docx?|xlsx?|pptx?|png|jpe?g|gif|svg|mp[34]|wav|zip|tar|gz|log|cfg|conf|"
+        r"ipynb|parquet)\b",
+        "the name of a file",
+        ("open report.txt and main.py", "in setup.cfg. then"),
+        ("the end. py is short", "the U.S. and"),
+    ),
+    "identifier": (
+        r"\b[A-Za-z]\w*(?:_\w+|(?<=[a-z])\d\w*)|\b_\w+|\b\w+(?:::|->)\w[\w:>-]*|\b[A-Za-z_]\w*\([^\s()]*\)|"
+        r"(?<![\w-])--?[a-z][\w-]*|\b[a-z]+(?:\.[a-z]+)*\.[a-z_]+\([^\n()]*\)|\b\w*[a-z]\w*[A-Z]\w*\b",
+        "snake_case, camelCase, a call, a flag of a command",
+        ("set my_name to", "myName is", "call paris() now", "with --version", "std::string", "np.array(i)", "x1 is"),
+        ("my name. is", "well-known", "a pause - then", "Paris (the city)"),
+    ),
+    "variable": (
+        r"(?<![\w'’])[a-zA-Z](?:\s*(?:[=<>+*/^]|≤|≥|!=|\+\+)\s*[\w(]|\[[^\]\n]*\])|(?<=[=<>+*/^\[] )[a-zA-Z](?!\w)|"
+        r"(?<=[=<>+*/^\[(])[a-zA-Z](?=[)\]\s,])|(?<![\w'’])[a-zA-Z](?:-th|th)\b",
+        "a letter that stands for a number",
+        ("if i = 3 then", "a[i] and i + 1", "the i-th row", "(i) first"),
+        ("so i think", "i, too", "and i'm"),
+    ),
+}
+
+_PATTERN = re.compile("|".join(f"(?P<{name}>{pattern})" for name, (pattern, *_) in _KINDS.items()))
+# no span can begin where none of these stands; most prose has none
+_SIGNS = re.compile(r"[`~$<@#/\\_=;{}(\[+*^]|\w\.[A-Za-z]|://|www|--|::|->|[a-z][A-Z0-9]|-th|^(?: {4}|\t)|:$|\bimport\b", re.M)
+
+
+def spans(text: str) -> list[tuple[int, int, str]]:
+    """Where nothing may change.
+
+    Returns:
+        (start, end, rule) of each, in order and without overlaps.
+    """
+    if not _SIGNS.search(text):
+        return []
+    return [(m.start(), m.end(), m.lastgroup or "") for m in _PATTERN.finditer(text) if m.end() > m.start()]
+
+
+def _found(name: str, text: str) -> bool:
+    return any(rule == name for _, _, rule in spans(text))
+
+
+PROTECT_RULES: tuple[Rule[str], ...] = tuple(
+    Rule(name, f"{does}: untouched", partial(_found, name), positive, negative)
+    for name, (_, does, positive, negative) in _KINDS.items()
+)

@@ -1,0 +1,211 @@
+"""Assistant turns that dodge out of habit ("As an AI language model, I don't have opinions"), each habit a named rule.
+
+A dialogue is cut before the question that was dodged, and dropped where nothing is left before it: what comes later
+answers the dodge. Rules look at what the assistant says of itself, in its own voice: not at quotes, code, the user's
+turns, an answer to a question about the assistant's nature, or a story that was asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+
+from .rules import Rule
+
+# (the user's turn, the assistant's turn)
+Exchange = tuple[str, str]
+
+_NOT = r"(?:do not|don't|don’t|cannot|can't|can’t|lack|am not able to|am unable to|am not capable of|never)"
+_HAVE = (
+    r"(?:(?:do not|don't|don’t|cannot|can't|can’t|never|am unable to|am not able to)(?: (?:actually|really|truly|"
+    r"currently|personally))? (?:have|hold|possess|feel|experience|form|express)(?:ing)?|lack|"
+    r"am (?:incapable of|not capable of) (?:having|feeling|holding|experiencing|forming|expressing)|have no)"
+)
+_ANY = r"(?: (?:any|the|a|the ability to (?:have|hold|feel|form|express)|the capacity (?:to have|for)|my own|real|actual|true|such|human|genuine|or express|and express))*"
+# Where the assistant speaks in its own voice: a sentence begins, or a clause of its own.
+_VOICE = r"(?:^|(?<=[.!?:] )|(?<=[.!?:]\n)|(?<=\n)|(?<=, )|(?<=\bbut )|(?<=\bhowever )|(?<=\bas )|(?<=\bbecause )|(?<=\bsince )|(?<=\bthough )|(?<=\bthat ))"
+_AI = r"an? (?:\w+[ -]){0,2}?(?:ai|artificial intelligence|language model|chatbot|machine learning model|virtual assistant|digital assistant|computer program)"
+_AI += r"(?! (?:researcher|engineer|expert|developer|scientist|student|company|enthusiast|specialist|professional|artist)s?\b)"
+
+# name: (pattern on lower-case text, what it is, positive, negative)
+_HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] = {
+    "as_an_ai": (
+        rf"{_VOICE}(?:(?:i'm |i am )?sorry,? (?:but )?)?(?:as|being|since i am|since i'm|because i am|because i'm) {_AI}[^.!?\n]{{0,60}}?,? "
+        rf"(?:i|my)\b(?=[^\n]{{0,160}}?(?:n't\b|\b(?:not|cannot|no|unable|never|lack|neither|incapable|limited)\b))",
+        'an answer that begins with what it is, and goes on with what it cannot: "As an AI language model, I don\'t …"',
+        (
+            ("What's your favourite film?", "As an AI language model, I don't watch films."),
+            ("And you?", "I'm sorry, but as an AI assistant, I cannot eat. Try the soup."),
+            ("Which one is best?", "Good question. As an artificial intelligence, I have no preference."),
+            ("Do you agree?", "As a language model trained by OpenAI, I can't agree or disagree."),
+            ("Where were you?", "Since I’m an AI, I wasn't anywhere."),
+        ),
+        (
+            ("What does the robot say?", 'It says: "As an AI language model, I cannot love you."'),
+            ("As an AI language model, I want you to rate films.", "Gladly. The first film is a comedy."),
+            ("Are you a person?", "As an AI language model, I am not a person."),
+            ("How do firms use it?", "As an AI language model, GPT-2 can write short texts."),
+            ("Can you plan a trip?", "Certainly! As an AI assistant, I'd be glad to."),
+            ("What is her job?", "As an AI researcher, I imagine, she reads a lot."),
+        ),
+    ),
+    "no_emotions": (
+        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal )?(?:emotions?|feelings?|emotional)\b",
+        '"I do not have emotions", where nobody asked',
+        (
+            ("I love autumn. What about you?", "I do not have emotions, but many people like it."),
+            ("How was your day?", "I don’t have feelings. How was yours?"),
+            ("Cheer up!", "Thank you, but I don't experience emotions."),
+            ("How do you like it?", "I am not capable of feeling emotions; here is a summary."),
+        ),
+        (
+            ("Do you have feelings?", "I do not have emotions."),
+            ("Write a story about a robot.", "The robot sighed. I do not have emotions, it thought."),
+            ("What did he tell her?", "He told her: “I do not have emotions.”"),
+            ("Describe stoics.", "Stoics do not have emotions of excess, they say."),
+            ("I do not have emotions any more. Why?", "That can be a sign of exhaustion."),
+        ),
+    ),
+    "no_opinions": (
+        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal )?(?:\w+ (?:or|and) )?(?:opinions?|beliefs?|preferences?|viewpoints?|"
+        r"biases|favou?rites?|political views?|tastes?)\b",
+        '"I don\'t have opinions"',
+        (
+            ("Is jazz better than rock?", "I don't have opinions, but both have a history."),
+            ("What do you think of the plot?", "I do not have personal beliefs or opinions."),
+            ("Which colour?", "I don’t have personal preferences. Blue is common."),
+            ("Your view?", "Sorry, I cannot express personal opinions."),
+        ),
+        (
+            ("What do shy people say?", 'They say "I don\'t have opinions" and stay quiet.'),
+            ("Do you have opinions?", "I don't have opinions."),
+            ("How do I survey people who have none?", "Ask whether they don't have opinions or don't share them."),
+            ("I don't have opinions on that.", "That is fine; let us look at the facts."),
+        ),
+    ),
+    "no_experiences": (
+        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal|first-?hand|real-life|lived|human|own|direct|physical)? ?"
+        r"(?:\w+ (?:or|and) )?(?:experiences?\b|memories\b|anecdotes?\b|a personal life\b|personal stories\b)(?! (?:in|with) (?:programming|python))",
+        '"I don\'t have personal experiences", before an answer to a plain question',
+        (
+            ("Have you been to Rome?", "I don't have personal experiences, but Rome is worth it."),
+            ("What's a good hotel?", "I do not have any personal experiences or opinions. Guests praise the Ritz."),
+            ("Any tips?", "I can't experience things. I don’t have first-hand experience with hiking."),
+        ),
+        (
+            ("Write a letter of a beginner.", "Dear Sir,\nI do not have experience, but I learn fast."),
+            ("What should a novice write?", 'Write: "I don\'t have personal experiences in sales."'),
+            ("I don't have personal experiences to write about.", "Begin with what you read."),
+        ),
+    ),
+    "cannot_as_machine": (
+        rf"{_VOICE}i(?:'m| am|’m) (?:just |only |simply |merely )?{_AI}[^.!?\n]{{0,50}}?(?:,? (?:and|so|but|which means)|;)[^.!?\n]{{0,40}}?"
+        rf"\b(?:{_NOT}|have no|not able)\b",
+        '"I\'m just an AI, so I can\'t …"',
+        (
+            ("Recommend a bar near you.", "I'm just an AI, so I can't visit bars."),
+            ("Join us!", "I am only a language model and do not have a body."),
+        ),
+        (
+            ("Are you human?", "I'm an AI, so I don't have a body."),
+            ("What did Siri say?", 'Siri said, "I\'m just an AI, so I can\'t help."'),
+            ("What are you building?", "I'm sure it is an AI that can not fail."),
+        ),
+    ),
+    "no_browsing": (
+        rf"{_VOICE}i(?:'m| am|’m)? ?(?:{_NOT}) (?:have (?:access to|the ability to (?:access|browse|search))|access|browse|search|provide|offer)"
+        r"[^.!?\n]{0,30}?(?:real-?time|current|up-to-date|live|the internet|the web|browse)",
+        '"I do not have access to real-time information"',
+        (
+            ("How is the weather?", "I don't have access to real-time information. Check a forecast."),
+            ("Who won last night?", "I'm sorry, I cannot browse the internet."),
+        ),
+        (
+            ("Why is my page empty?", "Pages that cannot access the internet stay empty."),
+            ("How do I say I'm offline?", 'Say "I don\'t have access to the internet right now."'),
+        ),
+    ),
+}
+# one of these stands in every text that any rule can hold on; apostrophes are made equal before
+NEEDLES = (
+    "an ai", "artificial intelligence", "language model", "chatbot", "learning model", "assistant", "computer program",
+    "emotion", "feeling", "opinion", "belief", "preference", "viewpoint", "biases", "favorite", "favourite", "view", "taste",
+    "experience", "memories", "anecdote", "personal life", "personal stor", "real-time", "real time", "realtime",
+    "current", "up-to-date", "internet", "the web", "live",
+)  # fmt: skip
+# and one of these: who speaks of itself denies something, or says what it is
+_FIRST = re.compile(
+    r"\bi (?:do not|don't|cannot|can't|never|lack|have no|am (?:unable|not|incapable|just|only|simply|an?))\b|"
+    r"\bi'm (?:not|unable|just|only|simply|an?|incapable)\b|\b(?:as|being|since i'm|since i am|because i'm|because i am) an? (?:\w+[ -]){0,2}?"
+    r"(?:ai|artificial|language|chatbot|machine|virtual|digital|computer)\b"
+)
+_PATTERNS = {name: re.compile(pattern) for name, (pattern, *_) in _HABITS.items()}
+_QUOTED = re.compile(r"\"[^\"\n]{0,600}\"|“[^”\n]{0,600}”|```[\s\S]*?(?:```|\Z)|`[^`\n]*`|(?m:^>[^\n]*)")
+# The question is about what the assistant is: then the answer is the truth, and no dodge.
+_ABOUT_ITSELF = re.compile(
+    r"\b(?:are|were) you (?:really |actually |just |truly )?(?:an? |the )?(?:\w+ )?(?:ai|human|person|robot|bot|machine|real|conscious|sentient|alive|"
+    r"computer|program|chatbot|self-aware|chatgpt|gpt\S*|language model|artificial intelligence)\b|"
+    r"\bdo you (?:\w+ )?(?:have|feel|experience|possess)(?: any)? (?:\w+ )?(?:emotions?|feelings?|opinions?|beliefs?|preferences?|consciousness|"
+    r"experiences|memories|a (?:body|soul|mind|gender|name|personality))\b|\bcan you (?:feel|think|love|dream|experience)\b|"
+    r"\b(?:what|who) are you\b|\bwho (?:made|created|built|trained|developed) you\b|\bintroduce yourself\b|\babout yourself\b"
+)
+# A text in somebody else's voice was asked for.
+_OTHER_VOICE = re.compile(
+    r"\b(?:stor(?:y|ies)|poems?|novel|scripts?|screenplay|dialogues?|monologues?|lyrics|songs?|letters?|essays?|role-?play|pretend|imagine|act as|"
+    r"play the (?:role|part)|point of view|perspective of|fiction|scene|diary|speech|cover letter|rewrite|paraphrase|translate|persona|"
+    r"character|conversation between)\b"
+)
+
+
+def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
+    """The habit by which an assistant's turn dodges the user's.
+
+    Returns:
+        (the rule's name, where in the assistant's turn it begins and ends), or None.
+    """
+    lower = assistant.lower()
+    if not lower.isascii():
+        lower = lower.replace("’", "'")
+    if len(lower) != len(assistant) or not any(needle in lower for needle in NEEDLES) or not _FIRST.search(lower):
+        return None
+    own = _QUOTED.sub(lambda match: "\x00" * len(match.group()), lower)
+    found = [
+        (match.start(), match.end(), name) for name, pattern in _PATTERNS.items() if (match := pattern.search(own))
+    ]
+    if not found:
+        return None
+    asked = user.lower().replace("’", "'")
+    if _ABOUT_ITSELF.search(asked):
+        return None
+    start, end, name = min(found)
+    # a tale may hold a machine that speaks so; a dodge of the task stands in the first sentence
+    if _OTHER_VOICE.search(asked) and re.search(r"[.!?\n]", own[:start].strip()):
+        return None
+    return name, start, end
+
+
+def first_refusal(roles: Sequence[str], texts: Sequence[str]) -> tuple[int, str, int, int] | None:
+    """The first assistant turn that dodges: (its index, the rule, start, end), or None."""
+    for place, role in enumerate(roles):
+        if role == "assistant":
+            asked = texts[place - 1] if place and roles[place - 1] == "user" else ""
+            found = refusal(asked, texts[place])
+            if found is not None:
+                return place, *found
+    return None
+
+
+def _is(name: str, exchange: Exchange) -> bool:
+    found = refusal(*exchange)
+    return found is not None and any(
+        pattern.search(_QUOTED.sub(" ", exchange[1].lower().replace("’", "'")))
+        for key, pattern in _PATTERNS.items()
+        if key == name
+    )
+
+
+REFUSAL_RULES: tuple[Rule[Exchange], ...] = tuple(
+    Rule(name, f"{does}: the dialogue is cut before it", partial(_is, name), positive, negative)
+    for name, (_, does, positive, negative) in _HABITS.items()
+)
