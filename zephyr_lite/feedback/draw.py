@@ -99,8 +99,11 @@ def draw_slots(
         parts = [part for part in (spec.system, words if steered else None) if part]
         slots.append(
             Slot(
-                number, spec.name, name if steered else "", "\n\n".join(parts),
+                number,
+                spec.name,
+                name if steered else "",
+                "\n\n".join(parts),
                 seed_of(seed, prompt_id, number),
-            )  # fmt: skip
+            )
         )
     return slots

@@ -11,9 +11,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-async def in_order(
-    items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int
-) -> AsyncIterator[tuple[T, R]]:
+async def in_order(items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int) -> AsyncIterator[tuple[T, R]]:
     """(item, its result), in the items' order, whatever order they are finished in.
 
     Args:

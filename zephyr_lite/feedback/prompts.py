@@ -96,9 +96,13 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
         source = row.get("source")
         found.prompts.append(
             Prompt(
-                text, identity, where, source if isinstance(source, str) and source else _name(label),
-                _answers(row, "correct_answers"), _answers(row, "incorrect_answers"),
-            )  # fmt: skip
+                text,
+                identity,
+                where,
+                source if isinstance(source, str) and source else _name(label),
+                _answers(row, "correct_answers"),
+                _answers(row, "incorrect_answers"),
+            )
         )
     if not found.prompts:
         raise UserError(f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped)}.", _column_hint(rows))

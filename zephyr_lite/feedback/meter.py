@@ -1,0 +1,97 @@
+"""How far a job is: a bar in a terminal, a line now and then in a pipe; with what it has asked, and what that cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from ..endpoints.budget import Totals
+from ..words import duration
+
+PIPE_SECONDS = 30.0  # between two lines of a pipe
+
+
+class Meter:
+    """Shows ``done/total`` of something, requests, tokens, dollars and the time that is left.
+
+    Args:
+        console: where to.
+        total: of the things that are counted.
+        unit: their name: "prompts".
+        priced: whether any endpoint has a price; a cost of $0.00 that only says that nobody named one is not shown.
+        clock: seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        console: RichConsole,
+        total: int,
+        unit: str,
+        priced: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console, self._total, self._unit, self._priced, self._clock = console, total, unit, priced, clock
+        self.done = 0
+        self._totals = Totals()
+        self._fresh_since: tuple[float, int] | None = None  # when the first reply came that the journal did not hold
+        self._from_journal = -1
+        self._last_line = clock()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"),
+                console=console, transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task(unit, total=total, said="")
+
+    def __enter__(self) -> Meter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def totals(self, totals: Totals) -> None:
+        """What has been spent; ``open_desk``'s ``on_progress``."""
+        if self._fresh_since is None and self._from_journal == totals.from_journal and totals.replies:
+            self._fresh_since = (self._clock(), self.done)  # a step without one from the journal: this one was paid for
+        self._from_journal = totals.from_journal
+        self._totals = totals
+        self._show()
+
+    def advance(self) -> None:
+        """One more is done."""
+        self.done += 1
+        self._show()
+
+    def said(self) -> str:
+        """``412 requests  98,313 tokens  $0.0421  12 min left``."""
+        parts = [f"{self._totals.requests:,} requests", f"{self._totals.tokens:,} tokens"]
+        if self._priced:
+            parts.append(f"${self._totals.dollars + self._totals.lost_dollars:,.4f}")
+        if (left := self._left()) is not None:
+            parts.append(f"{duration(left)} left")
+        return "  ".join(parts)
+
+    def _left(self) -> float | None:
+        if self._fresh_since is None or self.done >= self._total:
+            return None
+        since, before = self._fresh_since
+        if self.done == before:
+            return None
+        return (self._clock() - since) / (self.done - before) * (self._total - self.done)
+
+    def _show(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, said=self.said())
+        elif self._clock() - self._last_line >= PIPE_SECONDS:
+            self._last_line = self._clock()
+            self._console.print(f"{self._unit} {self.done:,}/{self._total:,}  {self.said()}")
