@@ -54,7 +54,7 @@ def claim(out: Path, kind: str, config: BaseModel) -> None:
 
 def write_config(out: Path, kind: str, config: BaseModel) -> None:
     """What the job was given, which holds no key: ``zephyr-lite KIND --config`` takes it again."""
-    values = config.model_dump(mode="json", exclude_defaults=True)
+    values = config.model_dump(mode="json", exclude_unset=True)
     write_text(out / CONFIG, _first_line(kind) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
@@ -88,7 +88,7 @@ class Spool:
     """Rows that wait on the disk, by number; the latest of a number counts."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile("w+b", dir=folder, prefix=".rows.")  # noqa: SIM115: lives as long as this
+        self._file = tempfile.TemporaryFile("w+b", dir=folder, prefix=".rows.")  # noqa: SIM115
         self._places: dict[int, int] = {}
 
     def put(self, number: int, row: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -54,3 +55,13 @@ async def cancel(tasks: Iterable[asyncio.Task[R]]) -> None:
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
+
+
+@contextmanager
+def grace_said(say: Callable[[str], None]) -> Iterator[None]:
+    """At an interrupt, say why the command does not end at once."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        say("interrupted: waiting a moment for answers that are on their way, for they are paid for (again: at once)")
+        raise

@@ -20,7 +20,7 @@ from .draw import read_principles
 from .files import claim, line_of, lines_aside, write_config
 from .judge import ASPECTS
 from .meter import Meter
-from .pool import in_order
+from .pool import grace_said, in_order
 from .prompts import Prompt, Prompts
 from .rate import NoRow, Tally, rate_prompt
 from .report import places, tally_report
@@ -29,6 +29,7 @@ from .specs import FeedbackConfig
 COMMAND = "feedback"
 ROWS = "train.jsonl"
 REPORT = "report.json"
+PAIRS = "pairs"
 
 
 @dataclass
@@ -110,11 +111,30 @@ def run_feedback(
     principles = read_principles(Path(config.principles_file) if config.principles_file else None)
     claim(out, COMMAND, config)
     result = Feedback(out, read)
-    asyncio.run(_run(config, principles, result, meter, back_off))
+    asyncio.run(_run(config, principles, result, meter, say, back_off))
     write_json(out / REPORT, result.report(config))
-    for line in result.lines():
-        say(line)
     return result
+
+
+def make_pair_folder(config: FeedbackConfig, say: Callable[[str], None]) -> list[str]:
+    """``OUT/pairs`` from ``OUT/train.jsonl``, as ``data pairs`` makes it by default; lines that say what came of it.
+
+    Rows of which no pair can be made are no error here: the ratings are there, and other rules may find pairs.
+    """
+    from ..data.pairs import make_pairs
+    from ..data.ultrafeedback import PairRules
+
+    out = Path(config.out)
+    rows, pairs = out / ROWS, out / PAIRS
+    try:
+        report = make_pairs([str(rows)], pairs, PairRules(seed=config.seed), overwrite=True, say=say)
+    except UserError as error:
+        earlier = f" {pairs} is from an earlier run." if pairs.exists() else ""
+        return [f"no pairs: {error.message}{earlier}", f"With other rules: zephyr-lite data pairs {rows} --out {pairs}"]
+    return [
+        *report.lines(),
+        f"Next: zephyr-lite dpo dataset.path={pairs} dataset.split=train_prefs",
+    ]
 
 
 def _empty(result: Feedback) -> UserError:
@@ -140,7 +160,12 @@ def window_of(config: FeedbackConfig) -> int:
 
 
 async def _run(
-    config: FeedbackConfig, principles: dict[str, list[str]], result: Feedback, meter: Meter, back_off: float
+    config: FeedbackConfig,
+    principles: dict[str, list[str]],
+    result: Feedback,
+    meter: Meter,
+    say: Callable[[str], None],
+    back_off: float,
 ) -> None:
     window = window_of(config)
     prompts = result.read.prompts
@@ -167,7 +192,7 @@ async def _run(
                 result.why = result.why or str(spent)
                 return None
 
-        with lines_aside(result.out / ROWS) as file:
+        with lines_aside(result.out / ROWS) as file, grace_said(say):
             async for number, row in in_order(range(len(prompts)), work, window):
                 if isinstance(row, dict):
                     file.write(line_of(row))
