@@ -45,6 +45,7 @@ class Totals:
         dollars: for the replies.
         lost_dollars: for ``lost_tokens``, at most.
         uncounted: replies whose server counted no tokens; the upper bound stands for them.
+        beyond_bound: tokens that servers counted above the bound (one that heeds no ``max_tokens``).
         unanswered: requests that a process which died had sent; whether they were paid for is not known.
         failed_tries: tries that failed, by reason.
         failures: requests that were given up, by reason.
@@ -60,6 +61,7 @@ class Totals:
     dollars: float = 0.0
     lost_dollars: float = 0.0
     uncounted: int = 0
+    beyond_bound: int = 0
     unanswered: int = 0
     failed_tries: Counter[str] = field(default_factory=Counter)
     from_journal: int = 0
@@ -92,7 +94,8 @@ class Totals:
             self.requests += 1
             self._under_way[record["id"]] = (record["tokens"], record["dollars"])
         elif event == "reply":
-            self._under_way.pop(record["id"], None)
+            bound, _ = self._under_way.pop(record["id"], (record["tokens"], 0.0))
+            self.beyond_bound += max(0, record["tokens"] - bound)
             self._given_up.pop(record["digest"], None)
             self.replies += 1
             self.prompt_tokens += record["prompt_tokens"]
@@ -135,6 +138,7 @@ class Totals:
             "dollars": round(self.dollars, 6),
             "lost_dollars_at_most": round(self.lost_dollars, 6),
             "replies_without_usage": self.uncounted,
+            "tokens_beyond_the_bound": self.beyond_bound,
             "sent_and_never_answered": self.unanswered,
             "asked_again": self.asked_again,
             "failed_tries": dict(self.failed_tries.most_common()),
@@ -156,19 +160,22 @@ class Budget:
         self.totals, self.max_requests, self.max_tokens = totals, max_requests, max_tokens
         self._waiting: list[asyncio.Future[None]] = []
 
-    async def admit(self, tokens: int) -> None:
-        """Returns when a request of at most so many tokens fits; the caller records it as sent before it waits for
-        anything else. What is under way may turn out smaller than its bound: that is waited for.
+    def fits(self, tokens: int) -> bool:
+        """Whether a request of at most so many tokens may be sent; the caller records it before it waits for anything.
 
         Raises:
-            BudgetSpent: it does not fit.
+            BudgetSpent: it may not, and nothing is under way that could turn out smaller than its bound.
         """
-        while (why := self._too_much(tokens)) is not None:
-            if not self.totals.under_way:
-                raise BudgetSpent(why)
-            changed = asyncio.get_running_loop().create_future()
-            self._waiting.append(changed)
-            await changed
+        why = self._too_much(tokens)
+        if why is not None and not self.totals.under_way:
+            raise BudgetSpent(why)
+        return why is None
+
+    async def change(self) -> None:
+        """Wait until something has come back."""
+        changed = asyncio.get_running_loop().create_future()
+        self._waiting.append(changed)
+        await changed
 
     def changed(self) -> None:
         """Something came back."""

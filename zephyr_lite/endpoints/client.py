@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,8 +22,7 @@ LONGEST_COMPLAINT = 300  # letters of a server's text that an error repeats
 CONNECT = 10.0  # seconds
 # Shorter than what servers grant an idle connection (uvicorn's 5 s), so that none is closed under a request's feet.
 KEEP_ALIVE = 2.5
-# refused before anything was generated
-REFUSALS = {400, 409, 413, 415, 422, 424}
+OLLAMA = 11434  # its port
 PASSING = {408, 425, 429}
 
 # httpcore's debug lines would hold a server's headers
@@ -38,8 +38,8 @@ class HttpEndpoint:
     def __init__(self, spec: EndpointSpec, key: Key | None) -> None:
         assert spec.url is not None
         self.spec, self._key = spec, key
-        self._limit_name = "max_tokens"
-        self._reached = False
+        # what the server has shown to be so
+        self._reached = self._answered = self._newer_limit = self._no_seed = False
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE)
         timeout = httpx2.Timeout(spec.timeout, connect=min(CONNECT, spec.timeout))
         self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False)
@@ -54,7 +54,10 @@ class HttpEndpoint:
     async def ask(self, question: Question) -> Answer:
         """One try. Raises Fault, and nothing that holds a header."""
         body = {"model": self.spec.model, **question.as_dict(), "stream": False}
-        body[self._limit_name] = body.pop("max_tokens")
+        if self._newer_limit:
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        if self._no_seed:
+            body.pop("seed", None)
         try:
             async with asyncio.timeout(self.spec.timeout):  # for all of it: a server may drip
                 status, headers, content = await self._post(json.dumps(body).encode())
@@ -68,7 +71,7 @@ class HttpEndpoint:
             raise error.with_traceback(None) from None
         else:
             self._reached = True
-            return self._read(status, headers, content)
+            return self._read(body, status, headers, content)
         raise fault
 
     async def _post(self, content: bytes) -> tuple[int, dict[str, str], bytes]:
@@ -112,19 +115,34 @@ class HttpEndpoint:
         parts = urlsplit(self.spec.url or "")
         if parts.hostname not in ("localhost", "127.0.0.1", "::1", "0.0.0.0"):
             return "Check the URL and the network."
-        if parts.port == 11434:
+        if parts.port == OLLAMA:
             return "Is Ollama running? `ollama serve` starts it."
-        return "Is the server running there? (Ollama listens on port 11434, llama.cpp on 8080, vLLM on 8000.)"
+        return f"Is the server running there? (Ollama listens on port {OLLAMA}, llama.cpp on 8080, vLLM on 8000.)"
 
-    def _read(self, status: int, headers: dict[str, str], content: bytes) -> Answer:
+    def _read(self, asked: dict[str, Any], status: int, headers: dict[str, str], content: bytes) -> Answer:
         text = content.decode("utf-8", "replace")
         try:
             body = json.loads(text)
         except (ValueError, RecursionError):
             body = None
-        if status == 200:
-            return self._answer(body, text)
-        raise self._refusal(status, headers, body, text)
+        if not 200 <= status < 300:
+            raise self._another_way(asked, status, body, text) or self._refusal(status, headers, body, text)
+        answer = self._answer(body, text)
+        self._answered = True
+        return answer
+
+    def _another_way(self, asked: dict[str, Any], status: int, body: Any, text: str) -> Fault | None:
+        """A setting that this server does not take, and there is another way to ask."""
+        told = self._complaint(body, text)
+        if status not in (400, 422):
+            return None
+        if "max_tokens" in asked and "max_completion_tokens" in told:  # OpenAI's newer models know only that name
+            self._newer_limit = True
+        elif "seed" in asked and re.search(r"\bseed\b", told):
+            self._no_seed = True
+        else:
+            return None
+        return Fault(f"HTTP {status}", told, again=True)
 
     def _answer(self, body: Any, text: str) -> Answer:
         if body is None:
@@ -156,7 +174,8 @@ class HttpEndpoint:
             hint = "Give that URL, if it is the right one: keys are not sent on to other places."
             hopeless = UserError(f"{where}: {self.spec.url} redirects to {target}.", hint)
             return Fault(reason, told, again=False, hopeless=hopeless)
-        if status in (401, 403):
+        # a server that has answered before refuses this one conversation (moderation)
+        if status == 401 or (status == 403 and not self._answered):
             hint = (
                 f"The key comes from the environment variable {self.spec.api_key_env}: is it the right one, and for this server?"
                 if self._key is not None
@@ -171,11 +190,10 @@ class HttpEndpoint:
             return Fault(reason, told, again=False, hopeless=hopeless)
         if status in (404, 405, 410, 501):
             hint = "Check the model's name and the URL (it usually ends with /v1)."
+            if urlsplit(self.spec.url or "").port == OLLAMA:
+                hint += f" Ollama fetches a model with `ollama pull {self.spec.model}`."
             what = f"no model {self.spec.model} at {self.spec.url}"
             return Fault(reason, told, again=False, hopeless=UserError(f"{where}: {what} (HTTP {status}){said}.", hint))
-        if status == 400 and self._limit_name == "max_tokens" and "max_completion_tokens" in text:
-            self._limit_name = "max_completion_tokens"  # OpenAI's newer models know only this name
-            return Fault(reason, told, again=True)
         if status < 500 and status not in PASSING:
             return Fault(reason, told, again=False)
         busy = status in (429, 503)

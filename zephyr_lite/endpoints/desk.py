@@ -47,8 +47,10 @@ class Line:
         if not self.tried:
             async with self.first:
                 if not self.tried:
-                    yield
-                    self.tried = True
+                    try:
+                        yield
+                    finally:
+                        self.tried = True
                     return
         yield
 
@@ -120,6 +122,7 @@ class DeskImpl:
                 del self._waiters[digest]
                 if digest not in self._sending and not task.done():
                     task.cancel()
+                    self._tasks.pop(digest, None)  # who asks from now on asks anew
 
     async def ask_parsed(self, request: Request, parse: Callable[[str], T], tries: int = 3) -> T:
         """Ask until ``parse`` takes the text.
@@ -166,7 +169,8 @@ class DeskImpl:
         return self._lines[request.endpoint]
 
     def _forget(self, digest: str, task: asyncio.Task[Reply]) -> None:
-        del self._tasks[digest]
+        if self._tasks.get(digest) is task:
+            del self._tasks[digest]
         if not task.cancelled():
             task.exception()  # retrieved, whether or not somebody still waits
 
@@ -187,11 +191,7 @@ class DeskImpl:
 
     async def _try(self, key: str, digest: str, question: Question, line: Line, tries: int) -> Reply | Fault:
         """Raises what ends the request; returns a fault after which it is tried again."""
-        await line.pace.turn()
-        line.check()
-        prompt, completion = line.bound(question)
-        await self._budget.admit(prompt + completion)
-        line.check()
+        prompt, completion = await self._leave(question, line)
         self._last_id += 1
         head: Record = {"id": self._last_id, "digest": digest, "key": key, "endpoint": line.spec.name}
         most = {"tokens": prompt + completion, "dollars": dollars(line.spec, prompt, completion)}
@@ -218,6 +218,20 @@ class DeskImpl:
             self._sending.discard(digest)
             if self.totals.lose(head["id"]):  # cancelled, or the disk is full: nobody knows what became of it
                 self._budget.changed()
+
+    async def _leave(self, question: Question, line: Line) -> tuple[int, int]:
+        """Wait until a request may leave, and how many tokens it may take then. Nothing comes between this and the
+        record that it was sent."""
+        while True:
+            line.check()
+            bound = line.bound(question)
+            if not self._budget.fits(sum(bound)):
+                await self._budget.change()
+            elif (delay := line.pace.delay()) > 0:
+                await asyncio.sleep(delay)
+            else:
+                line.pace.leave()
+                return bound
 
     def _judge(self, fault: Fault, line: Line, tries: int) -> UserError | RequestFailed | None:
         """What ends the request, or None where another try may help."""
@@ -348,7 +362,9 @@ async def open_desk(
 
     Args:
         specs: the endpoints, with different names.
-        max_requests, max_tokens: of the whole job, those sent before a resume among them; None: no limit.
+        max_requests, max_tokens: of the whole job, those sent before a resume among them; None: no limit. Every try
+            counts as a request. Of tokens, what a request can take at most must be left when it is sent; only a
+            server that heeds no ``max_tokens`` can go beyond, and ``totals.beyond_bound`` says so.
         on_progress: is told the totals whenever they change.
         back_off: seconds to wait after the first failure.
         longest_wait: seconds that a server may ask to wait before the job stops instead.

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -23,6 +24,20 @@ Record = dict[str, Any]
 VERSION = 1
 NAME = "journal.jsonl"
 LOCK = ".journal.lock"
+_ALL = {"id": int, "digest": str, "key": str, "tokens": int, "dollars": (int, float)}
+FIELDS: dict[str, dict[str, Any]] = {
+    "journal": {"version": int},
+    "sent": _ALL,
+    "reply": {
+        **_ALL,
+        "text": str,
+        "finish_reason": str,
+        "prompt_tokens": int,
+        "completion_tokens": int,
+        "counted_by": str,
+    },
+    "failed": {**_ALL, "reason": str, "sent": bool, "final": bool},
+}
 
 
 class Journal:
@@ -56,9 +71,11 @@ class Journal:
         self._waiting: list[tuple[Record, asyncio.Future[None]]] = []
         self._under_way: list[tuple[Record, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
+        self._batch = b""  # being written
+        self._mutex = threading.Lock()
         self._broken: str | None = None
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
             self._mend()
         except OSError as error:
             self.close()
@@ -79,33 +96,29 @@ class Journal:
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 record = self._record(line, f"line {number}")
-                if number == 1:
-                    if record.get("event") != "journal" or record.get("version") != VERSION:
-                        raise UserError(
-                            f"{self.path}: is not a journal that this version can read.",
-                            "Choose another folder, or move that file away.",
-                        )
-                else:
-                    if record["event"] == "reply":
-                        self._places[record["digest"]] = place
+                if number > 1 and record["event"] == "journal":
+                    raise self._damaged(f"line {number}")
+                if record["event"] == "reply":
+                    self._places[record["digest"]] = place
+                if number > 1:
                     yield record
                 place += len(line)
 
     def _record(self, line: bytes, where: str) -> Record:
         try:
             record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record["event"], str):
-                raise ValueError
-            if record["event"] in ("sent", "reply", "failed"):
-                record["id"], record["digest"], record["tokens"] + 0, record["dollars"] + 0
-            if record["event"] == "reply":
-                record["text"] + "", record["prompt_tokens"] + record["completion_tokens"]
+            for name, kinds in FIELDS[record["event"]].items():
+                if not isinstance(record[name], kinds):
+                    raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(
-                f"{self.path}: {where} is damaged.",
-                "Restore the file; or delete that line (what it recorded is then asked, and paid for, again).",
-            ) from None
+            raise self._damaged(where) from None
         return record
+
+    def _damaged(self, where: str) -> UserError:
+        return UserError(
+            f"{self.path}: {where} is no record of a journal, or a damaged one.",
+            "Restore the file; or delete that line (a reply that it recorded is then asked for, and paid, again).",
+        )
 
     def reply(self, digest: str) -> Record | None:
         """The reply to a question, where there is one."""
@@ -119,30 +132,33 @@ class Journal:
     def _mend(self) -> None:
         """A process that dies while it writes leaves a last line without its end. Nothing followed from that line:
         a request leaves when its ``sent`` is on the disk, and a reply is handed on when it is. It is cut off."""
-        self._size = os.fstat(self._file).st_size
-        if self._size:
-            with self.path.open("rb") as file:
-                end = self._size
-                while end:
-                    start = max(0, end - 2**16)
-                    file.seek(start)
-                    found = file.read(end - start).rfind(b"\n")
-                    if found >= 0:
-                        end = start + found + 1
-                        break
-                    end = start
-            if end < self._size:
-                if end == 0 and not self._begins_as_one():
-                    raise UserError(f"{self.path}: is not a journal.", "Choose another folder, or move that file away.")
-                os.ftruncate(self._file, end)
-                self._size = end
-        if not self._size:
-            self._write(_line({"event": "journal", "version": VERSION}))
-
-    def _begins_as_one(self) -> bool:
-        """Whether a file of one unfinished line is the beginning of a journal (its first line, torn)."""
         first = _line({"event": "journal", "version": VERSION})
-        return self._size < len(first) and first.startswith(self.path.read_bytes())
+        self._size = os.fstat(self._file).st_size
+        with self.path.open("rb") as file:
+            head = file.readline(2**16)
+            if not head.endswith(b"\n"):
+                if not first.startswith(head):  # somebody else's file is not touched
+                    raise self._damaged("line 1")
+                end = 0
+            else:
+                self._check_head(head)
+                end = _end_of_last_line(file, self._size)
+        if end < self._size:
+            os.ftruncate(self._file, end)
+        if not end:
+            self._write(first)
+            _sync_folder(self.path.parent)
+        self._size = os.fstat(self._file).st_size
+
+    def _check_head(self, line: bytes) -> None:
+        record = self._record(line, "line 1")
+        if record["event"] != "journal":
+            raise self._damaged("line 1")
+        if record["version"] != VERSION:
+            raise UserError(
+                f"{self.path}: is of version {record['version']}; this one reads {VERSION}.",
+                "Choose another folder, or move that file away.",
+            )
 
     # Writing
 
@@ -165,12 +181,19 @@ class Journal:
         while self._waiting:
             self._under_way, self._waiting = self._waiting, []
             lines = [_line(record) for record, _ in self._under_way]
+            self._batch = b"".join(lines)
             try:
-                # a cancelled wait would not stop the thread: this task is never cancelled, close() waits for it
-                await asyncio.to_thread(self._write, b"".join(lines))
+                await asyncio.to_thread(self._write_batch)
             except OSError as error:
                 self._broken = f"{self.path}: cannot be written: {error.strerror}."
             self._settle(lines)
+
+    def _write_batch(self) -> None:
+        """In a thread, or in ``close``, whichever comes first."""
+        with self._mutex:
+            if self._batch:
+                self._write(self._batch)
+                self._batch = b""
 
     def _settle(self, lines: list[bytes]) -> None:
         place = self._size
@@ -215,21 +238,44 @@ class Journal:
 
     def close(self) -> None:
         """Write what still waits, and let others have the folder."""
-        if self._file >= 0:
-            left = b"".join(_line(record) for record, _ in self._waiting)
-            self._waiting = []
-            try:
-                if left and self._broken is None:
-                    self._write(left)
-            finally:
-                os.close(self._file)
-                self._file = -1
-                self._lock.release()
-        else:
+        try:
+            if self._file >= 0 and self._broken is None:
+                self._write_batch()
+                if self._waiting:
+                    self._write(b"".join(_line(record) for record, _ in self._waiting))
+                    self._waiting = []
+        finally:
+            with self._mutex:
+                if self._file >= 0:
+                    os.close(self._file)
+                self._file, self._batch = -1, b""
             self._lock.release()
+
+
+def _end_of_last_line(file: BinaryIO, size: int) -> int:
+    """Where the last line that has an end ends."""
+    end = size
+    while end:
+        start = max(0, end - 2**16)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def _line(record: Record) -> bytes:
     # half of a surrogate pair, which a server may send, becomes its own JSON escape
     text = json.dumps(record, ensure_ascii=False, separators=(", ", ": "))
     return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _sync_folder(folder: Path) -> None:
+    """So that a file made there is there after a power cut, where the system knows how."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -26,14 +26,13 @@ class Pace:
         self._space = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._next = 0.0  # when the next request may leave, on the monotonic clock
 
-    async def turn(self) -> None:
-        """Wait for the next moment at which a request may leave."""
-        while True:
-            now = time.monotonic()
-            if now >= self._next:
-                self._next = now + self._space
-                return
-            await asyncio.sleep(self._next - now)
+    def delay(self) -> float:
+        """Seconds until a request may leave; 0: now."""
+        return max(0.0, self._next - time.monotonic())
+
+    def leave(self) -> None:
+        """A request leaves."""
+        self._next = time.monotonic() + self._space
 
     def pause(self, seconds: float) -> None:
         """Nobody asks for so long: the server has said that it has too much to do."""
@@ -56,8 +55,8 @@ def retry_after(headers: dict[str, str]) -> float | None:
             return seconds
     try:
         when = parsedate_to_datetime(headers["retry-after"])
-    except (KeyError, ValueError, TypeError):
+        if when.tzinfo is None:
+            when = when.replace(tzinfo=UTC)
+        return max(0.0, when.timestamp() - time.time())
+    except (KeyError, ValueError, TypeError, OverflowError):
         return None
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=UTC)
-    return max(0.0, when.timestamp() - time.time())
