@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from ..config import Loaded, Method, dump_config
+from ..data.view import text_runs
 from ..errors import UserError
 from .dpo import DpoTask
 from .loop import Loop, rows_of_step
@@ -89,19 +89,9 @@ def first_row(stage: Stage) -> list[tuple[str, Spans]]:
     return shown
 
 
-def spans(tokenizer: Any, ids: Sequence[int] | np.ndarray, mask: Sequence[bool] | np.ndarray) -> Spans:
-    """Runs of equal supervision as text. Each is what it adds to the text before it: tokens alone decode otherwise."""
-    ids, mask = list(map(int, ids)), list(map(bool, mask))
-    left = max(0, len(ids) - SHOWN_TOKENS)
-    ids, mask = ids[:SHOWN_TOKENS], mask[:SHOWN_TOKENS]
-    result: Spans = []
-    before, end = "", 0
-    for supervised, run in groupby(mask):
-        end += len(list(run))
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        same = next((i for i, (a, b) in enumerate(zip(before, text)) if a != b), min(len(before), len(text)))
-        result.append((text[same:], supervised))
-        before = text
-    if left:
+def spans(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> Spans:
+    """Runs of equal supervision as text, of the first ``SHOWN_TOKENS`` tokens."""
+    result = text_runs(tokenizer, ids[:SHOWN_TOKENS], mask[:SHOWN_TOKENS])
+    if left := max(0, len(ids) - SHOWN_TOKENS):
         result.append((f"\n… {left:,} more tokens", False))
     return result

@@ -1,0 +1,141 @@
+"""The rows of a run as training gets them, without its weights: the tokenizer and ``config.json`` are enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from .config import DatasetSpec, Method, RunConfig
+from .data.chat import ChatTemplate
+from .data.prepare import Prepared, prepare
+from .errors import UserError
+from .model.load import PATTERNS, read_model_config
+from .model.peft_files import AdapterFile
+from .planned import stages_of
+from .rundir import StageDir
+from .train.ground import adapters_below, vocabulary_fits
+from .train.setup import _template, resolve_run
+
+
+@dataclass
+class TrainedRows:
+    """Rows of a configuration.
+
+    Attributes:
+        method: sft or dpo.
+        config: as the run would resolve it.
+        template: as the run would choose it.
+        specs: what ``data`` was made of.
+        data: as the run would prepare it.
+        notes: what was decided on the way.
+    """
+
+    method: Method
+    config: RunConfig
+    template: ChatTemplate
+    specs: list[DatasetSpec]
+    data: Prepared
+    notes: list[str] = field(default_factory=list)
+
+
+def open_rows(method: Method, file: str | None, words: list[str], *, held_out: bool = False) -> TrainedRows:
+    """Prepare a run's rows.
+
+    Args:
+        method: which stage's defaults to start from.
+        file: its configuration.
+        words: ``key=value`` words that change it.
+        held_out: the rows of ``eval_dataset`` instead.
+
+    Raises:
+        UserError: as the run itself would say, but for what concerns weights and memory; or there is no eval_dataset.
+    """
+    resolved, template, notes = _ground(method, file, words)
+    specs = resolved.eval_dataset if held_out else resolved.dataset
+    if not specs:
+        raise UserError("nothing is held out: the configuration has no eval_dataset.", "Add eval_dataset=FILE.")
+    data = prepare(specs, method, resolved, template, what="held-out" if held_out else "training")
+    return TrainedRows(method, resolved, template, specs, data, notes)
+
+
+def _ground(method: Method, file: str | None, words: list[str]) -> tuple[RunConfig, ChatTemplate, list[str]]:
+    loaded = resolve_run(method, file, words)
+    config, notes = loaded.config, list(loaded.notes)
+    folder = fetch_tokenizer(config.model_name_or_path, config.model_revision)
+    base_config: Any = read_model_config(folder, any_family=True)
+    template = _template(config, folder, _frozen(method, config, notes))
+    vocabulary_fits(template.tokenizer, base_config, folder)
+    return config, template, notes
+
+
+def _frozen(method: Method, config: RunConfig, notes: list[str]) -> list[AdapterFile]:
+    """The adapters below: the template is saved with them. A run whose stage sft is still to come has none yet."""
+    stage = StageDir(Path(config.output_dir) / config.stage)
+    if method == "dpo" and config.adapters == [] and not StageDir(stage.run / "sft").complete():
+        notes.append(f"{stage.run} has no finished stage sft yet: chat_template auto is looked for in the base")
+        return []
+    return adapters_below(method, config, stage, notes.append)
+
+
+def fetch_tokenizer(name_or_path: str, revision: str) -> Path:
+    """The folder of a base, whose weights need not be there: a local one as it is, or of the hub's the small files.
+
+    Raises:
+        UserError: there is none, or the hub cannot be reached, or refuses.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id."
+            )
+        return folder
+    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
+        raise UserError(f"model {name_or_path}: there is no such folder, and it is no hub id (OWNER/NAME).")
+    patterns = [pattern for pattern in PATTERNS if "safetensors" not in pattern]
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise UserError(
+            f"model {name_or_path}: its owner asks you to accept terms first.",
+            f"Open https://huggingface.co/{name_or_path}, accept, then run `hf auth login`.",
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(f"model {name_or_path}: neither a folder here nor a model on the hub.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"model {name_or_path}: not in the hub's cache, and the hub could not be reached ({type(error).__name__}).",
+            "Its tokenizer and config.json are needed, no weights: check the connection and HF_HUB_OFFLINE, or name a "
+            "folder that has them (model_name_or_path=FOLDER).",
+        ) from None
+
+
+def example_places(data: Prepared) -> list[str]:
+    """The place ("train.jsonl row 17") of the data row that each example was made of."""
+    return example_column(data, "where").to_pylist()
+
+
+def example_column(data: Prepared, name: str) -> pa.ChunkedArray:
+    """A column of the prepared table, beside ids and masks: where, length, supervised, lost, cut."""
+    return data.examples._table.select_columns([name]).with_format("arrow")[:].column(name)
+
+
+def stage_of_words(words: list[str], file: str | None) -> tuple[Method, list[str]]:
+    """The stage that the first word names, or else the configuration's file; and the other words.
+
+    Raises:
+        UserError: neither says which.
+    """
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        if words[0].lower() not in ("sft", "dpo"):
+            raise UserError(f"{words[0]}: there is no such stage.", "Say sft or dpo, then key=value.")
+        return ("sft" if words[0].lower() == "sft" else "dpo"), words[1:]
+    methods, rest = stages_of(words, file)
+    if len(methods) > 1:
+        raise UserError("which stage's rows?", "Say sft or dpo: zephyr-lite data show sft dataset=FILE.")
+    return methods[0], rest
