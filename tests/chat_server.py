@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -99,10 +101,15 @@ class ChatServer:
         self._at_once = 0
         self._lock = threading.Lock()
         self._over = threading.Event()
+        self._connections: list[socket.socket] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                outer._connections.append(self.connection)
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -132,9 +139,17 @@ class ChatServer:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._over.set()
-        self._server.shutdown()
-        self._server.server_close()
+        self.stop()
+
+    def stop(self) -> None:
+        """No answer any more; connections end."""
+        if not self._over.is_set():
+            self._over.set()
+            self._server.shutdown()
+            self._server.server_close()
+            for connection in self._connections:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         content = handler.rfile.read(int(handler.headers.get("content-length") or 0))

@@ -142,7 +142,7 @@ class HttpEndpoint:
             self._no_seed = True
         else:
             return None
-        return Fault(f"HTTP {status}", told, again=True)
+        return Fault(f"HTTP {status}", told, again=True, other_way=True)
 
     def _answer(self, body: Any, text: str) -> Answer:
         if body is None:

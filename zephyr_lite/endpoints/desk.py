@@ -243,7 +243,7 @@ class DeskImpl:
             )
         elif fault.hopeless is not None and (not fault.again or given_up):
             line.hopeless = fault.hopeless
-        elif fault.again and not given_up:
+        elif fault.other_way or (fault.again and not given_up):
             return None
         elif given_up and not fault.answered and not line.answered:
             line.hopeless = UserError(
@@ -262,6 +262,8 @@ class DeskImpl:
         return RequestFailed(f"{fault} ({tries} {'try' if tries == 1 else 'tries'} at {name})", fault.reason)
 
     async def _wait(self, fault: Fault, line: Line, tries: int) -> None:
+        if fault.other_way:
+            return
         wait = line.pace.wait_after(tries)
         if fault.wait is not None:
             wait = fault.wait + wait * 0.1  # never before the time that it named, and not all at once

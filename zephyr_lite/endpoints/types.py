@@ -235,6 +235,7 @@ class Fault(Exception):
         answered: whether a server answered at all.
         wait: seconds that the server asks to wait.
         busy: the server has too much to do: everybody waits, not this request alone.
+        other_way: the endpoint will send the next try in another way, which this one taught it.
         hopeless: why no request to this endpoint can succeed.
     """
 
@@ -249,11 +250,13 @@ class Fault(Exception):
         answered: bool = True,
         wait: float | None = None,
         busy: bool = False,
+        other_way: bool = False,
         hopeless: UserError | None = None,
     ) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail, self.again, self.charged = reason, detail, again, charged
         self.sent, self.answered, self.wait, self.busy, self.hopeless = sent, answered, wait, busy, hopeless
+        self.other_way = other_way
 
 
 class Endpoint(Protocol):

@@ -1,0 +1,584 @@
+"""The desk against a real HTTP server, with every way of failing that servers have."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import socket
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chat_server import (
+    Act,
+    ChatServer,
+    answer_json,
+    by_hash,
+    disconnect,
+    error,
+    hang,
+    not_json,
+    ok,
+)
+from zephyr_lite.endpoints.budget import most_prompt_tokens
+from zephyr_lite.endpoints.desk import FAILURES_IN_A_ROW, DeskImpl, open_desk
+from zephyr_lite.endpoints.pace import Pace, retry_after
+from zephyr_lite.endpoints.types import (
+    BudgetSpent,
+    EndpointSpec,
+    Reply,
+    Request,
+    RequestFailed,
+    endpoint_spec,
+    parse_endpoint,
+)
+from zephyr_lite.errors import UserError
+
+QUICK = {"back_off": 0.01, "grace": 2.0}
+
+
+def spec(server: ChatServer, **settings: Any) -> EndpointSpec:
+    return EndpointSpec(**{"url": server.url, "model": "m", "max_tokens": 50, "timeout": 5.0, **settings})
+
+
+def request(text: str, **settings: Any) -> Request:
+    return Request(f"key/{text}", "m", ({"role": "user", "content": text},), **settings)
+
+
+async def ask_all(desk: DeskImpl, texts: Sequence[str], **settings: Any) -> list[Reply | BaseException]:
+    return await asyncio.gather(*(desk.ask(request(t, **settings)) for t in texts), return_exceptions=True)
+
+
+def run(specs: Sequence[EndpointSpec], folder: Path, work: Callable[[DeskImpl], Any], **settings: Any) -> Any:
+    """What ``work`` returns, and the totals; nothing may take longer than 30 s."""
+
+    async def main() -> Any:
+        async with asyncio.timeout(30), open_desk(specs, folder, **{**QUICK, **settings}) as desk:
+            return await work(desk), desk.totals
+
+    return asyncio.run(main())
+
+
+def one(
+    server: ChatServer, folder: Path, text: str = "hello", desk: dict[str, Any] | None = None, **settings: Any
+) -> Any:
+    return run([spec(server, **settings)], folder, lambda d: d.ask(request(text)), **(desk or {}))
+
+
+def records(folder: Path, event: str | None = None) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    return [line for line in lines if event in (None, line["event"])]
+
+
+# What is sent, and what comes back
+
+
+def test_a_request_is_sent_as_the_api_wants_it(tmp_path):
+    with ChatServer(lambda seen: ok("Hello!", finish_reason="length")) as server:
+        settings = {"system": "Be brief.", "top_p": 0.9, "temperature": 0.3}
+        reply, totals = run([spec(server, **settings)], tmp_path, lambda d: d.ask(request("hi", seed=7, max_tokens=9)))
+    assert reply == Reply("Hello!", "length", 7, 5)
+    (seen,) = server.seen
+    assert seen.path == "/v1/chat/completions"
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    sampling = {"temperature": 0.3, "top_p": 0.9, "seed": 7, "max_tokens": 9}
+    assert seen.body == {"model": "m", "messages": turns, **sampling, "stream": False}
+    assert "authorization" not in seen.headers
+    assert (totals.requests, totals.replies, totals.prompt_tokens, totals.completion_tokens) == (1, 1, 7, 5)
+
+
+def test_a_system_turn_of_the_request_stands_before_the_endpoints(tmp_path):
+    turns = ({"role": "system", "content": "mine"}, {"role": "user", "content": "hi"})
+    with ChatServer() as server:
+        run([spec(server, system="its")], tmp_path, lambda d: d.ask(Request("k", "m", turns)))
+    assert server.seen[0].body["messages"] == list(turns)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": None, "refusal": "No."}, "No."),
+        ({"content": None}, ""),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]}, "ab"),
+        ({"content": "half a pair \ud83d and ünï"}, "half a pair \ud83d and ünï"),
+    ],
+)
+def test_contents_of_other_shapes(tmp_path, message, text):
+    with ChatServer(lambda seen: answer_json({"choices": [{"message": message, "finish_reason": None}]})) as server:
+        reply, _ = one(server, tmp_path)
+        again, totals = one(server, tmp_path)
+    assert reply.text == text and reply.finish_reason == "stop"
+    assert again == reply and totals.from_journal == 1 and len(server.seen) == 1
+
+
+def test_who_asks_the_same_at_the_same_time_is_sent_once(tmp_path):
+    with ChatServer() as server:
+        replies, totals = run([spec(server)], tmp_path, lambda d: ask_all(d, ["x"] * 5))
+    assert len(server.seen) == 1 and len(set(replies)) == 1 and totals.requests == 1
+
+
+def test_a_changed_question_is_asked_anew_and_a_moved_server_is_not(tmp_path):
+    with ChatServer() as first:
+        one(first, tmp_path)
+    with ChatServer() as second:
+        assert one(second, tmp_path)[1].requests == 1  # from the journal
+        one(second, tmp_path, temperature=0.5)
+        one(second, tmp_path, max_tokens=51)
+        one(second, tmp_path, system="s")
+        one(second, tmp_path, model="other", name="m")
+    assert len(first.seen) == 1 and len(second.seen) == 4
+
+
+# Failures that pass
+
+
+PASSING = {
+    "HTTP 429": lambda: error(429),
+    "HTTP 500": lambda: error(500),
+    "HTTP 503": lambda: error(503),
+    "HTTP 502": lambda: Act(502, b"<html>bad gateway</html>"),
+    "HTTP 408": lambda: error(408),
+    "reply is not JSON": not_json,
+    "reply holds no answer": lambda: answer_json({"error": {"message": "upstream", "code": 502}}),
+    "connection broken": lambda: disconnect(0),
+    "no reply in time": lambda: hang(),
+}
+# what may have been paid for although nothing usable came
+CHARGED = {
+    "HTTP 500",
+    "HTTP 502",
+    "reply is not JSON",
+    "reply holds no answer",
+    "connection broken",
+    "no reply in time",
+}
+
+
+@pytest.mark.parametrize("reason", PASSING)
+def test_a_failure_that_passes_is_tried_again(tmp_path, reason):
+    with ChatServer(lambda seen: PASSING[reason]() if seen.number in (1, 2) else by_hash(seen)) as server:
+        work = lambda d: ask_all(d, ["a"])  # noqa: E731
+        run([spec(server)], tmp_path / "before", work)  # the first request of all: the server is there
+        (reply,), totals = run([spec(server, timeout=0.3)], tmp_path, work)
+    assert isinstance(reply, Reply), reply
+    assert totals.failed_tries == {reason: 2} and totals.failures == {}
+    assert totals.requests == 3 and totals.replies == 1
+    bound = most_prompt_tokens([{"role": "user", "content": "a"}]) + 50
+    assert totals.lost_tokens == (2 * bound if reason in CHARGED else 0)
+    assert totals.tokens == totals.lost_tokens + 12
+
+
+def test_a_connection_that_ends_in_the_middle_of_the_body(tmp_path):
+    with ChatServer(lambda seen: disconnect(10) if seen.number == 0 else ok("whole")) as server:
+        reply, totals = one(server, tmp_path)
+    assert reply.text == "whole" and totals.failed_tries == {"connection broken": 1}
+
+
+def test_a_server_that_drips_is_not_waited_for_forever(tmp_path):
+    slow = Act(body=ok("slow").body, drip=0.05)
+    with ChatServer(lambda seen: slow if seen.number == 0 else ok("quick")) as server:
+        started = time.monotonic()
+        reply, totals = one(server, tmp_path, timeout=0.4)
+    assert reply.text == "quick" and time.monotonic() - started < 3
+    assert totals.failed_tries == {"no reply in time": 1}
+
+
+def test_all_tries_fail_then_the_request_is_given_up_and_the_others_go_on(tmp_path):
+    with ChatServer(lambda seen: error(500, "boom") if seen.question == "bad" else by_hash(seen)) as server:
+        replies, totals = run([spec(server, retries=2)], tmp_path, lambda d: ask_all(d, ["a", "bad", "b"]))
+        assert [type(r) for r in replies] == [Reply, RequestFailed, Reply]
+        assert replies[1].reason == "HTTP 500" and "boom" in str(replies[1]) and "3 tries" in str(replies[1])
+        assert totals.failures == {"HTTP 500": 1} and totals.requests == 5
+        # a resume tries it again, and pays for nothing else; a reply then clears the failure
+        server.script = by_hash
+        replies, totals = run([spec(server, retries=2)], tmp_path, lambda d: ask_all(d, ["a", "bad", "b"]))
+    assert all(isinstance(r, Reply) for r in replies)
+    assert totals.failures == {} and totals.requests == 6 and totals.from_journal == 2
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_what_the_server_refuses_is_not_tried_again(tmp_path, status):
+    script = lambda seen: error(status, "too long") if seen.question == "bad" else by_hash(seen)  # noqa: E731
+    with ChatServer(script) as server:
+        replies, totals = run([spec(server)], tmp_path, lambda d: ask_all(d, ["bad", "a"]))
+    assert (
+        isinstance(replies[0], RequestFailed)
+        and "too long" in str(replies[0])
+        and replies[0].reason == f"HTTP {status}"
+    )
+    assert isinstance(replies[1], Reply) and totals.requests == 2 and totals.lost_tokens == 0
+
+
+def test_retry_after_is_honoured_by_everybody_who_asks_there(tmp_path):
+    def script(seen):
+        return error(429, "slow down", retry_after="1") if seen.number == 1 else by_hash(seen)
+
+    with ChatServer(script) as server:
+        replies, totals = run([spec(server, concurrency=1)], tmp_path, lambda d: ask_all(d, list("abcd")))
+    assert all(isinstance(r, Reply) for r in replies) and totals.failed_tries == {"HTTP 429": 1}
+    times = [seen.at for seen in server.seen]
+    assert times[2] - times[1] >= 1.0
+    assert len(times) == 5 and times[4] - times[2] < 1.0
+
+
+def test_a_server_that_asks_for_too_long_a_wait_ends_the_job(tmp_path):
+    with ChatServer(lambda seen: error(429, "tomorrow", retry_after="86400")) as server:
+        replies, _ = run([spec(server)], tmp_path, lambda d: ask_all(d, list("abc")))
+    assert all(isinstance(r, UserError) and "86,400 s" in r.message for r in replies)
+    assert len(server.seen) == 1
+
+
+def test_what_retry_after_may_say():
+    assert retry_after({"retry-after": "2.5"}) == 2.5
+    assert retry_after({"retry-after-ms": "250", "retry-after": "1"}) == 0.25
+    soon = email.utils.formatdate(time.time() + 30, usegmt=True)
+    assert 28 <= retry_after({"retry-after": soon}) <= 30
+    assert retry_after({"retry-after": email.utils.formatdate(0)}) == 0
+    for nothing in ({}, {"retry-after": "soon"}, {"retry-after": "-1"}, {"retry-after": "inf"}, {"retry-after": "nan"}):
+        assert retry_after(nothing) is None
+
+
+def test_back_off_doubles_has_jitter_and_an_end():
+    pace = Pace(1, None, 1.0)
+    for tries, longest in ((1, 1), (2, 2), (3, 4), (7, 60), (10_000, 60)):
+        waits = {pace.wait_after(tries) for _ in range(50)}
+        assert longest / 2 <= min(waits) and max(waits) <= longest and len(waits) > 40
+
+
+def test_settings_that_a_server_does_not_know_are_asked_for_in_another_way(tmp_path):
+    def script(seen):
+        if "max_tokens" in seen.body:
+            return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        return error(422, "seed: Extra inputs are not permitted") if "seed" in seen.body else by_hash(seen)
+
+    with ChatServer(script) as server:
+        endpoint = spec(server, concurrency=1, retries=0)
+        replies, totals = run([endpoint], tmp_path, lambda d: ask_all(d, list("abc"), seed=1))
+    assert all(isinstance(r, Reply) for r in replies)
+    assert totals.requests == 5 and server.seen[-1].body["max_completion_tokens"] == 50
+
+
+# Failures that do not
+
+
+@pytest.mark.parametrize(
+    ("act", "found"),
+    [
+        (error(401, "bad key"), "refuses the key (HTTP 401) and says: bad key"),
+        (error(403, "no"), "refuses the key (HTTP 403)"),
+        (error(402, "no credit"), "nothing is left to pay with"),
+        (
+            answer_json({"error": {"message": "quota", "code": "insufficient_quota"}}, 429),
+            "nothing is left to pay with",
+        ),
+        (error(404, "model not found"), "no model m at"),
+        (error(405), "no model m at"),
+        (Act(308, headers={"Location": "https://elsewhere.example/v1"}), "redirects to https://elsewhere.example/v1"),
+    ],
+)
+def test_what_nothing_can_succeed_after_ends_the_job_at_the_first_request(tmp_path, act, found):
+    with ChatServer(lambda seen: act) as server:
+        replies, totals = run([spec(server, concurrency=8)], tmp_path, lambda d: ask_all(d, list("abcdefgh")))
+    assert all(isinstance(r, UserError) and found in r.message and r.hint for r in replies), replies
+    assert len(server.seen) == 1 and totals.requests == 1
+
+
+def test_a_403_from_a_server_that_has_answered_is_about_one_conversation(tmp_path):
+    script = lambda seen: error(403, "flagged") if seen.question == "bad" else by_hash(seen)  # noqa: E731
+    with ChatServer(script) as server:
+        replies, _ = run([spec(server, concurrency=1)], tmp_path, lambda d: ask_all(d, ["a", "bad", "b"]))
+    assert [type(r) for r in replies] == [Reply, RequestFailed, Reply]
+
+
+def test_no_server_is_said_at_once_with_a_hint(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for url, hint in (
+        (f"http://127.0.0.1:{port}/v1", "Is the server running"),
+        ("http://localhost:11434/v1", "Ollama"),
+    ):
+        started = time.monotonic()
+        endpoint = EndpointSpec(url=url, model="m")
+        replies, totals = run([endpoint], tmp_path / hint[:3], lambda d: ask_all(d, list("abc")), back_off=5.0)
+        assert all(isinstance(r, UserError) and "cannot be reached" in r.message and hint in r.hint for r in replies)
+        assert time.monotonic() - started < 5 and totals.requests == 0 and totals.tokens == 0
+
+
+def test_a_server_that_goes_away_is_tried_again_and_then_ends_the_job_and_drops_nothing(tmp_path):
+    with ChatServer() as server:
+
+        async def work(desk):
+            first = await desk.ask(request("a"))
+            server.stop()
+            return [first, *await ask_all(desk, ["b", "c"])]
+
+        replies, totals = run([spec(server, retries=2)], tmp_path, work)
+    assert isinstance(replies[0], Reply)
+    assert all(isinstance(r, UserError) and "cannot be reached" in r.message for r in replies[1:]), replies
+    assert totals.failed_tries["cannot be reached"] >= 3 and totals.replies == 1
+
+
+def test_a_server_that_comes_back_is_asked_again(tmp_path):
+    with ChatServer() as server:
+
+        async def work(desk):
+            await desk.ask(request("a"))
+            server.stop()
+            waiting = asyncio.gather(desk.ask(request("b")), desk.ask(request("c")))
+            await asyncio.sleep(0.3)
+            with ChatServer(port=server.port):
+                return await waiting
+
+        replies, _ = run([spec(server, retries=6)], tmp_path, work, back_off=0.1)
+    assert all(isinstance(r, Reply) for r in replies)
+
+
+def test_a_server_that_never_answers_ends_the_job(tmp_path):
+    with ChatServer(lambda seen: hang()) as server:
+        replies, _ = run([spec(server, timeout=0.1, retries=2)], tmp_path, lambda d: ask_all(d, list("abc")))
+    assert any(isinstance(r, UserError) and "no answer in 3 tries" in r.message for r in replies)
+
+
+def test_a_server_that_fails_everything_ends_the_job_and_is_not_fed_all_prompts(tmp_path):
+    texts = [str(i) for i in range(40)]
+    with ChatServer(lambda seen: error(500, "broken model")) as server:
+        replies, _ = run([spec(server, retries=0)], tmp_path, lambda d: ask_all(d, texts))
+    kinds = [type(r) for r in replies]
+    assert kinds.count(RequestFailed) == FAILURES_IN_A_ROW - 1 and kinds.count(UserError) == 41 - FAILURES_IN_A_ROW
+    assert len(server.seen) < FAILURES_IN_A_ROW + 4
+    assert "broken model" in next(r for r in replies if isinstance(r, UserError)).message
+
+
+# Budget
+
+
+@pytest.mark.parametrize("limit", [1, 7, 20])
+def test_requests_never_exceed_their_budget_whatever_fails(tmp_path, limit):
+    with ChatServer(lambda seen: error(500) if seen.number % 3 == 1 else by_hash(seen)) as server:
+        texts = [str(i) for i in range(30)]
+        endpoint = spec(server, concurrency=16)
+        replies, totals = run([endpoint], tmp_path, lambda d: ask_all(d, texts), max_requests=limit)
+        assert len(server.seen) == totals.requests == limit
+        assert sum(isinstance(r, BudgetSpent) for r in replies) == 30 - totals.replies
+        # the same command with the same budget sends nothing more; a larger one goes on
+        _, totals = run([endpoint], tmp_path, lambda d: ask_all(d, texts), max_requests=limit)
+        assert len(server.seen) == limit and totals.requests == limit
+        _, totals = run([endpoint], tmp_path, lambda d: ask_all(d, texts), max_requests=limit + 2)
+    assert len(server.seen) == limit + 2
+
+
+def test_tokens_never_exceed_their_budget_at_any_moment(tmp_path):
+    """The server counts what it generates; it may use all of max_tokens, and its replies may be lost."""
+    spent = []
+    limit = 5_000
+
+    def script(seen):
+        tokens = 40 + seen.body["max_tokens"] if seen.number % 4 == 0 else 60
+        spent.append(tokens)
+        time.sleep(0.002 * (seen.number % 7))
+        return (
+            [not_json(), disconnect(5)][seen.number % 2]
+            if seen.number % 5 == 4
+            else ok("x", usage={"prompt_tokens": tokens - 20, "completion_tokens": 20})
+        )
+
+    heights = []
+    with ChatServer(script) as server:
+        texts = [f"question {i}" for i in range(200)]
+        replies, totals = run(
+            [spec(server, concurrency=16, max_tokens=100, retries=1)],
+            tmp_path,
+            lambda d: ask_all(d, texts),
+            max_tokens=limit,
+            on_progress=lambda t: heights.append(t.tokens),
+        )
+    assert server.most_at_once > 4
+    assert sum(spent) <= limit and max(heights) <= limit and totals.tokens <= limit
+    assert any(isinstance(r, BudgetSpent) for r in replies) and totals.replies > 10
+    bound = most_prompt_tokens([{"role": "user", "content": "question 100"}]) + 100
+    assert totals.tokens > limit - bound - 1  # and it is used up: what was held and not used is given back
+
+
+def test_a_prompt_larger_than_the_whole_budget_is_not_sent(tmp_path):
+    with ChatServer() as server:
+        (reply,), totals = run([spec(server)], tmp_path, lambda d: ask_all(d, ["x" * 1000]), max_tokens=500)
+    assert isinstance(reply, BudgetSpent) and "1,194 tokens" in str(reply) and "500" in str(reply)
+    assert server.seen == [] and totals.requests == 0
+
+
+def test_a_spent_budget_is_said_at_once_even_where_the_pace_is_slow(tmp_path):
+    with ChatServer() as server:
+        endpoint = spec(server, requests_per_minute=1)
+        started = time.monotonic()
+        replies, _ = run([endpoint], tmp_path, lambda d: ask_all(d, list("abcdef")), max_requests=1)
+    assert time.monotonic() - started < 5 and sum(isinstance(r, BudgetSpent) for r in replies) == 5
+
+
+@pytest.mark.parametrize(
+    "usage", [None, {}, {"prompt_tokens": 0, "completion_tokens": 0}, {"prompt_tokens": -1, "completion_tokens": 4}]
+)
+def test_where_the_server_does_not_count_the_bound_stands_and_it_is_said(tmp_path, usage):
+    with ChatServer(lambda seen: ok("text", usage=usage)) as server:
+        reply, totals = one(server, tmp_path, output_price=10.0)
+    bound = most_prompt_tokens([{"role": "user", "content": "hello"}])
+    assert (reply.prompt_tokens, reply.completion_tokens) == (bound, 50)
+    assert totals.uncounted == 1 and totals.tokens == bound + 50 and totals.dollars == pytest.approx(50 * 10e-6)
+
+
+def test_tokens_that_were_thought_and_not_shown_count(tmp_path):
+    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 45}
+    with ChatServer(lambda seen: ok("text", usage=usage)) as server:
+        assert one(server, tmp_path)[0].completion_tokens == 35
+
+
+def test_a_server_that_heeds_no_limit_is_found_out_and_held_to_what_it_takes(tmp_path):
+    with ChatServer(lambda seen: ok("long", usage={"prompt_tokens": 10, "completion_tokens": 1000})) as server:
+        replies, totals = run(
+            [spec(server)], tmp_path, lambda d: ask_all(d, [str(i) for i in range(10)]), max_tokens=3_500
+        )
+    bound = most_prompt_tokens([{"role": "user", "content": "0"}]) + 50
+    assert totals.beyond_bound == 1010 - bound  # the first one; after it the bound is as large as what it takes
+    assert totals.tokens <= 3_500 and sum(isinstance(r, Reply) for r in replies) == 3
+
+
+def test_no_tokenizer_makes_more_tokens_than_the_bound():
+    from tests.conftest import TEXT
+
+    assert most_prompt_tokens([{"role": "user", "content": "äß漢"}]) == 128 + 16 + 7
+    assert most_prompt_tokens([{"role": "user", "content": "\ud83d"}]) == 128 + 16 + 3
+    assert most_prompt_tokens([{"role": "user", "content": TEXT[0]}] * 2) == 128 + 2 * (16 + len(TEXT[0]))
+
+
+def test_dollars_are_counted_by_the_prices_of_the_time(tmp_path):
+    with ChatServer(lambda seen: ok("x", usage={"prompt_tokens": 1000, "completion_tokens": 200})) as server:
+        _, totals = one(server, tmp_path, "a", input_price=3.0, output_price=15.0, max_tokens=300)
+        assert totals.dollars == pytest.approx(0.006)
+        _, totals = one(server, tmp_path, "b", input_price=30.0, output_price=0.0, max_tokens=300)
+    assert totals.dollars == pytest.approx(0.006 + 0.03)
+    assert totals.as_dict()["dollars"] == pytest.approx(0.036)
+
+
+@pytest.mark.parametrize("limits", [{"max_requests": 0}, {"max_tokens": -5}])
+def test_a_budget_that_lets_nothing_through_is_refused(tmp_path, limits):
+    with ChatServer() as server, pytest.raises(UserError, match="lets nothing be asked"):
+        one(server, tmp_path, desk=limits)
+
+
+# Pace
+
+
+def test_no_more_than_so_many_at_once(tmp_path):
+    with ChatServer(lambda seen: ok("x", sleep=0.03)) as server:
+        run([spec(server, concurrency=3)], tmp_path, lambda d: ask_all(d, [str(i) for i in range(15)]))
+    assert server.most_at_once == 3 and len(server.seen) == 15
+
+
+def test_no_more_than_so_many_a_minute_tries_included(tmp_path):
+    with ChatServer(lambda seen: error(500) if seen.number == 2 else by_hash(seen)) as server:
+        run([spec(server, requests_per_minute=600, concurrency=8)], tmp_path, lambda d: ask_all(d, list("abcde")))
+    times = [seen.at for seen in server.seen]
+    assert len(times) == 6
+    gaps = [after - before for before, after in pairwise(times)]
+    assert min(gaps) > 0.05 and times[-1] - times[0] > 0.45  # 0.1 s apart, but for the machine's own jitter
+
+
+def test_endpoints_have_a_pace_of_their_own(tmp_path):
+    with ChatServer(lambda seen: ok("slow", sleep=0.5)) as slow, ChatServer() as quick:
+        specs = [spec(slow, name="slow", concurrency=1), spec(quick, name="quick", concurrency=1)]
+
+        async def work(desk):
+            turns = ({"role": "user", "content": "x"},)
+            waiting = asyncio.gather(*(desk.ask(Request(f"s{i}", "slow", turns)) for i in range(2)))
+            started = time.monotonic()
+            await asyncio.gather(*(desk.ask(Request(f"q{i}", "quick", turns)) for i in range(5)))
+            took = time.monotonic() - started
+            await waiting
+            return took
+
+        took, totals = run(specs, tmp_path, work)
+    assert took < 0.5 and totals.replies == 7
+
+
+# Parsed
+
+
+def number(text: str) -> int:
+    return int(text)
+
+
+def test_what_cannot_be_read_is_asked_for_again(tmp_path):
+    with ChatServer(lambda seen: ok("a poem") if seen.number < 2 else ok("42")) as server:
+        work = lambda d: d.ask_parsed(request("n", seed=3, temperature=0.0), number)  # noqa: E731
+        found, totals = run([spec(server)], tmp_path, work)
+        assert found == 42 and totals.asked_again == 2 and totals.failures == {}
+        assert [r["key"] for r in records(tmp_path, "reply")] == ["key/n", "key/n/again1", "key/n/again2"]
+        assert [(s.body["seed"], s.body["temperature"]) for s in server.seen] == [(3, 0.0), (4, 0.5), (5, 0.5)]
+        found, totals = run([spec(server)], tmp_path, work)
+    assert found == 42 and len(server.seen) == 3 and totals.from_journal == 3 and totals.asked_again == 2
+
+
+def test_what_can_never_be_read_is_counted_and_gone_past(tmp_path):
+    with ChatServer(lambda seen: ok("a poem")) as server:
+
+        async def work(desk):
+            with pytest.raises(RequestFailed, match=r"no reply in 3 could be read.*poem") as info:
+                await desk.ask_parsed(request("n"), number)
+            return info.value.reason
+
+        reason, totals = run([spec(server)], tmp_path, work)
+    assert reason == "unreadable reply" and totals.failures == {"unreadable reply": 1} and len(server.seen) == 3
+
+
+# Progress, and the ways in
+
+
+def test_progress_is_told_at_every_change(tmp_path):
+    told = []
+    with ChatServer() as server:
+        run([spec(server)], tmp_path, lambda d: ask_all(d, list("ab")), on_progress=lambda t: told.append(t.requests))
+    assert told[0] == 1 and told[-1] == 2 and told == sorted(told) and len(told) == 4
+
+
+def test_endpoints_need_names_of_their_own(tmp_path):
+    with ChatServer() as server:
+        with pytest.raises(UserError, match="two endpoints are called m"):
+            run([spec(server), spec(server)], tmp_path, lambda d: ask_all(d, []))
+        with pytest.raises(UserError, match="no endpoint"):
+            run([], tmp_path, lambda d: ask_all(d, []))
+
+
+def test_an_endpoint_in_one_word(tmp_path):
+    found = parse_endpoint("http://localhost:11434/v1/#llama3.2:3b", concurrency=2)
+    assert (found.url, found.model, found.name) == ("http://localhost:11434/v1", "llama3.2:3b", "llama3.2:3b")
+    assert parse_endpoint("https://x.example/v1/chat/completions#org/model").url == "https://x.example/v1"
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    assert parse_endpoint(str(folder)).name == "runs/mine"
+    for text, found in (("http://localhost:1/v1", "names no model"), (str(tmp_path / "nothing"), "no such folder")):
+        with pytest.raises(UserError, match=found):
+            parse_endpoint(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"url": "http://x/v1"}, "the model's name"),
+        ({"url": "http://x/v1", "path": "y", "model": "m"}, "either url"),
+        ({}, "either url"),
+        ({"path": "y", "model": "m"}, "takes neither"),
+        ({"url": "ftp://x/v1", "model": "m"}, "url: is not a URL"),
+        ({"url": "http://:80/v1", "model": "m"}, "is not a URL"),
+        ({"url": "http://x:port/v1", "model": "m"}, "is not a URL"),
+        ({"url": "http://x/v1", "model": "m", "concurrency": 0}, "concurrency: "),
+        ({"url": "http://x/v1", "model": "m", "modle": "m"}, "modle: "),
+    ],
+)
+def test_what_is_no_endpoint(settings, found):
+    with pytest.raises(UserError, match=found):
+        endpoint_spec(settings)
