@@ -2,9 +2,108 @@
 
 from __future__ import annotations
 
-from ..errors import UserError
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import Console
+from .feedback import ENDPOINT, say_budget
+
+console = Console()
 
 
-def distill() -> None:
-    """Dialogues grown from seed prompts by a teacher model."""
-    raise UserError("not built yet.")
+class From(StrEnum):
+    """Where first questions come from."""
+
+    grid = "grid"
+    seeds = "seeds"
+
+
+def distill(
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="A YAML file, or a shipped one by name; options go over it.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help=f"Who answers: {ENDPOINT}.")] = None,
+    user: Annotated[
+        str | None, typer.Option("--user", help="Who writes the user's turns; the teacher by default.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The job's folder; the same one goes on.")] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", help="Dialogues; by default one for each cell of the grid (600).")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Questions and answers in one, at most [3].")] = None,
+    grid: Annotated[
+        Path | None, typer.Option("--grid", help="YAML with topics and kinds, instead of the built-in.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Prompts shown as examples: a file, folder or hub id.")
+    ] = None,
+    openings: Annotated[
+        From | None,
+        typer.Option("--openings", help="seeds: each seed is the first question of a dialogue; no grid [grid]."),
+    ] = None,
+    similarity: Annotated[
+        float | None, typer.Option("--similarity", help="Openings this near to an earlier one are refused [0.7].")
+    ] = None,
+    tries: Annotated[int | None, typer.Option("--tries", help="Openings asked for one dialogue, at most [4].")] = None,
+    test_share: Annotated[float | None, typer.Option("--test-share", help="Of the dialogues, held out [0.02].")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the draws [42].")] = None,
+    max_requests: Annotated[
+        int | None, typer.Option("--max-requests", help="The job's budget, over all starts; tries count.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="The same in tokens, prompts included.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it can cost at most; send nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Dialogues from a teacher: it asks, answers, and refines the question, evenly over topics and kinds of text."""
+    from ..feedback.specs import DistillConfig, load_settings
+
+    settings = load_settings(
+        DistillConfig,
+        config,
+        {
+            "teacher": teacher,
+            "user": user,
+            "out": None if out is None else str(out),
+            "count": count,
+            "rounds": rounds,
+            "grid": None if grid is None else str(grid),
+            "seeds.path": seeds,
+            "openings": None if openings is None else openings.value,
+            "similarity": similarity,
+            "tries": tries,
+            "test_share": test_share,
+            "seed": seed,
+            "budget.requests": max_requests,
+            "budget.tokens": max_tokens,
+        },
+    )
+    from ..feedback.distill import TRAIN, plan_distill, run_distill
+    from ..feedback.estimate import bound_lines, distill_bounds, priced
+    from ..feedback.meter import Meter
+    from ..feedback.prompts import read_prompts
+
+    read = None if settings.seeds is None else read_prompts(settings.seeds, seed=settings.seed)
+    if read is not None:
+        console.say(read.note())
+    plan = plan_distill(settings, read)
+    costs = priced(settings.endpoints().values())
+    if dry_run:
+        for line in bound_lines(distill_bounds(settings, plan), costs):
+            console.say(line)
+        say_budget(settings.budget.requests, settings.budget.tokens, plan.out)
+        return
+    try:
+        with Meter(console.out, plan.wanted, "dialogues", costs) as meter:
+            result = run_distill(settings, plan, meter, say=console.say)
+    except KeyboardInterrupt:
+        console.err.print(f"{plan.out}: every answer is in the journal; the same command goes on, and asks none twice.")
+        raise
+    for line in result.lines():
+        console.say(line)
+    if result.train:
+        console.say(f"Next: zephyr-lite sft dataset.path={plan.out / TRAIN}")

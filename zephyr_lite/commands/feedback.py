@@ -99,7 +99,7 @@ def feedback(
         texts = read_principles(Path(settings.principles_file) if settings.principles_file else None)
         for line in bound_lines(feedback_bounds(settings, read.prompts, texts), costs):
             console.say(line)
-        _say_budget(settings.budget.requests, settings.budget.tokens, Path(settings.out))
+        say_budget(settings.budget.requests, settings.budget.tokens, Path(settings.out))
         return
     from ..feedback.report import ratings_table
     from ..feedback.run import make_pair_folder, run_feedback
@@ -120,7 +120,8 @@ def feedback(
             console.say(line)
 
 
-def _say_budget(requests: int | None, tokens: int | None, out: Path) -> None:
+def say_budget(requests: int | None, tokens: int | None, out: Path) -> None:
+    """What limits a job, and what of it is paid for already."""
     limits = [f"{value:,} {unit}" for value, unit in ((requests, "requests"), (tokens, "tokens")) if value is not None]
     console.say(
         f"budget: {' and '.join(limits)}, never exceeded" if limits else "no budget (--max-requests, --max-tokens)"

@@ -57,6 +57,31 @@ async def cancel(tasks: Iterable[asyncio.Task[R]]) -> None:
     await asyncio.gather(*running, return_exceptions=True)
 
 
+class Turns:
+    """Lets tasks through one by one in the order of their numbers, from 0. Each calls ``done`` once, whether or not it
+    has waited: a number that is done early is passed over when its turn comes."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._done: set[int] = set()
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+
+    async def wait(self, number: int) -> None:
+        """Returns when all before this one are done."""
+        if number > self._next:
+            self._waiting[number] = asyncio.get_running_loop().create_future()
+            await self._waiting[number]
+
+    def done(self, number: int) -> None:
+        self._done.add(number)
+        while self._next in self._done:
+            self._done.remove(self._next)
+            self._next += 1
+        waiting = self._waiting.pop(self._next, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+
 @contextmanager
 def grace_said(say: Callable[[str], None]) -> Iterator[None]:
     """At an interrupt, say why the command does not end at once."""

@@ -95,13 +95,15 @@ class DistillConfig(JobConfig):
 
     teacher: EndpointSpec  # answers
     user: EndpointSpec | None = None  # writes the user's turns; the teacher by default
-    count: int = Field(600, ge=1)  # dialogues; 600 is one for each cell of the built-in grid
+    count: int | None = Field(None, ge=1)  # dialogues; one for each cell of the grid (600), or for each seed
     rounds: int = Field(3, ge=1, le=20)  # question and answer, at most, in a dialogue
     tries: int = Field(4, ge=1, le=20)  # openings asked for one place before it is left empty
     similarity: float = Field(0.7, gt=0, le=1)  # Jaccard similarity from which two openings are near-duplicates
     grid: str | None = None  # YAML with topics, kinds, manners, moves, instead of the built-in one
-    seeds: PromptsSpec | None = None  # prompts shown to the teacher as examples
-    examples: int = Field(2, ge=1, le=8)  # how many of them at a time
+    # grid: the first questions are written for the grid's cells; seeds: they are the seeds themselves, one after the other
+    openings: Literal["grid", "seeds"] = "grid"
+    seeds: PromptsSpec | None = None  # prompts of one's own: shown as examples, or taken as first questions
+    examples: int = Field(2, ge=1, le=8)  # how many of them are shown at a time
     test_share: float = Field(0.02, ge=0, lt=1)  # of the dialogues, by a hash of their first question
 
     @field_validator("seeds", mode="before")
@@ -116,6 +118,10 @@ class DistillConfig(JobConfig):
 
     @model_validator(mode="after")
     def _named(self) -> DistillConfig:
+        if self.openings == "seeds" and self.seeds is None:
+            raise UserError("openings: seeds needs seeds.", "Give --seeds FILE, or leave openings out.")
+        if self.openings == "seeds" and self.grid is not None:
+            raise UserError("openings: seeds has no use for a grid.", "Leave one of them out.")
         self.user = self.teacher if self.user is None else _beside(self.user, [self.teacher], "user")
         return self
 
