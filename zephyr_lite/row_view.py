@@ -16,7 +16,8 @@ from .trained_rows import TrainedRows, example_places
 
 # what stands left of a line of tokens: the turn's role, and the position of the line's first token
 _ROLE, _POSITION = 11, 6
-_SUPERVISED, _SPECIAL = "green", "magenta"
+# the colour says whether a token is supervised; so what is special cannot be a colour
+_SUPERVISED, _SPECIAL = "green", "reverse"
 
 
 def segments_of_row(rows: TrainedRows, number: int) -> list[Segment]:
@@ -94,7 +95,7 @@ def view_lines(rows: TrainedRows, number: int, segments: list[Segment], width: i
     )
     for place, segment in enumerate(segments, 1):
         yield Text()
-        yield _segment_title(rows, segments, place, segment, width)
+        yield from _segment_title(rows, segments, place, segment, width)
         shown = ""
         for line in _lines(segment.tokens, width - _ROLE - _POSITION - 2):
             role = line[0].role
@@ -108,28 +109,31 @@ def _heading(rows: TrainedRows, number: int, segments: list[Segment]) -> Iterato
     supervised = sum(s.supervised for s in segments)
     what = f"{data.report.what} row {number:,} of {len(data.rows):,}"
     if rows.method == "sft":
-        count = f"{len(segments)} conversation{'s' if len(segments) > 1 else ''} packed into one row"
+        count = f"{len(segments)} conversation{'s' if len(segments) > 1 else ''}"
         whole = f"{tokens:,} of {config.max_length:,} tokens"
     else:
         count, whole = "a pair, the prompt computed once", f"{tokens:,} tokens"
     yield Text(f"{what}: {count}, {whole}, {supervised:,} supervised (loss_on {config.loss_on})", style="bold")
 
 
-def _segment_title(rows: TrainedRows, segments: list[Segment], place: int, segment: Segment, width: int) -> Text:
-    first, last = segment.tokens[0].position, segment.tokens[-1].position
+def _segment_title(
+    rows: TrainedRows, segments: list[Segment], place: int, segment: Segment, width: int
+) -> Iterator[Text]:
     if rows.method == "sft":
-        name = f"segment {place} of {len(segments)} · {segment.where}"
+        name = f"segment {place} of {len(segments)}: {segment.where}"
     else:
-        name = f"{segment.part} · {segment.where}" if segment.part == "prompt" else segment.part
-    facts = [f"positions {first}–{last}", f"{len(segment.tokens):,} tokens", f"{segment.supervised:,} supervised"]
+        name = f"prompt: {segment.where}" if segment.part == "prompt" else segment.part
+    title = f"── {name} "
+    yield Text(title + "─" * max(2, width - cell_len(title)), style="bold cyan")
+    positions = f"positions {segment.tokens[0].position}–{segment.tokens[-1].position}"
     if segment.part in ("chosen", "rejected"):
-        facts.insert(1, "after the prompt")
+        positions += ", from the prompt's end"
+    facts = [positions, f"{len(segment.tokens):,} tokens", f"{segment.supervised:,} supervised"]
     if segment.cut_left:
         facts.append(f"{segment.cut_left:,} tokens cut on the left")
     if segment.cut_right:
         facts.append(f"{segment.cut_right:,} tokens cut at the end")
-    title = f"── {name} · {', '.join(facts)} "
-    return Text(title + "─" * max(2, width - cell_len(title)), style="bold cyan")
+    yield Text("   " + "; ".join(facts))
 
 
 def _lines(tokens: Sequence[Token], room: int) -> Iterator[list[Token]]:
@@ -137,13 +141,13 @@ def _lines(tokens: Sequence[Token], room: int) -> Iterator[list[Token]]:
     line: list[Token] = []
     used = 0
     for token in tokens:
-        size = max(cell_len(token.text), len(str(token.id))) + 1
+        bare = max(cell_len(token.text), len(str(token.id))) + 1
         # a bracket is an additional cell where supervision begins or ends
-        size += 2 * (not line or token.supervised != line[-1].supervised)
+        size = bare + 2 * (not line or token.supervised != line[-1].supervised)
         ended = bool(line) and line[-1].raw.endswith(b"\n") and token.raw.strip(b"\n") != b""
         if line and (token.role != line[0].role or used + size > room or ended):
             yield line
-            line, used = [], 0
+            line, used, size = [], 0, bare + 2
         line.append(token)
         used += size
     if line:
@@ -151,7 +155,8 @@ def _lines(tokens: Sequence[Token], room: int) -> Iterator[list[Token]]:
 
 
 def _interlinear(line: list[Token], role: str, colour: bool) -> Iterator[Text]:
-    above = Text(f"{role:<{_ROLE}}", style="bold")
+    above = Text()
+    above.append(f"{role:<{_ROLE}}", style="bold" if colour else "")
     above.append(f"{line[0].position:>{_POSITION}}  ", style="dim" if colour else "")
     below = Text(" " * (_ROLE + _POSITION + 2))
     for place, token in enumerate(line):
@@ -173,12 +178,14 @@ def _interlinear(line: list[Token], role: str, colour: bool) -> Iterator[Text]:
 
 
 def token_text(token: Token, colour: bool) -> Text:
-    """A token in visible characters, in colour perhaps: green where it is supervised, magenta where it is special; the signs
+    """A token in visible characters, in colour perhaps: green where it is supervised, reversed where it is special; the signs
     for spaces step back."""
     if not colour:
         return Text(token.text)
-    style = f"{_SUPERVISED if token.supervised else ''} {_SPECIAL if token.special else ''}".strip()
-    text = Text(token.text, style=style)
+    text = Text()
+    text.append(
+        token.text, style=f"{_SUPERVISED if token.supervised else ''} {_SPECIAL if token.special else ''}".strip()
+    )
     text.highlight_regex("[␣⏎⇥␍]", "dim")
     return text
 

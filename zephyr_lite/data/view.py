@@ -6,6 +6,7 @@ again has to give the same ids.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import unicodedata
@@ -36,6 +37,7 @@ class Token:
             itself before the first turn; several roles joined by "+" where the template does not tell turns apart.
         supervised: it is a target.
         special: a control token, or another that the tokenizer takes out of the text as a whole.
+        completes: the character whose last bytes these are, where its first ones are in tokens before.
     """
 
     id: int
@@ -44,12 +46,14 @@ class Token:
     role: str
     supervised: bool
     special: bool
+    completes: str = ""
 
     @property
     def text(self) -> str:
-        """In visible characters: ␣ ⏎ ⇥ for space, newline and tab, \\x… for bytes that are no whole character, and
-        \\u… for what cannot be seen."""
-        return "".join(_visible(char) for char in self.raw.decode("utf-8", "backslashreplace"))
+        """In visible characters: ␣ ⏎ ⇥ for space, newline and tab, \\x… for bytes that are no whole character, "=" and the
+        character after its last ones, and \\u… for what cannot be seen."""
+        text = "".join(_visible(char) for char in self.raw.decode("utf-8", "backslashreplace"))
+        return text + (f"={_visible(self.completes)}" if self.completes else "")
 
 
 @dataclass(frozen=True)
@@ -138,10 +142,21 @@ def _same(ids: np.ndarray, prepared: np.ndarray, where: str) -> None:
 def _tokens(template: ChatTemplate, ids: np.ndarray, mask: np.ndarray, roles: Sequence[str], first: int) -> list[Token]:
     read = token_reader(template.tokenizer)
     tokens = []
+    begun = b""
     for place, (token, target, role) in enumerate(zip(ids, mask, roles)):
         raw, special = read(int(token))
-        tokens.append(Token(int(token), raw, first + place, role, bool(target), special))
+        completes, begun = _continued(begun, raw)
+        tokens.append(Token(int(token), raw, first + place, role, bool(target), special, completes))
     return tokens
+
+
+def _continued(begun: bytes, raw: bytes) -> tuple[str, bytes]:
+    """(the character that these bytes complete, or "", and the bytes of one that they leave unfinished)."""
+    text = (begun + raw).decode("utf-8", "ignore")
+    completes = text[:1] if begun and text and not raw.decode("utf-8", "ignore").startswith(text[:1]) else ""
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    decoder.decode(begun + raw)
+    return completes, decoder.getstate()[0]
 
 
 # -- roles ---------------------------------------------------------------------------------------------------------------
