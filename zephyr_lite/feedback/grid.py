@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,20 @@ def read_grid(path: Path | None, seed: int) -> Grid:
     if path is not None and not all(rest.values()):
         built_in = read_yaml(GRID)
         rest = {key: texts or tuple(built_in[key]) for key, texts in rest.items()}
-    cells = [Cell(topic, parts, kind, meaning) for topic, parts in topics.items() for kind, meaning in kinds.items()]
-    random.Random(f"cells {seed}").shuffle(cells)
+    cells = [Cell(topic, topics[topic], kind, kinds[kind]) for topic, kind in spread(list(topics), list(kinds), seed)]
     return Grid(tuple(cells), rest["manners"], rest["moves"])
+
+
+def spread(topics: list[str], kinds: list[str], seed: int) -> list[tuple[str, str]]:
+    """Every (topic, kind) once, in an order of which each beginning has all topics about equally often, and all kinds:
+    both go round side by side, and one steps aside whenever they would meet again."""
+    rng = random.Random(f"cells {seed}")
+    topics, kinds = rng.sample(topics, len(topics)), rng.sample(kinds, len(kinds))
+    round_ = math.lcm(len(topics), len(kinds))
+    return [
+        (topics[place % len(topics)], kinds[(place + place // round_) % len(kinds)])
+        for place in range(len(topics) * len(kinds))
+    ]
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
