@@ -25,8 +25,9 @@ KEEP_ALIVE = 2.5
 OLLAMA = 11434  # its port
 PASSING = {408, 425, 429}
 
-# httpcore's debug lines would hold a server's headers
-logging.getLogger("httpcore2").setLevel(logging.INFO)
+# At level DEBUG a server's headers would be logged, and a key that it echoes there.
+for _name in ("httpcore2.http11", "httpcore2.http2"):
+    logging.getLogger(_name).addFilter(lambda record: not record.getMessage().startswith("receive_response"))
 
 
 class HttpEndpoint:
