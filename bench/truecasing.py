@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zephyr_lite.data.ultrachat.casing import is_broken, restore
+from zephyr_lite.data.ultrachat.casing import broken, restore
 from zephyr_lite.data.ultrachat.english import is_english
 from zephyr_lite.data.ultrachat.lexicon import Lexicon
 from zephyr_lite.data.ultrachat.protect import spans
+from zephyr_lite.data.ultrachat.words import words_of
 
 FOLDS = 5
 _WORD = re.compile(r"[^\W\d_]+")
@@ -53,7 +54,10 @@ class Score:
             "recall": {c: [share(self.restored[c], self.taken[c]), self.taken[c]] for c in CATEGORIES},
             "recall in sentences": share(sum(self.restored[c] for c in prose), sum(self.taken[c] for c in prose)),
             "precision": {
-                rule: [share(self.right[rule], self.right[rule] + self.wrong[rule]), self.right[rule] + self.wrong[rule]]
+                rule: [
+                    share(self.right[rule], self.right[rule] + self.wrong[rule]),
+                    self.right[rule] + self.wrong[rule],
+                ]
                 for rule in sorted({*self.right, *self.wrong})
             },
             "precision overall": share(right, right + wrong),
@@ -145,11 +149,11 @@ def measure(rows: Iterable[list[dict[str, str]]], folds: int = FOLDS) -> tuple[S
                 if not texts:
                     continue
                 flags["sides"] += 1
-                flags["flagged, untouched"] += is_broken(texts)
+                flags["flagged, untouched"] += broken([texts])[0]
                 faulty = [fault(text) for text in texts]
                 if faulty != texts:
                     flags["sides with the fault of UltraChat"] += 1
-                    flags["flagged, with the fault of UltraChat"] += is_broken(faulty)
+                    flags["flagged, with the fault of UltraChat"] += broken([faulty])[0]
             for turn in turns:
                 if is_english(turn["content"]):
                     _compare(turn["content"], lexicon, score, flags)
@@ -160,9 +164,7 @@ def learn(lexicon: Lexicon, dialogues: list[list[str]]) -> None:
     """Teach a lexicon as the command does."""
     for turns in dialogues:
         lexicon.learn(turns)
-    wanted = {pair.lower() for pair in lexicon.pairs}
-    for turns in dialogues:
-        lexicon.learn_lower_pairs(turns, wanted)
+    lexicon.learn_pairs_in_any_case(words_of(["\n".join(turns) for turns in dialogues]))
 
 
 def fault(text: str) -> str:

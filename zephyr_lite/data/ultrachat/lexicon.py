@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...errors import UserError
 from ...rundir import write_text
 from .english import ALWAYS
+from .words import Words, members, ngrams, words_of
 
 FORMAT = "zephyr-lite lexicon 1"
 # A word is a name where (with capital + ½) / (all + PRIOR) reaches this: 3 of 3, 11 of 12, never 2 of 2.
@@ -28,9 +31,8 @@ LIMIT = 2_000_000
 
 # Runs of words with single spaces or commas between them; all but a run's first word stand inside a sentence.
 _RUN = re.compile(r"[^\W\d_]+(?:,? [^\W\d_]+)+")
-_CAPITAL_PAIRS = re.compile(r"(?<=[\w,;] )(?=([A-ZÀ-Þ][^\W\d_]* [A-ZÀ-Þ][^\W\d_]*))")
-_PROSE_END = re.compile(r"[.!?:;,…][\"'”’)*_]*\s*$")
-_NO_PROSE = re.compile(r"```|https?:|[{}<>=\\|]|__")
+_CAPITAL_CHAIN = re.compile(r"[A-ZÀ-ÖØ-Þ][^\W\d_]*(?: [A-ZÀ-ÖØ-Þ][^\W\d_]*)+")
+_LEAST_WORDS = 3  # shorter runs are headings as often as sentences
 
 
 @dataclass
@@ -51,24 +53,47 @@ class Lexicon:
 
     def learn(self, turns: Iterable[str]) -> None:
         """Count one well-cased dialogue."""
-        prose = "\n".join(line for turn in turns for line in turn.split("\n") if _is_prose(line))
         words: set[str] = set()
-        found: set[str] = set()
-        runs = [run.replace(",", "").split(" ") for run in _RUN.findall(prose)]
-        for run in runs:
-            words.update(run[1:])
-        capitals = set(_CAPITAL_PAIRS.findall(prose))
-        for pair in capitals:
-            found.add(pair)
+        inside = []
+        for turn in turns:
+            for run in _RUN.findall(turn):
+                rest = run.split(" ", 1)[1]
+                if rest.count(" ") < _LEAST_WORDS - 1:
+                    continue
+                own = rest.replace(",", "").split(" ")
+                if 2 * sum(map(str.islower, own)) >= len(own):  # no heading, no shouting
+                    words.update(own)
+                    inside.append(rest)
         self.forms.update(words)
-        self.pairs.update(found)
+        pairs: set[str] = set()
+        for chain in _CAPITAL_CHAIN.findall("\n".join(inside)):
+            own = chain.split(" ")
+            pairs.update(map(" ".join, zip(own, own[1:])))
+        self.pairs.update(pairs)
         self._names = None
 
-    def learn_lower_pairs(self, turns: Iterable[str], wanted: set[str]) -> None:
-        """Count in how many dialogues each of the wanted pairs (lower case) stands in whatever case."""
-        text = " ".join(turns).lower()
-        words = _WORDS.findall(text)
-        self.both.update(wanted.intersection(map(" ".join, zip(words, words[1:]))))
+    def learn_pairs_in_any_case(self, words: Words, trusted: np.ndarray | None = None) -> None:
+        """Count in how many dialogues each pair found so far stands in whatever case.
+
+        Args:
+            words: of the dialogues, each taken as one text.
+            trusted: bool [dialogues], those to count in; None for all.
+        """
+        wanted = sorted({pair.lower() for pair in self.pairs})
+        grams, first = ngrams(words, 2)
+        keys, _ = ngrams(words_of(wanted), 2)
+        if len(keys) != len(wanted):
+            raise AssertionError("a pair that is not two words")
+        order = np.argsort(keys)
+        hits = members(grams, keys[order])
+        which = order[np.searchsorted(keys[order], grams[hits])]
+        dialogue = np.searchsorted(words.offsets, first[hits], side="right") - 1
+        if trusted is not None:
+            which, dialogue = which[trusted[dialogue]], dialogue[trusted[dialogue]]
+        # once for each dialogue
+        once = np.unique(dialogue * len(wanted) + which) % max(len(wanted), 1)
+        for index, count in zip(*(found.tolist() for found in np.unique(once, return_counts=True))):
+            self.both[wanted[index]] += count
 
     def merge(self, other: Lexicon) -> None:
         """Add another's counts; beyond ``LIMIT`` entries the rarest are forgotten."""
@@ -94,6 +119,10 @@ class Lexicon:
             self._decide()
         assert self._phrases is not None
         return self._phrases
+
+    def decided(self) -> Lexicon:
+        """The names and phrases alone, without the counts: what other processes need."""
+        return Lexicon(_names=self.names(), _phrases=self.phrases())
 
     def _decide(self) -> None:
         total: Counter[str] = Counter()
@@ -150,7 +179,9 @@ class Lexicon:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}.", "Name a lexicon.txt of an earlier run.") from None
+            raise UserError(
+                f"{path}: cannot be read: {error.strerror}.", "Name a lexicon.txt of an earlier run."
+            ) from None
         except ValueError as error:
             raise UserError(f"{path}: not a lexicon: {error}.", "Name a lexicon.txt of an earlier run.") from None
         counts = value if isinstance(value, dict) else {}
@@ -163,15 +194,3 @@ class Lexicon:
                 f"{path}: not a lexicon of this version ({FORMAT!r}).", "Name a lexicon.txt of an earlier run."
             )
         return cls.from_json(counts)
-
-
-_WORDS = re.compile(r"[^\W\d_]+")
-
-
-def _is_prose(line: str) -> bool:
-    """Whether a line's capitals say something: no heading, no shouting, no code."""
-    if len(line) < 20 or not _PROSE_END.search(line) or _NO_PROSE.search(line):
-        return False
-    words = line.split()
-    capitals = sum(word[0].isupper() for word in words)
-    return capitals * 5 < len(words) * 2

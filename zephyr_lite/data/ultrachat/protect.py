@@ -34,7 +34,14 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         r"|(?:(?:for|while|if|elif|else|try|except|with)\b[^.!?\n]*:[ \t]*)|(?://[^\n]*)|(?:(?:print|console\.log)\([^\n]*)"
         r")$)",
         "a line that is code without a fence",
-        ("import numpy as np", "for i in range(10):", "x = i + 1", "int main() {", "$ pip install zephyr", "    return i;"),
+        (
+            "import numpy as np",
+            "for i in range(10):",
+            "x = i + 1",
+            "int main() {",
+            "$ pip install zephyr",
+            "    return i;",
+        ),
         ("For me, it is clear.", "I import cars. they sell.", "if you ask me, no.", "We will class it: later (maybe)."),
     ),
     "formula": (
@@ -90,16 +97,18 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "variable": (
         r"(?<![\w'’])[a-zA-Z](?:\s*(?:[=<>+*/^]|≤|≥|!=|\+\+)\s*[\w(]|\[[^\]\n]*\])|(?<=[=<>+*/^\[] )[a-zA-Z](?!\w)|"
-        r"(?<=[=<>+*/^\[(])[a-zA-Z](?=[)\]\s,])|(?<![\w'’])[a-zA-Z](?:-th|th)\b",
+        r"(?<=[\w)][=<>+*/^])[a-zA-Z]\b(?!\*)|(?<=[=<>+*/^\[(])[a-zA-Z](?=[)\]\s,])|(?<![\w'’])[a-zA-Z](?:-th|th)\b",
         "a letter that stands for a number",
-        ("if i = 3 then", "a[i] and i + 1", "the i-th row", "(i) first"),
+        ("if i = 3 then", "a[i] and i + 1", "the i-th row", "(i) first", "41*i."),
         ("so i think", "i, too", "and i'm"),
     ),
 }
 
 _PATTERN = re.compile("|".join(f"(?P<{name}>{pattern})" for name, (pattern, *_) in _KINDS.items()))
 # no span can begin where none of these stands; most prose has none
-_SIGNS = re.compile(r"[`~$<@#/\\_=;{}(\[+*^]|\w\.[A-Za-z]|://|www|--|::|->|[a-z][A-Z0-9]|-th|^(?: {4}|\t)|:$|\bimport\b", re.M)
+_SIGNS = re.compile(
+    r"[`~$<@#/\\_=;{}(\[+*^]|\w\.[A-Za-z]|://|www|--|::|->|[a-z][A-Z0-9]|-th|^(?: {4}|\t)|:$|\bimport\b", re.M
+)
 
 
 def spans(text: str) -> list[tuple[int, int, str]]:

@@ -85,8 +85,8 @@ _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] 
         ),
     ),
     "no_experiences": (
-        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal|first-?hand|real-life|lived|human|own|direct|physical)? ?"
-        r"(?:\w+ (?:or|and) )?(?:experiences?\b|memories\b|anecdotes?\b|a personal life\b|personal stories\b)(?! (?:in|with) (?:programming|python))",
+        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:(?:personal|first-?hand|real-life|lived|human|own|direct|physical) "
+        r"(?:\w+ (?:or|and) )?experiences?\b|(?:\w+ (?:or|and) )?experiences\b|(?:personal )?(?:memories\b|anecdotes?\b|a personal life\b|personal stories\b))(?! (?:in|with) (?:programming|python))",
         '"I don\'t have personal experiences", before an answer to a plain question',
         (
             ("Have you been to Rome?", "I don't have personal experiences, but Rome is worth it."),
@@ -102,14 +102,14 @@ _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] 
     "cannot_as_machine": (
         rf"{_VOICE}i(?:'m| am|’m) (?:just |only |simply |merely )?{_AI}[^.!?\n]{{0,50}}?(?:,? (?:and|so|but|which means)|;)[^.!?\n]{{0,40}}?"
         rf"\b(?:{_NOT}|have no|not able)\b",
-        '"I\'m just an AI, so I can\'t …"',
+        "\"I'm just an AI, so I can't …\"",
         (
             ("Recommend a bar near you.", "I'm just an AI, so I can't visit bars."),
             ("Join us!", "I am only a language model and do not have a body."),
         ),
         (
             ("Are you human?", "I'm an AI, so I don't have a body."),
-            ("What did Siri say?", 'Siri said, "I\'m just an AI, so I can\'t help."'),
+            ("What did Siri say?", "Siri said, \"I'm just an AI, so I can't help.\""),
             ("What are you building?", "I'm sure it is an AI that can not fail."),
         ),
     ),
@@ -127,14 +127,12 @@ _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] 
         ),
     ),
 }
-# one of these stands in every text that any rule can hold on; apostrophes are made equal before
+# One of these stands in every text that any rule can hold on; apostrophes are made equal before.
 NEEDLES = (
-    "an ai", "artificial intelligence", "language model", "chatbot", "learning model", "assistant", "computer program",
-    "emotion", "feeling", "opinion", "belief", "preference", "viewpoint", "biases", "favorite", "favourite", "view", "taste",
-    "experience", "memories", "anecdote", "personal life", "personal stor", "real-time", "real time", "realtime",
-    "current", "up-to-date", "internet", "the web", "live",
+    "i do not", "i don't", "i cannot", "i can't", "i never", "i lack", "i have no", "i am", "i'm", " an ai", "n artificial",
+    "language model", "chatbot", "learning model", "assistant", "computer program",
 )  # fmt: skip
-# and one of these: who speaks of itself denies something, or says what it is
+# And so does this: who speaks of itself denies something, or says what it is.
 _FIRST = re.compile(
     r"\bi (?:do not|don't|cannot|can't|never|lack|have no|am (?:unable|not|incapable|just|only|simply|an?))\b|"
     r"\bi'm (?:not|unable|just|only|simply|an?|incapable)\b|\b(?:as|being|since i'm|since i am|because i'm|because i am) an? (?:\w+[ -]){0,2}?"
@@ -180,7 +178,7 @@ def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
         return None
     start, end, name = min(found)
     # a tale may hold a machine that speaks so; a dodge of the task stands in the first sentence
-    if _OTHER_VOICE.search(asked) and re.search(r"[.!?\n]", own[:start].strip()):
+    if _OTHER_VOICE.search(asked) and re.search(r"[.!?\n]", own[:start].lstrip()):
         return None
     return name, start, end
 

@@ -1,0 +1,114 @@
+"""Opening the raw rows: UltraChat as it lies on the hub (train_0.jsonl … train_9.jsonl), or any set of conversations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ...config import DatasetSpec
+from ...errors import UserError
+from ..formats import COLUMNS, Reader, RowError, detect
+from ..opening import BUILDERS, open_source
+
+# raw UltraChat is one set in ten files, which the hub's layout would call ten splits
+_NUMBERED = re.compile(r"train_(\d+)$")
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The raw rows of all sources, one after the other.
+
+    Attributes:
+        rows: the data set; only the columns that are read.
+        kind: what it was read as.
+        labels: a name for each part, which stands before "row N" in messages.
+        ends: int64 [parts]: where each part ends in ``rows``.
+    """
+
+    rows: datasets.Dataset
+    kind: str
+    labels: list[str]
+    ends: np.ndarray = field(repr=False)
+
+    def place(self, index: int) -> str:
+        """``train_3.jsonl row 17``, counted from 1."""
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return f"{self.labels[part]} row {index - (int(self.ends[part - 1]) if part else 0) + 1}"
+
+
+@dataclass
+class Dialogue:
+    """One row: its turns, or why it has none."""
+
+    roles: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    fault: str = ""
+
+
+def open_raw(path: str, split: str | None = None) -> Raw:
+    """Open raw conversations: a file, a folder, or a hub id.
+
+    A folder with train_0.jsonl … train_9.jsonl is taken whole, in the order of the numbers, unless ``split`` names one.
+
+    Raises:
+        UserError: nothing is there, it cannot be read, is empty, or holds no conversations.
+    """
+    specs = [DatasetSpec(path=path, split=split)]
+    folder = Path(path).expanduser()
+    if split is None and folder.is_dir():
+        numbered = sorted(
+            ((int(found[1]), file) for file in folder.iterdir()
+             if file.suffix.lower() in BUILDERS and (found := _NUMBERED.match(file.stem))),
+        )  # fmt: skip
+        if numbered:
+            specs = [DatasetSpec(path=str(file)) for _, file in numbered]
+    parts, labels = [], []
+    for spec in specs:
+        part, label = open_source(spec)
+        if len(part) == 0:
+            raise UserError(f"{label}: empty; there is no row in it.")
+        parts.append(part.select_columns([c for c in part.column_names if c in COLUMNS]))
+        labels.append(label)
+        detect(list(part.column_names), "sft", label)
+    kind, _ = detect(list(parts[0].column_names), "sft", labels[0])
+    try:
+        rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    except ValueError as error:
+        what = "; ".join(f"{label}: {', '.join(part.column_names)}" for label, part in zip(labels, parts))
+        raise UserError(
+            f"{path}: its files do not fit together: {error}",
+            f"Columns are {what}. Clean one at a time: --split train_0",
+        ) from None
+    return Raw(rows, kind, labels, np.cumsum([len(part) for part in parts]))
+
+
+def reader(rows: datasets.Dataset) -> Reader:
+    """The reader for one row of the data set (``formats.detect``)."""
+    return detect(list(rows.column_names), "sft", "the rows")[1]
+
+
+def dialogues(rows: datasets.Dataset, indices: slice | Sequence[int]) -> list[Dialogue]:
+    """Some rows, normalised: turns up to the last answer, or the fault for which the row is left out."""
+    batch = rows[indices]
+    columns = list(batch)
+    read: Callable[[Mapping[str, Any]], Any] = reader(rows)
+    found = []
+    for values in zip(*(batch[column] for column in columns)):
+        dialogue = Dialogue()
+        try:
+            messages = read(dict(zip(columns, values)))[0]["messages"]
+            dialogue.roles = [message["role"] for message in messages]
+            dialogue.texts = [message["content"] for message in messages]
+            first = dialogue.roles.index("user") if "user" in dialogue.roles else -1
+            if first < 0 or first > 1:
+                raise RowError("the user says nothing" if first < 0 else "does not begin with the user")
+        except RowError as error:
+            dialogue = Dialogue(fault=str(error))
+        found.append(dialogue)
+    return found

@@ -1,0 +1,149 @@
+"""Words of many texts as 64-bit hashes, and their n-grams, without a Python object for any word.
+
+A word is a run of letters, digits and bytes of other scripts, without regard to case. A word's hash is a polynomial of its
+bytes modulo 2^64, taken from prefix sums over the whole batch, so that all of it is a dozen numpy operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
+_INVERSE = pow(_BASE, -1, 2**64)
+_RNG = np.random.Generator(np.random.PCG64(20231025))
+_VALUES = _RNG.integers(1, 2**63, 256, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+_FACTORS = _RNG.integers(1, 2**63, 64, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+_IS_WORD = np.zeros(256, bool)
+_IS_WORD[[*range(ord("0"), ord("9") + 1), *range(ord("a"), ord("z") + 1), *range(ord("A"), ord("Z") + 1)]] = True
+_IS_WORD[128:] = True
+_VALUES[ord("A") : ord("Z") + 1] = _VALUES[ord("a") : ord("z") + 1]
+_VALUES[~_IS_WORD] = 0
+# signs outside of ASCII that are no letters
+_SIGNS = str.maketrans(dict.fromkeys("‘’“”„«»‹›–—―…•·¡¿′″\u00a0\u2009\u200b\u3000、。，！？；：「」（）", " "))
+_powers = np.ones(1, np.uint64)
+_inverses = np.ones(1, np.uint64)
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a list of texts.
+
+    Attributes:
+        hashes: uint64 [words].
+        offsets: int64 [texts + 1]: text i has the words offsets[i]:offsets[i + 1].
+        starts, ends: int64 [words]: where each word lies in ``data``.
+        data: the texts' UTF-8 bytes, one after the other.
+    """
+
+    hashes: np.ndarray
+    offsets: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    data: np.ndarray
+
+    def text(self, first: int, count: int) -> str:
+        """The words from ``first`` on as they stand in their text."""
+        return bytes(self.data[self.starts[first] : self.ends[first + count - 1]]).decode("utf-8", "replace")
+
+
+def words_of(texts: Sequence[str]) -> Words:
+    """Split texts into words and hash them; case, punctuation and white space make no difference."""
+    plain = [text if text.isascii() else text.lower().translate(_SIGNS) for text in texts]
+    array = pa.array(plain, pa.large_string())
+    _, offsets_buffer, data_buffer = array.buffers()
+    bounds = np.frombuffer(offsets_buffer, np.int64)[: len(plain) + 1]
+    data = np.frombuffer(data_buffer, np.uint8) if data_buffer is not None else np.zeros(0, np.uint8)
+    data = data[: bounds[-1]]
+    if not len(data):
+        return Words(*(np.zeros(size, kind) for size, kind in ((0, np.uint64), (len(plain) + 1, np.int64))),
+                     *(np.zeros(0, np.int64),) * 2, data)  # fmt: skip
+    inside = _IS_WORD[data]
+    fresh = np.zeros(len(data) + 1, bool)  # where a text begins, a word does not go on
+    fresh[bounds] = True
+    starts = np.flatnonzero(inside & (fresh[:-1] | ~np.concatenate(([False], inside[:-1]))))
+    ends = np.flatnonzero(inside & (fresh[1:] | ~np.concatenate((inside[1:], [False])))) + 1
+    powers, inverses = _power_tables(len(data))
+    sums = np.zeros(len(data) + 1, np.uint64)
+    np.cumsum(_VALUES[data] * powers[: len(data)], out=sums[1:])
+    hashes = mix((sums[ends] - sums[starts]) * inverses[starts])
+    return Words(hashes, np.searchsorted(starts, bounds), starts, ends, data)
+
+
+def _power_tables(size: int) -> tuple[np.ndarray, np.ndarray]:
+    global _powers, _inverses
+    if len(_powers) < size:
+        exponents = np.full(max(size, 1 << 20), np.uint64(_BASE))
+        exponents[0] = 1
+        _powers = np.cumprod(exponents)
+        exponents[1:] = np.uint64(_INVERSE)
+        _inverses = np.cumprod(exponents)
+    return _powers, _inverses
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Spread the bits (the finaliser of splitmix64); uint64 to uint64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def ngrams(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The n-grams that lie inside one text.
+
+    Returns:
+        (hashes uint64 [grams], index of each one's first word int64 [grams]), in the order of the texts.
+    """
+    count = len(words.hashes) - n + 1
+    if count <= 0:
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    sums = words.hashes[:count] * _FACTORS[0]
+    for k in range(1, n):
+        sums += words.hashes[k : count + k] * _FACTORS[k]
+    fits = np.ones(count, bool)
+    for k in range(1, n):  # a gram that begins less than n words before a text's end is none
+        ends = words.offsets[1:] - k
+        fits[ends[(ends >= 0) & (ends < count) & (ends >= words.offsets[:-1])]] = False
+    first = np.flatnonzero(fits)
+    return mix(sums[first]), first
+
+
+def whole(words: Words) -> np.ndarray:
+    """One hash for each text, of all its words in their order; uint64 [texts]. A text without words has 0."""
+    size = len(words.hashes)
+    powers, _ = _power_tables(max(size, 1))
+    place = np.arange(size) - np.repeat(words.offsets[:-1], np.diff(words.offsets))
+    sums = np.zeros(size + 1, np.uint64)
+    np.cumsum(words.hashes * powers[place], out=sums[1:])
+    found = mix(sums[words.offsets[1:]] - sums[words.offsets[:-1]])
+    found[np.diff(words.offsets) == 0] = 0
+    return found
+
+
+def joined(words: Words, groups: np.ndarray) -> Words:
+    """The same words with several texts taken as one.
+
+    Args:
+        groups: int64 [groups + 1]: group i has the texts groups[i]:groups[i + 1].
+    """
+    return Words(words.hashes, words.offsets[groups], words.starts, words.ends, words.data)
+
+
+def members(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Where values are among the keys: indices int64. A table of bits is asked before the keys are searched.
+
+    Args:
+        values: uint64 [values].
+        keys: uint64, sorted.
+    """
+    if not len(keys):
+        return np.zeros(0, np.int64)
+    size = np.uint64(max(1 << 16, 1 << (len(keys).bit_length() + 4)))
+    table = np.zeros(int(size), bool)
+    table[keys & (size - np.uint64(1))] = True
+    maybe = np.flatnonzero(table[values & (size - np.uint64(1))])
+    place = np.minimum(np.searchsorted(keys, values[maybe]), len(keys) - 1)
+    return maybe[keys[place] == values[maybe]]
