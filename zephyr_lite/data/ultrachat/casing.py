@@ -17,6 +17,7 @@ import pyarrow as pa
 from .english import ALWAYS, is_english
 from .lexicon import Lexicon
 from .protect import spans
+from .rules import word_list
 
 
 class Change(NamedTuple):
@@ -41,137 +42,24 @@ _BLANK_LINE = re.compile(rf"\n[ \t]*\n[ \t]*{_OPENING}$")
 _LINE = re.compile(rf"(?:```|[.!?:])[\"'”’)\]*_]*[ \t]*\n[ \t]*{_OPENING}$")
 
 ABBREVIATIONS = frozenset(
-    [
-        "mr",
-        "mrs",
-        "ms",
-        "dr",
-        "prof",
-        "sr",
-        "jr",
-        "st",
-        "mt",
-        "ft",
-        "gen",
-        "col",
-        "sgt",
-        "capt",
-        "lt",
-        "cpl",
-        "rev",
-        "hon",
-        "pres",
-        "gov",
-        "sen",
-        "rep",
-        "messrs",
-        "mme",
-        "mlle",
-        "etc",
-        "vs",
-        "cf",
-        "al",
-        "approx",
-        "ca",
-        "viz",
-        "ibid",
-        "et",
-        "inc",
-        "ltd",
-        "co",
-        "corp",
-        "dept",
-        "univ",
-        "assn",
-        "bros",
-        "no",
-        "nos",
-        "vol",
-        "vols",
-        "fig",
-        "figs",
-        "pp",
-        "pg",
-        "ed",
-        "eds",
-        "est",
-        "min",
-        "max",
-        "sec",
-        "hr",
-        "hrs",
-        "avg",
-        "tel",
-        "ext",
-        "ave",
-        "blvd",
-        "rd",
-        "jan",
-        "feb",
-        "mar",
-        "apr",
-        "jun",
-        "jul",
-        "aug",
-        "sep",
-        "sept",
-        "oct",
-        "nov",
-        "dec",
-        "mon",
-        "tue",
-        "tues",
-        "wed",
-        "thu",
-        "thur",
-        "thurs",
-        "fri",
-        "sat",
-        "sun",
-        "oz",
-        "lb",
-        "lbs",
-        "tbsp",
-        "tsp",
-        "approx",
-        "resp",
-        "incl",
-        "excl",
-        "misc",
-        "orig",
-        "e.g",
-        "i.e",
-        "eg",
-        "ie",
-    ]
+    word_list("""
+mr mrs ms dr prof sr jr st mt ft gen col sgt capt lt cpl rev hon pres gov sen rep messrs mme mlle etc vs cf al
+approx ca viz ibid et inc ltd co corp dept univ assn bros no nos vol vols fig figs pp pg ed eds est min max sec hr
+hrs avg tel ext ave blvd rd jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri sat
+sun oz lb lbs tbsp tsp approx resp incl excl misc orig e.g i.e eg ie
+""")
 ) - {"no", "al", "sun", "sat", "max", "ed", "mar", "min", "mon", "fig", "wed", "co", "jan"}
 # the next word is a person's name
-TITLES = frozenset(["mr", "mrs", "ms", "dr", "prof", "capt", "sgt", "lt", "col", "rev", "sen", "gov"])
+TITLES = frozenset(
+    word_list("""
+mr mrs ms dr prof capt sgt lt col rev sen gov
+""")
+)
 _SAID = frozenset(
-    [
-        "he",
-        "she",
-        "they",
-        "we",
-        "it",
-        "i",
-        "you",
-        "said",
-        "asked",
-        "replied",
-        "whispered",
-        "shouted",
-        "cried",
-        "exclaimed",
-        "answered",
-        "thought",
-        "yelled",
-        "called",
-        "muttered",
-        "murmured",
-        "says",
-        "asks",
-    ]
+    word_list("""
+he she they we it i you said asked replied whispered shouted cried exclaimed answered thought yelled called muttered
+murmured says asks
+""")
 )
 # what goes on after a quoted sentence: "A boy runs." is true
 _GOES_ON = frozenset(["is", "are", "was", "were", "to", "and", "or", "means"])

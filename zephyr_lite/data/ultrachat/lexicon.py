@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Lexicon:
         pairs: set[str] = set()
         for chain in _CAPITAL_CHAIN.findall("\n".join(inside)):
             own = chain.split(" ")
-            pairs.update(map(" ".join, zip(own, own[1:])))
+            pairs.update(map(" ".join, pairwise(own)))
         self.pairs.update(pairs)
         self._names = None
 

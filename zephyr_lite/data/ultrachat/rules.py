@@ -29,3 +29,8 @@ class Rule(Generic[Example]):
     holds: Callable[[Example], bool]
     positive: tuple[Example, ...]
     negative: tuple[Example, ...]
+
+
+def word_list(text: str) -> list[str]:
+    """Words that stand in the source as running text, for the reader's sake."""
+    return text.split()
