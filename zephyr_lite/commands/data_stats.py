@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
-from ..errors import UserError
+from typing import Annotated
+
+import typer
+
+from ..console import Console
+
+console = Console()
 
 
-def stats() -> None:
-    """Lengths, what is cut and dropped, how full rows are, tokens and steps."""
-    raise UserError("not built yet.")
+def stats(
+    context: typer.Context,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", help="A YAML file, or a shipped one by name (zephyr-7b/overnight-sft)."),
+    ] = None,
+    places: Annotated[
+        int, typer.Option("--places", min=0, help="How many rows to name for each reason to leave out or cut; 0: all.")
+    ] = 5,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Lengths, what is cut and left out, how full rows are, tokens and steps; needs no weights."""
+    from ..row_stats import measure
+    from ..row_stats_view import stats_lines
+    from ..trained_rows import open_rows, stage_of_words
+
+    method, words = stage_of_words(list(context.args), config)
+    opened = open_rows(method, config, words)
+    for note in opened.notes:
+        console.say(f"note: {note}")
+    colour = console.out.is_terminal and console.out.color_system is not None
+    for each in [opened, *([open_rows(method, config, words, held_out=True)] if opened.config.eval_dataset else [])]:
+        console.say()
+        for line in stats_lines(measure(each), width=console.out.width, colour=colour, places=places):
+            console.out.print(line)
