@@ -69,13 +69,15 @@ def _named(where: Sequence[str], places: int) -> str:
 
 def _lengths(stats: RowStats, width: int, colour: bool) -> Iterator[Text]:
     limit = stats.config.max_length
-    unit = "conversation" if stats.method == "sft" else "prompt with its longer response"
+    what = "conversation" if stats.method == "sft" else "prompt with its longer response"
     whole = stats.whole.values
-    yield Text.assemble((f"tokens of a {unit}, before cutting", "bold"), f" (max_length {limit:,})")
+    yield Text.assemble((f"tokens of a {what}, before cutting", "bold"), f" (max_length {limit:,})")
     bins = histogram(whole, limit)
     labels = [f"{low:,}–{high:,}" if high is not None else f"{low:,} and more" for low, high, _ in bins]
     room, most = max(map(len, labels)), max(count for _, _, count in bins)
-    size = max(10, min(_BAR, width - room - 32))
+    size = max(10, min(_BAR, width - room - 36))
+    unit = "rows" if stats.method == "sft" else "pairs"
+    yield Text(f"  {'':>{room}}  {'':<{size}}  {unit:>9}  {'share':>6}  {'so far':>6}")
     seen = 0
     for label, (low, _, count) in zip(labels, bins):
         seen += count
