@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from zephyr_lite.data.ultrachat.casing import broken, restore
+from zephyr_lite.data.ultrachat.counting import count_words
 from zephyr_lite.data.ultrachat.english import is_english
 from zephyr_lite.data.ultrachat.lexicon import Lexicon
 from zephyr_lite.data.ultrachat.protect import spans
@@ -140,9 +143,8 @@ def measure(rows: Iterable[list[dict[str, str]]], folds: int = FOLDS) -> tuple[S
     fold = [int(hashlib.sha256(turns[0]["content"].encode()).hexdigest(), 16) % folds for turns in kept]
     score, flags = Score(), Counter[str]()
     for k in range(folds):
-        lexicon = Lexicon()
         others = [[t["content"] for t in turns if is_english(t["content"])] for turns, f in zip(kept, fold) if f != k]
-        learn(lexicon, others)
+        lexicon = learn(others)
         for turns in (turns for turns, f in zip(kept, fold) if f == k):
             for role in ("user", "assistant"):
                 texts = [t["content"] for t in turns if t["role"] == role]
@@ -160,11 +162,10 @@ def measure(rows: Iterable[list[dict[str, str]]], folds: int = FOLDS) -> tuple[S
     return score, {"dialogues": len(kept), **flags}
 
 
-def learn(lexicon: Lexicon, dialogues: list[list[str]]) -> None:
-    """Teach a lexicon as the command does."""
-    for turns in dialogues:
-        lexicon.learn(turns)
-    lexicon.learn_pairs_in_any_case(words_of(["\n".join(turns) for turns in dialogues]))
+def learn(dialogues: list[list[str]]) -> Lexicon:
+    """The lexicon of some dialogues, as the command learns it."""
+    words = words_of(["\n".join(turns) for turns in dialogues])
+    return Lexicon.of([count_words(words, np.ones(len(dialogues), bool))])
 
 
 def fault(text: str) -> str:

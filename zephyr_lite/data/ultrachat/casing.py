@@ -177,7 +177,8 @@ def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
             if _lone_i(text, start):
                 found.append(Change(start, "lone_i", "I"))
             continue
-        rule = _start_rule(text, gap, first, lowers[index - 1] if index else "", start, end)
+        before = lowers[index - 1] if index else ""
+        rule = None if gap == " " and index else _start_rule(text, gap, first, before, start, end)
         name = names.get(word)
         if gap == "-" and word not in ALWAYS:
             name = None  # zephyr-lite, but non-American

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from ...errors import UserError
 from ...rundir import folder_aside, read_json, write_json, write_text
 from ..opening import quiet
 from .contamination import NGRAM, EvalSets, read_eval_sets
+from .counting import WordCounts
 from .duplicates import find_duplicates, test_limit, write_kept
 from .lexicon import Lexicon
 from .raw import Raw, open_raw
 from .report import ChatReport, account, markdown
-from .scan import BLOCK, FEATURES, ScanRules, scan, unpack_lexicon
+from .scan import BLOCK, FEATURES, ScanRules, scan
 from .write import STATS, Format, Restored, shards_of, write_shard
 
 MADE_BY = "zephyr-lite data chat"
@@ -214,12 +215,12 @@ def _processes(wanted: int, parts: int) -> int | None:
 
 
 def _learned(scanned: datasets.Dataset) -> Lexicon:
-    """The blocks' counts, added up in their order."""
-    lexicon = Lexicon()
-    for batch in scanned.select_columns(["lexicon"]).with_format("arrow").iter(batch_size=50 * BLOCK):
-        for packed in batch["lexicon"].drop_null().to_pylist():
-            lexicon.merge(unpack_lexicon(packed))
-    return lexicon
+    def blocks() -> Iterator[WordCounts]:
+        for batch in scanned.select_columns(["lexicon"]).with_format("arrow").iter(batch_size=50 * BLOCK):
+            for packed in batch["lexicon"].drop_null().to_pylist():
+                yield WordCounts.unpack(packed)
+
+    return Lexicon.of(blocks())
 
 
 def _write(

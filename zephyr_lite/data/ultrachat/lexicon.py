@@ -8,11 +8,9 @@ often the pair stands there at all. Counted by dialogue: a title repeated ten ti
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +18,26 @@ import numpy as np
 
 from ...errors import UserError
 from ...rundir import write_text
+from .counting import WordCounts
 from .english import ALWAYS
-from .words import Words, members, ngrams, words_of
+from .words import words_of
 
 FORMAT = "zephyr-lite lexicon 1"
 # A word is a name where (with capital + ½) / (all + PRIOR) reaches this: 3 of 3, 11 of 12, never 2 of 2.
 _NAME, _PRIOR = 0.75, 1.5
 _PAIR, _PAIR_TIMES = 0.6, 2
 # Beyond so many entries the rarest are forgotten, which bounds the memory of any corpus.
-LIMIT = 2_000_000
-
-# Runs of words with single spaces or commas between them; all but a run's first word stand inside a sentence.
-_RUN = re.compile(r"[^\W\d_]+(?:,? [^\W\d_]+)+")
-_CAPITAL_CHAIN = re.compile(r"[A-ZÀ-ÖØ-Þ][^\W\d_]*(?: [A-ZÀ-ÖØ-Þ][^\W\d_]*)+")
-_LEAST_WORDS = 3  # shorter runs are headings as often as sentences
+LIMIT = 1_000_000
 
 
 @dataclass
 class Lexicon:
-    """What was counted.
+    """What was counted, and what is decided by it.
 
     Attributes:
         forms: a word as it is written in the middle of a sentence → in how many dialogues.
         pairs: two neighbours, both with capitals, joined by a space → in how many dialogues.
-        both: the same neighbours in lower case → how often they stand there in any case.
+        both: the same neighbours in lower case → in how many dialogues they stand in any case.
     """
 
     forms: Counter[str] = field(default_factory=Counter)
@@ -52,60 +46,36 @@ class Lexicon:
     _names: dict[str, str] | None = None
     _phrases: dict[str, str] | None = None
 
-    def learn(self, turns: Iterable[str]) -> None:
-        """Count one well-cased dialogue."""
-        words: set[str] = set()
-        inside = []
-        for turn in turns:
-            for run in _RUN.findall(turn):
-                rest = run.split(" ", 1)[1]
-                if rest.count(" ") < _LEAST_WORDS - 1:
-                    continue
-                own = rest.replace(",", "").split(" ")
-                if 2 * sum(map(str.islower, own)) >= len(own):  # no heading, no shouting
-                    words.update(own)
-                    inside.append(rest)
-        self.forms.update(words)
-        pairs: set[str] = set()
-        for chain in _CAPITAL_CHAIN.findall("\n".join(inside)):
-            own = chain.split(" ")
-            pairs.update(map(" ".join, pairwise(own)))
-        self.pairs.update(pairs)
-        self._names = None
+    @classmethod
+    def of(cls, counts: Iterable[WordCounts]) -> Lexicon:
+        """The lexicon of a corpus from the counts of its blocks, added up in their order.
 
-    def learn_pairs_in_any_case(self, words: Words, trusted: np.ndarray | None = None) -> None:
-        """Count in how many dialogues each pair found so far stands in whatever case.
-
-        Args:
-            words: of the dialogues, each taken as one text.
-            trusted: bool [dialogues], those to count in; None for all.
+        Beyond ``LIMIT`` entries of a kind the rarest are forgotten, which bounds the memory for any corpus. Of words in
+        lower case only those are kept that have a form with a capital as well.
         """
-        wanted = sorted({pair.lower() for pair in self.pairs})
-        grams, first = ngrams(words, 2)
-        keys, _ = ngrams(words_of(wanted), 2)
-        if len(keys) != len(wanted):
-            raise AssertionError("a pair that is not two words")
-        order = np.argsort(keys)
-        hits = members(grams, keys[order])
-        which = order[np.searchsorted(keys[order], grams[hits])]
-        dialogue = np.searchsorted(words.offsets, first[hits], side="right") - 1
-        if trusted is not None:
-            which, dialogue = which[trusted[dialogue]], dialogue[trusted[dialogue]]
-        # once for each dialogue
-        once = np.unique(dialogue * len(wanted) + which) % max(len(wanted), 1)
-        for index, count in zip(*(found.tolist() for found in np.unique(once, return_counts=True))):
-            self.both[wanted[index]] += count
-
-    def merge(self, other: Lexicon) -> None:
-        """Add another's counts; beyond ``LIMIT`` entries the rarest are forgotten."""
-        for mine, theirs in ((self.forms, other.forms), (self.pairs, other.pairs), (self.both, other.both)):
-            mine.update(theirs)
-            least = 1
-            while len(mine) > LIMIT:
-                for key in [key for key, count in mine.items() if count <= least]:
-                    del mine[key]
-                least += 1
-        self._names = None
+        found = cls()
+        lower: list[np.ndarray] = []
+        waiting = 0
+        for block in counts:
+            for mine, theirs in ((found.forms, block.forms), (found.pairs, block.pairs), (found.both, block.both)):
+                mine.update(theirs)
+                _prune(mine)
+            lower.append(np.stack((block.lower, block.times.astype(np.uint64))))
+            waiting += len(block.lower)
+            if waiting > LIMIT:
+                lower = [_added(lower)]
+                waiting = 0
+        if lower and found.forms:
+            hashes, times = _added(lower)
+            written = sorted({form.lower() for form in found.forms})
+            keys = words_of(written)
+            single = np.diff(keys.offsets) == 1
+            own = keys.hashes[keys.offsets[:-1][single]]
+            place = np.minimum(np.searchsorted(hashes, own), len(hashes) - 1)
+            for word, count in zip(np.array(written, object)[single], np.where(hashes[place] == own, times[place], 0)):
+                if count:
+                    found.forms[word] += int(count)
+        return found
 
     def names(self) -> dict[str, str]:
         """Lower case → the form in which a word is written wherever it stands; only what is a name by the counts."""
@@ -195,3 +165,24 @@ class Lexicon:
                 f"{path}: not a lexicon of this version ({FORMAT!r}).", "Name a lexicon.txt of an earlier run."
             )
         return cls.from_json(counts)
+
+
+def _prune(counts: Counter[str]) -> None:
+    least = 1
+    while len(counts) > LIMIT:
+        for key in [key for key, count in counts.items() if count <= least]:
+            del counts[key]
+        least += 1
+
+
+def _added(parts: list[np.ndarray]) -> np.ndarray:
+    """Counts by hash, uint64 [2, words], added up and sorted; the rarest are forgotten beyond ``LIMIT``."""
+    both = np.concatenate(parts, axis=1)
+    hashes, which = np.unique(both[0], return_inverse=True)
+    times = np.zeros(len(hashes), np.uint64)
+    np.add.at(times, which, both[1])
+    least = 1
+    while len(hashes) > LIMIT:
+        hashes, times = hashes[times > least], times[times > least]
+        least += 1
+    return np.stack((hashes, times))

@@ -105,10 +105,13 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
 }
 
 _PATTERN = re.compile("|".join(f"(?P<{name}>{pattern})" for name, (pattern, *_) in _KINDS.items()))
-# no span can begin where none of these stands; most prose has none
-_SIGNS = re.compile(
-    r"[`~$<@#/\\_=;{}(\[+*^]|\w\.[A-Za-z]|://|www|--|::|->|[a-z][A-Z0-9]|-th|^(?: {4}|\t)|:$|\bimport\b", re.M
+# What may go over several lines is looked for in the whole text, the rest in lines that have a sign of it.
+_BLOCKS = re.compile("|".join(f"(?P<{name}>{_KINDS[name][0]})" for name in ("code_block", "formula")))
+_SIGN = re.compile(
+    r"[`~$<>@#\\_={};^|/\[.(+*:A-Z0-9-](?:(?<=[`~$<>@#\\_={};^|/\[])|(?<=\.)[A-Za-z]|(?<=\w\()|(?<=\()[A-Za-z]\W|(?<=[+*]) ?[A-Za-z]\b|"
+    r"(?<=[-:])[-:>]|(?<=:)$|(?<=-)th\b|(?<=[a-z][A-Z0-9])|(?<=[a-z] [+*]))"
 )
+_CODE_START = re.compile(r"[ \t]{4}|\t|import |[ \t]*(?:def|class|return|print)\b")
 
 
 def spans(text: str) -> list[tuple[int, int, str]]:
@@ -117,9 +120,32 @@ def spans(text: str) -> list[tuple[int, int, str]]:
     Returns:
         (start, end, rule) of each, in order and without overlaps.
     """
-    if not _SIGNS.search(text):
-        return []
-    return [(m.start(), m.end(), m.lastgroup or "") for m in _PATTERN.finditer(text) if m.end() > m.start()]
+    found: list[tuple[int, int, str]] = []
+    if "```" in text or "~~~" in text or "$$" in text or "\\[" in text:
+        found = [(m.start(), m.end(), m.lastgroup or "") for m in _BLOCKS.finditer(text)]
+    blocks = len(found)
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        if _SIGN.search(text, start, end) or _CODE_START.match(text, start, end):
+            found += [
+                (m.start(), m.end(), m.lastgroup or "")
+                for m in _PATTERN.finditer(text, start, end)
+                if m.end() > m.start()
+            ]
+        start = end + 1
+    if not blocks:
+        return found
+    # lines within blocks are the blocks'
+    found.sort(key=lambda span: (span[0], -span[1]))
+    kept: list[tuple[int, int, str]] = []
+    for span in found:
+        if not kept or span[0] >= kept[-1][1]:
+            kept.append(span)
+        elif span[1] > kept[-1][1]:
+            kept[-1] = (kept[-1][0], span[1], kept[-1][2])
+    return kept
 
 
 def _found(name: str, text: str) -> bool:

@@ -6,9 +6,6 @@ A block of rows at a time, and blocks do not depend on how many processes there 
 from __future__ import annotations
 
 import hashlib
-import json
-import zlib
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +15,12 @@ import pyarrow as pa
 
 from .casing import broken
 from .contamination import EvalSets
+from .counting import count_words
 from .english import is_english
-from .lexicon import Lexicon
 from .near import bands_of, signatures
 from .raw import Dialogue, dialogues
 from .refusals import first_refusal
-from .words import joined, words_of
+from .words import Words, joined, words_of
 
 BLOCK = 1000  # rows
 SIDES = ("user", "assistant")  # bit 0 and bit 1 of ``broken``
@@ -117,7 +114,7 @@ def scan_block(
         "lexicon": [None] * count,
     }
     if rules.truecase and rules.learn and learn:
-        columns["lexicon"][0] = _learn(found, bits, words, groups)
+        columns["lexicon"][0] = _learn(found, bits, per_row)
     return pa.table({name: pa.array(columns[name], STORED.field(name).type) for name in STORED.names}, STORED)
 
 
@@ -165,23 +162,10 @@ def _broken(found: list[Dialogue]) -> np.ndarray:
     return flags[:, 0] | (flags[:, 1] << 1)
 
 
-def _learn(found: list[Dialogue], bits: np.ndarray, words: Any, groups: np.ndarray) -> bytes:
-    lexicon = Lexicon()
-    trusted = np.zeros(len(found), bool)
-    for index, dialogue in enumerate(found):
-        if not dialogue.fault and not bits[index] and is_english(dialogue.texts[-1]):
-            trusted[index] = True
-            lexicon.learn(dialogue.texts)
-    lexicon.learn_pairs_in_any_case(joined(words, groups), trusted)
-    return pack_lexicon(lexicon)
-
-
-def pack_lexicon(lexicon: Lexicon) -> bytes:
-    return zlib.compress(json.dumps([lexicon.forms, lexicon.pairs, lexicon.both], ensure_ascii=False).encode(), 1)
-
-
-def unpack_lexicon(data: bytes) -> Lexicon:
-    return Lexicon(*(Counter(part) for part in json.loads(zlib.decompress(data))))
+def _learn(found: list[Dialogue], bits: np.ndarray, words: Words) -> bytes:
+    """How the well-written English dialogues of the block write words; ``words``: of each dialogue as one text."""
+    trusted = np.array([not d.fault and not b and is_english(d.texts[-1]) for d, b in zip(found, bits)], bool)
+    return count_words(words, trusted).pack()
 
 
 def scan(batch: pa.Table, *, rows: datasets.Dataset, rules: ScanRules, sets: EvalSets) -> pa.Table:

@@ -1,6 +1,6 @@
 """Words of many texts as 64-bit hashes, and their n-grams, without a Python object for any word.
 
-A word is a run of letters, digits and bytes of other scripts, without regard to case. A word's hash is a polynomial of its
+A word is a run of letters, digits and bytes of other scripts, without regard to the case of A to Z. A word's hash is a polynomial of its
 bytes modulo 2^64, taken from prefix sums over the whole batch, so that all of it is a dozen numpy operations.
 """
 
@@ -36,7 +36,7 @@ class Words:
         hashes: uint64 [words].
         offsets: int64 [texts + 1]: text i has the words offsets[i]:offsets[i + 1].
         starts, ends: int64 [words]: where each word lies in ``data``.
-        data: the texts' UTF-8 bytes, one after the other.
+        data: the texts' UTF-8 bytes, one after the other; signs outside of ASCII are spaces.
     """
 
     hashes: np.ndarray
@@ -52,7 +52,7 @@ class Words:
 
 def words_of(texts: Sequence[str]) -> Words:
     """Split texts into words and hash them; case, punctuation and white space make no difference."""
-    plain = [text if text.isascii() else text.lower().translate(_SIGNS) for text in texts]
+    plain = [text if text.isascii() else text.translate(_SIGNS) for text in texts]
     array = pa.array(plain, pa.large_string())
     _, offsets_buffer, data_buffer = array.buffers()
     bounds = np.frombuffer(offsets_buffer, np.int64)[: len(plain) + 1]
@@ -74,13 +74,17 @@ def words_of(texts: Sequence[str]) -> Words:
 
 
 def _power_tables(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Powers of the base and of its inverse, from the products of two short tables."""
     global _powers, _inverses
     if len(_powers) < size:
-        exponents = np.full(max(size, 1 << 20), np.uint64(_BASE))
-        exponents[0] = 1
-        _powers = np.cumprod(exponents)
-        exponents[1:] = np.uint64(_INVERSE)
-        _inverses = np.cumprod(exponents)
+        length = max(1 << 20, 1 << (size - 1).bit_length())
+        tables = []
+        for base in (_BASE, _INVERSE):
+            low = np.cumprod(np.concatenate(([np.uint64(1)], np.full(1023, np.uint64(base)))))
+            step = np.full(length // 1024 - 1, np.uint64(pow(base, 1024, 2**64)))
+            high = np.cumprod(np.concatenate(([np.uint64(1)], step)))
+            tables.append(np.multiply.outer(high, low).ravel())
+        _powers, _inverses = tables
     return _powers, _inverses
 
 
