@@ -37,8 +37,11 @@ class Meter:
         self._console, self._total, self._unit, self._priced, self._clock = console, total, unit, priced, clock
         self.done = 0
         self._totals = Totals()
-        self._fresh_since: tuple[float, int] | None = None  # when the first reply came that the journal did not hold
-        self._from_journal = -1
+        # since when replies come that the journal did not hold, and how much was done then: what the journal holds takes
+        # no time, and would promise too much
+        self._fresh_since: tuple[float, int] | None = None
+        self._waiting_since = clock()
+        self._replies: int | None = None
         self._last_line = clock()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -61,9 +64,10 @@ class Meter:
 
     def totals(self, totals: Totals) -> None:
         """What has been spent; ``open_desk``'s ``on_progress``."""
-        if self._fresh_since is None and self._from_journal == totals.from_journal and totals.replies:
-            self._fresh_since = (self._clock(), self.done)  # a step without one from the journal: this one was paid for
-        self._from_journal = totals.from_journal
+        if self._fresh_since is None:
+            if self._replies is not None and totals.replies > self._replies:
+                self._fresh_since = (self._waiting_since, self.done)
+            self._waiting_since, self._replies = self._clock(), totals.replies
         self._totals = totals
         self._show()
 
