@@ -260,6 +260,7 @@ def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(inv
     refused("raw.jsonl", "--out", "mine", "--overwrite", says=("mine exists and holds other things (thesis.txt)",))
     refused("raw.jsonl", "--out", ".", "--overwrite", says=("would replace",))
     refused("raw.jsonl", "--out", "raw.jsonl", says=("is a file",))
+    refused("raw.jsonl", "--out", "raw.jsonl/below", says=("raw.jsonl/below: cannot be made",))
 
 
 def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
@@ -299,6 +300,11 @@ def test_wrong_arguments_and_inputs(refused, tmp_path):
     refused(
         "raw.jsonl", "--out", "out", "--rejected", "margin", "--margin", "9", says=("no pair is left of 4", "row 1")
     )
+    rows = raw_rows(2)
+    for each in rows[0]["completions"] + rows[1]["completions"]:
+        each["overall_score"] = None
+    write(tmp_path / "rated.jsonl", rows)
+    refused("rated.jsonl", "--out", "out", "--chosen-by", "overall", says=("fewer than two rated", "--chosen-by mean"))
     refused("raw.jsonl", "--out", "out", "--test", "1.5", says=("test 1.5",))
     refused("raw.jsonl", "--out", "out", "--test", "-1", says=("test -1",))
     refused("raw.jsonl", "--out", "out", "--test", "400", says=("there are", "a share"))

@@ -55,12 +55,22 @@ def open_rows(method: Method, file: str | None, words: list[str], *, held_out: b
     Raises:
         UserError: as the run itself would say, but for what concerns weights and memory; or there is no eval_dataset.
     """
-    resolved, template, notes = _ground(method, file, words)
-    specs = resolved.eval_dataset if held_out else resolved.dataset
-    if not specs:
+    config, template, notes = _ground(method, file, words)
+    if held_out and not config.eval_dataset:
         raise UserError("nothing is held out: the configuration has no eval_dataset.", "Add eval_dataset=FILE.")
-    data = prepare(specs, method, resolved, template, what="held-out" if held_out else "training")
-    return TrainedRows(method, resolved, template, specs, data, notes)
+    return _prepared(method, config, template, notes, held_out)
+
+
+def held_out_rows(rows: TrainedRows) -> TrainedRows | None:
+    """The rows of ``eval_dataset`` beside those that are trained on; None where there are none."""
+    return _prepared(rows.method, rows.config, rows.template, [], True) if rows.config.eval_dataset else None
+
+
+def _prepared(
+    method: Method, config: RunConfig, template: ChatTemplate, notes: list[str], held_out: bool
+) -> TrainedRows:
+    specs, what = (config.eval_dataset, "held-out") if held_out else (config.dataset, "training")
+    return TrainedRows(method, config, template, specs, prepare(specs, method, config, template, what=what), notes)
 
 
 def _ground(method: Method, file: str | None, words: list[str]) -> tuple[RunConfig, ChatTemplate, list[str]]:

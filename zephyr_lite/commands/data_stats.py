@@ -25,14 +25,16 @@ def stats(
     """Lengths, what is cut and left out, how full rows are, tokens and steps; needs no weights."""
     from ..row_stats import measure
     from ..row_stats_view import stats_lines
-    from ..trained_rows import open_rows, stage_of_words
+    from ..trained_rows import held_out_rows, open_rows, stage_of_words
 
     method, words = stage_of_words(list(context.args), config)
     opened = open_rows(method, config, words)
     for note in opened.notes:
         console.say(f"note: {note}")
     colour = console.out.is_terminal and console.out.color_system is not None
-    for each in [opened, *([open_rows(method, config, words, held_out=True)] if opened.config.eval_dataset else [])]:
+    for each in (opened, held_out_rows(opened)):
+        if each is None:
+            continue
         console.say()
         for line in stats_lines(measure(each), width=console.out.width, colour=colour, places=places):
             console.out.print(line)

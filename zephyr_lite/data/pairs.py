@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from .formats import RowError
 from .opening import BUILDERS, open_source, quiet
 from .questions import Questions, read_questions
 from .sources import PARALLEL_ROWS, _own_faults_only, cache_key, processes, summarise
-from .ultrafeedback import NOTES, TRUTHFUL_QA, PairRules, pair_of_row
+from .ultrafeedback import NOTES, TRUTHFUL_QA, UNRATED, PairRules, pair_of_row
 from .writing import FileFormat, write_split
 
 REPORT = "report.json"
@@ -155,14 +156,13 @@ def make_pairs(
     table = datasets.concatenate_datasets(parts)
     kept = _account(table, [label for _, label, _ in opened], [len(part) for part in parts], report)
     if len(kept) == 0:
-        raise UserError(
-            f"no pair is left of {report.rows:,} rows: {summarise(report.dropped)}.",
-            "Mend the rows, or choose other rules (--chosen-by, --rejected, --margin, --system-prompt).",
-        )
+        hint = "Mend the rows, or choose other rules (--chosen-by, --rejected, --margin, --system-prompt)."
+        if rules.chosen_by == "overall" and report.notes.get(UNRATED):
+            hint = "Where completions have no overall_score, choose by the mean of their ratings: --chosen-by mean."
+        raise UserError(f"no pair is left of {report.rows:,} rows: {summarise(report.dropped)}.", hint)
     held_out = _held_out(table, kept, rules.seed, test)
     splits = {TRAIN: kept[~held_out], TEST: kept[held_out]}
     report.train, report.test = len(splits[TRAIN]), len(splits[TEST])
-    out.parent.mkdir(parents=True, exist_ok=True)
     columns = table.select_columns(list(SCHEMA))
     with folder_aside(out) as folder:
         for split, rows in splits.items():
@@ -190,6 +190,11 @@ def _check_arguments(rules: PairRules, test: float | None, num_proc: int | None)
 def _check_out(out: Path, specs: Sequence[DatasetSpec], overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; a folder is to be made there.", "Choose another --out.")
+    try:  # before the work, not after it
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made: {error.strerror}.", "Choose another --out.") from None
     for spec in specs:
         source = Path(spec.path).expanduser()
         if source.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):

@@ -116,7 +116,7 @@ def pair_segments(
         first = 1 if template.bos_token_id is not None else 0
         kept = np.concatenate([kept[:first], kept[before - (after - first) :]])
     _same(whole.prompt_ids[kept], example.prompt_ids, example.where)
-    segments = []
+    segments: list[Segment] = []
     sides = (
         ("chosen", chosen, example.chosen_ids, example.chosen_mask),
         ("rejected", rejected, example.rejected_ids, example.rejected_mask),
