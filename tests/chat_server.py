@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -123,6 +124,10 @@ class ChatServer:
             daemon_threads = True
             request_queue_size = 128  # of 5, a burst of connections would wait for a second
 
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed is no fault
+                    super().handle_error(request, client_address)
+
         self._server = Server(("127.0.0.1", port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
@@ -152,7 +157,11 @@ class ChatServer:
                     connection.shutdown(socket.SHUT_RDWR)
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
-        content = handler.rfile.read(int(handler.headers.get("content-length") or 0))
+        length = int(handler.headers.get("content-length") or 0)
+        content = handler.rfile.read(length)
+        if len(content) < length:  # the client was killed while it wrote: no server sees that as a request
+            handler.close_connection = True
+            return
         with self._lock:
             headers = {name.lower(): value for name, value in handler.headers.items()}
             seen = Seen(len(self.seen), json.loads(content or b"{}"), headers, handler.path, time.monotonic())

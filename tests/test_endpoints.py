@@ -26,7 +26,8 @@ from tests.chat_server import (
     ok,
 )
 from zephyr_lite.endpoints.budget import most_prompt_tokens
-from zephyr_lite.endpoints.desk import FAILURES_IN_A_ROW, DeskImpl, open_desk
+from zephyr_lite.endpoints.desk import DeskImpl, open_desk
+from zephyr_lite.endpoints.line import FAILURES_IN_A_ROW
 from zephyr_lite.endpoints.pace import Pace, retry_after
 from zephyr_lite.endpoints.types import (
     BudgetSpent,
@@ -353,6 +354,44 @@ def test_a_server_that_fails_everything_ends_the_job_and_is_not_fed_all_prompts(
     assert kinds.count(RequestFailed) == FAILURES_IN_A_ROW - 1 and kinds.count(UserError) == 41 - FAILURES_IN_A_ROW
     assert len(server.seen) < FAILURES_IN_A_ROW + 4
     assert "broken model" in next(r for r in replies if isinstance(r, UserError)).message
+
+
+def test_a_job_that_goes_on_does_not_stumble_over_the_same_failures_for_ever(tmp_path):
+    """More requests than FAILURES_IN_A_ROW fail whatever is done; all others are asked in the end."""
+    bad = [f"bad{i}" for i in range(FAILURES_IN_A_ROW + 4)]
+    for status in (500, 400):
+        script = lambda seen, s=status: error(s) if seen.question in bad else by_hash(seen)  # noqa: E731
+        with ChatServer(script) as server:
+            endpoint = spec(server, retries=0, concurrency=1)
+            for _ in range(3):
+                replies, totals = run([endpoint], tmp_path / str(status), lambda d: ask_all(d, ["a", *bad, "b"]))
+        assert [type(r) for r in replies] == [Reply, *[RequestFailed] * len(bad), Reply]
+        assert totals.failures == {f"HTTP {status}": len(bad)} and totals.replies == 2
+
+
+def test_who_is_turned_away_while_others_are_answered_is_not_given_up(tmp_path):
+    """A limit of one request in 50 ms, which 8 at a time run into again and again."""
+    last = [0.0]
+
+    def script(seen):
+        now = time.monotonic()
+        if now - last[0] < 0.05:
+            return error(429)
+        last[0] = now
+        return by_hash(seen)
+
+    with ChatServer(script) as server:
+        endpoint = spec(server, retries=2, concurrency=8)
+        texts = [str(i) for i in range(24)]
+        replies, totals = run([endpoint], tmp_path, lambda d: ask_all(d, texts), back_off=0.05)
+    assert all(isinstance(r, Reply) for r in replies) and totals.failed_tries["HTTP 429"] > 8
+
+
+def test_a_server_that_turns_everybody_away_ends_the_job_and_drops_nothing(tmp_path):
+    with ChatServer(lambda seen: error(429, "slow down")) as server:
+        replies, totals = run([spec(server, retries=2)], tmp_path, lambda d: ask_all(d, list("abcdef")))
+    assert all(isinstance(r, UserError) and "turned away" in r.message and "slow down" in r.message for r in replies)
+    assert totals.failures.get("HTTP 429", 0) <= 4 and totals.tokens == 0
 
 
 # Budget

@@ -62,12 +62,12 @@ def batches(monkeypatch) -> list[int]:
 def test_answers_do_not_depend_on_the_batch_and_are_paid_for_once(tmp_path, tiny_base, batches):
     together, totals = run([local(tiny_base)], tmp_path / "together", ask_with_seeds)
     assert all(isinstance(reply, Reply) for reply in together), together
-    assert batches == [1, 4]  # the first one alone, as everywhere, then all that wait
+    assert batches == [5]
     alone, _ = run([local(tiny_base, concurrency=1)], tmp_path / "alone", ask_with_seeds)
-    assert alone == together and batches[2:] == [1] * 5
+    assert alone == together and batches[1:] == [1] * 5
     assert len({reply.text for reply in together}) > 1
     resumed, totals_after = run([local(tiny_base)], tmp_path / "together", ask_with_seeds)
-    assert resumed == together and len(batches) == 7
+    assert resumed == together and len(batches) == 6
     assert totals_after.requests == totals.requests == 5 and totals_after.from_journal == 5
 
 
@@ -181,7 +181,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path, tiny_base, ba
 
     monkeypatch.setattr(Chat, "sample", small)
     replies, _ = run([local(tiny_base)], tmp_path / "halves", ask_with_seeds)
-    assert replies == expected and batches == [1, -4, -2, 1, 1, -2, 1, 1]
+    assert replies == expected and batches == [-5, -2, 1, 1, -3, 1, -2, 1, 1]
 
     def none(self: Chat, *args: Any, **settings: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -83,6 +83,10 @@ class Totals:
     def failures(self) -> dict[str, int]:
         return dict(Counter(self._given_up.values()).most_common())
 
+    def given_up(self) -> frozenset[str]:
+        """The questions that have no reply."""
+        return frozenset(self._given_up)
+
     def give_up(self, what: str, reason: str) -> None:
         """A question that will have no reply."""
         self._given_up[what] = reason

@@ -15,52 +15,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError
-from .budget import Budget, Totals, dollars, most_prompt_tokens
+from .budget import Budget, Totals, dollars
 from .client import HttpEndpoint
 from .journal import Journal, Record
 from .keys import read_key
-from .pace import Pace
-from .types import Answer, BudgetSpent, Endpoint, EndpointSpec, Fault, Question, Reply, Request, RequestFailed
+from .line import Line, Patience
+from .types import BudgetSpent, Endpoint, EndpointSpec, Fault, Question, Reply, Request, RequestFailed
 
 T = TypeVar("T")
-# Requests in a row that an endpoint fails before the job stops: a server that is down would otherwise eat every prompt.
-FAILURES_IN_A_ROW = 8
 SAME_ANSWER = 0.5  # at least this temperature, where a reply that could not be read is asked for again
-
-
-class Line:
-    """An endpoint, and those who wait for it."""
-
-    def __init__(self, endpoint: Endpoint, back_off: float) -> None:
-        self.endpoint, self.spec = endpoint, endpoint.spec
-        self.pace = Pace(self.spec.concurrency, self.spec.requests_per_minute, back_off)
-        self.first = asyncio.Lock()  # the first try is made alone: a wrong key is not tried by everybody at once
-        self.tried = False
-        self.answered = False  # has given an answer
-        self.failed_in_a_row = 0
-        self.hopeless: UserError | None = None
-        self.excess = 0  # tokens by which the server's count was above the bound
-
-    @asynccontextmanager
-    async def way(self) -> AsyncIterator[None]:
-        """The way to the endpoint: one at a time until the first has been there."""
-        if not self.tried:
-            async with self.first:
-                if not self.tried:
-                    try:
-                        yield
-                    finally:
-                        self.tried = True
-                    return
-        yield
-
-    def check(self) -> None:
-        if self.hopeless is not None:
-            raise UserError(self.hopeless.message, self.hopeless.hint)
-
-    def bound(self, question: Question) -> tuple[int, int]:
-        """At most so many tokens: of the prompt, of the reply."""
-        return most_prompt_tokens(question.messages) + self.excess, question.max_tokens
 
 
 class DeskImpl:
@@ -86,6 +49,13 @@ class DeskImpl:
         self._sending: set[str] = set()  # with a server at this moment
         self._closing = False
         self._last_id = 0
+        for record in journal.replay():
+            self.totals.apply(record)
+            self._last_id = max(self._last_id, record["id"])
+            if record["event"] == "reply" and record["endpoint"] in lines:
+                lines[record["endpoint"]].answers += 1
+        self.totals.lose_all()
+        self._failed_before = self.totals.given_up()
 
     # Asking
 
@@ -178,18 +148,17 @@ class DeskImpl:
 
     async def _answer(self, key: str, digest: str, question: Question, line: Line) -> Reply:
         async with line.pace.slots:
-            tries = 0
+            patience = Patience()
             while True:
-                tries += 1
                 async with line.way():
-                    outcome = await self._try(key, digest, question, line, tries)
+                    outcome = await self._try(key, digest, question, line, patience)
                 if isinstance(outcome, Reply):
                     return outcome
                 if self._closing or digest not in self._waiters:
                     raise asyncio.CancelledError
-                await self._wait(outcome, line, tries)
+                await line.wait(outcome, patience.strikes)
 
-    async def _try(self, key: str, digest: str, question: Question, line: Line, tries: int) -> Reply | Fault:
+    async def _try(self, key: str, digest: str, question: Question, line: Line, patience: Patience) -> Reply | Fault:
         """Raises what ends the request; returns a fault after which it is tried again."""
         prompt, completion = await self._leave(question, line)
         self._last_id += 1
@@ -197,10 +166,14 @@ class DeskImpl:
         most = {"tokens": prompt + completion, "dollars": dollars(line.spec, prompt, completion)}
         self._sending.add(digest)
         try:
-            await self._record({"event": "sent", **head, "try": tries, **most})
+            await self._record({"event": "sent", **head, **most})
             answer = await line.endpoint.ask(question)
         except Fault as fault:
-            final = None if self._closing else self._judge(fault, line, tries)
+            final = None
+            if not self._closing:
+                final = line.judge(
+                    fault, patience.strike(fault, line), self._longest_wait, digest in self._failed_before
+                )
             nothing = {"tokens": 0, "dollars": 0.0}
             told = {"reason": fault.reason, "detail": fault.detail, "sent": fault.sent, "final": final is not None}
             await self._record({"event": "failed", **head, **told, **(most if fault.charged else nothing)})
@@ -210,8 +183,7 @@ class DeskImpl:
                 raise final from None
             return fault
         else:
-            line.answered, line.failed_in_a_row = True, 0
-            record = {"event": "reply", **head, **_counted(answer, line, prompt, completion)}
+            record = {"event": "reply", **head, **line.counted(answer, question)}
             await self._record(record)
             return _reply(record)
         finally:
@@ -232,45 +204,6 @@ class DeskImpl:
             else:
                 line.pace.leave()
                 return bound
-
-    def _judge(self, fault: Fault, line: Line, tries: int) -> UserError | RequestFailed | None:
-        """What ends the request, or None where another try may help."""
-        name, given_up = line.spec.name, tries > line.spec.retries
-        if fault.wait is not None and fault.wait > self._longest_wait:
-            line.hopeless = UserError(
-                f"endpoint {name}: the server asks to wait {fault.wait:,.0f} s ({fault}).",
-                "Come back then: the same command goes on, and asks nothing twice.",
-            )
-        elif fault.hopeless is not None and (not fault.again or given_up):
-            line.hopeless = fault.hopeless
-        elif fault.other_way or (fault.again and not given_up):
-            return None
-        elif given_up and not fault.answered and not line.answered:
-            line.hopeless = UserError(
-                f"endpoint {name}: no answer in {tries} tries ({fault}).",
-                "Is the model there and loaded? A larger `timeout` waits longer.",
-            )
-        else:
-            line.failed_in_a_row += 1
-            if line.failed_in_a_row >= FAILURES_IN_A_ROW:
-                line.hopeless = UserError(
-                    f"endpoint {name}: the last {FAILURES_IN_A_ROW} requests all failed; this one with {fault}.",
-                    "What is there stays; when the endpoint is well again, the same command goes on.",
-                )
-        if line.hopeless is not None:
-            return UserError(line.hopeless.message, line.hopeless.hint)
-        return RequestFailed(f"{fault} ({tries} {'try' if tries == 1 else 'tries'} at {name})", fault.reason)
-
-    async def _wait(self, fault: Fault, line: Line, tries: int) -> None:
-        if fault.other_way:
-            return
-        wait = line.pace.wait_after(tries)
-        if fault.wait is not None:
-            wait = fault.wait + wait * 0.1  # never before the time that it named, and not all at once
-        if fault.busy:
-            line.pace.pause(wait)
-        else:
-            await asyncio.sleep(wait)
 
     # The book
 
@@ -324,26 +257,6 @@ def _digest(request: Request, endpoint: Endpoint, question: Question) -> str:
     return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _counted(answer: Answer, line: Line, prompt: int, completion: int) -> Record:
-    """A reply's record. Where the server counted nothing, the bound stands for it."""
-    known = answer.prompt_tokens is not None and answer.completion_tokens is not None
-    if known:
-        used = (answer.prompt_tokens or 0, answer.completion_tokens or 0)
-        # a template longer than we allow for, or a server that heeds no max_tokens: the next one is held to it
-        line.excess += max(0, sum(used) - prompt - completion)
-    else:
-        used = (prompt, completion)
-    return {
-        "text": answer.text,
-        "finish_reason": answer.finish_reason,
-        "prompt_tokens": used[0],
-        "completion_tokens": used[1],
-        "counted_by": "server" if known else "bound",
-        "tokens": sum(used),
-        "dollars": dollars(line.spec, *used),
-    }
-
-
 def _reply(record: Record) -> Reply:
     return Reply(record["text"], record["finish_reason"], record["prompt_tokens"], record["completion_tokens"])
 
@@ -388,10 +301,6 @@ async def open_desk(
     journal = Journal(Path(folder))
     try:
         desk = DeskImpl(lines, journal, budget, on_progress, longest_wait)
-        for record in journal.replay():
-            totals.apply(record)
-            desk._last_id = max(desk._last_id, record["id"])
-        totals.lose_all()
         try:
             yield desk
         finally:

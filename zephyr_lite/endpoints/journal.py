@@ -24,7 +24,7 @@ Record = dict[str, Any]
 VERSION = 1
 NAME = "journal.jsonl"
 LOCK = ".journal.lock"
-_ALL = {"id": int, "digest": str, "key": str, "tokens": int, "dollars": (int, float)}
+_ALL = {"id": int, "digest": str, "key": str, "endpoint": str, "tokens": int, "dollars": (int, float)}
 FIELDS: dict[str, dict[str, Any]] = {
     "journal": {"version": int},
     "sent": _ALL,
