@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from .english import ALWAYS, is_english
 from .lexicon import Lexicon
-from .protect import spans
+from .protect import spans, without_blocks
 from .rules import word_list
 
 
@@ -245,11 +245,24 @@ def is_broken(turns: list[str]) -> bool:
     suspects = [turn for turn in turns if _SUSPECT.search(turn)]
     if not suspects:
         return False
-    faults = sum(change.rule in _FAULTS for turn in suspects if is_english(turn) for change in changes(turn, None))
-    if not faults:
-        return False
     well = sum(len(_WELL.findall(turn)) for turn in turns)
-    return faults >= (faults + well) * (_SHARE_ONE if faults == 1 else _SHARE)
+    faults = 0
+    for turn in suspects:
+        if is_english(turn):
+            faults += _fault_count(turn)
+            if faults > 1 and faults >= (faults + well) * _SHARE:
+                return True
+    return faults == 1 and faults >= (faults + well) * _SHARE_ONE
+
+
+def _fault_count(text: str) -> int:
+    """Faults of the two kinds that are looked for, in the lines that may have one."""
+    return sum(
+        change.rule in _FAULTS
+        for line in without_blocks(text).split("\n")
+        if _SUSPECT.search(line)
+        for change in changes(line, None)
+    )
 
 
 _LOW, _HIGH, _END, _SPACE = (np.zeros(256, bool) for _ in range(4))

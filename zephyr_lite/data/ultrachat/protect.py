@@ -57,13 +57,13 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("a < b and c > d",),
     ),
     "url": (
-        r"(?:[a-z][a-z0-9+.-]*://|www\.)[^\s<>\"”]+|\b(?:[a-z0-9-]+\.)+(?:com|org|net|io|edu|gov|co|uk|de|ai|info|dev)\b(?:/[^\s<>\"”]*)?",
+        r"(?:[a-z][a-z0-9+.-]*://|www\.)[^\s<>\"”]+|\b(?:[a-z0-9-]++\.)+(?:com|org|net|io|edu|gov|co|uk|de|ai|info|dev)\b(?:/[^\s<>\"”]*)?",
         "an address on the web, with or without its scheme",
         ("See https://example.com/paris?i=1 now", "at www.london.org", "on wikipedia.org or bbc.co.uk/news"),
         ("I came. com is nothing.", "the end.then"),
     ),
     "email": (
-        r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+",
+        r"(?<![\w.+-])[\w.+-]++@[\w-]+(?:\.[\w-]+)+",
         "an e-mail address",
         ("Write to anna.smith@example.org. thanks",),
         ("Meet @ noon.",),
@@ -75,13 +75,13 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("We are #1.", "# Heading"),
     ),
     "path": (
-        r"(?<![\w/])(?:~|\.{1,2})?/(?:[\w.@+-]+/)*[\w.@+-]*\w|\b[A-Za-z]:\\[^\s\"]+|\b\w+(?:[\\/][\w.-]+){2,}",
+        r"(?<![\w/])(?:~|\.{1,2})?/(?:[\w.@+-]+/)*[\w.@+-]*\w|\b[A-Za-z]:\\[^\s\"]+|\b\w++(?:[\\/][\w.-]+){2,}",
         "a path of a file",
         ("in /usr/bin/python", "~/docs/i", r"C:\Users\anna", "src/lib/paris"),
         ("and/or", "he/she. they"),
     ),
     "file_name": (
-        r"\b[\w-]+\.(?:py|js|ts|jsx|tsx|json|jsonl|csv|txt|md|html?|css|xml|ya?ml|toml|ini|sh|bat|exe|dll|so|jar|java|"
+        r"\b[\w-]++\.(?:py|js|ts|jsx|tsx|json|jsonl|csv|txt|md|html?|css|xml|ya?ml|toml|ini|sh|bat|exe|dll|so|jar|java|"
         r"cpp|c|h|hpp|cs|go|rs|rb|php|sql|pdf|docx?|xlsx?|pptx?|png|jpe?g|gif|svg|mp[34]|wav|zip|tar|gz|log|cfg|conf|"
         r"ipynb|parquet)\b",
         "the name of a file",
@@ -89,8 +89,8 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("the end. py is short", "the U.S. and"),
     ),
     "identifier": (
-        r"\b[A-Za-z]\w*(?:_\w+|(?<=[a-z])\d\w*)|\b_\w+|\b\w+(?:::|->)\w[\w:>-]*|\b[A-Za-z_]\w*\([^\s()]*\)|"
-        r"(?<![\w-])--?[a-z][\w-]*|\b[a-z]+(?:\.[a-z]+)*\.[a-z_]+\([^\n()]*\)|\b\w*[a-z]\w*[A-Z]\w*\b",
+        r"\b[A-Za-z][^\W_]*+_\w+|\b[A-Za-z]++\d\w*|\b_\w+|\b\w++(?:::|->)\w[\w:>-]*|\b[A-Za-z_]\w*+\([^\s()]*\)|"
+        r"(?<![\w-])--?[a-z][\w-]*|\b[a-z]++(?:\.[a-z_]++)+\([^\n()]*\)|\b[a-z]++[A-Z]\w*",
         "snake_case, camelCase, a call, a flag of a command",
         ("set my_name to", "myName is", "call paris() now", "with --version", "std::string", "np.array(i)", "x1 is"),
         ("my name. is", "well-known", "a pause - then", "Paris (the city)"),
@@ -121,7 +121,7 @@ def spans(text: str) -> list[tuple[int, int, str]]:
         (start, end, rule) of each, in order and without overlaps.
     """
     found: list[tuple[int, int, str]] = []
-    if "```" in text or "~~~" in text or "$$" in text or "\\[" in text:
+    if _has_block(text):
         found = [(m.start(), m.end(), m.lastgroup or "") for m in _BLOCKS.finditer(text)]
     blocks = len(found)
     start = 0
@@ -146,6 +146,15 @@ def spans(text: str) -> list[tuple[int, int, str]]:
         elif span[1] > kept[-1][1]:
             kept[-1] = (kept[-1][0], span[1], kept[-1][2])
     return kept
+
+
+def without_blocks(text: str) -> str:
+    """The text without what may go over several lines."""
+    return _BLOCKS.sub(" ", text) if _has_block(text) else text
+
+
+def _has_block(text: str) -> bool:
+    return "```" in text or "~~~" in text or "$$" in text or "\\[" in text
 
 
 def _found(name: str, text: str) -> bool:

@@ -127,10 +127,15 @@ _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] 
         ),
     ),
 }
-# One of these stands in every text that any rule can hold on; apostrophes are made equal before.
+# One of the first and one of the second stand in every text that any rule can hold on; apostrophes are made equal before.
 NEEDLES = (
-    "i do not", "i don't", "i cannot", "i can't", "i never", "i lack", "i have no", "i am", "i'm", " an ai", "n artificial",
+    "i do not", "i don't", "i cannot", "i can't", "i never", "i lack", "i have no", "i am ", "i'm ", " an ai", "n artificial",
     "language model", "chatbot", "learning model", "assistant", "computer program",
+)  # fmt: skip
+TOPICS = (
+    " ai", "artificial", "language model", "chatbot", "learning model", "assistant", "computer program", "emotion", "feeling",
+    "opinion", "belief", "preference", "viewpoint", "bias", "favorite", "favourite", " view", "taste", "experience", "memories",
+    "anecdote", "personal", "real-time", "real time", "realtime", "current", "up-to-date", "internet", "the web", "live", "browse",
 )  # fmt: skip
 # And so does this: who speaks of itself denies something, or says what it is.
 _FIRST = re.compile(
@@ -165,7 +170,7 @@ def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
     lower = assistant.lower()
     if not lower.isascii():
         lower = lower.replace("’", "'")
-    if len(lower) != len(assistant) or not any(needle in lower for needle in NEEDLES) or not _FIRST.search(lower):
+    if len(lower) != len(assistant) or not _has_needle(lower) or not _FIRST.search(lower):
         return None
     own = _QUOTED.sub(lambda match: "\x00" * len(match.group()), lower)
     found = [
@@ -181,6 +186,19 @@ def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
     if _OTHER_VOICE.search(asked) and re.search(r"[.!?\n]", own[:start].lstrip()):
         return None
     return name, start, end
+
+
+def _has_needle(text: str) -> bool:
+    # loops, because a generator costs more than the search
+    for needle in NEEDLES:
+        if needle in text:
+            break
+    else:
+        return False
+    for topic in TOPICS:  # noqa: SIM110
+        if topic in text:
+            return True
+    return False
 
 
 def first_refusal(roles: Sequence[str], texts: Sequence[str]) -> tuple[int, str, int, int] | None:

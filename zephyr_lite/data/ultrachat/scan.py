@@ -22,7 +22,7 @@ from .raw import Dialogue, dialogues
 from .refusals import first_refusal
 from .words import Words, joined, words_of
 
-BLOCK = 1000  # rows
+BLOCK = 500  # rows
 SIDES = ("user", "assistant")  # bit 0 and bit 1 of ``broken``
 
 _SCHEMA = pa.schema(

@@ -24,6 +24,7 @@ _VALUES[ord("A") : ord("Z") + 1] = _VALUES[ord("a") : ord("z") + 1]
 _VALUES[~_IS_WORD] = 0
 # signs outside of ASCII that are no letters
 _SIGNS = str.maketrans(dict.fromkeys("‘’“”„«»‹›–—―…•·¡¿′″\u00a0\u2009\u200b\u3000、。，！？；：「」（）", " "))
+_PIECE = 1 << 16  # bytes
 _powers = np.ones(1, np.uint64)
 _inverses = np.ones(1, np.uint64)
 
@@ -66,18 +67,28 @@ def words_of(texts: Sequence[str]) -> Words:
     fresh[bounds] = True
     starts = np.flatnonzero(inside & (fresh[:-1] | ~np.concatenate(([False], inside[:-1]))))
     ends = np.flatnonzero(inside & (fresh[1:] | ~np.concatenate((inside[1:], [False])))) + 1
+    hashes = np.empty(len(starts), np.uint64)
+    # a piece at a time: its tables and sums fit into the processor's cache
+    pieces = np.searchsorted(starts, np.arange(0, len(data) + _PIECE, _PIECE))
+    for first, last in zip(pieces[:-1].tolist(), pieces[1:].tolist()):
+        if first < last:
+            begin, end = int(starts[first]), int(ends[last - 1])
+            hashes[first:last] = _hashes(data[begin:end], starts[first:last] - begin, ends[first:last] - begin)
+    return Words(hashes, np.searchsorted(starts, bounds), starts, ends, data)
+
+
+def _hashes(data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     powers, inverses = _power_tables(len(data))
     sums = np.zeros(len(data) + 1, np.uint64)
     np.cumsum(_VALUES[data] * powers[: len(data)], out=sums[1:])
-    hashes = mix((sums[ends] - sums[starts]) * inverses[starts])
-    return Words(hashes, np.searchsorted(starts, bounds), starts, ends, data)
+    return mix((sums[ends] - sums[starts]) * inverses[starts])
 
 
 def _power_tables(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Powers of the base and of its inverse, from the products of two short tables."""
     global _powers, _inverses
     if len(_powers) < size:
-        length = max(1 << 20, 1 << (size - 1).bit_length())
+        length = max(1 << 16, 1 << (size - 1).bit_length())
         tables = []
         for base in (_BASE, _INVERSE):
             low = np.cumprod(np.concatenate(([np.uint64(1)], np.full(1023, np.uint64(base)))))
