@@ -78,7 +78,9 @@ class Meter:
 
     def said(self) -> str:
         """``412 requests  98,313 tokens  $0.0421  12 min left``."""
-        parts = [f"{self._totals.requests:,} requests", f"{self._totals.tokens:,} tokens"]
+        # without what is held for replies that are under way: a figure that shrinks would be hard to understand
+        spent = self._totals.prompt_tokens + self._totals.completion_tokens + self._totals.lost_tokens
+        parts = [f"{self._totals.requests:,} requests", f"{spent:,} tokens"]
         if self._priced:
             parts.append(f"${self._totals.dollars + self._totals.lost_dollars:,.4f}")
         if (left := self._left()) is not None:
