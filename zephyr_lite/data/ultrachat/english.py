@@ -23,7 +23,7 @@ som är på en av inte jag nie się na jest w z do że to ik het een van niet de
 ve bir bu için ile değil çok og er til af ikke jeg på ja nej ne da li su za sa
 """)
 ) - {"do", "to", "a", "in", "on", "me", "no", "he", "so", "an", "at", "is"}
-_LOOK = 800  # characters that are looked at
+_LOOK = 500  # characters that are looked at
 _WORD = re.compile(r"[^\W\d_]+")
 _NOT_LATIN = re.compile(r"[^\W\d_a-zA-ZÀ-ɏḀ-ỿ]")
 
@@ -37,8 +37,8 @@ def is_english(text: str) -> bool:
     if not text.isascii() and len(_NOT_LATIN.findall(text)) * 20 > len(text):
         return False
     words = _WORD.findall(text[:_LOOK].lower())
-    ours = sum(word in _FUNCTION_WORDS for word in words)
-    theirs = sum(word in _FOREIGN_WORDS for word in words)
+    ours = len(list(filter(_FUNCTION_WORDS.__contains__, words)))
+    theirs = len(list(filter(_FOREIGN_WORDS.__contains__, words)))
     if ours == theirs:
         return text.isascii()
     return ours > theirs

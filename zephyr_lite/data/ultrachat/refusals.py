@@ -127,22 +127,24 @@ _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] 
         ),
     ),
 }
-# One of the first and one of the second stand in every text that any rule can hold on; apostrophes are made equal before.
-NEEDLES = (
-    "i do not", "i don't", "i cannot", "i can't", "i never", "i lack", "i have no", "i am ", "i'm ", " an ai", "n artificial",
-    "language model", "chatbot", "learning model", "assistant", "computer program",
-)  # fmt: skip
+# Gates, from the cheapest to the dearest: the assistant speaks of itself; names a topic; denies it, or says what it is.
+SELF = (" i ", "i'm ", "\ni ", "n ai", "language model", "artificial intelligence")
 TOPICS = (
     " ai", "artificial", "language model", "chatbot", "learning model", "assistant", "computer program", "emotion", "feeling",
     "opinion", "belief", "preference", "viewpoint", "bias", "favorite", "favourite", " view", "taste", "experience", "memories",
     "anecdote", "personal", "real-time", "real time", "realtime", "current", "up-to-date", "internet", "the web", "live", "browse",
 )  # fmt: skip
-# And so does this: who speaks of itself denies something, or says what it is.
-_FIRST = re.compile(
-    r"\bi (?:do not|don't|cannot|can't|never|lack|have no|am (?:unable|not|incapable|just|only|simply|an?))\b|"
-    r"\bi'm (?:not|unable|just|only|simply|an?|incapable)\b|\b(?:as|being|since i'm|since i am|because i'm|because i am) an? (?:\w+[ -]){0,2}?"
-    r"(?:ai|artificial|language|chatbot|machine|virtual|digital|computer)\b"
+# each begins with letters, which a search skips to quickly
+_DENIES = re.compile(
+    r"i(?<![a-z0-9]i)(?: (?:do not|don't|cannot|can't|never|lack|have no|am (?:unable|not|incapable|just|only|simply|an?))|"
+    r"'m (?:not|unable|just|only|simply|an?|incapable))\b"
 )
+_IS = re.compile(r"as an? (?:\w+[ -]){0,2}?(?:ai|artificial|language|chatbot|machine|virtual|digital|computer)\b")
+_IS_TOO = re.compile(
+    r"being an? (?:\w+[ -]){0,2}?(?:ai|artificial|language|chatbot|machine|virtual|digital|computer)\b"
+)
+_GATES = (_DENIES, _IS, _IS_TOO)
+_BEFORE, _AFTER = 60, 260  # characters around a gate
 _PATTERNS = {name: re.compile(pattern) for name, (pattern, *_) in _HABITS.items()}
 _QUOTED = re.compile(r"\"[^\"\n]{0,600}\"|“[^”\n]{0,600}”|```[\s\S]*?(?:```|\Z)|`[^`\n]*`|(?m:^>[^\n]*)")
 # The question is about what the assistant is: then the answer is the truth, and no dodge.
@@ -170,11 +172,18 @@ def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
     lower = assistant.lower()
     if not lower.isascii():
         lower = lower.replace("’", "'")
-    if len(lower) != len(assistant) or not _has_needle(lower) or not _FIRST.search(lower):
+    if len(lower) != len(assistant) or not _may_hold(lower):
         return None
     own = _QUOTED.sub(lambda match: "\x00" * len(match.group()), lower)
+    # rules look around the places where the assistant speaks of itself: they are slow on a whole answer
+    around = [
+        (max(0, match.start() - _BEFORE), match.end() + _AFTER) for gate in _GATES for match in gate.finditer(own)
+    ]
     found = [
-        (match.start(), match.end(), name) for name, pattern in _PATTERNS.items() if (match := pattern.search(own))
+        (match.start(), match.end(), name)
+        for name, pattern in _PATTERNS.items()
+        for window in around
+        if (match := pattern.search(own, *window))
     ]
     if not found:
         return None
@@ -188,17 +197,20 @@ def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
     return name, start, end
 
 
-def _has_needle(text: str) -> bool:
+def _may_hold(text: str) -> bool:
     # loops, because a generator costs more than the search
-    for needle in NEEDLES:
-        if needle in text:
+    if not text.startswith("i "):
+        for needle in SELF:
+            if needle in text:
+                break
+        else:
+            return False
+    for topic in TOPICS:
+        if topic in text:
             break
     else:
         return False
-    for topic in TOPICS:  # noqa: SIM110
-        if topic in text:
-            return True
-    return False
+    return any(gate.search(text) for gate in _GATES)
 
 
 def first_refusal(roles: Sequence[str], texts: Sequence[str]) -> tuple[int, str, int, int] | None:

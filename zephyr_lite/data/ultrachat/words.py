@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _INVERSE = pow(_BASE, -1, 2**64)
@@ -37,7 +36,7 @@ class Words:
         hashes: uint64 [words].
         offsets: int64 [texts + 1]: text i has the words offsets[i]:offsets[i + 1].
         starts, ends: int64 [words]: where each word lies in ``data``.
-        data: the texts' UTF-8 bytes, one after the other; signs outside of ASCII are spaces.
+        data: the texts' UTF-8 bytes, a line each; signs outside of ASCII are spaces.
     """
 
     hashes: np.ndarray
@@ -54,19 +53,12 @@ class Words:
 def words_of(texts: Sequence[str]) -> Words:
     """Split texts into words and hash them; case, punctuation and white space make no difference."""
     plain = [text if text.isascii() else text.translate(_SIGNS) for text in texts]
-    array = pa.array(plain, pa.large_string())
-    _, offsets_buffer, data_buffer = array.buffers()
-    bounds = np.frombuffer(offsets_buffer, np.int64)[: len(plain) + 1]
-    data = np.frombuffer(data_buffer, np.uint8) if data_buffer is not None else np.zeros(0, np.uint8)
-    data = data[: bounds[-1]]
-    if not len(data):
-        return Words(*(np.zeros(size, kind) for size, kind in ((0, np.uint64), (len(plain) + 1, np.int64))),
-                     *(np.zeros(0, np.int64),) * 2, data)  # fmt: skip
+    sizes = [len(text) if text.isascii() else len(text.encode()) for text in plain]
+    data = np.frombuffer(("\n" + "\n".join(plain) + "\n").encode(), np.uint8)
+    bounds = np.cumsum([1, *(size + 1 for size in sizes)])
     inside = _IS_WORD[data]
-    fresh = np.zeros(len(data) + 1, bool)  # where a text begins, a word does not go on
-    fresh[bounds] = True
-    starts = np.flatnonzero(inside & (fresh[:-1] | ~np.concatenate(([False], inside[:-1]))))
-    ends = np.flatnonzero(inside & (fresh[1:] | ~np.concatenate((inside[1:], [False])))) + 1
+    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1  # a word does not go over the line between two texts
+    starts, ends = edges[::2], edges[1::2]
     hashes = np.empty(len(starts), np.uint64)
     # a piece at a time: its tables and sums fit into the processor's cache
     pieces = np.searchsorted(starts, np.arange(0, len(data) + _PIECE, _PIECE))
