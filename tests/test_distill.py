@@ -346,6 +346,19 @@ def test_seeds_are_shown_as_examples(tmp_path: Path) -> None:
     assert all(len(set(texts)) == 2 for texts in shown) and {text for texts in shown for text in texts} == set(seeds)
 
 
+def test_a_seed_handed_back_is_no_opening(tmp_path: Path) -> None:
+    seeds = ["How do tides come about, and why twice a day?", "Write a letter to a baker who is always late."]
+
+    def copying(seen: Seen) -> Act:
+        copies = role_of(seen) == "opening" and "clocks" in seen.question and "asked already" not in seen.question
+        return ok(seeds[1]) if copies else teacher(seen)
+
+    with ChatServer(copying) as server:
+        result = run(tmp_path, server.url, **{"seeds.path": seeds_file(tmp_path, seeds)})
+    assert result.made == 12 and result.turned_down == {NEAR: 4}
+    assert not {row["prompt"] for row in rows_of(result)} & set(seeds)
+
+
 def test_seeds_as_openings(tmp_path: Path) -> None:
     seeds = [
         "How do tides come about, and why twice a day?",
@@ -423,6 +436,10 @@ def test_a_budget_is_kept_and_a_larger_one_goes_on(tmp_path: Path) -> None:
         before = (part.out / "train_sft.jsonl").read_bytes()
         assert run(tmp_path, server.url, **limits).made == part.made and len(server.seen) == 60
         assert (part.out / "train_sft.jsonl").read_bytes() == before
+        # enough for every dialogue to begin, not for all to end
+        most = run(tmp_path, server.url, "most", count=3, **{"budget.requests": 11})
+        assert (most.made, most.unreached, most.rounds) == (3, 0, {2: 2, 1: 1}) and "1 are shorter" in most.lines()[-1]
+        del server.seen[60:]
         result = run(tmp_path, server.url, count=24, **{"budget.requests": 500})
         assert len(server.seen) == 24 * 4
     assert (result.out / "train_sft.jsonl").read_bytes() == (whole.out / "train_sft.jsonl").read_bytes()

@@ -8,6 +8,7 @@ import io
 import json
 import random
 from collections import Counter
+from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from rich.console import Console as RichConsole
 
 from zephyr_lite.config import shipped_configs
 from zephyr_lite.endpoints.budget import Totals
-from zephyr_lite.endpoints.types import EndpointSpec
+from zephyr_lite.endpoints.types import BudgetSpent, EndpointSpec, RequestFailed
 from zephyr_lite.errors import UserError
 from zephyr_lite.feedback.draw import draw_slots, read_principles
 from zephyr_lite.feedback.files import Spool, claim, line_of, lines_aside
@@ -30,6 +31,7 @@ from zephyr_lite.feedback.judge import (
 from zephyr_lite.feedback.meter import Meter
 from zephyr_lite.feedback.pool import Turns, in_order
 from zephyr_lite.feedback.prompts import read_prompts
+from zephyr_lite.feedback.rate import together
 from zephyr_lite.feedback.specs import (
     DistillConfig,
     FeedbackConfig,
@@ -378,6 +380,31 @@ def test_an_error_ends_the_others_and_does_not_wait_for_a_slow_first() -> None:
     with pytest.raises(UserError, match="broken"):
         asyncio.run(asyncio.wait_for(collect(), 5))
     assert sorted(ended) == [0, 1, 2, 3]
+
+
+def test_together_waits_for_failures_but_not_for_what_is_hopeless() -> None:
+    ended: list[str] = []
+
+    async def one(seconds: float, error: Exception | None = None) -> str:
+        try:
+            await asyncio.sleep(seconds)
+            if error is not None:
+                raise error
+            return "there"
+        finally:
+            ended.append(type(error).__name__)
+
+    async def some(*work: Awaitable[str]) -> list[str | RequestFailed]:
+        return await asyncio.wait_for(together(work), 5)
+
+    failed = RequestFailed("no", "HTTP 400")
+    assert asyncio.run(some(one(0.02), one(0, failed))) == ["there", failed]
+    with pytest.raises(BudgetSpent):
+        asyncio.run(some(one(0, BudgetSpent("spent")), one(0.02), one(0, failed)))
+    ended.clear()
+    with pytest.raises(UserError, match="wrong key"):
+        asyncio.run(some(one(30), one(0, BudgetSpent("spent")), one(0.01, UserError("wrong key"))))
+    assert sorted(ended) == ["BudgetSpent", "NoneType", "UserError"]
 
 
 def test_turns_pass_over_what_was_done_early() -> None:

@@ -40,6 +40,10 @@ def distill(
     seeds: Annotated[
         str | None, typer.Option("--seeds", help="Prompts shown as examples: a file, folder or hub id.")
     ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Of the seeds, where there are several.")] = None,
+    column: Annotated[
+        str | None, typer.Option("--column", help="The column of the seeds that holds the prompt.")
+    ] = None,
     openings: Annotated[
         From | None,
         typer.Option("--openings", help="seeds: each seed is the first question of a dialogue; no grid [grid]."),
@@ -73,6 +77,8 @@ def distill(
             "rounds": rounds,
             "grid": None if grid is None else str(grid),
             "seeds.path": seeds,
+            "seeds.split": split,
+            "seeds.column": column,
             "openings": None if openings is None else openings.value,
             "similarity": similarity,
             "tries": tries,

@@ -34,8 +34,9 @@ from .specs import DistillConfig
 
 COMMAND = "distill"
 TRAIN, TEST, REPORT = "train_sft.jsonl", "test_sft.jsonl", "report.json"
-NEAR = "too near to an earlier opening"
+NEAR = "too near to an earlier opening or to a seed"
 NO_ANSWER = "no first answer"
+BUDGET = "the budget"
 _EXAMPLES = 5  # of near-duplicates, in the report
 
 
@@ -110,9 +111,9 @@ class Distilled:
         for title, counts in (("openings turned down", self.turned_down), ("ended early", self.ended)):
             if counts:
                 result.append(f"{title}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common()))
-        if self.unreached:
+        if self.why:
             result.append(
-                f"{self.unreached:,} dialogues are not there: {self.why} "
+                f"{self.unreached:,} dialogues are not there, {self.ended[BUDGET]:,} are shorter: {self.why} "
                 "The same command with a larger budget goes on; what the journal holds is not asked again."
             )
         return result
@@ -190,6 +191,9 @@ class Passes:
     def __init__(self, desk: Desk, config: DistillConfig, result: Distilled, meter: Meter, spool: Spool) -> None:
         self.desk, self.config, self.result, self.meter, self.spool = desk, config, result, meter, spool
         self.taken = Openings(config.similarity)
+        if result.seeds is not None and config.openings == "grid":
+            for prompt in result.seeds.prompts:  # an example handed back is no opening
+                self.taken.take(prompt.text)
         self.avoid: dict[int, str] = {}  # the opening that a number's last one was too near to
         ends = config.endpoints().values()
         # a number waits for those before it: twice as many as can be asked at once
@@ -297,7 +301,7 @@ class Passes:
         self.spool.put(number, row)
         self.result.rounds[dialogue.rounds] += 1
         if dialogue.ended:
-            self.result.ended["the budget" if dialogue.by_budget else dialogue.ended] += 1
+            self.result.ended[BUDGET if dialogue.by_budget else dialogue.ended] += 1
         self.meter.advance()
 
 

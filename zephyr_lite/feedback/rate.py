@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from .judge import (
     parse_ratings,
     shown_order,
 )
+from .pool import cancel
 from .prompts import Prompt
 from .specs import FeedbackConfig
 
@@ -110,13 +111,27 @@ async def rate_prompt(
     }
 
 
-async def together(work: Any) -> list[Any]:
-    """All at once; what failed by itself stands in its place. Everything has ended when this returns or raises."""
-    found = await asyncio.gather(*work, return_exceptions=True)
-    errors = [one for one in found if isinstance(one, BaseException) and not isinstance(one, RequestFailed)]
-    # a budget that is spent is the least that can have happened
-    for error in sorted(errors, key=lambda error: isinstance(error, BudgetSpent)):
-        raise error
+async def together(work: Iterable[Awaitable[T]]) -> list[T | RequestFailed]:
+    """All at once; what failed by itself stands in its place. Everything has ended when this returns or raises.
+
+    Raises:
+        BudgetSpent: of any, when all have ended. Any other error at once: the rest is cancelled.
+    """
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        running = set(tasks)
+        while running:
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                error = task.exception()
+                if error is not None and not isinstance(error, (RequestFailed, BudgetSpent)):
+                    raise error
+    finally:
+        await cancel(task for task in tasks if not task.done())
+    found: list[T | RequestFailed] = []
+    for task in tasks:
+        error = task.exception()
+        found.append(error if isinstance(error, RequestFailed) else task.result())
     return found
 
 
