@@ -129,6 +129,7 @@ class Line:
     def counted(self, answer: Answer, question: Question) -> Record:
         """A reply's record. Where the server counted nothing, the bound stands for it."""
         self.answers += 1
+        self.pace.answered()
         self._failed_in_a_row = 0
         prompt, completion = most_prompt_tokens(question.messages), question.max_tokens
         known = answer.prompt_tokens is not None and answer.completion_tokens is not None

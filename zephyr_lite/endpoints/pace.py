@@ -9,6 +9,7 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 LONGEST_BACK_OFF = 60.0  # seconds
+LONGEST_SLOWING = 5.0  # seconds between two requests
 
 
 class Pace:
@@ -24,6 +25,9 @@ class Pace:
         self.slots = asyncio.Semaphore(concurrency)
         self.back_off = back_off
         self._space = 60.0 / requests_per_minute if requests_per_minute else 0.0
+        self._first_slowing = back_off / concurrency
+        self._slowing = 0.0  # more space, where the endpoint has said that it has too much to do
+        self._paused_until = 0.0
         self._next = 0.0  # when the next request may leave, on the monotonic clock
 
     def delay(self) -> float:
@@ -32,11 +36,20 @@ class Pace:
 
     def leave(self) -> None:
         """A request leaves."""
-        self._next = time.monotonic() + self._space
+        self._next = time.monotonic() + self._space + self._slowing
 
     def pause(self, seconds: float) -> None:
-        """Nobody asks for so long: the server has said that it has too much to do."""
-        self._next = max(self._next, time.monotonic() + seconds)
+        """Nobody asks for so long: the server has too much to do. Afterwards those who waited do not come all at once:
+        they leave further apart, twice as far each time that it happens again, until answers come."""
+        now = time.monotonic()
+        if now >= self._paused_until:  # not one of several that were turned away together
+            self._slowing = min(LONGEST_SLOWING, max(2 * self._slowing, self._first_slowing))
+        self._paused_until = max(self._paused_until, now + seconds)
+        self._next = max(self._next, self._paused_until)
+
+    def answered(self) -> None:
+        """An answer came: a little faster again."""
+        self._slowing = 0.8 * self._slowing if self._slowing > 1e-3 else 0.0
 
     def wait_after(self, tries: int) -> float:
         """Seconds to wait after the n-th failed try: exponential, and not the same for all who failed together."""
