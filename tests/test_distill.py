@@ -19,7 +19,7 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.feedback.distill import NEAR, Distilled, plan_distill, run_distill
 from zephyr_lite.feedback.estimate import distill_bounds
 from zephyr_lite.feedback.grid import read_grid, spread
-from zephyr_lite.feedback.grow import NotUsable, read_message
+from zephyr_lite.feedback.grow import NotUsable, read_message, repeats
 from zephyr_lite.feedback.near import Openings
 from zephyr_lite.feedback.prompts import read_prompts
 from zephyr_lite.feedback.specs import DistillConfig, load_settings
@@ -102,6 +102,14 @@ def test_a_message_is_taken_out_of_what_stands_around_it(text: str, message: str
 def test_what_is_no_message(text: str) -> None:
     with pytest.raises(NotUsable):
         read_message(text)
+
+
+def test_what_repeats_a_turn() -> None:
+    turn = "Tides come from the pull of the moon and the sun, and from the turning of the earth below the water."
+    assert repeats("the pull of the moon and the sun, and the turning of the earth", turn)
+    assert repeats(turn.upper(), turn) and repeats("Yes.", "yes.")
+    assert not repeats("Yes.", turn) and not repeats("the moon and the sun", turn)
+    assert not repeats("You say they come from the pull of the moon. Why are there two tides a day and not one?", turn)
 
 
 def test_near_duplicates() -> None:
@@ -303,6 +311,16 @@ def test_a_question_that_repeats_a_turn_ends_a_dialogue(tmp_path: Path) -> None:
     with ChatServer(parrot) as server:
         result = run(tmp_path, server.url)
     assert result.ended == {"a message that repeats an earlier turn": 12} and result.rounds == {1: 12}
+
+
+def test_instructions_handed_back_are_no_message(tmp_path: Path) -> None:
+    def naive(seen: Seen) -> Act:
+        told = seen.body["messages"][0]["content"] if seen.number % 2 else seen.question[-200:]
+        return teacher(seen) if role_of(seen) == "answer" or "clocks" not in seen.question else ok(f"I see. {told}")
+
+    with ChatServer(naive) as server:
+        result = run(tmp_path, server.url, tries=2)
+    assert result.turned_down == {"a message that hands its instructions back": 8} and result.made == 8
 
 
 def test_a_dialogue_without_a_first_answer_begins_anew(tmp_path: Path) -> None:

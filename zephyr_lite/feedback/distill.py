@@ -277,10 +277,9 @@ class Passes:
             chosen = rng.sample(seeds.prompts, min(self.config.examples, len(seeds.prompts)))
             examples = [prompt.text for prompt in chosen]
         user = self.config.endpoints()[self._user]
-        request = opening_request(
-            user, self.result.grid, number, attempt, self.config.seed, examples, self.avoid.get(number)
-        )
-        return await ask_message(self.desk, request)
+        avoid = self.avoid.get(number)
+        request = opening_request(user, self.result.grid, number, attempt, self.config.seed, examples, avoid)
+        return await ask_message(self.desk, request, quoted=[*examples, *([] if avoid is None else [avoid])])
 
     def _too_near(self, number: int, opening: str, earlier: str) -> _Outcome:
         if len(self.result.near) < _EXAMPLES:

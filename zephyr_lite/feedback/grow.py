@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ..endpoints.types import BudgetSpent, Desk, EndpointSpec, Message, Request, RequestFailed
 from .draw import seed_of
 from .grid import Cell, Grid
+from .near import shingles
 
 QUESTION_TOKENS = 512  # of a user's message, at most
 MOST_CHARACTERS = 6000
@@ -26,6 +27,9 @@ _LABEL = re.compile(r"^\W{0,3}(?:user|human|message|prompt|question)\W{0,3}:\W{0
 _PREAMBLE = re.compile(
     r"^(?:sure|certainly|of course|okay|ok|here(?:'s| is| are)?)\b[^\n]{0,120}:\s*\n+", re.IGNORECASE
 )
+_WORD = re.compile(r"\w+")
+_RUN = 8  # words in a row that are no coincidence
+_PART = 0.8  # of a message's words and pairs of words, found in an earlier turn
 _QUOTES = {'"': '"', "“": "”", "«": "»", "„": "“", "'": "'"}
 
 
@@ -163,12 +167,29 @@ def read_message(text: str) -> str:
     return text
 
 
-async def ask_message(desk: Desk, request: Request) -> str:
-    """Raises NotUsable, RequestFailed, BudgetSpent."""
+async def ask_message(desk: Desk, request: Request, quoted: Sequence[str] = (), turns: Sequence[Message] = ()) -> str:
+    """The message in the reply to a request.
+
+    Args:
+        quoted: what the request shows of other texts (examples); whether the message is too near to one is not seen here.
+        turns: the dialogue so far: the message may quote it, but not repeat it. The rest of what the request says is
+            instruction, of which no eight words may stand in a message.
+
+    Raises:
+        NotUsable, RequestFailed, BudgetSpent.
+    """
     reply = await desk.ask(request)
     if reply.finish_reason == "length":
         raise NotUsable("a message cut at max_tokens")
-    return read_message(reply.text)
+    text = read_message(reply.text)
+    asked = "\n".join(message["content"] for message in request.messages)
+    if any(repeats(text, turn["content"]) for turn in turns):
+        raise NotUsable("a message that repeats an earlier turn")
+    for shown in (*quoted, *(turn["content"] for turn in turns)):
+        asked = asked.replace(shown, "\n")
+    if runs(text) & runs(asked):
+        raise NotUsable("a message that hands its instructions back")
+    return text
 
 
 async def ask_answer(desk: Desk, request: Request) -> str:
@@ -206,9 +227,8 @@ async def grow(
             dialogue.messages = [*turns, {"content": answer, "role": "assistant"}]
             if dialogue.rounds == rounds:
                 return dialogue
-            question = await ask_message(desk, follow_up_request(user, grid, number, attempt, dialogue.messages, seed))
-            if any(_same(question, turn["content"]) for turn in dialogue.messages):
-                raise NotUsable("a message that repeats an earlier turn")
+            request = follow_up_request(user, grid, number, attempt, dialogue.messages, seed)
+            question = await ask_message(desk, request, turns=dialogue.messages)
     except BudgetSpent as spent:
         dialogue.ended, dialogue.by_budget = str(spent), True
     except RequestFailed as failed:
@@ -218,5 +238,15 @@ async def grow(
     return dialogue
 
 
-def _same(a: str, b: str) -> bool:
-    return "".join(a.lower().split()) == "".join(b.lower().split())
+def runs(text: str) -> set[tuple[str, ...]]:
+    """Every eight words that follow each other, without case."""
+    words = _WORD.findall(text.lower())
+    return {tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)}
+
+
+def repeats(text: str, turn: str) -> bool:
+    """Whether a message is an earlier turn, or hardly more than a part of one."""
+    if "".join(text.lower().split()) == "".join(turn.lower().split()):
+        return True
+    mine, its = shingles(text), shingles(turn)
+    return len(mine) >= 2 * _RUN and len(mine & its) >= _PART * len(mine)
