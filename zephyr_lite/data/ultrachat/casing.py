@@ -99,7 +99,7 @@ def _start_rule(text: str, gap: str, first: bool, before: str, start: int, end: 
             return "after_title"
         if len(before) == 1 and _MARKER_BEFORE.search(text, max(0, start - 12), start - len(gap) - 1):
             return "list_item"
-        if before in ABBREVIATIONS or _is_dotted(before):
+        if before in ABBREVIATIONS or _is_dotted(before, text, start - len(gap) - 1):
             return None
     if close[:1] in ('"', "”", "’", "'"):
         if mark != "." and word in _SAID:
@@ -118,9 +118,13 @@ def _is_sentence(text: str, start: int) -> bool:
     return line.count(" ") >= 3 or ":" in line or line.rstrip()[-1:] in (".", "!", "?")
 
 
-def _is_dotted(before: str) -> bool:
-    """A single letter: an initial, or the end of "U.S." or "p.m."; but "so do I." ends a sentence."""
-    return len(before) == 1 and before != "i"
+def _is_dotted(before: str, text: str, at: int) -> bool:
+    """A letter that stands alone: an initial, or the end of "U.S." or "p.m."; but "so do I." ends a sentence.
+
+    Args:
+        before: the word before the dot, which stands at ``at``.
+    """
+    return len(before) == 1 and before != "i" and (at == 0 or text[at - 1] in " .\n\t(\"“'‘[*")
 
 
 def _lone_i(text: str, start: int) -> bool:

@@ -57,7 +57,7 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("a < b and c > d",),
     ),
     "url": (
-        r"(?:[a-z][a-z0-9+.-]*://|www\.)[^\s<>\"”]+|\b(?:[a-z0-9-]++\.)+(?:com|org|net|io|edu|gov|co|uk|de|ai|info|dev)\b(?:/[^\s<>\"”]*)?",
+        r"(?:[a-z][a-z0-9+.-]*://|www\.)[^\s<>\"”]*[^\s<>\"”.,;:!?)\]}'*]|\b(?:[a-z0-9-]++\.)+(?:com|org|net|io|edu|gov|co|uk|de|ai|info|dev)\b(?:/(?:[^\s<>\"”]*[^\s<>\"”.,;:!?)\]}'*])?)?",
         "an address on the web, with or without its scheme",
         ("See https://example.com/paris?i=1 now", "at www.london.org", "on wikipedia.org or bbc.co.uk/news"),
         ("I came. com is nothing.", "the end.then"),
