@@ -14,6 +14,7 @@ from zephyr_lite import cli
 from zephyr_lite.config import DatasetSpec
 from zephyr_lite.data.opening import open_source
 from zephyr_lite.data.pairs import SCHEMA, make_pairs
+from zephyr_lite.data.questions import read_questions
 from zephyr_lite.data.sources import load_rows
 from zephyr_lite.data.writing import write_split
 from zephyr_lite.errors import UserError
@@ -186,6 +187,27 @@ def test_excluded_questions_come_from_any_file(tmp_path, name, content):
     named = str(path.parent if "/" in name else path)
     report = make_pairs([str(source)], tmp_path / "out", exclude=[named], test=0)
     assert [place.split()[-1] for place in report.dropped["is an excluded question"]] == ["4", "6"]
+
+
+def test_splits_of_an_excluded_set_are_named_after_a_colon(tmp_path, monkeypatch):
+    asked = []
+
+    def hub(spec: DatasetSpec):
+        asked.append((spec.path, spec.name, spec.split))
+        return datasets.Dataset.from_dict({"question": ["Who is it?"]}), spec.path
+
+    monkeypatch.setattr("zephyr_lite.data.questions.open_source", hub)
+    for name in ("a/b", "a/b:test", "truthfulqa/truthful_qa:generation:validation"):
+        assert read_questions(name) == ["Who is it?"]
+    assert asked == [("a/b", None, None), ("a/b", None, "test"), ("truthfulqa/truthful_qa", "generation", "validation")]
+    # a folder's split, too
+    monkeypatch.undo()
+    for split in ("test", "validation"):
+        write(tmp_path / "set" / f"{split}.jsonl", [{"question": f"What is {split}?"}])
+    assert read_questions(f"{tmp_path / 'set'}:test") == ["What is test?"]
+    for wrong in ("a/b:", "a:b:c:d", ":test"):
+        with pytest.raises(UserError, match="ID:SPLIT"):
+            read_questions(wrong)
 
 
 def test_bad_rows_are_dropped_with_their_places(invoke, tmp_path):

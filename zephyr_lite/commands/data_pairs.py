@@ -69,7 +69,10 @@ def pairs(
     ] = SystemPrompt.omit,
     exclude: Annotated[
         list[str] | None,
-        typer.Option("--exclude", help="A file or hub id of questions that must not be trained on; again for more."),
+        typer.Option(
+            "--exclude",
+            help="Questions that must not be trained on: a file or hub id (ID, ID:SPLIT, ID:NAME:SPLIT); again for more.",
+        ),
     ] = None,
     test: Annotated[
         float | None, typer.Option("--test", help="Pairs to hold out: a number, or a share [2000, at most 5 %].")

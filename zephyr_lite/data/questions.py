@@ -67,8 +67,9 @@ def read_questions(name: str) -> list[str]:
     """The questions of a file or of a data set on the hub.
 
     Args:
-        name: a text file with one a line; or JSONL, JSON, CSV, Parquet, a folder or a hub id (NAME:SPLIT for one of
-            several splits) with a column question, instruction, prompt, turns or text.
+        name: a text file with one a line; or JSONL, JSON, CSV, Parquet, a folder or a hub id with a column question,
+            instruction, prompt, turns or text. One of several splits is named ID:SPLIT, in one of several configurations
+            ID:NAME:SPLIT (truthfulqa/truthful_qa:generation:validation).
 
     Raises:
         UserError: it cannot be read, or has no such column or no question.
@@ -82,12 +83,18 @@ def read_questions(name: str) -> list[str]:
         except OSError as error:
             raise UserError(f"{name}: {error.strerror}.", f"The working directory is {Path.cwd()}.") from None
     else:
-        source, _, split = (name, "", "") if path.exists() else name.partition(":")
-        rows, _ = open_source(DatasetSpec(path=source, split=split or None))
+        rows, _ = open_source(DatasetSpec(path=name) if path.exists() else _spec(name))
         found = _column(rows, name)
     if not any(_words(text) for text in found):
         raise UserError(f"{name}: no question in it.")
     return found
+
+
+def _spec(name: str) -> DatasetSpec:
+    source, *rest = name.split(":")
+    if len(rest) > 2 or not all([source, *rest]):
+        raise UserError(f"{name}: is neither a path nor ID, ID:SPLIT or ID:NAME:SPLIT.")
+    return DatasetSpec(path=source, split=rest[-1] if rest else None, name=rest[0] if len(rest) == 2 else None)
 
 
 def _column(rows: datasets.Dataset, name: str) -> list[str]:
