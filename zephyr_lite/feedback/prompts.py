@@ -19,6 +19,7 @@ from .specs import PromptsSpec
 
 # columns that hold a prompt, the surest first; "data" is raw UltraChat's, "turns" MT-Bench's
 COLUMNS = ("prompt", "instruction", "messages", "conversations", "data", "question", "turns", "text")
+_BESIDE = ("input", "source", "correct_answers", "incorrect_answers")
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,12 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
         UserError: nothing of the kind is there, no column holds prompts, or no row can be used.
     """
     if Path(spec.path).expanduser().is_file() and Path(spec.path).suffix.lower() == ".txt":
-        rows, label, column = _text_lines(spec), spec.path, "text"
+        rows, label, column, columns = _text_lines(spec), spec.path, "text", []
     else:
         rows, label = _open(spec)
-        column = _column(spec, list(rows.column_names), label)
+        columns = list(rows.column_names)
+        column = _column(spec, columns, label)
+        rows = rows.select_columns([name for name in columns if name in (column, *_BESIDE)])  # the rest may be large
     if len(rows) == 0:
         raise UserError(f"{label}: empty; there is no prompt in it.")
     numbers = np.arange(len(rows))
@@ -105,7 +108,9 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
             )
         )
     if not found.prompts:
-        raise UserError(f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped)}.", _column_hint(rows))
+        raise UserError(
+            f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped)}.", _column_hint(columns)
+        )
     return found
 
 
@@ -134,9 +139,8 @@ def _column(spec: PromptsSpec, columns: list[str], label: str) -> str:
     return column
 
 
-def _column_hint(rows: Any) -> str:
-    names = getattr(rows, "column_names", None)
-    return f"Another column may hold them: --column NAME, one of {', '.join(names)}." if names else ""
+def _column_hint(columns: list[str]) -> str:
+    return f"Another column may hold them: --column NAME, one of {', '.join(columns)}." if columns else ""
 
 
 def _prompt_of(row: Mapping[str, Any], column: str) -> str:
