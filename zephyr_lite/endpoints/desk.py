@@ -154,12 +154,15 @@ class DeskImpl:
                     outcome = await self._try(key, digest, question, line, patience)
                 if isinstance(outcome, Reply):
                     return outcome
+                fault, strikes = outcome
                 if self._closing or digest not in self._waiters:
                     raise asyncio.CancelledError
-                await line.wait(outcome, patience.strikes)
+                await line.wait(fault, strikes)
 
-    async def _try(self, key: str, digest: str, question: Question, line: Line, patience: Patience) -> Reply | Fault:
-        """Raises what ends the request; returns a fault after which it is tried again."""
+    async def _try(
+        self, key: str, digest: str, question: Question, line: Line, patience: Patience
+    ) -> Reply | tuple[Fault, int]:
+        """Raises what ends the request; returns a fault after which it is tried again, and its number."""
         prompt, completion = await self._leave(question, line)
         self._last_id += 1
         head: Record = {"id": self._last_id, "digest": digest, "key": key, "endpoint": line.spec.name}
@@ -169,11 +172,9 @@ class DeskImpl:
             await self._record({"event": "sent", **head, **most})
             answer = await line.endpoint.ask(question)
         except Fault as fault:
-            final = None
+            strikes, final = patience.strike(fault, line), None
             if not self._closing:
-                final = line.judge(
-                    fault, patience.strike(fault, line), self._longest_wait, digest in self._failed_before
-                )
+                final = line.judge(fault, strikes, self._longest_wait, digest in self._failed_before)
             nothing = {"tokens": 0, "dollars": 0.0}
             told = {"reason": fault.reason, "detail": fault.detail, "sent": fault.sent, "final": final is not None}
             await self._record({"event": "failed", **head, **told, **(most if fault.charged else nothing)})
@@ -181,7 +182,7 @@ class DeskImpl:
                 if isinstance(final, RequestFailed):
                     raise RequestFailed(f"{key}: {final}", final.reason) from None
                 raise final from None
-            return fault
+            return fault, strikes
         else:
             record = {"event": "reply", **head, **line.counted(answer, question)}
             await self._record(record)

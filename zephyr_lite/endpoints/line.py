@@ -19,18 +19,21 @@ FAILURES_IN_A_ROW = 8
 class Patience:
     """One request's: how many tries have failed.
 
-    Who is turned away while others are answered is not counted out: the endpoint works, and is busy.
+    Being turned away (429, 503) says nothing of the request, and is counted apart: only what happens in a row, while
+    nobody else is answered either.
     """
 
     def __init__(self) -> None:
-        self.strikes = 0
-        self._answers = 0
+        self._failed = self._turned_away = self._answers = 0
 
     def strike(self, fault: Fault, line: Line) -> int:
-        """A try has failed; which one it was."""
-        self.strikes = 1 if fault.busy and line.answers > self._answers else self.strikes + 1
+        """A try has failed; which one of its kind it was."""
+        if not fault.busy:
+            self._failed += 1
+            return self._failed
+        self._turned_away = 1 if line.answers > self._answers else self._turned_away + 1
         self._answers = line.answers
-        return self.strikes
+        return self._turned_away
 
 
 class Line:
@@ -79,7 +82,7 @@ class Line:
         """What ends the request, or None where another try may help.
 
         Args:
-            strikes: tries that failed, this one among them.
+            strikes: tries that failed in this way, this one among them (``Patience``).
             failed_before: the request was given up in an earlier session: it says nothing new about the endpoint, and
                 a job that goes on would otherwise stumble over the same ones each time.
         """
@@ -118,7 +121,7 @@ class Line:
         """Before the next try."""
         if fault.other_way:
             return
-        wait = self.pace.wait_after(max(1, strikes))
+        wait = self.pace.wait_after(strikes)
         if fault.wait is not None:
             wait = fault.wait + wait * 0.1  # never before the time that it named, and not all at once
         if fault.busy:
