@@ -29,7 +29,7 @@ TRUTHFUL_QA = "truthful_qa"
 _WRONG_OVERALL, _RIGHT_OVERALL, _LOW_MEAN, _HIGH_MEAN = 10.0, 1.0, 2.0, 4.0
 _CORRECTED = "fine-grained_score"
 _RATINGS, _OVERALLS = (1.0, 5.0), (0.0, 10.0)
-# means of thirds and quarters: 4⅔ − 3⅔ is not exactly 1
+# means of thirds and quarters: as floats, 4⅓ − 1 is less than 3⅓
 _ROUNDING = 1e-9
 
 # What is counted a completion, beside what becomes of its row.
