@@ -141,7 +141,9 @@ PASSING = {
     "HTTP 502": lambda: Act(502, b"<html>bad gateway</html>"),
     "HTTP 408": lambda: error(408),
     "reply is not JSON": not_json,
-    "reply holds no answer": lambda: answer_json({"error": {"message": "upstream", "code": 502}}),
+    "HTTP 529": lambda: error(529),
+    "HTTP 504": lambda: answer_json({"error": {"message": "upstream", "code": 504}}),  # in a 200, as gateways do
+    "reply holds no answer": lambda: answer_json({"error": {"message": "upstream", "code": "odd"}}),
     "connection broken": lambda: disconnect(0),
     "no reply in time": lambda: hang(),
 }
@@ -149,6 +151,7 @@ PASSING = {
 CHARGED = {
     "HTTP 500",
     "HTTP 502",
+    "HTTP 504",
     "reply is not JSON",
     "reply holds no answer",
     "connection broken",
@@ -273,6 +276,7 @@ def test_settings_that_a_server_does_not_know_are_asked_for_in_another_way(tmp_p
             answer_json({"error": {"message": "quota", "code": "insufficient_quota"}}, 429),
             "nothing is left to pay with",
         ),
+        (answer_json({"error": {"message": "bad key", "code": 401}}), "refuses the key (HTTP 401) and says: bad key"),
         (error(404, "model not found"), "no model m at"),
         (error(405), "no model m at"),
         (Act(308, headers={"Location": "https://elsewhere.example/v1"}), "redirects to https://elsewhere.example/v1"),

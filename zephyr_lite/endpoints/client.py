@@ -24,6 +24,7 @@ CONNECT = 10.0  # seconds
 KEEP_ALIVE = 2.5
 OLLAMA = 11434  # its port
 PASSING = {408, 425, 429}
+BUSY = {429, 503, 529}  # the last one is not in the standard, and used
 
 # At level DEBUG a server's headers would be logged, and a key that it echoes there.
 for _name in ("httpcore2.http11", "httpcore2.http2"):
@@ -126,6 +127,9 @@ class HttpEndpoint:
             body = json.loads(text)
         except (ValueError, RecursionError):
             body = None
+        inner = _code(body)
+        if status == 200 and isinstance(inner, int) and 400 <= inner < 600 and not body.get("choices"):
+            status = inner  # a gateway's answer that holds the refusal of the server behind it
         if not 200 <= status < 300:
             raise self._another_way(asked, status, body, text) or self._refusal(status, headers, body, text)
         answer = self._answer(body, text)
@@ -161,10 +165,11 @@ class HttpEndpoint:
             told = self._complaint(body, text)
             raise Fault("reply holds no answer", told, again=True, charged=True) from None
         prompt_tokens, completion_tokens = _usage(body.get("usage"), content)
-        if self._key is not None:
-            content = self._key.redact(content)
         reason = choice.get("finish_reason")
-        return Answer(content, reason if isinstance(reason, str) else "stop", prompt_tokens, completion_tokens)
+        reason = reason if isinstance(reason, str) else "stop"
+        if self._key is not None:
+            content, reason = self._key.redact(content), self._key.redact(reason)
+        return Answer(content, reason, prompt_tokens, completion_tokens)
 
     def _refusal(self, status: int, headers: dict[str, str], body: Any, text: str) -> Fault:
         told, where = self._complaint(body, text), f"endpoint {self.spec.name}"
@@ -197,7 +202,7 @@ class HttpEndpoint:
             return Fault(reason, told, again=False, hopeless=UserError(f"{where}: {what} (HTTP {status}){said}.", hint))
         if status < 500 and status not in PASSING:
             return Fault(reason, told, again=False)
-        busy = status in (429, 503)
+        busy = status in BUSY
         # a gateway that gives up (502, 504) or a server that breaks (500) may have generated before
         return Fault(reason, told, again=True, charged=status >= 500 and not busy, wait=retry_after(headers), busy=busy)
 
