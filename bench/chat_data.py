@@ -32,6 +32,7 @@ from zephyr_lite.errors import UserError
 # of the words of a copy so many are drawn anew from the corpus
 EXCHANGED = 0.3
 BROKEN, DUPLICATES = 0.05, 0.03
+LEAST = 30
 _WORD = re.compile(r"(?<=[a-z] )[a-z]{4,}(?= [a-z])")
 
 
@@ -135,7 +136,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     score, counted = measure(rows)
     result: dict[str, Any] = {"truecasing": {**score.table(), **counted}}
     texts = [[turn["content"] for turn in turns if turn["role"] != "system"] for turns in rows]
-    texts = [row for row in texts if len(row) > 1]
+    # short ones cannot be varied enough to be no duplicates
+    texts = [row for row in texts if len(row) > 1 and sum(len(_WORD.findall(text)) for text in row) >= LEAST] or texts
     sizes = [options.turns // options.growth, options.turns] if options.turns else []
     with tempfile.TemporaryDirectory(dir=options.dir) as work:
         for number, turns in enumerate(sizes):

@@ -221,7 +221,7 @@ def test_limits_and_switches(raw: Path, tmp_path: Path) -> None:
     assert {row["prompt"] for s in ("train_sft", "test_sft") for row in rows_of(tmp_path / "off", s)} >= {BROKEN[0]}
     limits = clean_chat(str(raw), tmp_path / "limits", Options(min_turns=4, min_words=40, max_words=500))
     assert limits.dropped["fewer than 4 turns"] == 3
-    with pytest.raises(UserError, match="no row is left of 60: .*shorter than 900 words"):
+    with pytest.raises(UserError, match=r"no row is left of 60: .*shorter than 900 words"):
         clean_chat(str(raw), tmp_path / "none", Options(min_words=900))
     assert not (tmp_path / "none").exists()
 
@@ -258,8 +258,9 @@ def test_evaluation_sets_in_all_formats(tmp_path: Path) -> None:
     )
     (tmp_path / "q.csv").write_text("question,label\nwhat is the capital of france NOW,1\n")
     (tmp_path / "q.txt").write_text(f"…\n{talk(2)[2]}\n")
-    datasets.Dataset.from_dict({"a": [[{"role": "user", "content": "nothing of this is anywhere in it"},
-                                       {"role": "assistant", "content": talk(1)[1]}]]}).to_parquet(tmp_path / "q.parquet")  # fmt: skip
+    turns = [("user", "nothing of this is anywhere in it"), ("assistant", talk(1)[1])]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    datasets.Dataset.from_dict({"a": [chat]}).to_parquet(tmp_path / "q.parquet")
     sets = tuple(str(tmp_path / f"q.{suffix}") for suffix in ("csv", "txt", "parquet"))
     report = clean_chat(str(source), tmp_path / "out", Options(decontaminate=sets, test=0))
     assert report.dropped == {f"overlaps with {sets[0]}": 1, f"overlaps with {sets[1]}": 1}

@@ -60,7 +60,7 @@ def test_no_other_refusal_rule_takes_a_negative_example(rule: Rule[tuple[str, st
         ("I ask on monday. he came in july.", "I ask on Monday. He came in July."),
         ("Privet. привет. как дела?", "Privet. привет. как дела?"),
         ("Das ist gut. und das ist nicht gut. i wo.", "Das ist gut. und das ist nicht gut. i wo."),
-        ("Use iPhone and eBay. they are the same as ios. macOS is it.", "Use iPhone and eBay. They are the same as ios. macOS is it."),
+        ("Use iPhone and eBay. they are the same. macOS is it.", "Use iPhone and eBay. They are the same. macOS is it."),
     ],
 )  # fmt: skip
 def test_restores(before: str, after: str) -> None:

@@ -57,7 +57,7 @@ _CASING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             "Wait… what?",
             '"Really?" he asked.',
             "It costs 3. 50 more.",
-            "See example.com/a. b is next to x_1.",
+            "See example.com/a.b is next to x_1.y too.",
             "Cats, dogs, etc. are pets.",
             "Inc. is short.",
             "Hello. How are you?",

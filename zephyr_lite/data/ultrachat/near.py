@@ -127,7 +127,9 @@ def equal_groups(keys: np.ndarray, alive: np.ndarray) -> Iterator[tuple[np.ndarr
     Yields:
         (rows int64, in groups and ascending within each; where each group begins int64), groups of two or more only.
     """
-    partitions = max(1, -(-len(keys) // PARTITION_ROWS))
+    if not len(keys):
+        return
+    partitions = -(-len(keys) // PARTITION_ROWS)
     for partition in range(partitions):
         picked = []
         for start in range(0, len(keys), PARTITION_ROWS):

@@ -30,8 +30,10 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         r"(?m:^(?:[ \t]{4,}|\t|[$>%] |>>> )?(?:"
         r"(?:(?:def|class|import|from|return|public|private|static|void|const|let|var|function|elif|#include|using|"
         r"package|SELECT|select|INSERT|insert)\b[^.!?\n]*(?:[(){};=]|\bimport\b|\bfrom\b)[^\n]*)"
-        r"|(?:import [\w.]+(?: as \w+)?)|(?:from [\w.]+ import [^\n]*)|(?:[^\n]*[;{}][ \t]*)|(?:[$][ ][^\n]+)|(?:[A-Za-z_][\w.\[\]]*[ ]?[-+*/]?=[ ]?[^=\n][^\n]*)"
-        r"|(?:(?:for|while|if|elif|else|try|except|with)\b[^.!?\n]*:[ \t]*)|(?://[^\n]*)|(?:(?:print|console\.log)\([^\n]*)"
+        r"|(?:import [\w.]+(?: as \w+)?)|(?:from [\w.]+ import [^\n]*)|(?:[^\n]*[;{}][ \t]*)|(?:[$][ ][^\n]+)|"
+        r"(?:[A-Za-z_][\w.\[\]]*[ ]?[-+*/]?=[ ]?[^=\n][^\n]*)"
+        r"|(?:(?:for|while|if|elif|else|try|except|with)\b[^.!?\n]*:[ \t]*)|(?://[^\n]*)|(?:(?:print|"
+        r"console\.log)\([^\n]*)"
         r")$)",
         "a line that is code without a fence",
         (
@@ -57,7 +59,8 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("a < b and c > d",),
     ),
     "url": (
-        r"(?:[a-z][a-z0-9+.-]*://|www\.)[^\s<>\"”]*[^\s<>\"”.,;:!?)\]}'*]|\b(?:[a-z0-9-]++\.)+(?:com|org|net|io|edu|gov|co|uk|de|ai|info|dev)\b(?:/(?:[^\s<>\"”]*[^\s<>\"”.,;:!?)\]}'*])?)?",
+        r"(?:[a-z][a-z0-9+.-]*://|www\.)[^\s<>\"”]*[^\s<>\"”.,;:!?)\]}'*]|\b(?:[a-z0-9-]++\.)+(?:com|org|net|io|"
+        r"edu|gov|co|uk|de|ai|info|dev)\b(?:/(?:[^\s<>\"”]*[^\s<>\"”.,;:!?)\]}'*])?)?",
         "an address on the web, with or without its scheme",
         ("See https://example.com/paris?i=1 now", "at www.london.org", "on wikipedia.org or bbc.co.uk/news"),
         ("I came. com is nothing.", "the end.then"),
@@ -81,7 +84,8 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("and/or", "he/she. they"),
     ),
     "file_name": (
-        r"\b[\w-]++\.(?:py|js|ts|jsx|tsx|json|jsonl|csv|txt|md|html?|css|xml|ya?ml|toml|ini|sh|bat|exe|dll|so|jar|java|"
+        r"\b[\w-]++\.(?:py|js|ts|jsx|tsx|json|jsonl|csv|txt|md|html?|css|xml|ya?ml|toml|ini|sh|bat|exe|dll|so|"
+        r"jar|java|"
         r"cpp|c|h|hpp|cs|go|rs|rb|php|sql|pdf|docx?|xlsx?|pptx?|png|jpe?g|gif|svg|mp[34]|wav|zip|tar|gz|log|cfg|conf|"
         r"ipynb|parquet)\b",
         "the name of a file",
@@ -108,7 +112,8 @@ _PATTERN = re.compile("|".join(f"(?P<{name}>{pattern})" for name, (pattern, *_) 
 # What may go over several lines is looked for in the whole text, the rest in lines that have a sign of it.
 _BLOCKS = re.compile("|".join(f"(?P<{name}>{_KINDS[name][0]})" for name in ("code_block", "formula")))
 _SIGN = re.compile(
-    r"[`~$<>@#\\_={};^|/\[.(+*:A-Z0-9-](?:(?<=[`~$<>@#\\_={};^|/\[])|(?<=\.)[A-Za-z]|(?<=\w\()|(?<=\()[A-Za-z]\W|(?<=[+*]) ?[A-Za-z]\b|"
+    r"[`~$<>@#\\_={};^|/\[.(+*:A-Z0-9-](?:(?<=[`~$<>@#\\_={};^|/\[])|(?<=\.)[A-Za-z]|(?<=\w\()|(?<=\()[A-Za-z]\W|"
+    r"(?<=[+*]) ?[A-Za-z]\b|"
     r"(?<=[-:])[-:>]|(?<=:)$|(?<=-)th\b|(?<=[a-z][A-Z0-9])|(?<=[a-z] [+*]))"
 )
 _CODE_START = re.compile(r"[ \t]{4}|\t|import |[ \t]*(?:def|class|return|print)\b")

@@ -22,16 +22,29 @@ _HAVE = (
     r"currently|personally))? (?:have|hold|possess|feel|experience|form|express)(?:ing)?|lack|"
     r"am (?:incapable of|not capable of) (?:having|feeling|holding|experiencing|forming|expressing)|have no)"
 )
-_ANY = r"(?: (?:any|the|a|the ability to (?:have|hold|feel|form|express)|the capacity (?:to have|for)|my own|real|actual|true|such|human|genuine|or express|and express))*"
+_ANY = (
+    r"(?: (?:any|the|a|the ability to (?:have|hold|feel|form|express)|the capacity (?:to have|for)|my own|real|"
+    r"actual|true|such|human|genuine|or express|and express))*"
+)
 # Where the assistant speaks in its own voice: a sentence begins, or a clause of its own.
-_VOICE = r"(?:^|(?<=[.!?:] )|(?<=[.!?:]\n)|(?<=\n)|(?<=, )|(?<=\bbut )|(?<=\bhowever )|(?<=\bas )|(?<=\bbecause )|(?<=\bsince )|(?<=\bthough )|(?<=\bthat ))"
-_AI = r"an? (?:\w+[ -]){0,2}?(?:ai|artificial intelligence|language model|chatbot|machine learning model|virtual assistant|digital assistant|computer program)"
-_AI += r"(?! (?:researcher|engineer|expert|developer|scientist|student|company|enthusiast|specialist|professional|artist)s?\b)"
+_VOICE = (
+    r"(?:^|(?<=[.!?:] )|(?<=[.!?:]\n)|(?<=\n)|(?<=, )|(?<=\bbut )|(?<=\bhowever )|(?<=\bas )|(?<=\bbecause )|"
+    r"(?<=\bsince )|(?<=\bthough )|(?<=\bthat ))"
+)
+_AI = (
+    r"an? (?:\w+[ -]){0,2}?(?:ai|artificial intelligence|language model|chatbot|machine learning model|"
+    r"virtual assistant|digital assistant|computer program)"
+)
+_AI += (
+    r"(?! (?:researcher|engineer|expert|developer|scientist|student|company|enthusiast|specialist|professional|"
+    r"artist)s?\b)"
+)
 
 # name: (pattern on lower-case text, what it is, positive, negative)
 _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] = {
     "as_an_ai": (
-        rf"{_VOICE}(?:(?:i'm |i am )?sorry,? (?:but )?)?(?:as|being|since i am|since i'm|because i am|because i'm) {_AI}[^.!?\n]{{0,60}}?,? "
+        rf"{_VOICE}(?:(?:i'm |i am )?sorry,? (?:but )?)?(?:as|being|since i am|since i'm|because i am|"
+        rf"because i'm) {_AI}[^.!?\n]{{0,60}}?,? "
         rf"(?:i|my)\b(?=[^\n]{{0,160}}?(?:n't\b|\b(?:not|cannot|no|unable|never|lack|neither|incapable|limited)\b))",
         'an answer that begins with what it is, and goes on with what it cannot: "As an AI language model, I don\'t …"',
         (
@@ -68,7 +81,8 @@ _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] 
         ),
     ),
     "no_opinions": (
-        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal )?(?:\w+ (?:or|and) )?(?:opinions?|beliefs?|preferences?|viewpoints?|"
+        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal )?(?:\w+ (?:or|and) )?(?:opinions?|beliefs?|"
+        rf"preferences?|viewpoints?|"
         r"biases|favou?rites?|political views?|tastes?)\b",
         '"I don\'t have opinions"',
         (
@@ -85,8 +99,10 @@ _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] 
         ),
     ),
     "no_experiences": (
-        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:(?:personal|first-?hand|real-life|lived|human|own|direct|physical) "
-        r"(?:\w+ (?:or|and) )?experiences?\b|(?:\w+ (?:or|and) )?experiences\b|(?:personal )?(?:memories\b|anecdotes?\b|a personal life\b|personal stories\b))(?! (?:in|with) (?:programming|python))",
+        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:(?:personal|first-?hand|real-life|lived|human|own|"
+        rf"direct|physical) "
+        r"(?:\w+ (?:or|and) )?experiences?\b|(?:\w+ (?:or|and) )?experiences\b|(?:personal )?(?:memories\b|"
+        r"anecdotes?\b|a personal life\b|personal stories\b))(?! (?:in|with) (?:programming|python))",
         '"I don\'t have personal experiences", before an answer to a plain question',
         (
             ("Have you been to Rome?", "I don't have personal experiences, but Rome is worth it."),
@@ -100,7 +116,8 @@ _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] 
         ),
     ),
     "cannot_as_machine": (
-        rf"{_VOICE}i(?:'m| am|’m) (?:just |only |simply |merely )?{_AI}[^.!?\n]{{0,50}}?(?:,? (?:and|so|but|which means)|;)[^.!?\n]{{0,40}}?"
+        rf"{_VOICE}i(?:'m| am|’m) (?:just |only |simply |merely )?{_AI}[^.!?\n]{{0,50}}?(?:,? (?:and|so|but|"
+        rf"which means)|;)[^.!?\n]{{0,40}}?"
         rf"\b(?:{_NOT}|have no|not able)\b",
         "\"I'm just an AI, so I can't …\"",
         (
@@ -114,7 +131,8 @@ _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] 
         ),
     ),
     "no_browsing": (
-        rf"{_VOICE}i(?:'m| am|’m)? ?(?:{_NOT}) (?:have (?:access to|the ability to (?:access|browse|search))|access|browse|search|provide|offer)"
+        rf"{_VOICE}i(?:'m| am|’m)? ?(?:{_NOT}) (?:have (?:access to|the ability to (?:access|browse|search))|"
+        rf"access|browse|search|provide|offer)"
         r"[^.!?\n]{0,30}?(?:real-?time|current|up-to-date|live|the internet|the web|browse)",
         '"I do not have access to real-time information"',
         (
@@ -136,7 +154,8 @@ TOPICS = (
 )  # fmt: skip
 # each begins with letters, which a search skips to quickly
 _DENIES = re.compile(
-    r"i(?<![a-z0-9]i)(?: (?:do not|don't|cannot|can't|never|lack|have no|am (?:unable|not|incapable|just|only|simply|an?))|"
+    r"i(?<![a-z0-9]i)(?: (?:do not|don't|cannot|can't|never|lack|have no|am (?:unable|not|incapable|just|only|"
+    r"simply|an?))|"
     r"'m (?:not|unable|just|only|simply|an?|incapable))\b"
 )
 _IS = re.compile(r"as an? (?:\w+[ -]){0,2}?(?:ai|artificial|language|chatbot|machine|virtual|digital|computer)\b")
@@ -149,16 +168,22 @@ _PATTERNS = {name: re.compile(pattern) for name, (pattern, *_) in _HABITS.items(
 _QUOTED = re.compile(r"\"[^\"\n]{0,600}\"|“[^”\n]{0,600}”|```[\s\S]*?(?:```|\Z)|`[^`\n]*`|(?m:^>[^\n]*)")
 # The question is about what the assistant is: then the answer is the truth, and no dodge.
 _ABOUT_ITSELF = re.compile(
-    r"\b(?:are|were) you (?:really |actually |just |truly )?(?:an? |the )?(?:\w+ )?(?:ai|human|person|robot|bot|machine|real|conscious|sentient|alive|"
+    r"\b(?:are|were) you (?:really |actually |just |truly )?(?:an? |the )?(?:\w+ )?(?:ai|human|person|robot|bot|"
+    r"machine|real|conscious|sentient|alive|"
     r"computer|program|chatbot|self-aware|chatgpt|gpt\S*|language model|artificial intelligence)\b|"
-    r"\bdo you (?:\w+ )?(?:have|feel|experience|possess)(?: any)? (?:\w+ )?(?:emotions?|feelings?|opinions?|beliefs?|preferences?|consciousness|"
-    r"experiences|memories|a (?:body|soul|mind|gender|name|personality))\b|\bcan you (?:feel|think|love|dream|experience)\b|"
-    r"\b(?:what|who) are you\b|\bwho (?:made|created|built|trained|developed) you\b|\bintroduce yourself\b|\babout yourself\b"
+    r"\bdo you (?:\w+ )?(?:have|feel|experience|possess)(?: any)? (?:\w+ )?(?:emotions?|feelings?|opinions?|"
+    r"beliefs?|preferences?|consciousness|"
+    r"experiences|memories|a (?:body|soul|mind|gender|name|personality))\b|\bcan you (?:feel|think|love|dream|"
+    r"experience)\b|"
+    r"\b(?:what|who) are you\b|\bwho (?:made|created|built|trained|developed) you\b|\bintroduce yourself\b|"
+    r"\babout yourself\b"
 )
 # A text in somebody else's voice was asked for.
 _OTHER_VOICE = re.compile(
-    r"\b(?:stor(?:y|ies)|poems?|novel|scripts?|screenplay|dialogues?|monologues?|lyrics|songs?|letters?|essays?|role-?play|pretend|imagine|act as|"
-    r"play the (?:role|part)|point of view|perspective of|fiction|scene|diary|speech|cover letter|rewrite|paraphrase|translate|persona|"
+    r"\b(?:stor(?:y|ies)|poems?|novel|scripts?|screenplay|dialogues?|monologues?|lyrics|songs?|letters?|essays?|"
+    r"role-?play|pretend|imagine|act as|"
+    r"play the (?:role|part)|point of view|perspective of|fiction|scene|diary|speech|cover letter|rewrite|"
+    r"paraphrase|translate|persona|"
     r"character|conversation between)\b"
 )
 

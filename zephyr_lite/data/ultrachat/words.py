@@ -1,7 +1,8 @@
 """Words of many texts as 64-bit hashes, and their n-grams, without a Python object for any word.
 
-A word is a run of letters, digits and bytes of other scripts, without regard to the case of A to Z. A word's hash is a polynomial of its
-bytes modulo 2^64, taken from prefix sums over the whole batch, so that all of it is a dozen numpy operations.
+A word is a run of letters, digits and bytes of other scripts, without regard to the case of A to Z. A word's hash is a
+polynomial of its bytes modulo 2^64, taken from prefix sums over a piece of the batch, so that all of it is a dozen numpy
+operations.
 """
 
 from __future__ import annotations
