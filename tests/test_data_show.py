@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console as RichConsole
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from zephyr_lite import cli
 from zephyr_lite.config import DatasetSpec, RunConfig
@@ -248,6 +248,28 @@ def test_the_tokens_bytes_are_the_text(tmp_path):
         runs = text_runs(tokenizer, ids, mask)
         assert [supervised for _, supervised in runs] == [place % 2 == 0 for place in range(len(runs))]
     assert token_reader(byte_level)(10**6) == (b"[1000000]", False)
+
+
+def test_mistrals_own_tokenizer(tmp_path):
+    package = pytest.importorskip("mistral_common", reason="pip install zephyr-lite[dev]")
+    shutil.copy(Path(package.__file__).parent / "data" / "tokenizer.model.v1", tmp_path / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
+    template = resolve_template("zephyr", AutoTokenizer.from_pretrained(tmp_path))
+    turns = [{"role": "user", "content": "Où est\n 東京 🙂?"}, {"role": "assistant", "content": "Là-bas."}]
+    ids, mask = template.encode(turns)
+    tokens = conversation_segment(template, Example(ids, mask, "x row 1", 0), turns).tokens
+    assert b"".join(t.raw for t in tokens).decode() == template.render(turns)[0]
+    text = {
+        role: b"".join(t.raw for t in tokens if t.role == role).decode() for role in ("template", "user", "assistant")
+    }
+    assert text == {
+        "template": "<s><|system|>\n</s>\n",
+        "user": "<|user|>\nOù est\n 東京 🙂?</s>\n",
+        "assistant": "<|assistant|>\nLà-bas.</s>\n",
+    }
+    assert b"".join(t.raw for t in tokens if t.supervised).decode() == "Là-bas.</s>"
+    assert [t.text for t in tokens if t.special] == ["<s>", "</s>", "</s>", "</s>"]
 
 
 def test_characters_in_several_tokens_and_ones_that_cannot_be_seen(tmp_path):
