@@ -258,6 +258,16 @@ def test_overall_scores_and_critiques(tmp_path: Path) -> None:
     }
 
 
+def test_half_a_character_from_a_server_is_written_as_a_question_mark(tmp_path: Path) -> None:
+    def broken(seen: Seen) -> Act:
+        return script(seen) if is_judge(seen) else ok(f"hello {seen.number} \ud83d")
+
+    with ChatServer(broken) as server:
+        config = settings(tmp_path, server.url, count=2)
+        run(config)
+    assert all(c["response"].endswith(" ?") for row in rows_of(config) for c in row["completions"])
+
+
 def test_answers_cut_at_max_tokens_are_counted(tmp_path: Path) -> None:
     def cut(seen: Seen) -> Act:
         return script(seen) if is_judge(seen) else ok("A long st", finish_reason="length")
@@ -365,6 +375,7 @@ def test_a_killed_command_goes_on(tmp_path: Path, stop: signal.Signals) -> None:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parent.parent,
             env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         )  # fmt: skip
         deadline = time.monotonic() + 60
         while len(server.seen) < 20 and time.monotonic() < deadline:
@@ -423,6 +434,7 @@ def test_a_folder_is_sampled_without_a_server(tmp_path: Path, capsys: pytest.Cap
         assert cli.run(words) == 0, capsys.readouterr()
         assert all(is_judge(seen) for seen in server.seen)
     rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    assert rows
     for row in rows:
         assert {c["custom_system_prompt"] for c in row["completions"]} == {""}
         assert len({c["response"] for c in row["completions"]}) > 1  # at temperature 1, with seeds of their own

@@ -46,7 +46,7 @@ def distill(
     ] = None,
     openings: Annotated[
         From | None,
-        typer.Option("--openings", help="seeds: each seed is the first question of a dialogue; no grid [grid]."),
+        typer.Option("--openings", help="seeds: each seed is the first question of a dialogue, and no grid is used."),
     ] = None,
     similarity: Annotated[
         float | None, typer.Option("--similarity", help="Openings this near to an earlier one are refused [0.7].")

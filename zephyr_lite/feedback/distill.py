@@ -292,7 +292,7 @@ class Passes:
         prompt = dialogue.messages[0]["content"]
         row = {
             "prompt": prompt,
-            "prompt_id": hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest(),
+            "prompt_id": hashlib.sha256(prompt.encode("utf-8")).hexdigest(),
             "messages": dialogue.messages,
             "topic": cell.topic if cell else "",
             "kind": cell.kind if cell else "",

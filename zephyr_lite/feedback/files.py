@@ -79,9 +79,13 @@ def lines_aside(path: Path) -> Iterator[IO[str]]:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """One row of a JSONL file. What is half of a surrogate pair (servers send that) cannot be UTF-8, and becomes �."""
-    text = json.dumps(row, ensure_ascii=False)
-    return text.encode("utf-8", "replace").decode("utf-8") + "\n"
+    """One row of a JSONL file."""
+    return valid(json.dumps(row, ensure_ascii=False)) + "\n"
+
+
+def valid(text: str) -> str:
+    """Text with ? for halves of surrogate pairs: servers send them (a reply cut within an emoji), UTF-8 has none."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class Spool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ..endpoints.types import BudgetSpent, Desk, EndpointSpec, Message, Request, RequestFailed
 from .draw import seed_of
+from .files import valid
 from .grid import Cell, Grid
 from .near import shingles
 
@@ -181,7 +182,7 @@ async def ask_message(desk: Desk, request: Request, quoted: Sequence[str] = (), 
     reply = await desk.ask(request)
     if reply.finish_reason == "length":
         raise NotUsable("a message cut at max_tokens")
-    text = read_message(reply.text)
+    text = read_message(valid(reply.text))
     asked = "\n".join(message["content"] for message in request.messages)
     if any(repeats(text, turn["content"]) for turn in turns):
         raise NotUsable("a message that repeats an earlier turn")
@@ -197,7 +198,7 @@ async def ask_answer(desk: Desk, request: Request) -> str:
     reply = await desk.ask(request)
     if reply.finish_reason == "length":
         raise NotUsable("an answer cut at max_tokens")
-    text = reply.text.strip()
+    text = valid(reply.text).strip()
     if not text:
         raise NotUsable("an empty answer")
     return text

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from ..endpoints.types import BudgetSpent, Desk, EndpointSpec, Message, Reply, Request, RequestFailed
 from .draw import Slot, draw_slots, seed_of
+from .files import valid
 from .judge import (
     ASPECTS,
     NOT_RATED,
@@ -168,7 +169,7 @@ def aspect_request(config: FeedbackConfig, prompt: Prompt, aspect: Aspect, texts
 
 async def _complete(desk: Desk, prompt: Prompt, slot: Slot) -> Answered:
     reply: Reply = await desk.ask(completion_request(prompt, slot))
-    text = reply.text.strip()
+    text = valid(reply.text).strip()
     if not text:
         raise RequestFailed("the answer is empty", "an empty answer")
     return Answered(slot, text, reply.finish_reason == "length")
