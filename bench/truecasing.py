@@ -155,11 +155,22 @@ def measure(rows: Iterable[list[dict[str, str]]], folds: int = FOLDS) -> tuple[S
                 faulty = [fault(text) for text in texts]
                 if faulty != texts:
                     flags["sides with the fault of UltraChat"] += 1
-                    flags["flagged, with the fault of UltraChat"] += broken([faulty])[0]
+                    flagged = broken([faulty])[0]
+                    flags["flagged, with the fault of UltraChat"] += flagged
+                    _end_to_end(texts, faulty, flagged, lexicon, flags)
             for turn in turns:
                 if is_english(turn["content"]):
                     _compare(turn["content"], lexicon, score, flags)
     return score, {"dialogues": len(kept), **flags}
+
+
+def _end_to_end(texts: list[str], faulty: list[str], flagged: bool, lexicon: Lexicon, flags: Counter[str]) -> None:
+    """UltraChat's fault through detection and restoration: letters taken, put back, and changed wrongly."""
+    for text, bad in zip(texts, faulty):
+        back = restore(bad, lexicon)[0] if flagged else bad
+        flags["fault: letters taken"] += sum(a != b for a, b in zip(text, bad))
+        flags["fault: letters put back"] += sum(a != b and a == c for a, b, c in zip(text, bad, back))
+        flags["fault: letters changed wrongly"] += sum(a == b != c for a, b, c in zip(text, bad, back))
 
 
 def learn(dialogues: list[list[str]]) -> Lexicon:

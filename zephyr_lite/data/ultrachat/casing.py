@@ -214,7 +214,8 @@ def apply(text: str, found: list[Change]) -> str:
     """The text with the changes made."""
     if not found:
         return text
-    parts, at = [], 0
+    parts: list[str] = []
+    at = 0
     for start, _, form in found:
         parts += (text[at:start], form)
         at = start + len(form)

@@ -227,7 +227,7 @@ def _write(
     raw: Raw, scanned: datasets.Dataset, kept: dict[str, tuple[str, int]], lexicon: Lexicon | None, folder: Path,
     file_format: Format, processes: int,
 ) -> tuple[Restored, list[str]]:  # fmt: skip
-    shards = [
+    shards: list[dict[str, Any]] = [
         {"split": split, "name": name, "first": first, "end": end}
         for split, (_, count) in kept.items()
         for name, first, end in shards_of(split, count, file_format)

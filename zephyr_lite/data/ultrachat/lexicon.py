@@ -135,7 +135,7 @@ class Lexicon:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Lexicon:
-        return cls(*(Counter(value[name]) for name in ("forms", "pairs", "both")))
+        return cls(Counter(value["forms"]), Counter(value["pairs"]), Counter(value["both"]))
 
     def save(self, path: Path) -> None:
         write_text(path, json.dumps(self.to_json(), ensure_ascii=False, indent=0, separators=(",", ":")) + "\n")

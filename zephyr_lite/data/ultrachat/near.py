@@ -54,7 +54,8 @@ def _with_short(
     words: Words, grams: np.ndarray, counts: np.ndarray, short: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The texts of fewer words than a shingle get their words as shingles."""
-    pieces, at, counts = [], 0, counts.copy()
+    pieces: list[np.ndarray] = []
+    at, counts = 0, counts.copy()
     before = np.concatenate(([0], np.cumsum(counts)))
     for index in short:
         own = words.hashes[words.offsets[index] : words.offsets[index + 1]]

@@ -15,6 +15,7 @@ from ...config import DatasetSpec
 from ...errors import UserError
 from ..formats import COLUMNS, Reader, RowError, detect
 from ..opening import BUILDERS, open_source
+from ..sources import _own_faults_only
 
 # raw UltraChat is one set in ten files, which the hub's layout would call ten splits
 _NUMBERED = re.compile(r"train_(\d+)$")
@@ -70,7 +71,8 @@ def open_raw(path: str, split: str | None = None) -> Raw:
             specs = [DatasetSpec(path=str(file)) for _, file in numbered]
     parts, labels = [], []
     for spec in specs:
-        part, label = open_source(spec)
+        with _own_faults_only(spec):
+            part, label = open_source(spec)
         if len(part) == 0:
             raise UserError(f"{label}: empty; there is no row in it.")
         parts.append(part.select_columns([c for c in part.column_names if c in COLUMNS]))
