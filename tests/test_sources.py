@@ -280,6 +280,7 @@ def test_a_folder_in_the_hubs_layout(tmp_path):
     for split, word in (("train_sft", "a"), ("test_sft", "b")):
         write(tmp_path / "lines" / f"{split}.jsonl", [{"messages": turns("Hi", word)}])
     (tmp_path / "lines" / "README.md").write_text("words")
+    (tmp_path / "lines" / "report.json").write_text("{}")  # beside the splits that `data chat` makes
     table = datasets.Dataset.from_list([{"messages": turns("Hi", f"{i}")} for i in range(4)])
     (tmp_path / "shards" / "data").mkdir(parents=True)
     for i in range(2):

@@ -52,8 +52,8 @@ def _open_folder(folder: Path, spec: DatasetSpec) -> tuple[datasets.Dataset, str
         for file in sorted(place.glob("*")):
             if file.is_file() and file.suffix.lower() in BUILDERS:
                 splits.setdefault(_SHARD.sub("", file.stem), []).append(file)
-    # files beside the data that the hub's layout has too
-    for extra in ("dataset_info", "dataset_infos", "state"):
+    # files beside the data, in the hub's layout and in the folders that the data commands make
+    for extra in ("dataset_info", "dataset_infos", "state", "report", "journal"):
         splits.pop(extra, None)
     if not splits:
         raise UserError(
