@@ -53,6 +53,11 @@ WORDS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 def talk(number: int, turns: int = 4) -> list[str]:
     """A well-written dialogue that no other number gives."""
     draw = random.Random(number)
@@ -264,7 +269,7 @@ def test_evaluation_sets_in_all_formats(tmp_path: Path) -> None:
     sets = tuple(str(tmp_path / f"q.{suffix}") for suffix in ("csv", "txt", "parquet"))
     report = clean_chat(str(source), tmp_path / "out", Options(decontaminate=sets, test=0))
     assert report.dropped == {f"overlaps with {sets[0]}": 1, f"overlaps with {sets[1]}": 1}
-    assert report.eval_sets == dict.fromkeys(sets, 1)
+    assert report.eval_sets == dict(zip(sets, (1, 2, 1)))
     (tmp_path / "labels.txt").write_text("yes\nno\n")
     with pytest.raises(UserError, match="no text of 5 words"):
         clean_chat(str(source), tmp_path / "out2", Options(decontaminate=(str(tmp_path / "labels.txt"),)))
@@ -289,6 +294,14 @@ def test_errors(raw: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError):
             clean_chat(str(raw), tmp_path / "out", wrong)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_that_cannot_be_written(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    clean_chat(str(raw), tmp_path / "out", Options())
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="HF_DATASETS_CACHE"):
+        clean_chat(str(raw), tmp_path / "out2", Options())
 
 
 def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

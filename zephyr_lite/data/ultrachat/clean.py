@@ -178,6 +178,14 @@ def _scan(raw: Raw, rules: ScanRules, sets: EvalSets, processes: int) -> dataset
     total = len(raw.rows)
     contents = hashlib.sha256(sets.grams.tobytes() + sets.texts.tobytes()).hexdigest()
     every = max(1, -(-total // LEARN_ROWS))
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "zephyr-lite-chat"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{cache}: cannot be made: {error.strerror}.",
+            "Make it writable, or name another folder in the environment variable HF_DATASETS_CACHE.",
+        ) from None
     legs = []
     for start in range(0, total, LEG):
         stop = min(total, start + LEG)
@@ -189,6 +197,7 @@ def _scan(raw: Raw, rules: ScanRules, sets: EvalSets, processes: int) -> dataset
                 "learn": [first // BLOCK % every == 0 for first in starts],
             }
         )
+        key = _key(raw.rows._fingerprint, rules, sets.n, sets.names, contents, start, stop, every)
         with quiet(total <= 2 * BLOCK):
             legs.append(
                 blocks.with_format("arrow").map(
@@ -199,10 +208,9 @@ def _scan(raw: Raw, rules: ScanRules, sets: EvalSets, processes: int) -> dataset
                     fn_kwargs={"rows": raw.rows, "rules": rules, "sets": sets},
                     features=FEATURES,
                     num_proc=_processes(processes, len(blocks)),
-                    new_fingerprint=_key(
-                        raw.rows._fingerprint, rules, sets.n, sets.names, contents, start, stop, every
-                    ),
-                    cache_file_name=None,
+                    new_fingerprint=key,
+                    # the table of blocks lies in memory: left to itself, datasets would forget its results at the end
+                    cache_file_name=str(cache / f"{key}.arrow"),
                     desc=f"looking at rows {start + 1:,} to {stop:,}",
                 )
             )
