@@ -28,6 +28,7 @@ _NAME, _PRIOR = 0.75, 1.5
 _PAIR, _PAIR_TIMES = 0.6, 2
 # Beyond so many entries the rarest are forgotten, which bounds the memory of any corpus.
 LIMIT = 1_000_000
+_WAITING = 250_000  # hashes that wait to be added up
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Lexicon:
                 _prune(mine)
             lower.append(np.stack((block.lower, block.times.astype(np.uint64))))
             waiting += len(block.lower)
-            if waiting > LIMIT:
+            if waiting > _WAITING:
                 lower = [_added(lower)]
                 waiting = 0
         if lower and found.forms:
