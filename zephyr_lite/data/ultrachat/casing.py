@@ -66,6 +66,7 @@ _NUMBER = re.compile(r"[ivxl]+\)|[a-zA-Z](?:[.)](?=[\s.)])|\.[a-zA-Z])")
 _NO_WORD = re.compile(r":\S|[.!?]?/\w")
 _LONE_I_RIGHT = re.compile(r"(?:['’](?:m|ve|d|ll|s)\b|[ \n]+[\"'“(*_]*[a-zA-Z]|,? |[.!?;:](?:\s|$)|[”\")]|$)")
 _LONE_I_LEFT = re.compile(r"(?:^|[\s\"“‘'(*_—–,-])$")
+_AROUND = 100  # characters
 _LIST_I = re.compile(r"(?:^|\n)[ \t]*\(?$")
 
 
@@ -177,7 +178,10 @@ def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
         if gap in ("'", "’") and not first and text[start - 2 : start - 1].isalnum():
             continue  # the m of I'm
         if word == "i":
-            if _lone_i(text, start):
+            # "i" is a word of other languages, which a passage of an English turn may be in
+            if _lone_i(text, start) and (
+                text[start + 1 : start + 2] in ("'", "’") or is_english(text[max(0, start - _AROUND) : start + _AROUND])
+            ):
                 found.append(Change(start, "lone_i", "I"))
             continue
         before = lowers[index - 1] if index else ""

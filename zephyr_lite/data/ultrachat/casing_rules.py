@@ -104,6 +104,7 @@ _CASING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             "List:\ni. one\n",
             "pi is",
             "wi-fi",
+            "Translate: Qualitat Obres i Raiding, a més de les entitats de Manresa i de Sabadell.",
             'the terms "i" here',
             "-44*i + 41*i. We",
         ),

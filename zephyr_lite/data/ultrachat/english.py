@@ -22,7 +22,7 @@ está como pero le les des du est et une dans pour qui pas sur avec il di che un
 som är på en av inte jag nie się na jest w z do że to ik het een van niet de na os um uma não em com se mais voce je
 ve bir bu için ile değil çok og er til af ikke jeg på ja nej ne da li su za sa
 """)
-) - {"do", "to", "a", "in", "on", "me", "no", "he", "so", "an", "at", "is"}
+) - {"do", "to", "a", "in", "on", "me", "no", "he", "so", "an", "at", "is", "ve"}
 _LOOK = 500  # characters that are looked at
 _WORD = re.compile(r"[^\W\d_]+")
 _NOT_LATIN = re.compile(r"[^\W\d_a-zA-ZÀ-ɏḀ-ỿ]")
