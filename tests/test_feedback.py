@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -342,7 +343,9 @@ def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 17, 30])
-def test_a_server_that_gives_up_and_comes_back_costs_nothing_twice(tmp_path: Path, after: int) -> None:
+def test_a_server_that_gives_up_and_comes_back_costs_nothing_twice(
+    tmp_path: Path, after: int, caplog: pytest.LogCaptureFixture
+) -> None:
     with ChatServer(script) as server:
         whole = settings(tmp_path, server.url, "whole")
         run(whole)
@@ -351,6 +354,8 @@ def test_a_server_that_gives_up_and_comes_back_costs_nothing_twice(tmp_path: Pat
         server.script = lambda seen: script(seen) if seen.number < after else error(401, "who are you?")
         with pytest.raises(UserError, match=r"401|key"):
             run(config)
+        gc.collect()
+        assert "never retrieved" not in caplog.text  # asyncio's tracebacks of errors beside the one that is said
         asked = [json.dumps(seen.body, sort_keys=True) for seen in server.seen[:after]]
         server.seen.clear()
         server.script = script

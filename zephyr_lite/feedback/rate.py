@@ -128,7 +128,7 @@ async def together(work: Iterable[Awaitable[T]]) -> list[T | RequestFailed]:
                 if error is not None and not isinstance(error, (RequestFailed, BudgetSpent)):
                     raise error
     finally:
-        await cancel(task for task in tasks if not task.done())
+        await cancel(tasks)  # those that have ended too: asyncio prints an error that nobody has looked at
     found: list[T | RequestFailed] = []
     for task in tasks:
         error = task.exception()
