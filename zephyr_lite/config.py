@@ -287,7 +287,12 @@ def load_config(
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; ``load_config`` reads it back to the same values."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """``key: value`` lines, in the given order."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

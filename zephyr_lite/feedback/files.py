@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
 from pydantic import BaseModel
 
+from ..config import dump_yaml
 from ..errors import UserError
 from ..rundir import write_text
 
@@ -55,7 +55,7 @@ def claim(out: Path, kind: str, config: BaseModel) -> None:
 def write_config(out: Path, kind: str, config: BaseModel) -> None:
     """What the job was given, which holds no key: ``zephyr-lite KIND --config`` takes it again."""
     values = config.model_dump(mode="json", exclude_unset=True)
-    write_text(out / CONFIG, _first_line(kind) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_text(out / CONFIG, _first_line(kind) + "\n" + dump_yaml(values))
 
 
 def _first_line(kind: str) -> str:
