@@ -427,6 +427,11 @@ BELOW = {
     "data": {"data", "config", "rundir", "errors"},
     "model": {"model", "ops", "data.batch", "config", "rundir", "errors", "words", "safetensors_stream"},
     "train": {"train", "model", "ops", "data", "config", "rundir", "errors", "__version__"},
+    "evaluate": {"evaluate", "model", "data"},
+    "ablations": {"ablations", "evaluate", "train", "model", "data", "config", "rundir", "errors"},
+    # a local folder is an endpoint too: it answers through ``chat``
+    "endpoints": {"endpoints", "chat", "sampling", "model", "data", "rundir", "errors", "__version__"},
+    "feedback": {"feedback", "endpoints", "data", "config", "rundir", "errors", "words", "__version__"},
 }
 ONLY_IN = {
     "bitsandbytes": {"model/load.py", "ops/nf4.py", "train/optim.py", "environment.py"},  # the last one reports on it

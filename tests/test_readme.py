@@ -65,6 +65,7 @@ def test_training_commands_run_in_small(line, tmp_path, monkeypatch, tiny_base, 
     (tmp_path / "my").mkdir()
     shutil.copy(chat_rows, tmp_path / "my" / "held_out.jsonl")
     _, name, *words = shlex.split(line)
+    words = [word for word in words if not word.startswith("dataset.")]
     rows = pair_rows if name == "dpo" else chat_rows
     small = [
         f"model_name_or_path={tiny_base}", f"dataset={rows}", "max_length=128", "max_prompt_length=64", "lora_r=4",
