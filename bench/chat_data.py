@@ -134,7 +134,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if not rows:
         raise UserError("no conversations in these folders.", "Name folders with JSONL files of messages.")
     score, counted = measure(rows)
-    result: dict[str, Any] = {"truecasing": {**score.table(), **counted}}
+    from bench.card import commit, versions  # imports torch: in time for a report, out of the way of --help
+    from bench.turns import machine
+
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "versions": versions("rensa", "pyarrow"),
+        "commit": commit(),
+        "truecasing": {**score.table(), **counted},
+    }
     texts = [[turn["content"] for turn in turns if turn["role"] != "system"] for turns in rows]
     # short ones cannot be varied enough to be no duplicates
     texts = [row for row in texts if len(row) > 1 and sum(len(_WORD.findall(text)) for text in row) >= LEAST] or texts
