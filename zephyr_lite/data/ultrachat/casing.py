@@ -37,8 +37,8 @@ _TERMINATOR = re.compile(rf"(?P<end>[.!?]+)(?P<close>[\"'”’)\]*_]*)(?P<space
 _TURN_START = re.compile(rf"^\s*(?:(?:[-*•–>]|#{{1,6}}|\d{{1,3}}[.)])\s+)?{_OPENING}$")
 _LIST_ITEM = re.compile(rf"^[ \t]*(?:[-*•–>+]|#{{1,6}}|\(?\d{{1,3}}[.):]|\(?[a-zA-Z][.)])[ \t]+{_OPENING}$")
 _MARKER_BEFORE = re.compile(r"\n[ \t]*\(?$")  # before a letter that numbers an item: "a. What"
-_BLANK_LINE = re.compile(rf"\n[ \t]*\n[ \t]*{_OPENING}$")
-_LINE = re.compile(rf"(?:```|[.!?:])[\"'”’)\]*_]*[ \t]*\n[ \t]*{_OPENING}$")
+_BLANK_LINE = re.compile(rf"\n[ \t\r]*\n[ \t]*{_OPENING}$")
+_LINE = re.compile(rf"(?:```|[.!?:])[\"'”’)\]*_]*[ \t\r]*\n[ \t]*{_OPENING}$")
 
 ABBREVIATIONS = frozenset(
     word_list("""
@@ -62,11 +62,33 @@ murmured says asks
 )
 # what goes on after a quoted sentence: "A boy runs." is true
 _GOES_ON = frozenset(["is", "are", "was", "were", "to", "and", "or", "means"])
+# what goes on after a quoted question or exclamation, which is a title as often as a sentence: "Help!" by the Beatles
+_GOES_ON_TITLE = _GOES_ON | frozenset(
+    word_list("""
+by from in on of with for at as has had have can could will would may might does did but because that which who
+encourages shows asks makes implies suggests refers
+""")
+)
+_ENDS_OF_NAMES = frozenset(["yahoo", "jeopardy"])
+_COUNT_BEFORE = re.compile(r"\d ?$")
+_PARTICLES = frozenset(word_list("van von der den de da di du del la le el al bin ibn ter ten zu y e"))
 _NUMBER = re.compile(r"[ivxl]+\)|[a-zA-Z](?:[.)](?=[\s.)])|\.[a-zA-Z])")
 _NO_WORD = re.compile(r":\S|[.!?]?/\w")
 _LONE_I_RIGHT = re.compile(r"(?:['’](?:m|ve|d|ll|s)\b|[ \n]+[\"'“(*_]*[a-zA-Z]|,? |[.!?;:](?:\s|$)|[”\")]|$)")
 _LONE_I_LEFT = re.compile(r"(?:^|[\s\"“‘'(*_—–,-])$")
 _AROUND = 100  # characters
+_ASIDE = 300  # characters in which an aside's opening bracket is looked for
+# "where i is the index", "i, j and k", "i, ii and iii", "i. e."
+_NO_PRONOUN_RIGHT = re.compile(
+    r" (?:is|denotes?|represents|satisfies|ranges|equals|be)\b|,? (?:and |or |to )?(?:i{2,3}|[b-hj-tv-z])\b(?!['’.])|"
+    r", [ou]\b(?!['’])|\. ?e\b"
+)
+_LETTER_BEFORE = re.compile(r"(?:\b[b-hj-z], (?:and |or )?|\bnpm )$")  # "a, e, i", "npm i"
+_COUNTED_BEFORE = re.compile(
+    r"\b(?:index|variable|row|column|step|phase|part|chapter|type|class|vitamin|element|letter|number|unit|section|"
+    r"figure|table|let)\s$"
+)
+_VERB_RIGHT = re.compile(r" (?!(?:is|of|and|or|in|to|for|at|with|are|the|from|denotes?|be)\b)[a-z]+\b|['’]")
 _LIST_I = re.compile(r"(?:^|\n)[ \t]*\(?$")
 
 
@@ -80,6 +102,8 @@ def _start_rule(text: str, gap: str, first: bool, before: str, start: int, end: 
     """
     if _NUMBER.match(text, start) or _NO_WORD.match(text, end):
         return None  # an item's letter, "n.d.", "doi:10"
+    if end - start == 1 and text[start] not in "aio" and text[end : end + 1] != "-":
+        return None  # a letter that stands for something: "x is small"
     if first:
         return "turn_start" if _TURN_START.match(gap) else None
     newline = gap.rfind("\n")
@@ -87,12 +111,14 @@ def _start_rule(text: str, gap: str, first: bool, before: str, start: int, end: 
         line = gap[newline + 1 :]
         if _LIST_ITEM.match(line):
             return "list_item" if line[-1] not in "\"'“‘" and _is_sentence(text, start) else None
+        if text[start:end] == "where" and not any(mark in gap for mark in ".!?"):
+            return None  # what stands in the formula above
         return "line_start" if _BLANK_LINE.search(gap) or _LINE.search(gap) else None
     found = _TERMINATOR.search(gap)
     if found is None:
         return None
     mark, close, word = found["end"], found["close"], text[start:end].lower()
-    if "..." in mark or mark == "..":
+    if "..." in mark or mark == ".." or (gap[0] == " " and gap.startswith(" . ")):
         return None  # a pause as often as an end
     if mark in (".", "!") and gap[0] == mark:
         if before in TITLES:
@@ -101,14 +127,24 @@ def _start_rule(text: str, gap: str, first: bool, before: str, start: int, end: 
             return "list_item"
         if before in ABBREVIATIONS or _is_dotted(before, text, start - len(gap) - 1):
             return None
+        if before == "al" and text[max(0, start - len(gap) - 5) : start - len(gap)].lower() == "et al":
+            return None
+        if mark == "!" and before in _ENDS_OF_NAMES:
+            return None
     if close[:1] in ('"', "”", "’", "'"):
         if mark != "." and word in _SAID:
             return None  # "Really?" he asked
-        if word in _GOES_ON:
+        if word in (_GOES_ON if mark == "." else _GOES_ON_TITLE):
             return None
-    if close[-1:] in (")", "]") and "(" in gap:
-        return None  # (!) and the like
+    if close[-1:] in (")", "]") and ("(" in gap or not _is_aside_of_its_own(text, start - len(gap))):
+        return None  # (!) and the like, and what goes on after an aside (really?)
     return "after_terminator"
+
+
+def _is_aside_of_its_own(text: str, at: int) -> bool:
+    """Whether the brackets that close after ``at`` were opened where a sentence had ended, not in its midst."""
+    opened = max(text.rfind("(", max(0, at - _ASIDE), at), text.rfind("[", max(0, at - _ASIDE), at))
+    return opened < 0 or text[:opened].rstrip(" \t")[-1:] in ("", "\n", ".", "!", "?", ":", '"', "”")
 
 
 def _is_sentence(text: str, start: int) -> bool:
@@ -145,8 +181,15 @@ def _lone_i(text: str, start: int) -> bool:
         r"\b(?:for|each|index|variable|where|let|element)\s$", text[max(0, start - 12) : start].lower()
     ):
         return False
-    return re.search(r"\b(?:index|variable|row|column|step|phase|part|chapter|type|class|vitamin|element)\s$",
-                     text[max(0, start - 12) : start].lower()) is None  # fmt: skip
+    if _NO_PRONOUN_RIGHT.match(text, start + 1):
+        return False
+    if right[:1] == ")" and "(" not in text[max(0, start - _ASIDE) : start]:
+        return False  # "i) this; ii) that"
+    before = text[max(0, start - 12) : start].lower()
+    if _LETTER_BEFORE.search(before):
+        return False
+    # "part i of it", but "the part i like"
+    return _COUNTED_BEFORE.search(before) is None or _VERB_RIGHT.match(text, start + 1) is not None
 
 
 def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
@@ -189,14 +232,19 @@ def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
         name = names.get(word)
         if gap == "-" and word not in ALWAYS:
             name = None  # zephyr-lite, but non-American
+        if word == "ms" and (text[end : end + 1] != "." or _COUNT_BEFORE.search(gap)):
+            name = None  # milliseconds
         if name is None and phrases:
             name = _of_phrase(index, words, lowers, text, phrases)
+            if name is not None and word in _PARTICLES and _goes_with_a_name(index, words, names):
+                name = None  # Vincent van Gogh, though Van Gogh stands alone as well
             kind = "known_phrase"
         else:
             kind = "known_name"
         if rule is not None:
             # a name may begin in lower case: iPhone
-            found.append(Change(start, rule, name or word[0].upper() + word[1:]))
+            upper = word[0].upper()
+            found.append(Change(start, rule, name or (upper + word[1:] if len(upper) == 1 else word)))  # ß is two
         elif name is not None and name != word:
             found.append(Change(start, kind, name))
     return [change for change in found if change.form != text[change.start : change.start + len(change.form)]]
@@ -212,6 +260,13 @@ def _of_phrase(
             if pair is not None:
                 return pair.split(" ")[index - first]
     return None
+
+
+def _goes_with_a_name(index: int, words: list[tuple[int, int, str]], names: Mapping[str, str]) -> bool:
+    """Whether a neighbour has its capital already: then this word was written small on purpose."""
+    after = words[index + 1][2] if index + 1 < len(words) else ""
+    before = words[index - 1][2] if index else ""
+    return after[:1].isupper() or before[:1].isupper() or before in names
 
 
 def apply(text: str, found: list[Change]) -> str:

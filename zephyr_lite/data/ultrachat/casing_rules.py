@@ -17,8 +17,8 @@ def _example_lexicon() -> Lexicon:
         lexicon.forms.update(
             ("Anna", "Toulouse", "PyTorch", "iPad", "bank", "white", "house", "may", "May", "rose", "Rose")
         )
-        lexicon.pairs.update(("White House",))
-        lexicon.both.update(("white house",))
+        lexicon.pairs.update(("White House", "Van Gogh"))
+        lexicon.both.update(("white house", "van gogh"))
     return lexicon
 
 
@@ -47,6 +47,7 @@ _CASING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             "It costs 3.50. that is cheap.",
             "I saw it.\u00a0then I left.",
             "So do I. she too.",
+            "(It was so.) then he left.",
         ),
         (
             "We met Dr. who knew it.",
@@ -66,6 +67,13 @@ _CASING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             '"A boy runs." is true.',
             "Ah! *giggles* I see.",
             "All n! permutations.",
+            "As Smith et al. found, it is so.",
+            "He said (why not?) that he would (what a day!) leave.",
+            'I like "Help!" by the Beatles.',
+            "Well . . . maybe.",
+            "Yahoo! is old.",
+            "Let it be small. x is small.",
+            "No. ßeta is two letters in capitals.",
         ),
     ),
     "after_title": (
@@ -84,12 +92,32 @@ _CASING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "line_start": (
         "the first word after a blank line, or after a line that ends a sentence",
-        ("It is so.\n\nthen it ended.", "It is so:\nhere it comes.", "See:\n```\nx\n```\nthis prints x."),
-        ("a line that goes\non in the next", "It is so.\n\nThen it ended.", "roses are red,\nviolets are blue"),
+        (
+            "It is so.\n\nthen it ended.",
+            "It is so.\r\n\r\nthen it ended.",
+            "It is so:\nhere it comes.",
+            "See:\n```\nx\n```\nthis prints x.",
+        ),
+        (
+            "a line that goes\non in the next",
+            "def f(x):\n    return x",
+            "Area:\n```\nn * s\n```\nwhere n is",
+            "It is so.\n\nThen it ended.",
+            "roses are red,\nviolets are blue",
+        ),
     ),
     "lone_i": (
         "the pronoun I",
-        ("Then i went.", "Yes, i'm here.", "so i’ve heard", "You and i, too.", '"i think so"', "That is what i do."),
+        (
+            "Then i went.",
+            "Yes, i'm here.",
+            "the part i like",
+            "(you and i)",
+            "so i’ve heard",
+            "You and i, too.",
+            '"i think so"',
+            "That is what i do.",
+        ),
         (
             "for i in range",
             "if i = 3 then",
@@ -100,6 +128,14 @@ _CASING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             "`i`",
             "Then I went.",
             "the index i is",
+            "the unit i satisfies",
+            "where i is the row",
+            "Let i denote it.",
+            "the vowels a, e, i, o, u",
+            "the numerals i, ii and iii",
+            "first i) this; ii) that",
+            "so, i. e. this",
+            "run npm i next",
             "x_i and",
             "List:\ni. one\n",
             "pi is",
@@ -126,12 +162,13 @@ _CASING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             "see anna@example.org",
             "my_anna",
             "the code-anna",
+            "20 ms a step",
         ),
     ),
     "known_phrase": (
         "a pair of words that the corpus writes with capitals together",
         ("He lives in the white house now.",),
-        ("a white wall and a house", "the White House", "in the house"),
+        ("a white wall and a house", "the White House", "in the house", "by Vincent van Gogh"),
     ),
 }
 CASING_RULES: tuple[Rule[str], ...] = tuple(

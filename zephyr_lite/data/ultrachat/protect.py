@@ -27,14 +27,14 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("It is 5` long.", "An `open tick\nends` nowhere"),
     ),
     "code_line": (
-        r"(?m:^(?:[ \t]{4,}|\t|[$>%] |>>> )?(?:"
+        r"(?m:^(?:[ \t]+|[$>%] |>>> )?(?:"
         r"(?:(?:def|class|import|from|return|public|private|static|void|const|let|var|function|elif|#include|using|"
         r"package|SELECT|select|INSERT|insert)\b[^.!?\n]*(?:[(){};=]|\bimport\b|\bfrom\b)[^\n]*)"
         r"|(?:import [\w.]+(?: as \w+)?)|(?:from [\w.]+ import [^\n]*)|(?:[^\n]*[;{}][ \t]*)|(?:[$][ ][^\n]+)|"
-        r"(?:[A-Za-z_][\w.\[\]]*[ ]?[-+*/]?=[ ]?[^=\n][^\n]*)"
+        r"(?:[A-Za-z_][\w.\[\]]*[ ]?[-+*/:]?=[ ]?[^=\n][^\n]*)|(?:package \w+)"
         r"|(?:(?:for|while|if|elif|else|try|except|with)\b[^.!?\n]*:[ \t]*)|(?://[^\n]*)|(?:(?:print|"
-        r"console\.log)\([^\n]*)"
-        r")$)",
+        r"console\.log)\([^\n]*)|(?:(?<=[ \t])(?:return|break|continue|pass|yield|raise)(?: [\w.\[\]()+*/%-]+)*)"
+        r")\r?$)",
         "a line that is code without a fence",
         (
             "import numpy as np",
@@ -43,6 +43,10 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
             "int main() {",
             "$ pip install zephyr",
             "    return i;",
+            "    return total",
+            " n := f(2)",
+            "package main",
+            "for i in range(10):\r\n",
         ),
         ("For me, it is clear.", "I import cars. they sell.", "if you ask me, no.", "We will class it: later (maybe)."),
     ),
@@ -116,7 +120,7 @@ _SIGN = re.compile(
     r"(?<=[+*]) ?[A-Za-z]\b|"
     r"(?<=[-:])[-:>]|(?<=:)$|(?<=-)th\b|(?<=[a-z][A-Z0-9])|(?<=[a-z] [+*]))"
 )
-_CODE_START = re.compile(r"[ \t]{4}|\t|import |[ \t]*(?:def|class|return|print)\b")
+_CODE_START = re.compile(r"[ \t]{4}|\t|(?:import|package) |[ \t]*(?:def|class|return|print)\b")
 
 
 def spans(text: str) -> list[tuple[int, int, str]]:
