@@ -8,14 +8,16 @@ import shutil
 from pathlib import Path
 
 import datasets
+import multiprocess
 import pytest
 
 from zephyr_lite import cli
 from zephyr_lite.config import DatasetSpec
 from zephyr_lite.data.opening import open_source
-from zephyr_lite.data.pairs import SCHEMA, make_pairs
+from zephyr_lite.data.pairs import FEWER, SCHEMA, make_pairs
 from zephyr_lite.data.questions import read_questions
 from zephyr_lite.data.sources import load_rows
+from zephyr_lite.data.ultrafeedback import PairRules
 from zephyr_lite.data.writing import write_split
 from zephyr_lite.errors import UserError
 
@@ -238,6 +240,22 @@ def test_equal_prompts_are_held_out_together(tmp_path):
         assert held and not train & held and report.test <= 15
 
 
+def test_a_prompt_with_more_pairs_than_may_be_held_out_is_passed_over_and_what_is_missing_is_said(tmp_path):
+    rows = raw_rows(40)
+    for each in rows[:25]:
+        each["instruction"] = "the same question?"
+    source = write(tmp_path / "raw.jsonl", rows)
+    for seed in range(4):  # whichever prompt has the smallest hash
+        report = make_pairs([str(source)], tmp_path / f"out{seed}", PairRules(rejected="worst", seed=seed), test=3)
+        assert report.test == 3 and FEWER not in report.notes
+    for each in rows[25:]:
+        each["instruction"] = "another question?"
+    write(tmp_path / "raw.jsonl", rows)
+    report = make_pairs([str(source)], tmp_path / "none", PairRules(rejected="worst"), test=3)
+    assert report.test == 0 and report.notes[FEWER] == 3
+    assert any(line.startswith(FEWER) for line in report.lines())
+
+
 def test_a_share_of_a_growing_set_keeps_the_rows_that_were_held_out(tmp_path):
     small, large = (write(tmp_path / f"{n}.jsonl", raw_rows(n)) for n in (40, 80))
     make_pairs([str(small)], tmp_path / "small", test=0.2)
@@ -297,6 +315,20 @@ def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["raw.jsonl"]
 
 
+def test_ctrl_c_among_several_processes_is_an_interruption(invoke, tmp_path, monkeypatch):
+    write(tmp_path / "raw.jsonl", raw_rows(10))
+
+    def hit(*args, **options):  # as its pool does, when the workers are interrupted too
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise multiprocess.TimeoutError
+
+    monkeypatch.setattr(datasets.Dataset, "map", hit)
+    code, _, err = invoke("raw.jsonl", "--out", "out")
+    assert code == 130 and "our fault" not in err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
@@ -330,6 +362,7 @@ def test_wrong_arguments_and_inputs(refused, tmp_path):
     refused("raw.jsonl", "--out", "out", "--test", "1.5", says=("test 1.5",))
     refused("raw.jsonl", "--out", "out", "--test", "-1", says=("test -1",))
     refused("raw.jsonl", "--out", "out", "--test", "400", says=("there are", "a share"))
+    refused("raw.jsonl", "--out", "out", "--test", "0.9999999", says=("holds out all", "--test 0.05"))
     refused("raw.jsonl", "--out", "out", "--num-proc", "0", says=("num-proc 0",))
     refused("nowhere.jsonl", "--out", "out", says=("nowhere.jsonl: there is no such file",))
     refused("raw.jsonl", "--out", "out", "--exclude", "nowhere.txt", says=("nowhere.txt",))
@@ -339,3 +372,28 @@ def test_wrong_arguments_and_inputs(refused, tmp_path):
     refused("broken.jsonl", "--out", "out", says=("broken.jsonl line 2",))
     with pytest.raises(UserError, match="nothing to read"):
         make_pairs([], tmp_path / "out")
+
+
+def test_text_that_is_not_utf8_is_the_files_fault(refused, tmp_path):
+    rows = raw_rows(3)
+    rows[2]["instruction"] = "où?"
+    lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rows)
+    (tmp_path / "latin.jsonl").write_bytes(lines.encode().replace("où".encode(), b"o\xf9"))
+    refused("latin.jsonl", "--out", "out", says=("latin.jsonl line 3: not UTF-8",))
+    write(tmp_path / "raw.jsonl", raw_rows(3))
+    refused("raw.jsonl", "--out", "out", "--exclude", "latin.jsonl", says=("latin.jsonl: not UTF-8",))
+
+
+def test_a_source_of_another_type_is_none(tmp_path):
+    rows = raw_rows(3)
+    for each in rows:
+        each["source"] = ["truthful_qa"]
+    assert make_pairs([str(write(tmp_path / "raw.jsonl", rows))], tmp_path / "out", test=0).sources == {"": (3, 3)}
+
+
+def test_a_split_is_named_by_this_commands_options(refused, tmp_path):
+    write(tmp_path / "raw.jsonl", raw_rows(3))
+    for split in ("train", "test"):
+        write(tmp_path / "two" / f"{split}.jsonl", raw_rows(3))
+    refused("two", "--out", "out", says=("which split?", "--split train."))
+    refused("raw.jsonl", "--out", "out", "--exclude", "two", says=("which split?", "--exclude two:train."))

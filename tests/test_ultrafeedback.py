@@ -192,6 +192,7 @@ def test_which_tens_are_believed(mean, corrected, best, note):
     counts: Counter[str] = Counter()
     assert pair_of_row(raw, PairRules("overall", "worst"), counts)["chosen"][1]["content"] == best
     assert {n: counts[n] for n in (REPAIRED, DOUBTFUL) if counts[n]} == ({note: 1} if note else {})
+    assert not counts[UNRATED]  # a ten that is not used is counted once
 
 
 def test_what_teaches_nothing_is_dropped_and_counted():

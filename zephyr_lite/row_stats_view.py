@@ -46,7 +46,7 @@ def _left_out(stats: RowStats, places: int) -> Iterator[Text]:
     if stats.cut_places:
         unit = "conversations" if stats.method == "sft" else "pairs"
         prompts = f" ({report.prompts_cut:,} of them on the prompt's left)" if report.prompts_cut else ""
-        lost = [f"{place} −{count:,}" for place, count in stats.cut_places]
+        lost = [f"{place} −{count:,}" if count else place for place, count in stats.cut_places]
         yield Text.assemble(
             (f"  cut to max_length {stats.config.max_length:,}", "yellow"),
             f": {len(stats.cut_places):,} {unit}{prompts}, −{report.supervised_lost:,} supervised tokens "

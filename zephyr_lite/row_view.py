@@ -28,10 +28,10 @@ def segments_of_row(rows: TrainedRows, number: int) -> list[Segment]:
     """
     data = rows.data
     if not 1 <= number <= len(data.rows):
-        what = "packed rows" if rows.method == "sft" else "pairs"
-        raise UserError(
-            f"row {number}: there are {len(data.rows):,} {what}.", f"Say --row 1 to --row {len(data.rows)}."
-        )
+        what, count = "packed row" if rows.method == "sft" else "pair", len(data.rows)
+        if count == 1:
+            raise UserError(f"row {number}: there is 1 {what}.", "Say --row 1.")
+        raise UserError(f"row {number}: there are {count:,} {what}s.", f"Say --row 1 to --row {count}.")
     return [s for index in data.rows[number - 1] for s in _segments(rows, index)]
 
 

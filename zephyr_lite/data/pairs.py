@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from ..config import DatasetSpec
 from ..errors import UserError
 from ..rundir import folder_aside, read_json, write_json, write_text
 from .formats import RowError
-from .opening import BUILDERS, open_source, quiet
-from .questions import Questions, read_questions
+from .opening import BUILDERS, find_broken_json, open_source, quiet
+from .questions import Questions, read_questions, split_said_as
 from .sources import PARALLEL_ROWS, _own_faults_only, cache_key, processes, summarise
 from .ultrafeedback import NOTES, TRUTHFUL_QA, UNRATED, PairRules, pair_of_row
+from .workers import interruptible
 from .writing import FileFormat, write_split
 
 REPORT = "report.json"
@@ -30,6 +32,7 @@ TRAIN, TEST = "train_prefs", "test_prefs"
 # As many rows as the published set holds out, but no more than a share that a small set can spare.
 TEST_ROWS, TEST_SHARE = 2000, 0.05
 _PLACES = 5
+FEWER = "pairs fewer held out than asked for: those of one prompt stay together"
 _RAW = ("source", "instruction", "completions")
 
 _TURNS = [{"content": datasets.Value("string"), "role": datasets.Value("string")}]
@@ -53,7 +56,7 @@ class PairsReport:
         rules: how pairs were chosen.
         rows, pairs: read and made; train, test: pairs in each split.
         dropped: reason → the places ("flan.jsonl row 17") of rows without a pair.
-        notes: ``ultrafeedback.NOTES`` that occur, with their numbers.
+        notes: ``ultrafeedback.NOTES`` and ``FEWER`` where they occur, with their numbers.
         sources: ``source`` → (rows, pairs).
         questions: how many excluded questions were looked for.
         score_chosen, score_rejected: means over the pairs.
@@ -136,7 +139,8 @@ def make_pairs(
         say: is told what takes long.
 
     Raises:
-        UserError: an input is missing, unreadable or of another schema; no pair is left; ``out`` holds something else.
+        UserError: an input is missing, unreadable or of another schema; no pair is left, or none to train on; ``out``
+            holds something else.
     """
     rules = rules or PairRules()
     _check_arguments(rules, test, num_proc)
@@ -146,13 +150,17 @@ def make_pairs(
     _check_out(out, specs, overwrite)
     listed = [text for name in exclude for text in read_questions(name)]
     opened = [part for spec in specs for part in _open(spec)]
-    own = [text for raw, _, _ in opened for text in _own_questions(raw)]
+    own = []
+    for raw, label, _ in opened:
+        with _text_as_it_must_be(label):
+            own += _own_questions(raw)
     questions = Questions([*listed, *own])
     report = PairsReport([f"{label}: {len(raw):,} rows" for raw, label, _ in opened], rules, questions=len(questions))
     parts = []
     for raw, label, spec in opened:
         say(f"choosing pairs in {label}")
-        parts.append(_map(raw, label, spec, rules, questions, num_proc))
+        with _text_as_it_must_be(label):
+            parts.append(_map(raw, label, spec, rules, questions, num_proc))
     table = datasets.concatenate_datasets(parts)
     kept = _account(table, [label for _, label, _ in opened], [len(part) for part in parts], report)
     if len(kept) == 0:
@@ -163,6 +171,8 @@ def make_pairs(
     held_out = _held_out(table, kept, rules.seed, test)
     splits = {TRAIN: kept[~held_out], TEST: kept[held_out]}
     report.train, report.test = len(splits[TRAIN]), len(splits[TEST])
+    if test is not None and test >= 1 and report.test < test:
+        report.notes[FEWER] = int(test) - report.test
     columns = table.select_columns(list(SCHEMA))
     with folder_aside(out) as folder:
         for split, rows in splits.items():
@@ -212,7 +222,7 @@ def _check_out(out: Path, specs: Sequence[DatasetSpec], overwrite: bool) -> None
 def _open(spec: DatasetSpec) -> Iterator[tuple[datasets.Dataset, str, DatasetSpec]]:
     """An input's rows, their label in messages, and where they are; file by file where a folder is read whole."""
     for each in _files_by_source(spec):
-        with _own_faults_only(each):
+        with _own_faults_only(each), split_said_as("--split {}"):
             raw, label = open_source(each)
         if len(raw) == 0:
             raise UserError(f"{label}: empty; there is no row in it.")
@@ -251,8 +261,19 @@ def _check_schema(columns: Sequence[str], label: str, spec: DatasetSpec) -> None
     raise UserError(found + needs + ".", "Name another file, or rename the columns.")
 
 
+@contextmanager
+def _text_as_it_must_be(label: str) -> Iterator[None]:
+    """Arrow's JSON reader takes any bytes for text, and fails where it becomes a string."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        if Path(label).is_file():
+            find_broken_json(Path(label))
+        raise UserError(f"{label}: text that is not UTF-8.", "Save the file as UTF-8.") from None
+
+
 def _own_questions(raw: datasets.Dataset) -> list[str]:
-    if "source" not in raw.column_names:
+    if "source" not in raw.column_names or pa.types.is_nested(raw.features.arrow_schema.field("source").type):
         return []
     found: list[str] = []
     for batch in raw.select_columns(["source", "instruction"]).with_format("arrow").iter(batch_size=10_000):
@@ -269,7 +290,7 @@ def _map(
 ) -> datasets.Dataset:
     options = {"rules": tuple(asdict(rules).items()), "questions": questions.fingerprint}
     workers = processes(len(raw)) if num_proc is None else min(num_proc, len(raw))
-    with quiet(len(raw) <= PARALLEL_ROWS), _own_faults_only(spec):
+    with interruptible(), quiet(len(raw) <= PARALLEL_ROWS), _own_faults_only(spec):
         return raw.map(
             _choose,
             with_indices=True,
@@ -359,13 +380,20 @@ def _held_out(table: datasets.Dataset, kept: np.ndarray, seed: int, test: float 
         for at, prompt_id in enumerate(ids[kept[start : start + 10_000]].column("prompt_id").to_pylist(), start):
             keys[at] = int.from_bytes(hashlib.sha256(f"{seed} test {prompt_id}".encode()).digest()[:8])
     if test is not None and test < 1:
-        return keys < np.uint64(min(int(test * 2**64), 2**64 - 1))
+        held_out = keys < np.uint64(min(int(test * 2**64), 2**64 - 1))
+        if held_out.all():
+            raise UserError(f"test {test:g}: that holds out all {len(kept):,} pairs.", "Hold out fewer (--test 0.05).")
+        return held_out
     wanted = min(TEST_ROWS, int(len(kept) * TEST_SHARE)) if test is None else int(test)
     if wanted >= len(kept):
         raise UserError(f"test {wanted:,}: there are {len(kept):,} pairs.", "Hold out fewer (--test 0.05, a share).")
     unique, counts = np.unique(keys, return_counts=True)
-    held = unique[np.cumsum(counts) <= wanted]
-    return np.isin(keys, held)
+    held, room = [], wanted
+    for key, count in zip(unique, counts):  # a prompt that has more pairs than there is room for is passed over
+        if count <= room:
+            held.append(key)
+            room -= count
+    return np.isin(keys, np.asarray(held, dtype=np.uint64))
 
 
 def _markdown(report: PairsReport) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,26 @@ def read_questions(name: str) -> list[str]:
         except OSError as error:
             raise UserError(f"{name}: {error.strerror}.", f"The working directory is {Path.cwd()}.") from None
     else:
-        rows, _ = open_source(DatasetSpec(path=name) if path.exists() else _spec(name))
-        found = _column(rows, name)
+        with split_said_as(f"--exclude {name}:{{}}"):
+            rows, _ = open_source(DatasetSpec(path=name) if path.exists() else _spec(name))
+        try:
+            found = _column(rows, name)
+        except UnicodeDecodeError:  # Arrow's JSON reader takes any bytes for text
+            raise UserError(f"{name}: not UTF-8.", "Save the file as UTF-8.") from None
     if not any(_words(text) for text in found):
         raise UserError(f"{name}: no question in it.")
     return found
+
+
+@contextmanager
+def split_said_as(option: str) -> Iterator[None]:
+    """A split that has to be named is named by this command's own option; ``{}`` stands for the split."""
+    try:
+        yield
+    except UserError as error:
+        if likely := re.search(r"dataset\.split=([^\s)]+)", error.hint):
+            raise UserError(error.message, f"Say so: {option.format(likely[1])}.") from None
+        raise
 
 
 def _spec(name: str) -> DatasetSpec:

@@ -190,9 +190,11 @@ def _scored(completions: Any, rules: PairRules, counts: Counter[str]) -> list[_S
         if not isinstance(response, str) or not response.strip():
             counts[EMPTY] += 1
             continue
+        doubtful = counts[DOUBTFUL]
         score = _score(completion, rules.chosen_by, counts)
         if score is None:
-            counts[UNRATED] += 1
+            if counts[DOUBTFUL] == doubtful:  # which has a score
+                counts[UNRATED] += 1
             continue
         system = completion.get("custom_system_prompt")
         found.append(_Scored(score, response, system if isinstance(system, str) else ""))
