@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,10 @@ def test_what_a_table_cannot_do_is_refused(words, options, says):
         ("arms: {a: [{kto: ablations/dsft-1}]}", "kto"),
         ("arms: {a: [{sft: ablations/dsft-1}]}\nmore: 1", "more"),
         ("arms: {a: [{sft: ablations/nothing}]}", "no such file"),
+        ("arms: {base: [{sft: ablations/dsft-1}]}", "cannot be called 'base'"),
+        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {stage: b}", "keys: .*stage is the table's decision"),
+        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {sead: 1}", "keys: .*no key 'sead'"),
+        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {seed: x}", "the table's keys do not fit: .*found 'x'"),
         (
             "arms: {a: [{sft: ablations/dsft-1}], b: [{sft: ablations/dsft-2}, {sft: ablations/dsft-1}]}",
             "shares its name",
@@ -181,6 +186,44 @@ def test_arms_on_different_bases_are_refused(sets, tmp_path, tiny_base):
     with pytest.raises(UserError, match="model_name_or_path is"):
         run_ablation(table, say=lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_are_not_there_are_found_out_before_anything_is_trained(sets, tmp_path, tiny_base):
+    words = [f"model_name_or_path={tiny_base}", *SMALL]
+    where = options(sets, tmp_path / "run")
+    for missing, only in (("preferences", ["dSFT-1"]), ("chat", ["dDPO alone"]), ("preferences", [])):
+        table = read_table("recipe", words, **{**where, missing: str(tmp_path / "nothing"), "only": only})
+        said: list[str] = []
+        with pytest.raises(UserError, match="there is no such file or folder"):
+            run_ablation(table, say=said.append)
+        assert not said and not (tmp_path / "run").exists()
+
+
+def test_hints_name_the_options_of_this_command(ablation, sets, tiny_base, tmp_path):
+    """A finished stage with other values, and a folder that cannot be made."""
+    run = ablation[0].table.run
+    (tmp_path / "file").write_text("")
+    words = [f"model_name_or_path={tiny_base}", *SMALL]
+    for out, more in ((run, "seed=7"), (tmp_path / "file", "seed=42")):
+        with pytest.raises(UserError) as refused:
+            run_ablation(read_table("recipe", [*words, more], **options(sets, out)), say=lambda line: None)
+        assert "another folder with --out" in refused.value.hint and "output_dir" not in refused.value.hint
+
+
+def test_some_arms_do_not_replace_the_whole_table(ablation, sets, tiny_base):
+    run = ablation[0].table.run
+    before = (run / "recipe.json").read_bytes()
+    table = read_table("recipe", [f"model_name_or_path={tiny_base}", *SMALL], only=["dSFT-1"], **options(sets, run))
+    result = run_ablation(table, say=lambda line: None)
+    assert (run / "recipe.json").read_bytes() == before
+    assert list(json.loads((run / "recipe-some.json").read_text())["scores"]) == ["base", "dSFT-1"]
+    assert result.scores["dSFT-1"] == ablation[0].scores["dSFT-1"]
+
+
+def test_a_bar_in_an_arms_name_stays_in_its_cell(ablation):
+    result = ablation[0]
+    other = replace(result, scores={"a|b": result.scores["dSFT-1"]})
+    assert table_lines(other)[5].startswith("| a\\|b |")
 
 
 def test_the_command_prints_one_table(sets, tmp_path, tiny_base, capsys):

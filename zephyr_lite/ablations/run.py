@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..config import DatasetSpec, Method
+from ..data.sources import load_rows
 from ..errors import UserError
-from ..rundir import write_json, write_text
+from ..rundir import StageDir, write_json, write_text
 from ..train.dpo import run_dpo
 from ..train.ground import StageComplete
 from ..train.sft import run_sft
-from .score import Score, Scores
-from .table import Table
+from .score import Score, Scores, held_out_config
+from .table import BASE, ArmStage, Table
 
 Say = Callable[[str], None]
 
@@ -42,7 +45,7 @@ class Ablation:
             "table": self.table.name,
             "arms": {arm: [stage.name for stage in stages] for arm, stages in self.table.arms.items()},
             "held_out": {"conversations": self.conversations, "pairs": self.pairs},
-            "scores": {"base": self.base.as_dict(), **{arm: score.as_dict() for arm, score in self.scores.items()}},
+            "scores": {BASE: self.base.as_dict(), **{arm: score.as_dict() for arm, score in self.scores.items()}},
         }
 
 
@@ -54,19 +57,21 @@ def run_ablation(
 ) -> Ablation:
     """Train what is not trained yet, then score every arm and the bare base.
 
-    A stage that is finished is taken as it is, one that was interrupted goes on. ``ablation.json`` and ``ablation.md``
-    in the table's folder hold the result.
+    A stage that is finished is taken as it is, one that was interrupted goes on. ``NAME.json`` and ``NAME.md`` in the
+    table's folder hold the result (``NAME-some`` where arms of the file were left out). Every data set is opened before
+    anything is trained: one that is missing would otherwise be found out after hours.
 
     Raises:
         UserError: as the stages' own commands; a stage stands on another base than the others.
     """
     _same_base(table)
     stages = table.stages()
+    _rows_are_there(table)
     for number, stage in enumerate(stages, 1):
         arms = ", ".join(arm for arm, chain in table.arms.items() if any(s.name == stage.name for s in chain))
         say(f"[{number}/{len(stages)}] {stage.name} ({stage.method}), for {arms}")
         try:
-            (run_sft if stage.method == "sft" else run_dpo)(stage.loaded, say=say, on_metrics=on_metrics)
+            _train(stage, say, on_metrics)
         except StageComplete as done:
             say(done.message)
         gc.collect()  # one stage's base must be gone before the next one's comes
@@ -75,10 +80,35 @@ def run_ablation(
     scores = Scores(table, say)
     base = scores.base()
     result = Ablation(table, base, {arm: scores.arm(arm) for arm in table.arms}, scores.conversations, scores.pairs)
-    write_json(table.run / f"{table.name}.json", result.as_dict())
-    write_text(table.run / f"{table.name}.md", "\n".join(table_lines(result)) + "\n")
-    say(f"{table.run / table.name}.json and .md hold the table")
+    write_json(table.run / f"{table.result.name}.json", result.as_dict())
+    write_text(table.run / f"{table.result.name}.md", "\n".join(table_lines(result)) + "\n")
+    say(f"{table.result}.json and .md hold the table")
     return result
+
+
+def _rows_are_there(table: Table) -> None:
+    for stage in table.stages():
+        if not StageDir(table.run / stage.name).complete():
+            config = stage.loaded.config
+            for specs in (config.dataset, config.eval_dataset):
+                if specs:
+                    load_rows(specs, stage.method, seed=config.seed, system=config.system)
+    held_out: tuple[tuple[DatasetSpec, Method], ...] = ((table.chat, "sft"), (table.preferences, "dpo"))
+    for spec, method in held_out:
+        config = held_out_config(table.stages(), method)
+        load_rows([spec], method, seed=config.seed, system=config.system)
+
+
+def _train(stage: ArmStage, say: Say, on_metrics: Callable[[int, int, dict[str, float]], None]) -> None:
+    try:
+        (run_sft if stage.method == "sft" else run_dpo)(stage.loaded, say=say, on_metrics=on_metrics)
+    except StageComplete:
+        raise
+    except UserError as error:  # which folder and which stage is not the command line's to say here
+        hint = re.sub(
+            "another (output_dir or stage|stage or output_dir|output_dir)", "another folder with --out", error.hint
+        )
+        raise UserError(error.message, hint) from None
 
 
 def _same_base(table: Table) -> None:
@@ -108,7 +138,7 @@ HEADER = (
 
 def table_rows(result: Ablation) -> list[tuple[str, ...]]:
     """The table's cells, the bare base first."""
-    return [row("base", result.base), *(row(arm, score) for arm, score in result.scores.items())]
+    return [row(BASE, result.base), *(row(arm, score) for arm, score in result.scores.items())]
 
 
 def row(name: str, score: Score) -> tuple[str, ...]:
@@ -139,5 +169,6 @@ def legend(result: Ablation) -> list[str]:
 
 def table_lines(result: Ablation) -> list[str]:
     """As Markdown."""
-    cells = [HEADER, tuple("---" for _ in HEADER), *table_rows(result)]
+    rows = [tuple(cell.replace("|", "\\|") for cell in each) for each in table_rows(result)]
+    cells = [HEADER, tuple("---" for _ in HEADER), *rows]
     return [f"# {result.table.name}", "", *(f"| {' | '.join(c)} |" for c in cells), "", *legend(result)]

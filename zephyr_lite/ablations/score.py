@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..config import RunConfig
+from ..config import Method, RunConfig
 from ..data.chat import ChatTemplate, resolve_template
 from ..data.prepare import Prepared, prepare
 from ..errors import UserError
@@ -124,8 +124,8 @@ class Scores:
         if template.text not in self._data:
             stages = self.table.stages()
             self._data[template.text] = (
-                prepare([self.table.chat], "sft", _lengths(stages, "sft"), template, what="held-out"),
-                prepare([self.table.preferences], "dpo", _lengths(stages, "dpo"), template, what="held-out"),
+                prepare([self.table.chat], "sft", held_out_config(stages, "sft"), template, what="held-out"),
+                prepare([self.table.preferences], "dpo", held_out_config(stages, "dpo"), template, what="held-out"),
             )
             for data in self._data[template.text]:
                 for line in data.report.lines():
@@ -143,7 +143,7 @@ def own_evaluation(stage: ArmStage, folder: StageDir) -> dict[str, float]:
     return evaluations[-1] if stage.method == "dpo" else {}
 
 
-def _lengths(stages: list[ArmStage], method: str) -> RunConfig:
+def held_out_config(stages: list[ArmStage], method: Method) -> RunConfig:
     """The configuration that held-out rows are read with: the first stage's of this method, or the recipe's."""
     found = next((stage.loaded.config for stage in stages if stage.method == method), None)
     return found or RunConfig(max_length=2048 if method == "sft" else 1024)

@@ -23,6 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..config import DatasetSpec, Loaded, Method, RunConfig, load_config, read_yaml, shipped_configs
 from ..errors import UserError
 
+# what the table decides itself, by its arms, its ``output_dir`` and the stages' files
+PLACED = ("output_dir", "adapters", "stage")
+# the name of the bare base's row in the result
+BASE = "base"
 # the two published sets; ``--chat`` and ``--preferences`` name copies of them
 CHAT, PREFERENCES = "HuggingFaceH4/ultrachat_200k", "HuggingFaceH4/ultrafeedback_binarized"
 
@@ -38,10 +42,22 @@ class TableSpec(BaseModel):
     chat: DatasetSpec = DatasetSpec(path=CHAT, split="test_sft")
     preferences: DatasetSpec = DatasetSpec(path=PREFERENCES, split="test_prefs")
 
+    @field_validator("keys")
+    @classmethod
+    def _keys_of_stages(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key in PLACED:
+                raise ValueError(f"{key} is the table's decision, no key for every stage")
+            if key not in RunConfig.model_fields:
+                raise ValueError(f"there is no key {key!r}; the README lists them")
+        return value
+
     @field_validator("arms")
     @classmethod
     def _one_stage_an_entry(cls, value: dict[str, list[dict[Method, str]]]) -> dict[str, list[dict[Method, str]]]:
         for name, stages in value.items():
+            if name == BASE:
+                raise ValueError(f"an arm cannot be called {BASE!r}: the bare base is, beside the arms")
             if not stages:
                 raise ValueError(f"arm {name!r} has no stage")
             if any(len(entry) != 1 for entry in stages):
@@ -77,6 +93,7 @@ class Table:
         run: the folder of all its stages.
         arms: name → stages from the bottom up.
         chat, preferences: what is held out.
+        whole: no arm of the file is left out.
     """
 
     name: str
@@ -84,6 +101,12 @@ class Table:
     arms: dict[str, list[ArmStage]]
     chat: DatasetSpec
     preferences: DatasetSpec
+    whole: bool = True
+
+    @property
+    def result(self) -> Path:
+        """What the result is written to, without suffix; some of the arms do not replace the whole table."""
+        return self.run / (self.name if self.whole else f"{self.name}-some")
 
     def stages(self) -> list[ArmStage]:
         """Every stage once, each after what it stands on."""
@@ -123,7 +146,8 @@ def read_table(
         spec = TableSpec.model_validate(read_yaml(path))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{path}: {faults}.", "The README shows what a table holds.") from None
+        like = ", ".join(str(file) for file in shipped.values())
+        raise UserError(f"{path}: {faults}.", f"The shipped tables show what one holds: {like}.") from None
     copies = {CHAT: chat, PREFERENCES: preferences}
     wanted = {arm: stages for arm, stages in spec.arms.items() if not only or arm in only}
     if unknown := [arm for arm in only if arm not in spec.arms]:
@@ -137,7 +161,8 @@ def read_table(
             f"the command line: {sorted(unused)[0]}.…: no stage of this table is called so, and it is no key.",
             f"Stages: {', '.join(stages)}. A key for one of them is written {stages[0]}.KEY=VALUE.",
         )
-    return Table(path.stem, run, arms, _copied(spec.chat, copies), _copied(spec.preferences, copies))
+    chat_spec, pairs_spec = _copied(spec.chat, copies), _copied(spec.preferences, copies)
+    return Table(path.stem, run, arms, chat_spec, pairs_spec, whole=len(wanted) == len(spec.arms))
 
 
 def _resolve(
@@ -180,6 +205,10 @@ def _stage(
     ground = f"[{run / below[-1].name / 'adapter'}]" if below else "none"
     placed = [f"output_dir={run}", f"adapters={ground}"]
     name = load_config(method, file, []).config.stage
+    try:
+        load_config(method, file, [], spec.keys)
+    except UserError as error:  # the file alone has no fault
+        raise UserError(f"the table's keys do not fit: {error.message}", error.hint) from None
     loaded = load_config(
         method, file, [*scoped.get("", []), *scoped.get(method, []), *scoped.get(name, []), *placed], spec.keys
     )
@@ -218,7 +247,7 @@ def _scopes(words: Sequence[str]) -> dict[str, list[str]]:
         head, dot, _ = key.partition(".")
         scope = head if dot and head.replace("-", "_") not in keys else ""
         head = head if not scope else key.split(".")[1]
-        if head.replace("-", "_") in ("output_dir", "adapters", "stage"):
+        if head.replace("-", "_") in PLACED:
             raise UserError(
                 f"the command line: {head} is the table's decision.",
                 "Choose the folder with --out; what stands on what, and its name, in the table and the stages' files.",
