@@ -54,7 +54,9 @@ def segments_from(rows: TrainedRows, place: str) -> tuple[int, list[Segment]]:
     found = {name: index for index, name in reversed(list(enumerate(names))) if _is_called(name, end)}
     if len(found) != 1:
         some = f"{len(found)} are called so: {', '.join(sorted(found)[:3])}" if found else "no row is called so"
-        raise UserError(f"--from {place}: {some}.", f"Places look like this: {names[0]}.")
+        drawn = any(spec.limit is not None or spec.weight < 1 for spec in rows.specs)
+        there = " Rows that limit or weight did not draw are not there." if drawn and not found else ""
+        raise UserError(f"--from {place}: {some}.", f"Places look like this: {names[0]}.{there}")
     (index,) = found.values()
     number = next(place for place, row in enumerate(rows.data.rows, 1) if index in row)
     return number, _segments(rows, index)
