@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -316,3 +321,60 @@ def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.run([*arguments, "--overwrite"]) == 0
     assert cli.run(["data", "chat", str(raw), "--split", "train_1", "--out", str(tmp_path / "one")]) == 0
     assert "30 rows" in capsys.readouterr().out
+
+
+def test_folders_that_cannot_be_made_are_said_before_the_work(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.run(["data", "chat", str(raw), "--out", str(tmp_path / "file" / "out")]) == 2
+    said = capsys.readouterr()
+    assert "cannot be made" in said.err and "read as" not in said.out
+
+
+def test_text_that_is_not_utf8_is_a_counted_drop(tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "raw.jsonl", [talk(n) for n in range(3)])
+    lines = path.read_bytes().splitlines()
+    lines[1] = '{"id": "1", "data": ["Where is the café of the town?", "It is by the river."]}'.encode("latin-1")
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    report = clean_chat(str(path), tmp_path / "out", Options(test=0))
+    assert report.dropped == {"text that is not valid UTF-8": 1} and report.kept == 2
+    assert "raw.jsonl row 2" in (tmp_path / "out" / "dropped.tsv").read_text()
+
+
+def test_numbered_files_of_several_kinds_are_refused(raw: Path, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    (raw / "train_2.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(UserError, match="different kinds") as caught:
+        clean_chat(str(raw), tmp_path / "out", Options())
+    assert "train_2.jsonl: messages" in str(caught.value.hint)
+
+
+def test_ctrl_c_among_workers(tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "raw.jsonl", [talk(n, 8) for n in range(12_000)])
+    command = [
+        sys.executable,
+        "-m",
+        "zephyr_lite",
+        "data",
+        "chat",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+        "--num-proc",
+        "2",
+    ]
+    cache = tmp_path / "cache"
+    running = subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(cache.glob("zephyr-lite-chat/tmp*"))) < 2 and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert "interrupted" in said and "Traceback" not in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "raw.jsonl"]

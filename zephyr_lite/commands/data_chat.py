@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..console import Console
+from ..errors import UserError
 
 console = Console()
 
@@ -61,13 +63,21 @@ def chat(
 ) -> None:
     """Raw conversations (UltraChat) → a clean set like ultrachat_200k, with a report of every rule."""
     from ..data.ultrachat.clean import Options, clean_chat
+    from ..data.workers import interruptible
 
     options = Options(
         truecase=truecase, refusals=refusals, near=near or None, min_turns=min_turns, min_words=min_words,
         max_words=max_words, decontaminate=tuple(decontaminate or ()), ngram=ngram, test=test, lexicon=lexicon,
         file_format=file_format.value,
     )  # fmt: skip
-    report = clean_chat(source, out, options, split=split, num_proc=num_proc, overwrite=overwrite, say=console.say)
+    options.check()
+    try:  # before the work, not after it
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made: {error.strerror}.", "Choose another --out.") from None
+    with interruptible():
+        report = clean_chat(source, out, options, split=split, num_proc=num_proc, overwrite=overwrite, say=console.say)
     for line in report.lines():
         console.say(line)
     console.say(f"{out} holds {', '.join(report.files[:4])}{', …' if len(report.files) > 4 else ''}, and report.md")

@@ -16,9 +16,12 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
+        # both chains: the cause of a worker's error is its traceback
+        causes: list[BaseException | None] = [error]
+        while causes:
+            cause = causes.pop()
             if isinstance(cause, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
-            cause = cause.__cause__ or cause.__context__
+            if cause is not None:
+                causes += (cause.__cause__, cause.__context__)
         raise

@@ -69,17 +69,18 @@ def open_raw(path: str, split: str | None = None) -> Raw:
         )  # fmt: skip
         if numbered:
             specs = [DatasetSpec(path=str(file)) for _, file in numbered]
-    parts, labels = [], []
+    parts, labels, kinds = [], [], []
     for spec in specs:
         with _own_faults_only(spec):
             part, label = open_source(spec)
         if len(part) == 0:
             raise UserError(f"{label}: empty; there is no row in it.")
+        kinds.append(detect(list(part.column_names), "sft", label)[0])
         parts.append(part.select_columns([c for c in part.column_names if c in COLUMNS]))
         labels.append(label)
-        detect(list(part.column_names), "sft", label)
-    kind, _ = detect(list(parts[0].column_names), "sft", labels[0])
     try:
+        if len(set(kinds)) > 1:  # one reader for all would leave out the others' rows
+            raise ValueError("they are of different kinds")
         rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     except ValueError as error:
         what = "; ".join(f"{label}: {', '.join(part.column_names)}" for label, part in zip(labels, parts))
@@ -87,7 +88,7 @@ def open_raw(path: str, split: str | None = None) -> Raw:
             f"{path}: its files do not fit together: {error}",
             f"Columns are {what}. Clean one at a time: --split train_0",
         ) from None
-    return Raw(rows, kind, labels, np.cumsum([len(part) for part in parts]))
+    return Raw(rows, kinds[0], labels, np.cumsum([len(part) for part in parts]))
 
 
 def reader(rows: datasets.Dataset) -> Reader:
@@ -97,7 +98,14 @@ def reader(rows: datasets.Dataset) -> Reader:
 
 def dialogues(rows: datasets.Dataset, indices: slice | Sequence[int]) -> list[Dialogue]:
     """Some rows, normalised: turns up to the last answer, or the fault for which the row is left out."""
-    batch = rows[indices]
+    try:
+        batch = rows[indices]
+    except UnicodeDecodeError:  # Arrow's readers let any bytes through
+        if isinstance(indices, slice):
+            indices = range(*indices.indices(len(rows)))
+        if len(indices) == 1:
+            return [Dialogue(fault="text that is not valid UTF-8")]
+        return [dialogue for index in indices for dialogue in dialogues(rows, [index])]
     columns = list(batch)
     read: Callable[[Mapping[str, Any]], Any] = reader(rows)
     found = []

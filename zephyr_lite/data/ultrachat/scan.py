@@ -6,10 +6,12 @@ A block of rows at a time, and blocks do not depend on how many processes there 
 from __future__ import annotations
 
 import hashlib
+import signal
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import multiprocess
 import numpy as np
 import pyarrow as pa
 
@@ -168,8 +170,21 @@ def _learn(found: list[Dialogue], bits: np.ndarray, words: Words) -> bytes:
     return count_words(words, trusted).pack()
 
 
+def stop_quietly() -> None:
+    """In a worker of ``datasets.map``: Ctrl-C reaches all processes. An error lets the worker remove what it was writing,
+    and goes to the parent, which is being interrupted itself; a KeyboardInterrupt would print a traceback."""
+    if multiprocess.parent_process() is not None:
+        signal.signal(signal.SIGINT, _stop)
+
+
+def _stop(*_: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise RuntimeError("interrupted")
+
+
 def scan(batch: pa.Table, *, rows: datasets.Dataset, rules: ScanRules, sets: EvalSets) -> pa.Table:
     """``scan_block`` as a function for ``datasets.map`` over a table of blocks (start, stop)."""
+    stop_quietly()
     tables = [
         scan_block(rows, start, stop, rules, sets, learn)
         for start, stop, learn in zip(*(batch[name].to_pylist() for name in ("start", "stop", "learn")))

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from .casing import restore
 from .lexicon import Lexicon
 from .raw import Dialogue, dialogues
-from .scan import SIDES
+from .scan import SIDES, stop_quietly
 
 Format = Literal["parquet", "jsonl"]
 # Rows of a file. It depends on nothing but the rows, so that the files do not depend on the number of processes.
@@ -130,6 +130,7 @@ def write_shard(
     Returns:
         ``Restored`` of each shard, as JSON.
     """
+    stop_quietly()
     stats = []
     arrow = scanned.select_columns(["turns", "broken"]).with_format("arrow")
     for shard in batch.to_pylist():
