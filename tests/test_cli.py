@@ -511,3 +511,20 @@ def test_a_run_of_one_step_learns(invoke, sft_words, tmp_path, schedule):
     assert invoke(*sft_words, "output_dir=runs/t", "max_steps=1", f"lr_scheduler_type={schedule}")[0] == 0
     line = json.loads((tmp_path / "runs/t/sft/metrics.jsonl").read_text().splitlines()[0])
     assert line["learning_rate"] > 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii(encoding, tiny_base, chat_rows):
+    """``zephyr-lite … | head -1`` ends quietly with 0; a letter that the terminal has not is no fault."""
+    words = ["data", "show", "sft", "--table", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zephyr_lite", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait() == 0 and said == "", said

@@ -251,6 +251,9 @@ def test_missing_and_empty_files(tmp_path):
     (tmp_path / "head.csv").write_text("prompt,completion\n")
     with pytest.raises(UserError, match=r"head\.csv: empty"):
         load(tmp_path / "head.csv")
+    datasets.Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}).select([]).to_parquet(tmp_path / "no.parquet")
+    with pytest.raises(UserError, match=r"no\.parquet: empty"):
+        load(tmp_path / "no.parquet")
 
 
 @pytest.mark.parametrize("line", ["{broken", "[1, 2]", '{"messages": [{"role": "us', '{"messages": "\\ud83d"}'])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -205,6 +206,9 @@ app.command(no_args_is_help=True)(distill)
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point; see ``run`` for the exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows ASCII only still gets the rest of a line
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -237,6 +241,10 @@ def _run(arguments: list[str], verbose: bool) -> int:
     except usage_error as error:
         error.show()
         return 2
+    except BrokenPipeError:
+        # whoever read (head, less) has seen enough; what is still buffered must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (KeyboardInterrupt, typer.Abort):
         trains = arguments[:1] in (["sft"], ["dpo"], ["demo"], ["ablate"])
         console.err.print("interrupted" + ("; the same command goes on from the last checkpoint" if trains else ""))

@@ -29,6 +29,12 @@ class Standing(Protocol):
     answers: list[str]
 
 
+class _Rich(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """Whoever reads has gone; the command line ends quietly, and not as rich would, with exit code 1."""
+        raise BrokenPipeError
+
+
 class Console:
     """Prints for one command.
 
@@ -40,10 +46,10 @@ class Console:
     """
 
     def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None) -> None:
-        self.out = RichConsole(file=out, highlight=False, soft_wrap=True)
+        self.out = _Rich(file=out, highlight=False, soft_wrap=True)
         if not self.out.is_terminal:
             self.out.width = PIPE_WIDTH
-        self.err = RichConsole(file=err, stderr=err is None, highlight=False, soft_wrap=True)
+        self.err = _Rich(file=err, stderr=err is None, highlight=False, soft_wrap=True)
         self._seconds: deque[float] = deque(maxlen=20)
 
     def say(self, text: str = "") -> None:

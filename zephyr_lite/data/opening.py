@@ -110,7 +110,11 @@ def _read_files(files: list[Path], split: str, label: str) -> datasets.Dataset:
         for file in files:
             if builder == "json":
                 find_broken_json(file)
-        if "corresponds to no data" in str(error):
+        # the second is Parquet's way of saying it
+        if any(
+            sign in _root(error)
+            for sign in ("corresponds to no data", "atch_size must be greater than 0", "BatchSize must be")
+        ):
             raise UserError(f"{label}: empty; there is no row in it.") from None
         raise UserError(f"{label}: not readable as {files[0].suffix[1:].upper()}: {_root(error)}") from None
     finally:

@@ -19,6 +19,7 @@ from .formats import Method, RowError
 from .opening import quiet
 from .packing import best_fit, cut_conversation, cut_pair
 from .sources import PARALLEL_ROWS, cache_key, load_rows, processes, summarise
+from .workers import interruptible
 
 _PLACES = 5
 
@@ -169,7 +170,7 @@ def prepare(
         "max_prompt_length": config.max_prompt_length,
     }
     versions = f"{tokenizers.__version__} {transformers.__version__}"
-    with quiet(len(rows.dataset) <= PARALLEL_ROWS):
+    with quiet(len(rows.dataset) <= PARALLEL_ROWS), interruptible():
         table = rows.dataset.map(
             _encode,
             batched=True,

@@ -22,6 +22,7 @@ from ..config import DatasetSpec
 from ..errors import UserError
 from .formats import COLUMNS, Method, RowError, detect
 from .opening import find_broken_json, open_source, quiet
+from .workers import interruptible
 
 PARALLEL_ROWS = 2000  # below this, starting processes costs more than it saves
 # not of a file that is only read, though the system names none
@@ -103,7 +104,7 @@ def _one_source(
         "numbers": None if len(numbers) == total else numbers,
     }
     try:
-        with quiet(len(raw) <= PARALLEL_ROWS), _own_faults_only(spec):
+        with quiet(len(raw) <= PARALLEL_ROWS), _own_faults_only(spec), interruptible():
             mapped = raw.map(
                 _normalise,
                 with_indices=True,
