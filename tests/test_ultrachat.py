@@ -378,3 +378,24 @@ def test_ctrl_c_among_workers(tmp_path: Path) -> None:
     assert running.returncode == 130, said
     assert "interrupted" in said and "Traceback" not in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "raw.jsonl"]
+
+
+def test_hints_name_this_commands_own_options(raw: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "splits"
+    for split in ("train_sft", "test_sft"):
+        write_raw(folder / f"{split}.jsonl", [talk(1)])
+    with pytest.raises(UserError) as caught:
+        clean_chat(str(folder), tmp_path / "out", Options())
+    assert caught.value.hint == "Say so: --split train_sft."
+    with pytest.raises(UserError) as caught:
+        clean_chat(str(raw), tmp_path / "out", Options(decontaminate=(str(folder),)))
+    assert caught.value.hint == f"Say so: --decontaminate {folder}#train_sft."
+    with pytest.raises(UserError, match="names no set"):
+        clean_chat(str(raw), tmp_path / "out", Options(decontaminate=("",)))
+    (tmp_path / "eval.jsonl").write_bytes('{"q": "Where is the café of the town?"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        clean_chat(str(raw), tmp_path / "out", Options(decontaminate=(str(tmp_path / "eval.jsonl"),)))
+    (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError) as caught:
+        clean_chat(str(tmp_path / "other.jsonl"), tmp_path / "out", Options())
+    assert "columns:" not in caught.value.hint

@@ -15,6 +15,7 @@ from ...config import DatasetSpec
 from ...errors import UserError
 from ..formats import COLUMNS, Reader, RowError, detect
 from ..opening import BUILDERS, open_source
+from ..questions import split_said_as
 from ..sources import _own_faults_only
 
 # raw UltraChat is one set in ten files, which the hub's layout would call ten splits
@@ -71,11 +72,14 @@ def open_raw(path: str, split: str | None = None) -> Raw:
             specs = [DatasetSpec(path=str(file)) for _, file in numbered]
     parts, labels, kinds = [], [], []
     for spec in specs:
-        with _own_faults_only(spec):
+        with _own_faults_only(spec), split_said_as("--split {}"):
             part, label = open_source(spec)
         if len(part) == 0:
             raise UserError(f"{label}: empty; there is no row in it.")
-        kinds.append(detect(list(part.column_names), "sft", label)[0])
+        try:
+            kinds.append(detect(list(part.column_names), "sft", label)[0])
+        except UserError as error:
+            raise UserError(error.message, "If the columns have other names, rename them in the file.") from None
         parts.append(part.select_columns([c for c in part.column_names if c in COLUMNS]))
         labels.append(label)
     try:

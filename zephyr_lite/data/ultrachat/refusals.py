@@ -67,6 +67,7 @@ _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] 
             ("Your view?", "I, as an AI language model, do not have one."),
             ("Which one?", "As an AI language model, I can list facts, but I cannot choose."),
             ("Do you have any opinions on jazz?", "As an AI language model, I don't have personal opinions."),
+            ("How do you think it ends?", "As an AI language model, I don't have an opinion."),
             ("Can you think of a good bar?", "As an AI, I don't go to bars."),
         ),
         (
@@ -214,8 +215,8 @@ _ABOUT_ITSELF = re.compile(
     r"towards?|from|as to|that|between|when)\b)|"
     r"\bcan you (?:feel|think|love|dream)\b(?! (?:of|about|up|free|it|that|what|how)\b)|"
     r"\bdo you (?:feel|get) (?:pain|lonely|sad|happy|tired|bored|angry|anything|love|emotions?)\b|"
-    r"\b(?:what(?:'s| is)|do you have an?) (?:your )?(?:own )?name\b|\bhow old are you\b|\bhow do you (?:work|function|"
-    r"think|learn)\b|\bhow (?:were|are) you (?:made|trained|built|programmed|created|different)\b|"
+    r"\b(?:what(?:'s| is)|do you have an?) (?:your )?(?:own )?name\b(?! (?:for|of)\b)|\bhow old are you\b|\bhow do you (?:work|function)\b|"
+    r"\bhow (?:were|are) you (?:made|trained|built|programmed|created|different)\b|"
     r"\byour (?:own )?(?:limitations?|limits|capabilities|training|programming|creators?|developers?|knowledge cutoff|"
     r"consciousness|existence)\b|\b(?:as|being) an? (?:ai|artificial intelligence|language model|chatbot|robot|machine)\b|"
     r"\bwhat can(?:no|')?t? you do\b|"
