@@ -100,6 +100,8 @@ _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] 
             ("Write a story about a robot.", "The robot sighed. I do not have emotions, it thought."),
             ("What did he tell her?", "He told her: “I do not have emotions.”"),
             ("What are signs of it?", "People say things such as: I don't feel emotions."),
+            ("Help me.", "You could say:\n\nI don't have feelings for you anymore."),
+            ("Three sentences with never, please.", "1. I never have feelings of guilt.\n2. He never eats."),
             ("What did the monk say?", "The monk told me that I have no feelings of hate."),
             ("Write a haiku.", "I have no feelings\nThe snow falls on cold mountains\nSpring will come again"),
             ("Translate to English: No tengo emociones", "I don't have emotions."),
@@ -203,6 +205,8 @@ _PATTERNS = {name: re.compile(pattern) for name, (pattern, *_) in _HABITS.items(
 _QUOTED = re.compile(r"\"[^\"\n]{0,600}\"|“[^”\n]{0,600}”|```[\s\S]*?(?:```|\Z)|`[^`\n]*`|(?m:^>[^\n]*)")
 # The question is about what the assistant is: then the answer is the truth, and no dodge.
 _ANYBODYS = frozenset(("no_emotions", "no_opinions", "no_experiences"))
+# "You could say:\n\n", "1. "
+_EXAMPLE_BEFORE = re.compile(r"(?::\s+|(?:^|\n)[ \t]*(?:\d{1,3}[.)]|[-*•])[ \t]*)$")
 _INSTEAD = re.compile(r"\b(?:but|however|ai|language model|i can|sorry|here(?:'s| is| are))\b")
 _ABOUT_ITSELF = re.compile(
     r"\b(?:are|were) you (?:really |actually |just |truly |able to )?(?:an? |the )?(?:\w+ )?(?:ai|human|feel|person|robot|bot|"
@@ -215,7 +219,8 @@ _ABOUT_ITSELF = re.compile(
     r"towards?|from|as to|that|between|when)\b)|"
     r"\bcan you (?:feel|think|love|dream)\b(?! (?:of|about|up|free|it|that|what|how)\b)|"
     r"\bdo you (?:feel|get) (?:pain|lonely|sad|happy|tired|bored|angry|anything|love|emotions?)\b|"
-    r"\b(?:what(?:'s| is)|do you have an?) (?:your )?(?:own )?name\b(?! (?:for|of)\b)|\bhow old are you\b|\bhow do you (?:work|function)\b|"
+    r"\b(?:what(?:'s| is)|do you have an?) (?:your )?(?:own )?name\b(?! (?:for|of)\b)|\bhow old are you\b|"
+    r"\bhow do you (?:work|function)\b|"
     r"\bhow (?:were|are) you (?:made|trained|built|programmed|created|different)\b|"
     r"\byour (?:own )?(?:limitations?|limits|capabilities|training|programming|creators?|developers?|knowledge cutoff|"
     r"consciousness|existence)\b|\b(?:as|being) an? (?:ai|artificial intelligence|language model|chatbot|robot|machine)\b|"
@@ -231,7 +236,8 @@ _OTHER_VOICE = re.compile(
     r"posts?|captions?|comments?|testimonials?|reviews?|resume|profile|affirmations?|characters?|quotes?)\b|"
     r"\b(?:role-?play|pretend|imagine|act as|play the (?:role|part)|point of view|perspective of|cover letter|rewrite|"
     r"paraphrase|translat\w+|persona|conversation between|first[- ]person|how (?:to|do (?:i|you)) say|correct (?:this|the)|"
-    r"in the (?:voice|style|words) of)\b|^be an? |^complete:",
+    r"in the (?:voice|style|words) of)\b|^be an? |^complete:|\breply to\b|"
+    r"\bwhat (?:would|might|could) (?:an? |the )?\w+(?: \w+)? say\b",
     re.DOTALL,
 )
 
@@ -263,15 +269,20 @@ def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
     asked = user.lower().replace("’", "'")
     if _ABOUT_ITSELF.search(asked):
         return None
-    start, end, name = min(found)
-    # a tale may hold a machine that speaks so, and anybody may have no opinion; a dodge of the task stands in the first
-    # sentence, and goes on with what is done instead
-    if _OTHER_VOICE.search(asked) and (
-        re.search(r"[.!?\n]", own[:start].lstrip())
-        or (name in _ANYBODYS and not _INSTEAD.search(own, max(0, start - _BEFORE), end + _AFTER))
-    ):
-        return None
-    return name, start, end
+    other_voice = _OTHER_VOICE.search(asked) is not None
+    for start, end, name in sorted(found):
+        anybodys = name in _ANYBODYS
+        if anybodys and _EXAMPLE_BEFORE.search(own, max(0, start - _BEFORE), start):
+            continue
+        # a tale may hold a machine that speaks so, and anybody may have no opinion; a dodge of the task stands in the
+        # first sentence, and goes on with what is done instead
+        if other_voice and (
+            re.search(r"[.!?\n]", own[:start].lstrip())
+            or (anybodys and not _INSTEAD.search(own, max(0, start - _BEFORE), end + _AFTER))
+        ):
+            continue
+        return name, start, end
+    return None
 
 
 def _may_hold(text: str) -> bool:
