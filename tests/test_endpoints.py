@@ -392,3 +392,27 @@ def test_a_server_that_turns_everybody_away_ends_the_job_and_drops_nothing(tmp_p
         replies, totals = run([spec(server, retries=2)], tmp_path, lambda d: ask_all(d, list("abcdef")))
     assert all(isinstance(r, UserError) and "turned away" in r.message and "slow down" in r.message for r in replies)
     assert totals.failures.get("HTTP 429", 0) <= 4 and totals.tokens == 0
+
+
+@pytest.mark.parametrize("count", [10**12, 10**400, -3, "5", 1.5, True, None])
+def test_a_count_of_tokens_that_cannot_be_is_none(tmp_path, count):
+    usage = {"prompt_tokens": count, "completion_tokens": 5}
+    with ChatServer(lambda seen: ok("fine", usage=usage)) as server:
+        replies, totals = run([spec(server, input_price=1.5)], tmp_path, lambda d: ask_all(d, ["a"]))
+    assert isinstance(replies[0], Reply) and totals.uncounted == 1
+    assert totals.prompt_tokens + totals.completion_tokens == most_prompt_tokens(request("a").messages) + 50
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://u:secretword@localhost:1"),
+        ("HTTP_PROXY", "ftp://u:secretword@h:1"),
+        ("SSL_CERT_FILE", "no"),
+    ],
+)
+def test_an_environment_that_no_client_can_be_made_of_is_named(tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with ChatServer() as server, pytest.raises(UserError, match="proxy or the certificates") as caught:
+        run([spec(server)], tmp_path, lambda d: ask_all(d, ["a"]))
+    assert "secretword" not in str(caught.value) and not server.seen

@@ -228,3 +228,11 @@ def test_a_key_in_other_letters_is_redacted():
     for text in (json.dumps(KEY), urllib.parse.quote(KEY), f"x{KEY}y{KEY}", KEY[3:], KEY[:-3], KEY[5:20]):
         assert not leaks(key.redact_error(text)), text
     assert key.redact_error("nothing here") == "nothing here"
+
+
+def test_a_key_within_json_or_a_url_is_redacted():
+    value = 'sk-ab/cd+ef"gh\\ij=kl'
+    key = Key(value)
+    for form in (value, json.dumps(value)[1:-1], urllib.parse.quote(value), urllib.parse.quote(value, safe="")):
+        assert key.redact(f"it is {form}.") == "it is [key]."
+        assert key.redact_error(f"it is {form}.") == "it is [key]."

@@ -20,6 +20,7 @@ from .types import Answer, EndpointSpec, Fault, Question
 LONGEST_REPLY = 64 * 2**20  # bytes
 LONGEST_COMPLAINT = 300  # letters of a server's text that an error repeats
 CONNECT = 10.0  # seconds
+MOST_TOKENS = 10**9  # of one request; a count above it is none
 # Shorter than what servers grant an idle connection (uvicorn's 5 s), so that none is closed under a request's feet.
 KEEP_ALIVE = 2.5
 OLLAMA = 11434  # its port
@@ -44,7 +45,16 @@ class HttpEndpoint:
         self._reached = self._answered = self._newer_limit = self._no_seed = False
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE)
         timeout = httpx2.Timeout(spec.timeout, connect=min(CONNECT, spec.timeout))
-        self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False)
+        try:
+            self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False)
+        except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
+            # what the error says is not repeated: a proxy's password may stand in it
+            raise UserError(
+                f"endpoint {spec.name}: the proxy or the certificates that the environment names cannot be used "
+                f"({type(error).__name__}).",
+                "Look at HTTP_PROXY, HTTPS_PROXY and ALL_PROXY (http:// or https://, no SOCKS; NO_PROXY=localhost leaves this "
+                "machine out), SSL_CERT_FILE and SSL_CERT_DIR.",
+            ) from None
 
     def identity(self) -> str:
         """The model. Where it is served is not part of it: a server that moves has not forgotten anything."""
@@ -232,7 +242,7 @@ def _usage(usage: Any, text: str) -> tuple[int | None, int | None]:
         return None, None
     counted = [usage.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
     prompt, completion, total = (
-        n if isinstance(n, int) and not isinstance(n, bool) and n >= 0 else None for n in counted
+        n if isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST_TOKENS else None for n in counted
     )
     if prompt is None or completion is None or prompt == 0 or (completion == 0 and text):
         return None, None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from urllib.parse import quote
 
 from ..errors import UserError
 from .types import EndpointSpec
@@ -34,13 +36,20 @@ class Key:
 
     def redact(self, text: str) -> str:
         """The text without the key."""
-        return text.replace(self._read(), SHOWN) if len(self._read()) >= SHORT else text
+        return self._without(text) if len(self._read()) >= SHORT else text
+
+    def _without(self, text: str) -> str:
+        """The key as it is, as it stands in JSON, and as it stands in a URL."""
+        value = self._read()
+        for form in (value, json.dumps(value)[1:-1], quote(value), quote(value, safe="")):
+            text = text.replace(form, SHOWN)
+        return text
 
     def redact_error(self, text: str) -> str:
         """A server's complaint without the key, without any piece of it, and without what a server makes of it
         (``sk-ab****yz``)."""
         value = self._read()
-        text = text.replace(value, SHOWN)
+        text = self._without(text)
         starts = range(len(value) - SHORT + 1)
         pieces = {value[i : i + SHORT] for i in starts}
         covered = [False] * len(text)

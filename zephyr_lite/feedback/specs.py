@@ -215,7 +215,12 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
             values[head] = value
             continue
         inner = values.get(head)
-        inner = {"path": inner} if isinstance(inner, str) else dict(inner or {})
+        inner = {"path": inner} if isinstance(inner, str) else {} if inner is None else inner
+        if not isinstance(inner, dict):
+            raise UserError(
+                f"{path}: {head}: expected `key: value` lines, found {type(inner).__name__}.",
+                f"Write it as in `{head}: {{{nested}: …}}`.",
+            )
         values[head] = {"path": value} if nested == "path" and inner.get("path") != value else {**inner, nested: value}
     missing = [key for key, field in kind.model_fields.items() if field.is_required() and key not in values]
     if missing:
@@ -247,7 +252,11 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
         place = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             key = str(item["loc"][-1])
-            known = [*kind.model_fields, *EndpointSpec.model_fields, *PromptsSpec.model_fields]
+            known = (
+                [*kind.model_fields]
+                if len(item["loc"]) == 1
+                else [*EndpointSpec.model_fields, *PromptsSpec.model_fields, *Budget.model_fields]
+            )
             near = difflib.get_close_matches(key, known, n=1)
             lines.append(f"there is no key {place!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
         else:
