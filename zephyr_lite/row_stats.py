@@ -177,7 +177,7 @@ def _budgets(uncut: Prepared, config: RunConfig) -> list[Budget]:
 def _supervised_within(data: Prepared, sizes: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
     """[n] int64 for each size and, last, for the whole: supervised tokens among an example's first ones. And [n] int64:
     the place of its first supervised token."""
-    masks = data.examples._table.select_columns(["mask"]).with_format("arrow")
+    masks = data.examples.columns("mask")
     counts: list[list[np.ndarray]] = [[] for _ in [*sizes, None]]
     firsts = []
     for start in range(0, len(masks), 1000):

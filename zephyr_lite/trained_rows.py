@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from .config import DatasetSpec, Method, RunConfig
 from .data.chat import ChatTemplate
 from .data.prepare import Prepared, prepare
 from .errors import UserError
-from .model.load import PATTERNS, read_model_config
+from .model.load import fetch_base, read_model_config
 from .model.peft_files import AdapterFile
 from .planned import stages_of
 from .rundir import StageDir
 from .train.ground import adapters_below, vocabulary_fits
-from .train.setup import _template, resolve_run
+from .train.setup import resolve_run, template_of
 
 
 @dataclass
@@ -76,9 +74,9 @@ def _prepared(
 def _ground(method: Method, file: str | None, words: list[str]) -> tuple[RunConfig, ChatTemplate, list[str]]:
     loaded = resolve_run(method, file, words)
     config, notes = loaded.config, list(loaded.notes)
-    folder = fetch_tokenizer(config.model_name_or_path, config.model_revision)
+    folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
     base_config: Any = read_model_config(folder, any_family=True)
-    template = _template(config, folder, _frozen(method, config, notes))
+    template = template_of(config, folder, _frozen(method, config, notes))
     vocabulary_fits(template.tokenizer, base_config, folder)
     return config, template, notes
 
@@ -92,39 +90,6 @@ def _frozen(method: Method, config: RunConfig, notes: list[str]) -> list[Adapter
     return adapters_below(method, config, stage, notes.append)
 
 
-def fetch_tokenizer(name_or_path: str, revision: str) -> Path:
-    """The folder of a base, whose weights need not be there: a local one as it is, or of the hub's the small files.
-
-    Raises:
-        UserError: there is none, or the hub cannot be reached, or refuses.
-    """
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id."
-            )
-        return folder
-    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
-        raise UserError(f"model {name_or_path}: there is no such folder, and it is no hub id (OWNER/NAME).")
-    patterns = [pattern for pattern in PATTERNS if "safetensors" not in pattern]
-    try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise UserError(
-            f"model {name_or_path}: its owner asks you to accept terms first.",
-            f"Open https://huggingface.co/{name_or_path}, accept, then run `hf auth login`.",
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(f"model {name_or_path}: neither a folder here nor a model on the hub.") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"model {name_or_path}: not in the hub's cache, and the hub could not be reached ({type(error).__name__}).",
-            "Its tokenizer and config.json are needed, no weights: check the connection and HF_HUB_OFFLINE, or name a "
-            "folder that has them (model_name_or_path=FOLDER).",
-        ) from None
-
-
 def example_places(data: Prepared) -> list[str]:
     """The place ("train.jsonl row 17") of the data row that each example was made of."""
     return example_column(data, "where").to_pylist()
@@ -132,7 +97,7 @@ def example_places(data: Prepared) -> list[str]:
 
 def example_column(data: Prepared, name: str) -> pa.ChunkedArray:
     """A column of the prepared table, beside ids and masks: where, length, supervised, lost, cut."""
-    return data.examples._table.select_columns([name]).with_format("arrow")[:].column(name)
+    return data.examples.columns(name)[:].column(name)
 
 
 def stage_of_words(words: list[str], file: str | None) -> tuple[Method, list[str]]:

@@ -21,7 +21,7 @@ from ..rundir import folder_aside, read_json, write_json, write_text
 from .formats import RowError
 from .opening import BUILDERS, find_broken_json, open_source, quiet
 from .questions import Questions, read_questions, split_said_as
-from .sources import PARALLEL_ROWS, _own_faults_only, cache_key, processes, summarise
+from .sources import PARALLEL_ROWS, cache_key, own_faults_only, processes, summarise
 from .ultrafeedback import NOTES, TRUTHFUL_QA, UNRATED, PairRules, pair_of_row
 from .workers import interruptible
 from .writing import FileFormat, write_split
@@ -222,7 +222,7 @@ def _check_out(out: Path, specs: Sequence[DatasetSpec], overwrite: bool) -> None
 def _open(spec: DatasetSpec) -> Iterator[tuple[datasets.Dataset, str, DatasetSpec]]:
     """An input's rows, their label in messages, and where they are; file by file where a folder is read whole."""
     for each in _files_by_source(spec):
-        with _own_faults_only(each), split_said_as("--split {}"):
+        with own_faults_only(each), split_said_as("--split {}"):
             raw, label = open_source(each)
         if len(raw) == 0:
             raise UserError(f"{label}: empty; there is no row in it.")
@@ -290,7 +290,7 @@ def _map(
 ) -> datasets.Dataset:
     options = {"rules": tuple(asdict(rules).items()), "questions": questions.fingerprint}
     workers = processes(len(raw)) if num_proc is None else min(num_proc, len(raw))
-    with interruptible(), quiet(len(raw) <= PARALLEL_ROWS), _own_faults_only(spec):
+    with interruptible(), quiet(len(raw) <= PARALLEL_ROWS), own_faults_only(spec):
         return raw.map(
             _choose,
             with_indices=True,

@@ -119,6 +119,10 @@ class Examples(Sequence[Any]):
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
+    def columns(self, *names: str) -> datasets.Dataset:
+        """Columns of all examples as Arrow: ids and masks, and where, length, supervised, lost, cut."""
+        return self._table.select_columns(list(names)).with_format("arrow")
+
 
 @dataclass
 class Prepared:

@@ -83,7 +83,7 @@ def load_rows(specs: Sequence[DatasetSpec], method: Method, *, seed: int, system
 def _one_source(
     spec: DatasetSpec, method: Method, rng: np.random.Generator, system: str | None, rows: Rows
 ) -> datasets.Dataset:
-    with _own_faults_only(spec):
+    with own_faults_only(spec):
         raw, label = open_source(spec)
     if len(raw) == 0:
         raise UserError(f"{label}: empty; there is no row in it.")
@@ -104,7 +104,7 @@ def _one_source(
         "numbers": None if len(numbers) == total else numbers,
     }
     try:
-        with quiet(len(raw) <= PARALLEL_ROWS), _own_faults_only(spec), interruptible():
+        with quiet(len(raw) <= PARALLEL_ROWS), own_faults_only(spec), interruptible():
             mapped = raw.map(
                 _normalise,
                 with_indices=True,
@@ -155,7 +155,7 @@ def _one_source(
 
 
 @contextmanager
-def _own_faults_only(spec: DatasetSpec) -> Iterator[None]:
+def own_faults_only(spec: DatasetSpec) -> Iterator[None]:
     """What fails in the cache that datasets keeps is not the fault of the file with the rows, and the path is named.
 
     Raises:

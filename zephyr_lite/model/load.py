@@ -81,8 +81,11 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def fetch_base(name_or_path: str, revision: str = "main") -> Path:
+def fetch_base(name_or_path: str, revision: str = "main", *, weights: bool = True) -> Path:
     """The folder of a base: a local one as it is, or the hub's, fetched without pickles.
+
+    Args:
+        weights: False for the tokenizer and ``config.json`` alone.
 
     Raises:
         UserError: neither exists, the hub cannot be reached, or the gate was not passed.
@@ -93,7 +96,7 @@ def fetch_base(name_or_path: str, revision: str = "main") -> Path:
             raise UserError(
                 f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id."
             )
-        if not any(folder.glob("*.safetensors")):
+        if weights and not any(folder.glob("*.safetensors")):
             others = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights at all"
             raise UserError(
                 f"{folder}: holds no safetensors file (found {others}).",
@@ -102,8 +105,9 @@ def fetch_base(name_or_path: str, revision: str = "main") -> Path:
         return folder
     if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
         raise UserError(f"model {name_or_path}: there is no such folder, and it is no hub id (OWNER/NAME).")
+    patterns = [pattern for pattern in PATTERNS if weights or "safetensors" not in pattern]
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
         raise UserError(
             f"model {name_or_path}: its owner asks you to accept terms first.",
@@ -114,7 +118,8 @@ def fetch_base(name_or_path: str, revision: str = "main") -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"model {name_or_path}: not in the hub's cache, and the hub could not be reached ({type(error).__name__}).",
-            "Check the connection and HF_HUB_OFFLINE, or give a local folder.",
+            ("" if weights else "Its tokenizer and config.json are needed, no weights. ")
+            + "Check the connection and HF_HUB_OFFLINE, or name a folder (model_name_or_path=FOLDER).",
         ) from None
 
 

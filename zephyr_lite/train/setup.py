@@ -144,7 +144,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     same_base(frozen, print_of_base, folder)
     if before is not None:
         same_ground(stage, before, print_of_base, frozen)
-    template = _template(config, folder, frozen)
+    template = template_of(config, folder, frozen)
     vocabulary_fits(template.tokenizer, base_config, folder)
     data = prepare(config.dataset, method, config, template, what="training")
     _tell(data, say)
@@ -282,7 +282,7 @@ def versions() -> dict[str, str]:
     return result
 
 
-def _template(config: RunConfig, folder: Path, frozen: list[AdapterFile]) -> ChatTemplate:
+def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile]) -> ChatTemplate:
     """``auto`` takes the template of the adapter below, where that was saved with one; then the base's own."""
     source = folder
     if config.chat_template == "auto":
