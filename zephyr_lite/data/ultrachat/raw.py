@@ -16,7 +16,7 @@ from ...errors import UserError
 from ..formats import COLUMNS, Reader, RowError, detect
 from ..opening import BUILDERS, open_source
 from ..questions import split_said_as
-from ..sources import _own_faults_only
+from ..sources import own_faults_only
 
 # raw UltraChat is one set in ten files, which the hub's layout would call ten splits
 _NUMBERED = re.compile(r"train_(\d+)$")
@@ -72,7 +72,7 @@ def open_raw(path: str, split: str | None = None) -> Raw:
             specs = [DatasetSpec(path=str(file)) for _, file in numbered]
     parts, labels, kinds = [], [], []
     for spec in specs:
-        with _own_faults_only(spec), split_said_as("--split {}"):
+        with own_faults_only(spec), split_said_as("--split {}"):
             part, label = open_source(spec)
         if len(part) == 0:
             raise UserError(f"{label}: empty; there is no row in it.")
