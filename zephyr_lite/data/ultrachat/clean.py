@@ -73,7 +73,9 @@ class Options:
         if self.min_turns < 2:
             raise UserError(f"min-turns {self.min_turns}: a question and an answer are two turns.")
         low, high = self.min_words or 0, self.max_words
-        if low < 0 or (high is not None and high < max(low, 1)):
+        if low < 0:
+            raise UserError(f"min-words {low}: cannot be below 0.")
+        if high is not None and high < max(low, 1):
             raise UserError(f"min-words {low} and max-words {high} leave no row.")
         if not 2 <= self.ngram <= 60:
             raise UserError(f"ngram {self.ngram}: 2 to 60 words are needed.", f"The default is {NGRAM}.")
@@ -129,7 +131,10 @@ def clean_chat(
         report = account(raw, scanned, fates, folder / DROPPED)
         report.eval_sets = dict(zip(sets.names, sets.rows))
         if not report.kept:
-            raise UserError(f"{source}: no row is left of {len(raw.rows):,}: {report.reasons()}.", "Loosen the limits.")
+            raise UserError(
+                f"{source}: no row is left of {len(raw.rows):,}: {report.reasons()}.",
+                "The reasons say what to change: the limits, the filters, or the source.",
+            )
         lexicon = None
         if options.truecase:
             lexicon = given or _learned(scanned)
