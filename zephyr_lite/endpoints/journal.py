@@ -8,6 +8,7 @@ by ``digest``, a hash of the request's key and of everything that is sent; keys 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import threading
@@ -24,7 +25,12 @@ Record = dict[str, Any]
 VERSION = 1
 NAME = "journal.jsonl"
 LOCK = ".journal.lock"
+# Room that is held while a job runs, and given up when the disk is full: what is under way then is paid for, and its
+# replies must still find a place.
+SPARE, ROOM = ".journal.spare", 2**20
 _ALL = {"id": int, "digest": str, "key": str, "endpoint": str, "tokens": int, "dollars": (int, float)}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_HINT = "Make room there; the same command goes on."
 FIELDS: dict[str, dict[str, Any]] = {
     "journal": {"version": int},
     "sent": _ALL,
@@ -74,12 +80,18 @@ class Journal:
         self._batch = b""  # being written
         self._mutex = threading.Lock()
         self._broken: str | None = None
+        self._full: str | None = None  # the spare room is in use: replies are recorded, nothing more leaves
+        self._spare = folder / SPARE
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
             self._mend()
+            _hold(self._spare)
         except OSError as error:
             self.close()
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}.", "Choose another folder.") from None
+            hint = "Choose another folder."
+            if error.errno in _NO_ROOM:
+                hint = f"A job wants {ROOM // 2**20} MiB to begin with, and room for what it makes. {_HINT}"
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}.", hint) from None
         except BaseException:
             self.close()
             raise
@@ -171,6 +183,8 @@ class Journal:
             UserError: the disk is full, or fails.
         """
         self._check()
+        if self._full is not None and record["event"] == "sent":
+            raise UserError(self._full, _HINT)
         done = asyncio.get_running_loop().create_future()
         self._waiting.append((record, done))
         if self._writer is None or self._writer.done():
@@ -192,8 +206,18 @@ class Journal:
         """In a thread, or in ``close``, whichever comes first."""
         with self._mutex:
             if self._batch:
-                self._write(self._batch)
+                self._write_somehow(self._batch)
                 self._batch = b""
+
+    def _write_somehow(self, data: bytes) -> None:
+        try:
+            self._write(data)
+        except OSError as error:
+            if self._full is not None or error.errno not in _NO_ROOM:
+                raise
+            self._full = f"{self.path}: cannot be written: {error.strerror}."
+            self._spare.unlink(missing_ok=True)
+            self._write(data)
 
     def _settle(self, lines: list[bytes]) -> None:
         place = self._size
@@ -225,7 +249,7 @@ class Journal:
             raise
 
     def _failure(self) -> UserError:
-        return UserError(self._broken or "", "Make room there; the same command goes on.")
+        return UserError(self._broken or "", _HINT)
 
     def _check(self) -> None:
         if self._broken is not None:
@@ -242,14 +266,24 @@ class Journal:
             if self._file >= 0 and self._broken is None:
                 self._write_batch()
                 if self._waiting:
-                    self._write(b"".join(_line(record) for record, _ in self._waiting))
+                    self._write_somehow(b"".join(_line(record) for record, _ in self._waiting))
                     self._waiting = []
         finally:
             with self._mutex:
                 if self._file >= 0:
                     os.close(self._file)
                 self._file, self._batch = -1, b""
+            with suppress(OSError):
+                self._spare.unlink(missing_ok=True)
             self._lock.release()
+
+
+def _hold(path: Path) -> None:
+    """Take up ``ROOM`` bytes, of noise: some file systems keep no zeros."""
+    with path.open("wb") as file:
+        file.write(os.urandom(ROOM))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _end_of_last_line(file: BinaryIO, size: int) -> int:
