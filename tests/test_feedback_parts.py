@@ -521,3 +521,15 @@ def test_a_value_where_the_file_should_have_a_mapping_is_named(tmp_path: Path) -
     path.write_text(f"out: o\nprompts: p.txt\njudge: {URL}#j\nmodels: {URL}#a\nmodel: 3\n")
     with pytest.raises(UserError, match="did you mean 'models'"):
         load_settings(FeedbackConfig, str(path), {})
+
+
+def test_a_prompt_that_begins_with_data_is_a_prompt(tmp_path: Path) -> None:
+    lines = ['[{"a": 1}] what is this?', "[{broken json} explain", '[{"role": "user", "content": "within"}]']
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
+    for name in ("p.txt", "p.jsonl"):
+        read = read_prompts(PromptsSpec(path=str(tmp_path / name)), seed=0)
+        assert [prompt.text for prompt in read.prompts] == [*lines[:2], "within"] and not read.dropped
+    read = read_prompts(PromptsSpec(path=str(tmp_path / "m.jsonl")), seed=0)
+    assert [prompt.text for prompt in read.prompts] == ["within"]

@@ -101,7 +101,7 @@ def distill_bounds(config: DistillConfig, plan: Distilled) -> dict[str, Bound]:
         bounds[user.name].add(user, asked, question, times=plan.wanted, tries=config.tries)
     told = prompt_bound(
         user, follow_up_request(user, plan.grid, 0, 0, [{"role": "user", "content": ""}] * 2, 0).messages
-    )
+    ) + max(len(move.encode()) for move in plan.grid.moves)  # whichever is drawn
     opening = question if not from_seeds else max(len(text.encode()) for text in texts)
     for round_ in range(config.rounds):
         # what was said before this round: the opening, an answer to it, and a question and an answer for each round
@@ -125,7 +125,8 @@ def bound_lines(bounds: Mapping[str, Bound], priced: bool) -> list[str]:
         + _line(sum(b.requests for b in every), sum(b.tokens for b in every), sum(b.dollars for b in every), priced)
     )
     result.append(
-        "in the worst case, every reply of no use and every try failing, as often as is allowed: "
+        "in the worst case, every reply of no use and every try failing, as often as is allowed "
+        "(requests that a busy server turns away, 429, come on top): "
         + _line(
             sum(b.worst_requests for b in every),
             sum(b.worst_tokens for b in every),

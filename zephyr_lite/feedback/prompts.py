@@ -19,6 +19,7 @@ from .specs import PromptsSpec
 
 # columns that hold a prompt, the surest first; "data" is raw UltraChat's, "turns" MT-Bench's
 COLUMNS = ("prompt", "instruction", "messages", "conversations", "data", "question", "turns", "text")
+_CONVERSATIONS = ("messages", "conversations", "data", "turns")
 _BESIDE = ("input", "source", "correct_answers", "incorrect_answers")
 
 
@@ -149,7 +150,12 @@ def _prompt_of(row: Mapping[str, Any], column: str) -> str:
     if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
         text = value[0]  # raw UltraChat, MT-Bench: the turns alone, the user's first
     elif isinstance(value, (list, Mapping)) or (isinstance(value, str) and value.lstrip()[:2] == "[{"):
-        text = next((m["content"] for m in as_messages(value, column) if m["role"] == "user"), "")
+        try:
+            text = next((m["content"] for m in as_messages(value, column) if m["role"] == "user"), "")
+        except RowError:
+            if not isinstance(value, str) or column in _CONVERSATIONS:
+                raise
+            text = value  # a prompt that begins with data
     elif isinstance(value, str):
         text = value
     elif value is None:
