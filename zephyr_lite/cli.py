@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -216,7 +217,8 @@ def run(arguments: list[str]) -> int:
     """Run a command.
 
     Returns:
-        0: done (or done already); 1: a fault of ours; 2: something of the user's has to change; 130: interrupted.
+        0: done (or done already); 1: a fault of ours; 2: something of the user's has to change; 130: interrupted;
+        141: nobody reads what it prints any more (as of a command that SIGPIPE ended).
     """
     verbose = "--verbose" in arguments
     with warnings.catch_warnings():
@@ -244,7 +246,7 @@ def _run(arguments: list[str], verbose: bool) -> int:
     except BrokenPipeError:
         # whoever read (head, less) has seen enough; what is still buffered must not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
     except (KeyboardInterrupt, typer.Abort):
         trains = arguments[:1] in (["sft"], ["dpo"], ["demo"], ["ablate"])
         console.err.print("interrupted" + ("; the same command goes on from the last checkpoint" if trains else ""))
