@@ -19,7 +19,7 @@ from zephyr_lite.endpoints.budget import Totals
 from zephyr_lite.endpoints.types import BudgetSpent, EndpointSpec, RequestFailed
 from zephyr_lite.errors import UserError
 from zephyr_lite.feedback.draw import draw_slots, read_principles
-from zephyr_lite.feedback.files import Spool, claim, line_of, lines_aside
+from zephyr_lite.feedback.files import Spool, claim, line_of
 from zephyr_lite.feedback.judge import (
     ASPECTS,
     aspect_messages,
@@ -39,6 +39,7 @@ from zephyr_lite.feedback.specs import (
     endpoint_from_word,
     load_settings,
 )
+from zephyr_lite.rundir import file_aside
 
 URL = "http://127.0.0.1:9/v1"
 
@@ -442,12 +443,12 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     assert load_settings(FeedbackConfig, str(tmp_path / "b" / "config.yaml"), {}) == config
 
 
-def test_lines_aside_leave_the_old_file_when_something_fails(tmp_path: Path) -> None:
+def test_a_file_aside_leaves_the_old_file_when_something_fails(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    with lines_aside(path) as file:
+    with file_aside(path) as file:
         file.write(line_of({"text": "café \ud800"}))
     assert path.read_text(encoding="utf-8") == '{"text": "café ?"}\n'
-    with contextlib.suppress(RuntimeError), lines_aside(path) as file:
+    with contextlib.suppress(RuntimeError), file_aside(path) as file:
         file.write("half")
         raise RuntimeError
     assert path.read_text(encoding="utf-8") == '{"text": "café ?"}\n'

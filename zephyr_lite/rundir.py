@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import UserError
 
@@ -141,11 +141,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside, flush to the disk, rename: a reader sees the old file or the new one."""
+    with file_aside(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def file_aside(path: Path) -> Iterator[IO[str]]:
+    """A text file to write, which becomes ``path`` when the block ends without an error: written aside, flushed to the
+    disk, renamed. A reader sees the old file or the new one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)

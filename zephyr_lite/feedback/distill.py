@@ -22,8 +22,8 @@ from ..endpoints.budget import Totals
 from ..endpoints.desk import open_desk
 from ..endpoints.types import BudgetSpent, Desk, RequestFailed
 from ..errors import UserError
-from ..rundir import write_json
-from .files import Spool, claim, line_of, lines_aside, write_config
+from ..rundir import file_aside, write_json
+from .files import Spool, claim, line_of, write_config
 from .grid import Grid, read_grid
 from .grow import Dialogue, NotUsable, ask_message, grow, opening_request
 from .meter import Meter
@@ -315,7 +315,7 @@ def _write(config: DistillConfig, result: Distilled, spool: Spool) -> None:
         )
     if config.openings == "grid":
         result.cells.update({(cell.topic, cell.kind): 0 for cell in result.grid.cells})
-    with lines_aside(result.out / TRAIN) as train, lines_aside(result.out / TEST) as test:
+    with file_aside(result.out / TRAIN) as train, file_aside(result.out / TEST) as test:
         for _, row in spool.rows():
             held_out = int(row["prompt_id"][:8], 16) < config.test_share * 2**32
             (test if held_out else train).write(line_of(row))

@@ -6,9 +6,8 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -60,22 +59,6 @@ def write_config(out: Path, kind: str, config: BaseModel) -> None:
 
 def _first_line(kind: str) -> str:
     return f"# zephyr-lite {kind}"
-
-
-@contextmanager
-def lines_aside(path: Path) -> Iterator[IO[str]]:
-    """A text file to write, which becomes ``path`` when the block ends without an error."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def line_of(row: dict[str, Any]) -> str:

@@ -15,9 +15,9 @@ from ..endpoints.budget import Totals
 from ..endpoints.desk import open_desk
 from ..endpoints.types import BudgetSpent, Desk
 from ..errors import UserError
-from ..rundir import write_json
+from ..rundir import file_aside, write_json
 from .draw import read_principles
-from .files import claim, line_of, lines_aside, write_config
+from .files import claim, line_of, write_config
 from .judge import ASPECTS
 from .meter import Meter
 from .pool import grace_said, in_order
@@ -192,7 +192,7 @@ async def _run(
                 result.why = result.why or str(spent)
                 return None
 
-        with lines_aside(result.out / ROWS) as file, grace_said(say):
+        with file_aside(result.out / ROWS) as file, grace_said(say):
             async for number, row in in_order(range(len(prompts)), work, window):
                 if isinstance(row, dict):
                     file.write(line_of(row))
