@@ -426,3 +426,19 @@ def test_a_row_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fails)
     with pytest.raises(UserError, match=r"a\.jsonl: not readable as JSONL.*Permission denied"):
         load(rows)
+
+
+def test_large_files_are_read_by_several_processes(tmp_path, monkeypatch):
+    """In the same order, and a broken line is named as well."""
+    monkeypatch.setattr(opening, "PARALLEL_BYTES", 0)
+    (tmp_path / "set").mkdir()
+    for part in range(3):
+        rows = [{"messages": turns("Hi", f"{part} {i}")} for i in range(5)]
+        write(tmp_path / "set" / f"train-0000{part}-of-00003.jsonl", rows)
+    assert [m[1]["content"] for m in messages(load(tmp_path / "set"))] == [
+        f"{p} {i}" for p in range(3) for i in range(5)
+    ]
+    with (tmp_path / "set" / "train-00001-of-00003.jsonl").open("a") as file:
+        file.write("{broken\n")
+    with pytest.raises(UserError, match=r"train-00001-of-00003\.jsonl line 6: broken JSON"):
+        load(tmp_path / "set")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,11 @@ import datasets
 
 from ..config import DatasetSpec
 from ..errors import UserError
+from .workers import interruptible
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# files of so many bytes together are read by several processes, a file each
+PARALLEL_BYTES = 100e6
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
 
 
@@ -102,7 +106,10 @@ def _read_files(files: list[Path], split: str, label: str) -> datasets.Dataset:
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        with quiet(sum(file.stat().st_size for file in files) < 50e6):
+        size = sum(file.stat().st_size for file in files)
+        if len(files) > 1 and size > PARALLEL_BYTES:
+            options["num_proc"] = min(len(files), os.cpu_count() or 1)
+        with quiet(size < 50e6), interruptible():
             return datasets.load_dataset(
                 builder, data_files={_base_split(split): [str(file) for file in files]}, split=split, **options
             )

@@ -207,10 +207,15 @@ def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
     protected = spans(text)
     names: Mapping[str, str] = lexicon.names() if lexicon is not None else {}
     phrases: Mapping[str, str] = lexicon.phrases() if lexicon is not None else {}
+    known = lexicon.words() if lexicon is not None else frozenset()
     words = [(m.start(), m.end(), m.group()) for m in _WORD.finditer(text)]
     lowers = [word.lower() for _, _, word in words]
     at, last = 0, 0
     for index, (start, end, word) in enumerate(words):
+        # after a single space only names and the pronoun change: most words are done with here
+        if index and word not in known and word != "i" and start == last + 1 and text[last] == " ":
+            last = end
+            continue
         while at < len(protected) and protected[at][1] <= start:
             at += 1
         inside = at < len(protected) and protected[at][0] < end and start < protected[at][1]

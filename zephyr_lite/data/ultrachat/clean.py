@@ -34,7 +34,7 @@ MADE_BY = "zephyr-lite data chat"
 REPORT, LEXICON, DROPPED = "report.json", "lexicon.txt", "dropped.tsv"
 LEG = 100_000  # rows of the first pass that are cached together
 # The lexicon is learned from so many rows at most, in blocks spread evenly over the corpus: that bounds its memory.
-LEARN_ROWS = 200_000
+LEARN_ROWS = 100_000
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Lexicon:
     both: Counter[str] = field(default_factory=Counter)
     _names: dict[str, str] | None = None
     _phrases: dict[str, str] | None = None
+    _words: frozenset[str] | None = None
 
     @classmethod
     def of(cls, counts: Iterable[WordCounts]) -> Lexicon:
@@ -91,6 +92,12 @@ class Lexicon:
             self._decide()
         assert self._phrases is not None
         return self._phrases
+
+    def words(self) -> frozenset[str]:
+        """Every lower-case word that is a name or a part of a phrase."""
+        if self._words is None:
+            self._words = frozenset(self.names()).union(*(pair.split(" ") for pair in self.phrases()))
+        return self._words
 
     def decided(self) -> Lexicon:
         """The names and phrases alone, without the counts: what other processes need."""

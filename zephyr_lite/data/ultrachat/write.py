@@ -22,7 +22,7 @@ from .scan import SIDES, stop_quietly
 
 Format = Literal["parquet", "jsonl"]
 # Rows of a file. It depends on nothing but the rows, so that the files do not depend on the number of processes.
-SHARD_ROWS = 25_000
+SHARD_ROWS = 12_500
 EXAMPLES = 3
 _BATCH = 1000
 _ROUND = 40  # characters shown around an example's change
