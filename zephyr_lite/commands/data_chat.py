@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,6 @@ from typing import Annotated
 import typer
 
 from ..console import Console
-from ..errors import UserError
 
 console = Console()
 
@@ -70,12 +68,6 @@ def chat(
         max_words=max_words, decontaminate=tuple(decontaminate or ()), ngram=ngram, test=test, lexicon=lexicon,
         file_format=file_format.value,
     )  # fmt: skip
-    options.check()
-    try:  # before the work, not after it
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made: {error.strerror}.", "Choose another --out.") from None
     with interruptible():
         report = clean_chat(source, out, options, split=split, num_proc=num_proc, overwrite=overwrite, say=console.say)
     for line in report.lines():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,23 +15,23 @@ import pyarrow as pa
 
 from ..config import DatasetSpec
 from ..errors import UserError
-from ..rundir import folder_aside, read_json, write_json, write_text
+from ..rundir import folder_aside, write_json, write_text
 from .formats import RowError
-from .opening import BUILDERS, find_broken_json, open_source, quiet
-from .questions import Questions, read_questions, split_said_as
+from .opening import quiet
+from .output import DROPPED, REPORT, check_held_out, check_output
+from .pairs_input import open_input, own_questions, text_as_it_must_be
+from .questions import Questions, read_questions
 from .sources import PARALLEL_ROWS, cache_key, own_faults_only, processes, summarise
-from .ultrafeedback import NOTES, TRUTHFUL_QA, UNRATED, PairRules, pair_of_row
+from .ultrafeedback import NOTES, UNRATED, PairRules, pair_of_row
 from .workers import interruptible
 from .writing import FileFormat, write_split
 
-REPORT = "report.json"
-DROPPED = "dropped.tsv"
+MADE_BY = "zephyr-lite data pairs"
 TRAIN, TEST = "train_prefs", "test_prefs"
 # As many rows as the published set holds out, but no more than a share that a small set can spare.
 TEST_ROWS, TEST_SHARE = 2000, 0.05
 _PLACES = 5
 FEWER = "pairs fewer held out than asked for: those of one prompt stay together"
-_RAW = ("source", "instruction", "completions")
 
 _TURNS = [{"content": datasets.Value("string"), "role": datasets.Value("string")}]
 # the published columns, in their order
@@ -143,23 +141,25 @@ def make_pairs(
             holds something else.
     """
     rules = rules or PairRules()
-    _check_arguments(rules, test, num_proc)
+    if not rules.margin > 0:
+        raise UserError(f"margin {rules.margin:g}: has to be above 0.", "Half a point is --margin 0.5.")
+    check_held_out(test, num_proc)
     specs = [DatasetSpec(path=item) if isinstance(item, str) else item for item in inputs]
     if not specs:
         raise UserError("data pairs: nothing to read.", "Name a file, a folder or a hub id (openbmb/UltraFeedback).")
-    _check_out(out, specs, overwrite)
+    check_output(out, [spec.path for spec in specs], MADE_BY, overwrite)
     listed = [text for name in exclude for text in read_questions(name)]
-    opened = [part for spec in specs for part in _open(spec)]
+    opened = [part for spec in specs for part in open_input(spec)]
     own = []
     for raw, label, _ in opened:
-        with _text_as_it_must_be(label):
-            own += _own_questions(raw)
+        with text_as_it_must_be(label):
+            own += own_questions(raw)
     questions = Questions([*listed, *own])
     report = PairsReport([f"{label}: {len(raw):,} rows" for raw, label, _ in opened], rules, questions=len(questions))
     parts = []
     for raw, label, spec in opened:
         say(f"choosing pairs in {label}")
-        with _text_as_it_must_be(label):
+        with text_as_it_must_be(label):
             parts.append(_map(raw, label, spec, rules, questions, num_proc))
     table = datasets.concatenate_datasets(parts)
     kept = _account(table, [label for _, label, _ in opened], [len(part) for part in parts], report)
@@ -181,105 +181,8 @@ def make_pairs(
                 report.files += [path.name for path in written]
         write_text(folder / DROPPED, "".join(f"{r}\t{p}\n" for r, where in report.dropped.items() for p in where))
         write_text(folder / "report.md", _markdown(report))
-        write_json(folder / REPORT, {"made_by": "zephyr-lite data pairs", **report.as_dict()})
+        write_json(folder / REPORT, {"made_by": MADE_BY, **report.as_dict()})
     return report
-
-
-# -- arguments and inputs ------------------------------------------------------------------------------------------------
-
-
-def _check_arguments(rules: PairRules, test: float | None, num_proc: int | None) -> None:
-    if not rules.margin > 0:
-        raise UserError(f"margin {rules.margin:g}: has to be above 0.", "Half a point is --margin 0.5.")
-    if test is not None and not (0 <= test < 1 or (test >= 1 and float(test).is_integer())):
-        raise UserError(f"test {test:g}: is neither a share below 1 nor a number of pairs.", "Write --test 2000.")
-    if num_proc is not None and num_proc < 1:
-        raise UserError(f"num-proc {num_proc}: has to be at least 1.")
-
-
-def _check_out(out: Path, specs: Sequence[DatasetSpec], overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; a folder is to be made there.", "Choose another --out.")
-    try:  # before the work, not after it
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made: {error.strerror}.", "Choose another --out.") from None
-    for spec in specs:
-        source = Path(spec.path).expanduser()
-        if source.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):
-            raise UserError(f"{out} holds the input {spec.path}, which it would replace.", "Choose another --out.")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    made = (read_json(out / REPORT) or {}).get("made_by") == "zephyr-lite data pairs"
-    if not made:
-        names = ", ".join(sorted(p.name for p in out.iterdir())[:3])
-        raise UserError(f"{out} exists and holds other things ({names}).", "Choose another --out.")
-    if not overwrite:
-        raise UserError(f"{out} holds pairs already.", "Replace them with --overwrite, or choose another --out.")
-
-
-def _open(spec: DatasetSpec) -> Iterator[tuple[datasets.Dataset, str, DatasetSpec]]:
-    """An input's rows, their label in messages, and where they are; file by file where a folder is read whole."""
-    for each in _files_by_source(spec):
-        with own_faults_only(each), split_said_as("--split {}"):
-            raw, label = open_source(each)
-        if len(raw) == 0:
-            raise UserError(f"{label}: empty; there is no row in it.")
-        _check_schema(raw.column_names, label, each)
-        yield raw.select_columns([c for c in _RAW if c in raw.column_names]), label, each
-
-
-def _files_by_source(spec: DatasetSpec) -> list[DatasetSpec]:
-    folder = Path(spec.path).expanduser()
-    if not folder.is_dir() or spec.split is not None or (folder / "data").is_dir():
-        return [spec]
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in BUILDERS)
-    splits = [file for file in files if file.stem.lower().startswith(("train", "test", "valid", "eval", "dev"))]
-    if len(splits) == 1:  # beside a report or a journal, as `zephyr-lite feedback` leaves it
-        return [spec.model_copy(update={"path": str(Path(spec.path) / splits[0].name)})]
-    if splits or len(files) < 2:
-        return [spec]
-    return [spec.model_copy(update={"path": str(Path(spec.path) / file.name)}) for file in files]
-
-
-def _check_schema(columns: Sequence[str], label: str, spec: DatasetSpec) -> None:
-    if {"instruction", "completions"} <= set(columns):
-        return
-    found = f"{label}: found columns {', '.join(columns)}; "
-    needs = "scored completions are needed: columns instruction and completions, as in openbmb/UltraFeedback"
-    if {"chosen", "rejected"} <= set(columns):
-        raise UserError(
-            found + "these are preference pairs already.",
-            f"Train on them as they are: zephyr-lite dpo dataset.path={spec.path}"
-            + (f" dataset.split={spec.split}" if spec.split else ""),
-        )
-    if {"messages", "conversations", "prompt", "data"} & set(columns):
-        raise UserError(
-            found + needs + ".", "Conversations have no scores; `zephyr-lite feedback` makes some for their prompts."
-        )
-    raise UserError(found + needs + ".", "Name another file, or rename the columns.")
-
-
-@contextmanager
-def _text_as_it_must_be(label: str) -> Iterator[None]:
-    """Arrow's JSON reader takes any bytes for text, and fails where it becomes a string."""
-    try:
-        yield
-    except UnicodeDecodeError:
-        if Path(label).is_file():
-            find_broken_json(Path(label))
-        raise UserError(f"{label}: text that is not UTF-8.", "Save the file as UTF-8.") from None
-
-
-def _own_questions(raw: datasets.Dataset) -> list[str]:
-    if "source" not in raw.column_names or pa.types.is_nested(raw.features.arrow_schema.field("source").type):
-        return []
-    found: list[str] = []
-    for batch in raw.select_columns(["source", "instruction"]).with_format("arrow").iter(batch_size=10_000):
-        ours = pa.compute.equal(batch.column("source").cast(pa.string()), TRUTHFUL_QA)
-        found += [text for text in batch.filter(ours).column("instruction").to_pylist() if isinstance(text, str)]
-    return found
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------------

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_quiet = False
+
+
+def _in_child() -> None:
+    """A terminal's Ctrl-C goes to every process: the parent ends its workers, and they need not say so with tracebacks."""
+    if _quiet:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Ctrl-C stays an interruption: ``datasets``' pool waits a moment for its workers then, and raises a timeout instead.
+    Workers that are forked within leave it to this process.
 
     Raises:
         KeyboardInterrupt: what was raised within was caused by one.
     """
+    global _quiet
+    before, _quiet = _quiet, True
     try:
         yield
     except Exception as error:
@@ -25,3 +42,5 @@ def interruptible() -> Iterator[None]:
             if cause is not None:
                 causes += (cause.__cause__, cause.__context__)
         raise
+    finally:
+        _quiet = before

@@ -176,7 +176,7 @@ CASING_RULES: tuple[Rule[str], ...] = tuple(
     for name, (does, positive, negative) in _CASING.items()
 )
 
-DETECTION_RULES: tuple[Rule[tuple[str, ...]], ...] = (
+DETECTION_RULES: tuple[Rule[tuple[str, ...]] | Rule[str], ...] = (
     Rule(
         "broken_capitals",
         "a speaker whose later sentences or whose I are in lower case",
@@ -200,13 +200,13 @@ DETECTION_RULES: tuple[Rule[tuple[str, ...]], ...] = (
     Rule(
         "english",
         "a text that the rules for English may be applied to",
-        is_english,  # type: ignore[arg-type]
-        ("The cat is on the table.", "ok. thanks", "What is the meaning of “Weltschmerz”?"),  # type: ignore[arg-type]
+        is_english,
+        ("The cat is on the table.", "ok. thanks", "What is the meaning of “Weltschmerz”?"),
         (
             "Der Hund ist nicht auf dem Tisch.",
             "Je ne sais pas où il est.",
             "你好。我很好。",
             "Mi piacciono i libri e non la TV.",
-        ),  # type: ignore[arg-type]
+        ),
     ),
 )

@@ -19,8 +19,9 @@ from typing import Any
 import datasets
 
 from ...errors import UserError
-from ...rundir import folder_aside, read_json, write_json, write_text
+from ...rundir import folder_aside, write_json, write_text
 from ..opening import quiet
+from ..output import DROPPED, REPORT, check_held_out, check_output
 from .contamination import NGRAM, EvalSets, read_eval_sets
 from .counting import WordCounts
 from .duplicates import find_duplicates, test_limit, write_kept
@@ -31,7 +32,7 @@ from .scan import BLOCK, FEATURES, ScanRules, scan
 from .write import STATS, Format, Restored, shards_of, write_shard
 
 MADE_BY = "zephyr-lite data chat"
-REPORT, LEXICON, DROPPED = "report.json", "lexicon.txt", "dropped.tsv"
+LEXICON = "lexicon.txt"
 LEG = 100_000  # rows of the first pass that are cached together
 # The lexicon is learned from so many rows at most, in blocks spread evenly over the corpus: that bounds its memory.
 LEARN_ROWS = 100_000
@@ -79,8 +80,6 @@ class Options:
             raise UserError(f"min-words {low} and max-words {high} leave no row.")
         if not 2 <= self.ngram <= 60:
             raise UserError(f"ngram {self.ngram}: 2 to 60 words are needed.", f"The default is {NGRAM}.")
-        if not (0 <= self.test < 1 or (self.test >= 1 and float(self.test).is_integer())):
-            raise UserError(f"test {self.test:g}: neither a share below 1 nor a number of rows.", "Write --test 0.1.")
         if self.lexicon is not None and not self.truecase:
             raise UserError("a lexicon means nothing without truecasing.", "Leave one of the two options out.")
 
@@ -110,9 +109,8 @@ def clean_chat(
         UserError: an option, the source or the folder has to change, or no row is left.
     """
     options.check()
-    if num_proc is not None and num_proc < 1:
-        raise UserError(f"num-proc {num_proc}: has to be at least 1.")
-    _check_out(out, source, overwrite)
+    check_held_out(options.test, num_proc)
+    check_output(out, [source], MADE_BY, overwrite)
     given = Lexicon.load(options.lexicon) if options.lexicon is not None else None
     raw = open_raw(source, split)
     say(f"{source}: read as {raw.kind}, {len(raw.rows):,} rows")
@@ -123,7 +121,6 @@ def clean_chat(
     )  # fmt: skip
     processes = num_proc or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else num_proc or 1
     scanned = _scan(raw, rules, sets, processes)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(out) as folder:
         work = folder / "work"
         work.mkdir()
@@ -152,21 +149,6 @@ def clean_chat(
         write_text(folder / "report.md", markdown(report, raw))
         write_json(folder / REPORT, {"made_by": MADE_BY, "source": source, **report.as_dict(raw)})
     return report
-
-
-def _check_out(out: Path, source: str, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; a folder is to be made there.", "Choose another --out.")
-    path = Path(source).expanduser()
-    if path.exists() and out.resolve() in (path.resolve(), *path.resolve().parents):
-        raise UserError(f"{out} holds the source {source}, which it would replace.", "Choose another --out.")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if (read_json(out / REPORT) or {}).get("made_by") != MADE_BY:
-        names = ", ".join(sorted(p.name for p in out.iterdir())[:3])
-        raise UserError(f"{out} exists and holds other things ({names}).", "Choose another --out.")
-    if not overwrite:
-        raise UserError(f"{out} holds a cleaned set already.", "Replace it with --overwrite, or choose another --out.")
 
 
 def _key(*values: Any) -> str:

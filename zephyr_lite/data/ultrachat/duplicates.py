@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from .near import BANDS, PERMUTATIONS, equal_groups, join_near, memmap
@@ -76,9 +77,9 @@ def find_duplicates(scanned: datasets.Dataset, folder: Path, threshold: float | 
     return Fates(fate, parent, prompt)
 
 
-def _fixed(column: object, kind: type) -> np.ndarray:
+def _fixed(column: pa.ChunkedArray, kind: type) -> np.ndarray:
     """A binary column whose values have one length → an array with a row for each."""
-    array = column.combine_chunks()  # type: ignore[attr-defined]
+    array = column.combine_chunks()
     if hasattr(array, "num_chunks"):
         array = array.chunk(0)
     bounds = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
