@@ -23,6 +23,7 @@ from .commands.data_show import show
 from .commands.data_stats import stats
 from .commands.distill import distill
 from .commands.feedback import feedback
+from .commands.options import StageConfig, Verbose
 from .console import Console
 from .errors import UserError
 
@@ -40,14 +41,10 @@ data_app = typer.Typer(no_args_is_help=True, help="Make data sets, and look at t
 OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 KEYS = "Any key of the configuration may follow, as key=value, --key value or --key=value; the README lists them."
 
-Config = Annotated[
-    str | None, typer.Option("--config", "-c", help="A YAML file, or a shipped one by name (zephyr-7b/overnight-sft).")
-]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print the plan, the first row and the first step's time; keep nothing."),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 
 
 class Onto(StrEnum):
@@ -65,13 +62,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")
-def sft(context: typer.Context, config: Config = None, dry_run: DryRun = False, verbose: Verbose = False) -> None:
+def sft(context: typer.Context, config: StageConfig = None, dry_run: DryRun = False, verbose: Verbose = False) -> None:
     """Stage 1: train the base on conversations. Without arguments: Mistral-7B on UltraChat-200k."""
     _train("sft", config, context.args, dry_run)
 
 
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")
-def dpo(context: typer.Context, config: Config = None, dry_run: DryRun = False, verbose: Verbose = False) -> None:
+def dpo(context: typer.Context, config: StageConfig = None, dry_run: DryRun = False, verbose: Verbose = False) -> None:
     """Stage 2: train on preference pairs, on top of stage 1. Without arguments: continue the newest run."""
     _train("dpo", config, context.args, dry_run)
 
@@ -112,7 +109,7 @@ def _train(method: Any, config: str | None, overrides: list[str], dry_run: bool)
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo|both] [OPTIONS] [KEY=VALUE]...")
 def plan(
     context: typer.Context,
-    config: Config = None,
+    config: StageConfig = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="A card by name: t4, 3060, 4090, a100-80 …")] = None,
     vram: Annotated[
         str | None, typer.Option("--vram", help="So much memory: 8GiB. Alone: a plain card of that size.")

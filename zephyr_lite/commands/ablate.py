@@ -8,6 +8,7 @@ import typer
 
 from ..console import Console
 from ..errors import UserError
+from .options import Verbose
 
 console = Console()
 
@@ -24,7 +25,7 @@ def ablate(
         typer.Option("--preferences", help="A folder or id that stands for HuggingFaceH4/ultrafeedback_binarized."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print arms, stages and keys; train nothing.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Several ways through the recipe on one base, in one table: recipe (the default), alpha-beta, or a file."""
     from ..ablations.table import read_table

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..console import Console
+from .options import Verbose
 
 console = Console()
 
@@ -57,7 +58,7 @@ def chat(
     file_format: Annotated[Format, typer.Option("--format", help="Of the files.")] = Format.parquet,
     num_proc: Annotated[int | None, typer.Option("--num-proc", help="Processes; the result is the same.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a set that was made there before.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Raw conversations (UltraChat) → a clean set like ultrachat_200k, with a report of every rule."""
     from ..data.ultrachat.clean import Options, clean_chat

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..console import Console
+from .options import Verbose
 
 console = Console()
 
@@ -82,7 +83,7 @@ def pairs(
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 42,
     num_proc: Annotated[int | None, typer.Option("--num-proc", help="Processes; the result is the same.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pairs that were made there before.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Scored completions (UltraFeedback's raw schema) → preference pairs like ultrafeedback_binarized."""
     from ..config import DatasetSpec

@@ -7,16 +7,14 @@ from typing import Annotated
 import typer
 
 from ..console import Console
+from .options import StageConfig, Verbose
 
 console = Console()
 
 
 def show(
     context: typer.Context,
-    config: Annotated[
-        str | None,
-        typer.Option("--config", "-c", help="A YAML file, or a shipped one by name (zephyr-7b/overnight-sft)."),
-    ] = None,
+    config: StageConfig = None,
     row: Annotated[
         int | None,
         typer.Option("--row", help="A packed row (sft) or a pair (dpo) by its number; the first by default."),
@@ -27,7 +25,7 @@ def show(
     ] = None,
     held_out: Annotated[bool, typer.Option("--held-out", help="A row of eval_dataset.")] = False,
     table: Annotated[bool, typer.Option("--table", help="One token a line.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """A row the way training sees it, token by token; needs the base's tokenizer and config.json, no weights."""
     from ..errors import UserError

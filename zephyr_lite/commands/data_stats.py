@@ -7,20 +7,18 @@ from typing import Annotated
 import typer
 
 from ..console import Console
+from .options import StageConfig, Verbose
 
 console = Console()
 
 
 def stats(
     context: typer.Context,
-    config: Annotated[
-        str | None,
-        typer.Option("--config", "-c", help="A YAML file, or a shipped one by name (zephyr-7b/overnight-sft)."),
-    ] = None,
+    config: StageConfig = None,
     places: Annotated[
         int, typer.Option("--places", min=0, help="How many rows to name for each reason to leave out or cut; 0: all.")
     ] = 5,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Lengths, what is cut and left out, how full rows are, tokens and steps; needs no weights."""
     from ..row_stats import measure

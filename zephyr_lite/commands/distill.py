@@ -10,6 +10,7 @@ import typer
 
 from ..console import Console
 from .feedback import ENDPOINT, say_budget
+from .options import JobConfig, JobDryRun, JobOut, JobSeed, MaxRequests, MaxTokens, Verbose
 
 console = Console()
 
@@ -22,14 +23,12 @@ class From(StrEnum):
 
 
 def distill(
-    config: Annotated[
-        str | None, typer.Option("--config", "-c", help="A YAML file, or a shipped one by name; options go over it.")
-    ] = None,
+    config: JobConfig = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help=f"Who answers: {ENDPOINT}.")] = None,
     user: Annotated[
         str | None, typer.Option("--user", help="Who writes the user's turns; the teacher by default.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The job's folder; the same one goes on.")] = None,
+    out: JobOut = None,
     count: Annotated[
         int | None, typer.Option("--count", help="Dialogues; by default one for each cell of the grid (600).")
     ] = None,
@@ -53,15 +52,11 @@ def distill(
     ] = None,
     tries: Annotated[int | None, typer.Option("--tries", help="Openings asked for one dialogue, at most [4].")] = None,
     test_share: Annotated[float | None, typer.Option("--test-share", help="Of the dialogues, held out [0.02].")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the draws [42].")] = None,
-    max_requests: Annotated[
-        int | None, typer.Option("--max-requests", help="The job's budget, over all starts; tries count.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="The same in tokens, prompts included.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it can cost at most; send nothing.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
+    seed: JobSeed = None,
+    max_requests: MaxRequests = None,
+    max_tokens: MaxTokens = None,
+    dry_run: JobDryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """Dialogues from a teacher: it asks, answers, and refines the question, evenly over topics and kinds of text."""
     from ..feedback.specs import DistillConfig, load_settings

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..console import Console
+from .options import JobConfig, JobDryRun, JobOut, JobSeed, MaxRequests, MaxTokens, Verbose
 
 console = Console()
 
@@ -24,15 +25,13 @@ class Principles(StrEnum):
 
 
 def feedback(
-    config: Annotated[
-        str | None, typer.Option("--config", "-c", help="A YAML file, or a shipped one by name; options go over it.")
-    ] = None,
+    config: JobConfig = None,
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="A file (also .txt, one a line), folder or hub id with prompts.")
     ] = None,
     model: Annotated[list[str] | None, typer.Option("--model", help=f"{ENDPOINT}. Again for the next.")] = None,
     judge: Annotated[str | None, typer.Option("--judge", help="Who rates; the same forms.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The job's folder; the same one goes on.")] = None,
+    out: JobOut = None,
     split: Annotated[str | None, typer.Option("--split", help="Of the prompts, where there are several.")] = None,
     column: Annotated[str | None, typer.Option("--column", help="The column that holds the prompt.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="So many of the prompts, by a seeded draw.")] = None,
@@ -52,16 +51,12 @@ def feedback(
         bool | None,
         typer.Option("--overall/--no-overall", help="A critique and a score of 1 to 10 for each completion, too."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the draws [42].")] = None,
-    max_requests: Annotated[
-        int | None, typer.Option("--max-requests", help="The job's budget, over all starts; tries count.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="The same in tokens, prompts included.")
-    ] = None,
+    seed: JobSeed = None,
+    max_requests: MaxRequests = None,
+    max_tokens: MaxTokens = None,
     pairs: Annotated[bool, typer.Option("--pairs/--no-pairs", help="Make preference pairs too, in OUT/pairs.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it can cost at most; send nothing.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
+    dry_run: JobDryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """AI feedback from scratch: several models answer, a judge rates; rows as UltraFeedback's, and pairs for dpo."""
     from ..feedback.specs import FeedbackConfig, load_settings

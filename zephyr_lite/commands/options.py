@@ -1,0 +1,24 @@
+"""Options that several commands have, with the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+StageConfig = Annotated[
+    str | None, typer.Option("--config", "-c", help="A YAML file, or a shipped one by name (zephyr-7b/overnight-sft).")
+]
+# of jobs that ask models
+JobConfig = Annotated[
+    str | None, typer.Option("--config", "-c", help="A YAML file, or a shipped one by name; options go over it.")
+]
+JobOut = Annotated[Path | None, typer.Option("--out", help="The job's folder; the same one goes on.")]
+JobSeed = Annotated[int | None, typer.Option("--seed", help="Of the draws [42].")]
+MaxRequests = Annotated[
+    int | None, typer.Option("--max-requests", help="The job's budget, over all starts; tries count.")
+]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="The same in tokens, prompts included.")]
+JobDryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it can cost at most; send nothing.")]
