@@ -103,6 +103,7 @@ class RunConfig(BaseModel):
     early_stopping_patience: int | None = Field(None, ge=1)
     report_to: list[str] = []
     push_to_hub: str | None = None
+    sync: str | None = None  # a folder or hub:OWNER/NAME that complete checkpoints are copied to
     memory: MemorySpec = MemorySpec()
 
     @field_validator("dataset", "eval_dataset", mode="before")

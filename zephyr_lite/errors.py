@@ -1,4 +1,4 @@
-"""The two kinds of failure a user can meet."""
+"""What ends a command early: something of the user's has to change, or the user wanted it to end."""
 
 
 class UserError(Exception):
@@ -15,3 +15,15 @@ class UserError(Exception):
         super().__init__(message if not hint else f"{message}\n{hint}")
         self.message = message
         self.hint = hint
+
+
+class Interrupted(Exception):
+    """A command was asked to stop (Ctrl-C, SIGTERM) and did so in good order; the command line exits with 130.
+
+    Args:
+        message: what was kept, and how to go on.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message

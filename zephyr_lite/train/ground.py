@@ -16,7 +16,7 @@ from ..rundir import StageDir
 # what may differ when a stage goes on: nothing that a gradient depends on
 MAY_CHANGE = {
     "output_dir", "eval_dataset", "eval_steps", "save_steps", "logging_steps", "save_total_limit",
-    "load_best_model_at_end", "early_stopping_patience", "report_to", "push_to_hub", "memory",
+    "load_best_model_at_end", "early_stopping_patience", "report_to", "push_to_hub", "sync", "memory",
 }  # fmt: skip
 
 
