@@ -1,4 +1,4 @@
-"""A run's folder: what lies where, atomic writes, and ``stage.json``, which says what a stage is and stands on.
+"""A run's folder: what lies where, and ``stage.json``, which says what a stage is and stands on.
 
     runs/NAME/STAGE/  config.yaml  stage.json  metrics.jsonl  checkpoint-N/  adapter/  delta/
 
@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .errors import UserError
+from .files import file_aside as file_aside
+from .files import folder_aside as folder_aside
+from .files import make_folder, sweep, write_json
+from .files import write_text as write_text
 
 STAGE_FILE = "stage.json"
 
@@ -75,7 +75,8 @@ class StageDir:
         return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
     def claim(self) -> None:
-        """Make the folder, and refuse one that somebody else filled.
+        """Make the folder, and refuse one that somebody else filled. What killed processes left aside in it is removed:
+        the run's lock is held by now.
 
         Raises:
             UserError: the folder holds files, and none of them is a stage's.
@@ -84,6 +85,7 @@ class StageDir:
             raise UserError(
                 f"{self.path} is a file; the stage's folder cannot be made there.", "Choose another output_dir."
             )
+        sweep(self.path, alone=True)
         if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / STAGE_FILE).is_file():
             names = ", ".join(sorted(p.name for p in self.path.iterdir())[:3])
             raise UserError(
@@ -91,7 +93,7 @@ class StageDir:
                 "Choose another output_dir or stage, or move that folder away.",
             )
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made: {error.strerror}.", "Choose another output_dir.") from None
 
@@ -134,51 +136,3 @@ def cache_dir() -> Path:
         return Path(own).expanduser()
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "zephyr-lite"
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    with file_aside(path) as file:
-        file.write(text)
-
-
-@contextmanager
-def file_aside(path: Path) -> Iterator[IO[str]]:
-    """A text file to write, which becomes ``path`` when the block ends without an error: written aside, flushed to the
-    disk, renamed. A reader sees the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def folder_aside(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``target`` (replacing one that is there) when the block ends without an error."""
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield aside
-        os.chmod(aside, 0o755)
-        for path in aside.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        old = None
-        if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".old-{target.name}."))
-            os.replace(target, old / target.name)
-        os.replace(aside, target)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -4,21 +4,22 @@ Mapped tensors live in the page cache, not in the process' own (anonymous) memor
 be read, and a file larger than the memory can be written.
 """
 
+import io
 import json
 import math
 import mmap
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from zephyr_lite.errors import UserError
+from zephyr_lite.files import bytes_aside
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -167,15 +168,19 @@ def write_stream(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     write: Callable[[str, BinaryIO], None],
     metadata: Mapping[str, str] | None = None,
+    digest: "Digest | None" = None,
 ) -> None:
-    """Write a safetensors file: the header first, then tensor after tensor as `write` produces them.
+    """Write a safetensors file: the header first, then tensor after tensor as `write` produces them. It appears
+    complete or not at all.
 
     Args:
         tensors: name → (safetensors dtype, shape), in the order of the bytes.
         write: called as write(name, file) for each tensor; it writes exactly that tensor's bytes.
         metadata: strings for the header.
+        digest: is given the file's bytes as they are written (``hashlib.sha256()``).
 
     Raises:
+        OSError: it cannot be written.
         RuntimeError: `write` wrote another number of bytes than the header says.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -186,16 +191,42 @@ def write_stream(
         offset += size
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as file:
+    with bytes_aside(Path(path)) as out:
+        file = _Counted(out, digest)
         file.write(struct.pack("<Q", len(raw)) + raw)
         position = file.tell()
         for name, (dtype, shape) in tensors.items():
-            write(name, file)
+            write(name, cast(BinaryIO, file))
             position += nbytes(dtype, shape)
             if file.tell() != position:
                 raise RuntimeError(f"{path}: tensor {name} took {file.tell() - position:+d} bytes more than announced")
-        file.flush()
-        os.fsync(file.fileno())
+
+
+class Digest(Protocol):
+    """What takes bytes in: a hash."""
+
+    def update(self, data: Any, /) -> None: ...
+
+
+class _Counted(io.RawIOBase):
+    """Passes on what is written, counted, and hashed where that is wanted."""
+
+    def __init__(self, out: BinaryIO, digest: Digest | None) -> None:
+        self.out, self.digest, self.written = out, digest, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.written
+
+    def write(self, data: Any) -> int:
+        if self.digest is not None:
+            self.digest.update(data)
+        self.out.write(data)
+        size = memoryview(data).nbytes
+        self.written += size
+        return size
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
