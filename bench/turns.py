@@ -27,7 +27,8 @@ from transformers import TrainerCallback
 from bench.process import begin
 from zephyr_lite.config import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
-from zephyr_lite.train.loop import Loop, rows_of_step
+from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.steps import rows_of_step
 from zephyr_lite.train.setup import Stage, open_stage
 
 # Of a card's memory, what the CUDA context and loaded kernels take: PyTorch's allocator does not count it.

@@ -23,7 +23,7 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.model.load import load_tokenizer
 from zephyr_lite.model.plan import free_memory
 from zephyr_lite.ops.dispatch import HAVE_TRITON
-from zephyr_lite.train.loop import rows_of_step
+from zephyr_lite.train.steps import rows_of_step
 
 CPU = torch.device("cpu")
 

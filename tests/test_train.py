@@ -12,13 +12,14 @@ from zephyr_lite.config import DPO_DEFAULTS, RunConfig, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.peft_files import read_adapter
 from zephyr_lite.rundir import StageDir
-from zephyr_lite.train.checkpoint import MetricsLog, prune
+from zephyr_lite.train.checkpoint import MetricsLog
 from zephyr_lite.train.dpo import DpoTask, run_dpo
 from zephyr_lite.train.ground import StageComplete
-from zephyr_lite.train.loop import Loop, micro_batches, rows_of_step, step_schedule
+from zephyr_lite.train.loop import Loop
 from zephyr_lite.train.losses import preference_loss
 from zephyr_lite.train.setup import open_stage, resolve_run
 from zephyr_lite.train.sft import SftTask, run_sft
+from zephyr_lite.train.steps import micro_batches, rows_of_step, step_schedule
 
 LN2 = 0.6931471805599453
 
@@ -271,13 +272,6 @@ def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monk
     adapter = read_adapter(tmp_path / "r" / "sft" / "adapter").modules
     name = "model.layers.0.self_attn.q_proj"
     assert torch.equal(adapter[name].b, best[f"adapter.{name}.lora_B"])
-
-
-def test_prune_keeps_the_best_and_the_last(tmp_path):
-    for n in (2, 4, 6, 10):
-        (tmp_path / f"checkpoint-{n}").mkdir()
-    prune(StageDir(tmp_path), keep=2, best=2)
-    assert [p.name for p in StageDir(tmp_path).checkpoints()] == ["checkpoint-2", "checkpoint-10"]
 
 
 def test_metrics_log_drops_a_torn_line_and_what_is_repeated(tmp_path):

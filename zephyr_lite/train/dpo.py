@@ -12,7 +12,9 @@ reference; ``StageComplete`` for a finished stage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,14 +23,17 @@ from ..config import Loaded
 from ..data.batch import Batch, collate_pairs
 from ..data.prepare import Prepared
 from ..errors import UserError
+from ..lock import alone
 from ..model.decoder import Dropout
 from ..model.plan import Plan
-from .loop import Loop, Metrics, Outcome, Shares
+from .loop import Loop
 from .losses import Preference, preference_loss
 from .out_of_memory import Guard
 from .reference import ReferenceCache, cache_key, pair_sums
 from .setup import Say, Stage, close_stage, open_stage
 from .steps import Lengths
+from .task import Metrics, Outcome, Shares
+from .watch import CollapseWatch
 
 # How far apart policy and reference may be at step 0, where both are the same function: in nats a token. A live
 # reference runs through the same products in the same order; a cached one ran in other micro-batches, whose rounding
@@ -38,26 +43,38 @@ START_TOLERANCE = {"live": 1e-6, "cached": 5e-2}
 
 def run_dpo(loaded: Loaded, *, say: Say = print, on_metrics=lambda step, total, metrics: None) -> Outcome:
     """Train the stage that the configuration describes, from its last checkpoint if there is one."""
-    if loaded.config.engine != "fused":
-        from .baselines import run_baseline
+    with alone(Path(loaded.config.output_dir), say):
+        if loaded.config.engine != "fused":
+            from .baselines import run_baseline
 
-        return run_baseline("dpo", loaded, say=say, on_metrics=on_metrics)
-    stage = open_stage("dpo", loaded, say=say)
-    return train_dpo(stage, say=say, on_metrics=on_metrics)
+            return run_baseline("dpo", loaded, say=say, on_metrics=on_metrics)
+        stage = open_stage("dpo", loaded, say=say)
+        return train_dpo(stage, say=say, on_metrics=on_metrics)
 
 
 def train_dpo(stage: Stage, *, say: Say = print, on_metrics=lambda step, total, metrics: None) -> Outcome:
     """Train an opened stage and write its adapters."""
     task = DpoTask(stage, say)
     fp16 = str(stage.base.dtype) == "torch.float16"
-    loop = Loop(stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, on_metrics=on_metrics, say=say)
+    loop = Loop(
+        stage.config,
+        stage.dir,
+        stage.stack,
+        task,
+        stage.plan,
+        fp16=fp16,
+        on_metrics=on_metrics,
+        collapse=CollapseWatch(),
+        mirror=stage.mirror,
+        say=say,
+    )
     outcome = loop.run()
     close_stage(stage, outcome, say=say)
     return outcome
 
 
 class DpoTask:
-    """Losses and rows of preference optimization (see ``loop.Task``)."""
+    """Losses and rows of preference optimization (see ``task.Task``)."""
 
     unit = "pairs"
 
@@ -76,6 +93,9 @@ class DpoTask:
 
     def lengths(self) -> Lengths:
         return self.data.lengths
+
+    def where(self, example: int) -> str:
+        return self.data.examples[example].where
 
     def count(self, examples: Sequence[int]) -> int:
         return len(examples)
@@ -148,7 +168,7 @@ class DpoTask:
         """At step 0 the adapter's B is zero, so policy and reference are one function; anything else is a wrong reference."""
         kind = "cached" if self.cache is not None else "live"
         apart = ((policy - reference).abs() / batch.group_sizes.view(-1, 2)).max().item()
-        if not apart <= START_TOLERANCE[kind]:
+        if math.isfinite(apart) and apart > START_TOLERANCE[kind]:  # what is not finite is the loop's to judge
             raise UserError(
                 f"step 1: policy and {kind} reference differ by {apart:.2e} nats a token before the first update, where "
                 "they must be the same.",

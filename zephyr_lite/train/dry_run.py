@@ -13,9 +13,10 @@ from ..config import Loaded, Method, dump_config
 from ..data.view import text_runs
 from ..errors import UserError
 from .dpo import DpoTask
-from .loop import Loop, rows_of_step
+from .loop import Loop
 from .setup import Say, Stage, open_stage, peak_memory
 from .sft import SftTask
+from .steps import rows_of_step
 
 Spans = list[tuple[str, bool]]
 # A packed row may hold dozens of conversations; its first ones show what is to be seen.

@@ -9,78 +9,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers import TrainerCallback
 
 from ..config import RunConfig
-from ..errors import UserError
+from ..errors import Interrupted, UserError
+from ..interrupts import StopRequest
 from ..model.adapters import AdapterStack, total_norm
 from ..model.plan import Plan
 from ..rundir import StageDir
+from ..sync import Mirror
+from .callbacks import make_callbacks
 from .checkpoint import Checkpoint, MetricsLog, prune, resume_point
 from .optim import make_optimizer, make_scheduler
-from .out_of_memory import Guard, is_out_of_memory
-from .steps import Lengths, largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
+from .out_of_memory import is_out_of_memory
+from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
+from .task import Metrics, Outcome, Task
+from .watch import IN_A_ROW, CollapseWatch, FiniteWatch
 
-Metrics = dict[str, float]
-# a micro-batch's; what is still a tensor is read when the step is over, so that nobody waits for the device before
-Shares = Mapping[str, float | Tensor]
-
-
-class Task(Protocol):
-    """What a stage gives to the loop."""
-
-    unit: str  # what throughput counts: "tokens" or "pairs"
-    guard: Guard  # has the plan, and a smaller one where memory runs out
-
-    def follow(self, plan: Plan) -> None:
-        """Split and compute as this plan says, from the next micro-batch on."""
-
-    def rows(self) -> Sequence[Sequence[int]]:
-        """The recipe's rows, each a list of examples' indices."""
-
-    def lengths(self) -> Lengths:
-        """Tokens of each example."""
-
-    def count(self, examples: Sequence[int]) -> int:
-        """What a step's loss is normalized by: supervised tokens, or pairs."""
-
-    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Shares]:
-        """A micro-batch's share of the step's loss, with a graph, and metrics that sum up over micro-batches. Tells the
-        guard what runs."""
-
-    def summarize(self, sums: Metrics, total: int) -> Metrics:
-        """The step's metrics from the sums over its micro-batches."""
-
-    def evaluate(self) -> Metrics:
-        """Metrics on the held-out rows, with ``eval_loss`` among them; empty where there are none."""
-
-
-@dataclass
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        step: optimizer steps done.
-        metrics: the last step's.
-        best: the lowest eval_loss and its step, or None.
-        seconds: of training in this process.
-        skipped: steps left out because gradients were not finite.
-    """
-
-    step: int
-    metrics: Metrics
-    best: tuple[float, int] | None
-    seconds: float
-    skipped: int = 0
-    evaluations: list[Metrics] = field(default_factory=list)
+# in the stage's folder: the steps whose loss or gradients were not finite, and their rows
+LEFT_OUT = "left_out.jsonl"
 
 
 class Loop:
@@ -95,6 +47,8 @@ class Loop:
         fp16: scale the loss, as float16 gradients need it.
         on_metrics: called with (step, metrics) at every logged step and evaluation.
         callbacks: transformers' callbacks, beside the trackers of ``report_to``.
+        collapse: warns of a preference optimization that collapses.
+        mirror: copies checkpoints elsewhere.
     """
 
     def __init__(
@@ -108,8 +62,11 @@ class Loop:
         fp16: bool = False,
         on_metrics: Callable[[int, int, Metrics], None] = lambda step, total, metrics: None,
         callbacks: Sequence[TrainerCallback] = (),
+        collapse: CollapseWatch | None = None,
+        mirror: Mirror | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
+        self.mirror = mirror
         self.config, self.stage, self.stack, self.task = config, stage, stack, task
         if plan != task.guard.plan:
             task.follow(plan)
@@ -122,9 +79,17 @@ class Loop:
         self.scheduler = make_scheduler(config, self.optimizer, self.total)
         self.device = next(iter(self.parameters.values())).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        self.handler, self.state, self.control, self.arguments = self._callbacks(callbacks)
+        self.handler, self.state, self.control, self.arguments = make_callbacks(
+            config, stage, stack.model, self.optimizer, self.scheduler, self.total, callbacks
+        )
+        self.log, self.left_out = MetricsLog(stage.metrics), MetricsLog(stage.path / LEFT_OUT)
         self.best: tuple[float, int] | None = None
         self.stale = 0  # evaluations without a new best
+        self.finite, self.collapse = FiniteWatch(), collapse
+        self.before_trouble: tuple[int, dict[str, Any]] = (0, {})  # the step, schedule and loss scale of then
+        self.metrics: Metrics = {}  # the last step's
+        self.evaluations: list[Metrics] = []
+        self.warnings: list[str] = []
         self._unscaled = False  # whether the scaler has seen this step's gradients
 
     @property
@@ -135,22 +100,24 @@ class Loop:
         """Train from the last checkpoint, or from the start, to the end.
 
         Raises:
-            UserError: the loss is not finite three steps in a row (float16 loss scaling's search aside); an example does
-                not fit into memory under any plan; memory ran out where it must not (see ``_update``).
+            Interrupted: a signal came; the step was finished, and there is a checkpoint of it.
+            UserError: loss or gradients are not finite three steps in a row (float16 loss scaling's search aside); an
+                example does not fit into memory under any plan; memory ran out where it must not (see ``_update``).
         """
         torch.set_num_threads(self.plan.threads)
         self.task.guard.record()
-        log = MetricsLog(self.stage.metrics)
-        step, before = self._resume(log)
-        # what an earlier process logged belongs to the run's result too
-        evaluations: list[Metrics] = [record for record in before if "eval_loss" in record]
-        trained = [record for record in before if "loss" in record]
-        metrics: Metrics = {k: v for k, v in trained[-1].items() if k != "step"} if trained else {}
-        self.state.global_step, self.state.epoch = step, step / self.per_epoch
-        if self.device.type == "cuda":
-            self.rehearse()
-        self.control = self.handler.on_train_begin(self.arguments, self.state, self.control)
-        started, skipped, bad = time.perf_counter(), 0, 0
+        with StopRequest("the step is finished and a checkpoint written") as stop:
+            return self._run(stop)
+
+    def _run(self, stop: StopRequest) -> Outcome:
+        with stop.at_once():
+            step, pending = self._resume()
+            if self.device.type == "cuda":
+                self.rehearse()
+            self.control = self.handler.on_train_begin(self.arguments, self.state, self.control)
+        started = time.perf_counter()
+        if pending:  # it was stopped between a step and the evaluation that follows it
+            self._after(step, stop)
         patience = self.config.early_stopping_patience
         while step < self.total and not self.control.should_training_stop:
             if patience is not None and self.stale >= patience:
@@ -160,39 +127,129 @@ class Loop:
                 break
             begun = time.perf_counter()
             self.control = self.handler.on_step_begin(self.arguments, self.state, self.control)
-            metrics, applied, finite = self._step(step)
+            before = {"scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict()}
+            self.metrics, applied, finite = self._step(step)
             step += 1
-            skipped += not applied
-            # an infinite gradient under a finite loss is how float16 loss scaling finds its scale, which is not below 1
-            searching = finite and self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-            bad = 0 if applied or searching else bad + 1
-            if bad == 3:
-                raise UserError(
-                    f"step {step}: loss or gradients were not finite three times in a row.",
-                    "Lower learning_rate, or look at the rows of these steps; the last checkpoint is untouched.",
-                )
+            self._watch(step, applied=applied, finite_loss=finite, before=before)
             self.state.global_step, self.state.epoch = step, step / self.per_epoch
             self.control = self.handler.on_step_end(self.arguments, self.state, self.control)
             seconds = time.perf_counter() - begun
-            metrics.update(epoch=round(step / self.per_epoch, 4), **self._throughput(metrics, seconds))
+            self.metrics.update(epoch=round(step / self.per_epoch, 4), **self._throughput(self.metrics, seconds))
             if step % self.config.logging_steps == 0 or step in (1, self.total):
-                self._log(log, step, metrics)
-            last = step == self.total
-            due = last or (self.config.eval_steps and step % self.config.eval_steps == 0)
-            if due and (found := self.task.evaluate()):
-                evaluations.append({"step": step, **found})
-                self._log(log, step, found)
-                self._judge(step, found["eval_loss"])
-                self.control = self.handler.on_evaluate(self.arguments, self.state, self.control, found)
-            if (
-                last or self.control.should_save or (self.config.save_steps and step % self.config.save_steps == 0)
-            ) or (self.best is not None and self.best[1] == step and self.config.load_best_model_at_end):
-                self._save(step)
-                self.control = self.handler.on_save(self.arguments, self.state, self.control)
+                self._log(step, self.metrics)
+            self._after(step, stop)
         self.handler.on_train_end(self.arguments, self.state, self.control)
         if self.config.load_best_model_at_end and self.best is not None and self.best[1] != step:
             self._restore_best()
-        return Outcome(step, metrics, self.best, time.perf_counter() - started, skipped, evaluations)
+        return Outcome(
+            step,
+            self.metrics,
+            self.best,
+            time.perf_counter() - started,
+            self.finite.count,
+            self.evaluations,
+            self.warnings,
+        )
+
+    def _after(self, step: int, stop: StopRequest) -> None:
+        """What is due after a step: an evaluation, a checkpoint.
+
+        Raises:
+            Interrupted: a signal came. An evaluation that is due but was not finished is the next start's first work.
+        """
+        last = step == self.total
+        if last or (self.config.eval_steps and step % self.config.eval_steps == 0):
+            try:
+                with stop.at_once():
+                    found = self.task.evaluate()
+            except KeyboardInterrupt:
+                self._save(step, pending=True)
+                raise interrupted(stop, self.stage, step, self.total) from None
+            if found:
+                self.evaluations.append({"step": step, **found})
+                self._log(step, found)
+                self._judge(step, found["eval_loss"])
+                self.control = self.handler.on_evaluate(self.arguments, self.state, self.control, found)
+        due = last or self.control.should_save or (self.config.save_steps and step % self.config.save_steps == 0)
+        is_best = self.best is not None and self.best[1] == step and self.config.load_best_model_at_end
+        if due or is_best or stop.name is not None:
+            self._save(step)
+            self.control = self.handler.on_save(self.arguments, self.state, self.control)
+        if stop.name is not None and not last:  # at the end there is nothing left to stop
+            raise interrupted(stop, self.stage, step, self.total)
+
+    def _watch(self, step: int, *, applied: bool, finite_loss: bool, before: dict[str, Any]) -> None:
+        """Look at a step's numbers: warn, write down a step that was left out, stop where it happens again and again.
+
+        Args:
+            before: what a step that is left out changes all the same (schedule and loss scale), as it was before.
+
+        Raises:
+            UserError: three steps in a row; the checkpoint of before the first of them is written.
+        """
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
+        what = self.finite.saw(applied=applied, finite_loss=finite_loss, scale=scale)
+        loss, norm = self.metrics["loss"], self.metrics["grad_norm"]
+        if what == "applied":
+            if self.collapse is not None and (warning := self.collapse.saw(step, self.metrics)):
+                self._warn(warning)
+            return
+        if what == "searching":
+            self.say(
+                f"step {step}: a gradient was too large for the loss scale, which is now {scale:g}: step left out."
+            )
+            return
+        if self.finite.in_a_row == 1:
+            self.before_trouble = step - 1, before
+        rows, alone = self._suspects(step - 1)
+        self.left_out.append({"step": step, "loss": loss, "grad_norm": norm, "not_finite_alone": alone, "rows": rows})
+        named = f"{', '.join(rows[:3])}{', …' if len(rows) > 3 else ''}"
+        self.say(
+            f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: step left out. "
+            + (f"Not finite: {named}." if alone else f"Each of its rows is finite alone: {named}.")
+        )
+        if self.finite.in_a_row < IN_A_ROW:
+            return
+        good, states = self.before_trouble
+        kept = ""
+        if good > 0:
+            self.scheduler.load_state_dict(states["scheduler"])
+            self.scaler.load_state_dict(states["scaler"])
+            self.finite.count, self.finite.in_a_row = self.finite.count - IN_A_ROW, 0
+            if not (self.stage.path / f"checkpoint-{good}").is_dir():
+                self._save(good)
+            kept = f" checkpoint-{good} is from before."
+        raise UserError(
+            f"step {step}: loss or gradients were not finite three times in a row; rows of the last: {named}.{kept}",
+            f"{self.left_out.path} names the rows of each such step. If the rows are sound, lower learning_rate (in another "
+            "output_dir: it binds a run that has begun).",
+        )
+
+    def _suspects(self, step: int) -> tuple[list[str], bool]:
+        """The rows of a step (from 0) that are not finite by themselves, in loss or gradients, and True; where each is
+        finite alone, all of the step's and False."""
+        examples = self.examples_of_step(step)
+        total = self.task.count(examples)
+
+        def work() -> list[int]:
+            found = []
+            for example in examples:
+                self.optimizer.zero_grad(set_to_none=True)
+                loss, _ = self.task.loss([example], step, total)
+                loss.backward()
+                grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+                if not (torch.isfinite(loss.detach()) and torch.isfinite(total_norm(grads))):
+                    found.append(example)
+                del loss
+            return found
+
+        found = self.task.guard(work, self._undo)
+        self.optimizer.zero_grad(set_to_none=True)
+        return [self.task.where(example) for example in found or examples], bool(found)
+
+    def _warn(self, warning: str) -> None:
+        self.say(warning)
+        self.warnings.append(warning)
 
     def examples_of_step(self, step: int) -> list[int]:
         return [i for row in rows_of_step(self.config, len(self.rows), step) for i in self.rows[row]]
@@ -273,12 +330,10 @@ class Loop:
         metrics, applied, finite = self.prepare(step)
         if applied:
             self._update(step)
-        else:
-            norm = metrics["grad_norm"]
-            self.say(f"step {step + 1}: loss {metrics['loss']:.4g}, gradient norm {norm:.4g}: step left out.")
         if self.scaler.is_enabled():
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self._unscaled = False
         # the schedule follows the rows, not the updates: a step left out is over all the same
         self.scheduler.step()
         return metrics, applied, finite
@@ -305,8 +360,8 @@ class Loop:
         done = metrics.get("num_tokens" if self.task.unit == "tokens" else "num_pairs", 0.0)
         return {"seconds": round(seconds, 4), f"{self.task.unit}_per_second": round(done / max(seconds, 1e-9), 3)}
 
-    def _log(self, log: MetricsLog, step: int, metrics: Metrics) -> None:
-        log.append({"step": step, **metrics})
+    def _log(self, step: int, metrics: Metrics) -> None:
+        self.log.append({"step": step, **metrics})
         self.state.log_history.append({"step": step, **metrics})
         self.control = self.handler.on_log(self.arguments, self.state, self.control, dict(metrics))
         self.on_metrics(step, self.total, metrics)
@@ -320,26 +375,59 @@ class Loop:
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(self.stack, self.parameters, self.optimizer, self.scheduler, self.scaler)
 
-    def _save(self, step: int) -> None:
-        self._checkpoint().write(self.stage, step, {"best": self.best, "stale": self.stale, "total": self.total})
-        prune(self.stage, keep=self.config.save_total_limit, best=self.best[1] if self.best else None)
+    def _save(self, step: int, *, pending: bool = False) -> None:
+        """Write a checkpoint, then delete older ones. What was logged up to it is on the disk before it is.
 
-    def _resume(self, log: MetricsLog) -> tuple[int, list[Metrics]]:
-        """The step to go on from, and what was logged up to it."""
-        found = resume_point(self.stage)
-        if found is None:
-            log.truncate(0)
-            return 0, []
-        extra = self._checkpoint().read(found)
-        if extra["total"] != self.total:
-            raise UserError(
-                f"{found}: was written by a run of {extra['total']} steps; this one has {self.total}.",
-                "Go back to the configuration that the run was started with, or choose another output_dir.",
-            )
-        self.best = tuple(extra["best"]) if extra["best"] else None  # type: ignore[assignment]
-        self.stale = extra["stale"]
-        self.say(f"going on from {found.name}")
-        return extra["step"], log.truncate(extra["step"])
+        Args:
+            pending: the evaluation that is due after this step was not made.
+        """
+        self.log.flush()
+        self.left_out.flush()
+        self._checkpoint().write(
+            self.stage,
+            step,
+            {
+                "best": self.best,
+                "stale": self.stale,
+                "total": self.total,
+                "pending": pending,
+                "finite": self.finite.state(),
+                "collapse": self.collapse.state() if self.collapse is not None else None,
+                "warnings": self.warnings,
+            },
+        )
+        busy = self.mirror.busy() if self.mirror is not None else frozenset()
+        best = self.best[1] if self.best else None
+        prune(self.stage, keep=self.config.save_total_limit, best=best, busy=busy)
+        if self.mirror is not None:
+            self.mirror.changed(best)
+
+    def _resume(self) -> tuple[int, bool]:
+        """The step to go on from, and whether its evaluation is still due. What was logged up to it is the run's too."""
+        found = resume_point(self.stage, self.say)
+        step, pending = 0, False
+        if found is not None:
+            extra = self._checkpoint().read(found)
+            if extra["total"] != self.total:
+                raise UserError(
+                    f"{found}: was written by a run of {extra['total']} steps; this one has {self.total}.",
+                    "Go back to the configuration that the run was started with, or choose another output_dir.",
+                )
+            self.best = tuple(extra["best"]) if extra["best"] else None  # type: ignore[assignment]
+            self.stale = extra["stale"]
+            self.finite.load(extra.get("finite") or {})
+            if self.collapse is not None:
+                self.collapse.load(extra.get("collapse") or {})
+            self.warnings = list(extra.get("warnings") or [])
+            self.say(f"going on from {found.name}")
+            step, pending = extra["step"], bool(extra.get("pending"))
+        self.left_out.truncate(step)
+        before = self.log.truncate(step)
+        self.evaluations = [record for record in before if "eval_loss" in record]
+        trained = [record for record in before if "loss" in record]
+        self.metrics = {k: v for k, v in trained[-1].items() if k != "step"} if trained else {}
+        self.state.global_step, self.state.epoch = step, step / self.per_epoch
+        return step, pending
 
     def _restore_best(self) -> None:
         assert self.best is not None
@@ -347,27 +435,10 @@ class Loop:
         self._checkpoint().read_adapter(folder)
         self.say(f"took the adapter of step {self.best[1]}, eval_loss {self.best[0]:.4f}")
 
-    def _callbacks(self, callbacks: Sequence[TrainerCallback]):
-        # transformers' integrations read their settings from its own arguments
-        arguments = TrainingArguments(
-            output_dir=str(self.stage.path),
-            report_to=self.config.report_to or "none",
-            logging_steps=self.config.logging_steps,
-            run_name=f"{self.stage.run.name}-{self.stage.path.name}",
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,
-            save_strategy="no",  # the loop saves and evaluates by itself
-            eval_strategy="no",
-        )
-        try:
-            trackers = [cls() for cls in get_reporting_integration_callbacks(self.config.report_to)]
-        except (ImportError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"report_to {self.config.report_to}: {error}", "Install the tracker, or leave it out."
-            ) from None
-        handler = CallbackHandler(
-            [DefaultFlowCallback(), *trackers, *callbacks], self.stack.model, None, self.optimizer, self.scheduler
-        )
-        state = TrainerState(max_steps=self.total, num_train_epochs=math.ceil(self.config.num_train_epochs))
-        state.is_local_process_zero = state.is_world_process_zero = True
-        return handler, state, TrainerControl(), arguments
+
+def interrupted(stop: StopRequest, stage: StageDir, step: int, total: int) -> Interrupted:
+    """What is said when a run ended because of a signal."""
+    return Interrupted(
+        f"{stop.name}: stopped after step {step} of {total}; {stage.path / f'checkpoint-{step}'} holds everything. "
+        "The same command goes on from there."
+    )

@@ -1,4 +1,4 @@
-"""What a trainer of transformers needs to run like the loop: the order of rows, and the metrics file."""
+"""What a trainer of transformers needs to run like the loop: the order of rows, the metrics file, signals, manifests."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from transformers import TrainerCallback
 
 from ..config import RunConfig
 from ..errors import UserError
+from ..interrupts import StopRequest
+from ..manifest import write_manifest
 from .checkpoint import MetricsLog
-from .loop import Metrics, rows_of_step, step_schedule
+from .loop import LEFT_OUT
 from .setup import Stage
+from .steps import rows_of_step, step_schedule
+from .task import Metrics
+from .watch import IN_A_ROW, CollapseWatch, FiniteWatch
 
 OnMetrics = Callable[[int, int, Metrics], None]
 
@@ -38,24 +43,58 @@ class Order(torch.utils.data.Sampler[int]):
 
 
 class Recorder(TrainerCallback):
-    """Writes ``metrics.jsonl`` under the fused engine's names; evaluates and saves at the last step; stops on NaN."""
+    """Writes ``metrics.jsonl`` under the fused engine's names; evaluates and saves at the last step; leaves out a step whose
+    gradients are not finite, and stops after three in a row; ends in good order when a signal came."""
 
-    def __init__(self, stage: Stage, log: MetricsLog, unit: str, total: int, on_metrics: OnMetrics) -> None:
-        self.stage, self.log, self.unit, self.total, self.on_metrics = stage, log, unit, total, on_metrics
+    def __init__(self, stage: Stage, unit: str, total: int, on_metrics: OnMetrics, say: Callable[[str], None]) -> None:
+        self.stage, self.unit, self.total, self.on_metrics, self.say = stage, unit, total, on_metrics, say
+        self.log, self.left_out = MetricsLog(stage.dir.metrics), MetricsLog(stage.dir.path / LEFT_OUT)
+        self.stop: StopRequest | None = None
         self.last: Metrics = {}
         self.evaluations: list[Metrics] = []
+        self.warnings: list[str] = []
+        self.finite, self.collapse = FiniteWatch(), CollapseWatch() if unit == "pairs" else None
         self.begun = self.seconds = 0.0
         self.tokens = 0.0
-        self.bad = 0
+        self.skips = False
+
+    def go_on(self, step: int) -> None:
+        """From a checkpoint of that step: what was logged up to it is the run's too."""
+        for record in self.log.truncate(step):
+            if "eval_loss" in record:
+                self.evaluations.append(record)
+            elif "loss" in record:
+                self.last = {key: value for key, value in record.items() if key != "step"}
+                if self.collapse is not None:
+                    self.collapse.saw(record["step"], record)
+        self.finite.count = len(self.left_out.truncate(step))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begun = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.fp16:  # the loss scaler looks for itself
+            return
+        trained = [p for p in model.parameters() if p.grad is not None]
+        self.skips = not all(bool(torch.isfinite(p.grad).all()) for p in trained)
+        if self.skips:  # the optimizer passes over what has no gradient
+            for parameter in trained:
+                parameter.grad = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds = time.perf_counter() - self.begun
         if state.global_step == self.total:
             control.should_evaluate = self.stage.eval_data is not None
             control.should_save = True
+        elif self.stop is not None and self.stop.name is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = self.stage.dir.path / f"checkpoint-{state.global_step}"
+        self.log.flush()
+        write_manifest(folder)  # transformers writes in place: without this it is not complete
+        if self.stage.mirror is not None:
+            self.stage.mirror.changed(state.best_global_step or None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         step, logs = state.global_step, dict(logs or {})
@@ -68,13 +107,34 @@ class Recorder(TrainerCallback):
             self._training(step, logs)
 
     def _training(self, step: int, logs: Metrics) -> None:
-        self.bad = 0 if math.isfinite(logs["loss"]) else self.bad + 1
-        if self.bad == 3:
-            raise UserError(f"step {step}: the loss was not finite three times in a row.", "Lower learning_rate.")
+        rows = rows_of_step(self.stage.config, len(self.stage.data.rows), step - 1)
+        finite = math.isfinite(logs["loss"]) and not self.skips and math.isfinite(logs.get("grad_norm", 0.0))
+        # a scaler of accelerate's tells nobody its scale: every step before the first update counts as its search
+        scale = 1.0 if self.stage.base.dtype == torch.float16 else None
+        what = self.finite.saw(applied=finite, finite_loss=math.isfinite(logs["loss"]), scale=scale)
+        if what == "bad":
+            data = self.stage.data
+            where = [data.examples[example].where for row in rows for example in data.rows[row]]
+            norm = logs.get("grad_norm", math.nan)
+            self.left_out.append(
+                {"step": step, "loss": logs["loss"], "grad_norm": norm, "not_finite_alone": None, "rows": where}
+            )
+            named = f"{', '.join(where[:3])}{', …' if len(where) > 3 else ''}"
+            self.say(
+                f"step {step}: loss {logs['loss']:.4g}, gradient norm {norm:.4g}: step left out. Its rows: {named}."
+            )
+            if self.finite.in_a_row == IN_A_ROW:
+                raise UserError(
+                    f"step {step}: loss or gradients were not finite three times in a row; rows of the last: {named}.",
+                    f"{self.left_out.path} names the rows of each such step. If the rows are sound, lower learning_rate (in "
+                    "another output_dir: it binds a run that has begun). The last checkpoint is untouched.",
+                )
+        elif what == "applied" and self.collapse is not None and (warning := self.collapse.saw(step, logs)):
+            self.say(warning)
+            self.warnings.append(warning)
         self.tokens, before = logs.pop("num_tokens", self.tokens), self.tokens
         logs["num_tokens"] = self.tokens - before
         if self.unit == "pairs":
-            rows = rows_of_step(self.stage.config, len(self.stage.data.rows), step - 1)
             logs["num_pairs"] = float(len(rows))
         done = logs["num_tokens" if self.unit == "tokens" else "num_pairs"]
         per_epoch, _ = step_schedule(self.stage.config, len(self.stage.data.rows))

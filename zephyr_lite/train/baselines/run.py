@@ -22,13 +22,16 @@ from trl import DPOConfig, SFTConfig
 
 from ...config import Loaded, Method, RunConfig
 from ...errors import UserError
+from ...interrupts import StopRequest
+from ...manifest import MANIFEST, manifest_fault
 from ...model.adapters import AdapterStack
 from ...model.plan import SHARE
-from ..checkpoint import MetricsLog
-from ..loop import Outcome, step_schedule
+from ..loop import interrupted
 from ..optim import make_optimizer, make_scheduler
 from ..recorder import OnMetrics, Order, Recorder
 from ..setup import Say, Stage, close_stage, open_stage
+from ..steps import step_schedule
+from ..task import Outcome
 from . import trl, unsloth
 from .early import start_unsloth
 from .rows import Dpo, Pairs, Rows, Sft, places, sees_only_itself, targets
@@ -53,19 +56,24 @@ def run_baseline(
     stage = open_stage(method, loaded, say=say)
     torch.set_num_threads(stage.plan.threads)
     trainer, recorder = make_trainer(stage, say=say, on_metrics=on_metrics)
-    found = _resume_point(stage)
-    recorder.log.truncate(0 if found is None else int(found.name.split("-")[1]))
+    found = _resume_point(stage, say)
+    recorder.go_on(0 if found is None else int(found.name.split("-")[1]))
     if found is not None:
         say(f"going on from {found.name}")
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    with StopRequest("the step is finished and a checkpoint written") as stop:
+        recorder.stop = stop
+        trainer.train(resume_from_checkpoint=str(found) if found else None)
     state = trainer.state
+    if stop.name is not None and state.global_step < recorder.total:
+        raise interrupted(stop, stage.dir, state.global_step, recorder.total)
     best = None
     if state.best_metric is not None and state.best_global_step:
         best = (float(state.best_metric), int(state.best_global_step))
     outcome = Outcome(
-        state.global_step, recorder.last, best, time.perf_counter() - started, evaluations=recorder.evaluations
-    )
+        state.global_step, recorder.last, best, time.perf_counter() - started, recorder.finite.count,
+        recorder.evaluations, recorder.warnings,
+    )  # fmt: skip
     close_stage(stage, outcome, say=say, own=AdapterStack(trainer.model).weights(ADAPTER))
     return outcome
 
@@ -95,7 +103,7 @@ def make_trainer(stage: Stage, *, say: Say, on_metrics: OnMetrics) -> tuple[Any,
         stage.dir.write_info(stage.info)
     _, total = step_schedule(config, len(stage.data.rows))
     unit = "tokens" if stage.method == "sft" else "pairs"
-    recorder = Recorder(stage, MetricsLog(stage.dir.metrics), unit, total, on_metrics)
+    recorder = Recorder(stage, unit, total, on_metrics, say)
     tokenizer = copy.deepcopy(stage.template.tokenizer)  # TRL sets its pad token
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     parts = [stage.data] if stage.eval_data is None else [stage.data, stage.eval_data]
@@ -222,7 +230,18 @@ def _checkpointing(stage: Stage, per_device: int) -> bool:
     return 3 * stage.plan.bytes_per_token * longest * per_device > SHARE * stage.plan.free_bytes
 
 
-def _resume_point(stage: Stage) -> Path | None:
-    """The newest checkpoint that transformers finished: it writes trainer_state.json last."""
+def _resume_point(stage: Stage, say: Say) -> Path | None:
+    """The newest checkpoint that is as it was written. transformers writes trainer_state.json last, and the recorder then
+    the manifest; a version of this kit that wrote none is taken at its word."""
     found = [p for p in stage.dir.checkpoints() if (p / "trainer_state.json").is_file()]
-    return found[-1] if found else None
+    if not any((p / MANIFEST).is_file() for p in found):
+        return found[-1] if found else None
+    for path in reversed(found):
+        fault = manifest_fault(path)
+        if fault is None:
+            return path
+        say(f"{path.name}: {fault}; the one before it is looked at")
+    raise UserError(
+        f"{stage.dir.path}: none of its {len(found)} checkpoints is as it was written.",
+        "Restore one, delete them to begin anew, or choose another output_dir.",
+    )

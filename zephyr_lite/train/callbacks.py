@@ -1,0 +1,55 @@
+"""transformers' callbacks and trackers around the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+from ..config import RunConfig
+from ..errors import UserError
+from ..rundir import StageDir
+
+
+def make_callbacks(
+    config: RunConfig,
+    stage: StageDir,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    total: int,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[CallbackHandler, TrainerState, TrainerControl, TrainingArguments]:
+    """What transformers' Trainer would call them with.
+
+    Args:
+        total: steps of the run.
+        callbacks: beside the trackers of ``report_to``.
+
+    Raises:
+        UserError: a tracker is not installed.
+    """
+    # transformers' integrations read their settings from its own arguments
+    arguments = TrainingArguments(
+        output_dir=str(stage.path),
+        report_to=config.report_to or "none",
+        logging_steps=config.logging_steps,
+        run_name=f"{stage.run.name}-{stage.path.name}",
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        save_strategy="no",  # the loop saves and evaluates by itself
+        eval_strategy="no",
+    )
+    try:
+        trackers = [cls() for cls in get_reporting_integration_callbacks(config.report_to)]
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"report_to {config.report_to}: {error}", "Install the tracker, or leave it out.") from None
+    handler = CallbackHandler([DefaultFlowCallback(), *trackers, *callbacks], model, None, optimizer, scheduler)
+    state = TrainerState(max_steps=total, num_train_epochs=math.ceil(config.num_train_epochs))
+    state.is_local_process_zero = state.is_world_process_zero = True
+    return handler, state, TrainerControl(), arguments
