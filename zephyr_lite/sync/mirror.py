@@ -1,0 +1,236 @@
+"""A stage's copy elsewhere, kept up to date by a thread of its own: the newest and the best checkpoint."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import RunConfig
+from ..errors import UserError
+from ..manifest import MANIFEST
+from ..rundir import STAGE_FILE, StageDir
+from .place import CHECKPOINT, Place, PlaceError, place_of, run_name
+
+Say = Callable[[str], None]
+WAITS = (5.0, 15.0, 60.0, 300.0)  # seconds before another attempt
+TOLD_EVERY = 15.0  # seconds, while somebody waits
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to lie there: checkpoints' names, the newest first; ``keep`` are those that are not to be deleted."""
+
+    checkpoints: tuple[str, ...]
+    keep: frozenset[str]
+
+
+class Mirror:
+    """Copies a stage to a place, in the background. No method but ``finish`` waits, and none fails because of the place.
+
+    Args:
+        place: where to.
+        folder: the stage's folder there: NAME/STAGE.
+        stage: the stage.
+    """
+
+    def __init__(self, place: Place, folder: str, stage: StageDir, say: Say, waits: tuple[float, ...] = WAITS) -> None:
+        self.place, self.folder, self.stage, self.say, self.waits = place, folder, stage, say, waits
+        self._wanted: _Wanted | None = None
+        self._at_work: _Wanted | None = None
+        self._fault: PlaceError | None = None
+        self._said: set[str] = set()
+        self._sent: dict[str, object] = {}  # name → what of it lies there
+        self._best: int | None = None
+        self._prepared = self._closed = False
+        self._turn = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def changed(self, best: int | None) -> None:
+        """A checkpoint was written (and older ones deleted): copy the newest, and the best one (a step, or None).
+
+        Where the place is slower than checkpoints come, what was not begun yet is left out.
+        """
+        self._best = best
+        found = [path.name for path in self.stage.checkpoints()]
+        newest = found[-1:]
+        good = [name for name in found if best is not None and name == f"checkpoint-{best}"]
+        wanted = tuple(dict.fromkeys([*newest, *good]))
+        kept = frozenset(wanted) | ({f"checkpoint-{best}"} if best is not None else frozenset())
+        with self._turn:
+            if self._closed:
+                return
+            self._wanted = _Wanted(wanted, kept)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, daemon=True, name="zephyr-lite sync")
+                self._thread.start()
+            self._turn.notify_all()
+
+    def busy(self) -> frozenset[str]:
+        """Names of checkpoints that are being read, or are about to be: not to be deleted now."""
+        with self._turn:
+            parts = [part.checkpoints for part in (self._wanted, self._at_work) if part is not None]
+            return frozenset(name for part in parts for name in part)
+
+    def finish(self, timeout: float = 600.0) -> bool:
+        """Copy the stage as it is now, and wait until it is there.
+
+        Args:
+            timeout: seconds; then it is said what is missing.
+        Returns:
+            whether everything is there.
+        """
+        self.changed(self._best)
+        end = time.monotonic() + timeout
+        tell = time.monotonic() + TOLD_EVERY
+        with self._turn:
+            while self._wanted is not None or self._at_work is not None:
+                now = time.monotonic()
+                if now >= end or self._closed:
+                    break
+                if now >= tell:
+                    tell = now + TOLD_EVERY
+                    why = f" ({self._fault})" if self._fault else ""
+                    self.say(f"sync: still copying to {self.place.name}{why}; {end - now:.0f} s more at most")
+                self._turn.wait(min(end, tell) - now)
+            missing = self._wanted or self._at_work
+            if missing is None:
+                return True
+            names = ", ".join(name for name in missing.checkpoints if name not in self._sent)
+            why = f": {self._fault}" if self._fault else ""
+        self.say(
+            f"sync: {self.place.name} does not have {names or 'the last state of the stage'}{why}. It is here; the same "
+            "command copies it there when it is started again."
+        )
+        return False
+
+    def close(self) -> None:
+        """Copy nothing more; what is being copied does not appear there if it is not complete."""
+        with self._turn:
+            self._closed = True
+            self._turn.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=2)
+
+    def _work(self) -> None:
+        failures = 0
+        while True:
+            with self._turn:
+                while self._wanted is None and not self._closed:
+                    self._turn.wait()
+                if self._closed:
+                    return
+                wanted = self._at_work = self._wanted
+                self._wanted = None
+            assert wanted is not None
+            fault = self._try(wanted)
+            with self._turn:
+                self._at_work = None
+                self._fault = fault
+                if fault is not None and self._wanted is None:
+                    self._wanted = wanted  # unless there is something newer by now
+                self._turn.notify_all()
+            if fault is None:
+                if failures:
+                    self.say(f"sync: {self.place.name} is up to date again")
+                    self._said.clear()
+                failures = 0
+                continue
+            self._tell(fault)
+            wait = self.waits[min(failures, len(self.waits) - 1)]
+            failures += 1
+            end = time.monotonic() + max(wait, min(fault.wait or 0.0, 3600.0))
+            with self._turn:
+                while not self._closed and (left := end - time.monotonic()) > 0:
+                    self._turn.wait(left)
+
+    def _tell(self, fault: PlaceError) -> None:
+        if fault.kind not in self._said:
+            self._said.add(fault.kind)
+            self.say(f"sync: {self.place.name}: {fault}; training goes on, and it is tried again")
+
+    def _try(self, wanted: _Wanted) -> PlaceError | None:
+        try:
+            self._send(wanted)
+        except PlaceError as error:
+            return error
+        except UserError as error:
+            return PlaceError(error.message, error.hint)
+        except Exception as error:  # whatever a library has: a copy is no reason to lose the run
+            return PlaceError(type(error).__name__, str(error))
+        return None
+
+    def _send(self, wanted: _Wanted) -> None:
+        if not self._prepared:
+            self.place.prepare()
+            self._prepared = True
+        there = self.place.names(self.folder)
+        add: dict[str, Path | bytes] = {}
+        marks: dict[str, object] = {}
+
+        def wants(name: str, path: Path, mark: object) -> None:
+            if self._sent.get(name) != mark:
+                add[name], marks[name] = path, mark
+
+        files = [self.stage.config, self.stage.metrics, *sorted(self.stage.path.glob("reference-*.safetensors"))]
+        for path in files:
+            if path.is_file():
+                wants(path.name, path, _mark(path))
+        for name in wanted.checkpoints:
+            manifest = self.stage.path / name / MANIFEST
+            mark = manifest.read_bytes() if manifest.is_file() else b""
+            if name in there and name not in self._sent and mark:
+                lies_there = self.place.read(f"{self.folder}/{name}/{MANIFEST}")
+                if lies_there == mark:
+                    self._sent[name] = mark
+            wants(name, self.stage.path / name, mark)
+        if self.stage.complete():
+            for path in (self.stage.adapter, self.stage.delta):
+                if path.is_dir():
+                    wants(path.name, path, [(p.name, _mark(p)) for p in sorted(path.iterdir())])
+        info = self.stage.path / STAGE_FILE
+        wants(STAGE_FILE, info, _mark(info))  # last: where it says "complete", the adapter is there
+        old = [name for name in there if CHECKPOINT.fullmatch(name) and name not in wanted.keep]
+        if not wanted.checkpoints:
+            old = []
+        if add or old:
+            self.place.put(self.folder, add, old)
+        self._sent.update(marks)
+        for name in old:
+            self._sent.pop(name, None)
+
+
+def _mark(path: Path) -> object:
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+def open_mirror(config: RunConfig, stage_dir: StageDir, say: Say) -> Mirror | None:
+    """The copy of this stage that ``sync`` asks for, or None where it asks for none.
+
+    Raises:
+        UserError: ``sync`` names no place.
+    """
+    if config.sync is None:
+        return None
+    return Mirror(place_of(config), f"{run_name(config)}/{stage_dir.path.name}", stage_dir, say)
+
+
+def catch_up(config: RunConfig, stage_dir: StageDir, say: Say) -> None:
+    """Copy a finished stage whose copy is not finished (the network was away at its end)."""
+    mirror = open_mirror(config, stage_dir, say)
+    if mirror is None:
+        return
+    here = (stage_dir.path / STAGE_FILE).read_bytes()
+    try:
+        if mirror.place.read(f"{mirror.folder}/{STAGE_FILE}") == here:
+            return
+    except PlaceError as error:
+        say(f"sync: {mirror.place.name}: {error}")
+        return
+    say(f"copying {stage_dir.path} to {mirror.place.name}, which does not have the whole of it")
+    mirror.finish()
+    mirror.close()

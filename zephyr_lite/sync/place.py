@@ -1,0 +1,78 @@
+"""What a place for copies can do, and which one a ``sync`` key names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ..config import RunConfig
+from ..errors import UserError
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class PlaceError(Exception):
+    """The place could not do it now; trying again later may help.
+
+    Args:
+        kind: in a word or two, the same for the same cause.
+        message: what happened.
+        wait: seconds after which the place wants to be asked again, where it said so.
+    """
+
+    def __init__(self, kind: str, message: str, wait: float | None = None) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind, self.wait = kind, wait
+
+
+class Place(Protocol):
+    """Where copies lie. Paths are relative, with ``/``. Every method raises ``PlaceError``."""
+
+    name: str  # as it is shown
+
+    def prepare(self) -> None:
+        """Make the place ready to be written; before the first copy."""
+
+    def names(self, folder: str) -> list[str]:
+        """What lies in a folder: files and folders; nothing where there is no such folder."""
+
+    def read(self, path: str) -> bytes | None:
+        """A small file's content, or None where there is none."""
+
+    def put(self, folder: str, add: Mapping[str, Path | bytes], delete: Sequence[str]) -> None:
+        """Add files and folders, in this order, each complete or not at all; only then delete."""
+
+    def fetch(self, path: str, target: Path) -> None:
+        """Copy a file or a folder to a path that is not there yet."""
+
+
+def place_of(config: RunConfig) -> Place:
+    """The place that ``sync`` names.
+
+    Raises:
+        UserError: it is none.
+    """
+    where = config.sync
+    assert where is not None
+    if where.startswith("hub:"):
+        from .hub import HubPlace
+
+        return HubPlace(where.removeprefix("hub:"))
+    from .folder import FolderPlace
+
+    if "://" in where or not where.strip():
+        raise UserError(f"sync {where}: is neither a folder nor hub:OWNER/NAME.", "Mount it, and name the folder.")
+    folder, run = Path(where).expanduser(), Path(config.output_dir)
+    there = (folder / run.name).resolve()
+    if there == run.resolve() or there.is_relative_to(run.resolve()) or folder.resolve().is_relative_to(run.resolve()):
+        raise UserError(f"sync {where}: lies in the run's own folder, {run}.", "Name a folder on another disk.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"sync {where}: is a file.", "Name a folder, or hub:OWNER/NAME.")
+    return FolderPlace(folder)
+
+
+def run_name(config: RunConfig) -> str:
+    """Under which name the run lies there."""
+    return Path(config.output_dir).resolve().name
