@@ -182,14 +182,15 @@ class DpoTask:
         key = cache_key(
             rows=stage.data.fingerprint,
             template=stage.template.text,
-            base=stage.base.describe(),
+            base={k: v for k, v in stage.base.describe().items() if k not in ("name_or_path", "revision")},
             adapters=[a.sha256 for a in stage.frozen],
         )
         cache = ReferenceCache(stage.dir.path, key, len(self.data.lengths))
-        if cache.load():
+        if cache.load(say):
             say(f"reference log-probabilities read from {cache.path}")
             return cache
-        say(f"computing the reference log-probabilities of {len(self.data.lengths):,} pairs once")
+        rest = f"the other {cache.missing:,} of " if cache.missing < cache.pairs else ""
+        say(f"computing the reference log-probabilities of {rest}{cache.pairs:,} pairs once")
         cache.compute(
             self.decoder,
             lambda indices: collate_pairs([self.data.examples[i] for i in indices]),

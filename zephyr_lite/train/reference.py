@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..data.batch import Batch
+from ..errors import UserError
 from ..model.decoder import Decoder
+from ..safetensors_stream import SafetensorsFile, tensor_bytes, write_stream
+
+# what was computed is on the disk after so long at most
+SAVE_SECONDS = 60.0
+
+Say = Callable[[str], None]
 
 
 def pair_sums(decoder: Decoder, batch: Batch, **options: Any) -> Tensor:
@@ -24,6 +31,9 @@ def pair_sums(decoder: Decoder, batch: Batch, **options: Any) -> Tensor:
 
 class ReferenceCache:
     """Reference sums by the pair's index, on disk under a key of everything they depend on.
+
+    The file holds ``sums`` (float64 [pairs, 2], NaN where nothing was computed yet), its key and the hash of both, so that
+    a torn, damaged or foreign one is known for what it is.
 
     Args:
         folder: where the file lies.
@@ -35,18 +45,43 @@ class ReferenceCache:
         self.path = folder / f"reference-{key[:16]}.safetensors"
         self.key = key
         self.pairs = pairs
-        self.sums: Tensor | None = None
+        self.sums = torch.full((pairs, 2), float("nan"), dtype=torch.float64)
 
-    def load(self) -> bool:
-        """Read the file if it is there, complete and of this key."""
+    @property
+    def missing(self) -> int:
+        """Pairs that have no sums yet."""
+        return int((~self._known()).sum())
+
+    def load(self, say: Say = print) -> bool:
+        """Read what the file has, if it is there and as it was written; whether that is all of it.
+
+        Args:
+            say: is told of a file that is not used.
+        """
         try:
-            sums = load_file(self.path)["sums"]
-        except (FileNotFoundError, SafetensorError, KeyError):
-            return False  # computed anew, and written over
-        if sums.shape != (self.pairs, 2) or not bool(torch.isfinite(sums).all()):
+            file = SafetensorsFile(self.path)
+            wrong = self._fault(file)
+            if wrong is None:
+                self.sums = file.tensor("sums").clone()
+        except FileNotFoundError:
             return False
-        self.sums = sums
-        return True
+        except UserError as error:
+            wrong = error.message.removeprefix(f"{self.path}: ").rstrip(".")
+        except OSError as error:
+            wrong = f"cannot be read ({error.strerror})"
+        if wrong is not None:
+            say(f"{self.path}: {wrong}; it is computed anew")
+        return not self.missing
+
+    def _fault(self, file: SafetensorsFile) -> str | None:
+        entry = file.entries.get("sums")
+        if entry is None or (entry.dtype, entry.shape) != ("F64", (self.pairs, 2)):
+            return f"does not hold the sums of {self.pairs:,} pairs"
+        if file.metadata.get("key") != self.key:
+            return "belongs to other rows, another base or other adapters"
+        if file.metadata.get("sha256") != self._sha256(file.tensor("sums")):
+            return "has another hash than was written"
+        return None
 
     def compute(
         self,
@@ -54,27 +89,52 @@ class ReferenceCache:
         collate: Callable[[list[int]], Batch],
         over: Callable[[Callable[[list[int]], None]], None],
     ) -> None:
-        """Fill the cache with the live reference's values and write it (aside, then renamed).
+        """Fill the cache with the live reference's values. What is there already is not computed again; what was computed
+        is written every minute and when the work is interrupted. Groups are whole: the same sums come out as if nothing
+        had happened.
 
         Args:
             collate: makes a batch of pairs.
             over: calls its argument with groups of pairs until every pair was in one (``Guard.over``).
+        Raises:
+            OSError: it cannot be written.
         """
-        sums = torch.full((self.pairs, 2), float("nan"), dtype=torch.float64)
+        saved = time.monotonic()
 
         def fill(indices: list[int]) -> None:
+            nonlocal saved
+            if bool(self._known()[torch.tensor(indices)].all()):
+                return
             batch = collate(indices).to(decoder.device)
-            sums[torch.tensor(batch.indices)] = pair_sums(decoder, batch, reference=True).double().cpu()
+            self.sums[torch.tensor(batch.indices)] = pair_sums(decoder, batch, reference=True).double().cpu()
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                self._write()
+                saved = time.monotonic()
 
-        over(fill)
-        self.sums = sums
-        aside = self.path.with_suffix(".writing")
-        aside.write_bytes(save({"sums": sums}, metadata={"key": self.key}))
-        aside.replace(self.path)
+        try:
+            over(fill)
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to tell
+                self._write()
+            raise
+        self._write()
+
+    def _write(self) -> None:
+        metadata = {"key": self.key, "sha256": self._sha256(self.sums)}
+
+        def write(name: str, out: BinaryIO) -> None:
+            out.write(tensor_bytes(self.sums))
+
+        write_stream(self.path, {"sums": ("F64", (self.pairs, 2))}, write, metadata)
+
+    def _sha256(self, sums: Tensor) -> str:
+        return hashlib.sha256(self.key.encode() + tensor_bytes(sums)).hexdigest()
+
+    def _known(self) -> Tensor:
+        return torch.isfinite(self.sums).all(dim=1)
 
     def __call__(self, indices: Sequence[int], device: torch.device) -> Tensor:
         """[P, 2] float64 for these pairs."""
-        assert self.sums is not None
         return self.sums[torch.tensor(list(indices))].to(device)
 
 
