@@ -66,10 +66,11 @@ def scale(folder: Path, factor: float, name: str = "model.layers.1.self_attn.v_p
 def test_a_base_that_was_changed_in_place_is_quantized_again(base, cache, sampled_elsewhere, linked):
     folder = base
     if linked:  # as in the hub's cache
-        folder = base.parent / "snapshot"
-        folder.mkdir()
+        folder = base.parent / "snapshots" / "1"
+        folder.mkdir(parents=True)
+        base = base.rename(base.parent / "blobs")
         for path in base.iterdir():
-            (folder / path.name).symlink_to(Path("..", base.name, path.name))
+            (folder / path.name).symlink_to(Path("..", "..", base.name, path.name))
     before = load_base(config(folder))
     (kept,) = entries(cache)
     scale(base, 1.5)

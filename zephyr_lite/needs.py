@@ -6,7 +6,6 @@ Sizes are facts of their hub pages. Memory and time are the planner's (``model.p
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from .config import DatasetSpec, Method, RunConfig
 from .errors import UserError
 from .model.account import base_bytes, optimizer_bytes
 from .model.cards import CARDS
+from .model.config_file import check_config_file
 from .model.job import AdapterSpec, Job, Shape, Storage, longest_of, make_job
 from .model.load import compute_device, compute_dtype, quantization_of
 from .model.machine import of_card
@@ -182,42 +182,6 @@ def disk_bytes(job: Job, config: RunConfig) -> dict[str, int]:
     return found
 
 
-_SIZES = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size",
-)  # fmt: skip
-
-
-def check_config_file(folder: Path) -> None:
-    """Refuse a config.json that is broken, before anything trips over it.
-
-    Raises:
-        UserError: it is not there, is no JSON object, or has a size that cannot be one; names the file and the key.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id.")
-    again = "Copy the file again from where the model came from."
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}).", again) from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected an object with keys, found a {type(found).__name__}.", again)
-    if not isinstance(found.get("model_type"), str):
-        raise UserError(f"{path}: has no model_type, so it is no model's configuration.", again)
-    for key in _SIZES:
-        value = found.get(key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UserError(f"{path}: {key} is {value!r}; it is a whole number above zero.", again)
-    heads, groups = found.get("num_attention_heads"), found.get("num_key_value_heads")
-    width = found.get("hidden_size")
-    if heads and width and not found.get("head_dim") and width % heads:
-        raise UserError(f"{path}: hidden_size {width} is not a multiple of num_attention_heads {heads}.", again)
-    if heads and groups and heads % groups:
-        raise UserError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}.", again)
-
-
 def base_shape(name: str, revision: str = "main") -> tuple[Any, str | None]:
     """The base's configuration, from its folder, the hub's cache or the hub, and no weight of it; and what to say of it.
 
@@ -230,16 +194,18 @@ def base_shape(name: str, revision: str = "main") -> tuple[Any, str | None]:
     if folder.is_dir():
         check_config_file(folder)
         try:
-            return AutoConfig.from_pretrained(folder), None
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False), None
         except Exception as error:  # transformers' own checks raise whatever they like
             raise UserError(f"{folder}/config.json: not a configuration that transformers reads: {error}") from None
     if name == MISTRAL:  # known, so that nobody has to be asked
         try:
-            return AutoConfig.from_pretrained(name, revision=revision, local_files_only=True), None
+            return AutoConfig.from_pretrained(
+                name, revision=revision, local_files_only=True, trust_remote_code=False
+            ), None
         except (OSError, ValueError, KeyError):
             return MISTRAL_SHAPE, "the base is not here yet: its published shape is taken"
     try:
-        return AutoConfig.from_pretrained(name, revision=revision), None
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False), None
     except (OSError, ValueError, KeyError):
         raise UserError(
             f"model {name}: its config.json is neither in a folder of that name nor in the hub's cache, and the hub does "

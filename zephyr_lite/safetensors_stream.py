@@ -8,6 +8,7 @@ import io
 import json
 import math
 import mmap
+import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from zephyr_lite.errors import UserError
 from zephyr_lite.files import bytes_aside
+from zephyr_lite.strict_json import is_whole, parse, shown
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -43,6 +45,10 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 COPY_CHUNK = 16 * 2**20
 # The format's own bound; a larger number is the first eight bytes of something else.
 MAX_HEADER = 100_000_000
+MAX_DIMENSIONS = 16
+# How torch.save's files begin: a zip archive, or (before torch 1.6) a pickle of protocol 2 to 5.
+_ZIP = b"PK\x03\x04"
+_PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 
 @dataclass(frozen=True)
@@ -77,55 +83,82 @@ class SafetensorsFile:
         metadata: the header's `__metadata__` (strings).
 
     Raises:
-        UserError: the file is cut short, or its header is broken: no JSON, an unknown dtype, a size that differs from
-            dtype × shape, offsets out of bounds, or tensors that overlap or leave gaps.
+        UserError: the file is missing or cut short, is a pickle, or its header is broken: no JSON, a tensor twice, an
+            unknown dtype, a size that differs from dtype × shape, offsets out of bounds, or tensors that overlap or
+            leave gaps.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        size = self.path.stat().st_size
-        with open(self.path, "rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if length < 2 or length > min(size - 8, MAX_HEADER):
-                raise self._broken(f"its header would be {length} bytes long in a file of {size} bytes")
-            raw = file.read(length)
         try:
-            header = json.loads(raw)
+            size, raw = self._header_bytes()
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is missing, or a link to nowhere.", "Fetch it again.") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {error.strerror}.", "Fetch it again.") from None
+        try:
+            header = parse(raw)
         except ValueError as error:
-            raise self._broken("its header is not JSON") from error
+            raise self._broken(f"its header is not JSON ({error})") from None
         if not isinstance(header, dict):
             raise self._broken("its header is not a JSON object")
         metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict):
+            raise self._broken("its __metadata__ is not a JSON object")
         self.metadata: dict[str, str] = {str(key): str(value) for key, value in metadata.items()}
-        self.data_start = 8 + length
+        self.data_start = 8 + len(raw)
         entries = [self._entry(name, value) for name, value in header.items()]
         entries.sort(key=lambda entry: (entry.start, entry.end))
         position = self.data_start
         for entry in entries:
             if entry.start != position:
                 what = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
-                raise self._broken(f"tensor {entry.name} {what}")
+                raise self._broken(f"tensor {shown(entry.name)} {what}")
             position = entry.end
         if position != size:
             raise self._broken(f"its tensors end at byte {position}, the file at {size}")
         self.entries: dict[str, Entry] = {entry.name: entry for entry in entries}
+
+    def _header_bytes(self) -> tuple[int, bytes]:
+        """The file's size, and its header."""
+        status = self.path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise UserError(f"{self.path}: is not a file.", "Fetch it again.")
+        size = status.st_size
+        with open(self.path, "rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if length < 2 or length > min(size - 8, MAX_HEADER):
+                if prefix[:2] in _PICKLES or prefix[:4] == _ZIP:
+                    raise self._broken("it begins as a pickle does, which is never opened")
+                raise self._broken(f"its header would be {length} bytes long in a file of {size} bytes")
+            raw = file.read(length)
+        if len(raw) < length:
+            raise self._broken(f"it ended after {len(raw)} of its header's {length} bytes")
+        return size, raw
 
     def _broken(self, what: str) -> UserError:
         return UserError(f"{self.path}: not a complete safetensors file: {what}.", "Download or write it again.")
 
     def _entry(self, name: str, value: object) -> Entry:
         try:
+            name.encode()
             assert isinstance(value, dict)
-            dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
-            begin, end = (int(n) for n in value["data_offsets"])
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise self._broken(f"the header entry of tensor {name} is malformed") from error
+            dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+            assert isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)
+            assert len(shape) <= MAX_DIMENSIONS and all(is_whole(n) for n in (*shape, *offsets))
+            begin, end = offsets
+        except (AssertionError, KeyError, ValueError):
+            raise self._broken(f"the header entry of tensor {shown(name)} is malformed") from None
         if dtype not in DTYPES:
-            raise self._broken(f"tensor {name} has the unknown dtype {dtype}")
-        if begin < 0 or min(shape, default=0) < 0 or end - begin != nbytes(dtype, shape):
-            raise self._broken(f"tensor {name} ({dtype} {list(shape)}) has data offsets {begin} to {end}")
-        return Entry(name, dtype, shape, self.data_start + begin, self.data_start + end)
+            raise self._broken(f"tensor {shown(name)} has the unknown dtype {shown(dtype)}")
+        # torch counts elements and strides in 64 bits, of an empty tensor too
+        counted = math.prod(n for n in shape if n) * DTYPES[dtype].itemsize < 2**63
+        if begin < 0 or min(shape, default=0) < 0 or not counted or end - begin != nbytes(dtype, shape):
+            raise self._broken(
+                f"tensor {shown(name)} ({dtype} {shown(shape)}) has data offsets {shown(begin)} to {shown(end)}"
+            )
+        return Entry(name, dtype, tuple(shape), self.data_start + begin, self.data_start + end)
 
     @cached_property
     def _map(self) -> mmap.mmap:
@@ -158,7 +191,7 @@ class SafetensorsFile:
             while left:
                 chunk = file.read(min(COPY_CHUNK, left))
                 if not chunk:
-                    raise self._broken(f"it ended inside tensor {name}")
+                    raise self._broken(f"it ended inside tensor {shown(name)}")
                 out.write(chunk)
                 left -= len(chunk)
 

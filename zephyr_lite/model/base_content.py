@@ -11,15 +11,13 @@ and a file is taken for the one that was read where path, size and mtime are amo
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..safetensors_stream import SafetensorsFile, tensor_bytes
+from .shards import INDEX, SINGLE, weight_files
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # copies of a base that a kept folder remembers the dates of
 REMEMBERED = 8
 Record = dict[str, dict[str, Any]]
@@ -40,8 +38,8 @@ class BaseFiles:
         stamps: name → [resolved path, size, mtime_ns], as of now.
 
     Raises:
-        NotKept: there are none, or the index is broken.
-        UserError: the index names a file that is not there.
+        NotKept: there are none.
+        UserError: the index is broken, or names a file that is not there.
     """
 
     def __init__(self, source: Path) -> None:
@@ -141,18 +139,12 @@ def _files(source: Path) -> list[Path]:
     """The safetensors files that transformers reads of a folder.
 
     Raises:
-        NotKept: there are none, or the index is broken.
+        NotKept: there are none.
+        UserError: the index is broken.
     """
-    if (source / SINGLE).is_file():
-        return [source / SINGLE]
-    try:
-        told = json.loads((source / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(told["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise NotKept(f"{source}: neither {SINGLE} nor a readable {INDEX} there.") from None
-    if missing := [name for name in names if not (source / name).is_file()]:
-        raise UserError(f"{source / INDEX}: names {missing[0]}, which is not there.", "Fetch the model again.")
-    return [source / name for name in names]
+    if not (files := weight_files(source)):
+        raise NotKept(f"{source}: neither {SINGLE} nor {INDEX} there.")
+    return files
 
 
 def _stamp(path: Path) -> list[Any]:

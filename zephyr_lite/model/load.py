@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..config import RunConfig
 from ..errors import UserError
+from ..strict_json import read_object, shown
+from .config_file import check_config_file
+from .fetch import fetch_base
 from .quantized import Recipe, quantized_folder
+from .shards import again, check_layers, check_shapes, open_shards
+from .tokenizer import check_vocabulary, load_tokenizer
 
-# what a base consists of; pickles are never fetched
-PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model*", "*.txt"]
 FAMILIES = ("mistral", "llama")
 
 
@@ -81,61 +82,32 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def fetch_base(name_or_path: str, revision: str = "main", *, weights: bool = True) -> Path:
-    """The folder of a base: a local one as it is, or the hub's, fetched without pickles.
-
-    Args:
-        weights: False for the tokenizer and ``config.json`` alone.
-
-    Raises:
-        UserError: neither exists, the hub cannot be reached, or the gate was not passed.
-    """
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id."
-            )
-        if weights and not any(folder.glob("*.safetensors")):
-            others = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights at all"
-            raise UserError(
-                f"{folder}: holds no safetensors file (found {others}).",
-                "Only safetensors are read; convert the weights with save_pretrained first.",
-            )
-        return folder
-    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
-        raise UserError(f"model {name_or_path}: there is no such folder, and it is no hub id (OWNER/NAME).")
-    patterns = [pattern for pattern in PATTERNS if weights or "safetensors" not in pattern]
-    try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise UserError(
-            f"model {name_or_path}: its owner asks you to accept terms first.",
-            f"Open https://huggingface.co/{name_or_path}, accept, then run `hf auth login`.",
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(f"model {name_or_path}: neither a folder here nor a model on the hub.") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"model {name_or_path}: not in the hub's cache, and the hub could not be reached ({type(error).__name__}).",
-            ("" if weights else "Its tokenizer and config.json are needed, no weights. ")
-            + "Check the connection and HF_HUB_OFFLINE, or name a folder (model_name_or_path=FOLDER).",
-        ) from None
-
-
 def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
     """The model's configuration, refused where the fused engine would compute something else.
 
     Raises:
-        UserError: another family, or a variant of the family that the engine does not know.
+        UserError: the file is broken or absurd, needs code of its own, is of another family, or of a variant of the family
+            that the engine does not know.
     """
+    path = folder / "config.json"
+    told = check_config_file(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{folder}/config.json: not a configuration that transformers reads: {error}") from None
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # each model's own checks raise whatever they like
+        if "auto_map" in told and "trust_remote_code" in str(error):
+            raise UserError(
+                f"{path}: needs code of its own (auto_map: {shown(told['auto_map'])}), which is never run.",
+                "Use a model of a family that transformers knows by itself.",
+            ) from error
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{path}: not a configuration that transformers reads: {shown(what, 300)}", again(path)
+        ) from error
     if any_family:
         return config
-    check_family(config, f"{folder}/config.json")
+    check_family(config, str(path))
     return config
 
 
@@ -196,6 +168,7 @@ def load_base(
         raise UserError("dtype float64: bitsandbytes dequantizes to at most float32.", "Set load_in_4bit=false.")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # in a log file it is noise
+    check_weights(folder, model_config)
     source, print_of_base = folder, fingerprint(folder)
     if quantization is not None and model_config.model_type in FAMILIES:  # others may rename weights on loading
         recipe = Recipe(config.model_name_or_path, print_of_base, quantization, dtype)
@@ -205,8 +178,10 @@ def load_base(
             source, model_config = kept, copy.deepcopy(model_config)
             model_config.quantization_config, quantization = quantization.to_dict(), None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             source,
+            output_loading_info=True,
+            trust_remote_code=False,
             config=model_config,
             dtype=dtype,
             quantization_config=quantization,
@@ -215,6 +190,16 @@ def load_base(
         )
     except (OSError, SafetensorError) as error:
         raise UserError(f"{source}: its weights cannot be read: {error}", "Fetch the model again.") from None
+    except RuntimeError as error:  # of the families that were not compared with their configuration above
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"{source}: its weights have other shapes than its config.json says.",
+            "The files belong to different models; fetch the model again.",
+        ) from error
+    if absent := sorted(loaded["missing_keys"]):  # transformers drew them at random
+        more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
+        raise UserError(f"{source}: no tensor {shown(absent[0])}{more} in its files.", "Fetch the model again.")
     model.config._name_or_path = model.name_or_path = str(folder)
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -241,6 +226,37 @@ def load_base(
         streamed=stream,
         known_fingerprint=print_of_base,
     )
+
+
+def check_weights(folder: Path, config: Any) -> None:
+    """Every file of the weights, checked before transformers sees them: index, headers, and shapes where they are known.
+
+    Raises:
+        UserError: a file is broken or another model's; names the file and the tensor.
+    """
+    files = list(open_shards(folder).values())
+    if config.model_type not in FAMILIES:
+        return
+    check_layers(folder, files, config.num_hidden_layers)
+    check_shapes(files, empty_model(folder, config).state_dict())
+
+
+def empty_model(folder: Path, config: Any) -> Any:
+    """The model of a configuration, on the meta device.
+
+    Raises:
+        UserError: transformers cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # a model's own code on a stranger's numbers
+        what = shown(" ".join(str(error).split()) or type(error).__name__, 300)
+        raise UserError(
+            f"{folder}/config.json: not a model that transformers builds: {what}.", again(folder / "config.json")
+        ) from error
 
 
 def _leave_the_file(model: Any) -> None:
@@ -290,12 +306,18 @@ def frozen_base(
     streamed: bool = False,
     known_fingerprint: str | None = None,
 ) -> Base:
-    """A loaded model as the base of a run: every parameter frozen, no cache, the folder's own tokenizer."""
+    """A loaded model as the base of a run: every parameter frozen, no cache, the folder's own tokenizer.
+
+    Raises:
+        UserError: there is no tokenizer, or not this model's.
+    """
     model.requires_grad_(False)
     model.config.use_cache = False
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], folder)
     return Base(
         model=model,
-        tokenizer=load_tokenizer(folder),
+        tokenizer=tokenizer,
         path=folder,
         name_or_path=config.model_name_or_path,
         revision=config.model_revision,
@@ -306,21 +328,6 @@ def frozen_base(
         double_quant=double_quant,
         streamed=streamed,
     )
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's fast tokenizer.
-
-    Raises:
-        UserError: there is none that transformers can build, or it has no offsets.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no tokenizer can be built from it: {error}") from None
-    if not tokenizer.is_fast:
-        raise UserError(f"{folder}: its tokenizer is a slow one, which knows no offsets.", "Add its tokenizer.json.")
-    return tokenizer
 
 
 def quantization_of(config: RunConfig, stored: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool, bool]:
@@ -367,7 +374,7 @@ def fingerprint(folder: Path) -> str:
 
 def _fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json", strict=False, hint=again(folder / "config.json"))
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
     digest.update(json.dumps(config, sort_keys=True).encode())

@@ -1,0 +1,75 @@
+"""The folder of a base: a local one, or the hub's, of which pickles are never fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from ..errors import UserError
+from ..strict_json import shown
+from .shards import pickles
+
+# what a base consists of
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model*", "*.txt"]
+
+
+def fetch_base(name_or_path: str, revision: str = "main", *, weights: bool = True) -> Path:
+    """The folder of a base: a local one as it is, or the hub's, fetched without pickles.
+
+    Args:
+        weights: False for the tokenizer and ``config.json`` alone.
+
+    Raises:
+        UserError: neither exists, it has no safetensors, the hub cannot be reached, or the gate was not passed.
+    """
+    folder = Path(name_or_path).expanduser()
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise UserError(f"model {shown(name_or_path)}: cannot be looked up: {error.strerror}.") from None
+    if is_folder:
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id."
+            )
+        if weights and not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"{folder}: holds no safetensors file (found {pickles(folder) or 'no weights at all'}).",
+                "Only safetensors are read; convert the weights with save_pretrained first.",
+            )
+        return folder
+    no_id = UserError(f"model {shown(name_or_path)}: there is no such folder, and it is no hub id (OWNER/NAME).")
+    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
+        raise no_id
+    patterns = [pattern for pattern in PATTERNS if weights or "safetensors" not in pattern]
+    try:
+        fetched = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise no_id from None
+    except GatedRepoError:
+        raise UserError(
+            f"model {name_or_path}: its owner asks you to accept terms first.",
+            f"Open https://huggingface.co/{name_or_path}, accept, then run `hf auth login`.",
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(f"model {name_or_path}: neither a folder here nor a model on the hub.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"model {name_or_path}: not in the hub's cache, and the hub could not be reached ({type(error).__name__}).",
+            ("" if weights else "Its tokenizer and config.json are needed, no weights. ")
+            + "Check the connection and HF_HUB_OFFLINE, or name a folder (model_name_or_path=FOLDER).",
+        ) from None
+    if weights and not any(fetched.glob("*.safetensors")):
+        raise UserError(
+            f"model {name_or_path}: has no safetensors file on the hub; pickles (*.bin, *.pt) are never fetched.",
+            "Give a model that has safetensors, or convert this one with save_pretrained and name the folder.",
+        )
+    return fetched

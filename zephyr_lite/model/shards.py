@@ -1,0 +1,175 @@
+"""A base's safetensors files: which ones its index names, whether they lie where they may, and what they hold.
+
+transformers follows an index wherever it leads and draws at random what no file holds. So everything is checked here
+before it sees a folder: names, links, headers, and that every tensor is where the index says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..safetensors_stream import SafetensorsFile
+from ..strict_json import read_object, shown
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.", re.ASCII)
+_QUANT_STATE = ".quant_state.bitsandbytes__"
+
+
+def pickles(folder: Path, *patterns: str) -> str:
+    """Names of the pickles in a folder, the first three; "" where there are none."""
+    found = sorted({path.name for pattern in patterns or PICKLES for path in folder.glob(pattern)})
+    return ", ".join(shown(name) for name in found[:3]) + (", …" if len(found) > 3 else "")
+
+
+def in_hub_cache(folder: Path) -> bool:
+    """Whether a folder is a snapshot of the hub's cache, whose files are links into ``blobs`` beside the snapshots."""
+    return folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
+
+
+def again(path: Path) -> str:
+    """What to do about a broken file of a base or an adapter: where it is the hub's, how to have it fetched anew."""
+    if not in_hub_cache(path.parent):
+        return "Copy the file again from where the model came from."
+    try:
+        blob = path.resolve(strict=True)
+    except (OSError, RuntimeError):  # a link to nowhere, or a loop of links
+        blob = path
+    both = f"{path} and {blob}" if blob != path else f"{path}"
+    return f"Delete {both}, which lie in the hub's cache; the next start fetches the file again."
+
+
+def checked_place(path: Path) -> Path:
+    """The path of a file, which lies in its folder: what a link out of it leads to is somebody's own, not the model's.
+
+    Links of the hub's cache, from a snapshot to its blob, are as they should be.
+
+    Raises:
+        UserError: it is missing, no file, a link to nowhere, or one out of the folder.
+    """
+    try:
+        found, folder = path.resolve(strict=True), path.parent.resolve()
+    except (OSError, RuntimeError):
+        raise UserError(f"{path} is missing, or a link to nowhere.", "Fetch the model again.") from None
+    blobs = folder.parent.parent / "blobs" if in_hub_cache(folder) else folder
+    if not (found.is_relative_to(folder) or found.is_relative_to(blobs)):
+        raise UserError(
+            f"{path}: is a link out of its folder, to {shown(found, 200)}.", "Put the file itself into the folder."
+        )
+    if not found.is_file():
+        raise UserError(f"{path}: is not a file.", "Fetch the model again.")
+    return path
+
+
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor → file name, as the folder's index says; None where there is no index.
+
+    Raises:
+        UserError: the index is broken, or names what is no safetensors file in the folder.
+    """
+    index = folder / INDEX
+    if not index.is_symlink() and not index.exists():
+        return None
+    told = read_object(checked_place(index), hint=again(index)).get("weight_map")
+    if not isinstance(told, dict) or not told:
+        raise UserError(f"{index}: has no weight_map.", again(index))
+    for tensor, name in told.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+            raise UserError(
+                f"{index}: puts tensor {shown(tensor)} into {shown(name)!r}, which is no name of a file in this folder.",
+                "Use a copy of the model from a place that you trust.",
+            )
+        if not name.endswith(".safetensors"):
+            raise UserError(
+                f"{index}: puts tensor {shown(tensor)} into {shown(name)}, which is no safetensors file.",
+                "Only safetensors are read; convert the weights with transformers' save_pretrained first.",
+            )
+    for name in sorted(set(told.values())):
+        if not (folder / name).is_symlink() and not (folder / name).exists():
+            raise UserError(f"{index}: names {shown(name)}, which is not there.", "Fetch the model again.")
+    return told
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads of a folder: ``model.safetensors``, or else those of its index; none of neither.
+
+    Raises:
+        UserError: the index is broken, or a file lies where it may not.
+    """
+    single = folder / SINGLE
+    if single.is_symlink() or single.exists():
+        return [checked_place(single)]
+    told = weight_map(folder)
+    return [checked_place(folder / name) for name in sorted(set(told.values()))] if told else []
+
+
+def open_shards(folder: Path) -> dict[str, SafetensorsFile]:
+    """File name → the file with its header checked, of every file that ``weight_files`` gives.
+
+    Raises:
+        UserError: there is none; a file is broken; a tensor is in two files, or not in the file that the index names.
+    """
+    files = {path.name: SafetensorsFile(path) for path in weight_files(folder)}
+    if not files:
+        raise UserError(
+            f"{folder}: neither {SINGLE} nor {INDEX} there (found {pickles(folder) or 'no weights'}).",
+            "Only safetensors are read; convert the weights with transformers' save_pretrained first.",
+        )
+    holds: dict[str, str] = {}
+    for name, file in files.items():
+        for tensor in file.entries:
+            if tensor in holds:
+                raise UserError(
+                    f"{folder}: tensor {shown(tensor)} is in {holds[tensor]} and in {name}.",
+                    "Remove the files that do not belong to the model.",
+                )
+            holds[tensor] = name
+    told = {} if SINGLE in files and len(files) == 1 else weight_map(folder) or {}
+    for tensor, name in told.items():
+        if tensor not in holds:
+            raise UserError(f"{folder / INDEX}: names {shown(tensor)}, which no file holds.", "Fetch the model again.")
+        if holds[tensor] != name:
+            raise UserError(
+                f"{folder / INDEX}: puts tensor {shown(tensor)} into {name}; it is in {holds[tensor]}.",
+                "Fetch the model again.",
+            )
+    return files
+
+
+def check_layers(folder: Path, files: Iterable[SafetensorsFile], layers: int) -> None:
+    """Refuse weights that have fewer decoder layers than config.json says; the rest would be drawn at random.
+
+    Raises:
+        UserError: says both numbers.
+    """
+    found = {int(match[1]) for file in files for name in file.entries if (match := _LAYER.match(name))}
+    if found and max(found) + 1 < layers:
+        raise UserError(
+            f"{folder}: config.json says {layers} layers, the weights have {max(found) + 1}.",
+            "The files belong to different models; fetch the model again.",
+        )
+
+
+def check_shapes(files: Iterable[SafetensorsFile], model: Mapping[str, Any]) -> None:
+    """Refuse files that are another model's: by names and shapes alone, before anything of 15 GB is read.
+
+    Args:
+        model: name → tensor (on the meta device) of the model that config.json describes.
+
+    Raises:
+        UserError: names the tensor, the file, and both shapes.
+    """
+    entries = {name: (file, entry) for file in files for name, entry in file.entries.items()}
+    packed = {name.partition(_QUANT_STATE)[0] for name in entries if _QUANT_STATE in name}
+    for name, (file, entry) in entries.items():
+        if name in model and name not in packed and tuple(model[name].shape) != entry.shape:
+            raise UserError(
+                f"{file.path}: tensor {shown(name)} is {list(entry.shape)}; by config.json it is "
+                f"{list(model[name].shape)}.",
+                "The files belong to different models; fetch the model again.",
+            )
