@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import signal
 import sys
-import traceback
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -25,7 +23,8 @@ from .commands.distill import distill
 from .commands.feedback import feedback
 from .commands.options import StageConfig, Verbose
 from .console import Console
-from .errors import UserError
+from .ending import abandon, flushed, interrupted_line, machines_fault, take_signals
+from .errors import Interrupted, UserError
 
 app = typer.Typer(
     name="zephyr-lite",
@@ -207,7 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows ASCII only still gets the rest of a line
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    take_signals()
+    sys.exit(flushed(run(sys.argv[1:] if arguments is None else arguments)))
 
 
 def run(arguments: list[str]) -> int:
@@ -221,60 +221,52 @@ def run(arguments: list[str]) -> int:
     with warnings.catch_warnings():
         if not verbose and not sys.warnoptions:
             warnings.simplefilter("ignore")  # what libraries tell developers is not for users
-        return _run(arguments, verbose)
+        try:
+            return _run(arguments)
+        except BrokenPipeError:
+            # whoever read (head, less) has seen enough; what is still buffered must not fail at exit
+            abandon(sys.stdout)
+            return 128 + signal.SIGPIPE
+        except (Exception, KeyboardInterrupt) as error:
+            try:
+                return _explained(error, arguments, verbose)
+            except OSError:  # standard error cannot be written either: the exit code has to do
+                abandon(sys.stderr)
+                return 130 if isinstance(error, KeyboardInterrupt | Interrupted) else 2
 
 
-def _run(arguments: list[str], verbose: bool) -> int:
+def _run(arguments: list[str]) -> int:
+    _quiet_libraries()
+    code = app(args=arguments, prog_name="zephyr-lite", standalone_mode=False)
+    if code == 130:  # typer catches the interrupt itself
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
+
+
+def _explained(error: BaseException, arguments: list[str], verbose: bool) -> int:
+    """Say what ended a command, and give its exit code."""
+    if verbose:
+        console.traceback(error)
     usage_error: Any = typer.BadParameter.__base__
-    try:
-        _quiet_libraries()
-        code = app(args=arguments, prog_name="zephyr-lite", standalone_mode=False)
-        if code == 130:  # typer catches the interrupt itself
-            raise KeyboardInterrupt
-        return code if isinstance(code, int) else 0
-    except UserError as error:
-        if verbose:
-            traceback.print_exc()
+    if isinstance(error, UserError):
         console.user_error(error)
         return 2
-    except usage_error as error:
-        error.show()
+    if isinstance(error, usage_error):
+        shown = io.StringIO()
+        error.show(file=shown)
+        console.complain(shown.getvalue().rstrip("\n"))
         return 2
-    except BrokenPipeError:
-        # whoever read (head, less) has seen enough; what is still buffered must not fail at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (KeyboardInterrupt, typer.Abort):
-        trains = arguments[:1] in (["sft"], ["dpo"], ["demo"], ["ablate"])
-        console.err.print("interrupted" + ("; the same command goes on from the last checkpoint" if trains else ""))
+    if isinstance(error, Interrupted):
+        console.complain(error.message)
         return 130
-    except Exception as error:
-        if verbose:
-            traceback.print_exc()
-        if (known := _cure(error)) is not None:
-            console.user_error(known)
-            return 2
-        console.failure(error)
-        return 1
-
-
-def _cure(error: Exception) -> UserError | None:
-    """What comes up anywhere, and is not ours: the card or the disk is full."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return UserError(
-            f"the card's memory is full: {' '.join(str(error).split())[:200]}",
-            "Close what else runs on it, lower max_length, or set memory.vram to less than it has.",
-        )
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return UserError(
-            f"main memory is full: {error or type(error).__name__}",
-            "Close what fills it; the same command goes on from the last checkpoint.",
-        )
-    # safetensors wraps the system's error into one of its own
-    full = type(error).__name__ == "SafetensorError" and f"os error {errno.ENOSPC})" in str(error)
-    if full or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-        return UserError(f"the disk is full: {error}", "Free some; the same command goes on from the last checkpoint.")
-    return None
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        console.complain(interrupted_line(arguments))
+        return 130
+    if (known := machines_fault(error, arguments)) is not None:
+        console.user_error(known)
+        return 2
+    console.failure(error)
+    return 1
 
 
 def _quiet_libraries() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Protocol
 
 from rich.console import Console as RichConsole
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from .errors import UserError
+from .redact import redact
 from .words import duration
 
 Metrics = dict[str, float]
@@ -18,6 +22,9 @@ Metrics = dict[str, float]
 Spans = Sequence[tuple[str, bool]]
 # Columns of a table where no terminal says how many there are.
 PIPE_WIDTH = 120
+# what moves a terminal's cursor, renames its window or turns a line around; and halves of surrogate pairs, as which
+# bytes of a path come that are no UTF-8
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Standing(Protocol):
@@ -30,9 +37,18 @@ class Standing(Protocol):
 
 
 class _Rich(RichConsole):
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        """Everything that is printed comes through here, tables and progress too."""
+        return redact(super()._render_buffer(buffer))
+
     def on_broken_pipe(self) -> None:
         """Whoever reads has gone; the command line ends quietly, and not as rich would, with exit code 1."""
         raise BrokenPipeError
+
+
+def visible(text: str) -> str:
+    """The text with control characters as they are written in a program: a file's name or a row may hold any."""
+    return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 class Console:
@@ -54,20 +70,28 @@ class Console:
 
     def say(self, text: str = "") -> None:
         """One line (or several) of plain text."""
-        self.out.print(Text(text))
+        self.out.print(Text(visible(text)))
 
     def heading(self, text: str) -> None:
-        self.out.print(Text(text, style="bold"))
+        self.out.print(Text(visible(text), style="bold"))
+
+    def complain(self, text: str) -> None:
+        """As ``say``, on standard error."""
+        self.err.print(Text(visible(text)))
 
     def user_error(self, error: UserError) -> None:
         """What has to change, and how."""
-        self.err.print(Text.assemble(("error: ", "bold red"), error.message))
+        self.err.print(Text.assemble(("error: ", "bold red"), visible(error.message)))
         if error.hint:
-            self.err.print(Text(error.hint))
+            self.err.print(Text(visible(error.hint)))
+
+    def traceback(self, error: BaseException) -> None:
+        """Where an error came from, for ``--verbose``."""
+        self.err.print(Text(visible("".join(traceback.format_exception(error)).rstrip("\n"))))
 
     def failure(self, error: BaseException) -> None:
         """Something that no input should cause."""
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        what = visible(" ".join(f"{type(error).__name__}: {error}".split())[:500])
         self.err.print(Text.assemble(("failed: ", "bold red"), what))
         self.err.print(
             Text("This is our fault, not yours. Please report it, with what the command shows with --verbose.")

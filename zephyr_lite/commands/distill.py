@@ -102,7 +102,7 @@ def distill(
         with Meter(console.out, plan.wanted, "dialogues", costs) as meter:
             result = run_distill(settings, plan, meter, say=console.say)
     except KeyboardInterrupt:
-        console.err.print(f"{plan.out}: every answer is in the journal; the same command goes on, and asks none twice.")
+        console.complain(f"{plan.out}: every answer is in the journal; the same command goes on, and asks none twice.")
         raise
     for line in result.lines():
         console.say(line)

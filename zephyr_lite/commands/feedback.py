@@ -103,7 +103,7 @@ def feedback(
         with Meter(console.out, len(read.prompts), "prompts", costs) as meter:
             result = run_feedback(settings, read, meter, say=console.say)
     except KeyboardInterrupt:
-        console.err.print(
+        console.complain(
             f"{settings.out}: every answer is in the journal; the same command goes on, and asks none twice."
         )
         raise

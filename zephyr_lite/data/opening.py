@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.packaged_modules.json.json import JsonConfig
 
 from ..config import DatasetSpec
 from ..errors import UserError
+from .screening import LINE_BYTES, read_line, refuse_special, screen
 from .workers import interruptible
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+CURES = {
+    "json": "One object {…} a line, or one array of them.",
+    "csv": "Every row has as many cells as the header; a cell with commas, quotes or newlines stands in double quotes.",
+    "parquet": "The file is damaged or was cut off: make or fetch it again.",
+}
 # files of so many bytes together are read by several processes, a file each
 PARALLEL_BYTES = 100e6
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
@@ -31,6 +38,7 @@ def open_source(spec: DatasetSpec) -> tuple[datasets.Dataset, str]:
         UserError: nothing of the kind is there, it cannot be read, or it has no such split.
     """
     path = Path(spec.path).expanduser()
+    refuse_special(path, spec.path)
     if path.is_file():
         if path.suffix.lower() not in BUILDERS:
             raise UserError(
@@ -97,11 +105,11 @@ def _choose_split(spec: DatasetSpec, there: list[str]) -> str:
 
 
 def _read_files(files: list[Path], split: str, label: str) -> datasets.Dataset:
-    for file in files:
-        if file.stat().st_size == 0 or (file.stat().st_size < 1024 and not file.read_bytes().strip()):
-            raise UserError(f"{file}: the file is empty.")
     builder = BUILDERS[files[0].suffix.lower()]
+    counts = [screen(file, builder) for file in files]
     options: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}  # "NA" may be an answer
+    if builder == "json" and "parse_agent_traces" in JsonConfig.__dataclass_fields__:
+        options["parse_agent_traces"] = False  # columns called type and message are no coding agent's log
     # its log would repeat the error that is about to be explained
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -110,64 +118,100 @@ def _read_files(files: list[Path], split: str, label: str) -> datasets.Dataset:
         if len(files) > 1 and size > PARALLEL_BYTES:
             options["num_proc"] = min(len(files), os.cpu_count() or 1)
         with quiet(size < 50e6), interruptible():
-            return datasets.load_dataset(
-                builder, data_files={_base_split(split): [str(file) for file in files]}, split=split, **options
+            loaded = datasets.load_dataset(
+                builder,
+                data_files={_base_split(split): [_escaped(file) for file in files]},
+                split=split,
+                **options,
             )
     except Exception as error:  # the builders raise whatever their parsers raise
         for file in files:
             if builder == "json":
                 find_broken_json(file)
+            elif builder == "csv":
+                _refuse_other_encodings(file)
         # the second is Parquet's way of saying it
         if any(
             sign in _root(error)
             for sign in ("corresponds to no data", "atch_size must be greater than 0", "BatchSize must be")
         ):
             raise UserError(f"{label}: empty; there is no row in it.") from None
-        raise UserError(f"{label}: not readable as {files[0].suffix[1:].upper()}: {_root(error)}") from None
+        said = _root(error).removeprefix("ParserError: Error tokenizing data. C error: ").rstrip(".")
+        raise UserError(f"{label}: not readable as {files[0].suffix[1:].upper()}: {said}.", CURES[builder]) from None
     finally:
         datasets.logging.set_verbosity(verbosity)
+    expected = None if None in counts or "[" in split else sum(count or 0 for count in counts)
+    if expected is not None and len(loaded) != expected:
+        # what Arrow refuses goes to pandas, which takes the lists of a single row for columns
+        for file in files:
+            find_broken_json(file)
+        raise UserError(f"{label}: {expected:,} lines were read as {len(loaded):,} rows.", CURES["json"])
+    return loaded
+
+
+def _escaped(file: Path) -> str:
+    """A path that datasets does not take for a pattern."""
+    return re.sub(r"([*?\[])", r"[\1]", str(file))
+
+
+def _refuse_other_encodings(file: Path) -> None:
+    with file.open("rb") as opened:
+        for number, line in enumerate(iter(lambda: opened.readline(LINE_BYTES), b""), 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{file} line {number}: not UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x}).",
+                    "Save the file as UTF-8.",
+                ) from None
 
 
 def find_broken_json(file: Path) -> None:
     """Raise a UserError with the line at which a JSON or JSONL file cannot be read; return if there is none."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        number = file.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{file} line {number}: not UTF-8.", "Save the file as UTF-8.") from None
-    if text.startswith("\ufeff"):
-        raise UserError(f"{file} line 1: begins with a byte order mark.", "Save the file as UTF-8 without it.")
-    if text.lstrip()[:1] == "[" and file.suffix.lower() == ".json":
-        try:
-            json.loads(text)
-        except ValueError as error:
-            number = getattr(error, "lineno", 1)
-            raise UserError(f"{file} line {number}: broken JSON: {error}.", "Mend the line, or remove it.") from None
+    with file.open("rb") as opened:
+        start = opened.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"["):
+        _find_broken_array(file)
         return
     kinds: dict[str, tuple[str, int]] = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{file} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"{place}: broken JSON: {error}: {line[:60]!r}.", "Mend the line, or remove it; one row a line."
-            ) from None
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: expected an object {{…}}, found {line[:60]!r}.")
-        try:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{place}: text that is not valid Unicode (half a surrogate pair).") from None
-        for key, value in row.items():
-            if value is None:
+    with file.open("rb") as opened:
+        for number, line in enumerate(iter(lambda: opened.readline(LINE_BYTES), b""), 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
                 continue
-            kind = type(value).__name__
-            before, first = kinds.setdefault(key, (kind, number))
-            if before != kind:
-                raise UserError(f"{place}: column {key!r} is {kind}, but {before} in line {first}.")
+            place = f"{file} line {number}"
+            row = read_line(line.rstrip(b"\r\n"), place)
+            try:
+                json.dumps(row, ensure_ascii=False).encode("utf-8")
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{place}: text that is not valid Unicode (half a surrogate pair).", "Mend the line, or remove it."
+                ) from None
+            for key, value in row.items():
+                if value is None:
+                    continue
+                kind = type(value).__name__
+                before, first = kinds.setdefault(key, (kind, number))
+                if before != kind:
+                    raise UserError(
+                        f"{place}: column {key!r} is {kind}, but {before} in line {first}.",
+                        "A column has one type in all rows: mend the line, or remove it.",
+                    )
+
+
+def _find_broken_array(file: Path) -> None:
+    data = file.read_bytes()
+    try:
+        json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        number = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{file} line {number}: not UTF-8.", "Save the file as UTF-8.") from None
+    except RecursionError:
+        raise UserError(f"{file}: nested too deeply.", "No row of a chat is: mend or remove it.") from None
+    except ValueError as error:
+        number = getattr(error, "lineno", 1)
+        raise UserError(f"{file} line {number}: broken JSON: {error}.", "Mend the line, or remove it.") from None
 
 
 def _open_hub(spec: DatasetSpec) -> tuple[datasets.Dataset, str]:

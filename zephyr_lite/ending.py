@@ -1,0 +1,146 @@
+"""How a command ends when it does not end well: signals, what is said of an interruption, faults that are the machine's."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from .errors import UserError
+
+_TRAINS = ("sft", "dpo", "demo", "ablate")
+_ON_DISK = {
+    errno.ENOSPC: ("the disk is full", "Free some space{again}."),
+    errno.EDQUOT: ("your quota on this disk is used up", "Delete something, or ask for more{again}."),
+    errno.EIO: (
+        "the disk cannot be read or written",
+        "Look at the system's log (dmesg): the disk or its connection may be failing. Copy what matters elsewhere first.",
+    ),
+    errno.EROFS: (
+        "the disk can only be read",
+        "Choose a folder on another disk, or mount this one for writing{again}.",
+    ),
+    errno.EFBIG: ("the file is larger than this file system allows", "Choose a folder on another disk."),
+    errno.EMFILE: ("this process has too many files open", "Raise the limit, `ulimit -n 8192`{again}."),
+    errno.ENFILE: ("the machine has too many files open", "Close what else runs on it{again}."),
+}
+# safetensors, tokenizers and the hub's downloader are written in Rust, and wrap the system's error into a text
+_RUST = re.compile(r"\(os error (\d+)\)")
+
+
+def take_signals() -> None:
+    """From here on Ctrl-C and SIGTERM both raise KeyboardInterrupt in this process; a second one ends it at once.
+
+    A signal that whoever started the process wants ignored (``nohup``, a background job) stays ignored. Forked workers
+    are ended by them as by default, without a traceback.
+    """
+    own, came = os.getpid(), False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        if os.getpid() != own:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if came:
+            os._exit(130)
+        came = True
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handle)
+
+
+def interrupted_line(arguments: Sequence[str]) -> str:
+    """What is true of each command that was interrupted anywhere."""
+    command = " ".join(word for word in arguments[:2] if not word.startswith("-") and "=" not in word)
+    if "--dry-run" in arguments or "--help" in arguments:
+        return "interrupted"
+    if command.startswith(("demo", "ablate")):
+        return "interrupted; the same command goes on: a finished stage is not run again, the others from their last checkpoint"
+    if command.startswith(("sft", "dpo")):
+        return "interrupted; the same command goes on from the last checkpoint, or from the start where there is none"
+    if command.startswith("merge"):
+        return "interrupted; a merged folder appears only when it is whole: start the same command again"
+    if command.startswith(("data chat", "data pairs")):
+        return "interrupted; a data set appears only when it is whole: start the same command again"
+    return "interrupted"
+
+
+def machines_fault(error: BaseException, arguments: Sequence[str]) -> UserError | None:
+    """What comes up anywhere, and is no fault of the program: memory, a disk, a limit of the system. None for others.
+
+    Args:
+        error: what was raised; its causes are looked through.
+        arguments: of the command line, for what can be said about going on.
+    """
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    for each in causes:
+        if (known := _known(each, arguments)) is not None:
+            return known
+    return None
+
+
+def _known(error: BaseException, arguments: Sequence[str]) -> UserError | None:
+    trains = list(arguments[:1]) and arguments[0] in _TRAINS
+    again = "; the same command goes on from the last checkpoint" if trains else "; then start the same command again"
+    text = " ".join(str(error).split())[:300]
+    if type(error).__name__ == "OutOfMemoryError":
+        return UserError(
+            f"the card's memory is full: {text[:200]}",
+            "Close what else runs on it, lower max_length, or set memory.vram to less than it has.",
+        )
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := _RUST.search(text)) is not None:
+        number = int(found[1])
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        return UserError(f"main memory is full: {text or type(error).__name__}", f"Close what fills it{again}.")
+    if isinstance(error, RecursionError):
+        return UserError(
+            f"what is read is nested too deeply: {text}",
+            "No honest file is: --verbose shows what was being read. If it is a file of ours, please report it.",
+        )
+    if number in _ON_DISK:
+        what, cure = _ON_DISK[number]
+        return UserError(f"{what}: {_place(error, text)}", cure.format(again=again))
+    return None
+
+
+def _place(error: BaseException, text: str) -> str:
+    """The file that an error of the system names, or else all it says."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} ({error.strerror})"
+    return text
+
+
+def abandon(stream: object) -> None:
+    """Let what a stream still holds go nowhere: it cannot be written, and would fail again when Python ends."""
+    try:
+        number = stream.fileno()  # type: ignore[attr-defined]
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):
+        pass  # closed already, or no file at all
+
+
+def flushed(code: int) -> int:
+    """The exit code, once what was printed has really gone out; a pipe or a disk may refuse its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except BrokenPipeError:
+            abandon(stream)
+            code = code or 128 + signal.SIGPIPE
+        except OSError:
+            abandon(stream)
+            code = code or 2
+    return code
