@@ -336,7 +336,7 @@ def _named(path: Path) -> Iterator[None]:
 def _final(path: Path) -> Path:
     """Where a file of a folder that is being filled is going to be."""
     aside = _within(path)
-    return path if aside is None else _filling[aside] / path.absolute().relative_to(aside)
+    return path if aside is None else _final(_filling[aside] / path.absolute().relative_to(aside))
 
 
 def _within(path: Path) -> Path | None:
@@ -413,7 +413,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _mkdir(path: Path) -> None:
-    os.mkdir(path)
+    path.mkdir()
 
 
 def _unlink(path: Path) -> None:

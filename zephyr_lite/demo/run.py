@@ -15,10 +15,11 @@ from ..data.prepare import Prepared, prepare
 from ..data.ultrafeedback import to_pairs
 from ..errors import UserError
 from ..evaluate.likelihood import chat_loss, pair_logps
+from ..files import make_folder, sweep, write_json, write_text
 from ..merge import MergeReport, merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
-from ..rundir import StageDir, write_json, write_text
+from ..rundir import StageDir
 from ..train.dpo import run_dpo
 from ..train.ground import StageComplete
 from ..train.sft import run_sft
@@ -86,9 +87,10 @@ def run_demo(
             seconds[name] = round(time.perf_counter() - begun, 1)
 
     folder = timed("base", lambda: base or demo_base())
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    sweep(out)
     if (
-        any(out.iterdir())
+        any(not path.name.startswith(".") for path in out.iterdir())
         and not any(StageDir(out / name).info() for name in ("sft", "dpo"))
         and not (out / "data").exists()
     ):
@@ -149,7 +151,8 @@ def _stage(run: Callable[..., Any], loaded: Any, timed: Callable[..., Any], say:
 
 def _write_pairs(folder: Path, say: Say) -> tuple[Path, Path]:
     """The scored completions as preference pairs: best mean score against a random other one."""
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
+    sweep(folder)
     paths = []
     for name, source in (("train_prefs", FEEDBACK), ("test_prefs", FEEDBACK_TEST)):
         rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]

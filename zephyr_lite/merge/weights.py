@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import folder_aside, make_folder, sweep, write_json
 from ..model.compose import compose
 from ..model.peft_files import AdapterFile, LoraWeights, write_adapter
 from ..ops.nf4 import StoredNf4, quantize_stored
-from ..rundir import folder_aside, write_json
 from ..safetensors_stream import FLOATS, Entry, row_blocks, tensor_bytes, write_stream
 from .base_files import BaseFiles, copy_tokenizer, model_files, open_base
 
@@ -141,7 +141,7 @@ def merge(
         if progress is not None:
             progress(done, total)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with folder_aside(out) as aside:
         for shard, names in files.shards.items():
             header = {name: (files.entries[name].dtype, files.entries[name].shape) for name in names}
@@ -172,7 +172,7 @@ def adapter_only(
     claim(out, overwrite)
     chain = compose(adapters)
     check_disk(out, sum((sum(w.shape)) * w.rank * 4 for a in adapters for w in a.modules.values()))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with folder_aside(out) as aside:
         write_adapter(aside, chain, base_model_name=base_model_name)
         if tokenizer_from is not None:
@@ -196,17 +196,19 @@ def claim(out: Path, overwrite: bool) -> None:
 
 
 def check_disk(out: Path, size: int) -> None:
-    """Refuse to start what the disk cannot hold (an earlier merge is removed only after the new one is complete).
+    """Refuse to start what the disk cannot hold (an earlier merge is removed only after the new one is complete). What a
+    killed merge into this folder left aside is removed first.
 
     Raises:
         UserError: less is free than the result takes.
     """
     place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    sweep(out.absolute().parent, out.name)
     free = shutil.disk_usage(place).free
     # 64 MB for tokenizer, configuration and headers.
     if free < size + 64 * 2**20:
-        # A merge that was killed could not tidy up after itself.
-        left = ", ".join(str(path) for path in out.absolute().parent.glob(f".{out.name}.*"))
+        # On a file system without locks nobody knows whether a merge that began these is still at work.
+        left = ", ".join(str(path) for path in out.absolute().parent.glob(f".{out.name}.????????"))
         raise UserError(
             f"{place}: {free / 1e9:.1f} GB are free, the result takes {size / 1e9:.1f} GB.",
             "Free some space, or choose an --out on another disk."

@@ -7,10 +7,7 @@ live beside it.
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import folder_aside, make_folder, write_text
 from ..safetensors_stream import FLOATS, SafetensorsFile, tensor_bytes, write_stream
 from .peft_config import (
     CONFIG_NAME,
@@ -215,6 +213,7 @@ def write_adapter(
 
     Raises:
         ValueError: no modules, or extra_config sets what the weights decide.
+        OSError: it cannot be written.
     """
     extra = dict(extra_config or {})
     if not modules or _OWN_KEYS & set(extra):
@@ -259,26 +258,16 @@ def write_adapter(
         weights = modules[match["module"]]
         file.write(tensor_bytes((weights.a if match["side"] == "A" else weights.b).float().cpu()))
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write_stream(temporary / WEIGHTS_NAME, tensors, write, {"format": "pt"})
-        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if folder.is_dir():
-            for name in (WEIGHTS_NAME, CONFIG_NAME):
-                os.replace(temporary / name, folder / name)
-        else:
-            # mkdtemp's folders are private to the user.
-            temporary.chmod(0o777 & ~_umask())
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    def write_both(into: Path) -> None:
+        write_stream(into / WEIGHTS_NAME, tensors, write, {"format": "pt"})
+        write_text(into / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    if folder.is_dir():
+        write_both(folder)
+        return
+    make_folder(folder.parent)
+    with folder_aside(folder) as aside:
+        write_both(aside)
 
 
 def _leaf(module: str) -> str:

@@ -28,7 +28,8 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from ..errors import UserError
-from ..rundir import cache_dir, folder_aside, write_json
+from ..files import folder_aside, make_folder, remove_tree, write_json
+from ..rundir import cache_dir
 from ..safetensors_stream import SafetensorsFile
 from .base_content import BaseFiles, NotKept, Record, is_record, still_there
 from .quantized_files import tensors_to_keep, write_quantized
@@ -204,7 +205,7 @@ def _make(base: BaseFiles, config: Any, recipe: Recipe, device: torch.device, sa
     tensors = tensors_to_keep(base, config, recipe.settings)
     size = sum(tensor.kept_bytes(recipe.settings, recipe.dtype) for tensor in tensors)
     parent = quantized_dir()
-    parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent)
     with _alone(recipe, say):
         if (found := _find(recipe, base, say)) is not None:
             return found
@@ -212,7 +213,7 @@ def _make(base: BaseFiles, config: Any, recipe: Recipe, device: torch.device, sa
         folder, wrong = _place(recipe, base)
         if wrong:
             say(f"{folder}: {wrong}; the quantized base is made again")
-            _remove(folder)
+            remove_tree(folder)
         free = shutil.disk_usage(parent).free
         if free < size + SPARE_BYTES:
             raise NotKept(
@@ -244,13 +245,6 @@ def _place(recipe: Recipe, base: BaseFiles) -> tuple[Path, str]:
     return recipe.folder(), ""
 
 
-def _remove(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
-
-
 @contextmanager
 def _alone(recipe: Recipe, say: Say) -> Iterator[None]:
     """Only one process at a time, on a machine, makes a base's folder. The lock goes with the process that held it."""
@@ -278,6 +272,6 @@ def _sweep(recipe: Recipe) -> None:
             with open(_lock(found[0]), "a") as lock:
                 if found[0] != recipe.suffix:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
+                remove_tree(left)
         except BlockingIOError:
             continue

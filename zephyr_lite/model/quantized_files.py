@@ -4,8 +4,6 @@ tensor from the mapped files of the 16-bit one."""
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
+from ..files import copy_file, rename, write_json
 from ..ops.nf4 import quantize_parts
-from ..rundir import write_json
 from ..safetensors_stream import DTYPE_NAMES, SafetensorsFile, nbytes, row_blocks, tensor_bytes, write_stream
 from .base_content import INDEX, SINGLE, BaseFiles, NotKept, file_hash, tensor_hash
 
@@ -117,7 +115,7 @@ def write_quantized(
     index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
-        os.rename(folder / f"{number}.safetensors", folder / name)
+        rename(folder / f"{number}.safetensors", folder / name)
         index |= dict.fromkeys(names, name)
     if len(shards) > 1:
         stored = sum((folder / name).stat().st_size for name in set(index.values()))
@@ -167,6 +165,6 @@ def _write_config(folder: Path, source: Path, config: Any, settings: BitsAndByte
     quantized.save_pretrained(folder)
     generation = source / "generation_config.json"
     if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
+        copy_file(generation, folder / generation.name)
     else:
         model.generation_config.save_pretrained(folder)
