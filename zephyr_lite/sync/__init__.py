@@ -8,6 +8,6 @@ with the newest and the best checkpoint. Every folder there has a manifest and a
 """
 
 from .fetch import newest_there, restore
-from .mirror import Mirror, catch_up, open_mirror
+from .mirror import Mirror, catch_up, kept_elsewhere, open_mirror
 
-__all__ = ["Mirror", "catch_up", "newest_there", "open_mirror", "restore"]
+__all__ = ["Mirror", "catch_up", "kept_elsewhere", "newest_there", "open_mirror", "restore"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import RunConfig
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from ..manifest import MANIFEST
 from ..rundir import STAGE_FILE, StageDir
 from .place import CHECKPOINT, Place, PlaceError, place_of, run_name
@@ -234,3 +235,23 @@ def catch_up(config: RunConfig, stage_dir: StageDir, say: Say) -> None:
     say(f"copying {stage_dir.path} to {mirror.place.name}, which does not have the whole of it")
     mirror.finish()
     mirror.close()
+
+
+@contextmanager
+def kept_elsewhere(mirror: Mirror | None, *, after_interrupt: float = 60.0) -> Iterator[None]:
+    """Within, a stage is trained and closed; at the end, and after an interrupt, what it is then is copied too.
+
+    Args:
+        after_interrupt: seconds that may take when the process was asked to stop: who asked may not wait much longer.
+    """
+    if mirror is None:
+        yield
+        return
+    try:
+        yield
+        mirror.finish()
+    except Interrupted:
+        mirror.finish(after_interrupt)
+        raise
+    finally:
+        mirror.close()

@@ -2,85 +2,119 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import MemorySpec, Method, RunConfig, read_dumped
+from ..config import Method, RunConfig
 from ..errors import UserError
 from ..model.chain import chain_of_run, check_order
+from ..model.load import fingerprint
 from ..model.peft_files import AdapterFile, fetch_adapter, read_adapter
 from ..model.plan import Plan
-from ..rundir import StageDir
-
-# what may differ when a stage goes on: nothing that a gradient depends on
-MAY_CHANGE = {
-    "output_dir", "eval_dataset", "eval_steps", "save_steps", "logging_steps", "save_total_limit",
-    "load_best_model_at_end", "early_stopping_patience", "report_to", "push_to_hub", "sync", "memory",
-}  # fmt: skip
+from ..rundir import STAGE_FILE, StageDir
+from ..stage_info import TO_GO_ON, checked
+from ..sync import catch_up
+from .changes import Changes, adapters_difference, base_difference, config_changes
 
 
 class StageComplete(UserError):
     """The stage is finished; there is nothing to do. The command line says so and exits with 0."""
 
 
-def may_go_on(stage: StageDir, before: dict[str, Any], config: RunConfig, method: Method) -> None:
-    """Refuse a finished stage, and one that was started with another configuration."""
-    if before.get("method") not in (None, method):
+def may_go_on(
+    stage: StageDir, config: RunConfig, method: Method, say: Callable[[str], None], *, claim: bool
+) -> tuple[dict[str, Any] | None, Changes]:
+    """What stage.json says of a stage that was begun, and what of the configuration is not as it was.
+
+    A stage that kept nothing (a typo, an early error) binds nobody: then there is nothing to go on with, and None comes.
+
+    Args:
+        claim: False where nothing is to be written.
+
+    Raises:
+        StageComplete: it is finished, with this configuration.
+        UserError: it was begun with another one, or the file is not what a run writes.
+    """
+    file = stage.path / STAGE_FILE
+    info = stage.info()
+    if info is None:
+        return None, Changes()
+    checked(info, file)
+    complete = info.get("status") == "complete"
+    if not complete and not stage.checkpoints() and info.get("method", method) == method:
+        return None, Changes()
+    if info.get("method", method) != method:
         raise UserError(
-            f"{stage.path}: is a {before['method']} stage; this is {method}.", "Choose another stage or output_dir."
+            f"{stage.path}: is a {info['method']} stage; this is {method}.", "Choose another stage or output_dir."
         )
-    complete = before.get("status") == "complete"
-    old = read_dumped(stage.config) if stage.config.is_file() else {}
-    new = config.model_dump(mode="json")
-    changed = [
-        f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in new.items() if k not in MAY_CHANGE and old.get(k) != v
-    ]
-    if changed:
-        cure = "choose another output_dir or stage."
-        raise UserError(
-            f"{stage.path}: was {'finished' if complete else 'started'} with another configuration:\n  "
-            + "\n  ".join(changed),
-            f"To train with this one, {cure}" if complete else f"Go back to it to go on, or {cure}",
-        )
-    if complete:
-        following = {"sft": "zephyr-lite dpo", "dpo": "zephyr-lite merge --out model/"}[before["method"]]
-        raise StageComplete(f"{stage.path} is complete already.", f"Next: {following}")
+    checked(info, file, needs=TO_GO_ON)
+    changes = config_changes(stage, config, method)
+    if changes.refused:
+        _the_rest(changes, info, method, config, stage)
+        changes.refuse(stage, complete=complete)
+    if complete and not changes.open:
+        if claim and config.sync:
+            catch_up(config, stage, say)
+        raise finished(stage, info)
+    return info, changes
 
 
-def memory_then(stage: StageDir) -> dict[str, Any]:
-    """What the user had fixed of the plan when the stage was started."""
-    then = read_dumped(stage.config) if stage.config.is_file() else {}
-    return MemorySpec.model_validate(then.get("memory") or {}).model_dump(mode="json")
+def _the_rest(changes: Changes, info: dict[str, Any], method: Method, config: RunConfig, stage: StageDir) -> None:
+    """What else is not as it was, as far as that costs nothing to know: a stage that cannot go on anyway."""
+    with contextlib.suppress(UserError):
+        folder = Path(config.model_name_or_path)
+        if folder.is_dir() and (difference := base_difference(info, fingerprint(folder))):
+            changes.settle("base", difference)
+    if config.adapters == [] or all(Path(name).is_dir() for name in config.adapters if config.adapters != "none"):
+        with contextlib.suppress(UserError):
+            frozen = adapters_below(method, config, stage, lambda line: None)
+            if difference := adapters_difference(info, frozen):
+                changes.settle("adapters", difference)
 
 
-def plan_then(stage: StageDir, before: dict[str, Any]) -> Plan:
-    """The plan that the stage was started with."""
+def finished(stage: StageDir, info: dict[str, Any]) -> StageComplete:
+    following = {"sft": "zephyr-lite dpo", "dpo": "zephyr-lite merge --out model/"}[info["method"]]
+    return StageComplete(f"{stage.path} is complete already.", f"Next: {following}")
+
+
+def run_id(run: Path) -> str:
+    """What tells a run from another of the same name; its stages share it."""
+    for file in sorted(run.glob(f"*/{STAGE_FILE}")):
+        with contextlib.suppress(UserError):  # a broken one among them is its own stage's affair
+            found = (StageDir(file.parent).info() or {}).get("id")
+            if isinstance(found, str) and found:
+                return found
+    return uuid.uuid4().hex
+
+
+def plan_then(stage: StageDir, before: dict[str, Any], layers: int) -> Plan:
+    """The plan that the stage was started with.
+
+    Args:
+        layers: how many the base has.
+
+    Raises:
+        UserError: it is none of this version's, or of another model.
+    """
+    file = stage.path / STAGE_FILE
+    hint = "Go on with the version that began the stage (the file names it), or choose another output_dir or stage."
     try:
-        return Plan(**before["plan"])
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{stage.path}/stage.json: its plan is none of this version's ({error}).",
-            "Go on with the version that began the stage (the file names it), or choose another output_dir or stage.",
-        ) from None
-
-
-def same_ground(stage: StageDir, before: dict[str, Any], base: str, frozen: list[AdapterFile]) -> None:
-    """A stage that goes on stands on what it was started on: the same base, the same adapters below."""
-    if "trl" in before:  # the baseline counts adapters that it trains on as its own
-        then = before["trl"].get("continues", before.get("adapters", []))
-    else:
-        then = before.get("adapters", [])
-    if before["base"]["fingerprint"] != base:
-        raise UserError(
-            f"{stage.path}: was started on other weights of {before['base']['name_or_path']} than these.",
-            "Restore them (a hub id's model_revision pins them), or choose another output_dir or stage.",
-        )
-    if [a["sha256"] for a in then] != [a.sha256 for a in frozen]:
-        raise UserError(
-            f"{stage.path}: an adapter below it was changed or replaced since it was started.",
-            "Restore it, or choose another output_dir or stage.",
-        )
+        plan = Plan(**before["plan"])
+        whole = (plan.micro_tokens, plan.threads, *([plan.tile] if plan.tile is not None else []))
+        fits = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in whole)
+        fits = fits and isinstance(plan.offload, int) and isinstance(plan.stream, bool)
+        fits = fits and set(plan.keep) <= {"input", "attention", "all"} and plan.reference in ("together", "own")
+        fits = fits and isinstance(plan.free_bytes, int) and isinstance(plan.bytes_per_token, int)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: its plan is none of this version's ({error}).", hint) from None
+    if not fits:
+        raise UserError(f"{file}: its plan holds what no plan holds.", hint)
+    if len(plan.keep) not in (0, layers):
+        raise UserError(f"{file}: its plan is for {len(plan.keep)} layers, and the base has {layers}.", hint)
+    return plan
 
 
 def adapters_below(method: Method, config: RunConfig, stage: StageDir, say: Callable[[str], None]) -> list[AdapterFile]:
@@ -116,7 +150,11 @@ def same_base(frozen: list[AdapterFile], ours: str, folder: Path) -> None:
     """An adapter of a run of ours knows the base that it was trained on."""
     for adapter in frozen:
         info = StageDir(adapter.path.parent).info() if adapter.path.name in ("adapter", "delta") else None
-        if info is not None and info["base"]["fingerprint"] != ours:
+        if info is None:
+            continue
+        file = adapter.path.parent / STAGE_FILE
+        checked(info, file, needs=("base.fingerprint", "base.name_or_path"))
+        if info["base"]["fingerprint"] != ours:
             raise UserError(
                 f"adapter {adapter.path}: was trained on {info['base']['name_or_path']}, and {folder} is another model.",
                 f"Set model_name_or_path={info['base']['name_or_path']}.",

@@ -17,11 +17,19 @@ from .. import __version__
 from ..config import Loaded, Method, RunConfig, dump_config, load_config, read_dumped
 from ..data.chat import ChatTemplate, resolve_template
 from ..data.prepare import Prepared, prepare
-from ..errors import UserError
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.compose import compose
 from ..model.decoder import Decoder
-from ..model.load import Base, fetch_base, fingerprint, load_base, load_tokenizer, read_model_config
+from ..model.load import (
+    Base,
+    compute_device,
+    compute_dtype,
+    fetch_base,
+    fingerprint,
+    load_base,
+    load_tokenizer,
+    read_model_config,
+)
 from ..model.peft_files import (
     AdapterFile,
     LoraWeights,
@@ -33,14 +41,31 @@ from ..model.plan import Plan, keep_freed_pages
 from ..model.stream import StreamedBase
 from ..ops.dispatch import check_kernels
 from ..rundir import StageDir, folder_aside, newest_run, write_text
+from ..stage_info import FORMAT
+from ..sync import Mirror, newest_there, open_mirror, restore
+from .changes import (
+    Changes,
+    adapters_difference,
+    base_difference,
+    cores,
+    data_difference,
+    data_prints,
+    judged_on_other_rows,
+    machine_now,
+    memory_then,
+    moved,
+    resumed,
+    roundings,
+    same_device,
+)
 from .ground import (
     adapters_below,
+    finished,
     may_go_on,
-    memory_then,
     plan_then,
     relative_to_run,
+    run_id,
     same_base,
-    same_ground,
     vocabulary_fits,
 )
 from .loop import Outcome
@@ -54,19 +79,35 @@ INHERITED = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_u
 DEFAULT_CONFIG = {"sft": "zephyr-7b/sft", "dpo": "zephyr-7b/dpo"}
 
 
-def resolve_run(method: Method, file: str | None, overrides: list[str], *, runs_root: Path = Path("runs")) -> Loaded:
+def resolve_run(
+    method: Method,
+    file: str | None,
+    overrides: list[str],
+    *,
+    runs_root: Path = Path("runs"),
+    say: Say = print,
+    fetch: bool = False,
+) -> Loaded:
     """The configuration of a stage: the shipped recipe where none is named, on top of the stage before.
 
     ``dpo`` without an output_dir continues the newest run whose stage ``sft`` is complete.
+
+    Args:
+        fetch: bring what ``sync`` has of the run first (see ``sync.restore``); not for what only reads.
     """
     loaded = load_config(method, file or DEFAULT_CONFIG[method], overrides)
     extra: list[str] = []
     if method == "dpo" and not (file and "output_dir" in loaded.given) and not _names(overrides, "output_dir"):
-        run = newest_run(runs_root, stage_complete="sft")
+        run, where = newest_run(runs_root, stage_complete="sft"), ""
+        if run is None and fetch and loaded.config.sync:
+            name = newest_there(loaded.config, stage_complete="sft")
+            run, where = (runs_root / name if name else None), f" in {loaded.config.sync}"
         if run is not None:
             overrides = [*overrides, f"output_dir={run}"]
-            extra.append(f"continuing {run}, the newest run whose stage sft is complete")
+            extra.append(f"continuing {run}, the newest run{where} whose stage sft is complete")
         loaded = load_config(method, file or DEFAULT_CONFIG[method], overrides)
+    if fetch:
+        restore(loaded.config, say)
     below = StageDir(Path(loaded.config.output_dir) / "sft")
     if method == "dpo" and loaded.config.adapters == [] and below.complete() and below.config.is_file():
         inherited = read_dumped(below.config)
@@ -99,6 +140,8 @@ class Stage:
         plan: how a step is split.
         frozen: the adapters below, from the bottom up.
         info: what stage.json says.
+        mirror: where checkpoints are copied to, or None.
+        forget_best: what was the best checkpoint so far was judged on other rows than those of now.
     """
 
     method: Method
@@ -113,6 +156,8 @@ class Stage:
     plan: Plan
     frozen: list[AdapterFile]
     info: dict[str, Any] = field(default_factory=dict)
+    mirror: Mirror | None = None
+    forget_best: bool = False
 
 
 def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool = True) -> Stage:
@@ -129,12 +174,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     for note in loaded.notes:
         say(note)
     stage = StageDir(Path(config.output_dir) / config.stage)
-    before = stage.info()
-    if before is not None and before.get("method") == method and before.get("status") != "complete":
-        # nothing was kept of a stage without a checkpoint (a typo, an early error), so nothing binds the next start
-        before = before if stage.checkpoints() else None
-    if before is not None:
-        may_go_on(stage, before, config, method)
+    before, changes = may_go_on(stage, config, method, say, claim=claim)
     if config.engine == "fused":
         check_targets(config.lora_target_modules)
     frozen = adapters_below(method, config, stage, say)
@@ -142,8 +182,11 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     base_config = read_model_config(folder, any_family=config.engine != "fused")
     print_of_base = fingerprint(folder)
     same_base(frozen, print_of_base, folder)
+    complete = before is not None and before.get("status") == "complete"
     if before is not None:
-        same_ground(stage, before, print_of_base, frozen)
+        changes.settle("base", base_difference(before, print_of_base))
+        changes.settle("adapters", adapters_difference(before, frozen))
+        changes.refuse(stage, complete=complete)
     template = template_of(config, folder, frozen)
     vocabulary_fits(template.tokenizer, base_config, folder)
     data = prepare(config.dataset, method, config, template, what="training")
@@ -151,18 +194,32 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
     if eval_data is not None:
         _tell(eval_data, say)
-    if before is not None and before.get("data", {}).get("fingerprint") != data.fingerprint:
-        raise UserError(
-            f"{stage.path}: was started on other rows than these (or the chat template or the tokenizer changed).",
-            "Go back to the data that the stage was started with, or choose another output_dir or stage.",
-        )
-    if before is not None and memory_then(stage) == config.memory.model_dump(mode="json"):
-        plan = plan_then(stage, before)  # another split would change bits
+    machine = machine_now(compute_dtype(config.dtype, compute_device()))
+    now = versions()
+    forget_best = False
+    if before is not None:
+        changes.settle("data", data_difference(before, data, template))
+        changes.refuse(stage, complete=complete)
+        if complete:
+            raise finished(stage, before)
+        forget_best = judged_on_other_rows(before, config, stage, eval_data)
+        _tell_changes(before, changes, now, machine, config, forget_best, say)
+    if (
+        before is not None
+        and memory_then(stage) == config.memory.model_dump(mode="json")
+        and same_device(before, machine)
+    ):
+        plan = plan_then(stage, before, base_config.num_hidden_layers)  # another split would change bits
         said = said_again(plan)
+        if cores() < plan.threads:
+            said.append(
+                f"it computes with {plan.threads} threads, and there are {cores()} cores here: it will be slower"
+            )
     else:
         plan, said = plan_stage(stage_job(method, config, base_config, folder, frozen, data, eval_data), config)
         if before is not None:
-            say("memory was changed: from here on sums are split otherwise, and round otherwise")
+            why = "memory was changed" if same_device(before, machine) else "this is another kind of device"
+            say(f"{why}: from here on sums are split otherwise, and round otherwise")
             before["plan"] = plan.as_dict()
     for line in said:
         say(line)
@@ -189,6 +246,8 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
     say(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all{trained}")
     info = before or {
+        "format": FORMAT,
+        "id": run_id(stage.run),
         "method": method,
         "stage": config.stage,
         "status": "running",
@@ -196,17 +255,54 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         "base": base.describe(),
         "adapters": [{"path": relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen],
         "chat_template": template.text,
-        "versions": versions(),
+        "versions": now,
+        "machine": machine,
         "plan": plan.as_dict(),
-        "data": {**data.report.as_dict(), "fingerprint": data.fingerprint},
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "data": {**data.report.as_dict(), **data_prints(data, template)},
+        "created": _now(),
     }
+    if before is not None:
+        info.setdefault("id", run_id(stage.run))
+        info["format"] = FORMAT
+        moved(info, base.describe(), frozen, lambda path: relative_to_run(path, stage.run))
+        info.setdefault("resumed", []).append(resumed(stage, changes, now, machine, at=_now()))
+    info["eval_data"] = {"fingerprint": eval_data.fingerprint} if eval_data is not None else None
     if claim:
         stage.write_info(info)  # first: a changed ``memory`` is told by the configuration that the file has
         write_text(stage.config, dump_config(config))
     decoder = Decoder(stack, base.dtype, scratch=plan.scratch, stream=stream)
     decoder.follow(plan)
-    return Stage(method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info)
+    mirror = open_mirror(config, stage, say) if claim else None
+    return Stage(
+        method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info, mirror, forget_best
+    )
+
+
+def _tell_changes(
+    before: dict[str, Any],
+    changes: Changes,
+    now: dict[str, str],
+    machine: dict[str, Any],
+    config: RunConfig,
+    forget_best: bool,
+    say: Say,
+) -> None:
+    """Say what is not as it was when the stage was last worked on, and note it among what goes on."""
+    if changes.said:
+        say(f"changed since this stage was last worked on: {'; '.join(changes.said)}")
+    if forget_best:
+        line = "the held-out rows are others than before: evaluations of before do not count for the best checkpoint"
+        say(line)
+        changes.said.append(line)
+    if rounding := roundings(before, now, machine, config.engine):
+        say(
+            f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed run"
+        )
+        changes.said += rounding
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _load(config: RunConfig, plan: Plan, say: Say) -> Base:
@@ -250,7 +346,7 @@ def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[s
             "steps_left_out": outcome.skipped,
             "peak_memory_bytes": peak_memory(stage.base.device),
         },
-        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        finished=_now(),
     )
     stage.dir.write_info(stage.info)
     say(f"{stage.dir.adapter} holds the adapter" + (" (the whole chain in one)" if stage.frozen else ""))
