@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateSyntaxError
 
 from ..errors import UserError
+from ..strict_json import shown
 from .formats import Message, RowError
+from .template_trial import ADDED, LONGEST_TEMPLATE, REPEATED, reason, try_template
 from .templates import BOS, NEEDED_TOKENS, TEMPLATES
 
 LossOn = Literal["assistant", "last", "all"]
@@ -167,11 +169,17 @@ class ChatTemplate:
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         try:
             return self._apply(messages, add_generation_prompt)
-        except TemplateError as error:
-            raise RowError(f"the chat template refuses the row: {error.message}") from None
+        except (MemoryError, RowError):
+            raise
+        except Exception as error:  # a template adds numbers to text, or asks a list for a key
+            raise RowError(f"the chat template refuses the row: {reason(error)}") from None
 
     def _apply(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        content = sum(len(message["content"]) for message in messages)
+        if len(text) > ADDED + REPEATED * content:  # the trial saw other rows than this one
+            raise RowError(f"the chat template makes {len(text):,} characters of {content:,}")
+        return text
 
     def _refuse_control_tokens(self, messages: list[Message]) -> None:
         for message in messages:
@@ -270,8 +278,8 @@ def resolve_template(choice: str, tokenizer: Any) -> ChatTemplate:
 
     Raises:
         UserError: no such template; a tokenizer without offsets or without the tokens that the template writes; a
-            template that cannot be rendered, rewrites earlier turns, has no end token after an answer, ignores
-            ``add_generation_prompt``, or writes BOS twice.
+            template that its trial (``template_trial``) ended, that cannot be rendered, rewrites earlier turns, has no end
+            token after an answer, ignores ``add_generation_prompt``, or writes BOS twice.
     """
     name, text = _choose(choice, tokenizer)
     what = f"chat template {name}"
@@ -288,6 +296,7 @@ def resolve_template(choice: str, tokenizer: Any) -> ChatTemplate:
             f"{what}: the tokenizer does not know {', '.join(missing)} as one token.",
             "Choose chat_template: zephyr, which needs no token but eos.",
         )
+    try_template(text, _whence(name, tokenizer), tokenizer.special_tokens_map)
     notes = []
     adds_bos = _adds_bos(tokenizer)
     if name in TEMPLATES and not adds_bos:
@@ -328,15 +337,27 @@ def _choose(choice: str, tokenizer: Any) -> tuple[str, str]:
     if "{%" in choice or "{{" in choice:  # the alignment handbook's YAML files spell it out
         return "of the configuration", choice
     path = Path(choice).expanduser()
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # no name that a file can have
+        found = False
+    if not found:
         raise UserError(
-            f"chat_template {choice!r}: neither a template's name nor a file.",
+            f"chat_template {shown(repr(choice), 200)}: neither a template's name nor a file.",
             f"Choose auto, {', '.join(TEMPLATES)}, or a .jinja file.",
         )
     try:
+        if (size := path.stat().st_size) > 4 * LONGEST_TEMPLATE:
+            raise UserError(f"chat_template {choice}: is {size:,} bytes long, and no template.")
         return str(choice), path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"chat_template {choice}: cannot be read: {error}.") from None
+
+
+def _whence(name: str, tokenizer: Any) -> str:
+    """What a template is, and where it comes from."""
+    own = name == "the tokenizer's own" and getattr(tokenizer, "name_or_path", "")
+    return f"chat template {name} ({tokenizer.name_or_path})" if own else f"chat template {name}"
 
 
 def _adds_bos(tokenizer: Any) -> bool:
@@ -351,8 +372,12 @@ def _probe(template: ChatTemplate, what: str) -> str:
         plain, prompt = (template._apply(_PROBE[:1], add) for add in (False, True))
     except TemplateSyntaxError as error:
         raise UserError(f"{what} line {error.lineno}: {error.message}.") from None
-    except TemplateError as error:
-        raise UserError(f"{what}: fails on a plain conversation of two turns: {error.message}.") from None
+    except RowError as error:
+        raise UserError(f"{what}: {error}.", "Choose zephyr, chatml or llama3, or change the template.") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: fails on a plain conversation of two turns: {reason(error)}.") from None
     try:
         spans = template.render(_PROBE)[1]
     except RowError as error:
