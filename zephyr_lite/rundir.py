@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,9 @@ def newest_run(root: Path, *, stage_complete: str | None = None) -> Path | None:
     candidates = []
     for info in root.glob(f"*/*/{STAGE_FILE}"):
         stage = StageDir(info.parent)
-        if stage_complete is None or (stage.path.name == stage_complete and stage.complete()):
-            candidates.append((info.stat().st_mtime_ns, stage.run))
+        with suppress(UserError, OSError):  # a broken one is its own run's affair
+            if stage_complete is None or (stage.path.name == stage_complete and stage.complete()):
+                candidates.append((info.stat().st_mtime_ns, stage.run))
     return max(candidates)[1] if candidates else None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..rundir import STAGE_FILE, StageDir, newest_run
+from ..stage_info import checked
 from .peft_files import AdapterFile, fetch_adapter, read_adapter
 
 
@@ -53,12 +54,10 @@ def chain_of_run(run: str | Path | None = None, runs_root: str | Path = "runs", 
         raise UserError(f"{folder}: no such run.", "Give a run's folder (--run), or the adapters themselves.")
     chosen, info = _last_stage(folder, stage)
     adapters = []
-    for place, link in enumerate(info.get("adapters", [])):
+    for place, link in enumerate(info["adapters"]):
         adapters.append(_checked(_resolve(folder, _path(chosen, link)), link, chosen, f"adapter {place + 1}"))
-    own = info.get("own") or {}
+    own = info["own"]
     adapters.append(_checked(chosen.path / _path(chosen, own), own, chosen, "its own adapter"))
-    if "base" not in info or "name_or_path" not in info["base"]:
-        raise UserError(f"{chosen.path / STAGE_FILE}: names no base.", "Give the base and the adapters explicitly.")
     return Chain(dict(info["base"]), adapters, chosen.adapter, folder, chosen.path.name, info)
 
 
@@ -96,7 +95,8 @@ def check_order(adapters: list[AdapterFile]) -> None:
                 f"{adapter.path}: is right only on top of the adapters that it was trained on, and is the lowest here.",
                 f"Give {stage.adapter}, which holds the whole chain, or put the adapters below it first.",
             )
-        parts = {link.get("sha256") for link in info.get("adapters", [])}
+        checked(info, stage.path / STAGE_FILE, needs=("adapters",))
+        parts = {link.get("sha256") for link in info["adapters"]}
         twice = [below.path for below in adapters[:place] if below.sha256 in parts]
         if adapter.path.name == "adapter" and twice:
             raise UserError(
@@ -106,11 +106,15 @@ def check_order(adapters: list[AdapterFile]) -> None:
 
 
 def _newest(root: Path) -> Path:
-    done = [
-        (path.stat().st_mtime_ns, path.parent.parent)
-        for path in root.glob(f"*/*/{STAGE_FILE}")
-        if StageDir(path.parent).complete()
-    ]
+    done, broken = [], []
+    for path in root.glob(f"*/*/{STAGE_FILE}"):
+        try:
+            if StageDir(path.parent).complete():
+                done.append((path.stat().st_mtime_ns, path.parent.parent))
+        except UserError as error:  # another run's affair, unless it is the only one
+            broken.append(error)
+    if not done and broken:
+        raise broken[0]
     if not done:
         running = newest_run(root) if root.is_dir() else None
         raise UserError(
@@ -124,9 +128,12 @@ def _last_stage(run: Path, name: str | None) -> tuple[StageDir, dict[str, Any]]:
     found = []
     for path in sorted(run.glob(f"*/{STAGE_FILE}")):
         stage = StageDir(path.parent)
+        if name not in (None, stage.path.name):
+            continue  # what is wrong with another stage does not matter
         info = stage.info()
-        if info is None or info.get("status") != "complete" or name not in (None, stage.path.name):
+        if info is None or info.get("status") != "complete":
             continue
+        checked(info, path, needs=("adapters", "own", "base.name_or_path"))
         order = (len(info.get("adapters", [])), path.stat().st_mtime_ns)
         found.append((order, stage, info))
     if not found:
@@ -139,10 +146,10 @@ def _last_stage(run: Path, name: str | None) -> tuple[StageDir, dict[str, Any]]:
 
 
 def _path(stage: StageDir, link: dict[str, Any]) -> str:
-    path = link.get("path")
-    if not path or not link.get("sha256"):
+    path, sha = link.get("path"), link.get("sha256")
+    if not (isinstance(path, str) and path and isinstance(sha, str) and sha) or "\0" in path:
         raise UserError(f"{stage.path / STAGE_FILE}: an adapter has no path or no sha256.", "Restore the file.")
-    return str(path)
+    return path
 
 
 def _resolve(run: Path, name: str) -> Path:
