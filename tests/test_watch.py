@@ -98,11 +98,10 @@ def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_pat
 
 
 def test_pairs_that_are_not_finite_at_the_first_step_are_no_wrong_reference(tiny_base, pair_rows, tmp_path, monkeypatch):
-    poisoned(monkeypatch, DpoTask, range(8))
-    monkeypatch.setattr(DpoTask, "_sums", lambda self, *a, **k: (torch.full((len(a[0].group_sizes) // 2, 2), torch.nan,
-                        requires_grad=True),) * 2)  # fmt: skip
+    plain = DpoTask._sums
+    monkeypatch.setattr(DpoTask, "_sums", lambda *args: tuple(sums * torch.nan for sums in plain(*args)))
     with pytest.raises(UserError, match="three times in a row"):
-        run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none")), say=quiet)
+        run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", save_steps=100)), say=quiet)
     assert not StageDir(tmp_path / "r" / "dpo").checkpoints()  # there is none from before the first step
 
 
@@ -180,7 +179,7 @@ def at_step(step, number):
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path, number, capfd):
     handler = signal.getsignal(number)
     options = {"save_steps": 100, "eval_steps": 100, "lora_dropout": 0.1, "optim": "adamw_8bit"}
-    with pytest.raises(Interrupted, match=rf"{number.name}: stopped after step 3 of 8; .*checkpoint-3 holds everything"):
+    with pytest.raises(Interrupted, match=rf"{number.name}: stopped after step 3 of 6; .*checkpoint-3 holds everything"):
         run_sft(loaded(**options), say=quiet, on_metrics=at_step(3, number))
     assert signal.getsignal(number) is handler
     assert "the step is finished" in capfd.readouterr().err

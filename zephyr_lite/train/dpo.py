@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..lock import alone
 from ..model.decoder import Dropout
 from ..model.plan import Plan
+from ..sync import kept_elsewhere
 from .loop import Loop
 from .losses import Preference, preference_loss
 from .out_of_memory import Guard
@@ -66,10 +67,12 @@ def train_dpo(stage: Stage, *, say: Say = print, on_metrics=lambda step, total, 
         on_metrics=on_metrics,
         collapse=CollapseWatch(),
         mirror=stage.mirror,
+        forget_best=stage.forget_best,
         say=say,
     )
-    outcome = loop.run()
-    close_stage(stage, outcome, say=say)
+    with kept_elsewhere(stage.mirror):
+        outcome = loop.run()
+        close_stage(stage, outcome, say=say)
     return outcome
 
 

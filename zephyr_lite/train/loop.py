@@ -24,7 +24,7 @@ from ..model.plan import Plan
 from ..rundir import StageDir
 from ..sync import Mirror
 from .callbacks import make_callbacks
-from .checkpoint import Checkpoint, MetricsLog, prune, resume_point
+from .checkpoint import Checkpoint, MetricsLog, checkpoint_fault, prune, resume_point
 from .optim import make_optimizer, make_scheduler
 from .out_of_memory import is_out_of_memory
 from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
@@ -49,6 +49,7 @@ class Loop:
         callbacks: transformers' callbacks, beside the trackers of ``report_to``.
         collapse: warns of a preference optimization that collapses.
         mirror: copies checkpoints elsewhere.
+        forget_best: the best of before was judged on other rows than those held out now.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Loop:
         callbacks: Sequence[TrainerCallback] = (),
         collapse: CollapseWatch | None = None,
         mirror: Mirror | None = None,
+        forget_best: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.mirror = mirror
+        self.mirror, self.forget_best = mirror, forget_best
         self.config, self.stage, self.stack, self.task = config, stage, stack, task
         if plan != task.guard.plan:
             task.follow(plan)
@@ -214,6 +216,8 @@ class Loop:
         kept = ""
         if good > 0:
             self.scheduler.load_state_dict(states["scheduler"])
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
+                group["lr"] = rate
             self.scaler.load_state_dict(states["scaler"])
             self.finite.count, self.finite.in_a_row = self.finite.count - IN_A_ROW, 0
             if not (self.stage.path / f"checkpoint-{good}").is_dir():
@@ -394,6 +398,7 @@ class Loop:
                 "finite": self.finite.state(),
                 "collapse": self.collapse.state() if self.collapse is not None else None,
                 "warnings": self.warnings,
+                "logged": self.log.count,
             },
         )
         busy = self.mirror.busy() if self.mirror is not None else frozenset()
@@ -405,7 +410,7 @@ class Loop:
     def _resume(self) -> tuple[int, bool]:
         """The step to go on from, and whether its evaluation is still due. What was logged up to it is the run's too."""
         found = resume_point(self.stage, self.say)
-        step, pending = 0, False
+        step, pending, logged = 0, False, None
         if found is not None:
             extra = self._checkpoint().read(found)
             if extra["total"] != self.total:
@@ -413,16 +418,17 @@ class Loop:
                     f"{found}: was written by a run of {extra['total']} steps; this one has {self.total}.",
                     "Go back to the configuration that the run was started with, or choose another output_dir.",
                 )
-            self.best = tuple(extra["best"]) if extra["best"] else None  # type: ignore[assignment]
-            self.stale = extra["stale"]
+            if not self.forget_best:
+                self.best = tuple(extra["best"]) if extra["best"] else None  # type: ignore[assignment]
+                self.stale = extra["stale"]
             self.finite.load(extra.get("finite") or {})
             if self.collapse is not None:
                 self.collapse.load(extra.get("collapse") or {})
             self.warnings = list(extra.get("warnings") or [])
             self.say(f"going on from {found.name}")
-            step, pending = extra["step"], bool(extra.get("pending"))
+            step, pending, logged = extra["step"], bool(extra.get("pending")), extra.get("logged")
         self.left_out.truncate(step)
-        before = self.log.truncate(step)
+        before = self.log.truncate(step, logged=logged, say=self.say)
         self.evaluations = [record for record in before if "eval_loss" in record]
         trained = [record for record in before if "loss" in record]
         self.metrics = {k: v for k, v in trained[-1].items() if k != "step"} if trained else {}
@@ -432,6 +438,9 @@ class Loop:
     def _restore_best(self) -> None:
         assert self.best is not None
         folder = self.stage.path / f"checkpoint-{self.best[1]}"
+        if (fault := checkpoint_fault(folder)) is not None:  # no reason to lose the last step's
+            self._warn(f"{folder.name}, the best, cannot be taken ({fault}); the adapter is the last step's.")
+            return
         self._checkpoint().read_adapter(folder)
         self.say(f"took the adapter of step {self.best[1]}, eval_loss {self.best[0]:.4f}")
 

@@ -57,6 +57,7 @@ class Recorder(TrainerCallback):
         self.begun = self.seconds = 0.0
         self.tokens = 0.0
         self.skips = False
+        self.trainer: Any = None  # set when there is one
 
     def go_on(self, step: int) -> None:
         """From a checkpoint of that step: what was logged up to it is the run's too."""
@@ -86,8 +87,6 @@ class Recorder(TrainerCallback):
         if state.global_step == self.total:
             control.should_evaluate = self.stage.eval_data is not None
             control.should_save = True
-        elif self.stop is not None and self.stop.name is not None:
-            control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = self.stage.dir.path / f"checkpoint-{state.global_step}"
@@ -105,6 +104,8 @@ class Recorder(TrainerCallback):
             self._write(step, found)
         elif "loss" in logs:
             self._training(step, logs)
+        if self.stop is not None and self.stop.name is not None and step < self.total:
+            control.should_save = control.should_training_stop = True
 
     def _training(self, step: int, logs: Metrics) -> None:
         rows = rows_of_step(self.stage.config, len(self.stage.data.rows), step - 1)
@@ -112,6 +113,8 @@ class Recorder(TrainerCallback):
         # a scaler of accelerate's tells nobody its scale: every step before the first update counts as its search
         scale = 1.0 if self.stage.base.dtype == torch.float16 else None
         what = self.finite.saw(applied=finite, finite_loss=math.isfinite(logs["loss"]), scale=scale)
+        if not math.isfinite(logs["loss"]):
+            self.trainer._tr_loss.zero_()  # it goes on from what was logged minus itself, which is not a number
         if what == "bad":
             data = self.stage.data
             where = [data.examples[example].where for row in rows for example in data.rows[row]]

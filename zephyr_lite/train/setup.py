@@ -344,6 +344,7 @@ def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[s
             "best": outcome.best,
             "seconds": round(outcome.seconds, 2),
             "steps_left_out": outcome.skipped,
+            "warnings": outcome.warnings,
             "peak_memory_bytes": peak_memory(stage.base.device),
         },
         finished=_now(),

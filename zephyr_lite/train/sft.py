@@ -20,6 +20,7 @@ from ..data.prepare import Prepared
 from ..lock import alone
 from ..model.decoder import Dropout
 from ..model.plan import Plan
+from ..sync import kept_elsewhere
 from .loop import Loop
 from .losses import sft_loss
 from .out_of_memory import Guard
@@ -52,10 +53,12 @@ def train_sft(stage: Stage, *, say: Say = print, on_metrics=lambda step, total, 
         fp16=fp16,
         on_metrics=on_metrics,
         mirror=stage.mirror,
+        forget_best=stage.forget_best,
         say=say,
     )
-    outcome = loop.run()
-    close_stage(stage, outcome, say=say)
+    with kept_elsewhere(stage.mirror):
+        outcome = loop.run()
+        close_stage(stage, outcome, say=say)
     return outcome
 
 

@@ -22,10 +22,13 @@ from trl import DPOConfig, SFTConfig
 
 from ...config import Loaded, Method, RunConfig
 from ...errors import UserError
+from ...files import remove_folder
 from ...interrupts import StopRequest
 from ...manifest import MANIFEST, manifest_fault
 from ...model.adapters import AdapterStack
 from ...model.plan import SHARE
+from ...sync import kept_elsewhere
+from ..checkpoint import resume_point
 from ..loop import interrupted
 from ..optim import make_optimizer, make_scheduler
 from ..recorder import OnMetrics, Order, Recorder
@@ -61,20 +64,21 @@ def run_baseline(
     if found is not None:
         say(f"going on from {found.name}")
     started = time.perf_counter()
-    with StopRequest("the step is finished and a checkpoint written") as stop:
-        recorder.stop = stop
-        trainer.train(resume_from_checkpoint=str(found) if found else None)
-    state = trainer.state
-    if stop.name is not None and state.global_step < recorder.total:
-        raise interrupted(stop, stage.dir, state.global_step, recorder.total)
-    best = None
-    if state.best_metric is not None and state.best_global_step:
-        best = (float(state.best_metric), int(state.best_global_step))
-    outcome = Outcome(
-        state.global_step, recorder.last, best, time.perf_counter() - started, recorder.finite.count,
-        recorder.evaluations, recorder.warnings,
-    )  # fmt: skip
-    close_stage(stage, outcome, say=say, own=AdapterStack(trainer.model).weights(ADAPTER))
+    with kept_elsewhere(stage.mirror):
+        with StopRequest("the step is finished and a checkpoint written") as stop:
+            recorder.stop = stop
+            trainer.train(resume_from_checkpoint=str(found) if found else None)
+        state = trainer.state
+        if stop.name is not None and state.global_step < recorder.total:
+            raise interrupted(stop, stage.dir, state.global_step, recorder.total)
+        best = None
+        if state.best_metric is not None and state.best_global_step:
+            best = (float(state.best_metric), int(state.best_global_step))
+        outcome = Outcome(
+            state.global_step, recorder.last, best, time.perf_counter() - started, recorder.finite.count,
+            recorder.evaluations, recorder.warnings,
+        )  # fmt: skip
+        close_stage(stage, outcome, say=say, own=AdapterStack(trainer.model).weights(ADAPTER))
     return outcome
 
 
@@ -148,6 +152,7 @@ def make_trainer(stage: Stage, *, say: Say, on_metrics: OnMetrics) -> tuple[Any,
     parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.optimizer = make_optimizer(config, parameters)
     trainer.lr_scheduler = make_scheduler(config, trainer.optimizer, total)
+    recorder.trainer = trainer
     trainer.order = Order(config, len(stage.data.rows))
     trainer.remove_callback(PrinterCallback)
     if config.early_stopping_patience and stage.eval_data is not None:
@@ -231,17 +236,11 @@ def _checkpointing(stage: Stage, per_device: int) -> bool:
 
 
 def _resume_point(stage: Stage, say: Say) -> Path | None:
-    """The newest checkpoint that is as it was written. transformers writes trainer_state.json last, and the recorder then
-    the manifest; a version of this kit that wrote none is taken at its word."""
-    found = [p for p in stage.dir.checkpoints() if (p / "trainer_state.json").is_file()]
-    if not any((p / MANIFEST).is_file() for p in found):
-        return found[-1] if found else None
-    for path in reversed(found):
-        fault = manifest_fault(path)
-        if fault is None:
-            return path
-        say(f"{path.name}: {fault}; the one before it is looked at")
-    raise UserError(
-        f"{stage.dir.path}: none of its {len(found)} checkpoints is as it was written.",
-        "Restore one, delete them to begin anew, or choose another output_dir.",
+    """The newest checkpoint that is as it was written. transformers writes in place, trainer_state.json last, and then the
+    recorder writes the manifest; what a killed process left of one is no checkpoint."""
+    for path in stage.dir.checkpoints():
+        if not (path / "trainer_state.json").is_file():
+            remove_folder(path)
+    return resume_point(
+        stage.dir, say, fault=lambda path: manifest_fault(path) if (path / MANIFEST).is_file() else None
     )
