@@ -401,11 +401,14 @@ class Loop:
                 "logged": self.log.count,
             },
         )
+        self._prune()
+        if self.mirror is not None:
+            self.mirror.changed(self.best[1] if self.best else None)
+
+    def _prune(self) -> None:
         busy = self.mirror.busy() if self.mirror is not None else frozenset()
         best = self.best[1] if self.best else None
         prune(self.stage, keep=self.config.save_total_limit, best=best, busy=busy)
-        if self.mirror is not None:
-            self.mirror.changed(best)
 
     def _resume(self) -> tuple[int, bool]:
         """The step to go on from, and whether its evaluation is still due. What was logged up to it is the run's too."""
@@ -427,6 +430,7 @@ class Loop:
             self.warnings = list(extra.get("warnings") or [])
             self.say(f"going on from {found.name}")
             step, pending, logged = extra["step"], bool(extra.get("pending")), extra.get("logged")
+            self._prune()  # the process before may have ended between a checkpoint and this
         self.left_out.truncate(step)
         before = self.log.truncate(step, logged=logged, say=self.say)
         self.evaluations = [record for record in before if "eval_loss" in record]
