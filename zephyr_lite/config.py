@@ -1,13 +1,11 @@
 """The schema of a run: one flat set of keys for both stages, YAML files, and ``key=value`` overrides.
 
 Names are those that TRL, PEFT and transformers use. A YAML file written for TRL or for the alignment handbook
-runs as it is (``foreign_keys``). Every unknown key is refused, with the nearest known one. Nothing else in the project
-knows YAML.
+runs as it is (``foreign_keys``). Every unknown key is refused, with the nearest known one.
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import UserError
 from .foreign_keys import rename, unknown_key
+from .reading import is_file, place, refuse_special
+from .strict_yaml import WORD, read_word, read_yaml
+from .words import short
 
 Method = Literal["sft", "dpo"]
 # folders of shipped files that are not the configuration of a stage
@@ -32,9 +33,14 @@ class DatasetSpec(BaseModel):
     name: str | None = None  # the hub's configuration of the data set, where it has several
     split: str | None = None
     revision: str | None = None
-    weight: float = Field(1.0, gt=0)  # share in a mixture: 0.5 takes half of the rows, 2 takes each twice
-    limit: int | None = Field(None, ge=1)  # the first N rows after a seeded shuffle
+    weight: float = Field(1.0, gt=0, le=1000)  # share in a mixture: 0.5 takes half of the rows, 2 takes each twice
+    limit: int | None = Field(None, ge=1, lt=2**63)  # the first N rows after a seeded shuffle
     columns: dict[str, str] = {}  # {ours: theirs}
+
+    @field_validator("path")
+    @classmethod
+    def _is_a_place(cls, value: str) -> str:
+        return place(value)
 
 
 class MemorySpec(BaseModel):
@@ -43,7 +49,7 @@ class MemorySpec(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     keep: Literal["input", "attention", "all"] | None = None  # what each layer keeps for its backward pass
-    micro_tokens: int | None = Field(None, ge=1)  # tokens that run at once
+    micro_tokens: int | None = Field(None, ge=1, lt=2**31)  # tokens that run at once
     vram: str | None = None  # use so much of the card at most: 8GiB
     host: str | None = None  # take so much of the main memory at most, for what is offloaded or streamed: 16GiB
     offload: bool | None = None  # what layers keep lies in main memory between the passes
@@ -68,39 +74,39 @@ class RunConfig(BaseModel):
     chat_template: str = "auto"
     system: str | None = None
     loss_on: Literal["assistant", "last", "all"] = "assistant"
-    max_length: int = Field(2048, ge=2)
-    max_prompt_length: int = Field(512, ge=1)
+    max_length: int = Field(2048, ge=2, le=2**24)
+    max_prompt_length: int = Field(512, ge=1, le=2**24)
     # the base and what stands on it
     adapters: list[str] | Literal["none"] = []
     load_in_4bit: bool = True
     bnb_4bit_use_double_quant: bool = True
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
-    lora_r: int = Field(16, ge=1)
-    lora_alpha: float = Field(16, gt=0)
+    lora_r: int = Field(16, ge=1, le=2**16)
+    lora_alpha: float = Field(16, gt=0, le=2**20)
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     lora_target_modules: list[str] | Literal["all-linear"] = "all-linear"
     # optimization
-    batch_size: int = Field(8, ge=1)
-    num_train_epochs: float = Field(1, gt=0)
-    max_steps: int | None = Field(None, ge=1)
-    learning_rate: float = Field(2.0e-4, gt=0)
+    batch_size: int = Field(8, ge=1, le=2**20)
+    num_train_epochs: float = Field(1, gt=0, le=10**6)
+    max_steps: int | None = Field(None, ge=1, lt=2**31)
+    learning_rate: float = Field(2.0e-4, gt=0, le=1000)
     lr_scheduler_type: str = "cosine"
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1000)
     max_grad_norm: float = Field(1.0, gt=0)
     # preference optimization
-    beta: float = Field(0.01, gt=0)
+    beta: float = Field(0.01, gt=0, le=1000)
     loss_type: Literal["sigmoid", "ipo", "ipo_sum", "hinge", "robust"] = "sigmoid"
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     precompute_ref_log_probs: bool = False
     # evaluation, checkpoints, trackers
-    eval_steps: int | None = Field(100, ge=1)
-    save_steps: int | None = Field(100, ge=1)
-    logging_steps: int = Field(1, ge=1)
-    save_total_limit: int = Field(2, ge=1)
+    eval_steps: int | None = Field(100, ge=1, lt=2**31)
+    save_steps: int | None = Field(100, ge=1, lt=2**31)
+    logging_steps: int = Field(1, ge=1, lt=2**31)
+    save_total_limit: int = Field(2, ge=1, lt=2**31)
     load_best_model_at_end: bool = False
-    early_stopping_patience: int | None = Field(None, ge=1)
+    early_stopping_patience: int | None = Field(None, ge=1, lt=2**31)
     report_to: list[str] = []
     push_to_hub: str | None = None
     sync: str | None = None  # a folder or hub:OWNER/NAME that complete checkpoints are copied to
@@ -149,6 +155,16 @@ class RunConfig(BaseModel):
         if not value.replace("-", "").replace("_", "").isalnum():
             raise ValueError("a stage's name is one word of letters, digits, '-' and '_'; it becomes a folder's name")
         return value
+
+    @field_validator("model_name_or_path", "model_revision", "output_dir", "chat_template", "push_to_hub", "sync")
+    @classmethod
+    def _is_a_place(cls, value: str | None) -> str | None:
+        return value if value is None else place(value)
+
+    @field_validator("adapters")
+    @classmethod
+    def _are_places(cls, value: Any) -> Any:
+        return value if isinstance(value, str) else [place(each) for each in value]
 
     @model_validator(mode="after")
     def _together(self) -> RunConfig:
@@ -213,13 +229,15 @@ def find_config(name: str) -> Path:
         UserError: neither exists; the message lists the shipped names.
     """
     path = Path(name)
-    if path.is_file():
+    refuse_special(path, name)
+    if is_file(path):
         return path
     shipped = shipped_configs()
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
     raise UserError(
-        f"configuration {name}: there is no such file.", f"Give a YAML file, or a shipped one: {', '.join(shipped)}."
+        f"configuration {name[:300]}: there is no such file.",
+        f"Give a YAML file, or a shipped one: {', '.join(shipped)}.",
     )
 
 
@@ -296,25 +314,6 @@ def dump_yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The ``key: value`` lines of a YAML file.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}.") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}.")
-    return values
-
-
 def read_dumped(path: Path) -> dict[str, Any]:
     """The keys that ``dump_config`` wrote.
 
@@ -338,18 +337,16 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
             key, text = word, words[position]
             position += 1
         else:
-            raise UserError(f"{word!r} is neither key=value nor --key value.")
+            raise UserError(f"{short(word)} is neither key=value nor --key value.")
         pairs.append((key.lstrip("-").replace("-", "_"), text))
     result = []
     for key, text in pairs:
-        try:
-            value = yaml.safe_load(text) if text.strip() else None
-        except yaml.YAMLError:
-            value = text
-        if isinstance(value, str):  # YAML 1.1 reads 5e-6 as a word
-            with contextlib.suppress(ValueError):
-                value = float(value) if any(c.isdigit() for c in value) else value
-        result.append((key, value))
+        if len(text) > WORD:
+            raise UserError(
+                f"the command line: {short(key)}: a value of {len(text):,} letters; at most {WORD:,} are read.",
+                "Put it into a file, and name that with --config.",
+            )
+        result.append((key, read_word(text)))
     return result
 
 
@@ -394,6 +391,6 @@ def _explain(error: ValidationError, where: str) -> str:
                 unknown_key(place, RunConfig.model_fields) if "." not in place else f"there is no key {place!r}."
             )
         else:
-            found = "" if item["type"] == "missing" or not place else f" (found {item['input']!r})"
+            found = "" if item["type"] == "missing" or not place else f" (found {short(item['input'])})"
             lines.append(f"{place + ': ' if place else ''}{message}{found}.")
     return f"{where}: " + "\n".join(dict.fromkeys(lines))

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from .errors import UserError
+from .words import short
 
 # other tools' name -> ours
 ALIASES = {
@@ -89,10 +90,10 @@ def rename(values: dict[str, Any], where: str, own: Collection[str], notes: list
     if micro is not None or accumulation is not None:
         try:
             result["batch_size"] = int(micro or 1) * int(accumulation or 1)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(
-                f"{where}: per_device_train_batch_size {micro!r} and gradient_accumulation_steps {accumulation!r} "
-                "must be whole numbers."
+                f"{where}: per_device_train_batch_size {short(micro)} and gradient_accumulation_steps "
+                f"{short(accumulation)} must be whole numbers."
             ) from None
         notes.append(f"batch_size = {result['batch_size']} (micro-batch × accumulation); the plan splits it")
     _rename_dataset(values, result, notes)
@@ -157,5 +158,7 @@ def unknown_key(key: str, own: Collection[str]) -> str:
             "training turned off. Put what should lie below it into adapters."
         )
     known = [*own, *ALIASES, "assistant_only_loss", "hub_model_id"]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"there is no key {key!r}." + (f" Did you mean {near[0]!r}?" if near else " See the README's list of keys.")
+    near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)
+    return f"there is no key {short(key)}." + (
+        f" Did you mean {near[0]!r}?" if near else " See the README's list of keys."
+    )

@@ -13,3 +13,11 @@ def duration(seconds: float) -> str:
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 600 else f"{minutes / 60:.0f} h"
     return f"{minutes / 1440:.1f} days"
+
+
+def short(value: object, length: int = 80) -> str:
+    """A value as a program writes it, cut where it is long: somebody may have given a megabyte."""
+    if isinstance(value, str | bytes) and len(value) > 2 * length:
+        value = value[: 2 * length]
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 1] + "…"

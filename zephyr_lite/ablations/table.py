@@ -20,8 +20,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..config import DatasetSpec, Loaded, Method, RunConfig, load_config, read_yaml, shipped_configs
+from ..config import DatasetSpec, Loaded, Method, RunConfig, load_config, shipped_configs
 from ..errors import UserError
+from ..reading import is_file, refuse_special
+from ..strict_yaml import read_yaml
 
 # what the table decides itself, by its arms, its ``output_dir`` and the stages' files
 PLACED = ("output_dir", "adapters", "stage")
@@ -136,7 +138,8 @@ def read_table(
     """
     path = Path(name)
     shipped = shipped_configs("tables")
-    if not path.is_file():
+    refuse_special(path, name)
+    if not is_file(path):
         if name not in shipped:
             raise UserError(
                 f"table {name}: there is no such file.", f"Give a YAML file, or a shipped table: {', '.join(shipped)}."

@@ -15,7 +15,8 @@ from datasets.packaged_modules.json.json import JsonConfig
 
 from ..config import DatasetSpec
 from ..errors import UserError
-from .screening import LINE_BYTES, read_line, refuse_special, screen
+from ..reading import is_file, is_folder, refuse_special
+from .screening import LINE_BYTES, read_line, screen
 from .workers import interruptible
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -39,7 +40,7 @@ def open_source(spec: DatasetSpec) -> tuple[datasets.Dataset, str]:
     """
     path = Path(spec.path).expanduser()
     refuse_special(path, spec.path)
-    if path.is_file():
+    if is_file(path):
         if path.suffix.lower() not in BUILDERS:
             raise UserError(
                 f"{spec.path}: {path.suffix or 'a file without suffix'} is not read.",
@@ -51,7 +52,7 @@ def open_source(spec: DatasetSpec) -> tuple[datasets.Dataset, str]:
                 "Leave split out, or name a folder with one file for each split.",
             )
         return _read_files([path], spec.split or "train", spec.path), spec.path
-    if path.is_dir():
+    if is_folder(path):
         return _open_folder(path, spec)
     if path.suffix.lower() in BUILDERS or spec.path.startswith((".", "/", "~", "\\")) or spec.path.count("/") > 1:
         raise UserError(f"{spec.path}: there is no such file or folder.", f"The working directory is {Path.cwd()}.")

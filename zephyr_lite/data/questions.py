@@ -14,6 +14,7 @@ import datasets
 
 from ..config import DatasetSpec
 from ..errors import UserError
+from ..reading import read_text
 from .opening import open_source
 
 # Columns that hold a question in the sets that people name, in the order of preference.
@@ -77,12 +78,7 @@ def read_questions(name: str) -> list[str]:
     """
     path = Path(name).expanduser()
     if path.suffix.lower() == ".txt":
-        try:
-            found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError:
-            raise UserError(f"{name}: not UTF-8.", "Save the file as UTF-8.") from None
-        except OSError as error:
-            raise UserError(f"{name}: {error.strerror}.", f"The working directory is {Path.cwd()}.") from None
+        found = [line for line in read_text(path, name=name).splitlines() if line.strip()]
     else:
         with split_said_as(f"--exclude {name}:{{}}"):
             rows, _ = open_source(DatasetSpec(path=name) if path.exists() else _spec(name))

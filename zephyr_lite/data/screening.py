@@ -7,11 +7,8 @@ Arrow refuses to pandas, which takes its lists for columns. The look costs about
 
 from __future__ import annotations
 
-import errno
 import json
 import re
-import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,31 +40,6 @@ _MAGIC = (
     (b"\xfe\xff", "UTF-16 text"),
 )
 _POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-def refuse_special(path: Path, name: str) -> None:
-    """Raise a UserError where a path is there and neither a file nor a folder: a device or a pipe may never end.
-
-    Args:
-        path: what is looked at.
-        name: as the user wrote it.
-    """
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EACCES):
-            raise UserError(
-                f"{name}: cannot be looked at: {error.strerror}.", "Mend that, or name another file."
-            ) from None
-        return  # not there: the caller says so
-    except ValueError:  # no path at all
-        return
-    kinds: tuple[tuple[Callable[[int], bool], str], ...] = (
-        (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a disk"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
-    )  # fmt: skip
-    for is_one, kind in kinds:
-        if is_one(mode):
-            raise UserError(f"{name}: is {kind}, not a file.", "Save the rows to a file first, and name that.")
 
 
 def screen(file: Path, builder: str) -> int | None:

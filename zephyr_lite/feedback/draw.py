@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..config import read_yaml
 from ..endpoints.types import EndpointSpec
 from ..errors import UserError
+from ..strict_yaml import read_yaml
 
 PRINCIPLES = Path(__file__).parent / "principles.yaml"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import read_yaml
 from ..errors import UserError
+from ..strict_yaml import read_yaml
 
 GRID = Path(__file__).parent / "grid.yaml"
 _PARTS = ("topics", "kinds", "manners", "moves")

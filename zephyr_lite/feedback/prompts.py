@@ -15,6 +15,7 @@ from ..data.formats import RowError, as_messages
 from ..data.opening import open_source
 from ..data.sources import summarise
 from ..errors import UserError
+from ..reading import read_text
 from .specs import PromptsSpec
 
 # columns that hold a prompt, the surest first; "data" is raw UltraChat's, "turns" MT-Bench's
@@ -196,11 +197,7 @@ def _text_lines(spec: PromptsSpec) -> _Lines:
     path = Path(spec.path).expanduser()
     if spec.split or spec.column:
         raise UserError(f"{spec.path}: a text file has no split and no column.", "Leave them out.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{path} line {number}: not UTF-8.", "Save the file as UTF-8.") from None
+    text = read_text(path)
     # blank lines divide; the others are prompts, each named by its line
     return _Lines(
         {"text": line, "where": f"{spec.path} line {number}"}

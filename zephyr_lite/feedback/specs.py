@@ -8,9 +8,11 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from ..config import read_yaml, shipped_configs
+from ..config import shipped_configs
 from ..endpoints.types import EndpointSpec, endpoint_spec, parse_endpoint
 from ..errors import UserError
+from ..reading import is_file, refuse_special
+from ..strict_yaml import read_yaml
 
 Settings = TypeVar("Settings", bound="JobConfig")
 
@@ -236,7 +238,8 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
 
 
 def _find(name: str) -> Path:
-    if Path(name).is_file():
+    refuse_special(Path(name), name)
+    if is_file(Path(name)):
         return Path(name)
     shipped = shipped_configs("feedback")
     if name.removesuffix(".yaml") in shipped:

@@ -1,0 +1,132 @@
+"""YAML that somebody wrote or downloaded: the safe loader, without keys written twice, and without what grows when it is
+read: nesting and aliases are limited."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError
+from .reading import read_text
+from .words import short
+
+FILE_BYTES = 2**20
+NESTING = 30
+NODES = 20_000  # with every alias written out
+WORD = 65_536  # letters of one value on the command line
+
+
+class _Fault(yaml.MarkedYAMLError):
+    """What this loader refuses beyond the safe one."""
+
+
+class _Loader(yaml.SafeLoader):
+    _deep = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._deep += 1
+        if self._deep > NESTING:
+            raise _Fault(problem=f"nested more than {NESTING} deep", problem_mark=self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._deep -= 1
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (
+            ValueError,
+            LookupError,
+            AttributeError,
+            TypeError,
+            OverflowError,
+        ):  # of int(), date(), a table of words
+            kind = str(node.tag).rpartition(":")[2]
+            what = f"{short(node.value)} is read as {kind}, and is none; put it in quotes if it is a text"
+            raise _Fault(problem=what, problem_mark=node.start_mark) from None
+
+    def construct_document(self, node: Any) -> Any:
+        self._size(node, {}, set())
+        return super().construct_document(node)
+
+    def _size(self, node: Any, known: dict[int, int], above: set[int]) -> int:
+        """How many nodes there are with every alias written out; keys that stand twice are refused on the way."""
+        if id(node) in above:
+            raise _Fault(problem="an alias of what it stands in", problem_mark=node.start_mark)
+        if id(node) in known:
+            return known[id(node)]
+        above.add(id(node))
+        total = 1
+        if isinstance(node, yaml.SequenceNode):
+            total += sum(self._size(child, known, above) for child in node.value)
+        elif isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if (key.tag, key.value) in seen:
+                        raise _Fault(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
+                    seen.add((key.tag, key.value))
+                total += self._size(key, known, above) + self._size(value, known, above)
+        if total > NODES:
+            raise _Fault(problem=f"more than {NODES:,} values, every alias written out", problem_mark=node.start_mark)
+        above.discard(id(node))
+        known[id(node)] = total
+        return total
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The ``key: value`` lines of a YAML file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    text = read_text(path, limit=FILE_BYTES)
+    try:
+        values = _load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path} line {mark.line + 1}" if mark is not None else str(path)
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        raise UserError(f"{place}: not readable as YAML: {what}.", "Mend the line.") from None
+    except yaml.reader.ReaderError as error:
+        number = text[: error.position].count("\n") + 1
+        raise UserError(
+            f"{path} line {number}: not readable as YAML: the control character U+{error.character:04X}.",
+            "Remove it.",
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}.")
+    for key in values:
+        if not isinstance(key, str):
+            raise UserError(
+                f"{path}: expected `key: value` lines, found the key {short(key)}, which is no word.",
+                "YAML reads on, off, yes, no, numbers and dates as such: put the key in quotes if it is meant as a word.",
+            )
+    return values
+
+
+def read_word(text: str) -> Any:
+    """One value of the command line, as it would be read in a file; what is no YAML is a text."""
+    if not text.strip():
+        return None
+    try:
+        value = _load(text)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str):  # YAML 1.1 reads 5e-6 as a word
+        with contextlib.suppress(ValueError):
+            value = float(value) if any(c.isdigit() for c in value) else value
+    return value
+
+
+def _load(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
