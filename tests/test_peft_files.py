@@ -80,12 +80,11 @@ def distance(x: torch.Tensor, reference: torch.Tensor) -> float:
         {},
         {"use_rslora": True, "r": 6},
         {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 8}, "alpha_pattern": {"v_proj": 3}},
-        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.*": 5}},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.mlp.up_proj": 5}},
         {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
-        {"target_modules": r".*layers\.0\.self_attn\.(q|v)_proj"},
         {"target_modules": [*ALL, "lm_head"]},
     ],
-    ids=["plain", "rslora", "patterns", "rslora-patterns", "one-layer", "regex", "lm_head"],
+    ids=["plain", "rslora", "patterns", "rslora-patterns", "one-layer", "lm_head"],
 )
 def test_what_peft_wrote_is_read_and_written_back(tmp_path: Path, config: dict[str, Any]) -> None:
     source = make_adapter(tmp_path / "source", 1, **config)

@@ -1,24 +1,26 @@
 """What a merge reads of a base: its shards as they lie on the disk, its configuration, its tokenizer."""
 
-import json
-import shutil
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..data.template_trial import reason, try_template
 from ..errors import UserError
-from ..model.load import fetch_base
+from ..files import copy_file, make_folder, write_json
+from ..model.config_file import check_config_file
+from ..model.load import empty_model, fetch_base, read_model_config
+from ..model.shards import INDEX, SINGLE, again, checked_place, open_shards
+from ..model.tokenizer import load_tokenizer
 from ..ops.nf4 import StoredNf4, read_stored
-from ..rundir import read_json, write_json
 from ..safetensors_stream import DTYPE_NAMES, DTYPES, FLOATS, Entry, SafetensorsFile, nbytes
+from ..strict_json import is_whole, parse, read_object, shown
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -57,24 +59,9 @@ class BaseFiles:
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.folder = folder
-        config = read_json(folder / "config.json")
-        if config is None:
-            raise UserError(f"{folder}: no config.json there, so it is not a model.", "Give a model's folder.")
-        self.config = config
-        self._files = {file: SafetensorsFile(folder / file) for file in self._file_names()}
-        self._where: dict[str, str] = {}
-        for file_name, file in self._files.items():
-            for tensor in file.entries:
-                if tensor in self._where:
-                    raise UserError(
-                        f"{folder}: tensor {tensor} is in {self._where[tensor]} and in {file_name}.",
-                        "Remove the files that do not belong to the model.",
-                    )
-                self._where[tensor] = file_name
-        index = read_json(folder / INDEX) or {"weight_map": {}}
-        absent = sorted(set(index["weight_map"]) - set(self._where))
-        if absent:
-            raise UserError(f"{folder / INDEX}: names {absent[0]}, which no file holds.", "Fetch the model again.")
+        self.config = check_config_file(folder)
+        self._files = open_shards(folder)
+        self._where = {tensor: name for name, file in self._files.items() for tensor in file.entries}
         self.quantized = self._find_quantized()
         parts = {f"{weight}.{part}" for weight in self.quantized for part in _NF4_PARTS}
         self.entries: dict[str, Entry] = {}
@@ -86,26 +73,6 @@ class BaseFiles:
             for tensor in names:
                 entry = file.entries[tensor]
                 self.entries[tensor] = self._dequantized(entry) if tensor in self.quantized else entry
-
-    def _file_names(self) -> list[str]:
-        index = read_json(self.folder / INDEX)
-        if index is None:
-            names = [SINGLE] if (self.folder / SINGLE).is_file() else []
-        else:
-            try:
-                names = sorted(set(index["weight_map"].values()))
-            except (KeyError, AttributeError, TypeError):
-                raise UserError(f"{self.folder / INDEX}: has no weight_map.", "Fetch the model again.") from None
-        if not names:
-            others = ", ".join(sorted(p.name for p in self.folder.glob("*.bin"))[:3])
-            raise UserError(
-                f"{self.folder}: neither {SINGLE} nor {INDEX} there (found {others or 'no weights'}).",
-                "Only safetensors are read; convert the weights with transformers' save_pretrained first.",
-            )
-        for name in names:
-            if Path(name).name != name or not (self.folder / name).is_file():
-                raise UserError(f"{self.folder / INDEX}: names {name}, which is not there.", "Fetch the model again.")
-        return names
 
     def _find_quantized(self) -> set[str]:
         settings = self.config.get("quantization_config")
@@ -123,15 +90,23 @@ class BaseFiles:
                 "bitsandbytes' NF4 can be merged onto.",
                 "Give the 16-bit base with --base.",
             )
+        if absent := sorted(found - set(self._where)):
+            raise UserError(
+                f"{self.folder}: {shown(absent[0])} has a quant_state and no weight.", "Fetch the model again."
+            )
         return found
 
     def _dequantized(self, entry: Entry) -> Entry:
         dtype = self.nf4_output_dtype
         try:
-            state = json.loads(bytes(self.tensor(f"{entry.name}.quant_state.bitsandbytes__nf4").numpy()))
-            shape = (int(state["shape"][0]), int(state["shape"][1]))
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise UserError(f"{self.folder}: {entry.name} has no readable quant_state.", "Fetch it again.") from None
+            state = parse(bytes(self.tensor(f"{entry.name}.quant_state.bitsandbytes__nf4").view(torch.uint8).numpy()))
+            shape = (state["shape"][0], state["shape"][1])
+            if not all(is_whole(n) and n > 0 for n in shape) or -(-shape[0] * shape[1] // 2) != entry.nbytes:
+                raise ValueError("the shape is another one's")
+        except (ValueError, KeyError, IndexError, TypeError, RuntimeError):
+            raise UserError(
+                f"{self.folder}: {shown(entry.name)} has no readable quant_state.", "Fetch the model again."
+            ) from None
         return Entry(entry.name, dtype, shape, 0, nbytes(dtype, shape))
 
     @cached_property
@@ -169,8 +144,10 @@ class BaseFiles:
         stored |= {part: self.tensor(f"{weight}.{part}") for part in _NF4_PARTS if f"{weight}.{part}" in self._where}
         try:
             return read_stored(stored)
-        except (KeyError, ValueError, AssertionError) as error:
-            raise UserError(f"{self.folder}: {weight} cannot be dequantized: {error}.", "Fetch it again.") from None
+        except (LookupError, ValueError, AssertionError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{self.folder}: {shown(weight)} cannot be dequantized: {shown(error, 200)}.", "Fetch the model again."
+            ) from None
 
     def metadata(self, shard: str) -> dict[str, str]:
         return self._files[shard].metadata
@@ -186,11 +163,7 @@ class BaseFiles:
         Raises:
             UserError: transformers does not know the architecture, or the files name their weights otherwise.
         """
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder))
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{self.folder}/config.json: not a model that transformers builds: {error}.") from None
+        model = empty_model(self.folder, read_model_config(self.folder, any_family=True))
         head = model.get_output_embeddings()
         names = {
             f"{name}.weight"
@@ -207,12 +180,12 @@ class BaseFiles:
 
     def write_index(self, out: Path) -> None:
         """The shards' index, as it was, or without what dequantizing removed."""
-        index = read_json(self.folder / INDEX)
-        if index is None:
+        if SINGLE in self._files:
             return
         if not self.quantized:
-            shutil.copyfile(self.folder / INDEX, out / INDEX)
+            copy_file(self.folder / INDEX, out / INDEX)
             return
+        index: dict[str, Any] = {}
         index["weight_map"] = {name: shard for shard, names in self.shards.items() for name in names}
         index["metadata"] = {"total_size": sum(entry.nbytes for entry in self.entries.values())}
         write_json(out / INDEX, index)
@@ -233,29 +206,32 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
     Returns:
         The ids at which generation stops.
     """
-    for pattern in ("LICENSE*", "NOTICE*", "USE_POLICY*"):
-        for path in files.folder.glob(pattern):
-            shutil.copyfile(path, out / path.name)
+    _copy_all(files.folder, out, ("LICENSE*", "NOTICE*", "USE_POLICY*"))
     copy_tokenizer(tokenizer_from or files.folder, out)
 
     config = {key: value for key, value in files.config.items() if key != "quantization_config"}
     config.pop("torch_dtype", None)
     config["dtype"] = files.dtype
     if not config.get("architectures"):
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.folder))
+        model = empty_model(files.folder, read_model_config(files.folder, any_family=True))
         config["architectures"] = [type(model).__name__]
     write_json(out / "config.json", config)
 
-    generation = read_json(files.folder / "generation_config.json") or {"_from_model_config": False}
+    told = files.folder / GENERATION
+    generation = read_object(told, strict=False, hint=again(told)) if told.is_file() else {"_from_model_config": False}
     if "bos_token_id" not in generation and config.get("bos_token_id") is not None:
         generation["bos_token_id"] = config["bos_token_id"]
+    place = told if "eos_token_id" in generation else files.folder / "config.json"
     known = generation.get("eos_token_id", config.get("eos_token_id"))
     known = known if isinstance(known, list) else [] if known is None else [known]
-    ids = list(dict.fromkeys([*_end_tokens(out), *known]))
+    if not all(is_whole(token) and token >= 0 for token in known):
+        raise UserError(
+            f"{place}: eos_token_id is {shown(known)}; it is a token's number, or a list of them.", again(place)
+        )
+    ids = list(dict.fromkeys([*_end_tokens(tokenizer_from or files.folder), *known]))
     if ids:
         generation["eos_token_id"] = ids[0] if len(ids) == 1 else ids
-    write_json(out / "generation_config.json", generation)
+    write_json(out / GENERATION, generation)
     return ids
 
 
@@ -267,24 +243,41 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     """
     if not (source / "tokenizer_config.json").is_file() and not (source / "tokenizer.json").is_file():
         raise UserError(f"{source}: no tokenizer there.", "Give a folder with the tokenizer's files.")
-    for pattern in TOKENIZER_FILES:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, out / path.name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", out / "additional_chat_templates", dirs_exist_ok=True)
+    _copy_all(source, out, TOKENIZER_FILES)
+    more = source / "additional_chat_templates"
+    if more.is_dir():
+        make_folder(out / more.name)
+        _copy_all(more, out / more.name, ("*.jinja",))
+
+
+def _copy_all(source: Path, out: Path, patterns: Iterable[str]) -> None:
+    """Files by their names' patterns. None through a link out of the folder: what is merged is published, and a stranger's
+    link may lead to a private key."""
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            if not path.is_dir():
+                copy_file(checked_place(path), out / path.name)
 
 
 def _end_tokens(folder: Path) -> list[int]:
     """The token with which the chat template ends a turn of the assistant, then the tokenizer's own eos."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     ids: list[int] = []
-    if tokenizer.chat_template:
+    template = tokenizer.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    if template:
+        try_template(template, f"{folder}: the chat template", tokenizer.special_tokens_map)
         said = "ZQX"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
         try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+        except MemoryError:
+            raise
         except Exception as error:  # a template may raise anything, by Jinja's own `raise_exception` too
-            raise UserError(f"{folder}: the chat template refuses a plain exchange: {error}.") from None
+            raise UserError(
+                f"{folder}: the chat template refuses a plain exchange: {reason(error)}.",
+                "Merge with the tokenizer of a stage, or change the template.",
+            ) from None
         tail = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
         special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
         ids += [token for token in tail if token in special][:1]

@@ -72,7 +72,11 @@ def folder_logps(
     folder, device = Path(folder), torch.device(device)
     with tempfile.TemporaryDirectory(prefix="zephyr-lite-") as offload:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, **_placement(folder, device, dtype, memory, offload)
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **_placement(folder, device, dtype, memory, offload),
         ).eval()
         result = []
         for row in rows:

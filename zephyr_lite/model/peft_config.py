@@ -1,12 +1,13 @@
 """adapter_config.json: which PEFT adapters are plain LoRA, and what its rank and alpha patterns say of a module."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..strict_json import is_whole, read_object, shown
+from .shards import checked_place, pickles
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -28,30 +29,34 @@ UNSUPPORTED = {
 }
 # These initialisations subtract the adapter's first value from the base, so the file is only right on that other base.
 RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MAX_RANK, MAX_ALPHA = 2**16, 1e6
+_PLAIN = re.compile(r"[\w.-]+", re.ASCII)
+_AGAIN = "Copy the adapter again, or write it again with PEFT's save_pretrained."
 
 
 def weights_file(folder: Path) -> Path:
     """The adapter's weights.
 
     Raises:
-        UserError: there are none in safetensors.
+        UserError: there are none in safetensors, or what lies there is a link out of the folder.
     """
     weights = folder / WEIGHTS_NAME
-    if not weights.is_file():
-        old = sorted(folder.glob("adapter_model*.bin")) + sorted(folder.glob("adapter_model*.pt"))
-        found = f"only {old[0].name}, a pickle, which is never opened" if old else "nothing by that name"
-        raise UserError(
-            f"{folder}: an adapter's weights are read from {WEIGHTS_NAME}; found {found}.",
-            "Load it with PEFT and save it again: model.save_pretrained(folder, safe_serialization=True).",
-        )
-    return weights
+    if weights.is_symlink() or weights.is_file():
+        return checked_place(weights)
+    old = pickles(folder, "adapter_model*.bin", "adapter_model*.pt", "adapter_model*.pkl")
+    found = f"only {old}, a pickle, which is never opened" if old else "nothing by that name"
+    raise UserError(
+        f"{folder}: an adapter's weights are read from {WEIGHTS_NAME}; found {found}.",
+        "Load it with PEFT and save it again: model.save_pretrained(folder, safe_serialization=True).",
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, of an adapter that is W + s·B·A and nothing more.
 
     Raises:
-        UserError: there is none, it is broken, or it asks for more than that.
+        UserError: there is none, it is broken, it asks for more than that, its rank or alpha is no sensible number, or it
+            names modules by a regular expression.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -59,32 +64,104 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: no {CONFIG_NAME} there, so it is not a PEFT adapter.",
             "Give the folder that PEFT's save_pretrained wrote (a stage's adapter/, for a run of this program).",
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).", "Write the adapter again.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{path}: peft_type is {kind}, and only LORA is supported.", "Give a LoRA adapter.")
+    config = read_object(checked_place(path), hint=_AGAIN)
+    if config.get("peft_type") != "LORA":
+        raise UserError(
+            f"{path}: peft_type is {shown(config.get('peft_type'))}, and only LORA is supported.",
+            "Give a LoRA adapter.",
+        )
     for key, what in UNSUPPORTED.items():
         if config.get(key):
             raise UserError(f"{path}: the adapter uses {what}, which cannot be stacked here.", "Give a plain LoRA.")
     if config.get("bias", "none") != "none":
         raise UserError(
-            f"{path}: bias is {config['bias']!r}: the adapter carries biases too.", "Give one with bias: none."
+            f"{path}: bias is {shown(repr(config['bias']))}: the adapter carries biases too.",
+            "Give one with bias: none.",
         )
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(RESIDUAL_INITS):
         raise UserError(
-            f"{path}: init_lora_weights is {init!r}: this adapter belongs on a base with changed weights.",
+            f"{path}: init_lora_weights is {shown(repr(init))}: this adapter belongs on a base with changed weights.",
             "Convert it to a plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…).",
         )
+    _check_numbers(config, path)
+    _check_names(config, path)
     return config
 
 
 def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that matches the end of the module's name, as a regular expression."""
+    """PEFT's rule: the first key that is the end of the module's name, from a dot on. (PEFT takes keys for regular
+    expressions; ``read_config`` lets through only those that are plain names.)"""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if module == key or module.endswith(f".{key}"):
             return value
     return default
+
+
+def other_base(config: Mapping[str, Any], name_or_path: str) -> str | None:
+    """What to say of an adapter whose configuration names another base than it is going to stand on; None: the same.
+
+    Names alone decide nothing: a base that was moved or fetched under another name has another. Shapes that do not fit
+    are refused where the adapter is attached or merged.
+    """
+    told = config.get("base_model_name_or_path")
+    if not told or told == name_or_path or Path(told).name == Path(name_or_path).name:
+        return None
+    return (
+        f"it was trained on {shown(told)}, as it says, and stands on {name_or_path} here; the shapes fit, and if the weights "
+        "are others it is worthless"
+    )
+
+
+def _check_numbers(config: dict[str, Any], path: Path) -> None:
+    rank = config.get("r", 8)
+    if not is_whole(rank) or not 0 < rank <= MAX_RANK:
+        raise UserError(f"{path}: r is {shown(repr(rank))}; it is a whole number from 1 to {MAX_RANK:,}.", _AGAIN)
+    _check_alpha("lora_alpha", config.get("lora_alpha", 8), path)
+    if not isinstance(config.get("use_rslora", False), (bool, type(None))):
+        raise UserError(f"{path}: use_rslora is {shown(repr(config['use_rslora']))}; it is true or false.", _AGAIN)
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name)
+        if pattern is not None and not isinstance(pattern, dict):
+            raise UserError(f"{path}: {name} is {shown(repr(pattern))}; it is an object with names.", _AGAIN)
+        for key, value in (pattern or {}).items():
+            if not _PLAIN.fullmatch(key):
+                raise UserError(
+                    f"{path}: {name} has the key {shown(repr(key))}, a regular expression; only plain names of modules "
+                    "are read.",
+                    "Write the adapter again with the modules' own names (layers.0.mlp.up_proj).",
+                )
+            if name == "alpha_pattern":
+                _check_alpha(f"alpha_pattern of {shown(key)}", value, path)
+            elif not is_whole(value) or not 0 < value <= MAX_RANK:
+                raise UserError(
+                    f"{path}: rank_pattern of {shown(key)} is {shown(repr(value))}; it is a whole number from 1 to "
+                    f"{MAX_RANK:,}.",
+                    _AGAIN,
+                )
+
+
+def _check_alpha(what: str, value: object, path: Path) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= MAX_ALPHA:  # type: ignore[arg-type]
+        raise UserError(f"{path}: {what} is {shown(repr(value))}; it is a number, at most {MAX_ALPHA:g}.", _AGAIN)
+
+
+def _check_names(config: dict[str, Any], path: Path) -> None:
+    """What PEFT would take for a regular expression where it is one text and no list: a stranger's may backtrack for ever,
+    and what it reaches depends on the base."""
+    for key in ("target_modules", "exclude_modules"):
+        told = config.get(key)
+        if told is None or told == "all-linear":
+            continue
+        if isinstance(told, str) and not _PLAIN.fullmatch(told):
+            raise UserError(
+                f"{path}: {key} is {shown(repr(told))}, a regular expression; only a list of names or all-linear is read.",
+                "Write the names that it stands for as a list: the weights' file has them.",
+            )
+        names = [told] if isinstance(told, str) else told
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path}: {key} is {shown(repr(told))}; it is a list of names, or all-linear.", _AGAIN)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, (str, type(None))):
+        raise UserError(f"{path}: base_model_name_or_path is {shown(repr(base))}; it is a name.", _AGAIN)

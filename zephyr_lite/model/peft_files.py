@@ -15,11 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..files import folder_aside, make_folder, write_text
 from ..safetensors_stream import FLOATS, SafetensorsFile, tensor_bytes, write_stream
+from ..strict_json import shown
 from .peft_config import (
     CONFIG_NAME,
     UNSUPPORTED,
@@ -79,12 +81,21 @@ class _FileModules(Mapping[str, LoraWeights]):
     def __init__(self, file: SafetensorsFile, scales: dict[str, float]) -> None:
         self._file = file
         self._scales = scales
+        self._finite: set[str] = set()
 
     def __getitem__(self, module: str) -> LoraWeights:
+        """Raises UserError where a value is not finite: one NaN in a frozen adapter makes every loss NaN."""
         scale = self._scales[module]
-        a = self._file.tensor(f"{PREFIX}{module}.lora_A.weight").float()
-        b = self._file.tensor(f"{PREFIX}{module}.lora_B.weight").float()
-        return LoraWeights(a, b, scale)
+        a, b = (self._file.tensor(f"{PREFIX}{module}.lora_{side}.weight") for side in "AB")
+        if module not in self._finite:
+            for side, matrix in (("A", a), ("B", b)):
+                if not bool(torch.isfinite(matrix).all()):
+                    raise UserError(
+                        f"{self._file.path}: lora_{side} of {shown(module)} holds NaN or infinite values.",
+                        "Its training had gone wrong; take an earlier checkpoint of it.",
+                    )
+            self._finite.add(module)
+        return LoraWeights(a.float(), b.float(), scale)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._scales)
@@ -133,12 +144,12 @@ def read_adapter(path: str | Path) -> AdapterFile:
                 continue
             what = "an adapter on an embedding" if "lora_embedding_" in name else "no LoRA matrix of a linear layer"
             raise UserError(
-                f"{file.path}: tensor {name} is {what}.",
+                f"{file.path}: tensor {shown(name)} is {what}.",
                 "Only LoRA on linear layers can be stacked and merged here; train or export the adapter without it.",
             )
         if entry.dtype not in FLOATS or len(entry.shape) != 2:
             raise UserError(
-                f"{file.path}: tensor {name} is {entry.dtype} {list(entry.shape)}; a LoRA matrix is a float matrix.",
+                f"{file.path}: tensor {shown(name)} is {entry.dtype} {list(entry.shape)}; a LoRA matrix is a float matrix.",
                 "Save the adapter again with PEFT's save_pretrained (under ZeRO-3 or FSDP, gather the weights first).",
             )
         sides[match["module"]].add(match["side"])
@@ -151,19 +162,21 @@ def read_adapter(path: str | Path) -> AdapterFile:
 def _scale(file: SafetensorsFile, config: dict[str, Any], module: str, sides: set[str]) -> float:
     if sides != {"A", "B"}:
         missing = ({"A", "B"} - sides).pop()
-        raise UserError(f"{file.path}: {module} has no lora_{missing}.", "The adapter is incomplete; save it again.")
+        raise UserError(
+            f"{file.path}: {shown(module)} has no lora_{missing}.", "The adapter is incomplete; save it again."
+        )
     a = file.entries[f"{PREFIX}{module}.lora_A.weight"].shape
     b = file.entries[f"{PREFIX}{module}.lora_B.weight"].shape
     rank = a[0]
     if rank == 0 or b[1] != rank:
         raise UserError(
-            f"{file.path}: {module} has lora_A {list(a)} and lora_B {list(b)}; the rank must be one and above 0.",
+            f"{file.path}: {shown(module)} has lora_A {list(a)} and lora_B {list(b)}; the rank must be one and above 0.",
             "The adapter is incomplete; save it again.",
         )
     told = pattern_value(config.get("rank_pattern"), module, config.get("r", 8))
     if told != rank:
         raise UserError(
-            f"{file.path}: {module} has rank {rank}, {CONFIG_NAME} says {told}.",
+            f"{file.path}: {shown(module)} has rank {rank}, {CONFIG_NAME} says {told}.",
             "Configuration and weights belong to different adapters; copy both files again.",
         )
     alpha = float(pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
