@@ -281,7 +281,7 @@ def sync_folder(path: Path) -> None:
 
 def _sync_tree(folder: Path) -> None:
     for place, _, names in os.walk(folder, topdown=False):
-        for name in names:
+        for name in sorted(names):  # in the same order wherever it runs
             path = Path(place, name)
             if not path.is_symlink():
                 handle = os.open(path, os.O_RDONLY)
@@ -325,11 +325,13 @@ class _Raw(io.RawIOBase):
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """The system's errors name the file that was to be, not the one aside."""
+    """The system's errors name the file that was to be, not the one aside; the innermost name stays."""
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = str(_final(path)), None
+        if not error.__dict__.setdefault("named", False):
+            error.__dict__["named"] = True
+            error.filename, error.filename2 = str(_final(path)), None
         raise
 
 
