@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -328,10 +327,7 @@ def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[s
     else:
         chain = own
     with folder_aside(stage.dir.adapter) as folder:
-        write_adapter(folder / "adapter", chain, **shared, extra_config=extra)
-        for path in (folder / "adapter").iterdir():
-            shutil.move(path, folder / path.name)
-        (folder / "adapter").rmdir()
+        write_adapter(folder, chain, **shared, extra_config=extra)
         stage.template.tokenizer.save_pretrained(folder)
     stage.info.update(
         status="complete",
