@@ -216,7 +216,8 @@ def remove_folder(path: Path) -> None:
         OSError: it cannot be renamed. What cannot be deleted then stays until the next ``sweep``.
     """
     doomed = _aside(path)
-    rename(path, doomed)
+    with _named(path):
+        _rename(path, doomed)
     remove_tree(doomed)
 
 
