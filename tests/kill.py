@@ -26,12 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zephyr_lite.rundir import StageDir
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and no pool of threads that a fork would lose
 
 # what a clock says, and no run repeats
 CLOCK = {"seconds", "tokens_per_second", "pairs_per_second", "created", "finished", "peak_memory_bytes", "at"}
-# what only the way to the end decides: how a stage was gone on with, and the run's own name for itself
-WAY = {"resumed", "id"}
+# what only the way to the end decides, and the memory that was free then: how a stage was gone on with, its id, its plan
+WAY = {"resumed", "id", "plan"}
 LONGEST = 120.0  # seconds that a stopped process may take to finish its step
 
 
@@ -119,14 +121,14 @@ def command(words: Sequence[str]) -> int:
     if words[0] == "demo":
         from zephyr_lite.demo import run as demo
 
-        plain = demo.run_demo
+        plain, base = demo.run_demo, Path(words[1])
 
         def on_tiny(out: Path, **options: Any) -> Any:
             few = ["max_steps=4", "save_steps=1", "eval_steps=2"]
-            return plain(Path(words[2]), **{**options, "base": Path(words[1]), "overrides": few})
+            return plain(out, **{**options, "base": base, "overrides": few})
 
         demo.run_demo = on_tiny
-        words = ["demo"]
+        words = ["demo", "--out", words[2]]
     try:
         cli.main(list(words))
     except SystemExit as done:
@@ -177,9 +179,13 @@ def without(value: Any, keys: set[str]) -> Any:
 
 
 def standing(out: Path) -> dict[str, str]:
-    """File → what must be equal in it: bytes, or of JSON all but what a clock says."""
+    """File → what must be equal in it: bytes, or of JSON all but what a clock says. Of checkpoints the newest: which others
+    are left depends on the extra ones that interrupts write."""
     found = {}
+    older = {path for info in out.glob("*/stage.json") for path in StageDir(info.parent).checkpoints()[:-1]}
     for path in sorted(out.rglob("*")):
+        if older & {path, *path.parents}:
+            continue
         name = path.relative_to(out).as_posix()
         if path.is_dir() or name == ".lock":
             continue
@@ -192,6 +198,10 @@ def standing(out: Path) -> dict[str, str]:
             text = json.dumps([without(json.loads(line), CLOCK) for line in text.splitlines()]).encode()
         found[name] = hashlib.sha256(text.replace(str(out).encode(), b"OUT")).hexdigest()
     return found
+
+
+def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 def faults(out: Path) -> Iterator[str]:
@@ -222,20 +232,25 @@ def trial(scenario: Scenario, on: Ground, folder: Path, stops: int, seed: int, *
     """Stop runs of a scenario so many times, and let the last one end."""
     start = started if real else forked
     draw, count, log = random.Random(f"{scenario.name} {seed}"), Count(), folder / f"{scenario.name}.log"
-    out = folder / "run"  # the same name for every run: it is in the files
+    out = folder / scenario.name / "run"  # the same name for every run of it: it is in the files
     commands = scenario.words(on, out)
-    seconds = []
-    for words in commands:
-        begun = time.monotonic()
-        if (code := ended(start(words, log), 20 * LONGEST)) != 0:
-            count.wrong.append(f"the undisturbed {words[0]} ended with {code}; see {log}")
-            return count
-        seconds.append(time.monotonic() - begun)
-    right = standing(out)
-    count.wrong += faults(out)
+    seconds: list[float] = []
+    right: dict[str, str] = {}
+    for _ in range(2):  # the first one also fills caches, which later ones find
+        shutil.rmtree(out, ignore_errors=True)
+        seconds.clear()
+        for words in commands:
+            begun = time.monotonic()
+            if (code := ended(start(words, log), 20 * LONGEST)) != 0:
+                count.wrong.append(f"the undisturbed {words[0]} ended with {code}; see {log}")
+                return count
+            seconds.append(time.monotonic() - begun)
+        count.wrong += faults(out)
+        before, right = right, standing(out)
+    count.wrong += [f"{name} is not the same in two undisturbed runs" for name in differing(before, right)]
     shutil.rmtree(out)
     stopped = place = 0
-    while (stopped < stops or place) and not count.wrong:
+    while (stopped < stops or out.exists()) and not count.wrong:
         child = start(commands[place], log)
         code = ended(child, draw.uniform(0, seconds[place]) if stopped < stops else 20 * LONGEST)
         if code is None:
@@ -253,9 +268,9 @@ def trial(scenario: Scenario, on: Ground, folder: Path, stops: int, seed: int, *
             continue
         place = (place + 1) % len(commands)
         if place == 0:
+            count.wrong += [*faults(out)]
             found = standing(out)
-            count.wrong += faults(out)
-            count.wrong += [f"{name} differs" for name in right.keys() | found.keys() if right.get(name) != found.get(name)]
+            count.wrong += [f"{name} differs" for name in differing(right, found)]
             count.ends += 1
             if not count.wrong:
                 shutil.rmtree(out)
@@ -273,9 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     folder = Path(asked.keep or tempfile.mkdtemp(prefix="kill-"))
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.update(
-        XDG_CACHE_HOME=str(folder / "cache"), HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
-    )
+    os.environ.update(XDG_CACHE_HOME=str(folder / "cache"), HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     os.environ.pop("ZEPHYR_LITE_CACHE", None)
     on = ground(folder)
     if not asked.real:

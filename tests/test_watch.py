@@ -97,11 +97,16 @@ def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_pat
     assert left_out(stage) == []
 
 
-def test_pairs_that_are_not_finite_at_the_first_step_are_no_wrong_reference(tiny_base, pair_rows, tmp_path, monkeypatch):
+def test_pairs_that_are_not_finite_at_the_first_step_are_no_wrong_reference(
+    tiny_base, pair_rows, tmp_path, monkeypatch
+):
     plain = DpoTask._sums
     monkeypatch.setattr(DpoTask, "_sums", lambda *args: tuple(sums * torch.nan for sums in plain(*args)))
     with pytest.raises(UserError, match="three times in a row"):
-        run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", save_steps=100)), say=quiet)
+        run_dpo(
+            load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", save_steps=100)),
+            say=quiet,
+        )
     assert not StageDir(tmp_path / "r" / "dpo").checkpoints()  # there is none from before the first step
 
 
@@ -157,7 +162,8 @@ def test_what_is_no_collapse_is_not_warned_of(healthy):
 def test_the_warning_reaches_the_stage(tiny_base, pair_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(CollapseWatch, "saw", lambda self, step, found: "careful" if step == 2 else None)
     run_dpo(
-        load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", max_steps=3)), say=quiet
+        load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", max_steps=3)),
+        say=quiet,
     )
     assert StageDir(tmp_path / "r" / "dpo").info()["result"]["warnings"] == ["careful"]
 
@@ -179,7 +185,9 @@ def at_step(step, number):
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path, number, capfd):
     handler = signal.getsignal(number)
     options = {"save_steps": 100, "eval_steps": 100, "lora_dropout": 0.1, "optim": "adamw_8bit"}
-    with pytest.raises(Interrupted, match=rf"{number.name}: stopped after step 3 of 6; .*checkpoint-3 holds everything"):
+    with pytest.raises(
+        Interrupted, match=rf"{number.name}: stopped after step 3 of 6; .*checkpoint-3 holds everything"
+    ):
         run_sft(loaded(**options), say=quiet, on_metrics=at_step(3, number))
     assert signal.getsignal(number) is handler
     assert "the step is finished" in capfd.readouterr().err
@@ -228,7 +236,9 @@ def test_a_second_signal_ends_at_once(loaded, tmp_path, monkeypatch):
 def test_trl_stops_after_a_step_too_and_goes_on(tiny_base, chat_rows, tmp_path):
     def load(name):
         return load_config(
-            "sft", None, words(tiny_base, tmp_path / name, chat_rows, engine="trl", max_steps=4, save_steps=100, eval_steps=100)
+            "sft",
+            None,
+            words(tiny_base, tmp_path / name, chat_rows, engine="trl", max_steps=4, save_steps=100, eval_steps=100),
         )
 
     with pytest.raises(Interrupted, match="after step 2 of 4"):
@@ -254,7 +264,9 @@ def test_a_damaged_checkpoint_of_trls_is_passed_over(tiny_base, chat_rows, tmp_p
     said = []
     run_sft(load_config("sft", None, settings), say=said.append)
     assert any("checkpoint-3: adapter_model.safetensors has another hash" in line for line in said)
-    assert "going on from checkpoint-2" in said and metrics(tmp_path / "r/sft") == pytest.approx(metrics(tmp_path / "r/sft"))
+    assert "going on from checkpoint-2" in said and metrics(tmp_path / "r/sft") == pytest.approx(
+        metrics(tmp_path / "r/sft")
+    )
 
 
 def test_trl_leaves_out_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path, monkeypatch):
