@@ -9,11 +9,11 @@ from typing import Any
 
 from ..config import RunConfig
 from ..errors import UserError
-from ..files import folder_aside, sweep
+from ..files import folder_aside, make_folder, sweep
 from ..lock import alone
 from ..manifest import MANIFEST, manifest_fault
 from ..rundir import STAGE_FILE, StageDir
-from .place import CHECKPOINT, Place, PlaceError, place_of, run_name
+from .place import CHECKPOINT, Place, PlaceError, is_copied, place_of, run_name
 
 Say = Callable[[str], None]
 
@@ -79,10 +79,10 @@ class _Fetch:
                 self._checkpoints(here)
 
     def _same_run(self, infos: dict[str, dict[str, Any]]) -> None:
-        theirs = {str(info["id"]) for info in infos.values() if info.get("id")}
+        theirs = {mark for folder, info in infos.items() for mark in _marks(folder, info)}
         here = [StageDir(path) for path in sorted(self.run.iterdir()) if path.is_dir()] if self.run.is_dir() else []
         kept = [stage for stage in here if _kept(stage)]
-        ours = {str(info["id"]) for stage in kept if (info := stage.info() or {}).get("id")}
+        ours = {mark for stage in kept for mark in _marks(stage.path.name, stage.info() or {})}
         if kept and infos and not ours & theirs:
             begun = min(str(info.get("created", "?")) for info in infos.values())
             raise UserError(
@@ -120,9 +120,11 @@ class _Fetch:
             _Damaged: none of the checkpoints did.
             UserError: the folder here is not a stage's; a folder there is damaged.
         """
-        here.claim()
+        if here.path.exists():
+            here.claim()
         if _kept(here):
             return self._fill(here.path, here.path.name, folders, checkpoints)
+        make_folder(here.path.parent)
         sweep(here.path.parent, here.path.name)
         with folder_aside(here.path) as aside:  # replaces what a start without a checkpoint left
             return self._fill(aside, here.path.name, folders, checkpoints)
@@ -132,7 +134,7 @@ class _Fetch:
         there = self.place.names(source)
         # first the log, which may know more steps than a checkpoint, never fewer; last what makes the rest a stage
         for name in there:
-            if name in ("config.yaml", "metrics.jsonl") or _reference(name):
+            if is_copied(name):
                 self.place.fetch(f"{source}/{name}", target / name)
         brought = [name for name in checkpoints if self._folder(f"{source}/{name}", target / name)]
         if checkpoints and not brought:
@@ -170,6 +172,11 @@ def _kept(stage: StageDir) -> bool:
     return (stage.path / STAGE_FILE).is_file() and (bool(stage.checkpoints()) or stage.complete())
 
 
+def _marks(stage: str, info: dict[str, Any]) -> set[str]:
+    """What tells a run from another of its name: its id, and for one of an earlier version when its stages were begun."""
+    return {str(mark) for mark in (info.get("id"), info.get("created") and f"{stage} {info['created']}") if mark}
+
+
 def _info(place: Place, folder: str) -> dict[str, Any] | None:
     raw = place.read(f"{folder}/{STAGE_FILE}")
     if raw is None:
@@ -189,10 +196,6 @@ def _info(place: Place, folder: str) -> dict[str, Any] | None:
 def _step(name: str) -> int:
     found = CHECKPOINT.fullmatch(name)
     return int(found[1]) if found else -1
-
-
-def _reference(name: str) -> bool:
-    return name.startswith("reference-") and name.endswith(".safetensors")
 
 
 def _unknown(place: Place, error: PlaceError) -> UserError:

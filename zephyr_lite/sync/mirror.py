@@ -13,7 +13,7 @@ from ..config import RunConfig
 from ..errors import Interrupted, UserError
 from ..manifest import MANIFEST
 from ..rundir import STAGE_FILE, StageDir
-from .place import CHECKPOINT, Place, PlaceError, place_of, run_name
+from .place import CHECKPOINT, Place, PlaceError, is_copied, place_of, run_name
 
 Say = Callable[[str], None]
 WAITS = (5.0, 15.0, 60.0, 300.0)  # seconds before another attempt
@@ -167,6 +167,7 @@ class Mirror:
     def _send(self, wanted: _Wanted) -> None:
         if not self._prepared:
             self.place.prepare()
+            self._send_others()
             self._prepared = True
         there = self.place.names(self.folder)
         add: dict[str, Path | bytes] = {}
@@ -176,10 +177,8 @@ class Mirror:
             if self._sent.get(name) != mark:
                 add[name], marks[name] = path, mark
 
-        files = [self.stage.config, self.stage.metrics, *sorted(self.stage.path.glob("reference-*.safetensors"))]
-        for path in files:
-            if path.is_file():
-                wants(path.name, path, _mark(path))
+        for path in _files(self.stage):
+            wants(path.name, path, _mark(path))
         for name in wanted.checkpoints:
             manifest = self.stage.path / name / MANIFEST
             mark = manifest.read_bytes() if manifest.is_file() else b""
@@ -189,9 +188,8 @@ class Mirror:
                     self._sent[name] = mark
             wants(name, self.stage.path / name, mark)
         if self.stage.complete():
-            for path in (self.stage.adapter, self.stage.delta):
-                if path.is_dir():
-                    wants(path.name, path, [(p.name, _mark(p)) for p in sorted(path.iterdir())])
+            for path in _adapters(self.stage):
+                wants(path.name, path, [(p.name, _mark(p)) for p in sorted(path.iterdir())])
         info = self.stage.path / STAGE_FILE
         wants(STAGE_FILE, info, _mark(info))  # last: where it says "complete", the adapter is there
         old = [name for name in there if CHECKPOINT.fullmatch(name) and name not in wanted.keep]
@@ -202,6 +200,25 @@ class Mirror:
         self._sent.update(marks)
         for name in old:
             self._sent.pop(name, None)
+
+    def _send_others(self) -> None:
+        """The run's complete stages, which this one may stand on: they may have been trained without ``sync``."""
+        for file in sorted(self.stage.run.glob(f"*/{STAGE_FILE}")):
+            other = StageDir(file.parent)
+            folder = f"{self.folder.rsplit('/', 1)[0]}/{other.path.name}"
+            if other.path == self.stage.path or not other.complete():
+                continue
+            if self.place.read(f"{folder}/{STAGE_FILE}") != file.read_bytes():
+                self.place.put(folder, {path.name: path for path in (*_files(other), *_adapters(other), file)}, [])
+
+
+def _files(stage: StageDir) -> list[Path]:
+    """A stage's files, stage.json excepted."""
+    return sorted(path for path in stage.path.iterdir() if path.is_file() and is_copied(path.name))
+
+
+def _adapters(stage: StageDir) -> list[Path]:
+    return [path for path in (stage.adapter, stage.delta) if path.is_dir()]
 
 
 def _mark(path: Path) -> object:
@@ -239,10 +256,10 @@ def catch_up(config: RunConfig, stage_dir: StageDir, say: Say) -> None:
 
 @contextmanager
 def kept_elsewhere(mirror: Mirror | None, *, after_interrupt: float = 60.0) -> Iterator[None]:
-    """Within, a stage is trained and closed; at the end, and after an interrupt, what it is then is copied too.
+    """Within, a stage is trained and closed; at the end, and where it is stopped, what it is then is copied too.
 
     Args:
-        after_interrupt: seconds that may take when the process was asked to stop: who asked may not wait much longer.
+        after_interrupt: seconds that may take when it is stopped: who asked for that may not wait much longer.
     """
     if mirror is None:
         yield
@@ -250,7 +267,7 @@ def kept_elsewhere(mirror: Mirror | None, *, after_interrupt: float = 60.0) -> I
     try:
         yield
         mirror.finish()
-    except Interrupted:
+    except (Interrupted, UserError):
         mirror.finish(after_interrupt)
         raise
     finally:

@@ -76,3 +76,10 @@ def place_of(config: RunConfig) -> Place:
 def run_name(config: RunConfig) -> str:
     """Under which name the run lies there."""
     return Path(config.output_dir).resolve().name
+
+
+def is_copied(name: str) -> bool:
+    """Whether a file of a stage belongs to its copy (stage.json by itself): its configuration, its logs, a reference that
+    took time."""
+    logs = name.endswith(".jsonl") and not name.startswith(".")
+    return name == "config.yaml" or logs or (name.startswith("reference-") and name.endswith(".safetensors"))
