@@ -28,6 +28,8 @@ LossOn = Literal["assistant", "last", "all"]
 
 _REWRITES = "the chat template rewrites earlier turns when later ones are added"
 
+_OTHER = "Choose zephyr, chatml or llama3, or change the template."
+
 # What a template must render without a surprise before any row is read.
 _PROBE: list[Message] = [
     {"role": "user", "content": "question one"},
@@ -289,7 +291,10 @@ def resolve_template(choice: str, tokenizer: Any) -> ChatTemplate:
             "Use a model folder with a tokenizer.json, or one whose tokenizer transformers can convert.",
         )
     if tokenizer.eos_token is None:
-        raise UserError(f"{what}: the tokenizer has no eos token, so answers could not end.")
+        raise UserError(
+            f"{what}: the tokenizer has no eos token, so answers could not end.",
+            "Name one as eos_token in its tokenizer_config.json.",
+        )
     vocabulary = tokenizer.get_vocab()
     if missing := [token for token in NEEDED_TOKENS.get(name, ()) if token not in vocabulary]:
         raise UserError(
@@ -336,10 +341,11 @@ def _choose(choice: str, tokenizer: Any) -> tuple[str, str]:
         return choice, TEMPLATES[choice]
     if "{%" in choice or "{{" in choice:  # the alignment handbook's YAML files spell it out
         return "of the configuration", choice
-    path = Path(choice).expanduser()
+    path = Path(choice)
     try:
+        path = path.expanduser()
         found = path.is_file()
-    except OSError:  # no name that a file can have
+    except (OSError, RuntimeError):  # no name that a file or a user can have
         found = False
     if not found:
         raise UserError(
@@ -351,7 +357,7 @@ def _choose(choice: str, tokenizer: Any) -> tuple[str, str]:
             raise UserError(f"chat_template {choice}: is {size:,} bytes long, and no template.")
         return str(choice), path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template {choice}: cannot be read: {error}.") from None
+        raise UserError(f"chat_template {choice}: cannot be read: {error}.", "Save the template in UTF-8.") from None
 
 
 def _whence(name: str, tokenizer: Any) -> str:
@@ -373,16 +379,15 @@ def _probe(template: ChatTemplate, what: str) -> str:
     except TemplateSyntaxError as error:
         raise UserError(f"{what} line {error.lineno}: {error.message}.") from None
     except RowError as error:
-        raise UserError(f"{what}: {error}.", "Choose zephyr, chatml or llama3, or change the template.") from None
+        raise UserError(f"{what}: {error}.", _OTHER) from None
     except MemoryError:
         raise
     except Exception as error:
-        raise UserError(f"{what}: fails on a plain conversation of two turns: {reason(error)}.") from None
+        raise UserError(f"{what}: fails on a plain conversation of two turns: {reason(error)}.", _OTHER) from None
     try:
         spans = template.render(_PROBE)[1]
     except RowError as error:
-        cure = "Choose zephyr, chatml or llama3, or change the template."
-        raise UserError(f"{what}: cannot be trained on: {error}.", cure) from None
+        raise UserError(f"{what}: cannot be trained on: {error}.", _OTHER) from None
     for span, message in zip(spans, _PROBE[1::2]):
         place = text.find(message["content"], span.start, span.end)
         if place < 0:

@@ -14,6 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..strict_json import shown
+from .peft_config import PLAIN_NAME
 from .peft_files import AdapterFile, LoraWeights
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -25,13 +27,18 @@ def check_targets(targets: Sequence[str] | str) -> list[str]:
     """The projections that ``lora_target_modules`` names.
 
     Raises:
-        UserError: one that no decoder layer has.
+        UserError: one that no decoder layer has, or a regular expression.
     """
     wanted = [*ATTENTION, *MLP] if isinstance(targets, str) else list(targets)
     for target in wanted:
+        if not PLAIN_NAME.fullmatch(target):
+            raise UserError(
+                f"lora_target_modules: {shown(repr(target))} is no plain name; regular expressions are not read.",
+                "Name projections of the decoder layers, or all-linear.",
+            )
         if target.split(".")[-1] not in (*ATTENTION, *MLP):
             raise UserError(
-                f"lora_target_modules: {target!r} is none of {', '.join((*ATTENTION, *MLP))}.",
+                f"lora_target_modules: {shown(repr(target))} is none of {', '.join((*ATTENTION, *MLP))}.",
                 "Name projections of the decoder layers, or all-linear.",
             )
     return wanted
@@ -79,13 +86,13 @@ class AdapterStack:
         for module, weights in adapter.modules.items():
             if module not in modules:
                 raise UserError(
-                    f"adapter {adapter.path}: reaches {module}, which this base does not have.",
+                    f"adapter {adapter.path}: reaches {shown(module)}, which this base does not have.",
                     "It was trained on another base; give that one as model_name_or_path.",
                 )
             layer = modules[module]
             layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
             if not isinstance(layer, nn.Linear):
-                raise UserError(f"adapter {adapter.path}: reaches {module}, which is no linear layer.")
+                raise UserError(f"adapter {adapter.path}: reaches {shown(module)}, which is no linear layer.")
             have, want = (weights.b.shape[0], weights.a.shape[1]), (layer.out_features, layer.in_features)
             if have != want:
                 raise UserError(
@@ -212,13 +219,20 @@ class AdapterStack:
 
     def _targets(self, targets: Sequence[str] | str) -> list[str]:
         wanted = check_targets(targets)
-        return [
+        found = [
             module
             for module, layer in self.base.named_modules()
             if ".layers." in module
             and (isinstance(layer, (LoraLayer, nn.Linear)))
             and any(module == t or module.endswith("." + t) for t in wanted)
         ]
+        for target in wanted:
+            if not any(module == target or module.endswith("." + target) for module in found):
+                raise UserError(
+                    f"lora_target_modules: this base has no linear layer {target} in its decoder layers.",
+                    "Name projections that it has, or all-linear.",
+                )
+        return found
 
     def _freeze(self) -> None:
         self._activate(self.names)

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 
 from ..errors import UserError
 from ..strict_json import shown
-from .shards import pickles
+from .shards import local_folder, pickles
 
 # what a base consists of
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model*", "*.txt"]
@@ -30,12 +30,7 @@ def fetch_base(name_or_path: str, revision: str = "main", *, weights: bool = Tru
     Raises:
         UserError: neither exists, it has no safetensors, the hub cannot be reached, or the gate was not passed.
     """
-    folder = Path(name_or_path).expanduser()
-    try:
-        is_folder = folder.is_dir()
-    except OSError as error:
-        raise UserError(f"model {shown(name_or_path)}: cannot be looked up: {error.strerror}.") from None
-    if is_folder:
+    if (folder := local_folder(name_or_path)) is not None:
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id."
@@ -47,7 +42,7 @@ def fetch_base(name_or_path: str, revision: str = "main", *, weights: bool = Tru
             )
         return folder
     no_id = UserError(f"model {shown(name_or_path)}: there is no such folder, and it is no hub id (OWNER/NAME).")
-    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
+    if Path(name_or_path).is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
         raise no_id
     patterns = [pattern for pattern in PATTERNS if weights or "safetensors" not in pattern]
     try:

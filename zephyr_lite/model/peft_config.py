@@ -30,7 +30,7 @@ UNSUPPORTED = {
 # These initialisations subtract the adapter's first value from the base, so the file is only right on that other base.
 RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MAX_RANK, MAX_ALPHA = 2**16, 1e6
-_PLAIN = re.compile(r"[\w.-]+", re.ASCII)
+PLAIN_NAME = re.compile(r"[\w.-]+", re.ASCII)
 _AGAIN = "Copy the adapter again, or write it again with PEFT's save_pretrained."
 
 
@@ -125,7 +125,7 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
         if pattern is not None and not isinstance(pattern, dict):
             raise UserError(f"{path}: {name} is {shown(repr(pattern))}; it is an object with names.", _AGAIN)
         for key, value in (pattern or {}).items():
-            if not _PLAIN.fullmatch(key):
+            if not PLAIN_NAME.fullmatch(key):
                 raise UserError(
                     f"{path}: {name} has the key {shown(repr(key))}, a regular expression; only plain names of modules "
                     "are read.",
@@ -154,7 +154,7 @@ def _check_names(config: dict[str, Any], path: Path) -> None:
         told = config.get(key)
         if told is None or told == "all-linear":
             continue
-        if isinstance(told, str) and not _PLAIN.fullmatch(told):
+        if isinstance(told, str) and not PLAIN_NAME.fullmatch(told):
             raise UserError(
                 f"{path}: {key} is {shown(repr(told))}, a regular expression; only a list of names or all-linear is read.",
                 "Write the names that it stands for as a list: the weights' file has them.",

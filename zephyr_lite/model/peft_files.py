@@ -30,6 +30,7 @@ from .peft_config import (
     read_config,
     weights_file,
 )
+from .shards import local_folder
 
 PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -332,8 +333,7 @@ def fetch_adapter(name_or_path: str | Path, revision: str | None = None) -> Path
     Raises:
         UserError: no such folder, and nothing by that name on the hub (or no access to it).
     """
-    local = Path(name_or_path).expanduser()
-    if local.is_dir():
+    if (local := local_folder(str(name_or_path))) is not None:
         return local
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -343,10 +343,10 @@ def fetch_adapter(name_or_path: str | Path, revision: str | None = None) -> Path
         return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise UserError(
-            f"{name_or_path}: no such folder.", "Give an adapter's folder, or a hub id (user/name)."
+            f"{shown(name_or_path)}: no such folder.", "Give an adapter's folder, or a hub id (user/name)."
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{name_or_path}: no such folder, and not to be had from the hub ({type(error).__name__}).",
+            f"{shown(name_or_path)}: no such folder, and not to be had from the hub ({type(error).__name__}).",
             "Check the name and the network; for a private or gated adapter, log in with `hf auth login`.",
         ) from error

@@ -21,6 +21,21 @@ _LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.", re.ASCII)
 _QUANT_STATE = ".quant_state.bitsandbytes__"
 
 
+def local_folder(name: str) -> Path | None:
+    """The folder of that name, with ``~`` spelled out; None where there is none.
+
+    Raises:
+        UserError: nothing can have that name, or what is there may not be looked at.
+    """
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except RuntimeError:  # ~ of a user that this system does not know
+        return None
+    except OSError as error:
+        raise UserError(f"{shown(name)}: cannot be looked up: {error.strerror}.", "Check the path.") from None
+
+
 def pickles(folder: Path, *patterns: str) -> str:
     """Names of the pickles in a folder, the first three; "" where there are none."""
     found = sorted({path.name for pattern in patterns or PICKLES for path in folder.glob(pattern)})

@@ -41,6 +41,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
                 f"{folder}/tokenizer_config.json: needs code of its own (auto_map: {shown(code)}), which is never run.",
                 "Use a model whose tokenizer has a tokenizer.json.",
             ) from error
+        if (whole := folder / "tokenizer.json").is_file():
+            read_object(whole, strict=False, hint=again(whole))  # which of the files is broken, if that one is
         raise UserError(
             f"{folder}: no tokenizer can be built from it: {_reason(error)}", again(folder / "tokenizer.json")
         ) from error

@@ -1,0 +1,217 @@
+"""Malformed adapters, tokenizers and chat templates, and what is said of each (``tests/malformed`` explains a case)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .malformed import Case, Fixtures, show
+from .malformed_weights import CASES as WEIGHTS
+from .malformed_weights import COPY, DEEP, MERGE, Change, changed, config, make_adapter
+
+ADAPTER = "Copy the adapter again, or write it again with PEFT's save_pretrained."
+TEMPLATE = "Choose chat_template=zephyr, chatml or llama3, or a template that you trust."
+
+
+def adapter(change: Change = lambda folder: None, **keys: Any) -> Callable[[Path, Fixtures], list[str]]:
+    """An adapter with something changed, which is to be merged into the shared base."""
+
+    def make(tmp: Path, fixtures: Fixtures) -> list[str]:
+        change(make_adapter(tmp / "a", **keys))
+        return [*MERGE[:-1], str(fixtures.base)]
+
+    return make
+
+
+def pickled_adapter(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def text(content: str | bytes, name: str) -> Change:
+    return lambda folder: (
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode()) and None
+    )
+
+
+def template(content: str | bytes) -> Callable[[Path, Fixtures], list[str]]:
+    """A chat template in a file, and the first row as it would be trained on."""
+
+    def make(tmp: Path, fixtures: Fixtures) -> list[str]:
+        text(content, "t.jinja")(tmp)
+        return show(fixtures, chat_template="t.jinja")
+
+    return make
+
+
+def tokenizer(change: Change) -> Callable[[Path, Fixtures], list[str]]:
+    """The shared base with another tokenizer, and the first row as it would be trained on."""
+
+    def make(tmp: Path, fixtures: Fixtures) -> list[str]:
+        shutil.copytree(fixtures.base, tmp / "base")
+        change(tmp / "base")
+        return show(fixtures, model_name_or_path="base", chat_template="zephyr")
+
+    return make
+
+
+ADAPTERS = [
+    (
+        "an adapter of a pickle",
+        adapter(pickled_adapter),
+        "a: an adapter's weights are read from adapter_model.safetensors; found only "
+        "adapter_model.bin, a pickle, which is never opened.",
+        "Load it with PEFT and save it again: model.save_pretrained(folder, safe_serialization=True).",
+    ),
+    (
+        "an adapter of rank 0",
+        adapter(r=0),
+        "a/adapter_config.json: r is 0; it is a whole number from 1 to 65,536.",
+        ADAPTER,
+    ),
+    (
+        "an adapter of rank true",
+        adapter(r=True),
+        "a/adapter_config.json: r is True; it is a whole number from 1 to 65,536.",
+        ADAPTER,
+    ),
+    (
+        "an adapter whose alpha is NaN",
+        adapter(lora_alpha=float("nan")),
+        "a/adapter_config.json: not valid JSON (NaN is no JSON number).",
+        ADAPTER,
+    ),
+    (
+        "an adapter whose alpha is text",
+        adapter(lora_alpha="16"),
+        "a/adapter_config.json: lora_alpha is '16'; it is a number, at most 1e+06.",
+        ADAPTER,
+    ),
+    (
+        "an adapter whose alpha is huge",
+        adapter(lora_alpha=1e300),
+        "a/adapter_config.json: lora_alpha is 1e+300; it is a number, at most 1e+06.",
+        ADAPTER,
+    ),
+    (
+        "an adapter with a regular expression",
+        adapter(target_modules=".*(q|v)_proj"),
+        "a/adapter_config.json: target_modules is '.*(q|v)_proj', a regular expression; only "
+        "a list of names or all-linear is read.",
+        "Write the names that it stands for as a list: the weights' file has them.",
+    ),
+    (
+        "an adapter whose ranks backtrack",
+        adapter(rank_pattern={"(a+)+$": 2}),
+        "a/adapter_config.json: rank_pattern has the key '(a+)+$', a regular expression; only "
+        "plain names of modules are read.",
+        "Write the adapter again with the modules' own names (layers.0.mlp.up_proj).",
+    ),
+    (
+        "an adapter that is nested deeply",
+        adapter(text(DEEP, "adapter_config.json")),
+        "a/adapter_config.json: not valid JSON (its brackets are nested too deeply).",
+        ADAPTER,
+    ),
+    (
+        "an adapter that holds NaN",
+        adapter(value=float("nan")),
+        "a/adapter_model.safetensors: lora_A of model.layers.0.self_attn.q_proj holds NaN or infinite values.",
+        "Its training had gone wrong; take an earlier checkpoint of it.",
+    ),
+    (
+        "an adapter of another base",
+        adapter(shape=(64, 32)),
+        "model.layers.0.self_attn.q_proj is [64, 64] in {base}; the adapter was made for [64, 32].",
+        "It is an adapter of another base; give that one with --base.",
+    ),
+    (
+        "an adapter with a rank of its own",
+        adapter(r=4),
+        "a/adapter_model.safetensors: model.layers.0.self_attn.q_proj has rank 2, adapter_config.json says 4.",
+        "Configuration and weights belong to different adapters; copy both files again.",
+    ),
+]
+CASES = [*WEIGHTS, *(Case(*case) for case in ADAPTERS)]
+TEMPLATES = [
+    (
+        "a template that loops",
+        template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+        "chat template t.jinja: was stopped after 2 s on a plain conversation.",
+        TEMPLATE,
+    ),
+    (
+        "a template that takes all memory",
+        template("{{ 'a' * 10 ** 11 }}"),
+        "chat template t.jinja: asks for more than 512 MiB for a plain conversation.",
+        TEMPLATE,
+    ),
+    (
+        "a template that reaches for attributes",
+        template("{{ ''.__class__.__mro__ }}"),
+        "chat template t.jinja: reaches for the attribute '__class__' of a str, which no "
+        "template has any business with.",
+        TEMPLATE,
+    ),
+    (
+        "a template that writes a megabyte",
+        template("{% for m in messages %}{{ 'x' * 10 ** 6 }}{% endfor %}"),
+        "chat template t.jinja: writes more than 100,000 characters around a conversation of 6.",
+        TEMPLATE,
+    ),
+    (
+        "a template that calls itself",
+        template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+        "chat template t.jinja: is nested too deeply, or calls itself without end.",
+        TEMPLATE,
+    ),
+    (
+        "a template with a fault of its own",
+        template("{{ messages + 1 }}"),
+        "chat template t.jinja: fails on a plain conversation of two turns: TypeError: can "
+        'only concatenate list (not "int") to list.',
+        "Choose zephyr, chatml or llama3, or change the template.",
+    ),
+    (
+        "a template in Latin 1",
+        template("é".encode("latin-1")),
+        "chat_template t.jinja: cannot be read: 'utf-8' codec can't decode byte 0xe9 in "
+        "position 0: unexpected end of data.",
+        "Save the template in UTF-8.",
+    ),
+]
+CASES += [Case(*case) for case in TEMPLATES]
+TOKENIZERS = [
+    (
+        "a tokenizer that is cut short",
+        text('{"version": "1.0"', "tokenizer.json"),
+        "base/tokenizer.json: not valid JSON (Expecting ',' delimiter: line 1 column 18 (char 17)).",
+        COPY,
+    ),
+    (
+        "a tokenizer that is nested deeply",
+        text(DEEP, "tokenizer.json"),
+        "base/tokenizer.json: not valid JSON (its brackets are nested too deeply).",
+        COPY,
+    ),
+    (
+        "a tokenizer's settings as a list",
+        text("[]", "tokenizer_config.json"),
+        "base/tokenizer_config.json: expected a JSON object, found a list.",
+        COPY,
+    ),
+    (
+        "a tokenizer without an end",
+        changed("tokenizer_config.json", eos_token=None),
+        "chat template zephyr: the tokenizer has no eos token, so answers could not end.",
+        "Name one as eos_token in its tokenizer_config.json.",
+    ),
+    (
+        "a model with code of its own",
+        config(model_type="own", auto_map={"AutoConfig": "c.C"}),
+        "base/config.json: needs code of its own (auto_map: {'AutoConfig': 'c.C'}), which is never run.",
+        "Use a model of a family that transformers knows by itself.",
+    ),
+]
+CASES += [Case(name, tokenizer(change), message, hint) for name, change, message, hint in TOKENIZERS]

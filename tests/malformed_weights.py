@@ -1,0 +1,346 @@
+"""Malformed weights, indices and configurations of a base, and what is said of each (``tests/malformed`` explains a case)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from .malformed import Case, Fixtures
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MODULE = "model.layers.0.self_attn.q_proj"
+FETCH = "Fetch the model again."
+WRITE = "Download or write it again."
+COPY = "Copy the file again from where the model came from."
+CONVERT = "Only safetensors are read; convert the weights with transformers' save_pretrained first."
+Change = Callable[[Path], None]
+
+
+def make_adapter(folder: Path, *, shape: tuple[int, int] = (64, 64), value: float = 0.01, **config: Any) -> Path:
+    """A PEFT adapter of rank 2 on one module; a key that is None is left out of its configuration."""
+    folder.mkdir()
+    tensors = {"A": torch.full((2, shape[1]), value), "B": torch.full((shape[0], 2), value)}
+    names = {f"base_model.model.{MODULE}.lora_{side}.weight": tensor for side, tensor in tensors.items()}
+    save_file(names, folder / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "x"}
+    (folder / "adapter_config.json").write_text(json.dumps({**told, **config}))
+    return folder
+
+
+MERGE = ["merge", "--no-check", "--out", "out", "--adapter", "a", "--base", "base"]
+
+
+def base(change: Change, words: list[str] | None = None) -> Callable[[Path, Fixtures], list[str]]:
+    """The shared base with something changed, which a good adapter is to be merged into."""
+
+    def make(tmp: Path, fixtures: Fixtures) -> list[str]:
+        shutil.copytree(fixtures.base, tmp / "base")
+        make_adapter(tmp / "a")
+        change(tmp / "base")
+        return list(MERGE) if words is None else words
+
+    return make
+
+
+def header(edit: Callable[[dict[str, Any]], Any]) -> Change:
+    """Rewrite the header of the base's weights; the data stay."""
+
+    def change(folder: Path) -> None:
+        raw = (folder / SINGLE).read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        edited = edit(json.loads(raw[8 : 8 + length]))
+        text = (edited if isinstance(edited, str) else json.dumps(edited)).encode()
+        (folder / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+    return change
+
+
+def entry(**keys: Any) -> Change:
+    """Change the first tensor's entry in the header."""
+
+    def edit(told: dict[str, Any]) -> dict[str, Any]:
+        first = min((k for k in told if k != "__metadata__"), key=lambda k: told[k]["data_offsets"])
+        return {**told, first: {**told[first], **keys}}
+
+    return header(edit)
+
+
+def data(raw: bytes, name: str = SINGLE) -> Change:
+    return lambda folder: (folder / name).write_bytes(raw) and None
+
+
+def index(told: Any) -> Change:
+    """An index in place of the one file, which is called a.safetensors then."""
+
+    def change(folder: Path) -> None:
+        (folder / SINGLE).rename(folder / "a.safetensors")
+        (folder / INDEX).write_text(told if isinstance(told, str) else json.dumps(told))
+
+    return change
+
+
+def shard(name: str, more: Change = lambda folder: None) -> Change:
+    def change(folder: Path) -> None:
+        index({"weight_map": {"lm_head.weight": name}})(folder)
+        more(folder)
+
+    return change
+
+
+def elsewhere(folder: Path) -> None:
+    save_file({"other": torch.zeros(2)}, folder / "b.safetensors")
+    index({"weight_map": {"lm_head.weight": "b.safetensors", "model.norm.weight": "a.safetensors"}})(folder)
+
+
+def link(to: str, name: str = SINGLE) -> Change:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(to)
+
+    return change
+
+
+def pickled(folder: Path) -> None:
+    (folder / SINGLE).unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+
+
+def config(**keys: Any) -> Change:
+    return changed("config.json", **keys)
+
+
+def changed(name: str, **keys: Any) -> Change:
+    """Change keys of a JSON file of the base."""
+
+    def change(folder: Path) -> None:
+        told = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**told, **keys}))
+
+    return change
+
+
+def beside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "else/where"}')
+
+
+FIRST = "lm_head.weight"
+DEEP = "[" * 100_000 + "]" * 100_000
+
+WEIGHTS = [
+    (
+        "a header longer than its file",
+        data(b"\xff" * 7 + b"\x00" + b"x" * 100),
+        "base/model.safetensors: not a complete safetensors file: its header would be "
+        "72057594037927935 bytes long in a file of 108 bytes.",
+        WRITE,
+    ),
+    (
+        "a file that is cut short",
+        lambda folder: data((folder / SINGLE).read_bytes()[:-100])(folder),
+        "base/model.safetensors: not a complete safetensors file: its tensors end at byte 527720, the file at 527620.",
+        WRITE,
+    ),
+    (
+        "a pickle called safetensors",
+        data(b"PK\x03\x04" + b"\x00" * 100),
+        "base/model.safetensors: not a complete safetensors file: it begins as a pickle does, which is never opened.",
+        WRITE,
+    ),
+    (
+        "a header that is nested deeply",
+        header(lambda told: DEEP),
+        "base/model.safetensors: not a complete safetensors file: its header is not JSON (its "
+        "brackets are nested too deeply).",
+        WRITE,
+    ),
+    (
+        "a header with NaN",
+        header(lambda told: '{"a": NaN}'),
+        "base/model.safetensors: not a complete safetensors file: its header is not JSON (NaN is no JSON number).",
+        WRITE,
+    ),
+    (
+        "a header with a tensor twice",
+        header(lambda told: f'{{"{FIRST}": 1, "{FIRST}": 2}}'),
+        "base/model.safetensors: not a complete safetensors file: its header is not JSON (the "
+        "key lm_head.weight stands twice in one object).",
+        WRITE,
+    ),
+    (
+        "a header that is a list",
+        header(lambda told: "[1]"),
+        "base/model.safetensors: not a complete safetensors file: its header is not a JSON object.",
+        WRITE,
+    ),
+    (
+        "offsets of 2 to the 63",
+        entry(data_offsets=[2**63, 2**63 + 4]),
+        "base/model.safetensors: not a complete safetensors file: tensor lm_head.weight (F32 "
+        "[448, 64]) has data offsets 9223372036854775808 to 9223372036854775812.",
+        WRITE,
+    ),
+    (
+        "a shape whose product overflows",
+        entry(shape=[2**33, 2**33], data_offsets=[0, 4]),
+        "base/model.safetensors: not a complete safetensors file: tensor lm_head.weight (F32 "
+        "[8589934592, 8589934592]) has data offsets 0 to 4.",
+        WRITE,
+    ),
+    (
+        "a shape that is no numbers",
+        entry(shape=["64", 1.5]),
+        "base/model.safetensors: not a complete safetensors file: the header entry of tensor "
+        "lm_head.weight is malformed.",
+        WRITE,
+    ),
+    (
+        "tensors that overlap",
+        header(lambda told: {**told, "z\nz\x1b[31m": told["model.norm.weight"]}),
+        "base/model.safetensors: not a complete safetensors file: tensor z\\nz\\x1b[31m overlaps the tensor before it.",
+        WRITE,
+    ),
+    (
+        "a dtype that is none",
+        entry(dtype="F3"),
+        "base/model.safetensors: not a complete safetensors file: tensor lm_head.weight has the unknown dtype F3.",
+        WRITE,
+    ),
+    (
+        "a base of pickles only",
+        pickled,
+        "base: holds no safetensors file (found pytorch_model.bin).",
+        "Only safetensors are read; convert the weights with save_pretrained first.",
+    ),
+    (
+        "an index without a weight_map",
+        index({"metadata": {}}),
+        "base/model.safetensors.index.json: has no weight_map.",
+        COPY,
+    ),
+    (
+        "an index that is a list",
+        index([1]),
+        "base/model.safetensors.index.json: expected a JSON object, found a list.",
+        COPY,
+    ),
+    (
+        "an index with a key twice",
+        index('{"weight_map": {}, "weight_map": {}}'),
+        "base/model.safetensors.index.json: not valid JSON (the key weight_map stands twice in one object).",
+        COPY,
+    ),
+    (
+        "a shard up the folders",
+        shard("../../etc/passwd"),
+        "base/model.safetensors.index.json: puts tensor lm_head.weight into "
+        "'../../etc/passwd', which is no name of a file in this folder.",
+        "Use a copy of the model from a place that you trust.",
+    ),
+    (
+        "a shard by an absolute path",
+        shard("/etc/passwd"),
+        "base/model.safetensors.index.json: puts tensor lm_head.weight into '/etc/passwd', "
+        "which is no name of a file in this folder.",
+        "Use a copy of the model from a place that you trust.",
+    ),
+    (
+        "a shard that is a pickle",
+        shard("pytorch_model.bin"),
+        "base/model.safetensors.index.json: puts tensor lm_head.weight into "
+        "pytorch_model.bin, which is no safetensors file.",
+        CONVERT,
+    ),
+    (
+        "a shard that is missing",
+        shard("b.safetensors"),
+        "base/model.safetensors.index.json: names b.safetensors, which is not there.",
+        FETCH,
+    ),
+    (
+        "a shard that is a folder",
+        shard("b.safetensors", lambda f: (f / "b.safetensors").mkdir()),
+        "base/b.safetensors: is not a file.",
+        FETCH,
+    ),
+    (
+        "a shard that is a link out",
+        shard("b.safetensors", link("/etc/passwd", "b.safetensors")),
+        "base/b.safetensors: is a link out of its folder, to /etc/passwd.",
+        "Put the file itself into the folder.",
+    ),
+    (
+        "a shard without its tensor",
+        index({"weight_map": {"lm_head.bias": "a.safetensors"}}),
+        "base/model.safetensors.index.json: names lm_head.bias, which no file holds.",
+        FETCH,
+    ),
+    (
+        "a tensor in another shard",
+        elsewhere,
+        "base/model.safetensors.index.json: puts tensor lm_head.weight into b.safetensors; it is in a.safetensors.",
+        FETCH,
+    ),
+    (
+        "a licence that is a link to a key",
+        link("/etc/hostname", "LICENSE"),
+        "base/LICENSE: is a link out of its folder, to /etc/hostname.",
+        "Put the file itself into the folder.",
+    ),
+    (
+        "a configuration that is cut short",
+        data(b'{"model_type": "mis', "config.json"),
+        "base/config.json: not valid JSON (Unterminated string starting at: line 1 column 16 (char 15)).",
+        COPY,
+    ),
+    (
+        "a configuration that is nested deeply",
+        data(DEEP.encode(), "config.json"),
+        "base/config.json: not valid JSON (its brackets are nested too deeply).",
+        COPY,
+    ),
+    (
+        "a million million layers",
+        config(num_hidden_layers=10**12),
+        "base/config.json: num_hidden_layers is 1000000000000; no model has more than 4,096.",
+        COPY,
+    ),
+    (
+        "heads that do not divide",
+        config(num_attention_heads=3, num_key_value_heads=2, head_dim=16),
+        "base/config.json: num_attention_heads 3 is no multiple of num_key_value_heads 2.",
+        COPY,
+    ),
+    (
+        "a rope of null",
+        config(rope_parameters={"rope_type": "default", "rope_theta": None}),
+        "base/config.json: rope_theta is None; it is a number above zero.",
+        COPY,
+    ),
+    (
+        "attention from the hub",
+        config(attn_implementation="someone/kernel"),
+        "base/config.json: attn_implementation is someone/kernel, a kernel that would be fetched from the hub and run.",
+        "No code of a model's is ever run; remove attn_implementation from the file.",
+    ),
+    (
+        "an adapter inside the base",
+        beside,
+        "base: holds adapter_config.json beside config.json; transformers would put that "
+        "adapter onto the model unasked.",
+        "Move adapter_config.json and its weights into a folder of their own, and name that one under adapters.",
+    ),
+    (
+        "weights by another name",
+        config(transformers_weights="../other.safetensors"),
+        "base/config.json: transformers_weights is ../other.safetensors; only "
+        "model.safetensors and its index are read.",
+        "Rename the weights to model.safetensors, and remove the key.",
+    ),
+]
+CASES = [Case(name, base(change), message, hint) for name, change, message, hint in WEIGHTS]
