@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zephyr_lite.ablations.run import run_ablation, table_lines, table_rows
 from zephyr_lite.ablations.table import read_table
 from zephyr_lite.cli import run
-from zephyr_lite.config import RunConfig, load_config, shipped_configs
+from zephyr_lite.config import RunConfig, load_config
 from zephyr_lite.data.chat import resolve_template
 from zephyr_lite.data.prepare import prepare
 from zephyr_lite.errors import UserError
 from zephyr_lite.rundir import StageDir
+from zephyr_lite.shipped import shipped_configs
 
 SMALL = ["max_steps=2", "lora_r=4", "batch_size=2", "load_in_4bit=false", "learning_rate=1e-2", "lora_dropout=0"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from zephyr_lite.config import RunConfig, dump_config, load_config, shipped_configs
+from zephyr_lite.config import RunConfig, dump_config, load_config
 from zephyr_lite.errors import UserError
+from zephyr_lite.shipped import shipped_configs
 
 
 def load(*words, method="sft", file=None):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from zephyr_lite.config import DPO_DEFAULTS, RunConfig, load_config, shipped_configs
+from zephyr_lite.config import DPO_DEFAULTS, RunConfig, load_config
 from zephyr_lite.rundir import StageDir
+from zephyr_lite.shipped import shipped_configs
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.setup import INHERITED
 from zephyr_lite.train.sft import run_sft
@@ -148,8 +149,8 @@ def test_configurations_travel_in_the_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
     code = (
-        "import zephyr_lite, zephyr_lite.config as c; print(zephyr_lite.__file__);"
-        "print(*c.shipped_configs()); print(c.load_config('sft', 'zephyr-7b/overnight-sft').config.dataset[0].limit)"
+        "import zephyr_lite, zephyr_lite.config as c, zephyr_lite.shipped as s; print(zephyr_lite.__file__);"
+        "print(*s.shipped_configs()); print(c.load_config('sft', 'zephyr-7b/overnight-sft').config.dataset[0].limit)"
     )
     found = subprocess.run(
         [sys.executable, "-c", code],

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
-from zephyr_lite.config import shipped_configs
 from zephyr_lite.endpoints.budget import Totals
 from zephyr_lite.endpoints.types import BudgetSpent, EndpointSpec, RequestFailed
 from zephyr_lite.errors import UserError
@@ -40,6 +39,7 @@ from zephyr_lite.feedback.specs import (
     load_settings,
 )
 from zephyr_lite.rundir import file_aside
+from zephyr_lite.shipped import shipped_configs
 
 URL = "http://127.0.0.1:9/v1"
 

@@ -15,13 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import UserError
 from .foreign_keys import rename, unknown_key
-from .reading import is_file, place, refuse_special
+from .reading import place
+from .shipped import find_config
 from .strict_yaml import WORD, read_word, read_yaml
 from .words import short
 
 Method = Literal["sft", "dpo"]
-# folders of shipped files that are not the configuration of a stage
-OTHER_CONFIGS = ("tables", "feedback")
 
 
 class DatasetSpec(BaseModel):
@@ -149,6 +148,16 @@ class RunConfig(BaseModel):
     def _targets(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) and value != "all-linear" else value
 
+    @field_validator("lora_target_modules")
+    @classmethod
+    def _are_names(cls, value: Any) -> Any:
+        for name in [] if isinstance(value, str) else value:
+            if not name.replace("_", "").replace(".", "").isalnum():
+                raise ValueError(
+                    "a module is named by its plain name, such as q_proj; regular expressions are not read"
+                )
+        return value
+
     @field_validator("stage")
     @classmethod
     def _stage_is_a_word(cls, value: str) -> str:
@@ -222,44 +231,6 @@ class Loaded:
     source: Path | None = None
 
 
-def find_config(name: str) -> Path:
-    """A YAML file by its path, or a shipped one by its name (``zephyr-7b/sft``).
-
-    Raises:
-        UserError: neither exists; the message lists the shipped names.
-    """
-    path = Path(name)
-    refuse_special(path, name)
-    if is_file(path):
-        return path
-    shipped = shipped_configs()
-    if name.removesuffix(".yaml") in shipped:
-        return shipped[name.removesuffix(".yaml")]
-    raise UserError(
-        f"configuration {name[:300]}: there is no such file.",
-        f"Give a YAML file, or a shipped one: {', '.join(shipped)}.",
-    )
-
-
-def shipped_configs(kind: str = "stages") -> dict[str, Path]:
-    """{name: path} of the YAML files that travel with the package (in a checkout: ``configs/``).
-
-    Args:
-        kind: ``stages``, what a training command takes; or one of the folders of other files: ``tables`` (ablations),
-            ``feedback``, without that folder in the name.
-    """
-    here = Path(__file__).resolve().parent
-    root = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
-    found = {}
-    for path in sorted((root if kind == "stages" else root / kind).rglob("*.yaml")):
-        parts = path.relative_to(root).parts
-        if kind != "stages":
-            found["/".join(parts[1:]).removesuffix(".yaml")] = path
-        elif parts[0] not in OTHER_CONFIGS:
-            found["/".join(parts).removesuffix(".yaml")] = path
-    return found
-
-
 def load_config(
     method: Method, file: str | None = None, overrides: list[str] | None = None, base: dict[str, Any] | None = None
 ) -> Loaded:
@@ -300,7 +271,7 @@ def load_config(
         # a rule over several keys belongs to no place: whoever typed one of those it names is told
         keys = keys or {key for key in typed if key in str(error)}
         by_words = path is None or (keys and keys <= typed)
-        raise UserError(_explain(error, "the command line" if by_words else str(path))) from None
+        raise UserError(_explain(error, "the command line" if by_words else str(path), values)) from None
     return Loaded(config, set(given), notes, path)
 
 
@@ -381,15 +352,22 @@ def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str
     target[head] = current
 
 
-def _explain(error: ValidationError, where: str) -> str:
+def _explain(error: ValidationError, where: str, values: dict[str, Any]) -> str:
     lines = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"] if not (isinstance(part, str) and "[" in part))
+        parts = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
+        if parts[1:2] == [0] and not (isinstance(values[parts[0]], list) and len(values[parts[0]]) > 1):
+            del parts[1]  # the only entry of a list, which perhaps nobody wrote as one
+        place = ".".join(map(str, parts))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            lines.append(
-                unknown_key(place, RunConfig.model_fields) if "." not in place else f"there is no key {place!r}."
+            inner = MemorySpec if parts[0] == "memory" else DatasetSpec
+            known = (
+                RunConfig.model_fields
+                if len(parts) == 1
+                else [".".join(map(str, [*parts[:-1], key])) for key in inner.model_fields]
             )
+            lines.append(unknown_key(place, known))
         else:
             found = "" if item["type"] == "missing" or not place else f" (found {short(item['input'])})"
             lines.append(f"{place + ': ' if place else ''}{message}{found}.")

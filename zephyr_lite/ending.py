@@ -25,6 +25,11 @@ _ON_DISK = {
         "Choose a folder on another disk, or mount this one for writing{again}.",
     ),
     errno.EFBIG: ("the file is larger than this file system allows", "Choose a folder on another disk."),
+    errno.EACCES: ("access is not allowed", "Change its owner or its mode, or choose another folder."),
+    errno.EPERM: ("the system does not permit it", "Change its owner or its mode, or choose another folder."),
+    errno.ENAMETOOLONG: ("a name is longer than this file system allows", "Choose a shorter one."),
+    errno.ELOOP: ("symbolic links lead in a circle", "Mend the links."),
+    errno.ESTALE: ("the network's disk has changed or is gone", "Mount it again{again}."),
     errno.EMFILE: ("this process has too many files open", "Raise the limit, `ulimit -n 8192`{again}."),
     errno.ENFILE: ("the machine has too many files open", "Close what else runs on it{again}."),
 }
@@ -89,7 +94,7 @@ def machines_fault(error: BaseException, arguments: Sequence[str]) -> UserError 
 
 
 def _known(error: BaseException, arguments: Sequence[str]) -> UserError | None:
-    trains = list(arguments[:1]) and arguments[0] in _TRAINS
+    trains = bool(arguments) and arguments[0] in _TRAINS
     again = "; the same command goes on from the last checkpoint" if trains else "; then start the same command again"
     text = " ".join(str(error).split())[:300]
     if type(error).__name__ == "OutOfMemoryError":
@@ -116,7 +121,7 @@ def _known(error: BaseException, arguments: Sequence[str]) -> UserError | None:
 def _place(error: BaseException, text: str) -> str:
     """The file that an error of the system names, or else all it says."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename} ({error.strerror})"
+        return f"{str(error.filename)[:300]} ({error.strerror})"
     return text
 
 

@@ -157,7 +157,7 @@ def unknown_key(key: str, own: Collection[str]) -> str:
             "ref_model_name_or_path: there is no second model; the reference is the same base with the adapter under "
             "training turned off. Put what should lie below it into adapters."
         )
-    known = [*own, *ALIASES, "assistant_only_loss", "hub_model_id"]
+    known = [*own, *([] if "." in key else [*ALIASES, "assistant_only_loss", "hub_model_id"])]
     near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)
     return f"there is no key {short(key)}." + (
         f" Did you mean {near[0]!r}?" if near else " See the README's list of keys."

@@ -1,7 +1,8 @@
 """Secrets of the environment are shown nowhere: what is printed, logged or written into a run's folder goes through here.
 
 Which values are secret is known by their variables' names (``HF_TOKEN``, ``OPENAI_API_KEY``, ``…_PASSWORD``), by the
-files in which ``hf auth login`` keeps its tokens, and by their place in a URL (``https://user:password@host``).
+files in which ``hf auth login`` keeps its tokens, by what a server's configuration named (``endpoints.keys``), and by
+their place in a URL (``https://user:password@host``).
 """
 
 from __future__ import annotations
@@ -21,6 +22,15 @@ _SECRET_NAME = re.compile(
     r"(?:API_?KEY|ACCESS_KEY|SECRET_KEY|PRIVATE_KEY|(?:^|_)TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)$"
 )
 _IN_URL = re.compile(r"(?<=://)([^\s/:@'\"]*):[^\s/@'\"]+@")
+
+
+_remembered: set[str] = set()
+
+
+def remember(value: str) -> None:
+    """Hide this value too, in this process: a key that a configuration keeps in a variable of another name."""
+    if len(value) >= SHORT:
+        _remembered.add(value)
 
 
 def redact(text: str) -> str:
@@ -43,6 +53,7 @@ def hide(text: str, value: str, shown: str) -> str:
 def secrets() -> list[str]:
     """The values that are hidden, the longest first: one may be a part of another."""
     found = {value.strip() for name, value in os.environ.items() if _is_secret(name)}
+    found |= _remembered
     for file in _token_files():
         found.update(_tokens_in(file))
     return sorted((value for value in found if len(value) >= SHORT), key=lambda value: (-len(value), value))

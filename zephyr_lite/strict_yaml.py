@@ -100,7 +100,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}.")
+        raise UserError(
+            f"{path}: expected `key: value` lines, found {type(values).__name__}.", "Write `seed: 42`, for instance."
+        )
     for key in values:
         if not isinstance(key, str):
             raise UserError(

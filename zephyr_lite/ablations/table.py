@@ -20,9 +20,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..config import DatasetSpec, Loaded, Method, RunConfig, load_config, shipped_configs
+from ..config import DatasetSpec, Loaded, Method, RunConfig, load_config
 from ..errors import UserError
 from ..reading import is_file, refuse_special
+from ..shipped import shipped_configs
 from ..strict_yaml import read_yaml
 
 # what the table decides itself, by its arms, its ``output_dir`` and the stages' files

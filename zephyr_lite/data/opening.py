@@ -141,6 +141,13 @@ def _read_files(files: list[Path], split: str, label: str) -> datasets.Dataset:
         raise UserError(f"{label}: not readable as {files[0].suffix[1:].upper()}: {said}.", CURES[builder]) from None
     finally:
         datasets.logging.set_verbosity(verbosity)
+    if builder == "csv" and len(loaded.column_names) == 1:
+        for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+            if separator in loaded.column_names[0]:
+                raise UserError(
+                    f"{label}: {name} stand between the columns: {loaded.column_names[0][:60]!r}.",
+                    "Save the file with commas between them.",
+                )
     expected = None if None in counts or "[" in split else sum(count or 0 for count in counts)
     if expected is not None and len(loaded) != expected:
         # what Arrow refuses goes to pandas, which takes the lists of a single row for columns

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from urllib.parse import quote
 
 from ..errors import UserError
+from ..redact import SHORT, hide, remember
 from .types import EndpointSpec
 
 SHOWN = "[key]"
-# A key this short, or a word that a local server wants in its place, may be a part of honest text.
-SHORT = 8
 
 
 class Key:
@@ -39,11 +36,7 @@ class Key:
         return self._without(text) if len(self._read()) >= SHORT else text
 
     def _without(self, text: str) -> str:
-        """The key as it is, as it stands in JSON, and as it stands in a URL."""
-        value = self._read()
-        for form in (value, json.dumps(value)[1:-1], quote(value), quote(value, safe="")):
-            text = text.replace(form, SHOWN)
-        return text
+        return hide(text, self._read(), SHOWN)
 
     def redact_error(self, text: str) -> str:
         """A server's complaint without the key, without any piece of it, and without what a server makes of it
@@ -82,4 +75,5 @@ def read_key(spec: EndpointSpec) -> Key | None:
             f"endpoint {spec.name}: the environment variable {shown} holds a space, or a letter outside ASCII: no key does.",
             "Set it again, to the key alone.",
         )
+    remember(key._read())
     return key

@@ -8,10 +8,10 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from ..config import shipped_configs
 from ..endpoints.types import EndpointSpec, endpoint_spec, parse_endpoint
 from ..errors import UserError
 from ..reading import is_file, refuse_special
+from ..shipped import shipped_configs
 from ..strict_yaml import read_yaml
 
 Settings = TypeVar("Settings", bound="JobConfig")
@@ -235,6 +235,8 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
         return kind.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path or 'the command line'}: {_explain(error, kind)}") from None
+    except UserError as error:  # of an endpoint's form
+        raise UserError(f"{path}: {error.message}" if path else error.message, error.hint) from None
 
 
 def _find(name: str) -> Path:

@@ -1,0 +1,49 @@
+"""The YAML files that travel with the package, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import UserError
+from .reading import is_file, refuse_special
+
+# folders of shipped files that are not the configuration of a stage
+OTHER_CONFIGS = ("tables", "feedback")
+
+
+def find_config(name: str) -> Path:
+    """A YAML file by its path, or a shipped one by its name (``zephyr-7b/sft``).
+
+    Raises:
+        UserError: neither exists; the message lists the shipped names.
+    """
+    path = Path(name)
+    refuse_special(path, name)
+    if is_file(path):
+        return path
+    shipped = shipped_configs()
+    if name.removesuffix(".yaml") in shipped:
+        return shipped[name.removesuffix(".yaml")]
+    raise UserError(
+        f"configuration {name[:300]}: there is no such file.",
+        f"Give a YAML file, or a shipped one: {', '.join(shipped)}.",
+    )
+
+
+def shipped_configs(kind: str = "stages") -> dict[str, Path]:
+    """{name: path} of the YAML files that travel with the package (in a checkout: ``configs/``).
+
+    Args:
+        kind: ``stages``, what a training command takes; or one of the folders of other files: ``tables`` (ablations),
+            ``feedback``, without that folder in the name.
+    """
+    here = Path(__file__).resolve().parent
+    root = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    found = {}
+    for path in sorted((root if kind == "stages" else root / kind).rglob("*.yaml")):
+        parts = path.relative_to(root).parts
+        if kind != "stages":
+            found["/".join(parts[1:]).removesuffix(".yaml")] = path
+        elif parts[0] not in OTHER_CONFIGS:
+            found["/".join(parts).removesuffix(".yaml")] = path
+    return found
