@@ -1,0 +1,151 @@
+"""Secrets of the environment are in nothing that is printed or written: every byte of a whole recipe is searched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zephyr_lite import cli, redact
+from zephyr_lite.console import Console
+from zephyr_lite.errors import UserError
+from zephyr_lite.redact import HIDDEN
+from zephyr_lite.rundir import write_json
+
+from .chat_server import ChatServer, error
+from .test_feedback import prompts_file, script
+
+SECRETS = {
+    "HF_TOKEN": "hf_QwErTyUiOpAsDfGhJkLzXcVbNm",
+    "HUGGING_FACE_HUB_TOKEN": "hf_older5678901234567890",
+    "OPENAI_API_KEY": 'sk-"quoted"/and+slashed=äö',
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    "MLFLOW_TRACKING_PASSWORD": "correct horse battery staple",
+    "SOME_SERVERS_KEY": "sk-plain-key-of-a-server-0001",
+}
+STORED = "hf_stored9876543210zyxwvut"
+
+
+@pytest.fixture
+def secrets(monkeypatch, tmp_path) -> dict[str, str]:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    home = tmp_path / "home-of-the-hub"
+    home.mkdir()
+    (home / "token").write_text(STORED)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(redact, "_remembered", set())
+    return {**SECRETS, "stored": STORED}
+
+
+def leaks(data: bytes, secrets: dict[str, str]) -> list[str]:
+    """The names of the secrets of which at least the first eight letters are there, in any writing."""
+    found = []
+    for name, value in secrets.items():
+        start = value[:12]
+        if any(form.encode() in data for form in (start, json.dumps(start)[1:-1], start.replace('"', "%22"))):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("form", ["{0}", "Bearer {0}", "https://host/?key={0}", "'{0}', twice {0}"])
+def test_a_value_is_hidden_in_every_writing(secrets, form):
+    for name, value in secrets.items():
+        if name == "SOME_SERVERS_KEY":  # a name like any other; what is read as a server's key is remembered
+            redact.remember(value)
+        for text in (form.format(value), json.dumps({"x": form.format(value)}), repr(form.format(value))):
+            assert not leaks(redact.redact(text).encode(), {name: value})
+            assert HIDDEN in redact.redact(text)
+
+
+def test_honest_text_stays_as_it_is(monkeypatch):
+    monkeypatch.setenv("API_KEY", "short")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-or-true")
+    monkeypatch.setenv("HF_TOKEN_PATH", "/nowhere/token")
+    for text in ("a short text, false-or-true", "https://host:8000/v1 me@host", "/nowhere/token", ""):
+        assert redact.redact(text) == text
+
+
+def test_a_password_in_a_url_is_hidden_and_its_user_is_not():
+    assert redact.redact("see https://me:pass:word@host/x and a@b") == f"see https://me:{HIDDEN}@host/x and a@b"
+
+
+def test_tokens_that_were_stored_by_name_are_hidden(monkeypatch, tmp_path):
+    (tmp_path / "stored_tokens").write_text(f"[mine]\nhf_token = {STORED}\n\n[other]\nhf_token = {STORED[::-1]}\n")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert redact.redact(f"{STORED} {STORED[::-1]}") == f"{HIDDEN} {HIDDEN}"
+    (tmp_path / "stored_tokens").unlink()
+    assert redact.redact(STORED) == STORED
+
+
+def test_everything_that_is_printed_is_searched(secrets, capsys):
+    value = secrets["HF_TOKEN"]
+    console = Console()
+    console.say(value)
+    console.heading(value)
+    console.row(value, [(value, True)])
+    console.table([value], [[value]])
+    console.plan([value])
+    console.user_error(UserError(value, value))
+    console.failure(RuntimeError(value))
+    console.traceback(RuntimeError(value))
+    console.complain(value)
+    out, err = capsys.readouterr()
+    assert not leaks((out + err).encode(), secrets)
+    assert out.count(HIDDEN) == 7 and err.count(HIDDEN) == 5
+
+
+def test_what_is_written_into_a_runs_folder_is_searched(secrets, tmp_path):
+    write_json(tmp_path / "stage.json", {"note": f"asked with {secrets['OPENAI_API_KEY']}", "loss": 1.5})
+    assert json.loads((tmp_path / "stage.json").read_text(encoding="utf-8")) == {
+        "note": f"asked with {HIDDEN}",
+        "loss": 1.5,
+    }
+
+
+def test_the_whole_recipe_and_its_errors_keep_secrets(
+    secrets, tiny_base, chat_rows, pair_rows, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    key, token = secrets["SOME_SERVERS_KEY"], secrets["HF_TOKEN"]
+    common = ["max_length=128", "batch_size=4", "lora_r=4", "max_steps=1", "output_dir=runs/t"]
+    sft = ["sft", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", *common]
+    for words in (sft, ["dpo", f"dataset={pair_rows}", "max_prompt_length=64", *common]):
+        assert cli.run([*words, "--verbose"]) == 0
+    assert cli.run(["merge", "--run", "runs/t", "--out", "model", "--no-check"]) == 0
+    wrong = [
+        ["sft", token],
+        ["sft", f"dataset=https://me:{token}@host/rows.jsonl"],
+        ["sft", f"hub_token={token}", "--verbose"],
+        ["sft", f"{token}=1"],
+        ["sft", f"seed={token}", "--verbose"],
+        ["sft", "--config", f"{token}.yaml"],
+        [token],
+        [token, "--verbose"],
+        ["merge", "--out", "x", "--run", f"runs/{token}"],
+        ["feedback", "--config", f"{token}"],
+    ]
+    for words in wrong:
+        assert cli.run(words) == 2, words
+
+    def echoes(seen):  # a server that repeats the key it was sent, in the middle of a job
+        return error(400, f"no: {seen.headers['authorization']}") if "number 3" in seen.question else script(seen)
+
+    with ChatServer(echoes) as server:
+        models = [{"url": server.url, "model": name, "api_key_env": "SOME_SERVERS_KEY"} for name in "ab"]
+        job = {
+            "prompts": {"path": str(prompts_file(tmp_path, 4))},
+            "models": models,
+            "judge": {**models[0], "model": "judge"},
+            "out": "job",
+        }
+        Path("job.yaml").write_text(json.dumps(job))
+        assert cli.run(["feedback", "--config", "job.yaml"]) in (0, 2)
+        assert any(key in seen.headers["authorization"] for seen in server.seen)
+    out, err = capfd.readouterr()
+    assert not leaks((out + err).encode(), secrets)
+    files = [path for folder in ("runs", "model", "job") for path in Path(folder).rglob("*") if path.is_file()]
+    assert len(files) > 30
+    assert {str(path): found for path in files if (found := leaks(path.read_bytes(), secrets))} == {}
