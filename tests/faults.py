@@ -270,6 +270,9 @@ class Trial:
         code, said = run(self.words[name])
         if code != 0:
             return [*wrong, f"the same command ended with {code} and said {said[-400:]!r}"]
+        if primitive in REMOVING:  # what could not be deleted stays aside where the stage is not opened again
+            for rest in left_aside(self.out):
+                shutil.rmtree(rest)
         found, right = standing(self.out), self.right[name]
         wrong += [f"{file} differs" for file in right.keys() | found.keys() if right.get(file) != found.get(file)]
         return [*wrong, *faults(self.out), *wrong_now(self.out)]

@@ -209,6 +209,14 @@ def test_a_library_that_runs_out_of_space_is_told_as_such(tmp_path):
     assert content(tmp_path) == {"log": "x" * 900 + "\n"}
 
 
+def test_secrets_are_hidden_in_texts_and_data_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("OTHER_API_KEY", "sk-verysecret1")
+    files.write_json(tmp_path / "stage.json", {"error": "401 for sk-verysecret1"})
+    with files.file_aside(tmp_path / "rows.jsonl") as file:
+        file.write("sk-verysecret1")
+    assert content(tmp_path) == {"rows.jsonl": "sk-verysecret1", "stage.json": '{\n  "error": "401 for ***"\n}\n'}
+
+
 def test_links_and_modes(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "f").symlink_to("elsewhere")

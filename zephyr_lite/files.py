@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from .errors import UserError
+from .redact import redact
 
 if sys.platform != "win32":
     import fcntl
@@ -42,8 +43,13 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """A text about a run, without the environment's secrets; what is data goes through ``file_aside`` as it is.
+
+    Raises:
+        OSError: as ``file_aside``.
+    """
     with file_aside(path) as file:
-        file.write(text)
+        file.write(redact(text))
 
 
 @contextmanager

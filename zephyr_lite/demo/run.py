@@ -15,7 +15,7 @@ from ..data.prepare import Prepared, prepare
 from ..data.ultrafeedback import to_pairs
 from ..errors import UserError
 from ..evaluate.likelihood import chat_loss, pair_logps
-from ..files import make_folder, sweep, write_json, write_text
+from ..files import file_aside, make_folder, sweep, write_json
 from ..merge import MergeReport, merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
@@ -158,7 +158,8 @@ def _write_pairs(folder: Path, say: Say) -> tuple[Path, Path]:
         rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
         pairs, counts = to_pairs(rows, seed=42)
         path = folder / f"{name}.jsonl"
-        write_text(path, "".join(json.dumps(pair) + "\n" for pair in pairs))
+        with file_aside(path) as file:
+            file.writelines(json.dumps(pair) + "\n" for pair in pairs)
         left = {reason: n for reason, n in counts.items() if reason not in ("rows", "pairs") and n}
         say(f"{name}: {counts['pairs']} pairs of {counts['rows']} scored prompts" + (f"; {left}" if left else ""))
         paths.append(path)
@@ -176,7 +177,8 @@ def _write_dodges(folder: Path) -> Path:
             if dodges(other["response"]):
                 pair = {"prompt": row["instruction"], "chosen": best["response"], "rejected": other["response"]}
                 lines.append(json.dumps(pair) + "\n")
-    write_text(path, "".join(lines))
+    with file_aside(path) as file:
+        file.writelines(lines)
     return path
 
 

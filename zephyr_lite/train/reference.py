@@ -58,13 +58,13 @@ class ReferenceCache:
         Args:
             say: is told of a file that is not used.
         """
+        if not self.path.exists():
+            return False
         try:
             file = SafetensorsFile(self.path)
             wrong = self._fault(file)
             if wrong is None:
                 self.sums = file.tensor("sums").clone()
-        except FileNotFoundError:
-            return False
         except UserError as error:
             wrong = error.message.removeprefix(f"{self.path}: ").rstrip(".")
         except OSError as error:
