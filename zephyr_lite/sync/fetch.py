@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ..files import folder_aside, make_folder, sweep
 from ..lock import alone
 from ..manifest import MANIFEST, manifest_fault
 from ..rundir import STAGE_FILE, StageDir
-from .place import CHECKPOINT, Place, PlaceError, is_copied, place_of, run_name
+from .place import CHECKPOINT, Place, PlaceError, info_there, is_copied, marks, place_of, run_name
 
 Say = Callable[[str], None]
 
@@ -49,7 +48,7 @@ def newest_there(config: RunConfig, *, stage_complete: str) -> str | None:
     try:
         found = []
         for name in place.names(""):
-            info = _info(place, f"{name}/{stage_complete}")
+            info = info_there(place, f"{name}/{stage_complete}")
             if info is not None and info.get("status") == "complete":
                 found.append((str(info.get("finished", "")), name))
     except PlaceError as error:
@@ -66,7 +65,7 @@ class _Fetch:
     def run_for(self, stage: str) -> None:
         infos = {}
         for folder in self.place.names(self.name):
-            if (info := _info(self.place, f"{self.name}/{folder}")) is not None:
+            if (info := info_there(self.place, f"{self.name}/{folder}")) is not None:
                 infos[folder] = info
         self._same_run(infos)
         for folder, info in infos.items():
@@ -79,10 +78,10 @@ class _Fetch:
                 self._checkpoints(here)
 
     def _same_run(self, infos: dict[str, dict[str, Any]]) -> None:
-        theirs = {mark for folder, info in infos.items() for mark in _marks(folder, info)}
+        theirs = {mark for folder, info in infos.items() for mark in marks(folder, info)}
         here = [StageDir(path) for path in sorted(self.run.iterdir()) if path.is_dir()] if self.run.is_dir() else []
         kept = [stage for stage in here if _kept(stage)]
-        ours = {mark for stage in kept for mark in _marks(stage.path.name, stage.info() or {})}
+        ours = {mark for stage in kept for mark in marks(stage.path.name, stage.info() or {})}
         if kept and infos and not ours & theirs:
             begun = min(str(info.get("created", "?")) for info in infos.values())
             raise UserError(
@@ -170,27 +169,6 @@ class _Damaged(Exception):
 def _kept(stage: StageDir) -> bool:
     """Whether there is something of a stage that may not be lost."""
     return (stage.path / STAGE_FILE).is_file() and (bool(stage.checkpoints()) or stage.complete())
-
-
-def _marks(stage: str, info: dict[str, Any]) -> set[str]:
-    """What tells a run from another of its name: its id, and for one of an earlier version when its stages were begun."""
-    return {str(mark) for mark in (info.get("id"), info.get("created") and f"{stage} {info['created']}") if mark}
-
-
-def _info(place: Place, folder: str) -> dict[str, Any] | None:
-    raw = place.read(f"{folder}/{STAGE_FILE}")
-    if raw is None:
-        return None
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(
-            f"sync {place.name}: {folder}/{STAGE_FILE} is not the JSON object that a run writes.",
-            "Delete this folder there, or name another place.",
-        )
-    return value
 
 
 def _step(name: str) -> int:

@@ -13,7 +13,7 @@ from ..config import RunConfig
 from ..errors import Interrupted, UserError
 from ..manifest import MANIFEST
 from ..rundir import STAGE_FILE, StageDir
-from .place import CHECKPOINT, Place, PlaceError, is_copied, place_of, run_name
+from .place import CHECKPOINT, Place, PlaceError, info_there, is_copied, marks, place_of, run_name
 
 Say = Callable[[str], None]
 WAITS = (5.0, 15.0, 60.0, 300.0)  # seconds before another attempt
@@ -44,6 +44,7 @@ class Mirror:
         self._fault: PlaceError | None = None
         self._said: set[str] = set()
         self._sent: dict[str, object] = {}  # name → what of it lies there
+        self._known: set[str] = set()  # checkpoints there that are ours, or were there before
         self._best: int | None = None
         self._prepared = self._closed = False
         self._turn = threading.Condition()
@@ -167,9 +168,18 @@ class Mirror:
     def _send(self, wanted: _Wanted) -> None:
         if not self._prepared:
             self.place.prepare()
+            self._is_ours()
             self._send_others()
+            self._known.update(self.place.names(self.folder))
             self._prepared = True
         there = self.place.names(self.folder)
+        strangers = [name for name in there if CHECKPOINT.fullmatch(name) and name not in self._known]
+        if strangers:
+            raise PlaceError(
+                "another machine",
+                f"{self.folder}/{strangers[-1]} was not copied from here: the run goes on elsewhere too; end one of the two",
+            )
+        self._known.update(wanted.checkpoints)
         add: dict[str, Path | bytes] = {}
         marks: dict[str, object] = {}
 
@@ -200,6 +210,18 @@ class Mirror:
         self._sent.update(marks)
         for name in old:
             self._sent.pop(name, None)
+
+    def _is_ours(self) -> None:
+        """Raises:
+        PlaceError: another run of this name lies there (one that began at the same time, on another machine).
+        """
+        theirs, ours = info_there(self.place, self.folder), self.stage.info() or {}
+        name = self.stage.path.name
+        if theirs is None or marks(name, theirs) & marks(name, ours):
+            return
+        kept = [n for n in self.place.names(self.folder) if CHECKPOINT.fullmatch(n)]
+        if kept or theirs.get("status") == "complete":
+            raise PlaceError("another run", f"{self.folder} there is another run, begun {theirs.get('created', '?')}")
 
     def _send_others(self) -> None:
         """The run's complete stages, which this one may stand on: they may have been trained without ``sync``."""

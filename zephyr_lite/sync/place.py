@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..config import RunConfig
 from ..errors import UserError
+from ..rundir import STAGE_FILE
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -83,3 +85,30 @@ def is_copied(name: str) -> bool:
     took time."""
     logs = name.endswith(".jsonl") and not name.startswith(".")
     return name == "config.yaml" or logs or (name.startswith("reference-") and name.endswith(".safetensors"))
+
+
+def marks(stage: str, info: dict[str, Any]) -> set[str]:
+    """What tells a run from another of its name: its id, and for one of an earlier version when its stages were begun."""
+    return {str(mark) for mark in (info.get("id"), info.get("created") and f"{stage} {info['created']}") if mark}
+
+
+def info_there(place: Place, folder: str) -> dict[str, Any] | None:
+    """A stage's stage.json at the place, or None.
+
+    Raises:
+        PlaceError: it cannot be read now.
+        UserError: it is not what a run writes.
+    """
+    raw = place.read(f"{folder}/{STAGE_FILE}")
+    if raw is None:
+        return None
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(
+            f"sync {place.name}: {folder}/{STAGE_FILE} is not the JSON object that a run writes.",
+            "Delete this folder there, or name another place.",
+        )
+    return value
