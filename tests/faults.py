@@ -99,6 +99,9 @@ class Layer:
             for path in [source, *source.rglob("*")] if not source.name.startswith(".old-") else []:
                 if _aside(source) and _inode(path) not in self.flushed:
                     self.unsafe.append(str(path))
+            log = Path(words[1]).parent / "metrics.jsonl"
+            if Path(words[1]).name.startswith("checkpoint-") and log.exists() and _inode(log) not in self.flushed:
+                self.unsafe.append(f"{log}, of which {words[1]} knows")
 
 
 def _aside(path: Path) -> bool:

@@ -260,6 +260,26 @@ def test_a_run_survives_the_fault(trial, name, kind, what, number):
     assert trial.fail(name, points[number], kind) == []
 
 
+def test_a_run_with_a_flipped_bit_goes_on_from_the_checkpoint_before(trial):
+    """To the same adapter, and it says so."""
+    words = [*trial.words["sft"], "save_total_limit=3"]
+    trial.put_back("sft")
+    last = max(at for at in trial.points("sft", "died") if trial.what("sft", at) == "open sft/stage.json")
+    with faulty(last - 4, "died"), pytest.raises(Died):  # two checkpoints fewer are deleted: four calls
+        faults.run(words)
+    weights = trial.out / "sft" / "checkpoint-3" / "state.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 4
+    weights.write_bytes(data)
+    code, said = faults.run(words)
+    assert code == 0
+    assert "checkpoint-3: state.safetensors has another hash than was written; taking checkpoint-2" in said
+    found = faults.standing(trial.out)
+    same = [name for name in found if name.startswith(("sft/adapter/", "sft/metrics"))]
+    assert len(same) > 4 and all(found[name] == trial.right["sft"][name] for name in same)
+    assert sorted(p.name for p in (trial.out / "sft").glob("*checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
+
+
 def test_the_run_writes_through_the_layer_alone():
     """Nobody else in these rooms opens a file for writing, or renames or copies one; what libraries save, they save into
     a folder aside. Locks hold no data."""

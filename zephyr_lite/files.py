@@ -32,8 +32,9 @@ if sys.platform != "win32":
 BUFFER = 1 << 20
 COPY_CHUNK = 16 * 2**20
 _ASIDE = re.compile(r"\.(?P<old>old-)?(?P<name>.+)\.[0-9a-f]{8}")
-# libraries written in Rust put the system's error number into a text of their own
+# libraries written in Rust put the system's error number into a text of their own; these are of writing
 _FOREIGN = re.compile(r"\(os error (\d+)\)")
+_OF_WRITING = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 # folders that are being filled, and what they become
 _filling: dict[Path, Path] = {}
 
@@ -121,8 +122,8 @@ def folder_aside(target: Path) -> Iterator[Path]:
         try:
             yield aside
         except Exception as error:
-            if (found := _FOREIGN.search(str(error))) and not isinstance(error, OSError):
-                number = int(found[1])
+            found = _FOREIGN.search(str(error)) if not isinstance(error, OSError) else None
+            if found is not None and (number := int(found[1])) in _OF_WRITING:
                 raise OSError(number, os.strerror(number), str(target)) from error
             raise
         with _named(target):
@@ -374,7 +375,7 @@ def _held(path: Path, *, unknown: bool) -> bool:
     if sys.platform == "win32":
         return unknown
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a pipe, opening it would wait
     except OSError:
         return unknown
     try:
@@ -416,7 +417,7 @@ def _exchange(one: Path, other: Path) -> bool:
     if call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
         return False
     raise OSError(number, os.strerror(number), str(other))
 
