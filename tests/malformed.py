@@ -36,7 +36,7 @@ class Case:
         name: what is malformed, in a few words; the test's name.
         make: (an empty folder, the shared fixtures) → the words of the command, without ``zephyr-lite``.
         message: the exact text behind ``error: ``; ``{tmp}`` stands for the folder, ``{base}``, ``{chat}``, ``{pairs}``
-            for the fixtures' paths.
+            for the fixtures' paths, ``{root}`` for this checkout.
         hint: the exact line(s) below it, "" where there is none.
         code: the exit code.
         leaves: files below ``runs/`` that the refused command may leave behind.
@@ -55,7 +55,13 @@ class Case:
 
 def said(err: str, tmp: Path, fixtures: Fixtures) -> str:
     """Standard error with the paths of this session replaced."""
-    places = {"tmp": tmp, "base": fixtures.base, "chat": fixtures.chat, "pairs": fixtures.pairs}
+    places = {
+        "root": Path(__file__).parent.parent,
+        "tmp": tmp,
+        "base": fixtures.base,
+        "chat": fixtures.chat,
+        "pairs": fixtures.pairs,
+    }
     for name, path in places.items():
         err = err.replace(str(path), "{" + name + "}")
     return err

@@ -1,33 +1,350 @@
-"""Malformed rows, configurations and words, and what is said of each (``tests/malformed.py`` explains a case)."""
+"""Malformed rows and places, and what is said of each (``tests/malformed.py`` explains a case)."""
 
+# ruff: noqa: E501 (an exact message is best read in one piece)
 from __future__ import annotations
 
+import gzip
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
-from .malformed import Case, Fixtures, row, show
+from .malformed import Case, Fixtures, dpo, row, sft, show
+
+Make = Callable[[Path, Fixtures], list[str]]
+GOOD = row("a", "b")
+NAMED = "If the columns have other names, say so: columns: {prompt: THEIRS, completion: THEIRS}."
+MEANING = "If the columns mean something else, say so with columns: {ours: theirs}."
+MEND = "Mend the line, or remove it; one row a line."
+SHALLOW = "No row of a chat is; mend or remove it."
+QUOTES = "Every row has as many cells as the header; a cell with commas, quotes or newlines stands in double quotes."
+DAMAGED = "The file is damaged or was cut off: make or fetch it again."
+UTF8 = "Save the file as UTF-8."
+SAVED = "Save its content to a file first, and name that."
 
 
-def rows_of(content: str | bytes, name: str = "rows.jsonl", **changes: object):
+def rows_of(content: str | bytes, name: str = "rows.jsonl", **changes: object) -> Make:
     """A data set of these bytes, shown as sft sees it."""
 
     def make(tmp: Path, fixtures: Fixtures) -> list[str]:
         (tmp / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        return show(fixtures, dataset=name, **changes)
+        return show(fixtures, **{"dataset": name, **changes})
 
     return make
 
 
-def words(*given: str):
-    return lambda tmp, fixtures: list(given)
+def pairs_of(*rows: object) -> Make:
+    def make(tmp: Path, fixtures: Fixtures) -> list[str]:
+        (tmp / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+        return ["data", "show", *dpo(fixtures, dataset="rows.jsonl")]
+
+    return make
 
 
-GOOD = row("a", "b")
+def parquet(footer: int, end: bytes = b"PAR1") -> Make:
+    """A file of 100 bytes that would be Parquet, were it not for its end."""
+    return rows_of(b"PAR1" + bytes(88) + footer.to_bytes(4, "little") + end, "rows.parquet")
+
+
+def pipe(tmp: Path, fixtures: Fixtures) -> list[str]:
+    os.mkfifo(tmp / "rows.jsonl")
+    return show(fixtures, dataset="rows.jsonl")
+
+
+def circle(tmp: Path, fixtures: Fixtures) -> list[str]:
+    (tmp / "a.jsonl").symlink_to("b.jsonl")
+    (tmp / "b.jsonl").symlink_to("a.jsonl")
+    return show(fixtures, dataset="a.jsonl")
+
+
+def folder(**files: str) -> Make:
+    def make(tmp: Path, fixtures: Fixtures) -> list[str]:
+        (tmp / "set.jsonl").mkdir()
+        for name, text in files.items():
+            (tmp / "set.jsonl" / name.replace("_DOT_", ".")).write_text(text)
+        return show(fixtures, dataset="set.jsonl")
+
+    return make
+
+
+def keys(**changes: object) -> Make:
+    return lambda tmp, fixtures: sft(fixtures, **changes)
+
 
 CASES = [
-    Case("an empty file", rows_of(""), "rows.jsonl: the file is empty."),
+    # -- rows: JSONL and JSON
+    Case("rows: an empty file", rows_of(""), "rows.jsonl: the file is empty."),
+    Case("rows: blank lines only", rows_of("\n\n \n" * 1000), "rows.jsonl: empty; there is no row in it."),
     Case(
-        "an unknown key",
-        words("sft", "learning_rat=1"),
-        "the command line: there is no key 'learning_rat'. Did you mean 'learning_rate'?",
+        "rows: a gigabyte line",
+        rows_of(GOOD + '{"messages": "' + "x" * 70_000_000),
+        "rows.jsonl line 2: longer than 67,108,864 bytes, the most that a row may have.",
+        "Rows end with a newline each; split or remove this one.",
+    ),
+    Case(
+        "rows: invalid UTF-8",
+        rows_of(GOOD.encode() + b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}\n'),
+        "rows.jsonl line 2: not UTF-8 (byte 44 is 0xff).",
+        UTF8,
+    ),
+    Case("rows: UTF-16", rows_of(GOOD.encode("utf-16")), "rows.jsonl: is UTF-16 text, not JSON.", "Save it as UTF-8."),
+    Case(
+        "rows: NUL bytes at the end",
+        rows_of(GOOD.encode() + bytes(4096)),
+        "rows.jsonl line 2: NUL bytes; the file was not written to its end, or is no text.",
+        "Remove the line, or make the file again.",
+    ),
+    Case(
+        "rows: NUL bytes in a text",
+        rows_of(GOOD + GOOD.replace("a", "\0")),
+        "rows.jsonl line 2: NUL bytes; the file was not written to its end, or is no text.",
+        "Remove the line, or make the file again.",
+    ),
+    Case(
+        "rows: NUL bytes only",
+        rows_of(bytes(5000)),
+        "rows.jsonl: begins with NUL bytes; it was not written to its end, or is no text.",
+        "Make or fetch it again.",
+    ),
+    Case(
+        "rows: nested a hundred thousand deep",
+        rows_of(GOOD + '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}\n"),
+        "rows.jsonl line 2: nested more than 100 deep.",
+        SHALLOW,
+    ),
+    Case(
+        "rows: nested over many lines",
+        rows_of('{"x":\n' + "[\n" * 100_000),
+        "rows.jsonl line 101: nested more than 100 deep.",
+        SHALLOW,
+    ),
+    Case(
+        "rows: an array nested deep",
+        rows_of('[{"x": ' + "[" * 100_000 + "]" * 100_000 + "}]", "rows.json"),
+        "rows.json: nested too deeply.",
+        "No row of a chat is: mend or remove it.",
+    ),
+    Case(
+        "rows: null",
+        rows_of("null\n"),
+        "rows.jsonl line 1: expected an object {…}, found 'null'.",
+        "One row a line, each in braces.",
+    ),
+    Case(
+        "rows: texts",
+        rows_of('"hello"\n"world"\n'),
+        "rows.jsonl line 1: expected an object {…}, found '\"hello\"'.",
+        "One row a line, each in braces.",
+    ),
+    Case(
+        "rows: a key twice",
+        rows_of('{"messages": [], ' + GOOD[1:]),
+        "rows.jsonl line 1: key 'messages' stands twice in one object.",
+        "Keep one of them.",
+    ),
+    Case(
+        "rows: half a surrogate pair",
+        rows_of(GOOD.replace('"a"', '"\\ud800"')),
+        "rows.jsonl line 1: text that is not valid Unicode (half a surrogate pair).",
+        "Mend the line, or remove it.",
+    ),
+    Case(
+        "rows: cut off in the last line",
+        rows_of(GOOD + GOOD[:30]),
+        'rows.jsonl line 2: broken JSON: Expecting property name enclosed in double quotes at character 31: \'{"messages": [{"role": "user",\'.',
+        MEND,
+    ),
+    Case(
+        "rows: commas after the lines",
+        rows_of(GOOD.strip() + ",\n" + GOOD),
+        'rows.jsonl line 1: broken JSON: Extra data at character 88: \'{"messages": [{"role": "user", "content": "a"}, {"role": "as\'.',
+        MEND,
+    ),
+    Case(
+        "rows: a web page",
+        rows_of("<html><body>404</body></html>\n"),
+        "rows.jsonl line 1: broken JSON: Expecting value at character 1: '<html><body>404</body></html>'.",
+        MEND,
+    ),
+    Case(
+        "rows: a number of five thousand digits",
+        rows_of('{"messages": ' + "9" * 5000 + "}\n"),
+        "rows.jsonl: none of 1 rows can be used (read as messages): messages is a number, not a list of turns: 1 (rows.jsonl row 1).",
+        MEANING,
+    ),
+    Case(
+        "rows: a column of two types",
+        rows_of('{"prompt": {"a": 1}, "completion": "x"}\n{"prompt": "q", "completion": [1]}\n'),
+        "rows.jsonl: none of 2 rows can be used (read as prompt and completion): a turn of completion is a number, not {role, content}: 1 (rows.jsonl row 2); a turn of prompt has no role: 1 (rows.jsonl row 1).",
+        MEANING,
+    ),
+    Case(
+        "rows: turns that are numbers",
+        rows_of('{"messages": [1, 2]}\n'),
+        "rows.jsonl: none of 1 rows can be used (read as messages): a turn of messages is a number, not {role, content}: 1 (rows.jsonl row 1).",
+        MEANING,
+    ),
+    Case(
+        "rows: a role that nobody has",
+        rows_of(GOOD.replace("user", "\\u001b[2Jroot")),
+        "rows.jsonl: none of 1 rows can be used (read as messages): unknown role '\\x1b[2Jroot': 1 (rows.jsonl row 1).",
+        MEANING,
+    ),
+    Case(
+        "rows: an array of numbers",
+        rows_of("[1, 2, 3]", "rows.json"),
+        "rows.json: found columns text; sft needs conversations: a column messages, conversations (ShareGPT), instruction and output (Alpaca), prompt and completion, or data (raw UltraChat).",
+        NAMED,
+    ),
+    Case(
+        "rows: a broken array",
+        rows_of('[{"messages": [}]', "rows.json"),
+        "rows.json line 1: broken JSON: Expecting value: line 1 column 16 (char 15).",
+        "Mend the line, or remove it.",
+    ),
+    Case(
+        "rows: NaN for a text",
+        rows_of('{"messages": [{"role": "user", "content": NaN}, {"role": "assistant", "content": "b"}]}\n'),
+        "rows.jsonl: none of 1 rows can be used (read as messages): a turn without content: 1 (rows.jsonl row 1).",
+        MEANING,
+    ),
+    Case(
+        "rows: gzip named JSONL",
+        rows_of(gzip.compress(GOOD.encode(), mtime=0)),
+        "rows.jsonl: is a gzip archive, not JSON.",
+        "Unpack it first.",
+    ),
+    Case(
+        "rows: a pointer of Git LFS",
+        rows_of("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"),
+        "rows.jsonl: holds a Git LFS pointer, not the data.",
+        "Fetch the file itself: `git lfs pull`, or `hf download`.",
+    ),
+    Case(
+        "rows: pairs that are equal",
+        pairs_of({"prompt": "q", "chosen": "same", "rejected": "same"}),
+        "rows.jsonl: none of 1 rows can be used (read as preference pairs with a prompt column): chosen equals rejected: 1 (rows.jsonl row 1).",
+        MEANING,
+    ),
+    # -- rows: CSV and Parquet
+    Case(
+        "csv: more cells than the header",
+        rows_of("prompt,completion\na,b\nc,d,e\n", "rows.csv"),
+        "rows.csv: not readable as CSV: Expected 2 fields in line 3, saw 3.",
+        QUOTES,
+    ),
+    Case(
+        "csv: a quote that never ends",
+        rows_of('prompt,completion\n"a,b\nc,d\n', "rows.csv"),
+        "rows.csv: not readable as CSV: EOF inside string starting at row 1.",
+        QUOTES,
+    ),
+    Case(
+        "csv: Latin-1",
+        rows_of("prompt,completion\na,b\nä,b\n".encode("latin-1"), "rows.csv"),
+        "rows.csv line 3: not UTF-8 (byte 1 is 0xe4).",
+        UTF8,
+    ),
+    Case(
+        "csv: semicolons",
+        rows_of("prompt;completion\na;b\n", "rows.csv"),
+        "rows.csv: semicolons stand between the columns: 'prompt;completion'.",
+        "Save the file with commas between them.",
+    ),
+    Case("csv: a header alone", rows_of("prompt,completion\n", "rows.csv"), "rows.csv: empty; there is no row in it."),
+    Case(
+        "csv: really Parquet",
+        rows_of(b"PAR1" + bytes(100), "rows.csv"),
+        "rows.csv: is a Parquet file, not CSV.",
+        "Name a CSV file, with a suffix that fits it.",
+    ),
+    Case(
+        "parquet: a footer of two gigabytes",
+        parquet(2**31 - 1),
+        "rows.parquet: a footer of 2,147,483,647 bytes in a file of 100.",
+        DAMAGED,
+    ),
+    Case(
+        "parquet: a footer of zero bytes",
+        parquet(0),
+        "rows.parquet: a footer of 0 bytes in a file of 100.",
+        DAMAGED,
+    ),
+    Case(
+        "parquet: an encrypted footer",
+        parquet(20, b"PARE"),
+        "rows.parquet: the footer is encrypted.",
+        "Save it without encryption.",
+    ),
+    Case(
+        "parquet: cut off",
+        parquet(20, b"ding"),
+        "rows.parquet: ends with b'ding', a Parquet file with b'PAR1'.",
+        DAMAGED,
+    ),
+    Case(
+        "parquet: four bytes",
+        rows_of(b"PAR1", "rows.parquet"),
+        "rows.parquet: ends with b'', a Parquet file with b'PAR1'.",
+        DAMAGED,
+    ),
+    Case(
+        "parquet: really a text",
+        rows_of("hello\n", "rows.parquet"),
+        "rows.parquet: is not a Parquet file: it begins with b'hello\\n'.",
+        "Make or fetch it again.",
+    ),
+    # -- places
+    Case(
+        "place: a device",
+        lambda tmp, fixtures: show(fixtures, dataset="/dev/zero"),
+        "/dev/zero: is a device, not a file.",
+        SAVED,
+    ),
+    Case(
+        "place: a named pipe",
+        pipe,
+        "rows.jsonl: is a named pipe, not a file.",
+        SAVED,
+    ),
+    Case(
+        "place: links in a circle",
+        circle,
+        "a.jsonl: cannot be looked at: Too many levels of symbolic links.",
+        "Mend that, or name another file.",
+    ),
+    Case(
+        "place: a folder named like a file",
+        folder(),
+        "set.jsonl: no data in this folder.",
+        "Files are named by split: train_sft.jsonl, or data/train_sft-00000-of-00001.parquet (one of .jsonl, .json, .csv, .parquet).",
+    ),
+    Case(
+        "place: a suffix that is not read",
+        rows_of(GOOD, "rows.txt"),
+        "rows.txt: .txt is not read.",
+        "Give one of .jsonl, .json, .csv, .parquet.",
+    ),
+    Case(
+        "place: no such file",
+        keys(dataset="./nowhere.jsonl"),
+        "./nowhere.jsonl: there is no such file or folder.",
+        "The working directory is {tmp}.",
+    ),
+    Case(
+        "place: a name of five thousand letters",
+        keys(dataset="./" + "x" * 5000 + ".jsonl"),
+        "a name is longer than this file system allows: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx… (File name too long)",
+        "Choose a shorter one.",
+    ),
+    Case(
+        "place: control characters in output_dir",
+        keys(output_dir="runs/\x1b[2J\x07"),
+        "the command line: output_dir: holds a control character, or bytes that are no UTF-8 (found 'runs/\\x1b[2J\\x07').",
+    ),
+    Case(
+        "place: an empty model name",
+        keys(model_name_or_path='" "'),
+        "the command line: model_name_or_path: is empty (found ' ').",
     ),
 ]

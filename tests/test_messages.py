@@ -8,16 +8,10 @@ import pytest
 
 from zephyr_lite import cli
 
-from . import malformed_data
+from . import malformed_data, malformed_model, malformed_words
 from .malformed import Case, Fixtures, said
 
-CASES: list[Case] = [*malformed_data.CASES]
-try:
-    from . import malformed_model
-except ImportError:
-    pass
-else:
-    CASES += malformed_model.CASES
+CASES: list[Case] = [*malformed_data.CASES, *malformed_words.CASES, *malformed_model.CASES]
 
 
 @pytest.fixture(scope="session")

@@ -269,7 +269,7 @@ def test_broken_files_of_other_kinds_name_the_file(tmp_path):
     with pytest.raises(UserError, match=r"a\.json line 2"):
         load(tmp_path / "a.json")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(UserError, match=r"a\.parquet: not readable as PARQUET"):
+    with pytest.raises(UserError, match=r"a\.parquet: ends with b'ally'"):
         load(tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("prompt,completion\na,b\na,b,c,d\n")
     with pytest.raises(UserError, match=r"a\.csv: not readable as CSV.*line 3"):

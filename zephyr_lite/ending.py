@@ -121,7 +121,8 @@ def _known(error: BaseException, arguments: Sequence[str]) -> UserError | None:
 def _place(error: BaseException, text: str) -> str:
     """The file that an error of the system names, or else all it says."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{str(error.filename)[:300]} ({error.strerror})"
+        name = str(error.filename)
+        return f"{name if len(name) <= 300 else name[:60] + '…'} ({error.strerror})"
     return text
 
 

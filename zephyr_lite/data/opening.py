@@ -20,6 +20,7 @@ from .screening import LINE_BYTES, read_line, screen
 from .workers import interruptible
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+NAMES = {".jsonl": "JSONL", ".json": "JSON", ".csv": "CSV", ".parquet": "Parquet"}
 CURES = {
     "json": "One object {…} a line, or one array of them.",
     "csv": "Every row has as many cells as the header; a cell with commas, quotes or newlines stands in double quotes.",
@@ -138,7 +139,7 @@ def _read_files(files: list[Path], split: str, label: str) -> datasets.Dataset:
         ):
             raise UserError(f"{label}: empty; there is no row in it.") from None
         said = _root(error).removeprefix("ParserError: Error tokenizing data. C error: ").rstrip(".")
-        raise UserError(f"{label}: not readable as {files[0].suffix[1:].upper()}: {said}.", CURES[builder]) from None
+        raise UserError(f"{label}: not readable as {NAMES[files[0].suffix.lower()]}: {said}.", CURES[builder]) from None
     finally:
         datasets.logging.set_verbosity(verbosity)
     if builder == "csv" and len(loaded.column_names) == 1:

@@ -63,6 +63,8 @@ def screen(file: Path, builder: str) -> int | None:
             if size <= len(start) and not start.strip():
                 raise UserError(f"{file}: the file is empty.")
             _refuse_kinds(file, start, builder)
+            if builder == "parquet":
+                _screen_footer(file, opened, size)
             if builder != "json":
                 return None
             if start.removeprefix(_BOM).startswith(b"["):
@@ -100,6 +102,20 @@ def _refuse_kinds(file: Path, start: bytes, builder: str) -> None:
         )
     if builder == "parquet" and not start.startswith(b"PAR1"):
         raise UserError(f"{file}: is not a Parquet file: it begins with {start[:8]!r}.", "Make or fetch it again.")
+
+
+def _screen_footer(file: Path, opened: Any, size: int) -> None:
+    """A Parquet file ends with its footer, the footer's length in four bytes, and PAR1."""
+    opened.seek(max(0, size - 8))
+    end = opened.read(8)
+    cure = "The file is damaged or was cut off: make or fetch it again."
+    if end[4:] == b"PARE":
+        raise UserError(f"{file}: the footer is encrypted.", "Save it without encryption.")
+    if size < 12 or end[4:] != b"PAR1":
+        raise UserError(f"{file}: ends with {end[4:]!r}, a Parquet file with b'PAR1'.", cure)
+    length = int.from_bytes(end[:4], "little")
+    if not 0 < length <= size - 12:
+        raise UserError(f"{file}: a footer of {length:,} bytes in a file of {size:,}.", cure)
 
 
 def _screen_lines(file: Path, opened: Any) -> int | None:

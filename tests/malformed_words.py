@@ -1,0 +1,263 @@
+"""Malformed configurations, words and files of a run, and what is said of each (``tests/malformed.py`` explains a case)."""
+
+# ruff: noqa: E501 (an exact message is best read in one piece)
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from zephyr_lite.shipped import shipped_configs
+
+from .malformed import Case, Fixtures
+
+Make = Callable[[Path, Fixtures], list[str]]
+UTF8 = "Save the file as UTF-8."
+SAVED = "Save its content to a file first, and name that."
+YAML = "Mend the line."
+
+
+def config_of(content: str | bytes) -> Make:
+    """A configuration of these bytes."""
+
+    def make(tmp: Path, fixtures: Fixtures) -> list[str]:
+        (tmp / "run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+        return ["sft", "--config", "run.yaml"]
+
+    return make
+
+
+def table_of(content: str) -> Make:
+    """A table of ablations of this text."""
+
+    def make(tmp: Path, fixtures: Fixtures) -> list[str]:
+        (tmp / "table.yaml").write_text(content)
+        return ["ablate", "table.yaml"]
+
+    return make
+
+
+def words(*given: str) -> Make:
+    return lambda tmp, fixtures: list(given)
+
+
+def feedback(content: str) -> Make:
+    def make(tmp: Path, fixtures: Fixtures) -> list[str]:
+        (tmp / "job.yaml").write_text(content)
+        return ["feedback", "--config", "job.yaml", "--dry-run"]
+
+    return make
+
+
+def laughs() -> str:
+    lines = ["a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi")]
+    return "\n".join(lines) + "\n"
+
+
+def broken_stage(content: str | bytes) -> Make:
+    """A finished run whose sft stage has these bytes for a stage.json; dpo is asked to go on from it."""
+
+    def make(tmp: Path, fixtures: Fixtures) -> list[str]:
+        (tmp / "runs").mkdir()
+        shutil.copytree(fixtures.run(), tmp / "runs" / "t")
+        (tmp / "runs/t/sft/stage.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+        return ["dpo", "output_dir=runs/t", f"dataset={fixtures.pairs}", "stage=again"]
+
+    return make
+
+
+CASES = [
+    # -- YAML
+    Case(
+        "yaml: a billion laughs",
+        config_of(laughs()),
+        "run.yaml line 5: not readable as YAML: more than 20,000 values, every alias written out.",
+        YAML,
+    ),
+    Case(
+        "yaml: an alias of itself",
+        config_of("dataset: &a [*a]\n"),
+        "run.yaml line 1: not readable as YAML: an alias of what it stands in.",
+        YAML,
+    ),
+    Case(
+        "yaml: nested deep",
+        config_of("memory: " + "[" * 5000),
+        "run.yaml line 1: not readable as YAML: nested more than 30 deep.",
+        YAML,
+    ),
+    Case(
+        "yaml: a key twice",
+        config_of("seed: 1\nlora_r: 2\nseed: 3\n"),
+        "run.yaml line 3: not readable as YAML: key 'seed' stands twice.",
+        YAML,
+    ),
+    Case(
+        "yaml: a Python object",
+        config_of("stage: !!python/object/apply:os.system [id]\n"),
+        "run.yaml line 1: not readable as YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system'.",
+        YAML,
+    ),
+    Case(
+        "yaml: a tab",
+        config_of("memory:\n\tvram: 8GiB\n"),
+        "run.yaml line 2: not readable as YAML: while scanning for the next token found character '\\t' that cannot start any token.",
+        YAML,
+    ),
+    Case(
+        "yaml: Latin-1",
+        config_of("system: grüß dich\n".encode("latin-1")),
+        "run.yaml line 1: not UTF-8 (byte 0xfc).",
+        UTF8,
+    ),
+    Case(
+        "yaml: bytes",
+        config_of(bytes(range(64))),
+        "run.yaml line 1: a NUL byte; this is no text file.",
+        UTF8,
+    ),
+    Case(
+        "yaml: two documents",
+        config_of("seed: 1\n---\nseed: 2\n"),
+        "run.yaml line 2: not readable as YAML: expected a single document in the stream but found another document.",
+        YAML,
+    ),
+    Case(
+        "yaml: a list",
+        config_of("- seed\n"),
+        "run.yaml: expected `key: value` lines, found list.",
+        "Write `seed: 42`, for instance.",
+    ),
+    Case(
+        "yaml: a day that is none",
+        config_of("system: 2024-13-45\n"),
+        "run.yaml line 1: not readable as YAML: '2024-13-45' is read as timestamp, and is none; put it in quotes if it is a text.",
+        YAML,
+    ),
+    Case(
+        "yaml: a key that is a truth value",
+        config_of("on: 1\n"),
+        "run.yaml: expected `key: value` lines, found the key True, which is no word.",
+        "YAML reads on, off, yes, no, numbers and dates as such: put the key in quotes if it is meant as a word.",
+    ),
+    Case(
+        "yaml: two megabytes",
+        config_of("system: " + "x" * 2_000_000),
+        "run.yaml: more than 1,048,576 bytes, the most that is read here.",
+        "Name the right file.",
+    ),
+    Case(
+        "yaml: a device",
+        words("sft", "--config", "/dev/zero"),
+        "/dev/zero: is a device, not a file.",
+        SAVED,
+    ),
+    Case(
+        "yaml: an arm written twice",
+        table_of("arms:\n  a: [{sft: zephyr-7b/sft}]\n  a: [{sft: zephyr-7b/sft}]\n"),
+        "table.yaml line 3: not readable as YAML: key 'a' stands twice.",
+        YAML,
+    ),
+    Case(
+        "yaml: a table without arms",
+        table_of("arms: 5\n"),
+        "table.yaml: arms: Input should be a valid dictionary.",
+        "The shipped tables show what one holds: {root}/configs/tables/alpha-beta.yaml, {root}/configs/tables/recipe.yaml.",
+    ),
+    Case(
+        "yaml: a job with an unknown key",
+        feedback("promts: x\n"),
+        "job.yaml: out, prompts, models, judge missing.",
+        "Give --out, or out: in the file of --config.",
+    ),
+    Case(
+        "yaml: a job's models are a number",
+        feedback("prompts: {path: x}\nmodels: 5\njudge: http://h#m\nout: o\n"),
+        "job.yaml: models[0]: expected an endpoint, found int.",
+        "Write URL#MODEL, a folder, or a mapping with url and model (or path).",
+    ),
+    # -- the command line
+    Case(
+        "words: an unknown key",
+        words("sft", "learning_rat=1"),
+        "the command line: there is no key 'learning_rat'. Did you mean 'learning_rate'?",
+    ),
+    Case("words: neither key nor value", words("sft", "hello"), "'hello' is neither key=value nor --key value."),
+    Case(
+        "words: a key without a value",
+        words("sft", "--seed"),
+        "--seed needs a value.",
+        "Write --seed=true, for instance.",
+    ),
+    Case(
+        "words: a megabyte",
+        words("sft", "system=" + "x" * 2**20),
+        "the command line: 'system': a value of 1,048,576 letters; at most 65,536 are read.",
+        "Put it into a file, and name that with --config.",
+    ),
+    Case(
+        "words: a key of a megabyte",
+        words("sft", "x" * 2**20 + "=1"),
+        "the command line: there is no key 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx…. See the README's list of keys.",
+    ),
+    Case(
+        "words: a number that is none",
+        words("sft", "learning_rate=fast"),
+        "the command line: learning_rate: Input should be a valid number, unable to parse string as a number (found 'fast').",
+    ),
+    Case(
+        "words: not a number",
+        words("sft", "learning_rate=.nan"),
+        "the command line: learning_rate: Input should be a finite number (found nan).",
+    ),
+    Case(
+        "words: an integer of five thousand digits",
+        words("sft", "seed=" + "9" * 5000),
+        "the command line: seed: Input should be a finite number (found inf).",
+    ),
+    Case(
+        "words: an absurd rank",
+        words("sft", "lora_r=1000000000000"),
+        "the command line: lora_r: Input should be less than or equal to 65536 (found 1000000000000).",
+    ),
+    Case(
+        "words: a stage outside of the run",
+        words("sft", "stage=../../etc"),
+        "the command line: stage: a stage's name is one word of letters, digits, '-' and '_'; it becomes a folder's name (found '../../etc').",
+    ),
+    Case(
+        "words: a regular expression for modules",
+        words("sft", "lora_target_modules=(q|k)_proj.*"),
+        "the command line: lora_target_modules: a module is named by its plain name, such as q_proj; regular expressions are not read (found '(q|k)_proj.*').",
+    ),
+    Case(
+        "words: a nested key that is none",
+        words("sft", "dataset.pth=x"),
+        "the command line: there is no key 'dataset.pth'. Did you mean 'dataset.path'?",
+    ),
+    Case(
+        "words: no such configuration",
+        words("sft", "--config", "mine.yaml"),
+        "configuration mine.yaml: there is no such file.",
+        f"Give a YAML file, or a shipped one: {', '.join(shipped_configs())}.",
+    ),
+    # -- a run's own files
+    Case(
+        "run: a stage.json that was cut off",
+        broken_stage('{"format": 1, "status": "compl'),
+        "runs/t/sft/stage.json: not readable as JSON: Unterminated string starting at: line 1 column 25 (char 24).",
+        "Restore the file, or start in another folder.",
+    ),
+    Case(
+        "run: a stage.json that is a list",
+        broken_stage("[]"),
+        "runs/t/sft/stage.json: expected a JSON object, found list.",
+    ),
+    Case(
+        "run: a stage.json of bytes",
+        broken_stage(b"\xff\xfe\x00"),
+        "runs/t/sft/stage.json: not readable as JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte.",
+        "Restore the file, or start in another folder.",
+    ),
+]
