@@ -19,7 +19,9 @@ from tests import faults
 from tests.faults import KINDS, NUMBERS, PRIMITIVES, Died, Trial, faulty, fits, left_aside
 from tests.kill import Ground
 from zephyr_lite import files
+from zephyr_lite.config import RunConfig
 from zephyr_lite.manifest import MANIFEST, manifest_fault, write_manifest
+from zephyr_lite.model.load import load_base
 from zephyr_lite.train import reference
 
 ROOT = Path(files.__file__).parent
@@ -258,6 +260,32 @@ def trial(tmp_path_factory, tiny_base, chat_rows, pair_rows):
 def test_a_run_survives_the_fault(trial, name, kind, what, number):
     points = [at for at in trial.points(name, kind) if trial.what(name, at).startswith(what)]
     assert trial.fail(name, points[number], kind) == []
+
+
+def test_a_quantized_base_that_could_not_be_written_is_made_at_the_next_start(tmp_path, monkeypatch, tiny_base):
+    """Where the cache cannot be written the base is quantized in memory, and that is said."""
+
+    def start(place: Path) -> tuple[list[str], dict[str, bytes]]:
+        monkeypatch.setenv("ZEPHYR_LITE_CACHE", str(tmp_path / place))
+        said: list[str] = []
+        load_base(RunConfig(model_name_or_path=str(tiny_base)), say=said.append)
+        kept = (tmp_path / place).rglob("*.safetensors")
+        return said, {path.name: path.read_bytes() for path in kept if not files._ASIDE.search(str(path))}
+
+    with faulty() as layer:
+        _, right = start("whole")
+    assert len(right) == 1 and not layer.unsafe
+    points = [at for at, (primitive, _) in enumerate(layer.calls) if fits("full", primitive)]
+    for number, at in enumerate(points[::3]):
+        place, kind = f"fault{at}", ("full", "died")[number % 2]
+        with faulty(at, kind):
+            try:
+                said, _ = start(place)
+                assert kind == "full" and "No space left" in said[-1] and "in memory" in said[-1]
+            except Died:
+                assert kind == "died"
+        assert start(place)[1] == right
+        assert left_aside(tmp_path / place) == []
 
 
 def test_a_run_with_a_flipped_bit_goes_on_from_the_checkpoint_before(trial):
