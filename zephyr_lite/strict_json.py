@@ -39,8 +39,14 @@ def parse(raw: bytes, *, strict: bool = True) -> Any:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
     try:
         if strict:
-            return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        return json.loads(text)
+            value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        else:
+            value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a surrogate pair, which no file can be written with") from None
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
 
