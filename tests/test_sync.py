@@ -16,8 +16,9 @@ from tests.test_train import dpo_words, killed_at, metrics, quiet, words
 from zephyr_lite.config import RunConfig, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.manifest import manifest_fault, write_manifest
+from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.model.peft_files import read_adapter
-from zephyr_lite.rundir import StageDir
+from zephyr_lite.rundir import StageDir, newest_run
 from zephyr_lite.sync import Mirror, catch_up, open_mirror, restore
 from zephyr_lite.sync import folder as folder_file
 from zephyr_lite.sync import hub as hub_file
@@ -378,6 +379,19 @@ def test_a_start_that_kept_nothing_gives_way(tmp_path, synced):
     shutil.rmtree(tmp_path / "a")
     AStage(tmp_path / "a", id="two")
     assert "at checkpoint-4" in brought(tmp_path)[0]
+
+
+def test_a_start_that_was_killed_while_it_fetched_is_in_nobodys_way(tmp_path, synced):
+    """What it left aside looks like a stage: half a one, or a whole one."""
+    shutil.rmtree(tmp_path / "a")
+    for name, text in ((".sft.0123abcd", '{"status"'), (".dpo.89abcdef", '{"status": "complete", "id": "two"}')):
+        (tmp_path / "a" / name / "checkpoint-2").mkdir(parents=True)
+        (tmp_path / "a" / name / "stage.json").write_text(text)
+    assert newest_run(tmp_path) is None
+    with pytest.raises(UserError, match="no complete stage"):
+        chain_of_run(tmp_path / "a")
+    assert "at checkpoint-4" in brought(tmp_path)[0]
+    assert there(tmp_path / "a") == ["sft"]
 
 
 def test_a_folder_of_somebody_else_is_not_replaced(tmp_path, synced):

@@ -102,12 +102,18 @@ class StageDir:
 def newest_run(root: Path, *, stage_complete: str | None = None) -> Path | None:
     """The run under ``root`` whose stage changed last; with ``stage_complete`` only runs whose stage of that name is done."""
     candidates = []
-    for info in root.glob(f"*/*/{STAGE_FILE}"):
-        stage = StageDir(info.parent)
-        with suppress(UserError, OSError):  # a broken one is its own run's affair
-            if stage_complete is None or (stage.path.name == stage_complete and stage.complete()):
-                candidates.append((info.stat().st_mtime_ns, stage.run))
+    for run in root.glob("*"):
+        for stage in stages_of(run):
+            with suppress(UserError, OSError):  # a broken one is its own run's affair
+                if stage_complete is None or (stage.path.name == stage_complete and stage.complete()):
+                    candidates.append(((stage.path / STAGE_FILE).stat().st_mtime_ns, stage.run))
     return max(candidates)[1] if candidates else None
+
+
+def stages_of(run: Path) -> list[StageDir]:
+    """A run's stages, by name. What a killed process left aside (``.NAME.xxxxxxxx``) is none, whatever it holds."""
+    found = [file.parent for file in run.glob(f"*/{STAGE_FILE}") if not file.parent.name.startswith(".")]
+    return [StageDir(path) for path in sorted(found)]
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..rundir import STAGE_FILE, StageDir, newest_run
+from ..rundir import STAGE_FILE, StageDir, newest_run, stages_of
 from ..stage_info import checked
 from .peft_files import AdapterFile, fetch_adapter, read_adapter
 
@@ -107,10 +107,10 @@ def check_order(adapters: list[AdapterFile]) -> None:
 
 def _newest(root: Path) -> Path:
     done, broken = [], []
-    for path in root.glob(f"*/*/{STAGE_FILE}"):
+    for stage in (stage for run in root.glob("*") for stage in stages_of(run)):
         try:
-            if StageDir(path.parent).complete():
-                done.append((path.stat().st_mtime_ns, path.parent.parent))
+            if stage.complete():
+                done.append(((stage.path / STAGE_FILE).stat().st_mtime_ns, stage.run))
         except UserError as error:  # another run's affair, unless it is the only one
             broken.append(error)
     if not done and broken:
@@ -126,8 +126,8 @@ def _newest(root: Path) -> Path:
 
 def _last_stage(run: Path, name: str | None) -> tuple[StageDir, dict[str, Any]]:
     found = []
-    for path in sorted(run.glob(f"*/{STAGE_FILE}")):
-        stage = StageDir(path.parent)
+    for stage in stages_of(run):
+        path = stage.path / STAGE_FILE
         if name not in (None, stage.path.name):
             continue  # what is wrong with another stage does not matter
         info = stage.info()

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..files import folder_aside, make_folder, sweep
 from ..lock import alone
 from ..manifest import MANIFEST, manifest_fault
-from ..rundir import STAGE_FILE, StageDir
+from ..rundir import STAGE_FILE, StageDir, stages_of
 from .place import CHECKPOINT, Place, PlaceError, info_there, is_copied, marks, place_of, run_name
 
 Say = Callable[[str], None]
@@ -30,6 +30,7 @@ def restore(config: RunConfig, say: Say) -> None:
     place = place_of(config)
     run = Path(config.output_dir)
     with alone(run, say):
+        sweep(run, alone=True)  # what a killed start had fetched a part of
         try:
             _Fetch(place, run, run_name(config), say).run_for(config.stage)
         except PlaceError as error:
@@ -79,8 +80,7 @@ class _Fetch:
 
     def _same_run(self, infos: dict[str, dict[str, Any]]) -> None:
         theirs = {mark for folder, info in infos.items() for mark in marks(folder, info)}
-        here = [StageDir(path) for path in sorted(self.run.iterdir()) if path.is_dir()] if self.run.is_dir() else []
-        kept = [stage for stage in here if _kept(stage)]
+        kept = [stage for stage in stages_of(self.run) if _kept(stage)]
         ours = {mark for stage in kept for mark in marks(stage.path.name, stage.info() or {})}
         if kept and infos and not ours & theirs:
             begun = min(str(info.get("created", "?")) for info in infos.values())
@@ -124,7 +124,6 @@ class _Fetch:
         if _kept(here):
             return self._fill(here.path, here.path.name, folders, checkpoints)
         make_folder(here.path.parent)
-        sweep(here.path.parent, here.path.name)
         with folder_aside(here.path) as aside:  # replaces what a start without a checkpoint left
             return self._fill(aside, here.path.name, folders, checkpoints)
 

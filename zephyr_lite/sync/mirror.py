@@ -12,7 +12,7 @@ from pathlib import Path
 from ..config import RunConfig
 from ..errors import Interrupted, UserError
 from ..manifest import MANIFEST
-from ..rundir import STAGE_FILE, StageDir
+from ..rundir import STAGE_FILE, StageDir, stages_of
 from .place import CHECKPOINT, Place, PlaceError, info_there, is_copied, marks, place_of, run_name
 
 Say = Callable[[str], None]
@@ -225,8 +225,8 @@ class Mirror:
 
     def _send_others(self) -> None:
         """The run's complete stages, which this one may stand on: they may have been trained without ``sync``."""
-        for file in sorted(self.stage.run.glob(f"*/{STAGE_FILE}")):
-            other = StageDir(file.parent)
+        for other in stages_of(self.stage.run):
+            file = other.path / STAGE_FILE
             folder = f"{self.folder.rsplit('/', 1)[0]}/{other.path.name}"
             if other.path == self.stage.path or not other.complete():
                 continue

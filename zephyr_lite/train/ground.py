@@ -14,7 +14,7 @@ from ..model.chain import chain_of_run, check_order
 from ..model.load import fingerprint
 from ..model.peft_files import AdapterFile, fetch_adapter, read_adapter
 from ..model.plan import Plan
-from ..rundir import STAGE_FILE, StageDir
+from ..rundir import STAGE_FILE, StageDir, stages_of
 from ..stage_info import TO_GO_ON, checked
 from ..sync import catch_up
 from .changes import Changes, adapters_difference, base_difference, config_changes
@@ -82,9 +82,9 @@ def finished(stage: StageDir, info: dict[str, Any]) -> StageComplete:
 
 def run_id(run: Path) -> str:
     """What tells a run from another of the same name; its stages share it."""
-    for file in sorted(run.glob(f"*/{STAGE_FILE}")):
+    for stage in stages_of(run):
         with contextlib.suppress(UserError):  # a broken one among them is its own stage's affair
-            found = (StageDir(file.parent).info() or {}).get("id")
+            found = (stage.info() or {}).get("id")
             if isinstance(found, str) and found:
                 return found
     return uuid.uuid4().hex
