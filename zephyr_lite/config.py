@@ -165,7 +165,7 @@ class RunConfig(BaseModel):
             raise ValueError("a stage's name is one word of letters, digits, '-' and '_'; it becomes a folder's name")
         return value
 
-    @field_validator("model_name_or_path", "model_revision", "output_dir", "chat_template", "push_to_hub", "sync")
+    @field_validator("model_name_or_path", "model_revision", "output_dir", "push_to_hub", "sync")
     @classmethod
     def _is_a_place(cls, value: str | None) -> str | None:
         return value if value is None else place(value)
