@@ -17,7 +17,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the user's Ctrl-C; what a batch sys
 class StopRequest:
     """As a context, it takes the process's SIGINT and SIGTERM: the first is remembered, a second one raises at once.
 
-    Outside the main thread, where Python delivers no signals, nothing is taken and nothing is ever asked for.
+    Outside the main thread, where Python delivers no signals, nothing is taken and nothing is ever asked for; what whoever
+    started the process wants ignored stays ignored.
 
     Args:
         finishing: what is told (on standard error) when the first one comes: what will be finished.
@@ -34,7 +35,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._came) for number in SIGNALS}
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, a background job
+                    self._before[number] = signal.signal(number, self._came)
         return self
 
     def __exit__(self, *exc: object) -> None:
