@@ -53,13 +53,13 @@ def manifest_fault(folder: Path, *, deep: bool = True) -> str | None:
     for name, (size, digest) in files.items():
         path = folder / name
         try:
+            if not path.is_file():  # a pipe would be waited for
+                return f"{name} is missing"
             found = path.stat().st_size
             if found != size:
                 return f"{name} has {found:,} bytes, {size:,} were written"
             if deep and file_sha256(path) != digest:
                 return f"{name} has another hash than was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
