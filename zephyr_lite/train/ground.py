@@ -14,6 +14,7 @@ from ..model.chain import chain_of_run, check_order
 from ..model.load import fingerprint
 from ..model.peft_files import AdapterFile, fetch_adapter, read_adapter
 from ..model.plan import Plan
+from ..model.tokenizer import check_vocabulary
 from ..rundir import STAGE_FILE, StageDir, stages_of
 from ..stage_info import TO_GO_ON, checked
 from ..sync import catch_up
@@ -162,8 +163,5 @@ def same_base(frozen: list[AdapterFile], ours: str, folder: Path) -> None:
 
 
 def vocabulary_fits(tokenizer: Any, config: Any, folder: Path) -> None:
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer knows {len(tokenizer):,} tokens, the model {config.vocab_size:,}.",
-            "Use the tokenizer that belongs to this model.",
-        )
+    """Refuse a tokenizer that gives ids for which the base of this configuration has no embedding."""
+    check_vocabulary(tokenizer, config.vocab_size, folder)
