@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from ..data.template_trial import reason, try_template
 from ..errors import UserError
 from ..files import copy_file, make_folder, write_json
+from ..model.check_weights import empty_model
 from ..model.config_file import check_config_file
-from ..model.load import empty_model, fetch_base, read_model_config
-from ..model.shards import INDEX, SINGLE, again, checked_place, open_shards
+from ..model.load import fetch_base, read_model_config
+from ..model.shards import INDEX, SINGLE, again, checked_place, open_shards, packed_shape
 from ..model.tokenizer import load_tokenizer
 from ..ops.nf4 import StoredNf4, read_stored
 from ..safetensors_stream import DTYPE_NAMES, DTYPES, FLOATS, Entry, SafetensorsFile, nbytes
-from ..strict_json import is_whole, parse, read_object, shown
+from ..strict_json import is_whole, read_object, shown
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -61,7 +62,7 @@ class BaseFiles:
         self.folder = folder
         self.config = check_config_file(folder)
         self._files = open_shards(folder)
-        self._where = {tensor: name for name, file in self._files.items() for tensor in file.entries}
+        self._holds = {tensor: file for file in self._files.values() for tensor in file.entries}
         self.quantized = self._find_quantized()
         parts = {f"{weight}.{part}" for weight in self.quantized for part in _NF4_PARTS}
         self.entries: dict[str, Entry] = {}
@@ -80,7 +81,7 @@ class BaseFiles:
             return set()
         found = {
             name.removesuffix(".quant_state.bitsandbytes__nf4")
-            for name in self._where
+            for name in self._holds
             if name.endswith(".quant_state.bitsandbytes__nf4")
         }
         if not found or settings.get("bnb_4bit_quant_type") != "nf4":
@@ -90,7 +91,7 @@ class BaseFiles:
                 "bitsandbytes' NF4 can be merged onto.",
                 "Give the 16-bit base with --base.",
             )
-        if absent := sorted(found - set(self._where)):
+        if absent := sorted(found - set(self._holds)):
             raise UserError(
                 f"{self.folder}: {shown(absent[0])} has a quant_state and no weight.", "Fetch the model again."
             )
@@ -98,15 +99,7 @@ class BaseFiles:
 
     def _dequantized(self, entry: Entry) -> Entry:
         dtype = self.nf4_output_dtype
-        try:
-            state = parse(bytes(self.tensor(f"{entry.name}.quant_state.bitsandbytes__nf4").view(torch.uint8).numpy()))
-            shape = (state["shape"][0], state["shape"][1])
-            if not all(is_whole(n) and n > 0 for n in shape) or -(-shape[0] * shape[1] // 2) != entry.nbytes:
-                raise ValueError("the shape is another one's")
-        except (ValueError, KeyError, IndexError, TypeError, RuntimeError):
-            raise UserError(
-                f"{self.folder}: {shown(entry.name)} has no readable quant_state.", "Fetch the model again."
-            ) from None
+        shape = packed_shape(self._holds, entry.name)
         return Entry(entry.name, dtype, shape, 0, nbytes(dtype, shape))
 
     @cached_property
@@ -125,7 +118,7 @@ class BaseFiles:
         return str(DTYPES[sizes.most_common(1)[0][0]]).removeprefix("torch.") if sizes else "float32"
 
     def _file(self, name: str) -> SafetensorsFile:
-        return self._files[self._where[name]]
+        return self._holds[name]
 
     def tensor(self, name: str) -> Tensor:
         """A stored tensor, mapped: read-only."""
@@ -140,8 +133,8 @@ class BaseFiles:
         Raises:
             UserError: it is incomplete, or in another 4-bit format.
         """
-        stored = {"": self.tensor(weight)} if weight in self._where else {}
-        stored |= {part: self.tensor(f"{weight}.{part}") for part in _NF4_PARTS if f"{weight}.{part}" in self._where}
+        stored = {"": self.tensor(weight)} if weight in self._holds else {}
+        stored |= {part: self.tensor(f"{weight}.{part}") for part in _NF4_PARTS if f"{weight}.{part}" in self._holds}
         try:
             return read_stored(stored)
         except (LookupError, ValueError, AssertionError, TypeError, AttributeError, RuntimeError) as error:

@@ -20,13 +20,12 @@ from transformers.utils import logging
 from ..config import RunConfig
 from ..errors import UserError
 from ..strict_json import read_object, shown
-from .config_file import check_config_file
+from .check_weights import check_weights, stored_settings
+from .config_file import FAMILIES, check_config_file
 from .fetch import fetch_base
 from .quantized import Recipe, quantized_folder
-from .shards import again, check_layers, check_shapes, open_shards
+from .shards import again
 from .tokenizer import check_vocabulary, load_tokenizer
-
-FAMILIES = ("mistral", "llama")
 
 
 @dataclass(frozen=True)
@@ -228,37 +227,6 @@ def load_base(
     )
 
 
-def check_weights(folder: Path, config: Any) -> None:
-    """Every file of the weights, checked before transformers sees them: index, headers, and shapes where they are known.
-
-    Raises:
-        UserError: a file is broken or another model's; names the file and the tensor.
-    """
-    files = list(open_shards(folder).values())
-    if config.model_type not in FAMILIES:
-        return
-    check_layers(folder, files, config.num_hidden_layers)
-    check_shapes(files, empty_model(folder, config).state_dict())
-
-
-def empty_model(folder: Path, config: Any) -> Any:
-    """The model of a configuration, on the meta device.
-
-    Raises:
-        UserError: transformers cannot build it.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # a model's own code on a stranger's numbers
-        what = shown(" ".join(str(error).split()) or type(error).__name__, 300)
-        raise UserError(
-            f"{folder}/config.json: not a model that transformers builds: {what}.", again(folder / "config.json")
-        ) from error
-
-
 def _leave_the_file(model: Any) -> None:
     """Copy what transformers mapped from a file, but for the decoder's projections, into memory of its own.
 
@@ -333,14 +301,7 @@ def frozen_base(
 def quantization_of(config: RunConfig, stored: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool, bool]:
     """What to hand to from_pretrained, whether the base is in 4 bits, and whether its scales are quantized too."""
     if stored is not None:
-        stored = stored if isinstance(stored, dict) else stored.to_dict()
-        if not stored.get("load_in_4bit") or stored.get("bnb_4bit_quant_type") != "nf4":
-            raise UserError(
-                f"{folder}/config.json: the base is stored quantized as {stored.get('quant_method')}"
-                f"/{stored.get('bnb_4bit_quant_type', 'other')}; only bitsandbytes' NF4 can be trained on.",
-                "Use the 16-bit base, or one quantized to NF4.",
-            )
-        return None, True, bool(stored.get("bnb_4bit_use_double_quant"))
+        return None, True, bool(stored_settings(stored, folder).bnb_4bit_use_double_quant)
     if not config.load_in_4bit:
         return None, False, False
     return (

@@ -6,19 +6,21 @@ before it sees a folder: names, links, headers, and that every tensor is where t
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..safetensors_stream import SafetensorsFile
-from ..strict_json import read_object, shown
+from ..safetensors_stream import SafetensorsFile, nbytes
+from ..strict_json import is_whole, parse, read_object, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.", re.ASCII)
-_QUANT_STATE = ".quant_state.bitsandbytes__"
+QUANT_STATE = ".quant_state.bitsandbytes__"
+_COMPUTED = ("float32", "float16", "bfloat16")
 
 
 def local_folder(name: str) -> Path | None:
@@ -170,21 +172,70 @@ def check_layers(folder: Path, files: Iterable[SafetensorsFile], layers: int) ->
         )
 
 
-def check_shapes(files: Iterable[SafetensorsFile], model: Mapping[str, Any]) -> None:
+def check_shapes(files: Iterable[SafetensorsFile], model: Mapping[str, Any], *, packed: Callable[[str], bool]) -> None:
     """Refuse files that are another model's: by names and shapes alone, before anything of 15 GB is read.
 
     Args:
         model: name → tensor (on the meta device) of the model that config.json describes.
+        packed: whether a tensor is kept in NF4, by its name; its parts are read and compared then.
 
     Raises:
-        UserError: names the tensor, the file, and both shapes.
+        UserError: names the tensor, the file, and both shapes; or what is missing of a weight in NF4.
     """
-    entries = {name: (file, entry) for file in files for name, entry in file.entries.items()}
-    packed = {name.partition(_QUANT_STATE)[0] for name in entries if _QUANT_STATE in name}
-    for name, (file, entry) in entries.items():
-        if name in model and name not in packed and tuple(model[name].shape) != entry.shape:
+    holds = {name: file for file in files for name in file.entries}
+    for name, file in holds.items():
+        if name not in model:
+            continue
+        shape = packed_shape(holds, name) if packed(name) else file.entries[name].shape
+        if tuple(model[name].shape) != shape:
             raise UserError(
-                f"{file.path}: tensor {shown(name)} is {list(entry.shape)}; by config.json it is "
-                f"{list(model[name].shape)}.",
+                f"{file.path}: tensor {shown(name)} is {list(shape)}; by config.json it is {list(model[name].shape)}.",
                 "The files belong to different models; fetch the model again.",
             )
+
+
+def packed_shape(holds: Mapping[str, SafetensorsFile], weight: str) -> tuple[int, ...]:
+    """Shape of a weight that bitsandbytes keeps in NF4, whose parts are there and fit together.
+
+    Args:
+        holds: tensor → the file that has it.
+
+    Raises:
+        UserError: a part is missing or of another size, or it is another format than NF4 in blocks of 64.
+    """
+    file = holds[weight]
+    try:
+        name = f"{weight}{QUANT_STATE}nf4"
+        buffer = io.BytesIO()
+        if holds[name].entries[name].nbytes > 10_000:
+            raise ValueError("its quant_state is too long")
+        holds[name].copy_bytes(name, buffer)
+        state = parse(buffer.getvalue())
+        rows, width = state["shape"]
+        if not (is_whole(rows) and is_whole(width) and rows > 0 and width > 0):
+            raise ValueError(f"its shape is {shown(state['shape'])}")
+        if state["quant_type"] != "nf4" or state["blocksize"] != 64 or state["dtype"] not in _COMPUTED:
+            raise ValueError("it is in another format than NF4 in blocks of 64")
+        blocks = -(-rows * width // 64)
+        wanted = {"": ("U8", -(-rows * width // 2)), ".quant_map": ("F32", 16), ".absmax": ("F32", blocks)}
+        if f"{weight}.nested_absmax" in holds:
+            offset = state["nested_offset"]
+            if state["nested_blocksize"] != 256 or state["nested_dtype"] != "float32" or not isinstance(offset, float):
+                raise ValueError("its scales are quantized in another way than bitsandbytes' own")
+            wanted[".absmax"] = ("U8", blocks)
+            wanted |= {".nested_absmax": ("F32", -(-blocks // 256)), ".nested_quant_map": ("F32", 256)}
+        for part, (dtype, count) in wanted.items():
+            entry = holds[weight + part].entries[weight + part]
+            # the packed codes may be kept as numbers of any width (bnb_4bit_quant_storage)
+            if (part and entry.dtype != dtype) or entry.nbytes != nbytes(dtype, (count,)):
+                raise ValueError(f"{shown(weight + part)} is {entry.dtype} {list(entry.shape)}")
+    except KeyError as error:
+        raise UserError(
+            f"{file.path}: {shown(weight)} is not whole in NF4: there is no {shown(error.args[0])}.",
+            "Fetch the model again.",
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file.path}: {shown(weight)} is not whole in NF4: {shown(error, 200)}.", "Fetch the model again."
+        ) from None
+    return rows, width
