@@ -492,7 +492,7 @@ def test_a_stage_of_the_other_method(refused, sft_words, dpo_words, runs):
 
 def test_an_output_dir_that_is_a_file(refused, sft_words, tmp_path):
     (tmp_path / "taken").write_text("mine")
-    refused(*sft_words, "output_dir=taken", says=("taken/sft", "Choose another output_dir"))
+    refused(*sft_words, "output_dir=taken", says=("taken", "Choose another output_dir"))
     assert (tmp_path / "taken").read_text() == "mine"
 
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError
 from .foreign_keys import rename, unknown_key
 from .reading import place
 from .shipped import find_config
-from .strict_yaml import WORD, read_word, read_yaml
+from .strict_yaml import WORD, dump_yaml, read_word, read_yaml
 from .words import short
 
 Method = Literal["sft", "dpo"]
@@ -278,11 +277,6 @@ def load_config(
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; ``load_config`` reads it back to the same values."""
     return dump_yaml(config.model_dump(mode="json"))
-
-
-def dump_yaml(values: dict[str, Any]) -> str:
-    """``key: value`` lines, in the given order."""
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def read_dumped(path: Path) -> dict[str, Any]:

@@ -132,3 +132,8 @@ def _load(text: str) -> Any:
         return loader.get_single_data()
     finally:
         loader.dispose()
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """``key: value`` lines, in the given order."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -189,7 +189,7 @@ def as_messages(value: Any, column: str) -> list[Message]:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # a CSV cell
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RowError(f"{column} is a text that is not JSON") from None
     if isinstance(value, Mapping):
         value = [value]

@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ..config import dump_yaml
 from ..errors import UserError
-from ..rundir import write_text
+from ..files import write_text
+from ..strict_yaml import dump_yaml
 
 CONFIG = "config.yaml"
 

@@ -86,7 +86,7 @@ def spread(topics: list[str], kinds: list[str], seed: int) -> list[tuple[str, st
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if isinstance(value, list):
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
         value = dict.fromkeys(value)
     if not isinstance(value, dict) or not all(isinstance(key, str) and key.strip() for key in value):
         raise UserError(f"{where}: topics and kinds are names, in a list or before a colon; found {str(value)[:60]!r}.")

@@ -1,0 +1,147 @@
+"""How a command ends when it does not end well: signals, what is said of an interruption, the machine's faults."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zephyr_lite import cli
+from zephyr_lite.console import Console
+from zephyr_lite.ending import interrupted_line
+from zephyr_lite.errors import Interrupted, UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def invoke(capsys):
+    """Run a command: (exit code, standard output, standard error)."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = cli.run(list(words))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "main memory is full: MemoryError"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "main memory is full"),
+        (
+            OSError(errno.EIO, "Input/output error", "runs/x"),
+            "the disk cannot be read or written: runs/x (Input/output error)",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "runs/x"), "your quota on this disk is used up: runs/x"),
+        (OSError(errno.EROFS, "Read-only file system", "runs/x"), "the disk can only be read: runs/x"),
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (OSError(errno.EACCES, "Permission denied", "runs/x"), "access is not allowed: runs/x"),
+        (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+        (
+            type("SafetensorError", (Exception,), {})("I/O error: No space left on device (os error 28)"),
+            "the disk is full",
+        ),
+        (RuntimeError("while generating"), "the disk is full: cache/x (No space left on device)"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else f"{type(value).__name__}-{getattr(value, 'errno', '')}",
+)
+def test_what_is_the_machines_fault_is_no_fault_of_ours(invoke, monkeypatch, error, says):
+    if type(error) is RuntimeError:
+        error.__cause__ = OSError(errno.ENOSPC, "No space left on device", "cache/x")
+
+    def broken():
+        raise error
+
+    monkeypatch.setattr("zephyr_lite.environment.survey", broken)
+    code, out, err = invoke("env")
+    assert code == 2 and says in err and err.startswith("error: ") and "Traceback" not in out + err
+    assert invoke("env", "--verbose")[0] == 2
+
+
+def test_what_a_command_says_when_it_stopped_in_good_order(invoke, monkeypatch):
+    def stopped(*_):
+        raise Interrupted("stopped after step 3; the same command goes on")
+
+    monkeypatch.setattr("zephyr_lite.cli._train", stopped)
+    assert invoke("sft")[::2] == (130, "stopped after step 3; the same command goes on\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["sft", "seed=1"], "from the last checkpoint, or from the start"),
+        (["demo", "--out", "x"], "a finished stage is not run again"),
+        (["ablate"], "a finished stage is not run again"),
+        (["merge", "--out", "x"], "appears only when it is whole"),
+        (["data", "pairs", "x"], "appears only when it is whole"),
+    ],
+)
+def test_what_is_true_of_an_interrupted_command(words, says):
+    assert says in interrupted_line(words)
+
+
+@pytest.mark.parametrize("words", [["env"], ["data", "show"], ["data", "stats"], ["plan"], ["sft", "--dry-run"], []])
+def test_nothing_is_promised_of_a_command_that_keeps_nothing(words):
+    assert interrupted_line(words) == "interrupted"
+
+
+@pytest.mark.parametrize("words", [["sfft"], ["merge"], ["data", "nothing"]])
+def test_wrong_usage_shows_its_traceback_on_request_only(invoke, words):
+    code, _, err = invoke(*words)
+    assert code == 2 and "Traceback" not in err and err.startswith("Usage: zephyr-lite")
+    code, _, err = invoke(*words, "--verbose")
+    assert code == 2 and "Traceback" in err
+
+
+def started(body: str) -> subprocess.Popen[str]:
+    """A command in a process of its own, with another body; torch is not imported."""
+    code = f"import time, zephyr_lite.cli as c\ndef body(words):\n{body}\nc._run = body\nc.main(['env'])"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+WAITS = " print('here', flush=True)\n time.sleep(60)"
+CLEANS = (
+    " try:\n  print('here', flush=True)\n  time.sleep(60)\n finally:\n  print('here', flush=True)\n  time.sleep(60)"
+)
+
+
+def test_signals_end_a_command_and_a_second_one_at_once():
+    one, two = started(WAITS), started(CLEANS)
+    assert one.stdout.readline() == two.stdout.readline() == "here\n"
+    one.send_signal(signal.SIGTERM)
+    two.send_signal(signal.SIGINT)
+    assert two.stdout.readline() == "here\n"  # it is cleaning up, and never ready
+    two.send_signal(signal.SIGTERM)
+    assert one.wait(timeout=30) == two.wait(timeout=30) == 130
+    assert one.stderr.read() == "interrupted\n" and two.stderr.read() == ""
+
+
+def test_an_output_that_cannot_be_written():
+    version = [sys.executable, "-m", "zephyr_lite", "--version"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(version, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+        assert (
+            done.returncode == 2
+            and done.stderr.startswith("error: the disk is full")
+            and "Traceback" not in done.stderr
+        )
+        wrong = subprocess.run([*version[:3], "sfft"], stdout=full, stderr=full, cwd=ROOT, check=False)
+        assert wrong.returncode == 2
+
+
+def test_control_characters_are_shown_as_they_are_written(capsys):
+    console = Console()
+    console.say("a\x1b[2Jb\x9b\u202e\ud800\nd")
+    console.user_error(UserError("runs/\x07: no", "\x1b]0;title\x07"))
+    out, err = capsys.readouterr()
+    assert out == "a\\x1b[2Jb\\x9b\\u202e\\ud800\nd\n"
+    assert err == "error: runs/\\x07: no\n\\x1b]0;title\\x07\n"
