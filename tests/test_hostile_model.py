@@ -316,9 +316,7 @@ def test_another_base_by_name_is_said():
     assert other_base({"base_model_name_or_path": "o/n"}, "o/n") is None
     assert other_base({"base_model_name_or_path": "o/n"}, "/models/n") is None  # the same, moved
     assert other_base({}, "o/n") is None
-    assert "trained on o/n, as it says, and stands on o/m" in (
-        other_base({"base_model_name_or_path": "o/n"}, "o/m") or ""
-    )
+    assert "trained on o/n; here it stands on o/m" in (other_base({"base_model_name_or_path": "o/n"}, "o/m") or "")
 
 
 @pytest.mark.parametrize("targets", [[".*q_proj"], ["(a+)+.q_proj"], ["q_proj\n"], ["lm_head"]])

@@ -32,6 +32,7 @@ from ..model.load import (
     load_base,
     load_tokenizer,
 )
+from ..model.peft_config import other_base
 from ..rundir import StageDir
 from .check import LogpDifference, compare_logps, folder_logps
 from .weights import MergeReport, adapter_only, merge
@@ -76,6 +77,9 @@ def run_merge(
     name = chain.base["name_or_path"]
     where = f"{chain.run}, stage {chain.stage}" if chain.run is not None else "explicit adapters"
     say(f"{where}: {' + '.join([name, *(str(a.path) for a in chain.adapters)])}")
+    for adapter in chain.adapters if adapters else ():
+        if (told := other_base(adapter.config, name)) is not None:
+            say(f"{adapter.path}: {told}")
     if as_adapter:
         adapter_only(
             chain.adapters,

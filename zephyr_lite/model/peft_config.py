@@ -108,8 +108,8 @@ def other_base(config: Mapping[str, Any], name_or_path: str) -> str | None:
     if not told or told == name_or_path or Path(told).name == Path(name_or_path).name:
         return None
     return (
-        f"it was trained on {shown(told)}, as it says, and stands on {name_or_path} here; the shapes fit, and if the weights "
-        "are others it is worthless"
+        f"it says that it was trained on {shown(told)}; here it stands on {name_or_path}, which is right only if those are the "
+        "same weights"
     )
 
 

@@ -12,6 +12,7 @@ from ..config import Method, RunConfig
 from ..errors import UserError
 from ..model.chain import chain_of_run, check_order
 from ..model.load import fingerprint
+from ..model.peft_config import other_base
 from ..model.peft_files import AdapterFile, fetch_adapter, read_adapter
 from ..model.plan import Plan
 from ..model.tokenizer import check_vocabulary
@@ -109,7 +110,7 @@ def plan_then(stage: StageDir, before: dict[str, Any], layers: int) -> Plan:
         fits = fits and isinstance(plan.offload, int) and isinstance(plan.stream, bool)
         fits = fits and set(plan.keep) <= {"input", "attention", "all"} and plan.reference in ("together", "own")
         fits = fits and isinstance(plan.free_bytes, int) and isinstance(plan.bytes_per_token, int)
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: its plan is none of this version's ({error}).", hint) from None
     if not fits:
         raise UserError(f"{file}: its plan holds what no plan holds.", hint)
@@ -124,6 +125,9 @@ def adapters_below(method: Method, config: RunConfig, stage: StageDir, say: Call
         return []
     if config.adapters:
         adapters = [read_adapter(fetch_adapter(name)) for name in config.adapters]
+        for adapter in adapters:
+            if (told := other_base(adapter.config, config.model_name_or_path)) is not None:
+                say(f"adapter {adapter.path}: {told}")
         check_order(adapters)
         return adapters
     if method == "sft":
