@@ -66,7 +66,7 @@ SHAPES: dict[str, Callable[[Any], str | None]] = {
     "result": _object,
 }
 # what a stage cannot go on without
-TO_GO_ON = ("method", "base.name_or_path", "base.fingerprint", "adapters", "plan", "data.fingerprint")
+TO_GO_ON = ("method", "base.name_or_path", "base.fingerprint", "adapters", "data.fingerprint")
 
 
 def checked(info: dict[str, Any], file: Path, *, needs: Sequence[str] = ()) -> dict[str, Any]:
