@@ -16,6 +16,7 @@ from ..data.ultrafeedback import to_pairs
 from ..errors import UserError
 from ..evaluate.likelihood import chat_loss, pair_logps
 from ..files import file_aside, make_folder, sweep, write_json
+from ..lock import alone
 from ..merge import MergeReport, merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
@@ -77,6 +78,14 @@ def run_demo(
     Raises:
         UserError: the base is not installed, or ``out`` holds something else.
     """
+    make_folder(out)
+    with alone(out, say):
+        return _demo(out, say, on_metrics, base, overrides)
+
+
+def _demo(
+    out: Path, say: Say, on_metrics: Callable[..., None], base: Path | None, overrides: Sequence[str]
+) -> DemoResult:
     seconds: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -87,7 +96,6 @@ def run_demo(
             seconds[name] = round(time.perf_counter() - begun, 1)
 
     folder = timed("base", lambda: base or demo_base())
-    make_folder(out)
     sweep(out)
     if (
         any(not path.name.startswith(".") for path in out.iterdir())
