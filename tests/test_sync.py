@@ -205,6 +205,30 @@ def test_a_full_place_is_said_once_and_tried_again(tmp_path, monkeypatch):
     mirror.close()
 
 
+def test_who_waits_at_the_end_waits_no_longer_than_makes_sense(tmp_path, monkeypatch):
+    """A failure long ago: the next attempt would be in minutes, and comes at once. And nobody waits for a place that fails
+    all the time."""
+    stage = AStage(tmp_path / "a")
+    mirror = mirror_of(tmp_path / "a", tmp_path / "drive", stage, waits=(0.01, 300.0))
+    plain, full, attempts = folder_file._copy_tree, [True], []
+
+    def copy(source, target):
+        attempts.append(1)
+        if full[0]:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", str(target))
+        plain(source, target)
+
+    monkeypatch.setattr(folder_file, "_copy_tree", copy)
+    stage.checkpoint(2)
+    mirror.changed(None)
+    patient(lambda: len(attempts) == 2)
+    started = time.monotonic()
+    assert not mirror.finish(patience=0.1) and len(attempts) > 2
+    full[0] = False
+    assert mirror.finish() and time.monotonic() - started < 5
+    mirror.close()
+
+
 def test_a_checkpoint_that_rots_here_does_not_replace_a_good_copy(tmp_path):
     stage = AStage(tmp_path / "a")
     said = []

@@ -18,6 +18,7 @@ from .place import CHECKPOINT, Place, PlaceError, info_there, is_copied, marks, 
 Say = Callable[[str], None]
 WAITS = (5.0, 15.0, 60.0, 300.0)  # seconds before another attempt
 TOLD_EVERY = 15.0  # seconds, while somebody waits
+PATIENCE = 180.0  # seconds of nothing but failures, while somebody waits: the machine may be rented
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Mirror:
         self._known: set[str] = set()  # checkpoints there that are ours, or were there before
         self._best: int | None = None
         self._prepared = self._closed = False
+        self._finishing = False  # somebody waits: attempts follow each other sooner
+        self._failing_since: float | None = None
         self._turn = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -76,27 +79,32 @@ class Mirror:
             parts = [part.checkpoints for part in (self._wanted, self._at_work) if part is not None]
             return frozenset(name for part in parts for name in part)
 
-    def finish(self, timeout: float = 600.0) -> bool:
+    def finish(self, timeout: float = 3600.0, *, patience: float = PATIENCE) -> bool:
         """Copy the stage as it is now, and wait until it is there.
 
         Args:
             timeout: seconds; then it is said what is missing.
+            patience: seconds for which every attempt may fail.
         Returns:
             whether everything is there.
         """
         self.changed(self._best)
-        end = time.monotonic() + timeout
-        tell = time.monotonic() + TOLD_EVERY
+        begun = time.monotonic()
+        end, tell = begun + timeout, begun + TOLD_EVERY
         with self._turn:
+            self._finishing = True
+            self._turn.notify_all()
             while self._wanted is not None or self._at_work is not None:
                 now = time.monotonic()
-                if now >= end or self._closed:
+                failing = self._failing_since is not None and now - max(begun, self._failing_since) >= patience
+                if now >= end or self._closed or failing:
                     break
                 if now >= tell:
                     tell = now + TOLD_EVERY
                     why = f" ({self._fault})" if self._fault else ""
                     self.say(f"sync: still copying to {self.place.name}{why}; {end - now:.0f} s more at most")
-                self._turn.wait(min(end, tell) - now)
+                self._turn.wait(min(end, tell, now + patience) - now)
+            self._finishing = False
             missing = self._wanted or self._at_work
             if missing is None:
                 return True
@@ -132,6 +140,10 @@ class Mirror:
             with self._turn:
                 self._at_work = None
                 self._fault = fault
+                if fault is None:
+                    self._failing_since = None
+                elif self._failing_since is None:
+                    self._failing_since = time.monotonic()
                 if fault is not None and self._wanted is None:
                     self._wanted = wanted  # unless there is something newer by now
                 self._turn.notify_all()
@@ -144,9 +156,13 @@ class Mirror:
             self._tell(fault)
             wait = self.waits[min(failures, len(self.waits) - 1)]
             failures += 1
-            end = time.monotonic() + max(wait, min(fault.wait or 0.0, 3600.0))
+            failed = time.monotonic()
+            end = failed + max(wait, min(fault.wait or 0.0, 3600.0))
             with self._turn:
-                while not self._closed and (left := end - time.monotonic()) > 0:
+                while not self._closed:
+                    until = min(end, failed + self.waits[0]) if self._finishing else end
+                    if (left := until - time.monotonic()) <= 0:
+                        break
                     self._turn.wait(left)
 
     def _tell(self, fault: PlaceError) -> None:
