@@ -6,6 +6,7 @@ import errno
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,21 +109,25 @@ def started(body: str) -> subprocess.Popen[str]:
     )
 
 
-WAITS = " print('here', flush=True)\n time.sleep(60)"
-CLEANS = (
-    " try:\n  print('here', flush=True)\n  time.sleep(60)\n finally:\n  print('here', flush=True)\n  time.sleep(60)"
-)
+HERE = "print('here', flush=True); time.sleep(60)"
+WAITS = f" {HERE}"
+CLEANS = f" try:\n  {HERE}\n finally:\n  {HERE}"
+LINGERS = f" import threading\n threading.Thread(target=time.sleep, args=(60,)).start()\n {HERE}"
 
 
 def test_signals_end_a_command_and_a_second_one_at_once():
-    one, two = started(WAITS), started(CLEANS)
-    assert one.stdout.readline() == two.stdout.readline() == "here\n"
+    processes = one, two, three = [started(body) for body in (WAITS, CLEANS, LINGERS)]
+    assert [process.stdout.readline() for process in processes] == ["here\n"] * 3
     one.send_signal(signal.SIGTERM)
     two.send_signal(signal.SIGINT)
+    three.send_signal(signal.SIGTERM)
     assert two.stdout.readline() == "here\n"  # it is cleaning up, and never ready
     two.send_signal(signal.SIGTERM)
-    assert one.wait(timeout=30) == two.wait(timeout=30) == 130
-    assert one.stderr.read() == "interrupted\n" and two.stderr.read() == ""
+    assert three.stderr.readline() == "interrupted\n"  # all is said, and it waits for a thread
+    time.sleep(0.1)
+    three.send_signal(signal.SIGINT)
+    assert [process.wait(timeout=30) for process in processes] == [130] * 3
+    assert [process.stderr.read() for process in processes] == ["interrupted\n", "interrupted\n", ""]
 
 
 def test_an_output_that_cannot_be_written():

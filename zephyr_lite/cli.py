@@ -23,7 +23,7 @@ from .commands.distill import distill
 from .commands.feedback import feedback
 from .commands.options import StageConfig, Verbose
 from .console import Console
-from .ending import abandon, flushed, interrupted_line, machines_fault, take_signals
+from .ending import abandon, end_at_a_signal, flushed, interrupted_line, machines_fault, take_signals
 from .errors import Interrupted, UserError
 
 app = typer.Typer(
@@ -207,7 +207,9 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows ASCII only still gets the rest of a line
     take_signals()
-    sys.exit(flushed(run(sys.argv[1:] if arguments is None else arguments)))
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    end_at_a_signal(code)
+    sys.exit(flushed(code))
 
 
 def run(arguments: list[str]) -> int:

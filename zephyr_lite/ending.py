@@ -38,27 +38,35 @@ _RUST = re.compile(r"\(os error (\d+)\)")
 
 
 def take_signals() -> None:
-    """From here on Ctrl-C and SIGTERM both raise KeyboardInterrupt in this process; a second one ends it at once.
+    """From here on SIGTERM does in this process what Ctrl-C does at that moment, each time it comes.
 
-    A signal that whoever started the process wants ignored (``nohup``, a background job) stays ignored. Forked workers
-    are ended by them as by default, without a traceback.
+    Ctrl-C itself stays Python's: asyncio, and the training loop, put their own handlers in its place, which end in good
+    order. Forked workers are ended by SIGTERM as by default, without a traceback. One that whoever started the process
+    wants ignored stays ignored.
     """
-    own, came = os.getpid(), False
+    own = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal came
         if os.getpid() != own:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        if came:
-            os._exit(130)
-        came = True
-        raise KeyboardInterrupt
+        at_ctrl_c = signal.getsignal(signal.SIGINT)
+        if callable(at_ctrl_c):
+            at_ctrl_c(number, frame)
+        else:
+            raise KeyboardInterrupt
 
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, handle)
+
+
+def end_at_a_signal(code: int) -> None:
+    """All is said and done: from here on a signal ends the process at once, with this exit code, whatever thread or connection
+    Python would wait for."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handle)
+            signal.signal(number, lambda *_: os._exit(code))
 
 
 def interrupted_line(arguments: Sequence[str]) -> str:
