@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import UserError
 from ..strict_json import shown
 from .config_file import FAMILIES
-from .shards import QUANT_STATE, again, check_layers, check_shapes, open_shards
+from .shards import again, check_layers, check_shapes, open_shards
 
 
 def check_weights(folder: Path, config: Any) -> None:
@@ -26,20 +27,15 @@ def check_weights(folder: Path, config: Any) -> None:
         return
     check_layers(folder, files, config.num_hidden_layers)
     model = empty_model(folder, config)
-    linear = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    shapes = dict(model.state_dict())
     stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        check_shapes(files, model.state_dict(), packed=lambda name: False)
-        return
-    told = {name for file in files for name in file.entries}
-    left = stored_settings(stored, folder).llm_int8_skip_modules or ["lm_head"]
-
-    def packed(name: str) -> bool:
-        """A weight that transformers takes for quantized, or that is."""
-        skipped = any(part in name for part in left)
-        return name in linear and (not skipped or f"{name}{QUANT_STATE}nf4" in told)
-
-    check_shapes(files, model.state_dict(), packed=packed)
+    packed: set[str] = set()
+    if stored is not None:
+        settings = stored_settings(stored, folder)
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+        quantizer.preprocess_model(model=model, device_map={"": "cpu"}, dtype=None)
+        packed = {name for name in shapes if quantizer.param_needs_quantization(model, name)}
+    check_shapes(files, shapes, packed)
 
 
 def empty_model(folder: Path, config: Any) -> Any:
@@ -77,6 +73,8 @@ def stored_settings(stored: Any, folder: Path) -> BitsAndBytesConfig:
         settings = BitsAndBytesConfig.from_dict(told)
         if settings.quantization_method() != "nf4":
             raise ValueError("it is no NF4")
+        if not all(isinstance(name, str) for name in settings.llm_int8_skip_modules or ()):
+            raise ValueError("llm_int8_skip_modules are no names")
         return settings
     except Exception as error:  # of its own checks, and of numbers where it looks for names
         raise UserError(

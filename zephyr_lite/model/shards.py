@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..strict_json import is_whole, parse, read_object, shown
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.", re.ASCII)
-QUANT_STATE = ".quant_state.bitsandbytes__"
+_QUANT_STATE = ".quant_state.bitsandbytes__"
 _COMPUTED = ("float32", "float16", "bfloat16")
 
 
@@ -172,12 +172,12 @@ def check_layers(folder: Path, files: Iterable[SafetensorsFile], layers: int) ->
         )
 
 
-def check_shapes(files: Iterable[SafetensorsFile], model: Mapping[str, Any], *, packed: Callable[[str], bool]) -> None:
+def check_shapes(files: Iterable[SafetensorsFile], model: Mapping[str, Any], packed: Collection[str]) -> None:
     """Refuse files that are another model's: by names and shapes alone, before anything of 15 GB is read.
 
     Args:
         model: name → tensor (on the meta device) of the model that config.json describes.
-        packed: whether a tensor is kept in NF4, by its name; its parts are read and compared then.
+        packed: names of the weights that are kept in NF4, whose parts are compared.
 
     Raises:
         UserError: names the tensor, the file, and both shapes; or what is missing of a weight in NF4.
@@ -186,7 +186,7 @@ def check_shapes(files: Iterable[SafetensorsFile], model: Mapping[str, Any], *, 
     for name, file in holds.items():
         if name not in model:
             continue
-        shape = packed_shape(holds, name) if packed(name) else file.entries[name].shape
+        shape = packed_shape(holds, name) if name in packed else file.entries[name].shape
         if tuple(model[name].shape) != shape:
             raise UserError(
                 f"{file.path}: tensor {shown(name)} is {list(shape)}; by config.json it is {list(model[name].shape)}.",
@@ -205,7 +205,7 @@ def packed_shape(holds: Mapping[str, SafetensorsFile], weight: str) -> tuple[int
     """
     file = holds[weight]
     try:
-        name = f"{weight}{QUANT_STATE}nf4"
+        name = f"{weight}{_QUANT_STATE}nf4"
         buffer = io.BytesIO()
         if holds[name].entries[name].nbytes > 10_000:
             raise ValueError("its quant_state is too long")
