@@ -2,7 +2,8 @@
 
 Arrow's JSON reader dies of a segmentation fault (pyarrow 26) at 20,000 nested brackets and at a file of ``null`` lines;
 datasets reads a line of any length at once, unpacks whatever looks like an archive, and hands a JSONL of one row that
-Arrow refuses to pandas, which takes its lists for columns. The look costs one to six seconds of a processor a gigabyte (more where rows hold code).
+Arrow refuses to pandas, which takes its lists for columns. The look costs one to six seconds of a processor a gigabyte,
+more where rows hold code.
 """
 
 from __future__ import annotations
