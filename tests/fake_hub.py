@@ -38,10 +38,10 @@ class FakeHub:
         return self.repos[repo][-1]
 
     def __call__(self):
-        return _Api(self)
+        return Api(self)
 
 
-class _Api:
+class Api:
     def __init__(self, hub):
         self.hub = hub
 

@@ -1,4 +1,4 @@
-"""The machine disappears: what lies elsewhere by then, and that a new machine goes on from it to the same bits."""
+"""The machine disappears: what lies elsewhere by then, in a folder or on the hub."""
 
 import errno
 import inspect
@@ -6,99 +6,24 @@ import json
 import shutil
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
 
-from tests.fake_hub import FakeHub, _Api, http_error
-from tests.test_train import dpo_words, killed_at, metrics, quiet, words
-from zephyr_lite.config import RunConfig, load_config
+from tests.fake_hub import Api, http_error
+from tests.synced import AStage, config_of, hub_in_memory, mirror_of, patient, quiet, there
 from zephyr_lite.errors import UserError
-from zephyr_lite.manifest import manifest_fault, write_manifest
-from zephyr_lite.model.chain import chain_of_run
-from zephyr_lite.model.peft_files import read_adapter
-from zephyr_lite.rundir import StageDir, newest_run
-from zephyr_lite.sync import Mirror, catch_up, open_mirror, restore
+from zephyr_lite.manifest import manifest_fault
+from zephyr_lite.rundir import StageDir
+from zephyr_lite.sync import catch_up, restore
 from zephyr_lite.sync import folder as folder_file
 from zephyr_lite.sync import hub as hub_file
 from zephyr_lite.sync.place import place_of
-from zephyr_lite.train.dpo import run_dpo
-from zephyr_lite.train.setup import resolve_run
-from zephyr_lite.train.sft import run_sft
-
-SETTINGS = {"lora_dropout": 0.1, "num_train_epochs": 2, "save_total_limit": 1}
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub in memory, a token, and no waiting between attempts."""
-    fake = FakeHub()
-    monkeypatch.setattr(hub_file, "HfApi", fake)
-    monkeypatch.setattr(hub_file, "get_token", lambda: "hf_secret_of_the_tests")
-    monkeypatch.setattr(hub_file.constants, "HF_HUB_OFFLINE", False)
-    return fake
-
-
-@pytest.fixture
-def at_once(monkeypatch):
-    """A network so fast that a copy is there before the next step."""
-    plain = Mirror.changed
-
-    def changed(self, best):
-        plain(self, best)
-        with self._turn:
-            assert self._turn.wait_for(lambda: self._wanted is None and self._at_work is None, timeout=20)
-
-    monkeypatch.setattr(Mirror, "changed", changed)
-
-
-class AStage:
-    """A stage's folder without a model: what the mirror sees of it."""
-
-    def __init__(self, run, name="sft", id="one"):
-        self.dir = StageDir(run / name)
-        self.dir.path.mkdir(parents=True)
-        self.dir.config.write_text("seed: 1\n")
-        self.info(id=id, status="running", created="2026-01-01")
-
-    def info(self, **values):
-        self.dir.write_info({**(self.dir.info() or {}), **values})
-
-    def checkpoint(self, step, content=None):
-        folder = self.dir.path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "state.safetensors").write_text(content or f"weights of {step}")
-        write_manifest(folder)
-        with self.dir.metrics.open("a") as file:
-            file.write(json.dumps({"step": step}) + "\n")
-        return folder
-
-    def finish(self):
-        self.dir.adapter.mkdir()
-        (self.dir.adapter / "adapter_model.safetensors").write_text("adapter")
-        self.info(status="complete")
-
-
-def config_of(run, sync, stage="sft"):
-    return RunConfig(output_dir=str(run), sync=str(sync), stage=stage)
-
-
-def mirror_of(run, sync, stage, say=quiet, waits=(0.01,)):
-    mirror = open_mirror(config_of(run, sync, stage.dir.path.name), stage.dir, say)
-    mirror.waits = waits
-    return mirror
-
-
-def there(folder):
-    return sorted(p.name for p in folder.iterdir())
-
-
-def patient(condition):
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    return hub_in_memory(monkeypatch)
 
 
 # What is copied
@@ -332,130 +257,6 @@ def test_the_stages_below_are_copied_too(tmp_path):
     assert StageDir(tmp_path / "a" / "sft").complete() and StageDir(tmp_path / "a" / "dpo").checkpoints()
 
 
-# A new machine
-
-
-@pytest.fixture
-def synced(tmp_path):
-    """A stage with copies of checkpoint-2, its best, and of checkpoint-4; and the folder where they lie."""
-    stage = AStage(tmp_path / "a")
-    mirror = mirror_of(tmp_path / "a", tmp_path / "drive", stage)
-    for step in (2, 4):
-        stage.checkpoint(step)
-        mirror.changed(2)
-        assert mirror.finish(10)
-    mirror.close()
-    return stage
-
-
-def brought(tmp_path):
-    said = []
-    restore(config_of(tmp_path / "a", tmp_path / "drive"), said.append)
-    return said
-
-
-def test_a_new_machine_gets_what_was_there(tmp_path, synced):
-    before = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
-    shutil.rmtree(tmp_path / "a")
-    assert brought(tmp_path) == [f"{tmp_path / 'a' / 'sft'} was fetched from {tmp_path / 'drive'}, at checkpoint-4"]
-    assert before == {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
-    assert brought(tmp_path) == []  # it is here now
-
-
-def test_a_torn_copy_is_said_and_the_one_before_taken(tmp_path, synced):
-    shutil.rmtree(tmp_path / "a")
-    copy = tmp_path / "drive" / "a" / "sft"
-    (copy / "checkpoint-4" / "state.safetensors").write_text("weights of 5")
-    said = brought(tmp_path)
-    assert "a/sft/checkpoint-4: state.safetensors has another hash than was written; taking the one before" in said[0]
-    assert "at checkpoint-2" in said[1]
-    assert [p.name for p in StageDir(tmp_path / "a" / "sft").checkpoints()] == ["checkpoint-2"]
-    shutil.rmtree(tmp_path / "a")
-    (copy / "checkpoint-2" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="every checkpoint of a/sft there is damaged"):
-        brought(tmp_path)
-    assert not (tmp_path / "a" / "sft").exists()
-
-
-def test_a_damaged_checkpoint_here_is_replaced_by_its_copy(tmp_path, synced):
-    here = tmp_path / "a" / "sft" / "checkpoint-4" / "state.safetensors"
-    here.write_text("weights of 5")
-    assert "at checkpoint-4" in brought(tmp_path)[0]
-    assert here.read_text() == "weights of 4"
-
-
-def test_what_is_newer_here_stays(tmp_path, synced):
-    synced.checkpoint(6)
-    assert brought(tmp_path) == []
-    assert [p.name for p in synced.dir.checkpoints()] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-
-
-def test_another_run_of_that_name_is_not_mixed_with_it(tmp_path, synced):
-    shutil.rmtree(tmp_path / "a")
-    AStage(tmp_path / "a", id="two").checkpoint(2)
-    info = StageDir(tmp_path / "a" / "sft").info()
-    StageDir(tmp_path / "a" / "sft").write_info({**info, "created": "2026-02-02"})
-    with pytest.raises(UserError, match=r"holds another run named a, begun 2026-01-01, than .*/a is"):
-        brought(tmp_path)
-
-
-def test_a_start_that_kept_nothing_gives_way(tmp_path, synced):
-    shutil.rmtree(tmp_path / "a")
-    AStage(tmp_path / "a", id="two")
-    assert "at checkpoint-4" in brought(tmp_path)[0]
-
-
-def test_a_start_that_was_killed_while_it_fetched_is_in_nobodys_way(tmp_path, synced):
-    """What it left aside looks like a stage: half a one, or a whole one."""
-    shutil.rmtree(tmp_path / "a")
-    for name, text in ((".sft.0123abcd", '{"status"'), (".dpo.89abcdef", '{"status": "complete", "id": "two"}')):
-        (tmp_path / "a" / name / "checkpoint-2").mkdir(parents=True)
-        (tmp_path / "a" / name / "stage.json").write_text(text)
-    assert newest_run(tmp_path) is None
-    with pytest.raises(UserError, match="no complete stage"):
-        chain_of_run(tmp_path / "a")
-    assert "at checkpoint-4" in brought(tmp_path)[0]
-    assert there(tmp_path / "a") == ["sft"]
-
-
-def test_a_folder_of_somebody_else_is_not_replaced(tmp_path, synced):
-    shutil.rmtree(tmp_path / "a")
-    (tmp_path / "a" / "sft").mkdir(parents=True)
-    (tmp_path / "a" / "sft" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="is not a stage of a run"):
-        brought(tmp_path)
-    assert (tmp_path / "a" / "sft" / "thesis.tex").is_file()
-
-
-def test_links_and_broken_files_there_are_not_followed(tmp_path, synced):
-    shutil.rmtree(tmp_path / "a")
-    copy = tmp_path / "drive" / "a" / "sft"
-    (tmp_path / "secret").write_text("s")
-    (copy / "metrics.jsonl").unlink()
-    (copy / "metrics.jsonl").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match="is a link or a device"):
-        brought(tmp_path)
-    (copy / "stage.json").write_text("{")
-    with pytest.raises(UserError, match=r"a/sft/stage.json is not the JSON object that a run writes"):
-        brought(tmp_path)
-
-
-def test_a_place_that_cannot_be_asked(tmp_path, synced, monkeypatch):
-    """With nothing here it must not begin anew; with the run here it goes on."""
-
-    def away(self, folder):
-        raise folder_file.PlaceError("not connected", "the drive is gone")
-
-    monkeypatch.setattr(folder_file.FolderPlace, "names", away)
-    assert brought(tmp_path) == [
-        f"sync: {tmp_path / 'drive'}: not connected: the drive is gone; going on with what is here"
-    ]
-    shutil.rmtree(tmp_path / "a")
-    with pytest.raises(UserError, match="Whether the run lies there is not known"):
-        brought(tmp_path)
-    assert not (tmp_path / "a").exists()
-
-
 # The hub
 
 
@@ -532,7 +333,7 @@ def test_the_history_is_squashed_now_and_then(tmp_path, hub, monkeypatch):
 def test_the_calls_are_those_of_the_real_hub():
     """The hub of these tests takes what the library's own takes."""
     for name in ("create_repo", "list_repo_tree", "hf_hub_download", "create_commit", "super_squash_history"):
-        ours, theirs = (inspect.signature(getattr(cls, name)).parameters for cls in (_Api, HfApi))
+        ours, theirs = (inspect.signature(getattr(cls, name)).parameters for cls in (Api, HfApi))
         assert set(ours) - {"repo"} < set(theirs) and list(theirs)[1] == "repo_id"
         by_place = [n for n, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD][2:]
         assert list(theirs)[2 : 2 + len(by_place)] == by_place
@@ -553,57 +354,3 @@ def test_without_a_token_or_offline_it_is_said_at_the_start(tmp_path, hub, monke
     monkeypatch.setattr(hub_file.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         place_of(config_of(tmp_path / "a", "hub:me/copies"))
-
-
-# End to end
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_base, chat_rows, pair_rows, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "mine"
-    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, **SETTINGS)), say=quiet)
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out, pair_rows, precompute_ref_log_probs=True)), say=quiet)
-    return out
-
-
-@pytest.mark.parametrize("where", ["folder", "hub"])
-def test_both_stages_go_on_from_the_copy_bit_for_bit(
-    undisturbed, tiny_base, chat_rows, pair_rows, tmp_path, monkeypatch, where, hub, at_once
-):
-    monkeypatch.chdir(tmp_path)
-    out, sync = Path("runs/mine"), "hub:me/copies" if where == "hub" else tmp_path / "drive"
-    said = []
-
-    def sft():
-        loaded = resolve_run(
-            "sft", None, words(tiny_base, out, chat_rows, sync=sync, **SETTINGS), say=said.append, fetch=True
-        )
-        run_sft(loaded, say=said.append)
-
-    def dpo():
-        given = [
-            w
-            for w in dpo_words(tiny_base, out, pair_rows, precompute_ref_log_probs=True, sync=sync)
-            if "output_dir" not in w
-        ]
-        run_dpo(resolve_run("dpo", None, given, say=said.append, fetch=True), say=said.append)
-
-    with killed_at(3):
-        sft()
-    shutil.rmtree(tmp_path / "runs")
-    sft()
-    assert any("mine/sft was fetched from" in line and "checkpoint-2" in line for line in said)
-    assert read_adapter(out / "sft" / "adapter").sha256 == read_adapter(undisturbed / "sft" / "adapter").sha256
-    assert metrics(out / "sft") == metrics(undisturbed / "sft")
-    with killed_at(3):
-        dpo()
-    shutil.rmtree(tmp_path / "runs")
-    said.clear()
-    dpo()
-    assert any("sft was fetched" in line and "complete" in line for line in said)
-    assert any("dpo was fetched" in line and "checkpoint-2" in line for line in said)
-    assert any("reference log-probabilities read from" in line for line in said)
-    for part in ("adapter", "delta"):
-        assert read_adapter(out / "dpo" / part).sha256 == read_adapter(undisturbed / "dpo" / part).sha256
-    assert metrics(out / "dpo") == metrics(undisturbed / "dpo")
-    assert len(StageDir(out / "dpo").info()["resumed"]) == 1

@@ -1,0 +1,72 @@
+"""A stage without a model, its copy, and a hub in memory, for the tests of ``sync``."""
+
+import json
+import time
+
+from tests.fake_hub import FakeHub
+from zephyr_lite.config import RunConfig
+from zephyr_lite.manifest import write_manifest
+from zephyr_lite.rundir import StageDir
+from zephyr_lite.sync import hub as hub_file
+from zephyr_lite.sync import open_mirror
+
+
+def hub_in_memory(monkeypatch):
+    """A hub in memory, a token, and no waiting between attempts."""
+    fake = FakeHub()
+    monkeypatch.setattr(hub_file, "HfApi", fake)
+    monkeypatch.setattr(hub_file, "get_token", lambda: "hf_secret_of_the_tests")
+    monkeypatch.setattr(hub_file.constants, "HF_HUB_OFFLINE", False)
+    return fake
+
+
+def quiet(line):
+    pass
+
+
+class AStage:
+    """A stage's folder without a model: what the mirror sees of it."""
+
+    def __init__(self, run, name="sft", id="one"):
+        self.dir = StageDir(run / name)
+        self.dir.path.mkdir(parents=True)
+        self.dir.config.write_text("seed: 1\n")
+        self.info(id=id, status="running", created="2026-01-01")
+
+    def info(self, **values):
+        self.dir.write_info({**(self.dir.info() or {}), **values})
+
+    def checkpoint(self, step, content=None):
+        folder = self.dir.path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "state.safetensors").write_text(content or f"weights of {step}")
+        write_manifest(folder)
+        with self.dir.metrics.open("a") as file:
+            file.write(json.dumps({"step": step}) + "\n")
+        return folder
+
+    def finish(self):
+        self.dir.adapter.mkdir()
+        (self.dir.adapter / "adapter_model.safetensors").write_text("adapter")
+        self.info(status="complete")
+
+
+def config_of(run, sync, stage="sft"):
+    return RunConfig(output_dir=str(run), sync=str(sync), stage=stage)
+
+
+def mirror_of(run, sync, stage, say=quiet, waits=(0.01,)):
+    mirror = open_mirror(config_of(run, sync, stage.dir.path.name), stage.dir, say)
+    mirror.waits = waits
+    return mirror
+
+
+def there(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def patient(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
