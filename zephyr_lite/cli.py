@@ -91,7 +91,7 @@ def _train(method: Any, config: str | None, overrides: list[str], dry_run: bool)
     from .train.setup import resolve_run
     from .train.sft import run_sft
 
-    loaded = resolve_run(method, config, overrides)
+    loaded = resolve_run(method, config, overrides, say=console.say, fetch=not dry_run)
     try:
         for line in needs_lines(method, loaded.config):
             console.say(line)

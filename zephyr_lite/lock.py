@@ -48,20 +48,19 @@ _guard = threading.RLock()
 
 
 @contextlib.contextmanager
-def alone(folder: Path, say: Callable[[str], None] = print, *, beside: bool = False) -> Iterator[None]:
+def alone(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """Nobody else works in this folder while the block runs; the same process may enter again.
 
     The folder is made where it is not there, and goes again with the lock where nothing was put into it.
 
     Args:
         say: is told where a lock of somebody who is gone was taken over.
-        beside: the lock lies beside the folder (``.NAME.lock``), for one that is to be replaced as a whole.
 
     Raises:
         UserError: somebody else works there, or the lock cannot be made.
     """
     folder = Path(os.path.abspath(folder))
-    path = folder.parent / f".{folder.name}.lock" if beside else folder / LOCK_FILE
+    path = folder / LOCK_FILE
     key = str(path.resolve())
     with _guard:
         held = _held.get(key)

@@ -20,6 +20,7 @@ from ..rundir import STAGE_FILE, StageDir, stages_of
 from ..stage_info import TO_GO_ON, checked
 from ..sync import catch_up
 from .changes import Changes, adapters_difference, base_difference, config_changes
+from .publish import push_adapter
 
 
 class StageComplete(UserError):
@@ -60,6 +61,8 @@ def may_go_on(
     if complete and not changes.open:
         if claim and config.sync:
             catch_up(config, stage, say)
+        if claim:
+            push_adapter(config, stage, info, say)
         raise finished(stage, info)
     return info, changes
 

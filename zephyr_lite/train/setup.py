@@ -69,12 +69,21 @@ from .ground import (
 )
 from .loop import Outcome
 from .planning import plan_stage, said_again, set_threads, stage_job
+from .publish import push_adapter
 from .steps import step_schedule
 
 Say = Callable[[str], None]
 
 # what a stage takes over from the one below it, unless the user says otherwise
-INHERITED = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype", "system")
+INHERITED = (
+    "model_name_or_path",
+    "model_revision",
+    "load_in_4bit",
+    "bnb_4bit_use_double_quant",
+    "dtype",
+    "system",
+    "sync",
+)
 DEFAULT_CONFIG = {"sft": "zephyr-7b/sft", "dpo": "zephyr-7b/dpo"}
 
 
@@ -347,13 +356,7 @@ def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[s
     )
     stage.dir.write_info(stage.info)
     say(f"{stage.dir.adapter} holds the adapter" + (" (the whole chain in one)" if stage.frozen else ""))
-    if stage.config.push_to_hub:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(stage.config.push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=stage.config.push_to_hub, folder_path=stage.dir.adapter)
-        say(f"pushed to {stage.config.push_to_hub}")
+    push_adapter(stage.config, stage.dir, stage.info, say)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,0 +1,44 @@
+"""``push_to_hub``: the finished adapter in a repository of the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from ..config import RunConfig
+from ..errors import UserError
+from ..rundir import StageDir
+
+
+def push_adapter(config: RunConfig, stage: StageDir, info: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Upload ``adapter/`` of a complete stage, unless this very adapter was pushed there before.
+
+    Args:
+        info: the stage's stage.json, which then says where it was pushed to.
+
+    Raises:
+        UserError: it cannot be pushed; the stage stays complete, and the same command pushes again.
+    """
+    pushed = {"repo": config.push_to_hub, "sha256": info.get("adapter_sha256")}
+    if not config.push_to_hub or info.get("pushed") == pushed:
+        return
+    api = HfApi()
+    try:
+        api.create_repo(config.push_to_hub, exist_ok=True)
+        api.upload_folder(repo_id=config.push_to_hub, folder_path=stage.adapter)
+    except (
+        HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError
+    ) as error:  # fmt: skip
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"push_to_hub {config.push_to_hub}: {what}",
+            f"The stage is complete, and its adapter is in {stage.adapter}. Log in (hf auth login) or mend the connection; "
+            "the same command then pushes it.",
+        ) from None
+    info["pushed"] = pushed
+    stage.write_info(info)
+    say(f"pushed to {config.push_to_hub}")
