@@ -206,9 +206,3 @@ def test_a_folder_that_cannot_be_made_or_written_is_said(tmp_path):
     with pytest.raises(UserError, match="lock of the folder cannot be made"), alone(tmp_path / "run"):
         pass
     assert (tmp_path / "file").read_text() == "x"
-
-
-def test_beside_a_folder_that_is_to_be_replaced(tmp_path):
-    with alone(tmp_path / "out", beside=True):
-        assert not (tmp_path / "out").exists() and (tmp_path / ".out.lock").is_file()
-    assert list(tmp_path.iterdir()) == []
