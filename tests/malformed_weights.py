@@ -299,6 +299,12 @@ WEIGHTS = [
         COPY,
     ),
     (
+        "generation settings that are nested deeply",
+        data(DEEP.encode(), "generation_config.json"),
+        "base/generation_config.json: not valid JSON (its brackets are nested too deeply).",
+        COPY,
+    ),
+    (
         "a configuration that is nested deeply",
         data(DEEP.encode(), "config.json"),
         "base/config.json: not valid JSON (its brackets are nested too deeply).",

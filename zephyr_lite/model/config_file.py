@@ -27,7 +27,7 @@ _ELSEWHERE = ("attn_implementation", "_attn_implementation", "experts_implementa
 
 
 def check_config_file(folder: Path) -> dict[str, Any]:
-    """Refuse a config.json that is broken or absurd, before anything trips over it.
+    """Refuse a config.json that is broken or absurd, and a broken generation_config.json, before anything trips over them.
 
     Returns:
         its content.
@@ -61,6 +61,9 @@ def check_config_file(folder: Path) -> dict[str, Any]:
     if heads and groups and heads % groups:
         raise UserError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}.", hint)
     _check_numbers(found, path, hint)
+    generation = folder / "generation_config.json"
+    if generation.is_symlink() or generation.exists():  # transformers reads it with the weights
+        read_object(generation, strict=False, hint=again(generation))
     return found
 
 
