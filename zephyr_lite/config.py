@@ -350,7 +350,8 @@ def _explain(error: ValidationError, where: str, values: dict[str, Any]) -> str:
     lines = []
     for item in error.errors():
         parts = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
-        if parts[1:2] == [0] and not (isinstance(values[parts[0]], list) and len(values[parts[0]]) > 1):
+        several = values.get(str(parts[0])) if parts else None
+        if parts[1:2] == [0] and not (isinstance(several, list) and len(several) > 1):
             del parts[1]  # the only entry of a list, which perhaps nobody wrote as one
         place = ".".join(map(str, parts))
         message = item["msg"].removeprefix("Value error, ")
