@@ -362,8 +362,8 @@ def _choose(choice: str, tokenizer: Any) -> tuple[str, str]:
 
 def _whence(name: str, tokenizer: Any) -> str:
     """What a template is, and where it comes from."""
-    own = name == "the tokenizer's own" and getattr(tokenizer, "name_or_path", "")
-    return f"chat template {name} ({tokenizer.name_or_path})" if own else f"chat template {name}"
+    folder = str(getattr(tokenizer, "name_or_path", "")) if name == "the tokenizer's own" else ""
+    return f"chat template {name} ({folder})" if folder else f"chat template {name}"
 
 
 def _adds_bos(tokenizer: Any) -> bool:

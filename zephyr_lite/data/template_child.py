@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import types
 from datetime import datetime
+from typing import NoReturn
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def make_environment() -> object:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Strict(ImmutableSandboxedEnvironment):
-        def unsafe_undefined(self, obj: object, attribute: str) -> types.NoneType:
+        def unsafe_undefined(self, obj: object, attribute: str) -> NoReturn:
             raise SecurityError(f"reaches for the attribute {attribute!r} of a {type(obj).__name__}")
 
     class Generation(jinja2.ext.Extension):
@@ -65,9 +65,12 @@ def make_environment() -> object:
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # type: ignore[no-untyped-def]
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
+    def now(form: str) -> str:
+        return datetime.now().strftime(form)
+
     environment = Strict(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
     return environment
 
 

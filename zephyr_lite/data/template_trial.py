@@ -32,7 +32,7 @@ LONGEST_TEMPLATE = 2**20
 ADDED, REPEATED = 100_000, 20
 
 _CHILD = Path(__file__).with_name("template_child.py")
-_LIBRARIES = sorted({str(Path(library.__file__).parent.parent) for library in (jinja2, markupsafe)})
+_LIBRARIES = sorted({str(Path(str(library.__file__)).parent.parent) for library in (jinja2, markupsafe)})
 # No secret of the environment reaches the child.
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 _OWN = {text for own in TEMPLATES.values() for text in (own, own.removeprefix(BOS))}

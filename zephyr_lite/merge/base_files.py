@@ -211,12 +211,13 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
     write_json(out / "config.json", config)
 
     told = files.folder / GENERATION
+    generation: dict[str, Any]
     generation = read_object(told, strict=False, hint=again(told)) if told.is_file() else {"_from_model_config": False}
     if "bos_token_id" not in generation and config.get("bos_token_id") is not None:
         generation["bos_token_id"] = config["bos_token_id"]
     place = told if "eos_token_id" in generation else files.folder / "config.json"
-    known = generation.get("eos_token_id", config.get("eos_token_id"))
-    known = known if isinstance(known, list) else [] if known is None else [known]
+    ends: Any = generation.get("eos_token_id", config.get("eos_token_id"))
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(is_whole(token) and token >= 0 for token in known):
         raise UserError(
             f"{place}: eos_token_id is {shown(known)}; it is a token's number, or a list of them.", again(place)
