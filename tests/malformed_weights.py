@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .malformed import Case, Fixtures
+from .malformed import Case, Fixtures, sft
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -350,3 +350,13 @@ WEIGHTS = [
     ),
 ]
 CASES = [Case(name, base(change), message, hint) for name, change, message, hint in WEIGHTS]
+
+
+def trained(tmp: Path, fixtures: Fixtures) -> list[str]:
+    """Training on a base whose weights are cut short."""
+    base(lambda folder: data((folder / SINGLE).read_bytes()[:-100])(folder))(tmp, fixtures)
+    return sft(fixtures, model_name_or_path="base", output_dir="runs/r")
+
+
+CUT = "base/model.safetensors: not a complete safetensors file: its tensors end at byte 527720, the file at 527620."
+CASES.append(Case("training on a base that is cut short", trained, CUT, WRITE))

@@ -17,6 +17,7 @@ from ..config import Loaded, Method, RunConfig, dump_config, load_config, read_d
 from ..data.chat import ChatTemplate, resolve_template
 from ..data.prepare import Prepared, prepare
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
+from ..model.check_weights import check_weights
 from ..model.compose import compose
 from ..model.decoder import Decoder
 from ..model.load import (
@@ -188,6 +189,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     frozen = adapters_below(method, config, stage, say)
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
+    check_weights(folder, base_config)
     print_of_base = fingerprint(folder)
     same_base(frozen, print_of_base, folder)
     complete = before is not None and before.get("status") == "complete"
