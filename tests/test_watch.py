@@ -91,7 +91,9 @@ def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_pat
     assert [p.name for p in StageDir(stage).checkpoints()] == ["checkpoint-3"]
     assert [r["step"] for r in left_out(stage)] == [4, 5, 6]
     # what goes on from it, the cause being gone, is the run that never had the trouble
-    run_sft(loaded(save_steps=100, eval_steps=100), say=quiet)
+    said = []
+    run_sft(loaded(save_steps=100, eval_steps=100), say=said.append)
+    assert "going on from checkpoint-3" in said and "damaged" not in " ".join(said)
     run_sft(loaded("other", save_steps=100, eval_steps=100), say=quiet)
     assert same_adapter(stage / "adapter", tmp_path / "other" / "sft" / "adapter")
     assert left_out(stage) == []

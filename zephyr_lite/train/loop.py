@@ -29,10 +29,8 @@ from .optim import make_optimizer, make_scheduler
 from .out_of_memory import is_out_of_memory
 from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
 from .task import Metrics, Outcome, Task
-from .watch import IN_A_ROW, CollapseWatch, FiniteWatch
-
-# in the stage's folder: the steps whose loss or gradients were not finite, and their rows
-LEFT_OUT = "left_out.jsonl"
+from .trouble import LeftOut, suspects
+from .watch import IN_A_ROW, CollapseWatch
 
 
 class Loop:
@@ -84,11 +82,11 @@ class Loop:
         self.handler, self.state, self.control, self.arguments = make_callbacks(
             config, stage, stack.model, self.optimizer, self.scheduler, self.total, callbacks
         )
-        self.log, self.left_out = MetricsLog(stage.metrics), MetricsLog(stage.path / LEFT_OUT)
+        self.log, self.left_out = MetricsLog(stage.metrics), LeftOut(stage.path, say)
         self.best: tuple[float, int] | None = None
         self.stale = 0  # evaluations without a new best
-        self.finite, self.collapse = FiniteWatch(), collapse
-        self.before_trouble: tuple[int, dict[str, Any]] = (0, {})  # the step, schedule and loss scale of then
+        self.collapse = collapse
+        self.before_trouble: tuple[int, dict[str, Any]] = (0, {})  # its step, and what ``_watch`` is given
         self.metrics: Metrics = {}  # the last step's
         self.evaluations: list[Metrics] = []
         self.warnings: list[str] = []
@@ -129,7 +127,12 @@ class Loop:
                 break
             begun = time.perf_counter()
             self.control = self.handler.on_step_begin(self.arguments, self.state, self.control)
-            before = {"scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict()}
+            before = {
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "finite": self.left_out.watch.state(),
+                "logged": self.log.count,
+            }
             self.metrics, applied, finite = self._step(step)
             step += 1
             self._watch(step, applied=applied, finite_loss=finite, before=before)
@@ -148,7 +151,7 @@ class Loop:
             self.metrics,
             self.best,
             time.perf_counter() - started,
-            self.finite.count,
+            self.left_out.watch.count,
             self.evaluations,
             self.warnings,
         )
@@ -184,14 +187,13 @@ class Loop:
         """Look at a step's numbers: warn, write down a step that was left out, stop where it happens again and again.
 
         Args:
-            before: what a step that is left out changes all the same (schedule and loss scale), as it was before.
+            before: what a step that is left out changes all the same (schedule, loss scale, logs), as it was before.
 
         Raises:
             UserError: three steps in a row; the checkpoint of before the first of them is written.
         """
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
-        what = self.finite.saw(applied=applied, finite_loss=finite_loss, scale=scale)
-        loss, norm = self.metrics["loss"], self.metrics["grad_norm"]
+        what = self.left_out.watch.saw(applied=applied, finite_loss=finite_loss, scale=scale)
         if what == "applied":
             if self.collapse is not None and (warning := self.collapse.saw(step, self.metrics)):
                 self._warn(warning)
@@ -201,55 +203,28 @@ class Loop:
                 f"step {step}: a gradient was too large for the loss scale, which is now {scale:g}: step left out."
             )
             return
-        if self.finite.in_a_row == 1:
+        if self.left_out.watch.in_a_row == 1:
             self.before_trouble = step - 1, before
-        rows, alone = self._suspects(step - 1)
-        self.left_out.append({"step": step, "loss": loss, "grad_norm": norm, "not_finite_alone": alone, "rows": rows})
-        named = f"{', '.join(rows[:3])}{', …' if len(rows) > 3 else ''}"
-        self.say(
-            f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: step left out. "
-            + (f"Not finite: {named}." if alone else f"Each of its rows is finite alone: {named}.")
+        rows, alone = suspects(
+            self.task, step - 1, self.examples_of_step(step - 1), self.parameters.values(), self._undo
         )
-        if self.finite.in_a_row < IN_A_ROW:
-            return
-        good, states = self.before_trouble
-        kept = ""
-        if good > 0:
-            self.scheduler.load_state_dict(states["scheduler"])
+        named = self.left_out.add(step, self.metrics, rows, alone=alone)
+        if self.left_out.watch.in_a_row == IN_A_ROW:
+            raise self.left_out.end(step, named, self._step_back())
+
+    def _step_back(self) -> str:
+        """Leave a checkpoint from before the trouble; returns what to say of it. The adapter has not changed since."""
+        step, before = self.before_trouble
+        if step == 0:
+            return "Nothing had been trained before."
+        if not (self.stage.path / f"checkpoint-{step}").is_dir():
+            self.scheduler.load_state_dict(before["scheduler"])
             for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
                 group["lr"] = rate
-            self.scaler.load_state_dict(states["scaler"])
-            self.finite.count, self.finite.in_a_row = self.finite.count - IN_A_ROW, 0
-            if not (self.stage.path / f"checkpoint-{good}").is_dir():
-                self._save(good)
-            kept = f" checkpoint-{good} is from before."
-        raise UserError(
-            f"step {step}: loss or gradients were not finite three times in a row; rows of the last: {named}.{kept}",
-            f"{self.left_out.path} names the rows of each such step. If the rows are sound, lower learning_rate (in another "
-            "output_dir: it binds a run that has begun).",
-        )
-
-    def _suspects(self, step: int) -> tuple[list[str], bool]:
-        """The rows of a step (from 0) that are not finite by themselves, in loss or gradients, and True; where each is
-        finite alone, all of the step's and False."""
-        examples = self.examples_of_step(step)
-        total = self.task.count(examples)
-
-        def work() -> list[int]:
-            found = []
-            for example in examples:
-                self.optimizer.zero_grad(set_to_none=True)
-                loss, _ = self.task.loss([example], step, total)
-                loss.backward()
-                grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-                if not (torch.isfinite(loss.detach()) and torch.isfinite(total_norm(grads))):
-                    found.append(example)
-                del loss
-            return found
-
-        found = self.task.guard(work, self._undo)
-        self.optimizer.zero_grad(set_to_none=True)
-        return [self.task.where(example) for example in found or examples], bool(found)
+            self.scaler.load_state_dict(before["scaler"])
+            self.left_out.watch.load(before["finite"])
+            self._save(step, logged=before["logged"])
+        return f"checkpoint-{step} is from before."
 
     def _warn(self, warning: str) -> None:
         self.say(warning)
@@ -379,14 +354,15 @@ class Loop:
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(self.stack, self.parameters, self.optimizer, self.scheduler, self.scaler)
 
-    def _save(self, step: int, *, pending: bool = False) -> None:
+    def _save(self, step: int, *, pending: bool = False, logged: int | None = None) -> None:
         """Write a checkpoint, then delete older ones. What was logged up to it is on the disk before it is.
 
         Args:
             pending: the evaluation that is due after this step was not made.
+            logged: records of the metrics up to this step; all there are by default.
         """
         self.log.flush()
-        self.left_out.flush()
+        self.left_out.log.flush()
         self._checkpoint().write(
             self.stage,
             step,
@@ -395,10 +371,10 @@ class Loop:
                 "stale": self.stale,
                 "total": self.total,
                 "pending": pending,
-                "finite": self.finite.state(),
+                "finite": self.left_out.watch.state(),
                 "collapse": self.collapse.state() if self.collapse is not None else None,
                 "warnings": self.warnings,
-                "logged": self.log.count,
+                "logged": self.log.count if logged is None else logged,
             },
         )
         self._prune()
@@ -424,14 +400,14 @@ class Loop:
             if not self.forget_best:
                 self.best = tuple(extra["best"]) if extra["best"] else None  # type: ignore[assignment]
                 self.stale = extra["stale"]
-            self.finite.load(extra.get("finite") or {})
+            self.left_out.watch.load(extra.get("finite") or {})
             if self.collapse is not None:
                 self.collapse.load(extra.get("collapse") or {})
             self.warnings = list(extra.get("warnings") or [])
             self.say(f"going on from {found.name}")
             step, pending, logged = extra["step"], bool(extra.get("pending")), extra.get("logged")
             self._prune()  # the process before may have ended between a checkpoint and this
-        self.left_out.truncate(step)
+        self.left_out.log.truncate(step)
         before = self.log.truncate(step, logged=logged, say=self.say)
         self.evaluations = [record for record in before if "eval_loss" in record]
         trained = [record for record in before if "loss" in record]

@@ -11,15 +11,14 @@ import torch
 from transformers import TrainerCallback
 
 from ..config import RunConfig
-from ..errors import UserError
 from ..interrupts import StopRequest
 from ..manifest import write_manifest
 from .checkpoint import MetricsLog
-from .loop import LEFT_OUT
 from .setup import Stage
 from .steps import rows_of_step, step_schedule
 from .task import Metrics
-from .watch import IN_A_ROW, CollapseWatch, FiniteWatch
+from .trouble import LeftOut
+from .watch import IN_A_ROW, CollapseWatch
 
 OnMetrics = Callable[[int, int, Metrics], None]
 
@@ -48,12 +47,12 @@ class Recorder(TrainerCallback):
 
     def __init__(self, stage: Stage, unit: str, total: int, on_metrics: OnMetrics, say: Callable[[str], None]) -> None:
         self.stage, self.unit, self.total, self.on_metrics, self.say = stage, unit, total, on_metrics, say
-        self.log, self.left_out = MetricsLog(stage.dir.metrics), MetricsLog(stage.dir.path / LEFT_OUT)
+        self.log, self.left_out = MetricsLog(stage.dir.metrics), LeftOut(stage.dir.path, say)
         self.stop: StopRequest | None = None
         self.last: Metrics = {}
         self.evaluations: list[Metrics] = []
         self.warnings: list[str] = []
-        self.finite, self.collapse = FiniteWatch(), CollapseWatch() if unit == "pairs" else None
+        self.collapse = CollapseWatch() if unit == "pairs" else None
         self.begun = self.seconds = 0.0
         self.tokens = 0.0
         self.skips = False
@@ -68,7 +67,7 @@ class Recorder(TrainerCallback):
                 self.last = {key: value for key, value in record.items() if key != "step"}
                 if self.collapse is not None:
                     self.collapse.saw(record["step"], record)
-        self.finite.count = len(self.left_out.truncate(step))
+        self.left_out.watch.count = len(self.left_out.log.truncate(step))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begun = time.perf_counter()
@@ -112,26 +111,15 @@ class Recorder(TrainerCallback):
         finite = math.isfinite(logs["loss"]) and not self.skips and math.isfinite(logs.get("grad_norm", 0.0))
         # a scaler of accelerate's tells nobody its scale: every step before the first update counts as its search
         scale = 1.0 if self.stage.base.dtype == torch.float16 else None
-        what = self.finite.saw(applied=finite, finite_loss=math.isfinite(logs["loss"]), scale=scale)
+        what = self.left_out.watch.saw(applied=finite, finite_loss=math.isfinite(logs["loss"]), scale=scale)
         if not math.isfinite(logs["loss"]):
             self.trainer._tr_loss.zero_()  # it goes on from what was logged minus itself, which is not a number
         if what == "bad":
             data = self.stage.data
             where = [data.examples[example].where for row in rows for example in data.rows[row]]
-            norm = logs.get("grad_norm", math.nan)
-            self.left_out.append(
-                {"step": step, "loss": logs["loss"], "grad_norm": norm, "not_finite_alone": None, "rows": where}
-            )
-            named = f"{', '.join(where[:3])}{', …' if len(where) > 3 else ''}"
-            self.say(
-                f"step {step}: loss {logs['loss']:.4g}, gradient norm {norm:.4g}: step left out. Its rows: {named}."
-            )
-            if self.finite.in_a_row == IN_A_ROW:
-                raise UserError(
-                    f"step {step}: loss or gradients were not finite three times in a row; rows of the last: {named}.",
-                    f"{self.left_out.path} names the rows of each such step. If the rows are sound, lower learning_rate (in "
-                    "another output_dir: it binds a run that has begun). The last checkpoint is untouched.",
-                )
+            named = self.left_out.add(step, logs, where, alone=None)
+            if self.left_out.watch.in_a_row == IN_A_ROW:
+                raise self.left_out.end(step, named, "The last checkpoint is untouched.")
         elif what == "applied" and self.collapse is not None and (warning := self.collapse.saw(step, logs)):
             self.say(warning)
             self.warnings.append(warning)

@@ -75,7 +75,7 @@ def run_baseline(
         if state.best_metric is not None and state.best_global_step:
             best = (float(state.best_metric), int(state.best_global_step))
         outcome = Outcome(
-            state.global_step, recorder.last, best, time.perf_counter() - started, recorder.finite.count,
+            state.global_step, recorder.last, best, time.perf_counter() - started, recorder.left_out.watch.count,
             recorder.evaluations, recorder.warnings,
         )  # fmt: skip
         close_stage(stage, outcome, say=say, own=AdapterStack(trainer.model).weights(ADAPTER))
