@@ -25,6 +25,7 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.merge import merge
 from zephyr_lite.model.load import load_base
 from zephyr_lite.model.peft_files import adapter_sha256, read_adapter
+from zephyr_lite.model.quantized import kept_bases
 from zephyr_lite.model.shards import INDEX, open_shards
 from zephyr_lite.model.tokenizer import check_vocabulary, load_tokenizer
 from zephyr_lite.safetensors_stream import SafetensorsFile
@@ -197,6 +198,47 @@ def test_a_base(tiny_base, data):
         with torch.no_grad():
             ids = torch.tensor([[1, 5, 9]])
             assert found.model(ids).logits.shape == (1, 3, found.model.config.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def nf4_base(tiny_base, tmp_path_factory) -> Path:
+    """The tiny base as bitsandbytes stores it in NF4, with double quantization."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZEPHYR_LITE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        load_base(RunConfig(model_name_or_path=str(tiny_base)), say=lambda line: None)
+        (kept,) = kept_bases()
+    folder = Path(shutil.copytree(kept, tmp_path_factory.mktemp("nf4") / "base"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_base / name, folder / name)
+    return folder
+
+
+@few(20)
+@given(data=st.data())
+def test_a_base_in_nf4(nf4_base, adapter, data):
+    """Its settings, its header, or the bytes of a part of a weight; loaded, or merged onto."""
+    with TemporaryDirectory() as tmp:
+        base = Path(shutil.copytree(nf4_base, Path(tmp) / "base"))
+        if data.draw(st.booleans()):
+            rewrite(base, data.draw(st.sampled_from(["config.json", WEIGHTS])), data)
+        else:
+            parts = [
+                e for e in SafetensorsFile(base / WEIGHTS).entries.values() if "quant" in e.name or "absmax" in e.name
+            ]
+            entry, raw = data.draw(st.sampled_from(parts)), (base / WEIGHTS).read_bytes()
+            new = data.draw(st.binary(min_size=1, max_size=40))[: entry.nbytes]
+            at = data.draw(st.integers(entry.start, entry.end - len(new)))
+            (base / WEIGHTS).write_bytes(raw[:at] + new + raw[at + len(new) :])
+        try:
+            if data.draw(st.booleans()):
+                merge(base, [read_adapter(adapter)], Path(tmp) / "out", onto="nf4")
+                assert open_shards(Path(tmp) / "out")
+            else:
+                found = load_base(RunConfig(model_name_or_path=str(base)), say=lambda line: None)
+                with torch.no_grad():
+                    assert found.model(torch.tensor([[1, 5, 9]])).logits.shape[1] == 3
+        except UserError:
+            assert not (Path(tmp) / "out").exists()
 
 
 @few(30)
