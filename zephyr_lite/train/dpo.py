@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,15 +22,13 @@ from ..config import Loaded
 from ..data.batch import Batch, collate_pairs
 from ..data.prepare import Prepared
 from ..errors import UserError
-from ..lock import alone
 from ..model.decoder import Dropout
 from ..model.plan import Plan
-from ..sync import kept_elsewhere
-from .loop import Loop
 from .losses import Preference, preference_loss
 from .out_of_memory import Guard
 from .reference import ReferenceCache, cache_key, pair_sums
-from .setup import Say, Stage, close_stage, open_stage
+from .run import OnMetrics, run, train
+from .setup import Say, Stage
 from .steps import Lengths
 from .task import Metrics, Outcome, Shares
 from .watch import CollapseWatch
@@ -42,38 +39,14 @@ from .watch import CollapseWatch
 START_TOLERANCE = {"live": 1e-6, "cached": 5e-2}
 
 
-def run_dpo(loaded: Loaded, *, say: Say = print, on_metrics=lambda step, total, metrics: None) -> Outcome:
+def run_dpo(loaded: Loaded, *, say: Say = print, on_metrics: OnMetrics = lambda step, total, metrics: None) -> Outcome:
     """Train the stage that the configuration describes, from its last checkpoint if there is one."""
-    with alone(Path(loaded.config.output_dir), say):
-        if loaded.config.engine != "fused":
-            from .baselines import run_baseline
-
-            return run_baseline("dpo", loaded, say=say, on_metrics=on_metrics)
-        stage = open_stage("dpo", loaded, say=say)
-        return train_dpo(stage, say=say, on_metrics=on_metrics)
+    return run("dpo", loaded, train_dpo, say=say, on_metrics=on_metrics)
 
 
-def train_dpo(stage: Stage, *, say: Say = print, on_metrics=lambda step, total, metrics: None) -> Outcome:
-    """Train an opened stage and write its adapters."""
-    task = DpoTask(stage, say)
-    fp16 = str(stage.base.dtype) == "torch.float16"
-    loop = Loop(
-        stage.config,
-        stage.dir,
-        stage.stack,
-        task,
-        stage.plan,
-        fp16=fp16,
-        on_metrics=on_metrics,
-        collapse=CollapseWatch(),
-        mirror=stage.mirror,
-        forget_best=stage.forget_best,
-        say=say,
-    )
-    with kept_elsewhere(stage.mirror):
-        outcome = loop.run()
-        close_stage(stage, outcome, say=say)
-    return outcome
+def train_dpo(stage: Stage, *, say: Say = print, on_metrics: OnMetrics = lambda step, total, metrics: None) -> Outcome:
+    """Train an opened stage and write its adapter."""
+    return train(stage, DpoTask(stage, say), say=say, on_metrics=on_metrics, collapse=CollapseWatch())
 
 
 class DpoTask:

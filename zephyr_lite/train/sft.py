@@ -9,7 +9,6 @@ Raises ``UserError`` for anything of the user's that does not fit, and ``StageCo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,49 +16,24 @@ from torch import Tensor
 from ..config import Loaded
 from ..data.batch import Batch, collate_conversations
 from ..data.prepare import Prepared
-from ..lock import alone
 from ..model.decoder import Dropout
 from ..model.plan import Plan
-from ..sync import kept_elsewhere
-from .loop import Loop
 from .losses import sft_loss
 from .out_of_memory import Guard
-from .setup import Say, Stage, close_stage, open_stage
+from .run import OnMetrics, run, train
+from .setup import Say, Stage
 from .steps import Lengths
 from .task import Metrics, Outcome, Shares
 
 
-def run_sft(loaded: Loaded, *, say: Say = print, on_metrics=lambda step, total, metrics: None) -> Outcome:
+def run_sft(loaded: Loaded, *, say: Say = print, on_metrics: OnMetrics = lambda step, total, metrics: None) -> Outcome:
     """Train the stage that the configuration describes, from its last checkpoint if there is one."""
-    with alone(Path(loaded.config.output_dir), say):
-        if loaded.config.engine != "fused":
-            from .baselines import run_baseline
-
-            return run_baseline("sft", loaded, say=say, on_metrics=on_metrics)
-        stage = open_stage("sft", loaded, say=say)
-        return train_sft(stage, say=say, on_metrics=on_metrics)
+    return run("sft", loaded, train_sft, say=say, on_metrics=on_metrics)
 
 
-def train_sft(stage: Stage, *, say: Say = print, on_metrics=lambda step, total, metrics: None) -> Outcome:
+def train_sft(stage: Stage, *, say: Say = print, on_metrics: OnMetrics = lambda step, total, metrics: None) -> Outcome:
     """Train an opened stage and write its adapter."""
-    task = SftTask(stage, say)
-    fp16 = str(stage.base.dtype) == "torch.float16"
-    loop = Loop(
-        stage.config,
-        stage.dir,
-        stage.stack,
-        task,
-        stage.plan,
-        fp16=fp16,
-        on_metrics=on_metrics,
-        mirror=stage.mirror,
-        forget_best=stage.forget_best,
-        say=say,
-    )
-    with kept_elsewhere(stage.mirror):
-        outcome = loop.run()
-        close_stage(stage, outcome, say=say)
-    return outcome
+    return train(stage, SftTask(stage, say), say=say, on_metrics=on_metrics)
 
 
 class SftTask:

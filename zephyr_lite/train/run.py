@@ -1,0 +1,57 @@
+"""What both stages do around their losses: alone on the run's folder, on the engine that was asked for, copied elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..config import Loaded, Method
+from ..lock import alone
+from ..sync import kept_elsewhere
+from .loop import Loop
+from .setup import Say, Stage, close_stage, open_stage
+from .task import Metrics, Outcome, Task
+from .watch import CollapseWatch
+
+OnMetrics = Callable[[int, int, Metrics], None]
+
+
+def run(method: Method, loaded: Loaded, train: Callable[..., Outcome], *, say: Say, on_metrics: OnMetrics) -> Outcome:
+    """Open a stage and train it, from its last checkpoint if there is one.
+
+    Args:
+        train: of the fused engine: is given the opened stage.
+    """
+    with alone(Path(loaded.config.output_dir), say):
+        if loaded.config.engine != "fused":
+            from .baselines import run_baseline
+
+            return run_baseline(method, loaded, say=say, on_metrics=on_metrics)
+        return train(open_stage(method, loaded, say=say), say=say, on_metrics=on_metrics)
+
+
+def train(
+    stage: Stage, task: Task, *, say: Say, on_metrics: OnMetrics, collapse: CollapseWatch | None = None
+) -> Outcome:
+    """Train an opened stage and write its adapter.
+
+    Args:
+        collapse: watches over a preference optimization.
+    """
+    loop = Loop(
+        stage.config,
+        stage.dir,
+        stage.stack,
+        task,
+        stage.plan,
+        fp16=str(stage.base.dtype) == "torch.float16",
+        on_metrics=on_metrics,
+        collapse=collapse,
+        mirror=stage.mirror,
+        forget_best=stage.forget_best,
+        say=say,
+    )
+    with kept_elsewhere(stage.mirror):
+        outcome = loop.run()
+        close_stage(stage, outcome, say=say)
+    return outcome
