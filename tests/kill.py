@@ -250,7 +250,7 @@ def trial(scenario: Scenario, on: Ground, folder: Path, stops: int, seed: int, *
     count.wrong += [f"{name} is not the same in two undisturbed runs" for name in differing(before, right)]
     shutil.rmtree(out)
     stopped = place = 0
-    while (stopped < stops or out.exists()) and not count.wrong:
+    while (stopped < stops or out.exists() or not count.ends) and not count.wrong:
         child = start(commands[place], log)
         code = ended(child, draw.uniform(0, seconds[place]) if stopped < stops else 20 * LONGEST)
         if code is None:
