@@ -149,3 +149,51 @@ def test_the_whole_recipe_and_its_errors_keep_secrets(
     files = [path for folder in ("runs", "model", "job") for path in Path(folder).rglob("*") if path.is_file()]
     assert len(files) > 30
     assert {str(path): found for path in files if (found := leaks(path.read_bytes(), secrets))} == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["assistant", "postgres", "20260101", "2026-01-01", "<|im_end|>", "learning_rate", "tokens_per_second", "not-needed"],
+)
+def test_a_plain_word_or_number_changes_no_file(monkeypatch, tmp_path, value):
+    monkeypatch.setenv("DB_PASSWORD", value)
+    honest = {"seed": 20260101, "learning_rate": 1e-4, "template": f"a {value} b", value: [value]}
+    write_json(tmp_path / "stage.json", honest)
+    assert json.loads((tmp_path / "stage.json").read_text(encoding="utf-8")) == honest
+    assert redact.redact_shown(f"a {value} b") == f"a {HIDDEN} b"  # on a screen it is hidden all the same
+
+
+def test_what_stands_in_the_machines_own_paths_is_no_secret_in_files(monkeypatch, tmp_path):
+    (tmp_path / "user-4711-x").mkdir()
+    monkeypatch.chdir(tmp_path / "user-4711-x")
+    monkeypatch.setenv("DB_PASSWORD", "user-4711-x")
+    assert redact.redact(str(Path.cwd())) == str(Path.cwd())
+
+
+def test_a_configuration_that_holds_a_secret_is_refused_before_anything_is_written(
+    monkeypatch, tmp_path, capsys, tiny_base, chat_rows
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_PASSWORD", "s3cret/path")
+    common = ["sft", f"model_name_or_path={tiny_base}"]
+    for words, place, what in (
+        ([f"dataset={chat_rows}", "output_dir=runs/s3cret/path"], "output_dir", "the environment variable MY_PASSWORD"),
+        (["dataset=s3cret/path/chat.jsonl"], "dataset.path", "the environment variable MY_PASSWORD"),
+        ([f"dataset={chat_rows}", "system=Ask http://me:pass@host"], "system", "a password in a URL"),
+    ):
+        assert cli.run([*common, *words]) == 2
+        err = capsys.readouterr().err
+        assert f"error: the command line: {place} holds " in err and what in err and "s3cret" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_goes_on_whose_words_are_somebodys_password(monkeypatch, tmp_path, tiny_base, chat_rows, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("HF_TOKEN", "assistant"), ("DB_PASSWORD", "20260101"), ("PAD_TOKEN", "learning_rate")):
+        monkeypatch.setenv(name, value)
+    words = ["sft", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", "max_length=64", "seed=20260101"]
+    words += ["load_in_4bit=false", "max_steps=1", "lora_r=2", "batch_size=1"]
+    assert cli.run(words) == 0
+    capsys.readouterr()
+    assert cli.run(words) == 0
+    assert "complete" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import UserError
 from .foreign_keys import rename, unknown_key
 from .reading import place
+from .redact import refuse_secrets
 from .shipped import find_config
 from .strict_yaml import WORD, dump_yaml, read_word, read_yaml
 from .words import short
@@ -271,6 +272,9 @@ def load_config(
         keys = keys or {key for key in typed if key in str(error)}
         by_words = path is None or (keys and keys <= typed)
         raise UserError(_explain(error, "the command line" if by_words else str(path), values)) from None
+    typed = {*said, *(key.split(".")[0] for key, _ in nested)}
+    for key, value in config.model_dump(mode="json").items():
+        refuse_secrets({key: value}, "the command line" if path is None or key in typed else str(path))
     return Loaded(config, set(given), notes, path)
 
 

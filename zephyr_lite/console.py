@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import UserError
-from .redact import redact
+from .redact import redact_shown
 from .words import duration
 
 Metrics = dict[str, float]
@@ -39,7 +39,7 @@ class Standing(Protocol):
 class _Rich(RichConsole):
     def _render_buffer(self, buffer: Iterable[Segment]) -> str:
         """Everything that is printed comes through here, tables and progress too."""
-        return redact(super()._render_buffer(buffer))
+        return redact_shown(super()._render_buffer(buffer))
 
     def on_broken_pipe(self) -> None:
         """Whoever reads has gone; the command line ends quietly, and not as rich would, with exit code 1."""

@@ -3,16 +3,27 @@
 Which values are secret is known by their variables' names (``HF_TOKEN``, ``OPENAI_API_KEY``, ``…_PASSWORD``), by the
 files in which ``hf auth login`` keeps its tokens, by what a server's configuration named (``endpoints.keys``), and by
 their place in a URL (``https://user:password@host``).
+
+Honest data must survive that. A value that is a plain word, a number or a model's special token (``DB_PASSWORD=postgres``,
+``EOS_TOKEN=<|im_end|>``) is hidden where it is printed, but not in files: it stands in keys, templates and numbers that a run
+reads again. The same holds of a value that everybody sees in this machine's paths and names. A configuration that holds a
+real secret is refused before anything is written (``config.load_config``), so that hiding never changes it.
 """
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
+import socket
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
+
+from .errors import UserError
 
 HIDDEN = "***"
 # a value this short may be a part of honest text
@@ -22,7 +33,10 @@ _SECRET_NAME = re.compile(
     r"(?:API_?KEY|ACCESS_KEY|SECRET_KEY|PRIVATE_KEY|(?:^|_)TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)$"
 )
 _IN_URL = re.compile(r"(?<=://)([^\s/:@'\"]*):[^\s/@'\"]+@")
-
+# a word; words joined as in names of keys and files; a number or a date; a special token of a tokenizer
+_PLAIN = re.compile(
+    r"[^\W\d_]{1,15}|(?=.{1,23}$)[^\W\d_]{1,15}(?:[-_./ ][^\W\d_]{1,15})+|[-+]?\d[\d.,:/-]{0,14}|<[|/]?[a-zA-Z_]{1,30}\|?>"
+)
 
 _remembered: set[str] = set()
 
@@ -34,11 +48,75 @@ def remember(value: str) -> None:
 
 
 def redact(text: str) -> str:
-    """The text without any secret of this process's environment: each is replaced by ``***``.
+    """The text without any secret of this process's environment: each is replaced by ``***``. For what is written.
 
-    The environment is read at every call (a variable may be set later), which takes some 30 µs.
+    The environment is read at every call (a variable may be set later), which takes some 50 µs.
     """
+    return _without([value for value in secrets() if not is_plain(value)], text)
+
+
+def redact_shown(text: str) -> str:
+    """As ``redact``, plain words too: for what is printed, and read by nobody but people."""
+    return _without(secrets(), text)
+
+
+def find_secret(text: str) -> str | None:
+    """Whether ``redact`` would change a text, and then what stands in it: the name of the variable, in words; else None."""
     for value in secrets():
+        if not is_plain(value) and hide(text, value, "") != text:
+            names = sorted(name for name, each in os.environ.items() if each.strip() == value and _is_secret(name))
+            return f"the value of the environment variable {names[0]}" if names else "a token or key of yours"
+    return "a password in a URL" if "://" in text and _IN_URL.search(text) else None
+
+
+def refuse_secrets(values: Any, where: str) -> None:
+    """For settings that are written into a folder and compared when somebody goes on there: hidden they would be others.
+
+    Args:
+        values: of plain types, nested at will.
+        where: they come from.
+
+    Raises:
+        UserError: a text in them holds a secret; names the key, and never the secret.
+    """
+    for key, text in _texts(values):
+        if (what := find_secret(text)) is not None:
+            raise UserError(
+                f"{where}: {redact_shown(key)} holds {what}. It would be written into the run's folder.",
+                "Give a value without it. If it is no secret, unset that variable for this command (env -u NAME zephyr-lite …).",
+            )
+
+
+def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in nested values, keys of mappings too."""
+    if isinstance(values, str):
+        yield key, values
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield key or "a key", str(name)
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value, key)
+
+
+def is_plain(value: str) -> bool:
+    """Whether a value is a word or a number that honest files hold, or stands in this machine's own names and paths."""
+    return _PLAIN.fullmatch(value) is not None or any(value in name for name in _public_names())
+
+
+def _public_names() -> list[str]:
+    """What every process of this machine sees, and every absolute path holds."""
+    names = [socket.gethostname(), os.path.expanduser("~")]
+    try:
+        names += [getpass.getuser(), os.getcwd()]
+    except (OSError, KeyError):  # a user without a name; a working directory that was removed
+        pass
+    return names
+
+
+def _without(values: list[str], text: str) -> str:
+    for value in values:
         text = hide(text, value, HIDDEN)
     return _IN_URL.sub(rf"\1:{HIDDEN}@", text) if "://" in text else text
 

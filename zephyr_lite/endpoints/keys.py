@@ -6,7 +6,7 @@ import os
 import re
 
 from ..errors import UserError
-from ..redact import SHORT, hide, remember
+from ..redact import SHORT, hide, is_plain, remember
 from .types import EndpointSpec
 
 SHOWN = "[key]"
@@ -32,8 +32,8 @@ class Key:
         return {"Authorization": f"Bearer {self._read()}"}
 
     def redact(self, text: str) -> str:
-        """The text without the key."""
-        return self._without(text) if len(self._read()) >= SHORT else text
+        """The text without the key; one that is a word (servers of one's own take any, such as ``not-needed``) stays."""
+        return text if len(self._read()) < SHORT or is_plain(self._read()) else self._without(text)
 
     def _without(self, text: str) -> str:
         return hide(text, self._read(), SHOWN)

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from ..errors import UserError
 from ..files import write_text
+from ..redact import refuse_secrets
 from ..strict_yaml import dump_yaml
 
 CONFIG = "config.yaml"
@@ -27,8 +28,9 @@ def claim(out: Path, kind: str, config: BaseModel) -> None:
         config: what the job was given; written where the folder is new.
 
     Raises:
-        UserError: the folder holds something else, or another command's job.
+        UserError: the folder holds something else, or another command's job; or the configuration holds a secret.
     """
+    refuse_secrets(config.model_dump(mode="json", exclude_unset=True), "the job's configuration")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; the job's folder cannot be made there.", "Choose another --out.")
     try:
