@@ -143,12 +143,13 @@ def merge(
 
     make_folder(out.parent)
     with folder_aside(out) as aside:
+        # first what is small and can be wrong
+        report.eos_token_ids = model_files(files, aside, Path(tokenizer_from) if tokenizer_from else None)
         for shard, names in files.shards.items():
             header = {name: (files.entries[name].dtype, files.entries[name].shape) for name in names}
             metadata = {**files.metadata(shard), "format": "pt", "zephyr_lite": json.dumps(marks, default=str)}
             write_stream(aside / shard, header, write, metadata)
         files.write_index(aside)
-        report.eos_token_ids = model_files(files, aside, Path(tokenizer_from) if tokenizer_from else None)
         write_json(aside / MARK, marks)
     report.seconds = time.monotonic() - start
     return report
