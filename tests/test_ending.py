@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -150,3 +151,40 @@ def test_control_characters_are_shown_as_they_are_written(capsys):
     out, err = capsys.readouterr()
     assert out == "a\\x1b[2Jb\\x9b\\u202e\\ud800\nd\n"
     assert err == "error: runs/\\x07: no\n\\x1b]0;title\\x07\n"
+
+
+def test_what_fails_because_a_library_swallowed_the_interrupt_is_an_interruption():
+    swallows = (
+        f" try:\n  {HERE}\n except BaseException:\n  pass\n raise RecursionError('of modules that are half imported')"
+    )
+    process = started(swallows)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    assert (process.wait(timeout=30), process.stderr.read()) == (130, "interrupted\n")
+
+
+def test_an_interrupt_before_anything_is_imported_shows_no_traceback(tmp_path):
+    (tmp_path / "typer.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "zephyr_lite", "env"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for process, number in zip(processes, (signal.SIGINT, signal.SIGTERM)):
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(number)
+        assert (process.wait(timeout=30), process.stderr.read()) == (130, "interrupted\n")
+
+
+def test_the_exit_code_of_an_interruption_stays_where_python_remembers_the_signal():
+    """An interrupt within exec() of a text makes Python end itself by SIGINT at the very end, whatever exit code was set."""
+    code = (
+        "import zephyr_lite.cli as c, zephyr_lite.__main__ as m\n"
+        "def body(words): exec('raise KeyboardInterrupt')\n"
+        "c._run = body\nm.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -153,7 +153,16 @@ def test_the_whole_recipe_and_its_errors_keep_secrets(
 
 @pytest.mark.parametrize(
     "value",
-    ["assistant", "postgres", "20260101", "2026-01-01", "<|im_end|>", "learning_rate", "tokens_per_second", "not-needed"],
+    [
+        "assistant",
+        "postgres",
+        "20260101",
+        "2026-01-01",
+        "<|im_end|>",
+        "learning_rate",
+        "tokens_per_second",
+        "not-needed",
+    ],
 )
 def test_a_plain_word_or_number_changes_no_file(monkeypatch, tmp_path, value):
     monkeypatch.setenv("DB_PASSWORD", value)

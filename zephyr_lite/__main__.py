@@ -1,6 +1,39 @@
-"""``python -m zephyr_lite`` is ``zephyr-lite``."""
+"""``zephyr-lite``, and ``python -m zephyr_lite``: signals first, then everything that takes time to import."""
 
-from .cli import main
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+from types import FrameType
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Nothing has begun: there is nothing to put in order, and a traceback of imports would tell nobody anything."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup and shells want it for what runs in the background
+            signal.signal(number, _end)
+    from . import cli
+
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    try:
+        cli.main()
+    except SystemExit as done:
+        if done.code == 130:
+            # Python may remember an interrupt that was caught, and end itself by SIGINT instead of with this code
+            atexit._run_exitfuncs()
+            os._exit(130)
+        sys.exit(done.code)
+
 
 if __name__ == "__main__":
     main()

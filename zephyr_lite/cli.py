@@ -23,7 +23,15 @@ from .commands.distill import distill
 from .commands.feedback import feedback
 from .commands.options import StageConfig, Verbose
 from .console import Console
-from .ending import abandon, end_at_a_signal, flushed, interrupted_line, machines_fault, take_signals
+from .ending import (
+    abandon,
+    end_at_a_signal,
+    flushed,
+    interrupted_line,
+    just_interrupted,
+    machines_fault,
+    take_signals,
+)
 from .errors import Interrupted, UserError
 
 app = typer.Typer(
@@ -54,7 +62,9 @@ class Onto(StrEnum):
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False, verbose: Verbose = False
+) -> None:
     if version:
         console.say(f"zephyr-lite {__version__}")
         raise typer.Exit()
@@ -250,20 +260,20 @@ def _explained(error: BaseException, arguments: list[str], verbose: bool) -> int
     if verbose:
         console.traceback(error)
     usage_error: Any = typer.BadParameter.__base__
+    if isinstance(error, Interrupted):
+        console.complain(error.message)
+        return 130
+    if isinstance(error, KeyboardInterrupt | typer.Abort) or just_interrupted():
+        console.complain(interrupted_line(arguments))
+        return 130
     if isinstance(error, UserError):
         console.user_error(error)
         return 2
     if isinstance(error, usage_error):
         shown = io.StringIO()
         error.show(file=shown)
-        console.complain(shown.getvalue().rstrip("\n"))
+        console.complain(shown.getvalue().rstrip("\n").replace("Value error, ", ""))
         return 2
-    if isinstance(error, Interrupted):
-        console.complain(error.message)
-        return 130
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        console.complain(interrupted_line(arguments))
-        return 130
     if (known := machines_fault(error, arguments)) is not None:
         console.user_error(known)
         return 2

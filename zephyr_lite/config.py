@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError
-from .foreign_keys import rename, unknown_key
+from .foreign_keys import ALIASES, rename, unknown_key
 from .reading import place
 from .redact import refuse_secrets
 from .shipped import find_config
@@ -306,7 +306,10 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
             key, text = word, words[position]
             position += 1
         else:
-            raise UserError(f"{short(word)} is neither key=value nor --key value.")
+            raise UserError(
+                f"{short(word)} is neither key=value nor --key value.",
+                "No space stands around the =, and a value with spaces in it stands in quotes: system='Be brief.'",
+            )
         pairs.append((key.lstrip("-").replace("-", "_"), text))
     result = []
     for key, text in pairs:
@@ -315,7 +318,10 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
                 f"the command line: {short(key)}: a value of {len(text):,} letters; at most {WORD:,} are read.",
                 "Put it into a file, and name that with --config.",
             )
-        result.append((key, read_word(text)))
+        value = read_word(text)
+        if ALIASES.get(key, key) in _TEXTS and not isinstance(value, bool | str | None):
+            value = text  # a folder called 2024, a revision called 0012345
+        result.append((key, value))
     return result
 
 
@@ -350,6 +356,17 @@ def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str
     target[head] = current
 
 
+_TEXTS = {key for key, field in RunConfig.model_fields.items() if field.annotation in (str, str | None)}
+# what pydantic says in its own terms
+_PLAIN_WORDS = {
+    "string_type": "Input should be a text; one that reads as something else stands in quotes, as in \"'2024'\"",
+    "int_parsing": "Input should be a whole number, without a unit",
+    "int_from_float": "Input should be a whole number",
+    "bool_parsing": "Input should be true or false",
+    "model_type": "Input should be a path, or keys and values such as {path: rows.jsonl, split: train}",
+}
+
+
 def _explain(error: ValidationError, where: str, values: dict[str, Any]) -> str:
     lines = []
     for item in error.errors():
@@ -358,7 +375,11 @@ def _explain(error: ValidationError, where: str, values: dict[str, Any]) -> str:
         if parts[1:2] == [0] and not (isinstance(several, list) and len(several) > 1):
             del parts[1]  # the only entry of a list, which perhaps nobody wrote as one
         place = ".".join(map(str, parts))
-        message = item["msg"].removeprefix("Value error, ")
+        message = _PLAIN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
+        if place in ("memory.vram", "memory.host"):
+            message = "Input should be a size with its unit, such as 8GiB"
+        elif place == "memory":
+            message = "Input should be auto, or some of its keys: memory.vram=8GiB, in a file {vram: 8GiB}"
         if item["type"] == "extra_forbidden":
             inner = MemorySpec if parts[0] == "memory" else DatasetSpec
             known = (

@@ -7,7 +7,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 from .errors import UserError
@@ -37,12 +39,19 @@ _ON_DISK = {
 _RUST = re.compile(r"\(os error (\d+)\)")
 
 
-def take_signals() -> None:
-    """From here on SIGTERM does in this process what Ctrl-C does at that moment, each time it comes.
+# when a signal last raised KeyboardInterrupt here, on the clock of time.monotonic
+_interrupted_at: float | None = None
+# libraries that swallow the interrupt, half-way through their imports above all, fail of something else soon after
+_AFTERMATH = 60.0
 
-    Ctrl-C itself stays Python's: asyncio, and the training loop, put their own handlers in its place, which end in good
-    order. Forked workers are ended by SIGTERM as by default, without a traceback. One that whoever started the process
-    wants ignored stays ignored.
+
+def take_signals() -> None:
+    """From here on Ctrl-C is remembered (``just_interrupted``), and SIGTERM does in this process what Ctrl-C does at that
+    moment, each time it comes.
+
+    The training loop and asyncio put handlers of their own in its place, which end in good order; for asyncio it has to
+    be Python's own (``pythons_ctrl_c``). Forked workers are ended by SIGTERM as by default, without a traceback. What
+    whoever started the process wants ignored stays ignored.
     """
     own = os.getpid()
 
@@ -55,10 +64,36 @@ def take_signals() -> None:
         if callable(at_ctrl_c):
             at_ctrl_c(number, frame)
         else:
-            raise KeyboardInterrupt
+            _interrupt(number, frame)
 
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
         signal.signal(signal.SIGTERM, handle)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted_at
+    _interrupted_at = time.monotonic()
+    raise KeyboardInterrupt
+
+
+def just_interrupted() -> bool:
+    """Whether a signal came within the last minute that raised KeyboardInterrupt: what fails now most likely fails of it."""
+    return _interrupted_at is not None and time.monotonic() - _interrupted_at < _AFTERMATH
+
+
+@contextmanager
+def pythons_ctrl_c() -> Iterator[None]:
+    """Within, Ctrl-C is Python's: ``asyncio.run`` cancels its main task only where it finds that handler."""
+    ours = signal.getsignal(signal.SIGINT) is _interrupt
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, _interrupt)
 
 
 def end_at_a_signal(code: int) -> None:

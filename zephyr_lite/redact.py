@@ -18,6 +18,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,10 @@ def is_plain(value: str) -> bool:
 def _public_names() -> list[str]:
     """What every process of this machine sees, and every absolute path holds."""
     names = [socket.gethostname(), os.path.expanduser("~")]
-    try:
-        names += [getpass.getuser(), os.getcwd()]
-    except (OSError, KeyError):  # a user without a name; a working directory that was removed
-        pass
+    with suppress(OSError, KeyError, ImportError):  # a user without a name
+        names.append(getpass.getuser())
+    with suppress(OSError):  # a working directory that was removed
+        names.append(os.getcwd())
     return names
 
 

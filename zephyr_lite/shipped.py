@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import UserError
-from .reading import is_file, refuse_special
+from .reading import is_file, is_folder, refuse_special
 
 # folders of shipped files that are not the configuration of a stage
 OTHER_CONFIGS = ("tables", "feedback")
@@ -24,9 +24,21 @@ def find_config(name: str) -> Path:
     shipped = shipped_configs()
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
-    raise UserError(
-        f"configuration {name[:300]}: there is no such file.",
-        f"Give a YAML file, or a shipped one: {', '.join(shipped)}.",
+    raise not_found(f"configuration {name[:300]}", path, f"a shipped one: {', '.join(shipped)}")
+
+
+def not_found(what: str, path: Path, known: str) -> UserError:
+    """What to say where a YAML file was to be; a folder is told from nothing.
+
+    Args:
+        what: the kind of file, and its name as the user wrote it.
+        known: what else could be named.
+    """
+    if not is_folder(path):
+        return UserError(f"{what}: there is no such file.", f"Give a YAML file, or {known}.")
+    inside = ", ".join(sorted(each.name for each in path.glob("*.y*ml"))[:3])
+    return UserError(
+        f"{what}: is a folder.", f"Give a YAML file{' in it (' + inside + ')' if inside else ''}, or {known}."
     )
 
 

@@ -90,7 +90,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         place = f"{path} line {mark.line + 1}" if mark is not None else str(path)
         what = " ".join(part for part in (error.context, error.problem) if part)
-        raise UserError(f"{place}: not readable as YAML: {what}.", "Mend the line.") from None
+        rows = path.suffix.lower() in (".jsonl", ".csv", ".parquet")
+        hint = f"It looks like a file of rows; those are given as dataset={path}." if rows else "Mend the line."
+        raise UserError(f"{place}: not readable as YAML: {what}.", hint) from None
     except yaml.reader.ReaderError as error:
         number = text[: error.position].count("\n") + 1
         raise UserError(

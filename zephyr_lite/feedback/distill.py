@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..ending import pythons_ctrl_c
 from ..endpoints.budget import Totals
 from ..endpoints.desk import open_desk
 from ..endpoints.types import BudgetSpent, Desk, RequestFailed
@@ -152,7 +153,8 @@ def run_distill(
             answered is in the journal in each case.
     """
     claim(result.out, COMMAND, config)
-    asyncio.run(_run(config, result, meter, say, back_off))
+    with pythons_ctrl_c():
+        asyncio.run(_run(config, result, meter, say, back_off))
     write_json(result.out / REPORT, result.report())
     return result
 

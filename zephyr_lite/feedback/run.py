@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import __version__
 from ..data.sources import summarise
+from ..ending import pythons_ctrl_c
 from ..endpoints.budget import Totals
 from ..endpoints.desk import open_desk
 from ..endpoints.types import BudgetSpent, Desk
@@ -111,7 +112,8 @@ def run_feedback(
     principles = read_principles(Path(config.principles_file) if config.principles_file else None)
     claim(out, COMMAND, config)
     result = Feedback(out, read)
-    asyncio.run(_run(config, principles, result, meter, say, back_off))
+    with pythons_ctrl_c():
+        asyncio.run(_run(config, principles, result, meter, say, back_off))
     write_json(out / REPORT, result.report(config))
     return result
 

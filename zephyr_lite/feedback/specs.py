@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from ..endpoints.types import EndpointSpec, endpoint_spec, parse_endpoint
 from ..errors import UserError
 from ..reading import is_file, refuse_special
-from ..shipped import shipped_configs
+from ..shipped import not_found, shipped_configs
 from ..strict_yaml import read_yaml
 
 Settings = TypeVar("Settings", bound="JobConfig")
@@ -246,9 +246,7 @@ def _find(name: str) -> Path:
     shipped = shipped_configs("feedback")
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
-    raise UserError(
-        f"configuration {name}: there is no such file.", f"Give a YAML file, or a shipped one: {', '.join(shipped)}."
-    )
+    raise not_found(f"configuration {name[:300]}", Path(name), f"a shipped one: {', '.join(shipped)}")
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
