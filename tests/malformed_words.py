@@ -183,7 +183,12 @@ CASES = [
         words("sft", "learning_rat=1"),
         "the command line: there is no key 'learning_rat'. Did you mean 'learning_rate'?",
     ),
-    Case("words: neither key nor value", words("sft", "hello"), "'hello' is neither key=value nor --key value."),
+    Case(
+        "words: neither key nor value",
+        words("sft", "hello"),
+        "'hello' is neither key=value nor --key value.",
+        "No space stands around the =, and a value with spaces in it stands in quotes: system='Be brief.'",
+    ),
     Case(
         "words: a key without a value",
         words("sft", "--seed"),

@@ -237,3 +237,44 @@ def test_transformers_switch_and_name_are_one_key(tmp_path):
     assert load("assistant_only_loss=false").config.loss_on == "all"
     with pytest.raises(UserError, match="OWNER/NAME"):
         load("push_to_hub=true")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["my.yaml"], "Write --config 'my.yaml'."),
+        (["batch_size", "=", "2"], "No space stands around the ="),
+        (["--dryrun", "x"], "Did you mean --dry-run?"),
+        (["--cofnig", "my.yaml"], "Did you mean --config?"),
+        (["memory=8GiB"], "memory.vram=8GiB"),
+        (["memory.vram=8"], "a size with its unit, such as 8GiB (found 8)"),
+        (["batch_size=2k"], "a whole number, without a unit (found '2k')"),
+        (["model_name_or_path=https://huggingface.co/mistralai/Mistral-7B-v0.1"], "alone is read: mistralai/Mistral-7B-v0.1"),
+        (["dataset=https://hf.co/datasets/me/rows"], "alone is read: me/rows"),
+        (["dataset=[1]"], "Input should be a path, or keys and values"),
+    ],
+)  # fmt: skip
+def test_slips_on_the_command_line_are_told_what_was_meant(words, says):
+    with pytest.raises(UserError) as told:
+        load_config("sft", None, words)
+    assert says in str(told.value)
+
+
+def test_a_text_that_reads_as_a_number_is_a_text_and_a_tilde_is_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config("sft", None, ["output_dir=2024", "revision=0012345", "dataset=~/rows.jsonl"]).config
+    assert (config.output_dir, config.model_revision) == ("2024", "0012345")
+    assert config.dataset[0].path == f"{tmp_path}/rows.jsonl"
+    (tmp_path / "run.yaml").write_text("output_dir: ~/runs/mine\n")
+    assert load_config("sft", str(tmp_path / "run.yaml")).config.output_dir == f"{tmp_path}/runs/mine"
+
+
+def test_a_folder_and_a_file_of_rows_and_another_stages_file_are_no_configuration(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match=r"(?s)is a folder\..*Give a YAML file in it \(a\.yaml\), or a shipped one"):
+        load_config("sft", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(UserError, match=r"given as dataset="):
+        load_config("sft", str(tmp_path / "rows.jsonl"))
+    with pytest.raises(UserError, match="this file is for zephyr-lite dpo, and not for sft"):
+        load_config("sft", "zephyr-7b/dpo")

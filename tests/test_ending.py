@@ -188,3 +188,31 @@ def test_the_exit_code_of_an_interruption_stays_where_python_remembers_the_signa
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_folder_that_goes_away_beneath_a_command_is_no_fault_of_ours(monkeypatch, tmp_path, invoke):
+    there = tmp_path / "there"
+    there.mkdir()
+
+    def removed(*_):
+        there.rmdir()
+        (there / "metrics.jsonl").read_text()
+
+    monkeypatch.setattr("zephyr_lite.cli._train", removed)
+    code, _, err = invoke("sft")
+    assert code == 2 and f"error: {there}/metrics.jsonl (No such file or directory): its folder is gone" in err
+    there.mkdir()
+    monkeypatch.chdir(there)
+    monkeypatch.setattr("zephyr_lite.cli._train", lambda *_: (there.rmdir(), Path.cwd()))
+    code, _, err = invoke("sft")
+    assert code == 2 and err.startswith("error: the working directory is gone")
+    # a file that only is not there, in a folder that is, stays what it was: a fault of the program
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("zephyr_lite.cli._train", lambda *_: (tmp_path / "none").read_text())
+    assert invoke("sft")[0] == 1
+
+
+def test_an_output_folder_bears_a_name_that_every_library_can_write(invoke):
+    for words in (["merge"], ["data", "chat", "rows.jsonl"], ["data", "pairs", "rows.jsonl"], ["demo"], ["feedback"]):
+        code, _, err = invoke(*words, "--out", "m\udcff")
+        assert code == 2 and "'m\\udcff' holds a control character, or bytes that are no UTF-8" in err, words

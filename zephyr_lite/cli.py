@@ -21,7 +21,7 @@ from .commands.data_show import show
 from .commands.data_stats import stats
 from .commands.distill import distill
 from .commands.feedback import feedback
-from .commands.options import StageConfig, Verbose
+from .commands.options import StageConfig, Verbose, nameable
 from .console import Console
 from .ending import (
     abandon,
@@ -144,7 +144,7 @@ def plan(
 
 @app.command()
 def merge(
-    out: Annotated[Path, typer.Option("--out", help="The model folder to make.")],
+    out: Annotated[Path, typer.Option("--out", callback=nameable, help="The model folder to make.")],
     run: Annotated[Path | None, typer.Option("--run", help="A run's folder; the newest one by default.")] = None,
     stage: Annotated[
         str | None, typer.Option("--stage", help="A stage of it; the last complete one by default.")
@@ -178,7 +178,9 @@ def merge(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where the demo's run and model go.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", callback=nameable, help="Where the demo's run and model go.")] = Path(
+        "runs/demo"
+    ),
     verbose: Verbose = False,
 ) -> None:
     """The whole recipe in three minutes on a CPU: a small real model, before and after."""

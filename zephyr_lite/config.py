@@ -252,6 +252,11 @@ def load_config(
     if path is not None:
         given = rename(read_yaml(path), str(path), RunConfig.model_fields, notes)
         _no_stranger_held_out(set(given), given, notes)
+        if given.get("stage") in {"sft", "dpo"} - {method}:
+            raise UserError(
+                f"{path}: stage: {given['stage']}: this file is for zephyr-lite {given['stage']}, and not for {method}.",
+                "Give the other command, or another file.",
+            )
     words = _parse_overrides(overrides or [])
     said = rename(
         {key: value for key, value in words if "." not in key}, "the command line", RunConfig.model_fields, notes
@@ -305,6 +310,8 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
                 raise UserError(f"{word} needs a value.", f"Write {word}=true, for instance.")
             key, text = word, words[position]
             position += 1
+        elif word.endswith((".yaml", ".yml")):
+            raise UserError(f"{short(word)} is neither key=value nor --key value.", f"Write --config {short(word)}.")
         else:
             raise UserError(
                 f"{short(word)} is neither key=value nor --key value.",

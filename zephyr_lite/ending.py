@@ -155,9 +155,27 @@ def _known(error: BaseException, arguments: Sequence[str]) -> UserError | None:
             f"what is read is nested too deeply: {text}",
             "No honest file is: --verbose shows what was being read. If it is a file of ours, please report it.",
         )
+    if isinstance(error, FileNotFoundError) and (gone := _gone(error)) is not None:
+        return gone
     if number in _ON_DISK:
         what, cure = _ON_DISK[number]
         return UserError(f"{what}: {_place(error, text)}", cure.format(again=again))
+    return None
+
+
+def _gone(error: FileNotFoundError) -> UserError | None:
+    """Where a whole folder went away beneath a command: the working directory, or that of a file it was at. Else None."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return UserError("the working directory is gone: it was removed or moved.", "Change to one that is there (cd).")
+    if error.filename and not isinstance(error.filename, int):
+        folder = os.path.dirname(os.path.abspath(os.fsdecode(error.filename)))
+        if not os.path.lexists(folder):
+            return UserError(
+                f"{_place(error, '')}: its folder is gone: it was removed, moved, or its disk taken away.",
+                "Put it back, or start the command again.",
+            )
     return None
 
 

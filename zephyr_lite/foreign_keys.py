@@ -157,6 +157,10 @@ def unknown_key(key: str, own: Collection[str]) -> str:
             "ref_model_name_or_path: there is no second model; the reference is the same base with the adapter under "
             "training turned off. Put what should lie below it into adapters."
         )
+    if option := difflib.get_close_matches(
+        key[:100].replace("_", ""), ("dryrun", "config", "verbose"), n=1, cutoff=0.75
+    ):
+        return f"there is no key {short(key)}. Did you mean --{'dry-run' if option[0] == 'dryrun' else option[0]}?"
     known = [*own, *([] if "." in key else [*ALIASES, "assistant_only_loss", "hub_model_id"])]
     near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)
     return f"there is no key {short(key)}." + (

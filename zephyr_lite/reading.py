@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from .errors import UserError
 
 TEXT_BYTES = 64 * 2**20
+_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISCHR, "a device"),
@@ -20,16 +23,19 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 
 def place(value: str) -> str:
-    """A path or an id, which nobody can mean to be empty or to hold a control character.
+    """A path or an id, which nobody can mean to be empty or to hold a control character; ``~/`` is the user's home, as
+    shells have it.
 
     Raises:
-        ValueError: it does.
+        ValueError: it is or does, or is the address of a page of the hub.
     """
     if not value.strip():
         raise ValueError("is empty")
     if not value.isprintable():
         raise ValueError("holds a control character, or bytes that are no UTF-8")
-    return value
+    if (page := _PAGE.match(value)) is not None:
+        raise ValueError(f"is a page's address; the hub's id alone is read: {page[1]}")
+    return os.path.expanduser(value) if value.startswith("~/") else value
 
 
 def refuse_special(path: Path, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..console import Console
-from .options import Verbose
+from .options import Verbose, nameable
 
 console = Console()
 
@@ -26,7 +26,7 @@ def chat(
         str,
         typer.Argument(metavar="SOURCE", help="Raw conversations: a file, a folder, or a hub id: stingning/ultrachat."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    out: Annotated[Path, typer.Option("--out", callback=nameable, help="The folder to make.")],
     truecase: Annotated[
         bool, typer.Option("--truecase/--no-truecase", help="Restore capitals where a dialogue's are broken.")
     ] = True,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..console import Console
-from .options import Verbose
+from .options import Verbose, nameable
 
 console = Console()
 
@@ -47,7 +47,7 @@ def pairs(
     inputs: Annotated[
         list[str], typer.Argument(metavar="INPUT...", help="Files, folders or hub ids: openbmb/UltraFeedback.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    out: Annotated[Path, typer.Option("--out", callback=nameable, help="The folder to make.")],
     chosen_by: Annotated[
         ChosenBy,
         typer.Option(

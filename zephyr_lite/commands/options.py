@@ -7,6 +7,23 @@ from typing import Annotated
 
 import typer
 
+from ..reading import place
+
+
+def nameable(value: Path | None) -> Path | None:
+    """A folder to be made bears a name that the libraries which write into it can take, as ``output_dir`` does.
+
+    Raises:
+        BadParameter: it is empty, or holds a control character or bytes that are no UTF-8.
+    """
+    if value is not None:
+        try:
+            place(str(value))
+        except ValueError as error:
+            raise typer.BadParameter(f"{str(value)!r} {error}.") from None
+    return value
+
+
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 StageConfig = Annotated[
     str | None, typer.Option("--config", "-c", help="A YAML file, or a shipped one by name (zephyr-7b/overnight-sft).")
@@ -15,7 +32,9 @@ StageConfig = Annotated[
 JobConfig = Annotated[
     str | None, typer.Option("--config", "-c", help="A YAML file, or a shipped one by name; options go over it.")
 ]
-JobOut = Annotated[Path | None, typer.Option("--out", help="The job's folder; the same one goes on.")]
+JobOut = Annotated[
+    Path | None, typer.Option("--out", callback=nameable, help="The job's folder; the same one goes on.")
+]
 JobSeed = Annotated[int | None, typer.Option("--seed", help="Of the draws [42].")]
 MaxRequests = Annotated[
     int | None, typer.Option("--max-requests", help="The job's budget, over all starts; tries count.")
