@@ -206,3 +206,24 @@ def test_a_run_goes_on_whose_words_are_somebodys_password(monkeypatch, tmp_path,
     capsys.readouterr()
     assert cli.run(words) == 0
     assert "complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["OPENAI_KEY", "AZURE_STORAGE_KEY", "NGROK_AUTHTOKEN", "DATABASE_PASS", "MYSQL_PWD", "MY_CREDENTIALS", "TOKEN"],
+)
+def test_the_names_that_secrets_have(monkeypatch, name):
+    monkeypatch.setenv(name, "x0123456789abcdef")
+    assert redact.redact("a x0123456789abcdef b") == f"a {HIDDEN} b"
+
+
+@pytest.mark.parametrize("name", ["OLDPWD", "PWD", "KEYBOARD", "TOKENIZERS_PARALLELISM", "BYPASS", "MONKEY"])
+def test_the_names_that_no_secrets_have(monkeypatch, name):
+    monkeypatch.setenv(name, "x0123456789abcdef")
+    assert redact.redact("a x0123456789abcdef b") == "a x0123456789abcdef b"
+
+
+def test_the_name_of_the_file_that_holds_a_key_is_none(monkeypatch, tmp_path):
+    (tmp_path / "key-4711.json").write_text("{}")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key-4711.json"))
+    assert redact.redact(str(tmp_path / "key-4711.json")) == str(tmp_path / "key-4711.json")

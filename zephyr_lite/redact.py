@@ -29,9 +29,9 @@ from .errors import UserError
 HIDDEN = "***"
 # a value this short may be a part of honest text
 SHORT = 8
-# names like HF_TOKEN, HUGGING_FACE_HUB_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, CLEARML_API_SECRET_KEY, PGPASSWORD
+# names like HF_TOKEN, NGROK_AUTHTOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, AZURE_STORAGE_KEY, PGPASSWORD, MYSQL_PWD
 _SECRET_NAME = re.compile(
-    r"(?:API_?KEY|ACCESS_KEY|SECRET_KEY|PRIVATE_KEY|(?:^|_)TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)$"
+    r"(?:API_?KEY|_KEY|(?:^|_|AUTH)TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|._PASS|._PWD|(?:^|_)CREDENTIALS?)$"
 )
 _IN_URL = re.compile(r"(?<=://)([^\s/:@'\"]*):[^\s/@'\"]+@")
 # a word; words joined as in names of keys and files; a number or a date; a special token of a tokenizer
@@ -102,8 +102,14 @@ def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def is_plain(value: str) -> bool:
-    """Whether a value is a word or a number that honest files hold, or stands in this machine's own names and paths."""
-    return _PLAIN.fullmatch(value) is not None or any(value in name for name in _public_names())
+    """Whether a value is a word or a number that honest files hold, the name of a file (with the key in it), or stands in
+    this machine's own names and paths."""
+    if _PLAIN.fullmatch(value) is not None or any(value in name for name in _public_names()):
+        return True
+    try:
+        return value.startswith(("/", "~/")) and os.path.lexists(os.path.expanduser(value))
+    except ValueError:
+        return False
 
 
 def _public_names() -> list[str]:
