@@ -170,6 +170,32 @@ def test_the_warning_reaches_the_stage(tiny_base, pair_rows, tmp_path, monkeypat
     assert StageDir(tmp_path / "r" / "dpo").info()["result"]["warnings"] == ["careful"]
 
 
+def test_the_checkpoint_from_before_outlives_what_follows_it(loaded, tmp_path, monkeypatch):
+    """Checkpoints of steps that were left out must not push it out."""
+    plain = SftTask.loss
+
+    def loss(self, examples, step, total):
+        found, sums = plain(self, examples, step, total)
+        return found * (float("nan") if step >= 2 else 1), sums
+
+    options = {"save_steps": 1, "save_total_limit": 1, "eval_steps": 3, "load_best_model_at_end": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(SftTask, "loss", loss)
+        with pytest.raises(UserError, match=r"three times in a row.* checkpoint-2 is from before"):
+            run_sft(loaded(**options), say=quiet)
+        assert "checkpoint-2" in [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()]
+        with pytest.raises(UserError, match="checkpoint-3 has the adapter of before"):  # the best, of a step left out
+            run_sft(loaded(**options), say=quiet)
+
+
+def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, monkeypatch):
+    plain, losses = SftTask.evaluate, [float("nan"), 7.0, float("inf")]
+    monkeypatch.setattr(SftTask, "evaluate", lambda self: {**plain(self), "eval_loss": losses.pop(0)})
+    said = []
+    outcome = run_sft(loaded(eval_steps=2, load_best_model_at_end=True), say=said.append)
+    assert outcome.best == (7.0, 4) and sum("the held-out loss is not finite" in line for line in said) == 2
+
+
 # Signals
 
 
@@ -218,6 +244,33 @@ def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp
     for key in ("loss", "eval_loss"):
         assert metrics(tmp_path / "run/sft", key) == metrics(tmp_path / "other/sft", key)
     assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
+
+
+@pytest.mark.parametrize("also", [signal.SIGINT, None])
+def test_a_reader_that_is_gone_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path, also):
+    """``sft | tee log`` and Ctrl-C: tee gets the same signal."""
+
+    def gone(step, total, logged):
+        if step == 3:
+            if also is not None:
+                os.kill(os.getpid(), also)
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError if also is None else Interrupted):
+        run_sft(loaded(save_steps=100, eval_steps=100), say=quiet, on_metrics=gone)
+    assert [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()] == ["checkpoint-3"]
+
+
+def test_a_signal_at_the_end_lets_nothing_else_begin(loaded, tmp_path):
+    """The demo and ablate would go on with the next stage."""
+
+    def late(step, total, logged):
+        if step == 6 and "eval_loss" in logged:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    with pytest.raises(Interrupted, match=r"SIGHUP: it came at the end; .*sft is complete, and nothing else was begun"):
+        run_sft(loaded(), say=quiet, on_metrics=late)
+    assert StageDir(tmp_path / "run/sft").complete()
 
 
 def test_a_second_signal_ends_at_once(loaded, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while something runs that has to come to an end first."""
+"""Ctrl-C, SIGTERM, a terminal that closes: while something runs that has to come to an end first."""
 
 from __future__ import annotations
 
@@ -6,16 +6,41 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the user's Ctrl-C; what a batch system or a cloud sends before it kills
+# the user's Ctrl-C; what a batch system or a cloud sends before it kills; a terminal or a connection that was closed
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Output:
+    """What is printed while something runs that has to come to an end first. ``sft | tee log`` and Ctrl-C: the reader dies of
+    the same signal, and the next line that is printed would end the run in the middle of a step.
+
+    Attributes:
+        fault: why nothing can be printed any more (and nothing is); None as long as it can.
+    """
+
+    def __init__(self) -> None:
+        self.fault: OSError | None = None
+
+    def of(self, write: Callable[..., None]) -> Callable[..., None]:
+        """The same function, which never raises an OSError."""
+
+        def printed(*args: Any) -> None:
+            if self.fault is None:
+                try:
+                    write(*args)
+                except OSError as error:
+                    self.fault = error
+
+        return printed
 
 
 class StopRequest:
-    """As a context, it takes the process's SIGINT and SIGTERM: the first is remembered, a second one raises at once.
+    """As a context, it takes the process's SIGINT, SIGTERM and SIGHUP: the first is remembered, a second one raises at once.
 
     Outside the main thread, where Python delivers no signals, nothing is taken and nothing is ever asked for; what whoever
     started the process wants ignored stays ignored.
@@ -50,7 +75,8 @@ class StopRequest:
             raise KeyboardInterrupt
         # a handler may stand in the middle of a print, which cannot be entered twice
         text = f"\n{self.name}: {self.finishing}; once more to stop at once\n"
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, text.encode())
+        with suppress(OSError, ValueError):  # whoever read it got the same signal, or the terminal is gone
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, text.encode())
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

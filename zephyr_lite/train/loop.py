@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from ..config import RunConfig
 from ..errors import Interrupted, UserError
-from ..interrupts import StopRequest
+from ..interrupts import Output, StopRequest
 from ..model.adapters import AdapterStack, total_norm
 from ..model.plan import Plan
 from ..rundir import StageDir
@@ -70,8 +70,8 @@ class Loop:
         self.config, self.stage, self.stack, self.task = config, stage, stack, task
         if plan != task.guard.plan:
             task.follow(plan)
-        self.say = say
-        self.on_metrics = on_metrics
+        self.output = Output()
+        self.say, self.on_metrics = self.output.of(say), self.output.of(on_metrics)
         self.parameters = stack.parameters()
         self.optimizer = make_optimizer(config, self.parameters)
         self.rows = task.rows()
@@ -82,11 +82,12 @@ class Loop:
         self.handler, self.state, self.control, self.arguments = make_callbacks(
             config, stage, stack.model, self.optimizer, self.scheduler, self.total, callbacks
         )
-        self.log, self.left_out = MetricsLog(stage.metrics), LeftOut(stage.path, say)
+        self.log, self.left_out = MetricsLog(stage.metrics), LeftOut(stage.path, self.say)
         self.best: tuple[float, int] | None = None
         self.stale = 0  # evaluations without a new best
         self.collapse = collapse
-        self.before_trouble: tuple[int, dict[str, Any]] = (0, {})  # its step, and what ``_watch`` is given
+        # while steps are left out: the step before the first of them, and what ``_watch`` was given (None: in its checkpoint)
+        self.before_trouble: tuple[int, dict[str, Any] | None] | None = None
         self.metrics: Metrics = {}  # the last step's
         self.evaluations: list[Metrics] = []
         self.warnings: list[str] = []
@@ -154,6 +155,7 @@ class Loop:
             self.left_out.watch.count,
             self.evaluations,
             self.warnings,
+            stop.name,
         )
 
     def _after(self, step: int, stop: StopRequest) -> None:
@@ -161,6 +163,7 @@ class Loop:
 
         Raises:
             Interrupted: a signal came. An evaluation that is due but was not finished is the next start's first work.
+            OSError: nothing can be printed any more; there is a checkpoint.
         """
         last = step == self.total
         if last or (self.config.eval_steps and step % self.config.eval_steps == 0):
@@ -175,13 +178,18 @@ class Loop:
                 self._log(step, found)
                 self._judge(step, found["eval_loss"])
                 self.control = self.handler.on_evaluate(self.arguments, self.state, self.control, found)
-        due = last or self.control.should_save or (self.config.save_steps and step % self.config.save_steps == 0)
+        # while steps are left out the newest is to stay the one from before
+        periodic = self.config.save_steps and step % self.config.save_steps == 0 and self.before_trouble is None
+        due = last or self.control.should_save or periodic
         is_best = self.best is not None and self.best[1] == step and self.config.load_best_model_at_end
-        if due or is_best or stop.name is not None:
+        ends = stop.name is not None or self.output.fault is not None
+        if due or is_best or ends:
             self._save(step)
             self.control = self.handler.on_save(self.arguments, self.state, self.control)
         if stop.name is not None and not last:  # at the end there is nothing left to stop
             raise interrupted(stop, self.stage, step, self.total)
+        if self.output.fault is not None and not last:
+            raise self.output.fault
 
     def _watch(self, step: int, *, applied: bool, finite_loss: bool, before: dict[str, Any]) -> None:
         """Look at a step's numbers: warn, write down a step that was left out, stop where it happens again and again.
@@ -195,6 +203,7 @@ class Loop:
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         what = self.left_out.watch.saw(applied=applied, finite_loss=finite_loss, scale=scale)
         if what == "applied":
+            self.before_trouble = None
             if self.collapse is not None and (warning := self.collapse.saw(step, self.metrics)):
                 self._warn(warning)
             return
@@ -203,7 +212,7 @@ class Loop:
                 f"step {step}: a gradient was too large for the loss scale, which is now {scale:g}: step left out."
             )
             return
-        if self.left_out.watch.in_a_row == 1:
+        if self.before_trouble is None:
             self.before_trouble = step - 1, before
         rows, alone = suspects(
             self.task, step - 1, self.examples_of_step(step - 1), self.parameters.values(), self._undo
@@ -214,9 +223,12 @@ class Loop:
 
     def _step_back(self) -> str:
         """Leave a checkpoint from before the trouble; returns what to say of it. The adapter has not changed since."""
+        assert self.before_trouble is not None
         step, before = self.before_trouble
         if step == 0:
             return "Nothing had been trained before."
+        if before is None:
+            return f"checkpoint-{step} has the adapter of before: none of these steps changed it."
         if not (self.stage.path / f"checkpoint-{step}").is_dir():
             self.scheduler.load_state_dict(before["scheduler"])
             for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
@@ -346,7 +358,9 @@ class Loop:
         self.on_metrics(step, self.total, metrics)
 
     def _judge(self, step: int, loss: float) -> None:
-        if self.best is None or loss < self.best[0]:
+        if not math.isfinite(loss):
+            self.say(f"step {step}: the held-out loss is not finite; it counts as one that did not improve.")
+        if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
             self.best, self.stale = (loss, step), 0
         else:
             self.stale += 1
@@ -383,6 +397,8 @@ class Loop:
 
     def _prune(self) -> None:
         busy = self.mirror.busy() if self.mirror is not None else frozenset()
+        if self.before_trouble is not None:
+            busy |= {f"checkpoint-{self.before_trouble[0]}"}
         best = self.best[1] if self.best else None
         prune(self.stage, keep=self.config.save_total_limit, best=best, busy=busy)
 
@@ -401,6 +417,8 @@ class Loop:
                 self.best = tuple(extra["best"]) if extra["best"] else None  # type: ignore[assignment]
                 self.stale = extra["stale"]
             self.left_out.watch.load(extra.get("finite") or {})
+            if self.left_out.watch.in_a_row:  # it was stopped among steps that were left out
+                self.before_trouble = extra["step"], None
             if self.collapse is not None:
                 self.collapse.load(extra.get("collapse") or {})
             self.warnings = list(extra.get("warnings") or [])

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..config import RunConfig
-from ..interrupts import StopRequest
+from ..interrupts import Output, StopRequest
 from ..manifest import write_manifest
 from .checkpoint import MetricsLog
 from .setup import Stage
@@ -46,8 +46,9 @@ class Recorder(TrainerCallback):
     gradients are not finite, and stops after three in a row; ends in good order when a signal came."""
 
     def __init__(self, stage: Stage, unit: str, total: int, on_metrics: OnMetrics, say: Callable[[str], None]) -> None:
-        self.stage, self.unit, self.total, self.on_metrics, self.say = stage, unit, total, on_metrics, say
-        self.log, self.left_out = MetricsLog(stage.dir.metrics), LeftOut(stage.dir.path, say)
+        self.stage, self.unit, self.total, self.output = stage, unit, total, Output()
+        self.on_metrics, self.say = self.output.of(on_metrics), self.output.of(say)
+        self.log, self.left_out = MetricsLog(stage.dir.metrics), LeftOut(stage.dir.path, self.say)
         self.stop: StopRequest | None = None
         self.last: Metrics = {}
         self.evaluations: list[Metrics] = []
@@ -103,7 +104,8 @@ class Recorder(TrainerCallback):
             self._write(step, found)
         elif "loss" in logs:
             self._training(step, logs)
-        if self.stop is not None and self.stop.name is not None and step < self.total:
+        ends = self.output.fault is not None or (self.stop is not None and self.stop.name is not None)
+        if ends and step < self.total:
             control.should_save = control.should_training_stop = True
 
     def _training(self, step: int, logs: Metrics) -> None:

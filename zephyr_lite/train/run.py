@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..config import Loaded, Method
+from ..errors import Interrupted
 from ..lock import alone
 from ..sync import kept_elsewhere
 from .loop import Loop
@@ -54,4 +55,15 @@ def train(
     with kept_elsewhere(stage.mirror):
         outcome = loop.run()
         close_stage(stage, outcome, say=say)
+        stopped_at_the_end(stage, outcome)
     return outcome
+
+
+def stopped_at_the_end(stage: Stage, outcome: Outcome) -> None:
+    """Raises:
+    Interrupted: a signal came during the last step. The stage is complete; whoever goes on from here must not.
+    """
+    if outcome.stopped is not None:
+        raise Interrupted(
+            f"{outcome.stopped}: it came at the end; {stage.dir.path} is complete, and nothing else was begun."
+        )

@@ -61,6 +61,7 @@ class Outcome:
         skipped: steps left out because loss or gradients were not finite, of the whole run.
         evaluations: of the whole run.
         warnings: what was said about its numbers.
+        stopped: the signal that came when nothing was left to stop; None: none did.
     """
 
     step: int
@@ -70,3 +71,4 @@ class Outcome:
     skipped: int = 0
     evaluations: list[Metrics] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    stopped: str | None = None

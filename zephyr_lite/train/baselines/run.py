@@ -32,6 +32,7 @@ from ..checkpoint import resume_point
 from ..loop import interrupted
 from ..optim import make_optimizer, make_scheduler
 from ..recorder import OnMetrics, Order, Recorder
+from ..run import stopped_at_the_end
 from ..setup import Say, Stage, close_stage, open_stage
 from ..steps import step_schedule
 from ..task import Outcome
@@ -71,14 +72,17 @@ def run_baseline(
         state = trainer.state
         if stop.name is not None and state.global_step < recorder.total:
             raise interrupted(stop, stage.dir, state.global_step, recorder.total)
+        if recorder.output.fault is not None and state.global_step < recorder.total:
+            raise recorder.output.fault
         best = None
         if state.best_metric is not None and state.best_global_step:
             best = (float(state.best_metric), int(state.best_global_step))
         outcome = Outcome(
             state.global_step, recorder.last, best, time.perf_counter() - started, recorder.left_out.watch.count,
-            recorder.evaluations, recorder.warnings,
+            recorder.evaluations, recorder.warnings, stop.name,
         )  # fmt: skip
         close_stage(stage, outcome, say=say, own=AdapterStack(trainer.model).weights(ADAPTER))
+        stopped_at_the_end(stage, outcome)
     return outcome
 
 
