@@ -15,9 +15,10 @@ from tests.synced import AStage, config_of, hub_in_memory, mirror_of, patient, q
 from zephyr_lite.errors import UserError
 from zephyr_lite.manifest import manifest_fault
 from zephyr_lite.rundir import StageDir
-from zephyr_lite.sync import catch_up, restore
+from zephyr_lite.sync import Mirror, catch_up, restore
 from zephyr_lite.sync import folder as folder_file
 from zephyr_lite.sync import hub as hub_file
+from zephyr_lite.sync.folder import FolderPlace
 from zephyr_lite.sync.place import place_of
 
 
@@ -127,6 +128,34 @@ def test_a_full_place_is_said_once_and_tried_again(tmp_path, monkeypatch):
     assert not list((tmp_path / "drive" / "a" / "sft").glob("*checkpoint*"))  # no half of it either
     full[0] = False
     assert mirror.finish(10) and "is up to date again" in said[-1]
+    mirror.close()
+
+
+def test_a_place_that_lost_what_it_had_gets_all_of_it_again(tmp_path):
+    stage, drive = AStage(tmp_path / "a"), tmp_path / "drive"
+    mirror = mirror_of(tmp_path / "a", drive, stage)
+    stage.checkpoint(2)
+    mirror.changed(None)
+    assert mirror.finish(10)
+    before = there(drive / "a" / "sft")
+    shutil.rmtree(drive)
+    mirror.changed(None)
+    assert mirror.finish(10) and there(drive / "a" / "sft") == before
+    mirror.close()
+
+
+def test_who_copies_goes_on_when_nothing_can_be_printed(tmp_path):
+    def gone(line):
+        raise BrokenPipeError
+
+    stage, drive = AStage(tmp_path / "a"), tmp_path / "drive"
+    drive.write_text("a file is in the way")
+    mirror = Mirror(FolderPlace(drive), "a/sft", stage.dir, gone, (0.01,))
+    stage.checkpoint(2)
+    mirror.changed(None)
+    patient(lambda: mirror._fault is not None)
+    drive.unlink()
+    assert mirror.finish(10) and "checkpoint-2" in there(drive / "a" / "sft")
     mirror.close()
 
 

@@ -69,6 +69,14 @@ def test_a_new_machine_gets_what_was_there(tmp_path, synced):
     assert brought(tmp_path) == []  # it is here now
 
 
+def test_a_place_that_has_nothing_is_said(tmp_path):
+    """A drive that is not mounted looks like one that is new."""
+    (line,) = brought(tmp_path)
+    assert (
+        line.startswith(f"sync: nothing of a is in {tmp_path / 'drive'} yet, so it begins here") and "mounted" in line
+    )
+
+
 def test_a_torn_copy_is_said_and_the_one_before_taken(tmp_path, synced):
     shutil.rmtree(tmp_path / "a")
     copy = tmp_path / "drive" / "a" / "sft"

@@ -65,7 +65,14 @@ class _Fetch:
 
     def run_for(self, stage: str) -> None:
         infos = {}
-        for folder in self.place.names(self.name):
+        there = self.place.names(self.name)
+        if not there and not _kept(StageDir(self.run / stage)):
+            # a drive that is not mounted looks like this too
+            self.say(
+                f"sync: nothing of {self.name} is in {self.place.name} yet, so it begins here. If there should be, end it, "
+                "and see whether that place is mounted and the right one."
+            )
+        for folder in there:
             if (info := info_there(self.place, f"{self.name}/{folder}")) is not None:
                 infos[folder] = info
         self._same_run(infos)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..config import RunConfig
 from ..errors import Interrupted, UserError
+from ..interrupts import Output
 from ..manifest import MANIFEST
 from ..rundir import STAGE_FILE, StageDir, stages_of
 from .place import CHECKPOINT, Place, PlaceError, info_there, is_copied, marks, place_of, run_name
@@ -39,7 +40,8 @@ class Mirror:
     """
 
     def __init__(self, place: Place, folder: str, stage: StageDir, say: Say, waits: tuple[float, ...] = WAITS) -> None:
-        self.place, self.folder, self.stage, self.say, self.waits = place, folder, stage, say, waits
+        self.place, self.folder, self.stage, self.waits = place, folder, stage, waits
+        self.say = Output().of(say)  # a thread that cannot print goes on copying
         self._wanted: _Wanted | None = None
         self._at_work: _Wanted | None = None
         self._fault: PlaceError | None = None
@@ -200,7 +202,7 @@ class Mirror:
         marks: dict[str, object] = {}
 
         def wants(name: str, path: Path, mark: object) -> None:
-            if self._sent.get(name) != mark:
+            if self._sent.get(name) != mark or name not in there:  # a place may lose what it had
                 add[name], marks[name] = path, mark
 
         for path in _files(self.stage):
@@ -305,7 +307,7 @@ def kept_elsewhere(mirror: Mirror | None, *, after_interrupt: float = 60.0) -> I
     try:
         yield
         mirror.finish()
-    except (Interrupted, UserError):
+    except (Interrupted, UserError, OSError):
         mirror.finish(after_interrupt)
         raise
     finally:
