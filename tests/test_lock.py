@@ -206,3 +206,27 @@ def test_a_folder_that_cannot_be_made_or_written_is_said(tmp_path):
     with pytest.raises(UserError, match="lock of the folder cannot be made"), alone(tmp_path / "run"):
         pass
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_lock_from_the_future_is_looked_at(tmp_path, monkeypatch):
+    """One of the two clocks is wrong: only whether somebody touches the lock says something."""
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
+    folder = leave(tmp_path / "run", host="spot-7", machine="m", boot_id="b", pid=1)
+    file, ahead = folder / ".lock", time.time() + 7200
+    os.utime(file, (ahead, ahead))
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(lock.time, "sleep", lambda seconds: os.utime(file, (ahead + 1, ahead + 1)))
+        with pytest.raises(UserError, match=r"process 1 on spot-7 .* is at work"), alone(folder, said.append):
+            pass
+    assert "of a time to come" in said[0]
+    with alone(folder):
+        pass
+
+
+def test_no_process_of_another_machine_is_to_be_killed_here(tmp_path):
+    """Machines may have the same name: containers, rented ones."""
+    folder = leave(tmp_path / "run", machine="another", boot_id="b", pid=1)
+    with pytest.raises(UserError) as refused, alone(folder):
+        pass
+    assert "kill" not in refused.value.hint and "end it there" in refused.value.hint

@@ -32,6 +32,7 @@ except ImportError:  # Windows: the content decides
 LOCK_FILE = ".lock"
 HEARTBEAT = 20.0  # seconds
 SILENT = 300.0  # seconds: clocks of two machines differ, and a file server may be slow
+CLOCKS = 60.0  # a sign of life so far in the future says only that one of two clocks is wrong
 
 
 @dataclass
@@ -104,7 +105,7 @@ def _acquire(path: Path, folder: Path, say: Callable[[str], None]) -> _Held:
             if not _is(path, handle):  # its owner took it away between our opening and our locking it
                 os.close(handle)
                 continue
-            if owner and (reason := _in_the_way(owner, os.fstat(handle).st_mtime, flocked=bool(flocked))):
+            if owner and (reason := _in_the_way(owner, handle, say, flocked=bool(flocked))):
                 raise _refusal(folder, owner, reason)
             _write(handle, {**_self(), "token": token})
             if flocked is None:  # two may have come this far: the later writer has it
@@ -147,10 +148,10 @@ def _flock(handle: int) -> bool | None:
         return None
 
 
-def _in_the_way(owner: dict[str, Any], touched: float, *, flocked: bool) -> str | None:
+def _in_the_way(owner: dict[str, Any], handle: int, say: Callable[[str], None], *, flocked: bool) -> str | None:
     """Why the owner that the content names may be at work, or None where he is not."""
     ours = _self()
-    silence = time.time() - touched
+    silence = time.time() - os.fstat(handle).st_mtime
     same_machine = (owner.get("host"), owner.get("machine")) == (ours["host"], ours["machine"])
     if owner.get("boot_id") == ours["boot_id"] and ours["boot_id"] is not None:
         if flocked:  # the same kernel would not have given it to us
@@ -161,9 +162,22 @@ def _in_the_way(owner: dict[str, Any], touched: float, *, flocked: bool) -> str 
         if ours["boot_id"] is None and not flocked:  # no Linux: a reboot does not show
             return "is running" if _alive(owner) else None
         return None
+    if silence < -CLOCKS:
+        say(f"the lock of {_who(owner)} is of a time to come; looking for {3 * HEARTBEAT:.0f} s whether it is alive")
+        return None if _still(handle) else "is at work"
     if silence < SILENT:
         return f"was at work {max(0, int(silence))} s ago"
     return None
+
+
+def _still(handle: int) -> bool:
+    """Whether nobody touches the lock for three heartbeats: its time alone says nothing."""
+    touched, until = os.fstat(handle).st_mtime_ns, time.monotonic() + 3 * HEARTBEAT
+    while time.monotonic() < until:
+        time.sleep(min(1.0, HEARTBEAT))
+        if os.fstat(handle).st_mtime_ns != touched:
+            return False
+    return True
 
 
 def _alive(owner: dict[str, Any]) -> bool:
@@ -230,7 +244,10 @@ def _refusal(folder: Path, owner: dict[str, Any], reason: str = "is running") ->
             f"{folder}: another process is at work here.", "Wait for it, end it, or choose another output_dir."
         )
     cure = f"Wait for it, end it (kill {owner.get('pid')}), or choose another output_dir."
-    if owner.get("host") != platform.node():
+    ours = this_host()
+    if any(
+        owner.get(key) != ours[key] for key in ("host", "machine", "boot_id")
+    ):  # the number means another process here
         cure = (
             "Wait for it, or end it there; if that machine is gone, "
             f"the lock gives way {SILENT / 60:.0f} minutes after its last sign of life."
