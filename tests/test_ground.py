@@ -13,6 +13,7 @@ from tests.test_train import dpo_words, killed_at, quiet, words
 from zephyr_lite.config import load_config
 from zephyr_lite.data.templates import TEMPLATES
 from zephyr_lite.errors import UserError
+from zephyr_lite.merge.command import run_merge
 from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.model.peft_files import read_adapter
 from zephyr_lite.rundir import StageDir, newest_run
@@ -352,3 +353,23 @@ def test_a_chain_of_what_no_run_writes(place, key, value, message):
         edit(file, **{key: value})
     with pytest.raises(UserError, match=re.escape(message)):
         chain_of_run(place / "finished")
+
+
+@pytest.mark.parametrize("what", ["chat template", "tokenizer"])
+def test_a_stage_is_rendered_as_the_one_below_it_was(place, pair_rows, what):
+    """Its template and its tokenizer are files beside its adapter, and may be damaged so that they can still be read."""
+    adapter = place / "finished" / "sft" / "adapter"
+    if what == "tokenizer":
+        file = adapter / "tokenizer.json"
+        told = json.loads(file.read_text())
+        told["model"]["merges"].pop()
+        file.write_text(json.dumps(told))
+    else:
+        file = adapter / "chat_template.jinja"
+        file.write_text(file.read_text().replace("|>", ">"))
+    message = f"{re.escape(str(adapter))}: the {what} there is not the one that sft was trained with"
+    with pytest.raises(UserError, match=message):
+        run_merge(place / "out", run=place / "finished", check=False, say=quiet)
+    loaded = load_config("dpo", None, dpo_words(place / "base", place / "finished", pair_rows))
+    with pytest.raises(UserError, match=message):
+        setup.open_stage("dpo", loaded, say=quiet)

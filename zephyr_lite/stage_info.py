@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,36 @@ def checked(info: dict[str, Any], file: Path, *, needs: Sequence[str] = ()) -> d
                 "Restore the file, or choose another output_dir or stage.",
             )
     return info
+
+
+def check_rendering(info: dict[str, Any], stage: Path, template: str, tokenizer: Any) -> None:
+    """A finished stage's template and tokenizer, as its ``adapter/`` has them now, against those that it was trained with.
+
+    Args:
+        info: of the stage.
+        stage: its folder.
+
+    Raises:
+        UserError: they are others: the files were damaged or replaced.
+    """
+    then = {"chat_template": info.get("chat_template"), **(info.get("data") or {})}
+    now = {"chat_template": template, "tokenizer_sha256": tokenizer_sha256(tokenizer)}
+    for key, name in (("chat_template", "chat template"), ("tokenizer_sha256", "tokenizer")):
+        if isinstance(then.get(key), str) and then[key] != now[key]:
+            raise UserError(
+                f"{stage / 'adapter'}: the {name} there is not the one that {stage.name} was trained with.",
+                "The files beside the adapter were damaged or replaced. Restore them from a copy (stage.json has the "
+                "template's text).",
+            )
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Of what turns text into tokens."""
+    return text_sha256(tokenizer.backend_tokenizer.to_str())
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _get(info: dict[str, Any], key: str) -> tuple[bool, Any]:

@@ -34,6 +34,7 @@ from ..model.load import (
 )
 from ..model.peft_config import other_base
 from ..rundir import StageDir
+from ..stage_info import check_rendering
 from .check import LogpDifference, compare_logps, folder_logps
 from .weights import MergeReport, adapter_only, merge
 
@@ -77,6 +78,9 @@ def run_merge(
     name = chain.base["name_or_path"]
     where = f"{chain.run}, stage {chain.stage}" if chain.run is not None else "explicit adapters"
     say(f"{where}: {' + '.join([name, *(str(a.path) for a in chain.adapters)])}")
+    if chain.run is not None and chain.stage is not None and chain.tokenizer_from is not None:
+        template = resolve_template("auto", load_tokenizer(chain.tokenizer_from))
+        check_rendering(chain.info, chain.run / chain.stage, template.text, template.tokenizer)
     for adapter in chain.adapters if adapters else ():
         if (told := other_base(adapter.config, name)) is not None:
             say(f"{adapter.path}: {told}")

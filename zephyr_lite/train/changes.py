@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from ..manifest import MANIFEST, manifest_fault
 from ..model.load import compute_device
 from ..model.peft_files import AdapterFile
 from ..rundir import StageDir
+from ..stage_info import text_sha256, tokenizer_sha256
 
 # what may differ when a stage goes on: nothing that a gradient depends on
 MAY_CHANGE = {
@@ -153,13 +153,9 @@ def data_prints(data: Prepared, template: ChatTemplate) -> dict[str, Any]:
     """What tells the rows of a stage from others, each of its parts by itself."""
     return {
         "fingerprint": data.fingerprint,
-        "template_sha256": _sha(template.text),
-        "tokenizer_sha256": _sha(template.tokenizer.backend_tokenizer.to_str()),
+        "template_sha256": text_sha256(template.text),
+        "tokenizer_sha256": tokenizer_sha256(template.tokenizer),
     }
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def data_difference(before: dict[str, Any], data: Prepared, template: ChatTemplate) -> str | None:

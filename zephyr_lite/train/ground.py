@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Method, RunConfig
+from ..data.chat import ChatTemplate
 from ..errors import UserError
 from ..model.chain import chain_of_run, check_order
 from ..model.load import fingerprint
@@ -17,7 +18,7 @@ from ..model.peft_files import AdapterFile, fetch_adapter, read_adapter
 from ..model.plan import Plan
 from ..model.tokenizer import check_vocabulary
 from ..rundir import STAGE_FILE, StageDir, stages_of
-from ..stage_info import TO_GO_ON, checked
+from ..stage_info import TO_GO_ON, check_rendering, checked
 from ..sync import catch_up
 from .changes import Changes, adapters_difference, base_difference, config_changes
 from .publish import push_adapter
@@ -167,6 +168,18 @@ def same_base(frozen: list[AdapterFile], ours: str, folder: Path) -> None:
                 f"adapter {adapter.path}: was trained on {info['base']['name_or_path']}, and {folder} is another model.",
                 f"Set model_name_or_path={info['base']['name_or_path']}.",
             )
+
+
+def same_template(frozen: list[AdapterFile], template: ChatTemplate) -> None:
+    """The stage below knows how its conversations were rendered.
+
+    Raises:
+        UserError: this stage would render its own otherwise.
+    """
+    adapter = frozen[-1].path if frozen else Path()
+    info = StageDir(adapter.parent).info() if adapter.name in ("adapter", "delta") else None
+    if info is not None:
+        check_rendering(info, adapter.parent, template.text, template.tokenizer)
 
 
 def vocabulary_fits(tokenizer: Any, config: Any, folder: Path) -> None:

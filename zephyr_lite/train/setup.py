@@ -66,6 +66,7 @@ from .ground import (
     relative_to_run,
     run_id,
     same_base,
+    same_template,
     vocabulary_fits,
 )
 from .loop import Outcome
@@ -199,6 +200,8 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
         changes.refuse(stage, complete=complete)
     template = template_of(config, folder, frozen)
     vocabulary_fits(template.tokenizer, base_config, folder)
+    if config.chat_template == "auto":
+        same_template(frozen, template)
     data = prepare(config.dataset, method, config, template, what="training")
     _tell(data, say)
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
