@@ -339,7 +339,9 @@ def _named(path: Path) -> Iterator[None]:
     except OSError as error:
         if not error.__dict__.setdefault("named", False):
             error.__dict__["named"] = True
-            error.filename, error.filename2 = str(_final(path)), None
+            error.filename = str(_final(path))
+            if error.filename2 is not None:
+                del error.filename2  # None would be shown
         raise
 
 

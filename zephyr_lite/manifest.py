@@ -38,6 +38,8 @@ def manifest_fault(folder: Path, *, deep: bool = True) -> str | None:
     Args:
         deep: compare contents (every byte is read); False: sizes only.
     """
+    if (folder / MANIFEST).exists() and not (folder / MANIFEST).is_file():  # a pipe would be waited for
+        return f"{MANIFEST} is no file"
     try:
         told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = told["format"]
