@@ -227,3 +227,26 @@ def test_the_name_of_the_file_that_holds_a_key_is_none(monkeypatch, tmp_path):
     (tmp_path / "key-4711.json").write_text("{}")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key-4711.json"))
     assert redact.redact(str(tmp_path / "key-4711.json")) == str(tmp_path / "key-4711.json")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "--out", "model", "--run", "runs/x0123456789"],
+        ["merge", "--out", "x0123456789"],
+        ["data", "chat", "x0123456789.jsonl", "--out", "made"],
+        ["data", "pairs", "x0123456789.jsonl", "--out", "made"],
+        ["feedback", "--prompts", "rows.jsonl", "--model", "base", "--judge", "base", "--out", "x0123456789"],
+    ],
+)
+def test_a_secret_in_what_a_command_writes_down_is_refused(words, monkeypatch, tmp_path, tiny_base, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_TOKEN", "x0123456789")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Name a river."}\n')
+    (tmp_path / "base").symlink_to(tiny_base)
+    before = sorted(tmp_path.iterdir())
+    assert cli.run(words) == 2
+    said = capsys.readouterr()
+    assert "holds the value of the environment variable MY_TOKEN" in said.err
+    assert "x0123456789" not in said.err + said.out
+    assert sorted(tmp_path.iterdir()) == before

@@ -169,7 +169,11 @@ def merge(
 ) -> None:
     """Merge the adapters of a run into one model folder that plain transformers loads."""
     from .merge.command import run_merge
+    from .redact import refuse_secrets
 
+    # where a model comes from is written into its files
+    given = {"--out": str(out), "--run": str(run or ""), "--adapter": adapter or [], "--base": base or ""}
+    refuse_secrets(given, "the command line")
     run_merge(
         out, run=run, stage=stage, adapters=adapter or [], base=base, onto=onto.value, as_adapter=adapter_only,
         overwrite=overwrite, check=check, say=console.say,

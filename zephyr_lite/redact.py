@@ -83,7 +83,7 @@ def refuse_secrets(values: Any, where: str) -> None:
     for key, text in _texts(values):
         if (what := find_secret(text)) is not None:
             raise UserError(
-                f"{where}: {redact_shown(key)} holds {what}. It would be written into the run's folder.",
+                f"{where}: {redact_shown(key)} holds {what}. It would be written into files.",
                 "Give a value without it. If it is no secret, unset that variable for this command (env -u NAME zephyr-lite …).",
             )
 

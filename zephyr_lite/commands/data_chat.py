@@ -63,7 +63,10 @@ def chat(
     """Raw conversations (UltraChat) → a clean set like ultrachat_200k, with a report of every rule."""
     from ..data.ultrachat.clean import Options, clean_chat
     from ..data.workers import interruptible
+    from ..redact import refuse_secrets
 
+    # the report and dropped.tsv name them
+    refuse_secrets({"SOURCE": source, "--decontaminate": decontaminate or []}, "the command line")
     options = Options(
         truecase=truecase, refusals=refusals, near=near or None, min_turns=min_turns, min_words=min_words,
         max_words=max_words, decontaminate=tuple(decontaminate or ()), ngram=ngram, test=test, lexicon=lexicon,

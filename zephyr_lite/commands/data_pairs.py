@@ -90,7 +90,10 @@ def pairs(
     from ..data.pairs import TRAIN, make_pairs
     from ..data.ultrafeedback import PairRules
     from ..errors import UserError
+    from ..redact import refuse_secrets
 
+    # the report and dropped.tsv name them
+    refuse_secrets({"SOURCE": list(inputs), "--exclude": exclude or []}, "the command line")
     if margin is not None and rejected is not Rejected.margin:
         raise UserError(f"--margin {margin:g} means nothing to --rejected {rejected}.", "Add --rejected margin.")
     report = make_pairs(
