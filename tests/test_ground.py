@@ -373,3 +373,12 @@ def test_a_stage_is_rendered_as_the_one_below_it_was(place, pair_rows, what):
     loaded = load_config("dpo", None, dpo_words(place / "base", place / "finished", pair_rows))
     with pytest.raises(UserError, match=message):
         setup.open_stage("dpo", loaded, say=quiet)
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", "seed: 1"])
+def test_what_a_stage_inherits_is_not_guessed(place, text):
+    """Without the configuration of the stage below, dpo would take the recipe's base, in 4 bits."""
+    file = place / "finished" / "sft" / "config.yaml"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(UserError, match=rf"{re.escape(str(file))}: (is missing|has no )"):
+        setup.resolve_run("dpo", None, [f"output_dir={place / 'finished'}"], say=quiet)

@@ -90,7 +90,13 @@ def config_then(stage: StageDir) -> dict[str, Any]:
             f"{stage.config}: is missing, so nobody knows with which configuration the stage was started.",
             "Restore the file, or choose another output_dir or stage.",
         )
-    return read_dumped(stage.config)
+    then = read_dumped(stage.config)
+    if missing := sorted({"model_name_or_path", "dataset", "seed"} - set(then)):
+        raise UserError(
+            f"{stage.config}: has no {missing[0]}, which every run writes: it is not the whole of the file.",
+            "Restore the file, or choose another output_dir or stage.",
+        )
+    return then
 
 
 def config_changes(stage: StageDir, config: RunConfig, method: Method) -> Changes:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import Loaded, Method, RunConfig, dump_config, load_config, read_dumped
+from ..config import Loaded, Method, RunConfig, dump_config, load_config
 from ..data.chat import ChatTemplate, resolve_template
 from ..data.prepare import Prepared, prepare
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
@@ -47,6 +47,7 @@ from .changes import (
     Changes,
     adapters_difference,
     base_difference,
+    config_then,
     cores,
     data_difference,
     data_prints,
@@ -119,8 +120,8 @@ def resolve_run(
     if fetch:
         restore(loaded.config, say)
     below = StageDir(Path(loaded.config.output_dir) / "sft")
-    if method == "dpo" and loaded.config.adapters == [] and below.complete() and below.config.is_file():
-        inherited = read_dumped(below.config)
+    if method == "dpo" and loaded.config.adapters == [] and below.complete():
+        inherited = config_then(below)  # with defaults in its place dpo would train on another base
         # a shipped file spells its base out; only the user's own words count against the stage below
         own = loaded.given if file else {k for k in loaded.given if _names(overrides, k)}
         taken = {k: inherited[k] for k in INHERITED if k in inherited and k not in own}
