@@ -137,7 +137,7 @@ def test_an_output_that_cannot_be_written():
         done = subprocess.run(version, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
         assert (
             done.returncode == 2
-            and done.stderr.startswith("error: the disk is full")
+            and done.stderr.startswith("error: the disk is full: standard output (No space left on device)")
             and "Traceback" not in done.stderr
         )
         wrong = subprocess.run([*version[:3], "sfft"], stdout=full, stderr=full, cwd=ROOT, check=False)
@@ -216,3 +216,15 @@ def test_an_output_folder_bears_a_name_that_every_library_can_write(invoke):
     for words in (["merge"], ["data", "chat", "rows.jsonl"], ["data", "pairs", "rows.jsonl"], ["demo"], ["feedback"]):
         code, _, err = invoke(*words, "--out", "m\udcff")
         assert code == 2 and "'m\\udcff' holds a control character, or bytes that are no UTF-8" in err, words
+
+
+def test_help_that_nobody_reads_to_its_end_is_no_fault():
+    there, here = os.pipe()
+    os.close(there)  # whoever read has gone
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "zephyr_lite", "--help"], stdout=here, stderr=subprocess.PIPE, cwd=ROOT, check=False
+        )
+    finally:
+        os.close(here)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -245,6 +245,11 @@ def run(arguments: list[str]) -> int:
             # whoever read (head, less) has seen enough; what is still buffered must not fail at exit
             abandon(sys.stdout)
             return 128 + signal.SIGPIPE
+        except SystemExit as ended:
+            if isinstance(ended.__context__, BrokenPipeError):  # help is printed by a console of typer's own
+                abandon(sys.stdout)
+                return 128 + signal.SIGPIPE
+            raise
         except (Exception, KeyboardInterrupt) as error:
             try:
                 return _explained(error, arguments, verbose)

@@ -6,7 +6,7 @@ import re
 import traceback
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from rich.console import Console as RichConsole
 from rich.segment import Segment
@@ -40,6 +40,15 @@ class _Rich(RichConsole):
     def _render_buffer(self, buffer: Iterable[Segment]) -> str:
         """Everything that is printed comes through here, tables and progress too."""
         return redact_shown(super()._render_buffer(buffer))
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """As rich's; what the system refuses names the stream, as it would a file."""
+        try:
+            super().print(*objects, **how)
+        except OSError as error:
+            if error.filename is None and error.errno is not None:
+                error.filename = "standard error" if self.stderr else "standard output"
+            raise
 
     def on_broken_pipe(self) -> None:
         """Whoever reads has gone; the command line ends quietly, and not as rich would, with exit code 1."""
