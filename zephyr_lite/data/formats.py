@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..strict_json import shown
 
 Message = dict[str, str]
 Method = Literal["sft", "dpo"]
@@ -79,12 +80,12 @@ def detect(columns: list[str], method: Method, where: str) -> tuple[str, Reader]
         if pairs:
             return "preference pairs" + (" with a prompt column" if "prompt" in have else ""), _read_pair
         found = _sft_format(have)
-        what = f"{found[0]} rows" if found else f"columns {', '.join(columns)}"
+        what = f"{found[0]} rows" if found else f"columns {shown(', '.join(columns), 500)}"
         raise UserError(f"{where}: found {what}; {_NEEDS['dpo']}.", _columns_hint("{chosen: THEIRS, rejected: THEIRS}"))
     found = _sft_format(have)
     if found:
         return found
-    what = "preference rows (chosen and rejected)" if pairs else f"columns {', '.join(columns)}"
+    what = "preference rows (chosen and rejected)" if pairs else f"columns {shown(', '.join(columns), 500)}"
     raise UserError(f"{where}: found {what}; {_NEEDS['sft']}.", _columns_hint("{prompt: THEIRS, completion: THEIRS}"))
 
 

@@ -16,6 +16,7 @@ from datasets.packaged_modules.json.json import JsonConfig
 from ..config import DatasetSpec
 from ..errors import UserError
 from ..reading import is_file, is_folder, refuse_special
+from ..strict_json import shown
 from .screening import LINE_BYTES, read_line, screen
 from .workers import interruptible
 
@@ -28,6 +29,8 @@ CURES = {
 }
 # files of so many bytes together are read by several processes, a file each
 PARALLEL_BYTES = 100e6
+_SPLIT = re.compile(r"\w+(\.\w+)*")
+_SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
 
 
@@ -76,7 +79,7 @@ def _open_folder(folder: Path, spec: DatasetSpec) -> tuple[datasets.Dataset, str
             f"(one of {', '.join(BUILDERS)}).",
         )
     split = _choose_split(spec, sorted(splits))
-    files = splits[_base_split(split)]
+    files = splits[split if split in splits else _base_split(split)]
     if len({file.suffix.lower() for file in files}) > 1:
         raise UserError(f"{spec.path}: split {split!r} lies there in several formats: {_names(files)}. Keep one.")
     label = str(Path(spec.path) / files[0].relative_to(folder)) if len(files) == 1 else f"{spec.path}[{split}]"
@@ -98,11 +101,13 @@ def _choose_split(spec: DatasetSpec, there: list[str]) -> str:
             return there[0]
         likely = next((name for name in there if name.startswith("train")), there[0])
         raise UserError(
-            f"{spec.path}: which split? There are {', '.join(there)}.",
-            f"Say so: split: {likely} (on the command line dataset.split={likely}).",
+            f"{spec.path}: which split? There are {shown(', '.join(there), 1000)}.",
+            f"Say so: split: {shown(likely)} (on the command line dataset.split={shown(likely)}).",
         )
-    if _base_split(spec.split) not in there:
-        raise UserError(f"{spec.path}: there is no split {spec.split!r}.", f"There are {', '.join(there)}.")
+    if spec.split not in there and _base_split(spec.split) not in there:
+        raise UserError(
+            f"{spec.path}: there is no split {spec.split!r}.", f"There are {shown(', '.join(there), 1000)}."
+        )
     return spec.split
 
 
@@ -114,6 +119,9 @@ def _read_files(files: list[Path], split: str, label: str) -> datasets.Dataset:
         options["parse_agent_traces"] = False  # columns called type and message are no coding agent's log
     # its log would repeat the error that is about to be explained
     verbosity = datasets.logging.get_verbosity()
+    name = _base_split(split)
+    if not _SPLIT.fullmatch(name):  # a file may have a name that datasets does not take for a split
+        name, split = "train", "train" + "".join(_SLICE.findall(split))
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         size = sum(file.stat().st_size for file in files)
@@ -122,7 +130,7 @@ def _read_files(files: list[Path], split: str, label: str) -> datasets.Dataset:
         with quiet(size < 50e6), interruptible():
             loaded = datasets.load_dataset(
                 builder,
-                data_files={_base_split(split): [_escaped(file) for file in files]},
+                data_files={name: [_escaped(file) for file in files]},
                 split=split,
                 **options,
             )

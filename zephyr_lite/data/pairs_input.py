@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from ..config import DatasetSpec
 from ..errors import UserError
+from ..strict_json import shown
 from .opening import BUILDERS, find_broken_json, open_source
 from .questions import split_said_as
 from .sources import own_faults_only
@@ -46,7 +47,7 @@ def _files_by_source(spec: DatasetSpec) -> list[DatasetSpec]:
 def _check_schema(columns: Sequence[str], label: str, spec: DatasetSpec) -> None:
     if {"instruction", "completions"} <= set(columns):
         return
-    found = f"{label}: found columns {', '.join(columns)}; "
+    found = f"{label}: found columns {shown(', '.join(columns), 500)}; "
     needs = "scored completions are needed: columns instruction and completions, as in openbmb/UltraFeedback"
     if {"chosen", "rejected"} <= set(columns):
         raise UserError(

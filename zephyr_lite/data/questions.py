@@ -15,6 +15,7 @@ import datasets
 from ..config import DatasetSpec
 from ..errors import UserError
 from ..reading import read_text
+from ..strict_json import shown
 from .opening import open_source
 
 # Columns that hold a question in the sets that people name, in the order of preference.
@@ -114,7 +115,7 @@ def _column(rows: datasets.Dataset, name: str) -> list[str]:
     column = next((there[wanted] for wanted in COLUMNS if wanted in there), None)
     if column is None:
         raise UserError(
-            f"{name}: found columns {', '.join(rows.column_names)}; questions are in none of them.",
+            f"{name}: found columns {shown(', '.join(rows.column_names), 500)}; questions are in none of them.",
             f"Name the column one of {', '.join(COLUMNS)}, or give a .txt file with one question a line.",
         )
     return [text for value in rows[column] for text in _texts(value)]

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..strict_json import shown
 
 LINE_BYTES = 64 * 2**20  # of a row
 ARRAY_BYTES = 4 * 2**30  # of a JSON file that is one array: it is read as a whole, several times over
 NESTING = 100
+COLUMNS = 1000  # of a JSONL, as far as its lines are sampled; Arrow holds every row's cell of each
+_SAMPLED = 50
 _SIGNS = b'[]{}"'
 _OTHERS = bytes(sorted(set(range(256)) - set(_SIGNS)))
 _BOM = b"\xef\xbb\xbf"
@@ -120,6 +123,7 @@ def _screen_footer(file: Path, opened: Any, size: int) -> None:
 def _screen_lines(file: Path, opened: Any) -> int | None:
     number = rows = depth = 0
     lines = True  # one value a line, as far as seen
+    columns: set[str] = set()
     while line := opened.readline(LINE_BYTES + 1):
         number += 1
         if len(line) > LINE_BYTES:
@@ -141,10 +145,27 @@ def _screen_lines(file: Path, opened: Any) -> int | None:
         if depth or not whole or line.count(b"{") + line.count(b"[") > NESTING:
             depth = _depth(line, depth, f"{file} line {number}")
             lines = lines and depth == 0 and whole
+        if not depth and whole and (rows < _SAMPLED or rows % _SAMPLED == 0):
+            columns.update(_keys(line))
+            if len(columns) > COLUMNS:
+                raise UserError(
+                    f"{file} line {number}: more than {COLUMNS:,} columns up to here, {shown(next(iter(_keys(line)), ''))!r} "
+                    "among them.",
+                    "Rows are objects of a few keys, the same in each: put the rest into one column, or remove it.",
+                )
         if b"\r" in line and b"\r" in line[:-2]:  # a newline to some
             lines = False
         rows += 1
     return rows if lines else None
+
+
+def _keys(line: bytes) -> list[str]:
+    """The keys of a row, none where it cannot be read: what is wrong with it is found later."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return []
+    return list(row) if isinstance(row, dict) else []
 
 
 def _depth(line: bytes, depth: int, place: str) -> int:

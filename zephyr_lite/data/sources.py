@@ -20,6 +20,7 @@ import numpy as np
 
 from ..config import DatasetSpec
 from ..errors import UserError
+from ..strict_json import shown
 from .formats import COLUMNS, Method, RowError, detect
 from .opening import find_broken_json, open_source, quiet
 from .workers import interruptible
@@ -274,7 +275,8 @@ def _rename(raw: datasets.Dataset, mapping: dict[str, str], label: str) -> datas
             raise UserError(f"{label}: columns: {ours!r} is not a column here.", f"Ours are {', '.join(COLUMNS)}.")
         if theirs not in raw.column_names:
             raise UserError(
-                f"{label}: columns: there is no column {theirs!r}.", f"There are {', '.join(raw.column_names)}."
+                f"{label}: columns: there is no column {theirs!r}.",
+                f"There are {shown(', '.join(raw.column_names), 500)}.",
             )
     if len(set(mapping.values())) < len(mapping):
         raise UserError(f"{label}: columns: one column is named twice: {mapping}.")
