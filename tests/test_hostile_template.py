@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
-from zephyr_lite.data import template_trial
+from zephyr_lite.data import chat, template_render, template_trial
 from zephyr_lite.data.chat import resolve_template
 from zephyr_lite.data.formats import RowError
+from zephyr_lite.data.template_render import Renderer
 from zephyr_lite.data.template_trial import try_template
 from zephyr_lite.data.templates import BOS, TEMPLATES
 from zephyr_lite.errors import UserError
@@ -164,13 +168,91 @@ def test_merging_tries_the_template_before_it_asks_how_an_answer_ends(tiny_base,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_template_that_behaves_in_the_trial_only(tmp_path):
-    """It blows up on a row that holds a word; the row is refused, and no more."""
+@pytest.mark.parametrize(
+    ("does", "error", "said"),
+    [
+        ("{{ 'x' * 10 ** 6 }}", RowError, r"makes more than 100,... characters of 8"),
+        ("{{ raise_exception('no\\nsesame') }}", RowError, r"refuses the row: no\\nsesame"),
+        ("{{ 1 + '' }}", RowError, "refuses the row: TypeError: unsupported operand"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            UserError,
+            "stopped after 0.3 s",
+        ),
+        ("{% set x = (messages | length + 6) ** 99999999 %}", UserError, "stopped after 0.3 s"),
+        ("{{ ('a' | center(10 ** 10)) | length }}", UserError, "asks for more than 512 MiB for a conversation"),
+        (
+            "{{ messages | tojson(indent=10 ** 9) | length }}",
+            UserError,
+            "asks for more than 512 MiB for a conversation",
+        ),
+        ("{{ ''.__class__ }}", UserError, "reaches for the attribute '__class__'"),
+    ],
+)
+def test_a_template_that_behaves_in_the_trial_only(tmp_path, monkeypatch, does, error, said):
+    """It misbehaves on a row that holds a word: it does so in the child, under limits, and the next row is rendered."""
     tokenizer = make_tokenizer(tmp_path)
-    trap = PLAIN + "{% if 'sesame' in messages[0].content %}{{ 'x' * 10 ** 6 }}{% endif %}"
+    trap = PLAIN + "{% if 'sesame' in messages[0].content %}" + does + "{% endif %}"
     template = resolve_template(trap, tokenizer)
-    with pytest.raises(RowError, match=r"makes 1,000,0.. characters of 8"):
+    monkeypatch.setattr(template_render, "SECONDS", 0.3)
+    monkeypatch.setattr(template_trial, "SECONDS", 0.3)
+    template._renderer._stop()
+    with pytest.raises(error, match=said):
         template.encode([{"role": "user", "content": "sesame"}, {"role": "assistant", "content": "ok"}])
-    faulty = resolve_template(PLAIN + "{% if 'sesame' in messages[0].content %}{{ 1 + '' }}{% endif %}", tokenizer)
-    with pytest.raises(RowError, match="refuses the row: TypeError"):
-        faulty.encode([{"role": "user", "content": "sesame"}, {"role": "assistant", "content": "ok"}])
+    ids, mask = template.encode([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "ok"}])
+    assert len(ids) and mask.any()
+
+
+def test_the_probe_is_rendered_by_a_child_too(tmp_path):
+    trap = PLAIN + "{% if messages[0].content == 'question one' %}{{ [0] * 10 ** 10 }}{% endif %}"
+    with pytest.raises(UserError, match="asks for more than 512 MiB"):
+        resolve_template(trap, make_tokenizer(tmp_path))
+
+
+TURNS = [
+    {"role": "system", "content": " <b>&'\"\\ é ☃ \x00\x1b\u2028 {{ 1 }}\n"},
+    {"role": "user", "content": "\r\n\t"},
+    {"role": "assistant", "content": ""},
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PLAIN,
+        "  {% for m in messages %}\n  {%- if loop.first %}{{ bos_token }}{% continue %}{%"
+        " endif %}\n{{ m | tojson }}\n{% endfor %}\n\n",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n"
+        " }}{{ m['content'] | trim }}{% endfor %}",
+        "{% generation %}{{ messages[0].content | e }}{% endgeneration %}{{ nothing }}{{ tools }}{{ add_generation_prompt }}",
+        "{{ messages | tojson(indent=2) }}{{ dict(a=1) }}{{ messages | map(attribute='role')"
+        " | join(',') }}{{ pad_token is defined }}",
+        "{% macro f(m) %}<{{ m.role }}>{{ caller() }}{% endmacro %}{% for m in messages %}{%"
+        " call f(m) %}x{% endcall %}{% endfor %}\n",
+    ],
+)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_the_child_writes_what_transformers_does(tmp_path, text, prompt):
+    tokenizer = make_tokenizer(tmp_path)
+    own = tokenizer.apply_chat_template(TURNS, chat_template=text, tokenize=False, add_generation_prompt=prompt)
+    assert Renderer(text, "t", tokenizer.special_tokens_map).render(TURNS, prompt, 10_000) == own
+
+
+def test_a_renderer_goes_to_other_processes_and_ends_its_child(tmp_path):
+    renderer = Renderer(PLAIN, "t", TOKENS)
+    text = renderer.render(TURNS, True, 1000)
+    child = renderer._child
+    assert pickle.loads(pickle.dumps(renderer)).render(TURNS, True, 1000) == text
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        assert pool.submit(renderer.render, TURNS, True, 1000).result() == text
+    assert renderer.render(TURNS, True, 1000) == text and renderer._child is child
+    del renderer
+    assert child.poll() is not None
+
+
+def test_a_row_longer_than_any_conversation_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat, "LONGEST_ROW", 1000)
+    template = resolve_template("zephyr", make_tokenizer(tmp_path))
+    template.encode([{"role": "user", "content": "x" * 990}, {"role": "assistant", "content": "ok"}])
+    with pytest.raises(RowError, match="longer than 1,000 characters"):
+        template.encode([{"role": "user", "content": "x" * 1000}, {"role": "assistant", "content": "ok"}])

@@ -21,8 +21,12 @@ from jinja2.exceptions import TemplateSyntaxError
 from ..errors import UserError
 from ..strict_json import shown
 from .formats import Message, RowError
-from .template_trial import ADDED, LONGEST_TEMPLATE, REPEATED, reason, try_template
+from .template_render import Renderer
+from .template_trial import ADDED, LONGEST_TEMPLATE, REPEATED, is_own, reason, try_template
 from .templates import BOS, NEEDED_TOKENS, TEMPLATES
+
+# Characters of a conversation; a tokenizer takes some 350 bytes a character in the worst case.
+LONGEST_ROW = 2**21
 
 LossOn = Literal["assistant", "last", "all"]
 
@@ -116,6 +120,8 @@ class ChatTemplate:
         self.name = name
         self.bos_token_id = bos_token_id
         self.notes: list[str] = []
+        own = is_own(text)
+        self._renderer = None if own else Renderer(text, _whence(name, tokenizer), tokenizer.special_tokens_map)
         tokenizer.chat_template = text
 
     @cached_property
@@ -171,17 +177,24 @@ class ChatTemplate:
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         try:
             return self._apply(messages, add_generation_prompt)
-        except (MemoryError, RowError):
+        except (MemoryError, RowError, UserError):
             raise
         except Exception as error:  # a template adds numbers to text, or asks a list for a key
             raise RowError(f"the chat template refuses the row: {reason(error)}") from None
 
     def _apply(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         content = sum(len(message["content"]) for message in messages)
-        if len(text) > ADDED + REPEATED * content:  # the trial saw other rows than this one
-            raise RowError(f"the chat template makes {len(text):,} characters of {content:,}")
-        return text
+        if content > LONGEST_ROW:
+            raise RowError(f"longer than {LONGEST_ROW:,} characters, the most that a row may have")
+        if self._renderer is None:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        most = ADDED + min(REPEATED * content, LONGEST_ROW)  # the trial saw other rows than this one
+        try:
+            return self._renderer.render(messages, add_generation_prompt, most)
+        except ValueError as error:
+            raise RowError(f"the chat template makes {error} of {content:,}") from None
 
     def _refuse_control_tokens(self, messages: list[Message]) -> None:
         for message in messages:
@@ -380,7 +393,7 @@ def _probe(template: ChatTemplate, what: str) -> str:
         raise UserError(f"{what} line {error.lineno}: {error.message}.") from None
     except RowError as error:
         raise UserError(f"{what}: {error}.", _OTHER) from None
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:
         raise UserError(f"{what}: fails on a plain conversation of two turns: {reason(error)}.", _OTHER) from None

@@ -1,7 +1,9 @@
-"""The child process of ``template_trial``: renders a stranger's template under limits. A script; nothing imports it.
+"""The child process of ``template_trial`` and ``template_render``: renders a stranger's template under limits. A script;
+nothing imports it.
 
-It knows jinja2 and the standard library only, so that it starts in a tenth of a second. Standard input holds a job in
-JSON, standard output gets what was wrong, in JSON; a time limit ends it by a signal.
+It knows jinja2 and the standard library only, so that it starts in a tenth of a second. Standard input's first line holds
+a job in JSON. A trial writes what was wrong to standard output, in JSON; a job with ``serve`` answers each line that
+follows, a conversation, with one. A time limit ends it by a signal.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from typing import NoReturn
 
 
 def main() -> None:
-    job = json.load(sys.stdin)
+    job = json.loads(sys.stdin.buffer.readline())
     sys.path[:0] = job["path"]
     environment = make_environment()
     limit(job["seconds"], job["bytes"])
-    json.dump(trial(environment, job), sys.stdout)
+    if job.get("serve"):
+        serve(environment, job)
+    else:
+        json.dump(trial(environment, job), sys.stdout)
 
 
 def limit(seconds: float, size: int) -> None:
@@ -33,8 +38,14 @@ def limit(seconds: float, size: int) -> None:
             resource.setrlimit(what, (value, value))
         except (ValueError, OSError):  # macOS refuses one on the address space
             continue
-    # its default action ends the process even inside one long operation of C
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    clock(seconds)
+
+
+def clock(seconds: float) -> None:
+    """The signal that comes after so many seconds of computing, never for 0: its default action ends the process even inside
+    one long operation of C."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def make_environment() -> object:
@@ -109,6 +120,55 @@ def trial(environment, job: dict) -> dict:  # type: ignore[no-untyped-def,type-a
             except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError):
                 continue
     return {}
+
+
+def serve(environment, job: dict) -> None:  # type: ignore[no-untyped-def,type-arg]
+    """Answer each conversation with {"text": …}, or with {"kind": …, "what": …} where there is none."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to answer
+    template = None
+    for line in sys.stdin.buffer:
+        asked = json.loads(line)
+        clock(job["seconds"])
+        answer = fault = None
+        try:
+            template = template or environment.from_string(job["template"])
+            answer = render(template, asked, job["tokens"])
+        except Exception as error:
+            fault = failure(error)
+        clock(0)
+        sys.stdout.write(json.dumps(fault or answer) + "\n")
+        sys.stdout.flush()
+
+
+def render(template, asked: dict, tokens: dict) -> dict:  # type: ignore[no-untyped-def,type-arg]
+    parts: list[str] = []
+    length = 0
+    for part in template.generate(
+        messages=asked["messages"], tools=None, documents=None, add_generation_prompt=asked["prompt"], **tokens
+    ):
+        parts.append(part)
+        length += len(part)
+        if length > asked["most"]:
+            return {"kind": "length", "what": f"more than {asked['most']:,} characters"}
+    return {"text": "".join(parts)}
+
+
+def failure(error: Exception) -> dict:  # type: ignore[type-arg]
+    """What a template was stopped for, or (own) its own fault, in words."""
+    from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+
+    if isinstance(error, TemplateSyntaxError):
+        return {"kind": "syntax", "what": str(error.message), "line": error.lineno}
+    if isinstance(error, SecurityError):
+        return {"kind": "security", "what": str(error.message)}
+    if isinstance(error, MemoryError):
+        return {"kind": "memory", "what": ""}
+    if isinstance(error, RecursionError):
+        return {"kind": "nested", "what": ""}
+    return {
+        "kind": "own",
+        "what": str(error.message) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}",
+    }
 
 
 if __name__ == "__main__":

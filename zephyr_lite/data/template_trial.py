@@ -1,11 +1,12 @@
-"""A chat template is a program of a stranger's. Before this process renders one, a child process does, under limits.
+"""A chat template is a program of a stranger's. Before any row is read, a child process renders it on trial, under limits.
 
 Jinja's sandbox keeps a template from Python's objects; it does not keep one from looping for a year or from asking for all
-the memory. What passes the trial is rendered in this process, still in the sandbox.
+the memory. What passes the trial renders real rows in a child too (``template_render``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -72,7 +73,7 @@ def try_template(text: object, where: str, tokens: Mapping[str, object]) -> None
         )
     if text in _OWN:
         return
-    texts = {name: str(token) for name, token in tokens.items() if isinstance(token, str)}
+    texts = texts_of(tokens)
     key = hashlib.sha256(json.dumps([text, texts], sort_keys=True).encode()).hexdigest()
     if key not in _passed:
         _run(text, where, texts)
@@ -93,35 +94,83 @@ def _run(text: str, where: str, tokens: dict[str, str]) -> None:
     }  # fmt: skip
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", str(_CHILD)],
+            _command(),
             input=json.dumps(job).encode(),
             capture_output=True,
             timeout=PATIENCE,
-            env={name: os.environ[name] for name in _KEPT if name in os.environ},
+            env=_environment(),
             check=False,
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"{where}: was stopped after {PATIENCE:g} s on a plain conversation.", _CURE) from None
     except OSError as error:
-        raise UserError(
-            f"{where}: the process that tries it out cannot be started ({sys.executable or 'no Python'}: "
-            f"{error.strerror}).",
-            "Choose chat_template=zephyr, chatml or llama3, which need no trial.",
-        ) from None
-    if done.returncode == -getattr(signal, "SIGPROF", 0):
-        raise UserError(f"{where}: was stopped after {SECONDS:g} s on a plain conversation.", _CURE)
+        raise _not_started(where, error) from None
     if done.returncode != 0:
-        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-        what = f"signal {-done.returncode}" if done.returncode < 0 else shown(" ".join(last), 200)
-        raise UserError(f"{where}: the process that tries it out came to nothing ({what}).", _CURE)
+        raise stopped(where, done.returncode, done.stderr, "a plain conversation")
     found = json.loads(done.stdout)
     if found:
-        raise UserError(f"{where}: {_words(found['kind'], found['what'])}.", _CURE)
+        raise refusal(where, found["kind"], found["what"], "a plain conversation")
 
 
-def _words(kind: str, what: str) -> str:
+def texts_of(tokens: Mapping[str, object]) -> dict[str, str]:
+    """The special tokens that are text, by name."""
+    return {name: str(token) for name, token in tokens.items() if isinstance(token, str)}
+
+
+def is_own(text: str) -> bool:
+    """Whether a template is the kit's own, which needs no child."""
+    return text in _OWN
+
+
+def start_child(where: str, job: dict[str, object]) -> subprocess.Popen[bytes]:
+    """A child that has been told its job and waits for conversations, one a line.
+
+    Raises:
+        UserError: it cannot be started.
+    """
+    pipe = subprocess.PIPE
+    try:
+        child = subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=pipe, env=_environment())
+    except OSError as error:
+        raise _not_started(where, error) from None
+    assert child.stdin is not None
+    with contextlib.suppress(OSError):  # where it ended at once, what it does not answer says so
+        child.stdin.write(json.dumps({**job, "path": _LIBRARIES}).encode() + b"\n")
+    return child
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-I", "-S", str(_CHILD)]
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in _KEPT if name in os.environ}
+
+
+def _not_started(where: str, error: OSError) -> UserError:
+    return UserError(
+        f"{where}: the process that tries it out cannot be started ({sys.executable or 'no Python'}: {error.strerror}).",
+        "Choose chat_template=zephyr, chatml or llama3, which need no trial.",
+    )
+
+
+def stopped(where: str, status: int, errors: bytes, on: str) -> UserError:
+    """What to say of a child that ended without an answer, by its exit status and what it wrote to standard error."""
+    if status == -getattr(signal, "SIGPROF", 0):
+        return UserError(f"{where}: was stopped after {SECONDS:g} s on {on}.", _CURE)
+    last = errors.decode("utf-8", "replace").strip().splitlines()[-1:]
+    what = f"signal {-status}" if status < 0 else shown(" ".join(last), 200)
+    return UserError(f"{where}: the process that tries it out came to nothing ({what}).", _CURE)
+
+
+def refusal(where: str, kind: str, what: str, on: str) -> UserError:
+    """What to say of a template that a child refused; ``on`` is what it rendered."""
+    return UserError(f"{where}: {_words(kind, what, on)}.", _CURE)
+
+
+def _words(kind: str, what: str, on: str) -> str:
     return {
-        "memory": f"asks for more than {MEMORY // 2**20} MiB for a plain conversation",
+        "memory": f"asks for more than {MEMORY // 2**20} MiB for {on}",
         "nested": "is nested too deeply, or calls itself without end",
         "compile": f"cannot be compiled ({shown(what, 200)})",
         "length": f"writes more than {ADDED:,} characters around a conversation of {what}",

@@ -9,7 +9,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..data.template_trial import reason, try_template
+from ..data.template_render import Renderer
+from ..data.template_trial import LONGEST_TEMPLATE, reason, try_template
 from ..errors import UserError
 from ..files import copy_file, make_folder, write_json
 from ..model.check_weights import empty_model
@@ -264,8 +265,10 @@ def _end_tokens(folder: Path) -> list[int]:
         said = "ZQX"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
         try:
-            text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-        except MemoryError:
+            text = Renderer(template, f"{folder}: the chat template", tokenizer.special_tokens_map).render(
+                turns, False, LONGEST_TEMPLATE
+            )
+        except (MemoryError, UserError):
             raise
         except Exception as error:  # a template may raise anything, by Jinja's own `raise_exception` too
             raise UserError(
