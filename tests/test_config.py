@@ -278,3 +278,8 @@ def test_a_folder_and_a_file_of_rows_and_another_stages_file_are_no_configuratio
         load_config("sft", str(tmp_path / "rows.jsonl"))
     with pytest.raises(UserError, match="this file is for zephyr-lite dpo, and not for sft"):
         load_config("sft", "zephyr-7b/dpo")
+
+
+@pytest.mark.parametrize("written", ["none", "[none]", "null"])
+def test_no_tracker_in_every_writing(written):
+    assert load_config("sft", None, [f"report_to={written}"]).config.report_to == []

@@ -129,7 +129,7 @@ class RunConfig(BaseModel):
     @field_validator("report_to", mode="before")
     @classmethod
     def _trackers(cls, value: Any) -> Any:
-        if value in (None, "none"):
+        if value in (None, "none", ["none"]):  # the last is how the alignment handbook writes it
             return []
         return [value] if isinstance(value, str) else value
 
