@@ -223,7 +223,7 @@ def test_a_plan_of_another_version_is_said(windowed, chat_rows, tmp_path, plan):
 @pytest.mark.parametrize("where", ["early", "end"])
 def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, monkeypatch, where):
     """After the last checkpoint, or after an early stop: nothing is trained again, and the result has its evaluations."""
-    import zephyr_lite.train.sft as sft_file
+    import zephyr_lite.train.run as run_file
 
     if where == "early":
         losses = iter([3.0, 4.0, 5.0])
@@ -231,12 +231,12 @@ def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, mon
     patience = {"early_stopping_patience": 2} if where == "early" else {}
     settings = {"eval_steps": 1, "num_train_epochs": 4, **patience, **PLAIN}
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
-    close = sft_file.close_stage
-    monkeypatch.setattr(sft_file, "close_stage", lambda *a, **k: (_ for _ in ()).throw(Killed))
+    close = run_file.close_stage
+    monkeypatch.setattr(run_file, "close_stage", lambda *a, **k: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         run_sft(loaded, say=quiet)
     logged = (tmp_path / "r" / "sft" / "metrics.jsonl").read_text()
-    monkeypatch.setattr(sft_file, "close_stage", close)
+    monkeypatch.setattr(run_file, "close_stage", close)
     monkeypatch.setattr(Loop, "_step", lambda self, number: pytest.fail("trained again"))
     outcome = run_sft(loaded, say=quiet)
     assert (tmp_path / "r" / "sft" / "metrics.jsonl").read_text() == logged
@@ -424,7 +424,7 @@ def test_every_schedule_of_transformers_runs_and_is_kept_or_is_refused(name):
 ROOT = Path(zephyr_lite.__file__).parent
 # single files that every room may use, each of which imports from those before it
 GROUND = (
-    "__version__", "errors", "words", "redact", "interrupts", "files", "manifest", "lock", "reading", "strict_json",
+    "__version__", "errors", "words", "redact", "interrupts", "ending", "files", "manifest", "lock", "reading", "strict_json",
     "strict_yaml", "shipped", "foreign_keys", "config", "rundir", "stage_info", "safetensors_stream",
 )  # fmt: skip
 BELOW = {

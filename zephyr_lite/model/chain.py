@@ -136,6 +136,8 @@ def _last_stage(run: Path, name: str | None) -> tuple[StageDir, dict[str, Any]]:
         checked(info, path, needs=("adapters", "own", "base.name_or_path"))
         order = (len(info.get("adapters", [])), path.stat().st_mtime_ns)
         found.append((order, stage, info))
+    if name is None:
+        _nothing_lost(run)
     if not found:
         raise UserError(
             f"{run}: {'no complete stage' if name is None else f'stage {name} is not there, or not complete'}.",
@@ -143,6 +145,21 @@ def _last_stage(run: Path, name: str | None) -> tuple[StageDir, dict[str, Any]]:
         )
     _, stage, info = max(found, key=lambda item: item[0])
     return stage, info
+
+
+def _nothing_lost(run: Path) -> None:
+    """A stage whose stage.json is gone, or empty, must not be passed over for the one below it.
+
+    Raises:
+        UserError: there is an adapter of such a stage.
+    """
+    for adapter in sorted(run.glob("[!.]*/adapter")):
+        stage = StageDir(adapter.parent)
+        if adapter.is_dir() and "status" not in (stage.info() or {}):
+            raise UserError(
+                f"{stage.path}: has an adapter, and no {STAGE_FILE} that says what it stands on.",
+                "Restore that file; or name a stage (--stage), or the adapters themselves (--adapter, --base).",
+            )
 
 
 def _path(stage: StageDir, link: dict[str, Any]) -> str:
