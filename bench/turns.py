@@ -28,7 +28,8 @@ from bench.process import begin
 from zephyr_lite.config import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.train.loop import Loop
-from zephyr_lite.train.setup import Stage, open_stage
+from zephyr_lite.train.setup import open_stage
+from zephyr_lite.train.stage import Stage
 from zephyr_lite.train.steps import rows_of_step
 
 # Of a card's memory, what the CUDA context and loaded kernels take: PyTorch's allocator does not count it.

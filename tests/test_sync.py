@@ -18,8 +18,8 @@ from zephyr_lite.rundir import StageDir
 from zephyr_lite.sync import Mirror, catch_up, restore
 from zephyr_lite.sync import folder as folder_file
 from zephyr_lite.sync import hub as hub_file
+from zephyr_lite.sync.choose import place_of
 from zephyr_lite.sync.folder import FolderPlace
-from zephyr_lite.sync.place import place_of
 
 
 @pytest.fixture

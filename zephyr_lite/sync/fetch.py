@@ -12,7 +12,8 @@ from ..files import folder_aside, make_folder, sweep
 from ..lock import alone
 from ..manifest import MANIFEST, manifest_fault
 from ..rundir import STAGE_FILE, StageDir, stages_of
-from .place import CHECKPOINT, Place, PlaceError, info_there, is_copied, marks, place_of, run_name
+from .choose import place_of
+from .place import CHECKPOINT, Place, PlaceError, info_there, is_copied, marks, run_name
 
 Say = Callable[[str], None]
 

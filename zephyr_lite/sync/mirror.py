@@ -14,7 +14,8 @@ from ..errors import Interrupted, UserError
 from ..interrupts import Output
 from ..manifest import MANIFEST
 from ..rundir import STAGE_FILE, StageDir, stages_of
-from .place import CHECKPOINT, Place, PlaceError, info_there, is_copied, marks, place_of, run_name
+from .choose import place_of
+from .place import CHECKPOINT, Place, PlaceError, info_there, is_copied, marks, run_name
 
 Say = Callable[[str], None]
 WAITS = (5.0, 15.0, 60.0, 300.0)  # seconds before another attempt

@@ -50,31 +50,6 @@ class Place(Protocol):
         """Copy a file or a folder to a path that is not there yet."""
 
 
-def place_of(config: RunConfig) -> Place:
-    """The place that ``sync`` names.
-
-    Raises:
-        UserError: it is none.
-    """
-    where = config.sync
-    assert where is not None
-    if where.startswith("hub:"):
-        from .hub import HubPlace
-
-        return HubPlace(where.removeprefix("hub:"))
-    from .folder import FolderPlace
-
-    if "://" in where or not where.strip():
-        raise UserError(f"sync {where}: is neither a folder nor hub:OWNER/NAME.", "Mount it, and name the folder.")
-    folder, run = Path(where).expanduser(), Path(config.output_dir)
-    there = (folder / run.name).resolve()
-    if there == run.resolve() or there.is_relative_to(run.resolve()) or folder.resolve().is_relative_to(run.resolve()):
-        raise UserError(f"sync {where}: lies in the run's own folder, {run}.", "Name a folder on another disk.")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"sync {where}: is a file.", "Name a folder, or hub:OWNER/NAME.")
-    return FolderPlace(folder)
-
-
 def run_name(config: RunConfig) -> str:
     """Under which name the run lies there."""
     return Path(config.output_dir).resolve().name

@@ -28,7 +28,7 @@ from .losses import Preference, preference_loss
 from .out_of_memory import Guard
 from .reference import ReferenceCache, cache_key, pair_sums
 from .run import OnMetrics, run, train
-from .setup import Say, Stage
+from .stage import Say, Stage
 from .steps import Lengths
 from .task import Metrics, Outcome, Shares
 from .watch import CollapseWatch

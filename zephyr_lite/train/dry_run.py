@@ -14,8 +14,9 @@ from ..data.view import text_runs
 from ..errors import UserError
 from .dpo import DpoTask
 from .loop import Loop
-from .setup import Say, Stage, open_stage, peak_memory
+from .setup import open_stage, peak_memory
 from .sft import SftTask
+from .stage import Say, Stage
 from .steps import rows_of_step
 
 Spans = list[tuple[str, bool]]

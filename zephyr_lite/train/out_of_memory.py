@@ -26,7 +26,7 @@ from ..model.plan import Plan
 from .steps import micro_batches
 
 if TYPE_CHECKING:
-    from .setup import Say, Stage
+    from .stage import Say, Stage
 
 T = TypeVar("T")
 

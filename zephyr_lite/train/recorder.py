@@ -14,7 +14,7 @@ from ..config import RunConfig
 from ..interrupts import Output, StopRequest
 from ..manifest import write_manifest
 from .checkpoint import MetricsLog
-from .setup import Stage
+from .stage import Stage
 from .steps import rows_of_step, step_schedule
 from .task import Metrics
 from .trouble import LeftOut

@@ -10,7 +10,8 @@ from ..errors import Interrupted
 from ..lock import alone
 from ..sync import kept_elsewhere
 from .loop import Loop
-from .setup import Say, Stage, close_stage, open_stage
+from .setup import close_stage, open_stage
+from .stage import Say, Stage
 from .task import Metrics, Outcome, Task
 from .watch import CollapseWatch
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,7 @@ from ..model.stream import StreamedBase
 from ..ops.dispatch import check_kernels
 from ..rundir import StageDir, folder_aside, newest_run, write_text
 from ..stage_info import FORMAT
-from ..sync import Mirror, newest_there, open_mirror, restore
+from ..sync import newest_there, open_mirror, restore
 from .changes import (
     Changes,
     adapters_difference,
@@ -70,12 +68,11 @@ from .ground import (
     same_template,
     vocabulary_fits,
 )
-from .loop import Outcome
 from .planning import plan_stage, said_again, set_threads, stage_job
 from .publish import push_adapter
+from .stage import Say, Stage
 from .steps import step_schedule
-
-Say = Callable[[str], None]
+from .task import Outcome
 
 # what a stage takes over from the one below it, unless the user says otherwise
 INHERITED = (
@@ -133,42 +130,6 @@ def resolve_run(
 def _names(overrides: list[str], key: str) -> bool:
     heads = [word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_") for word in overrides]
     return key in heads
-
-
-@dataclass
-class Stage:
-    """A stage that is ready to train.
-
-    Attributes:
-        method: sft or dpo.
-        config: its resolved configuration.
-        dir: its folder.
-        base: the loaded base.
-        template: how conversations are rendered.
-        stack: the live adapters.
-        decoder: runs batches through them.
-        data, eval_data: rows to train on, and held-out ones (or None).
-        plan: how a step is split.
-        frozen: the adapters below, from the bottom up.
-        info: what stage.json says.
-        mirror: where checkpoints are copied to, or None.
-        forget_best: what was the best checkpoint so far was judged on other rows than those of now.
-    """
-
-    method: Method
-    config: RunConfig
-    dir: StageDir
-    base: Base
-    template: ChatTemplate
-    stack: AdapterStack
-    decoder: Decoder
-    data: Prepared
-    eval_data: Prepared | None
-    plan: Plan
-    frozen: list[AdapterFile]
-    info: dict[str, Any] = field(default_factory=dict)
-    mirror: Mirror | None = None
-    forget_best: bool = False
 
 
 def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool = True) -> Stage:

@@ -21,7 +21,7 @@ from ..model.plan import Plan
 from .losses import sft_loss
 from .out_of_memory import Guard
 from .run import OnMetrics, run, train
-from .setup import Say, Stage
+from .stage import Say, Stage
 from .steps import Lengths
 from .task import Metrics, Outcome, Shares
 

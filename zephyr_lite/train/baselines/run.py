@@ -33,7 +33,8 @@ from ..loop import interrupted
 from ..optim import make_optimizer, make_scheduler
 from ..recorder import OnMetrics, Order, Recorder
 from ..run import stopped_at_the_end
-from ..setup import Say, Stage, close_stage, open_stage
+from ..setup import close_stage, open_stage
+from ..stage import Say, Stage
 from ..steps import step_schedule
 from ..task import Outcome
 from . import trl, unsloth

@@ -21,7 +21,7 @@ from ...config import RunConfig
 from ...model.adapters import AdapterStack
 from ...model.compose import compose
 from ...model.peft_files import write_adapter
-from ..setup import Say, Stage
+from ..stage import Say, Stage
 
 ADAPTER = "default"  # the name that TRL looks for
 REFERENCE = "ref"  # what it calls its frozen copy of it

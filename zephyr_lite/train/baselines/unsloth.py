@@ -36,7 +36,7 @@ from ...model.load import (
     read_model_config,
 )
 from ...model.peft_files import LoraWeights
-from ..setup import Say, Stage
+from ..stage import Say, Stage
 from .early import start_unsloth
 from .trl import ADAPTER, goes_on_below, merged_below, start_as_fused
 

@@ -1,0 +1,56 @@
+"""A stage that is ready to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import Method, RunConfig
+from ..data.chat import ChatTemplate
+from ..data.prepare import Prepared
+from ..model.adapters import AdapterStack
+from ..model.decoder import Decoder
+from ..model.load import Base
+from ..model.peft_files import AdapterFile
+from ..model.plan import Plan
+from ..rundir import StageDir
+from ..sync import Mirror
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Stage:
+    """A stage that is ready to train.
+
+    Attributes:
+        method: sft or dpo.
+        config: its resolved configuration.
+        dir: its folder.
+        base: the loaded base.
+        template: how conversations are rendered.
+        stack: the live adapters.
+        decoder: runs batches through them.
+        data, eval_data: rows to train on, and held-out ones (or None).
+        plan: how a step is split.
+        frozen: the adapters below, from the bottom up.
+        info: what stage.json says.
+        mirror: where checkpoints are copied to, or None.
+        forget_best: what was the best checkpoint so far was judged on other rows than those of now.
+    """
+
+    method: Method
+    config: RunConfig
+    dir: StageDir
+    base: Base
+    template: ChatTemplate
+    stack: AdapterStack
+    decoder: Decoder
+    data: Prepared
+    eval_data: Prepared | None
+    plan: Plan
+    frozen: list[AdapterFile]
+    info: dict[str, Any] = field(default_factory=dict)
+    mirror: Mirror | None = None
+    forget_best: bool = False
