@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,7 +104,7 @@ class ReferenceCache:
 
         def fill(indices: list[int]) -> None:
             nonlocal saved
-            if bool(self._known()[torch.tensor(indices)].all()):
+            if self._known()[indices].all():
                 return
             batch = collate(indices).to(decoder.device)
             self.sums[torch.tensor(batch.indices)] = pair_sums(decoder, batch, reference=True).double().cpu()
@@ -130,8 +131,8 @@ class ReferenceCache:
     def _sha256(self, sums: Tensor) -> str:
         return hashlib.sha256(self.key.encode() + tensor_bytes(sums)).hexdigest()
 
-    def _known(self) -> Tensor:
-        return torch.isfinite(self.sums).all(dim=1)
+    def _known(self) -> np.ndarray:
+        return np.isfinite(self.sums.numpy()).all(axis=1)
 
     def __call__(self, indices: Sequence[int], device: torch.device) -> Tensor:
         """[P, 2] float64 for these pairs."""
