@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from zephyr_lite import safetensors_stream
 from zephyr_lite.config import RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge import merge
@@ -380,3 +382,20 @@ def test_json_that_is_none(raw, said):
 def test_json_that_is_odd_but_fine():
     assert parse(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
     assert parse(b'{"a": 1, "a": Infinity}', strict=False) == {"a": float("inf")}
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m", "a\nerror: b", "n" * 1001])
+def test_a_tensors_name_that_would_be_printed_by_others(tmp_path, name):
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match="the header entry of tensor") as caught:
+        SafetensorsFile(tmp_path / "x.safetensors")
+    assert caught.value.message.isprintable() and len(caught.value.message) < 300
+
+
+def test_tensors_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_stream, "MAX_TENSORS", 10)
+    header = json.dumps({f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(11)}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match="names 11 tensors; 10 are the most"):
+        SafetensorsFile(tmp_path / "x.safetensors")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from zephyr_lite.config import DatasetSpec
@@ -35,13 +37,20 @@ def test_names_in_messages_are_one_line():
     assert caught.value.message.isprintable() and "\\x1b" in caught.value.message
 
 
-@pytest.mark.parametrize("rows", ["one", "many"])
+@pytest.mark.parametrize("rows", ["one", "many", "parquet", "csv"])
 def test_columns_without_end_are_refused_before_they_are_read(tmp_path, monkeypatch, rows):
     monkeypatch.setattr(screening, "COLUMNS", 20)
-    path = tmp_path / "x.jsonl"
-    if rows == "one":
-        path.write_text(json.dumps({**ROW, **{f"c{i}": 1 for i in range(30)}}) + "\n")
+    path = tmp_path / {"parquet": "x.parquet", "csv": "x.csv"}.get(rows, "x.jsonl")
+    wide = {**ROW, **{f"c{i}": "1" for i in range(30)}}
+    if rows == "parquet":
+        pq.write_table(pa.Table.from_pylist([wide]), path)
+    elif rows == "csv":
+        path.write_text(",".join(wide) + "\n" + ",".join(wide.values()) + "\n")
+    elif rows == "one":
+        path.write_text(json.dumps(wide) + "\n")
     else:
         path.write_text("".join(json.dumps({**ROW, f"c{i}": 1}) + "\n" for i in range(30)))
-    with pytest.raises(UserError, match=r"x\.jsonl line \d+: more than 20 columns up to here"):
+    with pytest.raises(
+        UserError, match=r"x\.\w+( line \d+)?: (more than 20|32) columns( up to here|; 20 are the most)"
+    ):
         open_source(DatasetSpec(path=str(path)))

@@ -46,6 +46,8 @@ COPY_CHUNK = 16 * 2**20
 # The format's own bound; a larger number is the first eight bytes of something else.
 MAX_HEADER = 100_000_000
 MAX_DIMENSIONS = 16
+# A name is printed by whoever loads the file; so many tensors of nothing would keep transformers busy for minutes.
+MAX_NAME, MAX_TENSORS = 1000, 100_000
 # How torch.save's files begin: a zip archive, or (before torch 1.6) a pickle of protocol 2 to 5.
 _ZIP = b"PK\x03\x04"
 _PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
@@ -83,9 +85,9 @@ class SafetensorsFile:
         metadata: the header's `__metadata__` (strings).
 
     Raises:
-        UserError: the file is missing or cut short, is a pickle, or its header is broken: no JSON, a tensor twice, an
-            unknown dtype, a size that differs from dtype × shape, offsets out of bounds, or tensors that overlap or
-            leave gaps.
+        UserError: the file is missing or cut short, is a pickle, or its header is broken: no JSON, a tensor twice, a name that
+            cannot be printed, too many names, an unknown dtype, a size that differs from dtype × shape, offsets out of
+            bounds, or tensors that overlap or leave gaps.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -107,6 +109,8 @@ class SafetensorsFile:
             raise self._broken("its __metadata__ is not a JSON object")
         self.metadata: dict[str, str] = {str(key): str(value) for key, value in metadata.items()}
         self.data_start = 8 + len(raw)
+        if len(header) > MAX_TENSORS:
+            raise self._broken(f"its header names {len(header):,} tensors; {MAX_TENSORS:,} are the most that is read")
         entries = [self._entry(name, value) for name, value in header.items()]
         entries.sort(key=lambda entry: (entry.start, entry.end))
         position = self.data_start
@@ -142,8 +146,7 @@ class SafetensorsFile:
 
     def _entry(self, name: str, value: object) -> Entry:
         try:
-            name.encode()
-            assert isinstance(value, dict)
+            assert name.isprintable() and len(name) <= MAX_NAME and isinstance(value, dict)
             dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
             assert isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)
             assert len(shape) <= MAX_DIMENSIONS and all(is_whole(n) for n in (*shape, *offsets))

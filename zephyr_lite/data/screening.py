@@ -12,14 +12,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+
 from ..errors import UserError
 from ..strict_json import shown
 
 LINE_BYTES = 64 * 2**20  # of a row
 ARRAY_BYTES = 4 * 2**30  # of a JSON file that is one array: it is read as a whole, several times over
 NESTING = 100
-COLUMNS = 1000  # of a JSONL, as far as its lines are sampled; Arrow holds every row's cell of each
+COLUMNS = 1000  # of a JSONL, as far as its lines are sampled: Arrow holds every row's cell of each
 _SAMPLED = 50
+_FEW = "Rows have a few columns, the same in each: remove what no conversation needs."
 _SIGNS = b'[]{}"'
 _OTHERS = bytes(sorted(set(range(256)) - set(_SIGNS)))
 _BOM = b"\xef\xbb\xbf"
@@ -67,6 +71,9 @@ def screen(file: Path, builder: str) -> int | None:
             _refuse_kinds(file, start, builder)
             if builder == "parquet":
                 _screen_footer(file, opened, size)
+            if builder == "csv":
+                opened.seek(0)
+                _screen_heading(file, opened.readline(LINE_BYTES))
             if builder != "json":
                 return None
             if start.removeprefix(_BOM).startswith(b"["):
@@ -118,6 +125,17 @@ def _screen_footer(file: Path, opened: Any, size: int) -> None:
     length = int.from_bytes(end[:4], "little")
     if not 0 < length <= size - 12:
         raise UserError(f"{file}: a footer of {length:,} bytes in a file of {size:,}.", cure)
+    try:
+        columns = pyarrow.parquet.read_metadata(file).num_columns
+    except (pyarrow.ArrowException, OSError):  # said in the reader's own words when it comes to that
+        return
+    if columns > COLUMNS:
+        raise UserError(f"{file}: {columns:,} columns; {COLUMNS:,} are the most that is read.", _FEW)
+
+
+def _screen_heading(file: Path, line: bytes) -> None:
+    if (columns := line.count(b",") + 1) > COLUMNS:
+        raise UserError(f"{file} line 1: {columns:,} columns; {COLUMNS:,} are the most that is read.", _FEW)
 
 
 def _screen_lines(file: Path, opened: Any) -> int | None:
@@ -151,7 +169,7 @@ def _screen_lines(file: Path, opened: Any) -> int | None:
                 raise UserError(
                     f"{file} line {number}: more than {COLUMNS:,} columns up to here, {shown(next(iter(_keys(line)), ''))!r} "
                     "among them.",
-                    "Rows are objects of a few keys, the same in each: put the rest into one column, or remove it.",
+                    _FEW,
                 )
         if b"\r" in line and b"\r" in line[:-2]:  # a newline to some
             lines = False
