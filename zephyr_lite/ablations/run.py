@@ -13,6 +13,7 @@ import torch
 from ..config import DatasetSpec, Method
 from ..data.sources import load_rows
 from ..errors import UserError
+from ..lock import alone
 from ..rundir import StageDir, write_json, write_text
 from ..train.dpo import run_dpo
 from ..train.ground import StageComplete
@@ -65,6 +66,11 @@ def run_ablation(
         UserError: as the stages' own commands; a stage stands on another base than the others.
     """
     _same_base(table)
+    with alone(table.run, say):
+        return _run(table, say, on_metrics)
+
+
+def _run(table: Table, say: Say, on_metrics: Callable[[int, int, dict[str, float]], None]) -> Ablation:
     stages = table.stages()
     _rows_are_there(table)
     for number, stage in enumerate(stages, 1):
