@@ -19,7 +19,7 @@ from ..train.dpo import run_dpo
 from ..train.ground import StageComplete
 from ..train.sft import run_sft
 from .score import Score, Scores, held_out_config
-from .table import BASE, ArmStage, Table
+from .table import BASE, Table
 
 Say = Callable[[str], None]
 
@@ -66,8 +66,14 @@ def run_ablation(
         UserError: as the stages' own commands; a stage stands on another base than the others.
     """
     _same_base(table)
-    with alone(table.run, say):
-        return _run(table, say, on_metrics)
+    try:
+        with alone(table.run, say):
+            return _run(table, say, on_metrics)
+    except UserError as error:  # which folder and which stage is not the command line's to say here
+        hint = re.sub(
+            "another (output_dir or stage|stage or output_dir|output_dir)", "another folder with --out", error.hint
+        )
+        raise UserError(error.message, hint) from None
 
 
 def _run(table: Table, say: Say, on_metrics: Callable[[int, int, dict[str, float]], None]) -> Ablation:
@@ -77,7 +83,7 @@ def _run(table: Table, say: Say, on_metrics: Callable[[int, int, dict[str, float
         arms = ", ".join(arm for arm, chain in table.arms.items() if any(s.name == stage.name for s in chain))
         say(f"[{number}/{len(stages)}] {stage.name} ({stage.method}), for {arms}")
         try:
-            _train(stage, say, on_metrics)
+            (run_sft if stage.method == "sft" else run_dpo)(stage.loaded, say=say, on_metrics=on_metrics)
         except StageComplete as done:
             say(done.message)
         gc.collect()  # one stage's base must be gone before the next one's comes
@@ -103,18 +109,6 @@ def _rows_are_there(table: Table) -> None:
     for spec, method in held_out:
         config = held_out_config(table.stages(), method)
         load_rows([spec], method, seed=config.seed, system=config.system)
-
-
-def _train(stage: ArmStage, say: Say, on_metrics: Callable[[int, int, dict[str, float]], None]) -> None:
-    try:
-        (run_sft if stage.method == "sft" else run_dpo)(stage.loaded, say=say, on_metrics=on_metrics)
-    except StageComplete:
-        raise
-    except UserError as error:  # which folder and which stage is not the command line's to say here
-        hint = re.sub(
-            "another (output_dir or stage|stage or output_dir|output_dir)", "another folder with --out", error.hint
-        )
-        raise UserError(error.message, hint) from None
 
 
 def _same_base(table: Table) -> None:
