@@ -252,7 +252,7 @@ def load_config(
     if path is not None:
         given = rename(read_yaml(path), str(path), RunConfig.model_fields, notes)
         _no_stranger_held_out(set(given), given, notes)
-        if given.get("stage") in {"sft", "dpo"} - {method}:
+        if given.get("stage") == ("dpo" if method == "sft" else "sft"):
             raise UserError(
                 f"{path}: stage: {given['stage']}: this file is for zephyr-lite {given['stage']}, and not for {method}.",
                 "Give the other command, or another file.",
