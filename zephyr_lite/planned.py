@@ -23,6 +23,8 @@ from .model.plan import Plan, make_plan, this_machine
 from .model.search import Limits, longest_context
 from .needs import GB, MISTRAL_SHAPE, RANK_BELOW, assumed_below, base_shape, disk_bytes, expected_job
 from .rundir import StageDir
+from .shipped import find_config
+from .strict_yaml import read_yaml
 from .train.setup import resolve_run
 
 LADDER = (6, 8, 12, 16, 24)
@@ -155,15 +157,13 @@ def stages_of(words: list[str], file: str | None = None) -> tuple[tuple[Method, 
     """
     if not words or "=" in words[0] or words[0].startswith("-"):
         if file is not None:
+            given = read_yaml(find_config(file))
             named = [method for method in get_args(Method) if method in Path(file).stem.lower()]
-            own = load_config("dpo", file).given & {
-                "beta",
-                "loss_type",
-                "precompute_ref_log_probs",
-                "max_prompt_length",
-            }
-            if len(named) == 1 or own:
-                return ((named[0] if len(named) == 1 else "dpo"),), words
+            named = [given["stage"]] if given.get("stage") in ("sft", "dpo") else named
+            if len(named) == 1:
+                return (named[0],), words
+            if given.keys() & {"beta", "loss_type", "precompute_ref_log_probs", "max_prompt_length"}:
+                return ("dpo",), words
         return ("sft", "dpo"), words
     meant: dict[str, tuple[Method, ...]] = {"sft": ("sft",), "dpo": ("dpo",), "both": ("sft", "dpo")}
     if words[0].lower() not in meant:
