@@ -65,7 +65,7 @@ def make_environment() -> object:
 
         tags = {"generation"}
 
-        def parse(self, parser):  # type: ignore[no-untyped-def]
+        def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
@@ -73,7 +73,7 @@ def make_environment() -> object:
     def refuse(message: object) -> None:
         raise TemplateError(str(message))
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # type: ignore[no-untyped-def]
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def now(form: str) -> str:
@@ -85,7 +85,7 @@ def make_environment() -> object:
     return environment
 
 
-def trial(environment, job: dict) -> dict:  # type: ignore[no-untyped-def,type-arg]
+def trial(environment, job: dict) -> dict:
     """{} for a template that may be rendered, else {"kind": …, "what": …}. A template's own errors are not this one's to
     report: a row of theirs may be refused, and the parent says so with the row."""
     from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
@@ -122,7 +122,7 @@ def trial(environment, job: dict) -> dict:  # type: ignore[no-untyped-def,type-a
     return {}
 
 
-def serve(environment, job: dict) -> None:  # type: ignore[no-untyped-def,type-arg]
+def serve(environment, job: dict) -> None:
     """Answer each conversation with {"text": …}, or with {"kind": …, "what": …} where there is none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to answer
     template = None
@@ -140,7 +140,7 @@ def serve(environment, job: dict) -> None:  # type: ignore[no-untyped-def,type-a
         sys.stdout.flush()
 
 
-def render(template, asked: dict, tokens: dict) -> dict:  # type: ignore[no-untyped-def,type-arg]
+def render(template, asked: dict, tokens: dict) -> dict:
     parts: list[str] = []
     length = 0
     for part in template.generate(
@@ -153,7 +153,7 @@ def render(template, asked: dict, tokens: dict) -> dict:  # type: ignore[no-unty
     return {"text": "".join(parts)}
 
 
-def failure(error: Exception) -> dict:  # type: ignore[type-arg]
+def failure(error: Exception) -> dict:
     """What a template was stopped for, or (own) its own fault, in words."""
     from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 

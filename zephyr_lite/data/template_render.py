@@ -47,7 +47,7 @@ class Renderer:
     def _start_over(self) -> None:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._end: weakref.finalize | None = None  # type: ignore[type-arg]
+        self._end: weakref.finalize | None = None
         self._process = os.getpid()
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, most: int) -> str:
