@@ -132,7 +132,14 @@ def beside(folder: Path) -> None:
 FIRST = "lm_head.weight"
 DEEP = "[" * 100_000 + "]" * 100_000
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14483464192\n"
 WEIGHTS = [
+    (
+        "a clone without git-lfs",
+        data(POINTER),
+        "base/model.safetensors: is a git-lfs pointer, and not the weights themselves.",
+        "Fetch the file itself: `git lfs pull`, or `hf download`.",
+    ),
     (
         "a header longer than its file",
         data(b"\xff" * 7 + b"\x00" + b"x" * 100),

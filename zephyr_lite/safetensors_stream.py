@@ -50,6 +50,8 @@ MAX_DIMENSIONS = 16
 MAX_NAME, MAX_TENSORS = 1000, 100_000
 # How torch.save's files begin: a zip archive, or (before torch 1.6) a pickle of protocol 2 to 5.
 _ZIP = b"PK\x03\x04"
+# what a clone without git-lfs has in place of a large file
+_LFS = b"version "
 _PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 
@@ -135,6 +137,11 @@ class SafetensorsFile:
             if length < 2 or length > min(size - 8, MAX_HEADER):
                 if prefix[:2] in _PICKLES or prefix[:4] == _ZIP:
                     raise self._broken("it begins as a pickle does, which is never opened")
+                if prefix == _LFS:
+                    raise UserError(
+                        f"{self.path}: is a git-lfs pointer, and not the weights themselves.",
+                        "Fetch the file itself: `git lfs pull`, or `hf download`.",
+                    )
                 raise self._broken(f"its header would be {length} bytes long in a file of {size} bytes")
             raw = file.read(length)
         if len(raw) < length:

@@ -112,5 +112,5 @@ def stage_of_words(words: list[str], file: str | None) -> tuple[Method, list[str
         return ("sft" if words[0].lower() == "sft" else "dpo"), words[1:]
     methods, rest = stages_of(words, file)
     if len(methods) > 1:
-        raise UserError("which stage's rows?", "Say sft or dpo: zephyr-lite data show sft dataset=FILE.")
+        raise UserError("which stage's rows?", "Say sft or dpo, then key=value: … sft dataset=FILE.")
     return methods[0], rest
