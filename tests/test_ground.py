@@ -382,3 +382,11 @@ def test_what_a_stage_inherits_is_not_guessed(place, text):
     file.unlink() if text is None else file.write_text(text)
     with pytest.raises(UserError, match=rf"{re.escape(str(file))}: (is missing|has no )"):
         setup.resolve_run("dpo", None, [f"output_dir={place / 'finished'}"], say=quiet)
+
+
+@pytest.mark.parametrize("wrong", [{"lr_scheduler_type": "cosinus"}, {"report_to": "nobody"}])
+def test_what_is_wrong_is_said_before_the_base_is_read(tiny_base, chat_rows, tmp_path, monkeypatch, wrong):
+    monkeypatch.setattr("zephyr_lite.train.setup.fetch_base", lambda *a, **k: pytest.fail("the base was looked for"))
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **wrong)), say=lambda line: None)
+    assert not (tmp_path / "r").exists()

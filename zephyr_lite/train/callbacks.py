@@ -16,6 +16,18 @@ from ..errors import UserError
 from ..rundir import StageDir
 
 
+def trackers(config: RunConfig) -> list[type[TrainerCallback]]:
+    """The callbacks of ``report_to``.
+
+    Raises:
+        UserError: transformers knows no such tracker, or it is not installed.
+    """
+    try:
+        return list(get_reporting_integration_callbacks(config.report_to))
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"report_to {config.report_to}: {error}", "Install the tracker, or leave it out.") from None
+
+
 def make_callbacks(
     config: RunConfig,
     stage: StageDir,
@@ -46,10 +58,10 @@ def make_callbacks(
         eval_strategy="no",
     )
     try:
-        trackers = [cls() for cls in get_reporting_integration_callbacks(config.report_to)]
-    except (ImportError, RuntimeError, ValueError) as error:
+        reporting = [cls() for cls in trackers(config)]
+    except (ImportError, RuntimeError) as error:  # some look for their library only now
         raise UserError(f"report_to {config.report_to}: {error}", "Install the tracker, or leave it out.") from None
-    handler = CallbackHandler([DefaultFlowCallback(), *trackers, *callbacks], model, None, optimizer, scheduler)
+    handler = CallbackHandler([DefaultFlowCallback(), *reporting, *callbacks], model, None, optimizer, scheduler)
     state = TrainerState(max_steps=total, num_train_epochs=math.ceil(config.num_train_epochs))
     state.is_local_process_zero = state.is_world_process_zero = True
     return handler, state, TrainerControl(), arguments

@@ -134,6 +134,15 @@ def restore_state(
         group.update({k: tuple(v) if k == "betas" else v for k, v in saved.items() if k not in IMPLEMENTATION})
 
 
+def check_schedule(config: RunConfig) -> None:
+    """Refuse a schedule before anything is loaded.
+
+    Raises:
+        UserError: as ``make_scheduler``.
+    """
+    make_scheduler(config, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), 10)
+
+
 def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
     """transformers' schedule of that name, with warm-up over the first ``warmup_ratio`` of the steps.
 

@@ -41,6 +41,7 @@ from ..ops.dispatch import check_kernels
 from ..rundir import StageDir, folder_aside, newest_run, write_text
 from ..stage_info import FORMAT
 from ..sync import newest_there, open_mirror, restore
+from .callbacks import trackers
 from .changes import (
     Changes,
     adapters_difference,
@@ -68,6 +69,7 @@ from .ground import (
     same_template,
     vocabulary_fits,
 )
+from .optim import check_schedule
 from .planning import plan_stage, said_again, set_threads, stage_job
 from .publish import push_adapter
 from .stage import Say, Stage
@@ -149,6 +151,8 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     before, changes = may_go_on(stage, config, method, say, claim=claim)
     if config.engine == "fused":
         check_targets(config.lora_target_modules)
+    check_schedule(config)
+    trackers(config)
     frozen = adapters_below(method, config, stage, say)
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
