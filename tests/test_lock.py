@@ -49,7 +49,7 @@ def leave(folder, **changes):
 
 
 def without_flock(monkeypatch):
-    monkeypatch.setattr(lock, "_flock", lambda handle: None)
+    monkeypatch.setattr(lock, "flock", lambda handle: None)
 
 
 def test_nobody_else_and_nothing_left(tmp_path):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import IO
 
 from .errors import UserError
 
@@ -187,10 +188,12 @@ def _place(error: BaseException, text: str) -> str:
     return text
 
 
-def abandon(stream: object) -> None:
+def abandon(stream: IO[str] | None) -> None:
     """Let what a stream still holds go nowhere: it cannot be written, and would fail again when Python ends."""
+    if stream is None:
+        return
     try:
-        number = stream.fileno()  # type: ignore[attr-defined]
+        number = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, number)
         os.close(nowhere)

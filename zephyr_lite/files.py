@@ -24,10 +24,8 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from .errors import UserError
+from .flock import flock
 from .redact import redact
-
-if sys.platform != "win32":
-    import fcntl
 
 BUFFER = 1 << 20
 COPY_CHUNK = 16 * 2**20
@@ -85,7 +83,7 @@ def bytes_aside(path: Path) -> Iterator[BinaryIO]:
     file = io.BufferedWriter(raw, BUFFER)
     try:
         if not inside:
-            _hold(handle)
+            flock(handle)  # tells others that this process is at work here, for as long as it lives
         yield file
         file.flush()
         if not inside:
@@ -118,7 +116,7 @@ def folder_aside(target: Path) -> Iterator[Path]:
     _filling[aside.absolute()] = target
     try:
         if handle is not None:
-            _hold(handle)
+            flock(handle)  # tells others that this process is at work here, for as long as it lives
         try:
             yield aside
         except Exception as error:
@@ -365,30 +363,17 @@ def _handle(folder: Path) -> int | None:
     return None if sys.platform == "win32" else os.open(folder, os.O_RDONLY)
 
 
-def _hold(handle: int) -> None:
-    """Tell other processes that this one is at work here, for as long as it lives."""
-    if sys.platform != "win32":
-        with suppress(OSError):  # a file system that knows no locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def _held(path: Path, *, unknown: bool) -> bool:
     """Whether a living process is at work there; ``unknown``: what to say where that cannot be known."""
-    if sys.platform == "win32":
-        return unknown
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # were it a pipe, opening it would wait
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # were it a pipe, opening it would wait
     except OSError:
         return unknown
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return unknown
+        free = flock(handle)
     finally:
         os.close(handle)
+    return unknown if free is None else not free
 
 
 # What touches the disk

@@ -23,11 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows: the content decides
-    fcntl = None  # type: ignore[assignment]
+from .flock import flock
 
 LOCK_FILE = ".lock"
 HEARTBEAT = 20.0  # seconds
@@ -94,7 +90,7 @@ def _acquire(path: Path, folder: Path, say: Callable[[str], None]) -> _Held:
     for attempt in range(50):
         handle = _open(path)
         try:
-            flocked = _flock(handle)
+            flocked = flock(handle)
             owner = _read(handle)
             if flocked is False:
                 if attempt < 5 and not owner:  # somebody has just taken it and writes who he is
@@ -133,19 +129,6 @@ def _open(path: Path) -> int:
             f"{path}: the lock of the folder cannot be made: {error.strerror}.",
             "Make the folder writable and free some space, or choose another output_dir.",
         ) from None
-
-
-def _flock(handle: int) -> bool | None:
-    """True: ours; False: somebody else's; None: this file system has no flock."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
 
 
 def _in_the_way(owner: dict[str, Any], handle: int, say: Callable[[str], None], *, flocked: bool) -> str | None:

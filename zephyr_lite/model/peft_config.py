@@ -142,8 +142,7 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
 
 
 def _check_alpha(what: str, value: object, path: Path) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not abs(value) <= MAX_ALPHA:  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
         raise UserError(f"{path}: {what} is {shown(repr(value))}; it is a number, at most {MAX_ALPHA:g}.", _AGAIN)
 
 

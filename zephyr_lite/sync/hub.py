@@ -131,11 +131,11 @@ def _named() -> Iterator[None]:
     except (PlaceError, UserError):
         raise
     except HfHubHTTPError as error:
-        response = getattr(error, "response", None)
+        response: Any = getattr(error, "response", None)
         status = getattr(response, "status_code", None)
         wait = None
         with contextlib.suppress(AttributeError, TypeError, ValueError):
-            wait = float(response.headers.get("Retry-After"))  # type: ignore[union-attr]
+            wait = float(response.headers.get("Retry-After"))
         if status == 429:
             kind = "rate limit (429)"
         elif status in (401, 403):

@@ -414,7 +414,8 @@ class Loop:
                     "Go back to the configuration that the run was started with, or choose another output_dir.",
                 )
             if not self.forget_best:
-                self.best = tuple(extra["best"]) if extra["best"] else None  # type: ignore[assignment]
+                best = extra["best"]
+                self.best = (float(best[0]), int(best[1])) if best else None
                 self.stale = extra["stale"]
             self.left_out.watch.load(extra.get("finite") or {})
             if self.left_out.watch.in_a_row:  # it was stopped among steps that were left out
