@@ -29,7 +29,7 @@ from zephyr_lite.model.job import AdapterSpec, Job, Shape
 from zephyr_lite.model.peft_files import LoraWeights, read_adapter, write_adapter
 from zephyr_lite.model.plan import keep_freed_pages, make_plan, this_machine
 from zephyr_lite.rundir import StageDir
-from zephyr_lite.train import loop as loop_file
+from zephyr_lite.train import stepper as step_file
 from zephyr_lite.train.dpo import DpoTask, run_dpo
 from zephyr_lite.train.loop import Loop
 from zephyr_lite.train.optim import make_optimizer, make_scheduler
@@ -133,7 +133,7 @@ def test_every_gradient_from_a_cached_reference_is_that_of_the_live_one(windowed
 @pytest.mark.parametrize("tokens", [1, 170])
 def test_micro_batches_do_not_change_a_step_of_pairs(windowed, run, pair_rows, tokens, step):
     stage = open_dpo(windowed, run, pair_rows, lora_dropout=0.2)
-    assert [len(loop_file.rows_of_step(stage.config, len(stage.data.rows), n)) for n in (0, 2)] == [3, 2]
+    assert [len(step_file.rows_of_step(stage.config, len(stage.data.rows), n)) for n in (0, 2)] == [3, 2]
     moved(stage)
     task = DpoTask(stage, quiet)
     whole, wanted = step_of(stage, task, 10_000, step + 3)  # not the first epoch, where B has to be zero
@@ -343,8 +343,8 @@ def test_float16_scales_the_loss_and_gives_up_when_no_scale_helps(windowed, chat
     assert apart(scaled[name] / scale, plain.parameters[name].grad) < 2e-2
     loop.optimizer.zero_grad()
     # a gradient that no scale makes finite must not be skipped for days
-    total = loop_file.total_norm
-    monkeypatch.setattr(loop_file, "total_norm", lambda grads: total(grads) * float("nan"))
+    total = step_file.total_norm
+    monkeypatch.setattr(step_file, "total_norm", lambda grads: total(grads) * float("nan"))
     real = loop.scaler.update
     monkeypatch.setattr(loop.scaler, "update", lambda: real(loop.scaler.get_scale() / 2))
     with pytest.raises(UserError, match="not finite three times"):

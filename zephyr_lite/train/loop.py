@@ -13,27 +13,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
 from ..config import RunConfig
 from ..errors import Interrupted, UserError
 from ..interrupts import Output, StopRequest
-from ..model.adapters import AdapterStack, total_norm
+from ..model.adapters import AdapterStack
 from ..model.plan import Plan
 from ..rundir import StageDir
 from ..sync import Mirror
 from .callbacks import make_callbacks
 from .checkpoint import Checkpoint, MetricsLog, checkpoint_fault, prune, resume_point
-from .optim import make_optimizer, make_scheduler
-from .out_of_memory import is_out_of_memory
-from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
+from .stepper import Stepper
 from .task import Metrics, Outcome, Task
 from .trouble import LeftOut, suspects
 from .watch import IN_A_ROW, CollapseWatch
 
 
-class Loop:
+class Loop(Stepper):
     """Trains one adapter.
 
     Args:
@@ -67,18 +64,10 @@ class Loop:
         say: Callable[[str], None] = print,
     ) -> None:
         self.mirror, self.forget_best = mirror, forget_best
-        self.config, self.stage, self.stack, self.task = config, stage, stack, task
-        if plan != task.guard.plan:
-            task.follow(plan)
+        super().__init__(config, stack, task, plan, fp16=fp16)
+        self.stage = stage
         self.output = Output()
         self.say, self.on_metrics = self.output.of(say), self.output.of(on_metrics)
-        self.parameters = stack.parameters()
-        self.optimizer = make_optimizer(config, self.parameters)
-        self.rows = task.rows()
-        self.per_epoch, self.total = step_schedule(config, len(self.rows))
-        self.scheduler = make_scheduler(config, self.optimizer, self.total)
-        self.device = next(iter(self.parameters.values())).device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.handler, self.state, self.control, self.arguments = make_callbacks(
             config, stage, stack.model, self.optimizer, self.scheduler, self.total, callbacks
         )
@@ -91,11 +80,6 @@ class Loop:
         self.metrics: Metrics = {}  # the last step's
         self.evaluations: list[Metrics] = []
         self.warnings: list[str] = []
-        self._unscaled = False  # whether the scaler has seen this step's gradients
-
-    @property
-    def plan(self) -> Plan:
-        return self.task.guard.plan
 
     def run(self) -> Outcome:
         """Train from the last checkpoint, or from the start, to the end.
@@ -241,111 +225,6 @@ class Loop:
     def _warn(self, warning: str) -> None:
         self.say(warning)
         self.warnings.append(warning)
-
-    def examples_of_step(self, step: int) -> list[int]:
-        return [i for row in rows_of_step(self.config, len(self.rows), step) for i in self.rows[row]]
-
-    def gradients(self, step: int) -> tuple[Metrics, int]:
-        """Forward and backward of one step, all its micro-batches; gradients are left on the parameters, scaled by the
-        loss scaler. Returns the summed metrics and the step's count. Where memory runs out it fails: see ``prepare``."""
-        examples = self.examples_of_step(step)
-        total = self.task.count(examples)
-        sums: dict[str, Any] = {}
-        for group in micro_batches(examples, self.task.lengths(), self.plan.micro_tokens):
-            loss, parts = self.task.loss(group, step, total)
-            self.scaler.scale(loss).backward()
-            for name, value in {"loss": loss.detach(), **parts}.items():
-                sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
-            del loss  # and with it what all layers' nodes hold
-        return {name: float(value) for name, value in sums.items()}, total
-
-    def prepare(self, step: int) -> tuple[Metrics, bool, bool]:
-        """Everything of a step that comes before its update: unscaled and clipped gradients are left on the parameters.
-        Where memory runs out the whole of it is done again, under a smaller plan.
-
-        Returns:
-            the step's metrics, whether its update is to be applied, and whether its loss was finite.
-        """
-
-        def work() -> tuple[Metrics, bool, bool]:
-            sums, total = self.gradients(step)
-            metrics = self.task.summarize(sums, total)
-            self._unscaled = True
-            self.scaler.unscale_(self.optimizer)
-            grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-            norm = total_norm(grads)
-            finite = math.isfinite(metrics["loss"])
-            metrics["grad_norm"] = norm.item()
-            metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
-            applied = finite and math.isfinite(metrics["grad_norm"])
-            if applied:
-                torch._foreach_mul_(grads, torch.clamp(self.config.max_grad_norm / (norm + 1e-6), max=1.0))
-            return metrics, applied, finite
-
-        self.optimizer.zero_grad(set_to_none=True)
-        self._unscaled = False
-        return self.task.guard(work, self._undo)
-
-    def rehearse(self) -> list[list[int]]:
-        """Forward and backward of as large micro-batches as there can be, that of the longest example and the one of most
-        tokens, and keep nothing of them: what does not fit on the card shows before the first step, not hours later, and
-        the plan adapts to it. Where steps have several micro-batches the gradients of those before lie there too. Returns
-        their examples."""
-        lengths = self.task.lengths()
-
-        def work() -> list[list[int]]:
-            groups = largest_micro_batches(lengths, self.plan.micro_tokens)
-            if tokens_of_largest_step(self.config, self.rows, lengths) > self.plan.micro_tokens:
-                for parameter in self.parameters.values():
-                    parameter.grad = torch.zeros_like(parameter)
-            for group in groups:
-                # the number of no step: it decides nothing but dropout
-                loss, _ = self.task.loss(group, self.total, self.task.count(group))
-                self.scaler.scale(loss).backward()
-                del loss
-            return groups
-
-        groups = self.task.guard(work, self._undo)
-        self._undo()
-        return groups
-
-    def _undo(self) -> None:
-        """Forget the gradients, and that the scaler has seen them."""
-        self.optimizer.zero_grad(set_to_none=True)
-        if self._unscaled and self.scaler.is_enabled():
-            self.scaler.update(self.scaler.get_scale())  # the same scale; gradients may be unscaled once an update
-        self._unscaled = False
-
-    def _step(self, step: int) -> tuple[Metrics, bool, bool]:
-        """One optimizer step; returns its metrics, whether it was applied, and whether its loss was finite."""
-        metrics, applied, finite = self.prepare(step)
-        if applied:
-            self._update(step)
-        if self.scaler.is_enabled():
-            self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._unscaled = False
-        # the schedule follows the rows, not the updates: a step left out is over all the same
-        self.scheduler.step()
-        return metrics, applied, finite
-
-    def _update(self, step: int) -> None:
-        """Change the adapter. This cannot be redone: what was changed already would change twice. The fused AdamW and
-        bitsandbytes' kernels for GPUs allocate nothing, their state lies there since before the first step; bitsandbytes
-        on a CPU does allocate.
-
-        Raises:
-            UserError: memory ran out.
-        """
-        try:
-            self.optimizer.step()  # the gradients are unscaled and finite already, so the scaler has no say in it
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"step {step + 1}: memory ran out while the adapter was being changed ({str(error).splitlines()[0]}).",
-                "The last checkpoint is untouched: start the same command again, and the run goes on from it.",
-            ) from None
 
     def _throughput(self, metrics: Metrics, seconds: float) -> Metrics:
         done = metrics.get("num_tokens" if self.task.unit == "tokens" else "num_pairs", 0.0)
