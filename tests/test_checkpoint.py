@@ -286,6 +286,17 @@ def test_a_gap_is_said(tmp_path):
     assert "3 of the 3 records" in said[1] and not log.path.exists()
 
 
+def test_an_evaluation_that_no_checkpoint_knows_of_is_made_again(tmp_path):
+    """Stopped during the evaluation after step 3, gone on with, and killed after it was logged."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for record in ({"step": 2, "eval_loss": 3.0}, {"step": 3, "loss": 1.0}, {"step": 3, "eval_loss": 2.0}):
+        log.append(record)
+    said = []
+    kept = log.truncate(3, logged=2, pending=True, say=said.append)
+    assert [sorted(record) for record in kept] == [["eval_loss", "step"], ["loss", "step"]] and not said
+    assert log.count == 2 and len(log.path.read_text().splitlines()) == 2
+
+
 # The reference's progress
 
 

@@ -239,6 +239,14 @@ def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp
         with pytest.raises(Interrupted, match="after step 3"):
             run_sft(loaded(**options), say=quiet)
     assert evaluated and metrics(tmp_path / "run/sft", "eval_loss") == []
+
+    def dies(step, total, logged):  # after the evaluation was logged, before a checkpoint knows of it
+        if "eval_loss" in logged:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run_sft(loaded(**options), say=quiet, on_metrics=dies)
+    assert len(metrics(tmp_path / "run/sft", "eval_loss")) == 1
     run_sft(loaded(**options), say=quiet)
     run_sft(loaded("other", **options), say=quiet)
     for key in ("loss", "eval_loss"):

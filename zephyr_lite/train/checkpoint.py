@@ -316,12 +316,14 @@ class MetricsLog:
             sync_file(self.path)
 
     def truncate(
-        self, step: int, *, logged: int | None = None, say: Callable[[str], None] = print
+        self, step: int, *, logged: int | None = None, pending: bool = False, say: Callable[[str], None] = print
     ) -> list[dict[str, Any]]:
         """Keep what was logged up to this step, and return it; a resumed run repeats the rest.
 
         Args:
             logged: how many records there were when the checkpoint was written; fewer are said.
+            pending: this step's evaluation is still to be made; one that is there was made by a process that died before it
+                wrote a checkpoint.
         """
         lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
         kept: list[tuple[str, dict[str, Any]]] = []
@@ -329,7 +331,7 @@ class MetricsLog:
             try:
                 text = line.decode("utf-8")
                 record = json.loads(text)
-                if record["step"] <= step:
+                if record["step"] < step or (record["step"] == step and not (pending and "eval_loss" in record)):
                     kept.append((text, record))
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # the torn last line of a killed run, or what a power failure made of it

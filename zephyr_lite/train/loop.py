@@ -306,7 +306,7 @@ class Loop(Stepper):
             step, pending, logged = extra["step"], bool(extra.get("pending")), extra.get("logged")
             self._prune()  # the process before may have ended between a checkpoint and this
         self.left_out.log.truncate(step)
-        before = self.log.truncate(step, logged=logged, say=self.say)
+        before = self.log.truncate(step, logged=logged, pending=pending, say=self.say)
         self.evaluations = [record for record in before if "eval_loss" in record]
         trained = [record for record in before if "loss" in record]
         self.metrics = {k: v for k, v in trained[-1].items() if k != "step"} if trained else {}
