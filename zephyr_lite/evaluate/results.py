@@ -1,0 +1,54 @@
+"""Where the result of an evaluation lies: one JSON file a kind, with what was evaluated in it."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import UserError
+from ..files import make_folder, write_json
+from ..live import Live
+from ..rundir import StageDir
+from ..stage_info import text_sha256
+
+FOLDER = "eval"
+
+
+def result_folder(live: Live, out: Path | None = None) -> Path:
+    """``eval/`` in a stage's folder, ``NAME-eval`` beside a model's folder, or ``out``.
+
+    Raises:
+        UserError: explicit adapters, and no ``out``.
+    """
+    if out is not None:
+        return out
+    if live.chain is None:
+        folder = Path(live.source)
+        return folder.with_name(f"{folder.resolve().name}-{FOLDER}")
+    if live.chain.run is None or live.chain.stage is None:
+        raise UserError("explicit adapters lie in no run, so there is no place for the result.", "Add --out FOLDER.")
+    return StageDir(live.chain.run / live.chain.stage).path / FOLDER
+
+
+def write_result(folder: Path, kind: str, body: dict[str, Any], live: Live) -> Path:
+    """Write ``folder/KIND.json``: the body, and before it what was evaluated, by hashes; returns the file.
+
+    Raises:
+        UserError, OSError: it cannot be written.
+    """
+    make_folder(folder)
+    path = folder / f"{kind}.json"
+    chain = live.chain
+    head = {
+        "kind": kind,
+        "version": __version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "source": live.source,
+        "base": {**(chain.base if chain else {"name_or_path": live.base.name_or_path}), "fingerprint": live.base.fingerprint},
+        "adapters": [{"path": str(a.path), "sha256": a.sha256} for a in (chain.adapters if chain else [])],
+        "chat_template_sha256": text_sha256(live.template.text),
+    }  # fmt: skip
+    write_json(path, {**head, **body})
+    return path

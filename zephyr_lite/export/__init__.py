@@ -1,0 +1,1 @@
+"""Take the merged model elsewhere: GGUF, Ollama, a model card, the hub."""
