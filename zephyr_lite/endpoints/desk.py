@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
 from .budget import Budget, Totals, dollars
@@ -21,6 +21,9 @@ from .journal import Journal, Record
 from .keys import read_key
 from .line import Line, Patience
 from .types import BudgetSpent, Endpoint, EndpointSpec, Fault, Question, Reply, Request, RequestFailed
+
+if TYPE_CHECKING:
+    from .weights import Weights
 
 T = TypeVar("T")
 SAME_ANSWER = 0.5  # at least this temperature, where a reply that could not be read is asked for again
@@ -267,6 +270,7 @@ async def open_desk(
     specs: Sequence[EndpointSpec],
     folder: str | Path,
     *,
+    weights: Mapping[str, Weights] | None = None,
     max_requests: int | None = None,
     max_tokens: int | None = None,
     on_progress: Callable[[Totals], None] | None = None,
@@ -277,7 +281,9 @@ async def open_desk(
     """The desk of a job, whose journal lies in ``folder`` (made where it is not there).
 
     Args:
-        specs: the endpoints, with different names.
+        specs: the endpoints, with different names. Those of one folder share one loaded base.
+        weights: ``path`` of an endpoint → what it holds, where that is known already (a stage that was chosen,
+            explicit adapters); other folders are opened as they are.
         max_requests, max_tokens: of the whole job, those sent before a resume among them; None: no limit. Every try
             counts as a request. Of tokens, what a request can take at most must be left when it is sent; only a
             server that heeds no ``max_tokens`` can go beyond, and ``totals.beyond_bound`` says so.
@@ -298,7 +304,8 @@ async def open_desk(
             raise UserError(f"two endpoints are called {name}.", "Give each a `name` of its own.")
     totals = Totals()
     budget = Budget(totals, max_requests, max_tokens)
-    lines = {spec.name: Line(_endpoint(spec), back_off) for spec in specs}
+    opened: dict[str, Weights] = {}
+    lines = {spec.name: Line(_endpoint(spec, dict(weights or {}), opened), back_off) for spec in specs}
     journal = Journal(Path(folder))
     try:
         desk = DeskImpl(lines, journal, budget, on_progress, longest_wait)
@@ -310,12 +317,22 @@ async def open_desk(
         journal.close()
 
 
-def _endpoint(spec: EndpointSpec) -> Endpoint:
+def _endpoint(spec: EndpointSpec, known: Mapping[str, Weights], opened: dict[str, Weights]) -> Endpoint:
+    """
+    Args:
+        opened: folders of endpoints before this one, by their real place; a new one is added.
+    """
     if spec.url is not None:
         return HttpEndpoint(spec, read_key(spec))
-    from .local import LocalEndpoint
+    from .local import LocalEndpoint, weights_of
 
-    return LocalEndpoint(spec)
+    assert spec.path is not None
+    if spec.path in known:
+        return LocalEndpoint(spec, known[spec.path])
+    place = str(Path(spec.path).expanduser().resolve())
+    if place not in opened:
+        opened[place] = weights_of(spec)
+    return LocalEndpoint(spec, opened[place])
 
 
 __all__ = ["BudgetSpent", "DeskImpl", "Totals", "open_desk"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .types import Answer, EndpointSpec, Fault, Question
+from .weights import Weights
 
 if TYPE_CHECKING:
     from ..chat import Chat
@@ -24,15 +24,20 @@ class LocalEndpoint:
 
     A batch is at most the endpoint's ``concurrency``. A try has no time limit: nothing here can hang but the machine.
 
+    Args:
+        weights: what the endpoint's ``path`` holds; endpoints of one folder share it, so that its base is loaded once
+            and adapters are switched between their batches.
+
     Raises:
-        UserError: the folder is none of these.
+        UserError: the folder has no such model.
     """
 
-    def __init__(self, spec: EndpointSpec) -> None:
-        self.spec = spec
-        self._path = Path(spec.path or "").expanduser()
-        self._identity = self._fingerprint()
-        self._chat: Chat | None = None
+    def __init__(self, spec: EndpointSpec, weights: Weights) -> None:
+        self.spec, self._weights = spec, weights
+        try:
+            self._identity = weights.identity(spec.model)
+        except UserError as error:
+            raise _named(spec, error) from None
         self._waiting: list[tuple[Question, asyncio.Future[Answer]]] = []
         self._worker: asyncio.Task[None] | None = None
         self._stop = threading.Event()
@@ -40,32 +45,6 @@ class LocalEndpoint:
     def identity(self) -> str:
         """Of the weights and the template: a stage that was trained anew is asked anew."""
         return self._identity
-
-    def _fingerprint(self) -> str:
-        # imported here: torch is heavy, and a desk of servers needs none
-        from ..model.chain import chain_of_run
-        from ..model.load import fingerprint
-        from ..rundir import STAGE_FILE
-
-        if not self._path.is_dir():
-            raise UserError(
-                f"endpoint {self.spec.name}: {self._path}: no such folder.", "Give a run's or a model's folder."
-            )
-        digest = hashlib.sha256()
-        if (self._path / "config.json").is_file():
-            digest.update(fingerprint(self._path).encode())
-            tokenizer_from = self._path
-        else:
-            stage = (self._path / STAGE_FILE).is_file()
-            chain = chain_of_run(self._path.parent, stage=self._path.name) if stage else chain_of_run(self._path)
-            for part in (chain.base.get("fingerprint"), *(adapter.sha256 for adapter in chain.adapters)):
-                digest.update(f"{part}\n".encode())
-            assert chain.tokenizer_from is not None
-            tokenizer_from = chain.tokenizer_from
-        for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-            file = tokenizer_from / name
-            digest.update(file.read_bytes() if file.is_file() else b"")
-        return f"local {digest.hexdigest()}"
 
     async def ask(self, question: Question) -> Answer:
         """Raises Fault: the chat template refuses the conversation, or it is longer than the model's context."""
@@ -82,7 +61,7 @@ class LocalEndpoint:
             future.cancel()
         if self._worker is not None:
             await asyncio.wait([self._worker])
-        self._chat = None
+        self._weights.forget()
 
     async def _serve(self) -> None:
         while self._waiting:
@@ -113,7 +92,7 @@ class LocalEndpoint:
             if self._stop.is_set():
                 raise _stopped()
             try:
-                chat = self._loaded()
+                chat = self._weights.chat()
             except UserError as error:
                 raise Fault("cannot be loaded", error.message, again=False, sent=False, hopeless=error) from None
             outcomes: list[Any] = [self._prepared(chat, question) for question in questions]
@@ -121,13 +100,6 @@ class LocalEndpoint:
             for place, answer in zip(places, self._sampled(chat, [outcomes[i] for i in places])):
                 outcomes[place] = answer
             return outcomes
-
-    def _loaded(self) -> Chat:
-        if self._chat is None:
-            from ..chat import load_chat
-
-            self._chat = load_chat(self._path)
-        return self._chat
 
     def _prepared(self, chat: Chat, question: Question) -> Any:
         """(prompt's ids, how to draw), or the Fault of a conversation that cannot be asked."""
@@ -151,8 +123,9 @@ class LocalEndpoint:
 
         if not rows:
             return []
+        on = None if self.spec.model is None else chat.live.models[self.spec.model]
         try:
-            drawn = chat.sample([ids for ids, _ in rows], [how for _, how in rows], stop=self._stop.is_set)
+            drawn = chat.sample([ids for ids, _ in rows], [how for _, how in rows], adapters=on, stop=self._stop.is_set)
         except torch.OutOfMemoryError:
             drawn = None  # the exception holds the batch's tensors: the halves are tried after it is gone
         if drawn is None:
@@ -165,6 +138,22 @@ class LocalEndpoint:
         if self._stop.is_set():
             return [_stopped()] * len(rows)  # cut off in the middle: no answer
         return [Answer(s.text, s.finish_reason, s.prompt_tokens, s.completion_tokens) for s in drawn]
+
+
+def weights_of(spec: EndpointSpec) -> Weights:
+    """What the folder of an endpoint holds.
+
+    Raises:
+        UserError: there is no such folder, or it is no run's, stage's or model's.
+    """
+    path = Path(spec.path or "").expanduser()
+    if not path.is_dir():
+        raise UserError(f"endpoint {spec.name}: {path}: no such folder.", "Give a run's or a model's folder.")
+    return Weights(path)
+
+
+def _named(spec: EndpointSpec, error: UserError) -> UserError:
+    return UserError(f"endpoint {spec.name}: {error.message}", error.hint)
 
 
 def _stopped() -> Fault:

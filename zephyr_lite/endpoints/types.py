@@ -18,7 +18,8 @@ T = TypeVar("T")
 
 
 class EndpointSpec(BaseModel):
-    """One model that answers: a server that speaks the OpenAI chat API (``url``), or a local folder (``path``).
+    """One model that answers: a server that speaks the OpenAI chat API (``url``), or a local folder (``path``), which
+    may hold several (``model``).
 
     Exactly one of ``url`` and ``path`` is set. ``name`` is filled in where it is left out.
     """
@@ -28,7 +29,7 @@ class EndpointSpec(BaseModel):
 
     name: str = ""  # how it is called in outputs; the model's name by default
     url: str | None = None  # http://localhost:11434/v1
-    model: str | None = None  # what the server calls it
+    model: str | None = None  # what the server calls it; of a run's folder: base, or a stage of its chain
     path: str | None = None  # a run's folder, a stage's, or a model's
     api_key_env: str | None = None  # the environment variable that holds the key
     system: str | None = None  # a system turn for every request
@@ -78,15 +79,17 @@ class EndpointSpec(BaseModel):
             raise ValueError("give either url (and model) or path")
         if self.url is not None and not self.model:
             raise ValueError("give the model's name too, as the server calls it")
-        if self.path is not None and (self.model is not None or self.api_key_env is not None):
-            raise ValueError("a local folder (path) takes neither model nor api_key_env")
-        if not self.name:
-            self.name = self.model or "/".join(Path(self.path or "").parts[-2:]) or "local"
+        if self.path is not None and self.api_key_env is not None:
+            raise ValueError("a local folder (path) takes no api_key_env")
+        if not self.name and self.path is not None:
+            self.name = ("/".join(Path(self.path).parts[-2:]) or "local") + (f"#{self.model}" if self.model else "")
+        elif not self.name:
+            self.name = self.model or ""
         return self
 
 
 def parse_endpoint(text: str, **settings: Any) -> EndpointSpec:
-    """An endpoint in one word: ``URL#MODEL``, or a folder.
+    """An endpoint in one word: ``URL#MODEL``, a folder, or ``FOLDER#MODEL`` for a model along a run's chain.
 
     Args:
         settings: further fields of the endpoint.
@@ -103,10 +106,16 @@ def parse_endpoint(text: str, **settings: Any) -> EndpointSpec:
         settings = {"url": url, "model": model, **settings}
     elif Path(text).expanduser().is_dir():
         settings = {"path": text, **settings}
+    elif "#" in text and Path(text.rpartition("#")[0]).expanduser().is_dir():
+        folder, _, model = text.rpartition("#")
+        if not model:
+            raise UserError(f"{text}: names no model behind the #.", f"Write {folder}, or as in {folder}#base.")
+        settings = {"path": folder, "model": model, **settings}
     else:
         raise UserError(
             f"{text}: no such folder, and no URL.",
-            "Give a run's or a model's folder, or URL#MODEL as in http://localhost:11434/v1#llama3.2.",
+            "Give a run's or a model's folder (runs/NAME, runs/NAME#base), or URL#MODEL as in "
+            "http://localhost:11434/v1#llama3.2.",
         )
     return endpoint_spec(settings)
 
