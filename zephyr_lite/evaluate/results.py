@@ -32,6 +32,19 @@ def result_folder(live: Live, out: Path | None = None) -> Path:
     return StageDir(live.chain.run / live.chain.stage).path / FOLDER
 
 
+def claim_folder(folder: Path) -> None:
+    """Make the folder, before hours are spent on what goes there.
+
+    Raises:
+        UserError: it cannot be made, or is a file.
+    """
+    try:
+        make_folder(folder)
+    except OSError as error:
+        what = "is a file" if folder.exists() and not folder.is_dir() else f"cannot be made: {error.strerror}"
+        raise UserError(f"{folder}: {what}.", "Choose another --out.") from None
+
+
 def write_result(folder: Path, kind: str, body: dict[str, Any], live: Live) -> Path:
     """Write ``folder/KIND.json``: the body, and before it what was evaluated, by hashes; returns the file.
 

@@ -1,0 +1,185 @@
+"""Which answers the models of a chain prefer on held-out pairs: the implicit reward of DPO, and plain likelihood.
+
+The implicit reward of a response is β (log π(y|x) − log π_ref(y|x)) (Rafailov et al. 2023, arXiv 2305.18290, eq. 5 without the
+term that depends on the prompt alone). Accuracy is the share of pairs whose chosen response has the higher one (a tie is no
+success, as in training's own evaluation), the margin is the mean difference: in nats, and times β.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..live import Live, Say
+from .bootstrap import Bootstrap, Interval, Ratio
+from .likelihood import PairLogps, pair_logps
+from .loss import comparisons, roles
+from .plain import scorer
+from .progress import Progress
+from .rows import HeldOut
+
+HEADER = ("reward", "accuracy", "margin (nats)", "margin (× β)")
+LIKELIER = ("model", "likelier (per token)", "likelier (sum)", "log p chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model's implicit reward against another.
+
+    Attributes:
+        accuracy: share of pairs.
+        margin: mean of chosen minus rejected, in nats.
+        chosen, rejected: mean gain in log-probability of either response, in nats.
+    """
+
+    accuracy: Interval
+    margin: Interval
+    chosen: Interval
+    rejected: Interval
+
+
+@dataclass(frozen=True)
+class Likelier:
+    """What a model prefers by itself.
+
+    Attributes:
+        share: of pairs whose chosen response has the higher mean log-probability a token.
+        share_sum: the same with summed log-probabilities, which favour the short.
+        chosen, rejected: mean summed log-probability of the responses, in nats.
+    """
+
+    share: Interval
+    share_sum: Interval
+    chosen: Interval
+    rejected: Interval
+
+
+@dataclass
+class PreferenceResult:
+    """Of some models on the same pairs.
+
+    Attributes:
+        beta: of the stage whose rows they are, or as given; None: nobody says, and margins are in nats alone.
+        comparisons: (one, other) → one's reward against other.
+        models: model → what it prefers by itself.
+        missing: models that an interrupt left out.
+        roles: model → how a table calls it (``loss.roles``).
+    """
+
+    held_out: HeldOut
+    bootstrap: Bootstrap
+    beta: float | None
+    roles: dict[str, str]
+    comparisons: dict[tuple[str, str], Comparison] = field(default_factory=dict)
+    models: dict[str, Likelier] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def body(self) -> dict[str, Any]:
+        """For ``results.write_result``."""
+        models = {
+            name: {
+                "likelier": found.share.as_dict(),
+                "likelier_sum": found.share_sum.as_dict(),
+                "logps/chosen": found.chosen.as_dict(),
+                "logps/rejected": found.rejected.as_dict(),
+            }
+            for name, found in self.models.items()
+        }
+        return {
+            "settings": {"bootstrap": self.bootstrap.as_dict(), "beta": self.beta},
+            "data": self.held_out.as_dict(),
+            "models": models,
+            "comparisons": [
+                {"model": one, "against": other, **self._comparison(found)}
+                for (one, other), found in self.comparisons.items()
+            ],
+        }
+
+    def _comparison(self, found: Comparison) -> dict[str, Any]:
+        told = {
+            "accuracy": found.accuracy.as_dict(),
+            "margin_nats": found.margin.as_dict(),
+            "chosen_nats": found.chosen.as_dict(),
+            "rejected_nats": found.rejected.as_dict(),
+        }
+        return told if self.beta is None else {**told, "margin": found.margin.scaled(self.beta).as_dict()}
+
+    def rows(self) -> list[list[str]]:
+        """Under ``HEADER``."""
+        return [
+            [
+                f"{one} against {other}",
+                found.accuracy.text(".3f"),
+                found.margin.text("+.3f"),
+                "-" if self.beta is None else found.margin.scaled(self.beta).text("+.5f"),
+            ]
+            for (one, other), found in self.comparisons.items()
+        ]
+
+    def likelier_rows(self) -> list[list[str]]:
+        """Under ``LIKELIER``."""
+        return [
+            [
+                self.roles.get(name, name), found.share.text(".3f"), found.share_sum.text(".3f"), f"{found.chosen.value:.2f}",
+                f"{found.rejected.value:.2f}",
+            ]
+            for name, found in self.models.items()
+        ]  # fmt: skip
+
+
+def evaluate_preference(
+    live: Live,
+    held_out: HeldOut,
+    *,
+    beta: float | None = None,
+    models: Sequence[str] | None = None,
+    bootstrap: Bootstrap | None = None,
+    say: Say = lambda line: None,
+) -> PreferenceResult:
+    """Score the models one after the other; Ctrl-C ends after those that are done (``missing`` names the others).
+
+    Args:
+        held_out: pairs (method dpo).
+        beta: β; None: of the stage whose configuration the rows have.
+        models: names in ``live.models``; None: all.
+
+    Raises:
+        KeyboardInterrupt: before the first was done.
+    """
+    names = list(models if models is not None else live.models)
+    found: dict[str, PairLogps] = {}
+    try:
+        for name in names:
+            progress = Progress(name, len(held_out.data.lengths), "pairs", say)
+            found[name] = pair_logps(scorer(live, name), held_out.data, progress)
+    except KeyboardInterrupt:
+        if not found:
+            raise
+    if beta is None and held_out.stage is not None:
+        beta = held_out.config.beta
+    missing = [name for name in names if name not in found]
+    result = PreferenceResult(held_out, bootstrap or Bootstrap(), beta, roles(live), missing=missing)
+    means: dict[Any, np.ndarray] = {}
+    for name, logps in found.items():
+        sums, rates = logps.sums.numpy(), logps.means().numpy()
+        means[name, "share"] = rates[:, 0] > rates[:, 1]
+        means[name, "share_sum"] = sums[:, 0] > sums[:, 1]
+        means[name, "chosen"], means[name, "rejected"] = sums.T
+    for one, other in (pairs := comparisons(live, list(found))):
+        gained = (found[one].sums - found[other].sums).numpy()
+        margins = gained[:, 0] - gained[:, 1]
+        means[one, other, "accuracy"], means[one, other, "margin"] = margins > 0, margins
+        means[one, other, "chosen"], means[one, other, "rejected"] = gained.T
+    ones = np.ones(len(held_out.data.lengths))
+    ratios: dict[Any, Ratio] = {key: (values, ones) for key, values in means.items()}
+    intervals = result.bootstrap.intervals(ratios)
+    for name in found:
+        parts = ("share", "share_sum", "chosen", "rejected")
+        result.models[name] = Likelier(*(intervals[name, part] for part in parts))
+    for pair in pairs:
+        of_pair = ("accuracy", "margin", "chosen", "rejected")
+        result.comparisons[pair] = Comparison(*(intervals[*pair, part] for part in of_pair))
+    return result
