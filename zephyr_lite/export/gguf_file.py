@@ -1,0 +1,362 @@
+"""A model's folder becomes one GGUF file: F16 or Q8_0, tokenizer and chat template in it, streamed row by row.
+
+Source: the GGUF specification (ggml-org/ggml, docs/gguf.md). The ``gguf`` package lays out the metadata and quantizes;
+what is written passes ``files``, so that a file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ..errors import UserError
+from ..files import bytes_aside, make_folder, sweep
+from ..merge.base_files import GENERATION, BaseFiles
+from ..model.check_weights import empty_model
+from ..model.config_file import FAMILIES
+from ..model.load import read_model_config
+from ..safetensors_stream import row_blocks
+from ..strict_json import is_whole, read_object, shown
+from .gguf_vocab import Vocabulary, read_vocabulary
+
+Say = Callable[[str], None]
+Kind = Literal["f16", "q8_0"]
+BLOCK_BYTES = 64 * 2**20  # of float32 rows that are held at once
+QUANT_WIDTH = 32  # values that share a scale in Q8_0
+_F16_MOST = 65504.0
+_IGNORED = ("rotary_emb.inv_freq",)
+
+
+@dataclass
+class GgufReport:
+    """What a GGUF file holds.
+
+    Attributes:
+        types: GGUF's name of a type → tensors in it.
+        error: ‖stored - original‖ / ‖original‖ over every weight.
+        notes: what a server does otherwise than training did.
+    """
+
+    out: Path
+    bytes: int = 0
+    seconds: float = 0.0
+    types: Counter[str] = field(default_factory=Counter)
+    error: float = 0.0
+    pre: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For the console."""
+        types = ", ".join(f"{count} in {name}" for name, count in self.types.most_common())
+        return [
+            f"{self.out}: {self.bytes / 1e9:.2f} GB in {self.seconds:.0f} s; tensors: {types}; "
+            f"relative error of the weights {self.error:.1e}.",
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tensor of the file: rows of a base's tensor, in an order; or values that are there already."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str  # F32, F16, Q8_0
+    source: str = ""
+    order: Tensor | None = None
+    values: Tensor | None = None
+
+
+def gguf_package() -> Any:
+    """The ``gguf`` package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            "GGUF files are written with the gguf package, which is not installed.", 'pip install "zephyr-lite[export]"'
+        ) from None
+    return gguf
+
+
+def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufReport:
+    """Write a model's folder as a GGUF file.
+
+    Args:
+        folder: as ``merge`` makes it: safetensors, config.json, tokenizer, chat template; Llama or Mistral family.
+        out: the file; replaced as a whole where it exists.
+        kind: what matrices are stored in; vectors (the norms) stay float32.
+
+    Raises:
+        UserError: the gguf package is missing; no such folder; another family; a tokenizer that llama.cpp would not
+            repeat; values that float16 cannot hold; weights that are missing or of another shape.
+    """
+    start = time.monotonic()
+    gguf = gguf_package()
+    folder, out = model_folder(folder), Path(out).expanduser()
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder.", f"Name the file: --out {out / (folder.resolve().name + '.gguf')}")
+    config = read_model_config(folder)
+    files = BaseFiles(str(folder), folder)
+    vocabulary = read_vocabulary(folder, config.vocab_size, end_ids(folder, config))
+    report = GgufReport(out, pre=vocabulary.pre, notes=list(vocabulary.notes))
+    parts = list(_parts(gguf, folder, config, files, kind))
+    narrow = [part.name for part in parts if part.type == "F16" and kind == "q8_0"]
+    if narrow:
+        report.notes.append(f"{len(narrow)} tensors are no multiple of {QUANT_WIDTH} wide and stay in F16")
+    writer = _writer(gguf, out)
+    _describe(writer, folder, config, vocabulary, kind, gguf, report)
+    for part in parts:
+        _announce(writer, gguf, part)
+    make_folder(out.parent)
+    sweep(out.absolute().parent, out.name)
+    with bytes_aside(out) as file:
+        writer.begin(file)
+        squares = torch.zeros(2, dtype=torch.float64)
+        for part in parts:
+            squares += _write(gguf, file, files, part)
+            report.types[part.type] += 1
+            files.forget()
+        report.bytes = file.tell()
+    report.error = float((squares[0] / squares[1]).sqrt())
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def model_folder(folder: str | Path) -> Path:
+    """A folder that holds a whole model.
+
+    Raises:
+        UserError: it is none; of a run, an adapter, how to make one of it.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder.", "Give a model's folder, as `zephyr-lite merge --out model/` makes it.")
+    if (path / "config.json").is_file():
+        return path
+    if (path / "adapter_config.json").is_file():
+        raise UserError(f"{path}: holds an adapter, not a whole model.", "Merge it first: zephyr-lite merge --out model/")
+    if (path / "stage.json").is_file() or any(path.glob("*/stage.json")):
+        run = path if not (path / "stage.json").is_file() else path.parent
+        raise UserError(
+            f"{path}: is a run, whose adapters are not merged.",
+            f"Merge it first: zephyr-lite merge --run {run} --out model/",
+        )
+    raise UserError(f"{path}: has no config.json, so it holds no model.", "Give the folder that merge made.")
+
+
+def end_ids(folder: Path, config: Any) -> list[int]:
+    """The ids at which generation stops: of generation_config.json, or else of config.json.
+
+    Raises:
+        UserError: they are no token's numbers.
+    """
+    path = folder / GENERATION
+    told: Any = read_object(path, strict=False).get("eos_token_id") if path.is_file() else None
+    told = config.eos_token_id if told is None else told
+    ids = told if isinstance(told, list) else [] if told is None else [told]
+    if not all(is_whole(index) and 0 <= index < config.vocab_size for index in ids):
+        raise UserError(f"{path}: eos_token_id is {shown(ids)}; it is a token's number, or a list of them.", "Mend it.")
+    return list(ids)
+
+
+def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -> Iterator[_Part]:
+    """Every tensor of the file, in the order of the base's bytes.
+
+    Raises:
+        UserError: a weight is missing, unknown, or of another shape than config.json says.
+    """
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{folder}: a {config.model_type} model; GGUF files are made of the families {' and '.join(FAMILIES)}.",
+            "llama.cpp's own converter (convert_hf_to_gguf.py) knows the others.",
+        )
+    wanted = dict(empty_model(folder, config).state_dict())
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    head = config.head_dim or config.hidden_size // config.num_attention_heads
+    for source, entry in files.entries.items():
+        if source.endswith(_IGNORED) or (source == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        if source not in wanted:
+            raise UserError(
+                f"{folder}: tensor {shown(source)} belongs to no {config.model_type} model by its config.json.",
+                "The files belong to different models; merge again.",
+            )
+        if tuple(wanted.pop(source).shape) != entry.shape:
+            raise UserError(
+                f"{folder}: {shown(source)} is {list(entry.shape)}, which is not what config.json says.", "Merge again."
+            )
+        stem, _, suffix = source.rpartition(".")
+        order = _interleaved(entry.shape[0], head) if stem.endswith((".q_proj", ".k_proj")) else None
+        form = "F32" if len(entry.shape) == 1 else "F16"
+        if kind == "q8_0" and form == "F16" and entry.shape[-1] % QUANT_WIDTH == 0:
+            form = "Q8_0"
+        yield _Part(f"{names.get_name(stem)}.{suffix}", entry.shape, form, source, order)
+    if wanted:
+        raise UserError(f"{folder}: no tensor {shown(min(wanted))} in its files.", "The folder is not whole; merge again.")
+    if (factors := rope_factors(config)) is not None:
+        yield _Part("rope_freqs.weight", tuple(factors.shape), "F32", values=factors)
+
+
+def _interleaved(rows: int, head: int) -> Tensor:
+    """Row of the file → row of the Hugging Face matrix, of the query and key projections.
+
+    transformers turns channel i of a head together with channel i + head/2, llama.cpp with its neighbour.
+    """
+    return torch.arange(rows).view(rows // head, 2, head // 2).transpose(1, 2).reshape(-1)
+
+
+def rope_factors(config: Any) -> Tensor | None:
+    """What the rotary frequencies are divided by, float32 [head / 2]; None where they are the plain ones.
+
+    Raises:
+        UserError: the type scales attention too, which a GGUF file of this family cannot say.
+    """
+    told = config.rope_parameters or {}
+    if (name := told.get("rope_type", "default")) == "default":
+        return None
+    if name not in ROPE_INIT_FUNCTIONS:
+        raise UserError(f"rotary embeddings of type {shown(name)} are not known.", "Export a model of another type.")
+    frequencies, attention = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"))
+    if attention != 1.0:
+        raise UserError(
+            f"rotary embeddings of type {name} scale attention by {attention:.3g}, which this export cannot write down.",
+            "llama.cpp's own converter (convert_hf_to_gguf.py) knows that type.",
+        )
+    head = config.head_dim or config.hidden_size // config.num_attention_heads
+    plain = 1.0 / told["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
+    return plain / frequencies.float()
+
+
+def _writer(gguf: Any, out: Path) -> Any:
+    class Writer(gguf.GGUFWriter):  # type: ignore[misc, name-defined]
+        """Writes header and metadata into an open file, where the package would open one by name."""
+
+        def begin(self, file: BinaryIO) -> None:
+            self.fout = [file]
+            self.state = gguf.gguf_writer.WriterState.EMPTY
+            self.write_header_to_file()
+            self.write_kv_data_to_file()
+            self.write_ti_data_to_file()
+            self.write_padding(file, file.tell())
+
+        def open_output_file(self, path: Path | None = None) -> None:
+            pass
+
+    return Writer(out, "llama")
+
+
+def _describe(
+    writer: Any, folder: Path, config: Any, vocabulary: Vocabulary, kind: Kind, gguf: Any, report: GgufReport
+) -> None:
+    head = config.head_dim or config.hidden_size // config.num_attention_heads
+    writer.add_name(folder.resolve().name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(float((config.rope_parameters or {})["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "mistral" and config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
+        if config.sliding_window < config.max_position_embeddings:
+            report.notes.append(
+                f"the model attends to the last {config.sliding_window:,} tokens; llama.cpp ignores that in this family, "
+                "so that longer conversations differ"
+            )
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.model == "gpt2":
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    adders = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "eot": writer.add_eot_token_id,
+        "unknown": writer.add_unk_token_id,
+        "padding": writer.add_pad_token_id,
+    }
+    for name, index in vocabulary.special.items():
+        adders[name](index)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(False)
+    if vocabulary.template:
+        writer.add_chat_template(vocabulary.template)
+
+
+def _announce(writer: Any, gguf: Any, part: _Part) -> None:
+    if part.type == "Q8_0":
+        form = gguf.GGMLQuantizationType.Q8_0
+        shape = gguf.quant_shape_to_byte_shape(part.shape, form)
+        writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=form)
+        return
+    dtype = np.dtype(np.float32 if part.type == "F32" else np.float16)
+    writer.add_tensor_info(part.name, part.shape, dtype, int(np.prod(part.shape)) * dtype.itemsize)
+
+
+def _write(gguf: Any, file: BinaryIO, files: BaseFiles, part: _Part) -> Tensor:
+    """Write one tensor and its padding; float64 [2]: Σ (stored - original)², Σ original²."""
+    squares, start = torch.zeros(2, dtype=torch.float64), file.tell()
+    height, width = part.shape[0], int(np.prod(part.shape[1:]))
+    for rows in row_blocks(height, width * 4, BLOCK_BYTES):
+        block = _rows(files, part, rows).float()
+        if part.type == "F32":
+            stored = block.numpy()
+        elif part.type == "F16":
+            if not bool((block.abs() <= _F16_MOST).all()):
+                raise UserError(
+                    f"{part.source}: holds {float(block.abs().max()):.3g}, and float16 reaches {_F16_MOST:.0f}.",
+                    "Use the model as it is (transformers, vLLM); a GGUF file of it needs another type.",
+                )
+            stored = block.numpy().astype(np.float16)
+            squares += _squares(torch.from_numpy(stored).float(), block)
+        else:
+            stored = gguf.quantize(block.numpy(), gguf.GGMLQuantizationType.Q8_0)
+            back = gguf.dequantize(stored, gguf.GGMLQuantizationType.Q8_0)
+            squares += _squares(torch.from_numpy(np.ascontiguousarray(back)), block)
+        if part.type == "F32":
+            squares[1] += block.double().square().sum()
+        file.write(np.ascontiguousarray(stored).tobytes())
+    file.write(bytes(-(file.tell() - start) % gguf.GGUF_DEFAULT_ALIGNMENT))
+    return squares
+
+
+def _rows(files: BaseFiles, part: _Part, rows: slice) -> Tensor:
+    if part.values is not None:
+        return part.values[rows]
+    if part.source in files.quantized:
+        whole = files.stored_nf4(part.source)
+        # the order mixes rows of one head only; taking all is simpler, and such a base is no merged model
+        return whole.rows(slice(0, part.shape[0]))[part.order][rows] if part.order is not None else whole.rows(rows)
+    stored = files.tensor(part.source)
+    return stored[rows] if part.order is None else stored[part.order[rows]]
+
+
+def _squares(stored: Tensor, block: Tensor) -> Tensor:
+    return torch.stack([(stored - block).double().square().sum(), block.double().square().sum()])

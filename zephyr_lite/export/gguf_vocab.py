@@ -1,0 +1,205 @@
+"""A fast tokenizer as GGUF's metadata describes one, and what of it llama.cpp cannot do.
+
+llama.cpp splits a text by rules that it knows by name (``tokenizer.ggml.pre``), not by the expressions of a
+tokenizer.json. A name that only resembles them gives other ids than training saw, on digits or contractions, and says
+nothing. So a tokenizer whose rules are none of the known ones is refused.
+
+Source: the GGUF specification (ggml-org/ggml, docs/gguf.md), and what llama.cpp's vocabulary reads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..model.tokenizer import check_vocabulary, load_tokenizer
+from ..strict_json import shown
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_SPACE = "▁"
+
+# How Llama 3 and Mistral's Tekken split a text before the merges, as their tokenizer.json files have it.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = ("bytes",)  # the tokenizers library's ByteLevel brings GPT-2's expression with it
+# what is done before the merges, and whether a whole word of the vocabulary needs none → llama.cpp's name for it
+_RULES: dict[tuple[tuple[str, ...], bool], str] = {
+    (_GPT2, False): "gpt-2",
+    (("digits", *_GPT2), False): "smollm",
+    ((f"split {_LLAMA3}", "spelling"), True): "llama-bpe",
+    ((f"split {_TEKKEN}", "spelling"), True): "tekken",
+}
+
+
+@dataclass
+class Vocabulary:
+    """A tokenizer for a GGUF file.
+
+    Attributes:
+        model: "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE).
+        pre: llama.cpp's name for how a text is split; "default" for SentencePiece.
+        tokens, types: of every row of the embedding.
+        merges: of byte-level BPE, in order.
+        scores: of SentencePiece.
+        special: bos, eos, eot, unknown, padding → id.
+        add_bos: whether a server puts BOS in front by itself.
+        add_space_prefix: of SentencePiece: whether a space goes before a text and after each special token.
+        template: the chat template.
+        notes: what llama.cpp does otherwise.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    special: dict[str, int] = field(default_factory=dict)
+    add_bos: bool = False
+    add_space_prefix: bool = False
+    template: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_vocabulary(folder: Path, vocab_size: int, ends: list[int]) -> Vocabulary:
+    """The tokenizer of a model's folder.
+
+    Args:
+        vocab_size: rows of the model's embedding; those without a token are filled with unused ones.
+        ends: the ids at which generation stops (generation_config.json), the chat template's end token first.
+
+    Raises:
+        UserError: no tokenizer; one that llama.cpp would not repeat; ids beyond the embedding.
+    """
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, vocab_size, folder)
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = told["model"]
+    if model.get("type") != "BPE":
+        raise UserError(
+            f"{folder}: its tokenizer is a {shown(model.get('type'))} one; GGUF files of this family hold BPE.",
+            "Only tokenizers of the Llama and Mistral kind can be exported.",
+        )
+    vocabulary = _sentencepiece(tokenizer, told, folder) if _is_sentencepiece(model) else _byte_level(told, folder)
+    found = {index: token for token, index in model["vocab"].items()}
+    kinds = {index: BYTE if vocabulary.model == "llama" and _BYTE.fullmatch(t) else NORMAL for index, t in found.items()}
+    for added in told["added_tokens"]:
+        index = added["id"]
+        found[index], kinds[index] = added["content"], CONTROL if added["special"] else USER_DEFINED
+        # SentencePiece's own control tokens carry flags too, which never mattered: BOS stands first
+        if (added["lstrip"] or added["rstrip"] or added["single_word"]) and index != tokenizer.bos_token_id:
+            vocabulary.notes.append(f"{added['content']} takes the white space beside it; in llama.cpp it does not")
+    if vocabulary.model == "llama" and tokenizer.unk_token_id is not None:
+        kinds[tokenizer.unk_token_id] = UNKNOWN
+    vocabulary.tokens = [found.get(index, f"[PAD{index}]") for index in range(vocab_size)]
+    vocabulary.types = [kinds.get(index, UNUSED) for index in range(vocab_size)]
+    if vocabulary.model == "llama":
+        vocabulary.scores = _scores(model, vocabulary)
+    _special(vocabulary, tokenizer, ends)
+    return vocabulary
+
+
+def _is_sentencepiece(model: dict[str, Any]) -> bool:
+    return bool(model.get("byte_fallback")) and any(_BYTE.fullmatch(token) for token in model["vocab"])
+
+
+def _byte_level(told: dict[str, Any], folder: Path) -> Vocabulary:
+    model = told["model"]
+    rules = tuple(_rule(step) for step in _steps(told["pre_tokenizer"], "pretokenizers"))
+    name = _RULES.get((rules, bool(model.get("ignore_merges"))))
+    if name is None or told["normalizer"] is not None:
+        steps = ", ".join([*(step["type"] for step in _steps(told["normalizer"], "normalizers")), *rules]) or "nothing"
+        raise UserError(
+            f"{folder}: before its merges the tokenizer does: {shown(steps, 300)}. No rule of llama.cpp that is known "
+            "here does the same, so the file would give other ids than training saw.",
+            f"Known are those of {', '.join(_RULES.values())} and SentencePiece's; llama.cpp's own converter knows more.",
+        )
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return Vocabulary("gpt2", name, [], [], merges=merges)
+
+
+def _steps(told: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    if told is None:
+        return []
+    return list(told[key]) if told["type"] == "Sequence" else [told]
+
+
+def _rule(step: dict[str, Any]) -> str:
+    """A step of a pre-tokenizer, by what it does; its own text where it is none that llama.cpp has."""
+    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+        return "bytes" if step["use_regex"] else "spelling"
+    if step["type"] == "Digits" and step["individual_digits"]:
+        return "digits"
+    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        return f"split {step['pattern'].get('Regex')}"
+    return json.dumps(step)
+
+
+def _sentencepiece(tokenizer: Any, told: dict[str, Any], folder: Path) -> Vocabulary:
+    for step in _steps(told["normalizer"], "normalizers"):
+        plain = step["type"] == "Prepend" and step["prepend"] == _SPACE
+        if not plain and not (step["type"] == "Replace" and step["content"] == _SPACE):
+            raise UserError(
+                f"{folder}: its tokenizer rewrites a text first ({shown(step['type'])}), which llama.cpp does not.",
+                "Only tokenizers of the Llama and Mistral kind can be exported.",
+            )
+    # asked of the tokenizer rather than read: three ways of writing it down are about
+    first = _begins_with_space(tokenizer, "")
+    special = tokenizer.eos_token or tokenizer.bos_token or ""
+    later = _begins_with_space(tokenizer, special)
+    vocabulary = Vocabulary("llama", "default", [], [], add_space_prefix=first)
+    if first != later:
+        # Nothing stands before BOS, so that after a template which writes it no space was put anywhere.
+        vocabulary.add_space_prefix = not (tokenizer.chat_template and tokenizer.bos_token)
+        vocabulary.notes.append(
+            "the tokenizer puts a space before a text and none after special tokens, llama.cpp both or neither: "
+            + ("both" if vocabulary.add_space_prefix else "neither, as in a conversation, which begins with BOS")
+        )
+    return vocabulary
+
+
+def _begins_with_space(tokenizer: Any, special: str) -> bool:
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(f"{special}ab", add_special_tokens=False)["input_ids"])
+    return tokens[1 if special else 0].startswith(_SPACE)
+
+
+def _scores(model: dict[str, Any], vocabulary: Vocabulary) -> list[float]:
+    """SentencePiece's scores decide only which merge comes first; so the order of the merges gives them back."""
+    order: dict[str, int] = {}
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        order.setdefault(left + right, len(order))
+    last = len(order)
+    return [
+        0.0 if kind in (CONTROL, UNKNOWN, BYTE) else -float(order.get(token, last))
+        for token, kind in zip(vocabulary.tokens, vocabulary.types)
+    ]
+
+
+def _special(vocabulary: Vocabulary, tokenizer: Any, ends: list[int]) -> None:
+    """Special ids, the chat template, and who writes BOS."""
+    names = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
+    ids = {name: getattr(tokenizer, attribute) for name, attribute in names.items()}
+    vocabulary.special = {name: int(index) for name, index in ids.items() if index is not None}
+    template = tokenizer.chat_template
+    vocabulary.template = template.get("default") if isinstance(template, dict) else template
+    # The template's end token is llama.cpp's "end of turn" where it is not the tokenizer's eos, which stays what the
+    # template is rendered with.
+    if ends and ends[0] != tokenizer.eos_token_id:
+        vocabulary.special["eot"] = ends[0]
+    if vocabulary.template:
+        vocabulary.add_bos = False  # it writes BOS itself, or training saw none: a server must not add another
+    else:
+        plain = tokenizer("a")["input_ids"]
+        vocabulary.add_bos = bool(plain) and plain[0] == tokenizer.bos_token_id
