@@ -439,7 +439,7 @@ BELOW = {
     "evaluate": {"evaluate", "feedback", "endpoints", "chat", "live", "sampling", "model", "data"},
     "merge": {"merge", "evaluate", "live", "model", "ops", "data", "demo"},
     "export": {"export", "merge", "evaluate", "live", "model", "ops", "data"},
-    "audit": {"audit", "evaluate", "live", "model", "data"},
+    "audit": {"audit", "evaluate", "model", "data", "demo"},
     "ablations": {"ablations", "evaluate", "train", "model", "data"},
     "feedback": {"feedback", "endpoints", "data"},
 }

@@ -4,6 +4,7 @@ read: nesting and aliases are limited."""
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
                 "YAML reads on, off, yes, no, numbers and dates as such: put the key in quotes if it is meant as a word.",
             )
     return values
+
+
+def read_front_matter(text: str) -> tuple[dict[str, Any], str]:
+    """A model card's front matter (YAML between two lines of ``---``) and the text below it.
+
+    A card is a stranger's prose: front matter that is none, or that cannot be read, is {}.
+    """
+    match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
+    if match is None or len(match[1]) > FILE_BYTES:
+        return {}, text
+    try:
+        values = _load(match[1])
+    except (yaml.YAMLError, ValueError, RecursionError, UserError):
+        values = None
+    return (values if isinstance(values, dict) else {}), text[match.end() :]
 
 
 def read_word(text: str) -> Any:

@@ -327,8 +327,11 @@ def _target_modules(modules: Sequence[str]) -> list[str]:
     return sorted(targets)
 
 
-def fetch_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
+def fetch_adapter(name_or_path: str | Path, revision: str | None = None, *, beside: Sequence[str] = ()) -> Path:
     """The folder of an adapter: a local one as it is, or a hub id, of which only its two files are downloaded.
+
+    Args:
+        beside: patterns of further files of a hub adapter.
 
     Raises:
         UserError: no such folder, and nothing by that name on the hub (or no access to it).
@@ -339,7 +342,7 @@ def fetch_adapter(name_or_path: str | Path, revision: str | None = None) -> Path
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = [CONFIG_NAME, WEIGHTS_NAME]
+        patterns = [CONFIG_NAME, WEIGHTS_NAME, *beside]
         return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise UserError(
