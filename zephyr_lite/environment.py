@@ -23,6 +23,12 @@ PACKAGES = (
 # Mistral in 16 bits, both data sets as they come and converted, and a merged model
 RECIPE_DISK = 40 * GB
 HUB_SECONDS = 15
+# library → the extra that brings it, and what it is for
+EXTRAS = {
+    "gguf": ("export", "GGUF files"),
+    "matplotlib": ("plots", "plots in model cards and of MT-Bench"),
+    "lm_eval": ("harness", "zephyr-lite eval harness"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ def survey() -> list[Finding]:
     """Everything, in a fixed order. Nothing here fails: what cannot be found out is a finding too."""
     checks: tuple[Callable[[], Finding], ...] = (
         _system, _packages, _torch, _attention, _kernels, _quantization, _token, _gate, _disk, _quantized, _memory, _demo,
+        _afterwards,
     )  # fmt: skip
     findings = []
     for check in checks:
@@ -255,3 +262,15 @@ def _demo() -> Finding:
     if missing:
         return Finding("demo", "its small base model cannot be read", " && ".join(missing))
     return Finding("demo", "its small base model is installed")
+
+
+def _afterwards() -> Finding:
+    """What evaluation and export use beyond the recipe's own libraries."""
+    there = {name: importlib.util.find_spec(name) is not None for name in EXTRAS}
+    quantizer = shutil.which("llama-quantize") is not None or importlib.util.find_spec("llama_cpp") is not None
+    found = [name for name, is_there in there.items() if is_there] + (["llama.cpp's quantizer"] if quantizer else [])
+    missing = [
+        f"pip install 'zephyr-lite[{EXTRAS[n][0]}]' for {EXTRAS[n][1]}" for n, is_there in there.items() if not is_there
+    ]
+    missing += [] if quantizer else ["llama-quantize of llama.cpp (or pip install llama-cpp-python) for GGUF in Q4_K_M"]
+    return Finding("afterwards", f"installed: {', '.join(found) or 'nothing of it'}", "; ".join(missing))
