@@ -46,13 +46,13 @@ class StopRequest:
     started the process wants ignored stays ignored.
 
     Args:
-        finishing: what is told (on standard error) when the first one comes: what will be finished.
+        finishing: what is told (on standard error) when the first one comes: what will be finished; None: nothing is.
 
     Attributes:
         name: of the signal that came, or None.
     """
 
-    def __init__(self, finishing: str) -> None:
+    def __init__(self, finishing: str | None) -> None:
         self.finishing = finishing
         self.name: str | None = None
         self._at_once = False
@@ -73,6 +73,8 @@ class StopRequest:
         again, self.name = self.name is not None, self.name or signal.Signals(number).name
         if again or self._at_once:
             raise KeyboardInterrupt
+        if self.finishing is None:
+            return
         # a handler may stand in the middle of a print, which cannot be entered twice
         text = f"\n{self.name}: {self.finishing}; once more to stop at once\n"
         with suppress(OSError, ValueError):  # whoever read it got the same signal, or the terminal is gone

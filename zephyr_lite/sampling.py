@@ -53,11 +53,15 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """scores [rows, vocab] → the same shape, 0 at the chosen token and -inf elsewhere."""
+        return torch.full_like(scores, -float("inf")).scatter_(1, self.choose(scores)[:, None], 0.0)
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """The next token of each row, from scores [rows, vocab] → [rows] int64."""
         chosen = scores.argmax(dim=-1)
         for place, (row, draws) in enumerate(zip(self._rows, self._draws)):
             if row.temperature > 0:
                 chosen[place] = self._draw(scores[place].double(), row, draws.random())
-        return torch.full_like(scores, -float("inf")).scatter_(1, chosen[:, None], 0.0)
+        return chosen
 
     @staticmethod
     def _draw(logits: torch.Tensor, row: Sampling, uniform: float) -> torch.Tensor:

@@ -35,6 +35,20 @@ class Chat:
     def adapters(self) -> list[str]:
         return self.stack.names
 
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer: the template's, and the tokenizer's own."""
+        return sorted({*self.template.end_token_ids, self.template.tokenizer.eos_token_id} - {None})
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.stack.base.get_input_embeddings().weight.device)
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens a conversation may have; None where the model does not say."""
+        return getattr(self.stack.base.config, "max_position_embeddings", None)
+
     def ask(
         self,
         prompts: Sequence[str | list[Message]],
@@ -65,7 +79,7 @@ class Chat:
         torch.manual_seed(seed)
         with self.stack.only(self.adapters if adapters is None else adapters):
             out = self._generate(prompt_ids, max_new_tokens=max_new_tokens, **sampling)
-        return [self._text(row) for row, _ in out]
+        return [self.text(row) for row, _ in out]
 
     def sample(
         self,
@@ -96,7 +110,7 @@ class Chat:
         for ids, row, (answer, ended) in zip(prompt_ids, rows, out):
             kept = answer[: row.max_new_tokens]
             ended = ended and len(answer) < row.max_new_tokens
-            text = self._text(kept)
+            text = self.text(kept)
             sampled.append(Sampled(text, "stop" if ended else "length", len(ids), len(kept) + ended))
         return sampled
 
@@ -106,9 +120,8 @@ class Chat:
         """The tokens of each answer, without the one that ends it, and whether there is one."""
         longest = max(len(ids) for ids in prompt_ids)
         model = self.stack.model
-        device = self.stack.base.get_input_embeddings().weight.device
-        ends = sorted({*self.template.end_token_ids, self.template.tokenizer.eos_token_id} - {None})
-        tokens = torch.full((len(prompt_ids), longest), ends[0], device=device)
+        ends = self.ends
+        tokens = torch.full((len(prompt_ids), longest), ends[0], device=self.device)
         mask = torch.zeros_like(tokens)
         for row, ids in enumerate(prompt_ids):  # padded on the left, and masked
             tokens[row, longest - len(ids) :] = torch.as_tensor(ids, dtype=torch.int64)
@@ -128,11 +141,18 @@ class Chat:
             answers.append((row[:end], end < len(row)))
         return answers
 
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.template.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    def decode(self, tokens: list[int]) -> str:
+        """Without special tokens."""
+        return str(self.template.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def text(self, tokens: list[int]) -> str:
+        """An answer's: without special tokens, nor white space around it."""
+        return self.decode(tokens).strip()
 
 
-def load_chat(source: str | Path | None = None, *, stage: str | None = None, chat_template: str | None = "auto") -> Chat:
+def load_chat(
+    source: str | Path | None = None, *, stage: str | None = None, chat_template: str | None = "auto"
+) -> Chat:
     """A run's folder (its last complete stage), a stage's folder, or a model's folder; None: the newest run.
 
     Raises:

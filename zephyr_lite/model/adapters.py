@@ -196,6 +196,35 @@ class AdapterStack:
         finally:
             self._freeze()
 
+    @contextmanager
+    def by_row(self, rows: Sequence[Sequence[str]]) -> Iterator[None]:
+        """Inside the block each row of a batch runs with adapters of its own, all in one pass through the base.
+
+        Every adapter is on, and its scale is a column with 0 where a row does without it: what it adds there is 0.
+
+        Args:
+            rows: for each row of the batches to come, the names of its adapters.
+        """
+        if all(list(names) == list(rows[0]) for names in rows):
+            with self.only(rows[0]):
+                yield
+            return
+        used = [name for name in self.names if any(name in names for names in rows)]
+        scales = {}
+        try:
+            self._activate(used)
+            for module, layer in self.lora_layers():
+                scales[module] = dict(layer.scaling)
+                for name in used:
+                    if name in layer.lora_A:
+                        on = [layer.scaling[name] if name in names else 0.0 for names in rows]
+                        layer.scaling[name] = layer.lora_A[name].weight.new_tensor(on)[:, None, None]
+            yield
+        finally:
+            for module, layer in self.lora_layers():
+                layer.scaling.update(scales.get(module, {}))
+            self._freeze()
+
     def _add(self, name: str, ranks: dict[str, int]) -> None:
         leaf_ranks = sorted(set(ranks.values()))
         config = LoraConfig(

@@ -1,0 +1,296 @@
+"""A conversation with one model, or with several at once that are asked the same."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..data.formats import RowError
+from ..errors import UserError
+from ..rundir import StageDir
+from ..sampling import Sampling
+from ..strict_json import shown
+from .model import Chat, Message
+from .stream import Drawn, Streamer
+from .text import TextStream
+
+_ROOM = "Ask less; in a session /undo, /reset or a shorter /system make room."
+
+
+@dataclass
+class Settings:
+    """How answers are drawn.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: the smallest set of tokens with at least this probability.
+        max_new_tokens: an answer's length at most.
+        seed: of the draws; equal seeds, settings and turns give equal answers.
+        system: the system turn, or None.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_new_tokens: int = 512
+    seed: int = 0
+    system: str | None = None
+
+    def check(self) -> None:
+        """Raises UserError: a number outside its range."""
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
+            raise UserError(f"temperature {self.temperature}: is not between 0 (greedy) and 100.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p {self.top_p}: is not above 0 and at most 1.")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max-new-tokens {self.max_new_tokens}: is less than 1.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed {shown(str(self.seed))}: is not between 0 and 2^63 - 1.")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: without the white space around it.
+        finish: "stop" (it ended), "length" (max_new_tokens), "context" (the model's context is full), "interrupted".
+        tokens, seconds: how many, and how long the draw of all answers of this turn took.
+        reused: tokens of the prompt that were not computed again.
+    """
+
+    text: str
+    finish: str
+    tokens: int
+    seconds: float = 0.0
+    reused: int = 0
+
+    @property
+    def whole(self) -> bool:
+        return self.finish == "stop"
+
+
+@dataclass
+class Column:
+    """One model and what was said to it: questions and its answers."""
+
+    model: str
+    turns: list[tuple[str, Answer]] = field(default_factory=list)
+
+    def messages(self, system: str | None, question: str | None = None) -> list[Message]:
+        found = [{"role": "system", "content": system}] if system else []
+        for asked, answer in self.turns:
+            found += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer.text}]
+        return found + ([{"role": "user", "content": question}] if question is not None else [])
+
+
+class Session:
+    """Models of one base that are asked the same questions; each remembers its own answers.
+
+    Attributes:
+        columns: one a model.
+        settings: of the next answer.
+
+    Args:
+        chat: the base with its adapters.
+        models: names among ``chat.live.models``.
+
+    Raises:
+        UserError: no such model; or as ``Streamer`` and ``Settings.check``.
+    """
+
+    def __init__(self, chat: Chat, models: Sequence[str], settings: Settings) -> None:
+        self.chat, self.settings = chat, settings
+        settings.check()
+        self._use(models)
+        self._attempt = 0
+        self.check_system(settings.system)
+
+    def _use(self, models: Sequence[str]) -> None:
+        known = self.chat.live.models
+        for name in models:
+            if name not in known:
+                raise UserError(
+                    f"there is no model {shown(repr(name))} in {self.chat.live.source}.", f"It has {', '.join(known)}."
+                )
+        self._streamer = Streamer(self.chat, [known[name] for name in models])
+        self.columns = [Column(name) for name in models]
+
+    def switch(self, model: str) -> None:
+        """Another model goes on with the same conversation.
+
+        Raises:
+            UserError: no such model.
+        """
+        turns = self.columns[0].turns
+        self._use([model])
+        self.columns[0].turns = turns
+
+    def check_system(self, system: str | None) -> None:
+        """Raises UserError: the chat template refuses this system turn."""
+        if system:
+            probe = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
+            self._ids(probe, "the system turn")
+
+    def ask(
+        self,
+        question: str,
+        on_text: Callable[[int, str], None] = lambda column, piece: None,
+        stop: Callable[[], bool] = lambda: False,
+        attempt: int = 0,
+    ) -> list[Answer]:
+        """Ask every model, in one batch, and remember what they say.
+
+        An interrupted answer is kept as far as it goes; where a model had said nothing yet, the question is taken back.
+
+        Args:
+            question: the user's turn.
+            on_text: told (column, piece of text) as answers come.
+            stop: asked at every token; True ends all answers.
+            attempt: another number gives other draws.
+
+        Raises:
+            UserError: the template refuses the conversation, it is longer than the context, or memory does not suffice.
+                Nothing is remembered then.
+        """
+        if not question.strip():
+            raise UserError("the question is empty.", "Write something.")
+        prompts = [self._ids(column.messages(self.settings.system, question), "this") for column in self.columns]
+        rooms = [self._room(len(ids)) for ids in prompts]
+        number = len(self.columns[0].turns)
+        seed = self.settings.seed * 1_000_003 + number * 1_009 + attempt
+        rows = [Sampling(room, self.settings.temperature, self.settings.top_p, seed) for room in rooms]
+        streams = [TextStream(self.chat.decode) for _ in self.columns]
+
+        def on_token(row: int, token: int) -> None:
+            if piece := streams[row].push(token):
+                on_text(row, piece)
+
+        started = time.monotonic()
+        drawn = self._draw(prompts, rows, on_token, stop)
+        seconds = time.monotonic() - started
+        answers = []
+        for row, (found, stream) in enumerate(zip(drawn, streams)):
+            if piece := stream.finish():
+                on_text(row, piece)
+            full = found.finish == "length" and rooms[row] < self.settings.max_new_tokens
+            finish = "context" if full else found.finish
+            text = self.chat.text(found.tokens)
+            answers.append(Answer(text, finish, len(found.tokens), seconds, found.reused))
+        if not any(answer.finish == "interrupted" and not answer.text for answer in answers):
+            for column, answer in zip(self.columns, answers):
+                column.turns.append((question, answer))
+            self._attempt = attempt
+        return answers
+
+    def _draw(self, prompts: Any, rows: list[Sampling], on_token: Any, stop: Callable[[], bool]) -> list[Drawn]:
+        try:
+            return self._streamer.draw(prompts, rows, on_token, stop)
+        except torch.OutOfMemoryError:
+            tokens = max(len(ids) for ids in prompts)
+        raise UserError(f"the card's memory does not suffice for a conversation of {tokens:,} tokens.", _ROOM)
+
+    def _ids(self, messages: list[Message], what: str) -> Any:
+        try:
+            return self.chat.template.prompt_ids(messages)
+        except RowError as error:
+            hint = "Write it in another way." if "control token" in str(error) else ""
+            if any(m["role"] == "assistant" for m in messages):
+                hint = "If it is an earlier turn: /undo or /reset. " + hint
+            raise UserError(f"{what} cannot be said to the model: {error}.", hint.strip()) from None
+
+    def _room(self, prompt: int) -> int:
+        context = self.chat.context
+        if context is None:
+            return self.settings.max_new_tokens
+        if prompt >= context:
+            raise UserError(
+                f"the conversation with this question has {prompt:,} tokens; the model's context is {context:,}.", _ROOM
+            )
+        return min(self.settings.max_new_tokens, context - prompt)
+
+    @property
+    def turns(self) -> int:
+        return len(self.columns[0].turns)
+
+    def undo(self) -> str:
+        """Take back the last question and its answers.
+
+        Returns:
+            the question.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.turns:
+            raise UserError("there is nothing to take back.")
+        questions = [column.turns.pop()[0] for column in self.columns]
+        return questions[0]
+
+    def retry(
+        self, on_text: Callable[[int, str], None] = lambda column, piece: None, stop: Callable[[], bool] = lambda: False
+    ) -> list[Answer]:
+        """Ask the last question again, with other draws; where that fails the answers of before stay.
+
+        Raises:
+            UserError: nothing was asked; or as ``ask``.
+        """
+        if not self.turns:
+            raise UserError("nothing was asked yet.")
+        before = [column.turns[-1] for column in self.columns]
+        kept = self.turns
+        question = self.undo()
+        try:
+            return self.ask(question, on_text, stop, self._attempt + 1)
+        finally:
+            if self.turns < kept:
+                for column, turn in zip(self.columns, before):
+                    column.turns.append(turn)
+
+    def reset(self) -> None:
+        """Forget what was said; settings stay."""
+        for column in self.columns:
+            column.turns.clear()
+        self._streamer.forget()
+
+    def agree(self, column: int) -> None:
+        """Every model goes on from what this one said last."""
+        turn = self.columns[column].turns[-1]
+        for other in self.columns:
+            other.turns[-1] = turn
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The conversations in the training schema: ``messages``, and the model's name, which training ignores.
+
+        Raises:
+            UserError: nothing was said, or an answer is empty, on which nothing can be trained.
+        """
+        if not self.turns:
+            raise UserError("nothing was said yet, so there is nothing to save.")
+        for column in self.columns:
+            for place, (_, answer) in enumerate(column.turns, 1):
+                if not answer.text:
+                    raise UserError(
+                        f"answer {place} of {column.model} is empty; such a row cannot be trained on.",
+                        "Take it back with /undo, or /retry.",
+                    )
+        return [{"messages": column.messages(self.settings.system), "model": column.model} for column in self.columns]
+
+    def cut(self) -> int:
+        """How many of the remembered answers did not come to their end."""
+        return sum(not answer.whole for column in self.columns for _, answer in column.turns)
+
+
+def trained_system(chat: Chat) -> str | None:
+    """The system turn that the stage was trained under by default (its configuration's ``system``)."""
+    from ..config import read_dumped
+
+    chain = chat.live.chain
+    if chain is None or chain.run is None or chain.stage is None:
+        return None
+    system = read_dumped(StageDir(chain.run / chain.stage).config).get("system")
+    return system if isinstance(system, str) and system.strip() else None
