@@ -42,7 +42,8 @@ class GgufReport:
 
     Attributes:
         types: GGUF's name of a type → tensors in it.
-        error: ‖stored - original‖ / ‖original‖ over every weight.
+        error: ‖stored - original‖ / ‖original‖ over every weight; None where it was not computed.
+        pre: llama.cpp's name for how a text is split before the merges.
         notes: what a server does otherwise than training did.
     """
 
@@ -50,7 +51,7 @@ class GgufReport:
     bytes: int = 0
     seconds: float = 0.0
     types: Counter[str] = field(default_factory=Counter)
-    error: float = 0.0
+    error: float | None = None
     pre: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -58,8 +59,8 @@ class GgufReport:
         """For the console."""
         types = ", ".join(f"{count} in {name}" for name, count in self.types.most_common())
         return [
-            f"{self.out}: {self.bytes / 1e9:.2f} GB in {self.seconds:.0f} s; tensors: {types}; "
-            f"relative error of the weights {self.error:.1e}.",
+            f"{self.out}: {self.bytes / 1e9:.2f} GB in {self.seconds:.0f} s; tensors: {types}"
+            + (f"; relative error of the weights {self.error:.1e}" if self.error is not None else ""),
             *(f"note: {note}" for note in self.notes),
         ]
 
