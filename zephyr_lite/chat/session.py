@@ -196,7 +196,10 @@ class Session:
 
     def _ids(self, messages: list[Message], what: str) -> Any:
         try:
+            "".join(message["content"] for message in messages).encode("utf-8")
             return self.chat.template.prompt_ids(messages)
+        except UnicodeEncodeError:
+            raise UserError(f"{what} cannot be said to the model: text that is not valid Unicode.") from None
         except RowError as error:
             hint = "Write it in another way." if "control token" in str(error) else ""
             if any(m["role"] == "assistant" for m in messages):
