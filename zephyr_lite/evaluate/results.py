@@ -41,8 +41,9 @@ def claim_folder(folder: Path) -> None:
     try:
         make_folder(folder)
     except OSError as error:
-        what = "is a file" if folder.exists() and not folder.is_dir() else f"cannot be made: {error.strerror}"
-        raise UserError(f"{folder}: {what}.", "Choose another --out.") from None
+        raise UserError(f"{folder}: cannot be made: {error.strerror}.", "Choose another --out.") from None
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file.", "Choose another --out.")
 
 
 def write_result(folder: Path, kind: str, body: dict[str, Any], live: Live) -> Path:
