@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import Console
+from ..errors import UserError
 from .feedback import say_budget
 from .options import (
     AdapterBase,
@@ -130,9 +131,115 @@ def mt_bench(
     _say_end(result.unfinished, result.files, folder / KIND)
 
 
-def alpaca() -> None:
-    """To be built."""
-    raise NotImplementedError
+def alpaca(
+    source: Source = None,
+    stage: StageName = None,
+    adapters: Adapters = None,
+    base: AdapterBase = None,
+    chat_template: ChatTemplateOption = None,
+    config: JobConfig = None,
+    model: Models = None,
+    judge: Judge = None,
+    instructions: Annotated[
+        str | None,
+        typer.Option(
+            "--instructions",
+            help="The baseline's outputs: a JSON file, or OWNER/NAME/FILE.json of the hub [tatsu-lab/alpaca_eval's].",
+        ),
+    ] = None,
+    outputs: Annotated[
+        Path | None, typer.Option("--outputs", help="A model's outputs that are there already: nothing is generated.")
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option("--annotations", help="Verdicts that are there already: only score them.")
+    ] = None,
+    difficulty: Annotated[
+        Path | None,
+        typer.Option("--difficulty", help="AlpacaEval's instruction_difficulty.csv, for the length-controlled rate."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="So many instructions, by a seeded draw.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="Of an answer [0.7].")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    concurrency: Concurrency = None,
+    out: EvalOut = None,
+    seed: JobSeed = None,
+    max_requests: MaxRequests = None,
+    max_tokens: MaxTokens = None,
+    dry_run: JobDryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """AlpacaEval: a judge compares answers to 805 instructions with a baseline's; or score files of AlpacaEval's."""
+    if annotations is not None:
+        given = {
+            "SOURCE": source,
+            "--judge": judge,
+            "--model": model,
+            "--config": config,
+            "--instructions": instructions,
+        }
+        if needless := [name for name, value in given.items() if value]:
+            raise UserError(
+                f"--annotations are verdicts already; {needless[0]} would ask for new ones.", "Leave one of them out."
+            )
+        _score(annotations, outputs, difficulty, out)
+        return
+    from ..evaluate.alpaca.run import KIND, NOTE, AlpacaConfig
+    from ..feedback.specs import load_settings
+
+    common = _common(
+        source, stage, adapters, base, chat_template, model, judge, out, seed, max_requests, max_tokens, max_new_tokens
+    )
+    settings = load_settings(
+        AlpacaConfig,
+        config,
+        {
+            **common,
+            "concurrency": concurrency,
+            "instructions": instructions,
+            "outputs": None if outputs is None else str(outputs),
+            "difficulty": None if difficulty is None else str(difficulty),
+            "limit": limit,
+            "temperature": temperature,
+        },
+    )
+    from ..evaluate.alpaca.run import dry_run_lines, prepare, run_alpaca, table
+
+    baseline, answering, folder = prepare(settings)
+    console.say(baseline.note())
+    _say_who(answering, list(baseline.given))
+    console.say(f"note: {NOTE}")
+    if dry_run:
+        _say_bounds(dry_run_lines(baseline, answering), settings, folder / KIND)
+        return
+    from ..feedback.estimate import priced
+    from ..feedback.meter import Meter
+
+    total = len(baseline.rows) * (len(answering.specs) + len(baseline.given))
+    with _kept(folder / KIND), Meter(console.out, total, "comparisons", priced(answering.endpoints())) as meter:
+        result = run_alpaca(settings, baseline, answering, folder, meter, say=console.say)
+    console.table(*table(result.models))
+    for what, told in result.body["differences"].items():
+        _say_difference(what, told["difference"], told["standard_error"], f"{told['instructions']} instructions")
+    _say_end(result.unfinished, result.files, folder / KIND)
+
+
+def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out: Path | None) -> None:
+    """Files that AlpacaEval published, or that an earlier run of ours made."""
+    from ..evaluate.alpaca.files import check_belongs, read_annotations, read_outputs
+    from ..evaluate.alpaca.run import KIND, score_files, table
+    from ..evaluate.judged import write_judged
+
+    rows = read_annotations(annotations)
+    if outputs is not None:
+        given, place = read_outputs(str(outputs))
+        check_belongs(rows, given, str(annotations))
+        console.say(f"{place}: {len(given)} outputs; {len(rows)} annotations are verdicts on them")
+    result = score_files(rows, difficulty, annotations)
+    console.table(*table(result.models))
+    for note in result.body["notes"]:
+        console.say(f"note: {note}")
+    if out is not None:
+        console.say(f"written: {write_judged(out, KIND, result.body, None)}")
 
 
 # -- what both say ---------------------------------------------------------------------------------------------------
@@ -168,10 +275,10 @@ def _common(
     }
 
 
-def _say_who(answering: Any) -> None:
+def _say_who(answering: Any, given: list[str] | None = None) -> None:
     where = f" of {answering.weights.source}" if answering.weights is not None else ""
     judge = f"; judge: {answering.judge.name}" if answering.judge is not None else ""
-    console.say(f"models: {', '.join(answering.specs)}{where}{judge}")
+    console.say(f"models: {', '.join([*answering.specs, *(given or [])])}{where}{judge}")
 
 
 def _say_bounds(lines: list[str], settings: JudgedConfig, job: Path) -> None:
@@ -204,4 +311,6 @@ class _kept:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            console.complain(f"{self._job}: every answer is in the journal; the same command goes on, and asks none twice.")
+            console.complain(
+                f"{self._job}: every answer is in the journal; the same command goes on, and asks none twice."
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 JUDGE_TOKENS = 2048  # of a judge's reply, where its endpoint says nothing else
 JUDGE_TRIES = 2  # a reply that cannot be read is asked for once more
-FAILED = "failed"
 
 
 class JudgedConfig(JobConfig):
@@ -112,16 +111,17 @@ def who_answers(config: JudgedConfig, temperature: float) -> Answering:
         specs[spec.name] = spec
     first, *others = specs
     pairs = [(first, other) for other in others]
-    return Answering(specs, weights, _judge(config, specs), pairs)
+    return Answering(specs, weights, chosen_judge(config, list(specs)), pairs)
 
 
-def _judge(config: JudgedConfig, specs: Mapping[str, EndpointSpec]) -> EndpointSpec | None:
+def chosen_judge(config: JudgedConfig, names: Sequence[str]) -> EndpointSpec | None:
+    """The judge, with a name that none of ``names`` is."""
     judge = config.judge
     if judge is None:
         return None
     if "max_tokens" not in judge.model_fields_set:
         judge = judge.model_copy(update={"max_tokens": JUDGE_TOKENS})
-    return judge.model_copy(update={"name": f"{judge.name} (judge)"}) if judge.name in specs else judge
+    return judge.model_copy(update={"name": f"{judge.name} (judge)"}) if judge.name in names else judge
 
 
 def _usual(weights: Weights | None) -> list[str]:

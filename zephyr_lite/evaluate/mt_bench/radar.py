@@ -10,6 +10,7 @@ from ...errors import UserError
 from ...files import bytes_aside
 from .prompts import HIGHEST
 
+LEAST = 3  # categories; fewer make no figure
 # Okabe and Ito's, which people who see colours otherwise tell apart too; and a line style each, for a print in grey
 LOOKS = (
     ("#0072B2", "-", "o"),
@@ -38,7 +39,7 @@ def draw_radar(path: Path, models: dict[str, dict[str, Any]], title: str) -> Non
     """Write a PNG.
 
     Args:
-        models: name → ``scores.model_scores``, at least one with a score.
+        models: name → ``scores.model_scores``, with at least ``LEAST`` categories.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,7 +58,10 @@ def draw_radar(path: Path, models: dict[str, dict[str, Any]], title: str) -> Non
         axes.set_yticks(range(2, HIGHEST + 1, 2))
         axes.tick_params(axis="y", labelsize=8, labelcolor="#666666")
         axes.set_xticks(angles, categories, fontsize=11)
-        axes.tick_params(axis="x", pad=12)
+        axes.tick_params(axis="x", pad=6)
+        for label, angle in zip(axes.get_xticklabels(), angles):  # beside the circle, not across it
+            across = round(math.sin(angle), 6)
+            label.set_horizontalalignment("center" if not across else "left" if across > 0 else "right")
         axes.set_title(f"turn {turn}", fontsize=12, pad=18)
         for (name, body), (colour, style, marker) in zip(models.items(), LOOKS * (1 + len(models) // len(LOOKS))):
             scores = [body["categories"][category][f"turn_{turn}"] for category in categories]

@@ -33,7 +33,7 @@ from ..judged import (
 )
 from .prompts import judge_messages, read_grade
 from .questions import TURNS, Question, Questions
-from .radar import draw_radar, need_matplotlib
+from .radar import LEAST, draw_radar, need_matplotlib
 from .scores import Grade, difference, model_scores
 
 KIND = "mt-bench"
@@ -134,7 +134,10 @@ def run_mt_bench(
     result = MtBench(models, body, asked.unfinished("questions"))
     if not asked.unreached:
         result.files.append(write_judged(folder, KIND, body, answering, config.chat_template))
-        if config.plot:
+        categories = {question.category for question in read.questions}
+        if config.plot and len(categories) < LEAST:
+            say(f"no radar plot: it takes {LEAST} categories, and these are {len(categories)}")
+        elif config.plot:
             picture = folder / f"{KIND}.png"
             draw_radar(picture, models, f"MT-Bench, graded by {answering.judge.name if answering.judge else ''}")
             result.files.append(picture)

@@ -1,0 +1,400 @@
+"""``zephyr-lite eval alpaca``: answers to instructions, a judge's verdict on each against the baseline's, a win rate."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ...endpoints.types import Desk, Message, Request, RequestFailed
+from ...errors import UserError
+from ...feedback.draw import seed_of
+from ...feedback.estimate import bound_lines, priced
+from ...feedback.files import valid
+from ...feedback.meter import Meter
+from ...files import make_folder, write_text
+from ..judged import (
+    JUDGE_TRIES,
+    Answering,
+    Asked,
+    Bounds,
+    JudgedConfig,
+    ask_all,
+    chosen_judge,
+    judge_request,
+    refuse_no_judge,
+    results_folder,
+    slugs,
+    who_answers,
+    write_judged,
+)
+from ..mt_bench.scores import mean, standard_error
+from .files import Annotation, Output, read_difficulty, read_outputs
+from .judge import is_swapped, judge_messages, read_verdict
+from .score import length_controlled, win_rate
+
+KIND = "alpaca"
+COMMAND = f"eval {KIND}"
+OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
+NOTE = (
+    "the judge is asked in this project's own words and its verdicts are whole: compare these rates with each other, and "
+    "not with AlpacaEval's leaderboard"
+)
+NO_DIFFICULTY = (
+    "the length-controlled rate is without the instructions' difficulty (--difficulty): not AlpacaEval's number"
+)
+
+
+class AlpacaConfig(JudgedConfig):
+    """The keys of --config."""
+
+    instructions: str | None = None  # a file of the baseline's outputs, or a hub id; AlpacaEval's by default
+    outputs: str | None = None  # a model's answers that are there already, instead of models that answer
+    difficulty: str | None = None  # of the instructions, for the length-controlled rate
+    max_new_tokens: int = Field(2048, ge=1)
+    temperature: float = Field(0.7, ge=0)  # of an answer, where an endpoint says nothing else
+    limit: int | None = Field(None, ge=1)  # so many instructions, by a seeded draw
+
+
+@dataclass
+class Baseline:
+    """The instructions, and what their file answers.
+
+    Attributes:
+        rows: those that are asked, in the file's order.
+        whole: how many the file has.
+        given: generator → {instruction's key: answer}, of --outputs.
+        difficulty: {a row's place in the file: difficulty}, or None.
+    """
+
+    rows: list[Output]
+    whole: int
+    path: Path
+    given: dict[str, dict[str, str]] = field(default_factory=dict)
+    difficulty: dict[int, float] | None = None
+
+    @property
+    def generator(self) -> str:
+        return self.rows[0].generator
+
+    def note(self) -> str:
+        return f"{self.path}: {len(self.rows)} of {self.whole} instructions, answered by {self.generator}"
+
+
+@dataclass
+class Compared:
+    """What became of one instruction with one model; ``preference`` is None where ``why`` says so."""
+
+    output: str | None
+    preference: float | None
+    why: str = ""
+    cut: bool = False
+
+
+@dataclass
+class Alpaca:
+    """What a run made: model → rates, the result's body, what is not done, and the files that were written."""
+
+    models: dict[str, dict[str, Any]]
+    body: dict[str, Any]
+    unfinished: str = ""
+    files: list[Path] = field(default_factory=list)
+
+
+def prepare(config: AlpacaConfig) -> tuple[Baseline, Answering, Path]:
+    """What is asked, who answers, and where the results go; everything that can be wrong is said here.
+
+    Raises:
+        UserError: no judge, no file, no such model, no chat template, no place for the result.
+    """
+    refuse_no_judge(config)
+    rows, path = read_outputs(config.instructions)
+    baseline = Baseline(rows, len(rows), path)
+    if config.limit is not None and config.limit < len(rows):
+        kept = sorted(random.Random(f"alpaca {config.seed}").sample(range(len(rows)), config.limit))
+        baseline.rows = [rows[place] for place in kept]
+    if config.difficulty is not None:
+        baseline.difficulty = read_difficulty(Path(config.difficulty))
+        _difficulty_of(baseline.difficulty, [o.index for o in baseline.rows], config.difficulty)
+    if config.outputs is None:
+        answering = who_answers(config, config.temperature)
+    else:
+        if config.models or config.source:
+            raise UserError(
+                "--outputs are a model's answers; a source or --model would answer again.", "Give one of them."
+            )
+        given, place = read_outputs(config.outputs)
+        baseline.given = {given[0].generator: {o.key: o.output for o in given}}
+        there = sum(o.key in baseline.given[given[0].generator] for o in baseline.rows)
+        if not there:
+            raise UserError(f"{place}: answers none of the instructions of {path}.", "Are these AlpacaEval's outputs?")
+        baseline.rows = [o for o in baseline.rows if o.key in baseline.given[given[0].generator]]
+        answering = Answering({}, None, chosen_judge(config, ()))
+    return baseline, answering, results_folder(config, answering)
+
+
+def run_alpaca(
+    config: AlpacaConfig,
+    baseline: Baseline,
+    answering: Answering,
+    folder: Path,
+    meter: Meter,
+    *,
+    say: Callable[[str], None],
+    back_off: float = 1.0,
+) -> Alpaca:
+    """Answer and compare: ``folder``/alpaca.json, and in ``folder``/alpaca the job, with each model's outputs and
+    annotations in AlpacaEval's form.
+
+    Args:
+        baseline, answering, folder: of ``prepare``.
+        back_off: of ``open_desk``.
+
+    Raises:
+        UserError: the job's folder holds something else, an endpoint cannot answer at all, or there is no verdict.
+    """
+    assert answering.judge is not None
+    job = folder / KIND
+    items = [(model, row) for model in [*answering.specs, *baseline.given] for row in baseline.rows]
+
+    async def work(desk: Desk, item: tuple[str, Output]) -> Compared:
+        return await _one(desk, config, answering, baseline, *item)
+
+    asked = ask_all(config, answering, job, COMMAND, items, work, meter, say, back_off)
+    annotator = answering.judge.name
+    found = {
+        name: [_annotation(row, name, done, annotator) for (model, row), done in asked.results if model == name]
+        for name in [*answering.specs, *baseline.given]
+    }
+    _write_texts(job, found, asked)
+    models = {name: rates(rows, baseline.difficulty) for name, rows in found.items() if _any(rows)}
+    if not models:
+        why = Counter(done.why for _, done in asked.results if done.why).most_common(3)
+        told = "; ".join([*(f"{reason} ({count})" for reason, count in why), *([asked.why] if asked.why else [])])
+        raise UserError(f"{job}: there is no verdict: {told}", "What was answered is in the journal there.")
+    body = _body(config, baseline, answering, asked, models, found)
+    result = Alpaca(models, body, asked.unfinished("comparisons"))
+    if not asked.unreached:
+        result.files.append(write_judged(folder, KIND, body, answering, config.chat_template))
+    return result
+
+
+def score_files(annotations: Sequence[Annotation], difficulty: Path | None = None, where: Path | None = None) -> Alpaca:
+    """The rates of annotations that are there already; by annotator too, where there are several.
+
+    Raises:
+        UserError: none of the preferences counts.
+    """
+    if not _any(annotations):
+        raise UserError(
+            f"{where}: none of the {len(annotations)} preferences lies between 1 and 2.", "Look at the file."
+        )
+    known = None if difficulty is None else read_difficulty(difficulty)
+    if known is not None:
+        _difficulty_of(known, [a.index for a in annotations], str(difficulty))
+    name = annotations[0].generator_2 or "the model"
+    models = {name: rates(annotations, known)}
+    annotators = list(dict.fromkeys(a.annotator for a in annotations))
+    if len(annotators) > 1:
+        for annotator in annotators:
+            own = [a for a in annotations if a.annotator == annotator]
+            if _any(own):
+                models[f"{name}, by {annotator or 'nobody'}"] = rates(own, known)
+    body = {
+        "models": models,
+        "settings": {"annotators": annotators, "baseline": sorted({a.generator_1 for a in annotations})},
+        "data": {"annotations": str(where)},
+        "notes": [] if known is not None else [NO_DIFFICULTY],
+    }
+    return Alpaca(models, body)
+
+
+def rates(annotations: Sequence[Annotation], difficulty: dict[int, float] | None = None) -> dict[str, Any]:
+    """One model's: the win rate, its standard error, ties, and the length-controlled rate."""
+    preferences = [a.preference for a in annotations]
+    controlled = length_controlled(
+        preferences,
+        [len(a.output_1) for a in annotations],
+        [len(a.output_2) for a in annotations],
+        None if difficulty is None else _difficulty_of(difficulty, [a.index for a in annotations], "difficulty"),
+    )
+    result: dict[str, Any] = dict(win_rate(preferences).as_dict())
+    result["length_controlled"] = None
+    if controlled is not None:
+        result["length_controlled"] = {
+            "win_rate": controlled.win_rate,
+            "standard_error": controlled.standard_error,
+            "length_coefficient": controlled.length_coefficient,
+            "with_difficulty": controlled.with_difficulty,
+        }
+    result["mean_length"] = mean(len(a.output_2) for a in annotations)
+    result["mean_length_of_baseline"] = mean(len(a.output_1) for a in annotations)
+    return result
+
+
+def table(models: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    header = ["", "win rate", "± s.e.", "length-controlled", "wins", "losses", "ties", "left out", "letters"]
+    rows = []
+    for name, body in models.items():
+        controlled = body["length_controlled"]
+        error = body["standard_error"]
+        rows.append(
+            [
+                name,
+                f"{body['win_rate']:.2f} %",
+                "-" if error is None else f"{error:.2f}",
+                "-" if controlled is None else f"{controlled['win_rate']:.2f} % ± {controlled['standard_error']:.2f}",
+                *(f"{body[key]:,}" for key in ("n_wins", "n_wins_base", "n_draws", "n_left_out")),
+                f"{body['mean_length']:,.0f} ({body['mean_length_of_baseline']:,.0f})",
+            ]
+        )
+    return header, rows
+
+
+def dry_run_lines(baseline: Baseline, answering: Answering) -> list[str]:
+    """What it can cost at most."""
+    assert answering.judge is not None
+    bounds = Bounds(answering)
+    for row in baseline.rows:
+        for model, spec in answering.specs.items():
+            bounds.add(model, [{"role": "user", "content": row.instruction}])
+            asked = judge_messages(row.instruction, row.output, "", False)
+            bounds.add(answering.judge.name, asked, more_tokens=spec.max_tokens, tries=JUDGE_TRIES)
+        for answers in baseline.given.values():
+            asked = judge_messages(row.instruction, row.output, answers[row.key], False)
+            bounds.add(answering.judge.name, asked, tries=JUDGE_TRIES)
+    return bound_lines(bounds.of, priced(answering.endpoints()))
+
+
+# -- one instruction -------------------------------------------------------------------------------------------------
+
+
+async def _one(
+    desk: Desk, config: AlpacaConfig, answering: Answering, baseline: Baseline, model: str, row: Output
+) -> Compared:
+    """What cannot be answered or judged is gone past, and counted."""
+    assert answering.judge is not None
+    cut = False
+    if model in baseline.given:
+        output = baseline.given[model][row.key]
+    else:
+        said: tuple[Message, ...] = ({"role": "user", "content": row.instruction},)
+        seed = seed_of(config.seed, KIND, row.key)
+        try:
+            reply = await desk.ask(Request(f"answer/{row.key}", model, said, seed=seed))
+        except RequestFailed as failed:
+            return Compared(None, None, f"no answer: {failed.reason}")
+        output, cut = valid(reply.text), reply.finish_reason == "length"
+    if output == row.output:
+        return Compared(output, 1.5, "the same text", cut)  # as AlpacaEval has it, without a judge
+    swapped = is_swapped(row.key, config.seed)
+    messages = judge_messages(row.instruction, row.output, output, swapped)
+
+    def verdict(text: str) -> tuple[float, str]:
+        return read_verdict(text, swapped), valid(text)
+
+    try:
+        preference, text = await desk.ask_parsed(
+            judge_request(f"judge/{model}/{row.key}", answering.judge, messages), verdict, tries=JUDGE_TRIES
+        )
+    except RequestFailed as failed:
+        return Compared(output, None, f"no verdict: {failed.reason}", cut)
+    return Compared(output, preference, text, cut)
+
+
+def _annotation(row: Output, model: str, done: Compared, annotator: str) -> Annotation:
+    preference = float("nan") if done.preference is None else done.preference
+    return Annotation(
+        row.index, row.instruction, row.output, done.output or "", row.generator, model, annotator, preference
+    )
+
+
+# -- what is written -------------------------------------------------------------------------------------------------
+
+
+def _write_texts(job: Path, found: dict[str, list[Annotation]], asked: Asked[tuple[str, Output], Compared]) -> None:
+    names = slugs(list(found))
+    told = {(model, row.key): (row, done) for (model, row), done in asked.results}
+    for model, slug in names.items():
+        rows = [(row, done) for (name, _), (row, done) in told.items() if name == model and done.output is not None]
+        outputs = [
+            {"dataset": row.dataset, "instruction": row.instruction, "output": done.output, "generator": model}
+            for row, done in rows
+        ]
+        annotations = [
+            {
+                "dataset": row.dataset, "instruction": row.instruction, "output_1": row.output,
+                "generator_1": row.generator, "output_2": done.output, "generator_2": model,
+                "annotator": found[model][0].annotator, "preference": done.preference, "raw_completion": done.why,
+            }
+            for row, done in rows
+        ]  # fmt: skip
+        make_folder(job / slug)
+        write_text(job / slug / OUTPUTS, json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
+        write_text(job / slug / ANNOTATIONS, json.dumps(annotations, indent=1, ensure_ascii=False) + "\n")
+
+
+def _body(
+    config: AlpacaConfig,
+    baseline: Baseline,
+    answering: Answering,
+    asked: Asked[tuple[str, Output], Compared],
+    models: dict[str, dict[str, Any]],
+    found: dict[str, list[Annotation]],
+) -> dict[str, Any]:
+    assert answering.judge is not None
+    cut = Counter(model for (model, _), done in asked.results if done.cut)
+    lost = {
+        name: Counter(d.why for (m, _), d in asked.results if m == name and d.preference is None) for name in models
+    }
+    return {
+        "models": {
+            name: {**body, "answers_cut_at_max_tokens": cut[name], "why_left_out": dict(lost[name])}
+            for name, body in models.items()
+        },
+        "differences": {
+            f"{one} - {other}": _difference(found[one], found[other])
+            for one, other in answering.pairs
+            if one in models and other in models
+        },
+        "settings": {
+            "judge": {k: v for k, v in (("name", answering.judge.name), ("model", answering.judge.model)) if v},
+            "judge_temperature": 0.0,
+            "judge_prompts": "this project's own",
+            "baseline": baseline.generator,
+            "temperature": {name: spec.temperature for name, spec in answering.specs.items()},
+            "max_new_tokens": {name: spec.max_tokens for name, spec in answering.specs.items()},
+            "seed": config.seed,
+        },
+        "data": {"instructions": str(baseline.path), "asked": len(baseline.rows), "of": baseline.whole},
+        "notes": [NOTE, *([] if baseline.difficulty is not None else [NO_DIFFICULTY])],
+        "spent": asked.totals.as_dict(),
+    }
+
+
+def _difference(one: Sequence[Annotation], other: Sequence[Annotation]) -> dict[str, Any]:
+    """Of the win rates, in percent, over the instructions that both have verdicts on."""
+    first = {a.index: a.preference for a in one if 1 <= a.preference <= 2}
+    values = [100 * (first[a.index] - a.preference) for a in other if a.index in first and 1 <= a.preference <= 2]
+    return {"difference": mean(values), "standard_error": standard_error(values), "instructions": len(values)}
+
+
+def _any(annotations: Sequence[Annotation]) -> bool:
+    return any(a.preference == 0 or 1 <= a.preference <= 2 for a in annotations)
+
+
+def _difficulty_of(known: dict[int, float], indices: Sequence[int], where: str) -> list[float]:
+    missing = [index for index in indices if index not in known]
+    if missing:
+        raise UserError(
+            f"{where}: has no difficulty for row {missing[0]} (counted from 0).",
+            "It belongs to AlpacaEval's 805 instructions in their order.",
+        )
+    return [known[index] for index in indices]
