@@ -6,6 +6,7 @@ what is written passes ``files``, so that a file appears whole or not at all.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -92,13 +93,14 @@ def gguf_package() -> Any:
     return gguf
 
 
-def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufReport:
+def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16", *, say: Say = lambda line: None) -> GgufReport:
     """Write a model's folder as a GGUF file.
 
     Args:
         folder: as ``merge`` makes it: safetensors, config.json, tokenizer, chat template; Llama or Mistral family.
         out: the file; replaced as a whole where it exists.
         kind: what matrices are stored in; vectors (the norms) stay float32.
+        say: of a large model, how far it is.
 
     Raises:
         UserError: the gguf package is missing; no such folder; another family; a tokenizer that llama.cpp would not
@@ -125,11 +127,17 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
     sweep(out.absolute().parent, out.name)
     with bytes_aside(out) as file:
         writer.begin(file)
-        squares = torch.zeros(2, dtype=torch.float64)
+        squares, told = torch.zeros(2, dtype=torch.float64), 0
+        total = sum(math.prod(part.shape) for part in parts)
+        done = 0
         for part in parts:
             squares += _write(gguf, file, files, part)
             report.types[part.type] += 1
             files.forget()
+            done += math.prod(part.shape)
+            if total > 1e9 and done * 10 // total > told:  # below that it takes seconds
+                told = done * 10 // total
+                say(f"written {done / 1e9:.1f} of {total / 1e9:.1f} billion weights")
         report.bytes = file.tell()
     report.error = float((squares[0] / squares[1]).sqrt())
     report.seconds = time.monotonic() - start
@@ -144,11 +152,15 @@ def model_folder(folder: str | Path) -> Path:
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder.", "Give a model's folder, as `zephyr-lite merge --out model/` makes it.")
+        raise UserError(
+            f"{path}: no such folder.", "Give a model's folder, as `zephyr-lite merge --out model/` makes it."
+        )
     if (path / "config.json").is_file():
         return path
     if (path / "adapter_config.json").is_file():
-        raise UserError(f"{path}: holds an adapter, not a whole model.", "Merge it first: zephyr-lite merge --out model/")
+        raise UserError(
+            f"{path}: holds an adapter, not a whole model.", "Merge it first: zephyr-lite merge --out model/"
+        )
     if (path / "stage.json").is_file() or any(path.glob("*/stage.json")):
         run = path if not (path / "stage.json").is_file() else path.parent
         raise UserError(
@@ -208,7 +220,9 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
             form = "Q8_0"
         yield _Part(f"{names.get_name(stem)}.{suffix}", entry.shape, form, source, order)
     if wanted:
-        raise UserError(f"{folder}: no tensor {shown(min(wanted))} in its files.", "The folder is not whole; merge again.")
+        raise UserError(
+            f"{folder}: no tensor {shown(min(wanted))} in its files.", "The folder is not whole; merge again."
+        )
     if (factors := rope_factors(config)) is not None:
         yield _Part("rope_freqs.weight", tuple(factors.shape), "F32", values=factors)
 

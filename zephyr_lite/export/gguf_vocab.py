@@ -24,9 +24,7 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "▁"
 
 # How Llama 3 and Mistral's Tekken split a text before the merges, as their tokenizer.json files have it.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -93,7 +91,9 @@ def read_vocabulary(folder: Path, vocab_size: int, ends: list[int]) -> Vocabular
         )
     vocabulary = _sentencepiece(tokenizer, told, folder) if _is_sentencepiece(model) else _byte_level(told, folder)
     found = {index: token for token, index in model["vocab"].items()}
-    kinds = {index: BYTE if vocabulary.model == "llama" and _BYTE.fullmatch(t) else NORMAL for index, t in found.items()}
+    kinds = {
+        index: BYTE if vocabulary.model == "llama" and _BYTE.fullmatch(t) else NORMAL for index, t in found.items()
+    }
     for added in told["added_tokens"]:
         index = added["id"]
         found[index], kinds[index] = added["content"], CONTROL if added["special"] else USER_DEFINED

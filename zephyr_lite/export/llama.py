@@ -17,7 +17,7 @@ from ..data.formats import Message
 from ..errors import UserError
 from ..files import check_room, make_folder, remove_tree, rename, sweep, sync_file
 from ..model.tokenizer import load_tokenizer
-from .gguf_file import GgufReport, gguf_package, model_folder, write_gguf
+from .gguf_file import GgufReport, Say, gguf_package, model_folder, write_gguf
 
 CHILD = [sys.executable, "-m", "zephyr_lite.export.llama_child"]
 # what tokenizers disagree on: contractions, digits, runs of spaces, line ends, other scripts, code
@@ -53,7 +53,9 @@ def find_quantizer(given: Path | None = None) -> list[str]:
     )
 
 
-def write_q4_k_m(folder: str | Path, out: str | Path, *, llama_quantize: Path | None = None) -> GgufReport:
+def write_q4_k_m(
+    folder: str | Path, out: str | Path, *, llama_quantize: Path | None = None, say: Say = lambda line: None
+) -> GgufReport:
     """Write a model's folder as a GGUF file in Q4_K_M: in F16 first, beside ``out``, and from that by llama.cpp.
 
     Raises:
@@ -70,7 +72,8 @@ def write_q4_k_m(folder: str | Path, out: str | Path, *, llama_quantize: Path | 
     check_room(out.absolute().parent, int(size * 1.3), "the file in F16 and the one in Q4_K_M")
     half, aside = (out.with_name(f".{out.name}.{token_hex(4)}") for _ in range(2))
     try:
-        report = write_gguf(folder, half, "f16")
+        report = write_gguf(folder, half, "f16", say=say)
+        say("llama.cpp quantizes it")
         done = subprocess.run([*quantizer, str(half), str(aside), "Q4_K_M"], capture_output=True, check=False)
         if done.returncode or not aside.is_file():
             last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-3:]

@@ -1,7 +1,7 @@
 """Runs llama.cpp in a process of its own: it ends a process where it does not like a file, and writes on standard error.
 
-    python -m zephyr_lite.export.llama_child quantize IN OUT TYPE
-    python -m zephyr_lite.export.llama_child tokenize FILE     (texts as a JSON list on standard input, ids on output)
+python -m zephyr_lite.export.llama_child quantize IN OUT TYPE
+python -m zephyr_lite.export.llama_child tokenize FILE     (texts as a JSON list on standard input, ids on output)
 """
 
 from __future__ import annotations

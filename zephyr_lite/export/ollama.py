@@ -1,0 +1,236 @@
+"""An Ollama Modelfile: the chat template in Go's language, where answers end, and which GGUF file it is for.
+
+Ollama does not read Jinja from a GGUF file. So the chat template is rendered with known turns, taken apart, put together
+again from its parts, and compared on other conversations; one that is not made of turns in a row is refused.
+
+Source: docs.ollama.com/modelfile and docs.ollama.com/template.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data.chat import ChatTemplate
+from ..data.formats import Message, RowError
+from ..errors import UserError
+from ..files import make_folder, write_text
+from ..live import template_of_folder
+from ..model.load import read_model_config
+from ..model.tokenizer import load_tokenizer
+from .gguf_file import end_ids, gguf_package, model_folder
+
+Render = Callable[[list[Message], bool], str]
+ROLES = ("system", "user", "assistant")
+TEMPERATURE = 0.7
+
+
+@dataclass
+class Turns:
+    """A chat template taken apart: ``head``, then every turn between its role's texts, then ``prompt``.
+
+    Attributes:
+        head: what a conversation begins with: BOS, or nothing.
+        unsaid: what stands in place of a system turn where none comes first.
+        before, after: role → what stands around its text.
+        prompt: what the model is asked to go on from.
+        notes: what Go's template does otherwise.
+    """
+
+    head: str
+    unsaid: str
+    before: dict[str, str]
+    after: dict[str, str]
+    prompt: str
+    notes: list[str] = field(default_factory=list)
+
+    def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        """The text of a conversation, from the parts."""
+        text = self.head + (self.unsaid if messages[0]["role"] != "system" else "")
+        for message in messages:
+            text += self.before[message["role"]] + message["content"] + self.after[message["role"]]
+        return text + (self.prompt if add_generation_prompt else "")
+
+    def go(self) -> str:
+        """The same as a Go template over ``.Messages``."""
+        unsaid = (
+            f'{{{{ if and (eq $i 0) (ne .Role "system") }}}}{_literal(self.unsaid)}{{{{ end }}}}' if self.unsaid else ""
+        )
+        turns = ""
+        for place, role in enumerate(ROLES):
+            turns += f'{{{{ {"else if" if place else "if"} eq .Role "{role}" }}}}'
+            turns += f"{_literal(self.before[role])}{{{{ .Content }}}}{_literal(self.after[role])}"
+        return (
+            f"{_literal(self.head)}{{{{ range $i, $_ := .Messages }}}}{unsaid}{turns}{{{{ end }}}}{{{{ end }}}}"
+            f"{_literal(self.prompt)}"
+        )
+
+
+def _literal(text: str) -> str:
+    """A text in a Go template, in a Modelfile's triple quotes: what either of them reads otherwise is a Go string."""
+    return re.sub(r'\{\{|\}\}|"""', lambda found: "{{ " + json.dumps(found[0]) + " }}", text)
+
+
+def take_apart(render: Render, bos: str | None) -> Turns:
+    """The parts of a chat template.
+
+    Args:
+        render: (messages, add_generation_prompt) → text.
+        bos: the tokenizer's BOS.
+
+    Raises:
+        UserError: the template is not made of turns in a row.
+    """
+    asked, told, more, rule = "a question QAQ", "an answer WAW", "another question QBQ", "a rule SAS"
+    user, again = ({"role": "user", "content": text} for text in (asked, more))
+    answer, system = {"role": "assistant", "content": told}, {"role": "system", "content": rule}
+    start, after_user = _around(render([user], False), asked)
+    whole = render([user, answer, again], False)
+    between = _between(whole, asked, told)
+    _, after_answer = _around(render([user, answer], False), told)
+    before_answer = _without_start(between, after_user)
+    before_user = _without_start(_between(whole, told, more), after_answer)
+    with_system = render([system, user], False)
+    system_start, _ = _around(with_system, rule)
+    after_system = _without_end(_between(with_system, rule, asked), before_user)
+    start = _without_end(start, before_user)
+    head = bos if bos and start.startswith(bos) and system_start.startswith(bos) else ""
+    turns = Turns(
+        head,
+        start.removeprefix(head),
+        {"system": system_start.removeprefix(head), "user": before_user, "assistant": before_answer},
+        {"system": after_system, "user": after_user, "assistant": after_answer},
+        _without_start(render([user], True), render([user], False)),
+    )
+    plain = [
+        [
+            user,
+            answer,
+            again,
+            {"role": "assistant", "content": "x\n\ny"},
+            {"role": "user", "content": "z {{ .Role }} #"},
+        ],
+        [system, user, answer, again],
+        [{"role": "user", "content": "line one\nline two"}],
+    ]
+    for messages in plain:
+        for prompt in (False, True):
+            if turns.render(messages, prompt) != render(messages, prompt):
+                raise _refused(f"{len(messages)} turns come out otherwise than one by one")
+    spaced: list[Message] = [{"role": "user", "content": " spaced \n"}]
+    if turns.render(spaced, True) != render(spaced, True):
+        turns.notes.append("the chat template strips white space around a turn's text, Ollama leaves it")
+    return turns
+
+
+def _around(text: str, content: str) -> tuple[str, str]:
+    if text.count(content) != 1:
+        raise _refused(f"a turn's text stands in it {text.count(content)} times")
+    before, _, after = text.partition(content)
+    return before, after
+
+
+def _between(text: str, first: str, second: str) -> str:
+    return _around(_around(text, first)[1], second)[0]
+
+
+def _without_start(text: str, start: str) -> str:
+    if not text.startswith(start):
+        raise _refused(f"{start!r} ends a turn only sometimes")
+    return text[len(start) :]
+
+
+def _without_end(text: str, end: str) -> str:
+    if not text.endswith(end):
+        raise _refused(f"{end!r} begins a user's turn only sometimes")
+    return text[: len(text) - len(end)]
+
+
+def _refused(why: str) -> UserError:
+    return UserError(
+        f"the chat template is not made of turns in a row ({why}), so it cannot be written for Ollama.",
+        "zephyr, chatml and llama3 can. llama.cpp's llama-server reads the template of the GGUF file as it is.",
+    )
+
+
+def turns_of(template: ChatTemplate) -> Turns:
+    """The parts of a model's chat template.
+
+    Raises:
+        UserError: as ``take_apart``; the template refuses plain turns.
+    """
+    try:
+        return take_apart(lambda messages, prompt: template.render(messages, prompt)[0], template.tokenizer.bos_token)
+    except RowError as error:
+        raise _refused(str(error)) from None
+
+
+def write_modelfile(
+    folder: str | Path, gguf: Path, out: Path, *, temperature: float = TEMPERATURE, chat_template: str | None = None
+) -> list[str]:
+    """Write a Modelfile for a GGUF file of a model's folder.
+
+    Args:
+        folder: the model's, whose chat template it is.
+        gguf: the file that it was exported to.
+        out: the Modelfile.
+        temperature: what Ollama samples with by default.
+        chat_template: instead of the folder's own, as the configuration's key.
+
+    Returns:
+        lines for the console.
+    Raises:
+        UserError: a missing file; another model's GGUF file; a template that cannot be written for Ollama.
+    """
+    folder = model_folder(folder)
+    if not gguf.is_file():
+        raise UserError(f"{gguf}: no such file.", f"Make it first: zephyr-lite export gguf {folder}")
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder.", f"Name the file: --out {out / 'Modelfile'}")
+    tokenizer = load_tokenizer(folder)
+    template = template_of_folder(folder, tokenizer, chat_template)
+    turns = turns_of(template)
+    _check_file(gguf, folder, template, turns)
+    ids = list(dict.fromkeys([*template.end_token_ids, *end_ids(folder, read_model_config(folder))]))
+    stops = [str(tokenizer.convert_ids_to_tokens(index)) for index in ids]
+    # relative to the Modelfile, as Ollama reads it; without a leading dot it would be a model's name
+    place = os.path.relpath(gguf.resolve(), out.absolute().parent.resolve()).replace(os.sep, "/")
+    lines = [
+        f"FROM {place if place.startswith('../') else f'./{place}'}",
+        f'TEMPLATE """{turns.go()}"""',
+        *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops),
+        f"PARAMETER temperature {temperature:g}",
+    ]
+    make_folder(out.parent)
+    write_text(out, "\n".join(lines) + "\n")
+    return [
+        f"{out}: for {gguf}; answers end at {', '.join(stops)}",
+        *(f"note: {note}" for note in turns.notes),
+        f"Next: ollama create {re.sub('[^a-z0-9._-]+', '-', folder.resolve().name.lower())} -f {out}",
+    ]
+
+
+def _check_file(path: Path, folder: Path, template: ChatTemplate, turns: Turns) -> None:
+    """The GGUF file is of this model, and nobody adds a BOS to the one that the template writes.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        fields = gguf_package().GGUFReader(path).fields
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        raise UserError(f"{path}: is no GGUF file that can be read: {error}.", "Export it again.") from None
+
+    def value(key: str) -> Any:
+        return fields[key].contents() if key in fields else None
+
+    again = f"Export it again: zephyr-lite export gguf {folder}"
+    if value("tokenizer.chat_template") != template.text:
+        raise UserError(f"{path}: has another chat template than {folder}.", again)
+    if turns.head and value("tokenizer.ggml.add_bos_token") is not False:
+        raise UserError(f"{path}: has a server add BOS, which the template writes too: it would stand twice.", again)

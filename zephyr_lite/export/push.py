@@ -1,0 +1,165 @@
+"""A folder in a repository of the hub: what belongs to a model, in one commit, after its list was shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from ..errors import UserError
+from ..merge.base_files import TOKENIZER_FILES
+from ..merge.weights import MARK
+from ..redact import find_secret, redact_shown
+from .card import CARD, PLOTS
+from .facts import MEASURE
+
+Say = Callable[[str], None]
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# everything else stays here: checkpoints, logs, and whatever else lies beside a model
+_BELONGS = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES,
+    "additional_chat_templates/*.jinja", "adapter_config.json", "*.gguf", "Modelfile", CARD, f"{PLOTS}/*.png",
+    "LICENSE*", "NOTICE*", "USE_POLICY*", MARK, MEASURE,
+)  # fmt: skip
+_TEXT_BYTES = 2**20  # tokenizer.json is larger, and no place where a key gets in
+
+
+@dataclass
+class Upload:
+    """What goes where.
+
+    Attributes:
+        files: path in the repository → file.
+        left_out: names of what does not belong to a model.
+        notes: what to look at first.
+    """
+
+    folder: Path
+    repo: str
+    files: dict[str, Path] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files.values())
+
+    def lines(self) -> list[str]:
+        """For the console."""
+        sizes = [(name, path.stat().st_size) for name, path in self.files.items()]
+        width = max(len(name) for name, _ in sizes)
+        shown = [f"  {name:<{width}}  {_size(size):>10}" for name, size in sizes]
+        left = f"left out: {', '.join(self.left_out[:8])}{' …' if len(self.left_out) > 8 else ''}"
+        return [
+            f"{self.repo}: {len(sizes)} files, {_size(self.bytes)}",
+            *shown,
+            *([left] if self.left_out else []),
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+
+def prepare(folder: str | Path, repo: str) -> Upload:
+    """Choose the files of a model's or an adapter's folder.
+
+    Raises:
+        UserError: the folder holds neither; ``repo`` is no repository's name; a file holds a secret of this machine's.
+    """
+    folder = Path(folder).expanduser()
+    if not _REPO.fullmatch(repo):
+        raise UserError(f"{repo}: is no repository's name.", "Write OWNER/NAME.")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder.", "Give the folder that merge made.")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(
+            f"{folder}: holds neither a model nor an adapter.",
+            "Give the folder that merge made; a run is not published.",
+        )
+    upload = Upload(folder, repo)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            continue
+        # a link could lead to anything of this machine's
+        if path.is_symlink() or not path.is_file() or not any(_matches(name, pattern) for pattern in _BELONGS):
+            upload.left_out.append(name)
+            continue
+        upload.files[name] = path
+        _look_for_secrets(path)
+    if not any(name.endswith((".safetensors", ".gguf")) for name in upload.files):
+        raise UserError(f"{folder}: has no weights in safetensors or GGUF.", "Give the folder that merge made.")
+    if CARD not in upload.files:
+        upload.notes.append(f"there is no {CARD}; zephyr-lite export card {folder} writes one")
+    mark = folder / MARK
+    if mark.is_file() and re.search(r'"(?:path|name_or_path)": "(?:/|~|[A-Za-z]:)', mark.read_text(encoding="utf-8")):
+        upload.notes.append(f"{MARK} names folders of this machine")
+    return upload
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A pattern without a slash is for files of the folder itself: those of a checkpoint in it have the same names."""
+    return name.count("/") == pattern.count("/") and Path(name).match(pattern)
+
+
+def _look_for_secrets(path: Path) -> None:
+    if path.suffix not in (".json", ".jinja", ".md", ".txt", "") or path.stat().st_size > _TEXT_BYTES:
+        return
+    if found := find_secret(path.read_text(encoding="utf-8", errors="replace")):
+        raise UserError(f"{path}: holds {found}.", "Take it out before anybody sees it.")
+
+
+def push(upload: Upload, *, private: bool = False, say: Say = lambda line: None) -> None:
+    """Upload in one commit; the repository is made where it is not there yet.
+
+    Args:
+        private: make it a private one.
+
+    Raises:
+        UserError: no token, the hub is switched off, not permitted, no connection; or ``private``, and the repository is
+            there and public.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{upload.repo}: HF_HUB_OFFLINE is set.", "Unset it to upload.")
+    if get_token() is None:
+        raise UserError(
+            f"{upload.repo}: there is no token of the hub.", "Run `hf auth login`, or set HF_TOKEN (with write access)."
+        )
+    api = HfApi()
+    try:
+        try:
+            public = not api.repo_info(upload.repo).private
+        except RepositoryNotFoundError:
+            api.create_repo(upload.repo, private=private, exist_ok=True)
+            public = not private
+        if private and public:
+            raise UserError(
+                f"{upload.repo}: is there already, and public.", "Make it private in its settings, or name another."
+            )
+        operations = [CommitOperationAdd(name, str(path)) for name, path in upload.files.items()]
+        api.create_commit(upload.repo, operations, commit_message="A model of zephyr-lite")
+    except (
+        HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError
+    ) as error:  # fmt: skip
+        what = redact_shown(" ".join(str(error).split())[:300]) or type(error).__name__
+        raise UserError(
+            f"{upload.repo}: {what}",
+            "Nothing was published. Log in (hf auth login) or mend the connection, and run the same command.",
+        ) from None
+    say(f"{upload.repo}: uploaded{'' if public else ', private'}; https://huggingface.co/{upload.repo}")
+
+
+def _size(size: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"

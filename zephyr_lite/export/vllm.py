@@ -1,0 +1,94 @@
+"""What vLLM asks of a folder that it serves: a whole model, or an adapter on a base.
+
+Source: docs.vllm.ai, engine arguments and LoRA adapters (its configuration's ``MaxLoRARanks``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..merge.base_files import GENERATION
+from ..model.load import read_model_config
+from ..model.peft_files import read_adapter
+from ..model.shards import open_shards
+from ..model.tokenizer import check_vocabulary, load_tokenizer
+from ..strict_json import read_object
+from .gguf_file import end_ids, model_folder
+
+# the values that --max-lora-rank takes
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def check_model(folder: str | Path) -> list[str]:
+    """What would go wrong when vLLM serves a model's folder; empty where nothing would.
+
+    Raises:
+        UserError: the folder holds no model, or a file of it is broken.
+    """
+    folder = model_folder(folder)
+    config = read_model_config(folder, any_family=True)
+    open_shards(folder)
+    faults = []
+    if not config.architectures:
+        faults.append("config.json names no architectures: vLLM does not know which model to build")
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, config.vocab_size, folder)
+    if not tokenizer.chat_template:
+        faults.append("the tokenizer has no chat template: /v1/chat/completions refuses every request")
+    if not (folder / GENERATION).is_file():
+        faults.append(f"there is no {GENERATION}: answers end at config.json's eos_token_id only")
+    elif not end_ids(folder, config):
+        faults.append(f"{GENERATION} and config.json name no eos_token_id: answers never end")
+    return faults
+
+
+def serve_model(folder: str | Path) -> str:
+    """The command line that serves a model's folder."""
+    return f"vllm serve {folder} --served-model-name {Path(folder).resolve().name}"
+
+
+def lora_rank(rank: int) -> int:
+    """The least ``--max-lora-rank`` for an adapter of this rank.
+
+    Raises:
+        UserError: vLLM takes none that large.
+    """
+    for allowed in LORA_RANKS:
+        if rank <= allowed:
+            return allowed
+    raise UserError(
+        f"the adapter's rank is {rank}, and vLLM serves adapters up to {LORA_RANKS[-1]}.",
+        "Serve the merged model instead: zephyr-lite merge --out model/",
+    )
+
+
+def serve_adapter(folder: str | Path) -> str:
+    """The command line that serves a PEFT adapter (``merge --adapter-only``) on its base.
+
+    Raises:
+        UserError: it is no adapter, or one that vLLM serves wrongly or not at all.
+    """
+    adapter = read_adapter(Path(folder))
+    config: dict[str, Any] = read_object(adapter.path / "adapter_config.json")
+    ranks = {name: weights.rank for name, weights in adapter.modules.items()}
+    whole = float(config["lora_alpha"]) / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    other = sorted(n for n, weights in adapter.modules.items() if abs(weights.scale - whole) > 1e-6 * abs(whole))
+    if other:
+        raise UserError(
+            f"{folder}: scales {other[0]} by {adapter.modules[other[0]].scale:g} and others by {whole:g}; vLLM knows one "
+            "scale for an adapter.",
+            "zephyr-lite merge --adapter-only writes the chain with the scale 1 everywhere.",
+        )
+    if any(name.rpartition(".")[2] in ("lm_head", "embed_tokens") for name in ranks):
+        raise UserError(
+            f"{folder}: changes the embeddings or the output head, which vLLM does not serve as an adapter.",
+            "Serve the merged model instead: zephyr-lite merge --out model/",
+        )
+    base = config.get("base_model_name_or_path")
+    name = Path(folder).resolve().name
+    return (
+        f"vllm serve {base} --enable-lora --lora-modules {name}={folder} --max-lora-rank {lora_rank(max(ranks.values()))} "
+        f"--chat-template {Path(folder) / 'chat_template.jinja'}"
+    )
