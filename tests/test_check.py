@@ -279,3 +279,16 @@ def test_products_are_compared_without_being_formed():
     wanted = right.norm() / (third["m"].scale * third["m"].b @ third["m"].a).norm()
     assert product_distance(one, third) == pytest.approx(float(wanted), rel=1e-5)
     assert product_distance(one, one) == 0
+
+
+def test_a_bos_that_begins_every_turn_is_none(tiny_base, chat_rows, run, tmp_path):
+    """SmolLM2's and Qwen's tokenizers call <|im_start|> their BOS."""
+    shutil.copytree(run / "sft/adapter", tmp_path / "a")
+    tokenizer = load_tokenizer(tmp_path / "a")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "a")
+    request = Request(str(tmp_path / "a"), rows=str(chat_rows), load_in_4bit=False)
+    assert [f for f in found(request, "bos") if "beside the tokens of its turns" in f[1]]

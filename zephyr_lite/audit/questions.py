@@ -35,6 +35,13 @@ Say = Callable[[str], None]
 NEVER, HARDLY = 0.02, 0.1
 # nats a token by which another template has to be the better one
 OTHER_TEMPLATE = 0.02
+_MODELS = {
+    "base": "the bare base",
+    "start": "what it started from",
+    "below": "what lies below it",
+    "policy": "with it",
+    "alone": "it alone on the bare base",
+}
 _QUESTION: Messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
@@ -156,7 +163,9 @@ def _template(subject: Subject, templates: dict[str, ChatTemplate], rows: list[M
 
 
 def _below(subject: Subject, sums: dict[str, RowSums], found: Audit) -> None:
-    told = [f"{name}: {s.loss:.4f} nats a token" for name, s in sums.items()]
+    told = list({id(s): f"{_MODELS[name]}: {s.loss:.4f} nats a token" for name, s in reversed(sums.items())}.values())[
+        ::-1
+    ]
     if "alone" in sums:
         lost = gap(sums["policy"], sums["alone"])
         if lost.clear:
@@ -205,12 +214,14 @@ def _bos(
 ) -> None:
     tokenizer = template.tokenizer
     bos = tokenizer.bos_token_id
-    if bos is None or bos == tokenizer.eos_token_id:
-        found.add("bos", Level.right, "its tokenizer has no BOS of its own, so none can stand twice")
-        return
     text = template.render(_QUESTION)[0]
-    again = list(tokenizer(text)["input_ids"]).count(bos)
     right = 1 if template.bos_token_id is not None else 0
+    written = list(tokenizer(text, add_special_tokens=False)["input_ids"]).count(bos)
+    if bos is None or bos == tokenizer.eos_token_id or written > right:
+        # ChatML's tokenizers name <|im_start|> as BOS, which begins every turn
+        found.add("bos", Level.right, "it has no BOS beside the tokens of its turns, so none can stand twice")
+        return
+    again = next((n for n, token in enumerate(tokenizer(text)["input_ids"]) if token != bos), 0)
     examples, ends = examples_of(template, rows), template.end_token_ids
     told, wrong = [], []
     for count in {0, 1, 2} - {right}:
