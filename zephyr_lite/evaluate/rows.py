@@ -61,6 +61,7 @@ def held_out(
     data: str | None = None,
     split: str | None = None,
     limit: int | None = None,
+    max_length: int | None = None,
     say: Say = lambda line: None,
 ) -> HeldOut:
     """Rows to judge the models of a chain on.
@@ -73,6 +74,7 @@ def held_out(
             of another stage of the same run.
         split: of ``data``.
         limit: so many rows of each data set, by a draw seeded as the stage is.
+        max_length: shorter than the stage's.
 
     Raises:
         UserError: nothing is held out and no data is given; the rows cannot be read.
@@ -94,6 +96,8 @@ def held_out(
     if limit is not None:
         specs = [spec.model_copy(update={"limit": min(limit, spec.limit or limit)}) for spec in specs]
     config = config or RunConfig.model_validate({"max_length": DPO_DEFAULTS["max_length"]} if method == "dpo" else {})
+    if max_length is not None:
+        config = config.model_copy(update={"max_length": min(max_length, config.max_length)})
     prepared = prepare(specs, method, config, template, what="held-out")
     return HeldOut(method, origin, specs, config, stage, prepared)
 

@@ -1,7 +1,8 @@
 """Does the merged folder say what the live stack said? Log-probabilities from the folder, by plain transformers."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,28 +47,23 @@ def compare_logps(live: Sequence[Tensor], merged: Sequence[Tensor]) -> LogpDiffe
     return LogpDifference(float(gaps.mean()), float(gaps.max()), gaps.numel())
 
 
-@torch.no_grad()
-def folder_logps(
+@contextmanager
+def open_folder(
     folder: str | Path,
-    rows: Sequence[Sequence[int]],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
     memory: int | None = None,
-) -> list[Tensor]:
-    """Per-token log-probabilities of a model folder, loaded with plain transformers.
+) -> Iterator[Any]:
+    """A model folder, loaded with plain transformers, for as long as the block runs.
 
     What does not fit in the free memory stays on the disk and is read layer by layer (accelerate's offload), so that
     the check runs on the machine that merged.
 
     Args:
-        rows: token ids, each row at least 2 long.
         device: where to compute.
-        dtype: to load in; the log-softmax is float32 whatever it is.
+        dtype: to load in.
         memory: bytes to use at most; None: what is free.
-
-    Returns:
-        For each row float32 [T - 1] on the CPU: log p of tokens 1 … T-1.
     """
     folder, device = Path(folder), torch.device(device)
     with tempfile.TemporaryDirectory(prefix="zephyr-lite-") as offload:
@@ -78,13 +74,34 @@ def folder_logps(
             trust_remote_code=False,
             **_placement(folder, device, dtype, memory, offload),
         ).eval()
-        result = []
+        yield model
+        del model
+
+
+@torch.no_grad()
+def folder_logps(
+    folder: str | Path,
+    rows: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    memory: int | None = None,
+) -> list[Tensor]:
+    """Per-token log-probabilities of a model folder (``open_folder``); the log-softmax is float32 whatever the dtype.
+
+    Args:
+        rows: token ids, each row at least 2 long.
+
+    Returns:
+        For each row float32 [T - 1] on the CPU: log p of tokens 1 … T-1.
+    """
+    result = []
+    with open_folder(folder, device, dtype, memory=memory) as model:
         for row in rows:
             ids = torch.tensor([list(row)], device=device)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             chosen = logits.gather(1, ids[0, 1:, None].to(logits.device))[:, 0]
             result.append((chosen - logits.logsumexp(dim=-1)).cpu())
-        del model
     return result
 
 

@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import gc
-import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor
 
-from ..config import RunConfig, read_dumped
-from ..data.batch import collate_conversations
-from ..data.chat import ChatTemplate, Example, resolve_template
-from ..data.prepare import prepare
-from ..demo import CONVERSATIONS_TEST
+from ..data.chat import resolve_template
 from ..errors import UserError
-from ..model.adapters import AdapterStack, resolve_frozen_names
+from ..files import folder_aside, sweep, write_json
 from ..model.chain import Chain, chain_of_adapters, chain_of_run
-from ..model.decoder import Decoder
-from ..model.load import (
-    FAMILIES,
-    Base,
-    compute_device,
-    compute_dtype,
-    fetch_base,
-    fingerprint,
-    load_base,
-    load_tokenizer,
-)
+from ..model.load import compute_device, compute_dtype, fetch_base, fingerprint, load_tokenizer
 from ..model.peft_config import other_base
-from ..rundir import StageDir
+from ..rundir import read_json
 from ..stage_info import check_rendering
-from .check import LogpDifference, compare_logps, folder_logps
-from .weights import MergeReport, adapter_only, merge
+from .measure import CHECK_ROWS, MEASURE_ROWS, MergeMeasure, measure
+from .weights import MARK, MergeReport, adapter_only, merge
 
 Say = Callable[[str], None]
-CHECK_ROWS = 4
-CHECK_TOKENS = 256  # of each row
+Way = Literal["base", "nf4"]
 
 
 def run_merge(
@@ -50,12 +31,14 @@ def run_merge(
     stage: str | None = None,
     adapters: Sequence[str] = (),
     base: str | None = None,
-    onto: Literal["base", "nf4"] = "base",
+    onto: Way = "base",
     as_adapter: bool = False,
     overwrite: bool = False,
     check: bool = True,
+    both: bool = False,
+    rows: int | None = None,
     say: Say = print,
-) -> LogpDifference | None:
+) -> MergeMeasure | None:
     """Merge a run's chain, or explicit adapters, into ``out``.
 
     Args:
@@ -63,17 +46,27 @@ def run_merge(
         adapters, base: instead of a run, from the bottom up.
         onto, overwrite: see ``merge.merge``.
         as_adapter: write one PEFT adapter instead of a model.
-        check: compare the result with the live stack.
+        check: compare the result with the live stack, and keep what was found in the folder's zephyr_lite.json.
+        both: measure the other way of merging too; its folder is removed again.
+        rows: held-out conversations to measure on; None: few for a check, more for ``both``.
+
     Returns:
         the comparison, where there was one.
+
     Raises:
         UserError: nothing to merge, a chain that is not what the stage was finished with, another base, an ``out``
             that is not ours.
     """
+    out = out.expanduser()
     if adapters and (run is not None or stage is not None):
         raise UserError("--adapter names the chain itself; --run and --stage name one too.", "Give one or the other.")
     if base is not None and not adapters:
         raise UserError("--base goes with --adapter; a run knows its own.", "Leave --base out, or name the adapters.")
+    if both and (as_adapter or not check):
+        raise UserError(
+            f"--measure compares merged models; {'--adapter-only makes none' if as_adapter else '--no-check forbids it'}.",
+            "Give one of the two.",
+        )
     chain = chain_of_adapters(list(adapters), base) if adapters else chain_of_run(run, stage=stage)
     name = chain.base["name_or_path"]
     where = f"{chain.run}, stage {chain.stage}" if chain.run is not None else "explicit adapters"
@@ -101,23 +94,60 @@ def run_merge(
             f"{folder}: is not the model that the stage was trained on (its files changed since).",
             "Restore it, or merge the adapters explicitly (--adapter, --base).",
         )
-    report = _merge(chain, folder, out, onto, overwrite, say)
-    for line in report.lines():
+
+    def merged(where: Path, way: Way) -> MergeReport:
+        return _merge(chain, folder, where, way, overwrite, say)
+
+    for line in merged(out, onto).lines():
         say(line)
     if not check:
         return None
-    difference = check_merged(chain, out, say=say)
-    say(difference.line())
+    found = _measured(chain, out, onto, merged, rows or MEASURE_ROWS, say) if both else None
+    if found is None:
+        found = measure(chain, {onto: out}, rows=rows or CHECK_ROWS, say=say)
+    write_json(out / MARK, {**(read_json(out / MARK) or {}), "measured": found.as_dict()})
+    say(found.ways[onto].logps.line())
+    for line in found.lines():
+        say(line)
     if onto == "base" and chain.base.get("load_in_4bit", True):
         say(
-            "(live is in 4 bits, merged is not: this is mostly the base's rounding; --onto nf4 keeps what training saw)"
+            "(live is in 4 bits, merged is not: this is mostly the base's rounding; --onto nf4 keeps what training saw"
+            + (")" if both else ", --measure compares the two)")
         )
-    return difference
+    return found
 
 
-def _merge(
-    chain: Chain, folder: Path, out: Path, onto: Literal["base", "nf4"], overwrite: bool, say: Say
-) -> MergeReport:
+def _measured(
+    chain: Chain, out: Path, onto: Way, merged: Callable[[Path, Way], MergeReport], rows: int, say: Say
+) -> MergeMeasure | None:
+    """Both ways: the other one is merged beside ``out``, measured, and removed, however this ends. None where the other
+    way is none: the base was not trained in 4 bits."""
+    other: Way = "nf4" if onto == "base" else "base"
+    if not chain.base.get("load_in_4bit", True):
+        say(f"trained on the base in 16 bits: --onto {other} would be another model, and is not measured")
+        return None
+    target = out.with_name(f"{out.name}.measure")
+    sweep(target.parent, target.name)
+    found: MergeMeasure | None = None
+    with suppress(_Done), folder_aside(target) as aside:
+        try:
+            merged(aside / other, other)
+        except UserError as error:  # no room, or a base whose 16-bit weights are not there
+            found = measure(chain, {onto: out}, rows=rows, say=say)
+            found.missing[other] = error.message
+        else:
+            # base first, whichever was asked for
+            folders = {way: out if way == onto else aside / other for way in ("base", "nf4")}
+            found = measure(chain, folders, rows=rows, say=say)
+        raise _Done
+    return found
+
+
+class _Done(Exception):
+    """The folder beside has served its purpose."""
+
+
+def _merge(chain: Chain, folder: Path, out: Path, onto: Way, overwrite: bool, say: Say) -> MergeReport:
     told = 0
 
     def progress(done: int, total: int) -> None:
@@ -137,75 +167,6 @@ def _merge(
         lineage=chain.lineage(),
         overwrite=overwrite,
         progress=progress,
-    )
-
-
-def check_merged(chain: Chain, merged: Path, *, say: Say = print) -> LogpDifference:
-    """Log-probabilities of a few rows: the base as the stage trained on it with the chain live on it, and ``merged``.
-
-    The rows are the stage's held-out ones, or the demo's where the stage's cannot be read any more.
-    """
-    base = load_base(_base_config(chain))
-    template = resolve_template("auto", load_tokenizer(chain.tokenizer_from or base.path))
-    rows = _rows(chain, template, say)
-    live = live_logps(base, chain, rows)
-    device, dtype = base.device, base.dtype
-    del base
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return compare_logps(live, folder_logps(merged, rows, device, dtype))
-
-
-@torch.no_grad()
-def live_logps(base: Base, chain: Chain, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Per-token log-probabilities with every adapter of the chain frozen on the base: float32 [T - 1] for each row."""
-    stack = AdapterStack(base.model)
-    for name, adapter in zip(resolve_frozen_names([a.path for a in chain.adapters]), chain.adapters):
-        stack.add_frozen(name, adapter)
-    head = stack.base.get_output_embeddings()
-    if base.model.config.model_type not in FAMILIES or isinstance(head, LoraLayer):  # trained by another engine
-        return [_plain_logps(stack.model, row, base.device) for row in rows]
-    decoder = Decoder(stack, base.dtype)
-    result = []
-    for place, row in enumerate(rows):
-        example = Example(np.asarray(row, dtype=np.int32), np.ones(len(row), dtype=bool), "", place)
-        result.append(decoder.token_logps(collate_conversations([example]).to(decoder.device)).float().cpu())
-    return result
-
-
-def _plain_logps(model: Any, row: Sequence[int], device: torch.device) -> Tensor:
-    ids = torch.tensor([list(row)], device=device)
-    logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    return logps.gather(1, ids[0, 1:, None])[:, 0].cpu()
-
-
-def _rows(chain: Chain, template: ChatTemplate, say: Say) -> list[list[int]]:
-    if chain.run is not None and chain.stage is not None:
-        stored = StageDir(chain.run / chain.stage).config
-        try:
-            config = RunConfig.model_validate(read_dumped(stored))
-            specs = (config.eval_dataset or config.dataset)[:1]
-            few = [spec.model_copy(update={"limit": CHECK_ROWS, "weight": 1.0}) for spec in specs]
-            method = chain.info.get("method", "sft")
-            examples = list(prepare(few, method, config, template, what="check").examples)
-            whole = [e.ids if method == "sft" else np.concatenate([e.prompt_ids, e.chosen_ids]) for e in examples]
-            return [ids[:CHECK_TOKENS].tolist() for ids in whole]
-        except (UserError, OSError, ValueError) as error:
-            say(f"the stage's rows cannot be read for the check ({str(error).splitlines()[0]}); taking the demo's")
-    lines = CONVERSATIONS_TEST.read_text(encoding="utf-8").splitlines()[:CHECK_ROWS]
-    encoded = [template.encode(json.loads(line)["messages"], "all")[0] for line in lines]
-    return [ids[:CHECK_TOKENS].tolist() for ids in encoded]
-
-
-def _base_config(chain: Chain) -> RunConfig:
-    described = chain.base
-    return RunConfig(
-        model_name_or_path=described["name_or_path"],
-        model_revision=described.get("revision", "main"),
-        load_in_4bit=described.get("load_in_4bit", True),
-        bnb_4bit_use_double_quant=described.get("double_quant", True),
-        engine=chain.info.get("engine", "fused"),
     )
 
 
