@@ -22,7 +22,7 @@ from .talk_screen import Screen
 PROMPT, MORE = "> ", "… "
 BLOCK = '"""'  # begins and ends a question of several lines
 HELP = (
-    ("/system TEXT", "set the system turn; /system alone shows it, /system none removes it"),
+    ("/system TEXT", "set the system turn; none: remove it; alone: show it"),
     ("/temperature X", "0 is greedy; alone: show it"),
     ("/top-p X", "draw from the likeliest tokens of this probability"),
     ("/max-new-tokens N", "an answer's length at most"),
@@ -32,7 +32,7 @@ HELP = (
     ("/retry", "ask it again, with other draws"),
     ("/reset", "begin a new conversation"),
     ("/history", "what was said so far"),
-    ("/save FILE", "add the conversation to a JSONL file that `zephyr-lite sft dataset.path=FILE` trains on"),
+    ("/save FILE", "add the conversation to a JSONL file, as `sft` reads it"),
     ("/model NAME", "go on with another model of the run"),
     ("/exit", "end, as Ctrl-D does"),
 )
@@ -272,7 +272,8 @@ class Talk:
     def _help(self, _: str) -> None:
         for name, what in HELP:
             self._console.say(f"{name:<19}{what}")
-        self._console.say(f"{BLOCK:<19}begins and ends a question of several lines; Ctrl-C ends an answer")
+        self._console.say(f"{'Ctrl-C':<19}end an answer; twice: the session")
+        self._console.say(f"{BLOCK:<19}begins and ends a question of several lines")
 
     def _number(self, name: str, given: str) -> None:
         key, kind = NUMBERS[name]
