@@ -275,7 +275,7 @@ def _limits(facts: Facts, license: str | None) -> Iterator[str]:
         "It knows no more languages and facts than its base; a smaller data set changes how it answers rather than what it knows.",
     ]
     if not facts.results:
-        told.append("Nothing but the numbers above was measured: no benchmark, no human preference.")
+        told.append("No benchmark was run on it, and nobody compared its answers.")
     if not license:
         told.append("No licence is stated: the base's and the data sets' terms hold.")
     yield "\n".join(f"- {line}" for line in told)
