@@ -25,6 +25,12 @@ _KEYS = (
     "batch_size", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "optim",
     "weight_decay", "max_grad_norm", "loss_on", "seed",
 )  # fmt: skip
+_MEASURED = {
+    "kl": "KL(live ‖ merged), nats a token",
+    "top1_agreement": "same likeliest token",
+    "loss": "held-out loss, nats a token",
+    "loss_minus_live": "minus the live stack's",
+}
 _DPO_KEYS = ("max_prompt_length", "beta", "loss_type", "label_smoothing")
 
 
@@ -251,8 +257,21 @@ def _merge(facts: Facts) -> Iterator[str]:
     onto = {"base": "the base in its own precision", "nf4": "the base as NF4 rounded it, which is what training saw"}
     yield "## Merge"
     yield f"The adapters were merged onto {onto.get(str(facts.mark.get('onto')), str(facts.mark.get('onto')))}."
-    if found := list(leaves(facts.measure)):
-        yield _table(["measured on held-out rows", ""], [[key, value] for key, value in found])
+    models = {"live": "live stack", "base": "merged onto base", "nf4": "merged onto nf4"}
+    told = {
+        title: dict(leaves(facts.measure[key]))
+        for key, title in models.items()
+        if isinstance(facts.measure.get(key), dict)
+    }
+    if not told:
+        return
+    rows = [[title, *(found.get(key, "-") for found in told.values())] for key, title in _MEASURED.items()]
+    yield _table(["", *told], rows)
+    data = facts.measure.get("data") or {}
+    yield (
+        f"On {_number(data.get('supervised_tokens'))} supervised tokens of {_number(data.get('rows'))} held-out conversations; "
+        "the live stack is the base as training saw it with every adapter on it."
+    )
 
 
 def _lineage(facts: Facts) -> Iterator[str]:
@@ -261,6 +280,8 @@ def _lineage(facts: Facts) -> Iterator[str]:
     rows = [["base", _text(facts.base), f"`{base.get('fingerprint') or '-'}`"]]
     rows += [[stage.method, _text(stage.name), f"`{stage.sha256}`"] for stage in facts.stages]
     rows += [["adapter", "its run is not here", f"`{link.get('sha256')}`"] for link in facts.lost]
+    for stage in facts.stages:
+        rows.append([f"rows of {stage.name}", "-", f"`{(stage.info.get('data') or {}).get('fingerprint', '-')}`"])
     yield _table(["", "name", "content hash"], rows)
     for stage in facts.stages[-1:]:
         versions = ", ".join(f"{name} {version}" for name, version in (stage.info.get("versions") or {}).items())

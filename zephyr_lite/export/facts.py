@@ -19,7 +19,6 @@ from ..stage_info import checked
 
 Say = Callable[[str], None]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-MEASURE = "zephyr_lite_merge.json"
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Facts:
         lost: adapters without a stage.
         results: kind → an evaluation's JSON.
         pictures: name → a picture that an evaluation made.
-        measure: what the merge was measured to change.
+        measure: what the merge was measured to change (``merge.measure.MergeMeasure.as_dict``).
         license: of the base, where its files say.
     """
 
@@ -104,9 +103,8 @@ def gather(folder: Path, *, run: Path | None = None, say: Say = lambda line: Non
         else:
             facts.stages.append(stage)
     _results(facts, say)
-    facts.measure = read_json(folder / MEASURE) or {}
-    if isinstance(mark.get("measure"), dict):
-        facts.measure = facts.measure or mark["measure"]
+    measured = mark.get("measured")
+    facts.measure = measured if isinstance(measured, dict) else {}
     facts.license = _license(local_folder(name)) if name else None
     return facts
 

@@ -22,7 +22,6 @@ from ..merge.base_files import TOKENIZER_FILES
 from ..merge.weights import MARK
 from ..redact import find_secret, redact_shown
 from .card import CARD, PLOTS
-from .facts import MEASURE
 
 Say = Callable[[str], None]
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -30,7 +29,7 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _BELONGS = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES,
     "additional_chat_templates/*.jinja", "adapter_config.json", "*.gguf", "Modelfile", CARD, f"{PLOTS}/*.png",
-    "LICENSE*", "NOTICE*", "USE_POLICY*", MARK, MEASURE,
+    "LICENSE*", "NOTICE*", "USE_POLICY*", MARK,
 )  # fmt: skip
 _TEXT_BYTES = 2**20  # tokenizer.json is larger, and no place where a key gets in
 
