@@ -26,7 +26,6 @@ from ..feedback.meter import Meter
 from ..feedback.pool import grace_said, in_order
 from ..feedback.specs import JobConfig, endpoint_from_word
 from ..files import make_folder, write_json
-from .results import result_folder, write_result
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -157,6 +156,8 @@ def results_folder(config: JudgedConfig, answering: Answering) -> Path:
         return Path(config.out)
     if answering.weights is None:
         raise UserError("only endpoints answer, so there is no run to put the result into.", "Add --out FOLDER.")
+    from .results import result_folder
+
     return result_folder(cast(Any, _described(answering.weights, None)))
 
 
@@ -165,6 +166,8 @@ def write_judged(
 ) -> Path:
     """``folder/KIND.json``, as every evaluation's."""
     if answering is not None and answering.weights is not None:
+        from .results import write_result  # here, as ``live`` elsewhere: endpoints alone need no torch
+
         described = _described(answering.weights, _template(answering.weights, chat_template))
         return write_result(folder, kind, body, cast(Any, described))
     make_folder(folder)
@@ -215,6 +218,11 @@ class Asked(Generic[T, R]):
     unreached: int = 0
     why: str = ""
     totals: Totals = field(default_factory=Totals)
+
+    def hint(self) -> str:
+        """Where nothing came out."""
+        what = "Give a larger budget" if self.unreached else "Look at the reasons"
+        return f"What was answered is in the journal there. {what}; the same command goes on."
 
     def unfinished(self, unit: str) -> str:
         """A line that says what is missing, or ""."""

@@ -125,7 +125,7 @@ def prepare(config: AlpacaConfig) -> tuple[Baseline, Answering, Path]:
     if config.outputs is None:
         answering = who_answers(config, config.temperature)
     else:
-        if config.models or config.source:
+        if config.models or config.source or config.stage or config.adapters:
             raise UserError(
                 "--outputs are a model's answers; a source or --model would answer again.", "Give one of them."
             )
@@ -177,7 +177,7 @@ def run_alpaca(
     if not models:
         why = Counter(done.why for _, done in asked.results if done.why).most_common(3)
         told = "; ".join([*(f"{reason} ({count})" for reason, count in why), *([asked.why] if asked.why else [])])
-        raise UserError(f"{job}: there is no verdict: {told}", "What was answered is in the journal there.")
+        raise UserError(f"{job}: there is no verdict: {told}", asked.hint())
     body = _body(config, baseline, answering, asked, models, found)
     result = Alpaca(models, body, asked.unfinished("comparisons"))
     if not asked.unreached:

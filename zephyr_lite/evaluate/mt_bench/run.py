@@ -128,7 +128,7 @@ def run_mt_bench(
         for name in answering.specs
     }
     if not any(grade.score is not None for found in grades.values() for grade in found):
-        raise UserError(f"{job}: nothing was graded: {_why(asked)}", "What was answered is in the journal there.")
+        raise UserError(f"{job}: nothing was graded: {_why(asked)}", asked.hint())
     models = {name: model_scores(found) for name, found in grades.items() if found}
     body = _body(config, read, answering, asked, models, grades)
     result = MtBench(models, body, asked.unfinished("questions"))
