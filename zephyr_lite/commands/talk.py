@@ -56,7 +56,7 @@ def chat(
 
     settings = Settings(temperature, top_p, max_new_tokens, seed, system)
     settings.check()
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     _check_options(compare, vote, model or [], prompts, out, terminal)
     question = "" if terminal or prompts is not None else _prompt_on_stdin()
     say = console.say if terminal or prompts is not None else console.complain
@@ -129,10 +129,10 @@ def _prompt_on_stdin() -> str:
     """Raises UserError: nothing on stdin, or no text."""
     from ..errors import UserError
 
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         console.complain("Write the prompt; Ctrl-D on a line of its own ends it.")
     try:
-        text = sys.stdin.buffer.read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8") if sys.stdin is not None else ""  # None: it was closed
     except UnicodeDecodeError:
         raise UserError("the prompt on stdin is not UTF-8.", "Convert it first (iconv -t utf-8).") from None
     if not text.strip():

@@ -17,7 +17,7 @@ from ..errors import Interrupted, UserError
 from ..interrupts import StopRequest
 from ..words import short
 from .talk import ended
-from .talk_screen import Screen
+from .talk_screen import Screen, quiet_keys
 
 PROMPT, MORE = "> ", "… "
 BLOCK = '"""'  # begins and ends a question of several lines
@@ -153,7 +153,8 @@ class Talk:
                 )
             else:
                 try:
-                    answers = draw(self._screen.piece)
+                    with quiet_keys():
+                        answers = draw(self._screen.piece)
                 finally:
                     self._screen.end()
                 self._told(answers[0])

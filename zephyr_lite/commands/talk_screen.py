@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -19,6 +20,36 @@ NARROWEST = 32
 # Seconds between two pictures of answers that grow.
 REFRESH = 0.1
 TAB = "    "
+
+
+@contextmanager
+def quiet_keys() -> Iterator[None]:
+    """Within, the terminal does not write what is typed (^C above all) into the answers; it is there at the next prompt."""
+    restore = _without_echo()
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _without_echo() -> Callable[[], None]:
+    """Gives what undoes it; nothing is done where stdin is no terminal, or the system knows no termios."""
+    try:
+        import termios
+    except ImportError:
+        return lambda: None
+    try:
+        number = sys.stdin.fileno()
+        before = termios.tcgetattr(number)
+        termios.tcsetattr(number, termios.TCSADRAIN, [*before[:3], before[3] & ~termios.ECHO, *before[4:]])
+    except (termios.error, OSError, ValueError):
+        return lambda: None
+
+    def restore() -> None:
+        with suppress(termios.error, OSError, ValueError):  # the terminal is gone
+            termios.tcsetattr(number, termios.TCSADRAIN, before)
+
+    return restore
 
 
 class Screen:
@@ -49,7 +80,8 @@ class Screen:
         While they grow their ends are seen, as far as the terminal is high; it is left clear behind.
         """
         texts = [""] * len(titles)
-        with Live(console=self._out, auto_refresh=False, transient=True, vertical_overflow="crop") as live:
+        live = Live(console=self._out, auto_refresh=False, transient=True, vertical_overflow="crop")
+        with quiet_keys(), live:
             shown = 0.0
 
             def grow(column: int, piece: str) -> None:
