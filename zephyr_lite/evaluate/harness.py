@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,16 @@ def open_harness(tasks: Sequence[TaskSpec], include: Path | None = None) -> Any:
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
-    manager = TaskManager(include_path=str(include) if include is not None else None)
-    known = [*manager.all_tasks]
+    names = {task.name for task in tasks}
+    if include is not None:
+        # alone, if that is enough: reading the harness's own thousands of files takes seconds
+        manager = TaskManager(include_path=str(include), include_defaults=False)
+        if names <= set(manager.all_tasks):
+            return manager
+        manager = TaskManager(include_path=str(include))
+    else:
+        manager = _own_tasks()
+    known = list(manager.all_tasks)
     for task in tasks:
         if task.name not in known:
             near = difflib.get_close_matches(task.name, known, 3)
@@ -166,6 +175,13 @@ def open_harness(tasks: Sequence[TaskSpec], include: Path | None = None) -> Any:
                 f"Near it: {', '.join(near)}." if near else "See lm-eval's own list: lm-eval ls tasks.",
             )
     return manager
+
+
+@lru_cache(maxsize=1)
+def _own_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def evaluate_harness(

@@ -292,9 +292,18 @@ def _compare(live: _States, merged: _States, targets: list[Tensor]) -> dict[str,
             parts["live"].append(p.gather(1, at)[:, 0].double().cpu())
             parts["logp"].append(q.gather(1, at)[:, 0].double().cpu())
             parts["same"].append((p.argmax(-1) == q.argmax(-1)).double().cpu())
-            parts["kl"].append((p.exp() * (p - q)).sum(-1).double().cpu())
+            parts["kl"].append(_kl(p, q).double().cpu())
             start += size
             size = max(1, CHUNK_BYTES // (4 * p.shape[-1]))
         for key, values in parts.items():
             found[key].append(torch.cat(values))
     return found
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """[n] of log-probabilities [n, V]: Σ p (log p - log q) - p + q, which is the same sum, with terms that are none below zero:
+    rounding does not add up to a negative divergence where the two are nearly equal."""
+    gap, weight = p - q, p.exp()
+    near = weight * (gap + torch.expm1(-gap.clamp(-1, 1)))
+    terms = torch.where(gap.abs() < 0.1, near, weight * gap - weight + q.exp())
+    return terms.clamp_min(0).sum(-1)
