@@ -100,8 +100,13 @@ def gather(folder: Path, *, run: Path | None = None, say: Say = lambda line: Non
         if stage is None:
             facts.lost.append(link)
             say(f"{link.get('path')}: no finished stage of this content there, so the card says only its hash")
-        else:
-            facts.stages.append(stage)
+            continue
+        if stage.sha256 != (stage.info.get("own") or {}).get("sha256"):  # adapter/ holds the stages below too
+            for part in stage.info.get("adapters") or []:
+                below = _stage({**part, "path": str(stage.folder.parent / str(part.get("path")))}, None)
+                facts.stages += [below] if below is not None else []
+                facts.lost += [part] if below is None else []
+        facts.stages.append(stage)
     _results(facts, say)
     measured = mark.get("measured")
     facts.measure = measured if isinstance(measured, dict) else {}

@@ -68,6 +68,26 @@ class Upload:
         ]
 
 
+def check_repo(repo: str) -> None:
+    """What can be known of an upload before there is anything to upload.
+
+    Raises:
+        UserError: that is no repository's name, there is no token, or the hub is switched off.
+    """
+    _check_name(repo)
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{repo}: HF_HUB_OFFLINE is set.", "Unset it to upload.")
+    if get_token() is None:
+        raise UserError(
+            f"{repo}: there is no token of the hub.", "Run `hf auth login`, or set HF_TOKEN (with write access)."
+        )
+
+
+def _check_name(repo: str) -> None:
+    if not _REPO.fullmatch(repo):
+        raise UserError(f"{repo}: is no repository's name.", "Write OWNER/NAME.")
+
+
 def prepare(folder: str | Path, repo: str) -> Upload:
     """Choose the files of a model's or an adapter's folder.
 
@@ -75,8 +95,7 @@ def prepare(folder: str | Path, repo: str) -> Upload:
         UserError: the folder holds neither; ``repo`` is no repository's name; a file holds a secret of this machine's.
     """
     folder = Path(folder).expanduser()
-    if not _REPO.fullmatch(repo):
-        raise UserError(f"{repo}: is no repository's name.", "Write OWNER/NAME.")
+    _check_name(repo)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.", "Give the folder that merge made.")
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -127,12 +146,7 @@ def push(upload: Upload, *, private: bool = False, say: Say = lambda line: None)
         UserError: no token, the hub is switched off, not permitted, no connection; or ``private``, and the repository is
             there and public.
     """
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(f"{upload.repo}: HF_HUB_OFFLINE is set.", "Unset it to upload.")
-    if get_token() is None:
-        raise UserError(
-            f"{upload.repo}: there is no token of the hub.", "Run `hf auth login`, or set HF_TOKEN (with write access)."
-        )
+    check_repo(upload.repo)
     api = HfApi()
     try:
         try:
