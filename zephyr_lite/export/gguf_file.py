@@ -112,6 +112,11 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16", *, say: 
     if out.is_dir():
         raise UserError(f"{out}: is a folder.", f"Name the file: --out {out / (folder.resolve().name + '.gguf')}")
     config = read_model_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{folder}: is stored quantized, and what is stored twice rounded is worse than it need be.",
+            "Export the 16-bit model; a merged folder is one.",
+        )
     files = BaseFiles(str(folder), folder)
     vocabulary = read_vocabulary(folder, config.vocab_size, end_ids(folder, config))
     report = GgufReport(out, pre=vocabulary.pre, notes=list(vocabulary.notes))
@@ -365,10 +370,6 @@ def _write(gguf: Any, file: BinaryIO, files: BaseFiles, part: _Part) -> Tensor:
 def _rows(files: BaseFiles, part: _Part, rows: slice) -> Tensor:
     if part.values is not None:
         return part.values[rows]
-    if part.source in files.quantized:
-        whole = files.stored_nf4(part.source)
-        # the order mixes rows of one head only; taking all is simpler, and such a base is no merged model
-        return whole.rows(slice(0, part.shape[0]))[part.order][rows] if part.order is not None else whole.rows(rows)
     stored = files.tensor(part.source)
     return stored[rows] if part.order is None else stored[part.order[rows]]
 
