@@ -20,6 +20,8 @@ import pytest
 from zephyr_lite import cli
 from zephyr_lite.chat import Chat
 from zephyr_lite.config import load_config
+from zephyr_lite.endpoints.types import parse_endpoint
+from zephyr_lite.endpoints.weights import Weights
 from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate.mt_bench import prompts as prompts_module
 from zephyr_lite.evaluate.mt_bench.prompts import judge_messages, read_grade
@@ -27,6 +29,7 @@ from zephyr_lite.evaluate.mt_bench.questions import Question, read_questions
 from zephyr_lite.evaluate.mt_bench.radar import draw_radar
 from zephyr_lite.evaluate.mt_bench.run import TEMPERATURES
 from zephyr_lite.evaluate.mt_bench.scores import Grade, difference, model_scores
+from zephyr_lite.live import open_live
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
@@ -232,6 +235,28 @@ def test_three_models_from_one_loaded_base(tmp_path: Path, trained: Path, monkey
     assert sum("R82b" in seen.question for seen in server.seen) == 3  # the second turn's, for each model
     assert (out / "mt-bench.png").read_bytes().startswith(b"\x89PNG") and "writing" in said
     assert not any("api_key" in path.read_text("utf-8", "replace") for path in out.rglob("*.yaml"))
+
+
+def test_a_folders_models_are_told_apart_without_loading_them(trained: Path, tiny_base: Path) -> None:
+    weights, live = Weights(trained), open_live(trained)
+    assert list(weights.models) == list(live.models) and weights.source == live.source
+    names = {model: weights.identity(model) for model in weights.models}
+    assert len(set(names.values())) == 3 and weights.identity() == names["dpo"]
+    assert Weights(trained / "sft").identity() == Weights(trained, stage="sft").identity()
+    adapters = [str(trained / "sft" / "adapter"), str(trained / "dpo" / "delta")]
+    loose, their = Weights(adapters=adapters, base=str(tiny_base)), open_live(adapters=adapters, base=str(tiny_base))
+    assert list(loose.models) == list(their.models) and loose.source == their.source
+    assert loose.chat().live.models == their.models and loose.chat() is loose.chat()
+    whole = Weights(tiny_base)
+    assert list(whole.models) == ["model"] and whole.identity("model") == whole.identity()
+    assert Weights(tiny_base, chat_template="zephyr").identity() != whole.identity()
+    with pytest.raises(UserError, match="it has model"):
+        whole.identity("base")
+    spec = parse_endpoint(f"{trained}#base")
+    assert (spec.path, spec.model, spec.name) == (str(trained), "base", f"{trained.parent.name}/a#base")
+    for word, found in ((f"{trained}#", "names no model"), (f"{trained}/x#base", "no such folder")):
+        with pytest.raises(UserError, match=found):
+            parse_endpoint(word)
 
 
 def test_a_server_answers_at_the_categorys_temperature_and_knows_its_first_answer(tmp_path: Path) -> None:

@@ -202,7 +202,8 @@ def alpaca(
             "temperature": temperature,
         },
     )
-    from ..evaluate.alpaca.run import dry_run_lines, prepare, run_alpaca, table
+    from ..evaluate.alpaca.rates import table
+    from ..evaluate.alpaca.run import dry_run_lines, prepare, run_alpaca
 
     baseline, answering, folder = prepare(settings)
     console.say(baseline.note())
@@ -226,7 +227,8 @@ def alpaca(
 def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out: Path | None) -> None:
     """Files that AlpacaEval published, or that an earlier run of ours made."""
     from ..evaluate.alpaca.files import check_belongs, read_annotations, read_outputs
-    from ..evaluate.alpaca.run import KIND, score_files, table
+    from ..evaluate.alpaca.rates import score_files, table
+    from ..evaluate.alpaca.run import KIND
     from ..evaluate.judged import write_judged
 
     rows = read_annotations(annotations)

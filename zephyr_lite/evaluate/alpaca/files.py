@@ -152,7 +152,7 @@ def read_difficulty(path: Path) -> dict[int, float]:
     place, value = 0, 1
     if "index" in header and "instruction_difficulty" in header:
         place, value = header.index("index"), header.index("instruction_difficulty")
-    result = {}
+    result: dict[int, float] = {}
     for number, row in enumerate(rows[1:], 2):
         try:
             result.setdefault(int(row[place]), float(row[value]))

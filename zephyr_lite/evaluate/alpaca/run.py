@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,9 @@ from ..judged import (
     who_answers,
     write_judged,
 )
-from ..mt_bench.scores import mean, standard_error
 from .files import Annotation, Output, read_difficulty, read_outputs
 from .judge import is_swapped, judge_messages, read_verdict
-from .score import length_controlled, win_rate
+from .rates import NO_DIFFICULTY, Alpaca, any_counts, difference, difficulty_of, rates
 
 KIND = "alpaca"
 COMMAND = f"eval {KIND}"
@@ -45,9 +44,6 @@ OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
 NOTE = (
     "the judge is asked in this project's own words and its verdicts are whole: compare these rates with each other, and "
     "not with AlpacaEval's leaderboard"
-)
-NO_DIFFICULTY = (
-    "the length-controlled rate is without the instructions' difficulty (--difficulty): not AlpacaEval's number"
 )
 
 
@@ -97,16 +93,6 @@ class Compared:
     cut: bool = False
 
 
-@dataclass
-class Alpaca:
-    """What a run made: model → rates, the result's body, what is not done, and the files that were written."""
-
-    models: dict[str, dict[str, Any]]
-    body: dict[str, Any]
-    unfinished: str = ""
-    files: list[Path] = field(default_factory=list)
-
-
 def prepare(config: AlpacaConfig) -> tuple[Baseline, Answering, Path]:
     """What is asked, who answers, and where the results go; everything that can be wrong is said here.
 
@@ -121,7 +107,7 @@ def prepare(config: AlpacaConfig) -> tuple[Baseline, Answering, Path]:
         baseline.rows = [rows[place] for place in kept]
     if config.difficulty is not None:
         baseline.difficulty = read_difficulty(Path(config.difficulty))
-        _difficulty_of(baseline.difficulty, [o.index for o in baseline.rows], config.difficulty)
+        difficulty_of(baseline.difficulty, [o.index for o in baseline.rows], config.difficulty)
     if config.outputs is None:
         answering = who_answers(config, config.temperature)
     else:
@@ -169,11 +155,20 @@ def run_alpaca(
     asked = ask_all(config, answering, job, COMMAND, items, work, meter, say, back_off)
     annotator = answering.judge.name
     found = {
-        name: [_annotation(row, name, done, annotator) for (model, row), done in asked.results if model == name]
+        name: [
+            _annotation(row, name, done, annotator)
+            for (model, row), done in asked.results
+            if model == name and done.output is not None
+        ]
         for name in [*answering.specs, *baseline.given]
     }
     _write_texts(job, found, asked)
-    models = {name: rates(rows, baseline.difficulty) for name, rows in found.items() if _any(rows)}
+    silent = Counter(model for (model, _), done in asked.results if done.output is None)
+    models = {
+        name: {**rates(rows, baseline.difficulty), "n_not_answered": silent[name]}
+        for name, rows in found.items()
+        if any_counts(rows)
+    }
     if not models:
         why = Counter(done.why for _, done in asked.results if done.why).most_common(3)
         told = "; ".join([*(f"{reason} ({count})" for reason, count in why), *([asked.why] if asked.why else [])])
@@ -183,79 +178,6 @@ def run_alpaca(
     if not asked.unreached:
         result.files.append(write_judged(folder, KIND, body, answering, config.chat_template))
     return result
-
-
-def score_files(annotations: Sequence[Annotation], difficulty: Path | None = None, where: Path | None = None) -> Alpaca:
-    """The rates of annotations that are there already; by annotator too, where there are several.
-
-    Raises:
-        UserError: none of the preferences counts.
-    """
-    if not _any(annotations):
-        raise UserError(
-            f"{where}: none of the {len(annotations)} preferences lies between 1 and 2.", "Look at the file."
-        )
-    known = None if difficulty is None else read_difficulty(difficulty)
-    if known is not None:
-        _difficulty_of(known, [a.index for a in annotations], str(difficulty))
-    name = annotations[0].generator_2 or "the model"
-    models = {name: rates(annotations, known)}
-    annotators = list(dict.fromkeys(a.annotator for a in annotations))
-    if len(annotators) > 1:
-        for annotator in annotators:
-            own = [a for a in annotations if a.annotator == annotator]
-            if _any(own):
-                models[f"{name}, by {annotator or 'nobody'}"] = rates(own, known)
-    body = {
-        "models": models,
-        "settings": {"annotators": annotators, "baseline": sorted({a.generator_1 for a in annotations})},
-        "data": {"annotations": str(where)},
-        "notes": [] if known is not None else [NO_DIFFICULTY],
-    }
-    return Alpaca(models, body)
-
-
-def rates(annotations: Sequence[Annotation], difficulty: dict[int, float] | None = None) -> dict[str, Any]:
-    """One model's: the win rate, its standard error, ties, and the length-controlled rate."""
-    preferences = [a.preference for a in annotations]
-    controlled = length_controlled(
-        preferences,
-        [len(a.output_1) for a in annotations],
-        [len(a.output_2) for a in annotations],
-        None if difficulty is None else _difficulty_of(difficulty, [a.index for a in annotations], "difficulty"),
-    )
-    result: dict[str, Any] = dict(win_rate(preferences).as_dict())
-    result["length_controlled"] = None
-    if controlled is not None:
-        result["length_controlled"] = {
-            "win_rate": controlled.win_rate,
-            "standard_error": controlled.standard_error,
-            "length_coefficient": controlled.length_coefficient,
-            "with_difficulty": controlled.with_difficulty,
-        }
-    result["mean_length"] = mean(len(a.output_2) for a in annotations)
-    result["mean_length_of_baseline"] = mean(len(a.output_1) for a in annotations)
-    return result
-
-
-def table(models: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows."""
-    header = ["", "win rate", "± s.e.", "length-controlled", "wins", "losses", "ties", "left out", "letters"]
-    rows = []
-    for name, body in models.items():
-        controlled = body["length_controlled"]
-        error = body["standard_error"]
-        rows.append(
-            [
-                name,
-                f"{body['win_rate']:.2f} %",
-                "-" if error is None else f"{error:.2f}",
-                "-" if controlled is None else f"{controlled['win_rate']:.2f} % ± {controlled['standard_error']:.2f}",
-                *(f"{body[key]:,}" for key in ("n_wins", "n_wins_base", "n_draws", "n_left_out")),
-                f"{body['mean_length']:,.0f} ({body['mean_length_of_baseline']:,.0f})",
-            ]
-        )
-    return header, rows
 
 
 def dry_run_lines(baseline: Baseline, answering: Answering) -> list[str]:
@@ -312,7 +234,7 @@ async def _one(
 def _annotation(row: Output, model: str, done: Compared, annotator: str) -> Annotation:
     preference = float("nan") if done.preference is None else done.preference
     return Annotation(
-        row.index, row.instruction, row.output, done.output or "", row.generator, model, annotator, preference
+        row.index, row.instruction, row.output, str(done.output), row.generator, model, annotator, preference
     )
 
 
@@ -360,7 +282,7 @@ def _body(
             for name, body in models.items()
         },
         "differences": {
-            f"{one} - {other}": _difference(found[one], found[other])
+            f"{one} - {other}": difference(found[one], found[other])
             for one, other in answering.pairs
             if one in models and other in models
         },
@@ -377,24 +299,3 @@ def _body(
         "notes": [NOTE, *([] if baseline.difficulty is not None else [NO_DIFFICULTY])],
         "spent": asked.totals.as_dict(),
     }
-
-
-def _difference(one: Sequence[Annotation], other: Sequence[Annotation]) -> dict[str, Any]:
-    """Of the win rates, in percent, over the instructions that both have verdicts on."""
-    first = {a.index: a.preference for a in one if 1 <= a.preference <= 2}
-    values = [100 * (first[a.index] - a.preference) for a in other if a.index in first and 1 <= a.preference <= 2]
-    return {"difference": mean(values), "standard_error": standard_error(values), "instructions": len(values)}
-
-
-def _any(annotations: Sequence[Annotation]) -> bool:
-    return any(a.preference == 0 or 1 <= a.preference <= 2 for a in annotations)
-
-
-def _difficulty_of(known: dict[int, float], indices: Sequence[int], where: str) -> list[float]:
-    missing = [index for index in indices if index not in known]
-    if missing:
-        raise UserError(
-            f"{where}: has no difficulty for row {missing[0]} (counted from 0).",
-            "It belongs to AlpacaEval's 805 instructions in their order.",
-        )
-    return [known[index] for index in indices]

@@ -235,14 +235,16 @@ def _references(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _prompts(path: Path) -> dict[str, dict[str, str]]:
-    result = {}
+    result: dict[str, dict[str, str]] = {}
     for row in _rows(path):
-        parts = {key: row.get(key) for key in ("system_prompt", "prompt_template")} if isinstance(row, dict) else {}
-        if not parts or not isinstance(row.get("name"), str) or not all(isinstance(v, str) for v in parts.values()):
+        row = row if isinstance(row, dict) else {}
+        parts = {key: row.get(key) for key in ("system_prompt", "prompt_template")}
+        texts = {key: value for key, value in parts.items() if isinstance(value, str)}
+        if not isinstance(row.get("name"), str) or texts.keys() != parts.keys():
             raise UserError(
                 f"{path}: expected rows with name, system_prompt and prompt_template.", "FastChat's file has them."
             )
-        result[row["name"]] = parts
+        result[row["name"]] = texts
     return result
 
 

@@ -289,10 +289,15 @@ def _write_texts(job: Path, asked: Asked[tuple[str, Question], Answered]) -> Non
     """Answers in FastChat's form, and the judge's replies beside them."""
     with file_aside(job / ANSWERS) as file:
         for (model, question), done in asked.results:
-            row = {"question_id": question.id, "category": question.category, "model_id": model}
-            file.write(line_of({**row, "choices": [{"index": 0, "turns": done.answers}]}))
+            head = {"question_id": question.id, "category": question.category, "model_id": model}
+            file.write(line_of({**head, "choices": [{"index": 0, "turns": done.answers}]}))
     with file_aside(job / JUDGMENTS) as file:
         for _, done in asked.results:
             for g in done.grades:
-                row = {"question_id": g.question, "category": g.category, "model": g.model, "turn": g.turn}
+                row: dict[str, Any] = {
+                    "question_id": g.question,
+                    "category": g.category,
+                    "model": g.model,
+                    "turn": g.turn,
+                }
                 file.write(line_of({**row, "score": g.score, "judgment": g.judgment}))

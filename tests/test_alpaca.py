@@ -1,0 +1,296 @@
+"""`zephyr-lite eval alpaca`: published files scored as AlpacaEval scores them, and the job against a real HTTP server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from zephyr_lite import cli
+from zephyr_lite.errors import UserError
+from zephyr_lite.evaluate.alpaca.files import read_annotations, read_difficulty, read_outputs
+from zephyr_lite.evaluate.alpaca.judge import is_swapped, judge_messages, read_verdict
+from zephyr_lite.evaluate.alpaca.rates import rates
+from zephyr_lite.evaluate.alpaca.score import length_controlled, win_rate
+
+from .chat_server import Act, ChatServer, Seen, error, ok
+
+NAN = math.nan
+
+
+def run(*arguments: Any) -> int:
+    return cli.run(["eval", "alpaca", *map(str, arguments)])
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preferences", "rate", "error", "discrete", "wins", "losses", "draws", "total"),
+    [
+        # computed with alpaca_eval 0.6.6 (get_winrate on pandas 2)
+        ([1, 2, 1.5, 0, NAN, 2, 1], 50.0, 18.25741858350554, 50.0, 2, 2, 2, 6),
+        ([1.2, 1.7, 2.0, 1.0, 1.5], 48.0, 17.720045146669346, 50.0, 2, 2, 1, 5),
+        ([0, 0, 2], 66.66666666666666, 16.666666666666664, 66.66666666666666, 1, 0, 2, 3),
+        # outside 1 to 2: left out of the rate, not of the discrete one
+        ([0.7, 2.4, 1, 2, 3, -1, 0.5, -0.4, 2.5], 50.0, 50.0, 57.14285714285714, 1, 1, 0, 2),
+        ([1], 0.0, NAN, 0.0, 0, 1, 0, 1),
+        ([NAN, 2, NAN, 1.25], 62.5, 37.49999999999999, 50.0, 1, 1, 0, 2),
+        # a tie by a hair is none
+        ([1.5, 1.4999999, 1.50000001], 49.99999699999999, 3.511884585070188e-06, 50.0, 1, 1, 1, 3),
+    ],
+)
+def test_the_win_rate_is_alpacaevals(preferences, rate, error, discrete, wins, losses, draws, total) -> None:
+    found = win_rate(preferences)
+    assert found.win_rate == pytest.approx(rate, abs=1e-9)
+    assert found.standard_error == pytest.approx(error, abs=1e-9, nan_ok=True)
+    assert found.discrete_win_rate == pytest.approx(discrete, abs=1e-9)
+    assert (found.n_wins, found.n_wins_base, found.n_draws, found.n_total) == (wins, losses, draws, total)
+    assert found.n_left_out == len(preferences) - total
+
+
+def test_by_hand() -> None:
+    """Three wins, one loss: 75 %, and the error of 1, 1, 1, 0 is sqrt(0.25 / 4)."""
+    found = win_rate([2, 2, 2, 1])
+    assert found.win_rate == 75 and found.standard_error == pytest.approx(25) and found.n_wins == 3
+    with pytest.raises(ValueError):
+        win_rate([NAN, 3, -1])
+
+
+def test_length_is_controlled_for() -> None:
+    """Two groups, longer and shorter by as much: the fit meets both rates, and the controlled log-odds lie between."""
+    preferences = [2] * 8 + [1] * 2 + [2] * 3 + [1] * 7
+    found = length_controlled(preferences, [100] * 20, [150] * 10 + [50] * 10)
+    assert found is not None
+    middle = (math.log(0.8 / 0.2) + math.log(0.3 / 0.7)) / 2
+    assert found.win_rate == pytest.approx(100 / (1 + math.exp(-middle)), abs=1e-4)
+    assert found.length_coefficient < 0  # of (baseline - model): what is longer wins
+    # robust variance of a saturated fit, by hand: of each group's log-odds p(1-p)/n / (p(1-p))², halved and added
+    variance = sum(p * (1 - p) / 10 / (p * (1 - p)) ** 2 for p in (0.8, 0.3)) / 4
+    share = found.win_rate / 100
+    assert found.standard_error == pytest.approx(100 * share * (1 - share) * math.sqrt(variance), rel=1e-3)
+    # what does not count is not fitted; 0 is a tie
+    more = length_controlled([*preferences, NAN, 5], [100] * 22, [150] * 10 + [50] * 10 + [100, 100])
+    assert more is not None and more.win_rate == pytest.approx(found.win_rate, abs=0.5)
+    assert length_controlled([2, 1, 2, 1], [9] * 4, [9] * 4) is None  # all of one length
+    assert length_controlled([2, 1], [9, 9], [3, 12]) is None
+    won = length_controlled([2] * 10, [10] * 10, list(range(10)))
+    assert won is not None and 99 < won.win_rate <= 100 and math.isfinite(won.standard_error)
+
+
+def test_difficulty_is_a_predictor_where_it_is_given() -> None:
+    draw = np.random.default_rng(0)
+    count = 4000
+    shorter, hard = draw.normal(size=count) * 80, draw.normal(size=count)
+    delta = np.round(shorter).astype(int)
+    lengths_1, lengths_2 = 1000 + delta, np.full(count, 1000)
+    spread = delta.std(ddof=1)
+    odds = 0.7 - 1.1 * np.tanh(delta / spread) + 0.9 * hard
+    wins = draw.random(count) < 1 / (1 + np.exp(-odds))
+    found = length_controlled((wins + 1).tolist(), lengths_1.tolist(), lengths_2.tolist(), hard.tolist())
+    expected = 100 * (1 / (1 + np.exp(-(0.7 + 0.9 * hard)))).mean()
+    assert found is not None and found.with_difficulty and found.win_rate == pytest.approx(expected, abs=3 * 0.9)
+    assert found.length_coefficient == pytest.approx(-1.1, abs=0.25) and 0.3 < found.standard_error < 1.2
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def annotation(number: int, preference: Any, **changes: Any) -> dict[str, Any]:
+    return {
+        "instruction": f"Do {number}.", "output_1": "x" * (5 + number), "output_2": "y" * 9, "generator_1": "old",
+        "generator_2": "new", "annotator": "weighted", "preference": preference, **changes,
+    }  # fmt: skip
+
+
+def write(path: Path, rows: Any) -> Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_published_files_are_scored(tmp_path: Path, capsys) -> None:
+    values = [1, 2, 1.5, 0, None, "2", 1.25, 2.5]
+    verdicts = write(tmp_path / "annotations.json", [annotation(n, value) for n, value in enumerate(values)])
+    outputs = [{"instruction": f"Do {n}.", "output": "y" * 9, "generator": "new", "dataset": "d"} for n in range(8)]
+    own = write(tmp_path / "model_outputs.json", outputs)
+    assert run("--outputs", own, "--annotations", verdicts, "--out", tmp_path / "out") == 0
+    body = json.loads((tmp_path / "out" / "alpaca.json").read_text())["models"]["new"]
+    expected = win_rate([1, 2, 1.5, 0, 2, 1.25])
+    assert body["win_rate"] == expected.win_rate == pytest.approx(100 * (0 + 1 + 0.5 + 0.5 + 1 + 0.25) / 6)
+    assert body["standard_error"] == expected.standard_error and body["n_left_out"] == 2 and body["n_draws"] == 2
+    assert f"{body['win_rate']:.2f} %" in capsys.readouterr().out
+    # JSONL does as well, and a second annotator has a row of his own
+    lines = tmp_path / "lines.jsonl"
+    rows = [annotation(0, 1), annotation(1, 2, annotator="other")]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("--annotations", lines) == 0
+    said = capsys.readouterr().out
+    assert "new, by other" in said and "100.00 %" in said and "50.00 %" in said
+    # difficulties by the rows' places
+    table = tmp_path / "difficulty.csv"
+    table.write_text("index,instruction_difficulty\n" + "".join(f"{n},{n / 10}\n" for n in range(8)))
+    assert read_difficulty(table)[7] == 0.7
+    assert run("--annotations", verdicts, "--difficulty", table) == 0
+    table.write_text("index,instruction_difficulty\n0,1\n")
+    assert run("--annotations", verdicts, "--difficulty", table) == 2
+    assert "no difficulty for row 1" in capsys.readouterr().err
+
+
+def test_files_that_are_something_else_are_refused(tmp_path: Path, capsys) -> None:
+    outputs = write(tmp_path / "o.json", [{"instruction": "Do 0.", "output": "else", "generator": "g"}])
+    good = write(tmp_path / "a.json", [annotation(0, 2)])
+    cases: list[tuple[list[Any], str]] = [
+        (["--annotations", good, "--outputs", outputs], "output_2 is not the outputs' answer"),
+        (
+            ["--annotations", write(tmp_path / "b.json", [annotation(1, 2)]), "--outputs", outputs],
+            "not among the outputs",
+        ),
+        (["--annotations", outputs], "row 1: has no preference"),
+        (["--annotations", write(tmp_path / "c.json", [annotation(0, "much")])], "expected a number or null"),
+        (["--annotations", write(tmp_path / "d.json", [annotation(0, 3)])], "none of the 1 preferences"),
+        (
+            ["--annotations", write(tmp_path / "e.json", [annotation(0, 1), annotation(1, 1, generator_2="b")])],
+            "2 models",
+        ),
+        (["--annotations", write(tmp_path / "f.json", {"a": 1})], "row 1: has no preference"),
+        (["--annotations", write(tmp_path / "g.json", [])], "expected a list of objects"),
+        (["--annotations", tmp_path / "none.json"], "cannot be read"),
+        (["--annotations", good, "--judge", "http://127.0.0.1:1/v1#j"], "--judge would ask"),
+        (["--instructions", tmp_path / "none.json", "--judge", "http://127.0.0.1:1/v1#j"], "no such file"),
+        (["--instructions", good, "--judge", "http://127.0.0.1:1/v1#j"], "expected instruction and output"),
+        (["--instructions", outputs], "no judge is given"),
+    ]
+    for arguments, found in cases:
+        assert run(*arguments) == 2, arguments
+        assert found in " ".join(capsys.readouterr().err.split()), arguments
+    broken = tmp_path / "h.json"
+    broken.write_text("[{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_annotations(broken)
+    twice = [{"instruction": "Do.", "output": text, "generator": "g"} for text in "ab"]
+    keys = [o.key for o in read_outputs(str(write(tmp_path / "i.json", twice)))[0]]
+    assert len(set(keys)) == 2
+
+
+# -- the judge -------------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_know_where_the_model_stood() -> None:
+    assert read_verdict("[[A]]", swapped=False) == 1 and read_verdict("[[A]]", swapped=True) == 2
+    assert read_verdict("[[B]]", swapped=False) == 2 and read_verdict("so: [b] no, [[ b ]]", swapped=True) == 1
+    assert read_verdict("I may say [[A]] or [[C]]. [[C]]", swapped=True) == 1.5 == read_verdict("[C]", False)
+    for text in ("", "A", "[[D]]", "[a] footnote"):
+        with pytest.raises(ValueError):
+            read_verdict(text, False)
+    for swapped in (False, True):
+        told = judge_messages("Do.", "BASE", "MODEL", swapped)[1]["content"]
+        assert (told.index("MODEL") < told.index("BASE")) == swapped
+    draws = [is_swapped(str(n), 42) for n in range(1000)]
+    assert 440 < sum(draws) < 560 and draws == [is_swapped(str(n), 42) for n in range(1000)]
+    assert draws != [is_swapped(str(n), 43) for n in range(1000)]
+
+
+def shown(seen: Seen) -> list[str]:
+    return re.findall(r"<<\w{8} answer [AB]>>\n(.*?)\n<<\w{8} end>>", seen.question, re.DOTALL)
+
+
+def worth(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5
+
+
+def script(seen: Seen) -> Act:
+    """The judge has a taste of its own, wherever an answer stands; the models say something of their own."""
+    if seen.body["model"] == "judge":
+        first, second = map(worth, shown(seen))
+        return ok(f"One is better. [[{'A' if first > second else 'B' if second > first else 'C'}]]")
+    return ok(hashlib.sha256((seen.body["model"] + seen.question).encode()).hexdigest()[: 5 + worth(seen.question)])
+
+
+def baseline(folder: Path, count: int = 12) -> Path:
+    rows = [{"instruction": f"Do {n}.", "output": f"done {n}" + "!" * n, "generator": "old"} for n in range(count)]
+    return write(folder / "baseline.json", rows)
+
+
+def test_a_job_from_answers_to_rates(tmp_path: Path, capsys) -> None:
+    out, places = tmp_path / "out", []
+
+    def judged(seen: Seen) -> Act:
+        if seen.body["model"] == "judge":
+            places.append(shown(seen)[0].startswith("done"))
+        return script(seen)
+
+    with ChatServer(judged) as server:
+        words = ["--judge", f"{server.url}#judge", "--model", f"{server.url}#a", "--model", f"{server.url}#b"]
+        words += ["--instructions", baseline(tmp_path), "--out", out]
+        assert run(*words, "--dry-run") == 0 and not server.seen and "judge: 24 requests" in capsys.readouterr().out
+        assert run(*words) == 0
+        assert len(server.seen) == 12 * 2 * 2 and 0 < sum(places) < len(places)
+        assert {s.body["temperature"] for s in server.seen if s.body["model"] != "judge"} == {0.7}
+        assert {s.body["max_tokens"] for s in server.seen if s.body["model"] != "judge"} == {2048}
+        first = (out / "alpaca.json").read_text()
+        assert run(*words) == 0 and len(server.seen) == 48  # the journal has it all
+    found = json.loads(first)
+    for name in ("a", "b"):
+        rows = json.loads((out / "alpaca" / name / "annotations.json").read_text())
+        assert len(rows) == 12
+        for row in rows:
+            one, two = worth(row["output_1"]), worth(row["output_2"])
+            assert row["preference"] == (1.5 if one == two else 2 if two > one else 1)
+        assert found["models"][name]["win_rate"] == win_rate([row["preference"] for row in rows]).win_rate
+        # the files are AlpacaEval's: they are scored again to the same
+        folder = out / "alpaca" / name
+        assert run("--annotations", folder / "annotations.json", "--outputs", folder / "model_outputs.json") == 0
+        assert found["models"][name].pop("n_not_answered") == 0
+        again = rates(read_annotations(folder / "annotations.json"))
+        assert {k: found["models"][name][k] for k in again} == again
+    told = found["differences"]["a - b"]
+    assert told["difference"] == pytest.approx(found["models"]["a"]["win_rate"] - found["models"]["b"]["win_rate"])
+    assert found["settings"]["baseline"] == "old" and "leaderboard" in found["notes"][0]
+    assert "length-controlled" in capsys.readouterr().out
+
+
+def test_outputs_that_are_there_are_judged_and_the_same_text_is_a_tie(tmp_path: Path) -> None:
+    rows = json.loads(baseline(tmp_path).read_text())
+    own = [{**row, "output": row["output"] if n < 3 else "mine", "generator": "new"} for n, row in enumerate(rows[:10])]
+    with ChatServer(script) as server:
+        words = ["--judge", f"{server.url}#judge", "--instructions", tmp_path / "baseline.json"]
+        words += ["--outputs", write(tmp_path / "own.json", own)]
+        assert run(*words) == 2  # no run to put the result into
+        assert run(*words, "--model", f"{server.url}#a", "--out", tmp_path / "out") == 2
+        assert run(*words, "--out", tmp_path / "out") == 0
+        assert len(server.seen) == 7 and {s.body["model"] for s in server.seen} == {"judge"}
+    body = json.loads((tmp_path / "out" / "alpaca.json").read_text())["models"]["new"]
+    assert body["n_total"] == 10 and body["n_draws"] >= 3
+
+
+def test_what_fails_is_left_out_and_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def moody(seen: Seen) -> Act:
+        if seen.body["model"] == "judge" and "Do 3." in seen.question:
+            return ok("Both, somehow.")
+        return error(400, "too rude") if seen.question == "Do 5." else script(seen)
+
+    with ChatServer(moody) as server:
+        words = ["--judge", f"{server.url}#judge,concurrency=1", "--model", f"{server.url}#a,concurrency=1"]
+        words += ["--instructions", baseline(tmp_path), "--out", out]
+        server.script = lambda seen: moody(seen) if seen.number < 9 else error(401, "who are you?")
+        assert run(*words) == 2 and not (out / "alpaca.json").exists()
+        before = [json.dumps(s.body, sort_keys=True) for s in server.seen[:9]]
+        server.seen.clear()
+        server.script = moody
+        assert run(*words) == 0
+        after = [json.dumps(s.body, sort_keys=True) for s in server.seen]
+    answered = {b for b in before if "Do 3." not in b and '"Do 5."' not in b}
+    assert not answered & set(after)
+    body = json.loads((out / "alpaca.json").read_text())["models"]["a"]
+    assert body["n_total"] == 10 and body["n_left_out"] == 1 and body["n_not_answered"] == 1
+    assert body["why_left_out"] == {"no verdict: unreadable reply": 1, "no answer: HTTP 400": 1}
+    rows = json.loads((out / "alpaca" / "a" / "annotations.json").read_text())
+    assert [row["preference"] for row in rows if row["instruction"] == "Do 3."] == [None] and len(rows) == 11
