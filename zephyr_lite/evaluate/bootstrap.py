@@ -8,14 +8,15 @@ computed of the same draws; a difference of two models is one of these ratios, s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 # (numerators, denominators), [n] float64 each; the statistic is their sums' ratio
 Ratio = tuple[np.ndarray, np.ndarray]
+Key = TypeVar("Key", bound=Hashable)
 _CHUNK = 4_000_000  # numbers drawn at once
 
 
@@ -64,7 +65,7 @@ class Bootstrap:
     level: float = 0.95
     seed: int = 0
 
-    def intervals(self, ratios: Mapping[str, Ratio]) -> dict[str, Interval]:
+    def intervals(self, ratios: Mapping[Key, Ratio]) -> dict[Key, Interval]:
         """An interval for each ratio of sums, all of them over the same n rows and the same draws.
 
         Raises:

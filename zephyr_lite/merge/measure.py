@@ -197,10 +197,10 @@ def _measured(
     if both:
         ratios["between"] = (sums["nf4 logp"] - sums["base logp"], tokens)
     found = bootstrap.intervals(ratios)
-    ways = {
-        name: Way(*(found[f"{name} {key}"] for key in ("kl", "same", "loss", "gap")), compare_logps(logps["live"], logps[name]))
-        for name in names
-    }  # fmt: skip
+    ways = {}
+    for name in names:
+        kl, same, loss, gap = (found[f"{name} {key}"] for key in ("kl", "same", "loss", "gap"))
+        ways[name] = Way(kl, same, loss, gap, compare_logps(logps["live"], logps[name]))
     between = found["between"] if both else None
     return MergeMeasure(origin, len(tokens), int(tokens.sum()), found["live"], bootstrap, ways, between)
 
