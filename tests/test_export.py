@@ -39,7 +39,10 @@ def place(tmp_path_factory, tiny_base, chat_rows, pair_rows) -> Path:
     shutil.copytree(tiny_base, place / "base")
     (place / "base" / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# A base\n")
     out, base = place / "run", place / "base"
-    rows = [f"dataset={chat_rows}", f"eval_dataset={chat_rows}"]
+    some = place / "chat rows.jsonl"
+    odd = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a </s> in it"}]}
+    some.write_text(chat_rows.read_text() + json.dumps(odd) + "\n")
+    rows = [f"dataset.path={some}", f"eval_dataset={chat_rows}"]
     assert run(["sft", f"model_name_or_path={base}", f"output_dir={out}", *rows, *SMALL]) == 0
     pairs = [f"dataset={pair_rows}", f"eval_dataset={pair_rows}", "max_prompt_length=64"]
     assert run(["dpo", f"output_dir={out}", *pairs, *SMALL, "lora_r=6"]) == 0
@@ -66,7 +69,7 @@ def test_the_card_says_what_was_done(place, tmp_path):
         "license": "apache-2.0",
         "tags": ["zephyr-lite", "lora", "sft", "dpo", "conversational"],
     }  # neither the base nor the rows are the hub's, and folders of this machine are nobody's business
-    assert str(place) not in text and "base (a local folder)" in text and "chat.jsonl (local)" in text
+    assert str(place) not in text and "base (a local folder)" in text and "chat rows.jsonl (local)" in text
     for told in info.values():
         assert f"`{told['own']['sha256']}`" in text and f"`{told['data']['fingerprint']}`" in text
     assert f"`{info['sft']['base']['fingerprint']}`" in text
@@ -78,7 +81,12 @@ def test_the_card_says_what_was_done(place, tmp_path):
     assert f"{loss['dpo']['loss']['value']:.4g} [{loss['dpo']['loss']['low']:.4g}, " in text
     measured = json.loads((model / "zephyr_lite.json").read_text())["measured"]
     assert f"| same likeliest token | - | {measured['base']['top1_agreement']['value']:.4g}" in text
-    assert "8 of 8 rows kept" in text and "vllm serve my-model" in text and "ollama create my-model" in text
+    assert (
+        "8 of 9 rows kept" in text
+        and "left out: 1 (a turn's text contains the control token" in text
+        and "vllm serve my-model" in text
+        and "ollama create my-model" in text
+    )
     for name in ("sft", "dpo"):
         assert f"(plots/{name}.png)" in text
         assert matplotlib.image.imread(model / "plots" / f"{name}.png").std() > 0.02  # something is drawn

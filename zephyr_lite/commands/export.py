@@ -52,7 +52,7 @@ def gguf(
     if kind is GgufType.q4_k_m:
         report = write_q4_k_m(folder, file, llama_quantize=llama_quantize, say=console.say)
     else:
-        report = write_gguf(folder, file, kind.value, say=console.say)
+        report = write_gguf(folder, file, "f16" if kind is GgufType.f16 else "q8_0", say=console.say)
     for line in report.lines():
         console.say(line)
     if check:

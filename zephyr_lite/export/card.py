@@ -242,12 +242,14 @@ def _training(stages: Sequence[StageFacts]) -> Iterator[str]:
                 else f"{_text(Path(spec.path).name)} (local)"
             )
             yield f"- {_text(stage.name)}: {named}{f' ({what}{share})' if what or share else ''}"
-        dropped = "; ".join(f"{count:,} {_text(why)}" for why, count in (data.get("dropped") or {}).items())
+        told = [f"{_number(data['cut'])} cut to max_length"] if data.get("cut") else []
+        for title, key in (("left out", "dropped"), ("changed", "changed")):
+            told += [
+                f"{title}: {_number(found.get('count'))} ({_text(why)})" for why, found in (data.get(key) or {}).items()
+            ]
         yield (
             f"  {_number(data.get('kept'))} of {_number(data.get('read'))} rows kept, {_number(data.get('tokens'))} tokens, "
-            f"{_number(data.get('supervised'))} of them supervised"
-            + (f"; left out: {dropped}" if dropped else "")
-            + "."
+            f"{_number(data.get('supervised'))} of them supervised" + "".join(f"; {line}" for line in told) + "."
         )
 
 
@@ -325,4 +327,6 @@ def _value(value: object) -> str:
 def _number(value: object) -> str:
     if not isinstance(value, int | float):
         return "-"
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 1000:  # counts are logged as floats
+        value = int(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1e6 else f"{value:,.0f}"

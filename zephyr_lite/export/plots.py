@@ -33,6 +33,7 @@ def draw_stage(path: Path, stage: StageFacts) -> bool:
     is preferred. Returns whether there was anything to draw."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     lines = history(stage)
     panels = [("loss", "loss", "nats a token" if stage.method == "sft" else "DPO loss")]
@@ -59,6 +60,9 @@ def draw_stage(path: Path, stage: StageFacts) -> bool:
             axes.plot(steps, values, color=ORANGE, marker="o", markersize=4, linewidth=1.4, label="held-out")
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if key == "rewards/accuracies":
+            axes.set_ylim(-0.03, 1.03)
         axes.set_ylabel(unit)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
