@@ -56,7 +56,7 @@ def chat(
 
     settings = Settings(temperature, top_p, max_new_tokens, seed, system)
     settings.check()
-    terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    terminal = in_terminal()
     _check_options(compare, vote, model or [], prompts, out, terminal)
     question = "" if terminal or prompts is not None else _prompt_on_stdin()
     say = console.say if terminal or prompts is not None else console.complain
@@ -100,6 +100,11 @@ def chat(
         from .talk_loop import Talk
 
         Talk(session, console, compare, Ballot(vote, seed, live.source) if vote is not None else None).run()
+
+
+def in_terminal() -> bool:
+    """Whether somebody types and reads."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def _check_options(
