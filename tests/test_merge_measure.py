@@ -9,7 +9,7 @@ import torch
 
 from zephyr_lite.cli import run
 from zephyr_lite.data.prepare import prepare
-from zephyr_lite.errors import UserError
+from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.evaluate.likelihood import chat_loss
 from zephyr_lite.evaluate.rows import held_out
 from zephyr_lite.live import open_live
@@ -154,7 +154,7 @@ def test_interrupted_while_measuring_the_merged_folder_stays(trained, tmp_path, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="m is whole"):
         run_merge(tmp_path / "m", run=trained, both=True, say=lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert (tmp_path / "m" / "model.safetensors").is_file()

@@ -114,7 +114,7 @@ class PreferenceResult:
                 f"{one} against {other}",
                 found.accuracy.text(".3f"),
                 found.margin.text("+.3f"),
-                "-" if self.beta is None else found.margin.scaled(self.beta).text("+.5f"),
+                "-" if self.beta is None else found.margin.scaled(self.beta).text("+.4f"),
             ]
             for (one, other), found in self.comparisons.items()
         ]

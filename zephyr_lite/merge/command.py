@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from ..data.chat import resolve_template
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from ..files import folder_aside, sweep, write_json
 from ..model.chain import Chain, chain_of_adapters, chain_of_run
 from ..model.load import compute_device, compute_dtype, fetch_base, fingerprint, load_tokenizer
@@ -56,6 +56,7 @@ def run_merge(
     Raises:
         UserError: nothing to merge, a chain that is not what the stage was finished with, another base, an ``out``
             that is not ours.
+        Interrupted: while the whole folder was compared.
     """
     out = out.expanduser()
     if adapters and (run is not None or stage is not None):
@@ -102,9 +103,12 @@ def run_merge(
         say(line)
     if not check:
         return None
-    found = _measured(chain, out, onto, merged, rows or MEASURE_ROWS, say) if both else None
-    if found is None:
-        found = measure(chain, {onto: out}, rows=rows or CHECK_ROWS, say=say)
+    try:
+        found = _measured(chain, out, onto, merged, rows or MEASURE_ROWS, say) if both else None
+        if found is None:
+            found = measure(chain, {onto: out}, rows=rows or CHECK_ROWS, say=say)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted while it was compared: {out} is whole, only the numbers are missing.") from None
     write_json(out / MARK, {**(read_json(out / MARK) or {}), "measured": found.as_dict()})
     say(found.ways[onto].logps.line())
     for line in found.lines():
