@@ -351,3 +351,13 @@ def test_the_likeliest_tokens_are_those_of_a_whole_sort(flat, top_p):
         ranked, order = probabilities.sort(descending=True, stable=True)
         expected = order[ranked.cumsum(-1) - ranked < top_p]
         assert _nucleus(probabilities, top_p).tolist() == expected.tolist()
+
+
+def test_the_bench_measures_equal_work(run_folder):
+    from bench.chat import measure
+
+    found = measure(str(run_folder), None, tokens=6, repeats=1, turns=2)
+    assert set(found["tokens_per_second"]) == {"generate", "stream", "compare", "one by one"}
+    assert all(speed > 0 for speed in found["tokens_per_second"].values())
+    assert found["first_token"][0]["reused"] == 0 and found["first_token"][1]["reused"] > 20
+    assert found["models"] == ["base", "sft", "dpo"] and found["load_in_4bit"] is False
