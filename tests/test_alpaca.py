@@ -235,6 +235,9 @@ def test_a_job_from_answers_to_rates(tmp_path: Path, capsys) -> None:
         assert {s.body["max_tokens"] for s in server.seen if s.body["model"] != "judge"} == {2048}
         first = (out / "alpaca.json").read_text()
         assert run(*words) == 0 and len(server.seen) == 48  # the journal has it all
+        assert run(*words, "--limit", 5) == 0 and len(server.seen) == 48
+    assert (out / "alpaca.json").read_text().count("win_rate") == first.count("win_rate")
+    assert json.loads((out / "alpaca-limit-5.json").read_text())["models"]["a"]["n_total"] == 5
     found = json.loads(first)
     for name in ("a", "b"):
         rows = json.loads((out / "alpaca" / name / "annotations.json").read_text())
@@ -265,7 +268,7 @@ def test_outputs_that_are_there_are_judged_and_the_same_text_is_a_tie(tmp_path: 
         assert run(*words, "--model", f"{server.url}#a", "--out", tmp_path / "out") == 2
         assert run(*words, "--out", tmp_path / "out") == 0
         assert len(server.seen) == 7 and {s.body["model"] for s in server.seen} == {"judge"}
-    body = json.loads((tmp_path / "out" / "alpaca.json").read_text())["models"]["new"]
+    body = json.loads((tmp_path / "out" / "alpaca-limit-10.json").read_text())["models"]["new"]  # of 12
     assert body["n_total"] == 10 and body["n_draws"] >= 3
 
 

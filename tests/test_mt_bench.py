@@ -369,6 +369,12 @@ def test_answers_beyond_the_context_are_counted_and_not_scored(tmp_path: Path, t
     body = result(out)["models"]["sft"]
     assert body["graded"] == 3 and body["why_not_graded"] == {"no answer: longer than the context": 1}
     assert "no radar plot: it takes 3 categories" in capsys.readouterr().out
+    with ChatServer(script) as server:  # a trial replaces no complete result
+        arguments[1] = f"{server.url}#judge"
+        assert run(trained, "--model", "sft", *arguments, "--limit", 1) == 0 and not server.seen
+    assert json.loads((out / "mt-bench-limit-1.json").read_text())["data"] != result(out)["data"]
+    assert (out / "mt-bench" / "limit-1" / "answers.jsonl").read_text().count("\n") == 1
+    assert "were cut off" in capsys.readouterr().out
 
 
 def test_a_radar_with_a_gap_is_drawn(tmp_path: Path) -> None:

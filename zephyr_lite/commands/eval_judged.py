@@ -128,6 +128,7 @@ def mt_bench(
     console.say("mean grade of both turns (turn 1 / turn 2), 1 to 10")
     for what, told in result.body["differences"].items():
         _say_difference(what, told["difference"], told["standard_error"], f"{told['questions']} questions")
+    _say_cut(result.body, 2 * len(read.questions))
     _say_end(result.unfinished, result.files, folder / KIND)
 
 
@@ -221,6 +222,7 @@ def alpaca(
     console.table(*table(result.models))
     for what, told in result.body["differences"].items():
         _say_difference(what, told["difference"], told["standard_error"], f"{told['instructions']} instructions")
+    _say_cut(result.body, len(baseline.rows))
     _say_end(result.unfinished, result.files, folder / KIND)
 
 
@@ -292,6 +294,13 @@ def _say_bounds(lines: list[str], settings: JudgedConfig, job: Path) -> None:
 def _say_difference(what: str, value: float | None, error: float | None, over: str) -> None:
     if value is not None:
         console.say(f"{what}: {value:+.2f}" + (f" ± {error:.2f} (standard error, {over})" if error is not None else ""))
+
+
+def _say_cut(body: dict[str, Any], of: int) -> None:
+    """Answers that were cut off are judged as they are; a model that never ends looks worse for it."""
+    for name, told in body["models"].items():
+        if cut := told["answers_cut_at_max_tokens"]:
+            console.say(f"note: {name}: {cut:,} of {of:,} answers were cut off at their most tokens (--max-new-tokens)")
 
 
 def _say_end(unfinished: str, files: list[Path], job: Path) -> None:

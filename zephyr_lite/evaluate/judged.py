@@ -155,7 +155,7 @@ def results_folder(config: JudgedConfig, answering: Answering) -> Path:
     if config.out:
         return Path(config.out)
     if answering.weights is None:
-        raise UserError("only endpoints answer, so there is no run to put the result into.", "Add --out FOLDER.")
+        raise UserError("no model of a run answers, so there is no place for the result.", "Add --out FOLDER.")
     from .results import result_folder
 
     return result_folder(cast(Any, _described(answering.weights, None)))
@@ -187,6 +187,11 @@ def _described(weights: Weights, template: Any) -> SimpleNamespace:
         base=SimpleNamespace(name_or_path=base, fingerprint=known),
         template=template,
     )
+
+
+def part(asked: int, whole: int) -> str:
+    """Behind the names of what is written: a trial replaces no complete result."""
+    return "" if asked == whole else f"-limit-{asked}"
 
 
 def slugs(names: Sequence[str]) -> dict[str, str]:

@@ -28,6 +28,7 @@ from ..judged import (
     ask_all,
     chosen_judge,
     judge_request,
+    part,
     refuse_no_judge,
     results_folder,
     slugs,
@@ -162,7 +163,8 @@ def run_alpaca(
         ]
         for name in [*answering.specs, *baseline.given]
     }
-    _write_texts(job, found, asked)
+    ending = part(len(baseline.rows), baseline.whole)
+    _write_texts(job / ending[1:] if ending else job, found, asked)
     silent = Counter(model for (model, _), done in asked.results if done.output is None)
     models = {
         name: {**rates(rows, baseline.difficulty), "n_not_answered": silent[name]}
@@ -176,7 +178,7 @@ def run_alpaca(
     body = _body(config, baseline, answering, asked, models, found)
     result = Alpaca(models, body, asked.unfinished("comparisons"))
     if not asked.unreached:
-        result.files.append(write_judged(folder, KIND, body, answering, config.chat_template))
+        result.files.append(write_judged(folder, KIND + ending, body, answering, config.chat_template))
     return result
 
 

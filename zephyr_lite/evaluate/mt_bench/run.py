@@ -17,7 +17,7 @@ from ...feedback.draw import seed_of
 from ...feedback.estimate import bound_lines, priced
 from ...feedback.files import line_of, valid
 from ...feedback.meter import Meter
-from ...rundir import file_aside
+from ...files import file_aside, make_folder
 from ..judged import (
     JUDGE_TRIES,
     Answering,
@@ -26,6 +26,7 @@ from ..judged import (
     JudgedConfig,
     ask_all,
     judge_request,
+    part,
     refuse_no_judge,
     results_folder,
     who_answers,
@@ -122,7 +123,8 @@ def run_mt_bench(
         return await _one(desk, config, answering, read.prompts, *item)
 
     asked = ask_all(config, answering, job, COMMAND, items, work, meter, say, back_off)
-    _write_texts(job, asked)
+    ending = part(len(read.questions), read.whole)
+    _write_texts(job / ending[1:] if ending else job, asked)
     grades = {
         name: [grade for (model, _), done in asked.results if model == name for grade in done.grades]
         for name in answering.specs
@@ -133,12 +135,12 @@ def run_mt_bench(
     body = _body(config, read, answering, asked, models, grades)
     result = MtBench(models, body, asked.unfinished("questions"))
     if not asked.unreached:
-        result.files.append(write_judged(folder, KIND, body, answering, config.chat_template))
+        result.files.append(write_judged(folder, KIND + ending, body, answering, config.chat_template))
         categories = {question.category for question in read.questions}
         if config.plot and len(categories) < LEAST:
             say(f"no radar plot: it takes {LEAST} categories, and these are {len(categories)}")
         elif config.plot:
-            picture = folder / f"{KIND}.png"
+            picture = folder / f"{KIND}{ending}.png"
             draw_radar(picture, models, f"MT-Bench, graded by {answering.judge.name if answering.judge else ''}")
             result.files.append(picture)
     return result
@@ -287,9 +289,11 @@ def _why(asked: Asked[Any, Answered]) -> str:
 
 def _write_texts(job: Path, asked: Asked[tuple[str, Question], Answered]) -> None:
     """Answers in FastChat's form, and the judge's replies beside them."""
+    make_folder(job)
     with file_aside(job / ANSWERS) as file:
         for (model, question), done in asked.results:
-            head = {"question_id": question.id, "category": question.category, "model_id": model}
+            number = int(question.id) if question.id.isdecimal() else question.id  # as FastChat's tools want it
+            head = {"question_id": number, "category": question.category, "model_id": model}
             file.write(line_of({**head, "choices": [{"index": 0, "turns": done.answers}]}))
     with file_aside(job / JUDGMENTS) as file:
         for _, done in asked.results:
