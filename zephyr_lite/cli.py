@@ -172,21 +172,42 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge in the folder.")] = False,
     check: Annotated[
         bool,
-        typer.Option("--check/--no-check", help="Compare merged and live log-probabilities on a few rows."),
+        typer.Option("--check/--no-check", help="Compare the merged model with the live stack on a few rows."),
     ] = True,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure both ways, --onto base and nf4, on more held-out rows.")
+    ] = False,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="Held-out rows to compare on [8; 64 with --measure].")
+    ] = None,
+    model_card: Annotated[bool, typer.Option("--card/--no-card", help="Write a model card, README.md.")] = True,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", help="OWNER/NAME: upload the folder to the hub at the end.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: a private repository.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Merge the adapters of a run into one model folder that plain transformers loads."""
+    from .export.card import write_card
+    from .export.push import check_repo, prepare
+    from .export.push import push as upload
     from .merge.command import run_merge
     from .redact import refuse_secrets
+
+    if push_to_hub is not None:
+        check_repo(push_to_hub)  # before hours of work
 
     # where a model comes from is written into its files
     given = {"--out": str(out), "--run": str(run or ""), "--adapter": adapter or [], "--base": base or ""}
     refuse_secrets(given, "the command line")
     run_merge(
         out, run=run, stage=stage, adapters=adapter or [], base=base, onto=onto.value, as_adapter=adapter_only,
-        overwrite=overwrite, check=check, say=console.say,
+        overwrite=overwrite, check=check, both=measure, rows=rows, say=console.say,
     )  # fmt: skip
+    if model_card:
+        console.say(f"model card: {write_card(out, say=console.say)}")
+    if push_to_hub is not None:
+        upload(prepare(out, push_to_hub), private=private, say=console.say)
 
 
 @app.command()
