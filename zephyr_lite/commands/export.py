@@ -12,7 +12,7 @@ from ..console import Console
 from ..errors import UserError
 from .options import ChatTemplateOption, Verbose, nameable
 
-Model = Annotated[Path, typer.Argument(help="The model's folder, as merge made it.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The model's folder, as merge made it.")]
 
 
 class GgufType(StrEnum):
@@ -77,7 +77,9 @@ def ollama(
 
 
 def card(
-    model: Annotated[Path, typer.Argument(help="A folder that merge made: a model, or an adapter (--adapter-only).")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A folder that merge made: a model, or an adapter (--adapter-only).")
+    ],
     run: Annotated[
         Path | None, typer.Option("--run", help="The run it came from, where that was moved since it was merged.")
     ] = None,
@@ -108,8 +110,8 @@ def card(
 
 
 def push(
-    model: Annotated[Path, typer.Argument(help="A folder that merge made.")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made where it is not there yet.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that merge made.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub; made where it is not there yet.")],
     private: Annotated[bool, typer.Option("--private", help="Make it a private repository.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Upload; without this the files are only listed.")] = False,
     verbose: Verbose = False,
