@@ -95,6 +95,11 @@ def test_preference_is_the_stages_own_last_evaluation(live, pairs, trained):
     assert 0.2 * found.margin.value == pytest.approx(own["eval_rewards/margins"], abs=1e-5)
     assert 0.2 * found.chosen.value == pytest.approx(own["eval_rewards/chosen"], abs=1e-5)
     assert result.models["dpo"].chosen.value == pytest.approx(own["eval_logps/chosen"], rel=1e-5)
+    sums = {name: pair_logps(plain.PlainScorer(live.stack, live.models[name]), pairs.data).sums for name in live.models}
+    gained = sums["sft"] - sums["base"]
+    won = [bool(chosen > rejected) for chosen, rejected in gained]
+    assert 0 < sum(won) < len(won) and result.comparisons["sft", "base"].accuracy.value == sum(won) / len(won)
+    assert result.models["sft"].share_sum.value == (sums["sft"][:, 0] > sums["sft"][:, 1]).double().mean().item()
     # against the base is the sum of what both stages gained
     margins = {pair: c.margin.value for pair, c in result.comparisons.items()}
     assert margins["dpo", "base"] == pytest.approx(margins["dpo", "sft"] + margins["sft", "base"], rel=1e-6)
