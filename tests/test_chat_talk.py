@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -298,7 +299,7 @@ def test_votes_are_pairs_that_dpo_trains_on(chat, run_folder, tmp_path):
         base, run_folder, file, stage="voted", load_in_4bit="false", max_steps=2, max_prompt_length=120, max_length=240
     )
     assert run_dpo(load_config("dpo", None, again), say=quiet).step == 2
-    assert json.loads((run_folder / "voted" / "stage.json").read_text())["status"] == "complete"
+    assert json.loads((run / "voted" / "stage.json").read_text())["status"] == "complete"
 
 
 def test_a_vote_makes_no_pair_of_equal_or_empty_answers(tmp_path):

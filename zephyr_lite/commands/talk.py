@@ -52,13 +52,14 @@ def chat(
     verbose: Verbose = False,
 ) -> None:
     """Talk to what was trained. A prompt on stdin is answered on stdout."""
+    terminal = in_terminal()
+    _check_options(compare, vote, model or [], prompts, out, terminal)
+    question = "" if terminal or prompts is not None else _prompt_on_stdin()
+
     from ..chat.session import Session, Settings, trained_system
 
     settings = Settings(temperature, top_p, max_new_tokens, seed, system)
     settings.check()
-    terminal = in_terminal()
-    _check_options(compare, vote, model or [], prompts, out, terminal)
-    question = "" if terminal or prompts is not None else _prompt_on_stdin()
     say = console.say if terminal or prompts is not None else console.complain
 
     if vote is not None:

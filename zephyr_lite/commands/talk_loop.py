@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -200,6 +202,7 @@ class Talk:
             self.session.agree(order[0])
             self._screen.note("a tie, which makes no pair; the conversation goes on from answer 1")
             return
+        assert isinstance(choice, int)
         liked = order[choice - 1]
         models = [column.model for column in self.session.columns]
         try:
@@ -243,7 +246,18 @@ class Talk:
         votes, pairs = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((tally.votes, "vote"), (tally.pairs, "pair")))
         self._console.say(f"{votes}{skipped}; {pairs} added to {file}.")
         if tally.pairs:
-            self._console.say(f"Next: zephyr-lite dpo dataset.path={file}")
+            self._console.say(f"Next: {self._next(file)}")
+
+    def _next(self, file: Path) -> str:
+        """The command that trains on the votes, for the run that was talked to; a finished stage is not run again."""
+        words = [f"dataset.path={file}"]
+        chain = self.session.chat.live.chain
+        if chain is not None and chain.run is not None:
+            words.append(f"output_dir={chain.run}")
+            if (chain.run / "dpo").exists():
+                number = next(n for n in itertools.count(1) if not (chain.run / _voted(n)).exists())
+                words.append(f"stage={_voted(number)}")
+        return " ".join(["zephyr-lite dpo", *(shlex.quote(word) for word in words)])
 
     # -- commands --------------------------------------------------------------------------------------------------
 
@@ -358,6 +372,10 @@ class Talk:
             self.session.switch(name)
         here = self.session.columns[0].model
         self._screen.note(", ".join(f"{model} (this one)" if model == here else model for model in models))
+
+
+def _voted(number: int) -> str:
+    return f"voted{number if number > 1 else ''}"
 
 
 def _use_readline() -> None:
