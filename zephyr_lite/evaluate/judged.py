@@ -150,7 +150,7 @@ def results_folder(config: JudgedConfig, answering: Answering) -> Path:
     """``--out``, or where the source's results lie.
 
     Raises:
-        UserError: there is no such place, for only endpoints answer.
+        UserError: there is no such place: no model of a run answers.
     """
     if config.out:
         return Path(config.out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -79,6 +80,11 @@ class Baseline:
     @property
     def generator(self) -> str:
         return self.rows[0].generator
+
+    def digest(self) -> str:
+        """A hash of the instructions that are asked, and of the baseline's answers to them."""
+        told = json.dumps([[row.instruction, row.output] for row in self.rows])
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def note(self) -> str:
         return f"{self.path}: {len(self.rows)} of {self.whole} instructions, answered by {self.generator}"
@@ -297,7 +303,12 @@ def _body(
             "max_new_tokens": {name: spec.max_tokens for name, spec in answering.specs.items()},
             "seed": config.seed,
         },
-        "data": {"instructions": str(baseline.path), "asked": len(baseline.rows), "of": baseline.whole},
+        "data": {
+            "instructions": str(baseline.path),
+            "asked_sha256": baseline.digest(),
+            "asked": len(baseline.rows),
+            "of": baseline.whole,
+        },
         "notes": [NOTE, *([] if baseline.difficulty is not None else [NO_DIFFICULTY])],
         "spent": asked.totals.as_dict(),
     }
