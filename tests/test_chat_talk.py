@@ -295,9 +295,9 @@ def test_votes_are_pairs_that_dpo_trains_on(chat, run_folder, tmp_path):
     assert rows[4]["chosen"][:-1] == rows[4]["rejected"][:-1] and len(rows[4]["chosen"]) == 6
     assert rows[4]["chosen"][1] == rows[0]["chosen"][1]  # the conversation goes on from what was liked
     base = json.loads((run_folder / "sft" / "stage.json").read_text())["base"]["name_or_path"]
-    again = dpo_words(
-        base, run_folder, file, stage="voted", load_in_4bit="false", max_steps=2, max_prompt_length=120, max_length=240
-    )
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    small = {"load_in_4bit": "false", "max_steps": 2, "max_prompt_length": 120, "max_length": 240}
+    again = dpo_words(base, run, file, stage="voted", **small)
     assert run_dpo(load_config("dpo", None, again), say=quiet).step == 2
     assert json.loads((run / "voted" / "stage.json").read_text())["status"] == "complete"
 
