@@ -31,6 +31,7 @@ def blocks(language: str, text: str = TEXT) -> list[str]:
 
 def commands(text: str) -> list[str]:
     lines = "".join(blocks("bash", text)).replace("\\\n", " ").splitlines()
+    lines = [line.split("  #")[0].rstrip() for line in lines]  # a remark behind a command
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
