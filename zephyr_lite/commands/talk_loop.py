@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shlex
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from ..chat.rows import append_rows, check_file
 from ..chat.session import Answer, Session
@@ -19,7 +16,8 @@ from ..errors import Interrupted, UserError
 from ..interrupts import StopRequest
 from ..words import short
 from .talk import ended
-from .talk_screen import Screen, quiet_keys
+from .talk_keys import ended_by_sigterm, quiet_keys, use_readline
+from .talk_screen import Screen
 
 PROMPT, MORE = "> ", "… "
 BLOCK = '"""'  # begins and ends a question of several lines
@@ -66,14 +64,14 @@ class Talk:
         Raises:
             Interrupted: SIGTERM, or Ctrl-C twice.
         """
-        _use_readline()
+        use_readline()
         live = self.session.chat.live
         who = (
             " against ".join(c.model for c in self.session.columns) if self._ballot is None else "answers without names"
         )
         self._screen.note(f"{live.source}: {who}. /help lists the commands, Ctrl-D ends.")
         impatient = False
-        with _ended_by_sigterm():
+        with ended_by_sigterm():
             try:
                 while True:
                     try:
@@ -89,8 +87,12 @@ class Talk:
                         impatient = True
                         self._screen.note("Ctrl-C once more, or Ctrl-D, ends the session.")
                         continue
-                    if not self._handled(line):
-                        break
+                    try:
+                        if not self._handled(line):
+                            break
+                    except KeyboardInterrupt:  # between the line and its answer, which asks for two of them
+                        impatient = True
+                        self._screen.note("Ctrl-C once more, or Ctrl-D, ends the session.")
             except KeyboardInterrupt:
                 raise Interrupted("interrupted") from None
             finally:
@@ -141,9 +143,12 @@ class Talk:
                 def stopped() -> bool:
                     return stop.name is not None
 
-                if question is None:
-                    return self.session.retry(on_text, stopped)
-                return self.session.ask(question, on_text, stopped)
+                try:
+                    if question is None:
+                        return self.session.retry(on_text, stopped)
+                    return self.session.ask(question, on_text, stopped)
+                except KeyboardInterrupt:  # the second one
+                    raise Interrupted("interrupted") from None
 
             if self._compare:
                 with self._screen.answers(list(titles.values())) as grow:
@@ -378,14 +383,6 @@ def _voted(number: int) -> str:
     return f"voted{number if number > 1 else ''}"
 
 
-def _use_readline() -> None:
-    """Keys to edit a line and to get earlier ones back, where the system has them; a pasted text stays one question."""
-    with suppress(ImportError):
-        import readline
-
-        readline.parse_and_bind("set enable-bracketed-paste on")
-
-
 def _line(prompt: str) -> str:
     """Raises EOFError, KeyboardInterrupt; a line that is no text is asked for again."""
     while True:
@@ -395,21 +392,3 @@ def _line(prompt: str) -> str:
             return line
         except UnicodeError:
             print("That was not UTF-8; say it again.")
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Within, SIGTERM ends the session, where Ctrl-C takes back a line."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("SIGTERM: the session ended")
-
-    before = signal.getsignal(signal.SIGTERM)
-    if before is signal.SIG_IGN:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -14,42 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ..console import Console, visible
+from .talk_keys import quiet_keys
 
 # Columns of text that an answer needs to be read beside others; narrower terminals show them one under the other.
 NARROWEST = 32
 # Seconds between two pictures of answers that grow.
 REFRESH = 0.1
 TAB = "    "
-
-
-@contextmanager
-def quiet_keys() -> Iterator[None]:
-    """Within, the terminal does not write what is typed (^C above all) into the answers; it is there at the next prompt."""
-    restore = _without_echo()
-    try:
-        yield
-    finally:
-        restore()
-
-
-def _without_echo() -> Callable[[], None]:
-    """Gives what undoes it; nothing is done where stdin is no terminal, or the system knows no termios."""
-    try:
-        import termios
-    except ImportError:
-        return lambda: None
-    try:
-        number = sys.stdin.fileno()
-        before = termios.tcgetattr(number)
-        termios.tcsetattr(number, termios.TCSADRAIN, [*before[:3], before[3] & ~termios.ECHO, *before[4:]])
-    except (termios.error, OSError, ValueError):
-        return lambda: None
-
-    def restore() -> None:
-        with suppress(termios.error, OSError, ValueError):  # the terminal is gone
-            termios.tcsetattr(number, termios.TCSADRAIN, before)
-
-    return restore
 
 
 class Screen:
