@@ -105,7 +105,11 @@ def open_live(
         template = template_of_folder(path, loaded.tokenizer, chat_template)
         return Live(str(path), loaded, AdapterStack(loaded.model), template, {WHOLE: []})
     if path is not None and (path / STAGE_FILE).is_file():
-        path, stage = path.parent, stage or path.name
+        if stage not in (None, path.name):
+            raise UserError(
+                f"{path}: is the stage {path.name}, and --stage says {stage}.", f"Give the run: {path.parent}"
+            )
+        path, stage = path.parent, path.name
     if path is None and stage is None and newest_run(Path("runs")) is None:
         raise UserError("there is no run under runs/.", "Run `zephyr-lite sft` first, or name a model's folder.")
     return live_of(chain_of_run(path, stage=stage), chat_template=chat_template, say=say)
