@@ -80,7 +80,8 @@ def test_length_is_controlled_for() -> None:
     assert more is not None and more.win_rate == pytest.approx(found.win_rate, abs=0.5)
     assert length_controlled([2, 1, 2, 1], [9] * 4, [9] * 4) is None  # all of one length
     assert length_controlled([2, 1], [9, 9], [3, 12]) is None
-    won = length_controlled([2] * 10, [10] * 10, list(range(10)))
+    assert length_controlled([2, 2, 1] * 6, [9] * 18, list(range(18))) is None  # too few: any curve fits
+    won = length_controlled([2] * 20, [10] * 20, list(range(20)))
     assert won is not None and 99 < won.win_rate <= 100 and math.isfinite(won.standard_error)
 
 
@@ -125,10 +126,11 @@ def test_published_files_are_scored(tmp_path: Path, capsys) -> None:
     assert body["win_rate"] == expected.win_rate == pytest.approx(100 * (0 + 1 + 0.5 + 0.5 + 1 + 0.25) / 6)
     assert body["standard_error"] == expected.standard_error and body["n_left_out"] == 2 and body["n_draws"] == 2
     assert f"{body['win_rate']:.2f} %" in capsys.readouterr().out
-    # JSONL does as well, and a second annotator has a row of his own
+    # JSONL does as well, with characters that end a line elsewhere; a second annotator has a row of his own
     lines = tmp_path / "lines.jsonl"
-    rows = [annotation(0, 1), annotation(1, 2, annotator="other")]
-    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [annotation(0, 1), annotation(1, 2, annotator="other", output_1="a\u2028b\u0085c")]
+    lines.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), encoding="utf-8")
+    assert read_annotations(lines)[1].output_1 == "a\u2028b\u0085c"
     assert run("--annotations", lines) == 0
     said = capsys.readouterr().out
     assert "new, by other" in said and "100.00 %" in said and "50.00 %" in said
@@ -161,7 +163,26 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path, capsys) -> No
         (["--annotations", write(tmp_path / "f.json", {"a": 1})], "row 1: has no preference"),
         (["--annotations", write(tmp_path / "g.json", [])], "expected a list of objects"),
         (["--annotations", tmp_path / "none.json"], "cannot be read"),
-        (["--annotations", good, "--judge", "http://127.0.0.1:1/v1#j"], "--judge would ask"),
+        (["--annotations", good, "--judge", "http://127.0.0.1:1/v1#j"], "--judge changes nothing"),
+        (["--annotations", good, "--limit", 2], "--limit changes nothing"),
+        (["--annotations", good, "--dry-run"], "--dry-run changes nothing"),
+        (
+            ["--outputs", outputs, "--judge", "http://127.0.0.1:1/v1#j", "--instructions", outputs, "--temperature", 0],
+            "--temperature changes nothing",
+        ),
+        (
+            [
+                "--model",
+                "http://127.0.0.1:1/v1#a",
+                "--judge",
+                "http://127.0.0.1:1/v1#j",
+                "--instructions",
+                outputs,
+                "--chat-template",
+                "zephyr",
+            ],
+            "only endpoints answer: --chat-template changes nothing",
+        ),
         (["--instructions", tmp_path / "none.json", "--judge", "http://127.0.0.1:1/v1#j"], "no such file"),
         (["--instructions", good, "--judge", "http://127.0.0.1:1/v1#j"], "expected instruction and output"),
         (["--instructions", outputs], "no judge is given"),
@@ -258,7 +279,7 @@ def test_a_job_from_answers_to_rates(tmp_path: Path, capsys) -> None:
     assert "length-controlled" in capsys.readouterr().out
 
 
-def test_outputs_that_are_there_are_judged_and_the_same_text_is_a_tie(tmp_path: Path) -> None:
+def test_outputs_that_are_there_are_judged_and_the_same_text_is_a_tie(tmp_path: Path, capsys) -> None:
     rows = json.loads(baseline(tmp_path).read_text())
     own = [{**row, "output": row["output"] if n < 3 else "mine", "generator": "new"} for n, row in enumerate(rows[:10])]
     with ChatServer(script) as server:
@@ -268,11 +289,12 @@ def test_outputs_that_are_there_are_judged_and_the_same_text_is_a_tie(tmp_path: 
         assert run(*words, "--model", f"{server.url}#a", "--out", tmp_path / "out") == 2
         assert run(*words, "--out", tmp_path / "out") == 0
         assert len(server.seen) == 7 and {s.body["model"] for s in server.seen} == {"judge"}
+        assert "10 of 12 instructions, answered by old; --outputs have no answer to 2 others" in capsys.readouterr().out
     body = json.loads((tmp_path / "out" / "alpaca-limit-10.json").read_text())["models"]["new"]  # of 12
     assert body["n_total"] == 10 and body["n_draws"] >= 3
 
 
-def test_what_fails_is_left_out_and_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
+def test_what_fails_is_left_out_and_what_was_answered_is_not_asked_again(tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
 
     def moody(seen: Seen) -> Act:
@@ -289,6 +311,7 @@ def test_what_fails_is_left_out_and_what_was_answered_is_not_asked_again(tmp_pat
         server.seen.clear()
         server.script = moody
         assert run(*words) == 0
+        assert "note: a: instructions left out: " in capsys.readouterr().out
         after = [json.dumps(s.body, sort_keys=True) for s in server.seen]
     answered = {b for b in before if "Do 3." not in b and '"Do 5."' not in b}
     assert not answered & set(after)

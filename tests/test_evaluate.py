@@ -12,9 +12,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from zephyr_lite.cli import run
+from zephyr_lite.config import DatasetSpec
 from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.evaluate import loss as losses
 from zephyr_lite.evaluate import plain
+from zephyr_lite.evaluate import rows as rows_module
 from zephyr_lite.evaluate.bootstrap import Bootstrap
 from zephyr_lite.evaluate.likelihood import chat_logps, pair_logps
 from zephyr_lite.evaluate.loss import evaluate_loss
@@ -183,17 +185,30 @@ def test_commands_write_what_they_show(trained, capsys, tmp_path):
     assert str(trained / "sft") in told["data"]["origin"]  # a dpo stage holds out pairs; these are the sft stage's
     code, out, err = said(capsys, "preference", trained, "--out", tmp_path / "there", "--limit", 3, "--resamples", 100)
     assert code == 0, err
-    told = json.loads((tmp_path / "there" / "preference.json").read_text())
+    told = json.loads((tmp_path / "there" / "preference-limit-3.json").read_text())
     assert told["data"]["rows"] == 3 and told["settings"]["bootstrap"]["resamples"] == 100
     assert "dpo against sft" in out and "over 3 pairs" in out
     code, out, err = said(capsys, "preference", trained, "--stage", "sft", "--limit", 1)
     assert code == 0 and "one pair has no interval" in out  # of another stage of the run
-    assert json.loads((trained / "sft" / "eval" / "preference.json").read_text())["settings"]["beta"] == 0.2
+    assert json.loads((trained / "sft" / "eval" / "preference-limit-1.json").read_text())["settings"]["beta"] == 0.2
 
 
 def test_other_rows_by_name(trained, capsys, chat_rows, pair_rows, tmp_path):
     code, out, _ = said(capsys, "loss", trained, "--data", chat_rows)
     assert code == 0 and "was trained on" in out
+    # a result on other rows does not replace that on those held out, nor a trial a complete one
+    assert (trained / "dpo" / "eval" / f"loss-{chat_rows.stem}.json").is_file()
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "train_sft.jsonl").write_text(chat_rows.read_text())
+    pairs = [
+        (folder, "train_sft", folder / "train_sft.jsonl", None),
+        (chat_rows, None, chat_rows.parent / "." / chat_rows.name, None),
+    ]
+    for path, split, other, its in pairs:
+        one, two = DatasetSpec(path=str(path), split=split), DatasetSpec(path=str(other), split=its)
+        assert rows_module._same(one, two) and rows_module._same(two, one)
+        assert not rows_module._same(one, DatasetSpec(path=str(folder), split="test_sft"))
     rows = tmp_path / "mine.jsonl"
     rows.write_text(chat_rows.read_text().splitlines()[0] + "\n")
     adapter = trained / "dpo" / "adapter"

@@ -166,6 +166,8 @@ def test_interrupted_while_measuring_the_merged_folder_stays(trained, tmp_path, 
 def test_measuring_needs_a_merged_model(trained, tmp_path, options, told):
     with pytest.raises(UserError, match=told):
         run_merge(tmp_path / "m", run=trained, both=True, say=lambda line: None, **options)
+    with pytest.raises(UserError, match=f"--rows are for the comparison; {told}"):
+        run_merge(tmp_path / "m", run=trained, rows=4, say=lambda line: None, **options)
     assert not (tmp_path / "m").exists()
 
 

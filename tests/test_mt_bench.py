@@ -20,14 +20,16 @@ import pytest
 from zephyr_lite import cli
 from zephyr_lite.chat import Chat
 from zephyr_lite.config import load_config
+from zephyr_lite.endpoints.desk import _endpoint
 from zephyr_lite.endpoints.types import parse_endpoint
 from zephyr_lite.endpoints.weights import Weights
 from zephyr_lite.errors import UserError
+from zephyr_lite.evaluate.judged import who_answers
 from zephyr_lite.evaluate.mt_bench import prompts as prompts_module
 from zephyr_lite.evaluate.mt_bench.prompts import judge_messages, read_grade
 from zephyr_lite.evaluate.mt_bench.questions import Question, read_questions
 from zephyr_lite.evaluate.mt_bench.radar import draw_radar
-from zephyr_lite.evaluate.mt_bench.run import TEMPERATURES
+from zephyr_lite.evaluate.mt_bench.run import TEMPERATURES, MtBenchConfig
 from zephyr_lite.evaluate.mt_bench.scores import Grade, difference, model_scores
 from zephyr_lite.live import open_live
 from zephyr_lite.train.dpo import run_dpo
@@ -259,6 +261,21 @@ def test_a_folders_models_are_told_apart_without_loading_them(trained: Path, tin
             parse_endpoint(word)
 
 
+def test_a_runs_model_is_meant_where_a_folder_has_its_name_and_its_stage_is_the_same_base(
+    tmp_path: Path, trained: Path, monkeypatch
+) -> None:
+    (tmp_path / "sft").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = MtBenchConfig(source=str(trained), models=["sft", f"{trained}#base"], judge="http://127.0.0.1:1/v1#j")
+    answering = who_answers(config, 0.0)
+    sft, base = answering.specs.values()
+    assert (sft.name, sft.model) == ("sft", "sft") and sft.path == answering.weights.source
+    # a run, and its last stage: one base in memory; an earlier stage is something else
+    known = {answering.weights.source: answering.weights}
+    assert _endpoint(base, known, {})._weights is answering.weights
+    assert not answering.weights.is_same(Weights(trained / "sft"))
+
+
 def test_a_server_answers_at_the_categorys_temperature_and_knows_its_first_answer(tmp_path: Path) -> None:
     questions = bench(tmp_path / "bench")
     with ChatServer(script) as server:
@@ -368,12 +385,18 @@ def test_answers_beyond_the_context_are_counted_and_not_scored(tmp_path: Path, t
         assert run(trained, "--model", "sft", *arguments) == 0
     body = result(out)["models"]["sft"]
     assert body["graded"] == 3 and body["why_not_graded"] == {"no answer: longer than the context": 1}
-    assert "no radar plot: it takes 3 categories" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "no radar plot: it takes 3 categories" in told
+    assert "note: sft: turns left out: no answer: longer than the context (1)" in told
     with ChatServer(script) as server:  # a trial replaces no complete result
         arguments[1] = f"{server.url}#judge"
         assert run(trained, "--model", "sft", *arguments, "--limit", 1) == 0 and not server.seen
+        assert (
+            run(trained, "--model", "sft", *arguments, "--category", "writing") == 0
+        )  # nor a trial of other questions
     assert json.loads((out / "mt-bench-limit-1.json").read_text())["data"] != result(out)["data"]
     assert (out / "mt-bench" / "limit-1" / "answers.jsonl").read_text().count("\n") == 1
+    assert (out / "mt-bench-writing-limit-1.json").is_file()
     assert "were cut off" in capsys.readouterr().out
 
 

@@ -128,6 +128,7 @@ def mt_bench(
     console.say("mean grade of both turns (turn 1 / turn 2), 1 to 10")
     for what, told in result.body["differences"].items():
         _say_difference(what, told["difference"], told["standard_error"], f"{told['questions']} questions")
+    _say_lost(result.body, "why_not_graded", "turns")
     _say_cut(result.body, 2 * len(read.questions))
     _say_end(result.unfinished, result.files, folder / KIND)
 
@@ -172,15 +173,15 @@ def alpaca(
     """AlpacaEval: a judge compares answers to 805 instructions with a baseline's; or score files of AlpacaEval's."""
     if annotations is not None:
         given = {
-            "SOURCE": source,
-            "--judge": judge,
-            "--model": model,
-            "--config": config,
-            "--instructions": instructions,
-        }
-        if needless := [name for name, value in given.items() if value]:
+            "SOURCE": source, "--stage": stage, "--adapter": adapters, "--base": base, "--chat-template": chat_template,
+            "--config": config, "--model": model, "--judge": judge, "--instructions": instructions, "--limit": limit,
+            "--temperature": temperature, "--max-new-tokens": max_new_tokens, "--concurrency": concurrency,
+            "--seed": seed, "--max-requests": max_requests, "--max-tokens": max_tokens, "--dry-run": dry_run or None,
+        }  # fmt: skip
+        if needless := [name for name, value in given.items() if value not in (None, [])]:
             raise UserError(
-                f"--annotations are verdicts already; {needless[0]} would ask for new ones.", "Leave one of them out."
+                f"--annotations are verdicts already: nothing is asked, and {needless[0]} changes nothing.",
+                "With --annotations go --outputs, --difficulty and --out.",
             )
         _score(annotations, outputs, difficulty, out)
         return
@@ -222,6 +223,7 @@ def alpaca(
     console.table(*table(result.models))
     for what, told in result.body["differences"].items():
         _say_difference(what, told["difference"], told["standard_error"], f"{told['instructions']} instructions")
+    _say_lost(result.body, "why_left_out", "instructions")
     _say_cut(result.body, len(baseline.rows))
     _say_end(result.unfinished, result.files, folder / KIND)
 
@@ -294,6 +296,14 @@ def _say_bounds(lines: list[str], settings: JudgedConfig, job: Path) -> None:
 def _say_difference(what: str, value: float | None, error: float | None, over: str) -> None:
     if value is not None:
         console.say(f"{what}: {value:+.2f}" + (f" ± {error:.2f} (standard error, {over})" if error is not None else ""))
+
+
+def _say_lost(body: dict[str, Any], key: str, unit: str) -> None:
+    """Why something has no grade or verdict."""
+    for name, told in body["models"].items():
+        if reasons := told[key]:
+            why = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
+            console.say(f"note: {name}: {unit} left out: {why}")
 
 
 def _say_cut(body: dict[str, Any], of: int) -> None:

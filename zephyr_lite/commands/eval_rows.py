@@ -52,7 +52,7 @@ def loss(
     if result.differences:
         console.table(DIFFERENCES, result.difference_rows())
     _explain_intervals(rows, confidence, resamples)
-    _keep(folder, "loss", result, live)
+    _keep(folder, rows.kind("loss"), result, live)
 
 
 def preference(
@@ -85,7 +85,7 @@ def preference(
     _explain_intervals(rows, confidence, resamples)
     if result.beta is None and result.comparisons:
         console.say("margins are in nats alone: no DPO stage says what β is (--beta)")
-    _keep(folder, "preference", result, live)
+    _keep(folder, rows.kind("preference"), result, live)
 
 
 def _open(

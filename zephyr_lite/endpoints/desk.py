@@ -331,7 +331,9 @@ def _endpoint(spec: EndpointSpec, known: Mapping[str, Weights], opened: dict[str
         return LocalEndpoint(spec, known[spec.path])
     place = str(Path(spec.path).expanduser().resolve())
     if place not in opened:
-        opened[place] = weights_of(spec)
+        found = weights_of(spec)
+        # a run and its last stage are the same models: one base in memory
+        opened[place] = next((w for w in [*known.values(), *opened.values()] if w.is_same(found)), found)
     return LocalEndpoint(spec, opened[place])
 
 

@@ -71,6 +71,10 @@ class Weights:
             return str(self.chain.run / self.chain.stage)
         return " + ".join(str(adapter.path) for adapter in self.chain.adapters)
 
+    def is_same(self, other: Weights) -> bool:
+        """Whether both hold the same models by the same names, and talk to them by the same template."""
+        return list(self.models.items()) == list(other.models.items()) and self.identity() == other.identity()
+
     @property
     def _whole(self) -> bool:
         return self.path is not None and (self.path / "config.json").is_file()

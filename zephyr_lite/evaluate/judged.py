@@ -76,7 +76,7 @@ class Answering:
 
 
 def who_answers(config: JudgedConfig, temperature: float) -> Answering:
-    """The models that answer, nothing loaded yet.
+    """The models that answer, nothing loaded yet. ``sft`` is the source's model also where a folder ``sft`` lies here.
 
     Args:
         temperature: of the evaluation, where an endpoint's word says nothing else and no request does.
@@ -92,9 +92,11 @@ def who_answers(config: JudgedConfig, temperature: float) -> Answering:
             config.source, stage=config.stage, adapters=config.adapters, base=config.base, chat_template=config.chat_template
         )  # fmt: skip
         _template(weights, config.chat_template)
+    else:
+        refuse_unused(config, "only endpoints answer")
     specs: dict[str, EndpointSpec] = {}
     for word in config.models or _usual(weights):
-        if word in words:
+        if word in words and not (weights is not None and word in weights.models):
             spec = endpoint_from_word(word)
             usual = {"max_tokens": config.max_new_tokens, "temperature": temperature}
             spec = spec.model_copy(update={k: v for k, v in usual.items() if k not in spec.model_fields_set})
@@ -189,9 +191,9 @@ def _described(weights: Weights, template: Any) -> SimpleNamespace:
     )
 
 
-def part(asked: int, whole: int) -> str:
-    """Behind the names of what is written: a trial replaces no complete result."""
-    return "" if asked == whole else f"-limit-{asked}"
+def part(asked: int, whole: int, names: Sequence[str] = ()) -> str:
+    """Behind the names of what is written: a trial replaces no complete result, and no trial of other ``names``."""
+    return "" if asked == whole else "".join(f"-{name}" for name in names) + f"-limit-{asked}"
 
 
 def slugs(names: Sequence[str]) -> dict[str, str]:
@@ -330,6 +332,24 @@ class Bounds:
 def judge_request(key: str, judge: EndpointSpec, messages: Sequence[Message]) -> Request:
     """Greedy; the second try of one that could not be read is drawn (``Desk.ask_parsed``)."""
     return Request(key, judge.name, tuple(messages), temperature=0.0)
+
+
+def refuse_unused(config: JudgedConfig, why: str, *also: str) -> None:
+    """Where no model of a source answers, what is said about its models changes nothing.
+
+    Args:
+        why: nothing reads them.
+        also: other keys of ``config`` that are not read then.
+
+    Raises:
+        UserError: one of them is given.
+    """
+    for key in ("base", "chat_template", "concurrency", *also):
+        if key in config.model_fields_set:
+            raise UserError(
+                f"{why}: --{key.replace('_', '-')} changes nothing.",
+                "Leave it out. An endpoint's own settings stand behind it: URL#MODEL,concurrency=4.",
+            )
 
 
 def refuse_no_judge(config: JudgedConfig) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -31,6 +33,8 @@ class HeldOut:
         config: what they were prepared with: the stage's, or the recipe's where no stage says.
         stage: whose configuration that is; None: the recipe's.
         data: prepared.
+        named: by ``--data``, and so not what the stage itself holds out.
+        limit: so many rows of each data set, or None: all.
     """
 
     method: Method
@@ -39,6 +43,20 @@ class HeldOut:
     config: RunConfig
     stage: StageDir | None
     data: Prepared
+    named: str | None = None
+    limit: int | None = None
+
+    def kind(self, name: str) -> str:
+        """What a result on these rows is called: ``loss``; ``loss-limit-8`` of a trial, which replaces no complete result;
+        ``loss-mine`` of other rows than those that a run holds out, ``--data my/mine.jsonl``."""
+        other = ""
+        if self.named is not None and self.stage is not None:
+            place = self.named.rstrip("/").rsplit("/", 1)[-1]
+            other = re.sub(r"[^\w-]+", "_", re.sub(r"\.(jsonl|json|csv|parquet)$", "", place)).strip("_") or "data"
+            other = f"-{other}" + (
+                f"-{split}" if (split := re.sub(r"\W+", "_", self.specs[0].split or "").strip("_")) else ""
+            )
+        return f"{name}{other}" + (f"-limit-{self.limit}" if self.limit is not None else "")
 
     def as_dict(self) -> dict[str, Any]:
         """What a result keeps of them: enough to read the same rows again."""
@@ -84,7 +102,7 @@ def held_out(
     stage, config = _stage_of(chain, method, rows_wanted=data is None)
     if data is not None:
         origin, specs = data, [_spec(data, split)]
-        if config is not None and any((s.path, s.split) == (data, split) for s in config.dataset):
+        if config is not None and any(_same(specs[0], trained) for trained in config.dataset):
             say(f"{data}: are the rows that {stage.path if stage else 'the stage'} was trained on, not held-out ones")
     elif stage is None or config is None:
         raise UserError(
@@ -99,7 +117,7 @@ def held_out(
     if max_length is not None:
         config = config.model_copy(update={"max_length": min(max_length, config.max_length)})
     prepared = prepare(specs, method, config, template, what="held-out")
-    return HeldOut(method, origin, specs, config, stage, prepared)
+    return HeldOut(method, origin, specs, config, stage, prepared, data, limit)
 
 
 def stage_config(stage: StageDir) -> RunConfig:
@@ -147,6 +165,17 @@ def _stage_of(chain: Chain | None, method: Method, *, rows_wanted: bool) -> tupl
             f"Name {_WHAT[method]} that it was not trained on: --data FILE (or a hub id, with --split).",
         )
     return None, None
+
+
+def _same(data: DatasetSpec, trained: DatasetSpec) -> bool:
+    """Whether both name the same rows: the same place and split, or the file that is the split in the other's folder."""
+    one, other = (Path(spec.path).expanduser().resolve() for spec in (data, trained))
+    if data.path == trained.path or (one == other and one.exists()):
+        return data.split == trained.split
+    for file, folder, split in ((one, other, trained.split), (other, one, data.split)):
+        if split is not None and file.is_file() and folder in (file.parent, file.parent.parent):
+            return file.stem == split
+    return False
 
 
 def _spec(data: str, split: str | None) -> DatasetSpec:

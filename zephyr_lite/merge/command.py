@@ -68,6 +68,11 @@ def run_merge(
             f"--measure compares merged models; {'--adapter-only makes none' if as_adapter else '--no-check forbids it'}.",
             "Give one of the two.",
         )
+    if rows is not None and (as_adapter or not check):
+        raise UserError(
+            f"--rows are for the comparison; {'--adapter-only makes none' if as_adapter else '--no-check forbids it'}.",
+            "Give one of the two.",
+        )
     chain = chain_of_adapters(list(adapters), base) if adapters else chain_of_run(run, stage=stage)
     name = chain.base["name_or_path"]
     where = f"{chain.run}, stage {chain.stage}" if chain.run is not None else "explicit adapters"

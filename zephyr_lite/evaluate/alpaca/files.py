@@ -177,7 +177,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            # not splitlines(): a text may hold U+2028 or U+0085, which end no line of JSONL
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}).", "Give a JSON list of objects, or JSONL.") from None
     if not rows or not all(isinstance(row, dict) for row in rows):

@@ -31,6 +31,7 @@ from ..judged import (
     judge_request,
     part,
     refuse_no_judge,
+    refuse_unused,
     results_folder,
     slugs,
     who_answers,
@@ -69,6 +70,7 @@ class Baseline:
         whole: how many the file has.
         given: generator → {instruction's key: answer}, of --outputs.
         difficulty: {a row's place in the file: difficulty}, or None.
+        silent: instructions that would be asked, and that --outputs have no answer to.
     """
 
     rows: list[Output]
@@ -76,6 +78,7 @@ class Baseline:
     path: Path
     given: dict[str, dict[str, str]] = field(default_factory=dict)
     difficulty: dict[int, float] | None = None
+    silent: int = 0
 
     @property
     def generator(self) -> str:
@@ -87,7 +90,8 @@ class Baseline:
         return hashlib.sha256(told.encode()).hexdigest()
 
     def note(self) -> str:
-        return f"{self.path}: {len(self.rows)} of {self.whole} instructions, answered by {self.generator}"
+        missing = f"; --outputs have no answer to {self.silent} others" if self.silent else ""
+        return f"{self.path}: {len(self.rows)} of {self.whole} instructions, answered by {self.generator}{missing}"
 
 
 @dataclass
@@ -122,12 +126,15 @@ def prepare(config: AlpacaConfig) -> tuple[Baseline, Answering, Path]:
             raise UserError(
                 "--outputs are a model's answers; a source or --model would answer again.", "Give one of them."
             )
+        refuse_unused(config, "--outputs are answers already", "temperature", "max_new_tokens")
         given, place = read_outputs(config.outputs)
         baseline.given = {given[0].generator: {o.key: o.output for o in given}}
+        asked = len(baseline.rows)
         there = sum(o.key in baseline.given[given[0].generator] for o in baseline.rows)
         if not there:
             raise UserError(f"{place}: answers none of the instructions of {path}.", "Are these AlpacaEval's outputs?")
         baseline.rows = [o for o in baseline.rows if o.key in baseline.given[given[0].generator]]
+        baseline.silent = asked - there
         answering = Answering({}, None, chosen_judge(config, ()))
     return baseline, answering, results_folder(config, answering)
 

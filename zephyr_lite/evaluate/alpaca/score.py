@@ -15,6 +15,7 @@ import numpy as np
 TIE = 1.5
 # Of the sum of squares of the coefficients: where every comparison is won, the best fit lies at infinity.
 RIDGE = 1e-6
+LEAST = 20  # verdicts: a curve through fewer fits them perfectly, and says 0.00 ± 0.00
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,13 @@ def length_controlled(
         difficulty: [n] of the instructions.
 
     Returns:
-        None where there is nothing to fit: fewer than three verdicts, or no difference in length.
+        None where there is nothing to fit: fewer than ``LEAST`` verdicts, or no difference in length.
     """
     wins = np.array([TIE if value == 0 else value for value in preferences], dtype=np.float64) - 1
     delta = np.asarray(lengths_1, dtype=np.float64) - np.asarray(lengths_2, dtype=np.float64)
     spread = delta.std(ddof=1) if len(delta) > 1 else 0.0
     counts = (wins >= 0) & (wins <= 1)
-    if counts.sum() < 3 or spread == 0:
+    if counts.sum() < LEAST or spread == 0:
         return None
     columns = [np.ones(len(delta)), np.tanh(delta / spread)]
     if difficulty is not None:

@@ -187,7 +187,8 @@ def _rows(path: Path) -> list[Any]:
         except ValueError as error:
             raise UserError(f"{path}: not valid JSON ({error}).", "Save it as JSONL, one object a line.") from None
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # not splitlines(): a text may hold U+2028 or U+0085, which end no line of JSONL
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

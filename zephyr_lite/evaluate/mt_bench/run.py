@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -123,7 +124,10 @@ def run_mt_bench(
         return await _one(desk, config, answering, read.prompts, *item)
 
     asked = ask_all(config, answering, job, COMMAND, items, work, meter, say, back_off)
-    ending = part(len(read.questions), read.whole)
+    chosen = (
+        sorted({re.sub(r"\W+", "_", question.category) for question in read.questions}) if config.categories else []
+    )
+    ending = part(len(read.questions), read.whole, chosen)
     _write_texts(job / ending[1:] if ending else job, asked)
     grades = {
         name: [grade for (model, _), done in asked.results if model == name for grade in done.grades]
