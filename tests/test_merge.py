@@ -484,6 +484,11 @@ def test_missing_runs_stages_and_adapters_are_named(tmp_path: Path) -> None:
     make_run(run, base)
     with pytest.raises(UserError, match="stage third"):
         chain_of_run(run, stage="third")
+    with pytest.raises(UserError, match="is an adapter's folder, and no run") as refused:
+        chain_of_run(run / "sft" / "adapter")
+    assert str(run) in refused.value.hint and "--adapter" in refused.value.hint
+    with pytest.raises(UserError, match="it is no run's folder"):
+        chain_of_run(tmp_path / "runs")
     shutil.rmtree(run / "sft" / "adapter")
     with pytest.raises(UserError, match="sft/adapter: is gone"):
         chain_of_run(run)

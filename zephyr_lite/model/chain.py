@@ -138,6 +138,16 @@ def _last_stage(run: Path, name: str | None) -> tuple[StageDir, dict[str, Any]]:
         found.append((order, stage, info))
     if name is None:
         _nothing_lost(run)
+    if not found and (run / "adapter_config.json").is_file():
+        raise UserError(
+            f"{run}: is an adapter's folder, and no run.",
+            f"Give the run ({run.parent.parent}), or name the adapters from the bottom up, each with --adapter.",
+        )
+    if not found and not stages_of(run):
+        raise UserError(
+            f"{run}: no complete stage in it: it is no run's folder, or nothing was trained there yet.",
+            "Give a run's folder (runs/NAME), a stage's, or a merged model's.",
+        )
     if not found:
         raise UserError(
             f"{run}: {'no complete stage' if name is None else f'stage {name} is not there, or not complete'}.",
