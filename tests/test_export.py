@@ -76,7 +76,7 @@ def test_the_card_says_what_was_done(place, tmp_path):
     assert "| `lora_r` | 4 | 6 |" in text and "| `beta` | - | 0.01 |" in text
     last = info["dpo"]["result"]["evaluations"][-1]
     assert f"| rewards/accuracies | {last['eval_rewards/accuracies']:.4g} |" in text
-    loss = json.loads((place / "run" / "dpo" / "eval" / "loss.json").read_text())["models"]
+    loss = json.loads((place / "run" / "dpo" / "eval" / "loss-chat.json").read_text())["models"]
     assert list(loss) == ["base", "sft", "dpo"] and "|  | base | sft | dpo |" in text
     assert f"{loss['dpo']['loss']['value']:.4g} [{loss['dpo']['loss']['low']:.4g}, " in text
     measured = json.loads((model / "zephyr_lite.json").read_text())["measured"]
@@ -103,22 +103,29 @@ def test_a_card_claims_nothing_that_was_not_found(place, tmp_path, monkeypatch, 
         link["path"] = link["path"].replace(str(place / "run"), str(tmp_path / "gone"))
     (model / "zephyr_lite.json").write_text(json.dumps(mark))
     monkeypatch.setattr(card, "have_matplotlib", lambda: False)
-    text = write_card(model).read_text()
+    lost: list[str] = []
+    text = write_card(model, say=lost.append).read_text()
+    assert sum("--run says where" in line for line in lost) == 2
     assert "## Training" not in text and "its run is not here" in text and mark["adapters"][0]["sha256"] in text
     assert "Nothing was measured on held-out rows." in text and "![" not in text
     # --run says where it went; an evaluation of other adapters is not this model's
-    told = json.loads((moved / "dpo" / "eval" / "loss.json").read_text())
+    told = json.loads((moved / "dpo" / "eval" / "loss-chat.json").read_text())
     told["adapters"] = told["adapters"][:1]
-    (moved / "dpo" / "eval" / "loss.json").write_text(json.dumps(told))
+    (moved / "dpo" / "eval" / "loss-chat.json").write_text(json.dumps(told))
     said: list[str] = []
     text = write_card(model, run=moved, license="mit", say=said.append).read_text()
-    assert "## Training" in text and front(text)["license"] == "mit" and "### loss" not in text
+    assert "## Training" in text and front(text)["license"] == "mit" and "### loss-chat" not in text
     assert "of other adapters" in said[0] and 'pip install "zephyr-lite[plots]"' in said[1]
     # a stage that was trained anew is another one
     stage = json.loads((moved / "dpo" / "stage.json").read_text())
     stage["own"]["sha256"] = stage["adapter_sha256"] = "0" * 64
     (moved / "dpo" / "stage.json").write_text(json.dumps(stage))
     assert "| adapter | its run is not here |" in write_card(model, run=moved).read_text()
+    assert "## Training" in write_card(model, run=moved / "sft").read_text()  # a stage of it
+    before = (model / "README.md").read_text()
+    with pytest.raises(UserError, match="none of its stages is what"):
+        write_card(model, run=tmp_path)
+    assert (model / "README.md").read_text() == before
     # somebody's own README.md stays
     (model / "README.md").write_text("# Mine\n")
     with pytest.raises(UserError, match="not one of ours"):
@@ -233,6 +240,10 @@ def test_what_is_not_pushed(place, tmp_path, monkeypatch):
         prepare(place / "my-model", "model")
     with pytest.raises(UserError, match="neither a model nor an adapter"):
         prepare(place / "run", "me/model")
+    notes = prepare(place / "my-adapter", "me/adapter").notes
+    assert [note.split()[0] for note in notes] == ["zephyr_lite.json", "adapter_config.json"]
+    assert run(["merge", "--run", str(place / "run"), "--out", str(tmp_path / "x"), "--private"]) == 2
+    assert not (tmp_path / "x").exists()
     model = tmp_path / "m"
     shutil.copytree(place / "my-model", model, ignore=shutil.ignore_patterns("README.md"))
     assert any("export card" in note for note in prepare(model, "me/model").notes)

@@ -273,7 +273,7 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_left(mistral, tmp_path, 
 
 def test_a_write_that_fails_keeps_the_file_that_was_there(mistral, tmp_path, monkeypatch):
     out = tmp_path / "m.gguf"
-    out.write_bytes(b"before")
+    out.write_bytes(b"GGUF before")
     real, calls = gguf_file._write, []
 
     def fails(*arguments):
@@ -285,7 +285,20 @@ def test_a_write_that_fails_keeps_the_file_that_was_there(mistral, tmp_path, mon
     monkeypatch.setattr(gguf_file, "_write", fails)
     with pytest.raises(OSError, match="No space"):
         write_gguf(mistral, out)
-    assert out.read_bytes() == b"before" and [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    assert out.read_bytes() == b"GGUF before" and [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("write", [write_gguf, write_q4_k_m])
+def test_only_an_earlier_gguf_file_is_replaced(mistral, tmp_path, monkeypatch, write):
+    monkeypatch.setattr(llama, "find_quantizer", lambda given: ["false"])
+    notes, empty = tmp_path / "notes.txt", tmp_path / "empty"
+    notes.write_text("my notes")
+    empty.touch()
+    for out in (mistral / "config.json", notes, empty):
+        before = out.read_bytes()
+        with pytest.raises(UserError, match="is there already, and no GGUF file"):
+            write(mistral, out)
+        assert out.read_bytes() == before
 
 
 def test_q4_k_m_is_made_by_llama_cpp(mistral, tmp_path, monkeypatch):
@@ -309,6 +322,9 @@ def test_q4_k_m_is_made_by_llama_cpp(mistral, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-quantize", "m.gguf"]  # the one in F16 is gone
     program.write_text("#!/bin/sh\necho its own words >&2\nexit 3\n")
     with pytest.raises(UserError, match=r"exit code 3\): its own words"):
+        write_q4_k_m(mistral, tmp_path / "m.gguf", llama_quantize=program)
+    program.write_text("#!/bin/sh\n")
+    with pytest.raises(UserError, match="it made no file"):
         write_q4_k_m(mistral, tmp_path / "m.gguf", llama_quantize=program)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-quantize", "m.gguf"]
 

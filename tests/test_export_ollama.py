@@ -1,12 +1,16 @@
 """Modelfiles: Go's template, rendered by a small renderer of our own, gives the text of training's template."""
 
+import json
 import re
+import shutil
 from types import SimpleNamespace
 
+import gguf
 import pytest
 from transformers import AutoTokenizer
 
 from tests.test_export_gguf import model_dir
+from zephyr_lite.cli import run
 from zephyr_lite.data.chat import resolve_template
 from zephyr_lite.errors import UserError
 from zephyr_lite.export.gguf_file import write_gguf
@@ -156,3 +160,42 @@ def test_the_gguf_file_has_to_be_this_models(tmp_path):
     with pytest.raises(UserError, match="no GGUF file that can be read"):
         write_modelfile(folder, tmp_path / "junk.gguf", out)
     assert not out.exists()
+    # as many tokens, other ones
+    strange = model_dir(tmp_path / "strange", num_hidden_layers=1)
+    told = json.loads((strange / "tokenizer.json").read_text())
+    a, b = list(told["model"]["vocab"])[-2:]
+    told["model"]["vocab"][a], told["model"]["vocab"][b] = told["model"]["vocab"][b], told["model"]["vocab"][a]
+    (strange / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="another tokenizer"):
+        write_modelfile(strange, write_gguf(folder, tmp_path / "m.gguf").out, out)
+    shutil.copytree(folder, tmp_path / "renamed")
+    assert any(
+        line.endswith("a folder called m") for line in write_modelfile(tmp_path / "renamed", tmp_path / "m.gguf", out)
+    )
+
+
+def test_bos_stands_once_whoever_writes_it(tmp_path):
+    """A model without a template of its own: a server adds BOS to what its file holds, so the Go template must not."""
+    bare = model_dir(tmp_path / "bare", template=None, num_hidden_layers=1)
+    file, out = write_gguf(bare, tmp_path / "bare.gguf").out, tmp_path / "Modelfile"
+    assert gguf.GGUFReader(file).fields["tokenizer.ggml.add_bos_token"].contents() is True
+    lines = write_modelfile(bare, file, out, chat_template="zephyr")
+    tokenizer = AutoTokenizer.from_pretrained(bare)
+    trained = resolve_template("zephyr", tokenizer).render(SAID[3], True)[0]
+    assert trained.startswith("<s>") and "<s>" + render_go(modelfile_template(out.read_text()), SAID[3]) == trained
+    assert any("BOS is left out" in line for line in lines)
+    # training saw none, and the server would add one
+    without = model_dir(tmp_path / "without", bos=False, template=None, num_hidden_layers=1)
+    with pytest.raises(UserError, match="server add BOS, and the chat template writes none"):
+        write_modelfile(without, file, out, chat_template="zephyr", overwrite=True)
+
+
+def test_an_edited_modelfile_stays(tmp_path, capsys):
+    folder, out = model_dir(tmp_path / "m", num_hidden_layers=1), tmp_path / "Modelfile"
+    file = write_gguf(folder, tmp_path / "a file.gguf").out
+    write_modelfile(folder, file, out)
+    write_modelfile(folder, file, out)  # says the same
+    out.write_text(out.read_text() + "PARAMETER num_ctx 8192\n")
+    ours = ["export", "ollama", str(folder), "--gguf", str(file), "--out", str(out)]
+    assert run(ours) == 2 and "--overwrite" in capsys.readouterr().err and "num_ctx" in out.read_text()
+    assert run([*ours, "--overwrite"]) == 0 and "num_ctx" not in out.read_text()

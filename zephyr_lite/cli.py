@@ -196,6 +196,8 @@ def merge(
 
     if push_to_hub is not None:
         check_repo(push_to_hub)  # before hours of work
+    elif private:
+        raise UserError("--private goes with --push-to-hub.", "Say where to: --push-to-hub OWNER/NAME --private")
 
     # where a model comes from is written into its files
     given = {"--out": str(out), "--run": str(run or ""), "--adapter": adapter or [], "--base": base or ""}
@@ -207,7 +209,10 @@ def merge(
     if model_card:
         console.say(f"model card: {write_card(out, say=console.say)}")
     if push_to_hub is not None:
-        upload(prepare(out, push_to_hub), private=private, say=console.say)
+        chosen = prepare(out, push_to_hub)
+        for line in chosen.lines():
+            console.say(line)
+        upload(chosen, private=private, say=console.say)
 
 
 @app.command()

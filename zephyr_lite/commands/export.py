@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -57,7 +58,7 @@ def gguf(
         console.say(line)
     if check:
         console.say(check_prompts(folder, file))
-    console.say(f"Next: zephyr-lite export ollama {model} --gguf {file}")
+    console.say(f"Next: zephyr-lite export ollama {shlex.quote(str(model))} --gguf {shlex.quote(str(file))}")
 
 
 def ollama(
@@ -66,13 +67,17 @@ def ollama(
     out: Annotated[Path, typer.Option("--out", callback=nameable, help="The Modelfile.")] = Path("Modelfile"),
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=2.0, help="Ollama's default.")] = 0.7,
     chat_template: ChatTemplateOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that says something else.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """An Ollama Modelfile for a GGUF file: the chat template in Go's language, and where answers end."""
     from ..export.ollama import write_modelfile
 
     console = Console()
-    for line in write_modelfile(model, gguf, out, temperature=temperature, chat_template=chat_template):
+    written = write_modelfile(
+        model, gguf, out, temperature=temperature, chat_template=chat_template, overwrite=overwrite
+    )
+    for line in written:
         console.say(line)
 
 
@@ -81,7 +86,7 @@ def card(
         Path, typer.Argument(metavar="MODEL", help="A folder that merge made: a model, or an adapter (--adapter-only).")
     ],
     run: Annotated[
-        Path | None, typer.Option("--run", help="The run it came from, where that was moved since it was merged.")
+        Path | None, typer.Option("--run", help="The run it came from, where it is not any more where it was.")
     ] = None,
     license: Annotated[
         str | None,

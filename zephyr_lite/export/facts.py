@@ -77,10 +77,10 @@ def gather(folder: Path, *, run: Path | None = None, say: Say = lambda line: Non
 
     Args:
         folder: as ``merge`` made it.
-        run: the run's folder, where it is not any more where it was when it was merged.
+        run: the run's folder or a stage's, where it is not any more where it was when it was merged.
 
     Raises:
-        UserError: the folder is not one that ``merge`` made, or ``run`` is none.
+        UserError: the folder is not one that ``merge`` made, or ``run`` is none, or another one.
     """
     mark = read_json(folder / MARK) if folder.is_dir() else None
     if mark is None or not isinstance(mark.get("adapters"), list) or not isinstance(mark.get("base"), dict):
@@ -90,6 +90,8 @@ def gather(folder: Path, *, run: Path | None = None, say: Say = lambda line: Non
         )
     if run is not None and not run.is_dir():
         raise UserError(f"--run {run}: no such folder.", "Give the run that the model was merged from.")
+    if run is not None and (run / "stage.json").is_file():  # a stage of it
+        run = run.resolve().parent
     name = str(mark["base"].get("name_or_path", ""))
     base_id = hub_id(name)
     facts = Facts(
@@ -99,7 +101,8 @@ def gather(folder: Path, *, run: Path | None = None, say: Say = lambda line: Non
         stage = _stage(link, run)
         if stage is None:
             facts.lost.append(link)
-            say(f"{link.get('path')}: no finished stage of this content there, so the card says only its hash")
+            hint = "" if run is not None else "; --run says where the run is now"
+            say(f"{link.get('path')}: no finished stage of this content there, so the card says only its hash{hint}")
             continue
         if stage.sha256 != (stage.info.get("own") or {}).get("sha256"):  # adapter/ holds the stages below too
             for part in stage.info.get("adapters") or []:
@@ -107,6 +110,11 @@ def gather(folder: Path, *, run: Path | None = None, say: Say = lambda line: Non
                 facts.stages += [below] if below is not None else []
                 facts.lost += [part] if below is None else []
         facts.stages.append(stage)
+    if run is not None and not facts.stages:
+        raise UserError(
+            f"--run {run}: none of its stages is what {folder} was merged from.",
+            "Give the run that it was merged from; without --run the card says only hashes.",
+        )
     _results(facts, say)
     measured = mark.get("measured")
     facts.measure = measured if isinstance(measured, dict) else {}

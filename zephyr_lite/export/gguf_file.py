@@ -34,6 +34,7 @@ Kind = Literal["f16", "q8_0"]
 BLOCK_BYTES = 64 * 2**20  # of float32 rows that are held at once
 QUANT_WIDTH = 32  # values that share a scale in Q8_0
 _F16_MOST = 65504.0
+_MAGIC = b"GGUF"
 _IGNORED = ("rotary_emb.inv_freq",)
 
 
@@ -98,19 +99,19 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16", *, say: 
 
     Args:
         folder: as ``merge`` makes it: safetensors, config.json, tokenizer, chat template; Llama or Mistral family.
-        out: the file; replaced as a whole where it exists.
+        out: the file; an earlier GGUF file is replaced as a whole.
         kind: what matrices are stored in; vectors (the norms) stay float32.
         say: of a large model, how far it is.
 
     Raises:
         UserError: the gguf package is missing; no such folder; another family; a tokenizer that llama.cpp would not
-            repeat; values that float16 cannot hold; weights that are missing or of another shape.
+            repeat; values that float16 cannot hold; weights that are missing or of another shape; ``out`` is something
+            else than a GGUF file.
     """
     start = time.monotonic()
     gguf = gguf_package()
     folder, out = model_folder(folder), Path(out).expanduser()
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder.", f"Name the file: --out {out / (folder.resolve().name + '.gguf')}")
+    check_place(out, folder)
     config = read_model_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
@@ -173,6 +174,22 @@ def model_folder(folder: str | Path) -> Path:
             f"Merge it first: zephyr-lite merge --run {run} --out model/",
         )
     raise UserError(f"{path}: has no config.json, so it holds no model.", "Give the folder that merge made.")
+
+
+def check_place(out: Path, folder: Path) -> None:
+    """Raises:
+    UserError: ``out`` is a folder, or a file that is no GGUF file and would be lost.
+    """
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder.", f"Name the file: --out {out / (folder.resolve().name + '.gguf')}")
+    if not out.exists():
+        return
+    start = b""
+    if out.is_file():
+        with out.open("rb") as file:
+            start = file.read(len(_MAGIC))
+    if start != _MAGIC:
+        raise UserError(f"{out}: is there already, and no GGUF file.", "Name another file with --out.")
 
 
 def end_ids(folder: Path, config: Any) -> list[int]:

@@ -17,7 +17,7 @@ from ..data.formats import Message
 from ..errors import UserError
 from ..files import check_room, make_folder, remove_tree, rename, sweep, sync_file
 from ..model.tokenizer import load_tokenizer
-from .gguf_file import GgufReport, Say, gguf_package, model_folder, write_gguf
+from .gguf_file import GgufReport, Say, check_place, gguf_package, model_folder, write_gguf
 
 CHILD = [sys.executable, "-m", "zephyr_lite.export.llama_child"]
 # what tokenizers disagree on: contractions, digits, runs of spaces, line ends, other scripts, code
@@ -64,8 +64,7 @@ def write_q4_k_m(
     start = time.monotonic()
     quantizer = find_quantizer(llama_quantize)
     folder, out = model_folder(folder), Path(out).expanduser()
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder.", f"Name the file: --out {out / (folder.resolve().name + '.gguf')}")
+    check_place(out, folder)
     make_folder(out.parent)
     sweep(out.absolute().parent, out.name)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -77,8 +76,9 @@ def write_q4_k_m(
         done = subprocess.run([*quantizer, str(half), str(aside), "Q4_K_M"], capture_output=True, check=False)
         if done.returncode or not aside.is_file():
             last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-3:]
+            why = " | ".join(last)[:500] or ("it said nothing" if done.returncode else "it made no file")
             raise UserError(
-                f"llama.cpp's quantizer failed (exit code {done.returncode}): {' | '.join(last)[:500]}",
+                f"llama.cpp's quantizer failed (exit code {done.returncode}): {why}",
                 "Export F16 or Q8_0, or try another version of llama.cpp.",
             )
         sync_file(aside)

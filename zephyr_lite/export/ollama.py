@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..files import make_folder, write_text
 from ..live import template_of_folder
 from ..model.load import read_model_config
 from ..model.tokenizer import load_tokenizer
+from ..strict_json import shown
 from .gguf_file import end_ids, gguf_package, model_folder
 
 Render = Callable[[list[Message], bool], str]
@@ -171,7 +173,13 @@ def turns_of(template: ChatTemplate) -> Turns:
 
 
 def write_modelfile(
-    folder: str | Path, gguf: Path, out: Path, *, temperature: float = TEMPERATURE, chat_template: str | None = None
+    folder: str | Path,
+    gguf: Path,
+    out: Path,
+    *,
+    temperature: float = TEMPERATURE,
+    chat_template: str | None = None,
+    overwrite: bool = False,
 ) -> list[str]:
     """Write a Modelfile for a GGUF file of a model's folder.
 
@@ -181,21 +189,23 @@ def write_modelfile(
         out: the Modelfile.
         temperature: what Ollama samples with by default.
         chat_template: instead of the folder's own, as the configuration's key.
+        overwrite: replace ``out`` where it says something else: it may have been edited.
 
     Returns:
         lines for the console.
     Raises:
-        UserError: a missing file; another model's GGUF file; a template that cannot be written for Ollama.
+        UserError: a missing file; a GGUF file with another template or tokenizer, or whose servers would add a BOS;
+            a template that cannot be written for Ollama; ``out`` is there and says something else.
     """
-    folder = model_folder(folder)
+    folder, gguf, out = model_folder(folder), gguf.expanduser(), out.expanduser()
     if not gguf.is_file():
-        raise UserError(f"{gguf}: no such file.", f"Make it first: zephyr-lite export gguf {folder}")
+        raise UserError(f"{gguf}: no such file.", f"Make it first: zephyr-lite export gguf {shlex.quote(str(folder))}")
     if out.is_dir():
         raise UserError(f"{out}: is a folder.", f"Name the file: --out {out / 'Modelfile'}")
     tokenizer = load_tokenizer(folder)
     template = template_of_folder(folder, tokenizer, chat_template)
     turns = turns_of(template)
-    _check_file(gguf, folder, template, turns)
+    notes = _check_file(gguf, folder, tokenizer, None if chat_template else template.text, turns)
     ids = list(dict.fromkeys([*template.end_token_ids, *end_ids(folder, read_model_config(folder))]))
     stops = [str(tokenizer.convert_ids_to_tokens(index)) for index in ids]
     # relative to the Modelfile, as Ollama reads it; without a leading dot it would be a model's name
@@ -206,20 +216,28 @@ def write_modelfile(
         *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops),
         f"PARAMETER temperature {temperature:g}",
     ]
+    text = "\n".join(lines) + "\n"
+    if out.exists() and not overwrite and out.read_text(encoding="utf-8", errors="replace") != text:
+        raise UserError(f"{out}: is there already, and says something else.", "Add --overwrite to replace it.")
     make_folder(out.parent)
-    write_text(out, "\n".join(lines) + "\n")
+    write_text(out, text)
     return [
         f"{out}: for {gguf}; answers end at {', '.join(stops)}",
-        *(f"note: {note}" for note in turns.notes),
-        f"Next: ollama create {re.sub('[^a-z0-9._-]+', '-', folder.resolve().name.lower())} -f {out}",
+        *(f"note: {note}" for note in [*turns.notes, *notes]),
+        f"Next: ollama create {re.sub('[^a-z0-9._-]+', '-', folder.resolve().name.lower())} -f {shlex.quote(str(out))}",
     ]
 
 
-def _check_file(path: Path, folder: Path, template: ChatTemplate, turns: Turns) -> None:
-    """The GGUF file is of this model, and nobody adds a BOS to the one that the template writes.
+def _check_file(path: Path, folder: Path, tokenizer: Any, template: str | None, turns: Turns) -> list[str]:
+    """The GGUF file has this model's tokenizer and template, and nobody adds a BOS to what the template writes.
 
+    Args:
+        template: what the file's has to be; None: Ollama reads the Modelfile's, and another was asked for.
+
+    Returns:
+        what to look at.
     Raises:
-        UserError: it is not.
+        UserError: it has not, or somebody does.
     """
     try:
         fields = gguf_package().GGUFReader(path).fields
@@ -229,8 +247,22 @@ def _check_file(path: Path, folder: Path, template: ChatTemplate, turns: Turns) 
     def value(key: str) -> Any:
         return fields[key].contents() if key in fields else None
 
-    again = f"Export it again: zephyr-lite export gguf {folder}"
-    if value("tokenizer.chat_template") != template.text:
+    again = f"Export it again: zephyr-lite export gguf {shlex.quote(str(folder))}"
+    if template is not None and value("tokenizer.chat_template") != template:
         raise UserError(f"{path}: has another chat template than {folder}.", again)
-    if turns.head and value("tokenizer.ggml.add_bos_token") is not False:
-        raise UserError(f"{path}: has a server add BOS, which the template writes too: it would stand twice.", again)
+    tokens = dict(enumerate(value("tokenizer.ggml.tokens") or []))
+    if any(tokens.get(index) != token for token, index in tokenizer.get_vocab().items()):
+        raise UserError(f"{path}: has another tokenizer than {folder}.", again)
+    notes = []
+    if (adds := value("tokenizer.ggml.add_bos_token")) is not False:
+        if adds is None:
+            raise UserError(f"{path}: does not say whether a server adds BOS.", again)
+        if not turns.head:
+            raise UserError(
+                f"{path}: has a server add BOS, and the chat template writes none: training saw none.", again
+            )
+        turns.head = ""
+        notes.append("BOS is left out of the template: with this file Ollama adds it")
+    if (name := value("general.name")) not in (None, folder.resolve().name):
+        notes.append(f"the GGUF file was made of a folder called {shown(name)}")
+    return notes

@@ -25,6 +25,7 @@ from .card import CARD, PLOTS
 
 Say = Callable[[str], None]
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_FOLDER = re.compile(r'"(?:path|name_or_path|base_model_name_or_path)":\s*"(?:/|~|[A-Za-z]:)')
 # everything else stays here: checkpoints, logs, and whatever else lies beside a model
 _BELONGS = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES,
@@ -118,9 +119,11 @@ def prepare(folder: str | Path, repo: str) -> Upload:
         raise UserError(f"{folder}: has no weights in safetensors or GGUF.", "Give the folder that merge made.")
     if CARD not in upload.files:
         upload.notes.append(f"there is no {CARD}; zephyr-lite export card {folder} writes one")
-    mark = folder / MARK
-    if mark.is_file() and re.search(r'"(?:path|name_or_path)": "(?:/|~|[A-Za-z]:)', mark.read_text(encoding="utf-8")):
-        upload.notes.append(f"{MARK} names folders of this machine")
+    upload.notes += [
+        f"{name} names folders of this machine"
+        for name in (MARK, "adapter_config.json")
+        if name in upload.files and _FOLDER.search(upload.files[name].read_text(encoding="utf-8"))
+    ]
     return upload
 
 
