@@ -133,7 +133,11 @@ def test_published_files_are_scored(tmp_path: Path, capsys) -> None:
     assert read_annotations(lines)[1].output_1 == "a\u2028b\u0085c"
     assert run("--annotations", lines) == 0
     said = capsys.readouterr().out
+    assert "it takes 20 verdicts" in said
     assert "new, by other" in said and "100.00 %" in said and "50.00 %" in said
+    # a name is shown as it is, and moves no cursor
+    lines.write_text(json.dumps(annotation(0, 1, generator_2="[red]\x1b[31mx")))
+    assert run("--annotations", lines) == 0 and "[red]\\x1b[31mx" in capsys.readouterr().out
     # difficulties by the rows' places
     table = tmp_path / "difficulty.csv"
     table.write_text("index,instruction_difficulty\n" + "".join(f"{n},{n / 10}\n" for n in range(8)))

@@ -153,9 +153,9 @@ class Console:
         """Cells under a header; numbers read best on the right."""
         table = Table()
         for place, title in enumerate(header):
-            table.add_column(title, justify="right" if place else "left", overflow="fold")
+            table.add_column(Text(visible(title)), justify="right" if place else "left", overflow="fold")
         for cells in rows:
-            table.add_row(*(Text(cell) for cell in cells))
+            table.add_row(*(Text(visible(cell)) for cell in cells))
         self.out.print(table, soft_wrap=False)
 
     def _left(self, steps: int) -> float | None:

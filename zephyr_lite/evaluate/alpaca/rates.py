@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import UserError
 from ..mt_bench.scores import mean, standard_error
 from .files import Annotation, read_difficulty
-from .score import length_controlled, win_rate
+from .score import LEAST, length_controlled, win_rate
 
 NO_DIFFICULTY = (
     "the length-controlled rate is without the instructions' difficulty (--difficulty): not AlpacaEval's number"
@@ -52,9 +52,16 @@ def score_files(annotations: Sequence[Annotation], difficulty: Path | None = Non
         "models": models,
         "settings": {"annotators": annotators, "baseline": sorted({a.generator_1 for a in annotations})},
         "data": {"annotations": str(where)},
-        "notes": [] if known is not None else [NO_DIFFICULTY],
+        "notes": notes_on(models, known is not None),
     }
     return Alpaca(models, body)
+
+
+def notes_on(models: dict[str, dict[str, Any]], with_difficulty: bool) -> list[str]:
+    """What stands between the length-controlled rates and AlpacaEval's."""
+    if not any(body["length_controlled"] for body in models.values()):
+        return [f"no length-controlled rate: it takes {LEAST} verdicts, and answers that differ in length"]
+    return [] if with_difficulty else [NO_DIFFICULTY]
 
 
 def rates(annotations: Sequence[Annotation], difficulty: dict[int, float] | None = None) -> dict[str, Any]:

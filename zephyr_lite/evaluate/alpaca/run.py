@@ -39,7 +39,7 @@ from ..judged import (
 )
 from .files import Annotation, Output, read_difficulty, read_outputs
 from .judge import is_swapped, judge_messages, read_verdict
-from .rates import NO_DIFFICULTY, Alpaca, any_counts, difference, difficulty_of, rates
+from .rates import Alpaca, any_counts, difference, difficulty_of, notes_on, rates
 
 KIND = "alpaca"
 COMMAND = f"eval {KIND}"
@@ -316,6 +316,6 @@ def _body(
             "asked": len(baseline.rows),
             "of": baseline.whole,
         },
-        "notes": [NOTE, *([] if baseline.difficulty is not None else [NO_DIFFICULTY])],
+        "notes": [NOTE, *notes_on(models, baseline.difficulty is not None)],
         "spent": asked.totals.as_dict(),
     }
