@@ -12,7 +12,7 @@ from tests.conftest import CONVERSATIONS, make_model
 from tests.test_train import dpo_words, quiet, words
 from zephyr_lite import cli
 from zephyr_lite.audit.evidence import gather
-from zephyr_lite.audit.files import origin_distance, product_distance
+from zephyr_lite.audit.files import held_share, origin_distance, product_distance
 from zephyr_lite.audit.measured import with_bos
 from zephyr_lite.audit.run import Request, audit
 from zephyr_lite.audit.verdict import Level
@@ -85,7 +85,7 @@ def test_a_run_of_ours_is_sound(run, pair_rows, chat_rows):
         assert result.level <= Level.note, [f for f in result.findings if f.level > Level.note]
         assert result.tool == "zephyr-lite" and result.method == stage
     told = {f.topic: f.text for f in result.findings if f.level == Level.right}
-    assert told["below"] and "step 0 is ln 2 against what it started from (start0)" in told["reference"]
+    assert told["below"] and f"ln 2 against what it started from ({run}/sft/adapter)" in told["reference"]
     assert result.numbers["pairs"]["start"]["loss"] == pytest.approx(LN2, abs=1e-6)
     assert result.numbers["pairs"]["start"]["accuracy"] > 0.5
 
@@ -144,6 +144,41 @@ def test_what_was_continued_is_told_from_what_was_stacked(run, tmp_path):
         assert [t[0] for t in told] == [level], (folder, option, told)
     assert origin_distance(read_adapter(tmp_path / "on"), sft) < 0.2
     assert origin_distance(read_adapter(tmp_path / "fresh"), sft) > 1
+
+
+def test_an_adapter_of_the_same_seed_is_not_taken_for_a_continued_one(run, tmp_path):
+    """Scripts set one seed for every stage: a fresh adapter has the first one's A, and a B of its own."""
+    torch.manual_seed(0)
+    sft = read_adapter(run / "sft/adapter")
+    drawn = {n: LoraWeights(w.a + 0.01, torch.randn_like(w.b) * w.b.std(), w.scale) for n, w in sft.modules.items()}
+    write_adapter(tmp_path / "a", drawn, base_model_name="mistralai/Mistral-7B-v0.1")
+    fresh, below = str(tmp_path / "a"), str(run / "sft")
+    assert origin_distance(read_adapter(fresh), sft) < 0.2 and abs(held_share(read_adapter(fresh), sft)) < 0.2
+    assert held_share(sft, sft) == pytest.approx(1)
+    told = found(Request(fresh, below=[below], files_only=True), "below")
+    assert told[0][0] == Level.right and "drawn with the same seed: both can be on" in told[0][1]
+    told = found(Request(fresh, start=below, files_only=True), "below")
+    assert told[0][0] == Level.wrong and "drawn anew with the same seed" in told[0][1]
+
+
+def test_a_stage_of_ours_holds_what_its_stage_json_says(run):
+    sft, dpo = str(run / "sft"), run / "dpo"
+    for path, option, level in (
+        (dpo, "start", Level.right),
+        (dpo, "below", Level.wrong),
+        (dpo / "delta", "start", Level.wrong),
+        (dpo / "delta", "below", Level.note),
+    ):
+        request = Request(str(path), files_only=True, **{option: [sft] if option == "below" else sft})
+        assert max(t[0] for t in found(request, "below")) == level, (path, option)
+
+
+def test_step_zero_against_itself_is_no_evidence(run, chat_rows, pair_rows, tmp_path):
+    """A model against itself is ln 2 whatever it was trained against: nothing is called right for that."""
+    shutil.copytree(run / "dpo/adapter", tmp_path / "a")
+    given = {"rows": str(chat_rows), "pairs": str(pair_rows), "load_in_4bit": False, "limit": 4}
+    ((level, text),) = found(Request(str(tmp_path / "a"), **given), "reference")
+    assert level == Level.note and "by definition: the bare base is taken for both" in text
 
 
 def test_an_untrained_adapter_is_found(tiny_base, tmp_path):
@@ -223,7 +258,33 @@ def test_another_template_than_the_one_it_was_saved_with_is_found_out(tiny_base,
     assert [t[0] for t in told] == [Level.doubtful, Level.note] and "zephyr fits it best" in told[1][1]
 
 
+def test_without_an_effect_nothing_is_said_to_have_become_likelier(run, chat_rows, tmp_path):
+    weak = {n: LoraWeights(w.a, w.b * 1e-4, w.scale) for n, w in read_adapter(run / "sft/adapter").modules.items()}
+    shutil.copytree(run / "sft/adapter", tmp_path / "a", ignore=shutil.ignore_patterns("adapter_*"))
+    base = gather(str(run / "sft")).base
+    write_adapter(tmp_path / "a", weak, base_model_name=base)
+    told = found(Request(str(tmp_path / "a"), rows=str(chat_rows), load_in_4bit=False), "below")
+    assert told[0][0] == Level.note and "neither clearly likelier nor less likely" in told[0][1]
+
+
 # What cannot be
+
+
+def test_what_the_user_got_wrong_is_said_before_anything_is_measured(run, chat_rows, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for given, told in (
+        (["--out", str(tmp_path)], "is a folder"),
+        (["--out", str(tmp_path / "file" / "c.json")], "Choose another place"),
+        (["--pairs", str(tmp_path / "none.jsonl")], "there is no such file"),
+        (["--reference", str(tmp_path)], "no adapter_config.json"),
+        (["--beta", "0"], "DPO's beta is above 0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("zephyr_lite.audit.run.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+            assert cli.run(["check", str(run / "sft"), "--rows", str(chat_rows), *given]) == 2, given
+        assert told in capsys.readouterr().err, given
+    with pytest.raises(UserError, match="neither a template's name nor a file"):
+        audit(Request(str(run / "sft"), rows=str(chat_rows), chat_template="nonsense"))
 
 
 def test_a_base_that_is_not_there_is_a_finding_and_the_files_are_looked_at(run, tmp_path):

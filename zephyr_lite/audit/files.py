@@ -22,6 +22,8 @@ LN2 = math.log(2)
 FIRST_STEP, FIRST_STEPS = 0.02, 0.1
 # two adapters whose A differ by less, normwise, come from the same draw: independent ones differ by √2
 SAME_ORIGIN = 0.7
+# of the other's B that is in its own: 1 where training went on from it, near 0 where both only began with the same seed
+HELD = 0.5
 
 
 def check_weights(evidence: Evidence, audit: Audit) -> None:
@@ -46,7 +48,7 @@ def check_weights(evidence: Evidence, audit: Audit) -> None:
 def check_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) -> None:
     """Which adapters have to lie below it, as far as files tell."""
     if evidence.stage is not None:
-        _our_chain(evidence, audit)
+        _our_chain(evidence, below, audit)
         return
     base, tuned = evidence.base, evidence.tuned_from
     if tuned and base and not _same_model(tuned, base):
@@ -64,8 +66,9 @@ def check_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) 
         distance = origin_distance(evidence.adapter, adapter)
         if distance is None:
             continue
-        told = f"‖A − A'‖ / ‖A'‖ = {distance:.3f} against {adapter.path} (independent draws: 1.41)"
-        if distance < SAME_ORIGIN:
+        share = held_share(evidence.adapter, adapter)
+        told = f"‖A − A'‖ / ‖A'‖ = {distance:.3f} against {adapter.path} (independent draws: 1.41); {_held(share)}"
+        if distance < SAME_ORIGIN and share >= HELD:
             audit.add(
                 "below", Level.wrong,
                 f"it was trained on from {adapter.path}, so it holds that adapter already, which would count twice "
@@ -73,21 +76,31 @@ def check_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) 
                 advice=f"Give it as --start {adapter.path} instead of --below.",
             )  # fmt: skip
         else:
-            audit.add("below", Level.right, f"it does not hold {adapter.path}: both can be on", told)
+            seed = ", though both were drawn with the same seed" if distance < SAME_ORIGIN else ""
+            audit.add("below", Level.right, f"it does not hold {adapter.path}{seed}: both can be on", told)
 
 
 def check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
     """Whether it was continued from another adapter, as is claimed."""
+    if evidence.stage is not None and _in_chain(evidence, start):
+        if evidence.is_delta():
+            audit.add("below", Level.wrong, f"a delta does not hold {start.path}, which lay below it in training",
+                      advice=f"Give it as --below {start.path}.")  # fmt: skip
+        else:
+            audit.add("below", Level.right, f"it holds {start.path}, as its stage.json says")
+        return
     distance = origin_distance(evidence.adapter, start)
     if distance is None:
         audit.add("below", Level.wrong, f"it was not continued from {start.path}: other modules, or another rank",
                   advice="If that one lay below it in training, give it as --below.")  # fmt: skip
         return
-    told = f"‖A − A'‖ / ‖A'‖ = {distance:.3f} (independent draws: 1.41)"
-    if distance < SAME_ORIGIN:
+    share = held_share(evidence.adapter, start)
+    told = f"‖A − A'‖ / ‖A'‖ = {distance:.3f} (independent draws: 1.41); {_held(share)}"
+    if distance < SAME_ORIGIN and share >= HELD:
         audit.add("below", Level.right, f"it was continued from {start.path}, and holds it", told)
     else:
-        audit.add("below", Level.wrong, f"it was not continued from {start.path}: its first values were others", told,
+        why = "it was drawn anew with the same seed" if distance < SAME_ORIGIN else "its first values were others"
+        audit.add("below", Level.wrong, f"it was not continued from {start.path}: {why}", told,
                   advice="If that one lay below it in training, give it as --below.")  # fmt: skip
 
 
@@ -138,8 +151,34 @@ def origin_distance(one: AdapterFile, other: AdapterFile) -> float | None:
     return math.sqrt(apart / total) if total else None
 
 
-def _our_chain(evidence: Evidence, audit: Audit) -> None:
+def held_share(one: AdapterFile, other: AdapterFile) -> float:
+    """⟨B, B'⟩ / ‖B'‖² over all modules of two adapters of the same shapes: how much of the other's B is in the first.
+
+    Equal A alone do not say that one was continued from the other: scripts that set the same seed for every stage draw
+    the same A for each. B begins at zero then, while a continued adapter begins at the other's. 1 where the other's is 0.
+    """
+    shared = total = 0.0
+    for name in one.modules:
+        b, mine = other.modules[name].b.double(), one.modules[name].b.double()
+        shared += float((mine * b).sum())
+        total += float(b.square().sum())
+    return shared / total if total else 1.0
+
+
+def _held(share: float) -> str:
+    return f"{share:.2f} of its B is held (continued: 1, begun anew: near 0)"
+
+
+def _in_chain(evidence: Evidence, adapter: AdapterFile) -> bool:
+    return any(link.get("sha256") == adapter.sha256 for link in evidence.links())
+
+
+def _our_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) -> None:
     assert evidence.stage is not None
+    for adapter in below:
+        if not evidence.is_delta() and _in_chain(evidence, adapter):
+            audit.add("below", Level.wrong, f"it holds {adapter.path} already, which would count twice below it",
+                      advice="Leave --below out.")  # fmt: skip
     stage, links = evidence.stage, evidence.links()
     names = [str(link.get("path")) for link in links]
     where = f"{stage.path}/stage.json: adapters {names or 'none'}"

@@ -80,18 +80,30 @@ def ask_pairs(subject: Subject, data: Prepared, beta: float, found: Audit, say: 
 
     policy, start = sums(subject.policy), sums(subject.start)
     results: dict[str, StepZero] = {}
+    itself: list[str] = []  # references that are the very model that it is said to have started from
     for name, names in subject.references.items():
         reference = start if names == subject.start else sums(names)
+        if torch.equal(reference, start):
+            itself.append(name)
         results[name] = step_zero(start, policy, reference, beta)
     found.numbers["pairs"] = {name: vars(result) for name, result in results.items()} | {"beta": beta}
-    started = " + ".join(subject.start) or "the bare base"
+    started = subject.called(subject.start)
     told = [
         f"against {_called(name, started)}: step 0 at {r.loss:.6f}, now accuracy {r.accuracy:.3f} ± "
         f"{r.accuracy_error:.3f}, margin {r.margin:+.3f} ({r.pairs} pairs, β {beta:g})"
         for name, r in results.items()
     ]
     claimed = results[subject.claimed]
-    if abs(claimed.loss - LN2) <= 1e-6:
+    ours = subject.evidence.stage is not None  # whose stage.json tells what it started from
+    if subject.claimed in itself and not ours:
+        # a model against itself: true of any adapter, so that it is no evidence
+        found.add(
+            "reference", Level.note,
+            f"step 0 is ln 2 by definition: {started} is taken for both what it started from and its reference", *told,
+            advice="Whether both were that, only the trainer's log shows; --start or --below, and --reference, say "
+            "otherwise.",
+        )  # fmt: skip
+    elif abs(claimed.loss - LN2) <= 1e-6:
         found.add("reference", Level.right, f"step 0 is ln 2 against {_called(subject.claimed, started)}", *told)
     else:
         found.add(
@@ -185,8 +197,11 @@ def _below(subject: Subject, sums: dict[str, RowSums], found: Audit) -> None:
     elif worse.clear:
         found.add("below", Level.note, "with it conversations become less likely than on the bare base, as DPO may do",
                   *told, f"by {worse}")  # fmt: skip
-    else:
+    elif gap(sums["policy"], sums["base"]).clear:
         found.add("below", Level.right, "it makes conversations likelier than the bare base does", *told)
+    else:
+        found.add("below", Level.note, "with it these conversations are neither clearly likelier nor less likely than on "
+                  "the bare base", *told, advice="Does an adapter belong below it (--below)?")  # fmt: skip
 
 
 def _end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -> None:
@@ -200,7 +215,7 @@ def _end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -> None
         pad = template.tokenizer.pad_token_id in template.end_token_ids
         found.add(
             "end", Level.wrong, "it never learned to end an answer: it will talk on until it is cut off", told,
-            *(["the pad token is the end token: a collator that masks padding masked every end, too"] if pad else []),
+            *(["the pad token is the end token: a collator that masks padding masks every end, too"] if pad else []),
             advice="Does an adapter belong below it (--below)? Else train again with the end token supervised.",
         )  # fmt: skip
     elif policy < HARDLY:
@@ -223,7 +238,7 @@ def _bos(
         return
     again = next((n for n, token in enumerate(tokenizer(text)["input_ids"]) if token != bos), 0)
     examples, ends = examples_of(template, rows), template.end_token_ids
-    told, wrong = [], []
+    told, better_by = [], {}
     for count in {0, 1, 2} - {right}:
         changed = [with_bos(example, bos, count) for example in examples]
         with_it = row_sums(subject.decoder(subject.policy), changed, ends)
@@ -233,10 +248,11 @@ def _bos(
         better = gap(with_it, sums["policy"])
         told.append(f"BOS {count} times instead of {right}: {better} (what the adapter changed of it: {change})")
         if change.clear and better.clear:
-            wrong.append(count)
+            better_by[count] = better.mean
     found.numbers["bos"] = {"right": right, "tokenized_again": again}
-    if wrong:
-        times = {0: "without BOS", 1: "with BOS", 2: "with BOS twice"}[wrong[-1]]
+    if better_by:
+        best = max(better_by, key=lambda count: better_by[count])
+        times = {0: "without BOS", 1: "with BOS", 2: "with BOS twice"}[best]
         found.add("bos", Level.doubtful, f"it does better {times}: it was probably trained so", *told,
                   advice="Train it again on rows with BOS once, or serve it as it was trained.")  # fmt: skip
     else:

@@ -71,6 +71,7 @@ class Subject:
             and beneath the adapter itself (which is what its own weights changed).
         references: name of a possible reference → its adapters.
         claimed: the one that is claimed.
+        folders: name of an adapter → where it lies.
     """
 
     evidence: Evidence
@@ -81,6 +82,11 @@ class Subject:
     below: list[str]
     references: dict[str, list[str]]
     claimed: str
+    folders: dict[str, str]
+
+    def called(self, names: Sequence[str]) -> str:
+        """As a user knows them."""
+        return " + ".join(self.folders[name] for name in names) or "the bare base"
 
     def decoder(self, names: Sequence[str]) -> Decoder:
         return Decoder(self.stack, self.base.dtype, list(names))
@@ -102,6 +108,14 @@ def audit(request: Request, say: Say = lambda line: None) -> Audit:
     found = Audit(str(evidence.path), evidence.tool, evidence.method)
     below = [read_adapter(adapter_folder(name)) for name in request.below]
     start = read_adapter(adapter_folder(request.start)) if request.start else None
+    if request.beta is not None and request.beta <= 0:
+        raise UserError(f"--beta {request.beta:g}: DPO's beta is above 0.", "Leave it out for its own, or 0.1.")
+    if not request.files_only:  # before anything is loaded
+        if request.reference not in ("start", "base"):
+            read_adapter(adapter_folder(request.reference))
+        rows = _rows(request, evidence, say)
+        if request.pairs is not None:
+            load_rows([DatasetSpec(path=request.pairs, limit=request.limit)], "dpo", seed=0)
     check_weights(evidence, found)
     check_chain(evidence, below, found)
     if start is not None:
@@ -121,14 +135,13 @@ def audit(request: Request, say: Say = lambda line: None) -> Audit:
         return found
     templates = _templates(request, subject, found)
     own = templates.get("own")
-    rows = _rows(request, evidence, say)
     if templates:
         questions.ask_rows(subject, templates, rows, found, say)
     if request.pairs is not None:
         best = own or next(iter(templates.values()), None)
         if best is None:
             raise UserError("no chat template fits, so the pairs cannot be rendered.", "Name one with --chat-template.")
-        beta = request.beta or float(evidence.settings.get("beta") or BETA)
+        beta = request.beta if request.beta is not None else float(evidence.settings.get("beta") or BETA)
         questions.ask_pairs(subject, _pairs(request, evidence, best), beta, found, say)
     elif evidence.method == "dpo":
         found.add(
@@ -190,7 +203,8 @@ def _load(
     claimed = request.reference
     if claimed not in references:
         references[claimed] = _attach(stack, "reference", [read_adapter(adapter_folder(claimed))])
-    return Subject(evidence, loaded, stack, [*names, OWN], starts or names, names, references, claimed)
+    folders = dict(zip([*names, *starts], [str(adapter.path) for adapter in [*lower, *own_start]]))
+    return Subject(evidence, loaded, stack, [*names, OWN], starts or names, names, references, claimed, folders)
 
 
 def _attach(stack: AdapterStack, kind: str, adapters: Sequence[AdapterFile]) -> list[str]:
@@ -216,6 +230,8 @@ def _templates(request: Request, subject: Subject, found: Audit) -> dict[str, Ch
         try:
             result["own"] = resolve_template(request.chat_template or "auto", tokenizer)
         except UserError as error:
+            if request.chat_template is not None:
+                raise  # the user's choice, and nothing that the adapter has done
             topic = "bos" if "BOS" in error.message else "template"
             found.add(topic, Level.wrong, error.message, advice=error.hint or "")
     else:

@@ -284,8 +284,8 @@ class Session:
         return [{"messages": column.messages(self.settings.system), "model": column.model} for column in self.columns]
 
     def cut(self) -> int:
-        """How many of the remembered answers did not come to their end."""
-        return sum(not answer.whole for column in self.columns for _, answer in column.turns)
+        """How many of the remembered answers did not come to their end; one that several models go on from counts once."""
+        return len({id(answer) for column in self.columns for _, answer in column.turns if not answer.whole})
 
 
 def trained_system(chat: Chat) -> str | None:

@@ -50,6 +50,15 @@ def check(
     from ..errors import UserError
     from ..files import make_folder, write_json
 
+    if out is not None:  # before anything is measured
+        if out.is_dir():
+            raise UserError(f"--out {out}: is a folder.", "Name a file, such as check.json.")
+        try:
+            make_folder(out.parent)
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}.", "Choose another place.") from None
+        if not out.parent.is_dir():
+            raise UserError(f"--out {out}: {out.parent} is a file.", "Choose another place.")
     request = Request(
         adapter, base, below or [], start, reference, rows, pairs, beta, chat_template, limit, load_in_4bit, files_only
     )
@@ -64,9 +73,8 @@ def check(
             console.say(f"{'':>10}→ {finding.advice}")
     console.say(f"verdict: {found.verdict()}")
     if out is not None:
-        make_folder(out.parent)
         write_json(out, found.as_dict())
         console.say(f"written: {out}")
     if found.level == Level.wrong:
         worst = next(finding for finding in found.findings if finding.level == Level.wrong)
-        raise UserError(f"{found.adapter}: {worst.text}.", worst.advice)
+        raise UserError(f"{found.adapter}: {worst.text.rstrip('.')}.", worst.advice)

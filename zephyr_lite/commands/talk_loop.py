@@ -315,7 +315,7 @@ class Talk:
     def _system(self, text: str) -> None:
         settings = self.session.settings
         if text:
-            system = None if text == "none" else text
+            system = None if text in ("none", "''", '""') else text  # '' as with --system
             self.session.check_system(system)
             settings.system = system
         self._screen.note(f"system: {settings.system}" if settings.system else "no system turn")
