@@ -134,6 +134,21 @@ def test_a_vote_that_cannot_be_written_leaves_no_trace(typed, tmp_path, monkeypa
     assert code == 0 and "the disk is full" in err and "nothing to take back" in err and "0 votes; 0 pairs" in out
 
 
+def test_what_a_vote_saves_is_one_answer_a_turn(typed, tmp_path, monkeypatch):
+    def cut(self, question, *rest):
+        for column in self.columns:
+            column.turns.append((question, Answer(f"I am {column.model}", "length", 2, 1.0)))
+        return [column.turns[-1][1] for column in self.columns]
+
+    monkeypatch.setattr(Session, "ask", cut)
+    file = tmp_path / "mine.jsonl"
+    options = ["--compare", "--vote", str(tmp_path / "v.jsonl")]
+    out = typed("/system Be kind.", "/system ''", "Hi", "1", f"/save {file}", options=options)[1]
+    assert "saved as row 1 of" in out and "note: 1 of the answers did not come to their end" in out
+    (row,) = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]  # '' is no system turn, as with --system
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -94,7 +94,7 @@ def ask_pairs(subject: Subject, data: Prepared, beta: float, found: Audit, say: 
         for name, r in results.items()
     ]
     claimed = results[subject.claimed]
-    ours = subject.evidence.stage is not None  # whose stage.json tells what it started from
+    ours = subject.evidence.stage is not None and found.method == "dpo"  # whose stage.json tells what it started from
     if subject.claimed in itself and not ours:
         # a model against itself: true of any adapter, so that it is no evidence
         found.add(

@@ -283,9 +283,9 @@ class Session:
                     )
         return [{"messages": column.messages(self.settings.system), "model": column.model} for column in self.columns]
 
-    def cut(self) -> int:
-        """How many of the remembered answers did not come to their end; one that several models go on from counts once."""
-        return len({id(answer) for column in self.columns for _, answer in column.turns if not answer.whole})
+    def cut(self, first: bool = False) -> int:
+        """How many of the remembered answers did not come to their end; of the first model alone, or of all."""
+        return sum(not answer.whole for column in self.columns[: 1 if first else None] for _, answer in column.turns)
 
 
 def trained_system(chat: Chat) -> str | None:

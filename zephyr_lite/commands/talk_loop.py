@@ -364,7 +364,7 @@ class Talk:
         self._saved = (path.resolve(), list(rows))
         count = f"row {there + 1}" if len(rows) == 1 else f"rows {there + 1} to {there + len(rows)}"
         self._screen.note(f"saved as {count} of {path}")
-        if cut := self.session.cut():
+        if cut := self.session.cut(first=self._ballot is not None):
             self._screen.note(
                 f"note: {cut} of the answers did not come to their end; training would learn to end there"
             )
