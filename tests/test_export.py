@@ -299,3 +299,25 @@ def test_transformers_serve_feeds_the_ids_of_training(place, monkeypatch):
             assert reply.choices[0].message.content == text
     finally:
         server.kill_server()
+
+
+def test_a_judged_result_keeps_its_judge_and_its_reservations_and_trials_stay_out(place, tmp_path):
+    shutil.copytree(place / "my-model", tmp_path / "m", ignore=shutil.ignore_patterns("README.md", "plots"))
+    shutil.copytree(place / "run", tmp_path / "run")
+    folder = tmp_path / "run" / "dpo" / "eval"
+    told = json.loads((folder / "loss-chat.json").read_text())
+    judged = {
+        **told,
+        "models": {"sft": {"score": 5.25}, "dpo": {"score": 6.5}},
+        "differences": {"dpo - sft": {"difference": 1.25, "standard_error": 0.3}},
+        "settings": {"judge": {"name": "judge", "model": "some-judge"}},
+        "notes": ["asked in this project's own words: not comparable with published scores"],
+    }
+    (folder / "mt-bench.json").write_text(json.dumps(judged))
+    (folder / "mt-bench-limit-8.json").write_text(json.dumps({**judged, "models": {"dpo": {"score": 9.75}}}))
+    said = []
+    text = write_card(tmp_path / "m", run=tmp_path / "run", plots=False, say=said.append).read_text()
+    assert "- dpo - sft: difference 1.25; standard_error 0.3" in text and "Judge: some-judge." in text
+    assert "Note: asked in this project's own words: not comparable with published scores" in text
+    assert "9.75" not in text and any("mt-bench-limit-8.json: is a trial" in line for line in said)
+    assert re.search(r"^On 8 rows of chat.jsonl\.$", text, re.M)

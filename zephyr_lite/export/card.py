@@ -182,13 +182,35 @@ def _results(facts: Facts) -> Iterator[str]:
         models = {str(name): dict(leaves(body)) for name, body in told["models"].items() if isinstance(body, dict)}
         keys = list(dict.fromkeys(key for found in models.values() for key in found))
         yield _table(["", *models], [[key, *(found.get(key, "-") for found in models.values())] for key in keys])
-        for pairs in (told.get("differences"), told.get("comparisons")):
-            for entry in pairs if isinstance(pairs, list) else []:
-                names = [str(value) for value in entry.values() if isinstance(value, str)]
-                found = "; ".join(f"{_text(key)} {value}" for key, value in leaves(entry))
-                yield f"- {_text(' against '.join(names))}: {found}"
+        yield from _circumstances(told)
+        for names, entry in _compared(told):
+            found = "; ".join(f"{_text(key)} {value}" for key, value in leaves(entry))
+            yield f"- {_text(names)}: {found}"
     if facts.results:
         yield "In brackets: bootstrap confidence intervals. `base` is the untrained model."
+
+
+def _circumstances(told: dict[str, Any]) -> Iterator[str]:
+    """On which rows, by which judge, and what the result itself says of its worth."""
+    data, settings = told.get("data") or {}, told.get("settings") or {}
+    paths = [str(spec.get("path")) for spec in data.get("datasets") or [] if isinstance(spec, dict)]
+    names = ", ".join(hub_id(path) or Path(path).name for path in paths)
+    if isinstance(data.get("rows"), int) and names:
+        yield f"On {data['rows']:,} rows of {_text(names)}."
+    judge = settings.get("judge")
+    if isinstance(judge, dict) and isinstance(judge.get("model") or judge.get("name"), str):
+        yield f"Judge: {_text(judge.get('model') or judge['name'])}."
+    for note in told.get("notes") or []:
+        yield f"Note: {_text(str(note))}"
+
+
+def _compared(told: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(which two models, how far apart): a list of both names and the numbers, or the numbers by a text of both names."""
+    for pairs in (told.get("differences"), told.get("comparisons")):
+        if isinstance(pairs, dict):
+            yield from ((str(names), entry) for names, entry in pairs.items() if isinstance(entry, dict))
+        for entry in pairs if isinstance(pairs, list) else []:
+            yield " against ".join(str(value) for value in entry.values() if isinstance(value, str)), entry
 
 
 def _last(stage: StageFacts) -> dict[str, Any]:

@@ -158,6 +158,9 @@ def _results(facts: Facts, say: Say) -> None:
             if found != wanted and not whole:
                 say(f"{path}: is of other adapters, and left out of the card")
                 continue
+            if re.search(r"-limit-\d+$", path.stem):
+                say(f"{path}: is a trial on a few rows, and left out of the card")
+                continue
             facts.results[path.stem] = told
             if (picture := path.with_suffix(".png")).is_file():
                 facts.pictures[path.stem] = picture
