@@ -195,8 +195,8 @@ def _our_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) -
     distance = product_distance(evidence.adapter.modules, compose(chain.adapters))
     told = f"‖adapter − composed chain‖ / ‖composed chain‖ = {distance:.1e}"
     if distance < 1e-5:
-        below = f"{' + '.join(names)} and its own part in one adapter" if names else "one adapter"
-        audit.add("below", Level.right, f"{below}: it belongs on the bare base", where, told)
+        held = f"{' + '.join(names)} and its own part in one adapter" if names else "one adapter"
+        audit.add("below", Level.right, f"{held}: it belongs on the bare base", where, told)
     else:
         audit.add("below", Level.wrong, "it is not the chain that stage.json tells of", where, told,
                   advice="Restore the stage, or make the adapter again: zephyr-lite merge --adapter-only.")  # fmt: skip
