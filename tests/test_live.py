@@ -1,5 +1,6 @@
 """What is opened to be evaluated or talked to: a run, a stage, a model's folder, adapters; and what is refused."""
 
+import json
 import shutil
 
 import pytest
@@ -10,6 +11,8 @@ from zephyr_lite.config import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.live import open_live
 from zephyr_lite.merge import chain_of_run, merge
+from zephyr_lite.merge.command import run_merge
+from zephyr_lite.rundir import StageDir
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
@@ -62,3 +65,12 @@ def test_what_cannot_be_opened_is_refused_with_what_to_do(run, tiny_base, tmp_pa
     with pytest.raises(UserError, match="is gone"):
         open_live(tmp_path / "r")
     assert len(chain.adapters) == 2
+
+
+def test_a_merge_says_which_stage_is_not_in_it(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    stage, said = StageDir(tmp_path / "r" / "dpo"), []
+    stage.write_info({**stage.info(), "status": "running"})
+    run_merge(tmp_path / "m", run=tmp_path / "r", check=False, say=said.append)
+    assert f"note: {stage.path} is not finished, and not in it" in said
+    assert json.loads((tmp_path / "m/zephyr_lite.json").read_text())["stage"] == "sft"

@@ -255,7 +255,12 @@ def sweep(folder: Path, name: str | None = None, *, alone: bool = False) -> None
             remove_tree(left)
 
 
-def check_room(folder: Path, size: int, what: str) -> None:
+def check_room(
+    folder: Path,
+    size: int,
+    what: str,
+    hint: str = "Free some space; the same command goes on from the last checkpoint.",
+) -> None:
     """Raises:
     UserError: the disk has less room than is going to be written.
     """
@@ -263,7 +268,7 @@ def check_room(folder: Path, size: int, what: str) -> None:
     if free < size:
         raise UserError(
             f"{folder}: {free / 1e9:.2f} GB are free, {what} takes {size / 1e9:.2f} GB.",
-            "Free some space; the same command goes on from the last checkpoint.",
+            hint,
         )
 
 

@@ -68,7 +68,7 @@ def write_q4_k_m(
     make_folder(out.parent)
     sweep(out.absolute().parent, out.name)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    check_room(out.absolute().parent, int(size * 1.3), "the file in F16 and the one in Q4_K_M")
+    check_room(out.absolute().parent, int(size * 1.3), "the file in F16 and the one in Q4_K_M", "Free some space.")
     half, aside = (out.with_name(f".{out.name}.{token_hex(4)}") for _ in range(2))
     try:
         report = write_gguf(folder, half, "f16", say=say)

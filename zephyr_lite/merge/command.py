@@ -15,7 +15,7 @@ from ..files import folder_aside, sweep, write_json
 from ..model.chain import Chain, chain_of_adapters, chain_of_run
 from ..model.load import compute_device, compute_dtype, fetch_base, fingerprint, load_tokenizer
 from ..model.peft_config import other_base
-from ..rundir import read_json
+from ..rundir import read_json, stages_of
 from ..stage_info import check_rendering
 from .measure import CHECK_ROWS, MEASURE_ROWS, MergeMeasure, measure
 from .weights import MARK, MergeReport, adapter_only, merge
@@ -77,6 +77,9 @@ def run_merge(
     name = chain.base["name_or_path"]
     where = f"{chain.run}, stage {chain.stage}" if chain.run is not None else "explicit adapters"
     say(f"{where}: {' + '.join([name, *(str(a.path) for a in chain.adapters)])}")
+    for other in stages_of(chain.run) if chain.run is not None and stage is None else ():
+        if not other.complete():
+            say(f"note: {other.path} is not finished, and not in it")
     if chain.run is not None and chain.stage is not None and chain.tokenizer_from is not None:
         template = resolve_template("auto", load_tokenizer(chain.tokenizer_from))
         check_rendering(chain.info, chain.run / chain.stage, template.text, template.tokenizer)
