@@ -75,7 +75,7 @@ def test_an_endpoint_in_one_word(tmp_path):
         ({"url": "http://x/v1"}, "the model's name"),
         ({"url": "http://x/v1", "path": "y", "model": "m"}, "either url"),
         ({}, "either url"),
-        ({"path": "y", "model": "m"}, "takes neither"),
+        ({"path": "y", "api_key_env": "KEY"}, "takes no api_key_env"),
         ({"url": "ftp://x/v1", "model": "m"}, "url: is not a URL"),
         ({"url": "http://:80/v1", "model": "m"}, "is not a URL"),
         ({"url": "http://x:port/v1", "model": "m"}, "is not a URL"),
