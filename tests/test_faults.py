@@ -311,7 +311,8 @@ def test_a_run_with_a_flipped_bit_goes_on_from_the_checkpoint_before(trial):
 def test_the_run_writes_through_the_layer_alone():
     """Nobody else in these rooms opens a file for writing, or renames or copies one; what libraries save, they save into
     a folder aside. Locks hold no data."""
-    rooms = [p for room in ("train", "merge", "model", "demo", "evaluate", "export", "chat", "audit") for p in (ROOT / room).rglob("*.py")]
+    names = ("train", "merge", "model", "demo", "evaluate", "export", "chat", "audit")
+    rooms = [p for room in names for p in (ROOT / room).rglob("*.py")]
     found = {}
     for path in [*rooms, ROOT / "rundir.py", ROOT / "safetensors_stream.py", ROOT / "manifest.py"]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
