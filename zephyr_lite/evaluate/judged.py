@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -332,6 +332,26 @@ class Bounds:
 def judge_request(key: str, judge: EndpointSpec, messages: Sequence[Message]) -> Request:
     """Greedy; the second try of one that could not be read is drawn (``Desk.ask_parsed``)."""
     return Request(key, judge.name, tuple(messages), temperature=0.0)
+
+
+def judged_settings(answering: Answering, prompts: str, seed: int) -> dict[str, Any]:
+    """Of a result: who judged, in whose words, and how long answers might be."""
+    assert answering.judge is not None
+    return {
+        "judge": {k: v for k, v in (("name", answering.judge.name), ("model", answering.judge.model)) if v},
+        "judge_temperature": 0.0,
+        "judge_prompts": prompts,
+        "max_new_tokens": {name: spec.max_tokens for name, spec in answering.specs.items()},
+        "seed": seed,
+    }
+
+
+def judged_differences(
+    answering: Answering, models: Mapping[str, Any], of: Callable[[str, str], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Of a result: the policy against the others, where both have one."""
+    pairs = [(one, other) for one, other in answering.pairs if one in models and other in models]
+    return {f"{one} - {other}": of(one, other) for one, other in pairs}
 
 
 def refuse_unused(config: JudgedConfig, why: str, *also: str) -> None:

@@ -29,6 +29,8 @@ from ..judged import (
     ask_all,
     chosen_judge,
     judge_request,
+    judged_differences,
+    judged_settings,
     part,
     refuse_no_judge,
     refuse_unused,
@@ -286,7 +288,6 @@ def _body(
     models: dict[str, dict[str, Any]],
     found: dict[str, list[Annotation]],
 ) -> dict[str, Any]:
-    assert answering.judge is not None
     cut = Counter(model for (model, _), done in asked.results if done.cut)
     lost = {
         name: Counter(d.why for (m, _), d in asked.results if m == name and d.preference is None) for name in models
@@ -296,19 +297,11 @@ def _body(
             name: {**body, "answers_cut_at_max_tokens": cut[name], "why_left_out": dict(lost[name])}
             for name, body in models.items()
         },
-        "differences": {
-            f"{one} - {other}": difference(found[one], found[other])
-            for one, other in answering.pairs
-            if one in models and other in models
-        },
+        "differences": judged_differences(answering, models, lambda a, b: difference(found[a], found[b])),
         "settings": {
-            "judge": {k: v for k, v in (("name", answering.judge.name), ("model", answering.judge.model)) if v},
-            "judge_temperature": 0.0,
-            "judge_prompts": "this project's own",
+            **judged_settings(answering, "this project's own", config.seed),
             "baseline": baseline.generator,
             "temperature": {name: spec.temperature for name, spec in answering.specs.items()},
-            "max_new_tokens": {name: spec.max_tokens for name, spec in answering.specs.items()},
-            "seed": config.seed,
         },
         "data": {
             "instructions": str(baseline.path),

@@ -27,6 +27,8 @@ from ..judged import (
     JudgedConfig,
     ask_all,
     judge_request,
+    judged_differences,
+    judged_settings,
     part,
     refuse_no_judge,
     results_folder,
@@ -256,7 +258,6 @@ def _body(
     models: dict[str, dict[str, Any]],
     grades: dict[str, list[Grade]],
 ) -> dict[str, Any]:
-    assert answering.judge is not None
     cut: Counter[str] = Counter()
     for (model, _), done in asked.results:
         cut[model] += done.cut
@@ -266,18 +267,10 @@ def _body(
             name: {**body, "answers_cut_at_max_tokens": cut[name], "why_not_graded": dict(reasons[name])}
             for name, body in models.items()
         },
-        "differences": {
-            f"{one} - {other}": difference(grades[one], grades[other])
-            for one, other in answering.pairs
-            if one in models and other in models
-        },
+        "differences": judged_differences(answering, models, lambda a, b: difference(grades[a], grades[b])),
         "settings": {
-            "judge": {k: v for k, v in (("name", answering.judge.name), ("model", answering.judge.model)) if v},
-            "judge_temperature": 0.0,
-            "judge_prompts": "FastChat's" if read.prompts else "this project's own",
+            **judged_settings(answering, "FastChat's" if read.prompts else "this project's own", config.seed),
             "temperatures": TEMPERATURES,
-            "max_new_tokens": {name: spec.max_tokens for name, spec in answering.specs.items()},
-            "seed": config.seed,
         },
         "data": {**read.data, "asked": len(read.questions), "of": read.whole},
         "notes": notes(config, read),
