@@ -14,7 +14,8 @@ from zephyr_lite import cli
 from zephyr_lite.audit.evidence import gather
 from zephyr_lite.audit.files import held_share, origin_distance, product_distance
 from zephyr_lite.audit.measured import with_bos
-from zephyr_lite.audit.run import Request, audit
+from zephyr_lite.audit.run import audit
+from zephyr_lite.audit.subject import Request
 from zephyr_lite.audit.verdict import Level
 from zephyr_lite.config import load_config
 from zephyr_lite.data.batch import collate_conversations
@@ -280,7 +281,7 @@ def test_what_the_user_got_wrong_is_said_before_anything_is_measured(run, chat_r
         (["--beta", "0"], "DPO's beta is above 0"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr("zephyr_lite.audit.run.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+            patch.setattr("zephyr_lite.audit.subject.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
             assert cli.run(["check", str(run / "sft"), "--rows", str(chat_rows), *given]) == 2, given
         assert told in capsys.readouterr().err, given
     with pytest.raises(UserError, match="neither a template's name nor a file"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,10 +24,8 @@ from .measured import (
     step_zero,
     with_bos,
 )  # fmt: skip
+from .subject import Subject
 from .verdict import Audit, Level
-
-if TYPE_CHECKING:
-    from .run import Subject
 
 Say = Callable[[str], None]
 # of the end token's median probability after an answer: below the first it was not learned, below the second hardly

@@ -45,7 +45,8 @@ def check(
     verbose: Verbose = False,
 ) -> None:
     """Audit an adapter: what belongs below it, its reference, BOS, the end token, its template. Exit code 2: wrong."""
-    from ..audit.run import Request, audit
+    from ..audit.run import audit
+    from ..audit.subject import Request
     from ..audit.verdict import Level
     from ..errors import UserError
     from ..files import make_folder, write_json

@@ -152,6 +152,7 @@ def _answer_once(session: Session, question: str, say: Callable[[str], None]) ->
     """The answer on stdout and nothing else; with --compare each under its model's name."""
     from ..errors import Interrupted
     from ..interrupts import StopRequest
+    from .talk_screen import ended
 
     write, alone = console.out.file.write, len(session.columns) == 1
 
@@ -169,12 +170,3 @@ def _answer_once(session: Session, question: str, say: Callable[[str], None]) ->
     console.out.file.flush()
     if stop.name is not None:
         raise Interrupted("interrupted; the answer ends where it was")
-
-
-def ended(finish: str, tokens: int) -> str:
-    """Why an answer is not whole, in words; empty where it is."""
-    return {
-        "length": f"cut at {tokens:,} tokens; --max-new-tokens allows more",
-        "context": f"cut at {tokens:,} tokens: the model's context is full",
-        "interrupted": f"stopped after {tokens:,} tokens",
-    }.get(finish, "" if tokens else "the answer is empty: the model ended at once")

@@ -15,9 +15,8 @@ from ..ending import machines_fault
 from ..errors import Interrupted, UserError
 from ..interrupts import StopRequest
 from ..words import short
-from .talk import ended
 from .talk_keys import ended_by_sigterm, quiet_keys, use_readline
-from .talk_screen import Screen
+from .talk_screen import Screen, ended
 
 PROMPT, MORE = "> ", "… "
 BLOCK = '"""'  # begins and ends a question of several lines

@@ -99,3 +99,12 @@ class Screen:
         # an answer's end is made of its last characters: a long one is not wrapped anew for every picture
         cell = Text(cell.plain[-(lines + 1) * width :], overflow="fold")
         return Text("\n").join(cell.wrap(self._out, width)[-lines:])
+
+
+def ended(finish: str, tokens: int) -> str:
+    """Why an answer is not whole, in words; empty where it is."""
+    return {
+        "length": f"cut at {tokens:,} tokens; --max-new-tokens allows more",
+        "context": f"cut at {tokens:,} tokens: the model's context is full",
+        "interrupted": f"stopped after {tokens:,} tokens",
+    }.get(finish, "" if tokens else "the answer is empty: the model ended at once")
