@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
+from bench.card import commit, versions
 from bench.command import run
+from bench.turns import machine
 from zephyr_lite.chat import Chat
 from zephyr_lite.chat.stream import Streamer
 from zephyr_lite.live import open_live
@@ -118,7 +120,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    found = measure(given.source, given.stage, given.tokens, given.repeats, given.turns)
+    head = {"machine": machine(), "versions": versions(), "commit": commit()}
+    found = {**head, **measure(given.source, given.stage, given.tokens, given.repeats, given.turns)}
     text = json.dumps(found, indent=2)
     print(text)
     if given.out is not None:
