@@ -139,7 +139,7 @@ def test_what_a_layer_holds_at_most(monkeypatch, dtype, dropout, keep, tile, pai
     model = make_model().to(dtype)
     decoder = Decoder(live_stack(model), dtype)
     decoder.follow(Plan(64, (keep,) * 2, tile=tile))
-    batch = collate_pairs([pair(0, 12, 20, 8)]) if pairs else collate_conversations([conversation(0, 40)])
+    batch = collate_pairs([pair(0, 8, 10, 6)]) if pairs else collate_conversations([conversation(0, 20)])
     keys = sum(s.keys for s in batch.segments)
     job = tiny_job(dtype, dropout)
     with peaks_of_layers(monkeypatch) as found:
@@ -314,7 +314,7 @@ def test_the_peak_of_a_whole_micro_batch(monkeypatch, method, keeps, offload, ti
     dtype = torch.bfloat16
     decoder = Decoder(live_stack(make_model(num_hidden_layers=4).to(dtype)), dtype)
     decoder.follow(Plan(64, keeps, offload=offload, tile=tile))
-    batch = collate_pairs([pair(0, 12, 20, 8)]) if method == "dpo" else collate_conversations([conversation(0, 40)])
+    batch = collate_pairs([pair(0, 8, 10, 6)]) if method == "dpo" else collate_conversations([conversation(0, 20)])
     shape = Shape.of(tiny_config(num_hidden_layers=4))
     adapters = (AdapterSpec.fresh(shape, 2, 8, "all-linear").frozen(), AdapterSpec.fresh(shape, 4, 4, "all-linear"))
     share = len(batch.target_ids) / len(batch)
