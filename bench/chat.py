@@ -35,7 +35,9 @@ FOLLOWING = "And what else should one know about them?"
 class Endless(Chat):
     """A model whose answers end at their length alone."""
 
-    ends = (-1,)  # type: ignore[assignment]  # no token
+    @property
+    def ends(self) -> list[int]:
+        return [-1]  # no token
 
 
 def measure(source: str | None, stage: str | None, tokens: int, repeats: int, turns: int) -> dict[str, Any]:

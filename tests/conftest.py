@@ -150,3 +150,20 @@ def pair_rows(tmp_path_factory) -> Path:
 
 def _messages(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture(scope="session")
+def talk_run(tmp_path_factory, chat_rows, pair_rows):
+    """A run of two stages whose adapters matter, on a base with a sliding window smaller than a conversation."""
+    from tests.test_train import dpo_words, quiet, words
+    from zephyr_lite.config import load_config
+    from zephyr_lite.train.dpo import run_dpo
+    from zephyr_lite.train.sft import run_sft
+
+    base, out = tmp_path_factory.mktemp("windowed"), tmp_path_factory.mktemp("talk") / "run"
+    make_model(sliding_window=24, max_position_embeddings=256).save_pretrained(base)
+    make_tokenizer(base)
+    small = {"load_in_4bit": "false", "max_steps": 4, "learning_rate": 0.02}
+    run_sft(load_config("sft", None, words(base, out, chat_rows, **small)), say=quiet)
+    run_dpo(load_config("dpo", None, dpo_words(base, out, pair_rows, **small)), say=quiet)
+    return out

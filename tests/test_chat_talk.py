@@ -9,7 +9,6 @@ import shutil
 import pytest
 import torch
 
-from tests.conftest import make_model
 from tests.test_train import dpo_words, quiet, words
 from zephyr_lite.chat import Chat, load_chat
 from zephyr_lite.chat.rows import append_rows, check_file
@@ -28,22 +27,8 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 12}
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, chat_rows, pair_rows):
-    """A run of two stages whose adapters matter, on a base with a sliding window smaller than a conversation."""
-    from tests.conftest import make_tokenizer
-
-    base, out = tmp_path_factory.mktemp("windowed"), tmp_path_factory.mktemp("talk") / "run"
-    make_model(sliding_window=24, max_position_embeddings=256).save_pretrained(base)
-    make_tokenizer(base)
-    small = {"load_in_4bit": "false", "max_steps": 4, "learning_rate": 0.02}
-    run_sft(load_config("sft", None, words(base, out, chat_rows, **small)), say=quiet)
-    run_dpo(load_config("dpo", None, dpo_words(base, out, pair_rows, **small)), say=quiet)
-    return out
-
-
-@pytest.fixture(scope="module")
-def chat(run_folder) -> Chat:
-    return load_chat(run_folder)
+def chat(talk_run) -> Chat:
+    return load_chat(talk_run)
 
 
 def prompts(chat, questions=QUESTIONS):
@@ -246,7 +231,7 @@ def said(text, finish="stop"):
     return Answer(text, finish, 3)
 
 
-def test_a_saved_conversation_is_trained_on(chat, run_folder, tmp_path):
+def test_a_saved_conversation_is_trained_on(chat, talk_run, tmp_path):
     talk = session(chat, ("base", "dpo"), system="Be kind.")
     for question in ("Who are you?", "Name a river — 河."):
         talk.ask(question)
@@ -261,7 +246,7 @@ def test_a_saved_conversation_is_trained_on(chat, run_folder, tmp_path):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row.get("model") for row in rows] == [None, "base", "dpo"]
     assert [turn["role"] for turn in rows[1]["messages"]] == ["system", *["user", "assistant"] * 2]
-    base = json.loads((run_folder / "sft" / "stage.json").read_text())["base"]["name_or_path"]
+    base = json.loads((talk_run / "sft" / "stage.json").read_text())["base"]["name_or_path"]
     outcome = run_sft(
         load_config("sft", None, words(base, tmp_path / "r", file, load_in_4bit="false", max_steps=1)), say=quiet
     )
@@ -271,7 +256,7 @@ def test_a_saved_conversation_is_trained_on(chat, run_folder, tmp_path):
         talk.rows()
 
 
-def test_votes_are_pairs_that_dpo_trains_on(chat, run_folder, tmp_path):
+def test_votes_are_pairs_that_dpo_trains_on(chat, talk_run, tmp_path):
     file = tmp_path / "votes.jsonl"
     ballot = Ballot(file, 0, "runs/a")
     talk = session(chat, ("base", "sft", "dpo"))
@@ -294,8 +279,8 @@ def test_votes_are_pairs_that_dpo_trains_on(chat, run_folder, tmp_path):
     ]
     assert rows[4]["chosen"][:-1] == rows[4]["rejected"][:-1] and len(rows[4]["chosen"]) == 6
     assert rows[4]["chosen"][1] == rows[0]["chosen"][1]  # the conversation goes on from what was liked
-    base = json.loads((run_folder / "sft" / "stage.json").read_text())["base"]["name_or_path"]
-    run = shutil.copytree(run_folder, tmp_path / "run")
+    base = json.loads((talk_run / "sft" / "stage.json").read_text())["base"]["name_or_path"]
+    run = shutil.copytree(talk_run, tmp_path / "run")
     small = {"load_in_4bit": "false", "max_steps": 2, "max_prompt_length": 120, "max_length": 240}
     again = dpo_words(base, run, file, stage="voted", **small)
     assert run_dpo(load_config("dpo", None, again), say=quiet).step == 2
@@ -354,10 +339,10 @@ def test_the_likeliest_tokens_are_those_of_a_whole_sort(flat, top_p):
         assert _nucleus(probabilities, top_p).tolist() == expected.tolist()
 
 
-def test_the_bench_measures_equal_work(run_folder):
+def test_the_bench_measures_equal_work(talk_run):
     from bench.chat import measure
 
-    found = measure(str(run_folder), None, tokens=6, repeats=1, turns=2)
+    found = measure(str(talk_run), None, tokens=6, repeats=1, turns=2)
     assert set(found["tokens_per_second"]) == {"generate", "stream", "compare", "one by one"}
     assert all(speed > 0 for speed in found["tokens_per_second"].values())
     assert found["first_token"][0]["reused"] == 0 and found["first_token"][1]["reused"] > 20

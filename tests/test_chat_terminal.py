@@ -16,7 +16,6 @@ import pytest
 
 import zephyr_lite
 from tests.conftest import make_model
-from tests.test_chat_talk import run_folder  # noqa: F401
 from zephyr_lite import cli
 from zephyr_lite.chat import Chat, load_chat
 from zephyr_lite.chat.session import Answer, Session
@@ -28,10 +27,10 @@ SHORT = ["--max-new-tokens", "8", "--temperature", "0"]
 
 
 @pytest.fixture
-def typed(monkeypatch, run_folder, capsys):  # noqa: F811
+def typed(monkeypatch, talk_run, capsys):
     """A function: run a session in which these lines are typed; an exception is raised in the place of a line."""
     monkeypatch.setattr(talk, "in_terminal", lambda: True)
-    loaded = load_chat(run_folder).live
+    loaded = load_chat(talk_run).live
     monkeypatch.setattr("zephyr_lite.live.open_live", lambda *a, **k: loaded)
 
     def run(*lines, options=()):
@@ -44,7 +43,7 @@ def typed(monkeypatch, run_folder, capsys):  # noqa: F811
             return found
 
         monkeypatch.setattr(talk_loop, "_line", line)
-        code = cli.run(["chat", str(run_folder), *SHORT, *options])
+        code = cli.run(["chat", str(talk_run), *SHORT, *options])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -169,14 +168,14 @@ def test_options_that_do_not_go_together(typed, options, said):
     assert code == 2 and said in err
 
 
-def test_a_prompt_on_stdin_is_answered_on_stdout(run_folder, monkeypatch, capsys):  # noqa: F811
-    loaded = load_chat(run_folder).live
+def test_a_prompt_on_stdin_is_answered_on_stdout(talk_run, monkeypatch, capsys):
+    loaded = load_chat(talk_run).live
     monkeypatch.setattr("zephyr_lite.live.open_live", lambda *a, **k: loaded)
 
     def piped(given, *options):
         stdin = None if given is None else io.TextIOWrapper(io.BytesIO(given))
         monkeypatch.setattr(sys, "stdin", stdin)
-        code = cli.run(["chat", str(run_folder), *SHORT, *options])
+        code = cli.run(["chat", str(talk_run), *SHORT, *options])
         return code, *capsys.readouterr()
 
     expected = {
@@ -193,13 +192,13 @@ def test_a_prompt_on_stdin_is_answered_on_stdout(run_folder, monkeypatch, capsys
     assert code == 2 and out == "" and "the model's context is 256" in err
 
 
-def test_a_file_of_prompts_is_answered_in_batches(run_folder, monkeypatch, capsys, tmp_path):  # noqa: F811
-    loaded = load_chat(run_folder).live
+def test_a_file_of_prompts_is_answered_in_batches(talk_run, monkeypatch, capsys, tmp_path):
+    loaded = load_chat(talk_run).live
     monkeypatch.setattr("zephyr_lite.live.open_live", lambda *a, **k: loaded)
     prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
     asked = ["Who are you?", "end</s>", "Hi", "word " * 300, "Name three rivers."]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
-    given = ["chat", str(run_folder), *SHORT, "--prompts", str(prompts), "--out", str(out), "--batch-size", "2"]
+    given = ["chat", str(talk_run), *SHORT, "--prompts", str(prompts), "--out", str(out), "--batch-size", "2"]
     assert cli.run([*given, "--compare"]) == 0
     said = capsys.readouterr().out
     assert "prompt 2 ('end</s>') is left out" in said and "prompt 4" in said and "2 prompts were left out" in said

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.fake_hub import Api, FakeHub, RepositoryNotFoundError, http_error
 from zephyr_lite.cli import run
 from zephyr_lite.errors import UserError
-from zephyr_lite.export import card, plots, vllm
+from zephyr_lite.export import card, vllm
 from zephyr_lite.export import push as pushing
 from zephyr_lite.export.card import write_card
 from zephyr_lite.export.push import prepare, push
@@ -134,7 +134,7 @@ def test_a_card_claims_nothing_that_was_not_found(place, tmp_path, monkeypatch, 
     assert "# m" in write_card(model, overwrite=True).read_text()
     with pytest.raises(UserError, match="no folder that zephyr-lite merge made"):
         write_card(place / "base")
-    monkeypatch.setattr(plots, "have_matplotlib", lambda: False)
+    monkeypatch.setattr("zephyr_lite.evaluate.plotting.have_matplotlib", lambda: False)
     assert run(["export", "card", str(model), "--plots"]) == 2
     assert 'pip install "zephyr-lite[plots]"' in capsys.readouterr().err
 

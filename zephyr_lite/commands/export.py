@@ -101,12 +101,12 @@ def card(
     verbose: Verbose = False,
 ) -> None:
     """A model card, README.md: base, data, lineage, settings, what was measured, and how to load it."""
+    from ..evaluate.plotting import need_matplotlib
     from ..export.card import write_card
-    from ..export.plots import need_matplotlib
     from ..export.vllm import check_model
 
     if plots:
-        need_matplotlib()
+        need_matplotlib("the curves", "--no-plots")
     console = Console()
     written = write_card(model, run=run, license=license, plots=plots, overwrite=overwrite, say=console.say)
     console.say(f"written to {written}")

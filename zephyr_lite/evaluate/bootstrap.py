@@ -8,7 +8,7 @@ computed of the same draws; a difference of two models is one of these ratios, s
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,11 +35,15 @@ class Interval:
 
     def exp(self) -> Interval:
         """Of a loss its perplexity: a monotone function takes the interval's ends along."""
-        return Interval(*(None if x is None else _exp(x) for x in (self.value, self.low, self.high)))  # type: ignore[arg-type]
+        return self._by(_exp)
 
     def scaled(self, factor: float) -> Interval:
         """Times a positive factor."""
-        return Interval(*(None if x is None else x * factor for x in (self.value, self.low, self.high)))  # type: ignore[arg-type]
+        return self._by(lambda x: x * factor)
+
+    def _by(self, change: Callable[[float], float]) -> Interval:
+        low, high = (None if end is None else change(end) for end in (self.low, self.high))
+        return Interval(change(self.value), low, high)
 
     def as_dict(self) -> dict[str, float | None]:
         return {"value": self.value, "low": self.low, "high": self.high}

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..files import bytes_aside
 from .facts import StageFacts, history
 
 BLUE, ORANGE, GREY = "#3b6ea8", "#d0722b", "#9aa5b1"
-
-
-def have_matplotlib() -> bool:
-    return find_spec("matplotlib") is not None
-
-
-def need_matplotlib() -> None:
-    """Raises:
-    UserError: it is not installed.
-    """
-    if not have_matplotlib():
-        raise UserError(
-            "the curves need matplotlib, which is not installed.",
-            'pip install "zephyr-lite[plots]", or leave them out with --no-plots.',
-        )
 
 
 def draw_stage(path: Path, stage: StageFacts) -> bool:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
 from ...files import bytes_aside
 from .prompts import HIGHEST
 
@@ -20,19 +19,6 @@ LOOKS = (
     ("#CC79A7", "-", "v"),
     ("#D55E00", "--", "P"),
 )
-
-
-def need_matplotlib() -> None:
-    """Raises:
-    UserError: it is not installed; said before anything is asked.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "the radar plot needs matplotlib, which is not installed.",
-            'pip install "zephyr-lite[plots]", or leave the picture out with --no-plot.',
-        ) from None
 
 
 def draw_radar(path: Path, models: dict[str, dict[str, Any]], title: str) -> None:
@@ -51,9 +37,9 @@ def draw_radar(path: Path, models: dict[str, dict[str, Any]], title: str) -> Non
     figure.suptitle(title, fontsize=13)
     lines: dict[str, Any] = {}
     for turn in (1, 2):
-        axes = figure.add_subplot(1, 2, turn, projection="polar")
-        axes.set_theta_offset(math.pi / 2)  # type: ignore[attr-defined]
-        axes.set_theta_direction(-1)  # type: ignore[attr-defined]
+        axes: Any = figure.add_subplot(1, 2, turn, projection="polar")  # polar axes have methods of their own
+        axes.set_theta_offset(math.pi / 2)
+        axes.set_theta_direction(-1)
         axes.set_ylim(0, HIGHEST)
         axes.set_yticks(range(2, HIGHEST + 1, 2))
         axes.tick_params(axis="y", labelsize=8, labelcolor="#666666")

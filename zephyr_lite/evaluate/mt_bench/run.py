@@ -35,9 +35,10 @@ from ..judged import (
     who_answers,
     write_judged,
 )
+from ..plotting import need_matplotlib
 from .prompts import judge_messages, read_grade
 from .questions import TURNS, Question, Questions
-from .radar import LEAST, draw_radar, need_matplotlib
+from .radar import LEAST, draw_radar
 from .scores import Grade, difference, model_scores
 
 KIND = "mt-bench"
@@ -94,7 +95,7 @@ def prepare(config: MtBenchConfig) -> tuple[Answering, Path]:
     """
     refuse_no_judge(config)
     if config.plot:
-        need_matplotlib()
+        need_matplotlib("the radar plot", "--no-plot")
     answering = who_answers(config, OTHER_TEMPERATURE)
     return answering, results_folder(config, answering)
 
