@@ -11,8 +11,7 @@ import numpy as np
 from ..live import Live, Say
 from .bootstrap import Bootstrap, Interval, Ratio
 from .likelihood import ChatLogps, chat_logps
-from .plain import scorer
-from .progress import Progress
+from .progress import score_each
 from .rows import HeldOut
 
 HEADER = ("model", "loss", "perplexity")
@@ -77,14 +76,7 @@ def evaluate_loss(
         KeyboardInterrupt: before the first was done.
     """
     names = list(models if models is not None else live.models)
-    found: dict[str, ChatLogps] = {}
-    try:
-        for name in names:
-            progress = Progress(name, len(held_out.data.lengths), "conversations", say)
-            found[name] = chat_logps(scorer(live, name), held_out.data, progress)
-    except KeyboardInterrupt:
-        if not found:
-            raise
+    found: dict[str, ChatLogps] = score_each(live, names, held_out.data, "conversations", chat_logps, say)
     missing = [name for name in names if name not in found]
     result = LossResult(held_out, bootstrap or Bootstrap(), roles(live), missing=missing)
     ratios: dict[Any, Ratio] = {name: (-logps.sums.numpy(), logps.tokens.numpy()) for name, logps in found.items()}

@@ -17,8 +17,7 @@ from ..live import Live, Say
 from .bootstrap import Bootstrap, Interval, Ratio
 from .likelihood import PairLogps, pair_logps
 from .loss import comparisons, roles
-from .plain import scorer
-from .progress import Progress
+from .progress import score_each
 from .rows import HeldOut
 
 HEADER = ("reward", "accuracy", "margin (nats)", "margin (× β)")
@@ -150,14 +149,7 @@ def evaluate_preference(
         KeyboardInterrupt: before the first was done.
     """
     names = list(models if models is not None else live.models)
-    found: dict[str, PairLogps] = {}
-    try:
-        for name in names:
-            progress = Progress(name, len(held_out.data.lengths), "pairs", say)
-            found[name] = pair_logps(scorer(live, name), held_out.data, progress)
-    except KeyboardInterrupt:
-        if not found:
-            raise
+    found: dict[str, PairLogps] = score_each(live, names, held_out.data, "pairs", pair_logps, say)
     if beta is None and held_out.stage is not None:
         beta = held_out.config.beta
     missing = [name for name in names if name not in found]

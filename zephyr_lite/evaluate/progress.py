@@ -1,11 +1,17 @@
-"""A line now and then about how far an evaluation is."""
+"""Models one after the other on the same rows, with a line now and then about how far it is."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from ..live import Say
+from ..data.prepare import Prepared
+from ..live import Live, Say
 from ..words import duration
+from .plain import scorer
+
+T = TypeVar("T")
 
 EVERY = 15.0  # seconds
 
@@ -30,3 +36,25 @@ class Progress:
         self.told = now
         left = (now - self.start) / done * (self.total - done)
         self.say(f"{self.name}: {done:,} of {self.total:,} {self.unit}, {duration(left)} left")
+
+
+def score_each(
+    live: Live, names: Sequence[str], data: Prepared, unit: str, score: Callable[[Any, Prepared, Progress], T], say: Say
+) -> dict[str, T]:
+    """model → what ``score`` finds of it; Ctrl-C ends after those that are done.
+
+    Args:
+        unit: what the rows are.
+        score: of a model's scorer, the rows, and whom to tell how many are done.
+
+    Raises:
+        KeyboardInterrupt: before the first was done.
+    """
+    found: dict[str, T] = {}
+    try:
+        for name in names:
+            found[name] = score(scorer(live, name), data, Progress(name, len(data.lengths), unit, say))
+    except KeyboardInterrupt:
+        if not found:
+            raise
+    return found
