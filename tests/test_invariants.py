@@ -432,7 +432,7 @@ BELOW = {
     "data": {"data"},
     "model": {"model", "ops", "data.batch"},
     "sync": {"sync"},
-    "train": {"train", "sync", "model", "ops", "data"},
+    "train": {"train", "sync", "model", "ops", "data", "chat", "live", "sampling"},  # samples are answers
     "chat": {"chat", "live", "sampling", "model", "data"},
     # a local folder is an endpoint too: it answers through ``chat``
     "endpoints": {"endpoints", "chat", "live", "sampling", "model", "data"},
@@ -442,6 +442,9 @@ BELOW = {
     "audit": {"audit", "evaluate", "model", "data", "demo"},
     "ablations": {"ablations", "evaluate", "train", "model", "data"},
     "feedback": {"feedback", "endpoints", "data"},
+    "screen": {"screen", "console", "train", "model"},
+    "report": {"report", "train", "export", "evaluate", "model", "data"},
+    "rehearsal": {"rehearsal", "report", "merge", "evaluate", "chat", "live", "train", "model", "data"},
 }
 ONLY_IN = {
     "bitsandbytes": {"model/load.py", "ops/nf4.py", "train/optim.py", "environment.py"},  # the last one reports on it

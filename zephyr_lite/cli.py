@@ -27,6 +27,8 @@ from .commands.eval_rows import loss, preference
 from .commands.export import card, gguf, ollama, push
 from .commands.feedback import feedback
 from .commands.options import StageConfig, Verbose, nameable
+from .commands.report import report
+from .commands.reproduce import reproduce
 from .commands.talk import chat
 from .console import Console
 from .ending import (
@@ -61,6 +63,12 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print the plan, the first row and the first step's time; keep nothing."),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and the result, and nothing of the steps.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object a line, for programs.")]
+Smoke = Annotated[
+    bool,
+    typer.Option("--smoke", help="Rehearse in minutes: 20 steps, a kill, a resume, merge, a generation; then say so."),
+]
 
 
 class Onto(StrEnum):
@@ -80,18 +88,36 @@ def _root(
 
 
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")
-def sft(context: typer.Context, config: StageConfig = None, dry_run: DryRun = False, verbose: Verbose = False) -> None:
+def sft(
+    context: typer.Context,
+    config: StageConfig = None,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
     """Stage 1: train the base on conversations. Without arguments: Mistral-7B on UltraChat-200k."""
-    _train("sft", config, context.args, dry_run)
+    _train("sft", config, context.args, dry_run=dry_run, smoke=smoke, quiet=quiet, as_json=as_json)
 
 
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")
-def dpo(context: typer.Context, config: StageConfig = None, dry_run: DryRun = False, verbose: Verbose = False) -> None:
+def dpo(
+    context: typer.Context,
+    config: StageConfig = None,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
     """Stage 2: train on preference pairs, on top of stage 1. Without arguments: continue the newest run."""
-    _train("dpo", config, context.args, dry_run)
+    _train("dpo", config, context.args, dry_run=dry_run, smoke=smoke, quiet=quiet, as_json=as_json)
 
 
-def _train(method: Any, config: str | None, overrides: list[str], dry_run: bool) -> None:
+def _train(
+    method: Any, config: str | None, overrides: list[str], *, dry_run: bool, smoke: bool, quiet: bool, as_json: bool
+) -> None:
     from .config import load_config
 
     # a wrong key is said before torch is imported
@@ -103,25 +129,33 @@ def _train(method: Any, config: str | None, overrides: list[str], dry_run: bool)
     elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # micro-batches differ in size: blocks that cannot grow would leave holes
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if smoke:
+        from .rehearsal.smoke import run_smoke
+
+        run_smoke(method, config, overrides, say=console.say)
+        return
     from .needs import needs_lines
+    from .report.writer import ReportWriter
+    from .screen import open_screen
     from .train.dpo import run_dpo
     from .train.dry_run import run_dry
     from .train.ground import StageComplete
     from .train.setup import resolve_run
     from .train.sft import run_sft
 
-    loaded = resolve_run(method, config, overrides, say=console.say, fetch=not dry_run)
-    try:
-        for line in needs_lines(method, loaded.config):
-            console.say(line)
-        if dry_run:
-            run_dry(method, loaded, say=console.say, show=console.row)
-        else:
-            run = run_sft if method == "sft" else run_dpo
-            run(loaded, say=console.say, on_metrics=console.metrics)
-            console.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
-    except StageComplete as done:
-        console.say(f"{done.message} {done.hint}")
+    with open_screen(console, quiet=quiet, as_json=as_json) as screen:
+        loaded = resolve_run(method, config, overrides, say=screen.say, fetch=not dry_run)
+        try:
+            for line in needs_lines(method, loaded.config):
+                screen.say(line)
+            if dry_run:
+                run_dry(method, loaded, say=screen.say, show=console.row)
+            else:
+                run = run_sft if method == "sft" else run_dpo
+                run(loaded, say=screen.say, on_metrics=screen.metrics, observers=[screen, ReportWriter(screen.say)])
+                screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
+        except StageComplete as done:
+            screen.say(f"{done.message} {done.hint}")
 
 
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo|both] [OPTIONS] [KEY=VALUE]...")
@@ -254,6 +288,8 @@ app.add_typer(eval_app, name="eval")
 for evaluation in (loss, preference, mt_bench, alpaca, harness):
     eval_app.command()(evaluation)
 app.command()(chat)
+app.command()(report)
+app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[RECIPE] [OPTIONS] [KEY=VALUE]...")(reproduce)
 app.command(no_args_is_help=True)(check)
 app.add_typer(export_app, name="export")
 for way in (gguf, ollama, card, push):

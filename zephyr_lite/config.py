@@ -106,6 +106,8 @@ class RunConfig(BaseModel):
     save_total_limit: int = Field(2, ge=1, lt=2**31)
     load_best_model_at_end: bool = False
     early_stopping_patience: int | None = Field(None, ge=1, lt=2**31)
+    samples: int = Field(1, ge=0, le=64)  # held-out prompts that are answered at the start and at every evaluation
+    sample_tokens: int = Field(64, ge=1, le=2**20)
     report_to: list[str] = []
     push_to_hub: str | None = None
     sync: str | None = None  # a folder or hub:OWNER/NAME that complete checkpoints are copied to

@@ -51,6 +51,10 @@ class StageDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
     def own(self) -> Path:
         """The stage's own adapter: ``delta/`` where there is one."""
         return self.delta if self.delta.is_dir() else self.adapter

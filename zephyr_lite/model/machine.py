@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,3 +125,12 @@ def parse_size(text: str, what: str) -> int:
     if found is None or found[2].lower() not in _UNITS or not float(found[1]):
         raise UserError(f"{what}: {text!r} is no size.", "Write 8GiB, for instance.")
     return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU what its allocator reserved at most, on a CPU the process's largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)

@@ -22,7 +22,7 @@ from ..stage_info import text_sha256, tokenizer_sha256
 # what may differ when a stage goes on: nothing that a gradient depends on
 MAY_CHANGE = {
     "output_dir", "eval_dataset", "eval_steps", "save_steps", "logging_steps", "save_total_limit",
-    "load_best_model_at_end", "early_stopping_patience", "report_to", "push_to_hub", "sync", "memory",
+    "load_best_model_at_end", "early_stopping_patience", "samples", "sample_tokens", "report_to", "push_to_hub", "sync", "memory",
 }  # fmt: skip
 # where something lies, which may differ as long as it is the same thing
 PLACES = {

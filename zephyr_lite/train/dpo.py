@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..model.decoder import Dropout
 from ..model.plan import Plan
 from .losses import Preference, preference_loss
+from .observer import Observer
 from .out_of_memory import Guard
 from .reference import ReferenceCache, cache_key, pair_sums
 from .run import OnMetrics, run, train
@@ -39,14 +40,28 @@ from .watch import CollapseWatch
 START_TOLERANCE = {"live": 1e-6, "cached": 5e-2}
 
 
-def run_dpo(loaded: Loaded, *, say: Say = print, on_metrics: OnMetrics = lambda step, total, metrics: None) -> Outcome:
+def run_dpo(
+    loaded: Loaded,
+    *,
+    say: Say = print,
+    on_metrics: OnMetrics = lambda step, total, metrics: None,
+    observers: Sequence[Observer] = (),
+) -> Outcome:
     """Train the stage that the configuration describes, from its last checkpoint if there is one."""
-    return run("dpo", loaded, train_dpo, say=say, on_metrics=on_metrics)
+    return run("dpo", loaded, train_dpo, say=say, on_metrics=on_metrics, observers=observers)
 
 
-def train_dpo(stage: Stage, *, say: Say = print, on_metrics: OnMetrics = lambda step, total, metrics: None) -> Outcome:
+def train_dpo(
+    stage: Stage,
+    *,
+    say: Say = print,
+    on_metrics: OnMetrics = lambda step, total, metrics: None,
+    observers: Sequence[Observer] = (),
+) -> Outcome:
     """Train an opened stage and write its adapter."""
-    return train(stage, DpoTask(stage, say), say=say, on_metrics=on_metrics, collapse=CollapseWatch())
+    return train(
+        stage, DpoTask(stage, say), say=say, on_metrics=on_metrics, observers=observers, collapse=CollapseWatch()
+    )
 
 
 class DpoTask:

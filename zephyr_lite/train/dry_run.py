@@ -12,9 +12,10 @@ import numpy as np
 from ..config import Loaded, Method, dump_config
 from ..data.view import text_runs
 from ..errors import UserError
+from ..model.machine import peak_memory
 from .dpo import DpoTask
 from .loop import Loop
-from .setup import open_stage, peak_memory
+from .setup import open_stage
 from .sft import SftTask
 from .stage import Say, Stage
 from .steps import rows_of_step

@@ -19,11 +19,13 @@ from ..config import RunConfig
 from ..errors import Interrupted, UserError
 from ..interrupts import Output, StopRequest
 from ..model.adapters import AdapterStack
+from ..model.machine import peak_memory
 from ..model.plan import Plan
 from ..rundir import StageDir
 from ..sync import Mirror
 from .callbacks import make_callbacks
 from .checkpoint import Checkpoint, MetricsLog, checkpoint_fault, prune, resume_point
+from .observer import Observer, Sample
 from .stepper import Stepper
 from .task import Metrics, Outcome, Task
 from .trouble import LeftOut, suspects
@@ -42,6 +44,9 @@ class Loop(Stepper):
         fp16: scale the loss, as float16 gradients need it.
         on_metrics: called with (step, metrics) at every logged step and evaluation.
         callbacks: transformers' callbacks, beside the trackers of ``report_to``.
+        observer: is told of every step, evaluation and sample.
+        begun: is called with the step that training begins after.
+        draw: answers held-out prompts after so many steps.
         collapse: warns of a preference optimization that collapses.
         mirror: copies checkpoints elsewhere.
         forget_best: the best of before was judged on other rows than those held out now.
@@ -58,6 +63,9 @@ class Loop(Stepper):
         fp16: bool = False,
         on_metrics: Callable[[int, int, Metrics], None] = lambda step, total, metrics: None,
         callbacks: Sequence[TrainerCallback] = (),
+        observer: Observer | None = None,
+        begun: Callable[[int], None] | None = None,
+        draw: Callable[[int], Sequence[Sample]] = lambda step: [],
         collapse: CollapseWatch | None = None,
         mirror: Mirror | None = None,
         forget_best: bool = False,
@@ -65,13 +73,14 @@ class Loop(Stepper):
     ) -> None:
         self.mirror, self.forget_best = mirror, forget_best
         super().__init__(config, stack, task, plan, fp16=fp16)
-        self.stage = stage
+        self.stage, self.observer, self.begun, self.draw = stage, observer or Observer(), begun, draw
         self.output = Output()
         self.say, self.on_metrics = self.output.of(say), self.output.of(on_metrics)
         self.handler, self.state, self.control, self.arguments = make_callbacks(
             config, stage, stack.model, self.optimizer, self.scheduler, self.total, callbacks
         )
         self.log, self.left_out = MetricsLog(stage.metrics), LeftOut(stage.path, self.say)
+        self.sample_log = MetricsLog(stage.samples)
         self.best: tuple[float, int] | None = None
         self.stale = 0  # evaluations without a new best
         self.collapse = collapse
@@ -79,6 +88,7 @@ class Loop(Stepper):
         self.before_trouble: tuple[int, dict[str, Any] | None] | None = None
         self.metrics: Metrics = {}  # the last step's
         self.evaluations: list[Metrics] = []
+        self.sampled: set[int] = set()  # steps whose samples are in the log
         self.warnings: list[str] = []
 
     def run(self) -> Outcome:
@@ -101,6 +111,10 @@ class Loop(Stepper):
                 self.rehearse()
             self.control = self.handler.on_train_begin(self.arguments, self.state, self.control)
         started = time.perf_counter()
+        if self.begun is not None:
+            self.begun(step)
+        if step == 0:
+            self._sample(step, stop)
         if pending:  # it was stopped between a step and the evaluation that follows it
             self._after(step, stop)
         patience = self.config.early_stopping_patience
@@ -127,6 +141,7 @@ class Loop(Stepper):
             self.metrics.update(epoch=round(step / self.per_epoch, 4), **self._throughput(self.metrics, seconds))
             if step % self.config.logging_steps == 0 or step in (1, self.total):
                 self._log(step, self.metrics)
+            self.observer.stepped(step, self.metrics)
             self._after(step, stop)
         self.handler.on_train_end(self.arguments, self.state, self.control)
         if self.config.load_best_model_at_end and self.best is not None and self.best[1] != step:
@@ -161,6 +176,8 @@ class Loop(Stepper):
                 self.evaluations.append({"step": step, **found})
                 self._log(step, found)
                 self._judge(step, found["eval_loss"])
+                self.observer.evaluated(step, found)
+                self._sample(step, stop)
                 self.control = self.handler.on_evaluate(self.arguments, self.state, self.control, found)
         # while steps are left out the newest is to stay the one from before
         periodic = self.config.save_steps and step % self.config.save_steps == 0 and self.before_trouble is None
@@ -174,6 +191,21 @@ class Loop(Stepper):
             raise interrupted(stop, self.stage, step, self.total)
         if self.output.fault is not None and not last:
             raise self.output.fault
+
+    def _sample(self, step: int, stop: StopRequest) -> None:
+        """Answer the held-out prompts, unless a process before this one did so at this step, or a signal comes."""
+        if step in self.sampled:
+            return
+        try:
+            with stop.at_once():
+                samples = self.draw(step)
+        except KeyboardInterrupt:
+            return  # ``stop`` knows of it
+        for sample in samples:
+            self.sample_log.append(sample.as_dict())
+        self.sampled.add(step)
+        if samples:
+            self.observer.sampled(step, samples)
 
     def _watch(self, step: int, *, applied: bool, finite_loss: bool, before: dict[str, Any]) -> None:
         """Look at a step's numbers: warn, write down a step that was left out, stop where it happens again and again.
@@ -228,7 +260,11 @@ class Loop(Stepper):
 
     def _throughput(self, metrics: Metrics, seconds: float) -> Metrics:
         done = metrics.get("num_tokens" if self.task.unit == "tokens" else "num_pairs", 0.0)
-        return {"seconds": round(seconds, 4), f"{self.task.unit}_per_second": round(done / max(seconds, 1e-9), 3)}
+        return {
+            "seconds": round(seconds, 4),
+            f"{self.task.unit}_per_second": round(done / max(seconds, 1e-9), 3),
+            "peak_memory_gib": round(peak_memory(self.device) / 2**30, 3),
+        }
 
     def _log(self, step: int, metrics: Metrics) -> None:
         self.log.append({"step": step, **metrics})
@@ -254,8 +290,8 @@ class Loop(Stepper):
             pending: the evaluation that is due after this step was not made.
             logged: records of the metrics up to this step; all there are by default.
         """
-        self.log.flush()
-        self.left_out.log.flush()
+        for log in (self.log, self.left_out.log, self.sample_log):
+            log.flush()
         self._checkpoint().write(
             self.stage,
             step,
@@ -306,6 +342,7 @@ class Loop(Stepper):
             step, pending, logged = extra["step"], bool(extra.get("pending")), extra.get("logged")
             self._prune()  # the process before may have ended between a checkpoint and this
         self.left_out.log.truncate(step)
+        self.sampled = {record["step"] for record in self.sample_log.truncate(step)}
         before = self.log.truncate(step, logged=logged, pending=pending, say=self.say)
         self.evaluations = [record for record in before if "eval_loss" in record]
         trained = [record for record in before if "loss" in record]

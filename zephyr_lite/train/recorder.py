@@ -13,7 +13,9 @@ from transformers import TrainerCallback
 from ..config import RunConfig
 from ..interrupts import Output, StopRequest
 from ..manifest import write_manifest
+from ..model.machine import peak_memory
 from .checkpoint import MetricsLog
+from .observer import Observer
 from .stage import Stage
 from .steps import rows_of_step, step_schedule
 from .task import Metrics
@@ -57,6 +59,7 @@ class Recorder(TrainerCallback):
         self.begun = self.seconds = 0.0
         self.tokens = 0.0
         self.skips = False
+        self.observer = Observer()
         self.trainer: Any = None  # set when there is one
 
     def go_on(self, step: int) -> None:
@@ -102,6 +105,7 @@ class Recorder(TrainerCallback):
             found = {k: v for k, v in logs.items() if k.startswith("eval_") and k not in skip}
             self.evaluations.append({"step": step, **found})
             self._write(step, found)
+            self.observer.evaluated(step, found)
         elif "loss" in logs:
             self._training(step, logs)
         ends = self.output.fault is not None or (self.stop is not None and self.stop.name is not None)
@@ -134,7 +138,9 @@ class Recorder(TrainerCallback):
         logs["epoch"] = round(step / per_epoch, 4)
         logs["seconds"] = round(self.seconds, 4)
         logs[f"{self.unit}_per_second"] = round(done / max(self.seconds, 1e-9), 3)
+        logs["peak_memory_gib"] = round(peak_memory(self.stage.base.device) / 2**30, 3)
         self.last = logs
+        self.observer.stepped(step, logs)
         if step % self.stage.config.logging_steps == 0 or step in (1, self.total):
             self._write(step, logs)
 

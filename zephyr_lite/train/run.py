@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..config import Loaded, Method
@@ -10,6 +10,8 @@ from ..errors import Interrupted
 from ..lock import alone
 from ..sync import kept_elsewhere
 from .loop import Loop
+from .observer import Observer, Observers
+from .samples import draw_samples
 from .setup import close_stage, open_stage
 from .stage import Say, Stage
 from .task import Metrics, Outcome, Task
@@ -18,28 +20,45 @@ from .watch import CollapseWatch
 OnMetrics = Callable[[int, int, Metrics], None]
 
 
-def run(method: Method, loaded: Loaded, train: Callable[..., Outcome], *, say: Say, on_metrics: OnMetrics) -> Outcome:
+def run(
+    method: Method,
+    loaded: Loaded,
+    train: Callable[..., Outcome],
+    *,
+    say: Say,
+    on_metrics: OnMetrics,
+    observers: Sequence[Observer] = (),
+) -> Outcome:
     """Open a stage and train it, from its last checkpoint if there is one.
 
     Args:
         train: of the fused engine: is given the opened stage.
+        observers: are told what happens.
     """
     with alone(Path(loaded.config.output_dir), say):
         if loaded.config.engine != "fused":
             from .baselines import run_baseline
 
-            return run_baseline(method, loaded, say=say, on_metrics=on_metrics)
-        return train(open_stage(method, loaded, say=say), say=say, on_metrics=on_metrics)
+            return run_baseline(method, loaded, say=say, on_metrics=on_metrics, observers=observers)
+        return train(open_stage(method, loaded, say=say), say=say, on_metrics=on_metrics, observers=observers)
 
 
 def train(
-    stage: Stage, task: Task, *, say: Say, on_metrics: OnMetrics, collapse: CollapseWatch | None = None
+    stage: Stage,
+    task: Task,
+    *,
+    say: Say,
+    on_metrics: OnMetrics,
+    observers: Sequence[Observer] = (),
+    collapse: CollapseWatch | None = None,
 ) -> Outcome:
     """Train an opened stage and write its adapter.
 
     Args:
+        observers: are told what happens.
         collapse: watches over a preference optimization.
     """
+    watching = Observers(observers)
     loop = Loop(
         stage.config,
         stage.dir,
@@ -48,6 +67,9 @@ def train(
         stage.plan,
         fp16=str(stage.base.dtype) == "torch.float16",
         on_metrics=on_metrics,
+        observer=watching,
+        begun=lambda step: watching.begins(stage, task.unit, loop.total, step),
+        draw=lambda step: draw_samples(stage, step),
         collapse=collapse,
         mirror=stage.mirror,
         forget_best=stage.forget_best,
@@ -56,6 +78,7 @@ def train(
     with kept_elsewhere(stage.mirror):
         outcome = loop.run()
         close_stage(stage, outcome, say=say)
+        watching.ends(stage, outcome)
         stopped_at_the_end(stage, outcome)
     return outcome
 

@@ -8,8 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import __version__
 from ..config import Loaded, Method, RunConfig, dump_config, load_config
 from ..data.chat import ChatTemplate, resolve_template
@@ -28,6 +26,7 @@ from ..model.load import (
     load_tokenizer,
     read_model_config,
 )
+from ..model.machine import peak_memory
 from ..model.peft_files import (
     AdapterFile,
     LoraWeights,
@@ -328,15 +327,6 @@ def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[s
     stage.dir.write_info(stage.info)
     say(f"{stage.dir.adapter} holds the adapter" + (" (the whole chain in one)" if stage.frozen else ""))
     push_adapter(stage.config, stage.dir, stage.info, say)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU what its allocator reserved at most, on a CPU the process's largest resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from ..data.prepare import Prepared
 from ..model.decoder import Dropout
 from ..model.plan import Plan
 from .losses import sft_loss
+from .observer import Observer
 from .out_of_memory import Guard
 from .run import OnMetrics, run, train
 from .stage import Say, Stage
@@ -26,14 +27,26 @@ from .steps import Lengths
 from .task import Metrics, Outcome, Shares
 
 
-def run_sft(loaded: Loaded, *, say: Say = print, on_metrics: OnMetrics = lambda step, total, metrics: None) -> Outcome:
+def run_sft(
+    loaded: Loaded,
+    *,
+    say: Say = print,
+    on_metrics: OnMetrics = lambda step, total, metrics: None,
+    observers: Sequence[Observer] = (),
+) -> Outcome:
     """Train the stage that the configuration describes, from its last checkpoint if there is one."""
-    return run("sft", loaded, train_sft, say=say, on_metrics=on_metrics)
+    return run("sft", loaded, train_sft, say=say, on_metrics=on_metrics, observers=observers)
 
 
-def train_sft(stage: Stage, *, say: Say = print, on_metrics: OnMetrics = lambda step, total, metrics: None) -> Outcome:
+def train_sft(
+    stage: Stage,
+    *,
+    say: Say = print,
+    on_metrics: OnMetrics = lambda step, total, metrics: None,
+    observers: Sequence[Observer] = (),
+) -> Outcome:
     """Train an opened stage and write its adapter."""
-    return train(stage, SftTask(stage, say), say=say, on_metrics=on_metrics)
+    return train(stage, SftTask(stage, say), say=say, on_metrics=on_metrics, observers=observers)
 
 
 class SftTask:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ...model.plan import SHARE
 from ...sync import kept_elsewhere
 from ..checkpoint import resume_point
 from ..loop import interrupted
+from ..observer import Observer, Observers
 from ..optim import make_optimizer, make_scheduler
 from ..recorder import OnMetrics, Order, Recorder
 from ..run import stopped_at_the_end
@@ -44,7 +46,12 @@ from .trl import ADAPTER, Start, start_as_fused
 
 
 def run_baseline(
-    method: Method, loaded: Loaded, *, say: Say = print, on_metrics: OnMetrics = lambda step, total, metrics: None
+    method: Method,
+    loaded: Loaded,
+    *,
+    say: Say = print,
+    on_metrics: OnMetrics = lambda step, total, metrics: None,
+    observers: Sequence[Observer] = (),
 ) -> Outcome:
     """Train the stage that the configuration describes on TRL, from its last checkpoint if there is one.
 
@@ -62,7 +69,10 @@ def run_baseline(
     torch.set_num_threads(stage.plan.threads)
     trainer, recorder = make_trainer(stage, say=say, on_metrics=on_metrics)
     found = _resume_point(stage, say)
-    recorder.go_on(0 if found is None else int(found.name.split("-")[1]))
+    done = 0 if found is None else int(found.name.split("-")[1])
+    recorder.go_on(done)
+    recorder.observer = Observers(observers)
+    recorder.observer.begins(stage, recorder.unit, recorder.total, done)
     if found is not None:
         say(f"going on from {found.name}")
     started = time.perf_counter()
@@ -83,6 +93,7 @@ def run_baseline(
             recorder.evaluations, recorder.warnings, stop.name,
         )  # fmt: skip
         close_stage(stage, outcome, say=say, own=AdapterStack(trainer.model).weights(ADAPTER))
+        recorder.observer.ends(stage, outcome)
         stopped_at_the_end(stage, outcome)
     return outcome
 

@@ -1,0 +1,78 @@
+"""Whoever watches a stage being trained: the console's panel, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .task import Metrics, Outcome
+
+if TYPE_CHECKING:
+    from .stage import Stage
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model under training answered.
+
+    Attributes:
+        step: optimizer steps done; 0 is before the first.
+        prompt: the conversation up to the answer, as the template wrote it.
+        answer: drawn greedily, cut at ``sample_tokens``.
+        reference: what the held-out row has in its place (dpo: the chosen response).
+    """
+
+    step: int
+    prompt: str
+    answer: str
+    reference: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class Observer:
+    """Is told what happens in a stage, on the process that writes; by itself it does nothing."""
+
+    def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
+        """Training begins, or goes on after ``step`` steps of ``total``; ``unit``: "tokens" or "pairs"."""
+
+    def stepped(self, step: int, metrics: Metrics) -> None:
+        """A step is done, logged or not; the names are those of ``metrics.jsonl``. Called in the loop: must be cheap."""
+
+    def evaluated(self, step: int, metrics: Metrics) -> None:
+        """The held-out rows were evaluated, and ``metrics.jsonl`` has it."""
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """Answers were drawn, and ``samples.jsonl`` has them."""
+
+    def ends(self, stage: Stage, outcome: Outcome) -> None:
+        """The stage is complete and its adapter written."""
+
+
+class Observers(Observer):
+    """Several of them, told one after the other."""
+
+    def __init__(self, observers: Sequence[Observer] = ()) -> None:
+        self.observers = list(observers)
+
+    def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
+        for observer in self.observers:
+            observer.begins(stage, unit, total, step)
+
+    def stepped(self, step: int, metrics: Metrics) -> None:
+        for observer in self.observers:
+            observer.stepped(step, metrics)
+
+    def evaluated(self, step: int, metrics: Metrics) -> None:
+        for observer in self.observers:
+            observer.evaluated(step, metrics)
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        for observer in self.observers:
+            observer.sampled(step, samples)
+
+    def ends(self, stage: Stage, outcome: Outcome) -> None:
+        for observer in self.observers:
+            observer.ends(stage, outcome)
