@@ -119,7 +119,7 @@ class RunConfig(BaseModel):
         description="packed rows (sft) or pairs (dpo) in one optimizer step; how many run at once is planned",
     )  # fmt: skip
     num_train_epochs: float = Field(
-        1, gt=0, le=10**6, description="how often every row is seen; 0.5 is every other one"
+        1, gt=0, le=10**6, description="how often every row is seen; 0.5: half of the rows, once"
     )
     max_steps: int | None = Field(None, ge=1, lt=2**31, description="so many optimizer steps, instead of epochs")
     learning_rate: float = Field(2.0e-4, gt=0, le=1000, description="after the warm-up")
