@@ -24,6 +24,7 @@ from .commands.distill import distill
 from .commands.eval_harness import harness
 from .commands.eval_judged import alpaca, mt_bench
 from .commands.eval_rows import loss, preference
+from .commands.examples import add_examples
 from .commands.export import card, gguf, ollama, push
 from .commands.feedback import feedback
 from .commands.options import StageConfig, Verbose, nameable
@@ -294,6 +295,7 @@ app.command(no_args_is_help=True)(check)
 app.add_typer(export_app, name="export")
 for way in (gguf, ollama, card, push):
     export_app.command()(way)
+add_examples(app)
 
 
 def main(arguments: list[str] | None = None) -> None:
