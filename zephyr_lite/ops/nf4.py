@@ -6,12 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Params4bit
 from torch import Tensor
 
+from .compile_later import compile_later
 from .dispatch import Comparison, jit, on_device, register, runs_triton, samples, tl, truncates
+
+with compile_later():
+    import bitsandbytes.functional as bnb
+    from bitsandbytes.nn import Linear4bit as Linear4bit  # for model/load.py
+    from bitsandbytes.nn import Params4bit
 
 
 def is_quantized(weight: Tensor) -> bool:
