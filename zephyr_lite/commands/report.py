@@ -2,10 +2,71 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import Console
 from ..errors import UserError
-from .options import Verbose
+from .options import Verbose, nameable
+
+console = Console()
+EXAMPLES = (
+    "Examples: zephyr-lite report; zephyr-lite report runs/zephyr-7b/dpo; zephyr-lite report runs/a runs/b --out ab.html"
+)
 
 
-def report(verbose: Verbose = False) -> None:
-    """Write report.html of a run, or of two runs side by side."""
-    raise UserError("report: is being built.")
+def report(
+    source: Annotated[
+        Path | None, typer.Argument(help="runs/NAME, or runs/NAME/STAGE for one stage of it [the newest run].")
+    ] = None,
+    other: Annotated[Path | None, typer.Argument(help="Another one, to lay beside it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", callback=nameable, help="The file to write [report.html in that folder; report-A-B.html here]."
+        ),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write report.html of a run, or of two runs side by side: curves, answers, rows, memory, configuration, lineage."""
+    from ..files import make_folder, write_text
+    from ..report.page import run_page, side_by_side
+    from ..report.read import REPORT, read_source
+
+    first = read_source(source)
+    if other is None:
+        alone = source is not None and len(first) == 1 and source.expanduser().absolute() == first[0].folder.absolute()
+        target = out or (first[0].folder if alone else first[0].folder.parent) / REPORT
+        page = run_page(first)
+    else:
+        second = read_source(other)
+        page = side_by_side(first, second)
+        target = out or Path("report-{}-{}.html".format(*(_name(place) for place in (source, other) if place is not None)))
+    check_target(target)
+    make_folder(target.absolute().parent)
+    write_text(target, page)
+    console.say(f"{target} ({len(page.encode('utf-8', 'replace')) / 2**10:.0f} KiB); open it in a browser.")
+
+
+def check_target(target: Path) -> None:
+    """A report replaces a report only.
+
+    Raises:
+        UserError: a folder or another file is there.
+    """
+    from ..report.page import MARK
+
+    if target.is_dir():
+        raise UserError(f"--out {target}: is a folder.", f"Name the file: --out {target / 'report.html'}")
+    if target.exists():
+        with target.open("rb") as file:
+            if MARK.encode() not in file.read(200):
+                raise UserError(f"{target}: is there already, and no report of ours.", "Choose another --out.")
+
+
+def _name(place: Path) -> str:
+    """``run``, or ``run-stage``, for a file's name."""
+    whole = place.expanduser().absolute()
+    return f"{whole.parent.name}-{whole.name}" if (whole / "stage.json").is_file() else whole.name
