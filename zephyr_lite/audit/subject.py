@@ -10,7 +10,8 @@ from ..errors import UserError
 from ..model.adapters import AdapterStack
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
-from ..model.load import FAMILIES, Base, load_base
+from ..model.family import FAMILIES, NAMES
+from ..model.load import Base, load_base
 from ..model.peft_files import AdapterFile, read_adapter
 from .evidence import Evidence, adapter_folder
 from .verdict import Audit, Level
@@ -114,8 +115,8 @@ def load_subject(
         found.add("base", Level.doubtful, f"nothing could be measured: {error.message}", advice=error.hint or "")
         return None
     if loaded.model.config.model_type not in FAMILIES:
-        found.add("base", Level.note, f"nothing could be measured on {loaded.model.config.model_type}: the decoder knows "
-                  "Mistral's and Llama's architecture")  # fmt: skip
+        kind = loaded.model.config.model_type
+        found.add("base", Level.note, f"nothing could be measured on {kind}: the decoder knows the families {NAMES}")
         return None
     known = (described or {}).get("fingerprint")
     if request.base is None and known is not None and known != loaded.fingerprint:

@@ -156,7 +156,7 @@ def _use(facts: Facts, name: str) -> Iterator[str]:
         return
     yield f"With vLLM, or with transformers' own server:\n\n```sh\n{serve_model(name)}\ntransformers serve {name}\n```"
     yield (
-        "With Ollama or llama.cpp (Llama and Mistral families):\n\n```sh\n"
+        "With Ollama or llama.cpp (Llama, Mistral and Qwen2 families):\n\n```sh\n"
         f"zephyr-lite export gguf {name} --type q8_0 --out {name}-q8_0.gguf\n"
         f"zephyr-lite export ollama {name} --gguf {name}-q8_0.gguf --out Modelfile\n"
         f"ollama create {name.lower()} -f Modelfile\n```"

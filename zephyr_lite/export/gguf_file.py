@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..files import bytes_aside, make_folder, sweep
 from ..merge.base_files import GENERATION, BaseFiles
 from ..model.check_weights import empty_model
-from ..model.config_file import FAMILIES
+from ..model.family import FAMILIES, NAMES, head_width, layer_windows
 from ..model.load import read_model_config
 from ..safetensors_stream import row_blocks
 from ..strict_json import is_whole, read_object, shown
@@ -98,7 +98,7 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16", *, say: 
     """Write a model's folder as a GGUF file.
 
     Args:
-        folder: as ``merge`` makes it: safetensors, config.json, tokenizer, chat template; Llama or Mistral family.
+        folder: as ``merge`` makes it: safetensors, config.json, tokenizer, chat template; a family of ``model.family``.
         out: the file; an earlier GGUF file is replaced as a whole.
         kind: what matrices are stored in; vectors (the norms) stay float32.
         say: of a large model, how far it is.
@@ -125,7 +125,7 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16", *, say: 
     narrow = [part.name for part in parts if part.type == "F16" and kind == "q8_0"]
     if narrow:
         report.notes.append(f"{len(narrow)} tensors are no multiple of {QUANT_WIDTH} wide and stay in F16")
-    writer = _writer(gguf, out)
+    writer = _writer(gguf, out, FAMILIES[config.model_type].gguf)
     _describe(writer, folder, config, vocabulary, kind, gguf, report)
     for part in parts:
         _announce(writer, gguf, part)
@@ -215,14 +215,14 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
     """
     if config.model_type not in FAMILIES:
         raise UserError(
-            f"{folder}: a {config.model_type} model; GGUF files are made of the families {' and '.join(FAMILIES)}.",
+            f"{folder}: a {config.model_type} model; GGUF files are made of the families {NAMES}.",
             "llama.cpp's own converter (convert_hf_to_gguf.py) knows the others.",
         )
     wanted = dict(empty_model(folder, config).state_dict())
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    head = config.head_dim or config.hidden_size // config.num_attention_heads
+    family, head = FAMILIES[config.model_type], head_width(config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.gguf.upper()], config.num_hidden_layers)
     for source, entry in files.entries.items():
         if source.endswith(_IGNORED) or (source == "lm_head.weight" and config.tie_word_embeddings):
             continue
@@ -236,7 +236,8 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
                 f"{folder}: {shown(source)} is {list(entry.shape)}, which is not what config.json says.", "Merge again."
             )
         stem, _, suffix = source.rpartition(".")
-        order = _interleaved(entry.shape[0], head) if stem.endswith((".q_proj", ".k_proj")) else None
+        turned = family.neighbours and stem.endswith((".q_proj", ".k_proj"))
+        order = _interleaved(entry.shape[0], head) if turned else None
         form = "F32" if len(entry.shape) == 1 else "F16"
         if kind == "q8_0" and form == "F16" and entry.shape[-1] % QUANT_WIDTH == 0:
             form = "Q8_0"
@@ -246,6 +247,12 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
             f"{folder}: no tensor {shown(min(wanted))} in its files.", "The folder is not whole; merge again."
         )
     if (factors := rope_factors(config)) is not None:
+        if not family.rope_factors:
+            raise UserError(
+                f"{folder}: rotary embeddings of type {shown(config.rope_parameters['rope_type'])}; of the {config.model_type} "
+                "family this export writes down the plain ones.",
+                "llama.cpp's own converter (convert_hf_to_gguf.py) knows more.",
+            )
         yield _Part("rope_freqs.weight", tuple(factors.shape), "F32", values=factors)
 
 
@@ -274,12 +281,12 @@ def rope_factors(config: Any) -> Tensor | None:
             f"rotary embeddings of type {name} scale attention by {attention:.3g}, which this export cannot write down.",
             "llama.cpp's own converter (convert_hf_to_gguf.py) knows that type.",
         )
-    head = config.head_dim or config.hidden_size // config.num_attention_heads
+    head = head_width(config)
     plain = 1.0 / told["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
     return plain / frequencies.float()
 
 
-def _writer(gguf: Any, out: Path) -> Any:
+def _writer(gguf: Any, out: Path, architecture: str) -> Any:
     class Writer(gguf.GGUFWriter):  # type: ignore[misc, name-defined]
         """Writes header and metadata into an open file, where the package would open one by name."""
 
@@ -294,13 +301,13 @@ def _writer(gguf: Any, out: Path) -> Any:
         def open_output_file(self, path: Path | None = None) -> None:
             pass
 
-    return Writer(out, "llama")
+    return Writer(out, architecture)
 
 
 def _describe(
     writer: Any, folder: Path, config: Any, vocabulary: Vocabulary, kind: Kind, gguf: Any, report: GgufReport
 ) -> None:
-    head = config.head_dim or config.hidden_size // config.num_attention_heads
+    head = head_width(config)
     writer.add_name(folder.resolve().name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -316,11 +323,12 @@ def _describe(
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(float((config.rope_parameters or {})["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if config.model_type == "mistral" and config.sliding_window is not None:
-        writer.add_sliding_window(config.sliding_window)
-        if config.sliding_window < config.max_position_embeddings:
+    windows = {window for window in layer_windows(config) if window is not None}
+    for window in windows:  # one, in the layers that have any
+        writer.add_sliding_window(window)
+        if window < config.max_position_embeddings:
             report.notes.append(
-                f"the model attends to the last {config.sliding_window:,} tokens; llama.cpp ignores that in this family, "
+                f"the model attends to the last {window:,} tokens; llama.cpp ignores that in this family, "
                 "so that longer conversations differ"
             )
     writer.add_tokenizer_model(vocabulary.model)

@@ -23,8 +23,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "▁"
 
-# How Llama 3 and Mistral's Tekken split a text before the merges, as their tokenizer.json files have it.
+# How Llama 3, Qwen2 and Mistral's Tekken split a text before the merges, as their tokenizer.json files have it.
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # each digit by itself
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -37,7 +38,9 @@ _RULES: dict[tuple[tuple[str, ...], bool], str] = {
     (("digits", *_GPT2), False): "smollm",
     ((f"split {_LLAMA3}", "spelling"), True): "llama-bpe",
     ((f"split {_TEKKEN}", "spelling"), True): "tekken",
+    ((f"split {_QWEN2}", "spelling"), False): "qwen2",
 }
+_COMPOSES = "qwen2"  # its tokenizers bring a text into NFC before all that
 
 
 @dataclass
@@ -87,7 +90,7 @@ def read_vocabulary(folder: Path, vocab_size: int, ends: list[int]) -> Vocabular
     if model.get("type") != "BPE":
         raise UserError(
             f"{folder}: its tokenizer is a {shown(model.get('type'))} one; GGUF files of this family hold BPE.",
-            "Only tokenizers of the Llama and Mistral kind can be exported.",
+            "Only tokenizers of the Llama, Mistral and Qwen2 kind can be exported.",
         )
     vocabulary = _sentencepiece(tokenizer, told, folder) if _is_sentencepiece(model) else _byte_level(told, folder)
     found = {index: token for token, index in model["vocab"].items()}
@@ -118,15 +121,22 @@ def _byte_level(told: dict[str, Any], folder: Path) -> Vocabulary:
     model = told["model"]
     rules = tuple(_rule(step) for step in _steps(told["pre_tokenizer"], "pretokenizers"))
     name = _RULES.get((rules, bool(model.get("ignore_merges"))))
-    if name is None or told["normalizer"] is not None:
-        steps = ", ".join([*(step["type"] for step in _steps(told["normalizer"], "normalizers")), *rules]) or "nothing"
+    normalized = [step["type"] for step in _steps(told["normalizer"], "normalizers")]
+    if name is None or normalized not in ([], ["NFC"] if name == _COMPOSES else []):
+        steps = ", ".join([*normalized, *rules]) or "nothing"
         raise UserError(
             f"{folder}: before its merges the tokenizer does: {shown(steps, 300)}. No rule of llama.cpp that is known "
             "here does the same, so the file would give other ids than training saw.",
             f"Known are those of {', '.join(_RULES.values())} and SentencePiece's; llama.cpp's own converter knows more.",
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return Vocabulary("gpt2", name, [], [], merges=merges)
+    vocabulary = Vocabulary("gpt2", name, [], [], merges=merges)
+    if normalized:
+        vocabulary.notes.append(
+            "the tokenizer puts letters and their accents together first (NFC), llama.cpp takes a text as it comes: in "
+            "one that has them apart the ids differ"
+        )
+    return vocabulary
 
 
 def _steps(told: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -152,7 +162,7 @@ def _sentencepiece(tokenizer: Any, told: dict[str, Any], folder: Path) -> Vocabu
         if not plain and not (step["type"] == "Replace" and step["content"] == _SPACE):
             raise UserError(
                 f"{folder}: its tokenizer rewrites a text first ({shown(step['type'])}), which llama.cpp does not.",
-                "Only tokenizers of the Llama and Mistral kind can be exported.",
+                "Only tokenizers of the Llama, Mistral and Qwen2 kind can be exported.",
             )
     # asked of the tokenizer rather than read: three ways of writing it down are about
     first = _begins_with_space(tokenizer, "")

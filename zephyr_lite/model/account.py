@@ -126,7 +126,7 @@ def slab_bytes(job: Job) -> int:
 def base_bytes(job: Job, *, stream: bool = False) -> dict[str, int]:
     """The frozen base on the device."""
     s, size = job.shape, job.dtype.itemsize
-    biases = s.attention_bias * (s.queries + 2 * s.keys + s.hidden) + s.mlp_bias * (2 * s.inner + s.hidden)
+    biases = sum(s.matrices[name][0] for name in s.biases)
     small = {"norms": size * (s.layers * (2 * s.hidden + biases) + s.hidden)}
     if stream:
         return {"two layers' buffers": min(2, s.layers) * slab_bytes(job), **small}

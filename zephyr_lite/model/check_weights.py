@@ -12,7 +12,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import UserError
 from ..strict_json import shown
-from .config_file import FAMILIES
+from .family import FAMILIES
 from .shards import again, check_layers, check_shapes, open_shards
 
 

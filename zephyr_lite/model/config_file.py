@@ -11,8 +11,6 @@ from ..strict_json import is_whole, read_object, shown
 from .shards import again
 
 NAME = "config.json"
-# what the fused engine knows
-FAMILIES = ("mistral", "llama")
 # The largest that any published model has is a tenth of these, and what is built of a size takes memory and time.
 _LARGEST = {
     "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 4096, "num_attention_heads": 2**16,

@@ -61,12 +61,10 @@ def layer_operations(job: Job, keep: Keep, layer: int = 0) -> tuple[float, float
 
 
 def attention_operations(job: Job) -> float:
-    """Forward operations a token: causal, so half of a sequence on average, and never beyond the window."""
+    """Forward operations a token, of a layer on average: causal, so half of a sequence, and never beyond the window."""
     s, length = job.shape, min(job.segment or job.longest, job.longest)
-    seen = length / 2
-    if s.window is not None and length > s.window:
-        seen = s.window - s.window**2 / (2 * length)
-    return 4 * seen * s.queries
+    seen = [length / 2 if w is None or length <= w else w - w**2 / (2 * length) for w in s.windows or (None,)]
+    return 4 * s.queries * sum(seen) / len(seen)
 
 
 def _bytes_moved(job: Job) -> tuple[float, float]:

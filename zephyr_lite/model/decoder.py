@@ -1,9 +1,9 @@
-"""Batch → log-probabilities, over the Hugging Face model's own parameters (Mistral and Llama families)."""
+"""Batch → log-probabilities, over the Hugging Face model's own parameters (the families of ``family``)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from ..ops.lora import LoraPair
 from ..ops.rms_norm import rms_norm
 from ..ops.token_logps import TokenStats, token_logps
 from .adapters import AdapterStack
+from .family import layer_windows
 from .layer import run_layer
 from .layer_spec import Keep, Layer, Pass, layer_of
-from .load import sliding_window
 from .memory import Scratch, ScratchMode
 from .offload import Offload
 from .plan import Plan
@@ -160,14 +160,17 @@ class Decoder:
         model = self.stack.base.model
         x = self._embedded(batch)
         cos, sin = model.rotary_emb(x, batch.positions[None])
-        state = Pass(
-            table=SegmentTable.build(batch.segments, sliding_window(self.stack.base.config), x.device),
+        windows = layer_windows(self.stack.base.config)
+        tables = {window: SegmentTable.build(batch.segments, window, x.device) for window in set(windows)}
+        shared = Pass(
+            table=tables[windows[0]],
             cos=cos[0].to(self.dtype),
             sin=sin[0].to(self.dtype),
             tile=self.tile,
             offload=self.offload,
             stream=self.stream,
         )
+        states = [replace(shared, table=tables[window]) for window in windows]
         key = None
         if dropout is not None and dropout.p > 0:
             key = DropoutKey(dropout.p, dropout.seed, dropout.step, batch.streams, batch.positions)
@@ -178,7 +181,7 @@ class Decoder:
             for place, name in enumerate(off):
                 layer = self._layer(module, index, name, key)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and name is None):
-                    streams[place] = run_layer(streams[place], layer, state, self.scratch, keeps[index])
+                    streams[place] = run_layer(streams[place], layer, states[index], self.scratch, keeps[index])
         if self.offload is not None:
             self.offload.settle()
         rows = [stream[batch.target_rows] for stream in streams]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from types import MethodType
 from typing import Any, get_args
@@ -23,14 +24,15 @@ from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
 from ..ops.nf4 import is_quantized
 from ..ops.rms_norm import rms_norm
+from .family import layer_windows
 from .layer import run_layer
 from .layer_spec import Keep, Pass, layer_of
-from .load import check_family, sliding_window
+from .load import check_family
 from .memory import Scratch, ScratchMode
 
 
 def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer") -> Any:
-    """Let a Mistral or Llama model run its decoder layers as this project does, inside any trainer.
+    """Let a Mistral, Llama or Qwen2 model run its decoder layers as this project does, inside any trainer.
 
     The base may be in 4 bits (bitsandbytes) or plain; the adapters are PEFT's LoRA, attached before or after this call,
     and PEFT decides which are on and which is trained. Padding is taken out before the first layer and put back (as
@@ -135,7 +137,7 @@ class _Fused:
             )
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        windowed = sliding_window(inner.config) is not None
+        windowed = any(window is not None for window in layer_windows(inner.config))
         where, positions, segments = _without_padding(x, attention_mask, position_ids, windowed)
         flat = x.flatten(0, 1)
         flat = (flat if where is None else flat[where]).to(dtype)
@@ -152,10 +154,11 @@ class _Fused:
 
     def _layers(self, x: Tensor, positions: Tensor, segments: list[Segment]) -> Tensor:
         inner, config = self.inner, self.inner.config
-        window = sliding_window(config)
+        windows = layer_windows(config)
         cos, sin = inner.rotary_emb(x, positions[None])
-        table = SegmentTable.build(segments, window, x.device)
-        state = Pass(table, cos[0].to(x.dtype), sin[0].to(x.dtype))
+        tables = {window: SegmentTable.build(segments, window, x.device) for window in set(windows)}
+        shared = Pass(tables[windows[0]], cos[0].to(x.dtype), sin[0].to(x.dtype))
+        states = [replace(shared, table=tables[window]) for window in windows]
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in (inner, *inner.layers))
         keep: Keep = self.keep or ("input" if recompute and inner.training else "all")
         if inner.training and getattr(config, "attention_dropout", 0):
@@ -174,7 +177,7 @@ class _Fused:
                     f"fuse: layer {index} has weights to be trained that are no LoRA adapter's.",
                     "Train with a PEFT LoraConfig, or leave fuse out.",
                 )
-            x = run_layer(x, layer, state, self.scratch, keep)
+            x = run_layer(x, layer, states[index], self.scratch, keep)
         if isinstance(inner.norm, ModulesToSaveWrapper) or inner.norm.weight.requires_grad:
             return inner.norm(x)  # ours gives its weight no gradient
         return rms_norm(x, inner.norm.weight, inner.norm.variance_epsilon)

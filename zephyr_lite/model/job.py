@@ -11,17 +11,23 @@ from typing import Any, Literal
 import torch
 
 from ..config import Method, RunConfig
+from .family import ATTENTION, MLP, family_of, head_width
 
 Storage = Literal["nf4", "nf4 nested", "dense"]
 # the decoder layer's inputs, and the projections that read each (``layer``: q, k, v; o; gate, up; down)
 SITES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 PROJECTIONS = tuple(name for site in SITES for name in site)
-PARENT = {name: "self_attn" if name in (*SITES[0], *SITES[1]) else "mlp" for name in PROJECTIONS}
+PARENT = {**dict.fromkeys(ATTENTION, "self_attn"), **dict.fromkeys(MLP, "mlp")}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes, read from its Hugging Face configuration; other families' get what they lack by convention."""
+    """A decoder's sizes, read from its Hugging Face configuration; other families' get what they lack by convention.
+
+    Attributes:
+        windows: how many keys back a query of each layer sees, None: all; (): all in every layer.
+        biases: the projections that have one.
+    """
 
     hidden: int
     inner: int
@@ -31,9 +37,8 @@ class Shape:
     head_dim: int
     vocabulary: int
     tied: bool = False
-    window: int | None = None
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    windows: tuple[int | None, ...] = ()
+    biases: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -45,14 +50,11 @@ class Shape:
             layers=config.num_hidden_layers,
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=head_width(config),
             vocabulary=getattr(config, "vocab_size", 0),
             tied=bool(getattr(config, "tie_word_embeddings", False)),
-            window=getattr(config, "sliding_window", None)
-            if getattr(config, "model_type", "mistral") == "mistral"
-            else None,
-            attention_bias=bool(getattr(config, "attention_bias", False)),
-            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            windows=family_of(config).windows(config),
+            biases=family_of(config).biases(config),
         )
 
     @property

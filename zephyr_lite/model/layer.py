@@ -1,4 +1,4 @@
-"""A decoder layer (Mistral and Llama families) as one function, its backward pass written by hand.
+"""A decoder layer (the families of ``family``) as one function, its backward pass written by hand.
 
 What is kept between the two passes is a decision (``keep``), a token and layer of Mistral-7B in 16 bits:
 

@@ -1,4 +1,4 @@
-"""What a decoder layer (Mistral and Llama families) computes with, read from the Hugging Face module."""
+"""What a decoder layer (the families of ``family``) computes with, read from the Hugging Face module."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Pass:
-    """What every layer of one forward pass reads.
+    """What the layers of one forward pass read.
 
     Attributes:
-        table: who sees whom.
+        table: who sees whom; layers with another sliding window have another one.
         cos, sin: [T, head_dim], in the compute dtype.
         tile: tokens that the MLP takes at a time; None: all.
         offload: where what is kept goes until the backward pass; None: it stays on the device.
@@ -80,7 +80,7 @@ def layer_of(
     """Read a Hugging Face decoder layer.
 
     Args:
-        module: a MistralDecoderLayer or LlamaDecoderLayer, its linear layers plain, 4-bit, or wrapped by PEFT.
+        module: a MistralDecoderLayer, LlamaDecoderLayer or Qwen2DecoderLayer, its linear layers plain, 4-bit, or wrapped by PEFT.
         stack_of: (linear layer, index of the projection within its site) → the LoraPairs that are on.
         dropout_of: index of the site → its DropoutKey, or None.
         index: its place among the layers.

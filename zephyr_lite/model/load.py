@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..config import RunConfig
 from ..errors import UserError
+from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
 from ..strict_json import read_object, shown
 from .check_weights import check_weights, stored_settings
-from .config_file import FAMILIES, check_config_file
+from .config_file import check_config_file
+from .family import FAMILIES, NAMES, family_of
 from .fetch import fetch_base
 from .quantized import Recipe, quantized_folder
 from .shards import again
@@ -118,8 +119,8 @@ def check_family(config: Any, where: str) -> None:
     """
     if config.model_type not in FAMILIES:
         raise UserError(
-            f"{where}: a {config.model_type} model; the fused engine knows the families {' and '.join(FAMILIES)}.",
-            "Set engine=trl for any other architecture.",
+            f"{where}: a {config.model_type} model; the fused engine knows the families {NAMES}.",
+            "Set engine=trl for any other architecture; docs/extending.md shows how a family is added.",
         )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
@@ -127,13 +128,12 @@ def check_family(config: Any, where: str) -> None:
             f"{where}: rotary embeddings of type {rope} depend on the sequence's length, which a packed row does not have.",
             "Set engine=trl.",
         )
+    try:
+        family_of(config).windows(config)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}.", "Mend the configuration, or set engine=trl.") from None
     if config.hidden_act != "silu":
         raise UserError(f"{where}: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl.")
-
-
-def sliding_window(config: Any) -> int | None:
-    """How many keys back a query sees. A Llama ignores the key, wherever its configuration has it from."""
-    return config.sliding_window if config.model_type == "mistral" else None
 
 
 def load_base(

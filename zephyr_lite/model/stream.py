@@ -24,7 +24,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class StreamedBase:
     """The layers of a model on the host, and its buffers on the device.
 
-    Takes over the weights of `model` (a Mistral or Llama for causal language modelling): they become views of the
+    Takes over the weights of `model` (a causal language model of ``family``): they become views of the
     slabs, layer by layer, so that nothing is held twice. Embedding and head move to the host, the rest to `device`.
 
     Args:
