@@ -1,15 +1,161 @@
-"""Answers of the model under training to held-out prompts, at the start and at every evaluation."""
+"""Answers of the model under training to held-out prompts, at the start and at every evaluation.
+
+They are drawn as ``chat`` draws them, with the live stack through the Hugging Face model, and change nothing of
+training: no random number is taken, modes and gradients are left as they were, the adapters are on as before.
+Supports the fused engine with a resident base; a streamed base lies on the host, where ``generate`` would take minutes.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
+from ..data.chat import Example
+from ..errors import UserError
 from .observer import Sample
 
 if TYPE_CHECKING:
     from .stage import Stage
 
+# Folders of stages that no samples are drawn of any more; why was said once.
+_given_up: set[Path] = set()
 
-def draw_samples(stage: Stage, step: int) -> list[Sample]:
-    """Answer the first ``config.samples`` held-out prompts greedily with the policy as it is now."""
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def draw_samples(stage: Stage, step: int, say: Callable[[str], None] = _complain) -> list[Sample]:
+    """Answer the first ``config.samples`` held-out prompts greedily with the policy as it is now.
+
+    An answer ends where the model ends it, or after ``config.sample_tokens`` tokens. Whatever keeps samples from being
+    drawn (no memory, logits that are no numbers) is said once, and training goes on without them.
+
+    Args:
+        stage: its policy is base + frozen adapters + the adapter under training.
+        step: optimizer steps done.
+        say: told why there are none.
+    """
+    wanted = stage.config.samples
+    if wanted == 0 or stage.eval_data is None or stage.dir.path in _given_up:
+        return []
+    if stage.plan.stream or stage.decoder.stream is not None:
+        return _give_up(stage, "the base lies in main memory, where answers would take minutes", say)
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for example in stage.eval_data.examples[: 4 * wanted]:  # some may have no prompt
+        if (parts := _prompt_and_reference(stage, example)) is not None:
+            found.append(parts)
+        if len(found) == wanted:
+            break
+    if not found:
+        return _give_up(stage, "no held-out row has a prompt before its first answer", say)
+    decode = stage.template.tokenizer.decode
+    try:
+        answers = _answers(stage, [prompt for prompt, _ in found])
+    except torch.OutOfMemoryError:
+        answers = None  # what the error holds on to is let go of before anything is freed
+    except UserError as error:
+        return _give_up(stage, error.message, say)
+    if answers is None:
+        torch.cuda.empty_cache()
+        return _give_up(stage, "the card's memory does not suffice for them", say)
+    return [
+        Sample(step, decode(prompt.tolist()), answer, decode(reference.tolist(), skip_special_tokens=True).strip())
+        for (prompt, reference), answer in zip(found, answers)
+    ]
+
+
+def _give_up(stage: Stage, why: str, say: Callable[[str], None]) -> list[Sample]:
+    _given_up.add(stage.dir.path)
+    say(f"no samples are drawn: {why}. Training is not affected.")
     return []
+
+
+def _answers(stage: Stage, prompts: list[np.ndarray]) -> list[str]:
+    """One answer a prompt.
+
+    Raises:
+        UserError: the model computes no numbers.
+        OutOfMemoryError: as told.
+    """
+    from ..chat.model import Chat
+    from ..chat.stream import Streamer
+    from ..live import Live
+    from ..sampling import Sampling
+
+    stack = stage.stack
+    live = Live(str(stage.dir.path), stage.base, stack, stage.template, {stage.config.stage: stack.names})
+    chat = Chat(live)
+    answers = []
+    with _evaluating(stack.model):
+        for prompt in prompts:  # one at a time: the smallest cache, and no answer depends on another
+            room = stage.config.sample_tokens
+            if chat.context is not None:
+                room = min(room, chat.context - len(prompt))
+            if room < 1:
+                answers.append("")
+                continue
+            drawn = Streamer(chat, [stack.names]).draw([prompt.tolist()], [Sampling(room, temperature=0.0)])
+            answers.append(chat.text(drawn[0].tokens))
+    return answers
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Within, every module is in evaluation mode; after, in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _prompt_and_reference(stage: Stage, example: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids of the conversation up to an answer, and of the answer that the row has; None where the row has no such place."""
+    if not isinstance(example, Example):
+        return example.prompt_ids, example.chosen_ids
+    if stage.config.loss_on == "all":  # the mask does not say where an answer begins
+        first = _first_answer(stage, example.ids)
+        if first is None:
+            return None
+        rest = example.ids[first:]
+        ends = np.flatnonzero(np.isin(rest, stage.template.end_token_ids))
+        return example.ids[:first], rest[: ends[0] + 1] if len(ends) else rest
+    first = int(np.argmax(example.mask))
+    if first == 0 or not example.mask[first]:
+        return None
+    after = np.flatnonzero(~example.mask[first:])
+    return example.ids[:first], example.ids[first : first + int(after[0]) if len(after) else None]
+
+
+def _first_answer(stage: Stage, ids: np.ndarray) -> int | None:
+    """How many ids stand before the first answer: those that the template's opening of an answer ends with."""
+    decode = stage.template.tokenizer.decode
+    asked = [{"role": "user", "content": "?"}]
+    before, _ = stage.template.render(asked)
+    opened, _ = stage.template.render(asked, add_generation_prompt=True)
+    opening = opened[len(before) :].strip()
+    if not opening or not opened.startswith(before):
+        return None
+    low, high = 0, len(ids)
+    while low < high:  # the fewest ids whose text holds it
+        middle = (low + high) // 2
+        if opening in decode(ids[:middle].tolist()):
+            high = middle
+        else:
+            low = middle + 1
+    text = decode(ids[:low].tolist())
+    if opening not in text or not text.rstrip().endswith(opening):
+        return None
+    while low < len(ids) and not decode(ids[: low + 1].tolist())[len(text) :].strip():
+        low += 1  # white space between the opening and the answer
+    return low

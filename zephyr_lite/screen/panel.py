@@ -1,0 +1,165 @@
+"""The panel: a stage's numbers as a few lines that fit any width."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+from rich.cells import cell_len
+from rich.text import Text
+
+from ..console import visible
+from ..words import duration
+from .progress import Progress
+from .verdict import Verdict
+
+# Eight heights of a curve's places, and what stands for them where the terminal's encoding has no such signs.
+BLOCKS, LETTERS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
+CURVE = 24
+# Turns' tags of the templates, and special tokens: a sample is read without them.
+_TAGS = re.compile(
+    r"<\|im_start\|>\s*\w*|<\|start_header_id\|>\s*\w*\s*<\|end_header_id\|>|<\|[\w ]{1,24}\|>|</?s>|\[/?INST\]"
+)
+_MARKS = {"good": ("✓ ", "green"), "bad": ("! ", "bold yellow"), "open": ("· ", "dim")}
+GIB = 2**30
+
+
+def spark(means: Sequence[float], places: int, signs: str = BLOCKS) -> str:
+    """The last shape of a curve in so many signs: its lowest mean is the lowest sign, its highest the highest."""
+    if len(means) > places:
+        edges = [round(i * len(means) / places) for i in range(places + 1)]
+        means = [sum(means[a:b]) / (b - a) for a, b in pairwise(edges)]
+    if not means:
+        return ""
+    low, high = min(means), max(means)
+    if high - low < 1e-9:
+        return signs[0] * len(means)
+    return "".join(signs[min(len(signs) - 1, int((m - low) / (high - low) * len(signs)))] for m in means)
+
+
+def title_of(progress: Progress) -> str:
+    """The stage, and the run's folder."""
+    return visible(f"{progress.stage.config.stage} · {progress.stage.dir.run}")
+
+
+def panel_lines(progress: Progress, verdict: Verdict, width: int, *, ascii_only: bool = False) -> list[Text]:
+    """What stands inside the panel's frame, each line at most ``width`` cells.
+
+    Args:
+        ascii_only: the terminal's encoding knows no signs beyond ASCII.
+    """
+    signs = LETTERS if ascii_only else BLOCKS
+    lines = [
+        _steps(progress, width, ascii_only),
+        _loss(progress, signs),
+        *_held_out(progress),
+        *_preferences(progress, signs),
+        _speed(progress),
+        *_sample(progress, width),
+        _verdict(verdict, ascii_only),
+    ]
+    for line in lines:
+        line.truncate(width, overflow="crop" if ascii_only else "ellipsis")
+    return lines
+
+
+def _label(word: str) -> Text:
+    return Text(f"{word:<9}", style="dim")
+
+
+def _steps(progress: Progress, width: int, ascii_only: bool) -> Text:
+    step, total = progress.step, max(1, progress.total)
+    part = min(1.0, step / total)
+    left = progress.seconds_left()
+    ends = f"{duration(left)} left" if left is not None else "done" if step >= total else ""
+    said = f" {part:>4.0%}  {duration(time.monotonic() - progress.begun)}" + (f", {ends}" if ends else "")
+    line = _label("step").append(f"{step:,}/{progress.total:,} ", style="bold")
+    room = max(0, min(40, width - cell_len(line.plain) - cell_len(said)))
+    full = round(part * room)
+    done, rest = ("#", "-") if ascii_only else ("━", "─")
+    return line.append(done * full, style="cyan").append(rest * (room - full), style="dim").append(said)
+
+
+def _loss(progress: Progress, signs: str) -> Text:
+    line = _label("loss")
+    loss = progress.last.get("loss")
+    line.append("–" if loss is None else f"{float(loss):.4f}", style="bold")
+    line.append("  ").append(spark(progress.losses.means(), CURVE, signs), style="cyan")
+    if (mean := progress.mean("loss")) is not None and len(progress.recent) > 1:
+        line.append(f"  mean of {len(progress.recent)} steps {mean:.4f}", style="dim")
+    return line
+
+
+def _held_out(progress: Progress) -> list[Text]:
+    if not progress.evaluations:
+        return []
+    last = progress.evaluations[-1]
+    line = _label("held out").append(f"{float(last['eval_loss']):.4f}", style="bold")
+    for name, key in (("accuracy", "eval_rewards/accuracies"), ("margin", "eval_rewards/margins")):
+        if key in last:
+            line.append(f"  {name} {float(last[key]):.3f}")
+    line.append(f"  at step {last['step']:,}", style="dim")
+    if len(progress.evaluations) > 1:
+        line.append(f", before {float(progress.evaluations[-2]['eval_loss']):.4f}", style="dim")
+    return [line]
+
+
+def _preferences(progress: Progress, signs: str) -> list[Text]:
+    if "rewards/margins" not in progress.last:
+        return []
+    accuracy, margin = progress.mean("rewards/accuracies"), progress.mean("rewards/margins")
+    line = _label("pairs")
+    if accuracy is not None and margin is not None:
+        line.append(f"accuracy {accuracy:.3f}  margin {margin:.4f}  ")
+    return [line.append(spark(progress.margins.means(), CURVE, signs), style="cyan")]
+
+
+def _speed(progress: Progress) -> Text:
+    unit, last = progress.unit, progress.last
+    line = _label("speed")
+    seconds = progress.mean("seconds")
+    done = progress.mean(f"num_{unit}")
+    if seconds and done:
+        speed = done / seconds
+        line.append(f"{speed:,.0f} {unit}/s" if speed >= 100 else f"{speed:.2f} {unit}/s")
+    if "peak_memory_gib" in last:
+        line.append(f"  memory {float(last['peak_memory_gib']):.1f}")
+        # the plan counts a CPU's tensors, and there the peak is the whole process's
+        planned = progress.stage.plan.peak if str(progress.stage.base.device) != "cpu" else 0
+        line.append(f" of {planned / GIB:.1f} GiB planned" if planned else " GiB")
+    for name, key, form in (("lr", "learning_rate", ".1e"), ("gradient", "grad_norm", ".3g")):
+        if key in last:
+            line.append(f"  {name} {float(last[key]):{form}}")
+    return line
+
+
+def _sample(progress: Progress, width: int) -> list[Text]:
+    sample = progress.sample
+    if sample is None:
+        return []
+    room = max(8, width - 10)
+    question = _words(sample.prompt)
+    if cell_len(question) > room:  # the question stands at the prompt's end
+        while cell_len(question) > room - 1:
+            question = question[max(1, len(question) // 20) :]
+        question = "…" + question.lstrip()
+    answer = _words(sample.answer) or "(nothing)"
+    first = Text(answer)
+    first.truncate(room)
+    shown = [_label("asked").append(question, style="dim"), _label("answers").append(first.plain)]
+    rest = answer[len(first.plain.rstrip("…")) :]
+    if rest and first.plain.endswith("…"):
+        shown[-1] = _label("answers").append(first.plain[:-1])
+        shown.append(_label("").append(rest))
+    return shown
+
+
+def _words(text: str) -> str:
+    return " ".join(visible(_TAGS.sub(" ", text)).split())
+
+
+def _verdict(verdict: Verdict, ascii_only: bool) -> Text:
+    mark, style = _MARKS[verdict.kind]
+    return Text(("* " if ascii_only and verdict.kind == "good" else mark) + verdict.text, style=style)
