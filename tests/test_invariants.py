@@ -227,7 +227,7 @@ def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, mon
 
     if where == "early":
         losses = iter([3.0, 4.0, 5.0])
-        monkeypatch.setattr(SftTask, "evaluate", lambda self: {"eval_loss": next(losses)})
+        monkeypatch.setattr(SftTask, "evaluation", lambda self, sums: {"eval_loss": next(losses)})
     patience = {"early_stopping_patience": 2} if where == "early" else {}
     settings = {"eval_steps": 1, "num_train_epochs": 4, **patience, **PLAIN}
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
@@ -424,8 +424,8 @@ def test_every_schedule_of_transformers_runs_and_is_kept_or_is_refused(name):
 ROOT = Path(zephyr_lite.__file__).parent
 # single files that every room may use, each of which imports from those before it
 GROUND = (
-    "__version__", "errors", "words", "redact", "interrupts", "ending", "flock", "files", "manifest", "lock", "reading",
-    "strict_json", "strict_yaml", "shipped", "foreign_keys", "config", "rundir", "stage_info", "safetensors_stream",
+    "__version__", "errors", "world", "words", "redact", "interrupts", "ending", "flock", "files", "manifest", "lock", "reading",
+    "strict_json", "strict_yaml", "shipped", "foreign_keys", "schema", "config", "rundir", "stage_info", "safetensors_stream",
 )  # fmt: skip
 BELOW = {
     "ops": {"ops"},

@@ -356,7 +356,7 @@ def test_an_evaluation_that_does_not_fit_is_split_and_what_is_done_stays(opened,
     loop = opened(method, 150, ("all", "all"))
     stage, task, plan = loop.task.stage, loop.task, loop.plan
     with Fails() as count:
-        wanted = task.evaluate()
+        wanted = task.measure()
     batches = []
     plain = task._batch
     task._batch = lambda data, examples: batches.append(list(examples)) or plain(data, examples)
@@ -364,13 +364,13 @@ def test_an_evaluation_that_does_not_fit_is_split_and_what_is_done_stays(opened,
         task.follow(plan)
         batches.clear()
         with Fails(n) as fails:
-            found = task.evaluate()
+            found = task.measure()
         assert fails.failed and stage.plan != plan
         assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5), n
         tried = sorted(i for group in batches for i in group)
         assert len(tried) - len(stage.eval_data.lengths) <= 3  # one group, and no other, ran twice
     task.follow(replace(plan, reference="own"))
-    assert task.evaluate() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+    assert task.measure() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
 
 def test_an_evaluation_obeys_the_plan_about_the_reference(opened, monkeypatch):
@@ -379,11 +379,11 @@ def test_an_evaluation_obeys_the_plan_about_the_reference(opened, monkeypatch):
     for name in ("policy_and_reference", "token_logps"):
         plain = getattr(Decoder, name)
         monkeypatch.setattr(Decoder, name, lambda *a, _p=plain, _n=name, **k: passes.append(_n) or _p(*a, **k))
-    loop.task.evaluate()
+    loop.task.measure()
     assert set(passes) == {"policy_and_reference"}
     passes.clear()
     loop.task.follow(replace(loop.plan, reference="own"))
-    loop.task.evaluate()
+    loop.task.measure()
     assert set(passes) == {"token_logps"}
 
 

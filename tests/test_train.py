@@ -32,7 +32,7 @@ def words(base, out, rows, **changes):
     settings = {
         "model_name_or_path": base, "output_dir": out, "dataset.path": rows, "eval_dataset.path": rows,
         "max_length": 128, "batch_size": 3, "lora_r": 4, "lora_alpha": 8, "learning_rate": 5e-3, "save_steps": 2,
-        "eval_steps": 2, "num_train_epochs": 2, "optim": "adamw_torch", **changes,
+        "eval_steps": 2, "num_train_epochs": 2, "optim": "adamw_torch", "samples": 0, **changes,
     }  # fmt: skip
     return [f"{k}={v}" for k, v in settings.items()]
 
@@ -174,7 +174,7 @@ def test_the_loss_is_normalized_by_tokens_and_not_by_micro_batch(tiny_base, chat
     wrong = sum(loss / n for loss, n in per_example) / len(per_example)
     together, _ = task.loss(everything, 0, total)
     assert together.item() == pytest.approx(right, rel=1e-5) and abs(right - wrong) > 1e-3
-    assert task.evaluate()["eval_loss"] == pytest.approx(right, rel=1e-5)
+    assert task.evaluation(task.measure())["eval_loss"] == pytest.approx(right, rel=1e-5)
 
 
 def test_rows_of_a_step_cover_each_epoch_once():
@@ -258,7 +258,7 @@ def test_a_finished_stage_given_other_values_is_not_passed_over(tiny_base, chat_
 
 def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(SftTask, "evaluate", lambda self: {"eval_loss": next(losses)})
+    monkeypatch.setattr(SftTask, "evaluation", lambda self, sums: {"eval_loss": next(losses)})
     loaded = load_config("sft", None, words(
         tiny_base, tmp_path / "r", chat_rows, eval_steps=1, save_steps=1, num_train_epochs=20, save_total_limit=1,
         load_best_model_at_end="true", early_stopping_patience=2,

@@ -42,6 +42,7 @@ from .ending import (
     take_signals,
 )
 from .errors import Interrupted, UserError
+from .world import PeerEnded, World, joined, launched, nothing
 
 app = typer.Typer(
     name="zephyr-lite",
@@ -81,11 +82,18 @@ class Onto(StrEnum):
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False, verbose: Verbose = False
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     if version:
         console.say(f"zephyr-lite {__version__}")
         raise typer.Exit()
+    if launched() > 1 and context.invoked_subcommand not in ("sft", "dpo", None):
+        raise UserError(
+            f"{context.invoked_subcommand} runs in one process; {launched()} were started.",
+            "Only sft and dpo are spread over several: start this one without torchrun.",
+        )
 
 
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")
@@ -121,6 +129,11 @@ def _train(
 ) -> None:
     from .config import load_config
 
+    if launched() > 1 and (dry_run or smoke):
+        raise UserError(
+            f"{'--dry-run' if dry_run else '--smoke'} runs in one process; {launched()} were started.",
+            "Start it without torchrun.",
+        )
     # a wrong key is said before torch is imported
     first = load_config(method, config or f"zephyr-7b/{method}", overrides).config
     if first.engine == "unsloth":
@@ -144,11 +157,19 @@ def _train(
     from .train.setup import resolve_run
     from .train.sft import run_sft
 
-    with open_screen(console, quiet=quiet, as_json=as_json) as screen:
-        loaded = resolve_run(method, config, overrides, say=screen.say, fetch=not dry_run)
-        try:
-            for line in needs_lines(method, loaded.config):
+    with joined() as here, open_screen(console, quiet=quiet, as_json=as_json) as screen:
+        if not here.writes:
+            _follow(method, here)
+            return
+
+        def resolve() -> Any:
+            found = resolve_run(method, config, overrides, say=screen.say, fetch=not dry_run)
+            for line in needs_lines(method, found.config):
                 screen.say(line)
+            return found
+
+        try:
+            loaded = here.lead(resolve)
             if dry_run:
                 run_dry(method, loaded, say=screen.say, show=console.row)
             else:
@@ -157,6 +178,15 @@ def _train(
                 screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
         except StageComplete as done:
             screen.say(f"{done.message} {done.hint}")
+
+
+def _follow(method: Any, here: World) -> None:
+    """One of several processes, but not the one that resolves, prints and writes."""
+    from .train.dpo import run_dpo
+    from .train.sft import run_sft
+
+    loaded = here.lead(nothing)
+    (run_sft if method == "sft" else run_dpo)(loaded, say=nothing)
 
 
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo|both] [OPTIONS] [KEY=VALUE]...")
@@ -353,8 +383,13 @@ def _explained(error: BaseException, arguments: list[str], verbose: bool) -> int
         console.traceback(error)
     usage_error: Any = typer.BadParameter.__base__
     if isinstance(error, Interrupted):
-        console.complain(error.message)
+        if os.environ.get("RANK", "0") == "0":  # one process speaks for all
+            console.complain(error.message)
         return 130
+    if isinstance(error, PeerEnded):  # which says itself why
+        if error.heard_by == 0 and error.code:
+            console.complain(error.message)
+        return error.code
     if isinstance(error, KeyboardInterrupt | typer.Abort) or just_interrupted():
         console.complain(interrupted_line(arguments))
         return 130

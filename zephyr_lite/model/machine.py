@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from ..errors import UserError
+from ..world import world
 from .account import CONTEXT_BYTES, CPU, GIB, Device
 from .cards import Card
 
@@ -57,7 +58,12 @@ def of_card(card: Card, vram: str | None = None) -> Machine:
 
 
 def main_memory() -> int:
-    """Bytes of main memory that are available: to the machine, and to the container that we are in."""
+    """Bytes of main memory that are available: to the machine, and to the container that we are in; of these, the share of
+    one of the run's processes here."""
+    return _main_memory() // world().local_size
+
+
+def _main_memory() -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -18,6 +18,7 @@ from ..model.load import compute_device
 from ..model.peft_files import AdapterFile
 from ..rundir import StageDir
 from ..stage_info import text_sha256, tokenizer_sha256
+from ..world import world
 
 # what may differ when a stage goes on: nothing that a gradient depends on
 MAY_CHANGE = {
@@ -209,6 +210,7 @@ def machine_now(dtype: torch.dtype) -> dict[str, Any]:
         "device": device.type,
         "processor": card,
         "dtype": str(dtype).removeprefix("torch."),
+        "processes": world().size,
     }
 
 
@@ -234,7 +236,7 @@ def roundings(before: dict[str, Any], versions: dict[str, str], machine: dict[st
         if then and old != new:
             lines.append(f"{name} {old or 'absent'} then, {new or 'absent'} now")
     before_machine = _last(before, "machine")
-    for key in ("device", "processor", "dtype"):
+    for key in ("device", "processor", "dtype", "processes"):
         if key in before_machine and before_machine[key] != machine[key]:
             lines.append(f"{key} {before_machine[key]} then, {machine[key]} now")
     return lines
@@ -242,7 +244,8 @@ def roundings(before: dict[str, Any], versions: dict[str, str], machine: dict[st
 
 def cores() -> int:
     """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, there // world().local_size)
 
 
 def moved(info: dict[str, Any], base: dict[str, Any], frozen: list[AdapterFile], relative: Any) -> None:

@@ -293,12 +293,15 @@ def prune(stage: StageDir, *, keep: int, best: int | None, busy: frozenset[str] 
 class MetricsLog:
     """metrics.jsonl: one JSON object a logged step.
 
+    Args:
+        writes: False in a process that only counts along.
+
     Attributes:
         count: records in the file, as far as ``truncate`` and ``append`` of this process know.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self.count = 0
 
     def append(self, record: dict[str, Any]) -> None:
@@ -307,12 +310,13 @@ class MetricsLog:
         Raises:
             OSError: it cannot be written.
         """
-        append_line(self.path, redact(json.dumps({k: _finite(v) for k, v in record.items()})))
+        if self.writes:
+            append_line(self.path, redact(json.dumps({k: _finite(v) for k, v in record.items()})))
         self.count += 1
 
     def flush(self) -> None:
         """What was appended is on the disk, so that a checkpoint written next knows of no step that the log may lose."""
-        if self.path.exists():
+        if self.writes and self.path.exists():
             sync_file(self.path)
 
     def truncate(
@@ -340,7 +344,7 @@ class MetricsLog:
             say(
                 f"{self.path}: {logged - len(kept)} of the {logged} records up to step {step} are missing: it was damaged"
             )
-        if lines:
+        if lines and self.writes:
             with file_aside(self.path) as file:
                 file.writelines(text + "\n" for text, _ in kept)
         return [record for _, record in kept]

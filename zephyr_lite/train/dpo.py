@@ -107,8 +107,8 @@ class DpoTask:
         means = {k: v / total for k, v in sums.items() if k.startswith(("rewards/", "logps/"))}
         return {"loss": sums["loss"], **means, "num_tokens": sums["num_tokens"], "num_pairs": float(total)}
 
-    def evaluate(self) -> Metrics:
-        """On the held-out pairs, each counted once: loss, rewards, accuracy (a tie is no success), margin."""
+    def measure(self) -> Metrics:
+        """Sums over this process's held-out pairs, each counted once: loss, rewards, accuracy (a tie is no success), margin."""
         data = self.stage.eval_data
         if data is None:
             return {}
@@ -123,7 +123,11 @@ class DpoTask:
                 sums[name] = sums.get(name, 0.0) + value.item()
 
         self.guard.over(data, add, together=True)
-        return {f"eval_{name}": value / len(data.lengths) for name, value in sums.items()}
+        return sums
+
+    def evaluation(self, sums: Metrics) -> Metrics:
+        data = self.stage.eval_data
+        return {} if data is None else {f"eval_{name}": value / len(data.lengths) for name, value in sums.items()}
 
     def _batch(self, data: Prepared, examples: Sequence[int]) -> Batch:
         return collate_pairs([data.examples[i] for i in examples]).to(self.decoder.device)

@@ -27,6 +27,8 @@ from .publish import push_adapter
 class StageComplete(UserError):
     """The stage is finished; there is nothing to do. The command line says so and exits with 0."""
 
+    done = True
+
 
 def may_go_on(
     stage: StageDir, config: RunConfig, method: Method, say: Callable[[str], None], *, claim: bool

@@ -23,6 +23,7 @@ from ..model.machine import peak_memory
 from ..model.plan import Plan
 from ..rundir import StageDir
 from ..sync import Mirror
+from ..world import PeerEnded
 from .callbacks import make_callbacks
 from .checkpoint import Checkpoint, MetricsLog, checkpoint_fault, prune, resume_point
 from .observer import Observer, Sample
@@ -44,6 +45,7 @@ class Loop(Stepper):
         fp16: scale the loss, as float16 gradients need it.
         on_metrics: called with (step, metrics) at every logged step and evaluation.
         callbacks: transformers' callbacks, beside the trackers of ``report_to``.
+        writes: False in all but one of a run's processes: the folder is only read.
         observer: is told of every step, evaluation and sample.
         begun: is called with the step that training begins after.
         draw: answers held-out prompts after so many steps.
@@ -63,6 +65,7 @@ class Loop(Stepper):
         fp16: bool = False,
         on_metrics: Callable[[int, int, Metrics], None] = lambda step, total, metrics: None,
         callbacks: Sequence[TrainerCallback] = (),
+        writes: bool = True,
         observer: Observer | None = None,
         begun: Callable[[int], None] | None = None,
         draw: Callable[[int], Sequence[Sample]] = lambda step: [],
@@ -71,7 +74,7 @@ class Loop(Stepper):
         forget_best: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.mirror, self.forget_best = mirror, forget_best
+        self.mirror, self.forget_best, self.writes = mirror, forget_best, writes
         super().__init__(config, stack, task, plan, fp16=fp16)
         self.stage, self.observer, self.begun, self.draw = stage, observer or Observer(), begun, draw
         self.output = Output()
@@ -79,8 +82,9 @@ class Loop(Stepper):
         self.handler, self.state, self.control, self.arguments = make_callbacks(
             config, stage, stack.model, self.optimizer, self.scheduler, self.total, callbacks
         )
-        self.log, self.left_out = MetricsLog(stage.metrics), LeftOut(stage.path, self.say)
-        self.sample_log = MetricsLog(stage.samples)
+        self.log = MetricsLog(stage.metrics, writes=writes)
+        self.left_out = LeftOut(stage.path, self.say, writes=writes)
+        self.sample_log = MetricsLog(stage.samples, writes=writes)
         self.best: tuple[float, int] | None = None
         self.stale = 0  # evaluations without a new best
         self.collapse = collapse
@@ -111,7 +115,7 @@ class Loop(Stepper):
                 self.rehearse()
             self.control = self.handler.on_train_begin(self.arguments, self.state, self.control)
         started = time.perf_counter()
-        if self.begun is not None:
+        if self.begun is not None and self.writes:
             self.begun(step)
         if step == 0:
             self._sample(step, stop)
@@ -121,7 +125,7 @@ class Loop(Stepper):
         while step < self.total and not self.control.should_training_stop:
             if patience is not None and self.stale >= patience:
                 self.say(f"step {step}: eval_loss has not improved for {patience} evaluations; stopping early.")
-                if not (self.stage.path / f"checkpoint-{step}").is_dir():
+                if not self._is_saved(step):
                     self._save(step)
                 break
             begun = time.perf_counter()
@@ -154,7 +158,7 @@ class Loop(Stepper):
             self.left_out.watch.count,
             self.evaluations,
             self.warnings,
-            stop.name,
+            self._asked(stop)[0],
         )
 
     def _after(self, step: int, stop: StopRequest) -> None:
@@ -166,12 +170,19 @@ class Loop(Stepper):
         """
         last = step == self.total
         if last or (self.config.eval_steps and step % self.config.eval_steps == 0):
-            try:
+
+            def measured() -> Metrics:
                 with stop.at_once():
-                    found = self.task.evaluate()
-            except KeyboardInterrupt:
+                    return self.task.measure()
+
+            try:
+                found = self.task.evaluation(self.world.sums(measured))
+            except (KeyboardInterrupt, PeerEnded) as error:
+                if isinstance(error, PeerEnded) and not error.interrupted:
+                    raise
+                name, _ = self._asked(stop)
                 self._save(step, pending=True)
-                raise interrupted(stop, self.stage, step, self.total) from None
+                raise interrupted(name, self.stage, step, self.total) from None
             if found:
                 self.evaluations.append({"step": step, **found})
                 self._log(step, found)
@@ -183,18 +194,27 @@ class Loop(Stepper):
         periodic = self.config.save_steps and step % self.config.save_steps == 0 and self.before_trouble is None
         due = last or self.control.should_save or periodic
         is_best = self.best is not None and self.best[1] == step and self.config.load_best_model_at_end
-        ends = stop.name is not None or self.output.fault is not None
-        if due or is_best or ends:
+        name, mute = self._asked(stop)
+        if due or is_best or name is not None or mute:
             self._save(step)
             self.control = self.handler.on_save(self.arguments, self.state, self.control)
-        if stop.name is not None and not last:  # at the end there is nothing left to stop
-            raise interrupted(stop, self.stage, step, self.total)
-        if self.output.fault is not None and not last:
-            raise self.output.fault
+        if name is not None and not last:  # at the end there is nothing left to stop
+            raise interrupted(name, self.stage, step, self.total)
+        if mute and not last:
+            raise self.output.fault or PeerEnded("the process that prints cannot do so any more", 2)
+
+    def _asked(self, stop: StopRequest) -> tuple[str | None, bool]:
+        """What asks for the end, in any of the run's processes: the signal that came, and whether nothing can be printed any
+        more. All of them call it at the same point, and have the same answer."""
+        found = self.world.gather((stop.name, self.output.fault is not None))
+        return next((name for name, _ in found if name is not None), None), any(mute for _, mute in found)
+
+    def _is_saved(self, step: int) -> bool:
+        return self.world.lead((self.stage.path / f"checkpoint-{step}").is_dir)
 
     def _sample(self, step: int, stop: StopRequest) -> None:
         """Answer the held-out prompts, unless a process before this one did so at this step, or a signal comes."""
-        if step in self.sampled:
+        if step in self.sampled or not self.writes:
             return
         try:
             with stop.at_once():
@@ -230,8 +250,9 @@ class Loop(Stepper):
             return
         if self.before_trouble is None:
             self.before_trouble = step - 1, before
-        rows, alone = suspects(
-            self.task, step - 1, self.examples_of_step(step - 1), self.parameters.values(), self._undo
+        examples = self.examples_of_step(step - 1)
+        rows, alone = self.world.lead(
+            lambda: suspects(self.task, step - 1, examples, self.parameters.values(), self._undo)
         )
         named = self.left_out.add(step, self.metrics, rows, alone=alone)
         if self.left_out.watch.in_a_row == IN_A_ROW:
@@ -245,7 +266,7 @@ class Loop(Stepper):
             return "Nothing had been trained before."
         if before is None:
             return f"checkpoint-{step} has the adapter of before: none of these steps changed it."
-        if not (self.stage.path / f"checkpoint-{step}").is_dir():
+        if not self._is_saved(step):
             self.scheduler.load_state_dict(before["scheduler"])
             for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
                 group["lr"] = rate
@@ -290,6 +311,9 @@ class Loop(Stepper):
             pending: the evaluation that is due after this step was not made.
             logged: records of the metrics up to this step; all there are by default.
         """
+        self.world.together(lambda: self._write(step, pending, logged) if self.writes else None)
+
+    def _write(self, step: int, pending: bool, logged: int | None) -> None:
         for log in (self.log, self.left_out.log, self.sample_log):
             log.flush()
         self._checkpoint().write(
@@ -319,10 +343,10 @@ class Loop(Stepper):
 
     def _resume(self) -> tuple[int, bool]:
         """The step to go on from, and whether its evaluation is still due. What was logged up to it is the run's too."""
-        found = resume_point(self.stage, self.say)
+        found = self.world.lead(lambda: resume_point(self.stage, self.say))
         step, pending, logged = 0, False, None
         if found is not None:
-            extra = self._checkpoint().read(found)
+            extra = self.world.together(lambda: self._checkpoint().read(found))
             if extra["total"] != self.total:
                 raise UserError(
                     f"{found}: was written by a run of {extra['total']} steps; this one has {self.total}.",
@@ -340,7 +364,8 @@ class Loop(Stepper):
             self.warnings = list(extra.get("warnings") or [])
             self.say(f"going on from {found.name}")
             step, pending, logged = extra["step"], bool(extra.get("pending")), extra.get("logged")
-            self._prune()  # the process before may have ended between a checkpoint and this
+            if self.writes:
+                self._prune()  # the process before may have ended between a checkpoint and this
         self.left_out.log.truncate(step)
         self.sampled = {record["step"] for record in self.sample_log.truncate(step)}
         before = self.log.truncate(step, logged=logged, pending=pending, say=self.say)
@@ -360,9 +385,9 @@ class Loop(Stepper):
         self.say(f"took the adapter of step {self.best[1]}, eval_loss {self.best[0]:.4f}")
 
 
-def interrupted(stop: StopRequest, stage: StageDir, step: int, total: int) -> Interrupted:
+def interrupted(signal: str | None, stage: StageDir, step: int, total: int) -> Interrupted:
     """What is said when a run ended because of a signal."""
     return Interrupted(
-        f"{stop.name}: stopped after step {step} of {total}; {stage.path / f'checkpoint-{step}'} holds everything. "
+        f"{signal}: stopped after step {step} of {total}; {stage.path / f'checkpoint-{step}'} holds everything. "
         "The same command goes on from there."
     )

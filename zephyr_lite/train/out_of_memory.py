@@ -23,6 +23,7 @@ from ..model.layer_spec import Keep
 from ..model.machine import HOST_SHARE, main_memory, parse_size
 from ..model.offload import LockRefused
 from ..model.plan import Plan
+from ..world import world
 from .steps import micro_batches
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class Guard:
     def record(self) -> None:
         """From here on stage.json has the plan, so that a resumed run begins with it. (A dry run never comes here.)"""
         self._recording = True
-        if self.stage.info.get("plan") != self.plan.as_dict():
+        if self.stage.writes and self.stage.info.get("plan") != self.plan.as_dict():
             self.stage.info["plan"] = self.plan.as_dict()
             self.stage.dir.write_info(self.stage.info)
 
@@ -199,7 +200,8 @@ class Guard:
             self._shrink(failure)
 
     def over(self, data: Prepared, run: Callable[[list[int]], None], *, together: bool = False) -> None:
-        """Every example once, without gradients, in groups of the plan's size. What is done is not done again.
+        """Every example of this process's share once, without gradients, in groups of the plan's size. What is done is not
+        done again.
 
         Args:
             run: takes indices; what it adds to its results it adds at the end, when nothing can fail any more.
@@ -207,7 +209,7 @@ class Guard:
         Raises:
             UserError: as ``__call__``.
         """
-        left = list(range(len(data.lengths)))
+        left = world().share(range(len(data.lengths)), data.lengths)
         while left:
             done: set[int] = set()
             for group in micro_batches(left, data.lengths, self.plan.micro_tokens):

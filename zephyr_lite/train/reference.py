@@ -18,6 +18,7 @@ from ..data.batch import Batch
 from ..errors import UserError
 from ..model.decoder import Decoder
 from ..safetensors_stream import SafetensorsFile, tensor_bytes, write_stream
+from ..world import world
 
 # what was computed is on the disk after so long at most
 SAVE_SECONDS = 60.0
@@ -54,25 +55,28 @@ class ReferenceCache:
         return int((~self._known()).sum())
 
     def load(self, say: Say = print) -> bool:
-        """Read what the file has, if it is there and as it was written; whether that is all of it.
+        """Read what the file has, if it is there and as it was written; whether that is all of it. One process reads.
 
         Args:
             say: is told of a file that is not used.
         """
+        self.sums = world().lead(lambda: self._read(say))
+        return not self.missing
+
+    def _read(self, say: Say) -> Tensor:
         if not self.path.exists():
-            return False
+            return self.sums
         try:
             file = SafetensorsFile(self.path)
             wrong = self._fault(file)
             if wrong is None:
-                self.sums = file.tensor("sums").clone()
+                return file.tensor("sums").clone()
         except UserError as error:
             wrong = error.message.removeprefix(f"{self.path}: ").rstrip(".")
         except OSError as error:
             wrong = f"cannot be read ({error.strerror})"
-        if wrong is not None:
-            say(f"{self.path}: {wrong}; it is computed anew")
-        return not self.missing
+        say(f"{self.path}: {wrong}; it is computed anew")
+        return self.sums
 
     def _fault(self, file: SafetensorsFile) -> str | None:
         entry = file.entries.get("sums")
@@ -101,6 +105,7 @@ class ReferenceCache:
             OSError: it cannot be written.
         """
         saved = time.monotonic()
+        here = world()
 
         def fill(indices: list[int]) -> None:
             nonlocal saved
@@ -108,17 +113,21 @@ class ReferenceCache:
                 return
             batch = collate(indices).to(decoder.device)
             self.sums[torch.tensor(batch.indices)] = pair_sums(decoder, batch, reference=True).double().cpu()
-            if time.monotonic() - saved >= SAVE_SECONDS:
+            if here.writes and time.monotonic() - saved >= SAVE_SECONDS:
                 self._write()
                 saved = time.monotonic()
 
         try:
-            over(fill)
+            here.together(lambda: over(fill))
         except BaseException:
-            with suppress(OSError):  # the first error is the one to tell
-                self._write()
+            if here.writes:
+                with suppress(OSError):  # the first error is the one to tell
+                    self._write()
             raise
-        self._write()
+        if here.size > 1:  # each has computed its own share
+            for other in here.gather(self.sums):
+                self.sums = torch.where(self.sums.isnan(), other, self.sums)
+        here.together(self._write if here.writes else lambda: None)
 
     def _write(self) -> None:
         metadata = {"key": self.key, "sha256": self._sha256(self.sums)}

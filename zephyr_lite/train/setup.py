@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from .. import __version__
 from ..config import Loaded, Method, RunConfig, dump_config, load_config
 from ..data.chat import ChatTemplate, resolve_template
 from ..data.prepare import Prepared, prepare
+from ..errors import UserError
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.check_weights import check_weights
 from ..model.compose import compose
@@ -133,11 +135,14 @@ def _names(overrides: list[str], key: str) -> bool:
     return key in heads
 
 
-def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool = True) -> Stage:
+def open_stage(
+    method: Method, loaded: Loaded, *, say: Say = print, claim: bool = True, leader: Leader | None = None
+) -> Stage:
     """Check, prepare the rows, load the base, stack the adapters, plan. What is cheap and can fail comes first.
 
     Args:
         claim: make the stage's folder and write its configuration; False for a dry run.
+        leader: what the process that writes has found: this one follows it, and writes nothing.
 
     Raises:
         StageComplete: the stage is finished.
@@ -147,7 +152,7 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     for note in loaded.notes:
         say(note)
     stage = StageDir(Path(config.output_dir) / config.stage)
-    before, changes = may_go_on(stage, config, method, say, claim=claim)
+    before, changes = may_go_on(stage, config, method, say, claim=claim) if leader is None else (None, Changes())
     if config.engine == "fused":
         check_targets(config.lora_target_modules)
     check_schedule(config)
@@ -182,7 +187,10 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
             raise finished(stage, before)
         forget_best = judged_on_other_rows(before, config, stage, eval_data)
         _tell_changes(before, changes, now, machine, config, forget_best, say)
-    if (
+    if leader is not None:
+        leader.agrees(print_of_base, data, machine)
+        plan, said = plan_then(stage, leader.info, base_config.num_hidden_layers), []
+    elif (
         before is not None
         and memory_then(stage) == config.memory.model_dump(mode="json")
         and same_device(before, machine)
@@ -223,28 +231,34 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     parameters = sum(p.numel() for p in stack.parameters().values())
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
     say(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all{trained}")
-    info = before or {
-        "format": FORMAT,
-        "id": run_id(stage.run),
-        "method": method,
-        "stage": config.stage,
-        "status": "running",
-        "engine": config.engine,
-        "base": base.describe(),
-        "adapters": [{"path": relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen],
-        "chat_template": template.text,
-        "versions": now,
-        "machine": machine,
-        "plan": plan.as_dict(),
-        "data": {**data.report.as_dict(), **data_prints(data, template)},
-        "created": _now(),
-    }
+    info = (
+        leader.info
+        if leader is not None
+        else before
+        or {
+            "format": FORMAT,
+            "id": run_id(stage.run),
+            "method": method,
+            "stage": config.stage,
+            "status": "running",
+            "engine": config.engine,
+            "base": base.describe(),
+            "adapters": [{"path": relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen],
+            "chat_template": template.text,
+            "versions": now,
+            "machine": machine,
+            "plan": plan.as_dict(),
+            "data": {**data.report.as_dict(), **data_prints(data, template)},
+            "created": _now(),
+        }
+    )
     if before is not None:
         info.setdefault("id", run_id(stage.run))
         info["format"] = FORMAT
         moved(info, base.describe(), frozen, lambda path: relative_to_run(path, stage.run))
         info.setdefault("resumed", []).append(resumed(stage, changes, now, machine, at=_now()))
-    info["eval_data"] = {"fingerprint": eval_data.fingerprint} if eval_data is not None else None
+    if leader is None:
+        info["eval_data"] = {"fingerprint": eval_data.fingerprint} if eval_data is not None else None
     if claim:
         stage.write_info(info)  # first: a changed ``memory`` is told by the configuration that the file has
         write_text(stage.config, dump_config(config))
@@ -252,8 +266,51 @@ def open_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool 
     decoder.follow(plan)
     mirror = open_mirror(config, stage, say) if claim else None
     return Stage(
-        method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info, mirror, forget_best
-    )
+        method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info, mirror,
+        forget_best if leader is None else leader.forget_best, claim,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Leader:
+    """What the process that writes has found, for those that follow it.
+
+    Attributes:
+        info: what stage.json says.
+        base: the base's fingerprint.
+        dtype: in what it computes.
+        forget_best: as ``Stage``'s.
+    """
+
+    info: dict[str, Any]
+    base: str
+    dtype: str
+    forget_best: bool
+
+    @classmethod
+    def of(cls, stage: Stage) -> Leader:
+        base = fingerprint(fetch_base(stage.config.model_name_or_path, stage.config.model_revision))
+        return cls(stage.info, base, str(stage.base.dtype).removeprefix("torch."), stage.forget_best)
+
+    def agrees(self, base: str, data: Prepared, machine: dict[str, Any]) -> None:
+        """Raises:
+        UserError: this process found another base or other rows, or would compute in another dtype.
+        """
+        here = machine["host"]
+        if base != self.base:
+            raise UserError(
+                f"{here}: has another base than the process that writes.", "Give all machines the same files."
+            )
+        if data.fingerprint != self.info["data"]["fingerprint"]:
+            raise UserError(
+                f"{here}: reads other rows than the process that writes.",
+                "Give all machines the same data and the same versions of tokenizers and transformers.",
+            )
+        if machine["dtype"] != self.dtype:
+            raise UserError(
+                f"{here}: {machine['processor']} would compute in {machine['dtype']}, the first process in {self.dtype}.",
+                "Name one that all cards have: dtype=float16.",
+            )
 
 
 def _tell_changes(

@@ -92,25 +92,27 @@ class SftTask:
         means = {name: sums[name] / total for name in ("entropy", "mean_token_accuracy")}
         return {"loss": sums["loss"], **means, "num_tokens": sums["num_tokens"], "num_targets": float(total)}
 
-    def evaluate(self) -> Metrics:
-        """Mean loss over the held-out rows' supervised tokens, each counted once, with entropy and top-1 accuracy."""
+    def measure(self) -> Metrics:
+        """Sums over this process's held-out rows' supervised tokens, each counted once: loss, entropy, top-1 hits."""
         data = self.stage.eval_data
         if data is None:
             return {}
-        sums = {"loss": 0.0, "mean_token_accuracy": 0.0, "entropy": 0.0}
-        targets = 0
+        sums = {"loss": 0.0, "mean_token_accuracy": 0.0, "entropy": 0.0, "targets": 0.0}
 
         @torch.no_grad()
         def add(group: list[int]) -> None:
-            nonlocal targets
             logps, stats = self.decoder.token_stats(self._batch(data, group))
             found = (-logps.double().sum().item(), stats.correct.sum().item(), stats.entropy.double().sum().item())
             for name, value in zip(sums, found):
                 sums[name] += value
-            targets += logps.numel()
+            sums["targets"] += logps.numel()
 
         self.guard.over(data, add)
-        return {**{f"eval_{name}": value / targets for name, value in sums.items()}, "eval_targets": float(targets)}
+        return sums
+
+    def evaluation(self, sums: Metrics) -> Metrics:
+        means = {f"eval_{name}": value / sums["targets"] for name, value in sums.items() if name != "targets"}
+        return {**means, "eval_targets": sums["targets"]} if sums else {}
 
     def _batch(self, data: Prepared, examples: Sequence[int]) -> Batch:
         return collate_conversations([data.examples[i] for i in examples]).to(self.decoder.device)

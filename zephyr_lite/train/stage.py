@@ -38,6 +38,7 @@ class Stage:
         info: what stage.json says.
         mirror: where checkpoints are copied to, or None.
         forget_best: what was the best checkpoint so far was judged on other rows than those of now.
+        writes: False in all but one of a run's processes: the folder is only read.
     """
 
     method: Method
@@ -54,3 +55,4 @@ class Stage:
     info: dict[str, Any] = field(default_factory=dict)
     mirror: Mirror | None = None
     forget_best: bool = False
+    writes: bool = True

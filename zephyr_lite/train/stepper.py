@@ -12,6 +12,7 @@ from ..config import RunConfig
 from ..errors import UserError
 from ..model.adapters import AdapterStack, total_norm
 from ..model.plan import Plan
+from ..world import world
 from .optim import make_optimizer, make_scheduler
 from .out_of_memory import is_out_of_memory
 from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
@@ -41,6 +42,9 @@ class Stepper:
         self.device = next(iter(self.parameters.values())).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self._unscaled = False  # whether the scaler has seen this step's gradients
+        self.world = world()
+        # with several processes all gradients lie in one tensor, which is summed over them without a copy
+        self._gradients: Tensor | None = None
 
     @property
     def plan(self) -> Plan:
@@ -50,12 +54,14 @@ class Stepper:
         return [i for row in rows_of_step(self.config, len(self.rows), step) for i in self.rows[row]]
 
     def gradients(self, step: int) -> tuple[Metrics, int]:
-        """Forward and backward of one step, all its micro-batches; gradients are left on the parameters, scaled by the
-        loss scaler. Returns the summed metrics and the step's count. Where memory runs out it fails: see ``prepare``."""
+        """Forward and backward of this process's share of a step, all its micro-batches; gradients are left on the
+        parameters, scaled by the loss scaler. Returns the summed metrics of the share and the count of the whole step.
+        Where memory runs out it fails: see ``prepare``."""
         examples = self.examples_of_step(step)
         total = self.task.count(examples)
+        lengths = self.task.lengths()
         sums: dict[str, Any] = {}
-        for group in micro_batches(examples, self.task.lengths(), self.plan.micro_tokens):
+        for group in micro_batches(self.world.share(examples, lengths), lengths, self.plan.micro_tokens):
             loss, parts = self.task.loss(group, step, total)
             self.scaler.scale(loss).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
@@ -71,24 +77,52 @@ class Stepper:
             the step's metrics, whether its update is to be applied, and whether its loss was finite.
         """
 
-        def work() -> tuple[Metrics, bool, bool]:
-            sums, total = self.gradients(step)
-            metrics = self.task.summarize(sums, total)
-            self._unscaled = True
-            self.scaler.unscale_(self.optimizer)
-            grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-            norm = total_norm(grads)
-            finite = math.isfinite(metrics["loss"])
-            metrics["grad_norm"] = norm.item()
-            metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
-            applied = finite and math.isfinite(metrics["grad_norm"])
-            if applied:
-                torch._foreach_mul_(grads, torch.clamp(self.config.max_grad_norm / (norm + 1e-6), max=1.0))
-            return metrics, applied, finite
-
-        self.optimizer.zero_grad(set_to_none=True)
+        self._no_gradients()
         self._unscaled = False
-        return self.task.guard(work, self._undo)
+        if self.world.size == 1:
+            return self.task.guard(lambda: self._finish(*self.gradients(step)), self._undo)
+        count = 0
+
+        def share() -> Metrics:
+            nonlocal count
+            sums, count = self.task.guard(lambda: self.gradients(step), self._undo)
+            return sums
+
+        sums = self.world.sums(share)
+        assert self._gradients is not None
+        self.world.add(self._gradients)
+        return self._finish(sums, count)
+
+    def _finish(self, sums: Metrics, total: int) -> tuple[Metrics, bool, bool]:
+        """Metrics of the whole step; unscaled and clipped gradients."""
+        metrics = self.task.summarize(sums, total)
+        self._unscaled = True
+        self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = total_norm(grads)
+        finite = math.isfinite(metrics["loss"])
+        metrics["grad_norm"] = norm.item()
+        metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
+        applied = finite and math.isfinite(metrics["grad_norm"])
+        if applied:
+            torch._foreach_mul_(grads, torch.clamp(self.config.max_grad_norm / (norm + 1e-6), max=1.0))
+        return metrics, applied, finite
+
+    def _no_gradients(self) -> None:
+        """Before a step. Alone, parameters have none; among others each has its place in one tensor, and zeros there."""
+        if self.world.size == 1:
+            self.optimizer.zero_grad(set_to_none=True)
+            return
+        if self._gradients is None:
+            first = next(iter(self.parameters.values()))
+            count = sum(p.numel() for p in self.parameters.values())
+            self._gradients = torch.zeros(count, dtype=first.dtype, device=first.device)
+        self._gradients.zero_()
+        start = 0
+        for parameter in self.parameters.values():
+            end = start + parameter.numel()
+            parameter.grad = self._gradients[start:end].view_as(parameter)
+            start = end
 
     def rehearse(self) -> list[list[int]]:
         """Forward and backward of as large micro-batches as there can be, that of the longest example and the one of most
@@ -99,7 +133,9 @@ class Stepper:
 
         def work() -> list[list[int]]:
             groups = largest_micro_batches(lengths, self.plan.micro_tokens)
-            if tokens_of_largest_step(self.config, self.rows, lengths) > self.plan.micro_tokens:
+            if self.world.size > 1:
+                self._no_gradients()
+            elif tokens_of_largest_step(self.config, self.rows, lengths) > self.plan.micro_tokens:
                 for parameter in self.parameters.values():
                     parameter.grad = torch.zeros_like(parameter)
             for group in groups:
@@ -115,7 +151,7 @@ class Stepper:
 
     def _undo(self) -> None:
         """Forget the gradients, and that the scaler has seen them."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self._no_gradients()
         if self._unscaled and self.scaler.is_enabled():
             self.scaler.update(self.scaler.get_scale())  # the same scale; gradients may be unscaled once an update
         self._unscaled = False

@@ -45,8 +45,11 @@ class Task(Protocol):
     def where(self, example: int) -> str:
         """An example's place in its source."""
 
-    def evaluate(self) -> Metrics:
-        """Metrics on the held-out rows, with ``eval_loss`` among them; empty where there are none."""
+    def measure(self) -> Metrics:
+        """Sums over this process's share of the held-out rows; empty where there are none."""
+
+    def evaluation(self, sums: Metrics) -> Metrics:
+        """Metrics on the held-out rows, with ``eval_loss`` among them, from the sums over all of them; empty of empty ones."""
 
 
 @dataclass

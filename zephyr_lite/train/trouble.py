@@ -27,8 +27,8 @@ class LeftOut:
             by themselves (true), or each of them is and only all of them together are not (false); null: not looked at.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self.watch, self.log, self.say = FiniteWatch(), MetricsLog(folder / LEFT_OUT), say
+    def __init__(self, folder: Path, say: Callable[[str], None], *, writes: bool = True) -> None:
+        self.watch, self.log, self.say = FiniteWatch(), MetricsLog(folder / LEFT_OUT, writes=writes), say
 
     def add(self, step: int, metrics: Mapping[str, float], rows: Sequence[str], *, alone: bool | None) -> str:
         """Write a step (from 1) down and say it; returns the first of its rows' names."""

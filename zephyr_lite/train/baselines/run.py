@@ -82,7 +82,7 @@ def run_baseline(
             trainer.train(resume_from_checkpoint=str(found) if found else None)
         state = trainer.state
         if stop.name is not None and state.global_step < recorder.total:
-            raise interrupted(stop, stage.dir, state.global_step, recorder.total)
+            raise interrupted(stop.name, stage.dir, state.global_step, recorder.total)
         if recorder.output.fault is not None and state.global_step < recorder.total:
             raise recorder.output.fault
         best = None
