@@ -12,20 +12,20 @@ from ..errors import UserError
 from .options import Verbose, nameable
 
 console = Console()
-EXAMPLES = (
-    "Examples: zephyr-lite report; zephyr-lite report runs/zephyr-7b/dpo; zephyr-lite report runs/a runs/b --out ab.html"
-)
 
 
 def report(
     source: Annotated[
-        Path | None, typer.Argument(help="runs/NAME, or runs/NAME/STAGE for one stage of it [the newest run].")
+        Path | None,
+        typer.Argument(help="runs/NAME, or runs/NAME/STAGE for one stage of it; the newest run by default."),
     ] = None,
     other: Annotated[Path | None, typer.Argument(help="Another one, to lay beside it.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", callback=nameable, help="The file to write [report.html in that folder; report-A-B.html here]."
+            "--out",
+            callback=nameable,
+            help="The file to write; by default report.html in that folder, or report-A-B.html here.",
         ),
     ] = None,
     verbose: Verbose = False,
@@ -43,7 +43,9 @@ def report(
     else:
         second = read_source(other)
         page = side_by_side(first, second)
-        target = out or Path("report-{}-{}.html".format(*(_name(place) for place in (source, other) if place is not None)))
+        target = out or Path(
+            "report-{}-{}.html".format(*(_name(place) for place in (source, other) if place is not None))
+        )
     check_target(target)
     make_folder(target.absolute().parent)
     write_text(target, page)

@@ -29,6 +29,8 @@ _SECTIONS: tuple[tuple[str, _Section], ...] = (
     ("Lineage", sections.lineage),
     ("Environment", sections.environment),
 )
+# stand beside each other where there is room
+_NARROW = ("Lineage", "Environment")
 
 
 def run_page(records: Sequence[StageRecord]) -> str:
@@ -103,22 +105,26 @@ def _name(records: Sequence[StageRecord], labels: Sequence[str]) -> str:
 
 
 def _stage(records: Sequence[StageRecord], labels: Sequence[str], place: int) -> str:
+    states = [_state(r, label if len(records) > 1 else "") for r, label in zip(records, labels)]
     parts = [
         f'<h2 id="part{place}">{esc(_name(records, labels))} <small>{esc(_METHODS.get(records[0].method, ""))}</small> '
-        + " ".join(f"<span class=state>{esc(_state(r, label if len(records) > 1 else ''))}</span>" for r, label in zip(records, labels))
+        + " ".join(f"<span class=state>{esc(state)}</span>" for state in states)
         + "</h2>",
         sections.overview(records, labels),
         sections.warnings(records, labels),
     ]
+    beside = []
     for title, section in _SECTIONS:
         if found := section(records, labels):
-            parts.append(f"<h3>{title}</h3>{found}")
-    return f"<section>{''.join(parts)}</section>"
+            (beside if title in _NARROW else parts).append(f"<div><h3>{title}</h3>{found}</div>")
+    return f"<section>{''.join(parts)}<div class=beside>{''.join(beside)}</div></section>"
 
 
 def _state(record: StageRecord, label: str) -> str:
     who = f"{label}: " if label else ""
     if record.complete:
         again = len(as_list(record.info.get("resumed")))
-        return f"{who}finished" + (f", after {again} {'interruption' if again == 1 else 'interruptions'}" if again else "")
+        return f"{who}finished" + (
+            f", after {again} {'interruption' if again == 1 else 'interruptions'}" if again else ""
+        )
     return f"{who}not finished, step {number(record.step)}" + (f" of {number(t)}" if (t := record.total()) else "")

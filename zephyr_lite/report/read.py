@@ -95,7 +95,9 @@ def read_stage(folder: Path) -> StageRecord:
     stage = StageDir(folder)
     info = stage.info()
     if info is None:
-        raise UserError(f"{folder}: is no stage of a run (it has no {STAGE_FILE}).", "Give runs/NAME or runs/NAME/STAGE.")
+        raise UserError(
+            f"{folder}: is no stage of a run (it has no {STAGE_FILE}).", "Give runs/NAME or runs/NAME/STAGE."
+        )
     checked(info, folder / STAGE_FILE)
     config = read_dumped(stage.config) if stage.config.is_file() else {}
     history: dict[int, dict[str, Any]] = {}

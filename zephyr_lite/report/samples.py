@@ -23,7 +23,9 @@ def samples(records: Sequence[StageRecord], labels: Sequence[str]) -> Html:
             found.setdefault(prompt, [{} for _ in records])[place][step] = answer  # the last of a step counts
             if isinstance(line.get("reference"), str):
                 references[prompt] = line["reference"]
-    parts = [_prompt(prompt, answers, references.get(prompt), labels) for prompt, answers in list(found.items())[:PROMPTS]]
+    parts = [
+        _prompt(prompt, answers, references.get(prompt), labels) for prompt, answers in list(found.items())[:PROMPTS]
+    ]
     if len(found) > PROMPTS:
         parts.append(Html(f"<p class=aside>and {len(found) - PROMPTS} more prompts in samples.jsonl</p>"))
     return Html("".join(parts))
@@ -45,13 +47,17 @@ def _prompt(prompt: str, answers: list[dict[int, str]], reference: str | None, l
     between = ""
     if len(answers) == 1 and len(answers[0]) > 2:
         steps = sorted(answers[0])[1:-1]
-        chosen = steps if len(steps) <= BETWEEN else [steps[round(i * (len(steps) - 1) / (BETWEEN - 1))] for i in range(BETWEEN)]
+        chosen = (
+            steps
+            if len(steps) <= BETWEEN
+            else [steps[round(i * (len(steps) - 1) / (BETWEEN - 1))] for i in range(BETWEEN)]
+        )
         inner = "".join(_box(f"step {step}", answers[0][step]) for step in chosen)
         between = f"<details><summary>in between</summary><div class=answers>{inner}</div></details>"
     if reference is not None:
         boxes.append(_box("held-out row", reference, kind="box reference"))
     return Html(
-        f'<div class=sample>{_box("prompt", prompt, kind="box prompt")}<div class=answers>{"".join(boxes)}</div>{between}</div>'
+        f"<div class=sample>{_box('prompt', prompt, kind='box prompt')}<div class=answers>{''.join(boxes)}</div>{between}</div>"
     )
 
 

@@ -37,20 +37,23 @@ def _facts(record: StageRecord) -> Iterator[tuple[str, Any]]:
     losses = record.points("eval_loss")[1]
     if losses:
         yield "held-out loss", f"{number(losses[0])} → {number(losses[-1])}" if len(losses) > 1 else number(losses[0])
-    xs, ys = record.points("loss")
+    ys = record.points("loss")[1]
     if ys:
-        yield "training loss", f"{number(ys[0])} → {number(_tail(ys))}"
+        first, last = _end(ys, first=True), _end(ys)
+        yield "training loss, first → last tenth", f"{number(first)} → {number(last)}"
     best = as_list(result.get("best"))
     if len(losses) > 2 and len(best) == 2 and is_number(best[0]):
         yield "best held-out loss", f"{number(best[0])} (step {number(best[1])})"
     if record.method == "dpo":
         held = record.last("eval_rewards/accuracies")
-        yield "preference accuracy" + (", held-out" if held is not None else ""), share(
-            held if held is not None else _tail(record.points("rewards/accuracies")[1])
+        yield (
+            "preference accuracy" + (", held-out" if held is not None else ""),
+            share(held if held is not None else _end(record.points("rewards/accuracies")[1])),
         )
         held = record.last("eval_rewards/margins")
-        yield "margin" + (", held-out" if held is not None else ""), number(
-            held if held is not None else _tail(record.points("rewards/margins")[1])
+        yield (
+            "margin" + (", held-out" if held is not None else ""),
+            number(held if held is not None else _end(record.points("rewards/margins")[1])),
         )
     else:
         held = record.last("eval_mean_token_accuracy")
@@ -71,18 +74,19 @@ def _facts(record: StageRecord) -> Iterator[tuple[str, Any]]:
     if not is_number(peak) and measured:
         peak = max(measured) * 2**30
     if is_number(peak):
-        yield "memory at the peak", gib(peak)
-    if is_number(planned) and planned:
+        yield "memory: measured, planned", f"{gib(peak)}, {gib(planned) if planned else '–'}"
+    elif is_number(planned) and planned:
         yield "memory planned", gib(planned)
     left = result.get("steps_left_out", len(record.left_out))
     if left:
         yield "steps left out", number(left)
 
 
-def _tail(values: Sequence[float]) -> float | None:
-    """The mean of the last twentieth: one step's value is noise."""
+def _end(values: Sequence[float], *, first: bool = False) -> float | None:
+    """The mean of the last (or the first) tenth: one step's value is noise."""
     fine = [value for value in values if math.isfinite(value)]
-    return statistics.fmean(fine[-max(1, len(fine) // 20) :]) if fine else None
+    count = max(1, len(fine) // 10)
+    return statistics.fmean(fine[:count] if first else fine[-count:]) if fine else None
 
 
 def warnings(records: Records, labels: Labels) -> Html:
@@ -133,7 +137,9 @@ def data(records: Records, labels: Labels) -> Html:
                 cells.append(f"{number(each.get('count', 0))}{more if first else ''}")
             rows.append([f"{title}: {reason}", *cells])
     parts = [table(["", *labels] if len(records) > 1 else [], rows)] if rows else []
-    pictures = [picture for record, label in zip(records, labels) for picture in _histograms(record, label, len(records) > 1)]
+    pictures = [
+        picture for record, label in zip(records, labels) for picture in _histograms(record, label, len(records) > 1)
+    ]
     if pictures:
         parts.append(Html(f"<div class=charts>{''.join(pictures)}</div>"))
     notes = [without_paths(str(note)) for report in reports for note in as_list(report.get("notes"))]
@@ -182,7 +188,9 @@ def memory(records: Records, labels: Labels) -> Html:
         free = f"{gib(plan.get('free_bytes'))} were free; " if is_number(plan.get("free_bytes")) else ""
         at = f"the peak is at: {plan['at']}; " if isinstance(plan.get("at"), str) else ""
         who = f"{label}: " if len(records) > 1 else ""
-        said.append(f"{who}{free}{at}{number(plan.get('micro_tokens'))} tokens at once; kept for the backward pass: {counts}.")
+        said.append(
+            f"{who}{free}{at}{number(plan.get('micro_tokens'))} tokens at once; kept for the backward pass: {counts}."
+        )
         if as_dict(record.info.get("machine")).get("device") == "cpu" and is_number(
             record.part("result").get("peak_memory_bytes")
         ):
@@ -301,7 +309,9 @@ def _base(base: dict[str, Any]) -> Html:
     local = Path(name).is_absolute() or name.startswith(("~", "."))
     shown = f"{Path(name).name} (a local folder)" if local else f"{name} ({base.get('revision', 'main')})"
     how = "NF4, " if base.get("load_in_4bit") else ""
-    return Html(f"{esc(shown)}, {esc(how)}computed in {esc(base.get('dtype', '–'))}<br>{_hash(base.get('fingerprint'))}")
+    return Html(
+        f"{esc(shown)}, {esc(how)}computed in {esc(base.get('dtype', '–'))}<br>{_hash(base.get('fingerprint'))}"
+    )
 
 
 def _below(record: StageRecord, place: int) -> Html:
@@ -336,8 +346,12 @@ def environment(records: Records, labels: Labels) -> Html:
         lines = []
         for entry in as_list(record.info.get("resumed")):
             entry = as_dict(entry)
-            changed = "; ".join(without_paths(str(each)) for each in as_list(entry.get("changed"))) or "nothing was changed"
-            lines.append(f"<li>{esc(moment(entry.get('at')))}: went on from step {esc(entry.get('step'))}; {esc(changed)}</li>")
+            changed = (
+                "; ".join(without_paths(str(each)) for each in as_list(entry.get("changed"))) or "nothing was changed"
+            )
+            lines.append(
+                f"<li>{esc(moment(entry.get('at')))}: went on from step {esc(entry.get('step'))}; {esc(changed)}</li>"
+            )
         if lines:
             who = f"{label}: " if len(records) > 1 else ""
             parts.append(Html(f"<h4>{esc(who)}Starts that went on</h4><ul class=notes>{''.join(lines)}</ul>"))

@@ -45,7 +45,7 @@ def chart(figure: Figure) -> Html:
             y = at(low_x, value)[1]
             parts.append(f'<path class=rule d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
             above = y - 3 if y > TOP + 12 else y + 11
-            parts.append(f'<text class=note x={WIDTH - RIGHT - 2} y={above} text-anchor=end>{esc(label)}</text>')
+            parts.append(f"<text class=note x={WIDTH - RIGHT - 2} y={above} text-anchor=end>{esc(label)}</text>")
     for mark in sorted(set(figure.marks)):
         if low_x <= mark <= high_x:
             parts.append(f'<path class=mark d="M{at(mark, low)[0]} {HEIGHT - BOTTOM}v-7"/>')
@@ -54,7 +54,9 @@ def chart(figure: Figure) -> Html:
     values = {
         "x": [low_x, high_x],
         "plot": [LEFT, WIDTH - RIGHT, WIDTH],
-        "series": [{"n": s.label, "h": s.hue, "k": s.kind, "x": s.xs, "y": [_rounded(y) for y in s.ys]} for s in series],
+        "series": [
+            {"n": s.label, "h": s.hue, "k": s.kind, "x": s.xs, "y": [_rounded(y) for y in s.ys]} for s in series
+        ],
     }
     unit = f" <small>{esc(figure.unit)}</small>" if figure.unit else ""
     notes = [cut] if cut else []
@@ -107,7 +109,9 @@ def bars(title: str, unit: str, edges: Sequence[float], stacks: Sequence[tuple[s
         if edges[0] <= tick <= edges[-1]:
             x = LEFT + (tick - edges[0]) / span * inner
             parts.append(f"<text x={x:.1f} y={HEIGHT - 7} text-anchor=middle>{number(round(tick))}</text>")
-    keys = [f'<span><i class="box fill{hue}"></i>{esc(label)}</span>' for hue, (label, c) in enumerate(stacks) if any(c)]
+    keys = [
+        f'<span><i class="box fill{hue}"></i>{esc(label)}</span>' for hue, (label, c) in enumerate(stacks) if any(c)
+    ]
     return Html(
         f"<figure class=chart><figcaption>{esc(title)} <small>{esc(unit)}</small></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{esc(title)}">{"".join(parts)}</svg>'
@@ -135,7 +139,7 @@ def _drawn(s: Series, at: object) -> list[str]:
 
 
 def _legend(s: Series) -> str:
-    dot = '<circle class="dot hue{0}" cx=11 cy=5 r=3 />'.format(s.hue) if s.kind == "dots" else ""
+    dot = f'<circle class="dot hue{s.hue}" cx=11 cy=5 r=3 />' if s.kind == "dots" else ""
     dashed = " dashed" if s.dashed else ""
     line = f'<path class="{s.kind} hue{s.hue}{dashed}" d="M1 5H21"/>'
     label = s.label.removesuffix(", smoothed")

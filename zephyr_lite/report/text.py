@@ -49,7 +49,8 @@ def gib(value: Any) -> str:
     """Bytes in GiB, or in MiB where they are few."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–"
-    return f"{value / 2**30:.2f} GiB" if value >= 2**29 else f"{value / 2**20:.0f} MiB"
+    mib = value / 2**20
+    return f"{mib / 1024:.2f} GiB" if mib >= 512 else f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
 
 
 def moment(value: Any) -> str:
@@ -67,7 +68,9 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} more characters)"
 
 
-def table(head: Sequence[Any], rows: Sequence[Sequence[Any]], *, kind: str = "facts", marked: Sequence[bool] = ()) -> Html:
+def table(
+    head: Sequence[Any], rows: Sequence[Sequence[Any]], *, kind: str = "facts", marked: Sequence[bool] = ()
+) -> Html:
     """A table; cells that are no ``Html`` are escaped.
 
     Args:
