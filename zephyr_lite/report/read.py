@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,21 @@ class StageRecord:
         """The last step that was logged."""
         return max(self.history, default=0)
 
+    @cached_property
+    def columns(self) -> dict[str, Points]:
+        """Every number of the history: name → (steps, values); a value may be no finite number."""
+        found: dict[str, Points] = {}
+        for step, line in self.history.items():
+            for key, value in line.items():
+                if is_number(value):
+                    steps, values = found.setdefault(key, ([], []))
+                    steps.append(step)
+                    values.append(float(value))
+        return found
+
     def points(self, key: str) -> Points:
-        """(steps, values) of what was logged under a name; a value may be no finite number."""
-        found = [(step, line[key]) for step, line in self.history.items() if is_number(line.get(key))]
-        return [step for step, _ in found], [float(value) for _, value in found]
+        """(steps, values) of what was logged under a name."""
+        return self.columns.get(key, ([], []))
 
     def last(self, key: str) -> float | None:
         values = self.points(key)[1]
