@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 
-from rich.cells import cell_len
+from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
 from ..console import visible
@@ -57,8 +57,9 @@ def panel_lines(progress: Progress, verdict: Verdict, width: int, *, ascii_only:
         *_held_out(progress),
         *_preferences(progress, signs),
         _speed(progress),
+        *_rate(progress),
         *_sample(progress, width),
-        _verdict(verdict, ascii_only),
+        *_verdict(verdict, width, ascii_only),
     ]
     for line in lines:
         line.truncate(width, overflow="crop" if ascii_only else "ellipsis")
@@ -129,37 +130,65 @@ def _speed(progress: Progress) -> Text:
         # the plan counts a CPU's tensors, and there the peak is the whole process's
         planned = progress.stage.plan.peak if str(progress.stage.base.device) != "cpu" else 0
         line.append(f" of {planned / GIB:.1f} GiB planned" if planned else " GiB")
-    for name, key, form in (("lr", "learning_rate", ".1e"), ("gradient", "grad_norm", ".3g")):
-        if key in last:
-            line.append(f"  {name} {float(last[key]):{form}}")
     return line
+
+
+def _rate(progress: Progress) -> list[Text]:
+    last = progress.last
+    if "learning_rate" not in last:
+        return []
+    line = _label("rate").append(f"{float(last['learning_rate']):.2e}")
+    if "grad_norm" in last:
+        line.append(f"  gradient norm {float(last['grad_norm']):.3g}")
+    return [line]
 
 
 def _sample(progress: Progress, width: int) -> list[Text]:
     sample = progress.sample
     if sample is None:
         return []
-    room = max(8, width - 10)
-    question = _words(sample.prompt)
-    if cell_len(question) > room:  # the question stands at the prompt's end
-        while cell_len(question) > room - 1:
-            question = question[max(1, len(question) // 20) :]
-        question = "…" + question.lstrip()
-    answer = _words(sample.answer) or "(nothing)"
-    first = Text(answer)
-    first.truncate(room)
-    shown = [_label("asked").append(question, style="dim"), _label("answers").append(first.plain)]
-    rest = answer[len(first.plain.rstrip("…")) :]
-    if rest and first.plain.endswith("…"):
-        shown[-1] = _label("answers").append(first.plain[:-1])
-        shown.append(_label("").append(rest))
-    return shown
+    room = max(8, width - cell_len(_label("").plain))
+    question = ending(_words(sample.prompt), room)
+    lines = wrapped(_words(sample.answer) or "(nothing)", room, 2)
+    shown = [_label("asked").append(question, style="dim")]
+    return [*shown, *(_label("" if place else "answers").append(line) for place, line in enumerate(lines))]
+
+
+def ending(text: str, width: int) -> str:
+    """The last words that fit into ``width`` cells: a question stands at its prompt's end."""
+    if cell_len(text) <= width:
+        return text
+    kept = ""
+    for word in reversed(text.split(" ")):
+        if cell_len(f"… {word} {kept}".rstrip()) > width:
+            break
+        kept = f"{word} {kept}".rstrip()
+    return f"… {kept}".rstrip()
+
+
+def wrapped(text: str, width: int, rows: int) -> list[str]:
+    """The text's first rows of at most ``width`` cells, broken between words; what is left out shows as an ellipsis."""
+    lines: list[str] = []
+    for word in text.split(" "):
+        if lines and cell_len(lines[-1]) + 1 + cell_len(word) <= width:
+            lines[-1] += " " + word
+            continue
+        parts = chop_cells(word, width) or [""]
+        lines += parts
+    if len(lines) > rows:
+        last = lines[rows - 1]
+        while last and cell_len(last) > width - 2:
+            last = last[:-1]
+        lines = [*lines[: rows - 1], last.rstrip() + " …"]
+    return lines
 
 
 def _words(text: str) -> str:
     return " ".join(visible(_TAGS.sub(" ", text)).split())
 
 
-def _verdict(verdict: Verdict, ascii_only: bool) -> Text:
+def _verdict(verdict: Verdict, width: int, ascii_only: bool) -> list[Text]:
     mark, style = _MARKS[verdict.kind]
-    return Text(("* " if ascii_only and verdict.kind == "good" else mark) + verdict.text, style=style)
+    mark = "* " if ascii_only and verdict.kind == "good" else "- " if ascii_only and verdict.kind == "open" else mark
+    lines = wrapped(verdict.text, width - 2, 2)
+    return [Text(("  " if place else mark) + line, style=style) for place, line in enumerate(lines)]

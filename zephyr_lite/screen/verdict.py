@@ -104,11 +104,13 @@ def _preferences(progress: Progress) -> Verdict:
     if accuracy is None or margin is None:
         return Verdict("open", "too early to say")
     said = f"the better answer is likelier in {accuracy:.0%} of pairs, margin {margin:.3f}"
-    if accuracy > 0.5 and margin > 0:
+    pairs = sum(float(m.get("num_pairs", 0.0)) for m in progress.recent)
+    chance = 1 / math.sqrt(max(pairs, 1.0))  # two standard errors of a coin thrown so often
+    if accuracy > 0.5 + chance and margin > 0:
         return Verdict("good", f"as it should: {said}")
-    if progress.step > progress.total / 2:
+    if accuracy < 0.5 - chance or (progress.step > progress.total / 2 and margin <= 0):
         return Verdict("bad", f"no preference is learned: {said}")
-    return Verdict("open", said)
+    return Verdict("open", f"not yet told from chance: {said}")
 
 
 def _range(bounds: Range, digits: int) -> str:
