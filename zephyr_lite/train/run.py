@@ -74,7 +74,10 @@ def _among_others(
     with ExitStack() as held:
         if here.writes:  # its lock is the run's
             here.together(lambda: held.enter_context(alone(Path(config.output_dir), say)))
-            say(f"{here.size} processes, {here.local_size} of them on this machine: each takes its share of every step")
+            say(
+                f"{here.size} processes, {here.local_size} of them on this machine: each takes its share of every step "
+                "(the plan and its hours are for one alone)"
+            )
         else:
             here.together(lambda: None)
         sees(config.output_dir)

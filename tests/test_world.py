@@ -1,0 +1,199 @@
+"""Several processes train as one does: the same losses, the same adapter, one writer; whoever fails tells the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from zephyr_lite.config import load_config
+from zephyr_lite.model.peft_files import read_adapter
+from zephyr_lite.train.dpo import run_dpo
+from zephyr_lite.train.sft import run_sft
+from zephyr_lite.world import World, deal
+
+ROOT = Path(__file__).parent.parent
+
+
+def quiet(*args):
+    pass
+
+
+def words(base, out, rows, **changes):
+    settings = {
+        "model_name_or_path": base, "output_dir": out, "dataset.path": rows, "eval_dataset.path": rows, "samples": 0,
+        "dtype": "float64", "load_in_4bit": "false", "max_length": 128, "max_prompt_length": 64, "batch_size": 3,
+        "lora_r": 4, "learning_rate": 5e-3, "save_steps": 2, "eval_steps": 2, "max_steps": 4, **changes,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def launched(arguments, folder, size=2):
+    """The command that starts so many processes, and the environment for it."""
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def among_two(folder, *arguments, code=0):
+    process = launched(arguments, folder)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == code, said
+    return said
+
+
+def logged(stage):
+    """What does not depend on the clock or the machine."""
+    records = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    skipped = ("seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib")
+    return [{k: v for k, v in record.items() if k not in skipped} for record in records]
+
+
+def close(stage, other):
+    found, wanted = logged(stage), logged(other)
+    assert [r.keys() for r in found] == [r.keys() for r in wanted]
+    for record, right in zip(found, wanted):
+        assert record == pytest.approx(right, rel=1e-9, abs=1e-12)
+    one, two = (read_adapter(folder / "adapter").modules for folder in (stage, other))
+    assert one.keys() == two.keys()
+    for name in one:
+        for part in ("a", "b"):
+            x, y = (getattr(modules[name], part).double() for modules in (one, two))
+            assert (x - y).norm() <= 1e-9 * y.norm(), name
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base, chat_rows, pair_rows, tmp_path_factory):
+    """Both stages in one process, and in two."""
+    folder = tmp_path_factory.mktemp("world")
+    sft = words(tiny_base, folder / "one", chat_rows, lora_dropout=0.1)
+    run_sft(load_config("sft", None, sft), say=quiet)
+    dpo = words(tiny_base, folder / "one", pair_rows, precompute_ref_log_probs="true", beta=0.1)
+    run_dpo(load_config("dpo", None, dpo), say=quiet)
+    sft, dpo = ([word.replace(str(folder / "one"), str(folder / "two")) for word in line] for line in (sft, dpo))
+    # a signal comes in the middle, and the same command goes on
+    process = launched(["-m", "zephyr_lite", "sft", *sft], folder)
+    log, until = folder / "two" / "sft" / "metrics.jsonl", time.monotonic() + 200
+    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    said = {"stopped": process.communicate(timeout=120)[0]}
+    said["sft"] = among_two(folder, "-m", "zephyr_lite", "sft", *sft)
+    said["dpo"] = among_two(folder, "-m", "zephyr_lite", "dpo", *dpo)
+    return folder, said
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_two_processes_are_as_one(runs, stage):
+    folder, said = runs
+    close(folder / "two" / stage, folder / "one" / stage)
+    info = json.loads((folder / "two" / stage / "stage.json").read_text())
+    assert info["status"] == "complete" and info["machine"]["processes"] == 2
+    assert said[stage].count("step 4/4") == 2  # the step and its evaluation, by one of them alone
+    assert "2 processes" in said[stage]
+
+
+def test_a_checkpoint_of_two_goes_on_with_one(runs, tiny_base, chat_rows, tmp_path):
+    folder, _ = runs
+    shutil.copytree(folder / "two" / "sft", tmp_path / "run" / "sft")
+    stage = tmp_path / "run" / "sft"
+    shutil.rmtree(stage / "checkpoint-4")
+    shutil.rmtree(stage / "adapter")
+    info = json.loads((stage / "stage.json").read_text())
+    (stage / "stage.json").write_text(json.dumps({**info, "status": "running"}))
+    said = []
+    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "run", chat_rows, lora_dropout=0.1)), say=said.append)
+    assert "going on from checkpoint-2" in said and any("processes 2 then, 1 now" in line for line in said)
+    close(stage, folder / "one" / "sft")
+
+
+def test_a_signal_stops_all_after_the_same_step(runs):
+    _, said = runs
+    assert said["stopped"].count("holds everything") == 1, said["stopped"]
+    assert said["sft"].count("going on from checkpoint-") == 1
+
+
+def test_rows_are_dealt_by_length_and_each_once():
+    lengths = [100, 1, 90, 10, 50, 40, 3]
+    parts = deal(range(7), lengths, 3)
+    assert sorted(i for part in parts for i in part) == list(range(7))
+    assert all(part == sorted(part) for part in parts)
+    loads = [sum(lengths[i] for i in part) for part in parts]
+    assert max(loads) <= 4 / 3 * sum(lengths) / 3
+    assert deal([5], lengths, 2) == [[5], []]
+
+
+def test_alone_everything_is_as_without():
+    here = World()
+    value = torch.ones(3)
+    here.add(value)
+    assert here.writes and value.tolist() == [1, 1, 1] and here.gather(4) == [4]
+    assert here.lead(lambda: 1) == here.in_turn(lambda: 1) == here.together(lambda: 1) == 1
+    assert here.sums(lambda: {"a": 2.0}) == {"a": 2.0} and here.share([3, 1], [0] * 4) == [3, 1]
+
+
+TOGETHER = """
+import os, sys
+from zephyr_lite.errors import UserError
+from zephyr_lite.world import PeerEnded, joined, sees
+with joined() as here:
+    import torch
+    value = torch.full((2,), float(here.rank + 1))
+    here.add(value)
+    assert value.tolist() == [3, 3]
+    assert here.gather(here.rank) == [0, 1] and here.lead(lambda: here.rank) == 0
+    assert here.sums(lambda: {"a": here.rank + 1.0}) == {"a": 3.0}
+    turns = sys.argv[1]
+    here.in_turn(lambda: open(turns, "a").write(str(here.rank)))
+    def fails():
+        if here.rank == 1:
+            raise UserError("a row of mine")
+    try:
+        here.together(fails)
+        raise SystemExit("nobody noticed")
+    except UserError:
+        assert here.rank == 1
+    except PeerEnded as ended:
+        assert here.rank == 0 and ended.code == 2 and "a row of mine" in ended.message
+    try:
+        sees("." if here.rank == 0 else "nowhere")
+        raise SystemExit("nobody noticed")
+    except UserError as error:
+        assert "is not there on" in str(error)
+    if here.rank == 1:
+        os.kill(os.getpid(), 9)
+    try:
+        here.gather(0)
+        raise SystemExit("nobody noticed")
+    except PeerEnded as ended:
+        print("gone:", ended.message, flush=True)
+"""
+
+
+def test_whoever_fails_tells_the_others_and_whoever_dies_is_missed(tmp_path):
+    (tmp_path / "together.py").write_text(TOGETHER)
+    said = among_two(tmp_path, str(tmp_path / "together.py"), str(tmp_path / "turns"), code=1)
+    assert "gone: another process of the run is gone" in said
+    assert (tmp_path / "turns").read_text() == "01"
+
+
+def test_what_runs_in_one_process_says_so(tmp_path, monkeypatch, capsys):
+    from zephyr_lite import cli
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments in (["plan"], ["sft", "--dry-run"], ["dpo", "--smoke"]):
+        assert cli.run(arguments) == 2
+        assert "runs in one process; 2 were started" in capsys.readouterr().err
