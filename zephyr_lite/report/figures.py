@@ -99,7 +99,8 @@ def figures_of(records: Sequence[StageRecord], labels: Sequence[str]) -> list[Fi
 
 
 def _figure(spec: _Spec, records: Sequence[StageRecord], labels: Sequence[str]) -> Figure:
-    figure = Figure(spec.title, spec.unit, bounds=spec.bounds)
+    process = spec.title == "Memory" and any(record.on_cpu for record in records)
+    figure = Figure(spec.title, spec.unit + (", the whole process" if process else ""), bounds=spec.bounds)
     two = len(spec.keys) > 1
     for which, record in enumerate(records):
         who = f"{labels[which]}: " if len(records) > 1 else ""

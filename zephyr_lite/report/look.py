@@ -12,6 +12,7 @@ body{margin:0 auto;max-width:1180px;padding:20px 20px 60px;background:var(--page
   font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;overflow-wrap:anywhere}
 h1{font-size:26px;margin:0 0 2px;line-height:1.25}
 h2{font-size:21px;margin:44px 0 10px;padding-top:14px;border-top:2px solid var(--line)}
+section:first-child h2{margin-top:14px}
 h3{font-size:16px;margin:26px 0 8px}
 h4{font-size:14px;margin:16px 0 6px}
 h5{font-size:12px;margin:0;color:var(--quiet);font-weight:600}
@@ -22,11 +23,12 @@ nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin:10px 0 0}
 a{color:var(--hue0)}
 .state{display:inline-block;border:1px solid var(--line);border-radius:10px;padding:0 9px;font-size:12px;
   font-weight:400;vertical-align:middle;color:var(--quiet);white-space:nowrap}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(165px,1fr));gap:8px;margin:12px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:8px;margin:12px 0}
 .tiles div{background:var(--card);border-radius:8px;padding:8px 12px}
 dt{color:var(--quiet);font-size:12px}
-dd{margin:0;font-size:16px;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:normal}
+dd{margin:0;font-size:15.5px;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr));gap:14px}
+.wide+.charts{margin-top:14px}
 .chart{margin:0;background:var(--card);border-radius:8px;padding:10px 10px 6px;position:relative;min-width:0}
 figcaption{font-weight:600;font-size:14px;padding-left:4px}
 svg{display:block;max-width:100%}

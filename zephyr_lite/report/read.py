@@ -53,6 +53,10 @@ class StageRecord:
         return self.info.get("status") == "complete"
 
     @property
+    def on_cpu(self) -> bool:
+        return self.part("machine").get("device") == "cpu"
+
+    @property
     def step(self) -> int:
         """The last step that was logged."""
         return max(self.history, default=0)

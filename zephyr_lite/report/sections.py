@@ -32,15 +32,17 @@ def overview(records: Records, labels: Labels) -> Html:
 
 def _facts(record: StageRecord) -> Iterator[tuple[str, Any]]:
     result, total = record.part("result"), record.total()
-    steps = number(record.step) if record.complete or total is None else f"{number(record.step)} of {number(total)}"
-    yield "steps", steps if record.complete else f"{steps} (not finished)"
+    yield (
+        "steps",
+        number(record.step) if record.complete or total is None else f"{number(record.step)} of {number(total)}",
+    )
     losses = record.points("eval_loss")[1]
     if losses:
         yield "held-out loss", f"{number(losses[0])} → {number(losses[-1])}" if len(losses) > 1 else number(losses[0])
     ys = record.points("loss")[1]
     if ys:
         first, last = _end(ys, first=True), _end(ys)
-        yield "training loss, first → last tenth", f"{number(first)} → {number(last)}"
+        yield "training loss, mean of ends", f"{number(first)} → {number(last)}"
     best = as_list(result.get("best"))
     if len(losses) > 2 and len(best) == 2 and is_number(best[0]):
         yield "best held-out loss", f"{number(best[0])} (step {number(best[1])})"
@@ -73,8 +75,10 @@ def _facts(record: StageRecord) -> Iterator[tuple[str, Any]]:
     measured = [y for y in record.points("peak_memory_gib")[1] if math.isfinite(y)]
     if not is_number(peak) and measured:
         peak = max(measured) * 2**30
-    if is_number(peak):
-        yield "memory: measured, planned", f"{gib(peak)}, {gib(planned) if planned else '–'}"
+    if is_number(peak) and is_number(planned) and planned:
+        yield "memory, measured / planned", f"{peak / 2**30:.2f} / {planned / 2**30:.2f} GiB"
+    elif is_number(peak):
+        yield "memory, measured", gib(peak)
     elif is_number(planned) and planned:
         yield "memory planned", gib(planned)
     left = result.get("steps_left_out", len(record.left_out))
@@ -137,9 +141,10 @@ def data(records: Records, labels: Labels) -> Html:
                 cells.append(f"{number(each.get('count', 0))}{more if first else ''}")
             rows.append([f"{title}: {reason}", *cells])
     parts = [table(["", *labels] if len(records) > 1 else [], rows)] if rows else []
-    pictures = [
-        picture for record, label in zip(records, labels) for picture in _histograms(record, label, len(records) > 1)
-    ]
+    # of the same rows one picture is enough
+    same = len({report.get("fingerprint") for report in reports}) == 1
+    shown = list(zip(records, labels))[: 1 if same else None]
+    pictures = [picture for record, label in shown for picture in _histograms(record, label, len(shown) > 1)]
     if pictures:
         parts.append(Html(f"<div class=charts>{''.join(pictures)}</div>"))
     notes = [without_paths(str(note)) for report in reports for note in as_list(report.get("notes"))]
@@ -191,10 +196,8 @@ def memory(records: Records, labels: Labels) -> Html:
         said.append(
             f"{who}{free}{at}{number(plan.get('micro_tokens'))} tokens at once; kept for the backward pass: {counts}."
         )
-        if as_dict(record.info.get("machine")).get("device") == "cpu" and is_number(
-            record.part("result").get("peak_memory_bytes")
-        ):
-            said[-1] += " On a CPU the measured peak is that of the whole process, libraries included."
+        if record.on_cpu:
+            said[-1] += " On a CPU what is measured is the whole process, libraries and rows included."
     head = ["", *labels] if len(records) > 1 else []
     return Html(table(head, lines, kind="bars") + "".join(f"<p class=aside>{esc(text)}</p>" for text in said))
 
