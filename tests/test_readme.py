@@ -1,4 +1,5 @@
-"""The README says what is true: its commands parse and run in small, its examples load, its table has every key."""
+"""The README and its guides say what is true: their commands parse and run in small, their examples load, their links lead
+somewhere, and their figures are the measured ones."""
 
 from __future__ import annotations
 
@@ -14,15 +15,15 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from zephyr_lite import cli
-from zephyr_lite.config import DPO_DEFAULTS, DatasetSpec, RunConfig, load_config
+from zephyr_lite.config import DatasetSpec, load_config
 from zephyr_lite.data.sources import load_rows
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
-
 # what the README links to, under docs/
-GUIDES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+GUIDES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str, text: str = TEXT) -> list[str]:
@@ -35,34 +36,63 @@ def commands(text: str) -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-COMMANDS = [line for text in (TEXT, *GUIDES.values()) for line in commands(text)]
-OURS = list(dict.fromkeys(line for line in COMMANDS if line.startswith("zephyr-lite")))
-TRAINING = [line for line in OURS if line.split()[1] in ("sft", "dpo")]
+EVERYWHERE = "\n".join((TEXT, *GUIDES.values()))
+COMMANDS = commands(EVERYWHERE)
+# torchrun and accelerate start the same command several times
+STARTERS = r"(?:torchrun|accelerate launch)\b.*? -m zephyr_lite "
+OURS = list(dict.fromkeys(re.sub(rf"^{STARTERS}", "zephyr-lite ", line) for line in COMMANDS))
+OURS = [line for line in OURS if line.startswith("zephyr-lite")]
+
+GROUP = typer.main.get_command(cli.app)
 
 
-def test_every_command_is_one_of_these():
-    assert {line.split()[0] for line in COMMANDS} == {"make", "pip", "zephyr-lite"}
-    assert {line.split()[1] for line in OURS} >= {"sft", "dpo", "merge", "env"}
+def training() -> list[str]:
+    """The commands that train, but those that are the same one in small."""
+    found = {}
+    for line in OURS:
+        words = shlex.split(line)[1:]
+        if words[0] in ("sft", "dpo") and "--smoke" not in words and "engine=trl" not in words:
+            kept = [
+                w for w in words if not re.match(r"(model_name_or_path|(eval_)?dataset|output_dir|adapters)[.=]", w)
+            ]
+            found.setdefault(tuple(w for w in kept if w not in ("--dry-run", "--quiet", "--json")), line)
+    return list(found.values())
 
 
-@pytest.mark.parametrize("line", OURS)
-def test_commands_parse(line, tmp_path):
+def parse(line: str) -> None:
+    """With the command's own parser, and the schema where keys may follow."""
     _, name, *words = shlex.split(line)
-    group = typer.main.get_command(cli.app)
+    group = GROUP
     if name in ("data", "eval", "export"):
         group, name, *words = group.commands[name], *words
     context = group.commands[name].make_context(name, words)
     if name in ("sft", "dpo"):
         config = context.params["config"]
-        file = None if config == "my.yaml" else config or f"zephyr-7b/{name}"
-        load_config(name, file, context.args)
+        load_config(name, None if config == "my.yaml" else config or f"zephyr-7b/{name}", context.args)
 
 
-@pytest.mark.parametrize("line", TRAINING)
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of the headings."""
+    found = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_every_command_is_one_of_these():
+    outside = {line.split()[0] for line in COMMANDS if not re.match(STARTERS, line)}
+    assert outside - {"make", "pip", "zephyr-lite"} <= {"git", "jq"}
+    assert {line.split()[1] for line in OURS} >= {"sft", "dpo", "merge", "env", "plan", "report", "reproduce"}
+
+
+def test_commands_parse():
+    for line in OURS:
+        parse(line.split(" | ")[0])
+
+
+@pytest.mark.parametrize("line", training())
 def test_training_commands_run_in_small(line, tmp_path, monkeypatch, tiny_base, chat_rows, pair_rows, capsys):
     """As dry runs, with the model, the rows and the sizes replaced."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.yaml").write_text(blocks("yaml")[0])
+    (tmp_path / "my.yaml").write_text(blocks("yaml", EVERYWHERE)[0])
     (tmp_path / "my").mkdir()
     shutil.copy(chat_rows, tmp_path / "my" / "held_out.jsonl")
     _, name, *words = shlex.split(line)
@@ -85,14 +115,14 @@ def test_make_targets_exist():
 
 
 def test_configurations_in_yaml_load(tmp_path):
-    for text in blocks("yaml"):
+    for text in blocks("yaml", EVERYWHERE):
         (tmp_path / "my.yaml").write_text(text)
         load_config("sft", str(tmp_path / "my.yaml"))
 
 
 @pytest.mark.parametrize("number", range(6))
 def test_rows_of_every_format_are_read(number, tmp_path):
-    lines = [line for block in blocks("json") for line in block.splitlines()]
+    lines = [line for block in blocks("json", GUIDES["your-own.md"]) for line in block.splitlines()]
     assert len(lines) == 6
     method = "dpo" if "chosen" in json.loads(lines[number]) else "sft"
     path = tmp_path / "rows.jsonl"
@@ -105,13 +135,15 @@ def test_rows_of_every_format_are_read(number, tmp_path):
 
 
 def test_python_examples_are_python():
-    for text in blocks("python"):
-        compile(text, "README.md", "exec")
+    found = blocks("python", EVERYWHERE)
+    for text in found:
+        compile(text, "an example", "exec")
+    assert len(found) >= 2
 
 
 def test_the_line_for_trl_runs_in_small(tmp_path, tiny_base, chat_rows, monkeypatch):
     """The example as it stands, with the model, the rows and the sizes replaced."""
-    (text,) = (block for block in blocks("python") if "fuse(model)" in block)
+    (text,) = (block for block in blocks("python", EVERYWHERE) if "fuse(model)" in block)
     text = text.replace("mistralai/Mistral-7B-v0.1", str(tiny_base))
     text = text.replace('load_dataset("HuggingFaceH4/ultrachat_200k", split="train_sft")', "rows")
     text = text.replace(
@@ -127,25 +159,57 @@ def test_the_line_for_trl_runs_in_small(tmp_path, tiny_base, chat_rows, monkeypa
     assert len(found["trainer"].state.log_history) > 0 and found["trainer"].state.global_step == 2
 
 
-def test_the_table_has_every_key_with_its_default():
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", TEXT, re.MULTILINE))
-    assert list(rows) == list(RunConfig.model_fields)
-    for name, field in RunConfig.model_fields.items():
-        if name in ("dataset", "eval_dataset", "memory", "eval_steps", "save_steps"):
-            continue
-        sft = field.default if name != "stage" else "sft"
-        values = [sft] + ([DPO_DEFAULTS[name]] if DPO_DEFAULTS.get(name, sft) != sft else [])
-        written = [part.strip() for part in rows[name].split(";")]
-        assert len(written) == len(values), name
-        for text, value in zip(written, values):
-            assert text in (str(value), json.dumps(value)) or float(text) == value, name
+def test_links_lead_somewhere():
+    """Files of the checkout, and headings in them."""
+    for file, text in {
+        ROOT / "README.md": TEXT,
+        ROOT / "CONTRIBUTING.md": CONTRIBUTING,
+        **{ROOT / "docs" / name: text for name, text in GUIDES.items()},
+    }.items():
+        for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+            place = (file.parent / target).resolve() if target else file
+            assert place.exists(), f"{file.name}: {target}"
+            if heading:
+                assert heading in anchors(place.read_text(encoding="utf-8")), f"{file.name}: {target}#{heading}"
 
 
-def test_links_into_the_checkout_exist():
-    for file, text in {ROOT / "README.md": TEXT, **GUIDES}.items():
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert (file.parent / target).exists(), f"{file.name}: {target}"
+def test_every_guide_and_picture_is_linked():
+    for name in GUIDES:
+        assert f"(docs/{name})" in TEXT, name
+    for picture in (ROOT / "docs/images").iterdir():
+        assert f"images/{picture.name})" in EVERYWHERE, picture.name
+        assert picture.stat().st_size <= 200 * 1024
 
 
-def test_every_guide_is_linked():
-    assert all(f"(docs/{path.name})" in TEXT for path in GUIDES)
+def test_a_newcomer_finds_the_two_commands_on_the_first_screen():
+    first = TEXT.splitlines()[:30]
+    assert {
+        "zephyr-lite sft --config zephyr-7b/overnight-sft",
+        "zephyr-lite dpo --config zephyr-7b/overnight-dpo",
+    } <= set(first)
+
+
+def test_the_figures_beside_trl_are_the_measured_ones():
+    measured = json.loads((ROOT / "bench/results/compare-cpu.json").read_text())
+    for name, stage, rate in (
+        ("SFT, tokens/s", "sft", "tokens_per_second"),
+        ("DPO, live reference, pairs/s", "dpo", "pairs_per_second"),
+    ):
+        written = re.search(rf"^\| {name} \| ([\d.]+) \| ([\d.]+) \|", TEXT, re.MULTILINE)
+        found = [variant for variant in measured[stage]["variants"].values() if not variant["cached"]]
+        for engine, text in zip(("fused", "trl"), written.groups()):
+            best = max(variant[rate] for variant in found if variant["engine"] == engine)
+            assert float(text) == pytest.approx(best, rel=0.01), (name, engine)
+
+
+def test_the_table_of_results_is_the_one_that_reproduce_writes():
+    from zephyr_lite.rehearsal.results import HEADER, MARKER
+
+    lines = TEXT.splitlines()
+    place = lines.index(MARKER)
+    assert lines[place + 1] == HEADER
+    width = HEADER.count("|")
+    for line in lines[place + 2 :]:
+        if not line.startswith("|"):
+            break
+        assert line.count("|") == width

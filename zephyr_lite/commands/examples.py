@@ -34,7 +34,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "feedback": (
         "zephyr-lite feedback --config on-policy --model runs/mine/sft --dry-run",
-        "zephyr-lite feedback --prompts my/questions.txt --judge http://localhost:8000/v1#judge --out data/rated",
+        "zephyr-lite feedback --config local --prompts my/questions.txt --out data/rated",
     ),
     "distill": (
         "zephyr-lite distill --config distill --dry-run",
