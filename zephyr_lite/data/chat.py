@@ -12,6 +12,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,8 +22,8 @@ from jinja2.exceptions import TemplateSyntaxError
 from ..errors import UserError
 from ..strict_json import shown
 from .formats import Message, RowError
-from .template_render import Renderer
-from .template_trial import ADDED, LONGEST_TEMPLATE, REPEATED, is_own, reason, try_template
+from .template_render import Renderer, own_template
+from .template_trial import ADDED, LONGEST_TEMPLATE, REPEATED, is_own, reason, texts_of, try_template
 from .templates import BOS, NEEDED_TOKENS, TEMPLATES
 
 # Characters of a conversation; a tokenizer takes some 350 bytes a character in the worst case.
@@ -120,8 +121,9 @@ class ChatTemplate:
         self.name = name
         self.bos_token_id = bos_token_id
         self.notes: list[str] = []
-        own = is_own(text)
-        self._renderer = None if own else Renderer(text, _whence(name, tokenizer), tokenizer.special_tokens_map)
+        tokens = tokenizer.special_tokens_map
+        self._tokens = texts_of(tokens)
+        self._renderer = None if is_own(text) else Renderer(text, _whence(name, tokenizer), tokens)
         tokenizer.chat_template = text
 
     @cached_property
@@ -187,8 +189,9 @@ class ChatTemplate:
         if content > LONGEST_ROW:
             raise RowError(f"longer than {LONGEST_ROW:,} characters, the most that a row may have")
         if self._renderer is None:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            # a quarter of the time that apply_chat_template takes, which copies every turn first
+            return own_template(self.text).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens
             )
         most = ADDED + min(REPEATED * content, LONGEST_ROW)  # the trial saw other rows than this one
         try:
@@ -263,12 +266,13 @@ class ChatTemplate:
         # the template writes BOS itself
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = np.asarray(encoding["input_ids"], dtype=np.int32)
-        offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        # a third of the time that an array of the pairs takes
+        offsets = np.fromiter(chain.from_iterable(encoding["offset_mapping"]), dtype=np.int64, count=2 * len(ids))
         if self.bos_token_id is not None:
             count = int((ids == self.bos_token_id).sum())
             if len(ids) == 0 or ids[0] != self.bos_token_id or count != 1:
                 raise RowError(f"BOS stands {count} times in the row, not once at its beginning")
-        return ids, offsets[:, 0], offsets[:, 1]
+        return ids, offsets[::2], offsets[1::2]
 
     @staticmethod
     def _mask(starts: np.ndarray, spans: list[Span], loss_on: LossOn) -> np.ndarray:

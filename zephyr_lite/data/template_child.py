@@ -1,5 +1,5 @@
 """The child process of ``template_trial`` and ``template_render``: renders a stranger's template under limits. A script;
-nothing imports it.
+the environment that it renders in serves the kit's own templates too, without a child.
 
 It knows jinja2 and the standard library only, so that it starts in a tenth of a second. Standard input's first line holds
 a job in JSON. A trial writes what was wrong to standard output, in JSON; a job with ``serve`` answers each line that
