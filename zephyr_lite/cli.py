@@ -59,7 +59,7 @@ export_app = typer.Typer(no_args_is_help=True, help="Take a merged model elsewhe
 
 # any key of the configuration may follow a training command
 OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
-KEYS = "Any key of the configuration may follow, as key=value, --key value or --key=value; the README lists them."
+KEYS = "Any key of the configuration may follow, as key=value, --key value or --key=value; docs/configuration.md lists them."
 
 DryRun = Annotated[
     bool,
