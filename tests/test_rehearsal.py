@@ -11,6 +11,16 @@ from pathlib import Path
 
 import pytest
 
+# what the commands would import, each in a process of its own
+import zephyr_lite.chat.session
+import zephyr_lite.evaluate.loss
+import zephyr_lite.evaluate.preference
+import zephyr_lite.merge.command
+import zephyr_lite.needs
+import zephyr_lite.report.writer
+import zephyr_lite.screen
+import zephyr_lite.train.dpo
+import zephyr_lite.train.sft  # noqa: F401
 from tests.test_train import dpo_words, quiet, words
 from zephyr_lite import cli
 from zephyr_lite.config import load_config
@@ -34,9 +44,8 @@ def forked(command, *, log=None, asked=None, answer=None, kill_when=None):
             told = os.open(answer, os.O_WRONLY | os.O_CREAT) if answer else said
             for place, handle in enumerate((heard, told, said)):
                 os.dup2(handle, place)
-            sys.stdin, sys.stdout, sys.stderr = (
-                open(n, mode, closefd=False) for n, mode in ((0, "r"), (1, "w"), (2, "w"))
-            )
+            sys.stdin = os.fdopen(0, closefd=False)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
             try:
                 cli.main(list(command))
@@ -60,7 +69,9 @@ def rehearsed(tmp_path_factory, tiny_base, pair_rows):
     """A DPO stage rehearsed in a run that has no SFT stage yet: both stages, then."""
     root = tmp_path_factory.mktemp("runs")
     said: list[str] = []
-    parts = run_smoke("dpo", None, dpo_words(tiny_base, root / "mine", pair_rows), say=said.append, run=forked)
+    small = {"load_in_4bit": "false", "max_length": 64, "max_prompt_length": 32, "samples": 0}
+    keys = dpo_words(tiny_base, root / "mine", pair_rows, **small)
+    parts = run_smoke("dpo", None, keys, say=said.append, run=forked)
     return root, parts, said
 
 
@@ -99,7 +110,7 @@ def test_a_dpo_stage_stands_on_what_the_run_has(tiny_base, chat_rows, pair_rows,
         log.write_text("error: the card fell out\n")
         return Ended(2, 0.1)
 
-    with pytest.raises(UserError, match="failed at: train, 10 steps.*exit code 2") as error:
+    with pytest.raises(UserError, match=r"failed at: train, 10 steps.*exit code 2") as error:
         run_smoke("dpo", None, dpo_words(tiny_base, run, pair_rows, sync=tmp_path / "there"), say=quiet, run=fails)
     assert "the card fell out" in error.value.message and "1-train.log" in error.value.hint
     assert given[0].adapters == [str(run / "sft" / "adapter")] and given[0].sync is None
@@ -109,7 +120,7 @@ def test_a_dpo_stage_stands_on_what_the_run_has(tiny_base, chat_rows, pair_rows,
 
 def test_a_folder_that_is_no_rehearsal_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="is no rehearsal .it holds thesis.tex"):
+    with pytest.raises(UserError, match=r"is no rehearsal .it holds thesis.tex"):
         claim(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "x"
 

@@ -26,8 +26,8 @@ from zephyr_lite.rundir import StageDir
 @pytest.fixture(scope="module")
 def reproduced(tmp_path_factory, tiny_base, chat_rows, pair_rows):
     """The night's recipe on a tiny base, and then once more."""
-    small = ["max_steps=2", "lora_r=4", "batch_size=2", "max_length=128", "samples=0", "load_in_4bit=false"]
-    words = [f"model_name_or_path={tiny_base}", *small, "max_prompt_length=64"]
+    small = ["max_steps=2", "lora_r=4", "batch_size=2", "max_length=64", "samples=0", "load_in_4bit=false"]
+    words = [f"model_name_or_path={tiny_base}", *small, "max_prompt_length=32"]
     for stage, rows in (("sft", chat_rows), ("dpo", pair_rows)):
         words += [f"{stage}.dataset.path={rows}", f"{stage}.eval_dataset.path={rows}"]
     out = tmp_path_factory.mktemp("runs") / "night"
