@@ -82,7 +82,9 @@ _BOTH = (
     _Spec("Gradient norm", "before clipping", {"grad_norm": "training"}, held_out=False),
     _Spec("Throughput", "tokens a second", {"tokens_per_second": "training"}, held_out=False),
     _Spec("Throughput", "pairs a second", {"pairs_per_second": "training"}, held_out=False),
-    _Spec("Memory", "GiB at the peak", {"peak_memory_gib": "measured"}, held_out=False, smooth=False),
+    _Spec(
+        "Memory", "GiB at the peak", {"peak_memory_gib": "measured"}, held_out=False, smooth=False, bounds=(0.0, 0.0)
+    ),
 )
 
 

@@ -23,10 +23,10 @@ nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin:10px 0 0}
 a{color:var(--hue0)}
 .state{display:inline-block;border:1px solid var(--line);border-radius:10px;padding:0 9px;font-size:12px;
   font-weight:400;vertical-align:middle;color:var(--quiet);white-space:nowrap}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:8px;margin:12px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(160px,1fr));gap:8px;margin:12px 0}
 .tiles div{background:var(--card);border-radius:8px;padding:8px 12px}
 dt{color:var(--quiet);font-size:12px}
-dd{margin:0;font-size:15.5px;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:normal}
+dd{margin:0;font-size:15px;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr));gap:14px}
 .wide+.charts{margin-top:14px}
 .chart{margin:0;background:var(--card);border-radius:8px;padding:10px 10px 6px;position:relative;min-width:0}
@@ -40,7 +40,7 @@ svg .note{font-size:10px;stroke:var(--card);stroke-width:3px;paint-order:stroke}
 .mark{stroke:var(--bad);stroke-width:2}
 .cross{stroke:var(--quiet);fill:none}
 .line,.dots,.faint{fill:none;stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
-.dots{stroke-width:1.2;stroke-opacity:.6}
+.dots{stroke-width:1.3;stroke-opacity:.8}
 .faint{stroke-width:1;stroke-opacity:.28}
 .dashed{stroke-dasharray:5 4}
 .hue0{stroke:var(--hue0)}
@@ -140,7 +140,8 @@ for(const figure of document.querySelectorAll("figure.chart")){
       if(Math.abs(s.x[i]-step)>(high-low)*0.02&&s.x[i]!==step)continue;
       const line=document.createElement("div");
       line.className="hue"+s.h;
-      line.textContent=s.n+": "+told(s.y[i])+(s.x[i]!==step?" (step "+s.x[i].toLocaleString("en-US")+")":"");
+      const far=Math.abs(s.x[i]-step)>(high-low)*0.005;
+      line.textContent=s.n+": "+told(s.y[i])+(far?" (step "+s.x[i].toLocaleString("en-US")+")":"");
       lines.push(line);
     }
     const head=document.createElement("b");

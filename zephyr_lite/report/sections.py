@@ -114,7 +114,9 @@ def curves(records: Records, labels: Labels) -> Html:
     figures = figures_of(records, labels)
     if not figures:
         return Html("<p class=aside>No step was logged yet.</p>")
-    return Html(f"<div class=charts>{''.join(chart(figure) for figure in figures)}</div>")
+    marked = any(figure.marks for figure in figures)
+    note = "<p class=aside>Red marks on an axis are steps that were left out.</p>" if marked else ""
+    return Html(f"<div class=charts>{''.join(chart(figure) for figure in figures)}</div>{note}")
 
 
 def data(records: Records, labels: Labels) -> Html:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .figures import Figure, Series
 from .text import Html, esc, number
@@ -13,6 +13,8 @@ WIDTH, HEIGHT = 400, 215
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24
 # points of a curve that are drawn at most
 MOST = 240
+# values of a held-out curve that are drawn as dots at most; more would hide what is below them
+DOTS = 24
 
 
 def chart(figure: Figure) -> Html:
@@ -59,14 +61,11 @@ def chart(figure: Figure) -> Html:
         ],
     }
     unit = f" <small>{esc(figure.unit)}</small>" if figure.unit else ""
-    notes = [cut] if cut else []
-    if figure.marks:
-        notes.append("red marks: steps that were left out")
     return Html(
         f"<figure class=chart><figcaption>{esc(figure.title)}{unit}</figcaption>"
         f'<svg class=plot viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{esc(_said(figure))}">{"".join(parts)}</svg>'
         f"<p class=legend>{''.join(_legend(s) for s in series if s.kind != 'faint' or len(series) == 1)}</p>"
-        + (f"<p class=aside>{esc('; '.join(notes))}</p>" if notes else "")
+        + (f"<p class=aside>{esc(cut)}</p>" if cut else "")
         # a tag in a name may not end the script
         + f'<script type="application/json">{json.dumps(values, separators=(",", ":")).replace("<", chr(92) + "u003c")}</script>'
         "</figure>"
@@ -119,9 +118,8 @@ def bars(title: str, unit: str, edges: Sequence[float], stacks: Sequence[tuple[s
     )
 
 
-def _drawn(s: Series, at: object) -> list[str]:
+def _drawn(s: Series, at: Callable[[float, float], tuple[float, float]]) -> list[str]:
     """A curve's path, broken where a value is not finite, and its dots."""
-    assert callable(at)
     path, pen, fine = [], "M", []
     for x, y in zip(s.xs, s.ys):
         if not math.isfinite(y):
@@ -133,13 +131,13 @@ def _drawn(s: Series, at: object) -> list[str]:
         pen = "L"
     dashed = " dashed" if s.dashed else ""
     parts = [f'<path class="{s.kind} hue{s.hue}{dashed}" d="{"".join(path)}"/>'] if len(fine) > 1 else []
-    if (s.kind == "dots" and len(fine) <= 60) or len(fine) == 1:
+    if (s.kind == "dots" and len(fine) <= DOTS) or len(fine) == 1:
         parts += [f'<circle class="dot hue{s.hue}" cx={x} cy={y} r=3 />' for x, y in fine]
     return parts
 
 
 def _legend(s: Series) -> str:
-    dot = f'<circle class="dot hue{s.hue}" cx=11 cy=5 r=3 />' if s.kind == "dots" else ""
+    dot = f'<circle class="dot hue{s.hue}" cx=11 cy=5 r=3 />' if s.kind == "dots" and len(s.xs) <= DOTS else ""
     dashed = " dashed" if s.dashed else ""
     line = f'<path class="{s.kind} hue{s.hue}{dashed}" d="M1 5H21"/>'
     label = s.label.removesuffix(", smoothed")
@@ -148,13 +146,17 @@ def _legend(s: Series) -> str:
 
 def _range(figure: Figure, series: Sequence[Series]) -> tuple[float, float, str]:
     """(lowest, highest, what is said of a spike that goes out of the picture)."""
-    values = sorted(y for s in series for y in s.ys if math.isfinite(y))
-    low, high, said = values[0], values[-1], ""
-    if len(values) > 20:  # one spike would press everything else flat
-        usual = values[int(len(values) * 0.98) - 1]
-        middle = values[len(values) // 2]
-        if high - middle > 8 * (usual - values[0]) > 0:
-            said, high = f"cut off: the highest value is {number(high)}", usual + (usual - low) * 0.5
+    values = [y for s in series for y in s.ys if math.isfinite(y) and (s.kind != "faint" or len(s.ys) <= 20)]
+    said = ""
+    for s in series:
+        fine = sorted(y for y in s.ys if math.isfinite(y))
+        if s.kind == "faint" and len(s.ys) > 20 and fine:  # noise and spikes would press what matters flat
+            low, high = fine[int(len(fine) * 0.02)], fine[min(len(fine) - 1, int(len(fine) * 0.98))]
+            room = 0.3 * (high - low)
+            values += [max(fine[0], low - room), min(fine[-1], high + room)]
+            if fine[-1] - high > 8 * (high - low) > 0:
+                said = f"cut off: the highest value is {number(fine[-1])}"
+    low, high = min(values), max(values)
     if figure.bounds is not None:
         low, high = min(low, figure.bounds[0]), max(high, figure.bounds[1])
     for value, label in figure.rules:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import write_text
+from ..files import sweep, write_text
 from ..train.observer import Observer, Sample
 from ..train.task import Metrics, Outcome
 from .lengths import write_lengths
@@ -52,7 +52,12 @@ class ReportWriter(Observer):
     def ends(self, stage: Stage, outcome: Outcome) -> None:
         self._write()
         run = stage.dir.run
-        if self._try(lambda: write_text(run / REPORT, run_page(read_source(run)))):
+
+        def write() -> None:
+            sweep(run, REPORT, alone=True)  # the run's lock is held
+            write_text(run / REPORT, run_page(read_source(run)))
+
+        if self._try(write):
             self.say(f"report: {run / REPORT}")
 
     def _write(self) -> None:
