@@ -113,7 +113,7 @@ def _stage(records: Sequence[StageRecord], labels: Sequence[str], place: int) ->
         sections.overview(records, labels),
         sections.warnings(records, labels),
     ]
-    beside = []
+    beside: list[str] = []
     for title, section in _SECTIONS:
         if found := section(records, labels):
             (beside if title in _NARROW else parts).append(f"<div><h3>{title}</h3>{found}</div>")

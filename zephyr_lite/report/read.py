@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..config import DPO_DEFAULTS, RunConfig, read_dumped
 from ..errors import UserError
@@ -180,7 +180,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .read import StageRecord, is_number
+from .read import StageRecord
 from .text import Html, cut, esc
 
 # prompts that are shown, the letters of one text, and the answers between the first and the last of each prompt
@@ -18,7 +18,7 @@ def samples(records: Sequence[StageRecord], labels: Sequence[str]) -> Html:
     for place, record in enumerate(records):
         for line in record.samples:
             prompt, answer, step = line.get("prompt"), line.get("answer"), line.get("step")
-            if not (isinstance(prompt, str) and isinstance(answer, str) and is_number(step)):
+            if not (isinstance(prompt, str) and isinstance(answer, str) and isinstance(step, int)):
                 continue
             found.setdefault(prompt, [{} for _ in records])[place][step] = answer  # the last of a step counts
             if isinstance(line.get("reference"), str):
