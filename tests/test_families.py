@@ -2,8 +2,10 @@
 recipe, merge, chat, GGUF. What the layer does in general is tested on the other two families in the other files."""
 
 import json
+import re
 import shutil
 import unicodedata
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -284,3 +286,16 @@ def test_other_families_and_variants_are_refused(base, tmp_path, changes, match)
         read_model_config(tmp_path)
     assert "engine=trl" in error.value.hint
     assert ("docs/extending.md" in error.value.hint) == (changes.get("model_type") not in {None, *FAMILIES})
+
+
+def test_the_guide_names_what_is_there():
+    """Files and tests of docs/extending.md exist, its entry is the one of the table, and each row's file reads what it says."""
+    root = Path(__file__).parent.parent
+    guide = (root / "docs" / "extending.md").read_text()
+    named = set(re.findall(r"`((?:zephyr_lite|tests|docs)/[\w/.]+)`", guide))
+    assert len(named) > 15 and not [name for name in named if not (root / name).exists()]
+    tests = set(re.findall(r"`(test_\w+)`", guide))
+    assert len(tests) > 6 and not [name for name in tests if name not in globals()]
+    told = re.sub(r"\s*#.*", "", guide.split("```python\n", 1)[1].split("```")[0])
+    source = (root / "zephyr_lite" / "model" / "family.py").read_text()
+    assert "".join(told.split()) in "".join(re.sub(r"\s*#.*", "", source).split())
