@@ -1,4 +1,5 @@
-"""The notebook runs from top to bottom, in small: its parameter cell is replaced, as papermill would."""
+"""The notebook runs from top to bottom, in small: its parameter cell is replaced, as papermill would. Then its machine is
+taken away, and it goes on."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("matplotlib")
 
 from .conftest import make_model, make_tokenizer  # noqa: E402
 
@@ -28,26 +30,55 @@ def test_it_is_valid_and_stripped(notebook):
             assert cell.outputs == [] and cell.execution_count is None
 
 
-def test_it_runs(notebook, tmp_path, chat_rows, pair_rows, monkeypatch):
+def test_every_cell_is_explained(notebook):
+    """A few words stand before each cell but the one of parameters, whose lines explain themselves."""
+    for before, cell in zip(notebook.cells, notebook.cells[1:]):
+        if cell.cell_type == "code":
+            assert before.cell_type == "markdown" and len(before.source.split()) >= 8, cell.source
+
+
+def tagged(notebook, tag):
+    (cell,) = [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+    return cell
+
+
+def test_it_runs_and_goes_on_without_its_machine(notebook, tmp_path, chat_rows, pair_rows, monkeypatch):
     base = tmp_path / "base"
     make_model(intermediate_size=192).save_pretrained(base)
     make_tokenizer(base)
-    (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     small = {
         "MODEL": str(base),
         "CHATS": {"path": str(chat_rows), "limit": 6},
+        "CHATS_HELD_OUT": {"path": str(chat_rows), "limit": 2},
         "PAIRS": {"path": str(pair_rows), "limit": 6},
-        "OVERRIDES": ["max_length=128", "max_prompt_length=64", "lora_r=4", "batch_size=2", "max_steps=2"],
+        "PAIRS_HELD_OUT": {"path": str(pair_rows), "limit": 2},
+        "KEEP": str(tmp_path / "drive"),
+        "OVERRIDES": ["max_length=64", "max_prompt_length=32", "batch_size=2", "max_steps=2", "sample_tokens=2"],
+        "DPO_KEYS": ["lora_r=4"],
         "NEW_TOKENS": 4,
     }
-    parameters.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
+    tagged(notebook, "parameters").source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
+    gone = "shutil.rmtree(RUN)\nprint('== the machine is gone')"
+    # no room for the model itself, nor for half of it
+    full = (
+        "shutil.disk_usage = lambda place: type('Usage', (), {'free': 10**9 + 1})\n" + tagged(notebook, "save").source
+    )
+    again = [gone, tagged(notebook, "sft").source, tagged(notebook, "dpo").source]
+    for source in [full, *again]:
+        notebook.cells.append(nbformat.v4.new_code_cell(source))
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep if os.environ.get("PYTHONPATH") else None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = "".join(text(output) for cell in notebook.cells for output in cell.get("outputs", []))
-    for words in ("first step: loss", "0.6931", "== DPO", "merged against live"):
-        assert words in said
-    assert (tmp_path / "runs" / "notebook" / "merged" / "model.safetensors").is_file()
+    first, after = said.split("== the machine is gone")
+    for words in ("No GPU", "plan of sft", "plan of dpo", "⟦", "0.6931", "== DPO", "merged against live", "too little"):
+        assert words in first, words
+    for stage in ("sft", "dpo"):
+        assert f"{stage} is complete already" in after
+    assert any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
+    assert (tmp_path / "drive" / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "drive" / "report.html").is_file()
+    assert "torch==" in (tmp_path / "pinned.txt").read_text()
 
 
 def text(output) -> str:
