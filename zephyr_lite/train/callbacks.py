@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,17 +16,37 @@ from ..config import RunConfig
 from ..errors import UserError
 from ..rundir import StageDir
 
+# Trackers that an extra of ours installs, and the packages of which one has to be there.
+EXTRAS = {
+    "tensorboard": ("trackers", ("tensorboard", "tensorboardX")),
+    "wandb": ("wandb", ("wandb",)),
+    "trackio": ("trackio", ("trackio",)),
+}
+
 
 def trackers(config: RunConfig) -> list[type[TrainerCallback]]:
-    """The callbacks of ``report_to``.
+    """The callbacks of ``report_to``: transformers' own, which send every logged step, every evaluation and their own view of
+    the configuration.
 
     Raises:
         UserError: transformers knows no such tracker, or it is not installed.
     """
+    for name in config.report_to:
+        extra, packages = EXTRAS.get(name, ("", ()))
+        if extra and not any(_installed(package) for package in packages):
+            raise UserError(
+                f"report_to: {name} is not installed.", f'Run: pip install "zephyr-lite[{extra}]", or leave it out.'
+            )
     try:
         return list(get_reporting_integration_callbacks(config.report_to))
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(f"report_to {config.report_to}: {error}", "Install the tracker, or leave it out.") from None
+
+
+def _installed(package: str) -> bool:
+    """A package that can be imported; a folder of its name, which a tracker leaves where it ran, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def make_callbacks(
@@ -46,12 +67,20 @@ def make_callbacks(
     Raises:
         UserError: a tracker is not installed.
     """
-    # transformers' integrations read their settings from its own arguments
+    # transformers' integrations read their settings from its own arguments, and send these to the tracker
     arguments = TrainingArguments(
         output_dir=str(stage.path),
         report_to=config.report_to or "none",
         logging_steps=config.logging_steps,
         run_name=f"{stage.run.name}-{stage.path.name}",
+        per_device_train_batch_size=config.batch_size,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=total,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
         save_strategy="no",  # the loop saves and evaluates by itself
