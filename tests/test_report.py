@@ -122,6 +122,11 @@ def run(tmp_path):
         sft / "left_out.jsonl",
         [{"step": 5, "loss": math.nan, "grad_norm": 1.0, "rows": ["/data/mine/rows.jsonl row 9"]}],
     )
+    (sft / "eval").mkdir()
+    interval = {"value": 0.5, "low": 0.25, "high": 0.75}
+    told = {"models": {"base": {"loss": 2.0}, "sft": {"loss": interval}}, "data": {"rows": 7}}
+    told["differences"] = [{"model": "sft", "minus": "base", "loss": interval}]
+    (sft / "eval" / "loss.json").write_text(json.dumps(told))
     below = [{"path": "sft/adapter", "sha256": "own-sft"}]
     a_stage(run, "dpo", "dpo", 8, complete=False, adapters=below, words=["dataset=rows.jsonl", f"system={EVIL}"])
     return run
@@ -154,6 +159,7 @@ def test_a_page_says_what_the_files_say_and_loads_nothing(run, monkeypatch):
         "tiny (a local folder)", "no supervised token", "7 (…/rows.jsonl row 4, …)", "it wavers", "…/rows.jsonl row 9",
         "step 5 was left out (loss not finite", "before training", "step 12", "in between", "2.00 / 1.00 GiB", "8 of 2",
         "as it is in this run", "1.542 → 0.875", "all in 1 layers, input in 1 layers", "2 min",
+        "7 held-out rows", "0.5 [0.25, 0.75]", "sft minus base: loss 0.5 [0.25, 0.75]",
     ):  # fmt: skip
         assert told in page.text, told
     titles = [

@@ -218,9 +218,25 @@ def results(records: Records, labels: Labels) -> Html:
             rows = [[key, *(found.get(key, "–") for found in models.values())] for key in keys]
             on = f" <small>{number(count)} held-out rows</small>" if is_number(count) else ""
             parts.append(f"<h4>{esc(title)}{on}</h4>{table(['', *models], rows, kind='numbers')}")
+            lines = "".join(f"<li>{esc(line)}</li>" for line in _compared(told))
+            parts.append(f"<ul class=notes>{lines}</ul>" if lines else "")
     if not parts:
         return Html("")
     return Html("".join(parts) + "<p class=aside>In brackets: bootstrap confidence intervals.</p>")
+
+
+def _compared(told: dict[str, Any]) -> Iterator[str]:
+    """How far apart two of the models are, on the same rows."""
+    for key, between in (("differences", " minus "), ("comparisons", " against ")):
+        pairs = told.get(key)
+        entries = [as_dict(entry) for entry in pairs] if isinstance(pairs, list) else []
+        for names, entry in as_dict(pairs).items():
+            entries.append({"": names, **as_dict(entry)})
+        for entry in entries:
+            names = between.join(str(value) for value in entry.values() if isinstance(value, str))
+            found = "; ".join(f"{name} {value}" for name, value in leaves(entry))
+            if found:
+                yield f"{names}: {found}"
 
 
 def leaves(body: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
