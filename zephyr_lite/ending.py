@@ -67,8 +67,16 @@ def take_signals() -> None:
         else:
             _interrupt(number, frame)
 
+    def in_child() -> None:
+        # a handler written in Python runs when the interpreter gets around to it: never, where the signal came just before
+        # the worker began to wait for a lock of its pool's, and whoever joins it waits too
+        if signal.getsignal(signal.SIGTERM) is handle:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
         signal.signal(signal.SIGTERM, handle)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=in_child)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
 
