@@ -65,6 +65,8 @@ def child(
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
+            # of one that is killed, the log would lack what it had not written yet
+            env=os.environ | ({"PYTHONUNBUFFERED": "1"} if log is not None else {}),
         )
         holder.append(process)
         if came:  # between the handlers and the process
