@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from io import TextIOBase
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleRenderable, RenderHook
@@ -129,7 +129,8 @@ class LiveScreen(Screen):
         self._region.start()
         for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
             if isinstance(stream, TextIOBase) and stream.isatty():  # what libraries print comes above the panel
-                self._redirected.enter_context(redirect(FileProxy(self.console.out, stream)))  # type: ignore[type-var]
+                file: Any = FileProxy(self.console.out, cast(IO[str], stream))
+                self._redirected.enter_context(redirect(file))
         self._thread = threading.Thread(target=self._keep_drawing, name="zephyr-lite panel", daemon=True)
         self._thread.start()
 
