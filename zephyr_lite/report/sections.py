@@ -65,7 +65,7 @@ def _facts(record: StageRecord) -> Iterator[tuple[str, Any]]:
         speeds = [y for y in record.points(f"{unit}_per_second")[1] if math.isfinite(y)]
         if speeds:
             yield f"{unit} a second", number(float(f"{statistics.median(speeds):.3g}"))
-    if is_number(result.get("seconds")):
+    if is_number(result.get("seconds")) and math.isfinite(result["seconds"]):
         yield "time, last start" if record.info.get("resumed") else "time", duration(result["seconds"])
     elif not record.complete and total is not None:
         seconds = [y for y in record.points("seconds")[1] if math.isfinite(y)]
@@ -162,7 +162,7 @@ def _histograms(record: StageRecord, label: str, named: bool) -> Iterator[Html]:
         for key, title in titles.items():
             told = as_dict(as_dict(record.lengths.get(part)).get(key))
             edges, whole, cut = (as_list(told.get(name)) for name in ("edges", "whole", "cut"))
-            numbers = all(is_number(value) for value in (*edges, *whole, *cut))
+            numbers = all(is_number(value) and math.isfinite(value) for value in (*edges, *whole, *cut))
             if (key == "supervised" and part != "training") or len(edges) < 2 or not numbers:
                 continue
             if not len(whole) == len(cut) == len(edges) - 1 or edges[-1] <= edges[0]:
