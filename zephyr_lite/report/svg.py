@@ -42,6 +42,7 @@ def chart(figure: Figure) -> Html:
     for tick in _ticks(low_x, high_x, 5):
         if low_x <= tick <= high_x and float(tick).is_integer():
             parts.append(f"<text x={at(tick, low)[0]} y={HEIGHT - 7} text-anchor=middle>{number(int(tick))}</text>")
+    notes = []  # on top of the curves
     for value, label in figure.rules:
         if low <= value <= high:
             y = at(low_x, value)[1]
@@ -53,6 +54,7 @@ def chart(figure: Figure) -> Html:
             parts.append(f'<path class=mark d="M{at(mark, low)[0]} {HEIGHT - BOTTOM}v-7"/>')
     for s in sorted(series, key=lambda s: ("faint", "line", "dots").index(s.kind)):
         parts += _drawn(s, at)
+    parts += notes
     values = {
         "x": [low_x, high_x],
         "plot": [LEFT, WIDTH - RIGHT, WIDTH],
