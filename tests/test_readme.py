@@ -30,8 +30,8 @@ def blocks(language: str, text: str = TEXT) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def commands(text: str) -> list[str]:
-    lines = "".join(blocks("bash", text)).replace("\\\n", " ").splitlines()
+def commands(text: str, language: str = "bash") -> list[str]:
+    lines = "".join(blocks(language, text)).replace("\\\n", " ").splitlines()
     lines = [line.split("  #")[0].rstrip() for line in lines]  # a remark behind a command
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
@@ -40,7 +40,7 @@ EVERYWHERE = "\n".join((TEXT, *GUIDES.values()))
 COMMANDS = commands(EVERYWHERE)
 # torchrun and accelerate start the same command several times
 STARTERS = r"(?:torchrun|accelerate launch)\b.*? -m zephyr_lite "
-OURS = list(dict.fromkeys(re.sub(rf"^{STARTERS}", "zephyr-lite ", line) for line in COMMANDS))
+OURS = list(dict.fromkeys(re.sub(rf"^{STARTERS}", "zephyr-lite ", line) for line in commands(EVERYWHERE, "(?:ba)?sh")))
 OURS = [line for line in OURS if line.startswith("zephyr-lite")]
 
 GROUP = typer.main.get_command(cli.app)
