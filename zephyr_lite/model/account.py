@@ -120,7 +120,10 @@ def stored_bytes(job: Job, projection: str) -> list[int]:
 
 def slab_bytes(job: Job) -> int:
     """A layer's projections in one block, each tensor aligned (``stream.slab_bytes``)."""
-    return sum(-(-n // ALIGNMENT) * ALIGNMENT for name in PROJECTIONS for n in stored_bytes(job, name))
+    if "slab" not in job.memo:
+        aligned = (-(-n // ALIGNMENT) * ALIGNMENT for name in PROJECTIONS for n in stored_bytes(job, name))
+        job.memo["slab"] = sum(aligned)
+    return job.memo["slab"]
 
 
 def base_bytes(job: Job, *, stream: bool = False) -> dict[str, int]:
@@ -231,10 +234,10 @@ def account(job: Job, setting: Setting, device: Device, *, micro_batches: int = 
     together = job.live_reference and setting.together
     runs = _runs(job, setting, device)
     wanted = list(zip(job.kind_of, setting.keep))
-    kept_of = {(kind, keep): _kept_sum(job, setting, device, runs, kind, keep) for kind, keep in set(wanted)}
+    kept_of = {each: _kept_sum(job, setting, device, runs, *each) for each in set(wanted)}
     kept = [kept_of[w] for w in wanted]
-    before = [0, *accumulate(0 if i < setting.offload else n for i, n in enumerate(kept))]  # by earlier layers
-    later = [gradients, *(gradients - n for n in accumulate(job.gradient_bytes[kind] for kind in job.kind_of))]
+    before = [*[0] * setting.offload, *accumulate(kept[setting.offload :], initial=0)]  # by earlier layers
+    later = _later_gradients(job)
     all_there = gradients if micro_batches > 1 else 0
 
     best: tuple[int, str, dict[str, int]] = (0, "", {})
@@ -245,6 +248,7 @@ def account(job: Job, setting: Setting, device: Device, *, micro_batches: int = 
             best = (total, at, parts)
 
     # among like layers what is there grows (or shrinks) evenly: the peak is near an end
+    peaks = job.memo.setdefault(("peaks", setting.tokens, setting.tile, device), {})
     ends = {0, setting.offload, *(i for i in range(1, s.layers) if wanted[i] != wanted[i - 1])}
     for i in sorted({n for end in ends for n in range(end - 2, end + 2) if 0 <= n < s.layers} | {s.layers - 1}):
         kind, keep = wanted[i]
@@ -252,19 +256,19 @@ def account(job: Job, setting: Setting, device: Device, *, micro_batches: int = 
         consider(
             f"forward pass of layer {i + 1}",
             gradients=all_there, kept=there, inputs=inputs + x, reference=x * together,
-            layer=_layer_peak(job, setting, device, runs, kind, keep),
+            layer=_layer_peak(peaks, runs, kind, keep),
         )  # fmt: skip
         if together:  # beside what the policy's layer has just left: what it keeps, and its output
             consider(
                 f"reference's pass of layer {i + 1}",
                 gradients=all_there, kept=before[i] + kept[i], inputs=inputs + x, reference=x,
-                layer=_layer_peak(job, setting, device, runs, kind, None),
+                layer=_layer_peak(peaks, runs, kind, None),
             )  # fmt: skip
         # the gradients of later layers are there already
         consider(
             f"backward pass of layer {i + 1}",
             gradients=all_there or later[i + 1], kept=there, inputs=inputs + x,
-            layer=_layer_peak(job, setting, device, runs, kind, keep, i < setting.offload),
+            layer=_layer_peak(peaks, runs, kind, keep, i < setting.offload),
         )  # fmt: skip
     for at, head in _head_sums(job, setting, cuda).items():
         consider(at, gradients=all_there, kept=before[-1], inputs=inputs, head=head)
@@ -294,20 +298,26 @@ def _runs(job: Job, setting: Setting, device: Device) -> dict[int, Run]:
 
 
 def _layer_peak(
-    job: Job,
-    setting: Setting,
-    device: Device,
+    peaks: dict[tuple[int, Keep | None, bool | None], int],
     runs: dict[int, Run],
     kind: int,
     keep: Keep | None,
     away: bool | None = None,
 ) -> int:
-    """Of a forward pass; with ``away``, of a backward one."""
-    key = ("peak", setting.tokens, setting.tile, device, kind, keep, away)
-    if key not in job.memo:
+    """Of a forward pass; with ``away``, of a backward one. ``peaks`` are those known of such runs."""
+    key = (kind, keep, away)
+    if key not in peaks:
         run = runs[kind]
-        job.memo[key] = forward_peak(run, keep) if away is None or keep is None else backward_peak(run, keep, away)
-    return job.memo[key]
+        peaks[key] = forward_peak(run, keep) if away is None or keep is None else backward_peak(run, keep, away)
+    return peaks[key]
+
+
+def _later_gradients(job: Job) -> list[int]:
+    """Bytes of the gradients that are there while a layer goes backward, of each layer; last, before all of them."""
+    if "later" not in job.memo:
+        of_layers = accumulate(job.gradient_bytes[kind] for kind in job.kind_of)
+        job.memo["later"] = [4 * job.parameters, *(4 * job.parameters - n for n in of_layers)]
+    return job.memo["later"]
 
 
 def _kept_sum(job: Job, setting: Setting, device: Device, runs: dict[int, Run], kind: int, keep: Keep) -> int:
