@@ -202,7 +202,16 @@ def test_a_narrower_window_or_an_interrupt_starts_anew_below(terminal, tmp_path,
         settled(screen)
         settled(screen)
         shown = terminal.lines()
+    assert sum("╭" in line for line in terminal.lines()) == 3  # the last drawing is in its place again
     assert sum("╭" in line for line in shown) == 3 and "stopping: the step is finished" in "\n".join(shown)
+
+
+def test_an_interrupt_just_before_the_end_is_noticed_too(terminal, tmp_path):
+    with LiveScreen(Console(out=terminal)) as screen, StopRequest(None):
+        ran(screen, stage_of(tmp_path))
+        settled(screen)
+        signal.raise_signal(signal.SIGINT)
+    assert sum("╭" in line for line in terminal.lines()) == 2
 
 
 def test_a_panel_higher_than_the_window_is_cut(terminal, tmp_path, monkeypatch):

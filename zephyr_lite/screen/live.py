@@ -111,8 +111,8 @@ class LiveScreen(Screen):
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
-        self._seen: set[int] = set()  # interrupts that were noticed
-        self._ending = False
+        self._requests: list[StopRequest] = []  # that had the signals at some time
+        self._noticed: list[StopRequest] = []  # of them, those that were asked
         self._redirected = ExitStack()
 
     def __exit__(
@@ -126,6 +126,7 @@ class LiveScreen(Screen):
         self.progress = Progress(stage, unit, total, step)
         self._published = published_of(stage)
         self._stop.clear()
+        self._interrupted()
         self._region.start()
         for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
             if isinstance(stream, TextIOBase) and stream.isatty():  # what libraries print comes above the panel
@@ -164,8 +165,8 @@ class LiveScreen(Screen):
     def verdict(self) -> Verdict:
         """What the panel's last line says."""
         assert self.progress is not None
-        if self._ending:
-            return Verdict("open", "stopping: the step is finished and a checkpoint written; once more to stop at once")
+        if self._noticed:
+            return Verdict("open", "stopping: the step is finished and a checkpoint written")
         return judge(self.progress, self._published)
 
     def _raise(self) -> None:
@@ -219,11 +220,11 @@ class LiveScreen(Screen):
         """Whether a signal came since the last drawing: its handler has written to the terminal past every console."""
         for number in SIGNALS:
             request = getattr(signal.getsignal(number), "__self__", None)
-            if isinstance(request, StopRequest) and request.name is not None and id(request) not in self._seen:
-                self._seen.add(id(request))
-                self._ending = True
-                return True
-        return False
+            if isinstance(request, StopRequest) and request not in self._requests:
+                self._requests.append(request)  # the last drawing comes when it has given the signals back
+        fresh = [r for r in self._requests if r.name is not None and r not in self._noticed]
+        self._noticed += fresh
+        return bool(fresh)
 
     def _close(self, draw: bool = True) -> None:
         """Let the panel stand as it is, and give the terminal back."""

@@ -73,6 +73,7 @@ def make_callbacks(
         report_to=config.report_to or "none",
         logging_steps=config.logging_steps,
         run_name=f"{stage.run.name}-{stage.path.name}",
+        project="zephyr-lite",  # trackio's; wandb reads its own variable
         per_device_train_batch_size=config.batch_size,
         num_train_epochs=config.num_train_epochs,
         max_steps=total,
