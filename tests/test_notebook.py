@@ -59,12 +59,14 @@ def test_it_runs_and_goes_on_without_its_machine(notebook, tmp_path, chat_rows, 
     }
     tagged(notebook, "parameters").source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
     gone = "shutil.rmtree(RUN)\nprint('== the machine is gone')"
-    # no room for the model itself, nor for half of it
-    full = (
-        "shutil.disk_usage = lambda place: type('Usage', (), {'free': 10**9 + 1})\n" + tagged(notebook, "save").source
+    # no room for the model itself; nor for half of it
+    room = (
+        "shutil.disk_usage = lambda place: type('Usage', (), {'free': 10**9 + int(%s * size)})\n"
+        + tagged(notebook, "save").source
     )
+    full = [room % 0.7, room % 0]
     again = [gone, tagged(notebook, "sft").source, tagged(notebook, "dpo").source]
-    for source in [full, *again]:
+    for source in [*full, *again]:
         notebook.cells.append(nbformat.v4.new_code_cell(source))
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep if os.environ.get("PYTHONPATH") else None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -77,6 +79,7 @@ def test_it_runs_and_goes_on_without_its_machine(notebook, tmp_path, chat_rows, 
         assert f"{stage} is complete already" in after
     assert any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
     assert (tmp_path / "drive" / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "drive" / "model-q8_0.gguf").read_bytes()[:4] == b"GGUF"
     assert (tmp_path / "drive" / "report.html").is_file()
     assert "torch==" in (tmp_path / "pinned.txt").read_text()
 
