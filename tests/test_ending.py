@@ -68,7 +68,7 @@ def test_what_is_the_machines_fault_is_no_fault_of_ours(invoke, monkeypatch, err
 
 
 def test_what_a_command_says_when_it_stopped_in_good_order(invoke, monkeypatch):
-    def stopped(*_):
+    def stopped(*_, **__):
         raise Interrupted("stopped after step 3; the same command goes on")
 
     monkeypatch.setattr("zephyr_lite.cli._train", stopped)
@@ -194,7 +194,7 @@ def test_a_folder_that_goes_away_beneath_a_command_is_no_fault_of_ours(monkeypat
     there = tmp_path / "there"
     there.mkdir()
 
-    def removed(*_):
+    def removed(*_, **__):
         there.rmdir()
         (there / "metrics.jsonl").read_text()
 
