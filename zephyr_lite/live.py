@@ -60,7 +60,7 @@ class Live:
         return list(self.models)[max(0, len(self.models) - 2)]
 
     def decoder(self, model: str) -> Decoder:
-        """Log-probabilities of one of the models (Mistral and Llama families).
+        """Log-probabilities of one of the models (families of the fused engine).
 
         Raises:
             UserError: an adapter reaches the output head, or another architecture.
