@@ -121,13 +121,13 @@ def tiny_job(dtype, dropout, **changes) -> Job:
 # (dtype, dropout, keep, tile, pairs): every policy with and without dropout and tiles; the interpreter is slow
 CASES = [
     (torch.float32, False, "input", None, False),
-    (torch.float32, False, "attention", 16, False),
+    (torch.float32, False, "attention", 8, False),
     (torch.float32, True, "all", None, False),
-    (torch.float32, True, "input", 7, True),
-    (torch.bfloat16, True, "input", 16, False),
+    (torch.float32, True, "input", 5, True),
+    (torch.bfloat16, True, "input", 8, False),
     (torch.bfloat16, False, "attention", None, True),
-    (torch.bfloat16, True, "attention", 7, False),
-    (torch.bfloat16, False, "all", 7, False),
+    (torch.bfloat16, True, "attention", 5, False),
+    (torch.bfloat16, False, "all", 5, False),
     (torch.bfloat16, True, "all", None, True),
 ]
 
@@ -139,7 +139,7 @@ def test_what_a_layer_holds_at_most(monkeypatch, dtype, dropout, keep, tile, pai
     model = make_model().to(dtype)
     decoder = Decoder(live_stack(model), dtype)
     decoder.follow(Plan(64, (keep,) * 2, tile=tile))
-    batch = collate_pairs([pair(0, 8, 10, 6)]) if pairs else collate_conversations([conversation(0, 20)])
+    batch = collate_pairs([pair(0, 5, 5, 3)]) if pairs else collate_conversations([conversation(0, 11)])
     keys = sum(s.keys for s in batch.segments)
     job = tiny_job(dtype, dropout)
     with peaks_of_layers(monkeypatch) as found:
