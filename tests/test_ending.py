@@ -203,12 +203,12 @@ def test_a_folder_that_goes_away_beneath_a_command_is_no_fault_of_ours(monkeypat
     assert code == 2 and f"error: {there}/metrics.jsonl (No such file or directory): its folder is gone" in err
     there.mkdir()
     monkeypatch.chdir(there)
-    monkeypatch.setattr("zephyr_lite.cli._train", lambda *_: (there.rmdir(), Path.cwd()))
+    monkeypatch.setattr("zephyr_lite.cli._train", lambda *_, **__: (there.rmdir(), Path.cwd()))
     code, _, err = invoke("sft")
     assert code == 2 and err.startswith("error: the working directory is gone")
     # a file that only is not there, in a folder that is, stays what it was: a fault of the program
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("zephyr_lite.cli._train", lambda *_: (tmp_path / "none").read_text())
+    monkeypatch.setattr("zephyr_lite.cli._train", lambda *_, **__: (tmp_path / "none").read_text())
     assert invoke("sft")[0] == 1
 
 

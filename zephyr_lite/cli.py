@@ -134,8 +134,16 @@ def _train(
             f"{'--dry-run' if dry_run else '--smoke'} runs in one process; {launched()} were started.",
             "Start it without torchrun.",
         )
+    if smoke and (dry_run or quiet or as_json):
+        other = "--dry-run" if dry_run else "--quiet" if quiet else "--json"
+        raise UserError(f"--smoke and {other} do not go together.", "Take one of them.")
     # a wrong key is said before torch is imported
     first = load_config(method, config or f"zephyr-7b/{method}", overrides).config
+    if smoke:
+        from .rehearsal.smoke import run_smoke
+
+        run_smoke(method, config, overrides, say=console.say)
+        return
     if first.engine == "unsloth":
         from .train.baselines import start_unsloth
 
@@ -143,11 +151,6 @@ def _train(
     elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # micro-batches differ in size: blocks that cannot grow would leave holes
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if smoke:
-        from .rehearsal.smoke import run_smoke
-
-        run_smoke(method, config, overrides, say=console.say)
-        return
     from .needs import needs_lines
     from .report.writer import ReportWriter
     from .screen import open_screen

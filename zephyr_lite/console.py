@@ -68,13 +68,18 @@ class Console:
 
     Args:
         out, err: where to write; standard output and standard error by default.
+
+    Attributes:
+        notebook: it writes into a notebook's cell.
     """
 
     def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None) -> None:
-        self.out = _Rich(file=out, highlight=False, soft_wrap=True)
+        # in a notebook rich would make a block of HTML of every line
+        self.notebook = out is None and RichConsole().is_jupyter
+        self.out = _Rich(file=out, highlight=False, soft_wrap=True, force_jupyter=False)
         if not self.out.is_terminal:
             self.out.width = PIPE_WIDTH
-        self.err = _Rich(file=err, stderr=err is None, highlight=False, soft_wrap=True)
+        self.err = _Rich(file=err, stderr=err is None, highlight=False, soft_wrap=True, force_jupyter=False)
         self._seconds: deque[float] = deque(maxlen=20)
 
     def say(self, text: str = "") -> None:

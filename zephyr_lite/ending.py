@@ -15,7 +15,7 @@ from typing import IO
 
 from .errors import UserError
 
-_TRAINS = ("sft", "dpo", "demo", "ablate")
+_TRAINS = ("sft", "dpo", "demo", "ablate", "reproduce")
 _ON_DISK = {
     errno.ENOSPC: ("the disk is full", "Free some space{again}."),
     errno.EDQUOT: ("your quota on this disk is used up", "Delete something, or ask for more{again}."),
@@ -118,7 +118,7 @@ def interrupted_line(arguments: Sequence[str]) -> str:
     command = " ".join(word for word in arguments[:2] if not word.startswith("-") and "=" not in word)
     if "--dry-run" in arguments or "--help" in arguments:
         return "interrupted"
-    if command.startswith(("demo", "ablate")):
+    if command.startswith(("demo", "ablate", "reproduce")):
         return "interrupted; the same command goes on: a finished stage is not run again, the others from their last checkpoint"
     if command.startswith(("sft", "dpo")):
         return "interrupted; the same command goes on from the last checkpoint, or from the start where there is none"

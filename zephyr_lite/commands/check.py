@@ -32,13 +32,13 @@ def check(
     pairs: Annotated[
         str | None, typer.Option("--pairs", help="Preference pairs: measures DPO's loss at step 0 on them.")
     ] = None,
-    beta: Annotated[float | None, typer.Option("--beta", min=0, help="DPO's [its own, or 0.1].")] = None,
+    beta: Annotated[float | None, typer.Option("--beta", min=0, help="DPO's \\[its own, or 0.1].")] = None,
     chat_template: Annotated[
         str | None, typer.Option("--chat-template", help="Instead of the one that it was saved with.")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=2, help="Rows, and pairs, to measure on.")] = 16,
     load_in_4bit: Annotated[
-        bool | None, typer.Option("--4bit/--16bit", help="How the base is loaded [as in training; 4 bits].")
+        bool | None, typer.Option("--4bit/--16bit", help="How the base is loaded \\[as in training; 4 bits].")
     ] = None,
     files_only: Annotated[bool, typer.Option("--files-only", help="Load no model.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write the findings as JSON, too.")] = None,

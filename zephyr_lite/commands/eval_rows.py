@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 console = Console()
 
 Data = Annotated[
-    str | None, typer.Option("--data", help="A file, folder or hub id [the eval_dataset that the stage held out].")
+    str | None, typer.Option("--data", help="A file, folder or hub id \\[the eval_dataset that the stage held out].")
 ]
 Split = Annotated[str | None, typer.Option("--split", help="Of --data.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="So many rows of each data set, by a seeded draw.")]
@@ -64,7 +64,7 @@ def preference(
     data: Data = None,
     split: Split = None,
     limit: Limit = None,
-    beta: Annotated[float | None, typer.Option("--beta", min=1e-9, help="Of the margin [the DPO stage's].")] = None,
+    beta: Annotated[float | None, typer.Option("--beta", min=1e-9, help="Of the margin \\[the DPO stage's].")] = None,
     resamples: Resamples = 1000,
     confidence: Confidence = 0.95,
     seed: Seed = 0,

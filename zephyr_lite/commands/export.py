@@ -27,7 +27,7 @@ class GgufType(StrEnum):
 def gguf(
     model: Model,
     out: Annotated[
-        Path | None, typer.Option("--out", callback=nameable, help="The file [NAME-TYPE.gguf beside the folder].")
+        Path | None, typer.Option("--out", callback=nameable, help="The file \\[NAME-TYPE.gguf beside the folder].")
     ] = None,
     kind: Annotated[
         GgufType,
@@ -90,10 +90,10 @@ def card(
     ] = None,
     license: Annotated[
         str | None,
-        typer.Option("--license", help="As the hub writes it (apache-2.0) [the base's, where its files say]."),
+        typer.Option("--license", help="As the hub writes it (apache-2.0) \\[the base's, where its files say]."),
     ] = None,
     plots: Annotated[
-        bool | None, typer.Option("--plots/--no-plots", help="Curves of training [where matplotlib is installed].")
+        bool | None, typer.Option("--plots/--no-plots", help="Curves of training \\[where matplotlib is installed].")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a README.md that zephyr-lite did not write.")

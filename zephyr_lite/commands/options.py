@@ -44,9 +44,9 @@ JobDryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it can cost
 # of commands that take a trained model
 Source = Annotated[
     Path | None,
-    typer.Argument(help="runs/NAME, runs/NAME/STAGE, or a model's folder [the newest run's last complete stage]."),
+    typer.Argument(help="runs/NAME, runs/NAME/STAGE, or a model's folder \\[the newest run's last complete stage]."),
 ]
-StageName = Annotated[str | None, typer.Option("--stage", help="The run's stage [the last complete one].")]
+StageName = Annotated[str | None, typer.Option("--stage", help="The run's stage \\[the last complete one].")]
 Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", help="Instead of a run: a PEFT adapter; repeat it, from the bottom up."),
@@ -54,11 +54,11 @@ Adapters = Annotated[
 AdapterBase = Annotated[str | None, typer.Option("--base", help="What the --adapter belong on: a hub id or a folder.")]
 ChatTemplateOption = Annotated[
     str | None,
-    typer.Option("--chat-template", help="auto, zephyr, chatml, llama3, or a .jinja file [the folder's own]."),
+    typer.Option("--chat-template", help="auto, zephyr, chatml, llama3, or a .jinja file \\[the folder's own]."),
 ]
 EvalOut = Annotated[
     Path | None,
     typer.Option(
-        "--out", callback=nameable, help="The results' folder [eval/ in the stage's, NAME-eval beside a model's]."
+        "--out", callback=nameable, help="The results' folder \\[eval/ in the stage's, NAME-eval beside a model's]."
     ),
 ]

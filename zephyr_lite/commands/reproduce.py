@@ -19,7 +19,7 @@ console = Console()
 def reproduce(
     context: typer.Context,
     out: Annotated[
-        Path | None, typer.Option("--out", callback=nameable, help="The run's folder [the recipe's].")
+        Path | None, typer.Option("--out", callback=nameable, help="The run's folder \\[the recipe's].")
     ] = None,
     judge: Annotated[
         str | None, typer.Option("--judge", help="MT-Bench too, graded by URL#MODEL of a server, or by a folder.")

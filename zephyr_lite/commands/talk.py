@@ -26,7 +26,7 @@ def chat(
     chat_template: ChatTemplateOption = None,
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", help="base, sft, dpo …; with --compare several [the one that was trained last]."),
+        typer.Option("--model", help="base, sft, dpo …; with --compare several \\[the one that was trained last]."),
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Ask all models, base first, from the one loaded base.")
@@ -43,7 +43,7 @@ def chat(
     out: Annotated[Path | None, typer.Option("--out", help="With --prompts: the JSONL file to write.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="With --prompts: prompts at a time.")] = 8,
     system: Annotated[
-        str | None, typer.Option("--system", help="The system turn; '' for none [the one that training used].")
+        str | None, typer.Option("--system", help="The system turn; '' for none \\[the one that training used].")
     ] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this probability.")] = 0.95,

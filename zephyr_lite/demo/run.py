@@ -20,6 +20,7 @@ from ..lock import alone
 from ..merge import MergeReport, merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
+from ..report.writer import ReportWriter
 from ..rundir import StageDir
 from ..train.dpo import run_dpo
 from ..train.ground import StageComplete
@@ -150,7 +151,7 @@ def _stage(run: Callable[..., Any], loaded: Any, timed: Callable[..., Any], say:
 
     def work() -> None:
         try:
-            run(loaded, say=say, on_metrics=on_metrics)
+            run(loaded, say=say, on_metrics=on_metrics, observers=[ReportWriter(say)])
         except StageComplete as done:
             say(done.message)
 

@@ -107,7 +107,7 @@ def open_screen(console: Console, *, quiet: bool = False, as_json: bool = False)
     out = console.out
     # rich also takes a pipe for a terminal where FORCE_COLOR is set
     terminal = out.is_terminal and not out.is_dumb_terminal and out.file.isatty()
-    if out.is_jupyter or (terminal and any(name in os.environ for name in NOTEBOOKS)):
+    if console.notebook or (terminal and any(name in os.environ for name in NOTEBOOKS)):
         return NotebookScreen(console)
     if terminal and not out.legacy_windows:
         from .live import LiveScreen

@@ -56,10 +56,11 @@ def run_name(config: RunConfig) -> str:
 
 
 def is_copied(name: str) -> bool:
-    """Whether a file of a stage belongs to its copy (stage.json by itself): its configuration, its logs, a reference that
-    took time."""
+    """Whether a file of a stage belongs to its copy (stage.json by itself): its configuration, its logs and report, a
+    reference that took time."""
     logs = name.endswith(".jsonl") and not name.startswith(".")
-    return name == "config.yaml" or logs or (name.startswith("reference-") and name.endswith(".safetensors"))
+    reference = name.startswith("reference-") and name.endswith(".safetensors")
+    return logs or reference or name in ("config.yaml", "lengths.json", "report.html")
 
 
 def marks(stage: str, info: dict[str, Any]) -> set[str]:

@@ -128,7 +128,7 @@ def train(
         on_metrics=on_metrics,
         observer=watching,
         begun=lambda step: watching.begins(stage, task.unit, loop.total, step),
-        draw=lambda step: draw_samples(stage, step),
+        draw=lambda step: draw_samples(stage, step, say),
         collapse=collapse,
         mirror=stage.mirror,
         forget_best=stage.forget_best,
