@@ -204,7 +204,7 @@ CASES = [
     Case(
         "words: a key of a megabyte",
         words("sft", "x" * 2**20 + "=1"),
-        "the command line: there is no key 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx…. See the README's list of keys.",
+        "the command line: there is no key 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx…. See docs/configuration.md for all keys.",
     ),
     Case(
         "words: a number that is none",

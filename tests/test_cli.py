@@ -178,7 +178,7 @@ def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
 
     monkeypatch.setattr("zephyr_lite.environment.survey", interrupted)
     assert invoke("env")[::2] == (130, "interrupted\n")
-    monkeypatch.setattr("zephyr_lite.cli._train", lambda *_: interrupted())
+    monkeypatch.setattr("zephyr_lite.cli._train", lambda *_, **__: interrupted())
     code, _, err = invoke("sft")
     assert code == 130 and "goes on from the last checkpoint" in err
 

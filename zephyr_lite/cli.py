@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +26,7 @@ from .commands.eval_rows import loss, preference
 from .commands.examples import add_examples
 from .commands.export import card, gguf, ollama, push
 from .commands.feedback import feedback
+from .commands.merge import merge
 from .commands.options import StageConfig, Verbose, nameable
 from .commands.report import report
 from .commands.reproduce import reproduce
@@ -71,13 +71,6 @@ Smoke = Annotated[
     bool,
     typer.Option("--smoke", help="Rehearse in minutes: 20 steps, a kill, a resume, merge, a generation; then say so."),
 ]
-
-
-class Onto(StrEnum):
-    """What the adapters are merged onto."""
-
-    base = "base"
-    nf4 = "nf4"
 
 
 @app.callback(invoke_without_command=True)
@@ -220,70 +213,6 @@ def plan(
 
 
 @app.command()
-def merge(
-    out: Annotated[Path, typer.Option("--out", callback=nameable, help="The model folder to make.")],
-    run: Annotated[Path | None, typer.Option("--run", help="A run's folder; the newest one by default.")] = None,
-    stage: Annotated[
-        str | None, typer.Option("--stage", help="A stage of it; the last complete one by default.")
-    ] = None,
-    onto: Annotated[
-        Onto, typer.Option("--onto", help="base: in 16 bits. nf4: what 4-bit training saw of it.")
-    ] = Onto.base,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", help="Instead of a run: a folder or hub id; again for the next."),
-    ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="With --adapter: the base they belong on.")] = None,
-    adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="Write the chain as one PEFT adapter instead of a model.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge in the folder.")] = False,
-    check: Annotated[
-        bool,
-        typer.Option("--check/--no-check", help="Compare the merged model with the live stack on a few rows."),
-    ] = True,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Measure both ways, --onto base and nf4, on more held-out rows.")
-    ] = False,
-    rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="Held-out rows to compare on [8; 64 with --measure].")
-    ] = None,
-    model_card: Annotated[bool, typer.Option("--card/--no-card", help="Write a model card, README.md.")] = True,
-    push_to_hub: Annotated[
-        str | None, typer.Option("--push-to-hub", help="OWNER/NAME: upload the folder to the hub at the end.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: a private repository.")] = False,
-    verbose: Verbose = False,
-) -> None:
-    """Merge the adapters of a run into one model folder that plain transformers loads."""
-    from .export.card import write_card
-    from .export.push import check_repo, prepare
-    from .export.push import push as upload
-    from .merge.command import run_merge
-    from .redact import refuse_secrets
-
-    if push_to_hub is not None:
-        check_repo(push_to_hub)  # before hours of work
-    elif private:
-        raise UserError("--private goes with --push-to-hub.", "Say where to: --push-to-hub OWNER/NAME --private")
-
-    # where a model comes from is written into its files
-    given = {"--out": str(out), "--run": str(run or ""), "--adapter": adapter or [], "--base": base or ""}
-    refuse_secrets(given, "the command line")
-    run_merge(
-        out, run=run, stage=stage, adapters=adapter or [], base=base, onto=onto.value, as_adapter=adapter_only,
-        overwrite=overwrite, check=check, both=measure, rows=rows, say=console.say,
-    )  # fmt: skip
-    if model_card:
-        console.say(f"model card: {write_card(out, say=console.say)}")
-    if push_to_hub is not None:
-        chosen = prepare(out, push_to_hub)
-        for line in chosen.lines():
-            console.say(line)
-        upload(chosen, private=private, say=console.say)
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", callback=nameable, help="Where the demo's run and model go.")] = Path(
         "runs/demo"
@@ -310,6 +239,7 @@ def env(verbose: Verbose = False) -> None:
         console.say(finding.line())
 
 
+app.command()(merge)
 app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[TABLE] [OPTIONS] [[STAGE.]KEY=VALUE]...")(ablate)
 app.add_typer(data_app, name="data")
 data_app.command(no_args_is_help=True)(data_chat)

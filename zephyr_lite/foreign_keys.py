@@ -164,5 +164,5 @@ def unknown_key(key: str, own: Collection[str]) -> str:
     known = [*own, *([] if "." in key else [*ALIASES, "assistant_only_loss", "hub_model_id"])]
     near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)
     return f"there is no key {short(key)}." + (
-        f" Did you mean {near[0]!r}?" if near else " See the README's list of keys."
+        f" Did you mean {near[0]!r}?" if near else " See docs/configuration.md for all keys."
     )

@@ -52,7 +52,7 @@ class TableSpec(BaseModel):
             if key in PLACED:
                 raise ValueError(f"{key} is the table's decision, no key for every stage")
             if key not in RunConfig.model_fields:
-                raise ValueError(f"there is no key {key!r}; the README lists them")
+                raise ValueError(f"there is no key {key!r}; docs/configuration.md lists them")
         return value
 
     @field_validator("arms")

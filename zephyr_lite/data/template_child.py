@@ -12,7 +12,7 @@ import json
 import signal
 import sys
 from datetime import datetime
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def clock(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def make_environment() -> object:
+def make_environment() -> Any:
     """jinja2's sandbox as transformers sets it up, but strict: reaching for an unsafe attribute ends the trial, where
     transformers prints nothing in its place."""
     import jinja2.ext

@@ -42,7 +42,7 @@ def chart(figure: Figure) -> Html:
     for tick in _ticks(low_x, high_x, 5):
         if low_x <= tick <= high_x and float(tick).is_integer():
             parts.append(f"<text x={at(tick, low)[0]} y={HEIGHT - 7} text-anchor=middle>{number(int(tick))}</text>")
-    notes = []  # on top of the curves
+    notes: list[str] = []  # on top of the curves
     for value, label in figure.rules:
         if low <= value <= high:
             y = at(low_x, value)[1]

@@ -12,10 +12,11 @@ from ..errors import Interrupted, UserError
 from ..lock import alone
 from ..sync import kept_elsewhere
 from ..world import World, nothing, sees, world
+from .leader import Leader
 from .loop import Loop
 from .observer import Observer, Observers
 from .samples import draw_samples
-from .setup import Leader, close_stage, open_stage
+from .setup import close_stage, open_stage
 from .stage import Say, Stage
 from .task import Metrics, Outcome, Task
 from .watch import CollapseWatch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from .. import __version__
 from ..config import Loaded, Method, RunConfig, dump_config, load_config
 from ..data.chat import ChatTemplate, resolve_template
 from ..data.prepare import Prepared, prepare
-from ..errors import UserError
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.check_weights import check_weights
 from ..model.compose import compose
@@ -70,6 +68,7 @@ from .ground import (
     same_template,
     vocabulary_fits,
 )
+from .leader import Leader
 from .optim import check_schedule
 from .planning import plan_stage, said_again, set_threads, stage_job
 from .publish import push_adapter
@@ -269,48 +268,6 @@ def open_stage(
         method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info, mirror,
         forget_best if leader is None else leader.forget_best, claim,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Leader:
-    """What the process that writes has found, for those that follow it.
-
-    Attributes:
-        info: what stage.json says.
-        base: the base's fingerprint.
-        dtype: in what it computes.
-        forget_best: as ``Stage``'s.
-    """
-
-    info: dict[str, Any]
-    base: str
-    dtype: str
-    forget_best: bool
-
-    @classmethod
-    def of(cls, stage: Stage) -> Leader:
-        base = fingerprint(fetch_base(stage.config.model_name_or_path, stage.config.model_revision))
-        return cls(stage.info, base, str(stage.base.dtype).removeprefix("torch."), stage.forget_best)
-
-    def agrees(self, base: str, data: Prepared, machine: dict[str, Any]) -> None:
-        """Raises:
-        UserError: this process found another base or other rows, or would compute in another dtype.
-        """
-        here = machine["host"]
-        if base != self.base:
-            raise UserError(
-                f"{here}: has another base than the process that writes.", "Give all machines the same files."
-            )
-        if data.fingerprint != self.info["data"]["fingerprint"]:
-            raise UserError(
-                f"{here}: reads other rows than the process that writes.",
-                "Give all machines the same data and the same versions of tokenizers and transformers.",
-            )
-        if machine["dtype"] != self.dtype:
-            raise UserError(
-                f"{here}: {machine['processor']} would compute in {machine['dtype']}, the first process in {self.dtype}.",
-                "Name one that all cards have: dtype=float16.",
-            )
 
 
 def _tell_changes(
