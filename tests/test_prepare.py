@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -168,3 +169,15 @@ def test_a_second_start_reads_the_cache(chat_rows, template, monkeypatch):
     assert prepare(specs, "sft", RunConfig(), template).fingerprint == first.fingerprint
     with pytest.raises(AssertionError, match="tokenized again"):
         prepare(specs, "sft", RunConfig(loss_on="all"), template)
+
+
+def test_other_rows_under_the_old_name_size_and_time_are_read(tmp_path, template):
+    """As ``cp -p``, ``rsync -t`` and archives leave them: the time alone tells nothing."""
+
+    def answer(text: str) -> str:
+        specs = write(tmp_path / "rows.jsonl", [{"messages": turns("Who?", text)}])
+        os.utime(specs[0].path, (1e9, 1e9))
+        data = prepare(specs, "sft", RunConfig(), template)
+        return template.tokenizer.decode(data.examples[0].ids[data.examples[0].mask])
+
+    assert [answer("cat"), answer("dog")] == ["cat</s>", "dog</s>"]

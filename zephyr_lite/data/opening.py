@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -130,6 +131,7 @@ def _read_files(files: list[Path], split: str, label: str) -> datasets.Dataset:
         with quiet(size < 50e6), interruptible():
             loaded = datasets.load_dataset(
                 builder,
+                _state(files),
                 data_files={name: [_escaped(file) for file in files]},
                 split=split,
                 **options,
@@ -164,6 +166,16 @@ def _read_files(files: list[Path], split: str, label: str) -> datasets.Dataset:
             find_broken_json(file)
         raise UserError(f"{label}: {expected:,} lines were read as {len(loaded):,} rows.", CURES["json"])
     return loaded
+
+
+def _state(files: list[Path]) -> str:
+    """A name for the files as they are now, under which datasets keeps what it reads of them.
+
+    By itself it goes by the path and the time of modification, which ``cp -p``, ``rsync -t`` and archives set: other rows
+    under the old name and time would be taken for those that were there before. The time of the inode's change cannot be set.
+    """
+    stats = [file.stat() for file in files]
+    return hashlib.sha256(repr([(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]).encode()).hexdigest()[:16]
 
 
 def _escaped(file: Path) -> str:
