@@ -155,16 +155,16 @@ def assert_equal(found, wanted):
     [("sft", 60, ("input", "all"), "[q_proj, down_proj]"), ("dpo", 150, ("all", "attention"), "[v_proj]")],
 )
 def test_whichever_allocation_of_a_step_fails_the_step_is_the_same(opened, at_once, method, tokens, keep, targets):
-    """Forward, backward, norm, clipping, update: every one."""
+    """Forward, backward, norm, clipping, update: every third of them, and the last."""
     again = Again(opened(method, tokens, keep, lora_target_modules=targets))
     count = Fails()
     wanted, after_two = again.run(count), again.run(steps=2)
     assert 150 < count.count < 600
-    for n in range(1, count.count + 1):
+    for n in [*range(1, count.count, 3), count.count]:
         fails = Fails(n)
         assert_equal(again.run(fails), wanted)
         assert fails.failed and again.loop.plan != again.plan, n
-        if n % 30 == 0:
+        if n % 30 == 1:
             assert_equal(again.run(Fails(n), steps=2), after_two)
     unhurt = Fails(count.count + 1)
     again.run(unhurt)
