@@ -126,6 +126,7 @@ def run(tmp_path):
     interval = {"value": 0.5, "low": 0.25, "high": 0.75}
     told = {"models": {"base": {"loss": 2.0}, "sft": {"loss": interval}}, "data": {"rows": 7}}
     told["differences"] = [{"model": "sft", "minus": "base", "loss": interval}]
+    told["adapters"] = [{"sha256": "own-sft"}]
     (sft / "eval" / "loss.json").write_text(json.dumps(told))
     below = [{"path": "sft/adapter", "sha256": "own-sft"}]
     a_stage(run, "dpo", "dpo", 8, complete=False, adapters=below, words=["dataset=rows.jsonl", f"system={EVIL}"])
@@ -166,6 +167,9 @@ def test_a_page_says_what_the_files_say_and_loads_nothing(run, monkeypatch):
         page.texts[i] for i, t in enumerate(page.texts) if t.strip() in ("Memory", "Rewards", "Reward margin", "Loss")
     ]
     assert [t.strip() for t in titles] == ["Loss", "Memory", "Loss", "Reward margin", "Rewards"]
+    assert "another adapter" not in page.text
+    (run / "sft" / "stage.json").write_text((run / "sft" / "stage.json").read_text().replace("own-sft", "retrained"))
+    assert "loss (of another adapter than this stage has now)" in Page(run_page(read_source(run))).text
     first = page.charts()[0]
     assert first["series"][0]["x"] == list(range(1, 13)) and first["series"][0]["y"][-1] == 1.0
     assert first["series"][1] == {"n": "held-out", "h": 1, "k": "dots", "x": [4, 8, 12], "y": [1.5417, 1.2083, 0.875]}
@@ -174,7 +178,8 @@ def test_a_page_says_what_the_files_say_and_loads_nothing(run, monkeypatch):
 def test_old_torn_and_empty_files_are_read(tmp_path):
     folder = a_stage(tmp_path / "old", complete=False, plan={}, data={}, machine=None, versions={})
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 13, "loss": NaN, "grad_norm": Infinity}\n[1]\n{"step": "x"}\n{"step": 14, "lo')
+        huge = f"1{'0' * 400}"  # of which no float can be made
+        file.write(f'{{"step": 13, "loss": NaN, "grad_norm": {huge}}}\n[1]\n{{"step": "x"}}\n{{"step": 14, "lo')
     (folder / "samples.jsonl").write_text('{"step": 0}\nnot json\n{"step": 1, "prompt": 3, "answer": []}\n')
     (folder / "lengths.json").write_text("{")
     for config in (None, "seed: 1\n"):
@@ -191,6 +196,14 @@ def test_old_torn_and_empty_files_are_read(tmp_path):
         '{"method": "sft", "data": {"dropped": 5, "notes": "x"}, "plan": {"account": [1]}}'
     )
     Page(run_page([read_stage(folder)]))
+    (folder / "stage.json").write_text(
+        f'{{"method": "sft", "data": {{"tokens": {huge}}}, "plan": {{"account": {{"a": {huge}, "b": NaN, "peak": 1}}}}}}'
+    )
+    (folder / "lengths.json").write_text(
+        f'{{"training": {{"length": {{"edges": [0, 1], "whole": [{huge}], "cut": [-1]}}}}}}'
+    )
+    text = run_page([read_stage(folder)])
+    assert "not finite" in Page(text).text and "nan" not in text and "inf" not in text
     (folder / "stage.json").write_text('{"method": "rlhf"}')
     with pytest.raises(UserError, match="has to be sft or dpo"):
         read_stage(folder)
@@ -276,6 +289,26 @@ def test_every_range_is_drawn(values):
     drawn = chart(Figure("t", "", [Series("s", list(range(len(values))), values, kind="faint")]))
     numbers = [float(n) for n in re.findall(r"[ ML]([-\d.]+)(?=[ LMVHv\"])", drawn)]
     assert numbers and all(-1 <= n <= WIDTH for n in numbers) and "nan" not in drawn
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "first", "last"),
+    [
+        (0.0, 4e5, "0", "400k"),
+        (0.0, 2e6, "0", "2,000k"),
+        (-3e7, 4e7, "-40M", "40M"),
+        (0.6, 0.6 + 2e-13, "0.50", "0.70"),
+    ],
+)
+def test_labels_fit_and_tell_values_apart(low, high, first, last):
+    series = [Series("s", list(range(100, 100_001, 100)), [low, *[high] * 999])]
+    drawn = chart(Figure("t", "", series, marks=list(range(1, 100_001, 7))))
+    assert 100 < drawn.count("class=mark") < WIDTH  # of 14,286
+    found = re.findall(r"<text x=([\d.]+) y=[\d.]+ text-anchor=(\w+)>([^<]+)<", drawn)
+    down = [text for _, anchor, text in found if anchor == "end"]
+    assert (down[0], down[-1]) == (first, last) and len(set(down)) == len(down)
+    x, _, text = found[-1]
+    assert text == "100,000" and float(x) + 3 * len(text) <= WIDTH  # not cut off
 
 
 def test_thinning_keeps_spikes_and_smoothing_is_a_mean():

@@ -172,7 +172,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in redact(text).split("\n"):
         try:
-            told = json.loads(line) if line.strip() else None
+            told = json.loads(line, parse_int=_whole) if line.strip() else None
         except (ValueError, RecursionError):
             continue
         if isinstance(told, dict):
@@ -201,4 +201,9 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _hidden(value: dict[str, Any]) -> dict[str, Any]:
-    return dict(json.loads(redact(json.dumps(value))))
+    return dict(json.loads(redact(json.dumps(value)), parse_int=_whole))
+
+
+def _whole(digits: str) -> int | float:
+    """A whole number; one that no float can hold, which nothing here could be computed with, is infinite."""
+    return int(digits) if len(digits) < 300 else float(digits)

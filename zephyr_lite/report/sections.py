@@ -162,7 +162,7 @@ def _histograms(record: StageRecord, label: str, named: bool) -> Iterator[Html]:
         for key, title in titles.items():
             told = as_dict(as_dict(record.lengths.get(part)).get(key))
             edges, whole, cut = (as_list(told.get(name)) for name in ("edges", "whole", "cut"))
-            numbers = all(is_number(value) and math.isfinite(value) for value in (*edges, *whole, *cut))
+            numbers = all(is_number(value) and 0 <= value < 1e15 for value in (*edges, *whole, *cut))
             if (key == "supervised" and part != "training") or len(edges) < 2 or not numbers:
                 continue
             if not len(whole) == len(cut) == len(edges) - 1 or edges[-1] <= edges[0]:
@@ -173,7 +173,10 @@ def _histograms(record: StageRecord, label: str, named: bool) -> Iterator[Html]:
 
 def memory(records: Records, labels: Labels) -> Html:
     """What the plan counted, as bars of one scale."""
-    accounts = [{k: v for k, v in as_dict(r.part("plan").get("account")).items() if is_number(v)} for r in records]
+    accounts = [
+        {k: v for k, v in as_dict(r.part("plan").get("account")).items() if is_number(v) and 0 <= v < math.inf}
+        for r in records
+    ]
     names = [name for name in dict.fromkeys(n for a in accounts for n in a) if name != "peak"]
     if not names:
         return Html("")
@@ -215,6 +218,9 @@ def results(records: Records, labels: Labels) -> Html:
                 continue
             count = as_dict(told.get("data")).get("rows")
             title = f"{label}: {kind}" if len(records) > 1 else kind
+            own, of = record.part("own").get("sha256"), [as_dict(link) for link in as_list(told.get("adapters"))]
+            if own and of and of[-1].get("sha256") not in (None, own):
+                title += " (of another adapter than this stage has now)"
             rows = [[key, *(found.get(key, "–") for found in models.values())] for key in keys]
             on = f" <small>{number(count)} held-out rows</small>" if is_number(count) else ""
             parts.append(f"<h4>{esc(title)}{on}</h4>{table(['', *models], rows, kind='numbers')}")

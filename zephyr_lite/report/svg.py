@@ -41,7 +41,7 @@ def chart(figure: Figure) -> Html:
         parts.append(f"<text x={LEFT - 5} y={y + 3.5} text-anchor=end>{esc(_tick(tick, step))}</text>")
     for tick in _ticks(low_x, high_x, 5):
         if low_x <= tick <= high_x and float(tick).is_integer():
-            parts.append(f"<text x={at(tick, low)[0]} y={HEIGHT - 7} text-anchor=middle>{number(int(tick))}</text>")
+            parts.append(_below(at(tick, low)[0], number(int(tick))))
     notes: list[str] = []  # on top of the curves
     for value, label in figure.rules:
         if low <= value <= high:
@@ -49,9 +49,9 @@ def chart(figure: Figure) -> Html:
             parts.append(f'<path class=rule d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
             above = y - 3 if y > TOP + 12 else y + 11
             parts.append(f"<text class=note x={WIDTH - RIGHT - 2} y={above} text-anchor=end>{esc(label)}</text>")
-    for mark in sorted(set(figure.marks)):
-        if low_x <= mark <= high_x:
-            parts.append(f'<path class=mark d="M{at(mark, low)[0]} {HEIGHT - BOTTOM}v-7"/>')
+    # as many marks as there are places for
+    for place in sorted({round(at(mark, low)[0]) for mark in figure.marks if low_x <= mark <= high_x}):
+        parts.append(f'<path class=mark d="M{place} {HEIGHT - BOTTOM}v-7"/>')
     for s in sorted(series, key=lambda s: ("faint", "line", "dots").index(s.kind)):
         parts += _drawn(s, at)
     parts += notes
@@ -90,7 +90,7 @@ def bars(title: str, unit: str, edges: Sequence[float], stacks: Sequence[tuple[s
         y = round(TOP + (1 - tick / high) * (HEIGHT - TOP - BOTTOM), 1)
         parts.append(f'<path class=grid d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
         if float(tick).is_integer():
-            parts.append(f"<text x={LEFT - 5} y={y + 3.5} text-anchor=end>{number(int(tick))}</text>")
+            parts.append(f"<text x={LEFT - 5} y={y + 3.5} text-anchor=end>{_tick(tick, ticks[1] - ticks[0])}</text>")
     for place, total in enumerate(sums):
         bottom = float(HEIGHT - BOTTOM)
         told = f"{number(round(edges[place]))} to {number(round(edges[place + 1]))}: {number(total)}"
@@ -108,8 +108,7 @@ def bars(title: str, unit: str, edges: Sequence[float], stacks: Sequence[tuple[s
     span = edges[-1] - edges[0]
     for tick in _ticks(edges[0], edges[-1], 5):
         if edges[0] <= tick <= edges[-1]:
-            x = LEFT + (tick - edges[0]) / span * inner
-            parts.append(f"<text x={x:.1f} y={HEIGHT - 7} text-anchor=middle>{number(round(tick))}</text>")
+            parts.append(_below(round(LEFT + (tick - edges[0]) / span * inner, 1), number(round(tick))))
     keys = [
         f'<span><i class="box fill{hue}"></i>{esc(label)}</span>' for hue, (label, c) in enumerate(stacks) if any(c)
     ]
@@ -165,7 +164,7 @@ def _range(figure: Figure, series: Sequence[Series]) -> tuple[float, float, str]
         near = (high - low) * 1.5 or abs(high) or 1
         if low - near <= value <= high + near or label == "planned":
             low, high = min(low, value), max(high, value)
-    if low == high:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # sums of one value differ in their last digits
         low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (-1.0, 1.0)
     return low, high, said
 
@@ -179,10 +178,20 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
     return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
+def _below(x: float, text: str) -> str:
+    """A label of the horizontal axis; a long one at its end would be cut off."""
+    half = 3.1 * len(text)  # of figures of 11 pixels
+    return f"<text x={min(x, round(WIDTH - half, 1))} y={HEIGHT - 7} text-anchor=middle>{text}</text>"
+
+
 def _tick(value: float, step: float) -> str:
     """A tick's label, with the decimals that its step needs."""
     if value == 0:
         return "0"
+    if step >= 1e9:
+        return f"{value:.2g}"
+    if step >= 1e4:  # there is room for some seven characters
+        return f"{value / 1e6:,.0f}M" if step >= 1e6 else f"{value / 1e3:,.0f}k"
     if step < 1e-3:
         return f"{value:.2g}"
     if step >= 1:
