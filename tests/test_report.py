@@ -298,6 +298,8 @@ def test_every_range_is_drawn(values):
         (0.0, 2e6, "0", "2,000k"),
         (-3e7, 4e7, "-40M", "40M"),
         (0.6, 0.6 + 2e-13, "0.50", "0.70"),
+        (0.0, 2e-4, "0", "2e-4"),
+        (0.6, 0.6004, "0.6000", "0.6004"),
     ],
 )
 def test_labels_fit_and_tell_values_apart(low, high, first, last):

@@ -192,8 +192,9 @@ def _tick(value: float, step: float) -> str:
         return f"{value:.2g}"
     if step >= 1e4:  # there is room for some seven characters
         return f"{value / 1e6:,.0f}M" if step >= 1e6 else f"{value / 1e3:,.0f}k"
-    if step < 1e-3:
-        return f"{value:.2g}"
+    if step < 1e-3 and abs(value) < 100 * step:  # 2e-4, 1.5e-4
+        digits, power = f"{value:.1e}".split("e")
+        return f"{digits.removesuffix('.0')}e{int(power)}"
     if step >= 1:
         return f"{value:,.0f}"
     return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
