@@ -319,6 +319,9 @@ def test_thinning_keeps_spikes_and_smoothing_is_a_mean():
     drawn = chart(Figure("t", "", [Series("s", xs, ys, kind="faint")]))
     told = json.loads(re.search(r"json\">(.*?)</script>", drawn)[1])["series"][0]
     assert max(told["y"]) == 1.9 and told["x"][told["y"].index(1.9)] == 1234 and len(told["x"]) <= MOST
+    ys[1234] = 1e6
+    drawn = chart(Figure("t", "", [Series("s", xs, ys, kind="faint"), Series("s, smoothed", xs, smoothed(ys))]))
+    assert "the highest value is 1,000,000" in drawn and "k</text>" not in drawn
     assert smoothed([2.0, math.nan, 4.0, 6.0]) == pytest.approx([3.0, 4.0, 4.0, 5.0])
 
 

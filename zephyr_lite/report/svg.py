@@ -147,9 +147,10 @@ def _legend(s: Series) -> str:
 
 def _range(figure: Figure, series: Sequence[Series]) -> tuple[float, float, str]:
     """(lowest, highest, what is said of a spike that goes out of the picture)."""
-    values = [y for s in series for y in s.ys if math.isfinite(y) and (s.kind != "faint" or len(s.ys) <= 20)]
+    values: list[float] = []
+    ceilings: dict[str, float] = {}
     said = ""
-    for s in series:
+    for s in series:  # a faint curve comes before the smoothed one on top of it
         fine = sorted(y for y in s.ys if math.isfinite(y))
         if s.kind == "faint" and len(s.ys) > 20 and fine:  # noise and spikes would press what matters flat
             low, high = fine[int(len(fine) * 0.02)], fine[min(len(fine) - 1, int(len(fine) * 0.98))]
@@ -157,6 +158,9 @@ def _range(figure: Figure, series: Sequence[Series]) -> tuple[float, float, str]
             values += [max(fine[0], low - room), min(fine[-1], high + room)]
             if fine[-1] - high > 8 * (high - low) > 0:
                 said = f"cut off: the highest value is {number(fine[-1])}"
+                ceilings[f"{s.label}, smoothed"] = high + room  # a spike lifts the mean around it as well
+        else:
+            values += [y for y in fine if y <= ceilings.get(s.label, math.inf)]
     low, high = min(values), max(values)
     if figure.bounds is not None:
         low, high = min(low, figure.bounds[0]), max(high, figure.bounds[1])
