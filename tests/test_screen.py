@@ -25,6 +25,7 @@ from zephyr_lite.screen.published import DPO, published_of
 from zephyr_lite.screen.verdict import judge
 from zephyr_lite.train.observer import Sample
 from zephyr_lite.train.task import Outcome
+from zephyr_lite.world import PeerEnded
 
 LN2 = math.log(2)
 STEP = {
@@ -397,3 +398,8 @@ def test_json_is_one_object_a_line_and_nothing_else(tmp_path, capsys):
     assert end["best"] == {"eval_loss": 1.0, "step": 5}
     assert (error["kind"], error["message"], error["hint"]) == ("user", "no room", "make some")
     assert captured.err == "a row, say\na library's line\n"
+    for code, kind in ((2, "user"), (130, "interrupted"), (1, "failed")):  # another process of the run
+        with pytest.raises(PeerEnded), JsonScreen(Console()):
+            raise PeerEnded("process 1 ended: a row", code)
+        error = json.loads(capsys.readouterr().out)
+        assert (error["kind"], error["message"]) == (kind, "process 1 ended: a row")

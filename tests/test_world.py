@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from zephyr_lite import cli, world
 from zephyr_lite.config import load_config
+from zephyr_lite.errors import UserError
+from zephyr_lite.interrupts import StopRequest
 from zephyr_lite.model.peft_files import read_adapter
+from zephyr_lite.train import reference
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 from zephyr_lite.world import World, deal
@@ -123,6 +127,7 @@ def test_a_checkpoint_of_two_goes_on_with_one(runs, tiny_base, chat_rows, tmp_pa
 def test_a_signal_stops_all_after_the_same_step(runs):
     _, said = runs
     assert said["stopped"].count("holds everything") == 1, said["stopped"]
+    assert said["stopped"].count("SIGTERM: the step is finished") == 1, said["stopped"]  # by one of them
     assert said["sft"].count("going on from checkpoint-") == 1
 
 
@@ -146,7 +151,7 @@ def test_alone_everything_is_as_without():
 
 
 TOGETHER = """
-import os, sys
+import os, signal, sys
 from zephyr_lite.errors import UserError
 from zephyr_lite.world import PeerEnded, joined, sees
 with joined() as here:
@@ -173,6 +178,7 @@ with joined() as here:
         raise SystemExit("nobody noticed")
     except UserError as error:
         assert "is not there on" in str(error)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before the connection's end is noticed
     if here.rank == 1:
         os.kill(os.getpid(), 9)
     try:
@@ -191,9 +197,70 @@ def test_whoever_fails_tells_the_others_and_whoever_dies_is_missed(tmp_path):
 
 
 def test_what_runs_in_one_process_says_so(tmp_path, monkeypatch, capsys):
-    from zephyr_lite import cli
-
     monkeypatch.setenv("WORLD_SIZE", "2")
     for arguments in (["plan"], ["sft", "--dry-run"], ["dpo", "--smoke"]):
         assert cli.run(arguments) == 2
         assert "runs in one process; 2 were started" in capsys.readouterr().err
+
+
+def test_the_launchers_copy_of_a_signal_is_no_second_request(monkeypatch):
+    monkeypatch.setenv("RANK", "0")  # systemd and scancel signal torchrun and its processes; torchrun passes it on
+    with StopRequest("the step is finished") as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.name == "SIGTERM"
+        monkeypatch.setattr(world, "ECHO", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(world, "ECHO", 5.0)
+    with StopRequest("the step is finished"):  # alone the second is a person's
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_who_leaves_an_exchange_half_way_begins_no_other(monkeypatch):
+    import torch.distributed as dist
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(world, "_left", False)
+    monkeypatch.setattr(dist, "all_gather_object", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        World(0, 2).gather(1)
+    monkeypatch.setattr(dist, "all_gather_object", lambda *args: pytest.fail("another exchange"))
+    with pytest.raises(KeyboardInterrupt):
+        World(0, 2).gather(1)
+
+
+def test_what_all_know_one_says(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert cli.run(["sft", "batch_sizes=3"]) == 2
+        assert capsys.readouterr().err.count("there is no key") == said
+        assert world.everywhere(UserError("x")).said_elsewhere == (rank == 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the first of another machine, which has files of its own
+    assert cli.run(["sft", "batch_sizes=3"]) == 2 and "there is no key" in capsys.readouterr().err
+
+
+def test_an_interrupted_reference_keeps_what_all_have_computed(monkeypatch, tmp_path):
+    cache, other = (reference.ReferenceCache(tmp_path, "k" * 16, 3) for _ in range(2))
+    cache.sums[0], other.sums[2] = 1.0, 2.0
+
+    class Two(World):
+        def together(self, work):
+            raise KeyboardInterrupt
+
+        def gather(self, value):
+            return [value, other.sums]
+
+    monkeypatch.setattr(reference, "world", lambda: Two(0, 2))
+    with pytest.raises(KeyboardInterrupt):
+        cache.compute(None, None, None)
+    monkeypatch.undo()
+    again = reference.ReferenceCache(tmp_path, "k" * 16, 3)
+    assert not again.load() and again.missing == 1 and again.sums[[0, 2]].tolist() == [[1, 1], [2, 2]]

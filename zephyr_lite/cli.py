@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +43,7 @@ from .ending import (
     take_signals,
 )
 from .errors import Interrupted, UserError
-from .world import PeerEnded, World, joined, launched, nothing
+from .world import PeerEnded, World, everywhere, joined, launched, nothing, speaks
 
 app = typer.Typer(
     name="zephyr-lite",
@@ -131,7 +132,10 @@ def _train(
         other = "--dry-run" if dry_run else "--quiet" if quiet else "--json"
         raise UserError(f"--smoke and {other} do not go together.", "Take one of them.")
     # a wrong key is said before torch is imported
-    first = load_config(method, config or f"zephyr-7b/{method}", overrides).config
+    try:
+        first = load_config(method, config or f"zephyr-7b/{method}", overrides).config
+    except UserError as error:
+        raise everywhere(error, machine=True) from None
     if smoke:
         from .rehearsal.smoke import run_smoke
 
@@ -153,27 +157,29 @@ def _train(
     from .train.setup import resolve_run
     from .train.sft import run_sft
 
-    with joined() as here, open_screen(console, quiet=quiet, as_json=as_json) as screen:
+    with joined() as here:
         if not here.writes:
-            _follow(method, here)
+            with redirect_stdout(sys.stderr):  # what libraries print there is none of the writer's events
+                _follow(method, here)
             return
+        with open_screen(console, quiet=quiet, as_json=as_json) as screen:
 
-        def resolve() -> Any:
-            found = resolve_run(method, config, overrides, say=screen.say, fetch=not dry_run)
-            for line in needs_lines(method, found.config):
-                screen.say(line)
-            return found
+            def resolve() -> Any:
+                found = resolve_run(method, config, overrides, say=screen.say, fetch=not dry_run)
+                for line in needs_lines(method, found.config):
+                    screen.say(line)
+                return found
 
-        try:
-            loaded = here.lead(resolve)
-            if dry_run:
-                run_dry(method, loaded, say=screen.say, show=console.row)
-            else:
-                run = run_sft if method == "sft" else run_dpo
-                run(loaded, say=screen.say, on_metrics=screen.metrics, observers=[screen, ReportWriter(screen.say)])
-                screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
-        except StageComplete as done:
-            screen.say(f"{done.message} {done.hint}")
+            try:
+                loaded = here.lead(resolve)
+                if dry_run:
+                    run_dry(method, loaded, say=screen.say, show=console.row)
+                else:
+                    run = run_sft if method == "sft" else run_dpo
+                    run(loaded, say=screen.say, on_metrics=screen.metrics, observers=[screen, ReportWriter(screen.say)])
+                    screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
+            except StageComplete as done:
+                screen.say(f"{done.message} {done.hint}")
 
 
 def _follow(method: Any, here: World) -> None:
@@ -316,7 +322,7 @@ def _explained(error: BaseException, arguments: list[str], verbose: bool) -> int
         console.traceback(error)
     usage_error: Any = typer.BadParameter.__base__
     if isinstance(error, Interrupted):
-        if os.environ.get("RANK", "0") == "0":  # one process speaks for all
+        if speaks():
             console.complain(error.message)
         return 130
     if isinstance(error, PeerEnded):  # which says itself why
@@ -324,10 +330,12 @@ def _explained(error: BaseException, arguments: list[str], verbose: bool) -> int
             console.complain(error.message)
         return error.code
     if isinstance(error, KeyboardInterrupt | typer.Abort) or just_interrupted():
-        console.complain(interrupted_line(arguments))
+        if speaks():
+            console.complain(interrupted_line(arguments))
         return 130
     if isinstance(error, UserError):
-        console.user_error(error)
+        if not getattr(error, "said_elsewhere", False):
+            console.user_error(error)
         return 2
     if isinstance(error, usage_error):
         shown = io.StringIO()

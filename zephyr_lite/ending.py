@@ -14,6 +14,7 @@ from types import FrameType
 from typing import IO
 
 from .errors import UserError
+from .world import echoes
 
 _TRAINS = ("sft", "dpo", "demo", "ablate", "reproduce")
 _ON_DISK = {
@@ -83,6 +84,8 @@ def take_signals() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     global _interrupted_at
+    if echoes(_interrupted_at):
+        return
     _interrupted_at = time.monotonic()
     raise KeyboardInterrupt
 

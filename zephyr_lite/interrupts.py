@@ -6,10 +6,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
+
+from .world import echoes, speaks
 
 # the user's Ctrl-C; what a batch system or a cloud sends before it kills; a terminal or a connection that was closed
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -40,7 +43,8 @@ class Output:
 
 
 class StopRequest:
-    """As a context, it takes the process's SIGINT, SIGTERM and SIGHUP: the first is remembered, a second one raises at once.
+    """As a context, it takes the process's SIGINT, SIGTERM and SIGHUP: the first is remembered, a second one raises at once
+    (not the launcher's copy of the first: ``world.echoes``). Of several processes one says it.
 
     Outside the main thread, where Python delivers no signals, nothing is taken and nothing is ever asked for; what whoever
     started the process wants ignored stays ignored.
@@ -56,6 +60,7 @@ class StopRequest:
         self.finishing = finishing
         self.name: str | None = None
         self._at_once = False
+        self._first: float | None = None  # when it came
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -71,9 +76,12 @@ class StopRequest:
 
     def _came(self, number: int, frame: FrameType | None) -> None:
         again, self.name = self.name is not None, self.name or signal.Signals(number).name
-        if again or self._at_once:
+        copy = again and echoes(self._first)
+        if not again:
+            self._first = time.monotonic()
+        if (again and not copy) or self._at_once:
             raise KeyboardInterrupt
-        if self.finishing is None:
+        if self.finishing is None or copy or not speaks():
             return
         # a handler may stand in the middle of a print, which cannot be entered twice
         text = f"\n{self.name}: {self.finishing}; once more to stop at once\n"

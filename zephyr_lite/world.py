@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=12)
 # what torchrun, accelerate and others tell the processes that they start
 _RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+# Seconds in which a second signal is the launcher's copy of the first (see ``echoes``).
+ECHO = 5.0
 
 
 class PeerEnded(Exception):
@@ -179,11 +182,22 @@ def deal(items: Sequence[int], lengths: Sequence[int] | Any, size: int) -> list[
 
 @contextmanager
 def _alive() -> Iterator[None]:
-    """A process that is killed tells nobody; its connections end."""
+    """A process that is killed tells nobody; its connections end. One that leaves an exchange half-way must never begin
+    another: the others would take its words for those of the first."""
+    global _left
+    if _left:
+        raise KeyboardInterrupt
     try:
         yield
+    except KeyboardInterrupt:
+        _left = True
+        raise
     except RuntimeError as error:
-        raise PeerEnded(f"another process of the run is gone ({str(error).splitlines()[0][:200]})", 1) from None
+        raise PeerEnded(
+            f"another process of the run is gone ({str(error).splitlines()[0][:200]}). "
+            "The same command goes on from the last checkpoint.",
+            1,
+        ) from None
 
 
 def nothing(line: str = "") -> Any:
@@ -211,6 +225,7 @@ def _said(error: BaseException | None) -> str:
 
 
 _here = World()
+_left = False  # this process was interrupted in the middle of an exchange
 
 
 def world() -> World:
@@ -221,6 +236,28 @@ def world() -> World:
 def launched() -> int:
     """How many processes whoever started this one says there are."""
     return _number(_SIZE, 1)
+
+
+def speaks() -> bool:
+    """Whether this process is the one that says what all of them know: the first, also before they meet and after."""
+    return os.environ.get(_SIZE, "1") == "1" or os.environ.get(_RANK, "0") == "0"
+
+
+def everywhere(error: UserError, *, machine: bool = False) -> UserError:
+    """Mark an error that is raised in all processes (``machine``: in all of this machine): one of them says it."""
+    here = os.environ.get(_LOCAL_RANK, "0") == "0" if machine else speaks()
+    error.said_elsewhere = launched() > 1 and not here  # type: ignore[attr-defined]
+    return error
+
+
+def echoes(first: float | None) -> bool:
+    """Whether a signal that comes now is the launcher's copy of an earlier one. Who signals a whole group (systemd, scancel)
+    reaches torchrun and its processes alike, and torchrun then passes it on: that is no second request.
+
+    Args:
+        first: when the earlier one came, on the clock of time.monotonic; None: there was none.
+    """
+    return first is not None and _RANK in os.environ and time.monotonic() - first < ECHO
 
 
 def _number(name: str, default: int) -> int:
@@ -239,7 +276,7 @@ def joined() -> Iterator[World]:
         UserError: there are several, and the launcher has not said where they meet, or they do not meet; or there are more of
             them here than cards.
     """
-    global _here
+    global _here, _left
     size = launched()
     if size <= 1:
         yield _here
@@ -264,7 +301,7 @@ def joined() -> Iterator[World]:
             f"process {place.rank} of {size} cannot meet the others: {str(error).splitlines()[0]}",
             "Start all of them with torchrun or accelerate launch; on several machines with the same --rdzv-endpoint.",
         ) from None
-    _here = place
+    _here, _left = place, False
     try:
         yield place
     finally:
@@ -282,7 +319,9 @@ def sees(folder: Any) -> None:
     found = _here.gather((socket.gethostname(), os.path.isdir(folder)))
     blind = sorted({host for host, there in found if not there})
     if blind:
-        raise UserError(
-            f"{folder}: is not there on {', '.join(blind)}.",
-            "All machines need the run's folder, the data and the base under the same names: put them on a shared disk.",
+        raise everywhere(
+            UserError(
+                f"{folder}: is not there on {', '.join(blind)}.",
+                "All machines need the run's folder, the data and the base under the same names: put them on a shared disk.",
+            )
         )

@@ -18,6 +18,7 @@ from ..redact import redact_shown
 from ..train.observer import Sample
 from ..train.stage import Stage
 from ..train.task import Outcome
+from ..world import PeerEnded
 from .show import Screen
 
 
@@ -46,11 +47,10 @@ class JsonScreen(Screen):
         self._aside.__exit__(kind, error, trace)
         if error is None or isinstance(error, SystemExit | BrokenPipeError):
             return
-        message = error.message if isinstance(error, UserError | Interrupted) else f"{type(error).__name__}: {error}"
-        ended = isinstance(error, Interrupted | KeyboardInterrupt)
+        known = isinstance(error, UserError | Interrupted | PeerEnded)
+        message = error.message if known else f"{type(error).__name__}: {error}"  # type: ignore[union-attr]
         with suppress(OSError):  # what ended the command is said on standard error too
-            self._emit("error", kind="interrupted" if ended else "user" if isinstance(error, UserError) else "failed",
-                       message=message, hint=getattr(error, "hint", "") or "")  # fmt: skip
+            self._emit("error", kind=_kind(error), message=message, hint=getattr(error, "hint", "") or "")
 
     def say(self, text: str = "") -> None:
         self._emit("say", text=text)
@@ -104,6 +104,15 @@ class JsonScreen(Screen):
         # a name of a file may hold bytes that are no UTF-8: ASCII with escapes can always be written
         self._out.write(redact_shown(json.dumps(record)) + "\n")
         self._out.flush()
+
+
+def _kind(error: BaseException) -> str:
+    """What the exit code says, in a word; another process's error counts as that process's own."""
+    if isinstance(error, PeerEnded):
+        return "interrupted" if error.interrupted else "user" if error.code == 2 else "failed"
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        return "interrupted"
+    return "user" if isinstance(error, UserError) else "failed"
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ from ..model.machine import peak_memory
 from ..model.plan import Plan
 from ..rundir import StageDir
 from ..sync import Mirror
-from ..world import PeerEnded
+from ..world import PeerEnded, everywhere
 from .callbacks import make_callbacks
 from .checkpoint import Checkpoint, MetricsLog, checkpoint_fault, prune, resume_point
 from .observer import Observer, Sample
@@ -256,7 +256,7 @@ class Loop(Stepper):
         )
         named = self.left_out.add(step, self.metrics, rows, alone=alone)
         if self.left_out.watch.in_a_row == IN_A_ROW:
-            raise self.left_out.end(step, named, self._step_back())
+            raise everywhere(self.left_out.end(step, named, self._step_back()))
 
     def _step_back(self) -> str:
         """Leave a checkpoint from before the trouble; returns what to say of it. The adapter has not changed since."""
@@ -348,9 +348,11 @@ class Loop(Stepper):
         if found is not None:
             extra = self.world.together(lambda: self._checkpoint().read(found))
             if extra["total"] != self.total:
-                raise UserError(
-                    f"{found}: was written by a run of {extra['total']} steps; this one has {self.total}.",
-                    "Go back to the configuration that the run was started with, or choose another output_dir.",
+                raise everywhere(
+                    UserError(
+                        f"{found}: was written by a run of {extra['total']} steps; this one has {self.total}.",
+                        "Go back to the configuration that the run was started with, or choose another output_dir.",
+                    )
                 )
             if not self.forget_best:
                 best = extra["best"]

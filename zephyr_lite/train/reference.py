@@ -18,7 +18,7 @@ from ..data.batch import Batch
 from ..errors import UserError
 from ..model.decoder import Decoder
 from ..safetensors_stream import SafetensorsFile, tensor_bytes, write_stream
-from ..world import world
+from ..world import PeerEnded, world
 
 # what was computed is on the disk after so long at most
 SAVE_SECONDS = 60.0
@@ -120,14 +120,21 @@ class ReferenceCache:
         try:
             here.together(lambda: over(fill))
         except BaseException:
+            # the first error is the one to tell
+            with suppress(PeerEnded, KeyboardInterrupt):
+                self._collect()
             if here.writes:
-                with suppress(OSError):  # the first error is the one to tell
+                with suppress(OSError):
                     self._write()
             raise
-        if here.size > 1:  # each has computed its own share
-            for other in here.gather(self.sums):
-                self.sums = torch.where(self.sums.isnan(), other, self.sums)
+        self._collect()
         here.together(self._write if here.writes else lambda: None)
+
+    def _collect(self) -> None:
+        """Each process has computed its own share; from here on all have what any of them has."""
+        if world().size > 1:
+            for other in world().gather(self.sums):
+                self.sums = torch.where(self.sums.isnan(), other, self.sums)
 
     def _write(self) -> None:
         metadata = {"key": self.key, "sha256": self._sha256(self.sums)}

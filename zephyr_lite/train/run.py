@@ -11,7 +11,7 @@ from ..config import Loaded, Method
 from ..errors import Interrupted, UserError
 from ..lock import alone
 from ..sync import kept_elsewhere
-from ..world import World, nothing, sees, world
+from ..world import World, everywhere, nothing, sees, world
 from .leader import Leader
 from .loop import Loop
 from .observer import Observer, Observers
@@ -68,9 +68,11 @@ def _among_others(
     """
     config = loaded.config
     if config.engine != "fused":
-        raise UserError(
-            f"engine {config.engine} runs in one process; {here.size} were started.",
-            "Take engine=fused, or start it without torchrun.",
+        raise everywhere(
+            UserError(
+                f"engine {config.engine} runs in one process; {here.size} were started.",
+                "Take engine=fused, or start it without torchrun.",
+            )
         )
     with ExitStack() as held:
         if here.writes:  # its lock is the run's
