@@ -76,4 +76,6 @@ def test_nothing_is_paid_twice_and_no_budget_is_exceeded(tmp_path, seed, share, 
                 break
         assert process.returncode == 0, err
     kinds = json.loads(out)["kinds"]
-    assert set(kinds) <= {"Reply", "BudgetSpent", "RequestFailed"} and kinds.count("Reply") > (10 if tokens > 5_000 else 0)
+    assert set(kinds) <= {"Reply", "BudgetSpent", "RequestFailed"} and kinds.count("Reply") > (
+        10 if tokens > 5_000 else 0
+    )
