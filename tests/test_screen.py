@@ -305,6 +305,9 @@ def test_the_verdict_says_what_the_numbers_say(tmp_path):
     assert judged(sft, [*falls, {"loss": math.nan}]).text == "the last loss is not a finite number"
     overfit = judged(sft, falls, [1.5, 1.6, 1.7])
     assert overfit.kind == "bad" and "lowest was 1.5000 at step 10" in overfit.text
+    for held_out in (math.nan, "nan"):  # the loop's, and the file's word
+        lost = judged(sft, falls, [1.5, held_out])
+        assert lost.kind == "bad" and "held-out loss is not a finite" in lost.text
     assert judged(dpo, [PAIRS] * 3).text == "as it should: it started at ln 2 (0.6931)"
     assert judged(dpo, [{**PAIRS, "loss": 0.75}]).kind == "bad"
     assert judged(dpo, [PAIRS] * 60).kind == "good"

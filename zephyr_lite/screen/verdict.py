@@ -59,6 +59,9 @@ def _start(progress: Progress) -> Verdict | None:
 
 def _held_out(progress: Progress) -> Verdict | None:
     losses = [float(e["eval_loss"]) for e in progress.evaluations]
+    if losses and not math.isfinite(losses[-1]):
+        return Verdict("bad", "the last held-out loss is not a finite number")
+    losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
     if len(losses) < 3:
         return None
     lowest = min(losses)
