@@ -47,8 +47,10 @@ class JsonScreen(Screen):
         self._aside.__exit__(kind, error, trace)
         if error is None or isinstance(error, SystemExit | BrokenPipeError):
             return
-        known = isinstance(error, UserError | Interrupted | PeerEnded)
-        message = error.message if known else f"{type(error).__name__}: {error}"  # type: ignore[union-attr]
+        if isinstance(error, UserError | Interrupted | PeerEnded):
+            message = error.message
+        else:
+            message = f"{type(error).__name__}: {error}"
         with suppress(OSError):  # what ended the command is said on standard error too
             self._emit("error", kind=_kind(error), message=message, hint=getattr(error, "hint", "") or "")
 
