@@ -32,6 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # and no pool of threads that a f
 
 # what a clock says, and no run repeats
 CLOCK = {"seconds", "tokens_per_second", "pairs_per_second", "created", "finished", "peak_memory_bytes", "at"}
+CLOCK |= {"peak_memory_gib"}
 # what only the way to the end decides, and the memory that was free then: how a stage was gone on with, its id, its plan
 WAY = {"resumed", "id", "plan"}
 FEW = 6  # stops of a scenario, for which one undisturbed run has to do
@@ -64,7 +65,7 @@ def _keys(ground: Ground, out: Path, rows: Path, **changes: Any) -> list[str]:
     settings = {
         "model_name_or_path": ground.base, "output_dir": out, "dataset.path": rows, "eval_dataset.path": rows,
         "max_length": 128, "batch_size": 3, "lora_r": 4, "lora_alpha": 8, "learning_rate": 5e-3, "save_steps": 2,
-        "eval_steps": 3, "num_train_epochs": 3, **changes,
+        "eval_steps": 3, "num_train_epochs": 3, "sample_tokens": 3, **changes,
     }  # fmt: skip
     return [f"{key}={value}" for key, value in settings.items()]
 
@@ -190,8 +191,8 @@ def standing(out: Path) -> dict[str, str]:
         name = path.relative_to(out).as_posix()
         if path.is_dir() or name == ".lock":
             continue
-        if path.name == "manifest.json":
-            continue  # hashes of files that are compared here, a clock's among them
+        if path.name in ("manifest.json", "report.html"):
+            continue  # hashes, or pictures, of files that are compared here, a clock's among them
         text = path.read_bytes()
         if path.suffix == ".json":
             text = json.dumps(without(json.loads(text), CLOCK | WAY), sort_keys=True).encode()

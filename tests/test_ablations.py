@@ -21,7 +21,15 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.rundir import StageDir
 from zephyr_lite.shipped import shipped_configs
 
-SMALL = ["max_steps=2", "lora_r=4", "batch_size=2", "load_in_4bit=false", "learning_rate=1e-2", "lora_dropout=0"]
+SMALL = [
+    "max_steps=2",
+    "lora_r=4",
+    "batch_size=2",
+    "load_in_4bit=false",
+    "learning_rate=1e-2",
+    "lora_dropout=0",
+    "samples=0",
+]
 
 
 @pytest.fixture(scope="module")

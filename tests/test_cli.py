@@ -84,6 +84,7 @@ def sft_words(tiny_base, chat_rows):
         "max_length=128",
         "batch_size=4",
         "lora_r=4",
+        "samples=0",
     ]
 
 
@@ -91,7 +92,7 @@ def sft_words(tiny_base, chat_rows):
 def dpo_words(tiny_base, pair_rows):
     return [
         "dpo", f"model_name_or_path={tiny_base}", f"dataset={pair_rows}", "max_length=128", "max_prompt_length=64",
-        "batch_size=4", "lora_r=4", "max_steps=2",
+        "batch_size=4", "lora_r=4", "samples=0", "max_steps=2",
     ]  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def finished(tmp_path_factory, tiny_base, chat_rows, pair_rows) -> Path:
     here = Path.cwd()
     os.chdir(folder)
     try:
-        common = ["max_length=128", "batch_size=4", "lora_r=4", "max_steps=2", "learning_rate=1e-2"]
+        common = ["max_length=128", "batch_size=4", "lora_r=4", "samples=0", "max_steps=2", "learning_rate=1e-2"]
         sft = ["sft", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", "output_dir=runs/t", *common]
         assert cli.run(sft) == 0
         assert (
@@ -362,6 +363,7 @@ def test_dpo_continues_the_newest_run(invoke, runs, pair_rows):
         "max_prompt_length=64",
         "max_steps=1",
         "lora_r=4",
+        "samples=0",
         "batch_size=4",
     )
     assert code == 0, err
@@ -513,8 +515,7 @@ def test_a_run_of_one_step_learns(invoke, sft_words, tmp_path, schedule):
     assert line["learning_rate"] > 0
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii(encoding, tiny_base, chat_rows):
+def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii(tiny_base, chat_rows):
     """``zephyr-lite … | head -1`` ends quietly; a letter that the terminal has not is no fault."""
     words = ["data", "show", "sft", "--table", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}"]
     process = subprocess.Popen(
@@ -522,7 +523,7 @@ def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii(encoding, tiny_ba
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
-        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout.readline()
     process.stdout.close()

@@ -119,6 +119,7 @@ def test_it_runs_in_small(name, tmp_path, tiny_base, chat_rows, pair_rows):
         f"eval_dataset.path={rows}",
         "max_steps=1",
         "lora_r=4",
+        "samples=0",
         *(["adapters=none"] if kind == "dpo" else []),
     ]
     loaded = load_config(kind, name, words)

@@ -25,7 +25,15 @@ from zephyr_lite.evaluate.rows import held_out
 from zephyr_lite.live import open_live
 from zephyr_lite.rundir import StageDir
 
-SMALL = ["max_steps=3", "lora_r=4", "batch_size=4", "learning_rate=5e-3", "lora_dropout=0", "max_length=128"]
+SMALL = [
+    "max_steps=3",
+    "lora_r=4",
+    "batch_size=4",
+    "learning_rate=5e-3",
+    "lora_dropout=0",
+    "max_length=128",
+    "samples=0",
+]
 
 
 @pytest.fixture(scope="module")

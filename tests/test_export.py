@@ -26,7 +26,7 @@ from zephyr_lite.live import open_live
 from zephyr_lite.strict_yaml import read_yaml
 
 SMALL = [
-    "max_length=128", "batch_size=3", "lora_r=4", "lora_alpha=8", "learning_rate=5e-3", "save_steps=2", "eval_steps=2",
+    "max_length=128", "samples=0", "batch_size=3", "lora_r=4", "lora_alpha=8", "learning_rate=5e-3", "save_steps=2", "eval_steps=2",
     "num_train_epochs=2", "optim=adamw_torch", "load_in_4bit=false",
 ]  # fmt: skip
 IDS = torch.arange(24).view(2, 12) % 300 + 10

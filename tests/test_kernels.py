@@ -111,7 +111,7 @@ def compare_nf4(device, dtype, shape, **options) -> None:
         ((5, 100), {}),  # rows that are no whole blocks, and a last block that is not full
         ((4, 112), {"quant_type": "fp4", "nested": 0}),
         ((7, 256), {"quant_type": "fp4", "blocksize": 128}),
-        ((2, 2048), {"blocksize": 2048}),
+        ((2, 1024), {"blocksize": 1024}),  # above, bitsandbytes compiles what it computes on a CPU
         ((3, 21), {"blocksize": 32}),  # an odd number of values: half of the last byte
         ((40, 64), {"blocksize": 32}),
     ],

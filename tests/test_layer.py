@@ -135,7 +135,7 @@ def test_gradcheck(keep):
     def logps(*_):
         return decoder.token_logps(batch, keep=keep, dropout=Dropout(0.3, 2, 5))
 
-    assert gradcheck(logps, parameters)
+    assert gradcheck(logps, parameters, fast_mode=keep != "all")  # along random directions; number by number once
 
 
 @pytest.mark.parametrize("keep", KEEPS)
@@ -149,7 +149,8 @@ def test_gradcheck_of_a_pair_with_a_shared_prompt(keep):
     for ids in (found.prompt_ids, found.chosen_ids, found.rejected_ids):
         ids[:] %= 24
     batch = collate_pairs([found])
-    assert gradcheck(lambda *_: decoder.token_logps(batch, keep=keep), list(decoder.stack.parameters().values()))
+    parameters = list(decoder.stack.parameters().values())
+    assert gradcheck(lambda *_: decoder.token_logps(batch, keep=keep), parameters, fast_mode=keep != "all")
 
 
 @pytest.mark.parametrize("keep", ["input", "all"])

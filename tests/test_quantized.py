@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from zephyr_lite.config import RunConfig
@@ -225,7 +225,7 @@ def test_a_quantized_checkpoint_computes_in_another_dtype_than_it_was_stored_in(
 
 def test_a_family_that_may_rename_its_weights_is_quantized_in_memory(tmp_path, cache):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=448, num_key_value_heads=2, **sizes))
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=448, num_key_value_heads=2, **sizes))
     model.save_pretrained(tmp_path / "qwen")
     make_tokenizer(tmp_path / "qwen")
     found = load_base(config(tmp_path / "qwen", engine="trl"))

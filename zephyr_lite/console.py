@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from collections import deque
@@ -76,7 +77,7 @@ class Console:
     def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None) -> None:
         # in a notebook rich would make a block of HTML of every line
         self.notebook = out is None and RichConsole().is_jupyter
-        self.out = _Rich(file=out, highlight=False, soft_wrap=True, force_jupyter=False)
+        self.out = _Rich(file=out, highlight=False, soft_wrap=True, force_jupyter=False, _environ=os.environ)
         if not self.out.is_terminal:
             self.out.width = PIPE_WIDTH
         self.err = _Rich(file=err, stderr=err is None, highlight=False, soft_wrap=True, force_jupyter=False)

@@ -278,7 +278,7 @@ def joined() -> Iterator[World]:
     """
     global _here, _left
     size = launched()
-    if size <= 1:
+    if size <= 1 or _here.size > 1:  # it has joined already
         yield _here
         return
     import torch

@@ -117,8 +117,8 @@ class Loop(Stepper):
         started = time.perf_counter()
         if self.begun is not None and self.writes:
             self.begun(step)
-        if step == 0:
-            self._sample(step, stop)
+        if step == 0 or any(record["step"] == step for record in self.evaluations):
+            self._sample(step, stop)  # again, where a signal came while they were drawn
         if pending:  # it was stopped between a step and the evaluation that follows it
             self._after(step, stop)
         patience = self.config.early_stopping_patience
