@@ -11,6 +11,7 @@ os.environ.pop("ZEPHYR_LITE_CACHE", None)  # the tests have a cache of their own
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for a second thread
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles what odd shapes need on a CPU: half a minute
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def test_both_stages_and_the_merge_survive_being_stopped_anywhere():
-    words = [sys.executable, "-m", "tests.kill", "--scenario", "whole", "--stops", "4"]
+    words = [sys.executable, "-m", "tests.kill", "--scenario", "whole", "--stops", "3"]
     done = subprocess.run(
         words,
         cwd=Path(__file__).parent.parent,
@@ -19,4 +19,4 @@ def test_both_stages_and_the_merge_survive_being_stopped_anywhere():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "runs ended, all equal to the undisturbed one" in done.stdout
-    assert sum(int(word) for word in done.stdout.replace(",", " ").replace(";", " ").split() if word.isdigit()) >= 4
+    assert sum(int(word) for word in done.stdout.replace(",", " ").replace(";", " ").split() if word.isdigit()) >= 3

@@ -78,8 +78,8 @@ def test_every_plan_fits_and_says_what_it_takes(size, method):
 @pytest.mark.parametrize("words", [[], ["max_length=8192"]])
 def test_more_memory_is_never_slower(words):
     """But for what is as good as equally fast; of one card, and of the cards that --vram alone means."""
-    same = [of_card(CARDS["4090"], f"{n}GiB") for n in (5.25, 6, 7.5, 8, 12, 24)]
-    series = [of_card(card_of_size(n), f"{n}GiB") for n in (6, 8, 12, 16, 24, 32, 40, 80)]
+    same = [of_card(CARDS["4090"], f"{n}GiB") for n in (5.25, 7.5, 8, 24)]
+    series = [of_card(card_of_size(n), f"{n}GiB") for n in (6, 8, 12, 24, 80)]
     for machines in (same, series):
         speeds = [make_plan(mistral("sft", *words), machine, FREE).tokens_per_second for machine in machines]
         assert all(later >= earlier * (1 - 2 * WORTH_THE_HOST - TIE) for earlier, later in pairwise(speeds))

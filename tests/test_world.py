@@ -119,8 +119,15 @@ def runs(tiny_base, chat_rows, pair_rows, tmp_path_factory):
     return folder, dict(zip(("stopped", "sft", "dpo"), text.split("== next")))
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_two_processes_are_as_one(runs, stage):
+def test_two_processes_are_as_one(runs, tiny_base, chat_rows, tmp_path):
+    """One test, so that one worker makes the runs."""
+    for stage in ("sft", "dpo"):
+        two_are_as_one(runs, stage)
+    both_stopped_after_the_same_step(runs)
+    a_checkpoint_of_two_goes_on_with_one(runs, tiny_base, chat_rows, tmp_path)
+
+
+def two_are_as_one(runs, stage):
     folder, said = runs
     close(folder / "two" / stage, folder / "one" / stage)
     info = json.loads((folder / "two" / stage / "stage.json").read_text())
@@ -129,7 +136,7 @@ def test_two_processes_are_as_one(runs, stage):
     assert "2 processes" in said[stage]
 
 
-def test_a_checkpoint_of_two_goes_on_with_one(runs, tiny_base, chat_rows, tmp_path):
+def a_checkpoint_of_two_goes_on_with_one(runs, tiny_base, chat_rows, tmp_path):
     folder, _ = runs
     shutil.copytree(folder / "two" / "sft", tmp_path / "run" / "sft")
     stage = tmp_path / "run" / "sft"
@@ -143,7 +150,7 @@ def test_a_checkpoint_of_two_goes_on_with_one(runs, tiny_base, chat_rows, tmp_pa
     close(stage, folder / "one" / "sft")
 
 
-def test_a_signal_stops_all_after_the_same_step(runs):
+def both_stopped_after_the_same_step(runs):
     _, said = runs
     assert said["stopped"].count("holds everything") == 1, said["stopped"]
     assert said["sft"].count("going on from checkpoint-") == 1
