@@ -1,17 +1,40 @@
-"""Tiny models, a small real tokenizer and a few rows that tests share. Everything is made here; nothing is downloaded."""
+"""Tiny models, a small real tokenizer and a few rows that tests share. Everything is made here; nothing is downloaded.
+
+Tests see a machine of their own: a temporary HOME, an environment of the variables named in ``INHERITED`` only, a new
+working folder for each test, and a SIGINT that interrupts even where the suite was started in the background.
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import signal
+import tempfile
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.pop("ZEPHYR_LITE_CACHE", None)  # the tests have a cache of their own
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Everything else (the user's tokens, terminal, locale, time zone, proxies, caches, launcher variables) stays outside.
+INHERITED = ("PATH", "LD_", "TMPDIR", "PYTEST_", "PYTHONPATH", "CUDA_", "NVIDIA_", "TRITON_", "OPENBLAS_", "OMP_", "FUZZ_")
+ROOT = Path(__file__).parent.parent
+HOME = Path(tempfile.mkdtemp(prefix="zephyr-lite-home-"))
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+for variable in [name for name in os.environ if not name.startswith(INHERITED)]:
+    del os.environ[variable]
+os.environ.update(
+    HOME=str(HOME),
+    PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),  # of the commands that tests start
+    LANG="C.UTF-8",
+    TZ="UTC",
+    COLUMNS="80",
+    LINES="24",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+    TORCHDYNAMO_DISABLE="1",  # bitsandbytes compiles what odd shapes need on a CPU: half a minute
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for a second thread
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles what odd shapes need on a CPU: half a minute
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job and its children ignore it
 
 import pytest
 import torch
@@ -97,19 +120,12 @@ def make_model(kind: str = "mistral", seed: int = 0, **changes):
     return model.eval()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory) -> Path:
-    """What the kit keeps in the user's cache, quantized bases above all, goes to a folder of this session, and so does
-    that of the commands it starts. The demo's converted base, half a minute's work, is borrowed."""
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = tmp_path_factory.mktemp("user-cache")
-    demo = Path("zephyr-lite", "smollm2-135m")
-    if (users / demo).is_dir():
-        (cache / demo).parent.mkdir()
-        (cache / demo).symlink_to(users / demo)
-    os.environ.setdefault("HF_HOME", str(users / "huggingface"))
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    return cache
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path_factory, monkeypatch) -> Path:
+    """A new, empty working folder: no test sees the runs of the checkout."""
+    folder = tmp_path_factory.mktemp("cwd")
+    monkeypatch.chdir(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

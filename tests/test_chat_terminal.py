@@ -252,6 +252,7 @@ class Terminal:
             os.chdir(cwd)
             root = str(Path(zephyr_lite.__file__).parent.parent)
             os.environ.update(TERM="xterm", PYTHONPATH=root)
+            del os.environ["COLUMNS"], os.environ["LINES"]  # the terminal's own size
             os.execv(sys.executable, [sys.executable, "-m", "zephyr_lite", *arguments])
         fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 160, 0, 0))
 

@@ -522,7 +522,6 @@ def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii(tiny_base, chat_r
         [sys.executable, "-m", "zephyr_lite", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        cwd=ROOT,
         env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout.readline()

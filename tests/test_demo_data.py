@@ -192,12 +192,18 @@ def test_a_half_made_folder_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
+def converted() -> Path:
+    """The demo's base, converted into the cache of this session (20 s)."""
     if importlib.util.find_spec(base.PACKAGE) is None or importlib.util.find_spec("gguf") is None:
         pytest.skip(f"{base.REQUIREMENT} and gguf are not installed")
+    return base.demo_base()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(converted: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(base.demo_base())
+    return AutoTokenizer.from_pretrained(converted)
 
 
 def test_tokens_fit_the_demo_budget(tokenizer: Any) -> None:
@@ -219,7 +225,7 @@ def test_tokens_fit_the_demo_budget(tokenizer: Any) -> None:
     assert 3_000 <= pairs <= 6_000
 
 
-def test_the_base_speaks_plain_chatml(tokenizer: Any) -> None:
+def test_the_base_speaks_plain_chatml(converted: Path, tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
@@ -227,7 +233,7 @@ def test_the_base_speaks_plain_chatml(tokenizer: Any) -> None:
     assert text.startswith(prompt), "later turns do not rewrite earlier ones"
     assert tokenizer("Hi").input_ids == tokenizer("Hi", add_special_tokens=False).input_ids, "no BOS is added"
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
-    config = json.loads((base.demo_base() / "config.json").read_text())
+    config = json.loads((converted / "config.json").read_text())
     assert config["tie_word_embeddings"] is True
     assert (config["eos_token_id"], config["pad_token_id"]) == (2, 2)
     assert "quantization_config" not in config

@@ -12,6 +12,7 @@ import matplotlib.image
 import openai
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -258,6 +259,7 @@ def test_transformers_serve_feeds_the_ids_of_training(place, monkeypatch):
     from transformers import generation
     from transformers.cli.serve import Serve
 
+    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # the server scans it
     model, fed = str(place / "my-model"), []
     real = generation.GenerationMixin.generate
 
