@@ -102,7 +102,8 @@ def random_conversations(count: int, seed: int = 0) -> list[list[dict[str, str]]
 def test_ids_are_those_of_the_text_and_the_generation_prompt_is_their_prefix(template):
     for messages in random_conversations(40):
         ids, mask = template.encode(messages)
-        text, spans = template.render(messages)
+        rendered = template.render(messages)
+        text, spans = rendered.text, rendered.spans.values()
         assert ids.dtype == np.int32 and mask.dtype == bool
         assert text == template.tokenizer.apply_chat_template(messages, tokenize=False)
         assert ids.tolist() == template.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -137,7 +138,7 @@ def test_tokenizing_turn_by_turn_gives_other_ids(mistral):
     # what "render once, tokenize once" is for: this is how the mask is often made
     template = resolve_template("auto", mistral)
     messages = turns("Hi", "Hello!", "And now?", "Bye")
-    parts = [template.render(messages[:2])[0], template.render(messages)[0]]
+    parts = [template.text_of(messages[:2]), template.text_of(messages)]
     parts[1] = parts[1][len(parts[0]) :]
     apart = [i for part in parts for i in mistral(part, add_special_tokens=False)["input_ids"]]
     assert apart != template.encode(messages)[0].tolist()
@@ -153,19 +154,19 @@ def test_searching_the_tags_tokens_would_mask_everything(mistral):
 
 def test_bos_stands_once(mistral, smol):
     template = resolve_template("auto", mistral)
-    text, _ = template.render(turns("Hi", "Hello!"))
+    text = template.text_of(turns("Hi", "Hello!"))
     assert mistral(text)["input_ids"][:2] == [1, 1]  # the fault: template and tokenizer both write it
     for ids in (template.encode(turns("Hi", "Hello!", "Yes", "No"))[0], template.prompt_ids(turns("Hi"))):
         assert ids[0] == 1 and (ids == 1).sum() == 1
     # SmolLM2 names <|im_start|> its BOS, but no text starts with one: it is a turn's tag
     for choice in ("auto", "chatml", "zephyr"):
         assert resolve_template(choice, smol).bos_token_id is None
-    assert resolve_template("zephyr", smol).render(turns("Hi"))[0].startswith("<|system|>\n<|im_end|>\n<|user|>\nHi")
+    assert resolve_template("zephyr", smol).text_of(turns("Hi")).startswith("<|system|>\n<|im_end|>\n<|user|>\nHi")
 
 
 def test_a_template_that_writes_bos_twice_is_refused_and_one_that_forgets_it_is_mended(mistral, tmp_path):
     (tmp_path / "two.jinja").write_text(BOS + ZEPHYR)
-    with pytest.raises(UserError, match="BOS 2 times"):
+    with pytest.raises(UserError, match="BOS twice"):
         resolve_template(str(tmp_path / "two.jinja"), mistral)
     (tmp_path / "none.jinja").write_text(ZEPHYR.removeprefix(BOS))
     template = resolve_template(str(tmp_path / "none.jinja"), mistral)
@@ -175,10 +176,9 @@ def test_a_template_that_writes_bos_twice_is_refused_and_one_that_forgets_it_is_
 
 def test_zephyr_text_is_the_published_one(mistral):
     template = resolve_template("zephyr", mistral)
-    assert (
-        template.render(turns("Hi", "Hello"))[0] == "<s><|system|>\n</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello</s>\n"
-    )
-    assert template.render(turns("Hi", system="Be kind."), True)[0] == (
+    text = template.text_of(turns("Hi", "Hello"))
+    assert text == "<s><|system|>\n</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello</s>\n"
+    assert template.text_of(turns("Hi", system="Be kind."), True) == (
         "<s><|system|>\nBe kind.</s>\n<|user|>\nHi</s>\n<|assistant|>\n"
     )
 
@@ -207,11 +207,15 @@ def test_loss_on(smol):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        # adds something to the last turn only, as templates of thinking models do
         (
-            "{% for m in messages %}<|{{ m.role }}|>\n{{ '(thinks)' if loop.last and m.role == 'assistant' }}"
-            "{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
-            "rewrites earlier turns",
+            "{{ messages | length }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+            "rewrites earlier turns when an answer is added: '1<.user.>.*' becomes '2<.user.>",
+        ),
+        (
+            "{% for m in messages[-2:] %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+            "does not write the user turn",
         ),
         (
             "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
@@ -304,7 +308,7 @@ def test_pairs_share_their_prompt_and_supervise_answers_only(template):
         assert everything.chosen_mask.all() and everything.rejected_mask.all()
 
 
-def test_a_token_merged_across_the_prompts_end_is_nobodys_target(tiny, tmp_path):
+def test_the_first_token_of_an_answer_is_supervised_behind_a_space(tiny, tmp_path):
     # the generation prompt ends in a space, which byte-level tokenizers join with the answer's first word
     (tmp_path / "plain.jinja").write_text(
         "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}</s>{% endfor %}"
@@ -314,13 +318,12 @@ def test_a_token_merged_across_the_prompts_end_is_nobodys_target(tiny, tmp_path)
     word = "the fox"
     ids, mask = template.encode(turns("Hi", word))
     asked = template.prompt_ids(turns("Hi"))
-    assert ids[: len(asked)].tolist() != asked.tolist()  # not a prefix, and right all the same
-    text, spans = template.render(turns("Hi", word))
-    starts = [a for a, _ in tiny(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
-    assert mask.tolist() == [spans[0].start <= a < spans[0].end for a in starts]
+    assert ids[: len(asked)].tolist() == asked.tolist() and tiny.decode(ids) == f"Q: Hi</s>A: {word}</s>"
+    assert tiny.decode(ids[mask]) == f"{word}</s>"
     pair = template.encode_pair(turns("Hi"), turns("", word)[1:], turns("", "a dog")[1:])
-    assert not pair.chosen_mask[0] and pair.chosen_mask[1:].all() and not pair.rejected_mask[0]
-    assert "".join(tiny.decode(pair.prompt_ids)) == "Q: Hi</s>A:"
+    assert pair.prompt_ids.tolist() == asked.tolist()
+    assert pair.chosen_mask.all() and pair.rejected_mask.all()
+    assert tiny.decode(pair.chosen_ids) == f"{word}</s>" and tiny.decode(pair.rejected_ids) == "a dog</s>"
 
 
 def test_the_fingerprint_follows_template_and_tokenizer(mistral_folder, smol_folder):

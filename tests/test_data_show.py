@@ -264,7 +264,7 @@ def test_mistrals_own_tokenizer(tmp_path):
     turns = [{"role": "user", "content": "Où est\n 東京 🙂?"}, {"role": "assistant", "content": "Là-bas."}]
     ids, mask = template.encode(turns)
     tokens = conversation_segment(template, Example(ids, mask, "x row 1", 0), turns).tokens
-    assert b"".join(t.raw for t in tokens).decode() == template.render(turns)[0]
+    assert b"".join(t.raw for t in tokens).decode() == template.text_of(turns)
     text = {
         role: b"".join(t.raw for t in tokens if t.role == role).decode() for role in ("template", "user", "assistant")
     }
@@ -286,7 +286,7 @@ def test_characters_in_several_tokens_and_ones_that_cannot_be_seen(tmp_path):
     assert "\\xa0=你" in texts  # its last byte
     assert "\\u001b" in texts and "\x1b" not in "".join(texts)
     assert "\\xae=\\u202e" in texts and "\u202e" not in "".join(texts)
-    assert sum(map(len, (t.raw for t in segment.tokens))) == len(template.render(turns)[0].encode())
+    assert sum(map(len, (t.raw for t in segment.tokens))) == len(template.text_of(turns).encode())
 
 
 def test_a_template_that_refuses_a_system_turn_alone_joins_it_with_the_user(tmp_path):

@@ -107,7 +107,7 @@ def test_transformers_reads_the_model_back(mistral, tmp_path, kind, most):
     assert report.error < most
     template = resolve_template("auto", AutoTokenizer.from_pretrained(mistral))
     assert tokenizer.chat_template == template.text
-    for text in (SAMPLE, template.render([{"role": "user", "content": "What's 12 + 3?"}], True)[0]):
+    for text in (SAMPLE, template.text_of([{"role": "user", "content": "What's 12 + 3?"}], True)):
         assert (
             tokenizer(text, add_special_tokens=False).input_ids
             == template.tokenizer(text, add_special_tokens=False).input_ids
@@ -200,7 +200,7 @@ def test_sentencepiece(tmp_path, legacy):
     assert any("neither" in note for note in report.notes) is not legacy
     if not legacy:  # transformers' reader knows only this way of putting spaces
         own, back = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
-        text = resolve_template("auto", own).render([{"role": "user", "content": " a dog\n\n with é 日"}], True)[0]
+        text = resolve_template("auto", own).text_of([{"role": "user", "content": " a dog\n\n with é 日"}], True)
         assert back(text, add_special_tokens=False).input_ids == own(text, add_special_tokens=False).input_ids
     if find_spec("llama_cpp") is not None:
         assert check_prompts(folder, report.out) == "prompt ids equal llama.cpp's in 2 texts"

@@ -106,7 +106,7 @@ def test_go_renders_what_training_saw(tmp_path, name, bos):
     text = (tmp_path / "Modelfile").read_text()
     go = modelfile_template(text)
     for messages in SAID:
-        assert render_go(go, messages) == template.render(messages, True)[0]
+        assert render_go(go, messages) == template.text_of(messages, True)
     assert go.startswith("<s>") is bos
     end = {"zephyr": "</s>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}[name]
     assert text.startswith("FROM ./files/m.gguf\n") and f'PARAMETER stop "{end}"\n' in text
@@ -125,7 +125,7 @@ def test_what_go_and_a_modelfile_read_otherwise_is_a_string(tmp_path):
     template = resolve_template("auto", tokenizer)
     go = turns_of(template).go()
     assert '"""' not in go.replace('\\"', "")
-    assert render_go(go, SAID[3]) == template.render(SAID[3], True)[0]
+    assert render_go(go, SAID[3]) == template.text_of(SAID[3], True)
 
 
 def test_templates_that_are_no_turns_in_a_row_are_refused(tmp_path):
@@ -181,7 +181,7 @@ def test_bos_stands_once_whoever_writes_it(tmp_path):
     assert gguf.GGUFReader(file).fields["tokenizer.ggml.add_bos_token"].contents() is True
     lines = write_modelfile(bare, file, out, chat_template="zephyr")
     tokenizer = AutoTokenizer.from_pretrained(bare)
-    trained = resolve_template("zephyr", tokenizer).render(SAID[3], True)[0]
+    trained = resolve_template("zephyr", tokenizer).text_of(SAID[3], True)
     assert trained.startswith("<s>") and "<s>" + render_go(modelfile_template(out.read_text()), SAID[3]) == trained
     assert any("BOS is left out" in line for line in lines)
     # training saw none, and the server would add one

@@ -230,7 +230,8 @@ def test_the_template_of_the_base_is_taken(base):
     assert template.bos_token_id is None and template.tokenizer.convert_ids_to_tokens(template.end_token_ids) == [
         "<|im_end|>"
     ]
-    text, spans = template.render([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}])
+    rendered = template.render([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}])
+    text, spans = rendered.text, rendered.spans.values()
     assert text.startswith("<|im_start|>system\nBe of help.<|im_end|>\n")
     assert [text[span.start : span.end] for span in spans] == ["Hello.<|im_end|>"]
     assert any("is not the tokenizer's eos <|endoftext|>" in note for note in template.notes)

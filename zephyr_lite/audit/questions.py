@@ -123,7 +123,7 @@ def _template(subject: Subject, templates: dict[str, ChatTemplate], rows: list[M
     texts: dict[str, str] = {}
     for name, template in list(templates.items()):
         try:
-            text = template.render(_QUESTION)[0]
+            text = template.text_of(_QUESTION)
         except RowError:
             del templates[name]
             continue
@@ -226,7 +226,7 @@ def _bos(
 ) -> None:
     tokenizer = template.tokenizer
     bos = tokenizer.bos_token_id
-    text = template.render(_QUESTION)[0]
+    text = template.text_of(_QUESTION)
     right = 1 if template.bos_token_id is not None else 0
     written = list(tokenizer(text, add_special_tokens=False)["input_ids"]).count(bos)
     if bos is None or bos == tokenizer.eos_token_id or written > right:

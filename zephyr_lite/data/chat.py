@@ -1,18 +1,19 @@
-"""A conversation → token ids and the mask of what is supervised.
+"""Conversation → token ids and the mask of supervised tokens.
 
-The conversation is rendered once, and the characters of each answer are recorded; the whole text is tokenized once;
-the mask follows from the tokens' character offsets. Tokenizing turn by turn gives other ids (SentencePiece's differ
-on every conversation), and looking for a tag's tokens in the ids can mask everything, since a tag's tokens depend on
-what stands before it.
+A conversation is rendered as a whole by the chat template, and each answer is rendered as inference sees it: the
+generation prompt of the turns before it, and the text that the template writes for it. An answer is supervised where
+the whole text holds the same answer at the same place. The text is tokenized once; the mask follows from the tokens'
+character offsets. Tokenizing turn by turn gives other ids (SentencePiece's differ on every conversation).
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,26 +23,12 @@ from jinja2.exceptions import TemplateSyntaxError
 from ..errors import UserError
 from ..strict_json import shown
 from .formats import Message, RowError
-from .template_render import Renderer, own_template
-from .template_trial import ADDED, LONGEST_TEMPLATE, REPEATED, is_own, reason, texts_of, try_template
+from .rendering import PROBE, Rendered, Renderer, common_length
 from .templates import BOS, NEEDED_TOKENS, TEMPLATES
-
-# Characters of a conversation; a tokenizer takes some 350 bytes a character in the worst case.
-LONGEST_ROW = 2**21
 
 LossOn = Literal["assistant", "last", "all"]
 
-_REWRITES = "the chat template rewrites earlier turns when later ones are added"
-
 _OTHER = "Choose zephyr, chatml or llama3, or change the template."
-
-# What a template must render without a surprise before any row is read.
-_PROBE: list[Message] = [
-    {"role": "user", "content": "question one"},
-    {"role": "assistant", "content": "answer one"},
-    {"role": "user", "content": "question two"},
-    {"role": "assistant", "content": "answer two"},
-]
 
 
 @dataclass
@@ -65,8 +52,7 @@ class Example:
 class PairExample:
     """One preference pair: prompt + chosen and prompt + rejected, the prompt held once.
 
-    ``prompt_ids`` are the tokens that are equal in both texts and lie wholly in the prompt's. Where the tokenizer
-    merged across the prompt's end, the merged token is the first of each response, and unsupervised.
+    ``prompt_ids`` are the tokens that are equal in both texts and end before the first answer begins.
 
     Attributes:
         prompt_ids: [P] int32, P ≥ 1, never supervised.
@@ -84,13 +70,6 @@ class PairExample:
     index: int
 
 
-class Span(NamedTuple):
-    """Characters ``start:end`` of a text: an answer with its end token, from after the generation prompt."""
-
-    start: int
-    end: int
-
-
 class Pair(NamedTuple):
     """The arrays of a ``PairExample``."""
 
@@ -101,204 +80,210 @@ class Pair(NamedTuple):
     rejected_mask: np.ndarray
 
 
-class ChatTemplate:
+class ChatTemplate(Renderer):
     """A tokenizer and the chat template that it is saved with.
 
     Made by ``resolve_template``, which also checks it. Public methods raise ``RowError`` where one row cannot be
     rendered or encoded faithfully.
 
     Attributes:
-        tokenizer: a fast tokenizer; its ``chat_template`` is ``text``.
-        text: the Jinja template.
-        name: what was chosen: "zephyr", "the tokenizer's own", a file's name.
-        bos_token_id: the token that every sequence starts with, exactly once; None where the model has none.
-        notes: what was decided on the way.
+        name: "zephyr", "the tokenizer's own", a file's name.
+        bos_token_id: the token that every sequence starts with; None where the model has none.
+        repeats_bos: the template writes BOS before later turns too.
+        notes: decisions on the way.
     """
 
-    def __init__(self, tokenizer: Any, text: str, name: str, bos_token_id: int | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.text = text
+    def __init__(
+        self,
+        tokenizer: Any,
+        text: str,
+        name: str,
+        bos_token_id: int | None = None,
+        now: datetime.datetime | None = None,
+    ) -> None:
+        super().__init__(tokenizer, text, now)
         self.name = name
         self.bos_token_id = bos_token_id
+        self.repeats_bos = False
         self.notes: list[str] = []
-        tokens = tokenizer.special_tokens_map
-        self._tokens = texts_of(tokens)
-        self._renderer = None if is_own(text) else Renderer(text, _whence(name, tokenizer), tokens)
-        tokenizer.chat_template = text
-
-    @cached_property
-    def _control(self) -> re.Pattern[str]:
-        """Every text that the tokenizer turns into a control token, wherever it stands."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        scaffold = self._apply(_PROBE, False)
-        words = set(self.tokenizer.all_special_tokens)
-        words |= {token.content for token in added if token.special or token.content in scaffold}
-        return re.compile("|".join(re.escape(word) for word in sorted(words, key=lambda w: (-len(w), w)) if word))
 
     @cached_property
     def end_token_ids(self) -> list[int]:
-        """The tokens that end an answer: what generation must stop at, beside the tokenizer's own eos."""
-        text, spans = self.render(_PROBE)
-        ids, mask = self._tokenize(text, spans, "assistant")
-        last = [i for i in range(len(ids)) if mask[i] and (i + 1 == len(ids) or not mask[i + 1])]
-        return sorted({int(ids[i]) for i in last})
+        """The tokens that end an answer: generation stops at them, beside the tokenizer's own eos."""
+        ids, mask = self.encode(PROBE)
+        return sorted({int(ids[i]) for i in range(len(ids)) if mask[i] and not mask[i + 1 : i + 2].any()})
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the template and of the tokenizer: equal fingerprints give equal ids."""
         parts = [self.text, self.tokenizer.backend_tokenizer.to_str(), str(self.bos_token_id)]
         parts += [f"{key}={value}" for key, value in sorted(self.tokenizer.special_tokens_map.items())]
+        if self.reads_clock:
+            parts.append(self.now.isoformat())
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-    # -- text ----------------------------------------------------------------------------------------------------
-
-    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """The conversation's text, and the characters of each answer in it.
-
-        An answer starts where the generation prompt of the turns before it ends; its span includes its end token and
-        nothing after that. A greeting before the first user turn answers nothing, and has no span.
-
-        Raises:
-            RowError: the template refuses the turns, rewrites earlier ones, or gives an answer no end token.
-        """
-        text = self._render(messages, add_generation_prompt)
-        roles = [message["role"] for message in messages]
-        answers = [turn for turn, role in enumerate(roles) if role == "assistant" and "user" in roles[:turn]]
-        return text, [self._span(messages, turn, text) for turn in answers]
-
-    def _span(self, messages: list[Message], turn: int, text: str) -> Span:
-        before = self._render(messages[:turn], True)
-        upto = self._render(messages[: turn + 1], False)
-        if not (text.startswith(before) and text.startswith(upto) and len(before) <= len(upto)):
-            raise RowError(_REWRITES)
-        ends = [match.end() for match in self._control.finditer(text, len(before), len(upto))]
-        if not ends:
-            raise RowError("the chat template writes no end token after an answer")
-        return Span(len(before), ends[-1])
-
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        try:
-            return self._apply(messages, add_generation_prompt)
-        except (MemoryError, RowError, UserError):
-            raise
-        except Exception as error:  # a template adds numbers to text, or asks a list for a key
-            raise RowError(f"the chat template refuses the row: {reason(error)}") from None
-
-    def _apply(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        content = sum(len(message["content"]) for message in messages)
-        if content > LONGEST_ROW:
-            raise RowError(f"longer than {LONGEST_ROW:,} characters, the most that a row may have")
-        if self._renderer is None:
-            # a quarter of the time that apply_chat_template takes, which copies every turn first
-            return own_template(self.text).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens
-            )
-        most = ADDED + min(REPEATED * content, LONGEST_ROW)  # the trial saw other rows than this one
-        try:
-            return self._renderer.render(messages, add_generation_prompt, most)
-        except ValueError as error:
-            raise RowError(f"the chat template makes {error} of {content:,}") from None
-
-    def _refuse_control_tokens(self, messages: list[Message]) -> None:
-        for message in messages:
-            if match := self._control.search(message["content"]):
-                raise RowError(f"a turn's text contains the control token {match.group()}")
 
     # -- ids -----------------------------------------------------------------------------------------------------
 
-    def encode(self, messages: list[Message], loss_on: LossOn = "assistant") -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, messages: Sequence[Message], loss_on: LossOn = "assistant", tools: list[Any] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The conversation's ids and which of them are supervised.
 
         Args:
-            messages: turns; those of the assistant are supervised.
+            messages: turns; those of the assistant are supervised, unless they have ``train: False``.
             loss_on: every answer, the last one, or every token but the first.
+            tools: as for ``render``.
 
         Returns:
             ids [T] int32, mask [T] bool.
 
         Raises:
             RowError: as ``render``; a turn's text contains a control token, which would become a real one; or BOS
-                does not stand exactly once.
+                does not occur exactly once.
         """
+        return self.encode_rendered(self.render(messages, tools), messages, loss_on, tools)
+
+    def encode_rendered(
+        self, rendered: Rendered, messages: Sequence[Message], loss_on: LossOn, tools: list[Any] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As ``encode``, of a conversation that ``render`` has rendered."""
         self._refuse_control_tokens(messages)
-        text, spans = self.render(messages)
-        return self._tokenize(text, spans, loss_on)
+        ids, starts, _ = self.tokenize(rendered)
+        return ids, self._mask(rendered, messages, starts, loss_on, tools)
 
     def encode_pair(
-        self, prompt: list[Message], chosen: list[Message], rejected: list[Message], loss_on: LossOn = "assistant"
+        self,
+        prompt: Sequence[Message],
+        chosen: Sequence[Message],
+        rejected: Sequence[Message],
+        loss_on: LossOn = "assistant",
+        tools: list[Any] | None = None,
+        notes: list[str] | None = None,
     ) -> Pair:
         """The ids of a preference pair; the prompt's own answers are never supervised.
+
+        Args:
+            notes: gets those of both renderings.
 
         Raises:
             RowError: as ``encode``.
         """
         self._refuse_control_tokens([*prompt, *chosen, *rejected])
-        head = self._render(prompt, True)
-        sides = []
+        sides, heads = [], []
         for response in (chosen, rejected):
-            text, spans = self.render([*prompt, *response])
-            if not text.startswith(head):
-                raise RowError(_REWRITES)
-            ids, starts, ends = self._offsets(text)
-            mask = self._mask(starts, [s for s in spans if s.start >= len(head)], loss_on)
-            if loss_on == "all":
-                mask &= starts >= len(head)
+            messages = [*prompt, *response]
+            rendered = self.render(messages, tools)
+            if notes is not None:
+                notes += rendered.notes
+            answers = [span.start for turn, span in rendered.spans.items() if turn >= len(prompt)]
+            if not answers:
+                raise RowError("no supervised token")
+            ids, starts, ends = self.tokenize(rendered)
+            mask = self._mask(rendered, messages, starts, loss_on, tools) & (starts >= answers[0])
             sides.append((ids, mask, ends))
+            heads.append(answers[0])
         (a, a_mask, a_ends), (b, b_mask, _) = sides
         shorter = min(len(a), len(b))
-        shared = (a[:shorter] == b[:shorter]) & (a_ends[:shorter] <= len(head))
+        shared = (a[:shorter] == b[:shorter]) & (a_ends[:shorter] <= min(heads))
         length = int(np.argmin(shared)) if not shared.all() else shorter
         if length == 0:
             raise RowError("no token of the prompt is the same before both answers")
         return Pair(a[:length], a[length:], a_mask[length:], b[length:], b_mask[length:])
 
-    def prompt_ids(self, messages: list[Message]) -> np.ndarray:
+    def prompt_ids(self, messages: Sequence[Message], tools: list[Any] | None = None) -> np.ndarray:
         """The ids that generation starts from: the turns and the generation prompt, [P] int32."""
         self._refuse_control_tokens(messages)
-        return self._offsets(self._render(messages, True))[0]
+        return self.tokenize(Rendered(self.text_of(messages, True, tools)))[0]
 
-    def _tokenize(self, text: str, spans: list[Span], loss_on: LossOn) -> tuple[np.ndarray, np.ndarray]:
-        ids, starts, _ = self._offsets(text)
-        return ids, self._mask(starts, spans, loss_on)
+    def tokenize(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids [T] int32 and the characters [T] at which each token starts and ends.
 
-    def _offsets(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ids [T] int32 and the characters [T] at which each token starts and ends."""
+        The prompt of each answer has the ids that inference feeds: a token that would hold its end and the answer's
+        beginning (a space and a word) is two.
+        """
+        text = rendered.text
+        ids, starts, ends = self._offsets(text)
+        crossed = [
+            border
+            for border, _ in rendered.spans.values()
+            if ((starts < border) & (ends > border)).any()
+            # byte-level tokenizers may count a space to a word without saying so in the offsets
+            or (
+                text[border - 1 : border] == " "
+                and not np.array_equal(self._offsets(text[:border])[0], ids[ends <= border])
+            )
+        ]
+        if crossed:
+            pieces = [
+                (first, self._offsets(text[first:second], continued=first > 0))
+                for first, second in pairwise([0, *crossed, len(text)])
+            ]
+            ids = np.concatenate([piece[0] for _, piece in pieces])
+            starts, ends = (np.concatenate([piece[i] + first for first, piece in pieces]) for i in (1, 2))
+        if self.bos_token_id is not None:
+            count = int((ids == self.bos_token_id).sum())
+            doubled = len(ids) > 1 and ids[1] == self.bos_token_id
+            if len(ids) == 0 or ids[0] != self.bos_token_id or doubled or (count > 1 and not self.repeats_bos):
+                raise RowError(f"BOS stands {count} times in the row, not once at its beginning")
+        return ids, starts, ends
+
+    def _offsets(self, text: str, continued: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # the template writes BOS itself
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = np.asarray(encoding["input_ids"], dtype=np.int32)
         # a third of the time that an array of the pairs takes
         offsets = np.fromiter(chain.from_iterable(encoding["offset_mapping"]), dtype=np.int64, count=2 * len(ids))
-        if self.bos_token_id is not None:
-            count = int((ids == self.bos_token_id).sum())
-            if len(ids) == 0 or ids[0] != self.bos_token_id or count != 1:
-                raise RowError(f"BOS stands {count} times in the row, not once at its beginning")
-        return ids, offsets[::2], offsets[1::2]
+        starts, ends = offsets[::2], offsets[1::2]
+        if (
+            continued
+            and text[:1] not in (" ", "")
+            and self.tokenizer.convert_ids_to_tokens(int(ids[0])).startswith("▁")
+        ):
+            # SentencePiece puts a space before a first word, which this is not: behind a newline there is none
+            ids, starts, ends = self._offsets("\n" + text)
+            inside = ends > 1
+            return ids[inside], starts[inside] - 1, ends[inside] - 1
+        return ids, starts, ends
 
-    @staticmethod
-    def _mask(starts: np.ndarray, spans: list[Span], loss_on: LossOn) -> np.ndarray:
+    def _mask(
+        self,
+        rendered: Rendered,
+        messages: Sequence[Message],
+        starts: np.ndarray,
+        loss_on: LossOn,
+        tools: list[Any] | None,
+    ) -> np.ndarray:
+        mask = np.full(len(starts), loss_on == "all")
         if loss_on == "all":
-            mask = np.ones(len(starts), dtype=bool)
+            for turn, message in enumerate(messages):
+                if not message.get("train", True):
+                    first, end = (
+                        common_length(rendered.text, self.text_of(messages[:count], tools=tools))
+                        for count in (turn, turn + 1)
+                    )
+                    mask[(starts >= first) & (starts < end)] = False
         else:
-            mask = np.zeros(len(starts), dtype=bool)
-            for span in spans[-1:] if loss_on == "last" else spans:
-                # a token that begins before the answer holds a part of the prompt: the model never has to write it
-                mask |= (starts >= span.start) & (starts < span.end)
+            answers = list(rendered.spans.items())
+            for turn, span in answers[-1:] if loss_on == "last" else answers:
+                if messages[turn].get("train", True):
+                    mask |= (starts >= span.start) & (starts < span.end)
         mask[:1] = False  # nothing predicts the first token
         return mask
 
 
-def resolve_template(choice: str, tokenizer: Any) -> ChatTemplate:
-    """Choose a chat template, set it on the tokenizer, and check that its rows can be trained on.
+def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None = None) -> ChatTemplate:
+    """Choose a chat template, set it on the tokenizer, and check that it can be trained on.
 
     Args:
         choice: ``auto`` (the tokenizer's own, Zephyr's where it has none), ``zephyr``, ``chatml``, ``llama3``, or a
             Jinja file.
         tokenizer: a fast tokenizer with an eos token.
+        now: the time that the template is given, where it asks for it; default: the current one.
 
     Raises:
         UserError: no such template; a tokenizer without offsets or without the tokens that the template writes; a
-            template that its trial (``template_trial``) ended, that cannot be rendered, rewrites earlier turns, has no end
-            token after an answer, ignores ``add_generation_prompt``, or writes BOS twice.
+            template that cannot be rendered, does not write a plain conversation, has no end token after an answer,
+            ignores ``add_generation_prompt``, or writes BOS twice at the beginning.
     """
     name, text = _choose(choice, tokenizer)
     what = f"chat template {name}"
@@ -318,29 +303,31 @@ def resolve_template(choice: str, tokenizer: Any) -> ChatTemplate:
             f"{what}: the tokenizer does not know {', '.join(missing)} as one token.",
             "Choose chat_template: zephyr, which needs no token but eos.",
         )
-    try_template(text, _whence(name, tokenizer), tokenizer.special_tokens_map)
+    if not isinstance(text, str):
+        raise UserError(f"{what}: is a {type(text).__name__}, not text.", _OTHER)
     notes = []
     adds_bos = _adds_bos(tokenizer)
     if name in TEMPLATES and not adds_bos:
         text = text.removeprefix(BOS)
-    template = ChatTemplate(tokenizer, text, name)
+    template = ChatTemplate(tokenizer, text, name, now=now)
     probe = _probe(template, what)
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
     if not adds_bos:
-        bos = tokenizer.bos_token
-        if bos and probe.startswith(bos) and probe.count(bos) == 1:
-            adds_bos = True  # tokenizers such as Llama 3's leave BOS to the template
-    elif not probe.startswith(tokenizer.bos_token):
+        # tokenizers such as Llama 3's leave BOS to the template; one that ChatML writes before each turn is a turn's tag
+        adds_bos = bool(bos) and probe.startswith(bos) and probe.count(bos) == 1
+    elif not probe.startswith(bos):
         # the tokenizer begins every text with BOS, and a server takes the template's word for it
-        template = ChatTemplate(tokenizer, BOS + text, name)
+        parts = template.content_parts
+        template = ChatTemplate(tokenizer, BOS + text, name, now=now)
+        template.content_parts = parts
         probe = _probe(template, what)
         notes.append(f"{what} writes no BOS, the tokenizer does: {BOS} was put in front")
-    if adds_bos:
-        bos_ids = (np.asarray(tokenizer(probe, add_special_tokens=False)["input_ids"]) == tokenizer.bos_token_id).sum()
-        if tokenizer.bos_token_id == tokenizer.eos_token_id:
-            adds_bos = False  # OPT's: the same token ends each turn, so that it cannot be counted
-        elif bos_ids != 1:
-            raise UserError(f"{what}: writes BOS {bos_ids} times in one conversation.", "It must stand once, first.")
-    template.bos_token_id = tokenizer.bos_token_id if adds_bos else None
+    if adds_bos and bos_id != tokenizer.eos_token_id:  # OPT's is the same token, which cannot be counted
+        ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        if ids[:2] == [bos_id, bos_id]:
+            raise UserError(f"{what}: writes BOS twice at the beginning.", "It must be written once, first.")
+        template.repeats_bos = ids.count(bos_id) > 1
+        template.bos_token_id = bos_id
     if tokenizer.eos_token_id not in template.end_token_ids:
         ends = ", ".join(tokenizer.convert_ids_to_tokens(template.end_token_ids))
         notes.append(f"{what}: answers end with {ends}, which is not the tokenizer's eos {tokenizer.eos_token}")
@@ -348,7 +335,7 @@ def resolve_template(choice: str, tokenizer: Any) -> ChatTemplate:
     return template
 
 
-def _choose(choice: str, tokenizer: Any) -> tuple[str, str]:
+def _choose(choice: str, tokenizer: Any) -> tuple[str, Any]:
     if choice == "auto":
         own = tokenizer.chat_template
         if isinstance(own, dict):
@@ -370,17 +357,9 @@ def _choose(choice: str, tokenizer: Any) -> tuple[str, str]:
             f"Choose auto, {', '.join(TEMPLATES)}, or a .jinja file.",
         )
     try:
-        if (size := path.stat().st_size) > 4 * LONGEST_TEMPLATE:
-            raise UserError(f"chat_template {choice}: is {size:,} bytes long, and no template.")
         return str(choice), path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"chat_template {choice}: cannot be read: {error}.", "Save the template in UTF-8.") from None
-
-
-def _whence(name: str, tokenizer: Any) -> str:
-    """What a template is, and where it comes from."""
-    folder = str(getattr(tokenizer, "name_or_path", "")) if name == "the tokenizer's own" else ""
-    return f"chat template {name} ({folder})" if folder else f"chat template {name}"
 
 
 def _adds_bos(tokenizer: Any) -> bool:
@@ -389,30 +368,29 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 
 def _probe(template: ChatTemplate, what: str) -> str:
-    """The text of a plain conversation, after every check that does not need real rows."""
+    """The text of a plain conversation, after the checks that need no real rows."""
     try:
-        text = template._apply(_PROBE, False)
-        plain, prompt = (template._apply(_PROBE[:1], add) for add in (False, True))
+        try:
+            rendered = template.render(PROBE)
+        except RowError:
+            if template.content_parts:
+                raise
+            template.content_parts = True  # templates of vision models read lists of parts only
+            try:
+                rendered = template.render(PROBE)
+            except RowError:
+                template.content_parts = False
+                rendered = template.render(PROBE)
+        plain, prompt = (template.text_of(PROBE[:1], add) for add in (False, True))
     except TemplateSyntaxError as error:
         raise UserError(f"{what} line {error.lineno}: {error.message}.") from None
     except RowError as error:
-        raise UserError(f"{what}: {error}.", _OTHER) from None
-    except (MemoryError, UserError):
-        raise
-    except Exception as error:
-        raise UserError(f"{what}: fails on a plain conversation of two turns: {reason(error)}.", _OTHER) from None
-    try:
-        spans = template.render(_PROBE)[1]
-    except RowError as error:
         raise UserError(f"{what}: cannot be trained on: {error}.", _OTHER) from None
-    for span, message in zip(spans, _PROBE[1::2]):
-        place = text.find(message["content"], span.start, span.end)
-        if place < 0:
-            raise UserError(f"{what}: does not write the assistant's text as it is.")
-        if plain == prompt and text[span.start : place].strip():
-            raise UserError(
-                f"{what}: ignores add_generation_prompt, so that an answer would begin with its own tag "
-                f"{text[span.start : place]!r}.",
-                "End the template with {% if add_generation_prompt %}…{% endif %}.",
-            )
+    text, span = rendered.text, rendered.spans[3]
+    opening = text[span.start : text.find(PROBE[3]["content"], span.start)]
+    if plain == prompt and opening.strip():
+        raise UserError(
+            f"{what}: ignores add_generation_prompt, so that an answer would begin with its own tag {opening!r}.",
+            "End the template with {% if add_generation_prompt %}…{% endif %}.",
+        )
     return text

@@ -78,7 +78,9 @@ class Segment:
         return sum(token.supervised for token in self.tokens)
 
 
-def conversation_segment(template: ChatTemplate, example: Example, messages: list[Message]) -> Segment:
+def conversation_segment(
+    template: ChatTemplate, example: Example, messages: list[Message], tools: list[Any] | None = None
+) -> Segment:
     """An SFT example.
 
     Args:
@@ -89,8 +91,7 @@ def conversation_segment(template: ChatTemplate, example: Example, messages: lis
     Raises:
         ValueError: these turns give other ids.
     """
-    text, _ = template.render(messages)
-    ids, roles = _ids_and_roles(template, messages, text)
+    ids, roles = _ids_and_roles(template, messages, tools)
     _same(ids[: len(example.ids)], example.ids, example.where)
     tokens = _tokens(template, example.ids, example.mask, roles, 0)
     return Segment("conversation", example.where, tokens, cut_right=len(ids) - len(example.ids))
@@ -103,13 +104,14 @@ def pair_segments(
     chosen: list[Message],
     rejected: list[Message],
     loss_on: LossOn = "assistant",
+    tools: list[Any] | None = None,
 ) -> list[Segment]:
     """A preference pair: the prompt once, then both responses.
 
     Raises:
         ValueError: these turns give other ids.
     """
-    whole = template.encode_pair(prompt, chosen, rejected, loss_on)
+    whole = template.encode_pair(prompt, chosen, rejected, loss_on, tools)
     before, after = len(whole.prompt_ids), len(example.prompt_ids)
     kept = np.arange(before)
     if after < before:  # cut on its left; BOS stays
@@ -123,7 +125,7 @@ def pair_segments(
     )
     for part, response, own_ids, mask in sides:
         turns = [*prompt, *response]
-        ids, roles = _ids_and_roles(template, turns, template.render(turns)[0])
+        ids, roles = _ids_and_roles(template, turns, tools)
         _same(ids[before : before + len(own_ids)], own_ids, example.where)
         if not segments:
             nothing = np.zeros(after, dtype=bool)
@@ -162,15 +164,19 @@ def _continued(begun: bytes, raw: bytes) -> tuple[str, bytes]:
 # -- roles ---------------------------------------------------------------------------------------------------------------
 
 
-def _ids_and_roles(template: ChatTemplate, messages: list[Message], text: str) -> tuple[np.ndarray, list[str]]:
+def _ids_and_roles(
+    template: ChatTemplate, messages: list[Message], tools: list[Any] | None
+) -> tuple[np.ndarray, list[str]]:
     """ids [T] and each token's role, by the turn in which the token begins."""
-    encoding = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends, names = _turn_ends(template, messages, text)
-    roles = [names[min(bisect_right(ends, start), len(names) - 1)] for start, _ in encoding["offset_mapping"]]
-    return np.asarray(encoding["input_ids"], dtype=np.int32), roles
+    rendered = template.render(messages, tools)
+    ids, starts, _ = template.tokenize(rendered)
+    ends, names = _turn_ends(template, messages, tools, rendered.text)
+    return ids, [names[min(bisect_right(ends, start), len(names) - 1)] for start in starts]
 
 
-def _turn_ends(template: ChatTemplate, messages: list[Message], text: str) -> tuple[list[int], list[str]]:
+def _turn_ends(
+    template: ChatTemplate, messages: list[Message], tools: list[Any] | None, text: str
+) -> tuple[list[int], list[str]]:
     """Up to which character each turn goes, and its role. A turn whose end the template does not show (it refuses the
     turns up to there, or writes them otherwise) is one with the next."""
     ends, names, waiting = [], [], []
@@ -179,7 +185,7 @@ def _turn_ends(template: ChatTemplate, messages: list[Message], text: str) -> tu
     for turn, message in enumerate(messages, 1):
         waiting.append(message["role"])
         try:
-            upto = text if turn == len(messages) else template.render(messages[:turn])[0]
+            upto = text if turn == len(messages) else template.text_of(messages[:turn], tools=tools)
         except RowError:
             continue
         if text.startswith(upto):
@@ -198,9 +204,9 @@ def _own_prefix(template: ChatTemplate, messages: list[Message], text: str) -> i
     if first["role"] != "user":
         return own
     try:
-        alone = template.render([first])[0]
-        before = template.render([first, {"role": "assistant", "content": "a"}])[0]
-        again = template.render([first, {"role": "assistant", "content": "a"}, first])[0]
+        alone = template.text_of([first])
+        before = template.text_of([first, {"role": "assistant", "content": "a"}])
+        again = template.text_of([first, {"role": "assistant", "content": "a"}, first])
     except RowError:
         return own
     turn = again.removeprefix(before)

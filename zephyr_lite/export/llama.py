@@ -107,7 +107,7 @@ def check_prompts(folder: Path, file: Path) -> str:
     tokenizer = load_tokenizer(folder)
     if tokenizer.chat_template:
         template = resolve_template("auto", tokenizer)
-        texts = [template.render(messages, True)[0] for messages in PROBES]
+        texts = [template.text_of(messages, True) for messages in PROBES]
         wanted = [template.prompt_ids(messages).tolist() for messages in PROBES]
     else:
         texts = [message["content"] for messages in PROBES for message in messages]

@@ -167,7 +167,7 @@ def turns_of(template: ChatTemplate) -> Turns:
         UserError: as ``take_apart``; the template refuses plain turns.
     """
     try:
-        return take_apart(lambda messages, prompt: template.render(messages, prompt)[0], template.tokenizer.bos_token)
+        return take_apart(template.text_of, template.tokenizer.bos_token)
     except RowError as error:
         raise _refused(str(error)) from None
 

@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..data.template_render import Renderer
-from ..data.template_trial import LONGEST_TEMPLATE, reason, try_template
+from ..data.formats import RowError
+from ..data.rendering import Renderer
 from ..errors import UserError
 from ..files import copy_file, make_folder, write_json
 from ..model.check_weights import empty_model
@@ -261,18 +261,13 @@ def _end_tokens(folder: Path) -> list[int]:
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     if template:
-        try_template(template, f"{folder}: the chat template", tokenizer.special_tokens_map)
         said = "ZQX"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
         try:
-            text = Renderer(template, f"{folder}: the chat template", tokenizer.special_tokens_map).render(
-                turns, False, LONGEST_TEMPLATE
-            )
-        except (MemoryError, UserError):
-            raise
-        except Exception as error:  # a template may raise anything, by Jinja's own `raise_exception` too
+            text = Renderer(tokenizer, template).text_of(turns)
+        except RowError as error:
             raise UserError(
-                f"{folder}: the chat template refuses a plain exchange: {reason(error)}.",
+                f"{folder}: on a plain exchange {error}.",
                 "Merge with the tokenizer of a stage, or change the template.",
             ) from None
         tail = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]

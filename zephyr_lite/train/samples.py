@@ -141,8 +141,7 @@ def _first_answer(stage: Stage, ids: np.ndarray) -> int | None:
     """How many ids stand before the first answer: those that the template's opening of an answer ends with."""
     decode = stage.template.tokenizer.decode
     asked = [{"role": "user", "content": "?"}]
-    before, _ = stage.template.render(asked)
-    opened, _ = stage.template.render(asked, add_generation_prompt=True)
+    before, opened = stage.template.text_of(asked), stage.template.text_of(asked, True)
     opening = opened[len(before) :].strip()
     if not opening or not opened.startswith(before):
         return None

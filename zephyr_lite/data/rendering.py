@@ -1,0 +1,295 @@
+"""Conversation → text, and the answers in it, by a chat template.
+
+A conversation is rendered as a whole, and each answer as inference sees it: the generation prompt of the turns before
+it, and the text that the template writes for it as the last turn. An answer is supervised where the whole text holds
+the same answer at the same place.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from ..strict_json import shown
+from .formats import Message, RowError
+
+# Characters of a conversation; a tokenizer takes some 350 bytes a character in the worst case.
+LONGEST_ROW = 2**21
+
+# What a template must render before any row is read.
+PROBE: list[Message] = [
+    {"role": "user", "content": "question one"},
+    {"role": "assistant", "content": "answer one"},
+    {"role": "user", "content": "question two"},
+    {"role": "assistant", "content": "answer two"},
+]
+
+_THINKING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
+
+
+class Span(NamedTuple):
+    """Characters ``start:end`` of a text: an answer and its end token, without the generation prompt."""
+
+    start: int
+    end: int
+
+
+@dataclass
+class Rendered:
+    """The text of a conversation.
+
+    Attributes:
+        text: as the chat template writes it.
+        spans: turn → its answer, for each answer that can be supervised; in order.
+        notes: what the template leaves out or writes otherwise than at inference.
+    """
+
+    text: str
+    spans: dict[int, Span] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Renderer:
+    """A chat template with its tokenizer's special tokens.
+
+    Attributes:
+        tokenizer: a fast tokenizer; its ``chat_template`` is ``text``.
+        text: the Jinja template.
+        now: the time that a template which asks for it is given; the same for all rows of a run.
+        content_parts: the template reads a content as a list of parts.
+    """
+
+    def __init__(self, tokenizer: Any, text: str, now: datetime.datetime | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.text = text
+        self.now = now or datetime.datetime.now().replace(microsecond=0)
+        self.content_parts = False
+        self._tokens = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+        tokenizer.chat_template = text
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether the text depends on ``now``."""
+        return "strftime_now" in self.text
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Texts that the tokenizer turns into a control token, wherever they occur."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        scaffold = self.text_of(PROBE)
+        words = set(self.tokenizer.all_special_tokens)
+        words |= {token.content for token in added if token.special or token.content in scaffold}
+        words -= {"<think>", "</think>"}  # rows write them themselves
+        return re.compile("|".join(re.escape(word) for word in sorted(words, key=lambda w: (-len(w), w)) if word))
+
+    def text_of(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
+        """The text that the template writes, as transformers' ``apply_chat_template`` gives it.
+
+        Raises:
+            RowError: the template refuses the turns.
+        """
+        return self._render(self._form(messages, tools), add_generation_prompt, tools)
+
+    def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
+        """The conversation's text and the answers in it.
+
+        An answer begins where the generation prompt of the turns before it ends and includes its end token. A greeting
+        before the first user turn answers nothing. Earlier answers that the template writes otherwise once later
+        turns follow (it cuts their reasoning, or moves the system turn) are context: they have no span.
+
+        Args:
+            messages: turns with ``role``, ``content`` and, where they have them, ``tool_calls``, ``reasoning_content``.
+            tools: JSON schemas of the functions that may be called.
+
+        Raises:
+            RowError: the template refuses the turns, does not write one of them, gives the last answer another prompt
+                than inference does, or an answer no end token.
+        """
+        form = self._form(messages, tools)
+        rendered = Rendered(self._render(form, False, tools))
+        self._check_written(messages, tools, rendered)
+        roles = [message["role"] for message in messages]
+        first = roles.index("user") if "user" in roles else 0
+        for turn in range(first, len(messages)):
+            if roles[turn] == "assistant":
+                self._find_answer(messages, form, turn, tools, rendered)
+        rendered.notes = list(dict.fromkeys(rendered.notes))
+        return rendered
+
+    def _find_answer(
+        self, messages: Sequence[Message], form: list[Any], turn: int, tools: list[Any] | None, rendered: Rendered
+    ) -> None:
+        """Add the span of one answer: the text at its place equals what the template writes when it is the last turn."""
+        text, last = rendered.text, turn == len(messages) - 1
+        before = self._render(form[:turn], True, tools)
+        upto = text if last else self._render(form[: turn + 1], False, tools)
+        content = _spoken(messages[turn])
+        start = common_length(before, upto)
+        if start < len(before):  # the generation prompt ends in something that the template does not write there
+            history = common_length(before, self._render(form[:turn], False, tools))
+            if start < history:
+                raise RowError(
+                    "the chat template rewrites earlier turns when an answer is added: "
+                    f"{_excerpt(before, start)} becomes {_excerpt(upto, start)}"
+                )
+            start = min(start, place) if content and (place := upto.find(content, history)) >= 0 else start
+            rendered.notes.append(
+                f"the generation prompt ends in {before[start:]!r}, which the template does not write before an answer"
+            )
+        skipped = found = start
+        if not _reasoning(messages[turn]):  # an empty block is the template's, and in history it may be missing
+            skipped += _empty_thinking(upto[start:])
+            found += _empty_thinking(text[start:])
+        answer = upto[skipped:]
+        same = common_length(answer, text[found:]) if text.startswith(upto[:start]) else 0
+        ends = [match.end() for match in self._control.finditer(answer) if match.end() <= same]
+        if ends and content in answer[: ends[-1]]:
+            rendered.spans[turn] = Span(found, found + ends[-1])
+        elif last and content not in answer:
+            raise RowError("the chat template does not write the last answer after the generation prompt")
+        elif last:
+            raise RowError("the chat template writes no end token after an answer")
+        elif messages[0]["role"] == "system" and _moved(messages[0]["content"].strip(), upto, text):
+            rendered.notes.append(
+                "the chat template writes the system turn with the last user turn only: earlier answers are not supervised"
+            )
+        else:
+            rendered.notes.append(
+                "the chat template writes earlier answers otherwise than the last one: they are not supervised"
+            )
+
+    def _check_written(self, messages: Sequence[Message], tools: list[Any] | None, rendered: Rendered) -> None:
+        """Compare every turn with the text: a template leaves out what it has no place for, without an error."""
+        text, position = rendered.text, 0
+        for name in (_function(tool).get("name", "") for tool in tools or []):
+            if name not in text:
+                raise RowError("the chat template does not write the tools")
+        for message in messages:
+            role, said = message["role"], _spoken(message)
+            place = text.find(said, 0 if role == "system" else position)
+            if place < 0 and role == "tool" and (words := re.findall(r"\w+", said)):  # written as JSON of its own form
+                said = max(words, key=len)
+                place = text.find(said, position)
+            if place < 0:
+                raise RowError(f"the chat template does not write the {role} turn")
+            if role != "system":
+                position = place + len(said)
+            if any(_function(call)["name"] not in text for call in message.get("tool_calls", ())):
+                raise RowError("the chat template does not write the tool calls")
+        if (reasoning := _reasoning(messages[-1])) and reasoning not in text:
+            rendered.notes.append("the chat template does not write the reasoning of the last answer")
+
+    def _form(self, messages: Sequence[Message], tools: list[Any] | None) -> list[Any]:
+        """The messages as this template reads them.
+
+        Templates differ in what they take for a call: an empty content or none, arguments as an object or as JSON text.
+        """
+        form: list[Any] = []
+        for message in messages:
+            turn = {key: value for key, value in message.items() if key != "train"}
+            if "reasoning_content" in turn:
+                turn["thinking"] = turn["reasoning_content"]
+            if self.content_parts:
+                turn["content"] = [{"type": "text", "text": turn["content"]}]
+            form.append(turn)
+        calls = [call for message in messages for call in message.get("tool_calls", ())]
+        if not calls:
+            return form
+        for none, as_text in ((False, False), (True, False), (False, True), (True, True)):
+            tried = [_call_form(turn, none, as_text) for turn in form]
+            try:
+                text = self._render(tried, False, tools)
+            except RowError:
+                continue
+            if all(_function(call)["name"] in text for call in calls):
+                return tried
+        return form
+
+    def _render(self, form: list[Any], add_generation_prompt: bool, tools: list[Any] | None) -> str:
+        if sum(len(str(turn["content"])) for turn in form) > LONGEST_ROW:
+            raise RowError(f"longer than {LONGEST_ROW:,} characters, the most that a row may have")
+        try:
+            return _compile_jinja_template(self.text).render(
+                messages=form,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=self.now.strftime,
+                **self._tokens,
+            )
+        except (MemoryError, TemplateSyntaxError):
+            raise
+        except Exception as error:  # templates raise on purpose, add numbers to text, or ask a list for a key
+            reason = error.message if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise RowError(f"the chat template refuses the row: {shown(reason, 300)}") from None
+
+    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            texts = [message["content"], message.get("reasoning_content", "")]
+            texts += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
+            for text in texts:
+                if match := self._control.search(text):
+                    raise RowError(f"a turn's text contains the control token {match.group()}")
+
+
+def _function(call: Any) -> Any:
+    """The function of a tool or of a call, with or without OpenAI's envelope."""
+    return call.get("function", call)
+
+
+def _call_form(turn: dict[str, Any], none: bool, as_text: bool) -> dict[str, Any]:
+    if "tool_calls" not in turn:
+        return turn
+    calls = turn["tool_calls"]
+    if as_text:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            for call in calls
+        ]
+    content = None if none and not turn["content"] else turn["content"]
+    return {**turn, "content": content, "tool_calls": calls}
+
+
+def _spoken(message: Message) -> str:
+    """A turn's text without reasoning, trimmed: what every template that has a place for it writes."""
+    return _THINKING.sub("", message["content"]).strip()
+
+
+def _reasoning(message: Message) -> str:
+    found = _THINKING.search(message["content"])
+    return (message.get("reasoning_content") or (found[1] if found else "")).strip()
+
+
+def _empty_thinking(text: str) -> int:
+    """The length of an empty block of reasoning at the beginning."""
+    match = _EMPTY_THINKING.match(text)
+    return match.end() if match else 0
+
+
+def _moved(text: str, alone: str, whole: str) -> bool:
+    """Whether a text is at another place in ``whole``."""
+    return bool(text) and alone.find(text) != whole.find(text)
+
+
+def common_length(a: str, b: str) -> int:
+    """The length of the common prefix of two texts."""
+    low, high = 0, min(len(a), len(b)) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle)
+    return low
+
+
+def _excerpt(text: str, place: int) -> str:
+    return repr(text[max(0, place - 20) : place + 40])
