@@ -33,7 +33,8 @@ PROBE: list[Message] = [
 ]
 
 _THINKING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-_EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
+# of which the generation prompt may have written the beginning
+_EMPTY_THINKING = re.compile(r"\s*(<think>\s*)?</think>\s*")
 
 
 class Span(NamedTuple):
@@ -143,7 +144,13 @@ class Renderer:
                     "the chat template rewrites earlier turns when an answer is added: "
                     f"{_excerpt(before, start)} becomes {_excerpt(upto, start)}"
                 )
-            start = min(start, place) if content and (place := upto.find(content, history)) >= 0 else start
+            # equal first characters may belong to the answer, or to its first token
+            begins = [
+                match.start() for match in self._control.finditer(upto, history) if match.start() < start < match.end()
+            ]
+            if content and (place := upto.find(content, history)) >= 0:
+                begins.append(place)
+            start = min([start, *begins])
             rendered.notes.append(
                 f"the generation prompt ends in {before[start:]!r}, which the template does not write before an answer"
             )
@@ -156,6 +163,10 @@ class Renderer:
         ends = [match.end() for match in self._control.finditer(answer) if match.end() <= same]
         if ends and content in answer[: ends[-1]]:
             rendered.spans[turn] = Span(found, found + ends[-1])
+        elif content in answer and same == len(answer) and (tag := self._next_tag(form, last, text, found + same)):
+            # GLM's answers end with the tag of the next turn
+            rendered.text += tag if last else ""
+            rendered.spans[turn] = Span(found, found + same + len(tag))
         elif last and content not in answer:
             raise RowError("the chat template does not write the last answer after the generation prompt")
         elif last:
@@ -168,6 +179,12 @@ class Renderer:
             rendered.notes.append(
                 "the chat template writes earlier answers otherwise than the last one: they are not supervised"
             )
+
+    def _next_tag(self, form: list[Any], last: bool, text: str, end: int) -> str:
+        """The control token with which the next turn begins, right behind an answer; "" where there is none."""
+        following = self._render([*form, {"role": "user", "content": "?"}], False, None) if last else text
+        match = self._control.match(following, end) if following.startswith(text) else None
+        return match.group() if match else ""
 
     def _check_written(self, messages: Sequence[Message], tools: list[Any] | None, rendered: Rendered) -> None:
         """Compare every turn with the text: a template leaves out what it has no place for, without an error."""
