@@ -18,6 +18,7 @@ from typing import Any
 from bench.turns import CONTEXT_BYTES, Failed, Runner, Variant, describe, take_turns, times_faster
 
 WARM_UP = 3  # steps before the rounds: the first is slow, a trial goes by the better of the others
+SKIPS = (24, 16, 8)  # of Mistral's 32 layers, those that Unsloth does not recompute
 MOST_AHEAD = 8  # processes that load while others are tried
 
 
@@ -28,10 +29,12 @@ class Player(Variant):
     Attributes:
         dropout: LoRA dropout.
         micro_tokens: tokens that the fused engine runs at once; None: as its plan says.
+        default: Unsloth recomputing every layer, as it does where nothing is set.
     """
 
     dropout: float = 0.0
     micro_tokens: int | None = None
+    default: bool = False
 
     @property
     def side(self) -> str:
@@ -41,12 +44,14 @@ class Player(Variant):
             words.append("cached" if self.cached else "live")
         if self.micro_tokens is not None:
             words.append(f"{self.micro_tokens} tokens at once")
+        if self.default:
+            words.append("default")
         return " ".join(words)
 
     @property
-    def kind(self) -> tuple[bool, ...]:
+    def kind(self) -> tuple[int, ...]:
         """What settings that differ by the size of their micro-batches have in common."""
-        return self.recompute, self.padded, self.liger
+        return self.recompute, self.padded, self.liger, self.skip_layers
 
     @property
     def name(self) -> str:
@@ -61,6 +66,8 @@ def settings(method: str, engine: str, per_device: Iterable[int], *, liger: bool
     """
     sizes = sorted(per_device)
     found = [Player(method, engine, recompute=recompute, per_device=n) for n in sizes for recompute in (True, False)]
+    if engine == "unsloth":
+        found += [Player(method, engine, recompute=True, per_device=n, skip_layers=k) for n in sizes for k in SKIPS]
     if engine == "trl" and liger:
         found += [Player(method, engine, recompute=True, per_device=n, liger=True) for n in sizes]
         found.append(Player(method, engine, liger=True))
@@ -182,6 +189,9 @@ class Match:
                 return f"the engine refused {other.name}"
             if t["result"] == "memory" and other.per_device < player.per_device and other.kind == player.kind:
                 return f"{other.name} did not fit"
+            less = not other.recompute or other.skip_layers > player.skip_layers
+            if player.skip_layers and t["result"] == "ran" and other.per_device == player.per_device and less:
+                return f"{other.name} fitted, which recomputes less"
         broken = [t for t in self.tried if t["side"] == player.side and t["result"] in ("error", "died", "late")]
         if len(broken) > 1 and player.side not in self.best:
             return "the engine failed twice"
@@ -329,6 +339,9 @@ class Match:
             for b in runners
             if a in ("fused", "fused live", "fused cached") and not b.startswith("fused")
         }
+        for side, runner in runners.items():  # Unsloth's fastest setting may be its default
+            if side.startswith("unsloth") and f"{side} default" not in runners and is_default(runner.variant):
+                ratios |= {f"{a} default": ratio for a, ratio in ratios.items() if a.endswith(f" over {side}")}
         # the last word on each side that has no result
         last = {t["side"]: t for t in self.tried if t["result"] not in ("ran", "not tried")}
         not_run = {side: f"{t['result']}: {t['why']}" for side, t in last.items() if side not in runners}
@@ -343,6 +356,19 @@ class Match:
             "not_run": not_run,
             "tried": [{**{k: v for k, v in t.items() if k != "player"}, **asdict(t["player"])} for t in self.tried],
         }
+
+
+def is_default(variant: Variant) -> bool:
+    """Whether it is Unsloth as it runs where nothing is set: every layer is recomputed."""
+    return variant.recompute and not variant.skip_layers
+
+
+def unsloth_default(match: Match) -> list[Player]:
+    """Unsloth's default beside its fastest setting, where that is another."""
+    side = "unsloth" if match.method == "sft" else "unsloth live"
+    if side not in match.best or is_default(match.best[side][0]):
+        return []
+    return [replace(player, default=True) for player in match.fitting(side) if is_default(player)]
 
 
 def following(match: Match, side: str, **changes: Any) -> list[Player]:
