@@ -20,7 +20,7 @@ import torch
 
 from bench import mistral, rows
 from bench.card import Clock, commit, describe_card, matmul_ceiling, versions
-from bench.match import WARM_UP, Match, Player, following, settings, unsloth_default
+from bench.match import WARM_UP, Match, Player, following, settings
 from bench.turns import CONTEXT_BYTES, frozen_adapter, machine
 from zephyr_lite.data.chat import resolve_template
 from zephyr_lite.errors import UserError
@@ -129,7 +129,7 @@ def play_all(args: argparse.Namespace, found: dict[str, Any], folder: Path, dead
             cap = min(cap, (room + CONTEXT_BYTES) / 2**30)  # a card that is smaller is its own cap
         arguments = (method, values[method], args.rounds, until, folder, cap, room, idle, args.tiny)
         match = Match(*arguments)
-        peers = [engine for engine in BASELINES if engine in engines]
+        peers = [engine for engine in (*BASELINES, "unsloth default") if engine.split()[0] in engines]
         if method == "sft" and dropout != args.dropout[0]:
             assert first is not None
             before = first
@@ -143,8 +143,8 @@ def play_all(args: argparse.Namespace, found: dict[str, Any], folder: Path, dead
             result["not_run"] |= missing
         else:
             players = [replace(p, dropout=dropout) for p in lineup(method, engines, args.per_device, TOKENS_AT_ONCE)]
-            more = ("trl" in engines and method == "dpo") + ("unsloth" in engines)
-            result = match.play(players, beside, len({p.side for p in players}) + more)
+            cached = method == "dpo" and "trl" in engines
+            result = match.play(players, trl_cached if cached else nothing, len({p.side for p in players}) + cached)
             first = match if method == "sft" else first
         found["matches"].append({**result, "dropout": dropout})
         save(args.out, found)  # what was measured is not lost if what follows takes too long
@@ -160,9 +160,9 @@ def nothing(match: Match) -> list[list[Player]]:
     return []
 
 
-def beside(match: Match) -> list[list[Player]]:
-    """TRL with the reference computed before the first step, at its fastest setting with a live one; Unsloth's default."""
-    return [following(match, "trl live", cached=True), unsloth_default(match)]
+def trl_cached(match: Match) -> list[list[Player]]:
+    """TRL with the reference computed before the first step, at its fastest setting with a live one."""
+    return [following(match, "trl live", cached=True)]
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:

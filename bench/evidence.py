@@ -58,10 +58,16 @@ STAGES = (
     Stage("ops", 60, "bench.ops", "--rounds 15"),
     Stage("profile", 55, "bench.profile", "", "--tokens 256 512"),
     Stage("gpu", 190, "bench.gpu", f"--cap 24 {_GPU}", _TINY_GPU),
-    Stage("memory", 85, "bench.memory", "--parts cards --cards 24 8 --minutes {minutes}", "--parts cards --cards 24 --rows 1"),
+    Stage(
+        "memory",
+        85,
+        "bench.memory",
+        "--parts cards --cards 24 8 --minutes {minutes}",
+        "--parts cards --cards 24 --rows 1",
+    ),
     Stage("rates", 25, "bench.stages", "rates", "rates"),
     Stage("cap12", 60, "bench.gpu", f"--cap 12 --methods sft {_GPU}", f"--methods sft {_TINY_GPU}"),
-)  # fmt: skip
+)
 
 
 def words_of(stage: Stage, args: argparse.Namespace, seconds: float) -> list[str]:
@@ -151,6 +157,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "--only", nargs="+", choices=[s.name for s in STAGES], help="these stages; others' results are kept"
     )
     parser.add_argument("--base", type=Path, help="the model's folder, built where it is not there; default: a cache")
+    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
     parser.add_argument("--tiny", action="store_true", help="everything at a tiny size, on a CPU too: does it run?")
     args = parser.parse_args(words)
     deadline = time.monotonic() + 60 * args.minutes
@@ -161,9 +168,13 @@ def main(words: Sequence[str] | None = None) -> int:
         args.base = (args.base or args.out / "tiny-base" / "base").resolve()
     before = json.loads(path.read_text(encoding="utf-8")) if args.only and path.is_file() else {}
     found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "minutes": args.minutes,
-        "tiny": args.tiny, "machine": before.get("machine"), "stages": before.get("stages", {}),
-    }  # fmt: skip
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "minutes": args.minutes,
+        "tiny": args.tiny,
+        "commit": args.commit or before.get("commit"),
+        "machine": before.get("machine"),
+        "stages": before.get("stages", {}),
+    }
     todo = [stage for stage in STAGES if args.only is None or stage.name in args.only]
     handlers = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -193,6 +204,7 @@ def main(words: Sequence[str] | None = None) -> int:
             if stage.name == "machine" and told.is_file():
                 with suppress(ValueError):  # cut off while it was written
                     found["machine"] = json.loads(told.read_text(encoding="utf-8"))
+                    found["commit"] = found["machine"].get("commit") or args.commit
             write(path, found)
     except KeyboardInterrupt:
         write(path, found)

@@ -29,12 +29,10 @@ class Player(Variant):
     Attributes:
         dropout: LoRA dropout.
         micro_tokens: tokens that the fused engine runs at once; None: as its plan says.
-        default: Unsloth recomputing every layer, as it does where nothing is set.
     """
 
     dropout: float = 0.0
     micro_tokens: int | None = None
-    default: bool = False
 
     @property
     def side(self) -> str:
@@ -44,8 +42,8 @@ class Player(Variant):
             words.append("cached" if self.cached else "live")
         if self.micro_tokens is not None:
             words.append(f"{self.micro_tokens} tokens at once")
-        if self.default:
-            words.append("default")
+        if self.engine == "unsloth" and self.recompute and not self.skip_layers:
+            words.append("default")  # what it does where nothing is set; its fastest setting competes apart from it
         return " ".join(words)
 
     @property
@@ -121,7 +119,7 @@ class Match:
         """
         self.sides = sides
         try:
-            self._try_all(players, time.monotonic() + 0.6 * max(0.0, self.deadline - time.monotonic()))
+            self._try_all(players, time.monotonic() + 0.7 * max(0.0, self.deadline - time.monotonic()))
             self._first_that_fits([deque(alternatives) for alternatives in then(self) if alternatives])
             played = self._side_by_side() if self.together else self._one_by_one()
         finally:
@@ -339,9 +337,10 @@ class Match:
             for b in runners
             if a in ("fused", "fused live", "fused cached") and not b.startswith("fused")
         }
-        for side, runner in runners.items():  # Unsloth's fastest setting may be its default
-            if side.startswith("unsloth") and f"{side} default" not in runners and is_default(runner.variant):
-                ratios |= {f"{a} default": ratio for a, ratio in ratios.items() if a.endswith(f" over {side}")}
+        for side in ("unsloth", "unsloth live"):  # its fastest setting may be its default
+            for ours in runners:
+                both = [ratios[n] for n in (f"{ours} over {side}", f"{ours} over {side} default") if n in ratios]
+                ratios |= {f"{ours} over {side}": min(both)} if both else {}
         # the last word on each side that has no result
         last = {t["side"]: t for t in self.tried if t["result"] not in ("ran", "not tried")}
         not_run = {side: f"{t['result']}: {t['why']}" for side, t in last.items() if side not in runners}
@@ -356,19 +355,6 @@ class Match:
             "not_run": not_run,
             "tried": [{**{k: v for k, v in t.items() if k != "player"}, **asdict(t["player"])} for t in self.tried],
         }
-
-
-def is_default(variant: Variant) -> bool:
-    """Whether it is Unsloth as it runs where nothing is set: every layer is recomputed."""
-    return variant.recompute and not variant.skip_layers
-
-
-def unsloth_default(match: Match) -> list[Player]:
-    """Unsloth's default beside its fastest setting, where that is another."""
-    side = "unsloth" if match.method == "sft" else "unsloth live"
-    if side not in match.best or is_default(match.best[side][0]):
-        return []
-    return [replace(player, default=True) for player in match.fitting(side) if is_default(player)]
 
 
 def following(match: Match, side: str, **changes: Any) -> list[Player]:

@@ -33,10 +33,19 @@ PACKAGES = (
 )
 # Parts of tests' names: attention, the decoder, step 0, NF4, keep policies, packing, streaming, out of memory, peaks.
 TESTS = (
-    "equals_float64", "decoder_on_the_gpu", "step_0", "nf4_on_the_gpu", "keep_policies", "packed_equals", "other_storages",
-    "to_the_bit and LateCopies and input", "do_not_wait",
-    "redone_and_the_same", "a_twentieth and planned", "under_a_cap",
-)  # fmt: skip
+    "equals_float64",
+    "decoder_on_the_gpu",
+    "step_0",
+    "nf4_on_the_gpu",
+    "keep_policies",
+    "packed_equals",
+    "other_storages",
+    "to_the_bit and LateCopies and input",
+    "do_not_wait",
+    "redone_and_the_same",
+    "a_twentieth and planned",
+    "under_a_cap",
+)
 TINY_TESTS = ("after_a_residual", "step_0")  # the second is skipped where there is no card
 
 Save = Callable[[dict[str, Any]], None]
@@ -54,9 +63,13 @@ def machine(tiny: bool, base: Path | None, save: Save) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {
-        "python": sys.version, "torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
-        "seconds_to_import_torch": round(time.monotonic() - begun, 1), "on_a_card": torch.cuda.is_available(),
-    }  # fmt: skip
+        "python": sys.version,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "seconds_to_import_torch": round(time.monotonic() - begun, 1),
+        "on_a_card": torch.cuda.is_available(),
+    }
     save(found)
     if found["on_a_card"]:
         found["capability"] = torch.cuda.get_device_capability()
@@ -190,10 +203,11 @@ def rates(tiny: bool, base: Path | None, save: Save) -> dict[str, Any]:
         return lambda: torch.mm(x, w.t(), out=out)
 
     kinds: dict[str, Callable[[int, int, int], Callable[[], Any]]] = {
-        str(dtype).removeprefix("torch."): plain, "int8 (_int_mm)": int8,
+        str(dtype).removeprefix("torch."): plain,
+        "int8 (_int_mm)": int8,
         "fp8 (_scaled_mm, a scale a tensor)": lambda *size: fp8(*size, False),
         "fp8 (_scaled_mm, a scale a row)": lambda *size: fp8(*size, True),
-    }  # fmt: skip
+    }
     found: dict[str, Any] = {"card": describe_card(device), "rates": {}}
     for tokens in (64,) if tiny else (2048, 4096):
         for kind, make in kinds.items():

@@ -250,12 +250,16 @@ def test_a_trace_is_summarized():
 
     found = profile.summarize(
         [
-            event("cuda_runtime", "cudaLaunchKernel", 0, 1), event("cuda_driver", "cuLaunchKernelEx", 1, 1),
-            event("cuda_runtime", "cudaStreamSynchronize", 2, 5), event("gpu_user_annotation", "Optimizer.step", 0, 900),
-            event("kernel", "_forward", 130, 20), event("kernel", "nvjet_x", 100, 10), event("kernel", "nvjet_x", 105, 10),
+            event("cuda_runtime", "cudaLaunchKernel", 0, 1),
+            event("cuda_driver", "cuLaunchKernelEx", 1, 1),
+            event("cuda_runtime", "cudaStreamSynchronize", 2, 5),
+            event("gpu_user_annotation", "Optimizer.step", 0, 900),
+            event("kernel", "_forward", 130, 20),
+            event("kernel", "nvjet_x", 100, 10),
+            event("kernel", "nvjet_x", 105, 10),
             event("gpu_memcpy", "Memcpy DtoH", 151, 4, bytes=8),
         ]
-    )  # fmt: skip
+    )
     assert found["span"] == pytest.approx(55e-6) and found["idle"] == pytest.approx(16e-6)
     assert found["gaps"]["count"] == 2 and found["gaps"]["over_10_us"] == 1
     assert (found["kernels"], found["operations"]) == (3, 4)
