@@ -51,8 +51,9 @@ def summarize(events: list[dict[str, Any]]) -> dict[str, Any]:
     )
     if not done:
         return {"error": "the profiler recorded neither kernels nor operations"}
-    classes, names = defaultdict(lambda: [0.0, 0]), defaultdict(lambda: [0.0, 0])
-    copies: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
+    classes: dict[str, list[Any]] = defaultdict(lambda: [0.0, 0])
+    names: dict[str, list[Any]] = defaultdict(lambda: [0.0, 0])
+    copies: dict[str, list[Any]] = defaultdict(lambda: [0.0, 0, 0])
     gaps, end = [], done[0]["ts"]
     for event in done:
         seconds = event["dur"] / 1e6

@@ -212,7 +212,7 @@ def rates(tiny: bool, base: Path | None, save: Save) -> dict[str, Any]:
     for tokens in (64,) if tiny else (2048, 4096):
         for kind, make in kinds.items():
             told = found["rates"].setdefault(kind, {}).setdefault(tokens, {})
-            done, taken = 0, 0.0
+            done = taken = 0.0
             for name, (n, k) in sizes.items():
                 try:
                     seconds = clock.seconds(make(tokens, n, k))
