@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import platform
 import re
@@ -140,7 +139,6 @@ def process_memory(device: torch.device) -> int:
     where the allocator's statistics do not include the process."""
     if device.type == "cuda":
         return 0
-    gc.collect()  # a model of an earlier stage may be in a reference cycle
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return _resident("VmRSS")
