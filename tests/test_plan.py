@@ -423,10 +423,10 @@ def test_a_rate_is_what_is_done_a_second(monkeypatch):
 
 
 def test_a_rate_on_a_cpu_is_that_of_the_fastest_call(monkeypatch):
-    clock, done = iter([0.0, 2 / 64, 3 / 64, 9 / 64]), []
+    clock, done = iter([0.0, 2 / 64, 3 / 64, *range(1, 99)]), []
     monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(clock))
     assert calibrate._best(lambda: done.append(1), 3.0) == 3.0 * 64
-    assert len(done) == 4  # one to warm up
+    assert len(done) == 1 + calibrate.CPU_CALLS  # one to warm up
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@ product, an exponential and the dequantization of a weight, in less than one."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import torch
 from bitsandbytes.nn import Params4bit
@@ -16,10 +16,11 @@ from ..ops.nf4 import dequantize
 from .cards import PROCESSOR, Card
 from .offload import host_bytes
 
-SECONDS, CPU_SECONDS = 0.25, 0.1  # of each measurement, at least
+SECONDS = 0.25  # of each measurement, at least
 COPY_BYTES = 128 * 2**20
 # of a CPU's measurements: each takes a millisecond or two, which other processes seldom interrupt
 TOKENS, WIDTH, ELEMENTS = 256, 512, 2**20
+CPU_SECONDS, CPU_CALLS = 0.1, 25  # of each, at least
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Card:
@@ -79,13 +80,12 @@ def _processor(dtype: torch.dtype, threads: int) -> Card:
 def _best(run: Callable[[], object], amount: float) -> float:
     """What `run` does a second at its fastest: other processes only make it slower."""
     run()
-    best, started = math.inf, time.perf_counter()
-    now = started
-    while now - started < CPU_SECONDS:
+    times = [time.perf_counter()]
+    # where other processes hold a core, most calls wait for a thread
+    while times[-1] - times[0] < CPU_SECONDS or len(times) <= CPU_CALLS:
         run()
-        now, before = time.perf_counter(), now
-        best = min(best, now - before)
-    return amount / best
+        times.append(time.perf_counter())
+    return amount / min(after - before for before, after in pairwise(times))
 
 
 def _rates(device: torch.device, dtype: torch.dtype, rows: int, width: int, size: int) -> tuple[float, float, float]:
