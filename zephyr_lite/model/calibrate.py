@@ -56,15 +56,16 @@ def measure(device: torch.device, dtype: torch.dtype) -> Card:
 @cache
 def _processor(dtype: torch.dtype, threads: int) -> Card:
     """The CPU with this number of threads, measured once in a process."""
-    a, b = torch.randn(TOKENS, WIDTH, dtype=dtype), torch.randn(WIDTH, WIDTH, dtype=dtype)
+    # no random numbers: the generators are the run's
+    a, b = torch.ones(TOKENS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
     out = torch.empty(TOKENS, WIDTH, dtype=dtype)
     products = _best(lambda: torch.mm(a, b.T, out=out), 2 * TOKENS * WIDTH * WIDTH)
     # not a copy: what only moves bytes on a card is bound by its arithmetic here, SiLU and softmax most of all
-    logits = torch.randn(ELEMENTS, dtype=dtype)
+    logits = torch.ones(ELEMENTS, dtype=dtype)
     weights = torch.empty_like(logits)
     memory = _best(lambda: torch.exp(logits, out=weights), 2 * ELEMENTS * dtype.itemsize)
-    half = b if dtype.itemsize <= 4 else b.float()  # bitsandbytes knows no float64
-    weight = Params4bit(half, quant_type="nf4", compress_statistics=True, requires_grad=False).to("cpu")
+    values = b if dtype.itemsize <= 4 else b.float()  # bitsandbytes knows no float64
+    weight = Params4bit(values, quant_type="nf4", compress_statistics=True, requires_grad=False).to("cpu")
     buffer = torch.empty(WIDTH, WIDTH, dtype=dtype)
     unpacked = _best(lambda: dequantize(weight, dtype, out=buffer), WIDTH * WIDTH)
     return replace(
