@@ -26,6 +26,7 @@ class Card:
         share: of `tflops` that large matrix products reach.
         measured: its numbers were measured here (in the run's dtype).
         tflops32: of 32-bit matrices, without TF32.
+        unpacking: 10^9 NF4 numbers dequantized a second; None: as many as the memory's bandwidth lets through.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Card:
     share: float = 0.6
     measured: bool = False
     tflops32: float | None = None
+    unpacking: float | None = None
 
     def rate(self, dtype: torch.dtype) -> float:
         """Operations a second that large matrix products of a dtype reach."""
@@ -75,6 +77,8 @@ _CARDS = (
     Card("h100", 79.6, 989, 3350, 50, (9, 0), 2.50, share=0.5, tflops32=66.9),
     Card("h200", 140.4, 989, 4800, 50, (9, 0), 3.20, share=0.5, tflops32=66.9),
 )
+# A CPU that was not measured: for plans whose speed does not matter.
+PROCESSOR = Card("cpu", 0, 0.08, 20, 10, (0, 0), share=1.0)
 CARDS = {card.name: card for card in _CARDS}
 # For --vram alone: a plain consumer card of that size, none slower than a smaller one (of 6 and 8 GB: one of 12 with less).
 _BY_MEMORY = {
