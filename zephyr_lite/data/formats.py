@@ -34,6 +34,7 @@ COLUMNS = (
 
 # the role of a row that is no conversation: its text is trained on as it is
 TEXT = "text"
+PLAIN = "plain text (no chat template, loss over all tokens)"
 
 ROLES = {
     "system": "system",
@@ -109,7 +110,7 @@ def _sft_format(have: set[str]) -> tuple[str, Reader] | None:
     if "data" in have:
         return "raw UltraChat", _read_turns
     if "text" in have:
-        return "plain text (no chat template, loss over all tokens)", _read_text
+        return PLAIN, _read_text
     return None
 
 
