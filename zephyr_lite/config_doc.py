@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -46,8 +47,14 @@ def keys_as_markdown() -> str:
     lines += ["", "### Other tools' names", "", "| there | here |", "|---|---|"]
     lines += [f"| `{theirs}` | `{ours}` |" for theirs, ours in (ALIASES | TRANSLATED).items()]
     lines += ["", "### Accepted, and without effect", "", "| key | why |", "|---|---|"]
-    lines += [f"| `{key}` | {reason} |" for key, reason in ACCEPTED.items()]
-    lines += ["", "### Refused, but for null and the values that change nothing", "", "| key | accepted | why |"]
+    for why, items in groupby(ACCEPTED.items(), key=lambda item: item[1]):
+        lines.append(f"| {', '.join(f'`{key}`' for key, _ in items)} | {why} |")
+    lines += [
+        "",
+        "### Refused, but for null and the values that change nothing",
+        "",
+        "| key | accepted | why of others |",
+    ]
     lines += ["|---|---|---|", *(_refused(key) for key in REFUSED)]
     return "\n".join(lines).strip() + "\n"
 

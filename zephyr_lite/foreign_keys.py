@@ -13,6 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 from .errors import UserError
+from .foreign_datasets import number, take, translate_datasets
 from .words import short
 
 # other tools' name -> ours, the value as it is
@@ -177,10 +178,6 @@ _VALUES: dict[str, dict[Any, Any]] = {
     | {"paged_adamw": "paged_adamw_32bit"},
     "max_steps": {-1: None, 0: None},  # transformers' "not set"
 }
-# of a data set in a mixture: the handbook's names and TRL's -> ours
-_ENTRY = {"id": "path", "config": "name"}
-# columns that TRL gives to the chat template
-_RENDERED = ("tools", "chat_template_kwargs")
 
 
 def rename(
@@ -202,11 +199,11 @@ def rename(
     faults: list[str] = []
     taken = dict(values)
     for key in ("model_init_kwargs", "dataset_kwargs"):
-        taken = {**(_take(taken, key, dict, faults) or {}), **taken}
+        taken = {**(take(taken, key, dict, faults) or {}), **taken}
     theirs = [key for key in taken if key not in own and (key in TRANSLATED or key in ACCEPTED or key in REFUSED)]
     result: dict[str, Any] = {}
     _batch_size(taken, result, faults, notes)
-    _datasets(taken, result, faults, notes)
+    translate_datasets(taken, result, faults, notes)
     for strategy in ("eval_strategy", "evaluation_strategy"):
         chosen = taken.pop(strategy, None)
         if chosen in ("no", False):
@@ -220,12 +217,12 @@ def rename(
             faults.append("push_to_hub says that, not where to. Set push_to_hub=OWNER/NAME.")
         taken["push_to_hub"] = hub_id
     _losses(taken, faults, notes, dpo)
-    warmup = _number(taken.get("warmup_steps"))
+    warmup = number(taken.get("warmup_steps"))
     if warmup is not None and warmup < 1:  # transformers: a share of the steps
         del taken["warmup_steps"]
         if warmup or "warmup_ratio" not in taken:
             taken["warmup_ratio"] = warmup
-    no_dropout = _take(taken, "disable_dropout", bool, faults)
+    no_dropout = take(taken, "disable_dropout", bool, faults)
     for key, value in taken.items():
         if key in own:
             result[key] = value
@@ -236,7 +233,7 @@ def rename(
             notes.append(f"{key} changes nothing here: {ACCEPTED[key]}")
         elif key in REFUSED:
             harmless, why = REFUSED[key]
-            if not (value is None or value in harmless or _number(value) in harmless):
+            if not (value is None or value in harmless or number(value) in harmless):
                 instead = f", or set it to {harmless[0]!r}" if harmless and harmless[0] not in ("", {}, []) else ""
                 faults.append(f"{key}: {short(value)}: {why}. Remove the key{instead}.")
         else:
@@ -264,24 +261,6 @@ def rename(
     return result
 
 
-def _take(values: dict[str, Any], key: str, kind: type, faults: list[str]) -> Any:
-    """A key's value, taken out; None where there is none or one of another kind, which is a fault."""
-    value = values.pop(key, None)
-    if value is None or isinstance(value, kind):
-        return value
-    what = {dict: "keys and values", list: "a list", str: "a text", bool: "true or false"}[kind]
-    faults.append(f"{key}: {short(value)} is not {what}.")
-    return None
-
-
-def _number(value: Any) -> float | None:
-    """A number, also one that YAML reads as a text (1e-8); None where it is none."""
-    try:
-        return None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
 def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
     parts = {
         key: values.pop(key)
@@ -300,8 +279,8 @@ def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str
 
 def _losses(values: dict[str, Any], faults: list[str], notes: list[str], dpo: bool) -> None:
     """Which tokens are learned, and by which loss."""
-    assistant = _take(values, "assistant_only_loss", bool, faults)
-    completion = _take(values, "completion_only_loss", bool, faults)
+    assistant = take(values, "assistant_only_loss", bool, faults)
+    completion = take(values, "completion_only_loss", bool, faults)
     if assistant is not None or completion is not None:
         values.setdefault("loss_on", "last" if completion else "assistant" if assistant else "all")
         notes.append(f"assistant_only_loss, completion_only_loss: loss_on {values['loss_on']} here")
@@ -315,108 +294,6 @@ def _losses(values: dict[str, Any], faults: list[str], notes: list[str], dpo: bo
         del values["loss_type"]
         if loss == "dft":
             faults.append("loss_type: 'dft': sft's loss is nll. Remove the key.")
-
-
-def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
-    """Every way to name data sets: TRL's ``dataset_name`` and ``datasets``, the handbook's ``dataset_mixer`` {path:
-    share} and ``dataset_mixture``; then the rows that are held out of them, and the column of texts."""
-    for key in ("dataset", "eval_dataset"):
-        if key in values:
-            result[key] = values.pop(key)
-    mixer, splits = _take(values, "dataset_mixer", dict, faults), _take(values, "dataset_splits", list, faults)
-    configs = _take(values, "dataset_configs", list, faults)
-    name, config = _take(values, "dataset_name", str, faults), _take(values, "dataset_config", str, faults)
-    train, test = (_take(values, f"dataset_{part}_split", str, faults) for part in ("train", "test"))
-    mixture = dict(_take(values, "dataset_mixture", dict, faults) or {})
-    mixture.setdefault("datasets", values.pop("datasets", None))
-    entries = _take(mixture, "datasets", list, faults)
-    size = mixture.pop("test_split_size", values.pop("test_split_size", None))
-    mixture.pop("seed", None)  # of the draws, which this project makes by its own
-    faults += [f"there is no key 'dataset_mixture.{key}'." for key in mixture]
-    if entries:
-        result["dataset"] = [spec for entry in entries for spec in _entry(entry, faults)]
-        result.setdefault("eval_dataset", None)
-        notes.append("datasets and dataset_mixture are dataset here")
-    elif mixer:
-        names = [str(split) for split in splits or ["train"]]
-        kinds = {kind: next((s for s in names if s.startswith(kind)), None) for kind in ("train", "test")}
-        common = [{"path": path} for path in mixer]
-        if configs and len(configs) == len(mixer):
-            common = [{**spec, "name": each} for spec, each in zip(common, configs)]
-        elif configs:
-            faults.append(f"dataset_configs: {len(configs)} names for {len(mixer)} data sets.")
-        shares = zip(common, mixer.values())
-        result["dataset"] = [{**spec, "split": kinds["train"] or "train", "weight": share} for spec, share in shares]
-        result["eval_dataset"] = [{**spec, "split": kinds["test"]} for spec in common] if kinds["test"] else None
-        notes.append("dataset_mixer is dataset, with weight, here")
-    elif name is not None:
-        spec = {"path": name, **({"name": config} if config else {})}
-        if test is None and values.get("eval_strategy") in ("steps", "epoch"):
-            test = "test"  # TRL's default
-        result["dataset"] = [{**spec, "split": train or "train"}]
-        result["eval_dataset"] = [{**spec, "split": test}] if test else None
-        notes.append("dataset_name is dataset here")
-    specs = _specs(result.get("dataset"))
-    if size is not None:
-        _hold_out(size, specs, result, faults, notes)
-    column = _take(values, "dataset_text_field", str, faults)
-    if column in ("text", "messages", "conversations"):
-        notes.append(f"dataset_text_field: a column {column} is found by itself")
-    elif column is not None:
-        if not specs:
-            faults.append("dataset_text_field: names a column of dataset, which is not there. Name both.")
-        for key in ("dataset", "eval_dataset"):
-            if found := _specs(result.get(key)):
-                named = [spec for spec in found if not isinstance(spec.get("columns"), dict)]
-                result[key] = [{**spec, "columns": {"text": column}} if spec in named else spec for spec in found]
-        notes.append(f"dataset_text_field is dataset.columns here: {{text: {column}}}")
-
-
-def _specs(value: Any) -> list[dict[str, Any]]:
-    """Data sets as keys and values; none where they are something else, which the schema refuses."""
-    entries = [{"path": e} if isinstance(e, str) else e for e in (value if isinstance(value, list) else [value])]
-    return entries if all(isinstance(entry, dict) for entry in entries) else []
-
-
-def _entry(entry: Any, faults: list[str]) -> list[dict[str, Any]]:
-    """A data set of a mixture in our keys; several where it names several files."""
-    if not isinstance(entry, dict):
-        faults.append(f"datasets: {short(entry)} is not keys and values such as {{path: a/b, split: train}}.")
-        return []
-    spec = {"split": "train", **{_ENTRY.get(key, str(key)): value for key, value in entry.items() if value is not None}}
-    columns = spec.get("columns")
-    faults += [f"datasets: columns: {c} is given to no chat template here." for c in _RENDERED if c in (columns or [])]
-    if spec.pop("fraction", None) is not None:
-        faults.append("datasets: fraction is a share of the mixture. Write weight: the share of its own rows.")
-    if spec.pop("data_dir", None) is not None:
-        faults.append("datasets: data_dir is not read. Write the folder or file itself as path.")
-    files = spec.pop("data_files", [])
-    if not files:
-        return [spec]
-    files = [files] if isinstance(files, str) else files
-    if spec.get("path") not in ("json", "csv", "parquet") or not isinstance(files, list):
-        faults.append("datasets: data_files are read as path: json, csv or parquet, and a file or a list of files.")
-        return []
-    return [{**spec, "path": file} for file in files]
-
-
-def _hold_out(
-    size: Any, specs: list[dict[str, Any]], result: dict[str, Any], faults: list[str], notes: list[str]
-) -> None:
-    """``test_split_size`` rows of the mixture (a share, below 1) become ``eval_dataset``."""
-    number = _number(size)
-    if number is None or number <= 0 or (number >= 1 and number != int(number)):
-        faults.append(f"test_split_size: {short(size)} is neither a share below 1 nor a number of rows.")
-    elif not specs:
-        faults.append("test_split_size: holds rows of dataset out, which is not there. Name both.")
-    else:
-        share = number if number < 1 else math.ceil(number / len(specs))
-        result["dataset"] = [{**spec, "test_size": share} for spec in specs]
-        # a share of a set of which a share is taken; but so many rows are so many
-        own = [spec if number < 1 else {**spec, "weight": 1.0} for spec in result["dataset"]]
-        result["eval_dataset"] = [{**spec, "part": "test"} for spec in own]
-        each = f", {share:,} of each data set" if number >= 1 and len(specs) > 1 else ""
-        notes.append(f"test_split_size {size} is dataset.test_size here{each}; the draw does not depend on seed")
 
 
 def unknown_key(key: str, own: Collection[str]) -> str:
