@@ -80,6 +80,8 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path):
         ("dataset_name: 5", "dataset_name: 5 is not a text"),
         ("dataset: a/b\ntest_split_size: many", "test_split_size: 'many' is neither a share below 1 nor a number"),
         ("dataset: a/b\ntest_split_size: 1.5", "test_split_size: 1.5 is neither"),
+        ("dataset: a/b\ntest_split_size: .inf", "test_split_size: inf is neither"),
+        ("dataset: a/b\ntest_split_size: .nan", "test_split_size: nan is neither"),
         ("test_split_size: 100", "test_split_size: holds rows of dataset out, which is not there"),
         ("dataset_text_field: content", "dataset_text_field: names a column of dataset, which is not there"),
         ("datasets: [{path: a/b, fraction: 0.5}]", "Write weight"),

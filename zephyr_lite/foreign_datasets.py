@@ -101,7 +101,7 @@ def _hold_out(
 ) -> None:
     """``test_split_size`` rows of the mixture (a share, below 1) become ``eval_dataset``."""
     rows = number(size)
-    if rows is None or rows <= 0 or (rows >= 1 and rows != int(rows)):
+    if rows is None or not 0 < rows < math.inf or (rows >= 1 and rows != int(rows)):
         faults.append(f"test_split_size: {short(size)} is neither a share below 1 nor a number of rows.")
     elif not specs:
         faults.append("test_split_size: holds rows of dataset out, which is not there. Name both.")
