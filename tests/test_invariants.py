@@ -425,7 +425,8 @@ ROOT = Path(zephyr_lite.__file__).parent
 # single files that every room may use, each of which imports from those before it
 GROUND = (
     "__version__", "errors", "world", "words", "redact", "interrupts", "ending", "flock", "files", "manifest", "lock", "reading",
-    "strict_json", "strict_yaml", "shipped", "foreign_keys", "schema", "config", "rundir", "stage_info", "safetensors_stream",
+    "strict_json", "strict_yaml", "shipped", "foreign_datasets", "foreign_keys", "schema", "config", "rundir", "stage_info",
+    "safetensors_stream",
 )  # fmt: skip
 BELOW = {
     "ops": {"ops"},

@@ -23,7 +23,8 @@ from ..world import world
 # what may differ when a stage goes on: nothing that a gradient depends on
 MAY_CHANGE = {
     "output_dir", "eval_dataset", "eval_steps", "save_steps", "logging_steps", "save_total_limit",
-    "load_best_model_at_end", "early_stopping_patience", "samples", "sample_tokens", "report_to", "push_to_hub", "sync", "memory",
+    "load_best_model_at_end", "early_stopping_patience", "samples", "sample_tokens", "report_to", "push_to_hub",
+    "hub_private_repo", "sync", "memory",
 }  # fmt: skip
 # where something lies, which may differ as long as it is the same thing
 PLACES = {

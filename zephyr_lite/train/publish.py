@@ -28,8 +28,9 @@ def push_adapter(config: RunConfig, stage: StageDir, info: dict[str, Any], say: 
         return
     api = HfApi()
     try:
-        api.create_repo(config.push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=config.push_to_hub, folder_path=stage.adapter)
+        # the name may come without its owner, as in the handbook's recipes: the hub says whose it is
+        repo = api.create_repo(config.push_to_hub, private=config.hub_private_repo or None, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo, folder_path=stage.adapter)
     except (
         HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError
     ) as error:  # fmt: skip

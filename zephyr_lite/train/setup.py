@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
+
 from .. import __version__
 from ..config import Loaded, Method, RunConfig, dump_config, load_config
 from ..data.chat import ChatTemplate, resolve_template
@@ -125,8 +127,24 @@ def resolve_run(
         own = loaded.given if file else {k for k in loaded.given if _names(overrides, k)}
         taken = {k: inherited[k] for k in INHERITED if k in inherited and k not in own}
         loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **taken})
+    elif method == "dpo" and loaded.config.adapters == [] and (file or _names(overrides, "model_name_or_path")):
+        extra += _adapter_as_model(loaded)
     loaded.notes = [*loaded.notes, *extra]
     return loaded
+
+
+def _adapter_as_model(loaded: Loaded) -> list[str]:
+    """A model that is an adapter, as in the handbook's QLoRA recipes, goes into ``adapters``; returns the note."""
+    name = loaded.config.model_name_or_path
+    try:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except ValueError:  # PEFT's answer to anything that is no adapter, or is out of reach
+        return []
+    if base is None or loaded.config.model_revision != "main":  # whose revision would that be
+        return []
+    moved = {"model_name_or_path": base, "adapters": [name]}
+    loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **moved})
+    return [f"{name} is an adapter: it is in adapters, and model_name_or_path is its base, {base}"]
 
 
 def _names(overrides: list[str], key: str) -> bool:
