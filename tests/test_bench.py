@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,6 @@ from zephyr_lite.data.prepare import prepare
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.load import load_tokenizer
 from zephyr_lite.model.plan import free_memory
-from zephyr_lite.ops.dispatch import HAVE_TRITON
 from zephyr_lite.train.steps import rows_of_step
 
 CPU = torch.device("cpu")
@@ -142,7 +140,7 @@ def test_rows_have_the_lengths_of_the_real_ones(random_base, tmp_path):
 
 # -- bench.gpu -------------------------------------------------------------------------------------------------------
 
-SMALL = ["--tiny", "--rounds", "2", "--per-device", "1", "2", "--sft-rows", "2", "--dpo-pairs", "2"]
+SMALL = ["--tiny", "--rounds", "1", "--per-device", "1", "2", "--sft-rows", "2", "--dpo-pairs", "2"]
 
 
 def test_gpu_tiny(tmp_path, capsys):
@@ -155,10 +153,10 @@ def test_gpu_tiny(tmp_path, capsys):
     assert [(m["method"], m["dropout"]) for m in played] == [("sft", 0.0), ("sft", 0.05), ("dpo", 0.0)]
     ours = {"sft": {"fused", "trl"}, "dpo": {"fused live", "fused cached", "trl live", "trl cached"}}
     for m in played:
-        assert m["rounds"] == 2
+        assert m["rounds"] == 1
         assert m["variants"].keys() >= ours[m["method"]]
         tokens = [v["tokens"] for v in m["variants"].values()]
-        assert len(tokens[0]) == 2 and all(t == tokens[0] for t in tokens)
+        assert len(tokens[0]) == 1 and all(t == tokens[0] for t in tokens)
         assert all(
             f"{a} over {b}" in m["ratios"] for a in ours[m["method"]] for b in m["variants"] if a[0] == "f" > b[0]
         )
@@ -402,25 +400,6 @@ def test_ops_tiny(tmp_path, capsys):
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         assert all("so the twin does" in by[name, "kernel"]["not_run"] for name in names())
     assert "dropout backward" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
-def test_ops_tiny_in_the_interpreter(tmp_path):
-    command = [sys.executable, "-m", "bench.ops", "--tiny", "--out", str(tmp_path / "ops.json")]
-    told = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert told.returncode == 0, told.stderr
-    results = json.loads((tmp_path / "ops.json").read_text())
-    assert results["kernels_replaced"] == []
-    kernels = {r["operation"]: r for r in results["operations"] if r["by"] == "kernel"}
-    assert list(kernels) == names()
-    assert all(r["seconds"] > 0 for r in kernels.values())
 
 
 def test_bytes_are_the_least_that_must_move():
