@@ -424,7 +424,8 @@ def test_every_schedule_of_transformers_runs_and_is_kept_or_is_refused(name):
 ROOT = Path(zephyr_lite.__file__).parent
 # single files that every room may use, each of which imports from those before it
 GROUND = (
-    "__version__", "errors", "world", "words", "redact", "interrupts", "ending", "flock", "files", "manifest", "lock", "reading",
+    "__version__", "allocator", "errors", "world", "words", "redact", "interrupts", "ending", "flock", "files", "manifest",
+    "lock", "reading",
     "strict_json", "strict_yaml", "shipped", "foreign_keys", "schema", "config", "rundir", "stage_info", "safetensors_stream",
 )  # fmt: skip
 BELOW = {

@@ -6,6 +6,7 @@ somebody waits for them, with their target full of rubbish until then.
 
 import gc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -322,11 +323,15 @@ def test_host_memory_is_locked_page_by_page_and_let_go_with_its_last_view(monkey
     del view
     gc.collect()
     assert not runtime.locked
+    pending = [2]  # CUDA's last error, which the next launch would report
+    loaded = SimpleNamespace(cudaGetLastError=lambda: pending.pop())
+    monkeypatch.setattr(offload_file.ctypes, "CDLL", {None: loaded}.__getitem__)
     runtime.code = 2
     with pytest.raises(
         UserError, match=r"0.00 GiB of main memory could not be locked for copies to the card .CUDA error 2."
     ):
         offload_file.host_bytes(1000, torch.device("cuda"))
+    assert not pending
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

@@ -7,6 +7,7 @@ A CPU stands in for the accelerator through the same code; nothing runs beside a
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ def host_bytes(count: int, device: torch.device) -> Tensor:
     runtime: Any = torch.cuda.cudart()
     code = int(runtime.cudaHostRegister(memory.data_ptr(), count, 0))
     if code:
+        _clear_last_error()
         raise LockRefused(
             f"{count / 2**30:.2f} GiB of main memory could not be locked for copies to the card (CUDA error {code}).",
             "Raise the limit (`ulimit -l`, or the container's memlock), close what fills the main memory, or set "
@@ -93,6 +95,16 @@ def host_bytes(count: int, device: torch.device) -> Tensor:
     # tensors keep their owner alive; its end is told before its memory goes
     weakref.finalize(owner, _unlock, runtime, memory.data_ptr(), device).atexit = False  # the process takes it along
     return memory
+
+
+def _clear_last_error() -> None:
+    """Take CUDA's pending error, which the next kernel launch would report as its own. PyTorch's binding of the runtime has no
+    cudaGetLastError, but torch loads the library with its symbols global (libtorch_global_deps)."""
+    last_error = getattr(
+        ctypes.CDLL(None), "cudaGetLastError", None
+    )  # None: the runtime is linked into torch statically
+    if last_error is not None:
+        last_error()
 
 
 def _unlock(runtime: Any, start: int, device: torch.device) -> None:
