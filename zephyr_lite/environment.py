@@ -16,7 +16,7 @@ from pathlib import Path
 from . import __version__
 from .allocator import is_wsl
 from .errors import UserError
-from .needs import GB, MISTRAL
+from .needs import GB, MISTRAL, MISTRAL_SHAPE
 
 PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors", "trl", "triton",
@@ -166,6 +166,7 @@ def _attention() -> Finding:
 
 
 def _kernels() -> Finding:
+    from .model.job import Shape
     from .model.load import compute_device, compute_dtype
     from .ops.dispatch import check_kernels
 
@@ -178,7 +179,7 @@ def _kernels() -> Finding:
         return Finding("kernels", "plain PyTorch: Triton's are for GPUs")
     if not installed:
         return Finding("kernels", "plain PyTorch: triton is not installed", 'pip install "zephyr-lite[triton]"')
-    notes = check_kernels(device, compute_dtype("auto", device))
+    notes = check_kernels(device, compute_dtype("auto", device), Shape.of(MISTRAL_SHAPE).widths)
     if notes:
         return Finding("kernels", " ".join(notes), f"The run is slower, not wrong. Please report this ({installed}).")
     return Finding("kernels", f"{installed}; every kernel compiles here and agrees with plain PyTorch")

@@ -16,6 +16,7 @@ from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.check_weights import check_weights
 from ..model.compose import compose
 from ..model.decoder import Decoder
+from ..model.job import Shape
 from ..model.load import (
     Base,
     compute_device,
@@ -214,7 +215,7 @@ def open_stage(
     say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
     base = _load(config, plan, say)
     if config.engine == "fused":
-        for note in check_kernels(base.device, base.dtype):
+        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
             say(note)
     stream = StreamedBase(base.model, base.device) if base.streamed else None
     stack = AdapterStack(base.model, base.device)
