@@ -14,7 +14,9 @@ from zephyr_lite import __main__ as entry
 from zephyr_lite import environment
 from zephyr_lite.allocator import is_wsl, set_allocator
 from zephyr_lite.cli import run
+from zephyr_lite.config import MemorySpec
 from zephyr_lite.errors import UserError
+from zephyr_lite.model import plan
 from zephyr_lite.model.load import compute_device
 
 WSL, LINUX = "5.15.167.4-microsoft-standard-WSL2", "6.8.0-51-generic"
@@ -138,3 +140,26 @@ def test_windows_is_refused_before_anything_is_imported(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "error: zephyr-lite does not run on native Windows.\nInstall it and run it inside WSL2.\n"
     )
+
+
+def test_under_wsl_the_plan_has_what_can_be_locked_and_the_allocator_no_more_than_is_free(monkeypatch):
+    device, gib = torch.device("cuda", 0), 2**30
+    for module, name, value in (
+        (plan, "main_memory", 32 * gib), (plan, "lockable", 3 * gib), (plan, "is_wsl", True),
+        (plan, "free_memory", 10 * gib), (torch.cuda, "get_device_capability", (8, 6)),
+        (torch.cuda, "get_device_name", "A card"), (torch.cuda, "memory_allocated", 2 * gib),
+        (torch.cuda, "get_device_properties", SimpleNamespace(total_memory=16 * gib)),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda *a, value=value: value)
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: fractions.append(given))
+    machine = plan.this_machine(device, torch.float16, MemorySpec(), measure=False)
+    assert (machine.free, machine.host) == (10 * gib, 3 * gib)
+    plan.cap_allocator(device, MemorySpec())
+    plan.cap_allocator(device, MemorySpec(vram="6.75GiB"))  # of which the context takes 0.75
+    assert fractions == [(12 / 16, device), (8 / 16, device)]
+    monkeypatch.setattr(plan, "is_wsl", lambda: False)
+    assert plan.this_machine(device, torch.float16, MemorySpec(), measure=False).host == 16 * gib
+    plan.cap_allocator(device, MemorySpec())
+    plan.cap_allocator(torch.device("cpu"), MemorySpec())
+    assert len(fractions) == 2

@@ -273,10 +273,17 @@ def _quantized() -> Finding:
 def _memory() -> Finding:
     import torch
 
+    from .model.load import compute_device
+    from .model.machine import HOST_SHARE, main_memory
+    from .model.offload import lockable
     from .model.plan import free_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding("memory", f"{free_memory(torch.device('cpu')) / 2**30:.1f} GiB of main memory free, {cores} cores")
+    found = f"{free_memory(torch.device('cpu')) / 2**30:.1f} GiB of main memory free, {cores} cores"
+    if is_wsl() and (device := compute_device()).type == "cuda":
+        room = lockable(int(main_memory() * HOST_SHARE), device)
+        found += f"; under WSL2 {room / 2**30:.1f} GiB of it can be locked for copies to the card"
+    return Finding("memory", found)
 
 
 def _demo() -> Finding:
