@@ -135,7 +135,9 @@ def environment_of(out: Path) -> dict[str, str]:
         with tempfile.TemporaryFile(dir=cache):
             pass
     except OSError:
-        found["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / "zephyr-lite-evidence")
+        cache = Path(tempfile.gettempdir()) / "zephyr-lite-evidence"
+        found["XDG_CACHE_HOME"] = str(cache)
+    found.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))  # the tests' too, which have a HOME of their own
     return found
 
 

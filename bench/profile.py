@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import command
+from zephyr_lite.allocator import set_allocator
 from zephyr_lite.errors import UserError
 
 # The first that matches a kernel's name; FlashAttention's kernels have "cutlass" in their names, so order matters.
@@ -186,6 +187,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     args.cards, args.rows = [args.card], max(1, max(args.tokens) // 2048)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_allocator()
     import torch
 
     from bench import mistral

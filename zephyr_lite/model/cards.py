@@ -69,6 +69,7 @@ _CARDS = (
     Card("5090", 32, 209, 1792, 50, (12, 0), 0.60, tflops32=104.8),
     Card("t4", 15, 65, 300, 12, (7, 5), 0.35, share=0.3, tflops32=8.1),
     Card("l4", 22.5, 121, 300, 24, (8, 9), 0.70, share=0.4, tflops32=30.3),
+    # only torch's CUDA 12.6 builds have code for capability 7.0 (``zephyr-lite env`` says so)
     Card("v100-16", 15.8, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
     Card("v100-32", 31.7, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
     Card("a10g", 22.5, 70, 600, 24, (8, 6), 1.00, tflops32=31.2),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..allocator import is_wsl
 from ..config import MemorySpec
 from ..errors import UserError
 from .account import CONTEXT_BYTES, GIB, Setting, account, in_words, kept_per_token, kept_widths, scratch_widths
@@ -18,6 +19,7 @@ from .job import Job, Shape
 from .layer_spec import Keep
 from .machine import HOST_SHARE, Machine, main_memory, parse_size, process_memory
 from .memory import ScratchMode
+from .offload import lockable
 from .search import KEEPS, LEAST, Limits, cures, fixed_tokens, least_account, least_host, search
 
 # At once on a CPU: enough for matrix products at full speed, little enough for its caches.
@@ -139,6 +141,8 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *
     limit = None if memory.vram is None else parse_size(memory.vram, "memory.vram") - CONTEXT_BYTES
     if measure:
         card = measured(device, dtype)  # first: the libraries that it loads take room too
+    if is_wsl():
+        host = lockable(host, device)
     free = free_memory(device)
     if not measure:
         capability = torch.cuda.get_device_capability(device)
@@ -325,6 +329,18 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return main_memory()
+
+
+def cap_allocator(device: torch.device, memory: MemorySpec) -> None:
+    """Under WSL2, refuse PyTorch's allocator more than the plan was made for. The driver there moves what does not fit to main
+    memory, and the run would be ten times slower, where an allocation that fails lets it go on under a smaller plan."""
+    if device.type != "cuda" or not is_wsl():
+        return
+    free = free_memory(device)
+    if memory.vram is not None:
+        free = min(free, parse_size(memory.vram, "memory.vram") - CONTEXT_BYTES)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (free + torch.cuda.memory_allocated(device)) / total), device)
 
 
 def keep_freed_pages() -> bool:

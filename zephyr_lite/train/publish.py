@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -26,6 +25,8 @@ def push_adapter(config: RunConfig, stage: StageDir, info: dict[str, Any], say: 
     pushed = {"repo": config.push_to_hub, "sha256": info.get("adapter_sha256")}
     if not config.push_to_hub or info.get("pushed") == pushed:
         return
+    import httpx2  # only an upload needs it
+
     api = HfApi()
     try:
         # the name may come without its owner, as in the handbook's recipes: the hub says whose it is

@@ -18,6 +18,7 @@ from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.check_weights import check_weights
 from ..model.compose import compose
 from ..model.decoder import Decoder
+from ..model.job import Shape
 from ..model.load import (
     Base,
     compute_device,
@@ -36,7 +37,7 @@ from ..model.peft_files import (
     read_adapter,
     write_adapter,
 )
-from ..model.plan import Plan, keep_freed_pages
+from ..model.plan import Plan, cap_allocator, keep_freed_pages
 from ..model.stream import StreamedBase
 from ..ops.dispatch import check_kernels
 from ..rundir import StageDir, folder_aside, newest_run, write_text
@@ -230,9 +231,10 @@ def open_stage(
     if claim:
         stage.claim()
     say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
+    cap_allocator(compute_device(), config.memory)
     base = _load(config, plan, say)
     if config.engine == "fused":
-        for note in check_kernels(base.device, base.dtype):
+        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
             say(note)
     stream = StreamedBase(base.model, base.device) if base.streamed else None
     stack = AdapterStack(base.model, base.device)
