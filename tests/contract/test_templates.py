@@ -115,7 +115,7 @@ def test_every_template_of_trl_is_trained(template_of, name):
         assert rendered.notes == [
             "the chat template writes earlier answers otherwise than the last one: they are not supervised"
         ]
-    ids, mask = template.encode(TURNS)
+    ids, _ = template.encode(TURNS)
     for turn, span in rendered.spans.items():
         answer = rendered.text[span.start : span.end]
         end = answer[answer.index(TURNS[turn]["content"]) + len(TURNS[turn]["content"]) :]

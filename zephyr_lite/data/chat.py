@@ -22,7 +22,7 @@ from jinja2.exceptions import TemplateSyntaxError
 
 from ..errors import UserError
 from ..strict_json import shown
-from .formats import Message, RowError
+from .formats import TEXT, Message, RowError
 from .rendering import PROBE, Rendered, Renderer, common_length
 from .templates import BOS, NEEDED_TOKENS, TEMPLATES
 
@@ -125,14 +125,20 @@ class ChatTemplate(Renderer):
     # -- ids -----------------------------------------------------------------------------------------------------
 
     def encode(
-        self, messages: Sequence[Message], loss_on: LossOn = "assistant", tools: list[Any] | None = None
+        self,
+        messages: Sequence[Message],
+        loss_on: LossOn = "assistant",
+        tools: list[Any] | None = None,
+        notes: list[str] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The conversation's ids and which of them are supervised.
 
         Args:
-            messages: turns; those of the assistant are supervised, unless they have ``train: False``.
+            messages: turns; those of the assistant are supervised, unless they have ``train: False``. Or one plain text,
+                which is supervised whole.
             loss_on: every answer, the last one, or every token but the first.
             tools: as for ``render``.
+            notes: gets those of the rendering.
 
         Returns:
             ids [T] int32, mask [T] bool.
@@ -141,15 +147,31 @@ class ChatTemplate(Renderer):
             RowError: as ``render``; a turn's text contains a control token, which would become a real one; or BOS
                 does not occur exactly once.
         """
-        return self.encode_rendered(self.render(messages, tools), messages, loss_on, tools)
-
-    def encode_rendered(
-        self, rendered: Rendered, messages: Sequence[Message], loss_on: LossOn, tools: list[Any] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As ``encode``, of a conversation that ``render`` has rendered."""
+        if messages[0]["role"] == TEXT:
+            ids = self.text_ids(messages[0]["content"])
+            return ids, np.arange(len(ids)) > 0
         self._refuse_control_tokens(messages)
+        rendered = self.render(messages, tools)
+        if notes is not None:
+            notes += rendered.notes
         ids, starts, _ = self.tokenize(rendered)
         return ids, self._mask(rendered, messages, starts, loss_on, tools)
+
+    def text_ids(self, text: str) -> np.ndarray:
+        """The ids of a plain text as TRL makes them, [T] int32: BOS once, first, and eos at the end. A text that was
+        rendered already may hold both, and other control tokens.
+
+        Raises:
+            RowError: BOS is not there exactly once.
+        """
+        eos, bos = self.tokenizer.eos_token, self.tokenizer.bos_token if self.bos_token_id is not None else None
+        text = text if text.endswith(eos) else text + eos
+        begun = bos is not None and text.startswith(bos)
+        ids = np.asarray(self.tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"], dtype=np.int32)
+        if bos is not None and ids[0] != self.bos_token_id:  # tokenizers that leave BOS to the template
+            ids = np.concatenate([np.asarray([self.bos_token_id], dtype=np.int32), ids])
+        self._check_bos(ids)
+        return ids
 
     def encode_pair(
         self,
@@ -220,11 +242,7 @@ class ChatTemplate(Renderer):
             ]
             ids = np.concatenate([piece[0] for _, piece in pieces])
             starts, ends = (np.concatenate([piece[i] + first for first, piece in pieces]) for i in (1, 2))
-        if self.bos_token_id is not None:
-            count = int((ids == self.bos_token_id).sum())
-            doubled = len(ids) > 1 and ids[1] == self.bos_token_id
-            if len(ids) == 0 or ids[0] != self.bos_token_id or doubled or (count > 1 and not self.repeats_bos):
-                raise RowError(f"BOS stands {count} times in the row, not once at its beginning")
+        self._check_bos(ids)
         return ids, starts, ends
 
     def _offsets(self, text: str, continued: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -244,6 +262,14 @@ class ChatTemplate(Renderer):
             inside = ends > 1
             return ids[inside], starts[inside] - 1, ends[inside] - 1
         return ids, starts, ends
+
+    def _check_bos(self, ids: np.ndarray) -> None:
+        if self.bos_token_id is None:
+            return
+        count = int((ids == self.bos_token_id).sum())
+        doubled = len(ids) > 1 and ids[1] == self.bos_token_id
+        if len(ids) == 0 or ids[0] != self.bos_token_id or doubled or (count > 1 and not self.repeats_bos):
+            raise RowError(f"BOS stands {count} times in the row, not once at its beginning")
 
     def _mask(
         self,

@@ -214,7 +214,7 @@ class Renderer:
         """
         form: list[Any] = []
         for message in messages:
-            turn = {key: value for key, value in message.items() if key != "train"}
+            turn: dict[str, Any] = {key: value for key, value in message.items() if key != "train"}
             if "reasoning_content" in turn:
                 turn["thinking"] = turn["reasoning_content"]
             if self.content_parts:
