@@ -54,6 +54,7 @@ SHAPES: dict[str, Callable[[Any], str | None]] = {
     "adapters": _links,
     "own": _object,
     "chat_template": _text,
+    "template_time": _text,
     "versions": _texts,
     "machine": _object,
     "plan": _object,

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import trl
 
 from tests.conftest import make_tokenizer
+from tests.test_train import quiet, words
+from zephyr_lite.config import load_config
+from zephyr_lite.data import rendering
 from zephyr_lite.data.chat import ChatTemplate, resolve_template
 from zephyr_lite.data.formats import RowError
 from zephyr_lite.data.templates import CHATML, LLAMA3, ZEPHYR
+from zephyr_lite.train.sft import run_sft
 
 TRL = {path.stem: path for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}
 CONTROL = re.compile(
@@ -249,3 +255,24 @@ def test_the_date_of_a_run_is_fixed(template_of):
     assert template.fingerprint == template_of(CLOCK, now=then).fingerprint
     assert template.fingerprint != template_of(CLOCK, now=then + datetime.timedelta(days=1)).fingerprint
     assert template_of(ZEPHYR, now=then).fingerprint == template_of(ZEPHYR).fingerprint
+
+
+def test_a_run_is_resumed_on_another_day(tiny_base, chat_rows, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill(step, total, metrics):
+        if step == 2:
+            raise Killed
+
+    clock = tmp_path / "clock.jinja"
+    clock.write_text(CLOCK)
+    config = load_config("sft", None, words(tiny_base, tmp_path / "run", chat_rows, chat_template=clock, save_steps=1))
+    with pytest.raises(Killed):
+        run_sft(config, say=quiet, on_metrics=kill)
+    time = json.loads((tmp_path / "run/sft/stage.json").read_text())["template_time"]
+    later = datetime.datetime.fromisoformat(time) + datetime.timedelta(days=1, hours=1)
+    monkeypatch.setattr(rendering, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: later)))
+    run_sft(config, say=quiet)
+    info = json.loads((tmp_path / "run/sft/stage.json").read_text())
+    assert info["status"] == "complete" and info["template_time"] == time

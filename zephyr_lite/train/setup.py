@@ -186,7 +186,8 @@ def open_stage(
         changes.settle("base", base_difference(before, print_of_base))
         changes.settle("adapters", adapters_difference(before, frozen))
         changes.refuse(stage, complete=complete)
-    template = template_of(config, folder, frozen)
+    begun = before or (leader.info if leader is not None else {})
+    template = template_of(config, folder, frozen, begun.get("template_time"))
     vocabulary_fits(template.tokenizer, base_config, folder)
     if config.chat_template == "auto":
         same_template(frozen, template)
@@ -264,6 +265,7 @@ def open_stage(
             "base": base.describe(),
             "adapters": [{"path": relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen],
             "chat_template": template.text,
+            **({"template_time": template.now.isoformat()} if template.reads_clock else {}),
             "versions": now,
             "machine": machine,
             "plan": plan.as_dict(),
@@ -373,16 +375,22 @@ def versions() -> dict[str, str]:
     return result
 
 
-def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile]) -> ChatTemplate:
-    """``auto`` takes the template of the adapter below, where that was saved with one; then the base's own."""
-    source = folder
+def template_of(
+    config: RunConfig, folder: Path, frozen: list[AdapterFile], time: str | None = None
+) -> ChatTemplate:
+    """``auto`` takes the template of the adapter below, where that was saved with one; then the base's own.
+
+    Args:
+        time: when the stage began, for a template that writes the date; None: now.
+    """
+    source, now = folder, datetime.datetime.fromisoformat(time) if time else None
     if config.chat_template == "auto":
         for adapter in reversed(frozen):
             # delta/ lies beside adapter/, which is where a stage keeps its tokenizer
             for candidate in (adapter.path, adapter.path.parent / "adapter"):
                 if (candidate / "tokenizer_config.json").is_file():
-                    return resolve_template("auto", load_tokenizer(candidate))
-    return resolve_template(config.chat_template, load_tokenizer(source))
+                    return resolve_template("auto", load_tokenizer(candidate), now)
+    return resolve_template(config.chat_template, load_tokenizer(source), now)
 
 
 def _tell(data: Prepared, say: Say) -> None:
