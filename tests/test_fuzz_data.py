@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from zephyr_lite.config import DatasetSpec, Loaded, RunConfig, dump_config, load_config
 from zephyr_lite.data.chat import ChatTemplate, Pair, resolve_template
-from zephyr_lite.data.formats import RowError, detect
+from zephyr_lite.data.formats import RowError, normalise
 from zephyr_lite.data.packing import best_fit, cut_pair
 from zephyr_lite.data.sources import Rows, load_rows
 from zephyr_lite.errors import UserError
@@ -178,7 +178,7 @@ def test_files_with_something_changed(file, edits, tmp_path_factory):
 def check_rows(rows: Rows, method: str) -> None:
     left_out = sum(len(places) for places in rows.dropped.values())
     assert len(rows.dataset) + left_out == rows.read > 0
-    for row in rows.dataset:
+    for row in rows.values():
         for column in ("messages",) if method == "sft" else ("chosen", "rejected"):
             assert row[column] and row[column][-1]["role"] == "assistant"
             assert all(turn["content"].strip() for turn in row[column] if turn["role"] != "system")
@@ -210,9 +210,10 @@ def test_conversations_of_any_text(messages, loss_on, templates):
     """The ids are the whole text's, an answer with its end token is supervised, and nothing else is."""
     (template,) = templates
     tokenizer = template.tokenizer
-    _, read = detect(["messages"], "sft", "row")
     try:
-        known = read({"messages": messages})[0]["messages"]
+        known = normalise({"messages": messages}, "sft").value["messages"]
+        if any(turn["role"] == "tool" for turn in known):
+            return
         ids, mask = template.encode(known, loss_on)
         text, spans = template.render(known)
     except RowError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 
 import pyarrow.compute as pc
@@ -70,7 +71,7 @@ def _segments(rows: TrainedRows, index: int) -> list[Segment]:
     example = rows.data.examples[index]
     raw = load_rows(rows.specs, rows.method, seed=rows.config.seed, system=rows.config.system).dataset
     places = raw.select_columns(["where"]).with_format("arrow")[:].column("where")
-    turns: dict[str, list[Message]] = raw[pc.index(places, example.where).as_py()]
+    turns: dict[str, list[Message]] = json.loads(raw[pc.index(places, example.where).as_py()]["row"])
     if rows.method == "sft":
         return [conversation_segment(rows.template, example, turns["messages"])]
     return pair_segments(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -244,12 +245,14 @@ def _encode(
         arrays: tuple[np.ndarray, ...] = nothing
         lost = cut = 0
         fault = ""
+        row = json.loads(batch["row"][position])
         try:
+            _refuse_unrendered(row)
             if method == "sft":
-                ids, mask = template.encode(batch["messages"][position], loss_on)
+                ids, mask = template.encode(row["messages"], loss_on)
                 arrays, lost, cut = _fit_conversation(ids, mask, max_length)
             else:
-                prompt, chosen, rejected = (batch[column][position] for column in ("prompt", "chosen", "rejected"))
+                prompt, chosen, rejected = (row[column] for column in ("prompt", "chosen", "rejected"))
                 pair = template.encode_pair(prompt, chosen, rejected, loss_on)
                 arrays, lost, cut = _fit_pair(pair, max_length, max_prompt_length, template.bos_token_id is not None)
         except RowError as error:
@@ -263,6 +266,13 @@ def _encode(
         result["where"].append(where)
         result["fault"].append(fault)
     return result
+
+
+def _refuse_unrendered(row: dict[str, Any]) -> None:
+    """The templates get roles and contents only, so far."""
+    unrendered = {key for part in row.values() for turn in part for key in turn} - {"role", "content"}
+    if unrendered:
+        raise RowError(f"holds what is not rendered: {', '.join(sorted(unrendered))}")
 
 
 def _fit_conversation(ids: np.ndarray, mask: np.ndarray, max_length: int) -> tuple[tuple[np.ndarray, ...], int, int]:
