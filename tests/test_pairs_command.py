@@ -381,7 +381,7 @@ def test_text_that_is_not_utf8_is_the_files_fault(refused, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(lines.encode().replace("où".encode(), b"o\xf9"))
     refused("latin.jsonl", "--out", "out", says=("latin.jsonl line 3: not UTF-8",))
     write(tmp_path / "raw.jsonl", raw_rows(3))
-    refused("raw.jsonl", "--out", "out", "--exclude", "latin.jsonl", says=("latin.jsonl: not UTF-8",))
+    refused("raw.jsonl", "--out", "out", "--exclude", "latin.jsonl", says=("latin.jsonl line 3: not UTF-8",))
 
 
 def test_a_source_of_another_type_is_none(tmp_path):

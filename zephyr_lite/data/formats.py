@@ -154,14 +154,16 @@ def detect(columns: list[str], method: Method, where: str) -> str:
 
 def mapping_hint(columns: list[str], method: Method) -> str:
     """The words that map a data set's columns, with the most probable ones filled in."""
-    words = []
+    wanted = {}
+    lower = {column.lower(): column for column in columns}
     for ours in ("prompt", "completion") if method == "sft" else ("prompt", "chosen", "rejected"):
         if ours not in columns:
-            lower = {column.lower(): column for column in columns}
-            theirs = next((lower[name] for name in (ours, *_LIKELY[ours]) if name in lower), "COLUMN")
-            words.append(f"dataset.columns.{ours}={shown(theirs)}")
-    add = " ".join(words) or "dataset.columns.OURS=THEIRS"
-    return f"If the columns have other names, add {add} (found {shown(', '.join(columns), 500)})."
+            wanted[ours] = next((lower[name] for name in (ours, *_LIKELY[ours]) if name in lower), "COLUMN")
+    found = f"(found {shown(', '.join(columns), 500)})"
+    if _format(set(columns), method) and set(wanted.values()) <= {"COLUMN"}:
+        return f"If the columns mean something else, add dataset.columns.OURS=THEIRS {found}."
+    words = " ".join(f"dataset.columns.{ours}={shown(theirs)}" for ours, theirs in wanted.items())
+    return f"If the columns have other names, add {words} {found}."
 
 
 def _format(have: set[str], method: Method) -> tuple[str, Callable[[_Reading], dict[str, Any]]] | None:
@@ -196,7 +198,7 @@ def _messages_reader(column: str) -> Callable[[_Reading], dict[str, Any]]:
 
 
 def _read_turns(row: _Reading) -> dict[str, Any]:
-    turns = row.take("data")
+    turns = row.take("data") or []
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         raise RowError("data is not a list of texts, the user's and the assistant's in turn")
     return _conversation(row, [message(("user", "assistant")[i % 2], as_text(t, "data")) for i, t in enumerate(turns)])
