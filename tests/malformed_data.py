@@ -264,20 +264,20 @@ CASES = [
     Case(
         "parquet: cut off",
         parquet(20, b"ding"),
-        "rows.parquet: ends with b'ding', a Parquet file with b'PAR1'.",
+        "rows.parquet: not readable as Parquet: ArrowInvalid: Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file.",
         DAMAGED,
     ),
     Case(
         "parquet: four bytes",
         rows_of(b"PAR1", "rows.parquet"),
-        "rows.parquet: ends with b'', a Parquet file with b'PAR1'.",
+        "rows.parquet: not readable as Parquet: ArrowInvalid: Parquet file size is 4 bytes, smaller than the minimum file footer (8 bytes).",
         DAMAGED,
     ),
     Case(
         "parquet: really a text",
         rows_of("hello\n", "rows.parquet"),
-        "rows.parquet: is not a Parquet file: it begins with b'hello\\n'.",
-        "Make or fetch it again.",
+        "rows.parquet: not readable as Parquet: ArrowInvalid: Parquet file size is 6 bytes, smaller than the minimum file footer (8 bytes).",
+        DAMAGED,
     ),
     # -- places
     Case(
@@ -302,13 +302,13 @@ CASES = [
         "place: a folder named like a file",
         folder(),
         "set.jsonl: no data in this folder.",
-        "Files are named by split: train_sft.jsonl, or data/train_sft-00000-of-00001.parquet (one of .jsonl, .json, .csv, .parquet).",
+        "Files are named by split: train_sft.jsonl, or data/train_sft-00000-of-00001.parquet (one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet).",
     ),
     Case(
         "place: a suffix that is not read",
         rows_of(GOOD, "rows.txt"),
         "rows.txt: .txt is not read.",
-        "Give one of .jsonl, .json, .csv, .parquet.",
+        "Give one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet; text may be compressed (.gz, .zst, .bz2).",
     ),
     Case(
         "place: no such file",

@@ -9,10 +9,13 @@ import datasets
 import pytest
 
 from zephyr_lite.config import DatasetSpec
+from zephyr_lite.data.chat import resolve_template
 from zephyr_lite.data.formats import RowError, normalise
 from zephyr_lite.data.opening import open_source
 from zephyr_lite.data.sources import load_rows
 from zephyr_lite.errors import UserError
+
+from ..conftest import make_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -256,6 +259,16 @@ def test_the_prompt_of_a_pair(row, prompt):
 
 def test_a_prompt_column_that_says_something_else_is_not_read():
     assert normalise({"prompt": "x", **WHOLE}, "dpo").unread_columns == ["prompt"]
+
+
+def test_an_answer_to_a_system_turn_alone_is_trained(tmp_path):
+    template = resolve_template("zephyr", make_tokenizer(tmp_path))
+    messages = normalise({"messages": [system("s"), answer("I am Bo.")]}, "sft").value["messages"]
+    ids, mask = template.encode(messages)
+    assert template.tokenizer.decode(ids[mask]) == "I am Bo.</s>"
+    greeting = normalise({"messages": [answer("Hello."), *QA]}, "sft").value["messages"]
+    ids, mask = template.encode(greeting)
+    assert template.tokenizer.decode(ids[mask]) == "a</s>"
 
 
 # -- text is text --------------------------------------------------------------------------------------------------------

@@ -163,7 +163,8 @@ class ChatTemplate:
         """
         text = self._render(messages, add_generation_prompt)
         roles = [message["role"] for message in messages]
-        answers = [turn for turn, role in enumerate(roles) if role == "assistant" and "user" in roles[:turn]]
+        start = roles.index("user") if "user" in roles else 0  # a system turn alone may be answered too
+        answers = [turn for turn, role in enumerate(roles) if role == "assistant" and turn > start]
         return text, [self._span(messages, turn, text) for turn in answers]
 
     def _span(self, messages: list[Message], turn: int, text: str) -> Span:

@@ -107,6 +107,8 @@ def _turn(turn: Mapping[str, Any], column: str, keys: set[str]) -> Message:
         if role != "assistant":
             raise RowError(f"a {role} turn with tool calls")
         result["tool_calls"] = [_call(call) for call in _listed(calls, "tool calls")]
+    if not keys:
+        return result
     reasoning = next((key for key in _REASONING if key in keys), None)
     if reasoning is not None and role == "assistant":
         result["reasoning_content"] = as_text(turn[reasoning], reasoning)
@@ -123,7 +125,7 @@ def _turn(turn: Mapping[str, Any], column: str, keys: set[str]) -> Message:
 def _is_masked(turn: Mapping[str, Any], role: str, keys: set[str]) -> bool:
     """Whether a mark on the turn says that it must not be supervised."""
     masked = False
-    for key in [key for key in turn if key.lower() in (*_TRAINED, *_MASKED) and turn[key] not in (None, "")]:
+    for key in [key for key in turn if key in keys and key.lower() in (*_TRAINED, *_MASKED)]:
         marked = truth(turn[key])
         if marked is None:
             raise RowError(

@@ -270,8 +270,8 @@ def _normalise(
                 turns.insert(0, message("system", system))
             cells["row"] = json.dumps(row.value, ensure_ascii=False)
             cells["row"].encode("utf-8")
-            unread = {"columns": row.unread_columns, "message keys": row.unread_keys}
-            cells["unread"] = json.dumps({what: some for what, some in unread.items() if some})
+            if row.unread_columns or row.unread_keys:
+                cells["unread"] = json.dumps({"columns": row.unread_columns, "message keys": row.unread_keys})
             cells["kind"], cells["change"] = row.kind, "\n".join(dict.fromkeys(row.changes))
         except RowError as error:
             cells["fault"] = str(error)
