@@ -151,6 +151,7 @@ def test_folders_of_save_to_disk(tmp_path):
     [
         ({"sub/x.jsonl": A}, {}, "no data in this folder(.|\n)*dataset.path=.*sub"),
         ({"train.jsonl": A, "train.csv": b"prompt,completion\n"}, {}, "several formats"),
+        ({"train.jsonl": A, "train.jsonl.gz": gzip.compress(A)}, {}, "several formats"),
         (
             {
                 "x.jsonl": A,
@@ -200,6 +201,15 @@ def test_keys_of_turns_and_arguments_may_differ_in_every_row(tmp_path):
     make(tmp_path, {"x.jsonl": lines(*[called(arguments) for arguments in wanted])})
     found = load_rows([DatasetSpec(path=str(tmp_path / "x.jsonl"))], "sft", seed=0)
     assert [v["messages"][1]["tool_calls"][0]["function"]["arguments"] for v in found.values()] == wanted
+
+
+def test_a_column_or_a_key_may_first_appear_in_the_second_parquet_file(tmp_path):
+    late = row("b", source="x")
+    late["messages"][1]["weight"] = 1.0
+    for number, each in enumerate((row("a"), late)):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        datasets.Dataset.from_list([each]).to_parquet(tmp_path / "data" / f"train-0000{number}-of-00002.parquet")
+    assert answers(tmp_path) == ["a", "b"]
 
 
 def test_arrow_fills_objects_with_nulls_that_no_row_has(tmp_path):

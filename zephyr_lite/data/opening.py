@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, overload
 
 import datasets
+import pyarrow.parquet
 import yaml
 
 from ..config import DatasetSpec
 from ..errors import UserError
 from ..reading import is_file, is_folder, refuse_special
 from ..strict_json import shown
-from .text_files import SCHEMA, file_state, parse, read_table, refuse_pointer
+from .text_files import SCHEMA, file_state, parse, read_table, refuse_pointer, without_nulls
 from .workers import interruptible
 
 BUILDERS = {
@@ -100,14 +101,7 @@ def decoded(batch: Mapping[str, Sequence[Any]], label: str) -> list[dict[str, An
         columns = {name: batch[name] for name in batch}
     except UnicodeDecodeError:  # Arrow takes any bytes for text
         raise UserError(f"{label}: text that is not UTF-8.", "Make the file again, in UTF-8.") from None
-    return [{name: _without_nulls(value) for name, value in zip(columns, row)} for row in zip(*columns.values())]
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every object all keys that one of them has: those that are null were not there."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+    return [{name: without_nulls(value) for name, value in zip(columns, row)} for row in zip(*columns.values())]
 
 
 def kind_of(path: Path) -> str | None:
@@ -160,7 +154,7 @@ def _open_folder(folder: Path, spec: DatasetSpec) -> Source:
     else:
         splits = _splits_of_readme(folder, spec) or _splits_by_name(folder, spec)
     if not splits:
-        below = [file.parent for file in _data_files(folder.rglob("*"))]
+        below = [file.parent for file in _data_files([*folder.glob("*/*"), *folder.glob("*/*/*")])]
         there = f"There is some below it: dataset.path={below[0]}." if below else ""
         raise UserError(
             f"{spec.path}: no data in this folder.",
@@ -170,7 +164,7 @@ def _open_folder(folder: Path, spec: DatasetSpec) -> Source:
         )
     split = _choose_split(spec, splits)
     files = splits.get(split) or splits[_base_split(split)]
-    if len({kind_of(file) for file in files}) > 1:
+    if len({file.suffix.lower() for file in files}) > 1:
         names = ", ".join(file.name for file in files)
         raise UserError(f"{spec.path}: split {split!r} has files of several formats: {names}. Keep one.")
     one = len(files) == 1 and files[0].name != "state.json"
@@ -292,6 +286,9 @@ def _read_files(files: list[Path], label: str) -> datasets.Dataset:
     try:
         for file in files:
             refuse_pointer(file)
+        schemas = [pyarrow.parquet.read_schema(file) for file in files]
+        if any(not schema.equals(schemas[0]) for schema in schemas):  # datasets wants the same columns in all files
+            return read_table(files, kind)
         size = sum(file.stat().st_size for file in files)
         with quiet(size < 50e6), interruptible():
             return datasets.load_dataset(

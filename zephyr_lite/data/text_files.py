@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet
 
 from ..errors import UserError
 from ..files import bytes_aside, make_folder
@@ -43,7 +44,7 @@ def read_table(files: Sequence[Path], kind: str) -> datasets.Dataset:
 
     Args:
         files: read in this order.
-        kind: json, csv or tsv.
+        kind: json, csv or tsv; parquet where the files' schemas differ.
 
     Raises:
         UserError: a file cannot be read; names the file and the line. Whether a JSONL's lines are JSON is checked by
@@ -98,7 +99,7 @@ def refuse_pointer(file: Path) -> None:
 def _rows(file: Path, kind: str) -> Iterator[Row]:
     try:
         refuse_pointer(file)
-        yield from (_json_rows if kind == "json" else _csv_rows)(file, kind)
+        yield from {"json": _json_rows, "parquet": _parquet_rows}.get(kind, _csv_rows)(file, kind)
     except OSError as error:
         raise UserError(
             f"{file}: cannot be read: {error.strerror or error}.", "Check the file, or fetch it again."
@@ -283,6 +284,27 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise _Twice(next(key for key in keys if keys.count(key) > 1))
     return values
+
+
+# -- Parquet -------------------------------------------------------------------------------------------------------------
+
+
+def _parquet_rows(file: Path, kind: str) -> Iterator[Row]:
+    batches = pyarrow.parquet.ParquetFile(file).iter_batches(_BATCH_ROWS)
+    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+        yield number, json.dumps(without_nulls(row), ensure_ascii=False, default=_typed)
+
+
+def _typed(value: Any) -> dict[str, str]:
+    """A date or bytes, as something that is not taken for text."""
+    return {type(value).__name__: str(value)}
+
+
+def without_nulls(value: Any) -> Any:
+    """Arrow gives every object all keys that one of them has: those that are null were not there."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 # -- CSV and TSV ---------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def stage_below(config: RunConfig, run: Path, rows: Path) -> RunConfig:
     pairs = load_rows(few.dataset, "dpo", seed=config.seed, system=config.system)
     with file_aside(rows) as file:
         for pair in pairs.values():
-            file.write(json.dumps({"messages": [*pair["prompt"], *pair["chosen"]]}) + "\n")
+            file.write(json.dumps({"messages": [*pair["prompt"], *pair["chosen"]], "tools": pair.get("tools")}) + "\n")
     shared = {
         key: getattr(config, key) for key in (*INHERITED, "engine", "seed", "chat_template", "max_length", "memory")
     }
