@@ -79,6 +79,7 @@ CELLS = [json.dumps(row(text)["messages"]).replace('"', '""') for text in "ab"]
         ("x.csv", "prompt,completion\nq,a\n\nq,b\n"),
         ("x.csv", "prompt;completion\nq;a\nq;b\n"),
         ("x.csv", "\ufeffprompt,completion\r\nq,a\r\nq,b\r\n"),
+        ("x.csv", "prompt,completion,,\nq,a,,\nq,b,,\n"),
         ("x.tsv", "prompt\tcompletion\nq\ta\nq\tb\n"),
         ("x.tsv.gz", gzip.compress(b"prompt\tcompletion\nq\ta\nq\tb\n")),
         ("x.csv", 'messages\n"' + '"\n"'.join(CELLS) + '"\n'),
@@ -127,6 +128,7 @@ DEFAULT = "- config_name: default\n  data_files:\n  - split: train\n    path: {}
             },
             {"name": "en"},
         ),
+        ({"en/train.jsonl": AB, "README.md": README.format("- {config_name: default, data_dir: en}")}, {}),
         # a clone whose files were fetched in part
         ({"train.jsonl": AB, "README.md": README.format(DEFAULT.format("other/*.parquet"))}, {}),
     ],

@@ -67,6 +67,9 @@ def conversation(*turns: dict[str, Any], **columns: Any) -> dict[str, Any]:
         {"Loss": "False"},
         {"masked": True},
         {"masked": "1"},
+        {"is_masked": True},
+        {"loss_weight": 0},
+        {"train-on-turn": False},
         {"weight": 1, "train": False},
     ],
 )
@@ -219,6 +222,8 @@ EARLIER = [user("q0"), answer("a0")]
         ({"messages": QA, "system_prompt": "s"}, [system("s"), *QA]),
         ({"messages": QA, "instruction": "s"}, [system("s"), *QA]),
         ({"messages": [system("own"), *QA], "system_prompt": "s"}, [system("own"), *QA]),
+        ({"messages": QA, "prompt": [system("s"), user("q")]}, [system("s"), *QA]),
+        ({"messages": QA, "prompt": "q"}, QA),
         ({"conversation": [{"input": "q0", "output": "a0"}, {"input": "q", "output": "a"}]}, [*EARLIER, *QA]),
         ({"messages": [system("s"), answer("a")]}, [system("s"), answer("a")]),
     ],

@@ -192,7 +192,10 @@ def _format(have: set[str], method: Method) -> tuple[str, Callable[[_Reading], d
 
 def _messages_reader(column: str) -> Callable[[_Reading], dict[str, Any]]:
     def read(row: _Reading) -> dict[str, Any]:
-        return _conversation(row, row.messages(column), "instruction")
+        messages = row.messages(column)
+        if isinstance(row.values.get("prompt"), (str, list)):
+            messages = [*_only_in_prompt(row, messages), *messages]
+        return _conversation(row, messages, "instruction")
 
     return read
 
@@ -282,7 +285,7 @@ def _repeats_transcript(row: _Reading) -> bool:
 
 
 def _only_in_prompt(row: _Reading, turns: list[Message]) -> list[Message]:
-    """What stands in the prompt column before the turns that chosen and rejected repeat of it: system turns, history."""
+    """What only the prompt column has before the turns that another column repeats of it: system turns, history."""
     if not _holds(row.values.get("prompt")):
         return []
     prompt = _prompt(row)
@@ -290,7 +293,7 @@ def _only_in_prompt(row: _Reading, turns: list[Message]) -> list[Message]:
     for shared in range(min(len(prompt), len(turns)), 0, -1):
         if plain[0][len(prompt) - shared :] == plain[1][:shared]:
             return prompt[: len(prompt) - shared]
-    if plain[0][0] in plain[1]:  # the first user turn behind a system turn that only chosen and rejected have
+    if plain[0][0] in plain[1]:  # the first user turn, after a system turn that only the other column has
         return []
     if all(role == "system" for role, _ in plain[0]) and plain[1][0][0] != "system":
         return prompt

@@ -32,8 +32,8 @@ ROLES = {
 _CALLS = ("function_call", "tool_call")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # whether a turn is supervised, in OpenAI's, Axolotl's, ms-swift's and torchtune's words
-_TRAINED = ("weight", "train", "training", "trainable", "loss", "supervised")
-_MASKED = ("masked", "mask")
+_TRAINED = ("weight", "train", "training", "trainable", "trainonturn", "loss", "lossweight", "lossmask", "supervised")
+_MASKED = ("masked", "mask", "ignore", "ignored")
 _TRUE, _FALSE = ("true", "yes", "on", "1", "1.0"), ("false", "no", "off", "0", "0.0")
 
 
@@ -125,13 +125,16 @@ def _turn(turn: Mapping[str, Any], column: str, keys: set[str]) -> Message:
 def _is_masked(turn: Mapping[str, Any], role: str, keys: set[str]) -> bool:
     """Whether a mark on the turn says that it must not be supervised."""
     masked = False
-    for key in [key for key in turn if key in keys and key.lower() in (*_TRAINED, *_MASKED)]:
+    for key in sorted(keys):
+        plain = key.lower().removeprefix("is_").replace("_", "").replace("-", "")
+        if plain not in (*_TRAINED, *_MASKED):
+            continue
         marked = truth(turn[key])
         if marked is None:
             raise RowError(
                 f"the {key} of a turn is {str(turn[key])[:40]!r}: a turn is trained (1, true) or not (0, false)"
             )
-        trained = marked if key.lower() in _TRAINED else not marked
+        trained = marked if plain in _TRAINED else not marked
         masked = masked or not trained
         if role == "assistant" or not trained:  # that others than the assistant should be trained is not done
             keys.discard(key)

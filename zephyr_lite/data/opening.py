@@ -152,7 +152,7 @@ def _open_folder(folder: Path, spec: DatasetSpec) -> Source:
     elif (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         splits = {"train": [folder / "state.json"]}
     else:
-        splits = _splits_of_readme(folder, spec) or _splits_by_name(folder, spec)
+        splits = _splits_of_readme(folder, spec) or _splits_by_name(folder, spec.name)
     if not splits:
         below = [file.parent for file in _data_files([*folder.glob("*/*"), *folder.glob("*/*/*")])]
         there = f"There is some below it: dataset.path={below[0]}." if below else ""
@@ -177,7 +177,7 @@ def _splits_of_readme(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
     try:
         header = (folder / "README.md").read_text(encoding="utf-8").split("---", 2)
         values = yaml.safe_load(header[1]) if len(header) == 3 and not header[0].strip() else None
-        configs = [c for c in (values or {}).get("configs", []) if c.get("data_files")]
+        configs = [c for c in (values or {}).get("configs", []) if c.get("data_files") or c.get("data_dir")]
         names = [str(config.get("config_name", "default")) for config in configs]
         wanted = spec.name or next((n for n, c in zip(names, configs) if c.get("default") or n == "default"), None)
         if wanted is None and len(names) > 1:
@@ -188,8 +188,10 @@ def _splits_of_readme(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
         config = next((c for n, c in zip(names, configs) if wanted in (None, n)), None)
         if config is None:
             return {}
-        patterns = datasets.data_files.sanitize_patterns(config["data_files"])
         base = folder / str(config.get("data_dir", ""))
+        if not config.get("data_files"):
+            return _splits_by_name(base, None)
+        patterns = datasets.data_files.sanitize_patterns(config["data_files"])
         found = {
             split: [file for pattern in some for file in _data_files(base.glob(str(pattern)))]
             for split, some in patterns.items()
@@ -199,19 +201,19 @@ def _splits_of_readme(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
     return {split: files for split, files in found.items() if files}
 
 
-def _splits_by_name(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
+def _splits_by_name(folder: Path, name: str | None) -> dict[str, list[Path]]:
     """Files named by split (train_sft.jsonl, data/train-00000-of-00002.parquet), of which numbered ones (train_0.jsonl,
     train_1.jsonl) are one split; or else folders named by split (train/part-0.jsonl)."""
     splits: dict[str, list[Path]] = {}
-    places = list(dict.fromkeys([folder, folder / "data", *([folder / spec.name] if spec.name else [])]))
+    places = list(dict.fromkeys([folder, folder / "data", *([folder / name] if name else [])]))
     for place in places:
         named: dict[str, list[Path]] = {}
         for file in _data_files(place.glob("*")):
             named.setdefault(_SHARD.sub("", stem_of(file)), []).append(file)
-        bases = {name: match[1] or "train" for name in named if (match := _NUMBER.match(name))}
-        for name, files in named.items():
-            siblings = [other for other, base in bases.items() if base == bases.get(name)]
-            splits.setdefault(bases[name] if len(siblings) > 1 else name, []).extend(files)
+        bases = {stem: match[1] or "train" for stem in named if (match := _NUMBER.match(stem))}
+        for stem, files in named.items():
+            siblings = [other for other, base in bases.items() if base == bases.get(stem)]
+            splits.setdefault(bases[stem] if len(siblings) > 1 else stem, []).extend(files)
     if not splits:
         folders = [
             path for place in places for path in place.glob("*") if path.is_dir() and _SPLIT_FOLDER.match(path.name)

@@ -320,7 +320,7 @@ def _csv_rows(file: Path, kind: str) -> Iterator[Row]:
         reader = csv.reader(lines, delimiter=_delimiter(first, kind), strict=True)
         start = 1
         try:
-            header: list[str] = next(reader, [])
+            header = [name or f"unnamed {place}" for place, name in enumerate(next(reader, []), 1)]
             if len(set(header)) < len(header):
                 twice = next(name for name in header if header.count(name) > 1)
                 raise UserError(f"{file} line 1: two columns are called {shown(twice)!r}.", "Rename one of them.")
