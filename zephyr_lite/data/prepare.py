@@ -270,7 +270,9 @@ def _encode(
 
 def _refuse_unrendered(row: dict[str, Any]) -> None:
     """The templates get roles and contents only, so far."""
-    unrendered = {key for part in row.values() for turn in part for key in turn} - {"role", "content"}
+    turns = [turn for name, part in row.items() if name != "tools" for turn in part]
+    unrendered = {key for turn in turns for key in turn} - {"role", "content"}
+    unrendered |= {"tools"} & set(row) | {turn["role"] for turn in turns if turn["role"] == "tool"}
     if unrendered:
         raise RowError(f"holds what is not rendered: {', '.join(sorted(unrendered))}")
 

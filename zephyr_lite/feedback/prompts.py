@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import DatasetSpec
 from ..data.messages import RowError, as_messages
-from ..data.opening import Source, open_source
+from ..data.opening import Source, kind_of, open_source, stem_of
 from ..data.sources import summarise
 from ..errors import UserError
 from ..reading import read_text
@@ -185,8 +185,8 @@ def _answers(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
 def _name(label: str) -> str:
     """``ultrachat`` of ``data/ultrachat.jsonl``; a folder's split stays: ``ultrachat_200k/train_sft``."""
     path = Path(label)
-    if path.suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet"):
-        path = path.with_suffix("")
+    if path.suffix == ".txt" or kind_of(path):
+        path = path.with_name(stem_of(path))
     return "/".join(path.parts[-2:]) if path.name.startswith(("train", "test")) else path.name
 
 
