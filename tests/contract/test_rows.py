@@ -224,6 +224,8 @@ EARLIER = [user("q0"), answer("a0")]
         ({"messages": [system("own"), *QA], "system_prompt": "s"}, [system("own"), *QA]),
         ({"messages": QA, "prompt": [system("s"), user("q")]}, [system("s"), *QA]),
         ({"messages": QA, "prompt": "q"}, QA),
+        ({"messages": [], "prompt": "q", "completion": "a"}, QA),
+        ({"messages": "", "prompt": "q", "completion": "a"}, QA),
         ({"conversation": [{"input": "q0", "output": "a0"}, {"input": "q", "output": "a"}]}, [*EARLIER, *QA]),
         ({"messages": [system("s"), answer("a")]}, [system("s"), answer("a")]),
     ],
@@ -271,6 +273,8 @@ def test_an_answer_to_a_system_turn_alone_is_trained(tmp_path):
     messages = normalise({"messages": [system("s"), answer("I am Bo.")]}, "sft").value["messages"]
     ids, mask = template.encode(messages)
     assert template.tokenizer.decode(ids[mask]) == "I am Bo.</s>"
+    with pytest.raises(RowError, match="no user turn"):
+        normalise({"messages": [answer("I am Bo."), answer("Hello.")]}, "sft")
     greeting = normalise({"messages": [answer("Hello."), *QA]}, "sft").value["messages"]
     ids, mask = template.encode(greeting)
     assert template.tokenizer.decode(ids[mask]) == "a</s>"

@@ -114,7 +114,7 @@ def normalise(values: Mapping[str, Any], method: Method) -> Row:
     Raises:
         RowError: it is of no format of this method, or cannot be trained on.
     """
-    found = _format({c for c, value in values.items() if value is not None}, method) or _format(set(values), method)
+    found = _format({c for c, value in values.items() if _holds(value)}, method) or _format(set(values), method)
     if found is None:
         what = "conversation" if method == "sft" else "preference pair"
         raise RowError(f"no {what} in columns {shown(', '.join(values) or 'none', 200)}")
@@ -210,6 +210,8 @@ def _read_turns(row: _Reading) -> dict[str, Any]:
 def _conversation(row: _Reading, messages: list[Message], *system_columns: str) -> dict[str, Any]:
     messages = _with_system(row, messages, *system_columns)
     messages = _checked(row, messages)
+    if messages[0]["role"] == "assistant" and not any(turn["role"] == "user" for turn in messages):
+        raise RowError("no user turn, and no system turn")
     if all(turn.get("train") is False for turn in messages if turn["role"] == "assistant"):
         raise RowError("every answer is marked as not to be trained")
     return {"messages": messages}
