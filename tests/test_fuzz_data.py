@@ -222,7 +222,9 @@ def test_conversations_of_any_text(messages, loss_on, templates):
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids.tolist()
     # one a turn, of which the first is the system's, written or not: none came out of a turn's own text
     assert (ids == tokenizer.eos_token_id).sum() == len(known) + (known[0]["role"] != "system")
-    asked = next((i for i, turn in enumerate(known) if turn["role"] == "user"), 0)  # else the system turn is answered
+    asked = next((i for i, turn in enumerate(known) if turn["role"] == "user"), None)
+    if asked is None:
+        asked = 0 if known[0]["role"] == "system" else len(known)
     answers = [turn["content"] for turn in known[asked + 1 :] if turn["role"] == "assistant"]
     assert [text[span.start : span.end] for span in spans] == [answer + tokenizer.eos_token for answer in answers]
     if loss_on == "all":

@@ -273,8 +273,7 @@ def test_an_answer_to_a_system_turn_alone_is_trained(tmp_path):
     messages = normalise({"messages": [system("s"), answer("I am Bo.")]}, "sft").value["messages"]
     ids, mask = template.encode(messages)
     assert template.tokenizer.decode(ids[mask]) == "I am Bo.</s>"
-    with pytest.raises(RowError, match="no user turn"):
-        normalise({"messages": [answer("I am Bo."), answer("Hello.")]}, "sft")
+    assert not template.encode([answer("I am Bo."), answer("Hello.")])[1].any()
     greeting = normalise({"messages": [answer("Hello."), *QA]}, "sft").value["messages"]
     ids, mask = template.encode(greeting)
     assert template.tokenizer.decode(ids[mask]) == "a</s>"

@@ -163,7 +163,10 @@ class ChatTemplate:
         """
         text = self._render(messages, add_generation_prompt)
         roles = [message["role"] for message in messages]
-        start = roles.index("user") if "user" in roles else 0  # a system turn alone may be answered too
+        # a system turn alone may be answered too
+        start = next(
+            (turn for turn, role in enumerate(roles) if role == "user"), 0 if "system" in roles else len(roles)
+        )
         answers = [turn for turn, role in enumerate(roles) if role == "assistant" and turn > start]
         return text, [self._span(messages, turn, text) for turn in answers]
 

@@ -210,8 +210,6 @@ def _read_turns(row: _Reading) -> dict[str, Any]:
 def _conversation(row: _Reading, messages: list[Message], *system_columns: str) -> dict[str, Any]:
     messages = _with_system(row, messages, *system_columns)
     messages = _checked(row, messages)
-    if messages[0]["role"] == "assistant" and not any(turn["role"] == "user" for turn in messages):
-        raise RowError("no user turn, and no system turn")
     if all(turn.get("train") is False for turn in messages if turn["role"] == "assistant"):
         raise RowError("every answer is marked as not to be trained")
     return {"messages": messages}
