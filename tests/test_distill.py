@@ -202,8 +202,8 @@ def test_dialogues_are_ultrachats_and_fill_the_grid(tmp_path: Path) -> None:
         re.findall(r"(spring|neap) tides", " ".join(s.question for s in server.seen if role_of(s) == "opening"))
     )
     assert parts == {"spring": 2, "neap": 2}
-    loaded = load_rows([DatasetSpec(path=str(result.out), split="train_sft")], "sft", seed=1).dataset
-    assert [row["messages"][0]["content"] for row in loaded] == [row["prompt"] for row in rows]
+    loaded = load_rows([DatasetSpec(path=str(result.out), split="train_sft")], "sft", seed=1)
+    assert [row["messages"][0]["content"] for row in loaded.values()] == [row["prompt"] for row in rows]
 
 
 def test_the_test_split_is_by_a_hash_of_the_prompt(tmp_path: Path) -> None:

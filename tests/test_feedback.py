@@ -155,10 +155,10 @@ def test_pairs_are_ready_for_dpo(tmp_path: Path) -> None:
         run(config)
     lines = make_pair_folder(config, say=lambda line: None)
     assert lines[-1] == f"Next: zephyr-lite dpo dataset.path={config.out}/pairs dataset.split=train_prefs"
-    pairs = load_rows([DatasetSpec(path=f"{config.out}/pairs", split="train_prefs")], "dpo", seed=1).dataset
+    pairs = load_rows([DatasetSpec(path=f"{config.out}/pairs", split="train_prefs")], "dpo", seed=1)
     rows = {row["instruction"]: row for row in rows_of(config)}
-    assert 3 <= len(pairs) <= 6
-    for pair in pairs:
+    assert 3 <= len(pairs.dataset) <= 6
+    for pair in pairs.values():
         scores = {c["response"]: c["fine-grained_score"] for c in rows[pair["prompt"][0]["content"]]["completions"]}
         assert scores[pair["chosen"][0]["content"]] == max(scores.values())
         assert scores[pair["rejected"][0]["content"]] < max(scores.values())

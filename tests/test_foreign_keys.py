@@ -503,13 +503,13 @@ def test_rows_that_are_held_out_are_not_trained_on(tmp_path):
     rows.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(40)))
     config = load_config("sft", None, [f"dataset={rows}", "test_split_size=6"]).config
     train, test = (
-        {turns[0]["content"] for turns in load_rows(specs, "sft", seed=seed).dataset["messages"]}
+        {row["messages"][0]["content"] for row in load_rows(specs, "sft", seed=seed).values()}
         for specs, seed in ((config.dataset, 1), (config.eval_dataset, 2))
     )
     assert len(train) == 34 and len(test) == 6 and not train & test
     assert test != {f"q{i}" for i in range(34, 40)}  # drawn
     few = [spec.model_copy(update={"limit": 3}) for spec in config.eval_dataset]
-    assert {turns[0]["content"] for turns in load_rows(few, "sft", seed=3).dataset["messages"]} < test
+    assert {row["messages"][0]["content"] for row in load_rows(few, "sft", seed=3).values()} < test
     every = load_config("sft", None, [f"dataset={rows}", "test_split_size=40"]).config
     with pytest.raises(UserError, match="test_size 40 holds out 40 of 40 rows"):
         load_rows(every.dataset, "sft", seed=0)
@@ -522,7 +522,7 @@ def test_a_list_of_columns_hides_the_others(tmp_path):
     turns = [{"role": "user", "content": "m"}, {"role": "assistant", "content": "n"}]
     rows.write_text(json.dumps({"messages": turns, "prompt": "q", "completion": "a"}) + "\n")
     config = load(tmp_path, f"datasets: [{{path: {rows}, columns: [prompt, completion]}}]").config
-    assert load_rows(config.dataset, "sft", seed=0).dataset[0]["messages"][0]["content"] == "q"
+    assert next(load_rows(config.dataset, "sft", seed=0).values())["messages"][0]["content"] == "q"
     config = load(tmp_path, f"datasets: [{{path: {rows}, columns: [chosen]}}]").config
     with pytest.raises(UserError, match="there is no column 'chosen'"):
         load_rows(config.dataset, "sft", seed=0)

@@ -13,7 +13,7 @@ import pytest
 
 from zephyr_lite import cli
 from zephyr_lite.config import DatasetSpec
-from zephyr_lite.data.opening import open_source
+from zephyr_lite.data.opening import Source, open_source
 from zephyr_lite.data.pairs import FEWER, SCHEMA, make_pairs
 from zephyr_lite.data.questions import read_questions
 from zephyr_lite.data.sources import load_rows
@@ -196,7 +196,7 @@ def test_splits_of_an_excluded_set_are_named_after_a_colon(tmp_path, monkeypatch
 
     def hub(spec: DatasetSpec):
         asked.append((spec.path, spec.name, spec.split))
-        return datasets.Dataset.from_dict({"question": ["Who is it?"]}), spec.path
+        return Source(datasets.Dataset.from_dict({"question": ["Who is it?"]}), spec.path)
 
     monkeypatch.setattr("zephyr_lite.data.questions.open_source", hub)
     for name in ("a/b", "a/b:test", "truthfulqa/truthful_qa:generation:validation"):
@@ -285,8 +285,8 @@ def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
     rows = datasets.Dataset.from_dict({"text": [f"{i} " + "x" * 90 for i in range(50)]})
     paths = write_split(tmp_path, "train_prefs", rows, "parquet")
     assert [p.name for p in paths] == [f"train_prefs-{k:05d}-of-00003.parquet" for k in range(3)]
-    back, _ = open_source(DatasetSpec(path=str(tmp_path), split="train_prefs"))
-    assert back["text"][:] == rows["text"][:]
+    back = open_source(DatasetSpec(path=str(tmp_path), split="train_prefs"))
+    assert [row["text"] for row in back] == rows["text"][:]
 
 
 def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(invoke, refused, tmp_path):
@@ -381,7 +381,7 @@ def test_text_that_is_not_utf8_is_the_files_fault(refused, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(lines.encode().replace("où".encode(), b"o\xf9"))
     refused("latin.jsonl", "--out", "out", says=("latin.jsonl line 3: not UTF-8",))
     write(tmp_path / "raw.jsonl", raw_rows(3))
-    refused("raw.jsonl", "--out", "out", "--exclude", "latin.jsonl", says=("latin.jsonl: not UTF-8",))
+    refused("raw.jsonl", "--out", "out", "--exclude", "latin.jsonl", says=("latin.jsonl line 3: not UTF-8",))
 
 
 def test_a_source_of_another_type_is_none(tmp_path):

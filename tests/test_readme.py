@@ -129,7 +129,7 @@ def test_rows_of_every_format_are_read(number, tmp_path):
     path.write_text(lines[number] + "\n")
     rows = load_rows([DatasetSpec(path=str(path))], method, seed=0)
     assert len(rows.dataset) == 1
-    row = rows.dataset[0]
+    row = next(rows.values())
     said = row["messages"] if method == "sft" else row["prompt"] + row["chosen"]
     assert [turn["content"] for turn in said] == ["Name a river.", "The Rhine."]
 

@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from zephyr_lite.config import DatasetSpec
-from zephyr_lite.data import opening, sources
+from zephyr_lite.data import opening, sources, text_files
 from zephyr_lite.data.sources import load_rows
 from zephyr_lite.errors import UserError
 
@@ -38,7 +38,7 @@ def load(path: object, method: str = "sft", **options):
 
 
 def messages(rows) -> list[list[dict[str, str]]]:
-    return [row["messages"] for row in rows.dataset]
+    return [row["messages"] for row in rows.values()]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ PROMPT = turns("One", "1", "Two")
 )
 def test_preference_formats(tmp_path, row, prompt, kind):
     rows = load(write(tmp_path / "a.jsonl", [row]), "dpo")
-    (found,) = list(rows.dataset)
+    (found,) = list(rows.values())
     assert found["prompt"] == prompt
     assert found["chosen"] == turns("", "2")[1:] and found["rejected"] == turns("", "3")[1:]
     assert kind in rows.notes[0]
@@ -140,13 +140,13 @@ def test_preference_formats(tmp_path, row, prompt, kind):
 
 def test_one_response_may_be_the_others_beginning(tmp_path):
     row = {"chosen": turns("One", "1"), "rejected": turns("One", "1", "Two", "2")}
-    (found,) = list(load(write(tmp_path / "a.jsonl", [row]), "dpo").dataset)
+    (found,) = list(load(write(tmp_path / "a.jsonl", [row]), "dpo").values())
     assert found["prompt"] == turns("One") and found["rejected"] == turns("One", "1", "Two", "2")[1:]
 
 
 def test_a_system_turn_goes_to_the_pairs_prompt(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "b"}])
-    (found,) = list(load(path, "dpo", system="Be kind.").dataset)
+    (found,) = list(load(path, "dpo", system="Be kind.").values())
     assert found["prompt"] == turns("Hi", system="Be kind.")
 
 
@@ -175,7 +175,7 @@ def test_faulty_rows_are_dropped_counted_and_named(tmp_path):
 
 def test_a_row_of_another_schema_is_dropped_and_named(tmp_path):
     rows = load(write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}, {"text": "once"}]))
-    assert rows.dropped == {"messages is empty": [f"{tmp_path}/a.jsonl row 2"]}
+    assert rows.dropped == {"no conversation in columns text": [f"{tmp_path}/a.jsonl row 2"]}
     path = write(tmp_path / "b.jsonl", [{"messages": turns("Hi", "Hello")}, {"messages": "once"}])
     assert load(path).dropped == {"messages is text, not a list of turns": [f"{tmp_path}/b.jsonl row 2"]}
 
@@ -227,8 +227,8 @@ def test_columns_are_renamed(tmp_path):
     assert messages(load(path, columns={"prompt": "q", "completion": "a"})) == [turns("Hi", "Hello")]
     with pytest.raises(UserError, match=r"no column 'r'(.|\n)*There are q, a, prompt"):
         load(path, columns={"prompt": "r"})
-    with pytest.raises(UserError, match="'question' is not a column here"):
-        load(path, columns={"question": "q"})
+    with pytest.raises(UserError, match="'colour' is not a column here"):
+        load(path, columns={"colour": "q"})
 
 
 def test_files_by_suffix(tmp_path):
@@ -257,7 +257,7 @@ def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match=r"none\.jsonl: there is no such file"):
         load(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match=r"empty\.jsonl: the file is empty"):
+    with pytest.raises(UserError, match=r"empty\.jsonl: empty"):
         load(tmp_path / "empty.jsonl")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(UserError, match=r"list\.json: empty"):
@@ -283,10 +283,10 @@ def test_broken_files_of_other_kinds_name_the_file(tmp_path):
     with pytest.raises(UserError, match=r"a\.json line 2"):
         load(tmp_path / "a.json")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(UserError, match=r"a\.parquet: ends with b'ally'"):
+    with pytest.raises(UserError, match=r"a\.parquet: not readable as Parquet: .*magic bytes not found in footer"):
         load(tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("prompt,completion\na,b\na,b,c,d\n")
-    with pytest.raises(UserError, match=r"a\.csv: not readable as CSV.*line 3"):
+    with pytest.raises(UserError, match=r"a\.csv line 3: not readable as CSV: expected 2 cells, found 4"):
         load(tmp_path / "a.csv")
     (tmp_path / "l.jsonl").write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff", "completion": "b"}\n')
     with pytest.raises(UserError, match=r"l\.jsonl line 2: not UTF-8"):
@@ -407,7 +407,7 @@ def test_a_cache_that_is_a_file_is_not_the_row_files_fault(tmp_path, monkeypatch
     assert "HF_DATASETS_CACHE" in caught.value.hint
 
 
-@pytest.mark.parametrize("where", ["load_dataset", "map"])
+@pytest.mark.parametrize("where", ["reading", "map"])
 @pytest.mark.parametrize(
     ("number", "place", "says"),
     [
@@ -421,11 +421,9 @@ def test_what_fails_in_the_cache_names_the_cache(tmp_path, monkeypatch, where, n
     error = OSError(number, os.strerror(number), *([str(tmp_path / place)] if place else []))
 
     def fails(*words, **options):
-        if where == "map":
-            raise error
-        raise RuntimeError("while generating") from error
+        raise error
 
-    monkeypatch.setattr(datasets if where == "load_dataset" else datasets.Dataset, where, fails)
+    monkeypatch.setattr(*((text_files, "bytes_aside") if where == "reading" else (datasets.Dataset, "map")), fails)
     with pytest.raises(UserError, match=says) as caught:
         load(rows)
     assert "a.jsonl" not in str(caught.value) and str(datasets.config.HF_DATASETS_CACHE) in str(caught.value)
@@ -437,21 +435,16 @@ def test_a_row_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     def fails(*words, **options):
         raise PermissionError(errno.EACCES, "Permission denied", rows)
 
-    monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(UserError, match=r"a\.jsonl: not readable as JSONL.*Permission denied"):
+    monkeypatch.setattr(text_files, "refuse_pointer", fails)
+    with pytest.raises(UserError, match=r"a\.jsonl: cannot be read: Permission denied"):
         load(rows)
 
 
-def test_large_files_are_read_by_several_processes(tmp_path, monkeypatch):
-    """In the same order, and a broken line is named as well."""
-    monkeypatch.setattr(opening, "PARALLEL_BYTES", 0)
-    (tmp_path / "set").mkdir()
+def test_the_files_of_a_split_are_read_in_order_and_a_broken_line_is_named(tmp_path):
     for part in range(3):
         rows = [{"messages": turns("Hi", f"{part} {i}")} for i in range(5)]
         write(tmp_path / "set" / f"train-0000{part}-of-00003.jsonl", rows)
-    assert [m[1]["content"] for m in messages(load(tmp_path / "set"))] == [
-        f"{p} {i}" for p in range(3) for i in range(5)
-    ]
+    assert answers(load(tmp_path / "set")) == [f"{p} {i}" for p in range(3) for i in range(5)]
     with (tmp_path / "set" / "train-00001-of-00003.jsonl").open("a") as file:
         file.write("{broken\n")
     with pytest.raises(UserError, match=r"train-00001-of-00003\.jsonl line 6: broken JSON"):

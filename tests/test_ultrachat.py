@@ -332,14 +332,13 @@ def test_folders_that_cannot_be_made_are_said_before_the_work(
     assert "cannot be made" in said.err and "read as" not in said.out
 
 
-def test_text_that_is_not_utf8_is_a_counted_drop(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = write_raw(tmp_path / "raw.jsonl", [talk(n) for n in range(3)])
     lines = path.read_bytes().splitlines()
     lines[1] = '{"id": "1", "data": ["Where is the café of the town?", "It is by the river."]}'.encode("latin-1")
     path.write_bytes(b"\n".join(lines) + b"\n")
-    report = clean_chat(str(path), tmp_path / "out", Options(test=0))
-    assert report.dropped == {"text that is not valid UTF-8": 1} and report.kept == 2
-    assert "raw.jsonl row 2" in (tmp_path / "out" / "dropped.tsv").read_text()
+    with pytest.raises(UserError, match=r"raw\.jsonl line 2: not UTF-8"):
+        clean_chat(str(path), tmp_path / "out", Options(test=0))
 
 
 def test_numbered_files_of_several_kinds_are_refused(raw: Path, tmp_path: Path) -> None:

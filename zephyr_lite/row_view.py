@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow.compute as pc
 from rich.cells import cell_len
 from rich.text import Text
 
-from .data.formats import Message
 from .data.sources import load_rows
 from .data.view import Segment, Token, conversation_segment, pair_segments
 from .errors import UserError
@@ -70,12 +71,11 @@ def _segments(rows: TrainedRows, index: int) -> list[Segment]:
     example = rows.data.examples[index]
     raw = load_rows(rows.specs, rows.method, seed=rows.config.seed, system=rows.config.system).dataset
     places = raw.select_columns(["where"]).with_format("arrow")[:].column("where")
-    turns: dict[str, list[Message]] = raw[pc.index(places, example.where).as_py()]
+    turns: dict[str, Any] = json.loads(raw[pc.index(places, example.where).as_py()]["row"])
     if rows.method == "sft":
-        return [conversation_segment(rows.template, example, turns["messages"])]
-    return pair_segments(
-        rows.template, example, turns["prompt"], turns["chosen"], turns["rejected"], rows.config.loss_on
-    )
+        return [conversation_segment(rows.template, example, turns["messages"], turns.get("tools"))]
+    prompt, chosen, rejected = (turns[part] for part in ("prompt", "chosen", "rejected"))
+    return pair_segments(rows.template, example, prompt, chosen, rejected, rows.config.loss_on, turns.get("tools"))
 
 
 # -- lines ---------------------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def _rows(request: Request, evidence: Evidence, say: Say) -> list[Messages]:
 
 
 def _messages(specs: list[DatasetSpec]) -> list[Messages]:
-    return list(load_rows(specs, "sft", seed=0).dataset["messages"])
+    return [row["messages"] for row in load_rows(specs, "sft", seed=0).values()]
 
 
 def _pairs(request: Request, evidence: Evidence, template: ChatTemplate) -> Prepared:

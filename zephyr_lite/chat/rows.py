@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.formats import Method, RowError, detect
+from ..data.formats import Method, detect, normalise
+from ..data.messages import RowError
 from ..errors import UserError
 from ..files import append_line, sync_file
 from ..strict_json import shown
@@ -50,7 +51,8 @@ def check_file(path: Path, method: Method, option: str) -> int:
         row = json.loads(first.decode("utf-8"))
         if not isinstance(row, dict):
             raise ValueError
-        detect(list(row), method, str(path))[1](row)
+        detect(list(row), method, str(path))
+        normalise(row, method)
     except (ValueError, RecursionError):
         raise UserError(f"{option} {path}: its first line is not a JSON object.", "Choose another file.") from None
     except UserError as error:

@@ -1,7 +1,7 @@
-"""What shapes rows come in, and how each becomes messages.
+"""Which shapes rows come in, and how each becomes messages.
 
 Every function here works on one row. A fault of one row is a ``RowError`` with a reason; the caller drops the row,
-counts it and names its place. A whole data set of the wrong kind is a ``UserError`` (see ``detect``).
+counts it and names its place. What a row holds beside its turns is either read or listed as not read.
 """
 
 from __future__ import annotations
@@ -9,25 +9,35 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import UserError
 from ..strict_json import shown
+from .messages import Message as Message
+from .messages import RowError as RowError
+from .messages import as_messages, as_text, as_tools, message, truth
 
-Message = dict[str, str]
 Method = Literal["sft", "dpo"]
 
 COLUMNS = (
     "messages",
     "conversations",
+    "conversation",
     "prompt",
     "completion",
     "instruction",
     "input",
     "output",
+    "question",
     "chosen",
     "rejected",
     "system",
+    "system_prompt",
+    "history",
+    "tools",
+    "functions",
+    "label",
     "data",
     "text",
 )
@@ -36,16 +46,12 @@ COLUMNS = (
 TEXT = "text"
 PLAIN = "plain text (no chat template, loss over all tokens)"
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
+# columns of other names that probably hold the same, for hints
+_LIKELY = {
+    "prompt": ("question", "q", "query", "instruction", "input", "user", "human", "problem", "request", "prompts"),
+    "completion": ("answer", "a", "response", "output", "assistant", "solution", "target", "reply", "completions"),
+    "chosen": ("preferred", "accepted", "better", "winner", "win", "good", "positive", "chosen_response"),
+    "rejected": ("dispreferred", "refused", "worse", "loser", "lose", "bad", "negative", "rejected_response"),
 }
 
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)[ \t]*(Human|Assistant):")
@@ -57,56 +63,130 @@ _NEEDS = {
 }
 
 
-class RowError(Exception):
-    """One row cannot be trained on; ``str(error)`` is the reason under which it is counted."""
+@dataclass
+class Row:
+    """One row, normalised.
+
+    Attributes:
+        value: {"messages": …} for sft, {"prompt": …, "chosen": …, "rejected": …} for dpo, and "tools" where it has some.
+        kind: the name of its format.
+        changes: what was changed, in words.
+        unread_columns, unread_keys: columns, and keys of turns, that hold something and were not read.
+    """
+
+    value: dict[str, Any]
+    kind: str
+    changes: list[str] = field(default_factory=list)
+    unread_columns: list[str] = field(default_factory=list)
+    unread_keys: list[str] = field(default_factory=list)
 
 
-Normalised = dict[str, list[Message]]
-Reader = Callable[[Mapping[str, Any]], tuple[Normalised, str]]
+class _Reading:
+    """A raw row and what has been read of it."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+        self.read: set[str] = set()
+        self.unread_keys: set[str] = set()
+        self.changes: list[str] = []
+
+    def has(self, column: str) -> bool:
+        return self.values.get(column) is not None
+
+    def take(self, *columns: str) -> Any:
+        """The value of the first of these columns that holds something, else None."""
+        column = next((c for c in columns if _holds(self.values.get(c))), None)
+        if column is None:
+            return None
+        self.read.add(column)
+        return self.values[column]
+
+    def messages(self, column: str) -> list[Message]:
+        return as_messages(self.take(column), column, self.unread_keys)
 
 
-def detect(columns: list[str], method: Method, where: str) -> tuple[str, Reader]:
-    """Which format a data set has, by its columns.
+def _holds(value: Any) -> bool:
+    return value is not None and value != "" and value != [] and value != {}
+
+
+def normalise(values: Mapping[str, Any], method: Method) -> Row:
+    """A raw row as the messages that a stage trains on.
 
     Args:
-        columns: the data set's columns, after ``columns:`` has renamed them.
+        values: column → value, after ``columns:`` has renamed them.
         method: the stage that asks; a preference set may hold ``messages`` too, and serves both.
-        where: the data set's name, for the message.
-
-    Returns:
-        (the format's name, a reader: row → (normalised row, what was changed or "")).
 
     Raises:
-        UserError: no format of this method fits; says what was found and what is needed.
+        RowError: it is of no format of this method, or cannot be trained on.
+    """
+    found = _format({c for c, value in values.items() if _holds(value)}, method) or _format(set(values), method)
+    if found is None:
+        what = "conversation" if method == "sft" else "preference pair"
+        raise RowError(f"no {what} in columns {shown(', '.join(values) or 'none', 200)}")
+    kind, read = found
+    reading = _Reading(values)
+    value = read(reading)
+    if method == "sft":
+        _refuse_labelled_false(reading, kind)
+    if tools := as_tools(reading.take("tools", "functions")):
+        value["tools"] = tools
+    unread = [column for column, item in values.items() if column not in reading.read and _holds(item)]
+    return Row(value, kind, reading.changes, unread, sorted(reading.unread_keys))
+
+
+def detect(columns: list[str], method: Method, where: str) -> str:
+    """The name of the format that a data set with these columns has.
+
+    Raises:
+        UserError: no format of this method fits; says what was found, what is needed, and what to type.
     """
     have = set(columns)
-    pairs = {"chosen", "rejected"} <= have
+    if found := _format(have, method):
+        return found[0]
+    if method == "dpo" and {"prompt", "completion", "label"} <= have:
+        raise UserError(
+            f"{where}: found prompt, completion and label (KTO rows); {_NEEDS['dpo']}.",
+            "Pair answers to the same prompt: chosen has label true, rejected has label false.",
+        )
+    other = _format(have, "dpo" if method == "sft" else "sft")
+    if other and method == "sft":
+        what, hint = "preference rows (chosen and rejected)", "Train on them with zephyr-lite dpo."
+    else:
+        what = f"{other[0]} rows" if other else f"columns {shown(', '.join(columns), 500)}"
+        hint = mapping_hint(columns, method)
+    raise UserError(f"{where}: found {what}; {_NEEDS[method]}.", hint)
+
+
+def mapping_hint(columns: list[str], method: Method) -> str:
+    """The words that map a data set's columns, with the most probable ones filled in."""
+    wanted = {}
+    lower = {column.lower(): column for column in columns}
+    for ours in ("prompt", "completion") if method == "sft" else ("prompt", "chosen", "rejected"):
+        if ours not in columns:
+            wanted[ours] = next((lower[name] for name in (ours, *_LIKELY[ours]) if name in lower), "COLUMN")
+    found = f"(found {shown(', '.join(columns), 500)})"
+    if _format(set(columns), method) and set(wanted.values()) <= {"COLUMN"}:
+        return f"If the columns mean something else, add dataset.columns.OURS=THEIRS {found}."
+    words = " ".join(f"dataset.columns.{ours}={shown(theirs)}" for ours, theirs in wanted.items())
+    return f"If the columns have other names, add {words} {found}."
+
+
+def _format(have: set[str], method: Method) -> tuple[str, Callable[[_Reading], dict[str, Any]]] | None:
     if method == "dpo":
-        if pairs:
+        if {"chosen", "rejected"} <= have:
             return "preference pairs" + (" with a prompt column" if "prompt" in have else ""), _read_pair
-        found = _sft_format(have)
-        what = f"{found[0]} rows" if found else f"columns {shown(', '.join(columns), 500)}"
-        raise UserError(f"{where}: found {what}; {_NEEDS['dpo']}.", _columns_hint("{chosen: THEIRS, rejected: THEIRS}"))
-    found = _sft_format(have)
-    if found:
-        return found
-    what = "preference rows (chosen and rejected)" if pairs else f"columns {shown(', '.join(columns), 500)}"
-    raise UserError(f"{where}: found {what}; {_NEEDS['sft']}.", _columns_hint("{prompt: THEIRS, completion: THEIRS}"))
-
-
-def _columns_hint(example: str) -> str:
-    return f"If the columns have other names, say so: columns: {example}."
-
-
-def _sft_format(have: set[str]) -> tuple[str, Reader] | None:
-    if "messages" in have:
-        return "messages", _read_messages("messages")
-    if "conversations" in have:
-        return "ShareGPT", _read_messages("conversations")
+        return None
+    for column, name in (
+        ("messages", "messages"),
+        ("conversations", "ShareGPT"),
+        ("conversation", "conversation turns"),
+    ):
+        if column in have:
+            return name, _messages_reader(column)
     if {"instruction", "output"} <= have:
-        return "Alpaca", _read_alpaca
+        return "Alpaca", lambda row: _conversation(row, [*_prompt(row), *_answer(row, "output")])
     if {"prompt", "completion"} <= have:
-        return "prompt and completion", _read_completion
+        return "prompt and completion", lambda row: _conversation(row, [*_prompt(row), *_answer(row, "completion")])
     if "data" in have:
         return "raw UltraChat", _read_turns
     if "text" in have:
@@ -114,79 +194,96 @@ def _sft_format(have: set[str]) -> tuple[str, Reader] | None:
     return None
 
 
-# -- one row of each format ------------------------------------------------------------------------------------------
+# -- conversations -------------------------------------------------------------------------------------------------------
 
 
-def _read_messages(column: str) -> Reader:
-    def read(row: Mapping[str, Any]) -> tuple[Normalised, str]:
-        messages = as_messages(row[column], column)
-        return _conversation(_with_system(messages, row.get("system")))
+def _messages_reader(column: str) -> Callable[[_Reading], dict[str, Any]]:
+    def read(row: _Reading) -> dict[str, Any]:
+        messages = row.messages(column)
+        if isinstance(row.values.get("prompt"), (str, list)):
+            messages = [*_only_in_prompt(row, messages), *messages]
+        return _conversation(row, messages, "instruction")
 
     return read
 
 
-def _read_alpaca(row: Mapping[str, Any]) -> tuple[Normalised, str]:
-    question = _text(row["instruction"], "instruction")
-    extra = _text(row.get("input"), "input")
-    if extra.strip():
-        question = f"{question}\n\n{extra}"
-    messages = [_message("user", question), _message("assistant", _text(row["output"], "output"))]
-    return _conversation(_with_system(messages, row.get("system")))
-
-
-def _read_completion(row: Mapping[str, Any]) -> tuple[Normalised, str]:
-    messages = _as_prompt(row["prompt"], "prompt") + _as_response(row["completion"], "completion")
-    return _conversation(_with_system(messages, row.get("system")))
-
-
-def _read_turns(row: Mapping[str, Any]) -> tuple[Normalised, str]:
-    turns = row["data"]
+def _read_turns(row: _Reading) -> dict[str, Any]:
+    turns = row.take("data") or []
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         raise RowError("data is not a list of texts, the user's and the assistant's in turn")
-    messages = [_message(("user", "assistant")[place % 2], _text(turn, "data")) for place, turn in enumerate(turns)]
-    return _conversation(_with_system(messages, row.get("system")))
+    return _conversation(row, [message(("user", "assistant")[i % 2], as_text(t, "data")) for i, t in enumerate(turns)])
 
 
-def _read_text(row: Mapping[str, Any]) -> tuple[Normalised, str]:
-    if isinstance(row["text"], list):  # conversations in a column that dataset_text_field named
-        return _conversation(as_messages(row["text"], "text"))
-    text = _text(row["text"], "text")
+def _read_text(row: _Reading) -> dict[str, Any]:
+    if isinstance(row.values["text"], list):  # conversations in a column that dataset_text_field named
+        return _conversation(row, row.messages("text"))
+    text = as_text(row.take("text"), "text")
     if not text.strip():
         raise RowError("text is empty")
-    return {"messages": [_message(TEXT, text)]}, ""
+    return {"messages": [message(TEXT, text)]}
 
 
-def _read_pair(row: Mapping[str, Any]) -> tuple[Normalised, str]:
-    chosen, rejected = (_as_response(row[column], column) for column in ("chosen", "rejected"))
+def _conversation(row: _Reading, messages: list[Message], *system_columns: str) -> dict[str, Any]:
+    messages = _with_system(row, messages, *system_columns)
+    messages = _checked(row, messages)
+    if all(turn.get("train") is False for turn in messages if turn["role"] == "assistant"):
+        raise RowError("every answer is marked as not to be trained")
+    return {"messages": messages}
+
+
+def _refuse_labelled_false(row: _Reading, kind: str) -> None:
+    """KTO's label: whether the answer is a good one. Numbers are one beside prompt and completion only: elsewhere they
+    may be classes."""
+    label = row.values.get("label")
+    is_text = isinstance(label, str) and label.strip().lower() in ("true", "false")
+    if not (isinstance(label, bool) or is_text or kind == "prompt and completion"):
+        return
+    good = truth(label)
+    if good is not None:
+        row.read.add("label")
+    if good is False:
+        raise RowError("label is false: an answer that is not to be learned")
+
+
+# -- pairs ---------------------------------------------------------------------------------------------------------------
+
+
+def _read_pair(row: _Reading) -> dict[str, Any]:
+    explicit = any(
+        _holds(row.values.get(c)) for c in ("prompt", "question", "instruction", "conversations", "messages")
+    )
+    repeated = _repeats_transcript(row)
+    chosen, rejected = (_answer(row, c, transcript=repeated or not explicit) for c in ("chosen", "rejected"))
     # Sets such as ultrafeedback_binarized repeat the whole conversation in both columns; the prompt column is then
     # its first user turn only, and must not be read as the prompt.
     if _is_whole(chosen) != _is_whole(rejected):
         raise RowError("one of chosen and rejected repeats the prompt, the other does not")
-    if not _is_whole(chosen):
-        source = next((c for c in ("prompt", "conversations", "messages") if row.get(c)), None)
-        if source is None:
+    if _is_whole(chosen):
+        before = _only_in_prompt(row, chosen)
+        chosen, rejected = [*before, *chosen], [*before, *rejected]
+    else:
+        prompt = _prompt(row)
+        if not prompt:
             raise RowError("no prompt: chosen and rejected hold answers only, and there is no prompt column")
-        prompt = _as_prompt(row[source], source)
-        chosen, rejected = prompt + chosen, prompt + rejected
-    chosen, rejected = (_with_system(turns, row.get("system")) for turns in (chosen, rejected))
-    chosen, changed = _check(chosen)
-    rejected, changed_too = _check(rejected)
+        chosen, rejected = [*prompt, *chosen], [*prompt, *rejected]
+    chosen, rejected = (_checked(row, _with_system(row, turns)) for turns in (chosen, rejected))
     if chosen == rejected:
         raise RowError("chosen equals rejected")
-    common = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
-    if common < min(len(chosen), len(rejected)) and chosen[common]["role"] != rejected[common]["role"]:
+    shorter = min(len(chosen), len(rejected))
+    common = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), shorter)
+    if common < shorter and chosen[common]["role"] != rejected[common]["role"]:
         raise RowError("chosen and rejected differ in the order of their turns")
-    if common < min(len(chosen), len(rejected)) and chosen[common]["role"] != "assistant":
+    if common < shorter and chosen[common]["role"] != "assistant":
         raise RowError("chosen and rejected answer different prompts")
     # one may be the other's beginning: the last answer both still have in front of them starts the responses
-    while common > 0 and not (
-        common < min(len(chosen), len(rejected)) and chosen[common]["role"] == rejected[common]["role"] == "assistant"
-    ):
+    while common > 0 and not (common < shorter and chosen[common]["role"] == rejected[common]["role"] == "assistant"):
         common -= 1
-    if not any(turn["role"] == "user" for turn in chosen[:common]):
+    if common == 0:
         raise RowError("no prompt: chosen and rejected have no user turn in common")
-    pair = {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
-    return pair, changed or changed_too
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if all(turn.get("train") is False for turn in turns[common:] if turn["role"] == "assistant"):
+            raise RowError(f"every answer of {name} is marked as not to be trained")
+    return {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
 
 
 def _is_whole(turns: list[Message]) -> bool:
@@ -194,129 +291,130 @@ def _is_whole(turns: list[Message]) -> bool:
     return bool(turns) and turns[0]["role"] != "assistant"
 
 
-# -- values to messages ----------------------------------------------------------------------------------------------
+def _repeats_transcript(row: _Reading) -> bool:
+    """Whether chosen and rejected are transcripts that begin with the one in the prompt column."""
+    prompt = str(row.values.get("prompt") or "")
+    sides = [row.values.get(column) for column in ("chosen", "rejected")]
+    return _is_open_transcript(prompt) and all(
+        isinstance(s, str) and s.strip().startswith(prompt.strip()) for s in sides
+    )
 
 
-def as_messages(value: Any, column: str) -> list[Message]:
-    """A list of {role, content} or {from, value} as [{role, content}] with the roles system, user and assistant.
+def _only_in_prompt(row: _Reading, turns: list[Message]) -> list[Message]:
+    """What only the prompt column has before the turns that another column repeats of it: system turns, history."""
+    if not _holds(row.values.get("prompt")):
+        return []
+    prompt = _prompt(row)
+    plain = [[(turn["role"], turn["content"].strip()) for turn in part] for part in (prompt, turns)]
+    for shared in range(min(len(prompt), len(turns)), 0, -1):
+        if plain[0][len(prompt) - shared :] == plain[1][:shared]:
+            return prompt[: len(prompt) - shared]
+    if plain[0][0] in plain[1]:  # the first user turn, after a system turn that only the other column has
+        return []
+    if all(role == "system" for role, _ in plain[0]) and plain[1][0][0] != "system":
+        return prompt
+    row.read.discard("prompt")
+    return []
 
-    Raises:
-        RowError: it is nothing of the kind, or a turn's role is unknown.
-    """
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # a CSV cell
+
+# -- columns to messages -------------------------------------------------------------------------------------------------
+
+
+def _prompt(row: _Reading) -> list[Message]:
+    """The turns before the answer, from whichever column holds them; none where no column does."""
+    source = next((c for c in ("prompt", "question", "instruction") if row.has(c)), None)
+    if source is None:
+        column = next((c for c in ("conversations", "messages") if _holds(row.values.get(c))), None)
+        return row.messages(column) if column else []
+    value = row.take(source)
+    if isinstance(value, (list, Mapping)):
+        turns = as_messages(value, source, row.unread_keys)
+    elif _is_open_transcript(value):
+        row.changes.append("the prompt is a transcript (Human: … Assistant:) and was split into turns")
+        turns = _transcript(value)
+    else:
+        parts = [as_text(value, source), as_text(row.take("input"), "input") if source == "instruction" else ""]
+        turns = [message("user", "\n\n".join(part for part in parts if part.strip()))]
+    return [*_history(row), *turns]
+
+
+def _history(row: _Reading) -> list[Message]:
+    """Alpaca's column of earlier [question, answer] pairs."""
+    value = row.take("history")
+    if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise RowError(f"{column} is a text that is not JSON") from None
-    if isinstance(value, Mapping):
-        value = [value]
-    if value is None or (isinstance(value, list) and not value):
-        raise RowError(f"{column} is empty")
-    if not isinstance(value, list):
-        raise RowError(f"{column} is {_kind(value)}, not a list of turns")
-    return [_turn(turn, column) for turn in value]
+            raise RowError("history is text, not a list of [question, answer] pairs") from None
+    turns = []
+    for pair in value or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError("history is not a list of [question, answer] pairs")
+        turns += [message("user", as_text(pair[0], "history")), message("assistant", as_text(pair[1], "history"))]
+    return turns
 
 
-def _turn(turn: Any, column: str) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowError(f"a turn of {column} is {_kind(turn)}, not {{role, content}}")
-    role = turn.get("role") if turn.get("role") is not None else turn.get("from")
-    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    if role is None:
-        raise RowError(f"a turn of {column} has no role")
-    known = ROLES.get(str(role).strip().lower())
-    if known is None:
-        raise RowError(f"unknown role {str(role)[:40]!r}")
-    return _message(known, _text(content, f"the content of a turn of {column}"))
+def _answer(row: _Reading, column: str, *, transcript: bool = False) -> list[Message]:
+    value = row.take(column)
+    if isinstance(value, (list, Mapping)):
+        return as_messages(value, column, row.unread_keys)
+    text = as_text(value, column)
+    match = _TRANSCRIPT.search(text) if transcript else None
+    if match and not text[: match.start()].strip():
+        return _transcript(text)
+    return [message("assistant", text)]
 
 
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _text(value: Any, what: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise RowError("text that is not valid Unicode") from None
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):  # a CSV column of numbers
-        return str(value)
-    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
-        return "".join(_text(part.get("text"), what) for part in value)
-    raise RowError(f"{what} is {_kind(value)}, not text")
-
-
-def _kind(value: Any) -> str:
-    names: dict[type, str] = {str: "text", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
-
-
-def _is_transcript(text: str) -> bool:
-    match = _TRANSCRIPT.search(text)
-    return match is not None and not text[: match.start()].strip()
+def _is_open_transcript(value: Any) -> bool:
+    """Whether a prompt is Human: … Assistant:, with the answer to come."""
+    if not isinstance(value, str) or not value.rstrip().endswith("\n\nAssistant:"):
+        return False
+    match = _TRANSCRIPT.search(value)
+    return match is not None and match[1] == "Human" and not value[: match.start()].strip()
 
 
 def _transcript(text: str) -> list[Message]:
     """``\\n\\nHuman: … \\n\\nAssistant: …`` as turns; an empty last turn is where the answer goes."""
+    as_text(text, "a transcript")
     parts = _TRANSCRIPT.split(text)[1:]
     turns = [
-        _message("user" if who == "Human" else "assistant", said.strip()) for who, said in zip(parts[::2], parts[1::2])
+        message("user" if who == "Human" else "assistant", said.strip()) for who, said in zip(parts[::2], parts[1::2])
     ]
     return turns[:-1] if not turns[-1]["content"] else turns
 
 
-def _looks_like_turns(value: Any) -> bool:
-    return isinstance(value, (list, Mapping)) or (isinstance(value, str) and value.lstrip()[:2] in ("[{", '{"'))
+# -- checks --------------------------------------------------------------------------------------------------------------
 
 
-def _as_prompt(value: Any, column: str) -> list[Message]:
-    if _looks_like_turns(value) and not isinstance(value, str):
-        return as_messages(value, column)
-    text = _text(value, column)
-    if _is_transcript(text):
-        return _transcript(text)
-    return [_message("user", text)]
-
-
-def _as_response(value: Any, column: str) -> list[Message]:
-    if _looks_like_turns(value):
-        return as_messages(value, column)
-    text = _text(value, column)
-    if _is_transcript(text):
-        return _transcript(text)
-    return [_message("assistant", text)]
-
-
-# -- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _with_system(messages: list[Message], system: Any) -> list[Message]:
+def _with_system(row: _Reading, messages: list[Message], *more_columns: str) -> list[Message]:
+    """The turns behind the row's system column, where they have no system turn themselves."""
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
-    text = _text(system, "system")
-    if text.strip() and not any(m["role"] == "system" for m in messages):
-        return [_message("system", text), *messages]
+    if any(m["role"] == "system" for m in messages):
+        return messages
+    for column in ("system", "system_prompt", *more_columns):
+        text = as_text(row.take(column), column)
+        if text.strip():
+            if column in more_columns:
+                row.changes.append(f"the column {column} was taken as the system turn")
+            return [message("system", text), *messages]
     return messages
 
 
-def _check(messages: list[Message]) -> tuple[list[Message], str]:
-    """The turns up to the last answer; (turns, what was changed or "")."""
+def _checked(row: _Reading, messages: list[Message]) -> list[Message]:
+    """The turns up to the last answer.
+
+    Raises:
+        RowError: there is none, a turn is empty, or a system turn is not the first.
+    """
     if not any(m["role"] == "assistant" for m in messages):
         raise RowError("no assistant turn")
-    changed = ""
-    while messages[-1]["role"] != "assistant":
+    while (last := messages[-1]["role"]) != "assistant":
         messages = messages[:-1]
-        changed = "ended with the user; the last turn was cut"
-    if any(not m["content"].strip() for m in messages):
-        raise RowError("a turn without content")
+        what = "the user" if last == "user" else f"a {last} turn"
+        row.changes.append(f"ended with {what}; the last turn was cut")
+    for turn in messages:
+        if not turn["content"].strip() and turn["role"] != "tool" and "tool_calls" not in turn:
+            raise RowError("a turn without content")
     if any(m["role"] == "system" for m in messages[1:]):
         raise RowError("a system turn that is not the first")
-    return messages, changed
-
-
-def _conversation(messages: list[Message]) -> tuple[Normalised, str]:
-    messages, changed = _check(messages)
-    return {"messages": messages}, changed
+    return messages

@@ -16,10 +16,10 @@ import pyarrow as pa
 from ..config import DatasetSpec
 from ..errors import UserError
 from ..rundir import folder_aside, write_json, write_text
-from .formats import RowError
-from .opening import quiet
+from .messages import RowError
+from .opening import Source, decoded, quiet
 from .output import DROPPED, REPORT, check_held_out, check_output
-from .pairs_input import open_input, own_questions, text_as_it_must_be
+from .pairs_input import open_input, own_questions
 from .questions import Questions, read_questions
 from .sources import PARALLEL_ROWS, cache_key, own_faults_only, processes, summarise
 from .ultrafeedback import NOTES, UNRATED, PairRules, pair_of_row
@@ -150,19 +150,14 @@ def make_pairs(
     check_output(out, [spec.path for spec in specs], MADE_BY, overwrite)
     listed = [text for name in exclude for text in read_questions(name)]
     opened = [part for spec in specs for part in open_input(spec)]
-    own = []
-    for raw, label, _ in opened:
-        with text_as_it_must_be(label):
-            own += own_questions(raw)
-    questions = Questions([*listed, *own])
-    report = PairsReport([f"{label}: {len(raw):,} rows" for raw, label, _ in opened], rules, questions=len(questions))
+    questions = Questions([*listed, *(text for raw, _ in opened for text in own_questions(raw))])
+    report = PairsReport([f"{raw.label}: {len(raw):,} rows" for raw, _ in opened], rules, questions=len(questions))
     parts = []
-    for raw, label, spec in opened:
-        say(f"choosing pairs in {label}")
-        with text_as_it_must_be(label):
-            parts.append(_map(raw, label, spec, rules, questions, num_proc))
+    for raw, spec in opened:
+        say(f"choosing pairs in {raw.label}")
+        parts.append(_map(raw, spec, rules, questions, num_proc))
     table = datasets.concatenate_datasets(parts)
-    kept = _account(table, [label for _, label, _ in opened], [len(part) for part in parts], report)
+    kept = _account(table, [raw.label for raw, _ in opened], [len(part) for part in parts], report)
     if len(kept) == 0:
         hint = "Mend the rows, or choose other rules (--chosen-by, --rejected, --margin, --system-prompt)."
         if rules.chosen_by == "overall" and report.notes.get(UNRATED):
@@ -189,22 +184,22 @@ def make_pairs(
 
 
 def _map(
-    raw: datasets.Dataset, label: str, spec: DatasetSpec, rules: PairRules, questions: Questions, num_proc: int | None
+    raw: Source, spec: DatasetSpec, rules: PairRules, questions: Questions, num_proc: int | None
 ) -> datasets.Dataset:
     options = {"rules": tuple(asdict(rules).items()), "questions": questions.fingerprint}
     workers = processes(len(raw)) if num_proc is None else min(num_proc, len(raw))
     with interruptible(), quiet(len(raw) <= PARALLEL_ROWS), own_faults_only(spec):
-        return raw.map(
+        return raw.table.map(
             _choose,
             with_indices=True,
             batched=True,
             batch_size=200,
-            remove_columns=raw.column_names,
-            fn_kwargs={"rules": rules, "questions": questions},
-            new_fingerprint=cache_key(raw, options),
+            remove_columns=raw.table.column_names,
+            fn_kwargs={"label": raw.label, "rules": rules, "questions": questions},
+            new_fingerprint=cache_key(raw.table, options),
             features=datasets.Features({**SCHEMA, **_BESIDE}),
             num_proc=workers if workers and workers > 1 else None,
-            desc=f"choosing pairs in {label}",
+            desc=f"choosing pairs in {raw.label}",
         )
 
 
@@ -214,12 +209,10 @@ _NOTHING: dict[str, Any] = {
 
 
 def _choose(
-    batch: dict[str, list[Any]], indices: list[int], *, rules: PairRules, questions: Questions
+    batch: dict[str, list[Any]], indices: list[int], *, label: str, rules: PairRules, questions: Questions
 ) -> dict[str, list[Any]]:
-    values = {name: batch[name] for name in batch}  # datasets decodes a column when it is asked for
     result: dict[str, list[Any]] = {name: [] for name in (*SCHEMA, *_BESIDE)}
-    for position, index in enumerate(indices):
-        row = {name: column[position] for name, column in values.items()}
+    for row, index in zip(decoded(batch, label), indices):
         counts: Counter[str] = Counter()
         fault, pair = "", _NOTHING
         try:

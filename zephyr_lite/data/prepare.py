@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -188,7 +189,10 @@ def prepare(
             num_proc=processes(len(rows.dataset)),
             desc=f"tokenizing {what} data",
         )
-    stats = {c: np.asarray(table.with_format("numpy")[c][:]) for c in ("length", "supervised", "lost", "cut", "fault")}
+    stats = {
+        c: np.asarray(table.with_format("numpy")[c][:])
+        for c in ("length", "supervised", "lost", "cut", "fault", "note")
+    }
     faulty = np.flatnonzero(stats["fault"] != "")
     for index, where in zip(faulty, table.select(faulty)["where"] if len(faulty) else []):
         report.dropped.setdefault(str(stats["fault"][index]), []).append(where)
@@ -197,6 +201,10 @@ def prepare(
         raise UserError(
             f"{what} data: no row is left to train on: {summarise(report.dropped)}.", _cure(report.dropped, config)
         )
+    noted = kept[stats["note"][kept] != ""]
+    for index, where in zip(noted, table.select(noted)["where"] if len(noted) else []):
+        for note in str(stats["note"][index]).split("\n"):
+            report.changed.setdefault(note, []).append(where)
     if len(faulty):
         table = table.select(kept)
     lengths = stats["length"][kept].astype(np.int64)
@@ -215,7 +223,7 @@ def _cure(dropped: dict[str, list[str]], config: RunConfig) -> str:
     if any("max_length" in reason or "budget" in reason for reason in dropped):
         return f"Raise max_length ({config.max_length}), or lower max_prompt_length ({config.max_prompt_length})."
     if any("chat template" in reason for reason in dropped):
-        return "Choose another chat_template: zephyr takes every role and order."
+        return "Choose another chat_template: zephyr takes turns in every order."
     return "Mend the rows, or choose others."
 
 
@@ -225,7 +233,8 @@ def _features(method: Method) -> datasets.Features:
         for name in (_SFT if method == "sft" else _DPO)
     }
     counts = {name: datasets.Value("int32") for name in ("length", "supervised", "lost", "cut")}
-    return datasets.Features({**arrays, **counts, "where": datasets.Value("string"), "fault": datasets.Value("string")})
+    texts = {name: datasets.Value("string") for name in ("where", "fault", "note")}
+    return datasets.Features({**arrays, **counts, **texts})
 
 
 def _encode(
@@ -244,13 +253,15 @@ def _encode(
         arrays: tuple[np.ndarray, ...] = nothing
         lost = cut = 0
         fault = ""
+        notes: list[str] = []
+        row = json.loads(batch["row"][position])
         try:
             if method == "sft":
-                ids, mask = template.encode(batch["messages"][position], loss_on)
+                ids, mask = template.encode(row["messages"], loss_on, row.get("tools"), notes)
                 arrays, lost, cut = _fit_conversation(ids, mask, max_length)
             else:
-                prompt, chosen, rejected = (batch[column][position] for column in ("prompt", "chosen", "rejected"))
-                pair = template.encode_pair(prompt, chosen, rejected, loss_on)
+                prompt, chosen, rejected = (row[column] for column in ("prompt", "chosen", "rejected"))
+                pair = template.encode_pair(prompt, chosen, rejected, loss_on, row.get("tools"), notes)
                 arrays, lost, cut = _fit_pair(pair, max_length, max_prompt_length, template.bos_token_id is not None)
         except RowError as error:
             fault, arrays = str(error), nothing
@@ -262,6 +273,7 @@ def _encode(
         result["cut"].append(cut)
         result["where"].append(where)
         result["fault"].append(fault)
+        result["note"].append("\n".join(dict.fromkeys(notes)))
     return result
 
 

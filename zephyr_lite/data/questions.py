@@ -10,13 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from ..config import DatasetSpec
 from ..errors import UserError
 from ..reading import read_text
 from ..strict_json import shown
-from .opening import open_source
+from .opening import Source, open_source
 
 # Columns that hold a question in the sets that people name, in the order of preference.
 COLUMNS = ("question", "instruction", "prompt", "turns", "text")
@@ -82,11 +80,8 @@ def read_questions(name: str) -> list[str]:
         found = [line for line in read_text(path, name=name).splitlines() if line.strip()]
     else:
         with split_said_as(f"--exclude {name}:{{}}"):
-            rows, _ = open_source(DatasetSpec(path=name) if path.exists() else _spec(name))
-        try:
-            found = _column(rows, name)
-        except UnicodeDecodeError:  # Arrow's JSON reader takes any bytes for text
-            raise UserError(f"{name}: not UTF-8.", "Save the file as UTF-8.") from None
+            rows = open_source(DatasetSpec(path=name) if path.exists() else _spec(name))
+        found = _column(rows, name)
     if not any(_words(text) for text in found):
         raise UserError(f"{name}: no question in it.")
     return found
@@ -110,15 +105,15 @@ def _spec(name: str) -> DatasetSpec:
     return DatasetSpec(path=source, split=rest[-1] if rest else None, name=rest[0] if len(rest) == 2 else None)
 
 
-def _column(rows: datasets.Dataset, name: str) -> list[str]:
-    there = {column.lower(): column for column in rows.column_names}
+def _column(rows: Source, name: str) -> list[str]:
+    there = {column.lower(): column for column in rows.columns}
     column = next((there[wanted] for wanted in COLUMNS if wanted in there), None)
     if column is None:
         raise UserError(
-            f"{name}: found columns {shown(', '.join(rows.column_names), 500)}; questions are in none of them.",
+            f"{name}: found columns {shown(', '.join(rows.columns), 500)}; questions are in none of them.",
             f"Name the column one of {', '.join(COLUMNS)}, or give a .txt file with one question a line.",
         )
-    return [text for value in rows[column] for text in _texts(value)]
+    return [text for row in rows.select_columns([column]) for text in _texts(row.get(column))]
 
 
 def _texts(value: Any) -> list[str]:

@@ -106,8 +106,9 @@ class Renderer:
         """The conversation's text and the answers in it.
 
         An answer begins where the generation prompt of the turns before it ends and includes its end token. A greeting
-        before the first user turn answers nothing. Earlier answers that the template writes otherwise once later
-        turns follow (it cuts their reasoning, or moves the system turn) are context: they have no span.
+        before the first user turn answers nothing; a system turn alone may be answered. Earlier answers that the
+        template writes otherwise once later turns follow (it cuts their reasoning, or moves the system turn) are
+        context: they have no span.
 
         Args:
             messages: turns with ``role``, ``content`` and, where they have them, ``tool_calls``, ``reasoning_content``.
@@ -121,7 +122,7 @@ class Renderer:
         rendered = Rendered(self._render(form, False, tools))
         self._check_written(messages, tools, rendered)
         roles = [message["role"] for message in messages]
-        first = roles.index("user") if "user" in roles else 0
+        first = next((roles.index(role) for role in ("user", "system") if role in roles), len(roles))
         for turn in range(first, len(messages)):
             if roles[turn] == "assistant":
                 self._find_answer(messages, form, turn, tools, rendered)

@@ -1,15 +1,17 @@
 """Rows from the hub, a folder or a file, in whatever format, as one ``datasets.Dataset`` of messages.
 
 ``datasets`` reads, caches and maps; this module finds the files, names the place of what cannot be read, and mixes.
-Only JSONL, JSON, CSV and Parquet are read, and no code that comes with a data set is ever run.
+No code that comes with a data set is ever run.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +23,15 @@ import numpy as np
 from ..config import DatasetSpec
 from ..errors import UserError
 from ..strict_json import shown
-from .formats import COLUMNS, TEXT, Method, RowError, detect
-from .opening import find_broken_json, open_source, quiet
+from .formats import COLUMNS, PLAIN, TEXT, Method, detect, mapping_hint, normalise
+from .messages import RowError, message
+from .opening import Source, decoded, is_text, open_source, quiet
 from .workers import interruptible
 
 PARALLEL_ROWS = 2000  # below this, starting processes costs more than it saves
 # not of a file that is only read, though the system names none
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-_TURNS = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
+_COLUMNS = ("row", "where", "fault", "change", "kind", "unread")
 
 
 @dataclass
@@ -36,9 +39,9 @@ class Rows:
     """Normalised rows of one mixture.
 
     Attributes:
-        dataset: columns ``messages`` (sft) or ``prompt``, ``chosen``, ``rejected`` (dpo), each a list of
-            {role, content}, and ``where`` ("train.jsonl row 17", counted from 1).
-        notes: one line for each source: what it was read as, and how many rows.
+        dataset: columns ``row``, the JSON of ``formats.Row.value`` (its arguments of tools have no common schema), and
+            ``where`` ("train.jsonl row 17", counted from 1).
+        notes: for each source a line with what it was read as and how many rows, and one with what was not read.
         dropped: reason → the places of the rows that were left out.
         changed: what was changed in a row that stayed → the places.
         read: how many rows were looked at.
@@ -49,6 +52,10 @@ class Rows:
     dropped: dict[str, list[str]] = field(default_factory=dict)
     changed: dict[str, list[str]] = field(default_factory=dict)
     read: int = 0
+
+    def values(self) -> Iterator[dict[str, Any]]:
+        """The normalised rows."""
+        return (json.loads(text) for text in self.dataset["row"])
 
 
 def load_rows(specs: Sequence[DatasetSpec], method: Method, *, seed: int, system: str | None = None) -> Rows:
@@ -85,27 +92,33 @@ def _one_source(
     spec: DatasetSpec, method: Method, rng: np.random.Generator, system: str | None, rows: Rows
 ) -> datasets.Dataset:
     with own_faults_only(spec):
-        raw, label = open_source(spec)
-    if len(raw) == 0:
-        raise UserError(f"{label}: empty; there is no row in it.")
-    raw = _rename(raw, spec.columns, label)
-    kind, _ = detect(list(raw.column_names), method, label)
-    total, numbers = len(raw), _part(spec, len(raw), label)
-    if spec.limit is not None and spec.limit < len(numbers):
-        numbers = np.sort(rng.permutation(numbers)[: spec.limit])
-    if spec.weight < 1:
-        numbers = np.sort(rng.permutation(numbers)[: max(1, round(len(numbers) * spec.weight))])
-    raw = raw.select_columns([c for c in raw.column_names if c in COLUMNS])
-    if len(numbers) < total:
-        raw = raw.select(numbers)
-    options = {
-        "method": method,
-        "label": label,
-        "system": system,
-        "numbers": None if len(numbers) == total else numbers,
-    }
-    try:
-        with quiet(len(raw) <= PARALLEL_ROWS), own_faults_only(spec), interruptible():
+        source = open_source(spec)
+        label, total = source.label, len(source)
+        if total == 0:
+            raise UserError(f"{label}: empty; there is no row in it.")
+        only = spec.columns if isinstance(spec.columns, list) else None
+        mapping = {} if isinstance(spec.columns, list) else spec.columns
+        _check_mapping(source, mapping or {name: name for name in only or [] if name in COLUMNS})
+        others = [] if is_text(source.table) else [c for c in source.columns if c not in (*COLUMNS, *mapping.values())]
+        raw = source.select_columns([*COLUMNS, *mapping.values()]).table
+        if not raw.column_names:
+            detect(source.columns, method, label)
+        numbers = _part(spec, total, label)
+        if spec.limit is not None and spec.limit < len(numbers):
+            numbers = np.sort(rng.permutation(numbers)[: spec.limit])
+        if spec.weight < 1:
+            numbers = np.sort(rng.permutation(numbers)[: max(1, round(len(numbers) * spec.weight))])
+        if len(numbers) < total:
+            raw = raw.select(numbers)
+        options = {
+            "method": method,
+            "label": label,
+            "system": system,
+            "mapping": dict(mapping),
+            "only": only,
+            "numbers": None if len(numbers) == total else numbers,
+        }
+        with quiet(len(raw) <= PARALLEL_ROWS), interruptible():
             mapped = raw.map(
                 _normalise,
                 with_indices=True,
@@ -113,34 +126,30 @@ def _one_source(
                 remove_columns=raw.column_names,
                 fn_kwargs=options,
                 new_fingerprint=cache_key(raw, options),
-                features=datasets.Features(
-                    {
-                        **dict.fromkeys(_columns(method), _TURNS),
-                        "where": datasets.Value("string"),
-                        "fault": datasets.Value("string"),
-                        "change": datasets.Value("string"),
-                    }
-                ),
+                features=datasets.Features({name: datasets.Value("string") for name in _COLUMNS}),
                 num_proc=processes(len(raw)),
                 desc=f"reading {label}",
             )
-    except UnicodeDecodeError:  # Arrow's JSON reader takes any bytes for text
-        if Path(label).is_file():
-            find_broken_json(Path(label))
-        raise UserError(f"{label}: text that is not UTF-8.", "Save the file as UTF-8.") from None
-    faults = np.asarray(mapped.with_format("numpy")["fault"][:], dtype=object)
-    changes = np.asarray(mapped.with_format("numpy")["change"][:], dtype=object)
+    faults, changes, kinds, unread = (
+        np.asarray(mapped.with_format("numpy")[name][:], dtype=object) for name in ("fault", "change", "kind", "unread")
+    )
+    plain = kinds == PLAIN
+    if not plain[faults == ""].all():  # a text among conversations is none of them
+        faults[plain] = "no conversation in columns text"
     kept = np.flatnonzero(faults == "")
     dropped_here: dict[str, list[str]] = {}
     for index in np.flatnonzero(faults != ""):
         dropped_here.setdefault(str(faults[index]), []).append(_place(label, numbers, int(index)))
-    for index in kept[changes[kept] != ""]:
-        rows.changed.setdefault(str(changes[index]), []).append(_place(label, numbers, int(index)))
     if len(kept) == 0:
+        columns = _renamed(dict.fromkeys(source.columns), mapping, only)
+        kind = detect(list(columns), method, label)
         raise UserError(
             f"{label}: none of {len(mapped)} rows can be used (read as {kind}): {summarise(dropped_here)}.",
-            "If the columns mean something else, say so with columns: {ours: theirs}.",
+            mapping_hint(list(columns), method),
         )
+    for index in kept[changes[kept] != ""]:
+        for change in str(changes[index]).split("\n"):
+            rows.changed.setdefault(change, []).append(_place(label, numbers, int(index)))
     for reason, where in dropped_here.items():
         rows.dropped.setdefault(reason, []).extend(where)
     rows.read += len(mapped)
@@ -149,10 +158,22 @@ def _one_source(
     chosen = [kept] * whole
     if round(len(kept) * share):
         chosen.append(np.sort(rng.permutation(kept)[: round(len(kept) * share)]))
+    kind = " and ".join(name for name, _ in Counter(kinds[kept]).most_common())
     rows.notes.append(_note(label, kind, len(mapped), total, len(kept), spec.weight))
-    mapped = mapped.remove_columns(["fault", "change"])
+    if not_read := _not_read(others, set(unread[kept])):
+        rows.notes.append(f"{label}: not read: {not_read}")
+    mapped = mapped.select_columns(["row", "where"])
     indices = np.concatenate(chosen)
     return mapped if len(indices) == len(mapped) == len(kept) else mapped.select(indices)
+
+
+def _not_read(columns: list[str], found: set[str]) -> str:
+    """What a source holds beside what was read: ``columns id, source; message keys name``."""
+    names = {"columns": set(columns), "message keys": set()}
+    for text in found:
+        for what, some in json.loads(text or "{}").items():
+            names[what] |= set(some)
+    return "; ".join(f"{what} {shown(', '.join(sorted(some)), 1000)}" for what, some in names.items() if some)
 
 
 def _part(spec: DatasetSpec, total: int, label: str) -> np.ndarray:
@@ -250,58 +271,57 @@ def _place(label: str, numbers: np.ndarray, index: int) -> str:
     return f"{label} row {int(numbers[index]) + 1}"
 
 
-def _columns(method: Method) -> tuple[str, ...]:
-    return ("messages",) if method == "sft" else ("prompt", "chosen", "rejected")
-
-
 def _normalise(
-    batch: dict[str, list[Any]],
+    batch: Mapping[str, list[Any]],
     indices: list[int],
     *,
     method: Method,
     label: str,
     system: str | None,
+    mapping: dict[str, str],
+    only: list[str] | None,
     numbers: np.ndarray | None,
-) -> dict[str, list[Any]]:
-    _, read = detect(list(batch), method, label)
-    values = {name: batch[name] for name in batch}  # datasets decodes a column when it is asked for
-    columns = _columns(method)
-    result: dict[str, list[Any]] = {name: [] for name in (*columns, "where", "fault", "change")}
-    for position, index in enumerate(indices):
-        row = {name: column[position] for name, column in values.items()}
+) -> dict[str, list[str]]:
+    result: dict[str, list[str]] = {name: [] for name in _COLUMNS}
+    for values, index in zip(decoded(batch, label), indices):
         number = index if numbers is None else int(numbers[index])
-        fault = change = ""
-        turns: dict[str, list[dict[str, str]]] = {column: [] for column in columns}
+        cells = {**dict.fromkeys(_COLUMNS, ""), "where": f"{label} row {number + 1}"}
         try:
-            turns, change = read(row)
-            first = turns[columns[0]]
-            if system and first[0]["role"] not in ("system", TEXT):
-                turns[columns[0]] = [{"role": "system", "content": system}, *first]
+            row = normalise(_renamed(values, mapping, only), method)
+            turns = row.value["messages" if method == "sft" else "prompt"]
+            if system and turns[0]["role"] not in ("system", TEXT):
+                turns.insert(0, message("system", system))
+            cells["row"] = json.dumps(row.value, ensure_ascii=False)
+            cells["row"].encode("utf-8")
+            if row.unread_columns or row.unread_keys:
+                cells["unread"] = json.dumps({"columns": row.unread_columns, "message keys": row.unread_keys})
+            cells["kind"], cells["change"] = row.kind, "\n".join(dict.fromkeys(row.changes))
         except RowError as error:
-            fault = str(error)
-        for column in columns:
-            result[column].append(turns[column])
-        result["where"].append(f"{label} row {number + 1}")
-        result["fault"].append(fault)
-        result["change"].append(change)
+            cells["fault"] = str(error)
+        except UnicodeEncodeError:
+            cells["row"], cells["fault"] = "", "text that is not valid Unicode"
+        for name, cell in cells.items():
+            result[name].append(cell)
     return result
 
 
-def _rename(raw: datasets.Dataset, mapping: dict[str, str] | list[str], label: str) -> datasets.Dataset:
-    if isinstance(mapping, list):
-        return _rename(raw, {name: name for name in mapping if name in COLUMNS}, label).select_columns(
-            [name for name in mapping if name in raw.column_names]
-        )
+def _renamed(values: dict[str, Any], mapping: dict[str, str], only: list[str] | None) -> dict[str, Any]:
+    """A row under our columns' names; a column of such a name that another takes the place of is left out."""
+    values = values if only is None else {column: value for column, value in values.items() if column in only}
+    rest = {column: value for column, value in values.items() if column not in {*mapping, *mapping.values()}}
+    return {**rest, **{ours: values[theirs] for ours, theirs in mapping.items() if theirs in values}}
+
+
+def _check_mapping(source: Source, mapping: dict[str, str]) -> None:
     for ours, theirs in mapping.items():
         if ours not in COLUMNS:
-            raise UserError(f"{label}: columns: {ours!r} is not a column here.", f"Ours are {', '.join(COLUMNS)}.")
-        if theirs not in raw.column_names:
             raise UserError(
-                f"{label}: columns: there is no column {theirs!r}.",
-                f"There are {shown(', '.join(raw.column_names), 500)}.",
+                f"{source.label}: columns: {ours!r} is not a column here.", f"Ours are {', '.join(COLUMNS)}."
+            )
+        if not source.has(theirs):
+            raise UserError(
+                f"{source.label}: columns: there is no column {theirs!r}.",
+                f"There are {shown(', '.join(source.columns), 500)}.",
             )
     if len(set(mapping.values())) < len(mapping):
-        raise UserError(f"{label}: columns: one column is named twice: {mapping}.")
-    moving = {theirs: ours for ours, theirs in mapping.items() if ours != theirs}
-    covered = [ours for ours in moving.values() if ours in raw.column_names and ours not in moving]
-    return raw.remove_columns(covered).rename_columns(moving)
+        raise UserError(f"{source.label}: columns: one column is named twice: {mapping}.")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..config import DatasetSpec
-from ..data.formats import RowError, as_messages
-from ..data.opening import open_source
+from ..data.messages import RowError, as_messages
+from ..data.opening import Source, kind_of, open_source, stem_of
 from ..data.sources import summarise
 from ..errors import UserError
 from ..reading import read_text
@@ -71,12 +71,13 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
         UserError: nothing of the kind is there, no column holds prompts, or no row can be used.
     """
     if Path(spec.path).expanduser().is_file() and Path(spec.path).suffix.lower() == ".txt":
-        rows, label, column, columns = _text_lines(spec), spec.path, "text", []
+        rows: Source | list[dict[str, Any]] = _text_lines(spec)
+        label, column, columns = spec.path, "text", list[str]()
     else:
-        rows, label = _open(spec)
-        columns = list(rows.column_names)
+        source = _open(spec)
+        label, columns = source.label, source.columns
         column = _column(spec, columns, label)
-        rows = rows.select_columns([name for name in columns if name in (column, *_BESIDE)])  # the rest may be large
+        rows = source.select_columns([column, *_BESIDE])  # the rest may be large
     if len(rows) == 0:
         raise UserError(f"{label}: empty; there is no prompt in it.")
     numbers = np.arange(len(rows))
@@ -98,13 +99,13 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
             found.dropped.setdefault("the prompt of an earlier row", []).append(where)
             continue
         first.add(identity)
-        source = row.get("source")
+        named = row.get("source")
         found.prompts.append(
             Prompt(
                 text,
                 identity,
                 where,
-                source if isinstance(source, str) and source else _name(label),
+                named if isinstance(named, str) and named else _name(label),
                 _answers(row, "correct_answers"),
                 _answers(row, "incorrect_answers"),
             )
@@ -116,7 +117,7 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
     return found
 
 
-def _open(spec: PromptsSpec) -> tuple[Any, str]:
+def _open(spec: PromptsSpec) -> Source:
     path = Path(spec.path).expanduser()
     if path.is_file() and not path.suffix:
         raise UserError(f"{spec.path}: a file without suffix is not read.", "Give .jsonl, .csv, .parquet or .txt.")
@@ -147,7 +148,7 @@ def _column_hint(columns: list[str]) -> str:
 
 def _prompt_of(row: Mapping[str, Any], column: str) -> str:
     """Raises RowError."""
-    value = row[column]
+    value = row.get(column)
     if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
         text = value[0]  # raw UltraChat, MT-Bench: the turns alone, the user's first
     elif isinstance(value, (list, Mapping)) or (isinstance(value, str) and value.lstrip()[:2] == "[{"):
@@ -184,23 +185,19 @@ def _answers(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
 def _name(label: str) -> str:
     """``ultrachat`` of ``data/ultrachat.jsonl``; a folder's split stays: ``ultrachat_200k/train_sft``."""
     path = Path(label)
-    if path.suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet"):
-        path = path.with_suffix("")
+    if path.suffix == ".txt" or kind_of(path):
+        path = path.with_name(stem_of(path))
     return "/".join(path.parts[-2:]) if path.name.startswith(("train", "test")) else path.name
 
 
-class _Lines(list[dict[str, Any]]):
-    """Rows of a text file; what ``datasets.Dataset`` has and is used here."""
-
-
-def _text_lines(spec: PromptsSpec) -> _Lines:
+def _text_lines(spec: PromptsSpec) -> list[dict[str, Any]]:
     path = Path(spec.path).expanduser()
     if spec.split or spec.column:
         raise UserError(f"{spec.path}: a text file has no split and no column.", "Leave them out.")
     text = read_text(path)
     # blank lines divide; the others are prompts, each named by its line
-    return _Lines(
+    return [
         {"text": line, "where": f"{spec.path} line {number}"}
         for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
-    )
+    ]

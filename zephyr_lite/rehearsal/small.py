@@ -85,8 +85,8 @@ def stage_below(config: RunConfig, run: Path, rows: Path) -> RunConfig:
     few = small_stage(config, "dpo", run, steps=BELOW_STEPS)
     pairs = load_rows(few.dataset, "dpo", seed=config.seed, system=config.system)
     with file_aside(rows) as file:
-        for pair in pairs.dataset:
-            file.write(json.dumps({"messages": [*pair["prompt"], *pair["chosen"]]}) + "\n")
+        for pair in pairs.values():
+            file.write(json.dumps({"messages": [*pair["prompt"], *pair["chosen"]], "tools": pair.get("tools")}) + "\n")
     shared = {
         key: getattr(config, key) for key in (*INHERITED, "engine", "seed", "chat_template", "max_length", "memory")
     }
@@ -97,7 +97,7 @@ def stage_below(config: RunConfig, run: Path, rows: Path) -> RunConfig:
 def first_prompt(config: RunConfig, method: Method) -> str:
     """What the user of the first row asks."""
     specs = [_few(spec, 1) for spec in config.dataset[:1]]
-    row = load_rows(specs, method, seed=config.seed).dataset[0]
+    row = next(load_rows(specs, method, seed=config.seed).values())
     turns = row["messages" if method == "sft" else "prompt"]
     asked = [turn["content"] for turn in turns if turn["role"] == "user"]
     return asked[0] if asked else turns[0]["content"]
@@ -134,8 +134,8 @@ def whole_stage(config: RunConfig, data: dict[str, Any], rate: float, unit: str)
         return None
     read = 0.0
     for spec in config.dataset:
-        raw, _ = open_source(spec)
-        read += min(len(raw), spec.limit or len(raw)) * spec.weight
+        total = len(open_source(spec))
+        read += min(total, spec.limit or total) * spec.weight
     rows = read * data["rows"] / data["read"]
     steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * math.ceil(rows / config.batch_size)))
     done = steps * config.batch_size if config.max_steps else rows * config.num_train_epochs

@@ -375,9 +375,7 @@ def versions() -> dict[str, str]:
     return result
 
 
-def template_of(
-    config: RunConfig, folder: Path, frozen: list[AdapterFile], time: str | None = None
-) -> ChatTemplate:
+def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time: str | None = None) -> ChatTemplate:
     """``auto`` takes the template of the adapter below, where that was saved with one; then the base's own.
 
     Args:

@@ -155,7 +155,7 @@ def _key(*values: Any) -> str:
     """A fingerprint of values and of this package's code: datasets cannot hash what a mapped function calls."""
     digest = hashlib.sha256(repr(values).encode())
     here = Path(__file__).parent
-    for file in sorted([*here.glob("*.py"), here.parent / "formats.py"]):
+    for file in sorted([*here.glob("*.py"), here.parent / "formats.py", here.parent / "messages.py"]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
 
@@ -184,7 +184,7 @@ def _scan(raw: Raw, rules: ScanRules, sets: EvalSets, processes: int) -> dataset
                 "learn": [first // BLOCK % every == 0 for first in starts],
             }
         )
-        key = _key(raw.rows._fingerprint, rules, sets.n, sets.names, contents, start, stop, every)
+        key = _key(raw.rows.table._fingerprint, rules, sets.n, sets.names, contents, start, stop, every)
         with quiet(total <= 2 * BLOCK):
             legs.append(
                 blocks.with_format("arrow").map(

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...config import DatasetSpec
 from ...errors import UserError
-from ..formats import ROLES
+from ..messages import ROLES
 from ..opening import open_source
 from ..questions import split_said_as
 from .words import Words, members, ngrams, whole, words_of
@@ -129,16 +129,9 @@ def _batches(name: str) -> Iterator[list[Any]]:
     if not path:
         raise UserError(f"decontaminate {name!r}: names no set.", "Name a file or a hub id, with #SPLIT perhaps.")
     with split_said_as(f"--decontaminate {path}#{{}}"):
-        rows, _ = open_source(DatasetSpec(path=path, split=split or None))
+        rows = open_source(DatasetSpec(path=path, split=split or None))
     for start in range(0, len(rows), _BATCH):
-        try:
-            batch = rows[start : start + _BATCH]
-        except UnicodeDecodeError:  # Arrow's readers let any bytes through
-            raise UserError(
-                f"{name}: rows {start + 1} to {min(start + _BATCH, len(rows))} hold text that is not UTF-8.",
-                "Save the file as UTF-8.",
-            ) from None
-        yield list(zip(*batch.values()))
+        yield [list(row.values()) for row in rows[start : start + _BATCH]]
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -14,8 +13,9 @@ import numpy as np
 from ...config import DatasetSpec
 from ...errors import UserError
 from ...strict_json import shown
-from ..formats import COLUMNS, PLAIN, Reader, RowError, detect
-from ..opening import BUILDERS, open_source
+from ..formats import COLUMNS, PLAIN, detect, normalise
+from ..messages import RowError
+from ..opening import Source, kind_of, open_source, stem_of
 from ..questions import split_said_as
 from ..sources import own_faults_only
 
@@ -28,13 +28,13 @@ class Raw:
     """The raw rows of all sources, one after the other.
 
     Attributes:
-        rows: the data set; only the columns that are read.
+        rows: only the columns that are read.
         kind: what it was read as.
         labels: a name for each part, which stands before "row N" in messages.
         ends: int64 [parts]: where each part ends in ``rows``.
     """
 
-    rows: datasets.Dataset
+    rows: Source
     kind: str
     labels: list[str]
     ends: np.ndarray = field(repr=False)
@@ -67,59 +67,47 @@ def open_raw(path: str, split: str | None = None) -> Raw:
     if split is None and folder.is_dir():
         numbered = sorted(
             ((int(found[1]), file) for file in folder.iterdir()
-             if file.suffix.lower() in BUILDERS and (found := _NUMBERED.match(file.stem))),
+             if kind_of(file) and (found := _NUMBERED.match(stem_of(file)))),
         )  # fmt: skip
         if numbered:
             specs = [DatasetSpec(path=str(file)) for _, file in numbered]
     parts, labels, kinds = [], [], []
     for spec in specs:
         with own_faults_only(spec), split_said_as("--split {}"):
-            part, label = open_source(spec)
+            part = open_source(spec)
+        label = part.label
         if len(part) == 0:
             raise UserError(f"{label}: empty; there is no row in it.")
         try:
-            kinds.append(detect(list(part.column_names), "sft", label)[0])
+            kinds.append(detect(part.columns, "sft", label))
         except UserError as error:
             raise UserError(error.message, "If the columns have other names, rename them in the file.") from None
         if kinds[-1] == PLAIN:
-            raise UserError(f"{label}: found columns {shown(', '.join(part.column_names), 500)}, and no conversations.")
-        parts.append(part.select_columns([c for c in part.column_names if c in COLUMNS]))
+            raise UserError(f"{label}: found columns {shown(', '.join(part.columns), 500)}, and no conversations.")
+        parts.append(part.select_columns(COLUMNS))
         labels.append(label)
     try:
         if len(set(kinds)) > 1:  # one reader for all would leave out the others' rows
             raise ValueError("they are of different kinds")
-        rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+        rows = datasets.concatenate_datasets([part.table for part in parts])
     except ValueError as error:
-        what = "; ".join(f"{label}: {', '.join(part.column_names)}" for label, part in zip(labels, parts))
+        what = "; ".join(f"{label}: {', '.join(part.columns)}" for label, part in zip(labels, parts))
         raise UserError(
             f"{path}: its files do not fit together: {error}",
             f"Columns are {what}. Clean one at a time: --split train_0",
         ) from None
-    return Raw(rows, kinds[0], labels, np.cumsum([len(part) for part in parts]))
+    return Raw(Source(rows, path), kinds[0], labels, np.cumsum([len(part) for part in parts]))
 
 
-def reader(rows: datasets.Dataset) -> Reader:
-    """The reader for one row of the data set (``formats.detect``)."""
-    return detect(list(rows.column_names), "sft", "the rows")[1]
-
-
-def dialogues(rows: datasets.Dataset, indices: slice | Sequence[int]) -> list[Dialogue]:
+def dialogues(rows: Source, indices: slice | Sequence[int]) -> list[Dialogue]:
     """Some rows, normalised: turns up to the last answer, or the fault for which the row is left out."""
-    try:
-        batch = rows[indices]
-    except UnicodeDecodeError:  # Arrow's readers let any bytes through
-        if isinstance(indices, slice):
-            indices = range(*indices.indices(len(rows)))
-        if len(indices) == 1:
-            return [Dialogue(fault="text that is not valid UTF-8")]
-        return [dialogue for index in indices for dialogue in dialogues(rows, [index])]
-    columns = list(batch)
-    read: Callable[[Mapping[str, Any]], Any] = reader(rows)
     found = []
-    for values in zip(*(batch[column] for column in columns)):
+    for values in rows[indices]:
         dialogue = Dialogue()
         try:
-            messages = read(dict(zip(columns, values)))[0]["messages"]
+            messages = normalise(values, "sft").value["messages"]
+            if any(set(message) > {"role", "content"} or message["role"] == "tool" for message in messages):
+                raise RowError("tool calls, reasoning or turns that are not to be trained, which are not cleaned")
             dialogue.roles = [message["role"] for message in messages]
             dialogue.texts = [message["content"] for message in messages]
             first = dialogue.roles.index("user") if "user" in dialogue.roles else -1

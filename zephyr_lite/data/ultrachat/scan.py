@@ -15,6 +15,7 @@ import multiprocess
 import numpy as np
 import pyarrow as pa
 
+from ..opening import Source
 from .casing import broken
 from .contamination import EvalSets
 from .counting import count_words
@@ -70,9 +71,7 @@ class ScanRules:
     max_words: int | None = None
 
 
-def scan_block(
-    rows: datasets.Dataset, start: int, stop: int, rules: ScanRules, sets: EvalSets, learn: bool = True
-) -> pa.Table:
+def scan_block(rows: Source, start: int, stop: int, rules: ScanRules, sets: EvalSets, learn: bool = True) -> pa.Table:
     """Look at rows start:stop; a table with a row for each (``STORED``). ``learn``: count this block's words."""
     found = dialogues(rows, slice(start, stop))
     count = len(found)
@@ -182,7 +181,7 @@ def _stop(*_: object) -> None:
     raise RuntimeError("interrupted")
 
 
-def scan(batch: pa.Table, *, rows: datasets.Dataset, rules: ScanRules, sets: EvalSets) -> pa.Table:
+def scan(batch: pa.Table, *, rows: Source, rules: ScanRules, sets: EvalSets) -> pa.Table:
     """``scan_block`` as a function for ``datasets.map`` over a table of blocks (start, stop)."""
     stop_quietly()
     tables = [

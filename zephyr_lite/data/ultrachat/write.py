@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..opening import Source
 from .casing import restore
 from .lexicon import Lexicon
 from .raw import Dialogue, dialogues
@@ -112,7 +113,7 @@ def to_table(found: Sequence[Dialogue]) -> pa.Table:
 def write_shard(
     batch: pa.Table,
     *,
-    rows: datasets.Dataset,
+    rows: Source,
     scanned: datasets.Dataset,
     folder: str,
     kept: dict[str, str],

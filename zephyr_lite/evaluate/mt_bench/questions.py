@@ -131,8 +131,7 @@ def _find(place: str | None) -> tuple[Path | None, list[Any] | None]:
         return _in_folder(folder), None
     from ...data.opening import open_source
 
-    rows, _ = open_source(DatasetSpec(path=place))
-    return None, [dict(row) for row in rows]
+    return None, list(open_source(DatasetSpec(path=place)))
 
 
 def _from_hub(name: str) -> Path:
