@@ -379,9 +379,40 @@ def test_merge_compares_with_the_live_stack(invoke, runs, tmp_path, onto):
     mean = float(out.split("mean |Δ log p| ")[1].split(",")[0])
     # onto what training saw, only float32 sums in another order remain; the 16-bit base differs by NF4's rounding
     assert mean < 1e-4 if onto == "nf4" else mean > 1e-3
-    code, _, err = invoke("merge", "--out", "model")
+    code, _, err = invoke("merge", "--out", "model", "--onto", "nf4" if onto == "base" else "base")
     assert code == 2 and "--overwrite" in err
-    assert invoke("merge", "--out", "model", "--overwrite", "--no-check")[0] == 0
+    assert invoke("merge", "--out", "model", "--onto", onto, "--overwrite", "--no-check")[0] == 0
+
+
+def test_the_same_merge_again_makes_what_is_missing(invoke, runs, tmp_path):
+    """As after a kill between the weights and the comparison, between that and the card, and after the end."""
+    words, model = ("merge", "--out", "model", "--rows", "2"), tmp_path / "model"
+    assert invoke(*words)[0] == 0
+    weights = (model / "model.safetensors").stat()
+    mark = json.loads((model / "zephyr_lite.json").read_text())
+    measured = mark.pop("measured")
+    (model / "zephyr_lite.json").write_text(json.dumps(mark))
+    (model / "README.md").unlink()
+    (tmp_path / ".model.01234567").mkdir()
+    (model / ".README.md.01234567").write_text("half a card")
+    code, out, err = invoke(*words)
+    assert code == 0 and "what is missing is the comparison" in out and "merged against live" in out, err
+    assert json.loads((model / "zephyr_lite.json").read_text()) == {**mark, "measured": measured}
+    assert (
+        (model / "README.md").is_file() and not list(model.glob(".*")) and not (tmp_path / ".model.01234567").exists()
+    )
+    (model / "README.md").unlink()
+    code, out, _ = invoke(*words)
+    assert code == 0 and "model is complete already." in out and "model card: model/README.md" in out
+    (model / "README.md").write_text("mine")
+    code, out, _ = invoke(*words)
+    assert code == 0 and "model is complete already." in out and "model card" not in out
+    assert (model / "model.safetensors").stat() == weights and (model / "README.md").read_text() == "mine"
+    (model / "README.md").unlink()
+    code, out, _ = invoke("merge", "--out", "model", "--rows", "3")
+    assert code == 0 and "merged against live" in out and (model / "model.safetensors").stat() == weights
+    for _ in range(2):
+        assert invoke("merge", "--out", "adapter", "--adapter-only")[0] == 0
 
 
 def test_merge_of_explicit_adapters_and_as_one_adapter(invoke, refused, runs, tiny_base, tmp_path):

@@ -316,7 +316,11 @@ def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     assert "read as raw UltraChat, 60 rows" in said and "capitals restored in 1 dialogues" in said
     assert f"zephyr-lite sft dataset.path={out} dataset.split=train_sft" in said
-    assert cli.run(arguments) == 2
+    left = tmp_path / ".out.01234567"  # of a process that was killed
+    left.mkdir()
+    assert cli.run(arguments) == 0 and not left.exists()
+    assert capsys.readouterr().out.startswith(f"{out} is complete already.")
+    assert cli.run([*arguments, "--no-refusals"]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert cli.run([*arguments, "--overwrite"]) == 0
     assert cli.run(["data", "chat", str(raw), "--split", "train_1", "--out", str(tmp_path / "one")]) == 0

@@ -21,7 +21,7 @@ import datasets
 from ...errors import UserError
 from ...rundir import folder_aside, write_json, write_text
 from ..opening import quiet
-from ..output import DROPPED, REPORT, check_held_out, check_output
+from ..output import DROPPED, REPORT, check_held_out, check_output, request_of
 from .contamination import NGRAM, EvalSets, read_eval_sets
 from .counting import WordCounts
 from .duplicates import find_duplicates, test_limit, write_kept
@@ -93,7 +93,7 @@ def clean_chat(
     num_proc: int | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> ChatReport:
+) -> ChatReport | None:
     """Clean a set of conversations.
 
     Args:
@@ -105,12 +105,18 @@ def clean_chat(
         overwrite: replace the folder, if it was made by this command.
         say: gets a line for each step.
 
+    Returns:
+        None: ``out`` holds this very set already.
+
     Raises:
         UserError: an option, the source or the folder has to change, or no row is left.
     """
     options.check()
     check_held_out(options.test, num_proc)
-    check_output(out, [source], MADE_BY, overwrite)
+    files = [source, *options.decontaminate, *([str(options.lexicon)] if options.lexicon is not None else [])]
+    request = request_of(out, files, options=options, split=split)
+    if check_output(out, [source], MADE_BY, overwrite, request):
+        return None
     given = Lexicon.load(options.lexicon) if options.lexicon is not None else None
     raw = open_raw(source, split)
     say(f"{source}: read as {raw.kind}, {len(raw.rows):,} rows")
@@ -147,7 +153,7 @@ def clean_chat(
         report.restored, report.files = _write(raw, scanned, kept, lexicon, folder, options.file_format, processes)
         shutil.rmtree(work)
         write_text(folder / "report.md", markdown(report, raw))
-        write_json(folder / REPORT, {"made_by": MADE_BY, "source": source, **report.as_dict(raw)})
+        write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, "source": source, **report.as_dict(raw)})
     return report
 
 
