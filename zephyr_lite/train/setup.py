@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import __version__
 from ..config import Loaded, Method, RunConfig, dump_config, load_config
-from ..data.chat import ChatTemplate, resolve_template
+from ..data.chat import ChatTemplate, Example, PairExample, resolve_template
 from ..data.prepare import Prepared, prepare
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.check_weights import check_weights
@@ -172,10 +172,10 @@ def open_stage(
     if config.chat_template == "auto":
         same_template(frozen, template)
     data = prepare(config.dataset, method, config, template, what="training")
-    _tell(data, say)
+    _tell(data, base_config, say)
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
     if eval_data is not None:
-        _tell(eval_data, say)
+        _tell(eval_data, base_config, say)
     machine = machine_now(compute_dtype(config.dtype, compute_device()))
     now = versions()
     forget_best = False
@@ -365,6 +365,21 @@ def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile]) -> C
     return resolve_template(config.chat_template, load_tokenizer(source))
 
 
-def _tell(data: Prepared, say: Say) -> None:
+def _tell(data: Prepared, base_config: Any, say: Say) -> None:
     for line in data.report.lines():
         say(line)
+    context = getattr(base_config, "max_position_embeddings", None)
+    if context is None:
+        return
+    long = (data.lengths > context).nonzero()[0].tolist()  # of a pair both responses
+    if longer := [data.examples[i].where for i in long if _positions(data.examples[i]) > context]:
+        say(
+            f"warning: {len(longer):,} rows are longer than the {context:,} tokens that the base was made for "
+            f"(max_position_embeddings), {longer[0]} first. Lower max_length to cut them."
+        )
+
+
+def _positions(row: Example | PairExample) -> int:
+    if isinstance(row, Example):
+        return len(row.ids)
+    return len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids))
