@@ -264,7 +264,14 @@ class ChatTemplate:
     def _offsets(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids [T] int32 and the characters [T] at which each token starts and ends."""
         # the template writes BOS itself
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        try:
+            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        except (
+            BaseException
+        ) as error:  # a panic in Rust (a regex of tokenizer.json that backtracks too far) is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise RowError(f"the tokenizer fails on it: {' '.join(str(error).split())[:200]}") from None
         ids = np.asarray(encoding["input_ids"], dtype=np.int32)
         # a third of the time that an array of the pairs takes
         offsets = np.fromiter(chain.from_iterable(encoding["offset_mapping"]), dtype=np.int64, count=2 * len(ids))
