@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zephyr_lite import cli
+from zephyr_lite import cli, needs
 from zephyr_lite.console import Console, duration, metrics_line
 from zephyr_lite.errors import UserError
 from zephyr_lite.needs import needs_lines
@@ -485,6 +486,34 @@ def test_what_is_not_known_is_no_error(words):
     from zephyr_lite.config import load_config
 
     assert needs_lines("sft", load_config("sft", None, words).config)
+
+
+def test_free_disk_is_that_of_the_place_that_is_written_to(tmp_path, monkeypatch):
+    from zephyr_lite.config import load_config
+
+    monkeypatch.setenv("ZEPHYR_LITE_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "other disk" / "runs"
+
+    class Disk:
+        def __init__(self, place):
+            self.number = 2 if "other disk" in str(place) else 1
+
+        def stat(self):
+            return SimpleNamespace(st_dev=self.number)
+
+    monkeypatch.setattr(needs, "_existing", Disk)
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda disk: SimpleNamespace(free=disk.number * 100 * 10**6))
+    disk = [
+        line for line in needs_lines("sft", load_config("sft", None, [f"output_dir={run}"]).config) if "disk:" in line
+    ]
+    assert len(disk) == 2 and all("NOT ENOUGH" in line for line in disk)
+    assert f"0 GB are free for {run}" in next(line for line in disk if "checkpoints" in line)
+    assert str(tmp_path / "cache") in next(line for line in disk if "quantized base" in line)
+    (run / "sft").mkdir(parents=True)  # a run that goes on has its checkpoints
+    disk = [
+        line for line in needs_lines("sft", load_config("sft", None, [f"output_dir={run}"]).config) if "disk:" in line
+    ]
+    assert "NOT ENOUGH" not in next(line for line in disk if "checkpoints" in line)
 
 
 # -- the console -------------------------------------------------------------------------------------------------------

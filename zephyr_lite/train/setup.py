@@ -71,7 +71,7 @@ from .ground import (
 from .leader import Leader
 from .optim import check_schedule
 from .planning import plan_stage, said_again, set_threads, stage_job
-from .publish import push_adapter
+from .publish import check_repo_name, push_adapter
 from .stage import Say, Stage
 from .steps import step_schedule
 from .task import Outcome
@@ -156,6 +156,7 @@ def open_stage(
         check_targets(config.lora_target_modules)
     check_schedule(config)
     trackers(config)
+    check_repo_name(config)
     frozen = adapters_below(method, config, stage, say)
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
