@@ -23,7 +23,7 @@ demo: setup
 	$(RUN)/zephyr-lite demo
 
 test: setup
-	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n 3 $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n 3 --dist loadscope $(PYTEST_ARGS)
 
 lint: setup
 	$(RUN)/ruff check .

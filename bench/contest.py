@@ -129,7 +129,7 @@ def play_all(args: argparse.Namespace, found: dict[str, Any], folder: Path, dead
             cap = min(cap, (room + CONTEXT_BYTES) / 2**30)  # a card that is smaller is its own cap
         arguments = (method, values[method], args.rounds, until, folder, cap, room, idle, args.tiny)
         match = Match(*arguments)
-        peers = [engine for engine in BASELINES if engine in engines]
+        peers = [engine for engine in (*BASELINES, "unsloth default") if engine.split()[0] in engines]
         if method == "sft" and dropout != args.dropout[0]:
             assert first is not None
             before = first

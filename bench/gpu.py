@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import command
+from zephyr_lite.allocator import set_allocator
 from zephyr_lite.errors import UserError
 
 # Engines' processes import this file too, before anything else: nothing heavy may be imported here (see ``process``).
@@ -70,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     for name in ("HF_HUB_OFFLINE", "UNSLOTH_DISABLE_STATISTICS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the commands do; the peers have it too
+    set_allocator()  # as the commands do; the peers have it too
     from bench.contest import run, table
 
     results = run(args)

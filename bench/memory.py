@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import command
+from zephyr_lite.allocator import set_allocator
 from zephyr_lite.errors import UserError
 
 
@@ -51,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     args = arguments(words)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the commands do
+    set_allocator()  # as the commands do
     from bench.memory_parts import run, table
 
     results = run(args)

@@ -17,7 +17,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,19 @@ TARGET = 0.8  # of the copy bandwidth, for what is bound by memory
 PEERS = {"bitsandbytes": None, "torch": None, "liger": "liger_kernel", "unsloth": "unsloth"}
 
 
-def measure(bench: Bench, found: list[Case], clock: Clock, copied: float) -> list[dict[str, Any]]:
-    """Everyone's times. Unsloth comes last: on import it changes what bitsandbytes does."""
-    results: list[dict[str, Any]] = []
+def measure(
+    bench: Bench,
+    found: list[Case],
+    clock: Clock,
+    copied: float,
+    results: list[dict[str, Any]],
+    done: Callable[[], None],
+) -> None:
+    """Everyone's times, into ``results``. Unsloth comes last: on import it changes what bitsandbytes does.
+
+    Args:
+        done: called after each of them.
+    """
     same_size = {} if clock.device.type == "cpu" else {c.name: copy_bandwidth(clock, c.bytes // 2) for c in found}
     for who in ("kernel", "twin", *PEERS):
         for case in found:
@@ -59,7 +69,7 @@ def measure(bench: Bench, found: list[Case], clock: Clock, copied: float) -> lis
             record["share"] = record["bytes_per_second"] / copied
             if case.name in same_size:
                 record["share_of_same_size"] = record["bytes_per_second"] / same_size[case.name]
-    return results
+        done()
 
 
 class NotUsed(Exception):
@@ -136,12 +146,16 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         "copy_bytes_per_second": copied,
         "target_share": TARGET,
         "kernels_replaced": replaced,
-        "operations": measure(bench, cases(bench), clock, copied),
+        "operations": [],
     }
-    results["minutes"] = round((time.monotonic() - begun) / 60, 2)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    def save() -> None:
+        results["minutes"] = round((time.monotonic() - begun) / 60, 2)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    measure(bench, cases(bench), clock, copied, results["operations"], save)
     print("\n".join(table(results)))
     return results
 

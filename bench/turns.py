@@ -16,6 +16,8 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.utils import is_flash_attn_2_available
 
 from bench.process import begin
 from zephyr_lite.config import Loaded, Method, RunConfig
@@ -48,6 +51,7 @@ class Variant:
         per_device: rows in one of a baseline's micro-batches.
         padded: TRL gets a packed row's conversations as a padded batch.
         liger: TRL with Liger's kernels.
+        skip_layers: of a recomputing Unsloth, layers that keep their activations (``checkpoint_skip_layers``).
     """
 
     method: Method
@@ -57,6 +61,7 @@ class Variant:
     per_device: int = 1
     padded: bool = False
     liger: bool = False
+    skip_layers: int = 0
 
     @property
     def name(self) -> str:
@@ -68,6 +73,7 @@ class Variant:
             words += ["padded"] if self.padded else []
             words += ["liger"] if self.liger else []
             words += ["recompute"] if self.recompute else []
+            words += [f"skip {self.skip_layers}"] if self.skip_layers else []
         return " ".join(words)
 
 
@@ -176,6 +182,7 @@ def worker(pipe: Connection, variant: Variant, values: dict[str, Any], cap: floa
                 "threads": torch.get_num_threads(),
                 "plan": stage.plan.as_dict(),
                 "kernels_replaced": replaced,
+                "attention": attention(stage, variant.engine),
                 **memory(),
             }
         )
@@ -200,6 +207,17 @@ def _words(error: BaseException) -> str:
     return str(error)
 
 
+def attention(stage: Stage, engine: str) -> str:
+    """Which attention a baseline runs, and whether the FlashAttention package is the real one."""
+    if engine == "fused":
+        return "fused"
+    try:
+        package = f"flash_attn {metadata.version('flash_attn')}"
+    except metadata.PackageNotFoundError:
+        package = "no flash_attn"
+    return f"{stage.base.model.config._attn_implementation}, {package}"
+
+
 def fused(stage: Stage, turns: Turns) -> Any:
     from zephyr_lite.train.dpo import DpoTask
     from zephyr_lite.train.sft import SftTask
@@ -211,6 +229,19 @@ def fused(stage: Stage, turns: Turns) -> Any:
 def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
     from zephyr_lite.train import baselines
 
+    half = stage.base.device.type == "cuda" and stage.base.dtype in (torch.bfloat16, torch.float16)
+    if (
+        variant.engine == "trl"
+        and half
+        and is_flash_attn_2_available()
+        and torch.cuda.get_device_capability() >= (8, 0)
+    ):
+        stage.base.model.set_attn_implementation("flash_attention_2")
+    if variant.skip_layers:
+        from unsloth import FastLanguageModel
+
+        made = partial(FastLanguageModel.get_peft_model, checkpoint_skip_layers=variant.skip_layers)
+        FastLanguageModel.get_peft_model = staticmethod(made)
     stage.info["trl"] = {
         "arguments": {
             "per_device_train_batch_size": variant.per_device,
@@ -330,6 +361,7 @@ def describe(runner: Runner, unit: str) -> dict[str, Any]:
         "threads": runner.ready["threads"],
         "plan": runner.ready["plan"] if runner.variant.engine == "fused" else None,
         "kernels_replaced": runner.ready["kernels_replaced"],
+        "attention": runner.ready.get("attention"),
     }
 
 

@@ -1,40 +1,12 @@
-"""Tiny models, a small real tokenizer and a few rows that tests share. Everything is made here; nothing is downloaded.
-
-Tests see a machine of their own: a temporary HOME, an environment of the variables named in ``INHERITED`` only, a new
-working folder for each test, and a SIGINT that interrupts even where the suite was started in the background.
-"""
+"""Tiny models, a small real tokenizer and a few rows that tests share. Everything is made here; nothing is downloaded."""
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-import shutil
-import signal
-import tempfile
 from pathlib import Path
 
-# Everything else (the user's tokens, terminal, locale, time zone, proxies, caches, launcher variables) stays outside.
-INHERITED = ("PATH", "LD_", "TMPDIR", "PYTEST_", "PYTHONPATH", "CUDA_", "NVIDIA_", "TRITON_", "OPENBLAS_", "OMP_", "FUZZ_")
-ROOT = Path(__file__).parent.parent
-HOME = Path(tempfile.mkdtemp(prefix="zephyr-lite-home-"))
-atexit.register(shutil.rmtree, HOME, ignore_errors=True)
-for variable in [name for name in os.environ if not name.startswith(INHERITED)]:
-    del os.environ[variable]
-os.environ.update(
-    HOME=str(HOME),
-    PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),  # of the commands that tests start
-    LANG="C.UTF-8",
-    TZ="UTC",
-    COLUMNS="80",
-    LINES="24",
-    HF_HUB_OFFLINE="1",
-    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
-    TOKENIZERS_PARALLELISM="false",
-    TORCHDYNAMO_DISABLE="1",  # bitsandbytes compiles what odd shapes need on a CPU: half a minute
-)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for a second thread
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job and its children ignore it
+from tests import isolation  # noqa: F401  # isort: skip
 
 import pytest
 import torch

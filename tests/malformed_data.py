@@ -13,7 +13,6 @@ from .malformed import Case, Fixtures, dpo, row, sft, show
 
 Make = Callable[[Path, Fixtures], list[str]]
 GOOD = row("a", "b")
-NAMED = "If the columns have other names, say so: columns: {prompt: THEIRS, completion: THEIRS}."
 MEANING = "If the columns mean something else, say so with columns: {ours: theirs}."
 MEND = "Mend the line, or remove it; one row a line."
 SHALLOW = "No row of a chat is; mend or remove it."
@@ -193,8 +192,8 @@ CASES = [
     Case(
         "rows: an array of numbers",
         rows_of("[1, 2, 3]", "rows.json"),
-        "rows.json: found columns text; sft needs conversations: a column messages, conversations (ShareGPT), instruction and output (Alpaca), prompt and completion, or data (raw UltraChat).",
-        NAMED,
+        "rows.json: a JSON array whose first entry is no object: '1, 2, 3]'.",
+        "Every row is an object: [{…}, {…}].",
     ),
     Case(
         "rows: a broken array",

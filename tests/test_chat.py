@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from tests.conftest import make_tokenizer
 from zephyr_lite.data.chat import ChatTemplate, resolve_template
-from zephyr_lite.data.formats import RowError
+from zephyr_lite.data.formats import TEXT, RowError
 from zephyr_lite.data.templates import BOS, LLAMA3, ZEPHYR
 from zephyr_lite.errors import UserError
 
@@ -171,6 +171,29 @@ def test_a_template_that_writes_bos_twice_is_refused_and_one_that_forgets_it_is_
     template = resolve_template(str(tmp_path / "none.jinja"), mistral)
     assert mistral.chat_template == BOS + ZEPHYR.removeprefix(BOS) and template.notes
     assert template.prompt_ids(turns("Hi"))[0] == 1
+
+
+def test_a_plain_text_has_the_ids_that_trl_gives_it(template):
+    tokenizer = template.tokenizer
+    eos = tokenizer.eos_token
+    for text in ("Once upon a time", "  indented\n", f"<|user|>\nHi{eos}\n<|assistant|>\nHello{eos}"):
+        ids, mask = template.encode([{"role": TEXT, "content": text}], "assistant")
+        # TRL appends eos where it is not there, and calls the tokenizer as it is
+        assert ids.tolist() == tokenizer(text if text.endswith(eos) else text + eos)["input_ids"]
+        assert ids[-1] == tokenizer.eos_token_id and mask.tolist() == [False, *[True] * (len(ids) - 1)]
+
+
+def test_a_plain_text_begins_with_one_bos(mistral, smol):
+    template = resolve_template("zephyr", mistral)
+    plain, rendered = (template.text_ids(text) for text in ("Hi", "<s>Hi</s>"))
+    assert plain[0] == mistral.bos_token_id and (plain == mistral.bos_token_id).sum() == 1
+    assert rendered.tolist() == mistral("<s>Hi</s>", add_special_tokens=False)["input_ids"]
+    with pytest.raises(RowError, match="BOS stands 2 times"):
+        template.text_ids("Hi<s>")
+    # a tokenizer that leaves BOS to the template
+    template = resolve_template("zephyr", smol)
+    template.bos_token_id, smol.bos_token = smol.convert_tokens_to_ids("<|im_start|>"), "<|im_start|>"
+    assert template.text_ids("Hi").tolist() == smol("<|im_start|>Hi<|im_end|>")["input_ids"]
 
 
 def test_zephyr_text_is_the_published_one(mistral):

@@ -14,16 +14,20 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tests.test_kernels import DEVICE, DTYPES, _kernels, rand  # noqa: F401
+from tests.test_train import quiet, words
+from zephyr_lite.config import load_config
 from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
-from zephyr_lite.ops.dispatch import check_kernels, runs_triton
+from zephyr_lite.ops.dispatch import Widths, check_kernels, runs_triton
+from zephyr_lite.train import setup
 
 OPS = {"nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_checks_pass_and_cover_every_operation(dtype):
+@pytest.mark.parametrize("widths", [Widths(), Widths(1, 1, 1, 1, 2, 1), Widths(1024, 2048, 1024, 3, 64, 33000)])
+def test_the_checks_pass_and_cover_every_operation(widths, dtype):
     assert set(dispatch._checks) == OPS
-    assert check_kernels(DEVICE, dtype) == []
+    assert check_kernels(DEVICE, dtype, widths) == []
     assert all(runs_triton(op, torch.empty(1, device=DEVICE, dtype=dtype)) for op in OPS)
 
 
@@ -96,6 +100,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from zephyr_lite.model.job import Shape
+from zephyr_lite.needs import MISTRAL_SHAPE
 from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
 
 class Card:
@@ -103,19 +109,25 @@ class Card:
     def get_current_device(self): return capability
     def get_current_stream(self, device): return 0
 
-# every launch of the checks becomes a compilation, for the very arguments and options of the launch
-names = set()
+# every launch of the checks becomes a compilation, for the very arguments and options of the launch; on cards of which
+# another one is compiled for fully, the first launch of each kernel
+FULLY = (75, 90)
+names, once = set(), set()
 def launch(kernel, grid):
     def run(*args, **options):
         names.add(kernel.__name__)
-        assert kernel.warmup(*args, grid=grid, **options).asm["cubin"]
+        if capability in FULLY or (capability, id(kernel)) not in once:
+            once.add((capability, id(kernel)))
+            assert kernel.warmup(*args, grid=grid, **options).asm["cubin"]
     return run
 JITFunction.__getitem__ = launch
 os.environ["TRITON_INTERPRET"] = "1"  # only now: the kernels above are the compiler's
 driver.set_active(Card())
-for capability, dtype in ((75, torch.float16), (90, torch.bfloat16)):
+widths = Shape.of(MISTRAL_SHAPE).widths
+for capability in (75, 80, 86, 89, 90, 100, 120):
+    dtype = torch.float16 if capability < 80 else torch.bfloat16
     for check in dispatch._checks.values():
-        for _ in check(torch.device("cpu"), dtype): pass
+        for _ in check(torch.device("cpu"), dtype, widths): pass
 print(*sorted(names))
 """
 
@@ -137,3 +149,15 @@ def test_every_kernel_of_an_operation_is_launched_by_one_of_the_functions_tested
         if not isinstance(value, types.FunctionType) and hasattr(value, "arg_names")
     }
     assert kernels == {"_backward", "_dequantize", "_drop", "_forward", "_rotate", "_softmax", "_mix32"}
+
+
+def test_a_stage_checks_the_kernels_at_its_models_widths(tiny_base, chat_rows, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(setup, "check_kernels", lambda device, dtype, widths: given.append(widths) or [])
+    loaded = load_config("sft", None, words(tiny_base, tmp_path / "run", chat_rows))
+    shape = setup.open_stage("sft", loaded, say=quiet).stack.base.config
+    rotated = shape.num_attention_heads + shape.num_key_value_heads
+    queries = shape.num_attention_heads * shape.head_dim
+    assert given == [
+        Widths(shape.hidden_size, shape.intermediate_size, queries, rotated, shape.head_dim, shape.vocab_size)
+    ]

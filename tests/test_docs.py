@@ -20,7 +20,7 @@ from zephyr_lite import __version__, cli, config_doc
 from zephyr_lite.commands.examples import EXAMPLES
 from zephyr_lite.config import DPO_DEFAULTS, RunConfig, load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.foreign_keys import ALIASES, FIXED
+from zephyr_lite.foreign_keys import ACCEPTED, ALIASES, REFUSED, TRANSLATED
 from zephyr_lite.schema import PARTS, DatasetSpec, MemorySpec
 
 KEYS = GUIDES["configuration.md"]
@@ -71,8 +71,10 @@ def test_limits_and_values_are_in_words():
 
 
 def test_other_tools_names_are_all_there():
-    assert all(f"| `{theirs}` | `{ours}` |" in KEYS for theirs, ours in ALIASES.items())
-    assert all(f"| `{key}` | {reason} |" in KEYS for key, reason in FIXED.items() if reason)
+    assert all(f"| `{theirs}` | `{ours}` |" in KEYS for theirs, ours in (ALIASES | TRANSLATED).items())
+    accepted = [line for line in KEYS.splitlines() if line.startswith("| `")]
+    assert all(any(f"`{key}`" in line and f" | {why} |" in line for line in accepted) for key, why in ACCEPTED.items())
+    assert all(f"| `{key}` | " in KEYS and f" | {why} |" in KEYS for key, (_, why) in REFUSED.items())
 
 
 def test_the_list_is_put_between_the_marks(tmp_path, capsys):

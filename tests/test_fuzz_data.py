@@ -24,7 +24,7 @@ from zephyr_lite.data.formats import RowError, detect
 from zephyr_lite.data.packing import best_fit, cut_pair
 from zephyr_lite.data.sources import Rows, load_rows
 from zephyr_lite.errors import UserError
-from zephyr_lite.foreign_keys import ALIASES, FIXED
+from zephyr_lite.foreign_keys import ACCEPTED, ALIASES, REFUSED, TRANSLATED
 
 from .conftest import make_tokenizer
 
@@ -41,12 +41,10 @@ def examples(count: int) -> Any:
 # -- configurations ----------------------------------------------------------------------------------------------------
 
 OTHERS = [
-    "per_device_train_batch_size", "gradient_accumulation_steps", "dataset_mixer", "dataset_splits", "dataset_name",
-    "dataset_train_split", "dataset_test_split", "dataset_config", "eval_strategy", "hub_model_id", "warmup_steps",
-    "assistant_only_loss", "dataset.path", "dataset.columns.prompt", "dataset.", "memory.vram", "memory.x.y",
+    "dataset.path", "dataset.columns.prompt", "dataset.", "memory.vram", "memory.x.y",
     "eval_dataset.limit",
 ]  # fmt: skip
-KEYS = st.sampled_from([*RunConfig.model_fields, *ALIASES, *FIXED, *OTHERS])
+KEYS = st.sampled_from([*RunConfig.model_fields, *ALIASES, *TRANSLATED, *ACCEPTED, *REFUSED, *OTHERS])
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(),
     st.sampled_from(["train", "a/b", "-1", "1e999", "no", "epoch", "8GiB", "none", "all-linear", "x" * 200]),
@@ -56,7 +54,12 @@ VALUES = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
         st.dictionaries(
-            st.one_of(st.sampled_from(["path", "split", "weight", "limit", "columns", "vram"]), st.text(max_size=5)),
+            st.one_of(
+                st.sampled_from(
+                    ["path", "split", "weight", "limit", "columns", "vram", "datasets", "id", "test_size", "data_files"]
+                ),
+                st.text(max_size=5),
+            ),
             inner,
             max_size=3,
         ),

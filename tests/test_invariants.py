@@ -6,6 +6,8 @@ import json
 import math
 import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -424,8 +426,9 @@ def test_every_schedule_of_transformers_runs_and_is_kept_or_is_refused(name):
 ROOT = Path(zephyr_lite.__file__).parent
 # single files that every room may use, each of which imports from those before it
 GROUND = (
-    "__version__", "errors", "world", "words", "redact", "interrupts", "ending", "flock", "files", "manifest", "lock", "reading",
-    "strict_json", "strict_yaml", "shipped", "foreign_keys", "schema", "config", "rundir", "stage_info", "safetensors_stream",
+    "__version__", "allocator", "errors", "world", "words", "redact", "interrupts", "ending", "flock", "files", "manifest",
+    "lock", "reading", "strict_json", "strict_yaml", "shipped", "foreign_datasets", "foreign_keys", "schema", "config",
+    "rundir", "stage_info", "safetensors_stream",
 )  # fmt: skip
 BELOW = {
     "ops": {"ops"},
@@ -447,7 +450,7 @@ BELOW = {
     "rehearsal": {"rehearsal", "report", "merge", "evaluate", "chat", "live", "train", "model", "data"},
 }
 ONLY_IN = {
-    "bitsandbytes": {"ops/nf4.py", "train/optim.py", "environment.py"},  # the last one reports on it
+    "bitsandbytes": {"ops/nf4.py", "train/optim.py", "model/calibrate.py", "environment.py"},  # the last reports on it
     "triton": {"ops/", "environment.py"},
     "trl": {"train/baselines/"},
     "unsloth": {"train/baselines/"},
@@ -498,6 +501,47 @@ def test_who_may_import_what(library):
         if any(name.split(".")[0] == library for name in imports(p))
     }
     assert {u for u in users if not u.startswith(tuple(ONLY_IN[library]))} == set()
+
+
+# Imports every module of training and of the benches where these packages cannot be imported from this project (other
+# libraries may have them: huggingface_hub needs an HTTP client).
+WITHOUT = """
+import builtins, importlib, pkgutil
+import bench, zephyr_lite.train
+
+def limited(name, globals=None, *rest, plain=builtins.__import__, **more):
+    importer = (globals or {}).get("__name__", "").split(".")[0]
+    if importer in ("bench", "zephyr_lite") and name.split(".")[0] in MISSING:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return plain(name, globals, *rest, **more)
+
+builtins.__import__ = limited
+for package in (zephyr_lite.train, bench):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+        print(module.name)
+"""
+OPTIONAL = (
+    "httpx2",
+    "trl",
+    "rensa",
+    "gguf",
+    "matplotlib",
+    "openai",
+    "sentencepiece",
+    "lm_eval",
+    "unsloth",
+    "tensorboard",
+)
+
+
+def test_training_and_benches_import_without_what_only_one_command_needs():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"MISSING = {OPTIONAL}{WITHOUT}"], capture_output=True, text=True,
+        cwd=ROOT.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {"zephyr_lite.train.sft", "zephyr_lite.train.dpo", "bench.gpu", "bench.memory"} <= set(done.stdout.split())
 
 
 def test_every_key_of_the_configuration_is_read_somewhere():

@@ -331,6 +331,69 @@ def test_segments_of_like_length_run_together():
         assert int(padded.isinf().sum()) == padded.numel() - lse.numel()
 
 
+class MemoryEfficientKernel:
+    """PyTorch's memory-efficient kernel by the masks in its sources (2.11 to 2.14): kernel_forward.h shifts the window by
+    ``causal_diagonal_offset``, and kernel_backward.h ("Apply mask") does not."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def segments(self, q, k, cu_queries, cu_keys, scale, window, shifts_window):
+        self.calls += 1
+        for number, ((a, b), (c, d)) in enumerate(zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()))):
+            i, j, shift = torch.arange(b - a)[:, None], torch.arange(d - c), (d - c) - (b - a)
+            hidden = j > i + shift
+            if window is not None:
+                hidden |= j <= i + shift * shifts_window - window
+            scores = torch.einsum("qhd,khd->hqk", q[0, a:b], k[0, c:d]) * scale
+            yield number, slice(a, b), slice(c, d), scores.masked_fill(hidden, -torch.inf)
+
+    def forward(
+        self, q, k, v, bias, cu_queries, cu_keys, most_q, most_k, dropout, mask, with_lse, *, scale, window_size
+    ):
+        assert (bias, dropout, mask, with_lse) == (None, 0.0, 2, True)
+        out, lse = torch.empty_like(q), q.new_full((len(cu_queries) - 1, q.shape[2], -(-most_q // 32) * 32), torch.inf)
+        for n, a, c, scores in self.segments(q, k, cu_queries, cu_keys, scale, window_size, True):
+            out[0, a] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[0, c])
+            lse[n, :, : a.stop - a.start] = scores.logsumexp(-1)
+        return out, lse, None, None, most_q, most_k
+
+    def backward(
+        self, grad, q, k, v, bias, out, cu_queries, cu_keys, most_q, most_k, lse, dropout, seed, offset, mask,
+        with_bias, *, scale, window_size,
+    ):  # fmt: skip
+        assert (bias, dropout, mask, with_bias) == (None, 0.0, 2, False)
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for n, a, c, scores in self.segments(q, k, cu_queries, cu_keys, scale, window_size, False):
+            p = (scores - lse[n, :, : a.stop - a.start, None]).exp()
+            inner = (grad[0, a] * out[0, a]).sum(-1).T[..., None]
+            ds = p * (torch.einsum("qhd,khd->hqk", grad[0, a], v[0, c]) - inner) * scale
+            d_q[0, a] = torch.einsum("hqk,khd->qhd", ds, k[0, c])
+            d_k[0, c] = torch.einsum("hqk,qhd->khd", ds, q[0, a])
+            d_v[0, c] = torch.einsum("hqk,qhd->khd", p, grad[0, a])
+        return d_q, d_k, d_v, None
+
+
+@pytest.mark.parametrize("at_once", [2**24, 100])
+@pytest.mark.parametrize("window", [None, 1, 4, 10, 12, 100])
+def test_the_memory_efficient_kernels_gradients_under_a_window(window, at_once, monkeypatch):
+    """Packed segments, shared prompts, and both in one table; windows shorter and longer than the keys."""
+    kernel = MemoryEfficientKernel()
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", kernel.forward)
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_backward", kernel.backward)
+    monkeypatch.setattr(attention_file, "backend", lambda q: "efficient")
+    monkeypatch.setattr(attention_file, "_AT_ONCE", at_once)
+    segments = [Seg(0, 9), Seg(9, 14, (0, 6)), Seg(14, 15), Seg(15, 31), Seg(31, 34, (15, 24)), Seg(34, 36, (15, 17))]
+    q, k, v = rand(36, 4, 8, grad=True), rand(36, 2, 8, grad=True), rand(36, 2, 8, grad=True)
+    table = SegmentTable.build(segments, window, q.device)
+    got, want = UnderAutograd.apply(q, k, v, table, 0.3), dense_attention(q, k, v, segments, window, 0.3)
+    torch.testing.assert_close(got, want)
+    upstream = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(got, (q, k, v), upstream), torch.autograd.grad(want, (q, k, v), upstream)):
+        torch.testing.assert_close(a, b)
+    assert kernel.calls  # what it computes rightly is left to it
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
 def test_token_logps_equals_log_softmax(chunk_rows, monkeypatch):
     monkeypatch.setattr(token_logps_file, "CHUNK_BYTES", chunk_rows * 11 * 8)

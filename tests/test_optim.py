@@ -13,7 +13,7 @@ from zephyr_lite.rundir import StageDir
 from zephyr_lite.train import optim as optim_file
 from zephyr_lite.train.checkpoint import Checkpoint
 from zephyr_lite.train.loop import Loop
-from zephyr_lite.train.optim import make_optimizer, restore_state
+from zephyr_lite.train.optim import make_optimizer, make_scheduler, restore_state
 from zephyr_lite.train.setup import open_stage
 from zephyr_lite.train.sft import SftTask, run_sft
 
@@ -39,6 +39,21 @@ def train(optimizer, named, steps, seed=1):
 
 def tensors(optimizer):
     return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "rising"), [({"warmup_steps": 7}, 7), ({"warmup_ratio": 0.1}, 2), ({"warmup_ratio": 0}, 0)]
+)
+def test_the_learning_rate_rises_for_so_many_steps(keys, rising):
+    config = RunConfig(learning_rate=0.7, lr_scheduler_type="constant_with_warmup", **keys)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    scheduler = make_scheduler(config, optimizer, 20)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.7 * step / rising for step in range(rising)] + [0.7] * (20 - rising))
 
 
 @pytest.mark.parametrize("kind", KINDS)

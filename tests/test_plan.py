@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -22,7 +23,15 @@ from zephyr_lite.model.account import CONTEXT_BYTES, GIB, Setting, account
 from zephyr_lite.model.cards import CARDS, card_of_size, find_card
 from zephyr_lite.model.cost import step_time
 from zephyr_lite.model.job import AdapterSpec, Job, Shape, make_job
-from zephyr_lite.model.machine import HOST_ELSEWHERE, Machine, of_card, parse_size
+from zephyr_lite.model.machine import (
+    HOST_ELSEWHERE,
+    Machine,
+    of_card,
+    parse_size,
+    peak_memory,
+    process_memory,
+    reset_peak_memory,
+)
 from zephyr_lite.model.peft_files import LoraWeights, adapter_sha256, write_adapter
 from zephyr_lite.model.plan import Plan, make_plan, this_machine
 from zephyr_lite.model.search import (
@@ -411,6 +420,73 @@ def test_a_rate_is_what_is_done_a_second(monkeypatch):
     # looks at the clock at 0.1, 0.2 and 0.3: two rounds of four, after one to warm up
     assert calibrate._rate(torch.device("cpu"), lambda: done.append(1), 3.0) == pytest.approx(3.0 * 8 / 0.3)
     assert len(done) == 9
+
+
+def test_a_rate_on_a_cpu_is_that_of_the_fastest_call(monkeypatch):
+    clock, done = iter([0.0, 2 / 64, 3 / 64, *range(1, 99)]), []
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(clock))
+    assert calibrate._best(lambda: done.append(1), 3.0) == 3.0 * 64
+    assert len(done) == 1 + calibrate.CPU_CALLS  # one to warm up
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Measures a CPU anew whose products, exponentials and dequantized numbers a second are given."""
+
+    def measured(*rates: float) -> Machine:
+        found = iter(rates)
+        monkeypatch.setattr(calibrate, "_best", lambda run, amount: run() is None or next(found))
+        calibrate._processor.cache_clear()
+        return this_machine(torch.device("cpu"), torch.float32, FREE)
+
+    yield measured
+    calibrate._processor.cache_clear()
+
+
+def test_a_cpu_is_measured_and_planned_for(processor):
+    machine = processor(1.98e11, 2.04e10, 3.03e9)
+    card = machine.card
+    assert (card.tflops, card.bandwidth, card.unpacking, card.measured) == (0.2, 20, 3, True)
+    assert this_machine(torch.device("cpu"), torch.float32, FREE).card is card  # not measured again
+    assert not this_machine(torch.device("cpu"), torch.float32, FREE, measure=False).card.measured
+    for storage in ("dense", "nf4"):
+        job = make_job(
+            RunConfig(), "sft", tiny_config(hidden_size=512), torch.float32, storage=storage, run_tokens=10**7
+        )
+        speeds = [
+            make_plan(job, replace(machine, card=replace(card, **slower)), FREE).tokens_per_second
+            for slower in ({}, {"unpacking": 0.03}, {"tflops": 0.1})
+        ]
+        assert speeds[2] < speeds[0] and (speeds[1] < speeds[0]) == (storage == "nf4")
+        plan = make_plan(job, machine, FREE)
+        said = " ".join(forecast.forecast_lines(job, machine, plan, RunConfig()))
+        minutes = re.escape(forecast.duration(1e7 / plan.tokens_per_second))
+        assert re.search(rf"tokens/s \(from a short measurement of this CPU\).*about {minutes} of steps", said)
+
+
+def test_the_plan_of_a_cpu_counts_the_process_as_the_measured_peak_does(processor):
+    machine = processor(2e11, 2e10, 3e9)
+    job = make_job(RunConfig(), "sft", tiny_config(), torch.float32)
+    plan = make_plan(job, machine, FREE)
+    tensors = make_plan(job, replace(machine, free=machine.free - machine.context, context=0), FREE)
+    assert plan.account["process"] == machine.context > 2**26
+    assert plan.peak == machine.context + tensors.peak and plan.free_bytes == tensors.free_bytes
+    assert replace(plan, account={}) == replace(tensors, account={})
+    assert peak_memory(torch.device("cpu")) >= machine.context
+    little = this_machine(torch.device("cpu"), torch.float32, MemorySpec(vram="100MiB"))
+    assert little.free - little.context == 100 * 2**20
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux resets a process's peak")
+def test_the_measured_peak_of_a_cpu_leaves_out_what_was_before():
+    cpu, size = torch.device("cpu"), 256 * 2**20
+    reset_peak_memory(cpu)
+    before = peak_memory(cpu)
+    torch.ones(size, dtype=torch.uint8)
+    assert peak_memory(cpu) >= before + 0.9 * size
+    process_memory(cpu)  # returns what was freed to the system
+    reset_peak_memory(cpu)
+    assert peak_memory(cpu) < before + 0.5 * size
 
 
 @pytest.mark.gpu

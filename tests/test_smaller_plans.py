@@ -23,7 +23,18 @@ def test_what_is_out_of_memory():
         assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(ValueError(text))
     for text in ("CUDA error: an illegal memory access was encountered", "main memory could not be locked"):
         assert not is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError(NO_HANDLE))  # there is no card
     assert not is_out_of_memory(UserError("CUDA out of memory")) and not is_out_of_memory(MemoryError())
+
+
+NO_HANDLE = "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+
+
+@pytest.mark.parametrize(("free", "expected"), [(100 * 2**20, True), (2**32, False)])
+def test_cublas_without_a_handle_is_out_of_memory_on_a_nearly_full_card(free, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2**34))
+    assert is_out_of_memory(RuntimeError(NO_HANDLE)) is expected
 
 
 class Rows:

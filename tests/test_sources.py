@@ -66,6 +66,20 @@ def test_conversation_formats(tmp_path, row, kind):
     assert f"read as {kind}, 2 rows" in rows.notes[0] and not rows.dropped
 
 
+def test_plain_text(tmp_path):
+    rows = load(write(tmp_path / "a.jsonl", [{"text": "One."}, {"text": " "}, {"text": "Two."}]), system="Be brief.")
+    assert messages(rows) == [[{"role": "text", "content": "One."}], [{"role": "text", "content": "Two."}]]
+    assert "read as plain text (no chat template, loss over all tokens)" in rows.notes[0]
+    assert rows.dropped == {"text is empty": [f"{tmp_path / 'a.jsonl'} row 2"]}
+    named = write(tmp_path / "b.jsonl", [{"story": "One.", "n": 1}])
+    assert messages(load(named, columns={"text": "story"}))[0][0]["content"] == "One."
+    # old YAML files name a column of conversations as the text's
+    talks = write(tmp_path / "c.jsonl", [{"talk": turns("Hi", "Hello")}])
+    assert messages(load(talks, columns={"text": "talk"})) == [turns("Hi", "Hello")]
+    with pytest.raises(UserError, match=r"found plain text .*; dpo needs preference rows"):
+        load(named, "dpo", columns={"text": "story"})
+
+
 def test_alpacas_input_follows_the_instruction(tmp_path):
     rows = load(write(tmp_path / "a.jsonl", [{"instruction": "Sum", "input": "1 2", "output": "3"}]))
     assert messages(rows) == [turns("Sum\n\n1 2", "3")]
@@ -203,8 +217,8 @@ def test_rows_of_the_other_method_are_refused(tmp_path):
     chats = write(tmp_path / "chats.jsonl", [{"messages": turns("Hi", "Hello")}])
     with pytest.raises(UserError, match="found messages rows; dpo needs preference rows"):
         load(chats, "dpo")
-    texts = write(tmp_path / "texts.jsonl", [{"text": "once upon a time"}])
-    with pytest.raises(UserError, match="found columns text"):
+    texts = write(tmp_path / "texts.jsonl", [{"body": "once upon a time"}])
+    with pytest.raises(UserError, match="found columns body"):
         load(texts)
 
 

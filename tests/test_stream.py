@@ -5,7 +5,9 @@ somebody waits for them, with their target full of rubbish until then.
 """
 
 import gc
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from zephyr_lite.model import offload as offload_file
 from zephyr_lite.model import stream as stream_file
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.load import load_base
-from zephyr_lite.model.offload import Offload
+from zephyr_lite.model.offload import Offload, Ring
 from zephyr_lite.model.peft_files import read_adapter
 from zephyr_lite.model.plan import Plan
 from zephyr_lite.model.stream import StreamedBase
@@ -127,14 +129,14 @@ def assert_bits(found, wanted):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("steps", [sft_steps, dpo_steps])
-def test_streamed_and_offloaded_equal_resident_to_the_bit(copies, deep_base, steps, keep, p):
-    dropout = Dropout(p, seed=1, step=4) if p else None
+def test_streamed_and_offloaded_equal_resident_to_the_bit(copies, deep_base, steps, keep):
+    dropout = Dropout(0.3, seed=1, step=4)
     want = steps(decoder_over(quantized(deep_base)), keep, dropout)
-    for plan in (plan_of(offload=0), plan_of(offload=2), plan_of(offload=LAYERS)):
-        for stream in (False, True):
+    for offload in (0, 2, LAYERS):
+        for stream in (False, True) if offload else (True,):
+            plan = plan_of(offload=offload)
             assert_bits(steps(decoder_over(quantized(deep_base), stream=stream, plan=plan), keep, dropout), want)
 
 
@@ -297,22 +299,78 @@ def test_a_row_of_32k_tokens_trains_and_its_window_is_honoured():
         assert apart(logps.detach(), decoder.token_logps(short)) < 1e-5
 
 
-def test_host_memory_is_locked_page_by_page_and_let_go_with_its_last_view(monkeypatch):
-    class Runtime:
-        code, locked = 0, {}
+class Runtime:
+    """CUDA's runtime on a system that locks so many bytes."""
 
-        def cudaHostRegister(self, start, count, flags):
-            if not self.code:
-                self.locked[start] = count
-            return self.code
+    def __init__(self, budget):
+        self.budget, self.locked, self.pending = budget, {}, []
 
-        def cudaHostUnregister(self, start):
-            del self.locked[start]
+    def cudaHostRegister(self, start, count, flags):
+        if count + sum(self.locked.values()) > self.budget:
+            self.pending.append(2)  # its last error, which the next launch would report
+            return 2
+        self.locked[start] = count
+        return 0
 
-    runtime = Runtime()
+    def cudaHostUnregister(self, start):
+        del self.locked[start]
+
+    def cudaGetLastError(self):
+        return self.pending.pop() if self.pending else 0
+
+
+class LateCard:
+    """Copies to and from a card that are made when an event after them is waited for."""
+
+    def __init__(self, monkeypatch):
+        self.waiting, self.made = [], 0
+        monkeypatch.setattr(Ring, "_enqueue", self.enqueue)
+        monkeypatch.setattr(torch.cuda, "Event", lambda: LateEvent(self))
+
+    def enqueue(self, target, source):
+        target.fill_(255)
+        self.waiting.append((target, source))
+
+    def catch_up(self, place):
+        for target, source in self.waiting[self.made : place]:
+            target.copy_(source)
+        self.made = max(self.made, place)
+
+
+class LateEvent:
+    def __init__(self, card):
+        self.card, self.place = card, 0
+
+    def record(self, stream=None):
+        self.place = len(self.card.waiting)
+
+    def synchronize(self):
+        self.card.catch_up(self.place)
+
+
+class OnCard(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """A card that is not there, on a system that locks anything; its budget may be set."""
+    runtime = Runtime(2**40)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    places = [offload_file.host_bytes(1000, torch.device("cuda")) for _ in range(3)]
+    monkeypatch.setattr(offload_file.ctypes, "CDLL", {None: runtime}.__getitem__)
+    monkeypatch.setattr(offload_file, "_rings", {})
+    monkeypatch.setattr(offload_file, "CHUNK", 64)
+    monkeypatch.setattr(offload_file, "PROBE", 1000)
+    yield runtime
+    gc.collect()
+
+
+CUDA = torch.device("cuda")
+
+
+def test_host_memory_is_locked_page_by_page_and_let_go_with_its_last_view(runtime):
+    places = [offload_file.host_bytes(1000, CUDA) for _ in range(3)]
     assert runtime.locked == {place.data_ptr(): 1000 for place in places}
     assert all(place.data_ptr() % offload_file.PAGE == 0 for place in places)
     view = places[0][40:80].view(torch.float32)
@@ -321,12 +379,63 @@ def test_host_memory_is_locked_page_by_page_and_let_go_with_its_last_view(monkey
     assert len(runtime.locked) == 1 and view.fill_(1).sum() == 10
     del view
     gc.collect()
-    assert not runtime.locked
-    runtime.code = 2
-    with pytest.raises(
-        UserError, match=r"0.00 GiB of main memory could not be locked for copies to the card .CUDA error 2."
-    ):
-        offload_file.host_bytes(1000, torch.device("cuda"))
+    assert not runtime.locked and not offload_file._rings
+    runtime.budget = 0
+    with pytest.raises(UserError, match=r"could not be locked for copies to the card, not even 0 MiB .CUDA error 2."):
+        offload_file.host_bytes(1000, CUDA)
+    assert not runtime.pending
+
+
+def test_memory_that_is_not_locked_is_copied_through_the_ring(runtime, monkeypatch):
+    LateCard(monkeypatch)
+    runtime.budget = 1200
+    locked, ordinary = offload_file.host_bytes(1000, CUDA), offload_file.host_bytes(400, CUDA)
+    assert sorted(runtime.locked.values()) == [64, 64, 1000] and not runtime.pending
+    assert locked.data_ptr() in runtime.locked and ordinary.numel() == 400
+    ring = offload_file._rings[CUDA]
+    for count in (1, 16, 33, 100):  # of one chunk, and of several; in both directions, one after the other
+        values, there = torch.randn(count), torch.zeros(count).as_subclass(OnCard)
+        place = ordinary[: 4 * count].view(torch.float32).copy_(values)
+        ring.copy(there, place)
+        place.zero_()  # it has been read
+        back = torch.zeros(count)
+        ring.copy(back, there)
+        assert torch.equal(back, values)  # it has been written
+
+
+def test_a_side_stream_takes_the_ring_where_memory_is_not_locked(runtime, monkeypatch):
+    card = LateCard(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    side = offload_file.SideStream(CUDA)
+    source, target = torch.arange(100), torch.zeros(100, dtype=torch.int64).as_subclass(OnCard)
+    side.copy([(target, source)])
+    assert torch.equal(target, source) and not card.waiting  # no lock was refused: it is taken to be locked
+    runtime.budget = 200
+    offload_file.host_bytes(1000, CUDA)
+    target.zero_()
+    side.copy([(target, source)]).synchronize()
+    assert torch.equal(target, source) and len(card.waiting) == 13
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    side.copy([(target, source)])
+    assert len(card.waiting) == 13
+
+
+def test_under_wsl_the_ring_is_locked_before_what_may_take_all_that_can_be(runtime, monkeypatch):
+    LateCard(monkeypatch)
+    monkeypatch.setattr(offload_file, "is_wsl", lambda: True)
+    runtime.budget = 1128
+    kept = [offload_file.host_bytes(1000, CUDA) for _ in range(2)]
+    assert sorted(runtime.locked.values()) == [64, 64, 1000] and len(kept) == 2
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(0, 0), (999, 0), (3500, 2000), (10**6, 5500)])
+def test_what_can_be_locked_is_found_out_and_released(runtime, budget, expected):
+    runtime.budget = budget
+    assert offload_file.lockable(5500, CUDA) == expected
+    gc.collect()
+    assert not runtime.locked and not runtime.pending
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

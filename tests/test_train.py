@@ -315,6 +315,40 @@ def test_an_adapter_of_another_tool_is_frozen_and_left_on(tiny_base, run, pair_r
     assert metrics(tmp_path / "other" / "dpo") == metrics(run / "dpo")
 
 
+def test_a_model_that_is_an_adapter_goes_below_onto_its_base(tiny_base, run, pair_rows, tmp_path):
+    """The handbook's QLoRA recipe for DPO names the SFT adapter as its model."""
+    adapter = run / "sft" / "adapter"
+    (tmp_path / "theirs.yaml").write_text(
+        f"model_name_or_path: {adapter}\nuse_peft: true\ndataset: {pair_rows}\noutput_dir: {tmp_path / 'r'}\n"
+    )
+    loaded = resolve_run("dpo", str(tmp_path / "theirs.yaml"), [])
+    assert (loaded.config.model_name_or_path, loaded.config.adapters) == (str(tiny_base), [str(adapter)])
+    assert any(f"{adapter} is an adapter" in note for note in loaded.notes)
+    (tmp_path / "theirs.yaml").write_text(f"model_name_or_path: {tiny_base}\noutput_dir: {tmp_path / 'r'}\n")
+    assert resolve_run("dpo", str(tmp_path / "theirs.yaml"), []).config.adapters == []
+
+
+def test_plain_texts_are_trained_on_and_some_are_held_out(tiny_base, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"story": f"Once upon a time {i}."}) + "\n" for i in range(9))
+    )
+    (tmp_path / "theirs.yaml").write_text(
+        f"datasets: [{{path: {tmp_path / 'texts.jsonl'}}}]\ndataset_text_field: story\ntest_split_size: 3\n"
+        f"warmup_steps: 2\nmax_steps: 4\nlearning_rate: 1.0e-3\nlr_scheduler_type: constant_with_warmup\n"
+    )
+    settings = {"model_name_or_path": tiny_base, "output_dir": tmp_path / "r", "load_in_4bit": "false", "samples": 1}
+    words = [f"{key}={value}" for key, value in settings.items()]
+    run_sft(load_config("sft", str(tmp_path / "theirs.yaml"), words), say=quiet)
+    stage = StageDir(tmp_path / "r" / "sft")
+    info = stage.info()
+    assert info["data"]["kept"] == 6 and info["eval_data"]["fingerprint"] != info["data"]["fingerprint"]
+    assert info["data"]["supervised"] == info["data"]["tokens"] - 6  # all but the first token of each
+    rates = [
+        json.loads(line)["learning_rate"] for line in stage.metrics.read_text().splitlines() if "learning_rate" in line
+    ]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3])
+
+
 def test_dpo_continues_the_newest_run_and_inherits(tiny_base, run, pair_rows):
     loaded = resolve_run("dpo", None, [f"dataset.path={pair_rows}"], runs_root=run.parent)
     assert loaded.config.output_dir == str(run) and loaded.config.model_name_or_path == str(tiny_base)

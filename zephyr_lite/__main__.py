@@ -18,6 +18,9 @@ def _end(number: int, frame: object) -> None:
 
 def main() -> None:
     """The entry point of the installed command."""
+    if sys.platform == "win32":  # files are locked with fcntl, which Windows does not have
+        sys.stderr.write("error: zephyr-lite does not run on native Windows.\nInstall it and run it inside WSL2.\n")
+        sys.exit(2)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as nohup and shells want it for what runs in the background

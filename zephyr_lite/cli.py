@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .allocator import set_allocator
 from .commands.ablate import ablate
 from .commands.check import check
 from .commands.data_chat import chat as data_chat
@@ -146,9 +147,8 @@ def _train(
         from .train.baselines import start_unsloth
 
         start_unsloth()  # it replaces what is imported from here on
-    elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        # micro-batches differ in size: blocks that cannot grow would leave holes
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    else:
+        set_allocator()
     from .needs import needs_lines
     from .report.writer import ReportWriter
     from .screen import open_screen

@@ -59,7 +59,8 @@ def load_config(
     given: dict[str, Any] = {}
     defaults = {**(DPO_DEFAULTS if method == "dpo" else {}), **(base or {})}
     if path is not None:
-        given = rename(read_yaml(path), str(path), RunConfig.model_fields, notes)
+        own = RunConfig.model_fields
+        given = rename(read_yaml(path), str(path), own, notes, file=True, dpo=method == "dpo")
         _no_stranger_held_out(set(given), given, notes)
         if given.get("stage") == ("dpo" if method == "sft" else "sft"):
             raise UserError(
@@ -67,11 +68,12 @@ def load_config(
                 "Give the other command, or another file.",
             )
     words = _parse_overrides(overrides or [])
-    said = rename(
-        {key: value for key, value in words if "." not in key}, "the command line", RunConfig.model_fields, notes
-    )
+    flat = {key: value for key, value in words if "." not in key}
+    said = rename(flat, "the command line", RunConfig.model_fields, notes, dpo=method == "dpo")
     nested = [word for word in words if "." in word[0]]
     _no_stranger_held_out({*said, *(key.removesuffix(".path") for key, _ in nested)}, said, notes)
+    if "warmup_ratio" in said:  # it would lose against the file's steps
+        given.pop("warmup_steps", None)
     given.update(said)
     # a path begins a data set anew, so it comes before what is said about the data set, whatever the order of words
     for key, value in sorted(nested, key=lambda word: not word[0].endswith(".path")):
@@ -163,7 +165,8 @@ def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str
     if rest == "path":
         current = {"path": value}  # another path's split, limit and columns are not this one's
     elif rest.startswith("columns."):
-        current["columns"] = {**current.get("columns", {}), rest.removeprefix("columns."): value}
+        named = current.get("columns")
+        current["columns"] = {**(named if isinstance(named, dict) else {}), rest.removeprefix("columns."): value}
     else:
         current[rest] = value
     target[head] = current

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -16,7 +17,7 @@ from pydantic.fields import FieldInfo
 from .config import load_config
 from .errors import UserError
 from .files import write_text
-from .foreign_keys import ALIASES, FIXED
+from .foreign_keys import ACCEPTED, ALIASES, REFUSED, TRANSLATED
 from .schema import DPO_DEFAULTS, PARTS, DatasetSpec, MemorySpec, RunConfig
 
 BEGIN, END = (
@@ -44,10 +45,24 @@ def keys_as_markdown() -> str:
     lines += ["", "### A data set", "", _nested("dataset", DatasetSpec)]
     lines += ["", "### Memory", "", _nested("memory", MemorySpec)]
     lines += ["", "### Other tools' names", "", "| there | here |", "|---|---|"]
-    lines += [f"| `{theirs}` | `{ours}` |" for theirs, ours in ALIASES.items()]
+    lines += [f"| `{theirs}` | `{ours}` |" for theirs, ours in (ALIASES | TRANSLATED).items()]
     lines += ["", "### Accepted, and without effect", "", "| key | why |", "|---|---|"]
-    lines += [f"| `{key}` | {reason} |" for key, reason in FIXED.items() if reason]
+    for why, items in groupby(ACCEPTED.items(), key=lambda item: item[1]):
+        lines.append(f"| {', '.join(f'`{key}`' for key, _ in items)} | {why} |")
+    lines += [
+        "",
+        "### Refused, but for null and the values that change nothing",
+        "",
+        "| key | accepted | why of others |",
+    ]
+    lines += ["|---|---|---|", *(_refused(key) for key in REFUSED)]
     return "\n".join(lines).strip() + "\n"
+
+
+def _refused(key: str) -> str:
+    harmless, why = REFUSED[key]
+    values = ", ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in harmless)
+    return f"| `{key}` | {values.strip(', ')} | {why} |"
 
 
 def values_of(info: FieldInfo) -> str:

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooSlow
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from . import __version__
-from .needs import GB, MISTRAL
+from .allocator import is_wsl
+from .errors import UserError
+from .needs import GB, MISTRAL, MISTRAL_SHAPE
 
 PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors", "trl", "triton",
@@ -59,6 +61,9 @@ def survey() -> list[Finding]:
     for check in checks:
         try:
             findings.append(check())
+        except UserError as error:
+            if all(error.message != finding.found for finding in findings):
+                findings.append(Finding(check.__name__.removeprefix("_"), error.message, error.hint))
         except Exception as error:  # a survey that stops at the first broken thing is of no use
             name = check.__name__.removeprefix("_")
             findings.append(Finding(name, f"could not be found out: {type(error).__name__}: {error}"))
@@ -66,12 +71,12 @@ def survey() -> list[Finding]:
 
 
 def _system() -> Finding:
-    system = platform.system()
-    wsl = system == "Linux" and "microsoft" in platform.release().lower()
-    kind = f"{system}{' (WSL2)' if wsl else ''} {platform.machine()}"
+    kind = f"{platform.system()}{' (WSL2)' if is_wsl() else ''} {platform.machine()}"
     found = f"zephyr-lite {__version__}, Python {platform.python_version()}, {kind}"
-    if system == "Windows":
-        return Finding("system", found, "Supported are Linux and WSL2; run it inside WSL2.")
+    if is_wsl():
+        found += (
+            "; PyTorch's expandable_segments is off: drivers before R615 can fail on it under WSL2 (pytorch #192330)"
+        )
     return Finding("system", found)
 
 
@@ -98,13 +103,22 @@ def _torch() -> Finding:
     dtype = str(compute_dtype("auto", compute_device())).removeprefix("torch.")
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
-        driver = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
         found = (
-            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute capability {card.major}.{card.minor}, {driver}"
-            f"; computes in {dtype}"
+            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute capability {card.major}.{card.minor}, "
+            f"CUDA {torch.version.cuda}; computes in {dtype}"
         )
         cure = ""
-        if (card.major, card.minor) < (8, 0):
+        if not _built_for((card.major, card.minor), torch.cuda.get_arch_list()):
+            cure = (
+                f"torch {torch.__version__} has no code for this card, only for {', '.join(torch.cuda.get_arch_list())}. "
+                + (
+                    "Install its CUDA 12.6 build: pip install --force-reinstall 'torch<2.15' --index-url "
+                    "https://download.pytorch.org/whl/cu126"
+                    if (card.major, card.minor) < (7, 5)
+                    else "Install a build of torch for a newer CUDA."
+                )
+            )
+        elif (card.major, card.minor) < (8, 0):
             cure = "Before compute capability 8.0: float16 with loss scaling, and attention without FlashAttention."
         elif card.total_memory < 8 * GB:
             cure = "A 7B base wants some 8 GB: lower max_length and lora_r, or take a smaller base."
@@ -119,6 +133,19 @@ def _torch() -> Finding:
     return Finding(
         "GPU", found, "Small models train here (`zephyr-lite demo`); Mistral-7B wants an NVIDIA card of 12 GB."
     )
+
+
+def _built_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether a build of torch runs on a card: machine code (sm_86) on cards of its major version from its minor one on, PTX
+    (compute_90) on every newer card."""
+    if not architectures:
+        return True  # a build that does not say
+    for architecture in architectures:
+        kind, number = architecture.split("_")
+        major, minor = divmod(int(number.rstrip("af")), 10)
+        if capability >= (major, minor) and (kind == "compute" or capability[0] == major):
+            return True
+    return False
 
 
 def _attention() -> Finding:
@@ -139,6 +166,7 @@ def _attention() -> Finding:
 
 
 def _kernels() -> Finding:
+    from .model.job import Shape
     from .model.load import compute_device, compute_dtype
     from .ops.dispatch import check_kernels
 
@@ -151,7 +179,7 @@ def _kernels() -> Finding:
         return Finding("kernels", "plain PyTorch: Triton's are for GPUs")
     if not installed:
         return Finding("kernels", "plain PyTorch: triton is not installed", 'pip install "zephyr-lite[triton]"')
-    notes = check_kernels(device, compute_dtype("auto", device))
+    notes = check_kernels(device, compute_dtype("auto", device), Shape.of(MISTRAL_SHAPE).widths)
     if notes:
         return Finding("kernels", " ".join(notes), f"The run is slower, not wrong. Please report this ({installed}).")
     return Finding("kernels", f"{installed}; every kernel compiles here and agrees with plain PyTorch")
@@ -245,10 +273,17 @@ def _quantized() -> Finding:
 def _memory() -> Finding:
     import torch
 
+    from .model.load import compute_device
+    from .model.machine import HOST_SHARE, main_memory
+    from .model.offload import lockable
     from .model.plan import free_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding("memory", f"{free_memory(torch.device('cpu')) / 2**30:.1f} GiB of main memory free, {cores} cores")
+    found = f"{free_memory(torch.device('cpu')) / 2**30:.1f} GiB of main memory free, {cores} cores"
+    if is_wsl() and (device := compute_device()).type == "cuda":
+        room = lockable(int(main_memory() * HOST_SHARE), device)
+        found += f"; under WSL2 {room / 2**30:.1f} GiB of it can be locked for copies to the card"
+    return Finding("memory", found)
 
 
 def _demo() -> Finding:

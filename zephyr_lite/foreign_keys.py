@@ -1,18 +1,22 @@
 """Keys of TRL's, transformers' and the alignment handbook's YAML files, in this project's words.
 
-``ALIASES`` renames a key, ``FIXED`` accepts one that changes nothing here and says why.
+Every field of TRL's configuration classes has one verdict, and a test compares the list with the installed TRL: it is a
+key here, or translated (``ALIASES``, ``TRANSLATED``); it changes nothing here (``ACCEPTED``); or it would change what is
+trained, and is refused but for the values that do not (``REFUSED``).
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection
 from typing import Any
 
 from .errors import UserError
+from .foreign_datasets import number, take, translate_datasets
 from .words import short
 
-# other tools' name -> ours
+# other tools' name -> ours, the value as it is
 ALIASES = {
     "model_name": "model_name_or_path",
     "base_model": "model_name_or_path",
@@ -26,50 +30,159 @@ ALIASES = {
     "train_batch_size": "batch_size",
     "target_modules": "lora_target_modules",
     "precompute_ref_logps": "precompute_ref_log_probs",
+    "chat_template_path": "chat_template",
 }
 
-# accepted, and why it changes nothing
-FIXED = {
-    "bf16": "the compute dtype follows the card; set dtype to choose it",
-    "fp16": "the compute dtype follows the card; set dtype to choose it",
-    "tf32": "matrix products run in the compute dtype",
-    "gradient_checkpointing": "the plan decides what is kept for the backward pass",
-    "gradient_checkpointing_kwargs": "the plan decides what is kept for the backward pass",
-    "activation_checkpointing": "the plan decides what is kept for the backward pass",
-    "packing": "rows are always packed, and never see each other",
-    "packing_strategy": "rows are always packed best-fit",
-    "padding_free": "there is no padding",
-    "use_peft": "adapters are what is trained, always",
-    "lora_task_type": "the task is always causal language modelling",
-    "bnb_4bit_quant_type": "4 bits are always NF4",
-    "bnb_4bit_compute_dtype": "the compute dtype follows the card; set dtype to choose it",
-    "attn_implementation": "attention works over the segment table",
-    "use_flash_attention_2": "attention works over the segment table",
-    "trust_remote_code": "remote code is never run",
-    "do_train": "the command trains",
-    "do_eval": "a run with an eval_dataset is evaluated; set eval_dataset to null to leave it out",
-    "overwrite_output_dir": "a finished stage is never overwritten; choose another output_dir or stage",
-    "resume_from_checkpoint": "an unfinished stage always goes on from its last checkpoint",
-    "remove_unused_columns": "columns that nothing reads are always dropped",
-    "preprocessing_num_workers": "rows are prepared by as many processes as the machine has cores",
-    "dataset_num_proc": "rows are prepared by as many processes as the machine has cores",
-    "dataloader_num_workers": "rows are prepared before the first step",
-    "log_level": "the console decides",
-    "logging_strategy": "set logging_steps",
-    "logging_first_step": "the first step is always logged",
-    "save_strategy": "set save_steps",
-    "per_device_eval_batch_size": "the plan decides how many rows are evaluated at once",
-    "use_liger_kernel": "the engine has kernels of its own",
-    "use_cpu": "a GPU is used where there is one",
-    "run_name": "the run is named after its output_dir",
-    "ddp_find_unused_parameters": "there is nothing unused",
-    "hub_strategy": "a finished stage is pushed once",
-    "dataset_text_field": "columns are found by themselves; set dataset.columns to name them",
-    "ref_model_name_or_path": None,  # refused, with a reason of its own (see unknown_key)
+# other tools' name -> ours, where ``rename`` changes the value too
+TRANSLATED = {
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "dataset_name": "dataset",
+    "dataset_config": "dataset.name",
+    "dataset_train_split": "dataset.split",
+    "dataset_test_split": "eval_dataset",
+    "dataset_mixer": "dataset",
+    "dataset_splits": "dataset.split",
+    "dataset_configs": "dataset.name",
+    "dataset_mixture": "dataset",
+    "datasets": "dataset",
+    "test_split_size": "dataset.test_size",
+    "dataset_text_field": "dataset.columns",
+    "eval_strategy": "eval_steps",
+    "evaluation_strategy": "eval_steps",
+    "hub_model_id": "push_to_hub",
+    "assistant_only_loss": "loss_on",
+    "completion_only_loss": "loss_on",
+    "disable_dropout": "lora_dropout",
+    "model_init_kwargs": "its keys, one by one",
+    "dataset_kwargs": "its keys, one by one",
+}
+
+_ACCEPTED = {
+    "the compute dtype follows the card; set dtype to choose it": "bf16 fp16 bf16_full_eval fp16_full_eval "
+    "bnb_4bit_compute_dtype",
+    "matrix products run in the compute dtype": "tf32",
+    "the plan decides what is kept for the backward pass": "gradient_checkpointing gradient_checkpointing_kwargs "
+    "activation_checkpointing activation_checkpointing_kwargs activation_offloading",
+    "the plan decides what runs at once and what is kept in memory": "auto_find_batch_size per_device_eval_batch_size "
+    "precompute_ref_batch_size eval_accumulation_steps torch_empty_cache_steps low_cpu_mem_usage device_map",
+    "rows are always packed, and never see each other; batch_size counts packed rows": "packing eval_packing",
+    "there is no padding": "padding_free pad_to_multiple_of pad_token",
+    "adapters are what is trained, always": "use_peft",
+    "layers are quantized one by one, and sharded over nothing": "bnb_4bit_quant_storage fsdp fsdp_config",
+    "attention works over the segment table": "attn_implementation use_flash_attention_2",
+    "the engine has kernels of its own": "use_liger_kernel liger_kernel_config torch_compile torch_compile_backend "
+    "torch_compile_mode",
+    "training keeps no cache of keys and values": "use_cache",
+    "remote code is never run": "trust_remote_code",
+    "the command trains": "do_train do_predict",
+    "a run with an eval_dataset is evaluated; set eval_dataset to null to leave it out": "do_eval",
+    "evaluation has its own metrics, at every eval_steps": "eval_on_start prediction_loss_only include_for_metrics "
+    "batch_eval_metrics eval_do_concat_batches eval_use_gather_object",
+    "a finished stage is never overwritten; choose another output_dir or stage": "overwrite_output_dir",
+    "columns that nothing reads are always dropped": "remove_unused_columns label_names length_column_name",
+    "rows are prepared before the first step, by as many processes as the machine has cores": "dataset_num_proc "
+    "preprocessing_num_workers dataset_streaming streaming dataloader_num_workers dataloader_pin_memory "
+    "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order",
+    "rows are always shuffled, by seed": "shuffle_dataset data_seed",
+    "a row begins with BOS exactly once": "add_special_tokens",
+    "the console and metrics.jsonl have their own form; set logging_steps and report_to": "log_level log_level_replica "
+    "logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter logging_dir disable_tqdm "
+    "include_num_input_tokens_seen skip_memory_metrics debug",
+    "the run is named after its output_dir": "run_name project trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id",
+    "set save_steps; a checkpoint holds all that resuming needs": "save_strategy save_only_model save_on_each_node "
+    "save_safetensors enable_jit_checkpoint",
+    "an unfinished stage continues exactly where it stopped": "ignore_data_skip restore_callback_states_from_checkpoint",
+    "a GPU is used where there is one": "use_cpu no_cuda",
+    "seed decides all random numbers": "full_determinism",
+    "torchrun and the engine decide": "local_rank ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
+    "ddp_static_graph ddp_backend ddp_timeout ignore_bias_buffers",
+    "a finished stage is pushed once": "hub_strategy hub_always_push",
+    "it is the parameter of a loss or option that is off": "f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha "
+    "ref_model_sync_steps",
+}
+ACCEPTED = {key: why for why, keys in _ACCEPTED.items() for key in keys.split()}
+
+# key -> the values that change nothing here, and why others are refused
+_PLAIN = "only plain LoRA is trained"
+_DPO = "it changes the loss of DPO, and is not implemented"
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "ref_model_name_or_path": (
+        (),
+        "there is no second model; the reference is the same base with the adapter under training turned off. Put what "
+        "belongs below it into adapters",
+    ),
+    "adam_beta1": ((0.9,), "AdamW's betas are 0.9 and 0.999"),
+    "adam_beta2": ((0.999,), "AdamW's betas are 0.9 and 0.999"),
+    "adam_epsilon": ((1e-8,), "AdamW's epsilon is 1e-8"),
+    "optim_args": (("",), "optimizers take no options but learning_rate and weight_decay"),
+    "optim_target_modules": ((), "GaLore and its like are not implemented"),
+    "lr_scheduler_kwargs": (({}, ""), "a schedule takes no options; choose an lr_scheduler_type that needs none"),
+    "label_smoothing_factor": ((0,), "the targets are not smoothed"),
+    "neftune_noise_alpha": ((), "no noise is added to the embeddings"),
+    "average_tokens_across_devices": ((True,), "the loss is a mean over the tokens of all devices"),
+    "dataloader_drop_last": ((False,), "the last rows of an epoch are trained on too"),
+    "train_sampling_strategy": (("random",), "rows come in random order"),
+    "group_by_length": ((False,), "rows come in random order"),
+    "eval_delay": ((0,), "evaluation begins with the first eval_steps"),
+    "metric_for_best_model": (("loss", "eval_loss"), "the best adapter is that of the lowest held-out loss"),
+    "greater_is_better": ((False,), "the best adapter is that of the lowest held-out loss"),
+    "resume_from_checkpoint": (
+        (True, False),
+        "an unfinished stage continues from its own last checkpoint; another run's adapter belongs into adapters",
+    ),
+    "accelerator_config": (({}, ""), "accelerate's options are not read"),
+    "parallelism_config": ((), "one GPU holds a whole layer; torchrun starts a process for each"),
+    "deepspeed": (
+        ("",),
+        "DeepSpeed is not used, and its file may set the optimizer; the plan fits the run to the card",
+    ),
+    "hub_token": ((), "a file is no place for a token; run `hf auth login`"),
+    "hub_revision": (("main",), "the adapter is pushed to the branch main"),
+    "hub_model_revision": (("main",), "the adapter is pushed to the branch main"),
+    "tokenizer_name_or_path": ((), "the base's own tokenizer is used, with its embeddings"),
+    "eos_token": ((), "answers end as the chat template ends them"),
+    "truncation_mode": (
+        ("keep_start",),
+        "rows are cut at their end (dpo: a prompt at its start, to max_prompt_length)",
+    ),
+    "packing_strategy": (
+        ("bfd", "ffd"),
+        "a row longer than max_length is cut, and neither split nor wrapped; raise max_length to keep it whole",
+    ),
+    "append_concat_token": ((False,), "nothing is put between rows"),
+    "skip_prepare_dataset": ((False,), "rows are conversations or texts, and are tokenized here"),
+    "router_aux_loss_coef": ((0,), "mixtures of experts have no balancing loss here"),
+    "lora_modules_to_save": (([],), _PLAIN),
+    "lora_target_parameters": (([],), f"{_PLAIN}, on the modules of lora_target_modules"),
+    "lora_task_type": (("CAUSAL_LM",), "the task is causal language modelling"),
+    "use_rslora": ((False,), "the scale is lora_alpha / lora_r; for the same scale write lora_alpha × √lora_r"),
+    "use_dora": ((False,), _PLAIN),
+    "load_in_8bit": ((False,), "a base is held in 4 bits (load_in_4bit: true) or in 16 (false)"),
+    "bnb_4bit_quant_type": (("nf4",), "4 bits are NF4"),
+    "quantization_config": ((), "write load_in_4bit and bnb_4bit_use_double_quant"),
+    "loss_weights": (([1],), "one loss is trained"),
+    "ld_alpha": ((1,), _DPO),
+    "f_divergence_type": (("reverse_kl",), _DPO),
+    "use_weighting": ((False,), _DPO),
+    "sync_ref_model": ((False,), "the reference never changes"),
+    "reference_free": ((False,), _DPO),
+    "rpo_alpha": ((), _DPO),
+    "env": (({},), "set environment variables in the shell"),
+}
+
+_VALUES: dict[str, dict[Any, Any]] = {
+    "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", None: "auto"},
+    "optim": {"adamw_torch_fused": "adamw_torch", "adamw_hf": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"}
+    | {"paged_adamw": "paged_adamw_32bit"},
+    "max_steps": {-1: None, 0: None},  # transformers' "not set"
 }
 
 
-def rename(values: dict[str, Any], where: str, own: Collection[str], notes: list[str]) -> dict[str, Any]:
+def rename(
+    values: dict[str, Any], where: str, own: Collection[str], notes: list[str], *, file: bool = False, dpo: bool = False
+) -> dict[str, Any]:
     """Other tools' keys to ours; the combinations first (micro-batch times accumulation, data-set mixtures).
 
     Args:
@@ -77,91 +190,119 @@ def rename(values: dict[str, Any], where: str, own: Collection[str], notes: list
         where: that file, or "the command line", for messages.
         own: the keys of the schema.
         notes: gets a line for each key that was renamed or that changes nothing here.
+        file: they are a whole file; what TRL would have done without a key counts too.
+        dpo: the stage's method.
 
     Raises:
-        UserError: a key that nobody knows, or one that cannot be translated.
+        UserError: unknown keys, refused ones, or ones that cannot be translated; all of them in one message.
     """
-    values = dict(values)
+    faults: list[str] = []
+    taken = dict(values)
+    for key in ("model_init_kwargs", "dataset_kwargs"):
+        taken = {**(take(taken, key, dict, faults) or {}), **taken}
+    theirs = [key for key in taken if key not in own and (key in TRANSLATED or key in ACCEPTED or key in REFUSED)]
     result: dict[str, Any] = {}
-    micro, accumulation = (
-        values.pop("per_device_train_batch_size", None),
-        values.pop("gradient_accumulation_steps", None),
-    )
-    if micro is not None or accumulation is not None:
-        try:
-            result["batch_size"] = int(micro or 1) * int(accumulation or 1)
-        except (TypeError, ValueError, OverflowError):
-            raise UserError(
-                f"{where}: per_device_train_batch_size {short(micro)} and gradient_accumulation_steps "
-                f"{short(accumulation)} must be whole numbers."
-            ) from None
-        notes.append(f"batch_size = {result['batch_size']} (micro-batch × accumulation); the plan splits it")
-    _rename_dataset(values, result, notes)
-    for strategy, steps in (("eval_strategy", "eval_steps"), ("evaluation_strategy", "eval_steps")):
-        if strategy in values:
-            chosen = values.pop(strategy)
-            if chosen in ("no", False):
-                result["eval_dataset"] = None
-            elif chosen == "epoch":
-                values.setdefault(steps, None)
-                notes.append(f"{strategy}: epoch is an evaluation at the end of the stage")
-    hub_id = values.pop("hub_model_id", None)
-    if values.get("push_to_hub") is True:  # transformers' way: a switch, and a name beside it
+    _batch_size(taken, result, faults, notes)
+    translate_datasets(taken, result, faults, notes)
+    for strategy in ("eval_strategy", "evaluation_strategy"):
+        chosen = taken.pop(strategy, None)
+        if chosen in ("no", False):
+            result["eval_dataset"] = None
+        elif chosen == "epoch":
+            taken.setdefault("eval_steps", None)
+            notes.append(f"{strategy}: epoch is an evaluation at the end of the stage")
+    hub_id = taken.pop("hub_model_id", None)
+    if taken.get("push_to_hub") is True:  # transformers' way: a switch, and a name beside it
         if not hub_id:
-            raise UserError(f"{where}: push_to_hub says that, not where to.", "Set push_to_hub=OWNER/NAME.")
-        values["push_to_hub"] = hub_id
-    if (only := values.pop("assistant_only_loss", None)) is not None:
-        values.setdefault("loss_on", "assistant" if only else "all")
-        notes.append("assistant_only_loss is loss_on here")
-    if isinstance(warmup := values.get("warmup_steps"), float) and warmup < 1:
-        values["warmup_ratio"] = values.pop("warmup_steps")
-    for key, value in values.items():
+            faults.append("push_to_hub says that, not where to. Set push_to_hub=OWNER/NAME.")
+        taken["push_to_hub"] = hub_id
+    _losses(taken, faults, notes, dpo)
+    warmup = number(taken.get("warmup_steps"))
+    if warmup is not None and warmup < 1:  # transformers: a share of the steps
+        del taken["warmup_steps"]
+        if warmup or "warmup_ratio" not in taken:
+            taken["warmup_ratio"] = warmup
+    no_dropout = take(taken, "disable_dropout", bool, faults)
+    for key, value in taken.items():
         if key in own:
             result[key] = value
         elif key in ALIASES:
             result[ALIASES[key]] = value
             notes.append(f"{key} is {ALIASES[key]} here")
-        elif (reason := FIXED.get(key)) is not None:
-            notes.append(f"{key} changes nothing here: {reason}")
+        elif key in ACCEPTED:
+            notes.append(f"{key} changes nothing here: {ACCEPTED[key]}")
+        elif key in REFUSED:
+            harmless, why = REFUSED[key]
+            if not (value is None or value in harmless or number(value) in harmless):
+                instead = f", or set it to {harmless[0]!r}" if harmless and harmless[0] not in ("", {}, []) else ""
+                faults.append(f"{key}: {short(value)}: {why}. Remove the key{instead}.")
         else:
-            raise UserError(f"{where}: {unknown_key(key, own)}")
-    if result.get("max_steps") in (-1, 0):  # transformers' "not set"
-        result["max_steps"] = None
-    if isinstance(dtype := result.get("dtype"), str):
-        result["dtype"] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype, dtype)
+            faults.append(unknown_key(key, own))
+    if faults:
+        raise UserError(f"{where}: " + "\n".join(faults))
+    for key, table in _VALUES.items():
+        if key in result and isinstance(result[key], str | int | None):
+            result[key] = table.get(result[key], result[key])
+    if result.get("lora_target_modules") == ["all-linear"]:  # TRL's command line makes lists
+        result["lora_target_modules"] = "all-linear"
+    if result.get("save_total_limit", 1) is None:
+        del result["save_total_limit"]
+    # TRL's DPO turns every dropout off, unless told otherwise; so what the handbook's recipes say of it has no effect
+    if dpo and (no_dropout or (no_dropout is None and file and theirs)) and result.get("lora_dropout"):
+        notes.append(f"lora_dropout {result['lora_dropout']} is 0 here: disable_dropout is on, TRL's default for DPO")
+        result["lora_dropout"] = 0
+    if file and theirs:
+        notes.append("what the file leaves out has the defaults of docs/configuration.md, not TRL's")
+        if not values.get("use_peft"):
+            notes.append(
+                "the file is for full fine-tuning (no use_peft); a LoRA adapter is trained here, which usually takes ten "
+                "times the learning rate"
+            )
     return result
 
 
-def _rename_dataset(values: dict[str, Any], result: dict[str, Any], notes: list[str]) -> None:
-    """``dataset_name`` + splits, or the handbook's ``dataset_mixer`` {path: share} + ``dataset_splits``."""
-    mixer, splits = values.pop("dataset_mixer", None), values.pop("dataset_splits", None)
-    train_split, test_split = values.pop("dataset_train_split", None), values.pop("dataset_test_split", None)
-    hub_config = values.pop("dataset_config", None)
-    if isinstance(mixer, dict):
-        train = next((s for s in splits or [] if s.startswith("train")), "train")
-        test = next((s for s in splits or [] if s.startswith("test")), None)
-        result["dataset"] = [{"path": path, "split": train, "weight": share} for path, share in mixer.items()]
-        result["eval_dataset"] = [{"path": path, "split": test} for path in mixer] if test else None
-        notes.append("dataset_mixer is dataset, with weight, here")
-    if (name := values.pop("dataset_name", None)) is not None:
-        common = {"path": name, **({"name": hub_config} if hub_config else {})}
-        result["dataset"] = [{**common, "split": train_split or "train"}]
-        result["eval_dataset"] = [{**common, "split": test_split}] if test_split else None
-        notes.append("dataset_name is dataset here")
+def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
+    parts = {
+        key: values.pop(key)
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
+        if values.get(key) is not None
+    }
+    try:
+        size = math.prod(int(value) for value in parts.values())
+    except (TypeError, ValueError, OverflowError):
+        faults.append(f"{', '.join(f'{key} {short(value)}' for key, value in parts.items())}: must be whole numbers.")
+        return
+    if parts:
+        result["batch_size"] = size
+        notes.append(f"batch_size = {size} (micro-batch × accumulation); the plan splits it")
+
+
+def _losses(values: dict[str, Any], faults: list[str], notes: list[str], dpo: bool) -> None:
+    """Which tokens are learned, and by which loss."""
+    assistant = take(values, "assistant_only_loss", bool, faults)
+    completion = take(values, "completion_only_loss", bool, faults)
+    if assistant is not None or completion is not None:
+        values.setdefault("loss_on", "last" if completion else "assistant" if assistant else "all")
+        notes.append(f"assistant_only_loss, completion_only_loss: loss_on {values['loss_on']} here")
+    loss = values.get("loss_type")
+    if isinstance(loss, list) and len(loss) == 1:
+        values["loss_type"] = loss = loss[0]
+    if isinstance(loss, list):
+        faults.append(f"loss_type: {short(loss)}: one loss is trained. Name one.")
+        del values["loss_type"]
+    elif not dpo and loss in ("nll", "chunked_nll", "dft"):
+        del values["loss_type"]
+        if loss == "dft":
+            faults.append("loss_type: 'dft': sft's loss is nll. Remove the key.")
 
 
 def unknown_key(key: str, own: Collection[str]) -> str:
     """What to say of a key that is none: the nearest known one."""
-    if key == "ref_model_name_or_path":
-        return (
-            "ref_model_name_or_path: there is no second model; the reference is the same base with the adapter under "
-            "training turned off. Put what should lie below it into adapters."
-        )
     if option := difflib.get_close_matches(
         key[:100].replace("_", ""), ("dryrun", "config", "verbose"), n=1, cutoff=0.75
     ):
         return f"there is no key {short(key)}. Did you mean --{'dry-run' if option[0] == 'dryrun' else option[0]}?"
-    known = [*own, *([] if "." in key else [*ALIASES, "assistant_only_loss", "hub_model_id"])]
+    known = [*own, *([] if "." in key else [*ALIASES, *TRANSLATED])]
     near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)
     return f"there is no key {short(key)}." + (
         f" Did you mean {near[0]!r}?" if near else " See docs/configuration.md for all keys."

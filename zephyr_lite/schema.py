@@ -25,7 +25,15 @@ class DatasetSpec(BaseModel):
         1.0, gt=0, le=1000, description="share in a mixture: 0.5 takes half of the rows, 2 takes each twice"
     )
     limit: int | None = Field(None, ge=1, lt=2**63, description="so many rows, drawn with the seed")
-    columns: dict[str, str] = Field({}, description="columns of other names: {ours: theirs}")
+    columns: dict[str, str] | list[str] = Field(
+        {}, description="columns of other names: {ours: theirs}; or a list: no others are read"
+    )
+    test_size: float | None = Field(
+        None, gt=0, lt=2**31, description="rows that are held out: so many, or a share below 1; the same for every seed"
+    )
+    part: Literal["train", "test"] = Field(
+        "train", description="with test_size: train leaves the held-out rows out, test reads only them"
+    )
 
     @field_validator("path")
     @classmethod
@@ -128,6 +136,9 @@ class RunConfig(BaseModel):
         description="also linear, constant, constant_with_warmup, cosine_with_restarts, polynomial, inverse_sqrt",
     )
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="the share of the steps in which the learning rate rises")
+    warmup_steps: int | None = Field(
+        None, ge=1, lt=2**31, description="the number of these steps, instead of their share"
+    )
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
         "adamw_torch", description="8bit: its state in a quarter of the room; paged: it may move to main memory"
     )
@@ -172,6 +183,7 @@ class RunConfig(BaseModel):
         [], description="trackers: tensorboard, wandb, trackio and the others that transformers knows"
     )
     push_to_hub: str | None = Field(None, description="OWNER/NAME: upload the finished adapter")
+    hub_private_repo: bool = Field(False, description="a repository that push_to_hub makes is private")
     sync: str | None = Field(
         None,
         description="a folder, or hub:OWNER/NAME, that complete checkpoints are copied to; another machine goes on from "

@@ -21,7 +21,7 @@ from jinja2.exceptions import TemplateSyntaxError
 
 from ..errors import UserError
 from ..strict_json import shown
-from .formats import Message, RowError
+from .formats import TEXT, Message, RowError
 from .template_render import Renderer, own_template
 from .template_trial import ADDED, LONGEST_TEMPLATE, REPEATED, is_own, reason, texts_of, try_template
 from .templates import BOS, NEEDED_TOKENS, TEMPLATES
@@ -210,7 +210,7 @@ class ChatTemplate:
         """The conversation's ids and which of them are supervised.
 
         Args:
-            messages: turns; those of the assistant are supervised.
+            messages: turns; those of the assistant are supervised. Or one plain text, which is supervised whole.
             loss_on: every answer, the last one, or every token but the first.
 
         Returns:
@@ -220,9 +220,28 @@ class ChatTemplate:
             RowError: as ``render``; a turn's text contains a control token, which would become a real one; or BOS
                 does not stand exactly once.
         """
+        if messages[0]["role"] == TEXT:
+            ids = self.text_ids(messages[0]["content"])
+            return ids, np.arange(len(ids)) > 0
         self._refuse_control_tokens(messages)
         text, spans = self.render(messages)
         return self._tokenize(text, spans, loss_on)
+
+    def text_ids(self, text: str) -> np.ndarray:
+        """The ids of a plain text as TRL makes them, [T] int32: BOS once, first, and eos at the end. A text that was
+        rendered already may hold both, and other control tokens.
+
+        Raises:
+            RowError: BOS is not there exactly once.
+        """
+        eos, bos = self.tokenizer.eos_token, self.tokenizer.bos_token if self.bos_token_id is not None else None
+        text = text if text.endswith(eos) else text + eos
+        begun = bos is not None and text.startswith(bos)
+        ids = np.asarray(self.tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"], dtype=np.int32)
+        if bos is not None and ids[0] != self.bos_token_id:  # tokenizers that leave BOS to the template
+            ids = np.concatenate([np.asarray([self.bos_token_id], dtype=np.int32), ids])
+        self._check_bos(ids)
+        return ids
 
     def encode_pair(
         self, prompt: list[Message], chosen: list[Message], rejected: list[Message], loss_on: LossOn = "assistant"
@@ -275,11 +294,14 @@ class ChatTemplate:
         ids = np.asarray(encoding["input_ids"], dtype=np.int32)
         # a third of the time that an array of the pairs takes
         offsets = np.fromiter(chain.from_iterable(encoding["offset_mapping"]), dtype=np.int64, count=2 * len(ids))
+        self._check_bos(ids)
+        return ids, offsets[::2], offsets[1::2]
+
+    def _check_bos(self, ids: np.ndarray) -> None:
         if self.bos_token_id is not None:
             count = int((ids == self.bos_token_id).sum())
             if len(ids) == 0 or ids[0] != self.bos_token_id or count != 1:
                 raise RowError(f"BOS stands {count} times in the row, not once at its beginning")
-        return ids, offsets[::2], offsets[1::2]
 
     @staticmethod
     def _mask(starts: np.ndarray, spans: list[Span], loss_on: LossOn) -> np.ndarray:

@@ -29,7 +29,12 @@ COLUMNS = (
     "rejected",
     "system",
     "data",
+    "text",
 )
+
+# the role of a row that is no conversation: its text is trained on as it is
+TEXT = "text"
+PLAIN = "plain text (no chat template, loss over all tokens)"
 
 ROLES = {
     "system": "system",
@@ -47,7 +52,7 @@ _TRANSCRIPT = re.compile(r"(?:^|\n\n)[ \t]*(Human|Assistant):")
 
 _NEEDS = {
     "sft": "sft needs conversations: a column messages, conversations (ShareGPT), instruction and output (Alpaca), "
-    "prompt and completion, or data (raw UltraChat)",
+    "prompt and completion, data (raw UltraChat), or plain text: a column text",
     "dpo": "dpo needs preference rows: columns chosen and rejected, with or without prompt",
 }
 
@@ -104,6 +109,8 @@ def _sft_format(have: set[str]) -> tuple[str, Reader] | None:
         return "prompt and completion", _read_completion
     if "data" in have:
         return "raw UltraChat", _read_turns
+    if "text" in have:
+        return PLAIN, _read_text
     return None
 
 
@@ -138,6 +145,15 @@ def _read_turns(row: Mapping[str, Any]) -> tuple[Normalised, str]:
         raise RowError("data is not a list of texts, the user's and the assistant's in turn")
     messages = [_message(("user", "assistant")[place % 2], _text(turn, "data")) for place, turn in enumerate(turns)]
     return _conversation(_with_system(messages, row.get("system")))
+
+
+def _read_text(row: Mapping[str, Any]) -> tuple[Normalised, str]:
+    if isinstance(row["text"], list):  # conversations in a column that dataset_text_field named
+        return _conversation(as_messages(row["text"], "text"))
+    text = _text(row["text"], "text")
+    if not text.strip():
+        raise RowError("text is empty")
+    return {"messages": [_message(TEXT, text)]}, ""
 
 
 def _read_pair(row: Mapping[str, Any]) -> tuple[Normalised, str]:

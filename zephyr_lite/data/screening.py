@@ -76,7 +76,13 @@ def screen(file: Path, builder: str) -> int | None:
                 _screen_heading(file, opened.readline(LINE_BYTES))
             if builder != "json":
                 return None
-            if start.removeprefix(_BOM).startswith(b"["):
+            if (array := start.removeprefix(_BOM)).startswith(b"["):
+                # datasets would make a column "text" of what is no object
+                if (first := array[1:].lstrip()) and not first.startswith((b"{", b"]")):
+                    raise UserError(
+                        f"{file}: a JSON array whose first entry is no object: {first[:20].decode(errors='replace')!r}.",
+                        "Every row is an object: [{…}, {…}].",
+                    )
                 if size > ARRAY_BYTES:
                     raise UserError(
                         f"{file}: one JSON array of {size:,} bytes; up to {ARRAY_BYTES:,} are read.",

@@ -21,7 +21,7 @@ import numpy as np
 from ..config import DatasetSpec
 from ..errors import UserError
 from ..strict_json import shown
-from .formats import COLUMNS, Method, RowError, detect
+from .formats import COLUMNS, TEXT, Method, RowError, detect
 from .opening import find_broken_json, open_source, quiet
 from .workers import interruptible
 
@@ -90,9 +90,9 @@ def _one_source(
         raise UserError(f"{label}: empty; there is no row in it.")
     raw = _rename(raw, spec.columns, label)
     kind, _ = detect(list(raw.column_names), method, label)
-    total, numbers = len(raw), np.arange(len(raw))
-    if spec.limit is not None and spec.limit < total:
-        numbers = np.sort(rng.permutation(total)[: spec.limit])
+    total, numbers = len(raw), _part(spec, len(raw), label)
+    if spec.limit is not None and spec.limit < len(numbers):
+        numbers = np.sort(rng.permutation(numbers)[: spec.limit])
     if spec.weight < 1:
         numbers = np.sort(rng.permutation(numbers)[: max(1, round(len(numbers) * spec.weight))])
     raw = raw.select_columns([c for c in raw.column_names if c in COLUMNS])
@@ -153,6 +153,24 @@ def _one_source(
     mapped = mapped.remove_columns(["fault", "change"])
     indices = np.concatenate(chosen)
     return mapped if len(indices) == len(mapped) == len(kept) else mapped.select(indices)
+
+
+def _part(spec: DatasetSpec, total: int, label: str) -> np.ndarray:
+    """The rows of the data set that this part of it has, ascending.
+
+    The draw depends on the number of rows alone: with the run's seed in it, another seed would train on rows that were
+    held out.
+    """
+    if spec.test_size is None:
+        return np.arange(total)
+    held_out = round(total * spec.test_size) if spec.test_size < 1 else int(spec.test_size)
+    if not 0 < held_out < total:
+        raise UserError(
+            f"{label}: test_size {spec.test_size:g} holds out {held_out:,} of {total:,} rows.",
+            "Choose one that leaves rows to train on, and rows to hold out.",
+        )
+    drawn = np.random.default_rng(total).permutation(total)
+    return np.sort(drawn[:held_out] if spec.part == "test" else drawn[held_out:])
 
 
 @contextmanager
@@ -257,7 +275,7 @@ def _normalise(
         try:
             turns, change = read(row)
             first = turns[columns[0]]
-            if system and first[0]["role"] != "system":
+            if system and first[0]["role"] not in ("system", TEXT):
                 turns[columns[0]] = [{"role": "system", "content": system}, *first]
         except RowError as error:
             fault = str(error)
@@ -269,7 +287,11 @@ def _normalise(
     return result
 
 
-def _rename(raw: datasets.Dataset, mapping: dict[str, str], label: str) -> datasets.Dataset:
+def _rename(raw: datasets.Dataset, mapping: dict[str, str] | list[str], label: str) -> datasets.Dataset:
+    if isinstance(mapping, list):
+        return _rename(raw, {name: name for name in mapping if name in COLUMNS}, label).select_columns(
+            [name for name in mapping if name in raw.column_names]
+        )
     for ours, theirs in mapping.items():
         if ours not in COLUMNS:
             raise UserError(f"{label}: columns: {ours!r} is not a column here.", f"Ours are {', '.join(COLUMNS)}.")

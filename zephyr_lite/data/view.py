@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .chat import ChatTemplate, Example, LossOn, PairExample
-from .formats import Message, RowError
+from .formats import TEXT, Message, RowError
 
 TEMPLATE_ROLE = "template"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -89,8 +89,11 @@ def conversation_segment(template: ChatTemplate, example: Example, messages: lis
     Raises:
         ValueError: these turns give other ids.
     """
-    text, _ = template.render(messages)
-    ids, roles = _ids_and_roles(template, messages, text)
+    if messages[0]["role"] == TEXT:
+        ids = template.text_ids(messages[0]["content"])
+        roles = [TEXT] * len(ids)
+    else:
+        ids, roles = _ids_and_roles(template, messages, template.render(messages)[0])
     _same(ids[: len(example.ids)], example.ids, example.where)
     tokens = _tokens(template, example.ids, example.mask, roles, 0)
     return Segment("conversation", example.where, tokens, cut_right=len(ids) - len(example.ids))

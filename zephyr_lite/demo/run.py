@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -156,6 +157,7 @@ def _stage(run: Callable[..., Any], loaded: Any, timed: Callable[..., Any], say:
             say(done.message)
 
     timed(loaded.config.stage, work)
+    gc.collect()  # the stage's base must be gone before the next one is planned and loaded
 
 
 def _write_pairs(folder: Path, say: Say) -> tuple[Path, Path]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
 from .budget import Budget, Totals, dollars
-from .client import HttpEndpoint
 from .journal import Journal, Record
 from .keys import read_key
 from .line import Line, Patience
@@ -323,6 +322,8 @@ def _endpoint(spec: EndpointSpec, known: Mapping[str, Weights], opened: dict[str
         opened: folders of endpoints before this one, by their real place; a new one is added.
     """
     if spec.url is not None:
+        from .client import HttpEndpoint  # it needs an HTTP client, a local folder does not
+
         return HttpEndpoint(spec, read_key(spec))
     from .local import LocalEndpoint, weights_of
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -149,6 +148,8 @@ def push(upload: Upload, *, private: bool = False, say: Say = lambda line: None)
         UserError: no token, the hub is switched off, not permitted, no connection; or ``private``, and the repository is
             there and public.
     """
+    import httpx2  # only an upload needs it
+
     check_repo(upload.repo)
     api = HfApi()
     try:

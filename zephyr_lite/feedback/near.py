@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-from rensa import RMinHash, RMinHashDeduplicator
-
 _PERMUTATIONS, _SEED = 128, 42
 # Bands of four: of two texts whose signatures agree in 70 % at least one band is the same in 99.98 %.
 _BANDS = 32
@@ -22,6 +20,8 @@ class Openings:
     """
 
     def __init__(self, similarity: float) -> None:
+        from rensa import RMinHashDeduplicator
+
         self._index = RMinHashDeduplicator(
             threshold=similarity, num_perm=_PERMUTATIONS, use_lsh=True, num_bands=_BANDS, seed=_SEED
         )
@@ -32,6 +32,8 @@ class Openings:
 
     def take(self, text: str) -> str | None:
         """Take a text that is new, and return None; or return the earlier one that it is too near to."""
+        from rensa import RMinHash
+
         signature = RMinHash(num_perm=_PERMUTATIONS, seed=_SEED)
         signature.update(sorted(shingles(text)))
         near = self._index.get_duplicates(signature)

@@ -347,7 +347,8 @@ NAMES = {
 def _resident(job: Job, setting: Setting, device: Device) -> dict[str, int]:
     key = (setting.stream, setting.scratch, device)
     if key not in job.memo:
-        on_device, job.memo["managed"] = optimizer_bytes(job.optim, job.trained_tensors, cuda=device.backend != "cpu")
+        cuda = device.backend != "cpu"
+        on_device, job.memo["managed"] = optimizer_bytes(job.optim, job.trained_tensors, cuda=cuda)
         found = {
             **base_bytes(job, stream=setting.stream),
             "dequantized weights": scratch_bytes(job, setting.scratch),
@@ -355,7 +356,7 @@ def _resident(job: Job, setting: Setting, device: Device) -> dict[str, int]:
             "optimizer's state": on_device,
             # the forward pass has one, and the backward pass, which runs in autograd's thread, another
             "matrix products' workspace": 2 * device.workspace,
-            "CUDA context": device.context,
+            "CUDA context" if cuda else "process": device.context,
         }
         job.memo[key] = {name: n for name, n in found.items() if n}
     return job.memo[key]

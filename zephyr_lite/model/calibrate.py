@@ -1,26 +1,37 @@
-"""How fast this machine's card is, measured in about two seconds: a matrix product of a layer's size, and copies."""
+"""How fast this machine is: on a card a matrix product of a layer's size and copies, in about two seconds; on a CPU a matrix
+product, an exponential and the dequantization of a weight, in less than one."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
 
 import torch
+from bitsandbytes.nn import Params4bit
 
-from .cards import Card
+from ..ops.nf4 import dequantize
+from .cards import PROCESSOR, Card
 from .offload import host_bytes
 
 SECONDS = 0.25  # of each measurement, at least
 COPY_BYTES = 128 * 2**20
+# of a CPU's measurements: each takes a millisecond or two, which other processes seldom interrupt
+TOKENS, WIDTH, ELEMENTS = 256, 512, 2**20
+CPU_SECONDS, CPU_CALLS = 0.1, 25  # of each, at least
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Card:
-    """The card as ``cards`` describes one; what was measured is rounded to two digits, so that two starts plan alike.
+    """The device as ``cards`` describes a card; what was measured is rounded to two digits, so that two starts plan alike.
 
     Args:
-        device: a CUDA device.
+        device: a CUDA device, or the CPU with as many threads as training will use.
         dtype: of the matrix products.
     """
+    if device.type == "cpu":
+        return _processor(dtype, torch.get_num_threads())
     properties = torch.cuda.get_device_properties(device)
     free, _ = torch.cuda.mem_get_info(device)
     rows, width = (4096, 4096) if free > 2**30 else (1024, 2048)
@@ -40,6 +51,42 @@ def measure(device: torch.device, dtype: torch.dtype) -> Card:
         share=0.9,  # of what one product alone reaches: others are smaller, and the card gets warm
         measured=True,
     )
+
+
+@cache
+def _processor(dtype: torch.dtype, threads: int) -> Card:
+    """The CPU with this number of threads, measured once in a process."""
+    # no random numbers: the generators are the run's
+    a, b = torch.ones(TOKENS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
+    out = torch.empty(TOKENS, WIDTH, dtype=dtype)
+    products = _best(lambda: torch.mm(a, b.T, out=out), 2 * TOKENS * WIDTH * WIDTH)
+    # not a copy: what only moves bytes on a card is bound by its arithmetic here, SiLU and softmax most of all
+    logits = torch.ones(ELEMENTS, dtype=dtype)
+    weights = torch.empty_like(logits)
+    memory = _best(lambda: torch.exp(logits, out=weights), 2 * ELEMENTS * dtype.itemsize)
+    values = b if dtype.itemsize <= 4 else b.float()  # bitsandbytes knows no float64
+    weight = Params4bit(values, quant_type="nf4", compress_statistics=True, requires_grad=False).to("cpu")
+    buffer = torch.empty(WIDTH, WIDTH, dtype=dtype)
+    unpacked = _best(lambda: dequantize(weight, dtype, out=buffer), WIDTH * WIDTH)
+    return replace(
+        PROCESSOR,
+        tflops=_rounded(products / 1e12),
+        bandwidth=_rounded(memory / 1e9),
+        pcie=_rounded(memory / 1e9),  # what is offloaded or streamed is a copy in the same memory
+        unpacking=_rounded(unpacked / 1e9),
+        measured=True,
+    )
+
+
+def _best(run: Callable[[], object], amount: float) -> float:
+    """What `run` does a second at its fastest: other processes only make it slower."""
+    run()
+    times = [time.perf_counter()]
+    # where other processes hold a core, most calls wait for a thread
+    while times[-1] - times[0] < CPU_SECONDS or len(times) <= CPU_CALLS:
+        run()
+        times.append(time.perf_counter())
+    return amount / min(after - before for before, after in pairwise(times))
 
 
 def _rates(device: torch.device, dtype: torch.dtype, rows: int, width: int, size: int) -> tuple[float, float, float]:

@@ -26,6 +26,7 @@ class Card:
         share: of `tflops` that large matrix products reach.
         measured: its numbers were measured here (in the run's dtype).
         tflops32: of 32-bit matrices, without TF32.
+        unpacking: 10^9 NF4 numbers dequantized a second; None: as many as the memory's bandwidth lets through.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Card:
     share: float = 0.6
     measured: bool = False
     tflops32: float | None = None
+    unpacking: float | None = None
 
     def rate(self, dtype: torch.dtype) -> float:
         """Operations a second that large matrix products of a dtype reach."""
@@ -67,6 +69,7 @@ _CARDS = (
     Card("5090", 32, 209, 1792, 50, (12, 0), 0.60, tflops32=104.8),
     Card("t4", 15, 65, 300, 12, (7, 5), 0.35, share=0.3, tflops32=8.1),
     Card("l4", 22.5, 121, 300, 24, (8, 9), 0.70, share=0.4, tflops32=30.3),
+    # only torch's CUDA 12.6 builds have code for capability 7.0 (``zephyr-lite env`` says so)
     Card("v100-16", 15.8, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
     Card("v100-32", 31.7, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
     Card("a10g", 22.5, 70, 600, 24, (8, 6), 1.00, tflops32=31.2),
@@ -75,6 +78,8 @@ _CARDS = (
     Card("h100", 79.6, 989, 3350, 50, (9, 0), 2.50, share=0.5, tflops32=66.9),
     Card("h200", 140.4, 989, 4800, 50, (9, 0), 3.20, share=0.5, tflops32=66.9),
 )
+# A CPU that was not measured: for plans whose speed does not matter.
+PROCESSOR = Card("cpu", 0, 0.08, 20, 10, (0, 0), share=1.0)
 CARDS = {card.name: card for card in _CARDS}
 # For --vram alone: a plain consumer card of that size, none slower than a smaller one (of 6 and 8 GB: one of 12 with less).
 _BY_MEMORY = {

@@ -95,7 +95,8 @@ def step_time(job: Job, setting: Setting, card: Card) -> Time:
     moved = _bytes_moved(job)
     scores = attention_operations(job)
     weights = s.layer_weights
-    unpacked = 0.0 if job.storage == "dense" else weights * (0.53 + job.dtype.itemsize) / memory
+    unpacking = memory / (0.53 + job.dtype.itemsize) if card.unpacking is None else card.unpacking * 1e9
+    unpacked = 0.0 if job.storage == "dense" else weights / unpacking
     gates = 2 * s.hidden * s.inner / weights  # the share of gate and up, which the small scratch takes twice
     slab = slab_bytes(job) / link if setting.stream else 0.0
     per_token = {keep: _kept_per_layer(job, keep) for keep in set(setting.keep)}
@@ -148,7 +149,7 @@ def step_time(job: Job, setting: Setting, card: Card) -> Time:
         waiting += count * (max(0.0, max(away, slab) - forward) + max(0.0, away + slab - backward))
     targets = tokens * job.targets
     head = s.head_weights * 2 * targets * (2 + job.live_reference) / rate
-    head += 6 * targets * s.vocabulary * job.dtype.itemsize / memory
+    head += 6 * targets * (1 + job.live_reference) * s.vocabulary * job.dtype.itemsize / memory
     if setting.stream:
         waiting += s.head_weights * job.dtype.itemsize / link
     micro = computing + waiting + head

@@ -29,6 +29,7 @@ _LABELS = {
     "optimizer's state": "optimizer's state",
     "matrix products' workspace": "matrix products' workspace",
     "CUDA context": "CUDA context (estimate)",
+    "process": "this process: Python, libraries, rows",
     "gradients": "gradients (float32)",
     "kept activations": "activations kept for the backward pass",
     "inputs": "inputs of a micro-batch",
@@ -48,7 +49,9 @@ def forecast_lines(
         price: US dollars an hour; None: the card's usual one, where it has one.
     """
     storage = {"dense": str(job.dtype).removeprefix("torch."), "nf4": "NF4", "nf4 nested": "NF4, scales in 8 bits"}
-    where = f"{machine.name}, {machine.free / GIB:.1f} GiB" + (" free" if not machine.context else "")
+    here = machine.kind == "cpu" or not machine.context
+    free = machine.free - (machine.context if here else 0)
+    where = f"{machine.name}, {free / GIB:.1f} GiB" + (" free" if here else "")
     unit, its_name = (GIB, "GiB") if plan.peak >= GIB / 2 else (2**20, "MiB")
     lines = [
         f"plan of {job.method} on {where}",
@@ -147,7 +150,8 @@ def _elsewhere(machine: Machine, plan: Plan) -> list[str]:
 
 
 def _time(job: Job, machine: Machine, plan: Plan, price: float | None) -> list[str]:
-    basis = "from what this card does in two seconds" if machine.card.measured else "from data sheets, not measured"
+    here = "CPU" if machine.kind == "cpu" else "card"
+    basis = f"from a short measurement of this {here}" if machine.card.measured else "from data sheets, not measured"
     lines = [f"speed: about {plan.tokens_per_second:,.0f} tokens/s ({basis})"]
     if job.run_tokens:
         seconds = job.run_tokens / max(plan.tokens_per_second, 1e-9)

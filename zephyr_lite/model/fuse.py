@@ -25,6 +25,7 @@ from ..ops.lora import LoraPair
 from ..ops.nf4 import is_quantized
 from ..ops.rms_norm import rms_norm
 from .family import layer_windows
+from .job import Shape
 from .layer import run_layer
 from .layer_spec import Keep, Pass, layer_of
 from .load import check_family
@@ -144,7 +145,7 @@ class _Fused:
         if (x.device, dtype) not in self.checked:
             self.checked.add((x.device, dtype))
             with torch.no_grad():
-                for note in check_kernels(x.device, dtype):
+                for note in check_kernels(x.device, dtype, Shape.of(inner.config).widths):
                     warnings.warn(note, stacklevel=2)
         with torch.autocast(kind, enabled=False):
             flat = self._layers(flat, positions, segments)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ..config import Method, RunConfig
+from ..ops.dispatch import Widths
 from .family import ATTENTION, MLP, family_of, head_width
 
 Storage = Literal["nf4", "nf4 nested", "dense"]
@@ -64,6 +65,12 @@ class Shape:
     @property
     def keys(self) -> int:
         return self.kv_heads * self.head_dim
+
+    @property
+    def widths(self) -> Widths:
+        """What kernels are compiled for."""
+        rotated = self.heads + self.kv_heads
+        return Widths(self.hidden, self.inner, self.queries, rotated, self.head_dim, self.vocabulary)
 
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:

@@ -70,6 +70,17 @@ class Base:
 
 
 def compute_device() -> torch.device:
+    """The current CUDA device, or the CPU where there is none.
+
+    Raises:
+        UserError: torch is a ROCm build, whose devices it calls CUDA's.
+    """
+    if torch.version.hip is not None and torch.cuda.is_available():
+        raise UserError(
+            f"torch {torch.__version__} is a ROCm build; zephyr-lite supports NVIDIA cards only.",
+            "Use a machine with an NVIDIA card and a CUDA build of torch, or hide the card to compute on the CPU: "
+            "HIP_VISIBLE_DEVICES=-1.",
+        )
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +22,6 @@ from .cards import Card
 HOST_SHARE = 0.5
 # Main memory to spare on a machine that is not this one, unless memory.host says otherwise.
 HOST_ELSEWHERE = 16 * GIB
-# What a processor reaches; only a card's plan depends on it.
-PROCESSOR = Card("cpu", 0, 0.08, 20, 10, (0, 0))
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Machine:
         card: its speed.
         free: bytes of the device's memory (a CPU: of main memory) for the run, and for its context if `context`.
         host: bytes of main memory to spare.
-        context: what the process takes of `free` before its first tensor; 0 where `free` was measured inside it.
+        context: what the process takes of `free` before its first tensor: a CUDA context, or on a CPU Python, libraries and
+            rows; 0 where `free` was measured without it.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -47,7 +48,7 @@ class Machine:
     def device(self, dtype: torch.dtype) -> Device:
         """How it computes in a dtype."""
         if self.kind == "cpu":
-            return CPU
+            return replace(CPU, context=self.context)
         return Device.of(self.card.capability, dtype.itemsize == 2, context=self.context)
 
 
@@ -133,10 +134,37 @@ def parse_size(text: str, what: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU what its allocator reserved at most, on a CPU the process's largest resident set."""
+def process_memory(device: torch.device) -> int:
+    """Resident bytes of this process on a CPU, after memory that is no longer used was returned to the system; 0 on a GPU,
+    where the allocator's statistics do not include the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+        return 0
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _resident("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU what its allocator reserved at most, on a CPU the largest resident set of the process since
+    ``reset_peak_memory``. What a plan's ``peak`` counts, too."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Exclude from a CPU's ``peak_memory`` what loading and earlier stages took. Only Linux can do that."""
+    if device.type == "cpu":
+        with suppress(OSError):  # not Linux, or a sandbox without this file
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _resident(name: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes of the resident set, now or at its largest; without Linux's ``/proc`` always at its largest."""
+    try:
+        found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found is not None:
+        return int(found[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)

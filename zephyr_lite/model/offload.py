@@ -7,15 +7,18 @@ A CPU stands in for the accelerator through the same code; nothing runs beside a
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..allocator import is_wsl
 from ..errors import UserError
 
 
@@ -23,6 +26,8 @@ class LockRefused(UserError):
     """The system does not lock as much main memory as was asked for."""
 
 
+CHUNK = 32 * 2**20  # of the ring through which memory that cannot be locked is copied
+PROBE = 256 * 2**20  # what ``lockable`` locks at a time
 ALIGNMENT = 256  # what a device's memory is aligned to; views of 16-byte types need no more
 PAGE = 4096
 
@@ -45,9 +50,13 @@ class SideStream:
                 target.copy_(source)
             return None
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        ring = _rings.get(self.device)
         with torch.cuda.stream(self._stream):
             for target, source in pairs:
-                target.copy_(source, non_blocking=True)
+                if ring is None or (target if source.is_cuda else source).is_pinned():
+                    target.copy_(source, non_blocking=True)
+                else:
+                    ring.copy(target, source)
             done = torch.cuda.Event()
             done.record(self._stream)
         return done
@@ -66,13 +75,42 @@ class SideStream:
 def host_bytes(count: int, device: torch.device) -> Tensor:
     """uint8 [count] on the host, locked in place where a GPU copies from or to it.
 
-    PyTorch's own pinned memory comes in powers of two: up to twice what is needed. So ordinary memory is registered.
+    Where the system does not lock so much (WSL2: from 0.5 GiB to half of the main memory), it is ordinary memory, and
+    ``SideStream`` copies it through a ring of locked chunks: right, but slower, and the processor waits.
 
     Raises:
-        LockRefused: the system does not lock so much memory.
+        LockRefused: there is not so much memory, or the system does not lock the ring either.
     """
     if device.type != "cuda" or not count:
         return torch.empty(count, dtype=torch.uint8)
+    if is_wsl() and device not in _rings:
+        _rings[device] = Ring(device)  # first: when a lock is refused, there may be no room for it left
+    memory, code = _locked(count, device)
+    if code and device not in _rings:
+        _rings[device] = Ring(device)
+    return memory
+
+
+def lockable(wanted: int, device: torch.device) -> int:
+    """How many bytes of main memory the system locks for copies, of as many as are wanted: pieces are locked until one is
+    refused, and released again. One piece less than that is left to others."""
+    pieces: list[Tensor] = []
+    while len(pieces) * PROBE < wanted:
+        piece, code = _locked(PROBE, device)
+        if code:
+            return max(0, len(pieces) - 1) * PROBE
+        pieces.append(piece)
+    return wanted
+
+
+def _locked(count: int, device: torch.device) -> tuple[Tensor, int]:
+    """uint8 [count] on the host, locked for as long as it exists; and 0, or CUDA's error where the system refuses the lock.
+
+    PyTorch's own pinned memory comes in powers of two: up to twice what is needed. So ordinary memory is registered.
+
+    Raises:
+        LockRefused: there is not so much memory.
+    """
     try:
         owner = np.empty(count + PAGE, dtype=np.uint8)
     except MemoryError:
@@ -85,19 +123,82 @@ def host_bytes(count: int, device: torch.device) -> Tensor:
     runtime: Any = torch.cuda.cudart()
     code = int(runtime.cudaHostRegister(memory.data_ptr(), count, 0))
     if code:
-        raise LockRefused(
-            f"{count / 2**30:.2f} GiB of main memory could not be locked for copies to the card (CUDA error {code}).",
-            "Raise the limit (`ulimit -l`, or the container's memlock), close what fills the main memory, or set "
-            "memory.offload=false and memory.stream=false.",
-        )
-    # tensors keep their owner alive; its end is told before its memory goes
-    weakref.finalize(owner, _unlock, runtime, memory.data_ptr(), device).atexit = False  # the process takes it along
-    return memory
+        _clear_last_error()
+    else:
+        # tensors keep their owner alive; its end is told before its memory goes
+        weakref.finalize(
+            owner, _unlock, runtime, memory.data_ptr(), device
+        ).atexit = False  # the process takes it along
+    return memory, code
+
+
+def _clear_last_error() -> None:
+    """Take CUDA's pending error, which the next kernel launch would report as its own. PyTorch's binding of the runtime has no
+    cudaGetLastError, but torch loads the library with its symbols global (libtorch_global_deps)."""
+    last_error = getattr(
+        ctypes.CDLL(None), "cudaGetLastError", None
+    )  # None: the runtime is linked into torch statically
+    if last_error is not None:
+        last_error()
 
 
 def _unlock(runtime: Any, start: int, device: torch.device) -> None:
     torch.cuda.synchronize(device)  # a pass that failed may have left a copy on its way
     runtime.cudaHostUnregister(start)
+
+
+class Ring:
+    """Two locked chunks through which ordinary memory is copied to and from a card.
+
+    Args:
+        device: the card.
+
+    Raises:
+        LockRefused: the system does not lock the chunks either.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._slots = []
+        for _ in range(2):
+            chunk, code = _locked(CHUNK, device)
+            if code:
+                raise LockRefused(
+                    f"main memory could not be locked for copies to the card, not even {CHUNK // 2**20} MiB (CUDA error "
+                    f"{code}).",
+                    "Raise the limit (`ulimit -l`, or the container's memlock), close what fills the main memory, or set "
+                    "memory.offload=false and memory.stream=false.",
+                )
+            self._slots.append((chunk, torch.cuda.Event()))
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy a contiguous tensor on the current stream; returns when ordinary memory has been read or written."""
+        to_host = not target.is_cuda
+        arriving: list[tuple[Tensor, Tensor, Any]] = []
+        pieces = zip(*(t.view(-1).view(torch.uint8).split(CHUNK) for t in (target, source)), cycle(self._slots))
+        for there, here, (chunk, event) in pieces:
+            if len(arriving) == len(self._slots):
+                self._take(*arriving.pop(0))
+            event.synchronize()  # what was copied by way of this chunk before, on whichever stream
+            chunk = chunk[: here.numel()]
+            if to_host:
+                self._enqueue(chunk, here)
+                arriving.append((there, chunk, event))
+            else:
+                chunk.copy_(here)
+                self._enqueue(there, chunk)
+            event.record()
+        for piece in arriving:
+            self._take(*piece)
+
+    def _enqueue(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def _take(self, target: Tensor, chunk: Tensor, event: Any) -> None:
+        event.synchronize()
+        target.copy_(chunk)
+
+
+_rings: dict[torch.device, Ring] = {}  # of devices for which a lock was refused
 
 
 @dataclass

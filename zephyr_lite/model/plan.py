@@ -9,15 +9,17 @@ from typing import Any, Literal
 
 import torch
 
+from ..allocator import is_wsl
 from ..config import MemorySpec
 from ..errors import UserError
 from .account import CONTEXT_BYTES, GIB, Setting, account, in_words, kept_per_token, kept_widths, scratch_widths
-from .cards import Card
+from .cards import PROCESSOR, Card
 from .cost import step_time
 from .job import Job, Shape
 from .layer_spec import Keep
-from .machine import HOST_SHARE, PROCESSOR, Machine, main_memory, parse_size
+from .machine import HOST_SHARE, Machine, main_memory, parse_size, process_memory
 from .memory import ScratchMode
+from .offload import lockable
 from .search import KEEPS, LEAST, Limits, cures, fixed_tokens, least_account, least_host, search
 
 # At once on a CPU: enough for matrix products at full speed, little enough for its caches.
@@ -118,23 +120,29 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *
     Args:
         device: where the run will compute.
         dtype: in what.
-        memory: ``vram`` caps what is free to what a card of that size would have (its context comes off).
-        measure: measure the card's speed; False: it does not matter.
+        memory: ``vram`` caps what is free to what a card of that size would have (its context comes off; a CPU's process
+            does not).
+        measure: measure the speed; False: it does not matter.
 
     Raises:
         UserError: ``vram`` is no size.
     """
     host = int(main_memory() * HOST_SHARE)
+    if measure:
+        from .calibrate import measure as measured
     if device.type == "cpu":
+        card = measured(device, dtype) if measure else PROCESSOR
+        # the process is a part of the measured peak, so of the plan too; it has taken its memory already
+        process = process_memory(device)
         free = free_memory(device)
         if memory.vram is not None:
             free = min(free, parse_size(memory.vram, "memory.vram"))
-        return Machine("cpu", "the CPU", PROCESSOR, free, host)
+        return Machine("cpu", "the CPU", card, free + process, host, process)
     limit = None if memory.vram is None else parse_size(memory.vram, "memory.vram") - CONTEXT_BYTES
     if measure:
-        from .calibrate import measure as measured
-
         card = measured(device, dtype)  # first: the libraries that it loads take room too
+    if is_wsl():
+        host = lockable(host, device)
     free = free_memory(device)
     if not measure:
         capability = torch.cuda.get_device_capability(device)
@@ -202,7 +210,8 @@ def _simple(job: Job, limits: Limits, memory: MemorySpec, name: str) -> Plan:
         layers if memory.offload and ours else 0,
         bool(memory.stream) and ours,
     )
-    budget = int(limits.device * SHARE)
+    there_already = limits.kind.context
+    budget = there_already + int((limits.device - there_already) * SHARE)
     host = None if memory.host is None else limits.host
 
     def host_of(setting: Setting) -> int:
@@ -320,6 +329,18 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return main_memory()
+
+
+def cap_allocator(device: torch.device, memory: MemorySpec) -> None:
+    """Under WSL2, refuse PyTorch's allocator more than the plan was made for. The driver there moves what does not fit to main
+    memory, and the run would be ten times slower, where an allocation that fails lets it go on under a smaller plan."""
+    if device.type != "cuda" or not is_wsl():
+        return
+    free = free_memory(device)
+    if memory.vram is not None:
+        free = min(free, parse_size(memory.vram, "memory.vram") - CONTEXT_BYTES)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (free + torch.cuda.memory_allocated(device)) / total), device)
 
 
 def keep_freed_pages() -> bool:

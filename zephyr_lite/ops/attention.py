@@ -8,7 +8,8 @@ Forward and backward are functions of their own, because the decoder layer decid
 computes is one of PyTorch's kernels (``backend``):
 
     flash       CUDA from compute capability 8.0, 16 bits: FlashAttention-2 over cumulative lengths (Dao 2023, arXiv 2307.08691)
-    efficient   other CUDA cards and float32: the memory-efficient kernel over cumulative lengths, causal from the bottom right
+    efficient   other CUDA cards and float32: the memory-efficient kernel over cumulative lengths, causal from the bottom right;
+                segments that it computes wrong gradients for (``SegmentTable.misaligned``) are computed as ``plain``
     cpu         the CPU's flash kernel, a call a segment
     plain       softmax spelled out, a segment at a time: what the others cannot (float64 on CUDA, odd head sizes)
 """
@@ -69,6 +70,16 @@ class SegmentTable:
         """[S + 1] where each segment's gathered keys begin."""
         return list(accumulate(self.key_lengths, initial=0))
 
+    @cached_property
+    def misaligned(self) -> frozenset[int]:
+        """The segments that the window cuts and that have more keys than queries.
+
+        PyTorch's memory-efficient kernel (2.11 to 2.14) applies the window from the bottom right in its forward pass, but
+        from the top left in its backward pass (kernel_backward.h, "Apply mask"), so that their gradients are wrong.
+        """
+        lengths = enumerate(zip(self.query_lengths, self.key_lengths))
+        return frozenset(i for i, (q, k) in lengths if self.window is not None and q < k and self.window < k)
+
     @classmethod
     def build(cls, segments: Sequence[SegmentLike], window: int | None, device: torch.device) -> SegmentTable:
         queries, keys = [s.queries for s in segments], [s.keys for s in segments]
@@ -115,17 +126,16 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scal
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     if kind == "efficient":
-        k, v = _repeated(k, q), _repeated(v, q)
+        wide_k, wide_v = _repeated(k, q), _repeated(v, q)
         for run in _like_lengths(table):
             found, padded, *_ = torch.ops.aten._efficient_attention_forward(
-                q[None, run.q], k[None, run.k], v[None, run.k], None, run.cu_queries, run.cu_keys, max(run.queries),
-                max(run.keys), 0.0, _CAUSAL_FROM_BOTTOM_RIGHT, True, scale=scale, window_size=table.window,
+                q[None, run.q], wide_k[None, run.k], wide_v[None, run.k], None, run.cu_queries, run.cu_keys, max(run.queries),
+                max(run.keys), 0.0, _CAUSAL_FROM_BOTTOM_RIGHT, True, scale=scale, window_size=run.window,
             )  # fmt: skip
             out[run.q] = found[0]
             lse[run.q] = _by_token(padded, run.queries)
-        return out, lse
     forward = _cpu_forward if kind == "cpu" else _plain_forward
-    for piece in _pieces(table, kind):
+    for piece in _pieces(table, kind, q.shape[1]):
         here = forward(_grouped(q, k, piece.q), _heads(k, piece.k), _heads(v, piece.k), piece, scale)
         _grouped(out, k, piece.q).copy_(here[0])
         _grouped(lse[..., None], k, piece.q)[..., 0].copy_(here[1])
@@ -156,24 +166,23 @@ def attention_backward(
             grad, q, k, v, out, lse, table.cu_queries, table.cu_keys, max(table.query_lengths), max(table.key_lengths),
             0.0, left < 0, state, none, scale=scale, window_size_left=left, window_size_right=right,
         )  # fmt: skip
-    elif kind == "efficient":
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)
-        wide_k, wide_v = _repeated(k, q), _repeated(v, q)
-        a, b, c = d_q, torch.empty_like(k), torch.empty_like(v)
-        for run in _like_lengths(table):
-            gq, gk, gv, _ = torch.ops.aten._efficient_attention_backward(
-                grad[None, run.q], q[None, run.q], wide_k[None, run.k], wide_v[None, run.k], None, out[None, run.q],
-                run.cu_queries, run.cu_keys, max(run.queries), max(run.keys), _padded(lse[run.q], run.queries), 0.0, seed,
-                seed, _CAUSAL_FROM_BOTTOM_RIGHT, False, scale=scale, window_size=table.window,
-            )  # fmt: skip
-            a[run.q] = gq[0]
-            b[run.k], c[run.k] = _summed(gk[0], k), _summed(gv[0], k)
     else:
-        direct = table.runs is None
+        direct = kind != "efficient" and table.runs is None
         a = d_q
         b, c = (d_k.zero_(), d_v.zero_()) if direct else (k.new_zeros(k.shape), v.new_zeros(v.shape))
+        if kind == "efficient":
+            seed = torch.zeros((), dtype=torch.int64, device=q.device)
+            wide_k, wide_v = _repeated(k, q), _repeated(v, q)
+            for run in _like_lengths(table):
+                gq, gk, gv, _ = torch.ops.aten._efficient_attention_backward(
+                    grad[None, run.q], q[None, run.q], wide_k[None, run.k], wide_v[None, run.k], None, out[None, run.q],
+                    run.cu_queries, run.cu_keys, max(run.queries), max(run.keys), _padded(lse[run.q], run.queries), 0.0,
+                    seed, seed, _CAUSAL_FROM_BOTTOM_RIGHT, False, scale=scale, window_size=run.window,
+                )  # fmt: skip
+                a[run.q] = gq[0]
+                b[run.k], c[run.k] = _summed(gk[0], k), _summed(gv[0], k)
         backward = _cpu_backward if kind == "cpu" else _plain_backward
-        for piece in _pieces(table, kind):
+        for piece in _pieces(table, kind, q.shape[1]):
             gq, gk, gv = backward(
                 _grouped(grad, k, piece.q), _grouped(q, k, piece.q), _heads(k, piece.k), _heads(v, piece.k),
                 _grouped(out, k, piece.q), _grouped(lse[..., None], k, piece.q)[..., 0], piece, scale,
@@ -197,19 +206,22 @@ class _Piece:
     window: int | None
 
 
-def _pieces(table: SegmentTable, kind: Backend) -> Iterator[_Piece]:
-    """The segments. One whose mask (or scores) would be large goes in blocks of queries, each with the keys that it sees:
-    32 k tokens squared are 4 GB, a block of them under a window is a few MB."""
-    for (first, last), (start, end) in zip(pairwise(table.query_starts), pairwise(table.key_starts)):
+def _pieces(table: SegmentTable, kind: Backend, heads: int) -> Iterator[_Piece]:
+    """The segments that no call over cumulative lengths computes. One whose mask (or scores) would be large goes in blocks of
+    queries, each with the keys that it sees: 32 k tokens squared are 4 GB, a block of them under a window is a few MB."""
+    at_once = _AT_ONCE if kind == "cpu" else _AT_ONCE // heads  # the CPU's kernel has one mask for all heads
+    for i, ((first, last), (start, end)) in enumerate(zip(pairwise(table.query_starts), pairwise(table.key_starts))):
+        if kind == "efficient" and i not in table.misaligned:
+            continue
         queries, keys, window = last - first, end - start, table.window
         windowed = window is not None and window < keys
-        if (kind == "cpu" and queries == keys and not windowed) or queries * keys <= _AT_ONCE:
+        if (kind == "cpu" and queries == keys and not windowed) or queries * keys <= at_once:
             yield _Piece(slice(first, last), slice(start, end), window)
             continue
-        size = _AT_ONCE // keys
+        size = at_once // keys
         if window is not None:
             # a block of n queries sees n + window - 1 keys, of which it needs fewer the larger it is
-            size = min(int(((window**2 + 4 * _AT_ONCE) ** 0.5 - window) / 2), max(window, 256))
+            size = min(int(((window**2 + 4 * at_once) ** 0.5 - window) / 2), max(window, 256))
         size = max(1, size)
         for here in range(first, last, size):
             there = min(last, here + size)
@@ -220,7 +232,8 @@ def _pieces(table: SegmentTable, kind: Backend) -> Iterator[_Piece]:
 
 @dataclass(frozen=True)
 class _Run:
-    """Consecutive segments: their place among queries and keys, their lengths, and these cumulated on the device."""
+    """Consecutive segments: their place among queries and keys, their lengths, and these cumulated on the device; the
+    window, or None where all of its keys are within it."""
 
     q: slice
     k: slice
@@ -228,30 +241,36 @@ class _Run:
     keys: list[int]
     cu_queries: Tensor
     cu_keys: Tensor
+    window: int | None
 
 
 def _like_lengths(table: SegmentTable) -> list[_Run]:
-    """The segments in runs of like length: the memory-efficient kernel takes room for every segment as if it were the
-    longest of its call, and one long conversation among many short ones would take ten times what it needs."""
+    """The segments but the misaligned ones, in runs of like length: the memory-efficient kernel takes room for every segment
+    as if it were the longest of its call, and one long conversation among many short ones would take ten times what it needs.
+    """
     runs: list[_Run] = []
     first = 0
 
     def close(end: int) -> None:
+        if first in table.misaligned:
+            return
+        keys = table.key_lengths[first:end]
         q, k = table.query_starts[first], table.key_starts[first]
         runs.append(
             _Run(
                 slice(q, table.query_starts[end]),
                 slice(k, table.key_starts[end]),
                 table.query_lengths[first:end],
-                table.key_lengths[first:end],
+                keys,
                 table.cu_queries[first : end + 1] - q,
                 table.cu_keys[first : end + 1] - k,
+                table.window if table.window is not None and table.window < max(keys) else None,
             )
         )
 
     for end in range(1, len(table.query_lengths)):
         lengths = table.query_lengths[first : end + 1]
-        if len(lengths) * max(lengths) > 2 * sum(lengths):
+        if len(lengths) * max(lengths) > 2 * sum(lengths) or not table.misaligned.isdisjoint((first, end)):
             close(end)
             first = end
     close(len(table.query_lengths))

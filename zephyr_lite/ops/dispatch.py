@@ -49,7 +49,28 @@ class Comparison(NamedTuple):
     exact: Tensor | None
 
 
-Check = Callable[[torch.device, torch.dtype], Iterable[Comparison]]
+class Widths(NamedTuple):
+    """The sizes that kernels are compiled for (``tl.constexpr``); the defaults are those of a small model.
+
+    Attributes:
+        hidden, inner: channels of a layer's input, and of its MLP.
+        queries: channels of the attention's output.
+        rotated, head: how many heads rope rotates together, and their size.
+        vocabulary: logits of a row.
+    """
+
+    hidden: int = 576
+    inner: int = 1100
+    queries: int = 576
+    rotated: int = 5
+    head: int = 80
+    vocabulary: int = 448
+
+
+SMALL = Widths()
+
+
+Check = Callable[[torch.device, torch.dtype, Widths], Iterable[Comparison]]
 
 _FILES = ("nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps")
 _checks: dict[str, Check] = {}
@@ -58,7 +79,7 @@ _twins_only = False
 
 
 def register(op: str, check: Check) -> None:
-    """Name an operation's check: it runs kernel and twin side by side at a few small shapes, whatever the dispatch."""
+    """Name an operation's check: it runs kernel and twin side by side on a few rows, whatever the dispatch."""
     _checks[op] = check
 
 
@@ -132,12 +153,13 @@ def disagreement(comparison: Comparison) -> str | None:
     return f"{what}: an error of {error:.2e} where {allowed:.2e} is allowed (norm {norm:.2e})"
 
 
-def check_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
+def check_kernels(device: torch.device, dtype: torch.dtype, widths: Widths = SMALL) -> list[str]:
     """Compile every kernel and compare it with its twin; from then on one that fails is replaced by the twin.
 
     Args:
         device: where the run computes.
         dtype: in which it computes.
+        widths: the model's, so that what is compiled and compared is what the run launches.
     Returns:
         A sentence for each operation whose kernel is not used though kernels run here; empty where none do.
     """
@@ -151,7 +173,9 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
     notes = []
     for op, check in _checks.items():
         try:
-            faults = [fault for comparison in check(device, dtype) if (fault := disagreement(comparison)) is not None]
+            faults = [
+                fault for comparison in check(device, dtype, widths) if (fault := disagreement(comparison)) is not None
+            ]
         except Exception as error:  # a compiler's failure has no common class
             first = (str(error).strip().splitlines() or [""])[0]
             faults = [f"{type(error).__name__}: {first}"[:300]]

@@ -9,7 +9,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .dispatch import Comparison, jit, next_power_of_2, on_device, register, rows_dense, runs_triton, samples, tl
+from .dispatch import (
+    Comparison,
+    Widths,
+    jit,
+    next_power_of_2,
+    on_device,
+    register,
+    rows_dense,
+    runs_triton,
+    samples,
+    tl,
+)
 
 _M32 = 0xFFFFFFFF
 
@@ -235,9 +246,10 @@ def _kernel(x: Tensor, key: DropoutKey, out: Tensor, *, add: bool) -> Tensor:
     return out
 
 
-def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
     draw = samples(device, dtype)
-    for rows, width, p in ((1, 1, 0.5), (4, 576, 0.05), (2, 1100, 0.5)):
+    rows = 4
+    for width, p in {widths.hidden: 0.05, widths.inner: 0.5, widths.queries: 0.05}.items():
         streams, positions = torch.arange(rows, device=device) * 2**33 + 5, torch.arange(rows, device=device)
         key = DropoutKey(p, 2**40 + 7, 3, streams, positions, 31, 2)
         x, target = draw(rows, width), draw(rows, width)

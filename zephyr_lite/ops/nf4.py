@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .compile_later import compile_later
-from .dispatch import Comparison, jit, on_device, register, runs_triton, samples, tl, truncates
+from .dispatch import Comparison, Widths, jit, on_device, register, runs_triton, samples, tl, truncates
 from .hub_kernels import no_hub_kernels
 
 with compile_later(), no_hub_kernels():
@@ -191,15 +191,15 @@ def _kernel(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     return out
 
 
-def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
     draw = samples(device, torch.float32)
     for nested in (True, False):
-        for shape in ((1, 64), (33, 576)):
-            data, state = bnb.quantize_4bit(draw(*shape), blocksize=64, quant_type="nf4", compress_statistics=nested)
-            weight = Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)
-            name = f"{list(shape)} {'nested' if nested else 'plain'}"
-            exact = _twin(weight, torch.float64, None) if truncates(device, dtype) else None
-            yield Comparison(name, _kernel(weight, dtype, None), _twin(weight, dtype, None), exact)
+        shape = (33, widths.inner)
+        data, state = bnb.quantize_4bit(draw(*shape), blocksize=64, quant_type="nf4", compress_statistics=nested)
+        weight = Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)
+        name = f"{list(shape)} {'nested' if nested else 'plain'}"
+        exact = _twin(weight, torch.float64, None) if truncates(device, dtype) else None
+        yield Comparison(name, _kernel(weight, dtype, None), _twin(weight, dtype, None), exact)
 
 
 register("nf4", _check)

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import Comparison, jit, next_power_of_2, on_device, register, rows_dense, runs_triton, samples, tl
+from .dispatch import (
+    Comparison,
+    Widths,
+    jit,
+    next_power_of_2,
+    on_device,
+    register,
+    rows_dense,
+    runs_triton,
+    samples,
+    tl,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -200,26 +211,26 @@ def _exact(x: Tensor, weight: Tensor, eps: float, residual: Tensor, grad: Tensor
     return y.detach(), inverse.detach(), dx + grad
 
 
-def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
     draw = samples(device, dtype)
-    for shape in ((1, 1), (3, 576), (2, 1024)):
-        x, residual, grad, weight = draw(*shape), draw(*shape), draw(*shape), draw(shape[1])
-        eps = 1.0 if shape[1] == 1 else 1e-5  # of one channel only eps leaves a gradient
-        exact = _exact(x, weight, eps, residual, grad)
-        got, want = (f(x, weight, eps, residual) for f in (_kernel_forward, _twin_forward))
-        yield Comparison(f"y {list(shape)}", got[0], want[0], exact[0])
-        yield Comparison(f"h {list(shape)}", got[1], want[1], x.double() + residual.double())
-        h, inverse = want[1], want[2]
-        back = (grad, h, weight, inverse, grad)
-        yield Comparison(f"dx {list(shape)}", _kernel_backward(*back), _twin_backward(*back), exact[2])
-        # without a residual
-        zero = torch.zeros_like(h)
-        y, exact_inverse, dx = _exact(h, weight, eps, zero, grad)
-        got, want = (f(h, weight, eps, None) for f in (_kernel_forward, _twin_forward))
-        yield Comparison(f"y alone {list(shape)}", got[0], want[0], y)
-        yield Comparison(f"inverse {list(shape)}", got[2], want[2], exact_inverse)
-        back = (grad, h, weight, inverse, None)
-        yield Comparison(f"dx alone {list(shape)}", _kernel_backward(*back), _twin_backward(*back), dx - grad.double())
+    shape = (3, widths.hidden)
+    x, residual, grad, weight = draw(*shape), draw(*shape), draw(*shape), draw(shape[1])
+    eps = 1.0 if shape[1] == 1 else 1e-5  # of one channel only eps leaves a gradient
+    exact = _exact(x, weight, eps, residual, grad)
+    got, want = (f(x, weight, eps, residual) for f in (_kernel_forward, _twin_forward))
+    yield Comparison(f"y {list(shape)}", got[0], want[0], exact[0])
+    yield Comparison(f"h {list(shape)}", got[1], want[1], x.double() + residual.double())
+    h, inverse = want[1], want[2]
+    back = (grad, h, weight, inverse, grad)
+    yield Comparison(f"dx {list(shape)}", _kernel_backward(*back), _twin_backward(*back), exact[2])
+    # without a residual
+    zero = torch.zeros_like(h)
+    y, exact_inverse, dx = _exact(h, weight, eps, zero, grad)
+    got, want = (f(h, weight, eps, None) for f in (_kernel_forward, _twin_forward))
+    yield Comparison(f"y alone {list(shape)}", got[0], want[0], y)
+    yield Comparison(f"inverse {list(shape)}", got[2], want[2], exact_inverse)
+    back = (grad, h, weight, inverse, None)
+    yield Comparison(f"dx alone {list(shape)}", _kernel_backward(*back), _twin_backward(*back), dx - grad.double())
 
 
 register("rms_norm", _check)

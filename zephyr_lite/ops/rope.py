@@ -7,7 +7,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dispatch import Comparison, jit, next_power_of_2, on_device, register, rows_dense, runs_triton, samples, tl
+from .dispatch import (
+    Comparison,
+    Widths,
+    jit,
+    next_power_of_2,
+    on_device,
+    register,
+    rows_dense,
+    runs_triton,
+    samples,
+    tl,
+)
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
@@ -94,24 +105,23 @@ def _kernel(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return x
 
 
-def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
     draw = samples(device, dtype)
-    for heads, width in ((1, 2), (5, 64), (3, 80)):
-        tokens = 3
-        wide = draw(tokens, heads + 2, width)  # values beside the heads that are rotated
-        angle = draw(tokens, width // 2).float()
-        cos, sin = (torch.cat([f(angle), f(angle)], -1).to(dtype) for f in (torch.cos, torch.sin))
-        for inverse in (False, True):
-            got, want = wide.clone(), wide.clone()
-            _kernel(got[:, :heads], cos, sin, inverse)
-            _twin(want[:, :heads], cos, sin, inverse)
-            exact = wide.double()
-            a, b = exact[:, :heads].chunk(2, -1)
-            c, s = cos[:, None, : width // 2].double(), sin[:, None, : width // 2].double() * (-1 if inverse else 1)
-            exact[:, :heads] = torch.cat([a * c - b * s, b * c + a * s], -1)
-            name = f"{heads} heads of {width}{', back' if inverse else ''}"
-            yield Comparison(name, got[:, :heads], want[:, :heads], exact[:, :heads])
-            yield Comparison(f"beside {name}", got[:, heads:], wide[:, heads:], None)
+    tokens, heads, width = 3, widths.rotated, widths.head
+    wide = draw(tokens, heads + 2, width)  # values beside the heads that are rotated
+    angle = draw(tokens, width // 2).float()
+    cos, sin = (torch.cat([f(angle), f(angle)], -1).to(dtype) for f in (torch.cos, torch.sin))
+    for inverse in (False, True):
+        got, want = wide.clone(), wide.clone()
+        _kernel(got[:, :heads], cos, sin, inverse)
+        _twin(want[:, :heads], cos, sin, inverse)
+        exact = wide.double()
+        a, b = exact[:, :heads].chunk(2, -1)
+        c, s = cos[:, None, : width // 2].double(), sin[:, None, : width // 2].double() * (-1 if inverse else 1)
+        exact[:, :heads] = torch.cat([a * c - b * s, b * c + a * s], -1)
+        name = f"{heads} heads of {width}{', back' if inverse else ''}"
+        yield Comparison(name, got[:, :heads], want[:, :heads], exact[:, :heads])
+        yield Comparison(f"beside {name}", got[:, heads:], wide[:, heads:], None)
 
 
 register("rope", _check)

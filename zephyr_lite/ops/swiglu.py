@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import Comparison, jit, next_power_of_2, on_device, register, rows_dense, runs_triton, samples, tl
+from .dispatch import (
+    Comparison,
+    Widths,
+    jit,
+    next_power_of_2,
+    on_device,
+    register,
+    rows_dense,
+    runs_triton,
+    samples,
+    tl,
+)
 
 
 def swiglu_forward(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
@@ -158,22 +169,22 @@ def _kernel_backward(
     return tensors[3], tensors[4], tensors[5]
 
 
-def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
     draw = samples(device, dtype)
-    for rows, width in ((1, 1), (3, 576), (2, 1100)):
-        both, grad = draw(rows, 2 * width) * 3, draw(rows, width)
-        gate, up = both.chunk(2, -1)
-        g, u, d = gate.double(), up.double(), grad.double()
-        sigmoid = g.sigmoid()
-        exact = (d * u * sigmoid * (1 + g * (1 - sigmoid)), d * g * sigmoid, g * sigmoid * u)
-        name = f"[{rows}, {width}]"
-        yield Comparison(f"forward {name}", _kernel_forward(gate, up, None), _twin_forward(gate, up, None), exact[2])
-        want = _twin_backward(grad, gate, up, None, None, None)
-        got = _kernel_backward(grad, gate, up, None, None, None)
-        _kernel_backward(grad, gate, up, gate, up, grad)  # over the inputs
-        for what, kernel, over, twin, right in zip(("d_gate", "d_up", "act"), got, (gate, up, grad), want, exact):
-            yield Comparison(f"{what} {name}", kernel, twin, right)
-            yield Comparison(f"{what} {name} in place", over, kernel, None)
+    rows, width = 3, widths.inner
+    both, grad = draw(rows, 2 * width) * 3, draw(rows, width)
+    gate, up = both.chunk(2, -1)
+    g, u, d = gate.double(), up.double(), grad.double()
+    sigmoid = g.sigmoid()
+    exact = (d * u * sigmoid * (1 + g * (1 - sigmoid)), d * g * sigmoid, g * sigmoid * u)
+    name = f"[{rows}, {width}]"
+    yield Comparison(f"forward {name}", _kernel_forward(gate, up, None), _twin_forward(gate, up, None), exact[2])
+    want = _twin_backward(grad, gate, up, None, None, None)
+    got = _kernel_backward(grad, gate, up, None, None, None)
+    _kernel_backward(grad, gate, up, gate, up, grad)  # over the inputs
+    for what, kernel, over, twin, right in zip(("d_gate", "d_up", "act"), got, (gate, up, grad), want, exact):
+        yield Comparison(f"{what} {name}", kernel, twin, right)
+        yield Comparison(f"{what} {name} in place", over, kernel, None)
 
 
 register("swiglu", _check)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .dispatch import Comparison, jit, next_power_of_2, on_device, register, runs_triton, samples, tl
+from .dispatch import Comparison, Widths, jit, next_power_of_2, on_device, register, runs_triton, samples, tl
 
 # The logits of one chunk, in bytes of the dtype that the softmax is computed in. Small enough for a processor's
 # outer caches to help, large enough for the product to run at full speed: on a GPU that takes four times as many rows.
@@ -214,9 +214,10 @@ def _kernel(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk
     return _Chunk(logps, entropy, correct, logits if write else None, divisor[:, None] if limit > 1 else 1.0)
 
 
-def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
     draw = samples(device, dtype)
-    for rows, vocabulary, spread in ((1, 1, 1.0), (3, 448, 3.0), (3, 448, 1e4), (2, 33000, 3.0)):
+    rows, vocabulary = 3, widths.vocabulary
+    for spread in (3.0, 1e4):
         logits = draw(rows, vocabulary) * spread
         targets = torch.arange(rows, device=device) * 7 % vocabulary
         targets[-1] = logits[-1].argmax()
@@ -225,8 +226,9 @@ def _check(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
         name = f"[{rows}, {vocabulary}] spread {spread:g}"
         logps = exact.gather(1, targets[:, None])[:, 0]
         yield Comparison(f"logps {name}", got.logps, want.logps, logps)
-        bare = _kernel(logits.clone(), targets, False, False)
-        yield Comparison(f"logps alone {name}", bare.logps, want.logps, logps)
+        for stats, weights in ((False, False), (False, True), (True, False)):  # each is a kernel of its own
+            bare = _kernel(logits.clone(), targets, stats, weights)
+            yield Comparison(f"logps {name}, {stats=} {weights=}", bare.logps, want.logps, logps)
         assert got.weights is not None and want.weights is not None  # all of it was asked for
         softmaxes = (got.weights / got.divisor).to(dtype), (want.weights / want.divisor).to(dtype)
         yield Comparison(f"softmax {name}", softmaxes[0], softmaxes[1], exact.exp())

@@ -127,8 +127,7 @@ def _speed(progress: Progress) -> Text:
         line.append(f"{speed:,.0f} {unit}/s" if speed >= 100 else f"{speed:.2f} {unit}/s")
     if "peak_memory_gib" in last:
         line.append(f"  memory {float(last['peak_memory_gib']):.1f}")
-        # the plan counts a CPU's tensors, and there the peak is the whole process's
-        planned = progress.stage.plan.peak if str(progress.stage.base.device) != "cpu" else 0
+        planned = progress.stage.plan.peak
         line.append(f" of {planned / GIB:.1f} GiB planned" if planned else " GiB")
     return line
 

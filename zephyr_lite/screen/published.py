@@ -92,4 +92,5 @@ def _whole(specs: Any, name: str, split: str) -> bool:
         and specs[0].path == f"HuggingFaceH4/{name}"
         and specs[0].split == split
         and specs[0].limit is None
+        and specs[0].test_size is None
     )

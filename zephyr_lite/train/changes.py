@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import DPO_DEFAULTS, MemorySpec, Method, RunConfig, read_dumped
+from ..config import DPO_DEFAULTS, DatasetSpec, MemorySpec, Method, RunConfig, read_dumped
 from ..data.chat import ChatTemplate
 from ..data.prepare import Prepared
 from ..errors import UserError
@@ -23,7 +23,8 @@ from ..world import world
 # what may differ when a stage goes on: nothing that a gradient depends on
 MAY_CHANGE = {
     "output_dir", "eval_dataset", "eval_steps", "save_steps", "logging_steps", "save_total_limit",
-    "load_best_model_at_end", "early_stopping_patience", "samples", "sample_tokens", "report_to", "push_to_hub", "sync", "memory",
+    "load_best_model_at_end", "early_stopping_patience", "samples", "sample_tokens", "report_to", "push_to_hub",
+    "hub_private_repo", "sync", "memory",
 }  # fmt: skip
 # where something lies, which may differ as long as it is the same thing
 PLACES = {
@@ -108,6 +109,8 @@ def config_changes(stage: StageDir, config: RunConfig, method: Method) -> Change
     for key, now in new.items():
         # a key that an earlier version did not have means what its default does
         then = old.get(key, defaults.get(key))
+        if key in ("dataset", "eval_dataset") and then:
+            then = [{**DatasetSpec.model_construct(path="").model_dump(mode="json"), **spec} for spec in then]
         if then == now or key == "output_dir":
             continue
         line = f"{key}: {then!r} then, {now!r} now"

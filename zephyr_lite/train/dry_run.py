@@ -12,7 +12,7 @@ import numpy as np
 from ..config import Loaded, Method, dump_config
 from ..data.view import text_runs
 from ..errors import UserError
-from ..model.machine import peak_memory
+from ..model.machine import peak_memory, reset_peak_memory
 from .dpo import DpoTask
 from .loop import Loop
 from .setup import open_stage
@@ -56,13 +56,14 @@ def run_dry(method: Method, loaded: Loaded, *, say: Say, show: Callable[[str, Sp
     loop = Loop(stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, say=say)
     if stage.base.device.type == "cuda":
         loop.rehearse()
+    reset_peak_memory(stage.base.device)
     started = time.perf_counter()
     metrics, _, _ = loop._step(0)
     metrics["seconds"] = time.perf_counter() - started
     say(
         f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4g}, "
         f"{metrics['seconds']:.2f} s (warm-up included), {peak_memory(stage.base.device) / 2**30:.2f} GiB at most"
-        + (f", {stage.plan.peak / 2**30:.2f} planned" if stage.base.device.type == "cuda" else "")
+        + f", {stage.plan.peak / 2**30:.2f} planned"
     )
     whole = timedelta(seconds=round(metrics["seconds"] * loop.total))
     say(f"at this pace {loop.total:,} steps take {whole} at most, evaluations aside; nothing was written")

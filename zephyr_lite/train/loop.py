@@ -19,7 +19,7 @@ from ..config import RunConfig
 from ..errors import Interrupted, UserError
 from ..interrupts import Output, StopRequest
 from ..model.adapters import AdapterStack
-from ..model.machine import peak_memory
+from ..model.machine import peak_memory, reset_peak_memory
 from ..model.plan import Plan
 from ..rundir import StageDir
 from ..sync import Mirror
@@ -104,6 +104,7 @@ class Loop(Stepper):
                 example does not fit into memory under any plan; memory ran out where it must not (see ``_update``).
         """
         torch.set_num_threads(self.plan.threads)
+        reset_peak_memory(self.device)
         self.task.guard.record()
         with StopRequest("the step is finished and a checkpoint written") as stop:
             return self._run(stop)

@@ -144,7 +144,7 @@ def check_schedule(config: RunConfig) -> None:
 
 
 def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """transformers' schedule of that name, with warm-up over the first ``warmup_ratio`` of the steps.
+    """transformers' schedule of that name, with warm-up over ``warmup_steps``, or the first ``warmup_ratio`` of the steps.
 
     Raises:
         UserError: there is no schedule of that name, or it needs more than a name.
@@ -155,7 +155,8 @@ def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_st
             "Try cosine, linear, constant_with_warmup.",
         )
     # a run of one step would be all warm-up, whose first learning rate is 0
-    warmup = min(int(-(-total_steps * config.warmup_ratio // 1)), total_steps - 1)
+    share = min(int(-(-total_steps * config.warmup_ratio // 1)), total_steps - 1)
+    warmup = share if config.warmup_steps is None else config.warmup_steps
     try:
         return get_scheduler(
             config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps

@@ -41,6 +41,9 @@ WORDS = (
     "Triton Error [CUDA]: out of memory",
     "DefaultCPUAllocator: can't allocate memory",
 )
+# What cuBLAS says where it cannot make its handle: for lack of memory, if less than a handle takes is free; else it is a
+# fault of the installation.
+CUBLAS_UNINITIALIZED, CUBLAS_BYTES = "CUBLAS_STATUS_NOT_INITIALIZED", 512 * 2**20
 # The MLP's slices, in tokens. The first is still long enough for matrix products at full speed.
 TILES = (2048, 512)
 
@@ -49,7 +52,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device's memory ran out, whoever noticed."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
+    if not isinstance(error, RuntimeError):
+        return False
+    if CUBLAS_UNINITIALIZED in str(error):
+        return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < CUBLAS_BYTES
+    return any(words in str(error) for words in WORDS)
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,7 @@ def plan_stage(job: Job, config: RunConfig) -> tuple[Plan, list[str]]:
     Raises:
         UserError: nothing fits.
     """
-    device = compute_device()
-    measure = device.type == "cuda" and config.engine == "fused"
-    machine = this_machine(device, job.dtype, config.memory, measure=measure)
+    machine = this_machine(compute_device(), job.dtype, config.memory, measure=config.engine == "fused")
     plan = make_plan(job, machine, config.memory)
     if config.engine != "fused":
         free = f"; {plan.free_bytes / 2**30:.1f} GiB free" if plan.free_bytes else ""

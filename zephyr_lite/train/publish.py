@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
@@ -40,10 +39,13 @@ def push_adapter(config: RunConfig, stage: StageDir, info: dict[str, Any], say: 
     pushed = {"repo": config.push_to_hub, "sha256": info.get("adapter_sha256")}
     if not config.push_to_hub or info.get("pushed") == pushed:
         return
+    import httpx2  # only an upload needs it
+
     api = HfApi()
     try:
-        api.create_repo(config.push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=config.push_to_hub, folder_path=stage.adapter)
+        # the name may come without its owner, as in the handbook's recipes: the hub says whose it is
+        repo = api.create_repo(config.push_to_hub, private=config.hub_private_repo or None, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo, folder_path=stage.adapter)
     except (
         HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError
     ) as error:  # fmt: skip

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
+
 from .. import __version__
 from ..config import Loaded, Method, RunConfig, dump_config, load_config
 from ..data.chat import ChatTemplate, Example, PairExample, resolve_template
@@ -16,6 +18,7 @@ from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.check_weights import check_weights
 from ..model.compose import compose
 from ..model.decoder import Decoder
+from ..model.job import Shape
 from ..model.load import (
     Base,
     compute_device,
@@ -34,7 +37,7 @@ from ..model.peft_files import (
     read_adapter,
     write_adapter,
 )
-from ..model.plan import Plan, keep_freed_pages
+from ..model.plan import Plan, cap_allocator, keep_freed_pages
 from ..model.stream import StreamedBase
 from ..ops.dispatch import check_kernels
 from ..rundir import StageDir, folder_aside, newest_run, write_text
@@ -125,8 +128,24 @@ def resolve_run(
         own = loaded.given if file else {k for k in loaded.given if _names(overrides, k)}
         taken = {k: inherited[k] for k in INHERITED if k in inherited and k not in own}
         loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **taken})
+    elif method == "dpo" and loaded.config.adapters == [] and (file or _names(overrides, "model_name_or_path")):
+        extra += _adapter_as_model(loaded)
     loaded.notes = [*loaded.notes, *extra]
     return loaded
+
+
+def _adapter_as_model(loaded: Loaded) -> list[str]:
+    """A model that is an adapter, as in the handbook's QLoRA recipes, goes into ``adapters``; returns the note."""
+    name = loaded.config.model_name_or_path
+    try:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except ValueError:  # PEFT's answer to anything that is no adapter, or is out of reach
+        return []
+    if base is None or loaded.config.model_revision != "main":  # whose revision would that be
+        return []
+    moved = {"model_name_or_path": base, "adapters": [name]}
+    loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **moved})
+    return [f"{name} is an adapter: it is in adapters, and model_name_or_path is its base, {base}"]
 
 
 def _names(overrides: list[str], key: str) -> bool:
@@ -213,9 +232,10 @@ def open_stage(
     if claim:
         stage.claim()
     say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
+    cap_allocator(compute_device(), config.memory)
     base = _load(config, plan, say)
     if config.engine == "fused":
-        for note in check_kernels(base.device, base.dtype):
+        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
             say(note)
     stream = StreamedBase(base.model, base.device) if base.streamed else None
     stack = AdapterStack(base.model, base.device)

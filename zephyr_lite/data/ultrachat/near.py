@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rensa import RMinHash
 
 from .words import Words, joined, mix, ngrams, words_of
 
@@ -46,6 +45,8 @@ def signatures(words: Words, groups: np.ndarray | None = None) -> np.ndarray:
     if len(short):
         grams, counts = _with_short(words, grams, counts, short)
     offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.uint64)
+    from rensa import RMinHash
+
     matrix: Any = RMinHash.digest_matrix_from_flat_token_hashes(grams, offsets, PERMUTATIONS, _SEED)
     return np.array(matrix.to_rows(), np.uint32).reshape(-1, PERMUTATIONS).astype(np.uint16)
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from ...config import DatasetSpec
 from ...errors import UserError
-from ..formats import COLUMNS, Reader, RowError, detect
+from ...strict_json import shown
+from ..formats import COLUMNS, PLAIN, Reader, RowError, detect
 from ..opening import BUILDERS, open_source
 from ..questions import split_said_as
 from ..sources import own_faults_only
@@ -80,6 +81,8 @@ def open_raw(path: str, split: str | None = None) -> Raw:
             kinds.append(detect(list(part.column_names), "sft", label)[0])
         except UserError as error:
             raise UserError(error.message, "If the columns have other names, rename them in the file.") from None
+        if kinds[-1] == PLAIN:
+            raise UserError(f"{label}: found columns {shown(', '.join(part.column_names), 500)}, and no conversations.")
         parts.append(part.select_columns([c for c in part.column_names if c in COLUMNS]))
         labels.append(label)
     try:

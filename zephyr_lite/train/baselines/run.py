@@ -27,6 +27,7 @@ from ...files import remove_folder
 from ...interrupts import StopRequest
 from ...manifest import MANIFEST, manifest_fault
 from ...model.adapters import AdapterStack
+from ...model.machine import reset_peak_memory
 from ...model.plan import SHARE
 from ...sync import kept_elsewhere
 from ..checkpoint import resume_point
@@ -67,6 +68,7 @@ def run_baseline(
     _supported(method, loaded.config)
     stage = open_stage(method, loaded, say=say)
     torch.set_num_threads(stage.plan.threads)
+    reset_peak_memory(stage.base.device)
     trainer, recorder = make_trainer(stage, say=say, on_metrics=on_metrics)
     found = _resume_point(stage, say)
     done = 0 if found is None else int(found.name.split("-")[1])
