@@ -79,7 +79,7 @@ def _dpo(ground: Ground, out: Path, **changes: Any) -> list[str]:
 
 
 def _merge(out: Path) -> list[str]:
-    return ["merge", "--run", str(out), "--out", str(out / "merged"), "--overwrite"]
+    return ["merge", "--run", str(out), "--out", str(out / "merged")]
 
 
 SCENARIOS = [

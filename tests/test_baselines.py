@@ -173,6 +173,38 @@ def test_a_killed_run_goes_on(run, method, four_bit):
     assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("sft", {}),
+        ("sft", {"load_best_model_at_end": True, "learning_rate": 3.0}),
+        ("sft", {"early_stopping_patience": 1, "learning_rate": 3.0, "num_train_epochs": 6, "save_steps": 2}),
+        ("dpo", {"load_in_4bit": True}),
+    ],
+)
+def test_killed_after_the_last_checkpoint_it_only_ends(run, monkeypatch, method, keys):
+    if method == "dpo":
+        run("sft", **keys)
+        run("sft", run="whole", **keys)
+
+    class Killed(Exception):
+        pass
+
+    def kill(*args, **options):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("zephyr_lite.train.baselines.run.close_stage", kill)
+        with pytest.raises(Killed):
+            run(method, **keys)
+    resumed, undisturbed = run(method, **keys), run(method, run="whole", **keys)
+    told, expected = (json.loads((folder / "stage.json").read_text())["result"] for folder in (resumed, undisturbed))
+    assert told["steps"] == expected["steps"] and told["best"] == expected["best"]
+    assert [r["step"] for r in metrics(resumed)] == [r["step"] for r in metrics(undisturbed)]
+    a, b = weights(resumed / "adapter"), weights(undisturbed / "adapter")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_best_checkpoint_and_early_stopping(run):
     folder = run("sft", load_best_model_at_end=True, early_stopping_patience=1, learning_rate=3.0, num_train_epochs=6)
     result = json.loads((folder / "stage.json").read_text())["result"]

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zephyr_lite import cli
+from zephyr_lite import cli, needs
 from zephyr_lite.console import Console, duration, metrics_line
 from zephyr_lite.errors import UserError
 from zephyr_lite.needs import needs_lines
@@ -379,9 +380,40 @@ def test_merge_compares_with_the_live_stack(invoke, runs, tmp_path, onto):
     mean = float(out.split("mean |Δ log p| ")[1].split(",")[0])
     # onto what training saw, only float32 sums in another order remain; the 16-bit base differs by NF4's rounding
     assert mean < 1e-4 if onto == "nf4" else mean > 1e-3
-    code, _, err = invoke("merge", "--out", "model")
+    code, _, err = invoke("merge", "--out", "model", "--onto", "nf4" if onto == "base" else "base")
     assert code == 2 and "--overwrite" in err
-    assert invoke("merge", "--out", "model", "--overwrite", "--no-check")[0] == 0
+    assert invoke("merge", "--out", "model", "--onto", onto, "--overwrite", "--no-check")[0] == 0
+
+
+def test_the_same_merge_again_makes_what_is_missing(invoke, runs, tmp_path):
+    """As after a kill between the weights and the comparison, between that and the card, and after the end."""
+    words, model = ("merge", "--out", "model", "--rows", "2"), tmp_path / "model"
+    assert invoke(*words)[0] == 0
+    weights = (model / "model.safetensors").stat()
+    mark = json.loads((model / "zephyr_lite.json").read_text())
+    measured = mark.pop("measured")
+    (model / "zephyr_lite.json").write_text(json.dumps(mark))
+    (model / "README.md").unlink()
+    (tmp_path / ".model.01234567").mkdir()
+    (model / ".README.md.01234567").write_text("half a card")
+    code, out, err = invoke(*words)
+    assert code == 0 and "what is missing is the comparison" in out and "merged against live" in out, err
+    assert json.loads((model / "zephyr_lite.json").read_text()) == {**mark, "measured": measured}
+    assert (
+        (model / "README.md").is_file() and not list(model.glob(".*")) and not (tmp_path / ".model.01234567").exists()
+    )
+    (model / "README.md").unlink()
+    code, out, _ = invoke(*words)
+    assert code == 0 and "model is complete already." in out and "model card: model/README.md" in out
+    (model / "README.md").write_text("mine")
+    code, out, _ = invoke(*words)
+    assert code == 0 and "model is complete already." in out and "model card" not in out
+    assert (model / "model.safetensors").stat() == weights and (model / "README.md").read_text() == "mine"
+    (model / "README.md").unlink()
+    code, out, _ = invoke("merge", "--out", "model", "--rows", "3")
+    assert code == 0 and "merged against live" in out and (model / "model.safetensors").stat() == weights
+    for _ in range(2):
+        assert invoke("merge", "--out", "adapter", "--adapter-only")[0] == 0
 
 
 def test_merge_of_explicit_adapters_and_as_one_adapter(invoke, refused, runs, tiny_base, tmp_path):
@@ -454,6 +486,34 @@ def test_what_is_not_known_is_no_error(words):
     from zephyr_lite.config import load_config
 
     assert needs_lines("sft", load_config("sft", None, words).config)
+
+
+def test_free_disk_is_that_of_the_place_that_is_written_to(tmp_path, monkeypatch):
+    from zephyr_lite.config import load_config
+
+    monkeypatch.setenv("ZEPHYR_LITE_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "other disk" / "runs"
+
+    class Disk:
+        def __init__(self, place):
+            self.number = 2 if "other disk" in str(place) else 1
+
+        def stat(self):
+            return SimpleNamespace(st_dev=self.number)
+
+    monkeypatch.setattr(needs, "_existing", Disk)
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda disk: SimpleNamespace(free=disk.number * 100 * 10**6))
+    disk = [
+        line for line in needs_lines("sft", load_config("sft", None, [f"output_dir={run}"]).config) if "disk:" in line
+    ]
+    assert len(disk) == 2 and all("NOT ENOUGH" in line for line in disk)
+    assert f"0 GB are free for {run}" in next(line for line in disk if "checkpoints" in line)
+    assert str(tmp_path / "cache") in next(line for line in disk if "quantized base" in line)
+    (run / "sft").mkdir(parents=True)  # a run that goes on has its checkpoints
+    disk = [
+        line for line in needs_lines("sft", load_config("sft", None, [f"output_dir={run}"]).config) if "disk:" in line
+    ]
+    assert "NOT ENOUGH" not in next(line for line in disk if "checkpoints" in line)
 
 
 # -- the console -------------------------------------------------------------------------------------------------------

@@ -435,8 +435,11 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "a" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match=r"holds thesis.txt"):
         claim(tmp_path / "a", "feedback", config)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".config.yaml.01234567").write_text("of a process that was killed at its first write")
     claim(tmp_path / "b", "feedback", config)
     claim(tmp_path / "b", "feedback", config)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["config.yaml"]
     with pytest.raises(UserError, match="one of zephyr-lite feedback"):
         claim(tmp_path / "b", "distill", config)
     # what is written there is taken again as it is

@@ -133,11 +133,11 @@ def test_the_other_way_without_room_is_said(trained, tmp_path, monkeypatch):
 
     merges = []
 
-    def no_room(chain, folder, out, onto, overwrite, say):
+    def no_room(chain, folder, out, onto, *others):
         merges.append(onto)
         if len(merges) == 2:
             raise UserError("/there: 0.1 GB are free, the result takes 14.5 GB.")
-        return merge_really(chain, folder, out, onto, overwrite, say)
+        return merge_really(chain, folder, out, onto, *others)
 
     merge_really = command._merge
     monkeypatch.setattr(command, "_merge", no_room)

@@ -292,7 +292,11 @@ def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
 def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(invoke, refused, tmp_path):
     write(tmp_path / "raw.jsonl", raw_rows(10))
     assert invoke("raw.jsonl", "--out", "out")[0] == 0
-    refused("raw.jsonl", "--out", "out", says=("out holds a set of zephyr-lite data pairs already", "--overwrite"))
+    code, said, _ = invoke("raw.jsonl", "--out", "out", "--num-proc", "1")
+    assert code == 0 and said.startswith("out is complete already.") and "Next: zephyr-lite dpo" in said
+    refused("raw.jsonl", "--out", "out", "--seed", "1", says=("out holds a set that zephyr-lite data pairs made",))
+    write(tmp_path / "raw.jsonl", raw_rows(11))
+    refused("raw.jsonl", "--out", "out", says=("of other files", "--overwrite"))
     assert invoke("raw.jsonl", "--out", "out", "--overwrite", "--format", "jsonl")[0] == 0
     assert not list((tmp_path / "out").glob("*.parquet"))
     (tmp_path / "mine").mkdir()

@@ -290,22 +290,36 @@ def shorter(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def other_header(path: Path) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[:12] + b"#" + data[13:])
+def inverted_byte(place: int):
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[place] ^= 0xFF
+        path.write_bytes(data)
+
+    return damage
+
+
+def sizes_for_hashes(path: Path) -> None:
+    """The manifest of earlier versions, which had sizes only."""
+    told = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**told, "files": {name: path.with_name(name).stat().st_size for name in told["files"]}})
+    )
 
 
 @pytest.mark.parametrize(
     ("file", "damage", "says"),
     [
-        ("model.safetensors", shorter, "bytes"),
-        ("model.safetensors", other_header, "header"),
+        ("model.safetensors", shorter, "model.safetensors has another hash"),
+        ("model.safetensors", inverted_byte(12), "model.safetensors has another hash"),
+        ("model.safetensors", inverted_byte(-1), "model.safetensors has another hash"),
         ("model.safetensors", Path.unlink, "cannot be read"),
-        ("config.json", lambda path: path.write_text("x" * path.stat().st_size), "not readable"),
+        ("config.json", lambda path: path.write_text("x" * path.stat().st_size), "config.json has another hash"),
         (quantized.MANIFEST, Path.unlink, "cannot be read"),
         (quantized.MANIFEST, lambda path: path.write_text("[]"), "not readable"),
         (quantized.MANIFEST, lambda path: path.write_text('{"files": {}, "format": 0}'), "another base or version"),
         (quantized.MANIFEST, lambda path: path.write_text(path.read_text().replace("sha256", "md5")), "or version"),
+        (quantized.MANIFEST, sizes_for_hashes, "another hash"),
         (quantized.MANIFEST, lambda path: path.write_text(path.read_text().replace('"seen"', '"files"')), "or version"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -316,7 +317,21 @@ def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     assert "read as raw UltraChat, 60 rows" in said and "capitals restored in 1 dialogues" in said
     assert f"zephyr-lite sft dataset.path={out} dataset.split=train_sft" in said
-    assert cli.run(arguments) == 2
+    left = tmp_path / ".out.01234567"  # of a process that was killed
+    left.mkdir()
+    assert cli.run(arguments) == 0 and not left.exists()
+    unfinished = Path(datasets.config.HF_DATASETS_CACHE) / "zephyr-lite-chat" / "tmp0123abc"
+    unfinished.write_bytes(b"of a process that was killed")
+    assert cli.run([*arguments, "--out", str(tmp_path / "again")]) == 0 and not unfinished.exists()
+    unfinished.write_bytes(b"of a process that is at work")
+    handle = os.open(unfinished.parent, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    assert cli.run([*arguments, "--out", str(tmp_path / "beside")]) == 0 and unfinished.exists()
+    os.close(handle)
+    capsys.readouterr()
+    assert cli.run(arguments) == 0
+    assert capsys.readouterr().out.startswith(f"{out} is complete already.")
+    assert cli.run([*arguments, "--no-refusals"]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert cli.run([*arguments, "--overwrite"]) == 0
     assert cli.run(["data", "chat", str(raw), "--split", "train_1", "--out", str(tmp_path / "one")]) == 0

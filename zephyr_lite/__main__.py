@@ -1,15 +1,16 @@
 """``zephyr-lite``, and ``python -m zephyr_lite``: signals first, then everything that takes time to import."""
 
-from __future__ import annotations
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    sys.path.pop(0)  # the current folder: a random.py there would be imported for the library's
 
 import atexit
 import os
 import signal
-import sys
-from types import FrameType
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _end(number: int, frame: object) -> None:
     """Nothing has begun: there is nothing to put in order, and a traceback of imports would tell nobody anything."""
     os.write(2, b"interrupted\n")
     os._exit(130)

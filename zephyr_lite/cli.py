@@ -44,6 +44,7 @@ from .ending import (
     take_signals,
 )
 from .errors import Interrupted, UserError
+from .ops.hub_kernels import no_hub_kernels
 from .world import PeerEnded, World, everywhere, joined, launched, nothing, speaks
 
 app = typer.Typer(
@@ -310,7 +311,8 @@ def run(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     _quiet_libraries()
-    code = app(args=arguments, prog_name="zephyr-lite", standalone_mode=False)
+    with no_hub_kernels():
+        code = app(args=arguments, prog_name="zephyr-lite", standalone_mode=False)
     if code == 130:  # typer catches the interrupt itself
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0

@@ -136,10 +136,7 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
                 f"the command line: {short(key)}: a value of {len(text):,} letters; at most {WORD:,} are read.",
                 "Put it into a file, and name that with --config.",
             )
-        value = read_word(text)
-        if ALIASES.get(key, key) in _TEXTS and not isinstance(value, bool | str | None):
-            value = text  # a folder called 2024, a revision called 0012345
-        result.append((key, value))
+        result.append((key, read_word(text, numbers=ALIASES.get(key, key) not in _TEXTS)))
     return result
 
 

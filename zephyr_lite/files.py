@@ -2,7 +2,7 @@
 
 Whoever looks, a reader, the next start after a crash or a power failure, finds the file (or the whole folder) of before
 or the new one. A write that fails leaves what was there, takes away what it had begun, and raises an OSError that names
-the file. What a killed process left aside, ``.NAME.xxxxxxxx``, is removed by ``sweep``.
+the file. What a killed process left aside, ``.NAME.xxxxxxxx``, is removed by the next that writes NAME, and by ``sweep``.
 
 Everything that reaches the disk passes the functions at the end of this file; the tests make each of their calls fail.
 """
@@ -77,6 +77,8 @@ def bytes_aside(path: Path) -> Iterator[BinaryIO]:
     """
     inside = _within(path) is not None
     place = path if inside else _aside(path)
+    if not inside:
+        sweep(path.parent, path.name)
     with _named(path):
         handle = _open(place, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if inside else os.O_EXCL))
     raw = _Raw(handle, path)
@@ -110,6 +112,7 @@ def folder_aside(target: Path) -> Iterator[Path]:
         OSError: it cannot be written; names what.
     """
     aside = _aside(target)
+    sweep(target.parent, target.name)
     with _named(target):
         _mkdir(aside)
     handle = _handle(aside)

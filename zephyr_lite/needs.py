@@ -6,12 +6,13 @@ Sizes are facts of their hub pages. Memory and time are the planner's (``model.p
 
 from __future__ import annotations
 
+import glob
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +25,7 @@ from .model.job import AdapterSpec, Job, Shape, Storage, longest_of, make_job
 from .model.load import compute_device, compute_dtype, quantization_of
 from .model.machine import of_card
 from .model.plan import make_plan, this_machine
+from .model.quantized import quantized_dir
 from .words import duration
 
 GB = 1e9
@@ -61,6 +63,7 @@ KNOWN_DATA = {
 SAID = ("3060", "t4", "3090", "4090", "a100-40", "h100")
 # Stage 2 stands on stage 1's adapter: rank 16 on every projection, unless there is a run that says otherwise.
 RANK_BELOW = 16
+QUANTIZED = "for the quantized base in the cache"
 
 
 def needs_lines(method: Method, config: RunConfig) -> list[str]:
@@ -77,17 +80,43 @@ def needs_lines(method: Method, config: RunConfig) -> list[str]:
         lines.append("  download: nothing")
     shape = _known_shape(config.model_name_or_path)
     job = None if shape is None or config.engine != "fused" else expected_job(method, config, shape, _dtype(config))
-    free = shutil.disk_usage(_existing(_hub_cache())).free
-    parts = [f"about {keep / GB:.0f} GB in the hub's cache"] if keep else []
-    if job is not None:
-        parts += [f"{n / GB:.1f} GB {what}" for what, n in disk_bytes(job, config).items()]
-    if parts:
-        short = " — NOT ENOUGH" if free < keep else ""
-        lines.append(f"  disk: {', '.join(parts)}; {free / GB:.0f} GB are free{short}")
+    run = Path(config.output_dir)
+    written = [Written(_hub_cache(), "in the hub's cache", keep)] if keep else []
+    for what, size in disk_bytes(job, config).items() if job is not None else ():
+        if what == QUANTIZED:
+            name = Path(config.model_name_or_path).name
+            written.append(Written(quantized_dir(), what, size, any(quantized_dir().glob(f"{glob.escape(name)}-*"))))
+        else:
+            written.append(Written(run, what, size, (run / config.stage).is_dir()))
+    lines += _disk(written)
     if job is None:
         return lines
     fetched = not any(name == config.model_name_or_path for name, _ in fetch)
     lines += _memory_and_time(job, config, fetched)
+    return lines
+
+
+class Written(NamedTuple):
+    """What a run writes: where, what, how many bytes, and whether some of it may be there already."""
+
+    place: Path
+    what: str
+    size: int
+    begun: bool = False
+
+
+def _disk(written: list[Written]) -> list[str]:
+    """A line for each disk that is written to: what, how much, and how much is free there."""
+    disks: dict[int, list[Written]] = {}
+    for part in written:
+        disks.setdefault(_existing(part.place).stat().st_dev, []).append(part)
+    lines = []
+    for parts in disks.values():
+        free = shutil.disk_usage(_existing(parts[0].place)).free
+        short = " — NOT ENOUGH" if free < sum(part.size for part in parts if not part.begun) else ""
+        sizes = ", ".join(f"{part.size / GB:.1f} GB {part.what}" for part in parts)
+        places = ", ".join(dict.fromkeys(str(part.place) for part in parts))
+        lines.append(f"  disk: {sizes}; {free / GB:.0f} GB are free for {places}{short}")
     return lines
 
 
@@ -171,7 +200,7 @@ def disk_bytes(job: Job, config: RunConfig) -> dict[str, int]:
     """What is written: the quantized base in the user's cache, the checkpoints, the adapters."""
     found = {}
     if config.load_in_4bit:
-        found["for the quantized base in the cache"] = sum(base_bytes(job).values())
+        found[QUANTIZED] = sum(base_bytes(job).values())
     weights = 4 * job.parameters
     checkpoint = weights + sum(optimizer_bytes(job.optim, job.trained_tensors))
     every = [n for n in (config.save_steps, config.eval_steps) if n]

@@ -24,6 +24,10 @@ class _Fault(yaml.MarkedYAMLError):
     """What this loader refuses beyond the safe one."""
 
 
+class _BaseFault(_Fault):
+    """A number of another base than it looks like."""
+
+
 class _Loader(yaml.SafeLoader):
     _deep = 0
 
@@ -78,6 +82,18 @@ class _Loader(yaml.SafeLoader):
         return total
 
 
+def _number(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """A number, unless it is one of base 8 or 60, which only YAML 1.1 takes for one: 010 is 8 there, 1:30 is 90."""
+    if ":" in node.value or re.fullmatch(r"[-+]?0[0-7_]+", node.value):
+        what = f"{short(node.value)} is a number of base 8 or 60 in YAML; drop leading zeros, or put a text in quotes"
+        raise _BaseFault(problem=what, problem_mark=node.start_mark)
+    return loader.construct_yaml_int(node) if node.tag.endswith("int") else loader.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The ``key: value`` lines of a YAML file.
 
@@ -130,15 +146,28 @@ def read_front_matter(text: str) -> tuple[dict[str, Any], str]:
     return (values if isinstance(values, dict) else {}), text[match.end() :]
 
 
-def read_word(text: str) -> Any:
-    """One value of the command line, as it would be read in a file; what is no YAML is a text."""
+def read_word(text: str, *, numbers: bool = True) -> Any:
+    """One value of the command line, as it would be read in a file; what is no YAML is a text.
+
+    Args:
+        numbers: False for a key whose value is a text: a folder called 2024, a revision called 0012345.
+
+    Raises:
+        UserError: a number of base 8 or 60.
+    """
     if not text.strip():
         return None
     try:
         value = _load(text)
+    except _BaseFault as error:
+        if numbers:
+            raise UserError(f"the command line: {error.problem}.") from None
+        value = text
     except yaml.YAMLError:
         value = text
-    if isinstance(value, str):  # YAML 1.1 reads 5e-6 as a word
+    if not numbers and not isinstance(value, bool | str | None):
+        return text
+    if numbers and isinstance(value, str):  # YAML 1.1 reads 5e-6 as a word
         with contextlib.suppress(ValueError):
             value = float(value) if any(c.isdigit() for c in value) else value
     return value

@@ -74,7 +74,10 @@ def chat(
     )  # fmt: skip
     with interruptible():
         report = clean_chat(source, out, options, split=split, num_proc=num_proc, overwrite=overwrite, say=console.say)
-    for line in report.lines():
-        console.say(line)
-    console.say(f"{out} holds {', '.join(report.files[:4])}{', …' if len(report.files) > 4 else ''}, and report.md")
+    if report is None:
+        console.say(f"{out} is complete already.")
+    else:
+        for line in report.lines():
+            console.say(line)
+        console.say(f"{out} holds {', '.join(report.files[:4])}{', …' if len(report.files) > 4 else ''}, and report.md")
     console.say(f"Next: zephyr-lite sft dataset.path={out} dataset.split=train_sft")

@@ -103,7 +103,10 @@ def pairs(
         exclude=exclude or [], test=test, file_format=file_format.value, num_proc=num_proc, overwrite=overwrite,
         say=console.say,
     )  # fmt: skip
-    for line in report.lines():
-        console.say(line)
-    console.say(f"{out} holds {', '.join(report.files)}, report.md, report.json and dropped.tsv")
+    if report is None:
+        console.say(f"{out} is complete already.")
+    else:
+        for line in report.lines():
+            console.say(line)
+        console.say(f"{out} holds {', '.join(report.files)}, report.md, report.json and dropped.tsv")
     console.say(f"Next: zephyr-lite dpo dataset.path={out} dataset.split={TRAIN}")

@@ -58,10 +58,11 @@ def merge(
     verbose: Verbose = False,
 ) -> None:
     """Merge the adapters of a run into one model folder that plain transformers loads."""
-    from ..export.card import write_card
+    from ..export.card import CARD, write_card
     from ..export.push import check_repo, prepare
     from ..export.push import push as upload
     from ..merge.command import run_merge
+    from ..merge.weights import MARK
     from ..redact import refuse_secrets
 
     if push_to_hub is not None:
@@ -76,10 +77,14 @@ def merge(
         out, run=run, stage=stage, adapters=adapter or [], base=base, onto=onto.value, as_adapter=adapter_only,
         overwrite=overwrite, check=check, both=measure, rows=rows, say=console.say,
     )  # fmt: skip
-    if model_card:
+    if model_card and not _is_newer(out / CARD, out / MARK):
         console.say(f"model card: {write_card(out, say=console.say)}")
     if push_to_hub is not None:
         chosen = prepare(out, push_to_hub)
         for line in chosen.lines():
             console.say(line)
         upload(chosen, private=private, say=console.say)
+
+
+def _is_newer(file: Path, than: Path) -> bool:
+    return file.is_file() and file.stat().st_mtime_ns >= than.stat().st_mtime_ns

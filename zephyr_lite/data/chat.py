@@ -247,16 +247,21 @@ class ChatTemplate(Renderer):
 
     def _offsets(self, text: str, continued: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # the template writes BOS itself
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        try:
+            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        except BaseException as error:
+            # a panic in Rust is no Exception: a regex of tokenizer.json that backtracks too far
+            if type(error).__name__ != "PanicException":
+                raise
+            raise RowError(f"the tokenizer fails on it: {' '.join(str(error).split())[:200]}") from None
         ids = np.asarray(encoding["input_ids"], dtype=np.int32)
         # a third of the time that an array of the pairs takes
         offsets = np.fromiter(chain.from_iterable(encoding["offset_mapping"]), dtype=np.int64, count=2 * len(ids))
         starts, ends = offsets[::2], offsets[1::2]
-        if (
-            continued
-            and text[:1] not in (" ", "")
-            and self.tokenizer.convert_ids_to_tokens(int(ids[0])).startswith("▁")
-        ):
+        spaced = (
+            continued and text[:1] != " " and len(ids) and self.tokenizer.convert_ids_to_tokens(int(ids[0]))[0] == "▁"
+        )
+        if spaced:
             # SentencePiece puts a space before a first word, which this is not: behind a newline there is none
             ids, starts, ends = self._offsets("\n" + text)
             inside = ends > 1

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
+from ..files import sweep
 from ..rundir import read_json
 
 REPORT, DROPPED = "report.json", "dropped.tsv"
 
 
-def check_output(out: Path, sources: Sequence[str], made_by: str, overwrite: bool) -> None:
+def request_of(out: Path, sources: Sequence[str], **options: Any) -> str:
+    """A hash of what a command was asked for, kept as ``request`` in ``report.json``.
+
+    Args:
+        out: the folder that is made; it may lie in a source's.
+        sources: what is read: hub ids, or paths (``PATH#SPLIT`` too), whose files' sizes and dates are part of the hash.
+        options: whatever else the result depends on.
+    """
+    files = []
+    for source in sources:
+        path = Path(source if Path(source).expanduser().exists() else source.partition("#")[0]).expanduser()
+        found = [path] if path.is_file() else sorted(path.rglob("[!.]*")) if path.is_dir() else []
+        read = [file for file in found if file.is_file() and out.resolve() not in file.resolve().parents]
+        files.append([(str(file), (told := file.stat()).st_size, told.st_mtime_ns) for file in read])
+    return hashlib.sha256(repr((list(sources), sorted(options.items()), files)).encode()).hexdigest()
+
+
+def check_output(out: Path, sources: Sequence[str], made_by: str, overwrite: bool, request: str) -> bool:
     """Refuse a folder that cannot be made, that holds a source, or that holds anything but an earlier result to replace.
 
     Args:
         sources: paths of what is read (hub ids are none).
         made_by: what ``report.json`` says of an earlier result.
         overwrite: whether that may be replaced.
+        request: of ``request_of``.
+
+    Returns:
+        whether the folder holds the result of this very request already.
 
     Raises:
         UserError: as above.
@@ -34,15 +58,21 @@ def check_output(out: Path, sources: Sequence[str], made_by: str, overwrite: boo
         path = Path(source).expanduser()
         if path.exists() and out.resolve() in (path.resolve(), *path.resolve().parents):
             raise UserError(f"{out} holds the source {source}, which it would replace.", "Choose another --out.")
+    sweep(out.absolute().parent, out.name)
     if not out.is_dir() or not any(out.iterdir()):
-        return
-    if (read_json(out / REPORT) or {}).get("made_by") != made_by:
+        return False
+    report = read_json(out / REPORT) or {}
+    if report.get("made_by") != made_by:
         names = ", ".join(sorted(path.name for path in out.iterdir())[:3])
         raise UserError(f"{out} exists and holds other things ({names}).", "Choose another --out.")
-    if not overwrite:
+    if overwrite:
+        return False
+    if report.get("request") != request:
         raise UserError(
-            f"{out} holds a set of {made_by} already.", "Replace it with --overwrite, or choose another --out."
+            f"{out} holds a set that {made_by} made with other options, or of other files.",
+            "Replace it with --overwrite, or choose another --out.",
         )
+    return True
 
 
 def check_held_out(test: float | None, num_proc: int | None) -> None:

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..rundir import folder_aside, write_json, write_text
 from .messages import RowError
 from .opening import Source, decoded, quiet
-from .output import DROPPED, REPORT, check_held_out, check_output
+from .output import DROPPED, REPORT, check_held_out, check_output, request_of
 from .pairs_input import open_input, own_questions
 from .questions import Questions, read_questions
 from .sources import PARALLEL_ROWS, cache_key, own_faults_only, processes, summarise
@@ -116,7 +116,7 @@ def make_pairs(
     num_proc: int | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> PairsReport:
+) -> PairsReport | None:
     """Read, choose, split, write; the folder appears whole or not at all.
 
     Rows keep their order. The held-out ones are those of the smallest hashes of seed and prompt: equal prompts are on the
@@ -136,6 +136,9 @@ def make_pairs(
         overwrite: replace a folder of pairs that an earlier run made.
         say: is told what takes long.
 
+    Returns:
+        None: ``out`` holds these very pairs already.
+
     Raises:
         UserError: an input is missing, unreadable or of another schema; no pair is left, or none to train on; ``out``
             holds something else.
@@ -147,7 +150,10 @@ def make_pairs(
     specs = [DatasetSpec(path=item) if isinstance(item, str) else item for item in inputs]
     if not specs:
         raise UserError("data pairs: nothing to read.", "Name a file, a folder or a hub id (openbmb/UltraFeedback).")
-    check_output(out, [spec.path for spec in specs], MADE_BY, overwrite)
+    paths = [spec.path for spec in specs]
+    request = request_of(out, [*paths, *exclude], rules=rules, specs=specs, test=test, file_format=file_format)
+    if check_output(out, paths, MADE_BY, overwrite, request):
+        return None
     listed = [text for name in exclude for text in read_questions(name)]
     opened = [part for spec in specs for part in open_input(spec)]
     questions = Questions([*listed, *(text for raw, _ in opened for text in own_questions(raw))])
@@ -176,7 +182,7 @@ def make_pairs(
                 report.files += [path.name for path in written]
         write_text(folder / DROPPED, "".join(f"{r}\t{p}\n" for r, where in report.dropped.items() for p in where))
         write_text(folder / "report.md", _markdown(report))
-        write_json(folder / REPORT, {"made_by": MADE_BY, **report.as_dict()})
+        write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, **report.as_dict()})
     return report
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+PR_SET_PDEATHSIG = 1
 _quiet = False
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _in_child() -> None:
-    """A terminal's Ctrl-C goes to every process: the parent ends its workers, and they need not say so with tracebacks."""
+    """A terminal's Ctrl-C goes to every process: the parent ends its workers, and they need not say so with tracebacks.
+    Where the parent is killed, the system ends them: they would wait for work for ever."""
     if _quiet:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if _libc is not None:
+            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if hasattr(os, "register_at_fork"):

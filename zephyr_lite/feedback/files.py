@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..errors import UserError
-from ..files import write_text
+from ..files import sweep, write_text
 from ..redact import refuse_secrets
 from ..strict_yaml import dump_yaml
 
@@ -35,6 +35,7 @@ def claim(out: Path, kind: str, config: BaseModel) -> None:
         raise UserError(f"{out} is a file; the job's folder cannot be made there.", "Choose another --out.")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
         there = sorted(path.name for path in out.iterdir())
     except OSError as error:
         raise UserError(f"{out}: cannot be made: {error.strerror}.", "Choose another --out.") from None

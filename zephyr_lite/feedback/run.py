@@ -133,6 +133,7 @@ def make_pair_folder(config: FeedbackConfig, say: Callable[[str], None]) -> list
     except UserError as error:
         earlier = f" {pairs} is from an earlier run." if pairs.exists() else ""
         return [f"no pairs: {error.message}{earlier}", f"With other rules: zephyr-lite data pairs {rows} --out {pairs}"]
+    assert report is not None  # overwritten
     return [
         *report.lines(),
         f"Next: zephyr-lite dpo dataset.path={pairs} dataset.split=train_prefs",

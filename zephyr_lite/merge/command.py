@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -18,7 +19,7 @@ from ..model.peft_config import other_base
 from ..rundir import read_json, stages_of
 from ..stage_info import check_rendering
 from .measure import CHECK_ROWS, MEASURE_ROWS, MergeMeasure, measure
-from .weights import MARK, MergeReport, adapter_only, merge
+from .weights import COMPOSED, MARK, MERGED, MergeReport, adapter_only, merge
 
 Say = Callable[[str], None]
 Way = Literal["base", "nf4"]
@@ -51,7 +52,7 @@ def run_merge(
         rows: held-out conversations to measure on; None: few for a check, more for ``both``.
 
     Returns:
-        the comparison, where there was one.
+        the comparison, where one was made now.
 
     Raises:
         UserError: nothing to merge, a chain that is not what the stage was finished with, another base, an ``out``
@@ -86,29 +87,43 @@ def run_merge(
     for adapter in chain.adapters if adapters else ():
         if (told := other_base(adapter.config, name)) is not None:
             say(f"{adapter.path}: {told}")
+    lineage = chain.lineage()
     if as_adapter:
+        if not overwrite and _earlier(out, {"kind": COMPOSED, **lineage}) is not None:
+            say(f"{out} is complete already.")
+            return None
         adapter_only(
             chain.adapters,
             out,
             base_model_name=name,
             tokenizer_from=chain.tokenizer_from,
-            lineage=chain.lineage(),
+            lineage=lineage,
             overwrite=overwrite,
         )
         say(f"{out}: the whole chain as one PEFT adapter; it belongs on the bare {name}")
         return None
     folder = fetch_base(name, chain.base.get("revision", "main"))
-    if (known := chain.base.get("fingerprint")) is not None and fingerprint(folder) != known:
+    found_base = fingerprint(folder)
+    if (known := chain.base.get("fingerprint")) is not None and found_base != known:
         raise UserError(
             f"{folder}: is not the model that the stage was trained on (its files changed since).",
             "Restore it, or merge the adapters explicitly (--adapter, --base).",
         )
 
-    def merged(where: Path, way: Way) -> MergeReport:
-        return _merge(chain, folder, where, way, overwrite, say)
+    lineage = {**lineage, "base": {**chain.base, "fingerprint": found_base}}
 
-    for line in merged(out, onto).lines():
-        say(line)
+    def merged(where: Path, way: Way) -> MergeReport:
+        return _merge(chain, folder, where, way, lineage, overwrite, say)
+
+    earlier = None if overwrite else _earlier(out, {"kind": MERGED, "onto": onto, **lineage})
+    if earlier is None:
+        for line in merged(out, onto).lines():
+            say(line)
+    elif not check or _is_measured(earlier, onto, both, rows):
+        say(f"{out} is complete already.")
+        return None
+    else:
+        say(f"{out}: its weights are complete already; what is missing is the comparison")
     if not check:
         return None
     try:
@@ -116,7 +131,9 @@ def run_merge(
         if found is None:
             found = measure(chain, {onto: out}, rows=rows or CHECK_ROWS, say=say)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted while it was compared: {out} is whole, only the numbers are missing.") from None
+        raise Interrupted(
+            f"interrupted while it was compared: {out} is whole, only the numbers are missing. The same command makes them."
+        ) from None
     write_json(out / MARK, {**(read_json(out / MARK) or {}), "measured": found.as_dict()})
     say(found.ways[onto].logps.line())
     for line in found.lines():
@@ -129,6 +146,20 @@ def run_merge(
     return found
 
 
+def _earlier(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``out`` says of itself, where that is the merge that is wanted."""
+    sweep(out.absolute().parent, out.name)
+    told = read_json(out / MARK)
+    wanted = json.loads(json.dumps(wanted, default=str))
+    return told if told is not None and all(told.get(key) == value for key, value in wanted.items()) else None
+
+
+def _is_measured(told: dict[str, Any], onto: Way, both: bool, rows: int | None) -> bool:
+    measured = told.get("measured") or {}
+    ways = {"base", "nf4"} if both and told["base"].get("load_in_4bit", True) else {onto}
+    return ways <= {*measured, *measured.get("missing", ())} and rows in (None, measured["data"]["rows"])
+
+
 def _measured(
     chain: Chain, out: Path, onto: Way, merged: Callable[[Path, Way], MergeReport], rows: int, say: Say
 ) -> MergeMeasure | None:
@@ -139,7 +170,6 @@ def _measured(
         say(f"trained on the base in 16 bits: --onto {other} would be another model, and is not measured")
         return None
     target = out.with_name(f"{out.name}.measure")
-    sweep(target.parent, target.name)
     found: MergeMeasure | None = None
     with suppress(_Done), folder_aside(target) as aside:
         try:
@@ -159,7 +189,9 @@ class _Done(Exception):
     """The folder beside has served its purpose."""
 
 
-def _merge(chain: Chain, folder: Path, out: Path, onto: Way, overwrite: bool, say: Say) -> MergeReport:
+def _merge(
+    chain: Chain, folder: Path, out: Path, onto: Way, lineage: dict[str, Any], overwrite: bool, say: Say
+) -> MergeReport:
     told = 0
 
     def progress(done: int, total: int) -> None:
@@ -176,7 +208,7 @@ def _merge(chain: Chain, folder: Path, out: Path, onto: Way, overwrite: bool, sa
         double_quant=chain.base.get("double_quant", True),
         quant_dtype=_dtype(chain),
         tokenizer_from=chain.tokenizer_from,
-        lineage=chain.lineage(),
+        lineage=lineage,
         overwrite=overwrite,
         progress=progress,
     )

@@ -25,6 +25,7 @@ from ..safetensors_stream import FLOATS, Entry, row_blocks, tensor_bytes, write_
 from .base_files import BaseFiles, copy_tokenizer, model_files, open_base
 
 MARK = "zephyr_lite.json"
+MERGED, COMPOSED = "merged model", "composed adapter"  # key ``kind`` of it
 # Of float32 rows. Larger blocks are no faster, and every copy of one counts against the memory bound.
 BLOCK_BYTES = 64 * 2**20
 
@@ -112,7 +113,7 @@ def merge(
     through_nf4 = files.linears() if onto == "nf4" and not files.quantized else set()
     total = sum(entry.nbytes for entry in files.entries.values())
     check_disk(out, total)
-    marks = {"kind": "merged model", "onto": onto, **(lineage or {})}
+    marks = {"kind": MERGED, "onto": onto, **(lineage or {})}
     if onto == "nf4" and not files.quantized:
         marks |= {"nf4": {"double_quant": double_quant, "loaded_as": str(quant_dtype).removeprefix("torch.")}}
 
@@ -178,7 +179,7 @@ def adapter_only(
         write_adapter(aside, chain, base_model_name=base_model_name)
         if tokenizer_from is not None:
             copy_tokenizer(Path(tokenizer_from), aside)
-        write_json(aside / MARK, {"kind": "composed adapter", **(lineage or {})})
+        write_json(aside / MARK, {"kind": COMPOSED, **(lineage or {})})
 
 
 def claim(out: Path, overwrite: bool) -> None:
@@ -193,7 +194,9 @@ def claim(out: Path, overwrite: bool) -> None:
         what = "is a file" if not out.is_dir() else f"exists and holds other things ({next(out.iterdir()).name}, …)"
         raise UserError(f"{out}: {what}.", "Choose another --out; only an earlier merge is ever replaced.")
     if not overwrite:
-        raise UserError(f"{out}: holds an earlier merge.", "Add --overwrite to replace it, or choose another --out.")
+        raise UserError(
+            f"{out}: holds another, earlier merge.", "Add --overwrite to replace it, or choose another --out."
+        )
 
 
 def check_disk(out: Path, size: int) -> None:

@@ -210,6 +210,12 @@ def load_base(
     if absent := sorted(loaded["missing_keys"]):  # transformers drew them at random
         more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
         raise UserError(f"{source}: no tensor {shown(absent[0])}{more} in its files.", "Fetch the model again.")
+    if unread := sorted(loaded["unexpected_keys"]):  # of families that check_weights does not know
+        more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
+        raise UserError(
+            f"{source}: holds tensor {shown(unread[0])}{more}, for which the model of config.json has no place.",
+            "The files belong to different models; fetch the model again.",
+        )
     model.config._name_or_path = model.name_or_path = str(folder)
     for module in model.modules():
         if isinstance(module, Linear4bit):

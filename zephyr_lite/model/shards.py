@@ -159,13 +159,14 @@ def open_shards(folder: Path) -> dict[str, SafetensorsFile]:
 
 
 def check_layers(folder: Path, files: Iterable[SafetensorsFile], layers: int) -> None:
-    """Refuse weights that have fewer decoder layers than config.json says; the rest would be drawn at random.
+    """Refuse weights that have fewer decoder layers than config.json says (the rest would be drawn at random), or more (they
+    would be left out).
 
     Raises:
         UserError: says both numbers.
     """
     found = {int(match[1]) for file in files for name in file.entries if (match := _LAYER.match(name))}
-    if found and max(found) + 1 < layers:
+    if found and max(found) + 1 != layers:
         raise UserError(
             f"{folder}: config.json says {layers} layers, the weights have {max(found) + 1}.",
             "The files belong to different models; fetch the model again.",
@@ -180,11 +181,21 @@ def check_shapes(files: Iterable[SafetensorsFile], model: Mapping[str, Any], pac
         packed: names of the weights that are kept in NF4, whose parts are compared.
 
     Raises:
-        UserError: names the tensor, the file, and both shapes; or what is missing of a weight in NF4.
+        UserError: names the tensor, the file, and both shapes; a tensor that nothing would read; or what is missing of a
+            weight in NF4.
     """
     holds = {name: file for file in files for name in file.entries}
     for name, file in holds.items():
+        weight, _, part = name.rpartition(".weight.")
+        if part and f"{weight}.weight" in packed:
+            continue
         if name not in model:
+            # transformers adds the prefix itself, and computes inv_freq, which old checkpoints hold
+            if f"model.{name}" not in model and not name.endswith("rotary_emb.inv_freq"):
+                raise UserError(
+                    f"{file.path}: holds tensor {shown(name)}, for which the model of config.json has no place.",
+                    "The files belong to different models, or the weights need other code; fetch the model again.",
+                )
             continue
         shape = packed_shape(holds, name) if name in packed else file.entries[name].shape
         if tuple(model[name].shape) != shape:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .compile_later import compile_later
 from .dispatch import Comparison, Widths, jit, on_device, register, runs_triton, samples, tl, truncates
+from .hub_kernels import no_hub_kernels
 
-with compile_later():
+with compile_later(), no_hub_kernels():
     import bitsandbytes.functional as bnb
     from bitsandbytes.nn import Linear4bit as Linear4bit  # for model/load.py
     from bitsandbytes.nn import Params4bit

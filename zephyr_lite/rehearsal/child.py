@@ -60,7 +60,7 @@ def child(
     begun = time.monotonic()
     with _files(log, asked, answer) as (stdin, stdout, stderr), _passed_on() as (came, holder):
         process = subprocess.Popen(
-            [sys.executable, "-m", "zephyr_lite", *words],
+            [sys.executable, "-P", "-m", "zephyr_lite", *words],
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,

@@ -218,8 +218,8 @@ def done(chosen: Reproduction, part: str) -> str | None:
     size, free = merged_bytes(chosen_configs(chosen)["sft"]), shutil.disk_usage(chosen.run).free
     if free < size + RESERVE:
         return (
-            f"left out: the model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; {stage.adapter} is the whole "
-            "chain as one adapter"
+            f"left out: the model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free for {merged}; "
+            f"{stage.adapter} is the whole chain as one adapter"
         )
     return None
 

@@ -249,7 +249,7 @@ class Rehearsal:
         size, free = merged_bytes(config), shutil.disk_usage(self.folder).free
         if free < size + RESERVE:
             self._command(log, *words, "--adapter-only")
-            return f"the adapter only: {free / 1e9:.1f} GB are free, and the model takes {size / 1e9:.1f} GB"
+            return f"the adapter only: {free / 1e9:.1f} GB are free for {out}, and the model takes {size / 1e9:.1f} GB"
         self._command(log, *words, "--rows", "2")
         return f"{size / 1e9:.1f} GB, removed again"
 

@@ -7,10 +7,24 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
 from ..config import RunConfig
 from ..errors import UserError
 from ..rundir import StageDir
+
+
+def check_repo_name(config: RunConfig) -> None:
+    """Refuse a name under which the hub has no repositories, before anything is trained.
+
+    Raises:
+        UserError: as said.
+    """
+    if config.push_to_hub:
+        try:
+            validate_repo_id(config.push_to_hub)
+        except HFValidationError as error:
+            raise UserError(f"push_to_hub {config.push_to_hub}: {error}", "Set push_to_hub=OWNER/NAME.") from None
 
 
 def push_adapter(config: RunConfig, stage: StageDir, info: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -12,7 +12,7 @@ from peft import PeftConfig
 
 from .. import __version__
 from ..config import Loaded, Method, RunConfig, dump_config, load_config
-from ..data.chat import ChatTemplate, resolve_template
+from ..data.chat import ChatTemplate, Example, PairExample, resolve_template
 from ..data.prepare import Prepared, prepare
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.check_weights import check_weights
@@ -74,7 +74,7 @@ from .ground import (
 from .leader import Leader
 from .optim import check_schedule
 from .planning import plan_stage, said_again, set_threads, stage_job
-from .publish import push_adapter
+from .publish import check_repo_name, push_adapter
 from .stage import Say, Stage
 from .steps import step_schedule
 from .task import Outcome
@@ -175,6 +175,7 @@ def open_stage(
         check_targets(config.lora_target_modules)
     check_schedule(config)
     trackers(config)
+    check_repo_name(config)
     frozen = adapters_below(method, config, stage, say)
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
@@ -192,10 +193,10 @@ def open_stage(
     if config.chat_template == "auto":
         same_template(frozen, template)
     data = prepare(config.dataset, method, config, template, what="training")
-    _tell(data, say)
+    _tell(data, base_config, say)
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
     if eval_data is not None:
-        _tell(eval_data, say)
+        _tell(eval_data, base_config, say)
     machine = machine_now(compute_dtype(config.dtype, compute_device()))
     now = versions()
     forget_best = False
@@ -391,6 +392,21 @@ def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time
     return resolve_template(config.chat_template, load_tokenizer(source), now)
 
 
-def _tell(data: Prepared, say: Say) -> None:
+def _tell(data: Prepared, base_config: Any, say: Say) -> None:
     for line in data.report.lines():
         say(line)
+    context = getattr(base_config, "max_position_embeddings", None)
+    if context is None:
+        return
+    long = (data.lengths > context).nonzero()[0].tolist()  # of a pair both responses
+    if longer := [data.examples[i].where for i in long if _positions(data.examples[i]) > context]:
+        say(
+            f"warning: {len(longer):,} rows are longer than the {context:,} tokens that the base was made for "
+            f"(max_position_embeddings), {longer[0]} first. Lower max_length to cut them."
+        )
+
+
+def _positions(row: Example | PairExample) -> int:
+    if isinstance(row, Example):
+        return len(row.ids)
+    return len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids))

@@ -8,10 +8,12 @@ command goes on with the leg that it was in.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ from typing import Any
 import datasets
 
 from ...errors import UserError
+from ...files import remove_tree
+from ...flock import flock
 from ...rundir import folder_aside, write_json, write_text
 from ..opening import quiet
-from ..output import DROPPED, REPORT, check_held_out, check_output
+from ..output import DROPPED, REPORT, check_held_out, check_output, request_of
 from .contamination import NGRAM, EvalSets, read_eval_sets
 from .counting import WordCounts
 from .duplicates import find_duplicates, test_limit, write_kept
@@ -93,7 +97,7 @@ def clean_chat(
     num_proc: int | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> ChatReport:
+) -> ChatReport | None:
     """Clean a set of conversations.
 
     Args:
@@ -105,12 +109,18 @@ def clean_chat(
         overwrite: replace the folder, if it was made by this command.
         say: gets a line for each step.
 
+    Returns:
+        None: ``out`` holds this very set already.
+
     Raises:
         UserError: an option, the source or the folder has to change, or no row is left.
     """
     options.check()
     check_held_out(options.test, num_proc)
-    check_output(out, [source], MADE_BY, overwrite)
+    files = [source, *options.decontaminate, *([str(options.lexicon)] if options.lexicon is not None else [])]
+    request = request_of(out, files, options=options, split=split)
+    if check_output(out, [source], MADE_BY, overwrite, request):
+        return None
     given = Lexicon.load(options.lexicon) if options.lexicon is not None else None
     raw = open_raw(source, split)
     say(f"{source}: read as {raw.kind}, {len(raw.rows):,} rows")
@@ -120,7 +130,8 @@ def clean_chat(
         options.min_turns, options.min_words, options.max_words,
     )  # fmt: skip
     processes = num_proc or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else num_proc or 1
-    scanned = _scan(raw, rules, sets, processes)
+    with _cache() as cache:
+        scanned = _scan(raw, rules, sets, processes, cache)
     with folder_aside(out) as folder:
         work = folder / "work"
         work.mkdir()
@@ -147,7 +158,7 @@ def clean_chat(
         report.restored, report.files = _write(raw, scanned, kept, lexicon, folder, options.file_format, processes)
         shutil.rmtree(work)
         write_text(folder / "report.md", markdown(report, raw))
-        write_json(folder / REPORT, {"made_by": MADE_BY, "source": source, **report.as_dict(raw)})
+        write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, "source": source, **report.as_dict(raw)})
     return report
 
 
@@ -160,11 +171,10 @@ def _key(*values: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def _scan(raw: Raw, rules: ScanRules, sets: EvalSets, processes: int) -> datasets.Dataset:
-    """The first pass over all rows, a leg at a time."""
-    total = len(raw.rows)
-    contents = hashlib.sha256(sets.grams.tobytes() + sets.texts.tobytes()).hexdigest()
-    every = max(1, -(-total // LEARN_ROWS))
+@contextmanager
+def _cache() -> Iterator[Path]:
+    """The folder for the first pass's results. Temporary files that killed processes left there are removed, unless another
+    process has a lock on it."""
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "zephyr-lite-chat"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -173,6 +183,23 @@ def _scan(raw: Raw, rules: ScanRules, sets: EvalSets, processes: int) -> dataset
             f"{cache}: cannot be made: {error.strerror}.",
             "Make it writable, or name another folder in the environment variable HF_DATASETS_CACHE.",
         ) from None
+    handle = os.open(cache, os.O_RDONLY)
+    try:
+        if flock(handle):
+            for left in cache.glob("tmp*"):
+                remove_tree(left)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield cache
+    finally:
+        os.close(handle)
+
+
+def _scan(raw: Raw, rules: ScanRules, sets: EvalSets, processes: int, cache: Path) -> datasets.Dataset:
+    """The first pass over all rows, a leg at a time."""
+    total = len(raw.rows)
+    contents = hashlib.sha256(sets.grams.tobytes() + sets.texts.tobytes()).hexdigest()
+    every = max(1, -(-total // LEARN_ROWS))
     legs = []
     for start in range(0, total, LEG):
         stop = min(total, start + LEG)

@@ -1,6 +1,7 @@
 """Spans of a text in which nothing may change: code, addresses, names of files, formulas, markup.
 
-One pass of one regular expression finds them all; each kind is a named group, and a rule with examples.
+One pass of one regular expression finds them all; each kind is a named group, and a rule with examples. No repetition may
+run to the end of a row from every place of it: the time would grow with the square of its length.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("It is 5` long.", "An `open tick\nends` nowhere"),
     ),
     "code_line": (
-        r"(?m:^(?:[ \t]+|[$>%] |>>> )?(?:"
+        r"(?m:^(?:[ \t]++|[$>%] |>>> )?(?:"
         r"(?:(?:def|class|import|from|return|public|private|static|void|const|let|var|function|elif|#include|using|"
         r"package|SELECT|select|INSERT|insert)\b[^.!?\n]*(?:[(){};=]|\bimport\b|\bfrom\b)[^\n]*)"
         r"|(?:import [\w.]+(?: as \w+)?)|(?:from [\w.]+ import [^\n]*)|(?:[^\n]*[;{}][ \t]*)|(?:[$][ ][^\n]+)|"
@@ -51,7 +52,8 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("For me, it is clear.", "I import cars. they sell.", "if you ask me, no.", "We will class it: later (maybe)."),
     ),
     "formula": (
-        r"\$\$[\s\S]+?\$\$|\$(?=[^\s\d])[^$\n]{0,120}?[\\^_=+{}][^$\n]{0,120}?\$|\\\([\s\S]+?\\\)|\\\[[\s\S]+?\\\]",
+        r"\$\$[\s\S]+?\$\$|\$(?=[^\s\d])[^$\n]{0,120}?[\\^_=+{}][^$\n]{0,120}?\$|"
+        r"\\\((?:(?!\\\()[\s\S])+?\\\)|\\\[(?:(?!\\\[)[\s\S])+?\\\]",
         "a formula in LaTeX",
         (r"Let $x_i = 2$. then", r"\(i < n\) holds", "$$\ni. e\n$$"),
         ("It costs $5. they ask $10.",),
@@ -63,7 +65,7 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("a < b and c > d",),
     ),
     "url": (
-        r"(?:[a-z][a-z0-9+.-]*://|www\.)[^\s<>\"”]*[^\s<>\"”.,;:!?)\]}'*]|\b(?:[a-z0-9-]++\.)+(?:com|org|net|io|"
+        r"(?:[a-z][a-z0-9+.-]{0,20}://|www\.)[^\s<>\"”]*[^\s<>\"”.,;:!?)\]}'*]|\b(?:[a-z0-9-]{1,63}+\.){1,8}(?:com|org|net|io|"
         r"edu|gov|co|uk|de|ai|info|dev)\b(?:/(?:[^\s<>\"”]*[^\s<>\"”.,;:!?)\]}'*])?)?",
         "an address on the web, with or without its scheme",
         ("See https://example.com/paris?i=1 now", "at www.london.org", "on wikipedia.org or bbc.co.uk/news"),
@@ -82,13 +84,13 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("We are #1.", "# Heading"),
     ),
     "path": (
-        r"(?<![\w/])(?:~|\.{1,2})?/(?:[\w.@+-]+/)*[\w.@+-]*\w|\b[A-Za-z]:\\[^\s\"]+|\b\w++(?:[\\/][\w.-]+){2,}",
+        r"(?<![\w/])(?:~|\.{1,2})?/(?:[\w.@+-]+/){0,32}[\w.@+-]*\w|\b[A-Za-z]:\\[^\s\"]+|\b\w++(?:[\\/][\w.-]+){2,}",
         "a path of a file",
         ("in /usr/bin/python", "~/docs/i", r"C:\Users\anna", "src/lib/paris"),
         ("and/or", "he/she. they"),
     ),
     "file_name": (
-        r"\b[\w-]++\.(?:py|js|ts|jsx|tsx|json|jsonl|csv|txt|md|html?|css|xml|ya?ml|toml|ini|sh|bat|exe|dll|so|"
+        r"\b[\w-]{1,120}+\.(?:py|js|ts|jsx|tsx|json|jsonl|csv|txt|md|html?|css|xml|ya?ml|toml|ini|sh|bat|exe|dll|so|"
         r"jar|java|"
         r"cpp|c|h|hpp|cs|go|rs|rb|php|sql|pdf|docx?|xlsx?|pptx?|png|jpe?g|gif|svg|mp[34]|wav|zip|tar|gz|log|cfg|conf|"
         r"ipynb|parquet)\b",
@@ -98,13 +100,13 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "identifier": (
         r"\b[A-Za-z][^\W_]*+_\w+|\b[A-Za-z]++\d\w*|\b_\w+|\b\w++(?:::|->)\w[\w:>-]*|\b[A-Za-z_]\w*+\([^\s()]*\)|"
-        r"(?<![\w-])--?[a-z][\w-]*|\b[a-z]++(?:\.[a-z_]++)+\([^\n()]*\)|\b[a-z]++[A-Z]\w*",
+        r"(?<![\w-])--?[a-z][\w-]*|\b[a-z]++(?:\.[a-z_]++){1,8}\([^\n()]*\)|\b[a-z]++[A-Z]\w*",
         "snake_case, camelCase, a call, a flag of a command",
         ("set my_name to", "myName is", "call paris() now", "with --version", "std::string", "np.array(i)", "x1 is"),
         ("my name. is", "well-known", "a pause - then", "Paris (the city)"),
     ),
     "variable": (
-        r"(?<![\w'’])[a-zA-Z](?:\s*(?:[=<>+*/^]|≤|≥|!=|\+\+)\s*[\w(]|\[[^\]\n]*\])|(?<=[=<>+*/^\[] )[a-zA-Z](?!\w)|"
+        r"(?<![\w'’])[a-zA-Z](?:\s*(?:[=<>+*/^]|≤|≥|!=|\+\+)\s*[\w(]|\[[^\]\n]{0,120}\])|(?<=[=<>+*/^\[] )[a-zA-Z](?!\w)|"
         r"(?<=[\w)][=<>+*/^])[a-zA-Z]\b(?!\*)|(?<=[=<>+*/^\[(])[a-zA-Z](?=[)\]\s,])|(?<![\w'’])[a-zA-Z](?:-th|th)\b",
         "a letter that stands for a number",
         ("if i = 3 then", "a[i] and i + 1", "the i-th row", "(i) first", "41*i."),

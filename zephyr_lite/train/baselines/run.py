@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
 from trl import DPOConfig, SFTConfig
 
 from ...config import Loaded, Method, RunConfig
@@ -81,7 +81,10 @@ def run_baseline(
     with kept_elsewhere(stage.mirror):
         with StopRequest("the step is finished and a checkpoint written") as stop:
             recorder.stop = stop
-            trainer.train(resume_from_checkpoint=str(found) if found else None)
+            if found is not None and _is_last(found, recorder.total, stage.config):
+                _restore(trainer, found)
+            else:
+                trainer.train(resume_from_checkpoint=str(found) if found else None)
         state = trainer.state
         if stop.name is not None and state.global_step < recorder.total:
             raise interrupted(stop.name, stage.dir, state.global_step, recorder.total)
@@ -98,6 +101,22 @@ def run_baseline(
         recorder.observer.ends(stage, outcome)
         stopped_at_the_end(stage, outcome)
     return outcome
+
+
+def _is_last(checkpoint: Path, total: int, config: RunConfig) -> bool:
+    """Whether nothing was left to be trained after a checkpoint. transformers would make one more step."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    waited = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    patience = config.early_stopping_patience or math.inf
+    return state.global_step >= total or waited.get("early_stopping_patience_counter", 0) >= patience
+
+
+def _restore(trainer: Any, checkpoint: Path) -> None:
+    """What ``trainer.train`` would end with: the last checkpoint, or the best one."""
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer._load_from_checkpoint(str(checkpoint))
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        trainer._load_best_model()
 
 
 def _supported(method: Method, config: RunConfig) -> None:
