@@ -121,6 +121,8 @@ def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda
     Raises:
         UserError: the base's files changed since the stage was trained; an adapter does not fit it.
     """
+    for note in chain.notes:
+        say(note)
     base = load_base(base_config(chain), say=say)
     where = f"{chain.run / chain.stage}" if chain.run is not None and chain.stage else "the adapters"
     known = chain.base.get("fingerprint")

@@ -14,7 +14,6 @@ from ..errors import Interrupted, UserError
 from ..files import folder_aside, sweep, write_json
 from ..model.chain import Chain, chain_of_adapters, chain_of_run
 from ..model.load import compute_device, compute_dtype, fetch_base, fingerprint, load_tokenizer
-from ..model.peft_config import other_base
 from ..rundir import read_json, stages_of
 from ..stage_info import check_rendering
 from .measure import CHECK_ROWS, MEASURE_ROWS, MergeMeasure, measure
@@ -83,9 +82,8 @@ def run_merge(
     if chain.run is not None and chain.stage is not None and chain.tokenizer_from is not None:
         template = resolve_template("auto", load_tokenizer(chain.tokenizer_from))
         check_rendering(chain.info, chain.run / chain.stage, template.text, template.tokenizer)
-    for adapter in chain.adapters if adapters else ():
-        if (told := other_base(adapter.config, name)) is not None:
-            say(f"{adapter.path}: {told}")
+    for note in chain.notes:
+        say(note)
     if as_adapter:
         adapter_only(
             chain.adapters,

@@ -11,9 +11,9 @@ from typing import Any
 from ..config import Method, RunConfig
 from ..data.chat import ChatTemplate
 from ..errors import UserError
-from ..model.chain import chain_of_run, check_order
+from ..model.chain import chain_of_run, check_stack
 from ..model.load import fingerprint
-from ..model.peft_config import other_base
+from ..model.overlap import CARD
 from ..model.peft_files import AdapterFile, fetch_adapter, read_adapter
 from ..model.plan import Plan
 from ..model.tokenizer import check_vocabulary
@@ -130,11 +130,9 @@ def adapters_below(method: Method, config: RunConfig, stage: StageDir, say: Call
     if config.adapters == "none":
         return []
     if config.adapters:
-        adapters = [read_adapter(fetch_adapter(name)) for name in config.adapters]
-        for adapter in adapters:
-            if (told := other_base(adapter.config, config.model_name_or_path)) is not None:
-                say(f"adapter {adapter.path}: {told}")
-        check_order(adapters)
+        adapters = [read_adapter(fetch_adapter(name, beside=[CARD])) for name in config.adapters]
+        for note in check_stack(adapters, config.model_name_or_path):
+            say(note)
         return adapters
     if method == "sft":
         return []
