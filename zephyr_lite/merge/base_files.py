@@ -118,6 +118,16 @@ class BaseFiles:
                 sizes[entry.dtype] += entry.nbytes
         return str(DTYPES[sizes.most_common(1)[0][0]]).removeprefix("torch.") if sizes else "float32"
 
+    @cached_property
+    def tied(self) -> bool:
+        """Whether one matrix is both embedding and output head: as config.json says, unless the files hold two that differ
+        (which transformers then leaves apart)."""
+        if not self.config.get("tie_word_embeddings"):
+            return False
+        ends = ("embed_tokens.weight", "lm_head.weight")
+        pair = [self.tensor(name) for end in ends for name in self.entries if name.endswith(end)]
+        return len(pair) != 2 or (pair[0].shape == pair[1].shape and torch.equal(pair[0], pair[1].to(pair[0].dtype)))
+
     def _file(self, name: str) -> SafetensorsFile:
         return self._holds[name]
 
@@ -206,6 +216,8 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
     config = {key: value for key, value in files.config.items() if key != "quantization_config"}
     config.pop("torch_dtype", None)
     config["dtype"] = files.dtype
+    if "tie_word_embeddings" in config:
+        config["tie_word_embeddings"] = files.tied
     if not config.get("architectures"):
         model = empty_model(files.folder, read_model_config(files.folder, any_family=True))
         config["architectures"] = [type(model).__name__]

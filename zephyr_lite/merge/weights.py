@@ -221,8 +221,7 @@ def _check_fit(files: BaseFiles, chain: Sequence[Modules]) -> None:
     for modules in chain:
         for module, weights in modules.items():
             entry = files.entries.get(f"{module}.weight")
-            tied = bool(files.config.get("tie_word_embeddings")) and module.rpartition(".")[2] == "lm_head"
-            if tied:
+            if files.tied and module.rpartition(".")[2] == "lm_head":
                 raise UserError(
                     f"the adapter changes {module}, which this base ({files.name}) ties to its embeddings.",
                     "One matrix cannot be both; keep the adapter apart (--adapter-only), or train without lm_head.",
