@@ -135,6 +135,12 @@ class BaseFiles:
         """A stored tensor, mapped: read-only."""
         return self._file(name).tensor(name)
 
+    def parameter(self, name: str) -> Tensor | None:
+        """A parameter of the model, which a tied head shares with the embedding; None: the base has none."""
+        if name not in self.entries and self.tied and name.endswith("lm_head.weight"):
+            name = next((other for other in self.entries if other.endswith("embed_tokens.weight")), name)
+        return self.tensor(name) if name in self.entries else None
+
     def copy_bytes(self, name: str, out: BinaryIO) -> None:
         self._file(name).copy_bytes(name, out)
 

@@ -16,6 +16,7 @@ from ..model.chain import Chain, chain_of_adapters, chain_of_run
 from ..model.load import compute_device, compute_dtype, fetch_base, fingerprint, load_tokenizer
 from ..rundir import read_json, stages_of
 from ..stage_info import check_rendering
+from .base_files import open_base
 from .measure import CHECK_ROWS, MEASURE_ROWS, MergeMeasure, measure
 from .weights import MARK, MergeReport, adapter_only, merge
 
@@ -85,6 +86,9 @@ def run_merge(
     for note in chain.notes:
         say(note)
     if as_adapter:
+        for adapter in chain.adapters:
+            if adapter.copies:
+                adapter.check_copies(open_base(name, chain.base.get("revision", "main")).parameter)
         adapter_only(
             chain.adapters,
             out,

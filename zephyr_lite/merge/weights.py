@@ -107,6 +107,9 @@ def merge(
             f"{base}: is quantized to NF4, so its 16-bit weights are not there to merge onto.",
             "Merge onto what it holds (--onto nf4), or give the 16-bit base with --base.",
         )
+    for adapter in adapters:
+        if isinstance(adapter, AdapterFile):
+            adapter.check_copies(files.parameter)
     chain = [adapter.modules if isinstance(adapter, AdapterFile) else adapter for adapter in adapters]
     _check_fit(files, chain)
     through_nf4 = files.linears() if onto == "nf4" and not files.quantized else set()
