@@ -16,6 +16,7 @@ from .model.adapters import AdapterStack, resolve_frozen_names
 from .model.chain import Chain, chain_of_adapters, chain_of_run
 from .model.decoder import Decoder
 from .model.load import Base, load_base, load_tokenizer
+from .model.tokenizer import check_vocabulary
 from .rundir import STAGE_FILE, newest_run
 from .stage_info import check_rendering
 
@@ -131,6 +132,7 @@ def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda
             f"{base.path}: is not the model that {where} was trained on (its files changed since).", "Restore it."
         )
     tokenizer = load_tokenizer(chain.tokenizer_from or base.path)
+    check_vocabulary(tokenizer, base.model.get_input_embeddings().weight.shape[0], chain.tokenizer_from or base.path)
     template = template_of_folder(chain.tokenizer_from or base.path, tokenizer, chat_template)
     if chain.info and chain.run is not None and chain.stage is not None and chat_template in (None, "auto"):
         check_rendering(chain.info, chain.run / chain.stage, template.text, template.tokenizer)

@@ -182,6 +182,6 @@ def same_template(frozen: list[AdapterFile], template: ChatTemplate) -> None:
         check_rendering(info, adapter.parent, template.text, template.tokenizer)
 
 
-def vocabulary_fits(tokenizer: Any, config: Any, folder: Path) -> None:
+def vocabulary_fits(tokenizer: Any, config: Any) -> None:
     """Refuse a tokenizer that gives ids for which the base of this configuration has no embedding."""
-    check_vocabulary(tokenizer, config.vocab_size, folder)
+    check_vocabulary(tokenizer, config.vocab_size, Path(tokenizer.name_or_path))

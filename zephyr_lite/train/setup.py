@@ -36,6 +36,7 @@ from ..model.peft_files import (
 )
 from ..model.plan import Plan, keep_freed_pages
 from ..model.stream import StreamedBase
+from ..model.tokenizer import save_tokenizer
 from ..ops.dispatch import check_kernels
 from ..rundir import StageDir, folder_aside, newest_run, write_text
 from ..stage_info import FORMAT
@@ -168,7 +169,7 @@ def open_stage(
         changes.settle("adapters", adapters_difference(before, frozen))
         changes.refuse(stage, complete=complete)
     template = template_of(config, folder, frozen)
-    vocabulary_fits(template.tokenizer, base_config, folder)
+    vocabulary_fits(template.tokenizer, base_config)
     if config.chat_template == "auto":
         same_template(frozen, template)
     data = prepare(config.dataset, method, config, template, what="training")
@@ -321,7 +322,7 @@ def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[s
         chain = own
     with folder_aside(stage.dir.adapter) as folder:
         write_adapter(folder, chain, **shared, extra_config=extra)
-        stage.template.tokenizer.save_pretrained(folder)
+        save_tokenizer(stage.template.tokenizer, folder)
     stage.info.update(
         status="complete",
         own={"path": stage.dir.own.name, "sha256": adapter_sha256(stage.dir.own)},
