@@ -30,7 +30,7 @@ test: setup
 test-compat: setup
 	test -x $(VENV)-compat/bin/python || $(PYTHON) -m venv $(VENV)-compat
 	$(VENV)-compat/bin/python -m pip install -q --no-deps transformers==4.51.3 tokenizers==0.21.4 huggingface_hub==0.36.2 peft==0.15.2
-	$(RUN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	$(RUN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
 		> $$($(VENV)-compat/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
 	folder=$$(mktemp -d) && $(RUN)/python -m tests.compat make $$folder && $(VENV)-compat/bin/python -m tests.compat load $$folder && rm -r $$folder
 

@@ -31,7 +31,7 @@ def base_folder(folder, **config):
 
 def change_json(path, **keys):
     told = {**json.loads(path.read_text()), **keys}
-    path.write_text(json.dumps({key: value for key, value in told.items() if value is not None}))
+    path.write_text(json.dumps({key: value for key, value in told.items() if keys.get(key, 0) is not None}))
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,9 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
     config = {key: value for key, value in files.config.items() if key != "quantization_config"}
     config["dtype"] = config["torch_dtype"] = files.dtype  # transformers 5's key, and 4's
     rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:  # transformers 4 has two keys for it
+    if (
+        isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config
+    ):  # transformers 4 has two keys for it
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}

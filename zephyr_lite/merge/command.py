@@ -43,7 +43,8 @@ def run_merge(
 
     Args:
         run, stage: which; the newest run's last complete stage by default.
-        adapters, base: instead of a run, from the bottom up.
+        adapters: instead of a run, from the bottom up.
+        base: what the adapters belong on; of a run, where its base is now.
         onto, overwrite: see ``merge.merge``.
         as_adapter: write one PEFT adapter instead of a model.
         check: compare the result with the live stack, and keep what was found in the folder's zephyr_lite.json.
@@ -61,8 +62,6 @@ def run_merge(
     out = out.expanduser()
     if adapters and (run is not None or stage is not None):
         raise UserError("--adapter names the chain itself; --run and --stage name one too.", "Give one or the other.")
-    if base is not None and not adapters:
-        raise UserError("--base goes with --adapter; a run knows its own.", "Leave --base out, or name the adapters.")
     if both and (as_adapter or not check):
         raise UserError(
             f"--measure compares merged models; {'--adapter-only makes none' if as_adapter else '--no-check forbids it'}.",
@@ -73,7 +72,7 @@ def run_merge(
             f"--rows are for the comparison; {'--adapter-only makes none' if as_adapter else '--no-check forbids it'}.",
             "Give one of the two.",
         )
-    chain = chain_of_adapters(list(adapters), base) if adapters else chain_of_run(run, stage=stage)
+    chain = chain_of_adapters(list(adapters), base) if adapters else chain_of_run(run, stage=stage, base=base)
     name = chain.base["name_or_path"]
     where = f"{chain.run}, stage {chain.stage}" if chain.run is not None else "explicit adapters"
     say(f"{where}: {' + '.join([name, *(str(a.path) for a in chain.adapters)])}")
@@ -102,8 +101,8 @@ def run_merge(
     folder = fetch_base(name, chain.base.get("revision", "main"))
     if (known := chain.base.get("fingerprint")) is not None and fingerprint(folder) != known:
         raise UserError(
-            f"{folder}: is not the model that the stage was trained on (its files changed since).",
-            "Restore it, or merge the adapters explicitly (--adapter, --base).",
+            f"{folder}: is not the model that the stage was trained on: other weights, or another architecture.",
+            "Restore it, or give the folder of that model with --base.",
         )
 
     def merged(where: Path, way: Way) -> MergeReport:

@@ -43,12 +43,15 @@ class Chain:
         return told | {"adapters": [{"path": str(a.path), "sha256": a.sha256} for a in self.adapters]}
 
 
-def chain_of_run(run: str | Path | None = None, runs_root: str | Path = "runs", stage: str | None = None) -> Chain:
+def chain_of_run(
+    run: str | Path | None = None, runs_root: str | Path = "runs", stage: str | None = None, base: str | None = None
+) -> Chain:
     """The chain of a run's last complete stage.
 
     Args:
         run: a run's folder; None for the newest one under `runs_root` with a complete stage.
         stage: a stage's name; None for the complete stage with the longest chain, the latest of those.
+        base: where its base is now, if that was moved; whoever loads it compares the fingerprint.
 
     Raises:
         UserError: no such run or complete stage, an adapter that is gone, or one that is no longer what the stage was
@@ -63,7 +66,8 @@ def chain_of_run(run: str | Path | None = None, runs_root: str | Path = "runs", 
         adapters.append(_checked(_resolve(folder, _path(chosen, link)), link, chosen, f"adapter {place + 1}"))
     own = info["own"]
     adapters.append(_checked(chosen.path / _path(chosen, own), own, chosen, "its own adapter"))
-    return Chain(dict(info["base"]), adapters, chosen.adapter, folder, chosen.path.name, info)
+    moved = {} if base is None else {"name_or_path": base, "revision": "main"}
+    return Chain({**info["base"], **moved}, adapters, chosen.adapter, folder, chosen.path.name, info)
 
 
 def chain_of_adapters(names: list[str], base: str | None = None) -> Chain:

@@ -165,8 +165,9 @@ def same_base(frozen: list[AdapterFile], ours: str, folder: Path) -> None:
         checked(info, file, needs=("base.fingerprint", "base.name_or_path"))
         if info["base"]["fingerprint"] != ours:
             raise UserError(
-                f"adapter {adapter.path}: was trained on {info['base']['name_or_path']}, and {folder} is another model.",
-                f"Set model_name_or_path={info['base']['name_or_path']}.",
+                f"adapter {adapter.path}: was trained on {info['base']['name_or_path']}, and {folder} is another model "
+                "(other weights, or another architecture).",
+                "Give the folder of the model that it was trained on: model_name_or_path=FOLDER.",
             )
 
 
