@@ -43,7 +43,7 @@ from .ending import (
     take_signals,
 )
 from .errors import Interrupted, UserError
-from .world import PeerEnded, World, everywhere, joined, launched, nothing, speaks
+from .world import PeerEnded, World, alone, everywhere, joined, launched, nothing, speaks
 
 app = typer.Typer(
     name="zephyr-lite",
@@ -88,6 +88,7 @@ def _root(
             f"{context.invoked_subcommand} runs in one process; {launched()} were started.",
             "Only sft and dpo are spread over several: start this one without torchrun.",
         )
+    alone()
 
 
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")
