@@ -238,8 +238,10 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
     rows = read_annotations(annotations)
     if outputs is not None:
         given, place = read_outputs(str(outputs))
-        check_belongs(rows, given, str(annotations))
-        console.say(f"{place}: {len(given)} outputs; {len(rows)} annotations are verdicts on them")
+        missing = check_belongs(rows, given, str(annotations))
+        console.say(f"{place}: {len(given)} outputs; {len(rows) - missing} annotations are verdicts on them")
+        if missing:
+            console.say(f"note: {missing} annotated instructions are not among the outputs; their verdicts count too")
     result = score_files(rows, difficulty, annotations)
     console.table(*table(result.models))
     for note in result.body["notes"]:
