@@ -391,7 +391,8 @@ def test_merge_of_explicit_adapters_and_as_one_adapter(invoke, refused, runs, ti
     code, out, err = invoke("merge", "--out", "adapter", "--adapter-only", "--run", "runs/t")
     assert code == 0 and (tmp_path / "adapter" / "adapter_config.json").is_file(), err
     refused("merge", "--out", "x", "--run", "runs/t", *chain, says=("--run",))
-    refused("merge", "--out", "x", "--base", tiny_base, says=("--adapter",))
+    assert invoke("merge", "--out", "y", "--base", tiny_base, "--no-check", "--no-card")[0] == 0  # of the run, moved
+    refused("merge", "--out", "x", "--base", "nowhere", says=("nowhere", "--base FOLDER"))
     refused("merge", "--out", "x", "--run", "runs/none", says=("runs/none", "no such run"))
 
 

@@ -103,6 +103,16 @@ def test_adapters_given_together(adapters, names, error, note):
     assert len(notes) == (note is not None) and all(note in line for line in notes)
 
 
+def test_a_delta_on_other_adapters_than_its_own_is_said(adapters, tmp_path):
+    stage = StageDir(tmp_path / "run/dpo")
+    shutil.copytree(adapters / "dpo", stage.delta)
+    for below, said in (("sft", 0), ("same-seed", 1)):
+        links = [{"path": "sft/adapter", "sha256": read_adapter(adapters / "sft").sha256}]
+        stage.write_info({"status": "complete", "adapters": links})
+        notes = check_stack([read_adapter(adapters / below), read_adapter(stage.delta)], "org/Base-7B")
+        assert sum("trained on top of adapters that are not below it" in note for note in notes) == said
+
+
 def test_a_base_that_the_sft_adapter_was_merged_into_is_what_the_card_says(adapters):
     assert "card" not in " ".join(check_stack([read_adapter(adapters / "dpo-on-sft")], "models/sft"))
 

@@ -117,6 +117,10 @@ def check_stack(adapters: list[AdapterFile], base: str) -> list[str]:
                 "Take another checkpoint of it, or leave it out.",
             )
         known = _check_stage(adapter, below)
+        if known - {other.sha256 for other in below}:
+            notes.append(
+                f"adapter {adapter.path}: its stage.json says that it was trained on top of adapters that are not below it here"
+            )
         for other in below:
             if other.sha256 not in known and (holds(adapter, other)[0] or holds(other, adapter)[0]):
                 raise UserError(
