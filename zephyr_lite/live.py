@@ -129,7 +129,7 @@ def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda
     known = chain.base.get("fingerprint")
     if known is not None and base.fingerprint != known:
         raise UserError(
-            f"{base.path}: is not the model that {where} was trained on: other weights, or another architecture.",
+            f"{base.path}: is not the model that {where} was trained on (its files changed since, or it is another one).",
             "Restore it, or give the folder of that model with --base.",
         )
     tokenizer = load_tokenizer(chain.tokenizer_from or base.path)

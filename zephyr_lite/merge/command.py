@@ -101,7 +101,7 @@ def run_merge(
     folder = fetch_base(name, chain.base.get("revision", "main"))
     if (known := chain.base.get("fingerprint")) is not None and fingerprint(folder) != known:
         raise UserError(
-            f"{folder}: is not the model that the stage was trained on: other weights, or another architecture.",
+            f"{folder}: is not the model that the stage was trained on (its files changed since, or it is another one).",
             "Restore it, or give the folder of that model with --base.",
         )
 
