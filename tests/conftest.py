@@ -15,19 +15,7 @@ import tempfile
 from pathlib import Path
 
 # Everything else (the user's tokens, terminal, locale, time zone, proxies, caches, launcher variables) stays outside.
-INHERITED = (
-    "PATH",
-    "LD_",
-    "TMPDIR",
-    "PYTEST_",
-    "PYTHONPATH",
-    "CUDA_",
-    "NVIDIA_",
-    "TRITON_",
-    "OPENBLAS_",
-    "OMP_",
-    "FUZZ_",
-)
+INHERITED = ("PATH", "LD_", "TMPDIR", "PYTEST_", "PYTHONPATH", "CUDA_", "NVIDIA_", "TRITON_", "OPENBLAS_", "OMP_", "FUZZ_")
 ROOT = Path(__file__).parent.parent
 HOME = Path(tempfile.mkdtemp(prefix="zephyr-lite-home-"))
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)
@@ -35,9 +23,7 @@ for variable in [name for name in os.environ if not name.startswith(INHERITED)]:
     del os.environ[variable]
 os.environ.update(
     HOME=str(HOME),
-    PYTHONPATH=os.pathsep.join(
-        filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    ),  # of the commands that tests start
+    PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),  # of the commands that tests start
     LANG="C.UTF-8",
     TZ="UTC",
     COLUMNS="80",

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from tests.conftest import make_tokenizer, tiny_config
+from zephyr_lite.commands.eval_judged import _say_who
 from zephyr_lite.config import RunConfig
 from zephyr_lite.data.templates import ZEPHYR
+from zephyr_lite.endpoints.weights import Weights
 from zephyr_lite.errors import UserError
+from zephyr_lite.evaluate.judged import Answering
 from zephyr_lite.live import open_live
 from zephyr_lite.merge.command import run_merge
 from zephyr_lite.model.chain import check_stack
@@ -147,3 +150,11 @@ def test_every_command_says_it(adapters, base, command, tmp_path):
     assert not (tmp_path / "a").exists()
     given_to(command, base, [str(adapters / "dpo-on-sft")], tmp_path / "b", said.append)
     assert sum("its card says that it was trained from me/sft" in line for line in said) == 1
+
+
+def test_the_judged_evaluations_say_it_too(adapters, base, capsys):
+    weights = Weights(adapters=[str(adapters / "dpo-on-sft")], base=str(base))
+    _say_who(Answering({}, weights, None))
+    assert "note: adapter" in capsys.readouterr().out
+    with pytest.raises(UserError, match="twice"):
+        Weights(adapters=[str(adapters / "sft"), str(adapters / "continued")], base=str(base))

@@ -287,6 +287,9 @@ def _say_who(answering: Any, given: list[str] | None = None) -> None:
     where = f" of {answering.weights.source}" if answering.weights is not None else ""
     judge = f"; judge: {answering.judge.name}" if answering.judge is not None else ""
     console.say(f"models: {', '.join([*answering.specs, *(given or [])])}{where}{judge}")
+    if answering.weights is not None and answering.weights.chain is not None:
+        for note in answering.weights.chain.notes:
+            console.say(f"note: {note}")
 
 
 def _say_bounds(lines: list[str], settings: JudgedConfig, job: Path) -> None:
