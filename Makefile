@@ -1,5 +1,6 @@
 # make demo    the whole recipe on a small model, on a CPU: some minutes of set-up once, then about three
 # make test    the tests
+# make test-compat   whether transformers 4 loads what a merge and a stage write
 # make lint    ruff and mypy
 #
 # Variables: PYTHON (3.11 or newer), VENV, TORCH_INDEX (an index to take torch from first), CONSTRAINTS.
@@ -17,13 +18,21 @@ endif
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test test-compat lint format setup clean
 
 demo: setup
 	$(RUN)/zephyr-lite demo
 
 test: setup
 	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n 3 --dist loadscope $(PYTEST_ARGS)
+
+# Folders that this environment makes, loaded with transformers 4 in an environment of its own; torch is shared.
+test-compat: setup
+	test -x $(VENV)-compat/bin/python || $(PYTHON) -m venv $(VENV)-compat
+	$(VENV)-compat/bin/python -m pip install -q --no-deps transformers==4.51.3 tokenizers==0.21.4 huggingface_hub==0.36.2 peft==0.15.2
+	$(RUN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+		> $$($(VENV)-compat/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	folder=$$(mktemp -d) && $(RUN)/python -m tests.compat make $$folder && $(VENV)-compat/bin/python -m tests.compat load $$folder && rm -r $$folder
 
 lint: setup
 	$(RUN)/ruff check .
@@ -47,4 +56,4 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-compat build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -95,18 +95,16 @@ ADAPTERS = [
         ADAPTER,
     ),
     (
-        "an adapter with a regular expression",
-        adapter(target_modules=".*(q|v)_proj"),
-        "a/adapter_config.json: target_modules is '.*(q|v)_proj', a regular expression; only "
-        "a list of names or all-linear is read.",
-        "Write the names that it stands for as a list: the weights' file has them.",
+        "an adapter whose alphas are no pattern",
+        adapter(alpha_pattern={"(": 2}),
+        "a/adapter_config.json: alpha_pattern has the key '(': missing ) at position 11.",
+        ADAPTER,
     ),
     (
-        "an adapter whose ranks backtrack",
-        adapter(rank_pattern={"(a+)+$": 2}),
-        "a/adapter_config.json: rank_pattern has the key '(a+)+$', a regular expression; only "
-        "plain names of modules are read.",
-        "Write the adapter again with the modules' own names (layers.0.mlp.up_proj).",
+        "an adapter whose alphas backtrack",
+        adapter(alpha_pattern={"(?:(?:[a-z]|.)+)+[0-9]{9}": 2}),
+        "a/adapter_config.json: a pattern of alpha_pattern takes too long to match model.layers.0.self_attn.q_proj.",
+        "Write the modules' own names (layers.0.mlp.up_proj) in its place.",
     ),
     (
         "an adapter that is nested deeply",

@@ -148,6 +148,18 @@ def test_published_files_are_scored(tmp_path: Path, capsys) -> None:
     assert "no difficulty for row 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lacking", [0, 1, 4])
+def test_outputs_that_lack_annotated_instructions_are_scored_with_a_note(tmp_path: Path, capsys, lacking) -> None:
+    verdicts = write(tmp_path / "annotations.json", [annotation(n, 1 + n % 2) for n in range(8)])
+    outputs = [{"instruction": f"Do {n}.", "output": "y" * 9, "generator": "new"} for n in range(8 - lacking)]
+    own = write(tmp_path / "model_outputs.json", outputs)
+    assert run("--outputs", own, "--annotations", verdicts, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert (f"note: {lacking} annotated instructions are not among the outputs" in said) == (lacking > 0)
+    body = json.loads((tmp_path / "out" / "alpaca.json").read_text())["models"]["new"]
+    assert body["win_rate"] == 50 and body["n_total"] == 8
+
+
 def test_files_that_are_something_else_are_refused(tmp_path: Path, capsys) -> None:
     outputs = write(tmp_path / "o.json", [{"instruction": "Do 0.", "output": "else", "generator": "g"}])
     good = write(tmp_path / "a.json", [annotation(0, 2)])

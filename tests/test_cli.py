@@ -223,7 +223,7 @@ def test_an_empty_file(refused, sft_words, tmp_path):
 
 def test_rows_of_another_schema(refused, sft_words, dpo_words, tmp_path, pair_rows, chat_rows):
     rows_file(tmp_path / "rows.jsonl", [{"title": "a", "body": "b"}])
-    refused(*other(sft_words, dataset="rows.jsonl"), says=("rows.jsonl", "title", "columns:"))
+    refused(*other(sft_words, dataset="rows.jsonl"), says=("rows.jsonl", "title", "dataset.columns.prompt=COLUMN"))
     refused(*other(sft_words, dataset=pair_rows), says=("chosen", "sft needs"))
     refused(*other(dpo_words, dataset=chat_rows, adapters="none"), says=("messages", "dpo needs"))
 
@@ -231,7 +231,7 @@ def test_rows_of_another_schema(refused, sft_words, dpo_words, tmp_path, pair_ro
 def test_broken_json(refused, sft_words, tmp_path):
     good = {"messages": turns("a", "b")}
     rows_file(tmp_path / "rows.jsonl", [good, good, '{"messages": [', good])
-    refused(*other(sft_words, dataset="rows.jsonl"), says=("rows.jsonl line 3", "Mend"))
+    refused(*other(sft_words, dataset="rows.jsonl"), says=("rows.jsonl line 3", "Correct the line"))
 
 
 def test_chosen_equal_to_rejected(refused, dpo_words, tmp_path):
@@ -423,7 +423,8 @@ def test_merge_of_explicit_adapters_and_as_one_adapter(invoke, refused, runs, ti
     code, out, err = invoke("merge", "--out", "adapter", "--adapter-only", "--run", "runs/t")
     assert code == 0 and (tmp_path / "adapter" / "adapter_config.json").is_file(), err
     refused("merge", "--out", "x", "--run", "runs/t", *chain, says=("--run",))
-    refused("merge", "--out", "x", "--base", tiny_base, says=("--adapter",))
+    assert invoke("merge", "--out", "y", "--base", tiny_base, "--no-check", "--no-card")[0] == 0  # of the run, moved
+    refused("merge", "--out", "x", "--base", "nowhere", says=("nowhere", "--base FOLDER"))
     refused("merge", "--out", "x", "--run", "runs/none", says=("runs/none", "no such run"))
 
 

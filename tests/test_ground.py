@@ -14,6 +14,7 @@ from zephyr_lite.config import load_config
 from zephyr_lite.data.templates import TEMPLATES
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge.command import run_merge
+from zephyr_lite.model import load
 from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.model.peft_files import read_adapter
 from zephyr_lite.rundir import StageDir, newest_run
@@ -270,6 +271,7 @@ def test_a_stage_of_an_earlier_version_goes_on(place):
     for key in ("format", "id", "machine", "eval_data"):
         told.pop(key)
     told["data"] = {k: v for k, v in told["data"].items() if not k.endswith("sha256")}
+    told["base"]["fingerprint"] = load._fingerprint_of_files(place / "base")
     file.write_text(json.dumps(told))
     opened(place)
     info = StageDir(place / "run" / "sft").info()

@@ -53,7 +53,8 @@ def test_what_cannot_be_opened_is_refused_with_what_to_do(run, tiny_base, tmp_pa
         ({"source": tiny_base, "stage": "dpo"}, "has no stages"),
         ({"source": tiny_base}, "no chat template"),
         ({"source": run, "adapters": ["x"]}, "--adapter names the chain itself"),
-        ({"source": run, "base": "x"}, "--base goes with --adapter"),
+        ({"source": run, "base": "x"}, "model x: there is no such folder"),
+        ({"source": tiny_base, "base": "x"}, "has no base"),
         ({"source": run, "stage": "dpo2"}, "stage dpo2 is not there"),
     ):
         with pytest.raises(UserError, match=words_of_it) as refused:

@@ -45,7 +45,7 @@ from .ending import (
 )
 from .errors import Interrupted, UserError
 from .ops.hub_kernels import no_hub_kernels
-from .world import PeerEnded, World, everywhere, joined, launched, nothing, speaks
+from .world import PeerEnded, World, alone, everywhere, joined, launched, nothing, speaks
 
 app = typer.Typer(
     name="zephyr-lite",
@@ -90,6 +90,7 @@ def _root(
             f"{context.invoked_subcommand} runs in one process; {launched()} were started.",
             "Only sft and dpo are spread over several: start this one without torchrun.",
         )
+    alone()
 
 
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")

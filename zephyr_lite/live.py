@@ -15,7 +15,8 @@ from .errors import UserError
 from .model.adapters import AdapterStack, resolve_frozen_names
 from .model.chain import Chain, chain_of_adapters, chain_of_run
 from .model.decoder import Decoder
-from .model.load import Base, load_base, load_tokenizer
+from .model.load import Base, is_fingerprint_of, load_base, load_tokenizer
+from .model.tokenizer import check_vocabulary
 from .rundir import STAGE_FILE, newest_run
 from .stage_info import check_rendering
 
@@ -82,7 +83,8 @@ def open_live(
     Args:
         source: the folder; None: the newest run under ``runs/`` that has a complete stage.
         stage: of a run's folder.
-        adapters, base: instead of a source: PEFT adapters from the bottom up, and what they belong on.
+        adapters: instead of a source: PEFT adapters from the bottom up.
+        base: what the adapters belong on; of a run, where its base is now.
         chat_template: as the configuration's key (auto: the folder's own, or Zephyr's); None: the folder's own.
 
     Raises:
@@ -93,14 +95,13 @@ def open_live(
         if source is not None or stage is not None:
             raise UserError("--adapter names the chain itself; a run or a stage names one too.", "Give one of the two.")
         return live_of(chain_of_adapters(list(adapters), base), chat_template=chat_template, say=say)
-    if base is not None:
-        raise UserError("--base goes with --adapter; a run knows its own.", "Leave --base out, or name the adapters.")
     path = None if source is None else Path(source).expanduser()
     if path is not None and not path.is_dir():
         raise UserError(f"{path}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's.")
     if path is not None and (path / "config.json").is_file():
-        if stage is not None:
-            raise UserError(f"{path}: is a model's folder, which has no stages.", "Leave --stage out.")
+        if stage is not None or base is not None:
+            option = "stages" if base is None else "base"
+            raise UserError(f"{path}: is a model's folder, which has no {option}.", "Leave --stage and --base out.")
         loaded = load_base(RunConfig(model_name_or_path=str(path), load_in_4bit=False), say=say)
         template = template_of_folder(path, loaded.tokenizer, chat_template)
         return Live(str(path), loaded, AdapterStack(loaded.model), template, {WHOLE: []})
@@ -112,7 +113,7 @@ def open_live(
         path, stage = path.parent, path.name
     if path is None and stage is None and newest_run(Path("runs")) is None:
         raise UserError("there is no run under runs/.", "Run `zephyr-lite sft` first, or name a model's folder.")
-    return live_of(chain_of_run(path, stage=stage), chat_template=chat_template, say=say)
+    return live_of(chain_of_run(path, stage=stage, base=base), chat_template=chat_template, say=say)
 
 
 def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda line: None) -> Live:
@@ -121,14 +122,18 @@ def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda
     Raises:
         UserError: the base's files changed since the stage was trained; an adapter does not fit it.
     """
+    for note in chain.notes:
+        say(note)
     base = load_base(base_config(chain), say=say)
     where = f"{chain.run / chain.stage}" if chain.run is not None and chain.stage else "the adapters"
     known = chain.base.get("fingerprint")
-    if known is not None and base.fingerprint != known:
+    if known is not None and not is_fingerprint_of(known, base.path):
         raise UserError(
-            f"{base.path}: is not the model that {where} was trained on (its files changed since).", "Restore it."
+            f"{base.path}: is not the model that {where} was trained on (its files changed since, or it is another one).",
+            "Restore it, or give the folder of that model with --base.",
         )
     tokenizer = load_tokenizer(chain.tokenizer_from or base.path)
+    check_vocabulary(tokenizer, base.model.get_input_embeddings().weight.shape[0], chain.tokenizer_from or base.path)
     template = template_of_folder(chain.tokenizer_from or base.path, tokenizer, chat_template)
     if chain.info and chain.run is not None and chain.stage is not None and chat_template in (None, "auto"):
         check_rendering(chain.info, chain.run / chain.stage, template.text, template.tokenizer)

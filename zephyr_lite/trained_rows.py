@@ -77,7 +77,7 @@ def _ground(method: Method, file: str | None, words: list[str]) -> tuple[RunConf
     folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
     base_config: Any = read_model_config(folder, any_family=True)
     template = template_of(config, folder, _frozen(method, config, notes))
-    vocabulary_fits(template.tokenizer, base_config, folder)
+    vocabulary_fits(template.tokenizer, base_config)
     return config, template, notes
 
 

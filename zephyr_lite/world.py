@@ -29,6 +29,14 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=12)
 # what torchrun, accelerate and others tell the processes that they start
 _RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+_LAUNCHERS = (
+    _RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE, "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "NODE_RANK",
+    "MPI_LOCALRANKID", "MPI_LOCALNRANKS",
+)  # fmt: skip
+_LAUNCHERS_BEGIN = (
+    "OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_", "TORCHELASTIC_", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON", "ACCELERATE_USE_PARALLELISM", "ACCELERATE_USE_TP",
+)  # fmt: skip
 # Seconds in which a second signal is the launcher's copy of the first (see ``echoes``).
 ECHO = 5.0
 
@@ -225,6 +233,7 @@ def _said(error: BaseException | None) -> str:
 
 
 _here = World()
+_launched_alone = False  # ``alone`` removed a launcher's variables
 _left = False  # this process was interrupted in the middle of an exchange
 
 
@@ -236,6 +245,18 @@ def world() -> World:
 def launched() -> int:
     """How many processes whoever started this one says there are."""
     return _number(_SIZE, 1)
+
+
+def alone() -> None:
+    """Where one process was started, remove what launchers (torchrun, accelerate, MPI) tell theirs, of which a shell or a
+    container may have kept some: accelerate and torch would wait for processes that are not there."""
+    global _launched_alone
+    if launched() > 1:
+        return
+    _launched_alone = _launched_alone or _RANK in os.environ
+    for name in list(os.environ):
+        if name in _LAUNCHERS or name.startswith(_LAUNCHERS_BEGIN):
+            del os.environ[name]
 
 
 def speaks() -> bool:
@@ -257,7 +278,7 @@ def echoes(first: float | None) -> bool:
     Args:
         first: when the earlier one came, on the clock of time.monotonic; None: there was none.
     """
-    return first is not None and _RANK in os.environ and time.monotonic() - first < ECHO
+    return first is not None and (_launched_alone or _RANK in os.environ) and time.monotonic() - first < ECHO
 
 
 def _number(name: str, default: int) -> int:

@@ -16,7 +16,7 @@ from ..evaluate.likelihood import PairLogps, chat_loss, pair_logps
 from ..model.adapters import AdapterStack
 from ..model.chain import Chain, chain_of_run
 from ..model.decoder import Decoder
-from ..model.load import load_base, load_tokenizer
+from ..model.load import is_fingerprint_of, load_base, load_tokenizer
 from ..rundir import StageDir
 from .table import ArmStage, Table
 
@@ -61,7 +61,7 @@ class Scores:
         config = next(iter(table.arms.values()))[0].loaded.config
         base = load_base(config, say=say)
         for arm, chain in self.chains.items():
-            if chain.base["fingerprint"] != base.fingerprint:
+            if not is_fingerprint_of(chain.base["fingerprint"], base.path):
                 raise UserError(
                     f"arm {arm!r} was trained on other weights of {chain.base['name_or_path']} than {base.path} holds.",
                     "Restore them, or choose another folder with --out.",

@@ -6,13 +6,13 @@ Nothing of it is executed or unpickled: a ``training_args.bin`` is never opened.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config import read_dumped
 from ..errors import UserError
+from ..model.overlap import CARD, tuned_from
 from ..model.peft_config import CONFIG_NAME
 from ..model.peft_files import AdapterFile, fetch_adapter, read_adapter
 from ..reading import is_file, read_text
@@ -20,7 +20,7 @@ from ..rundir import STAGE_FILE, StageDir, stages_of
 from ..strict_json import read_object
 from ..strict_yaml import read_front_matter
 
-CARD, LOG, TRAINER_LOG = "README.md", "trainer_state.json", "trainer_log.jsonl"
+LOG, TRAINER_LOG = "trainer_state.json", "trainer_log.jsonl"
 # what is fetched of a hub adapter, beside its two files
 BESIDE = [CARD, LOG, TRAINER_LOG, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
 TOKENIZER = "tokenizer_config.json"
@@ -33,7 +33,6 @@ _TOOLS = {  # words of a card's tags or text, the most particular first
     "TRL": ("trl",),
 }
 _PREFERENCE = ("dpo", "orpo", "kto", "ipo", "cpo", "simpo")
-_TUNED = re.compile(r"fine-tuned version of\s+(?:\[(?P<link>[^\]\s]+)\]|(?P<bare>[\w./-]+))", re.IGNORECASE)
 
 
 @dataclass
@@ -154,10 +153,7 @@ def _card(evidence: Evidence) -> None:
     if method is not None:
         evidence.method = "sft" if method == "sft" else "dpo"
         evidence.method_because = f"the tag {method} of its {CARD}"
-    if match := _TUNED.search(body):
-        evidence.tuned_from = (match["link"] or match["bare"]).rstrip(".")
-    elif isinstance(front.get("base_model"), str):
-        evidence.tuned_from = front["base_model"]
+    evidence.tuned_from = tuned_from(evidence.path)
 
 
 def _logs(evidence: Evidence) -> None:

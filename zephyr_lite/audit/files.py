@@ -7,23 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import UserError
 from ..model.chain import chain_of_run
 from ..model.compose import compose
+from ..model.overlap import CARD, HELD, SAME_ORIGIN, held, held_share, holds, inner, origin_distance, same_name
 from ..model.peft_files import AdapterFile, LoraWeights
 from ..strict_json import shown
-from .evidence import CARD, Evidence
+from .evidence import Evidence
 from .verdict import Audit, Level
 
 LN2 = math.log(2)
 # of DPO's first logged loss from ln 2: bfloat16's noise, and what a few steps of warm-up change
 FIRST_STEP, FIRST_STEPS = 0.02, 0.1
-# two adapters whose A differ by less, normwise, come from the same draw: independent ones differ by √2
-SAME_ORIGIN = 0.7
-# of the other's B that is in its own: 1 where training went on from it, near 0 where both only began with the same seed
-HELD = 0.5
 
 
 def check_weights(evidence: Evidence, audit: Audit) -> None:
@@ -51,9 +47,9 @@ def check_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) 
         _our_chain(evidence, below, audit)
         return
     base, tuned = evidence.base, evidence.tuned_from
-    if tuned and base and not _same_model(tuned, base):
+    if tuned and base and not same_name(tuned, base):
         told = f"{CARD}: fine-tuned from {shown(tuned)}; adapter_config.json: base {shown(base)}"
-        if any(_same_model(tuned, str(adapter.path)) for adapter in below):
+        if any(same_name(tuned, str(adapter.path)) for adapter in below):
             audit.add("below", Level.right, f"{shown(tuned)} lies below it, as its card says", told)
         else:
             audit.add(
@@ -63,12 +59,9 @@ def check_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) 
                 advice=f"Put that below it: --below {shown(tuned)}; and everywhere it is loaded.",
             )  # fmt: skip
     for adapter in below:
+        twice, told = holds(evidence.adapter, adapter)
         distance = origin_distance(evidence.adapter, adapter)
-        if distance is None:
-            continue
-        share = held_share(evidence.adapter, adapter)
-        told = f"‖A − A'‖ / ‖A'‖ = {distance:.3f} against {adapter.path} (independent draws: 1.41); {_held(share)}"
-        if distance < SAME_ORIGIN and share >= HELD:
+        if twice:
             audit.add(
                 "below", Level.wrong,
                 f"it was trained on from {adapter.path}, so it holds that adapter already, which would count twice "
@@ -76,7 +69,9 @@ def check_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) 
                 advice=f"Give it as --start {adapter.path} instead of --below.",
             )  # fmt: skip
         else:
-            seed = ", though both were drawn with the same seed" if distance < SAME_ORIGIN else ""
+            seed = (
+                ", though both were drawn with the same seed" if distance is not None and distance < SAME_ORIGIN else ""
+            )
             audit.add("below", Level.right, f"it does not hold {adapter.path}{seed}: both can be on", told)
 
 
@@ -95,7 +90,7 @@ def check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
                   advice="If that one lay below it in training, give it as --below.")  # fmt: skip
         return
     share = held_share(evidence.adapter, start)
-    told = f"‖A − A'‖ / ‖A'‖ = {distance:.3f} (independent draws: 1.41); {_held(share)}"
+    told = f"‖A − A'‖ / ‖A'‖ = {distance:.3f} (independent draws: 1.41); {held(share)}"
     if distance < SAME_ORIGIN and share >= HELD:
         audit.add("below", Level.right, f"it was continued from {start.path}, and holds it", told)
     else:
@@ -132,41 +127,6 @@ def check_log(evidence: Evidence, audit: Audit) -> None:
             "(often the bare base, with the SFT adapter in the policy alone)", told, *more,
             advice="Train it again against the right reference; --pairs FILE with --reference measures which it was.",
         )  # fmt: skip
-
-
-def origin_distance(one: AdapterFile, other: AdapterFile) -> float | None:
-    """‖A − A'‖ / ‖A'‖ over all modules of two adapters of the same shapes; None where the shapes differ.
-
-    A is drawn at random and moves little in training, so that A tells whose draw it was.
-    """
-    if set(one.modules) != set(other.modules):
-        return None
-    apart = total = 0.0
-    for name in one.modules:
-        a, b = one.modules[name].a, other.modules[name].a
-        if a.shape != b.shape:
-            return None
-        apart += float((a.double() - b.double()).square().sum())
-        total += float(b.double().square().sum())
-    return math.sqrt(apart / total) if total else None
-
-
-def held_share(one: AdapterFile, other: AdapterFile) -> float:
-    """⟨B, B'⟩ / ‖B'‖² over all modules of two adapters of the same shapes: how much of the other's B is in the first.
-
-    Equal A alone do not say that one was continued from the other: scripts that set the same seed for every stage draw
-    the same A for each. B begins at zero then, while a continued adapter begins at the other's. 1 where the other's is 0.
-    """
-    shared = total = 0.0
-    for name in one.modules:
-        b, mine = other.modules[name].b.double(), one.modules[name].b.double()
-        shared += float((mine * b).sum())
-        total += float(b.square().sum())
-    return shared / total if total else 1.0
-
-
-def _held(share: float) -> str:
-    return f"{share:.2f} of its B is held (continued: 1, begun anew: near 0)"
 
 
 def _in_chain(evidence: Evidence, adapter: AdapterFile) -> bool:
@@ -207,36 +167,15 @@ def product_distance(one: Any, other: Any) -> float:
     apart = total = 0.0
     for name in {*one, *other}:
         x, y = (m.get(name) for m in (one, other))
-        xx, yy = _inner(x, x), _inner(y, y)
+        xx, yy = inner(x, x), inner(y, y)
         if x is not None and y is not None and x.a.shape == y.a.shape and torch.equal(x.a, y.a):
             # the same A: the difference is in B alone, where it can be taken before anything is squared
             d = LoraWeights(x.a, (x.b.double() * x.scale - y.b.double() * y.scale), 1.0)
-            apart += _inner(d, d)
+            apart += inner(d, d)
         else:
-            apart += max(0.0, xx - 2 * _inner(x, y) + yy)
+            apart += max(0.0, xx - 2 * inner(x, y) + yy)
         total += yy
     return math.sqrt(apart / total) if total else math.inf
-
-
-def _inner(x: LoraWeights | None, y: LoraWeights | None) -> float:
-    """⟨s B A, s' B' A'⟩ = s s' ⟨B'ᵀB, A'Aᵀ⟩."""
-    if x is None or y is None or x.shape != y.shape:
-        return 0.0
-    left: Tensor = y.b.double().T @ x.b.double()
-    right: Tensor = y.a.double() @ x.a.double().T
-    return x.scale * y.scale * float((left * right).sum())
-
-
-def _same_model(one: str, other: str) -> bool:
-    """By name: the last part, without what tools append for a quantized copy."""
-
-    def plain(name: str) -> str:
-        last = name.rstrip("/").rpartition("/")[2].lower()
-        for ending in ("-unsloth-bnb-4bit", "-bnb-4bit", "-4bit"):
-            last = last.removesuffix(ending)
-        return last
-
-    return plain(one) == plain(other)
 
 
 def _number(value: Any) -> float | None:

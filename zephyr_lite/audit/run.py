@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..model.load import load_tokenizer
 from ..model.peft_config import other_base
 from ..model.peft_files import read_adapter
+from ..model.tokenizer import check_vocabulary
 from . import questions
 from .evidence import Evidence, adapter_folder, gather
 from .files import check_chain, check_log, check_start, check_weights
@@ -91,6 +92,7 @@ def _templates(request: Request, subject: Subject, found: Audit) -> dict[str, Ch
     result: dict[str, ChatTemplate] = {}
     try:
         tokenizer = load_tokenizer(folder)
+        check_vocabulary(tokenizer, subject.base.model.get_input_embeddings().weight.shape[0], folder)
     except UserError as error:
         found.add("template", Level.wrong, error.message, advice=error.hint or "")
         return {}

@@ -11,7 +11,7 @@ from ..model.adapters import AdapterStack
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
 from ..model.family import FAMILIES, NAMES
-from ..model.load import Base, load_base
+from ..model.load import Base, is_fingerprint_of, load_base
 from ..model.peft_files import AdapterFile, read_adapter
 from .evidence import Evidence, adapter_folder
 from .verdict import Audit, Level
@@ -119,7 +119,7 @@ def load_subject(
         found.add("base", Level.note, f"nothing could be measured on {kind}: the decoder knows the families {NAMES}")
         return None
     known = (described or {}).get("fingerprint")
-    if request.base is None and known is not None and known != loaded.fingerprint:
+    if request.base is None and known is not None and not is_fingerprint_of(known, loaded.path):
         found.add("base", Level.wrong, f"{loaded.path} is not the model that it was trained on: its files changed since",
                   advice="Restore them.")  # fmt: skip
     lower, own_start = list(below), [start] if start is not None else []

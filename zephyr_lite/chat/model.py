@@ -151,11 +151,15 @@ class Chat:
 
 
 def load_chat(
-    source: str | Path | None = None, *, stage: str | None = None, chat_template: str | None = "auto"
+    source: str | Path | None = None,
+    *,
+    stage: str | None = None,
+    base: str | None = None,
+    chat_template: str | None = "auto",
 ) -> Chat:
     """A run's folder (its last complete stage), a stage's folder, or a model's folder; None: the newest run.
 
     Raises:
         UserError: as ``live.open_live``.
     """
-    return Chat(open_live(source, stage=stage, chat_template=chat_template))
+    return Chat(open_live(source, stage=stage, base=base, chat_template=chat_template))

@@ -238,8 +238,10 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
     rows = read_annotations(annotations)
     if outputs is not None:
         given, place = read_outputs(str(outputs))
-        check_belongs(rows, given, str(annotations))
-        console.say(f"{place}: {len(given)} outputs; {len(rows)} annotations are verdicts on them")
+        missing = check_belongs(rows, given, str(annotations))
+        console.say(f"{place}: {len(given)} outputs; {len(rows) - missing} annotations are verdicts on them")
+        if missing:
+            console.say(f"note: {missing} annotated instructions are not among the outputs; their verdicts count too")
     result = score_files(rows, difficulty, annotations)
     console.table(*table(result.models))
     for note in result.body["notes"]:
@@ -285,6 +287,9 @@ def _say_who(answering: Any, given: list[str] | None = None) -> None:
     where = f" of {answering.weights.source}" if answering.weights is not None else ""
     judge = f"; judge: {answering.judge.name}" if answering.judge is not None else ""
     console.say(f"models: {', '.join([*answering.specs, *(given or [])])}{where}{judge}")
+    if answering.weights is not None and answering.weights.chain is not None:
+        for note in answering.weights.chain.notes:
+            console.say(f"note: {note}")
 
 
 def _say_bounds(lines: list[str], settings: JudgedConfig, job: Path) -> None:

@@ -35,7 +35,9 @@ def merge(
         list[str] | None,
         typer.Option("--adapter", help="Instead of a run: a folder or hub id; again for the next."),
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="With --adapter: the base they belong on.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base of the --adapter; or where a run's base is now.")
+    ] = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the chain as one PEFT adapter instead of a model.")
     ] = False,

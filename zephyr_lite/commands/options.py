@@ -51,7 +51,10 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", help="Instead of a run: a PEFT adapter; repeat it, from the bottom up."),
 ]
-AdapterBase = Annotated[str | None, typer.Option("--base", help="What the --adapter belong on: a hub id or a folder.")]
+AdapterBase = Annotated[
+    str | None,
+    typer.Option("--base", help="What the --adapter belong on, or where a run's base is now: a hub id or a folder."),
+]
 ChatTemplateOption = Annotated[
     str | None,
     typer.Option("--chat-template", help="auto, zephyr, chatml, llama3, or a .jinja file \\[the folder's own]."),

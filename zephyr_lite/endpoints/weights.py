@@ -47,17 +47,16 @@ class Weights:
             raise UserError(
                 f"{self.path}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's."
             )
-        if base is not None and not adapters:
-            raise UserError(
-                "--base goes with --adapter; a run knows its own.", "Leave --base out, or name the adapters."
-            )
         if adapters and (path is not None or stage is not None):
             raise UserError("--adapter names the chain itself; a run or a stage names one too.", "Give one of the two.")
         self.chain = None if self._whole else self._read_chain()
         if self.chain is None:
             assert self.path is not None
-            if stage is not None:
-                raise UserError(f"{self.path}: is a model's folder, which has no stages.", "Leave --stage out.")
+            if stage is not None or base is not None:
+                option = "stages" if base is None else "base"
+                raise UserError(
+                    f"{self.path}: is a model's folder, which has no {option}.", "Leave --stage and --base out."
+                )
             self.models = {WHOLE: [fingerprint(self.path)]}
         else:
             self.models = _models(self.chain)
@@ -86,8 +85,8 @@ class Weights:
         if self._adapters:
             return chain_of_adapters(self._adapters, self._base)
         if self.path is not None and (self.path / STAGE_FILE).is_file():
-            return chain_of_run(self.path.parent, stage=self._stage or self.path.name)
-        return chain_of_run(self.path, stage=self._stage)
+            return chain_of_run(self.path.parent, stage=self._stage or self.path.name, base=self._base)
+        return chain_of_run(self.path, stage=self._stage, base=self._base)
 
     @cached_property
     def tokenizer_from(self) -> Path:
@@ -140,7 +139,7 @@ class Weights:
                 live = open_live(adapters=self._adapters, base=self._base, chat_template=self._chat_template)
                 self._chat = chat.Chat(live)
             else:
-                settings: dict[str, Any] = {}
+                settings: dict[str, Any] = {"base": self._base} if self._base is not None else {}
                 if self._chat_template != "auto":
                     settings["chat_template"] = self._chat_template
                 path = self.path

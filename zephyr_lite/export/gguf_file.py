@@ -219,12 +219,12 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
             "llama.cpp's own converter (convert_hf_to_gguf.py) knows the others.",
         )
     wanted = dict(empty_model(folder, config).state_dict())
-    if config.tie_word_embeddings:
+    if files.tied:
         wanted.pop("lm_head.weight", None)
     family, head = FAMILIES[config.model_type], head_width(config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.gguf.upper()], config.num_hidden_layers)
     for source, entry in files.entries.items():
-        if source.endswith(_IGNORED) or (source == "lm_head.weight" and config.tie_word_embeddings):
+        if source.endswith(_IGNORED) or (source == "lm_head.weight" and files.tied):
             continue
         if source not in wanted:
             raise UserError(

@@ -17,24 +17,13 @@ from ..model.check_weights import empty_model
 from ..model.config_file import check_config_file
 from ..model.load import fetch_base, read_model_config
 from ..model.shards import INDEX, SINGLE, again, checked_place, open_shards, packed_shape
-from ..model.tokenizer import load_tokenizer
+from ..model.tokenizer import OWN_FILES, check_vocabulary, load_tokenizer, make_portable, save_tokenizer
 from ..ops.nf4 import StoredNf4, read_stored
 from ..safetensors_stream import DTYPE_NAMES, DTYPES, FLOATS, Entry, SafetensorsFile, nbytes
 from ..strict_json import is_whole, read_object, shown
 
 GENERATION = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+TOKENIZER_FILES = (*OWN_FILES, "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 _NF4_PARTS = (
     "absmax",
     "quant_map",
@@ -118,12 +107,34 @@ class BaseFiles:
                 sizes[entry.dtype] += entry.nbytes
         return str(DTYPES[sizes.most_common(1)[0][0]]).removeprefix("torch.") if sizes else "float32"
 
+    @cached_property
+    def tied(self) -> bool:
+        """Whether one matrix is both embedding and output head: as config.json says, unless the files hold two that differ
+        (which transformers then leaves apart)."""
+        if not self.config.get("tie_word_embeddings"):
+            return False
+        ends = ("embed_tokens.weight", "lm_head.weight")
+        pair = [self.tensor(name) for end in ends for name in self.entries if name.endswith(end)]
+        return len(pair) != 2 or (pair[0].shape == pair[1].shape and torch.equal(pair[0], pair[1].to(pair[0].dtype)))
+
     def _file(self, name: str) -> SafetensorsFile:
         return self._holds[name]
 
     def tensor(self, name: str) -> Tensor:
         """A stored tensor, mapped: read-only."""
         return self._file(name).tensor(name)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the embedding, where it has its usual name; else what config.json says."""
+        rows = (entry.shape[0] for name, entry in self.entries.items() if name.endswith("embed_tokens.weight"))
+        return next(rows, self.config.get("vocab_size"))
+
+    def parameter(self, name: str) -> Tensor | None:
+        """A parameter of the model, which a tied head shares with the embedding; None: the base has none."""
+        if name not in self.entries and self.tied and name.endswith("lm_head.weight"):
+            name = next((other for other in self.entries if other.endswith("embed_tokens.weight")), name)
+        return self.tensor(name) if name in self.entries else None
 
     def copy_bytes(self, name: str, out: BinaryIO) -> None:
         self._file(name).copy_bytes(name, out)
@@ -201,11 +212,23 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
         The ids at which generation stops.
     """
     _copy_all(files.folder, out, ("LICENSE*", "NOTICE*", "USE_POLICY*"))
-    copy_tokenizer(tokenizer_from or files.folder, out)
+    tokenizer = load_tokenizer(tokenizer_from or files.folder)
+    if files.vocabulary and check_vocabulary(tokenizer, files.vocabulary, tokenizer_from or files.folder):
+        save_tokenizer(tokenizer, out)
+    else:
+        copy_tokenizer(tokenizer_from or files.folder, out)
 
     config = {key: value for key, value in files.config.items() if key != "quantization_config"}
-    config.pop("torch_dtype", None)
-    config["dtype"] = files.dtype
+    config["dtype"] = config["torch_dtype"] = files.dtype  # transformers 5's key, and 4's
+    rope = config.get("rope_parameters")
+    if (
+        isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config
+    ):  # transformers 4 has two keys for it
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if "tie_word_embeddings" in config:
+        config["tie_word_embeddings"] = files.tied
     if not config.get("architectures"):
         model = empty_model(files.folder, read_model_config(files.folder, any_family=True))
         config["architectures"] = [type(model).__name__]
@@ -243,6 +266,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     if more.is_dir():
         make_folder(out / more.name)
         _copy_all(more, out / more.name, ("*.jinja",))
+    make_portable(out)
 
 
 def _copy_all(source: Path, out: Path, patterns: Iterable[str]) -> None:

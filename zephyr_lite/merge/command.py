@@ -14,10 +14,17 @@ from ..data.chat import resolve_template
 from ..errors import Interrupted, UserError
 from ..files import folder_aside, sweep, write_json
 from ..model.chain import Chain, chain_of_adapters, chain_of_run
-from ..model.load import compute_device, compute_dtype, fetch_base, fingerprint, load_tokenizer
-from ..model.peft_config import other_base
+from ..model.load import (
+    compute_device,
+    compute_dtype,
+    fetch_base,
+    fingerprint,
+    is_fingerprint_of,
+    load_tokenizer,
+)
 from ..rundir import read_json, stages_of
 from ..stage_info import check_rendering
+from .base_files import open_base
 from .measure import CHECK_ROWS, MEASURE_ROWS, MergeMeasure, measure
 from .weights import COMPOSED, MARK, MERGED, MergeReport, adapter_only, merge
 
@@ -44,7 +51,8 @@ def run_merge(
 
     Args:
         run, stage: which; the newest run's last complete stage by default.
-        adapters, base: instead of a run, from the bottom up.
+        adapters: instead of a run, from the bottom up.
+        base: what the adapters belong on; of a run, where its base is now.
         onto, overwrite: see ``merge.merge``.
         as_adapter: write one PEFT adapter instead of a model.
         check: compare the result with the live stack, and keep what was found in the folder's zephyr_lite.json.
@@ -62,8 +70,6 @@ def run_merge(
     out = out.expanduser()
     if adapters and (run is not None or stage is not None):
         raise UserError("--adapter names the chain itself; --run and --stage name one too.", "Give one or the other.")
-    if base is not None and not adapters:
-        raise UserError("--base goes with --adapter; a run knows its own.", "Leave --base out, or name the adapters.")
     if both and (as_adapter or not check):
         raise UserError(
             f"--measure compares merged models; {'--adapter-only makes none' if as_adapter else '--no-check forbids it'}.",
@@ -74,7 +80,7 @@ def run_merge(
             f"--rows are for the comparison; {'--adapter-only makes none' if as_adapter else '--no-check forbids it'}.",
             "Give one of the two.",
         )
-    chain = chain_of_adapters(list(adapters), base) if adapters else chain_of_run(run, stage=stage)
+    chain = chain_of_adapters(list(adapters), base) if adapters else chain_of_run(run, stage=stage, base=base)
     name = chain.base["name_or_path"]
     where = f"{chain.run}, stage {chain.stage}" if chain.run is not None else "explicit adapters"
     say(f"{where}: {' + '.join([name, *(str(a.path) for a in chain.adapters)])}")
@@ -84,14 +90,16 @@ def run_merge(
     if chain.run is not None and chain.stage is not None and chain.tokenizer_from is not None:
         template = resolve_template("auto", load_tokenizer(chain.tokenizer_from))
         check_rendering(chain.info, chain.run / chain.stage, template.text, template.tokenizer)
-    for adapter in chain.adapters if adapters else ():
-        if (told := other_base(adapter.config, name)) is not None:
-            say(f"{adapter.path}: {told}")
+    for note in chain.notes:
+        say(note)
     lineage = chain.lineage()
     if as_adapter:
         if not overwrite and _earlier(out, {"kind": COMPOSED, **lineage}) is not None:
             say(f"{out} is complete already.")
             return None
+        for adapter in chain.adapters:
+            if adapter.copies:
+                adapter.check_copies(open_base(name, chain.base.get("revision", "main")).parameter)
         adapter_only(
             chain.adapters,
             out,
@@ -104,10 +112,10 @@ def run_merge(
         return None
     folder = fetch_base(name, chain.base.get("revision", "main"))
     found_base = fingerprint(folder)
-    if (known := chain.base.get("fingerprint")) is not None and found_base != known:
+    if (known := chain.base.get("fingerprint")) is not None and not is_fingerprint_of(known, folder):
         raise UserError(
-            f"{folder}: is not the model that the stage was trained on (its files changed since).",
-            "Restore it, or merge the adapters explicitly (--adapter, --base).",
+            f"{folder}: is not the model that the stage was trained on (its files changed since, or it is another one).",
+            "Restore it, or give the folder of that model with --base.",
         )
 
     lineage = {**lineage, "base": {**chain.base, "fingerprint": found_base}}

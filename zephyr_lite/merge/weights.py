@@ -108,6 +108,9 @@ def merge(
             f"{base}: is quantized to NF4, so its 16-bit weights are not there to merge onto.",
             "Merge onto what it holds (--onto nf4), or give the 16-bit base with --base.",
         )
+    for adapter in adapters:
+        if isinstance(adapter, AdapterFile):
+            adapter.check_copies(files.parameter)
     chain = [adapter.modules if isinstance(adapter, AdapterFile) else adapter for adapter in adapters]
     _check_fit(files, chain)
     through_nf4 = files.linears() if onto == "nf4" and not files.quantized else set()
@@ -224,8 +227,7 @@ def _check_fit(files: BaseFiles, chain: Sequence[Modules]) -> None:
     for modules in chain:
         for module, weights in modules.items():
             entry = files.entries.get(f"{module}.weight")
-            tied = bool(files.config.get("tie_word_embeddings")) and module.rpartition(".")[2] == "lm_head"
-            if tied:
+            if files.tied and module.rpartition(".")[2] == "lm_head":
                 raise UserError(
                     f"the adapter changes {module}, which this base ({files.name}) ties to its embeddings.",
                     "One matrix cannot be both; keep the adapter apart (--adapter-only), or train without lm_head.",

@@ -99,10 +99,16 @@ class AdapterStack:
                     f"adapter {adapter.path}: {module} is for a weight of {have[0]}×{have[1]}, this base's is {want[0]}×{want[1]}.",
                     "It was trained on another base; give that one as model_name_or_path.",
                 )
+        adapter.check_copies(lambda name: self._parameter(name, modules))
         self._add(name, ranks)
         self.load(name, adapter.modules)
         self.frozen.append(name)
         self._freeze()
+
+    @staticmethod
+    def _parameter(name: str, modules: Mapping[str, nn.Module]) -> Tensor | None:
+        layer = modules.get(name.removesuffix(".weight"))
+        return getattr(layer.get_base_layer() if isinstance(layer, LoraLayer) else layer, "weight", None)
 
     def add_trainable(
         self,

@@ -7,6 +7,9 @@ from typing import Any
 from ..errors import UserError
 from ..rundir import STAGE_FILE, StageDir, newest_run, stages_of
 from ..stage_info import checked
+from ..strict_json import shown
+from .overlap import CARD, holds, same_name, tuned_from
+from .peft_config import other_base
 from .peft_files import AdapterFile, fetch_adapter, read_adapter
 
 
@@ -21,6 +24,7 @@ class Chain:
         tokenizer_from: a folder with tokenizer and chat template, where one is known.
         run, stage: where it came from; None for explicit adapters.
         info: the stage's stage.json.
+        notes: what is doubtful about explicit adapters on this base, a line each.
     """
 
     base: dict[str, Any]
@@ -29,6 +33,7 @@ class Chain:
     run: Path | None = None
     stage: str | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def lineage(self) -> dict[str, Any]:
         """What a merged folder keeps of it."""
@@ -38,12 +43,15 @@ class Chain:
         return told | {"adapters": [{"path": str(a.path), "sha256": a.sha256} for a in self.adapters]}
 
 
-def chain_of_run(run: str | Path | None = None, runs_root: str | Path = "runs", stage: str | None = None) -> Chain:
+def chain_of_run(
+    run: str | Path | None = None, runs_root: str | Path = "runs", stage: str | None = None, base: str | None = None
+) -> Chain:
     """The chain of a run's last complete stage.
 
     Args:
         run: a run's folder; None for the newest one under `runs_root` with a complete stage.
         stage: a stage's name; None for the complete stage with the longest chain, the latest of those.
+        base: where its base is now, if that was moved; whoever loads it compares the fingerprint.
 
     Raises:
         UserError: no such run or complete stage, an adapter that is gone, or one that is no longer what the stage was
@@ -58,51 +66,105 @@ def chain_of_run(run: str | Path | None = None, runs_root: str | Path = "runs", 
         adapters.append(_checked(_resolve(folder, _path(chosen, link)), link, chosen, f"adapter {place + 1}"))
     own = info["own"]
     adapters.append(_checked(chosen.path / _path(chosen, own), own, chosen, "its own adapter"))
-    return Chain(dict(info["base"]), adapters, chosen.adapter, folder, chosen.path.name, info)
+    moved = {} if base is None else {"name_or_path": base, "revision": "main"}
+    return Chain({**info["base"], **moved}, adapters, chosen.adapter, folder, chosen.path.name, info)
 
 
 def chain_of_adapters(names: list[str], base: str | None = None) -> Chain:
     """The chain of explicit adapters (folders or hub ids), on the base that the first one names unless `base` is given.
 
     Raises:
-        UserError: an adapter cannot be read, or they name different bases and none is given.
+        UserError: an adapter cannot be read, they name different bases and none is given, or see ``check_stack``.
     """
-    adapters = [read_adapter(fetch_adapter(name)) for name in names]
-    check_order(adapters)
+    adapters = [read_adapter(fetch_adapter(name, beside=[CARD])) for name in names]
     named = list(dict.fromkeys(str(a.config.get("base_model_name_or_path") or "") for a in adapters))
     if base is None and (len(named) != 1 or not named[0]):
         raise UserError(
             f"the adapters name {'several bases: ' + ', '.join(named) if len(named) > 1 else 'no base'}.",
             "Say which one they belong on with --base.",
         )
+    notes = check_stack(adapters, base or named[0])
     with_tokenizer = [a.path for a in adapters if (a.path / "tokenizer_config.json").is_file()]
-    return Chain({"name_or_path": base or named[0]}, adapters, with_tokenizer[-1] if with_tokenizer else None)
+    return Chain(
+        {"name_or_path": base or named[0]}, adapters, with_tokenizer[-1] if with_tokenizer else None, notes=notes
+    )
 
 
-def check_order(adapters: list[AdapterFile]) -> None:
-    """Explicit adapters that lie in stages of ours: a delta stands on something, and nothing counts twice.
+def check_stack(adapters: list[AdapterFile], base: str) -> list[str]:
+    """Whether explicit adapters may all be on together, on this base, as far as their files tell.
+
+    Args:
+        adapters: from the bottom up.
+        base: its name or folder.
+
+    Returns:
+        what is doubtful, a line each.
 
     Raises:
-        UserError: the lowest is a delta, or a stage's adapter/ (a whole chain) lies above a part of itself.
+        UserError: one is given twice, contains another, is a delta without what it was trained on, or was never trained.
     """
+    notes = []
     for place, adapter in enumerate(adapters):
-        stage = StageDir(adapter.path.parent)
-        info = stage.info() if adapter.path.name in ("adapter", "delta") else None
-        if info is None:
-            continue
-        if adapter.path.name == "delta" and place == 0:
+        below = adapters[:place]
+        for other in below:
+            if other.sha256 == adapter.sha256:
+                raise UserError(
+                    f"{adapter.path}: is the same adapter as {other.path} and would count twice.", "Give it once."
+                )
+        if not any(bool(adapter.modules[name].b.any()) for name in adapter.modules):
             raise UserError(
-                f"{adapter.path}: is right only on top of the adapters that it was trained on, and is the lowest here.",
-                f"Give {stage.adapter}, which holds the whole chain, or put the adapters below it first.",
+                f"{adapter.path}: every lora_B is zero: it was never trained and changes nothing.",
+                "Take another checkpoint of it, or leave it out.",
             )
-        checked(info, stage.path / STAGE_FILE, needs=("adapters",))
-        parts = {link.get("sha256") for link in info["adapters"]}
-        twice = [below.path for below in adapters[:place] if below.sha256 in parts]
-        if adapter.path.name == "adapter" and twice:
-            raise UserError(
-                f"{adapter.path}: holds the whole chain, {twice[0]} among it, which would count twice.",
-                f"Leave {twice[0]} out, or give {stage.delta} instead.",
+        known = _check_stage(adapter, below)
+        if known - {other.sha256 for other in below}:
+            notes.append(
+                f"adapter {adapter.path}: its stage.json says that it was trained on top of adapters that are not below it here"
             )
+        for other in below:
+            if other.sha256 not in known and (holds(adapter, other)[0] or holds(other, adapter)[0]):
+                raise UserError(
+                    f"{adapter.path}: contains {other.path}, or is contained in it (one's training continued from the "
+                    "other); together they count what they share twice.",
+                    "Give only the one that was trained last.",
+                )
+        if (told := other_base(adapter.config, base)) is not None:
+            notes.append(f"adapter {adapter.path}: {told}")
+        named = [base, str(adapter.config.get("base_model_name_or_path") or base), *(str(a.path) for a in below)]
+        tuned = None if known else tuned_from(adapter.path)
+        if tuned is not None and not any(same_name(tuned, name) for name in named):
+            notes.append(
+                f"adapter {adapter.path}: its card says that it was trained from {shown(tuned)}, which is neither the base "
+                "nor an adapter below it: without it the result is probably another, worse model"
+            )
+    return notes
+
+
+def _check_stage(adapter: AdapterFile, below: list[AdapterFile]) -> set[str]:
+    """An adapter that lies in a stage of a run: a delta needs what it was trained on, adapter/ already contains it.
+
+    Returns:
+        the hashes of the adapters that a delta was trained on; empty for any other adapter.
+    """
+    stage = StageDir(adapter.path.parent)
+    info = stage.info() if adapter.path.name in ("adapter", "delta") else None
+    if info is None:
+        return set()
+    if adapter.path.name == "delta" and not below:
+        raise UserError(
+            f"{adapter.path}: is right only on top of the adapters that it was trained on, and is the lowest here.",
+            f"Give {stage.adapter}, which holds the whole chain, or put the adapters below it first.",
+        )
+    checked(info, stage.path / STAGE_FILE, needs=("adapters",))
+    parts = {str(link.get("sha256")) for link in info["adapters"]}
+    if adapter.path.name == "delta":
+        return parts
+    if twice := [other.path for other in below if other.sha256 in parts]:
+        raise UserError(
+            f"{adapter.path}: holds the whole chain, {twice[0]} among it, which would count twice.",
+            f"Leave {twice[0]} out, or give {stage.delta} instead.",
+        )
+    return set()
 
 
 def _newest(root: Path) -> Path:

@@ -19,6 +19,8 @@ from .shards import local_folder, pickles
 
 # what a base consists of
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model*", "*.txt"]
+# the same weights once more, in Mistral's own format
+IGNORED = ["consolidated*"]
 
 
 def fetch_base(name_or_path: str, revision: str = "main", *, weights: bool = True) -> Path:
@@ -41,12 +43,17 @@ def fetch_base(name_or_path: str, revision: str = "main", *, weights: bool = Tru
                 "Only safetensors are read; convert the weights with save_pretrained first.",
             )
         return folder
-    no_id = UserError(f"model {shown(name_or_path)}: there is no such folder, and it is no hub id (OWNER/NAME).")
+    no_id = UserError(
+        f"model {shown(name_or_path)}: there is no such folder, and it is no hub id (OWNER/NAME).",
+        "If it was moved, give its new folder: model_name_or_path=FOLDER in training, --base FOLDER elsewhere.",
+    )
     if Path(name_or_path).is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
         raise no_id
     patterns = [pattern for pattern in PATTERNS if weights or "safetensors" not in pattern]
     try:
-        fetched = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+        fetched = Path(
+            snapshot_download(name_or_path, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED)
+        )
     except HFValidationError:
         raise no_id from None
     except GatedRepoError:

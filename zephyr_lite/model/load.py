@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,17 @@ from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later
 from ..strict_json import read_object, shown
 from .check_weights import check_weights, stored_settings
 from .config_file import check_config_file
-from .family import FAMILIES, NAMES, family_of
+from .family import FAMILIES, NAMES, family_of, head_width, layer_windows
 from .fetch import fetch_base
 from .quantized import Recipe, quantized_folder
-from .shards import again
+from .shards import again, open_shards
 from .tokenizer import check_vocabulary, load_tokenizer
+
+# what a model's output depends on, beside its weights; ``fingerprint`` adds head_dim and the layers' windows
+_ARCHITECTURE = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "hidden_act", "rms_norm_eps", "rope_parameters",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -334,28 +341,47 @@ def quantization_of(config: RunConfig, stored: Any, folder: Path, dtype: torch.d
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash that tells bases apart in milliseconds: the configuration, and of every safetensors file its size, its header
-    and 64 KiB at 16 places of its data. (Reading 15 GB to hash all of it would cost more than loading it.)
+    """A hash that tells bases apart in milliseconds: what of the configuration the output depends on, and of every tensor its
+    name, dtype, shape and 4 KiB at 4 places. (Reading 15 GB to hash all of it would cost more than loading it.)
+
+    Files that transformers does not read, how tensors are split into files, and keys such as use_cache do not count.
 
     Raises:
         UserError: a file is missing (a link of the hub's cache may lead nowhere) or cannot be read.
     """
+    config = read_model_config(folder, any_family=True)
+    told = {key: getattr(config, key, None) for key in _ARCHITECTURE}
+    if config.model_type in FAMILIES:
+        told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+    places = {name: (file.path, entry) for file in open_shards(folder).values() for name, entry in file.entries.items()}
     try:
-        return _fingerprint(folder)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing, or a link to nowhere.", "Fetch the model again.") from None
+        with ExitStack() as stack:
+            opened = {path: stack.enter_context(path.open("rb")) for path in {path for path, _ in places.values()}}
+            for name, (path, entry) in sorted(places.items()):
+                digest.update(repr((name, entry.dtype, entry.shape)).encode())
+                for place in range(4):
+                    start = entry.start + entry.nbytes * place // 4
+                    opened[path].seek(start)
+                    digest.update(opened[path].read(min(2**12, entry.end - start)))
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: cannot be read: {error.strerror}.", "Fetch the model again."
         ) from None
+    return digest.hexdigest()
 
 
-def _fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256()
+def is_fingerprint_of(known: str, folder: Path) -> bool:
+    """Whether a base's fingerprint in a stage.json, of this version or of an earlier one, is that of a folder."""
+    return known in (fingerprint(folder), _fingerprint_of_files(folder))
+
+
+def _fingerprint_of_files(folder: Path) -> str:
+    """The fingerprint of earlier versions: config.json, and of every safetensors file 1 MiB and 64 KiB at 16 places."""
     config = read_object(folder / "config.json", strict=False, hint=again(folder / "config.json"))
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())

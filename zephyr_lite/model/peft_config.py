@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from ..errors import UserError
 from ..strict_json import is_whole, read_object, shown
 from .shards import checked_place, pickles
@@ -30,6 +32,7 @@ UNSUPPORTED = {
 # These initialisations subtract the adapter's first value from the base, so the file is only right on that other base.
 RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MAX_RANK, MAX_ALPHA = 2**16, 1e6
+_MATCH_SECONDS = 0.5
 PLAIN_NAME = re.compile(r"[\w.-]+", re.ASCII)
 _AGAIN = "Copy the adapter again, or write it again with PEFT's save_pretrained."
 
@@ -54,9 +57,10 @@ def weights_file(folder: Path) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, of an adapter that is W + s·B·A and nothing more.
 
+    Which modules it has is read from the weights, so target_modules may be anything.
+
     Raises:
-        UserError: there is none, it is broken, it asks for more than that, its rank or alpha is no sensible number, or it
-            names modules by a regular expression.
+        UserError: there is none, it is broken, it asks for more than that, or its rank or alpha is no sensible number.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -72,11 +76,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     for key, what in UNSUPPORTED.items():
         if config.get(key):
-            raise UserError(f"{path}: the adapter uses {what}, which cannot be stacked here.", "Give a plain LoRA.")
+            raise UserError(f"{path}: the adapter uses {what}, which cannot be stacked here.", by_peft(folder))
     if config.get("bias", "none") != "none":
         raise UserError(
-            f"{path}: bias is {shown(repr(config['bias']))}: the adapter carries biases too.",
-            "Give one with bias: none.",
+            f"{path}: bias is {shown(repr(config['bias']))}: the adapter carries biases too.", by_peft(folder)
         )
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(RESIDUAL_INITS):
@@ -89,11 +92,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def by_peft(folder: Path) -> str:
+    """How to have an adapter that is more than W + s·B·A: as a base that contains it."""
+    own = (folder / "tokenizer_config.json").is_file()
+    tokenizer = repr(str(folder)) if own else "m.peft_config['default'].base_model_name_or_path"
+    return (
+        "Merge it with PEFT, and name the result (MERGED) as the base: "
+        'python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; '
+        f"m = M.from_pretrained({str(folder)!r}, dtype='auto'); m.merge_and_unload().save_pretrained('MERGED'); "
+        f"T.from_pretrained({tokenizer}).save_pretrained('MERGED')\""
+    )
+
+
 def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that is the end of the module's name, from a dot on. (PEFT takes keys for regular
-    expressions; ``read_config`` lets through only those that are plain names.)"""
+    """PEFT's rule: the first key that, as a regular expression, matches the end of the module's name, from a dot on.
+
+    Raises:
+        TimeoutError: a key takes too long to match (a downloaded pattern may backtrack for ever).
+    """
     for key, value in (pattern or {}).items():
-        if module == key or module.endswith(f".{key}"):
+        if regex.match(rf"(.*\.)?({key})$", module, timeout=_MATCH_SECONDS):
             return value
     return default
 
@@ -125,12 +143,10 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
         if pattern is not None and not isinstance(pattern, dict):
             raise UserError(f"{path}: {name} is {shown(repr(pattern))}; it is an object with names.", _AGAIN)
         for key, value in (pattern or {}).items():
-            if not PLAIN_NAME.fullmatch(key):
-                raise UserError(
-                    f"{path}: {name} has the key {shown(repr(key))}, a regular expression; only plain names of modules "
-                    "are read.",
-                    "Write the adapter again with the modules' own names (layers.0.mlp.up_proj).",
-                )
+            try:
+                regex.compile(rf"(.*\.)?({key})$")
+            except regex.error as error:
+                raise UserError(f"{path}: {name} has the key {shown(repr(key))}: {error}.", _AGAIN) from None
             if name == "alpha_pattern":
                 _check_alpha(f"alpha_pattern of {shown(key)}", value, path)
             elif not is_whole(value) or not 0 < value <= MAX_RANK:
@@ -147,20 +163,6 @@ def _check_alpha(what: str, value: object, path: Path) -> None:
 
 
 def _check_names(config: dict[str, Any], path: Path) -> None:
-    """What PEFT would take for a regular expression where it is one text and no list: a stranger's may backtrack for ever,
-    and what it reaches depends on the base."""
-    for key in ("target_modules", "exclude_modules"):
-        told = config.get(key)
-        if told is None or told == "all-linear":
-            continue
-        if isinstance(told, str) and not PLAIN_NAME.fullmatch(told):
-            raise UserError(
-                f"{path}: {key} is {shown(repr(told))}, a regular expression; only a list of names or all-linear is read.",
-                "Write the names that it stands for as a list: the weights' file has them.",
-            )
-        names = [told] if isinstance(told, str) else told
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{path}: {key} is {shown(repr(told))}; it is a list of names, or all-linear.", _AGAIN)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, (str, type(None))):
         raise UserError(f"{path}: base_model_name_or_path is {shown(repr(base))}; it is a name.", _AGAIN)

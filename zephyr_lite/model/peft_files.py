@@ -9,9 +9,9 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +26,7 @@ from .peft_config import (
     CONFIG_NAME,
     UNSUPPORTED,
     WEIGHTS_NAME,
+    by_peft,
     pattern_value,
     read_config,
     weights_file,
@@ -33,7 +34,10 @@ from .peft_config import (
 from .shards import local_folder
 
 PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# Launchers and torch.compile wrap modules, and leave their names in the tensors'; so do PEFT models that were wrapped twice.
+_WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_PREFIXES = re.compile(r"(?:base_model\.model\.|module\.)*")
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>\w+))?\.weight")
 _LAYER = re.compile(r"(?P<parent>.*\blayers)\.(?P<index>\d+)\.(?:.*\.)?(?P<leaf>[^.]+)")
 
 # What write_adapter decides by itself.
@@ -79,15 +83,16 @@ class LoraWeights:
 class _FileModules(Mapping[str, LoraWeights]):
     """Module name → LoraWeights over the mapped file; a float32 file costs no memory of its own."""
 
-    def __init__(self, file: SafetensorsFile, scales: dict[str, float]) -> None:
+    def __init__(self, file: SafetensorsFile, names: dict[str, dict[str, str]], scales: dict[str, float]) -> None:
         self._file = file
+        self._names = names
         self._scales = scales
         self._finite: set[str] = set()
 
     def __getitem__(self, module: str) -> LoraWeights:
         """Raises UserError where a value is not finite: one NaN in a frozen adapter makes every loss NaN."""
         scale = self._scales[module]
-        a, b = (self._file.tensor(f"{PREFIX}{module}.lora_{side}.weight") for side in "AB")
+        a, b = (self._file.tensor(self._names[module][side]) for side in "AB")
         if module not in self._finite:
             for side, matrix in (("A", a), ("B", b)):
                 if not bool(torch.isfinite(matrix).all()):
@@ -113,16 +118,43 @@ class AdapterFile:
         path: its folder.
         config: its adapter_config.json.
         modules: module name (`model.layers.0.self_attn.q_proj`) → LoraWeights; mapped, read at each access.
+        copies: name of a parameter of the base (`lm_head.weight`) → the whole parameter as the adapter's file has it; PEFT
+            saves embeddings so.
     """
 
     path: Path
     config: dict[str, Any]
     modules: Mapping[str, LoraWeights]
+    copies: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:
         """Content hash, as `adapter_sha256` gives it; computed at the first use."""
         return adapter_sha256(self.path)
+
+    def check_copies(self, of_base: Callable[[str], Tensor | None]) -> None:
+        """Refuse whole parameters in the file that are not the base's own; those that are change nothing.
+
+        Args:
+            of_base: name of a parameter → the base's.
+
+        Raises:
+            UserError: one differs; says how to merge the adapter with PEFT instead.
+        """
+        for name, read in self.copies.items():
+            mine, own = read(), of_base(name)
+            if own is None or own.shape != mine.shape or not _equal(mine.to(own.device), own):
+                found = "the base has none" if own is None else f"the base's is {list(own.shape)} with other values"
+                raise UserError(
+                    f"{self.path}: holds a whole {shown(name)} {list(mine.shape)} beside its LoRA; {found}, so it was trained "
+                    "too.",
+                    by_peft(self.path),
+                )
+
+
+def _equal(mine: Tensor, own: Tensor) -> bool:
+    """Whether one is the other, up to a rounding to its dtype."""
+    return torch.equal(mine.to(own.dtype), own) or torch.equal(own.to(mine.dtype), mine)
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
@@ -130,57 +162,69 @@ def read_adapter(path: str | Path) -> AdapterFile:
 
     Raises:
         UserError: no adapter_config.json or adapter_model.safetensors, not LoRA, a variant that is more than W + s·B·A
-            (DoRA, biases, modules_to_save, embeddings, …), a module with only A or only B, shapes that do not fit,
-            rank 0, or a rank other than the configuration's.
+            (DoRA, biases, modules_to_save, …), a module with only A or only B, shapes that do not fit, rank 0, or a rank
+            that the configuration does not have.
     """
     folder = Path(path)
     config = read_config(folder)
     file = SafetensorsFile(weights_file(folder))
-    sides: dict[str, set[str]] = defaultdict(set)
+    names: dict[str, dict[str, str]] = defaultdict(dict)
+    copies: dict[str, Callable[[], Tensor]] = {}
     for name, entry in file.entries.items():
-        match = _KEY.fullmatch(name)
+        plain = _WRAPPERS.sub("", name)
+        plain = plain[_PREFIXES.match(plain).end() :]  # type: ignore[union-attr]
+        match = _KEY.fullmatch(plain)
         if match is None:
-            # PEFT's copy of the output head when that has a LoRA: the base's own weight, unchanged.
-            if name.endswith(".lm_head.base_layer.weight"):
+            if plain.endswith(".weight") and "lora_" not in plain and ".modules_to_save." not in plain:
+                copies[plain.replace(".base_layer.", ".")] = partial(file.tensor, name)
                 continue
             what = "an adapter on an embedding" if "lora_embedding_" in name else "no LoRA matrix of a linear layer"
             raise UserError(
-                f"{file.path}: tensor {shown(name)} is {what}.",
-                "Only LoRA on linear layers can be stacked and merged here; train or export the adapter without it.",
+                f"{file.path}: tensor {shown(name)} is {what}, which cannot be stacked here.", by_peft(folder)
             )
         if entry.dtype not in FLOATS or len(entry.shape) != 2:
             raise UserError(
                 f"{file.path}: tensor {shown(name)} is {entry.dtype} {list(entry.shape)}; a LoRA matrix is a float matrix.",
                 "Save the adapter again with PEFT's save_pretrained (under ZeRO-3 or FSDP, gather the weights first).",
             )
-        sides[match["module"]].add(match["side"])
-    if not sides:
+        module, side = match["module"], match["side"]
+        if side in names[module]:
+            raise UserError(
+                f"{file.path}: holds two adapters, {shown(names[module][side])} and {shown(name)}.",
+                "Save them one by one: PEFT's save_pretrained(folder, selected_adapters=[NAME]).",
+            )
+        names[module][side] = name
+    if not names:
         raise UserError(f"{file.path}: holds no LoRA weights.", "Save the adapter again with PEFT's save_pretrained.")
-    scales = {module: _scale(file, config, module, found) for module, found in sorted(sides.items())}
-    return AdapterFile(folder, config, _FileModules(file, scales))
+    scales = {module: _scale(file, config, module, found) for module, found in sorted(names.items())}
+    return AdapterFile(folder, config, _FileModules(file, names, scales), copies)
 
 
-def _scale(file: SafetensorsFile, config: dict[str, Any], module: str, sides: set[str]) -> float:
-    if sides != {"A", "B"}:
-        missing = ({"A", "B"} - sides).pop()
+def _scale(file: SafetensorsFile, config: dict[str, Any], module: str, names: dict[str, str]) -> float:
+    if missing := sorted({"A", "B"} - set(names)):
         raise UserError(
-            f"{file.path}: {shown(module)} has no lora_{missing}.", "The adapter is incomplete; save it again."
+            f"{file.path}: {shown(module)} has no lora_{missing[0]}.", "The adapter is incomplete; save it again."
         )
-    a = file.entries[f"{PREFIX}{module}.lora_A.weight"].shape
-    b = file.entries[f"{PREFIX}{module}.lora_B.weight"].shape
+    a, b = (file.entries[names[side]].shape for side in "AB")
     rank = a[0]
     if rank == 0 or b[1] != rank:
         raise UserError(
             f"{file.path}: {shown(module)} has lora_A {list(a)} and lora_B {list(b)}; the rank must be one and above 0.",
             "The adapter is incomplete; save it again.",
         )
-    told = pattern_value(config.get("rank_pattern"), module, config.get("r", 8))
-    if told != rank:
+    told = {config.get("r", 8), *(config.get("rank_pattern") or {}).values()}
+    if rank not in told:
         raise UserError(
-            f"{file.path}: {shown(module)} has rank {rank}, {CONFIG_NAME} says {told}.",
+            f"{file.path}: {shown(module)} has rank {rank}, {CONFIG_NAME} says {' or '.join(map(str, sorted(told)))}.",
             "Configuration and weights belong to different adapters; copy both files again.",
         )
-    alpha = float(pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    try:
+        alpha = float(pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    except TimeoutError:
+        raise UserError(
+            f"{file.path.parent / CONFIG_NAME}: a pattern of alpha_pattern takes too long to match {shown(module)}.",
+            "Write the modules' own names (layers.0.mlp.up_proj) in its place.",
+        ) from None
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
@@ -267,7 +311,7 @@ def write_adapter(
     }
 
     def write(name: str, file: BinaryIO) -> None:
-        match = _KEY.fullmatch(name)
+        match = _KEY.fullmatch(name.removeprefix(PREFIX))
         assert match is not None
         weights = modules[match["module"]]
         file.write(tensor_bytes((weights.a if match["side"] == "A" else weights.b).float().cpu()))

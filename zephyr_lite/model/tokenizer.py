@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError
+from ..files import copy_file, write_json, write_text
 from ..strict_json import read_object, shown
-from .shards import again
+from .shards import again, checked_place
 
 # small ones: tokenizer.json itself is parsed by the library, several times over
 _SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+# what a tokenizer consists of, but for its configuration and chat template
+OWN_FILES = (
+    "tokenizer.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+# the class that takes tokenizer.json as it is, in transformers 4 and 5; and those that only 5 has
+ANY_CLASS = "PreTrainedTokenizerFast"
+_ONLY_5 = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
 _SAMPLE = "Hello, 2 words.\n é"
 
 
@@ -62,20 +72,33 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> None:
+def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> list[str]:
     """Refuse a tokenizer that gives ids for which the model has no embedding.
+
+    Special tokens without one that nothing writes (the [PAD] that other tools add) are removed from the tokenizer, so that
+    a text with these letters is tokenized as text.
 
     Args:
         vocab_size: rows of the model's embedding.
-        folder: where the tokenizer or the model came from, for the message.
+        folder: where the tokenizer came from, for the message.
+
+    Returns:
+        the tokens that were removed.
 
     Raises:
         UserError: names the tokens above, or that the tokenizer is of another model.
     """
     above = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= vocab_size)
     if not above:
-        return
+        return []
     added = tokenizer.added_tokens_decoder
+    written = f"{tokenizer.chat_template or ''} {tokenizer.bos_token} {tokenizer.eos_token} {tokenizer.unk_token}"
+    if all(
+        index in added and (added[index].special or token == tokenizer.pad_token) and token not in written
+        for index, token in above
+    ):
+        _remove(tokenizer, {token for _, token in above})
+        return [token for _, token in above]
     hint = "Use the tokenizer that belongs to this model."
     if all(index in added for index, _ in above):
         names = ", ".join(f"{shown(token)} (id {index:,})" for index, token in above[:3])
@@ -84,6 +107,67 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> None:
             f"{folder}: the tokenizer adds {names}, and the model has embeddings for {vocab_size:,} tokens only.", hint
         )
     raise UserError(f"{folder}: the tokenizer knows {len(tokenizer):,} tokens, the model {vocab_size:,}.", hint)
+
+
+def _remove(tokenizer: Any, tokens: set[str]) -> None:
+    """Remove added tokens from a fast tokenizer, in place; the library has no method for it."""
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    told["added_tokens"] = [token for token in told["added_tokens"] if token["content"] not in tokens]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(told))
+    for name, token in dict(tokenizer.special_tokens_map).items():
+        if token in tokens:
+            setattr(tokenizer, name, None)
+    tokenizer._extra_special_tokens = [t for t in tokenizer._extra_special_tokens if str(t) not in tokens]
+    for name, value in list(tokenizer.init_kwargs.items()):  # what save_pretrained writes
+        if str(value) in tokens or name in (
+            "added_tokens_decoder",
+            "additional_special_tokens",
+            "extra_special_tokens",
+        ):
+            del tokenizer.init_kwargs[name]
+
+
+def save_tokenizer(tokenizer: Any, out: Path) -> None:
+    """Write a tokenizer and its chat template so that transformers 4 and 5 load the same.
+
+    Where it is still the one of the folder that it was read from, that folder's own files are kept.
+    """
+    source = Path(tokenizer.name_or_path)
+    file, config = source / "tokenizer.json", source / "tokenizer_config.json"
+    if (
+        file.is_file()
+        and config.is_file()
+        and Tokenizer.from_file(str(file)).to_str() == tokenizer.backend_tokenizer.to_str()
+        and load_tokenizer(source).special_tokens_map == tokenizer.special_tokens_map
+    ):
+        for pattern in OWN_FILES:
+            for path in sorted(source.glob(pattern)):
+                copy_file(checked_place(path), out / path.name)
+        told = read_object(config, strict=False)
+        told.pop("chat_template", None)
+        write_json(out / "tokenizer_config.json", told)
+        if tokenizer.chat_template:
+            write_text(out / "chat_template.jinja", tokenizer.chat_template)
+    else:
+        tokenizer.save_pretrained(out)
+        told = read_object(out / "tokenizer_config.json", strict=False)
+        write_json(out / "tokenizer_config.json", {**told, "tokenizer_class": ANY_CLASS})
+    make_portable(out)
+
+
+def make_portable(folder: Path) -> None:
+    """Change in a saved tokenizer_config.json what transformers 4 cannot read: classes and a list that only 5 has."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    told = read_object(path, strict=False)
+    new = dict(told)
+    if new.get("tokenizer_class") in _ONLY_5:
+        new["tokenizer_class"] = ANY_CLASS
+    if isinstance(new.get("extra_special_tokens"), list):
+        new["additional_special_tokens"] = new.pop("extra_special_tokens")
+    if new != told:
+        write_json(path, new)
 
 
 def _is_panic(error: BaseException) -> bool:

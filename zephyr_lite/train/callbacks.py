@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from ..config import RunConfig
 from ..errors import UserError
 from ..rundir import StageDir
+from ..world import world
 
 # Trackers that an extra of ours installs, and the packages of which one has to be there.
 EXTRAS = {
@@ -47,6 +49,23 @@ def _installed(package: str) -> bool:
     """A package that can be imported; a folder of its name, which a tracker leaves where it ran, is none."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
+
+
+def open_wandb(reporting: Sequence[type[TrainerCallback]], stage: StageDir) -> None:
+    """Begin the stage's W&B run, or continue it: its id is made of the run's, which stage.json keeps. transformers' callback
+    takes the run that is open."""
+    info = stage.info()
+    if not any(cls.__name__ == "WandbCallback" for cls in reporting) or not info or not world().writes:
+        return
+    import wandb
+
+    if wandb.run is None:
+        wandb.init(
+            project=os.getenv("WANDB_PROJECT", "huggingface"),
+            name=f"{stage.run.name}-{stage.path.name}",
+            id=os.getenv("WANDB_RUN_ID") or f"{info['id']}-{stage.path.name}",
+            resume=os.getenv("WANDB_RESUME") or "allow",
+        )
 
 
 def make_callbacks(
@@ -88,6 +107,7 @@ def make_callbacks(
         eval_strategy="no",
     )
     try:
+        open_wandb(trackers(config), stage)
         reporting = [cls() for cls in trackers(config)]
     except (ImportError, RuntimeError) as error:  # some look for their library only now
         raise UserError(f"report_to {config.report_to}: {error}", "Install the tracker, or leave it out.") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..data.chat import ChatTemplate
 from ..data.prepare import Prepared
 from ..errors import UserError
 from ..manifest import MANIFEST, manifest_fault
-from ..model.load import compute_device
+from ..model.load import compute_device, fingerprint, is_fingerprint_of
 from ..model.peft_files import AdapterFile
 from ..rundir import StageDir
 from ..stage_info import text_sha256, tokenizer_sha256
@@ -133,12 +134,12 @@ def _but_for_paths(specs: Any) -> Any:
     ]
 
 
-def base_difference(before: dict[str, Any], fingerprint: str) -> str | None:
+def base_difference(before: dict[str, Any], folder: Path) -> str | None:
     """How the base's weights differ from those that the stage was started on."""
     base = before["base"]
-    if base["fingerprint"] == fingerprint:
+    if is_fingerprint_of(base["fingerprint"], folder):
         return None
-    return f"other weights of {base['name_or_path']}: {base['fingerprint'][:12]} then, {fingerprint[:12]} now"
+    return f"other weights of {base['name_or_path']}: {base['fingerprint'][:12]} then, {fingerprint(folder)[:12]} now"
 
 
 def adapters_then(before: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,9 +11,9 @@ from typing import Any
 from ..config import Method, RunConfig
 from ..data.chat import ChatTemplate
 from ..errors import UserError
-from ..model.chain import chain_of_run, check_order
-from ..model.load import fingerprint
-from ..model.peft_config import other_base
+from ..model.chain import chain_of_run, check_stack
+from ..model.load import is_fingerprint_of
+from ..model.overlap import CARD
 from ..model.peft_files import AdapterFile, fetch_adapter, read_adapter
 from ..model.plan import Plan
 from ..model.tokenizer import check_vocabulary
@@ -74,7 +74,7 @@ def _the_rest(changes: Changes, info: dict[str, Any], method: Method, config: Ru
     """What else is not as it was, as far as that costs nothing to know: a stage that cannot go on anyway."""
     with contextlib.suppress(UserError):
         folder = Path(config.model_name_or_path)
-        if folder.is_dir() and (difference := base_difference(info, fingerprint(folder))):
+        if folder.is_dir() and (difference := base_difference(info, folder)):
             changes.settle("base", difference)
     if config.adapters == [] or all(Path(name).is_dir() for name in config.adapters if config.adapters != "none"):
         with contextlib.suppress(UserError):
@@ -130,11 +130,9 @@ def adapters_below(method: Method, config: RunConfig, stage: StageDir, say: Call
     if config.adapters == "none":
         return []
     if config.adapters:
-        adapters = [read_adapter(fetch_adapter(name)) for name in config.adapters]
-        for adapter in adapters:
-            if (told := other_base(adapter.config, config.model_name_or_path)) is not None:
-                say(f"adapter {adapter.path}: {told}")
-        check_order(adapters)
+        adapters = [read_adapter(fetch_adapter(name, beside=[CARD])) for name in config.adapters]
+        for note in check_stack(adapters, config.model_name_or_path):
+            say(note)
         return adapters
     if method == "sft":
         return []
@@ -157,7 +155,7 @@ def relative_to_run(path: Path, run: Path) -> str:
     return str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
 
 
-def same_base(frozen: list[AdapterFile], ours: str, folder: Path) -> None:
+def same_base(frozen: list[AdapterFile], folder: Path) -> None:
     """An adapter of a run of ours knows the base that it was trained on."""
     for adapter in frozen:
         info = StageDir(adapter.path.parent).info() if adapter.path.name in ("adapter", "delta") else None
@@ -165,10 +163,11 @@ def same_base(frozen: list[AdapterFile], ours: str, folder: Path) -> None:
             continue
         file = adapter.path.parent / STAGE_FILE
         checked(info, file, needs=("base.fingerprint", "base.name_or_path"))
-        if info["base"]["fingerprint"] != ours:
+        if not is_fingerprint_of(info["base"]["fingerprint"], folder):
             raise UserError(
-                f"adapter {adapter.path}: was trained on {info['base']['name_or_path']}, and {folder} is another model.",
-                f"Set model_name_or_path={info['base']['name_or_path']}.",
+                f"adapter {adapter.path}: was trained on {info['base']['name_or_path']}, and {folder} is another model "
+                "(other weights, or another architecture).",
+                "Give the folder of the model that it was trained on: model_name_or_path=FOLDER.",
             )
 
 
@@ -184,6 +183,6 @@ def same_template(frozen: list[AdapterFile], template: ChatTemplate) -> None:
         check_rendering(info, adapter.parent, template.text, template.tokenizer)
 
 
-def vocabulary_fits(tokenizer: Any, config: Any, folder: Path) -> None:
+def vocabulary_fits(tokenizer: Any, config: Any) -> None:
     """Refuse a tokenizer that gives ids for which the base of this configuration has no embedding."""
-    check_vocabulary(tokenizer, config.vocab_size, folder)
+    check_vocabulary(tokenizer, config.vocab_size, Path(tokenizer.name_or_path))

@@ -39,6 +39,7 @@ from ..model.peft_files import (
 )
 from ..model.plan import Plan, cap_allocator, keep_freed_pages
 from ..model.stream import StreamedBase
+from ..model.tokenizer import save_tokenizer
 from ..ops.dispatch import check_kernels
 from ..rundir import StageDir, folder_aside, newest_run, write_text
 from ..stage_info import FORMAT
@@ -181,15 +182,15 @@ def open_stage(
     base_config = read_model_config(folder, any_family=config.engine != "fused")
     check_weights(folder, base_config)
     print_of_base = fingerprint(folder)
-    same_base(frozen, print_of_base, folder)
+    same_base(frozen, folder)
     complete = before is not None and before.get("status") == "complete"
     if before is not None:
-        changes.settle("base", base_difference(before, print_of_base))
+        changes.settle("base", base_difference(before, folder))
         changes.settle("adapters", adapters_difference(before, frozen))
         changes.refuse(stage, complete=complete)
     begun = before or (leader.info if leader is not None else {})
     template = template_of(config, folder, frozen, begun.get("template_time"))
-    vocabulary_fits(template.tokenizer, base_config, folder)
+    vocabulary_fits(template.tokenizer, base_config)
     if config.chat_template == "auto":
         same_template(frozen, template)
     data = prepare(config.dataset, method, config, template, what="training")
@@ -344,7 +345,7 @@ def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[s
         chain = own
     with folder_aside(stage.dir.adapter) as folder:
         write_adapter(folder, chain, **shared, extra_config=extra)
-        stage.template.tokenizer.save_pretrained(folder)
+        save_tokenizer(stage.template.tokenizer, folder)
     stage.info.update(
         status="complete",
         own={"path": stage.dir.own.name, "sha256": adapter_sha256(stage.dir.own)},

@@ -118,26 +118,32 @@ def read_annotations(path: Path) -> list[Annotation]:
     return result
 
 
-def check_belongs(annotations: list[Annotation], outputs: list[Output], where: str) -> None:
-    """Whether the annotations are verdicts on these outputs.
+def check_belongs(annotations: list[Annotation], outputs: list[Output], where: str) -> int:
+    """Whether the annotations are verdicts on these outputs. Published folders lack some outputs that were annotated.
+
+    Returns:
+        how many annotations are of instructions that the outputs do not have.
 
     Raises:
-        UserError: an annotation's output_2 is not what the outputs have for its instruction.
+        UserError: most are, or an annotation's output_2 is not what the outputs have for its instruction.
     """
     known: dict[str, set[str]] = {}
     for output in outputs:
         known.setdefault(output.instruction, set()).add(output.output)
+    missing = [a for a in annotations if a.instruction not in known]
+    if 2 * len(missing) > len(annotations):
+        raise UserError(
+            f"{where} row {missing[0].index + 1}: its instruction is not among the outputs: "
+            f"{shown(missing[0].instruction, 60)}; nor are {len(missing):,} of {len(annotations):,}.",
+            "Give the outputs that were annotated, or leave --outputs out.",
+        )
     for a in annotations:
-        if a.instruction not in known:
-            raise UserError(
-                f"{where} row {a.index + 1}: its instruction is not among the outputs: {shown(a.instruction, 60)}.",
-                "Give the outputs that were annotated, or leave --outputs out.",
-            )
-        if a.output_2 not in known[a.instruction]:
+        if a.instruction in known and a.output_2 not in known[a.instruction]:
             raise UserError(
                 f"{where} row {a.index + 1}: its output_2 is not the outputs' answer to {shown(a.instruction, 60)}.",
                 "Are these annotations of another model? Give the outputs that were annotated.",
             )
+    return len(missing)
 
 
 def read_difficulty(path: Path) -> dict[int, float]:

@@ -30,6 +30,7 @@ from ...model.adapters import AdapterStack
 from ...model.machine import reset_peak_memory
 from ...model.plan import SHARE
 from ...sync import kept_elsewhere
+from ..callbacks import open_wandb, trackers
 from ..checkpoint import resume_point
 from ..loop import interrupted
 from ..observer import Observer, Observers
@@ -205,6 +206,7 @@ def _arguments(stage: Stage, total: int) -> dict[str, Any]:
     """What both trainers' configurations share."""
     config = stage.config
     cuda = stage.base.device.type == "cuda"
+    open_wandb(trackers(config), stage.dir)
     evaluates = stage.eval_data is not None and config.eval_steps is not None
     keep_best = bool(config.load_best_model_at_end and evaluates)
     # transformers can only go back to a checkpoint, so evaluations are where they are written
