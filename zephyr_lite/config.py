@@ -97,6 +97,8 @@ def load_config(
     typed = {*said, *(key.split(".")[0] for key, _ in nested)}
     for key, value in config.model_dump(mode="json").items():
         refuse_secrets({key: value}, "the command line" if path is None or key in typed else str(path))
+    if both := [spec.path for spec in config.eval_dataset if spec in config.dataset]:
+        notes.append(f"{', '.join(both)}: the rows of eval_dataset are trained on too, so their loss says little")
     return Loaded(config, set(given), notes, path, of_others(written, RunConfig.model_fields))
 
 
