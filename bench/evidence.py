@@ -124,6 +124,17 @@ def write(path: Path, found: dict[str, Any]) -> None:
     aside.replace(path)
 
 
+def earlier(path: Path) -> dict[str, Any]:
+    """What an earlier command found; nothing where it cannot be read. A stage that it was killed in has not ended."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        stages = found["stages"].items()
+        found["stages"] = {k: {"status": "interrupted"} if v["status"] == "running" else v for k, v in stages}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return dict(found)
+
+
 def environment_of(out: Path) -> dict[str, str]:
     """The stages'. Where the user's cache cannot be written, the base is kept among temporary files."""
     found = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "UNSLOTH_DISABLE_STATISTICS": "1", **os.environ}
@@ -162,13 +173,19 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="what is measured, where there is no git to ask")
     parser.add_argument("--tiny", action="store_true", help="everything at a tiny size, on a CPU too: does it run?")
     args = parser.parse_args(words)
+    if not 0 <= args.minutes < 24 * 60:
+        parser.error(f"--minutes {args.minutes:g}: give some minutes, up to a day's")
     deadline = time.monotonic() + 60 * args.minutes
     args.out = args.out.resolve()
-    args.out.mkdir(parents=True, exist_ok=True)
     path, environment = args.out / "evidence.json", environment_of(args.out)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").touch()
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}; name a folder that can be written")
     if args.base is not None or args.tiny:
         args.base = (args.base or args.out / "tiny-base" / "base").resolve()
-    before = json.loads(path.read_text(encoding="utf-8")) if args.only and path.is_file() else {}
+    before = earlier(path) if args.only else {}
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "minutes": args.minutes,

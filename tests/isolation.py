@@ -1,5 +1,5 @@
-"""A machine of the tests' own: a temporary HOME, an environment of the variables named in ``INHERITED`` only, and a SIGINT
-that interrupts even where the suite was started in the background. Imported first, before anything reads these."""
+"""A machine of the tests' own: a temporary HOME, an environment of the variables named in ``INHERITED`` only, and signals
+that interrupt even where the suite was started in the background. Imported first, before anything reads these."""
 
 from __future__ import annotations
 
@@ -45,3 +45,4 @@ os.environ.update(
 os.environ.setdefault("TRITON_CACHE_DIR", str(HOME / "triton"))  # one for all workers
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for a second thread
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job and its children ignore it
+signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and where a script traps this one, too

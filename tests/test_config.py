@@ -116,6 +116,13 @@ def test_a_data_set_is_reached_into_whatever_the_order_of_words():
     assert config.eval_dataset
 
 
+def test_held_out_rows_that_are_trained_on_are_told():
+    same = ["dataset={path: a/b, split: train}", "eval_dataset={path: a/b, split: train}"]
+    assert any("are trained on too" in note for note in load_config("sft", None, same).notes)
+    for words in ([], [same[0], "eval_dataset={path: a/b, split: test}"], ["dataset=a/b", "test_split_size=0.1"]):
+        assert not any("are trained on too" in note for note in load_config("sft", None, words).notes)
+
+
 def test_rows_of_ones_own_are_not_evaluated_on_the_recipes():
     for words in (["dataset=x.jsonl"], ["dataset.path=x.jsonl"]):
         loaded = load(*words, file="zephyr-7b/sft")

@@ -161,6 +161,31 @@ def test_what_was_red_is_run_again_alone(stubs, monkeypatch, tmp_path):
         evidence.main(["--out", str(tmp_path), "--only", "nothing"])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--out", "file"], "--out {}/file: File exists; name a folder that can be written"),
+        (["--out", "/proc/none"], "--out /proc/none: No such file or directory"),
+        (["--out", "out", "--minutes", "-1"], "--minutes -1: give some minutes"),
+        (["--out", "out", "--minutes", "nan"], "--minutes nan: give some minutes"),
+    ],
+)
+def test_wrong_words_are_told(wrong, says, capsys):
+    Path("file").touch()
+    with pytest.raises(SystemExit):
+        evidence.main([*wrong, "--tiny"])
+    assert says.format(Path.cwd()) in capsys.readouterr().err
+
+
+def test_what_a_killed_command_left_is_read(tmp_path):
+    path = tmp_path / "evidence.json"
+    for broken in ("{", "[]", '{"stages": {"ops": 1}}'):
+        path.write_text(broken)
+        assert evidence.earlier(path) == {}
+    path.write_text(json.dumps({"stages": {"ops": {"status": "running"}, "rates": {"status": "ok"}}}))
+    assert evidence.earlier(path)["stages"] == {"ops": {"status": "interrupted"}, "rates": {"status": "ok"}}
+
+
 def test_without_time_a_stage_is_skipped(stubs, monkeypatch, tmp_path):
     monkeypatch.setattr(evidence, "STAGES", table_of("works"))
     assert evidence.main(["--out", str(tmp_path), "--minutes", "0"]) == 1

@@ -95,6 +95,15 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path):
         ("warmup_steps: many", "warmup_steps: Input should be"),
         ("model_init_kwargs: {attn_implementation: sdpa, quantization_config: {bits: 3}}", "quantization_config"),
         ("dataset_kwargs: {skip_prepare_dataset: true}", "skip_prepare_dataset: True"),
+        ("max_seq_length: 4096\nmax_length: 1024", "max_seq_length: 4096, but max_length: 1024: two names of one key"),
+        ("batch_size: 64\nper_device_train_batch_size: 4", "the batch is said twice"),
+        ("gradient_accumulation_steps: 16", "gradient_accumulation_steps: of what micro-batch?"),
+        ("per_device_train_batch_size: 2.5", "per_device_train_batch_size 2.5: must be whole numbers"),
+        ("per_device_train_batch_size: .inf", "must be whole numbers"),
+        ("dataset: a/b\ndataset_name: c/d", "dataset, dataset_name: the data sets are named more than once"),
+        ("dataset_name: a/b\neval_strategy: stpes", "eval_strategy: 'stpes' is none of no, steps and epoch"),
+        ("dataset_mixer: {a/b: 1}\ndataset_splits: [train_sft, train_gen, test_sft]", "is not one split of training"),
+        ("dataset_mixer: {a/b: 1}\ndataset_splits: [training, validation]", "is not one split of training"),
     ],
 )
 def test_what_cannot_be_translated_names_the_key(text, says, tmp_path):
@@ -153,8 +162,10 @@ def test_rows_are_held_out_of_a_data_set_of_the_command_line():
 
 def test_trl_evaluates_on_the_split_test_where_it_evaluates(tmp_path):
     assert load(tmp_path, "dataset_name: a/b\n").config.eval_dataset == []
-    config = load(tmp_path, "dataset_name: a/b\neval_strategy: steps\n").config
-    assert config.eval_dataset[0].split == "test"
+    for strategy in ("eval_strategy", "evaluation_strategy"):
+        config = load(tmp_path, f"dataset_name: a/b\n{strategy}: steps\n").config
+        assert config.eval_dataset[0].split == "test"
+    assert load(tmp_path, "dataset_name: a/b\neval_strategy: epoch\neval_steps: 50\n").config.eval_steps is None
     assert load(tmp_path, "dataset_name: a/b\neval_strategy: 'no'\ndataset_test_split: x\n").config.eval_dataset == []
 
 
@@ -176,6 +187,7 @@ def test_dataset_text_field(field, columns, tmp_path):
         ("warmup_steps: 100", 100, 0.1),
         ("warmup_steps: 0.05", None, 0.05),
         ("warmup_steps: 0", None, 0),
+        ("warmup_steps: 0\nwarmup_ratio: null", None, 0),
         ("warmup_steps: 0\nwarmup_ratio: 0.2", None, 0.2),  # transformers takes the steps only where there are some
         ("warmup_steps: 30\nwarmup_ratio: 0.2", 30, 0.2),
         ("warmup_ratio: 0.2", None, 0.2),
@@ -184,6 +196,30 @@ def test_dataset_text_field(field, columns, tmp_path):
 def test_warm_up(text, steps, ratio, tmp_path):
     config = load(tmp_path, text).config
     assert (config.warmup_steps, config.warmup_ratio) == (steps, ratio)
+
+
+def test_a_part_of_the_batch_on_the_command_line_keeps_the_files_other(tmp_path):
+    theirs = "per_device_train_batch_size: 4\ngradient_accumulation_steps: 4\n"
+    assert load(tmp_path, theirs, "sft", "per_device_train_batch_size=2").config.batch_size == 8
+    assert load(tmp_path, theirs, "sft", "--gradient_accumulation_steps", "1").config.batch_size == 4
+    assert load(tmp_path, theirs, "sft", "batch_size=3").config.batch_size == 3
+    assert load(tmp_path, "batch_size: 8\n", "sft", "per_device_train_batch_size=2").config.batch_size == 2
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "chat_template_path",
+        "hub_private_repo",
+        "lora_target_modules",
+        "model_revision",
+        "warmup_ratio",
+    ],
+)
+def test_null_is_not_set(key, tmp_path):
+    assert load(tmp_path, f"{key}: null\nwarmup_steps: null\n").config == RunConfig()
 
 
 def test_the_command_lines_ratio_wins_over_the_files_steps(tmp_path):
@@ -223,6 +259,7 @@ def test_dpo_has_no_dropout_unless_the_file_says_so(tmp_path):
     assert load(tmp_path, theirs + "disable_dropout: false\n", "dpo").config.lora_dropout == 0.05
     assert load(tmp_path, "lora_dropout: 0.05\n", "dpo").config.lora_dropout == 0.05  # a file of our own
     assert load(tmp_path, theirs, "sft").config.lora_dropout == 0.05
+    assert load(tmp_path, theirs + "disable_dropout: true\n", "sft").config.lora_dropout == 0
 
 
 def test_a_file_for_full_fine_tuning_is_told_that_an_adapter_is_trained(tmp_path):

@@ -324,8 +324,12 @@ def test_a_model_that_is_an_adapter_goes_below_onto_its_base(tiny_base, run, pai
     loaded = resolve_run("dpo", str(tmp_path / "theirs.yaml"), [])
     assert (loaded.config.model_name_or_path, loaded.config.adapters) == (str(tiny_base), [str(adapter)])
     assert any(f"{adapter} is an adapter" in note for note in loaded.notes)
-    (tmp_path / "theirs.yaml").write_text(f"model_name_or_path: {tiny_base}\noutput_dir: {tmp_path / 'r'}\n")
+    ours = f"model_name_or_path: {tiny_base}\noutput_dir: {tmp_path / 'r'}\n"
+    (tmp_path / "theirs.yaml").write_text(ours)
     assert resolve_run("dpo", str(tmp_path / "theirs.yaml"), []).config.adapters == []
+    (tmp_path / "theirs.yaml").write_text(ours + "per_device_train_batch_size: 2\n")
+    loaded = resolve_run("dpo", str(tmp_path / "theirs.yaml"), [])
+    assert loaded.config.adapters == "none" and any("adapters: none" in note for note in loaded.notes)
 
 
 def test_plain_texts_are_trained_on_and_some_are_held_out(tiny_base, tmp_path):

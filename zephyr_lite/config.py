@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from .errors import UserError
-from .foreign_keys import ALIASES, rename, unknown_key
+from .foreign_keys import ALIASES, PARTS, of_others, rename, unknown_key
 from .redact import refuse_secrets
 from .schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
 from .shipped import find_config
@@ -32,12 +32,14 @@ class Loaded:
         given: the keys that the file or the command line set (the others are defaults).
         notes: one line for each key that was renamed or that changes nothing here.
         source: the YAML file, or None.
+        foreign: it is another tool's.
     """
 
     config: RunConfig
     given: set[str]
     notes: list[str] = field(default_factory=list)
     source: Path | None = None
+    foreign: bool = False
 
 
 def load_config(
@@ -57,10 +59,12 @@ def load_config(
     path = find_config(file) if file else None
     notes: list[str] = []
     given: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     defaults = {**(DPO_DEFAULTS if method == "dpo" else {}), **(base or {})}
     if path is not None:
         own = RunConfig.model_fields
-        given = rename(read_yaml(path), str(path), own, notes, file=True, dpo=method == "dpo")
+        written = read_yaml(path)
+        given = rename(written, str(path), own, notes, file=True, dpo=method == "dpo")
         _no_stranger_held_out(set(given), given, notes)
         if given.get("stage") == ("dpo" if method == "sft" else "sft"):
             raise UserError(
@@ -69,6 +73,8 @@ def load_config(
             )
     words = _parse_overrides(overrides or [])
     flat = {key: value for key, value in words if "." not in key}
+    if not flat.keys().isdisjoint(PARTS):  # one of them stands in for the file's, and the other stays
+        flat = {key: written[key] for key in PARTS if key in written} | flat
     said = rename(flat, "the command line", RunConfig.model_fields, notes, dpo=method == "dpo")
     nested = [word for word in words if "." in word[0]]
     _no_stranger_held_out({*said, *(key.removesuffix(".path") for key, _ in nested)}, said, notes)
@@ -91,7 +97,9 @@ def load_config(
     typed = {*said, *(key.split(".")[0] for key, _ in nested)}
     for key, value in config.model_dump(mode="json").items():
         refuse_secrets({key: value}, "the command line" if path is None or key in typed else str(path))
-    return Loaded(config, set(given), notes, path)
+    if both := [spec.path for spec in config.eval_dataset if spec in config.dataset]:
+        notes.append(f"{', '.join(both)}: the rows of eval_dataset are trained on too, so their loss says little")
+    return Loaded(config, set(given), notes, path, of_others(written, RunConfig.model_fields))
 
 
 def dump_config(config: RunConfig) -> str:

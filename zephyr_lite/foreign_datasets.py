@@ -16,6 +16,9 @@ _RENDERED = ("tools", "chat_template_kwargs")
 def translate_datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
     """Every way to name data sets: TRL's ``dataset_name`` and ``datasets``, the handbook's ``dataset_mixer`` {path:
     share} and ``dataset_mixture``; then the rows that are held out of them, and the column of texts."""
+    given = [k for k in ("dataset", "dataset_name", "datasets", "dataset_mixer", "dataset_mixture") if values.get(k)]
+    if len(given) > 1:
+        faults.append(f"{', '.join(given)}: the data sets are named more than once. Keep one.")
     for key in ("dataset", "eval_dataset"):
         if key in values:
             result[key] = values.pop(key)
@@ -35,14 +38,18 @@ def translate_datasets(values: dict[str, Any], result: dict[str, Any], faults: l
         notes.append("datasets and dataset_mixture are dataset here")
     elif mixer:
         names = [str(split) for split in splits or ["train"]]
-        kinds = {kind: next((s for s in names if s.startswith(kind)), None) for kind in ("train", "test")}
+        kinds = {kind: next((s for s in names if kind in s), None) for kind in ("train", "test")}
+        if splits and (kinds["train"] is None or set(names) - set(kinds.values())):
+            faults.append(
+                f"dataset_splits: {short(splits)} is not one split of training and one of test. Write dataset."
+            )
         common = [{"path": path} for path in mixer]
         if configs and len(configs) == len(mixer):
             common = [{**spec, "name": each} for spec, each in zip(common, configs)]
         elif configs:
             faults.append(f"dataset_configs: {len(configs)} names for {len(mixer)} data sets.")
         shares = zip(common, mixer.values())
-        result["dataset"] = [{**spec, "split": kinds["train"] or "train", "weight": share} for spec, share in shares]
+        result["dataset"] = [{**spec, "split": kinds["train"], "weight": share} for spec, share in shares]
         result["eval_dataset"] = [{**spec, "split": kinds["test"]} for spec in common] if kinds["test"] else None
         notes.append("dataset_mixer is dataset, with weight, here")
     elif name is not None:

@@ -178,6 +178,11 @@ _VALUES: dict[str, dict[Any, Any]] = {
     | {"paged_adamw": "paged_adamw_32bit"},
     "max_steps": {-1: None, 0: None},  # transformers' "not set"
 }
+# null is TRL's "not set" of these
+_UNSET = (
+    "model_revision", "chat_template", "lora_target_modules", "warmup_ratio", "save_total_limit", "hub_private_repo",
+)  # fmt: skip
+PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # of a batch
 
 
 def rename(
@@ -200,17 +205,21 @@ def rename(
     taken = dict(values)
     for key in ("model_init_kwargs", "dataset_kwargs"):
         taken = {**(take(taken, key, dict, faults) or {}), **taken}
-    theirs = [key for key in taken if key not in own and (key in TRANSLATED or key in ACCEPTED or key in REFUSED)]
+    theirs = of_others(taken, own)
     result: dict[str, Any] = {}
+    _one_name(taken, faults)
     _batch_size(taken, result, faults, notes)
+    if "evaluation_strategy" in taken:  # until transformers 4.41
+        taken.setdefault("eval_strategy", taken.pop("evaluation_strategy"))
     translate_datasets(taken, result, faults, notes)
-    for strategy in ("eval_strategy", "evaluation_strategy"):
-        chosen = taken.pop(strategy, None)
-        if chosen in ("no", False):
-            result["eval_dataset"] = None
-        elif chosen == "epoch":
-            taken.setdefault("eval_steps", None)
-            notes.append(f"{strategy}: epoch is an evaluation at the end of the stage")
+    chosen = taken.pop("eval_strategy", None)
+    if chosen in ("no", False):
+        result["eval_dataset"] = None
+    elif chosen == "epoch":
+        taken["eval_steps"] = None
+        notes.append("eval_strategy: epoch is an evaluation at the end of the stage")
+    elif chosen not in (None, "steps"):
+        faults.append(f"eval_strategy: {short(chosen)} is none of no, steps and epoch.")
     hub_id = taken.pop("hub_model_id", None)
     if taken.get("push_to_hub") is True:  # transformers' way: a switch, and a name beside it
         if not hub_id:
@@ -220,7 +229,7 @@ def rename(
     warmup = number(taken.get("warmup_steps"))
     if warmup is not None and warmup < 1:  # transformers: a share of the steps
         del taken["warmup_steps"]
-        if warmup or "warmup_ratio" not in taken:
+        if warmup or taken.get("warmup_ratio") is None:
             taken["warmup_ratio"] = warmup
     no_dropout = take(taken, "disable_dropout", bool, faults)
     for key, value in taken.items():
@@ -245,11 +254,12 @@ def rename(
             result[key] = table.get(result[key], result[key])
     if result.get("lora_target_modules") == ["all-linear"]:  # TRL's command line makes lists
         result["lora_target_modules"] = "all-linear"
-    if result.get("save_total_limit", 1) is None:
-        del result["save_total_limit"]
+    for key in _UNSET:
+        if result.get(key, key) is None:
+            del result[key]
     # TRL's DPO turns every dropout off, unless told otherwise; so what the handbook's recipes say of it has no effect
-    if dpo and (no_dropout or (no_dropout is None and file and theirs)) and result.get("lora_dropout"):
-        notes.append(f"lora_dropout {result['lora_dropout']} is 0 here: disable_dropout is on, TRL's default for DPO")
+    if no_dropout or (no_dropout is None and dpo and file and theirs and result.get("lora_dropout")):
+        notes.append("lora_dropout is 0 here: disable_dropout is on, TRL's default for DPO")
         result["lora_dropout"] = 0
     if file and theirs:
         notes.append("what the file leaves out has the defaults of docs/configuration.md, not TRL's")
@@ -261,20 +271,35 @@ def rename(
     return result
 
 
+def of_others(values: Collection[str], own: Collection[str]) -> bool:
+    """Whether a key is another tool's own, and not only another name."""
+    return any(key not in own and (key in TRANSLATED or key in ACCEPTED or key in REFUSED) for key in values)
+
+
+def _one_name(values: dict[str, Any], faults: list[str]) -> None:
+    """A key that stands there under several names must have one value under all of them."""
+    for key, ours in ALIASES.items():
+        if key in values and ours in values:
+            one, other = values.pop(key), values[ours]
+            if None not in (one, other) and one != other:
+                faults.append(f"{key}: {short(one)}, but {ours}: {short(other)}: two names of one key. Keep one.")
+            values[ours] = one if other is None else other
+
+
 def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
-    parts = {
-        key: values.pop(key)
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
-        if values.get(key) is not None
-    }
-    try:
-        size = math.prod(int(value) for value in parts.values())
-    except (TypeError, ValueError, OverflowError):
+    parts = {key: value for key in PARTS if (value := values.pop(key, None)) is not None}
+    sizes = [number(value) for value in parts.values()]
+    if not all(size is not None and size.is_integer() for size in sizes):
         faults.append(f"{', '.join(f'{key} {short(value)}' for key, value in parts.items())}: must be whole numbers.")
-        return
-    if parts:
-        result["batch_size"] = size
-        notes.append(f"batch_size = {size} (micro-batch × accumulation); the plan splits it")
+    elif parts and ("batch_size" in values or "train_batch_size" in values):
+        faults.append(f"batch_size and {', '.join(parts)}: the batch is said twice. Keep one.")
+    elif parts and PARTS[0] not in parts:
+        faults.append(
+            f"{PARTS[1]}: of what micro-batch? Name {PARTS[0]} too (TRL's default is 8), or batch_size alone."
+        )
+    elif parts:
+        result["batch_size"] = math.prod(int(size) for size in sizes if size is not None)
+        notes.append(f"batch_size = {result['batch_size']} (micro-batch × accumulation); the plan splits it")
 
 
 def _losses(values: dict[str, Any], faults: list[str], notes: list[str], dpo: bool) -> None:

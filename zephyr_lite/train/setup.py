@@ -131,6 +131,11 @@ def resolve_run(
         loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **taken})
     elif method == "dpo" and loaded.config.adapters == [] and (file or _names(overrides, "model_name_or_path")):
         extra += _adapter_as_model(loaded)
+        if loaded.foreign and "model_name_or_path" in loaded.given and loaded.config.adapters == []:
+            loaded.config = loaded.config.model_copy(update={"adapters": "none"})
+            extra.append(
+                "adapters: none, as TRL's DPO begins from the model itself; name an SFT adapter to begin from that"
+            )
     loaded.notes = [*loaded.notes, *extra]
     return loaded
 
