@@ -56,7 +56,7 @@ STAGES = (
     Stage("base", 60, "bench.stages", "base", "base"),
     Stage("tests", 100, "bench.stages", "tests", "tests"),
     Stage("ops", 60, "bench.ops", "--rounds 15"),
-    Stage("profile", 55, "bench.profile", "", "--tokens 256 512"),
+    Stage("profile", 55, "bench.profiling", "", "--tokens 256 512"),
     Stage("gpu", 190, "bench.gpu", f"--cap 24 {_GPU}", _TINY_GPU),
     Stage(
         "memory",

@@ -12,7 +12,7 @@ from .malformed_weights import CASES as WEIGHTS
 from .malformed_weights import COPY, DEEP, MERGE, Change, changed, config, make_adapter
 
 ADAPTER = "Copy the adapter again, or write it again with PEFT's save_pretrained."
-TEMPLATE = "Choose chat_template=zephyr, chatml or llama3, or a template that you trust."
+TEMPLATE = "Choose zephyr, chatml or llama3, or change the template."
 
 
 def adapter(change: Change = lambda folder: None, **keys: Any) -> Callable[[Path, Fixtures], list[str]]:
@@ -134,42 +134,25 @@ ADAPTERS = [
 CASES = [*WEIGHTS, *(Case(*case) for case in ADAPTERS)]
 TEMPLATES = [
     (
-        "a template that loops",
-        template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
-        "chat template t.jinja: was stopped after 2 s on a plain conversation.",
-        TEMPLATE,
-    ),
-    (
-        "a template that takes all memory",
-        template("{{ 'a' * 10 ** 11 }}"),
-        "chat template t.jinja: asks for more than 512 MiB for a plain conversation.",
-        TEMPLATE,
-    ),
-    (
         "a template that reaches for attributes",
         template("{{ ''.__class__.__mro__ }}"),
-        "chat template t.jinja: reaches for the attribute '__class__' of a str, which no "
-        "template has any business with.",
-        TEMPLATE,
-    ),
-    (
-        "a template that writes a megabyte",
-        template("{% for m in messages %}{{ 'x' * 10 ** 6 }}{% endfor %}"),
-        "chat template t.jinja: writes more than 100,000 characters around a conversation of 6.",
+        "chat template t.jinja: cannot be trained on: the chat template refuses the row: access to attribute '__class__' of "
+        "'str' object is unsafe.",
         TEMPLATE,
     ),
     (
         "a template that calls itself",
         template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
-        "chat template t.jinja: is nested too deeply, or calls itself without end.",
+        "chat template t.jinja: cannot be trained on: the chat template refuses the row: RecursionError: maximum recursion "
+        "depth exceeded.",
         TEMPLATE,
     ),
     (
         "a template with a fault of its own",
         template("{{ messages + 1 }}"),
-        "chat template t.jinja: fails on a plain conversation of two turns: TypeError: can "
-        'only concatenate list (not "int") to list.',
-        "Choose zephyr, chatml or llama3, or change the template.",
+        "chat template t.jinja: cannot be trained on: the chat template refuses the row: TypeError: can only concatenate list "
+        '(not "int") to list.',
+        TEMPLATE,
     ),
     (
         "a template in Latin 1",

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import evidence, profile, stages
+from bench import evidence, profiling, stages
 from bench.process import FLASH_ATTN, install_flash_attn
 
 ROOT = Path(__file__).parent.parent
@@ -248,7 +248,7 @@ def test_the_selection_reaches_every_topic(tmp_path):
     assert found.count("::test_") < 90
 
 
-# -- bench.profile -----------------------------------------------------------------------------------------------------
+# -- bench.profiling -----------------------------------------------------------------------------------------------------
 
 
 def test_kernels_are_told_apart():
@@ -266,14 +266,14 @@ def test_kernels_are_told_apart():
         "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>": "elementwise",
         "something else": "other",
     }
-    assert {name: profile.class_of(name) for name in names} == names
+    assert {name: profiling.class_of(name) for name in names} == names
 
 
 def test_a_trace_is_summarized():
     def event(cat, name, ts, dur, **args):
         return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
 
-    found = profile.summarize(
+    found = profiling.summarize(
         [
             event("cuda_runtime", "cudaLaunchKernel", 0, 1),
             event("cuda_driver", "cuLaunchKernelEx", 1, 1),
@@ -292,7 +292,7 @@ def test_a_trace_is_summarized():
     assert found["launch_calls"] == {"cudaLaunchKernel": 1, "cuLaunchKernelEx": 1}
     assert found["waiting_calls"] == {"cudaStreamSynchronize": 1}
     assert found["copies"]["Memcpy DtoH"]["bytes"] == 8
-    assert "error" in profile.summarize([])
+    assert "error" in profiling.summarize([])
 
 
 # -- FlashAttention's interface over PyTorch's kernels -----------------------------------------------------------------

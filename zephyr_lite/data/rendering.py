@@ -120,7 +120,7 @@ class Renderer:
         """
         form = self._form(messages, tools)
         rendered = Rendered(self._render(form, False, tools))
-        self._check_written(messages, tools, rendered)
+        self._check_written(messages, form, tools, rendered)
         roles = [message["role"] for message in messages]
         first = next((roles.index(role) for role in ("user", "system") if role in roles), len(roles))
         for turn in range(first, len(messages)):
@@ -136,7 +136,7 @@ class Renderer:
         text, last = rendered.text, turn == len(messages) - 1
         before = self._render(form[:turn], True, tools)
         upto = text if last else self._render(form[: turn + 1], False, tools)
-        content = _spoken(messages[turn])
+        content = _written(messages[turn], upto) or ""
         start = common_length(before, upto)
         if start < len(before):  # the generation prompt ends in something that the template does not write there
             history = common_length(before, self._render(form[:turn], False, tools))
@@ -187,24 +187,22 @@ class Renderer:
         match = self._control.match(following, end) if following.startswith(text) else None
         return match.group() if match else ""
 
-    def _check_written(self, messages: Sequence[Message], tools: list[Any] | None, rendered: Rendered) -> None:
+    def _check_written(
+        self, messages: Sequence[Message], form: list[Any], tools: list[Any] | None, rendered: Rendered
+    ) -> None:
         """Compare every turn with the text: a template leaves out what it has no place for, without an error."""
         text, position = rendered.text, 0
-        for name in (_function(tool).get("name", "") for tool in tools or []):
-            if name not in text:
-                raise RowError("the chat template does not write the tools")
+        if tools and self._same_without(form, text, tools=None):
+            raise RowError("the chat template does not write the tools")
+        if not self._writes_calls(form, text, tools):
+            raise RowError("the chat template does not write the tool calls")
         for message in messages:
-            role, said = message["role"], _spoken(message)
-            place = text.find(said, 0 if role == "system" else position)
-            if place < 0 and role == "tool" and (words := re.findall(r"\w+", said)):  # written as JSON of its own form
-                said = max(words, key=len)
-                place = text.find(said, position)
-            if place < 0:
+            role = message["role"]
+            said = _written(message, text, 0 if role == "system" else position)
+            if said is None:
                 raise RowError(f"the chat template does not write the {role} turn")
             if role != "system":
-                position = place + len(said)
-            if any(_function(call)["name"] not in text for call in message.get("tool_calls", ())):
-                raise RowError("the chat template does not write the tool calls")
+                position = text.index(said, position) + len(said)
         if (reasoning := _reasoning(messages[-1])) and reasoning not in text:
             rendered.notes.append("the chat template does not write the reasoning of the last answer")
 
@@ -221,8 +219,7 @@ class Renderer:
             if self.content_parts:
                 turn["content"] = [{"type": "text", "text": turn["content"]}]
             form.append(turn)
-        calls = [call for message in messages for call in message.get("tool_calls", ())]
-        if not calls:
+        if not any(message.get("tool_calls") for message in messages):
             return form
         for none, as_text in ((False, False), (True, False), (False, True), (True, True)):
             tried = [_call_form(turn, none, as_text) for turn in form]
@@ -230,9 +227,23 @@ class Renderer:
                 text = self._render(tried, False, tools)
             except RowError:
                 continue
-            if all(_function(call)["name"] in text for call in calls):
+            if self._writes_calls(tried, text, tools):
                 return tried
         return form
+
+    def _writes_calls(self, form: list[Any], text: str, tools: list[Any] | None) -> bool:
+        calls = [call for turn in form for call in turn.get("tool_calls", ())]
+        if not all(call["function"]["name"] in text for call in calls):
+            return False
+        without = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in form]
+        return not (calls and self._same_without(without, text, tools))
+
+    def _same_without(self, form: list[Any], text: str, tools: list[Any] | None) -> bool:
+        """Whether the template writes the same text without what was left out."""
+        try:
+            return self._render(form, False, tools) == text
+        except RowError:  # it asks for what was left out
+            return False
 
     def _render(self, form: list[Any], add_generation_prompt: bool, tools: list[Any] | None) -> str:
         if sum(len(str(turn["content"])) for turn in form) > LONGEST_ROW:
@@ -250,7 +261,7 @@ class Renderer:
             raise
         except Exception as error:  # templates raise on purpose, add numbers to text, or ask a list for a key
             reason = error.message if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-            raise RowError(f"the chat template refuses the row: {shown(reason, 300)}") from None
+            raise RowError(f"the chat template refuses the row: {shown(reason.rstrip('.'), 300)}") from None
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -259,11 +270,6 @@ class Renderer:
             for text in texts:
                 if match := self._control.search(text):
                     raise RowError(f"a turn's text contains the control token {match.group()}")
-
-
-def _function(call: Any) -> Any:
-    """The function of a tool or of a call, with or without OpenAI's envelope."""
-    return call.get("function", call)
 
 
 def _call_form(turn: dict[str, Any], none: bool, as_text: bool) -> dict[str, Any]:
@@ -279,9 +285,16 @@ def _call_form(turn: dict[str, Any], none: bool, as_text: bool) -> dict[str, Any
     return {**turn, "content": content, "tool_calls": calls}
 
 
-def _spoken(message: Message) -> str:
-    """A turn's text without reasoning, trimmed: what every template that has a place for it writes."""
-    return _THINKING.sub("", message["content"]).strip()
+def _written(message: Message, text: str, position: int = 0) -> str | None:
+    """The turn's content as a text holds it from ``position`` on: trimmed, or without its reasoning; None where it is not
+    there."""
+    whole = message["content"].strip()
+    forms = [whole]
+    if message["role"] == "assistant":
+        forms += [_THINKING.sub("", whole).strip(), whole.split("</think>")[-1].strip()]
+    if message["role"] == "tool" and (words := re.findall(r"\w+", whole)):  # as JSON in a form of its own
+        forms.append(max(words, key=len))
+    return next((form for form in forms if text.find(form, position) >= 0), None)
 
 
 def _reasoning(message: Message) -> str:

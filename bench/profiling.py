@@ -1,6 +1,6 @@
 """Where the time of a step goes on a card: kernels by class, launches against those that the plan counts, gaps, copies.
 
-    python -m bench.profile --out profile.json           # an SFT and a DPO step, 2048 and 4096 tokens at once
+    python -m bench.profiling --out profile.json           # an SFT and a DPO step, 2048 and 4096 tokens at once
 
 Under a cap of ``--card`` GiB, on ``bench.gpu``'s base. The profiler records kernels and CUDA calls only, so that it hardly
 slows the step down. Another step is run under ``set_sync_debug_mode("warn")``: what makes the processor wait, and where.
@@ -196,7 +196,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     from bench.memory_parts import Bench, prepare
 
     if not args.tiny and not torch.cuda.is_available():
-        raise UserError("bench.profile measures an NVIDIA card, and PyTorch finds none here.", "--tiny runs on a CPU.")
+        raise UserError(
+            "bench.profiling measures an NVIDIA card, and PyTorch finds none here.", "--tiny runs on a CPU."
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         shape, shallow = (mistral.TINY, folder / "shallow") if args.tiny else (mistral.MISTRAL_7B, None)
