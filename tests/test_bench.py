@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_a_result(monkeypatch):
 
 
 def players_alone(folder: Path, base: Path, **changes) -> match.Match:
-    args = gpu.arguments([*SMALL, "--methods", "sft"])
+    args = gpu.arguments([*SMALL, "--rounds", "2", "--methods", "sft"])
     values = contest.configurations(args, base, folder)["sft"]
     told = {
         "cap": 1.0,

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..files import folder_aside, make_folder, write_json
@@ -101,7 +102,7 @@ def _is_complete(folder: Path) -> bool:
 def _convert(source: Path, folder: Path) -> None:
     # Imported here: torch and transformers take seconds, and a finished conversion needs neither.
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
         source.parent,
@@ -109,10 +110,7 @@ def _convert(source: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float16,
     )
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    tokenizer.chat_template = CHATML
-    tokenizer.eos_token = "<|im_end|>"  # older transformers take the first tag for it
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = _tokenizer(source)
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -120,3 +118,13 @@ def _convert(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     marker = {"format": FORMAT, "package": REQUIREMENT, "file": source.name, "bytes": source.stat().st_size}
     write_json(folder / _MARKER, marker)
+
+
+def _tokenizer(source: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.chat_template = CHATML
+    tokenizer.eos_token = "<|im_end|>"  # older transformers take the first tag for it
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
