@@ -449,3 +449,16 @@ def test_the_files_of_a_split_are_read_in_order_and_a_broken_line_is_named(tmp_p
         file.write("{broken\n")
     with pytest.raises(UserError, match=r"train-00001-of-00003\.jsonl line 6: broken JSON"):
         load(tmp_path / "set")
+
+
+def test_a_weight_of_a_users_turn_is_not_told_as_if_no_weight_was_read(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "q", "weight": 1, "audio": "x"},
+        {"role": "assistant", "content": "a", "weight": 0},
+        {"role": "user", "content": "q", "weight": 1, "audio": "x"},
+        {"role": "assistant", "content": "b", "weight": 1},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    notes = " ".join(load_rows([DatasetSpec(path=str(path))], "sft", seed=0).notes)
+    assert "not read: message keys audio, weight (of turns that are not the assistant's)" in notes

@@ -118,6 +118,13 @@ def _called(name: str, started: str) -> str:
     return {"start": f"what it started from ({started})", "base": "the bare base"}.get(name, name)
 
 
+def no_other_template(best: str) -> str:
+    """What is said of an adapter that belongs to its own template, where `best` has the lowest loss."""
+    if best == "own":
+        return "no other template fits it better than its own"
+    return f"nothing says that it was trained with another than its own, although {best} has the lower loss"
+
+
 def _template(subject: Subject, templates: dict[str, ChatTemplate], rows: list[Messages], found: Audit) -> str:
     """The template to go on with: its own, or the one that fits best where it has none."""
     texts: dict[str, str] = {}
@@ -167,7 +174,7 @@ def _template(subject: Subject, templates: dict[str, ChatTemplate], rows: list[M
                 advice=f"Compare the two; --chat-template {best} measures everything under that one.",
             )  # fmt: skip
             return "own"
-    found.add("template", Level.right, "no other template fits it better than its own", *told)
+    found.add("template", Level.right, no_other_template(best), *told)
     return "own"
 
 

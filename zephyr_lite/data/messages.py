@@ -126,7 +126,7 @@ def _is_masked(turn: Mapping[str, Any], role: str, keys: set[str]) -> bool:
     """Whether a mark on the turn says that it must not be supervised."""
     masked = False
     for key in sorted(keys):
-        plain = key.lower().removeprefix("is_").replace("_", "").replace("-", "")
+        plain = _plain(key)
         if plain not in (*_TRAINED, *_MASKED):
             continue
         marked = truth(turn[key])
@@ -139,6 +139,16 @@ def _is_masked(turn: Mapping[str, Any], role: str, keys: set[str]) -> bool:
         if role == "assistant" or not trained:  # that others than the assistant should be trained is not done
             keys.discard(key)
     return masked and role == "assistant"
+
+
+def with_reason(key: str) -> str:
+    """A message key that was not read; one that would train another's turn than the assistant's says so."""
+    plain = _plain(key)
+    return f"{key} (of turns that are not the assistant's)" if plain in (*_TRAINED, *_MASKED) else key
+
+
+def _plain(key: str) -> str:
+    return key.lower().removeprefix("is_").replace("_", "").replace("-", "")
 
 
 def truth(value: Any) -> bool | None:

@@ -260,7 +260,8 @@ class Renderer:
         except (MemoryError, TemplateSyntaxError):
             raise
         except Exception as error:  # templates raise on purpose, add numbers to text, or ask a list for a key
-            reason = error.message if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            message = error.message if isinstance(error, TemplateError) else None
+            reason = message or f"{type(error).__name__}: {error}"
             raise RowError(f"the chat template refuses the row: {shown(reason.rstrip('.'), 300)}") from None
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:

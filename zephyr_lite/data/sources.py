@@ -24,7 +24,7 @@ from ..config import DatasetSpec
 from ..errors import UserError
 from ..strict_json import shown
 from .formats import COLUMNS, PLAIN, TEXT, Method, detect, mapping_hint, normalise
-from .messages import RowError, message
+from .messages import RowError, message, with_reason
 from .opening import Source, decoded, is_text, open_source, quiet
 from .workers import interruptible
 
@@ -172,7 +172,7 @@ def _not_read(columns: list[str], found: set[str]) -> str:
     names = {"columns": set(columns), "message keys": set()}
     for text in found:
         for what, some in json.loads(text or "{}").items():
-            names[what] |= set(some)
+            names[what] |= {with_reason(name) if what == "message keys" else name for name in some}
     return "; ".join(f"{what} {shown(', '.join(sorted(some)), 1000)}" for what, some in names.items() if some)
 
 

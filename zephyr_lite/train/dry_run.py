@@ -66,7 +66,10 @@ def run_dry(method: Method, loaded: Loaded, *, say: Say, show: Callable[[str, Sp
         + f", {stage.plan.peak / 2**30:.2f} planned"
     )
     whole = timedelta(seconds=round(metrics["seconds"] * loop.total))
-    say(f"at this pace {loop.total:,} steps take {whole} at most, evaluations aside; nothing was written")
+    say(
+        f"at this pace {loop.total:,} steps take {whole} at most, evaluations aside; "
+        f"nothing was written to {loop.config.output_dir}"
+    )
     return metrics
 
 
