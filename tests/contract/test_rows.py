@@ -69,6 +69,9 @@ def conversation(*turns: dict[str, Any], **columns: Any) -> dict[str, Any]:
         {"masked": "1"},
         {"is_masked": True},
         {"loss_weight": 0},
+        {"loss_scale": 0},
+        {"trained": False},
+        {"supervise": "no"},
         {"train-on-turn": False},
         {"weight": 1, "train": False},
     ],
@@ -93,6 +96,12 @@ def test_a_turn_marked_as_to_be_trained(mark):
 def test_a_mark_that_is_neither(mark):
     with pytest.raises(RowError, match=f"the {next(iter(mark))} of a turn is .*trained .* or not"):
         normalise(conversation(user("q"), {**answer("a"), **mark}), "sft")
+
+
+def test_a_mark_on_turns_of_input_and_output():
+    turns = [{"input": "q", "output": "wrong", "weight": 0}, {"input": "q", "output": "a", "weight": 1}]
+    row = normalise({"conversation": turns}, "sft")
+    assert row.value == conversation(user("q"), answer("wrong", train=False), *QA) and row.unread_keys == []
 
 
 def test_marks_on_all_answers_and_on_other_turns():
@@ -135,6 +144,8 @@ CALLED = [user("Ulm?"), answer("", tool_calls=[call("weather", {"city": "Ulm"})]
             )
         ],
         [answer(None, tool_calls=[{"name": "weather", "arguments": {"city": "Ulm"}}])],
+        [answer(None, tool_calls=[{"name": "weather", "args": {"city": "Ulm"}}])],
+        [answer(None, tool_calls=[{"name": "weather", "input": {"city": "Ulm"}}])],
         [answer(None, function_call={"name": "weather", "arguments": '{"city": "Ulm"}'})],
         [{"role": "function_call", "content": '{"name": "weather", "arguments": {"city": "Ulm"}}'}],
         [{"role": "tool_call", "content": {"name": "weather", "parameters": {"city": "Ulm"}}}],
@@ -157,6 +168,12 @@ def test_ids_names_null_arguments_and_a_call_as_the_last_answer():
     ]
     row = normalise(conversation(*turns), "sft").value
     assert row == conversation(*turns[:2], {**turns[2], "content": '{"t": 4}'}, turns[3])
+
+
+def test_results_that_are_lists_and_calls_that_are_none():
+    turns = [*CALLED[:2], {"role": "tool", "content": [1, {"t": 4}]}, answer("a", tool_calls="[]")]
+    row = normalise(conversation(*turns), "sft").value
+    assert row == conversation(*CALLED[:2], {"role": "tool", "content": '[1, {"t": 4}]'}, answer("a"))
 
 
 @pytest.mark.parametrize(
