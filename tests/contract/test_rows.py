@@ -281,6 +281,38 @@ def test_the_prompt_of_a_pair(row, prompt):
     assert found.value == {**PAIR, "prompt": prompt} and found.unread_columns == []
 
 
+def test_a_mark_on_an_answer_that_both_sides_have_does_not_end_the_prompt():
+    marked = {**answer("a"), "weight": 0}
+    for first, second in ((marked, answer("a")), (answer("a"), marked)):
+        row = {
+            "chosen": [user("q"), first, user("r"), answer("b")],
+            "rejected": [user("q"), second, user("r"), answer("c")],
+        }
+        value = normalise(row, "dpo").value
+        assert len(value["prompt"]) == 3 and value["chosen"] == [answer("b")] and value["rejected"] == [answer("c")]
+    with pytest.raises(RowError, match="chosen equals rejected"):
+        normalise({"chosen": [*QA, *QA], "rejected": [user("q"), marked, *QA]}, "dpo")
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        ("dpo", {"messages": QA, "chosen": "a", "rejected": "b"}),
+        ("dpo", {"conversations": QA, "chosen": [answer("a")], "rejected": [answer("b")]}),
+        ("dpo", {"prompt": [user("q"), answer("Sure, ")], "chosen": "a", "rejected": "b"}),
+        ("sft", {"prompt": [user("q"), answer("Sure, ")], "completion": "a"}),
+    ],
+)
+def test_a_prompt_that_is_answered_already(method, row):
+    with pytest.raises(RowError, match="the prompt ends with an assistant turn"):
+        normalise(row, method)
+
+
+def test_an_empty_prompt_column_does_not_hide_another():
+    row = normalise({"prompt": "", "question": "q", "chosen": "a", "rejected": "b"}, "dpo")
+    assert row.value["prompt"] == [user("q")] and row.unread_columns == []
+
+
 def test_a_prompt_column_that_says_something_else_is_not_read():
     assert normalise({"prompt": "x", **WHOLE}, "dpo").unread_columns == ["prompt"]
 

@@ -276,6 +276,11 @@ def test_the_prompt_of_a_pair_is_what_inference_feeds(template_of):
     assert pair.prompt_ids.tolist() == template.prompt_ids(TURNS[:1]).tolist()
     assert pair.chosen_mask.all() and pair.rejected_mask.all()
     assert template.tokenizer.decode(pair.chosen_ids) == "the fox</s>"
+    pair = template.encode_pair(TURNS[:3], TURNS[1:2], TURNS[3:])
+    prompt = template.prompt_ids(TURNS[:3]).tolist()
+    assert pair.prompt_ids.tolist() == prompt  # with an earlier answer, which is context
+    for row, loss_on in (([TURNS[0], {**TURNS[1], "train": False}, *TURNS[2:]], "assistant"), (TURNS, "last")):
+        assert template.encode(row, loss_on)[0][: len(prompt)].tolist() == prompt
 
 
 @pytest.mark.parametrize("text", [ZEPHYR, CHATML, LLAMA3], ids=["zephyr", "chatml", "llama3"])

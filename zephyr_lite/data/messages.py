@@ -33,8 +33,8 @@ _CALLS = ("function_call", "tool_call")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # whether a turn is supervised, in OpenAI's, Axolotl's, ms-swift's and torchtune's words
-_TRAINED = ("weight", "train", "trained", "training", "trainable", "trainonturn", "supervise", "supervised", "loss")
-_TRAINED += ("lossweight", "lossscale", "lossmask")
+_TRAINED = {"weight", "train", "trained", "training", "trainable", "trainonturn", "supervise", "supervised", "loss"}
+_TRAINED |= {"lossweight", "lossscale", "lossmask"}
 _MASKED = ("masked", "mask", "ignore", "ignored")
 _TRUE, _FALSE = ("true", "yes", "on", "1", "1.0"), ("false", "no", "off", "0", "0.0")
 
