@@ -398,6 +398,21 @@ def test_what_is_not_text_is_no_answer(value):
 # -- what is said --------------------------------------------------------------------------------------------------------
 
 
+def test_a_mapping_says_which_format_is_meant(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**conversation(*QA), "instruction": "i", "output": "o", "x": "X", "y": "Y"}))
+    for columns in ({"prompt": "x", "completion": "y"}, {"instruction": "x", "output": "y"}):
+        rows = load_rows([DatasetSpec(path=str(path), columns=columns)], "sft", seed=0)
+        assert list(rows.values()) == [conversation(user("X"), answer("Y"))]
+
+
+def test_a_slice_behind_the_end_is_empty(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(conversation(*QA)))
+    with pytest.raises(UserError, match="empty; there is no row in it"):
+        load_rows([DatasetSpec(path=str(path), split="train[5:]")], "sft", seed=0)
+
+
 def test_one_line_lists_all_that_was_not_read(tmp_path):
     rows = [conversation(user("q"), {**answer("a"), "refusal": None}, id=i) for i in range(30)]
     rows += [conversation(user("q"), {**answer("a"), "audio": "x", "source": None}, source="late", tags=[])]
