@@ -216,6 +216,15 @@ CASES = {
         ["<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Ulm</arg_value>\n</tool_call><|observation|>",
          "It is cold.<|user|>"], [],
     ),
+    "an answer that is part of a tag's name": (
+        TRL["deepseek_r1_distill"].read_text(), [TURNS[0], {"role": "assistant", "content": "A"}], None,
+        ["A<｜end▁of▁sentence｜>"],
+        ["the generation prompt ends in '<think>\\n', which the template does not write before an answer"],
+    ),
+    "the row's own empty block of reasoning, begun by the generation prompt": (
+        TRL["qwen3_5_think"].read_text(), [TURNS[0], {"role": "assistant", "content": "<think>\n\n</think>\n\nFour."}],
+        None, ["Four.<|im_end|>"], [],
+    ),
     "a control token inside a call does not end it": (
         TRL["gemma4"].read_text(), CALLED[:2], [WEATHER], None, "no end token after an answer",
     ),

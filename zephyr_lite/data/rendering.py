@@ -150,7 +150,9 @@ class Renderer:
             begins = [
                 match.start() for match in self._control.finditer(upto, history) if match.start() < start < match.end()
             ]
-            if content and (place := upto.find(content, history)) >= 0:
+            # behind the tags: "A" is no part of <|Assistant|>
+            tags = [match.end() for match in self._control.finditer(upto, history) if match.end() <= start]
+            if content and (place := upto.find(content, max([history, *tags]))) >= 0:
                 begins.append(place)
             start = min([start, *begins])
             rendered.notes.append(
@@ -158,11 +160,10 @@ class Renderer:
             )
         # an empty block is the template's, and in history it may be missing, unless the row writes it and has it everywhere
         skipped, found = (start + _empty_thinking(part[start:]) for part in (upto, text))
-        if (own := _empty_thinking(content)) and upto.startswith(content, skipped):
-            pass
-        elif own and found > start:
+        own = _empty_thinking(content)
+        if own and found > start and upto[start:].lstrip().startswith(content):
             skipped = found = start
-        elif own:
+        elif own and not upto.startswith(content, skipped):
             content = content[own:].strip()
         answer = upto[skipped:]
         which = "the last" if last else "an earlier"
