@@ -142,6 +142,12 @@ def test_a_folder(files, options, tmp_path):
     assert answers(tmp_path, **options) == ["a", "b"]
 
 
+def test_missing_shards_are_named(tmp_path):
+    make(tmp_path, {f"train-0000{i}-of-00003.jsonl": lines(row(str(i))) for i in (0, 2)})
+    rows = load_rows([DatasetSpec(path=str(tmp_path))], "sft", seed=0)
+    assert "[train] (2 of 3 shards): read as" in rows.notes[0]
+
+
 def test_folders_of_save_to_disk(tmp_path):
     table = datasets.Dataset.from_list([row("a"), row("b")])
     table.save_to_disk(tmp_path / "one")

@@ -69,6 +69,9 @@ def conversation(*turns: dict[str, Any], **columns: Any) -> dict[str, Any]:
         {"masked": "1"},
         {"is_masked": True},
         {"loss_weight": 0},
+        {"loss_scale": 0},
+        {"trained": False},
+        {"supervise": "no"},
         {"train-on-turn": False},
         {"weight": 1, "train": False},
     ],
@@ -93,6 +96,12 @@ def test_a_turn_marked_as_to_be_trained(mark):
 def test_a_mark_that_is_neither(mark):
     with pytest.raises(RowError, match=f"the {next(iter(mark))} of a turn is .*trained .* or not"):
         normalise(conversation(user("q"), {**answer("a"), **mark}), "sft")
+
+
+def test_a_mark_on_turns_of_input_and_output():
+    turns = [{"input": "q", "output": "wrong", "weight": 0}, {"input": "q", "output": "a", "weight": 1}]
+    row = normalise({"conversation": turns}, "sft")
+    assert row.value == conversation(user("q"), answer("wrong", train=False), *QA) and row.unread_keys == []
 
 
 def test_marks_on_all_answers_and_on_other_turns():
@@ -135,6 +144,8 @@ CALLED = [user("Ulm?"), answer("", tool_calls=[call("weather", {"city": "Ulm"})]
             )
         ],
         [answer(None, tool_calls=[{"name": "weather", "arguments": {"city": "Ulm"}}])],
+        [answer(None, tool_calls=[{"name": "weather", "args": {"city": "Ulm"}}])],
+        [answer(None, tool_calls=[{"name": "weather", "input": {"city": "Ulm"}}])],
         [answer(None, function_call={"name": "weather", "arguments": '{"city": "Ulm"}'})],
         [{"role": "function_call", "content": '{"name": "weather", "arguments": {"city": "Ulm"}}'}],
         [{"role": "tool_call", "content": {"name": "weather", "parameters": {"city": "Ulm"}}}],
@@ -157,6 +168,12 @@ def test_ids_names_null_arguments_and_a_call_as_the_last_answer():
     ]
     row = normalise(conversation(*turns), "sft").value
     assert row == conversation(*turns[:2], {**turns[2], "content": '{"t": 4}'}, turns[3])
+
+
+def test_results_that_are_lists_and_calls_that_are_none():
+    turns = [*CALLED[:2], {"role": "tool", "content": [1, {"t": 4}]}, answer("a", tool_calls="[]")]
+    row = normalise(conversation(*turns), "sft").value
+    assert row == conversation(*CALLED[:2], {"role": "tool", "content": '[1, {"t": 4}]'}, answer("a"))
 
 
 @pytest.mark.parametrize(
@@ -264,6 +281,38 @@ def test_the_prompt_of_a_pair(row, prompt):
     assert found.value == {**PAIR, "prompt": prompt} and found.unread_columns == []
 
 
+def test_a_mark_on_an_answer_that_both_sides_have_does_not_end_the_prompt():
+    marked = {**answer("a"), "weight": 0}
+    for first, second in ((marked, answer("a")), (answer("a"), marked)):
+        row = {
+            "chosen": [user("q"), first, user("r"), answer("b")],
+            "rejected": [user("q"), second, user("r"), answer("c")],
+        }
+        value = normalise(row, "dpo").value
+        assert len(value["prompt"]) == 3 and value["chosen"] == [answer("b")] and value["rejected"] == [answer("c")]
+    with pytest.raises(RowError, match="chosen equals rejected"):
+        normalise({"chosen": [*QA, *QA], "rejected": [user("q"), marked, *QA]}, "dpo")
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        ("dpo", {"messages": QA, "chosen": "a", "rejected": "b"}),
+        ("dpo", {"conversations": QA, "chosen": [answer("a")], "rejected": [answer("b")]}),
+        ("dpo", {"prompt": [user("q"), answer("Sure, ")], "chosen": "a", "rejected": "b"}),
+        ("sft", {"prompt": [user("q"), answer("Sure, ")], "completion": "a"}),
+    ],
+)
+def test_a_prompt_that_is_answered_already(method, row):
+    with pytest.raises(RowError, match="the prompt ends with an assistant turn"):
+        normalise(row, method)
+
+
+def test_an_empty_prompt_column_does_not_hide_another():
+    row = normalise({"prompt": "", "question": "q", "chosen": "a", "rejected": "b"}, "dpo")
+    assert row.value["prompt"] == [user("q")] and row.unread_columns == []
+
+
 def test_a_prompt_column_that_says_something_else_is_not_read():
     assert normalise({"prompt": "x", **WHOLE}, "dpo").unread_columns == ["prompt"]
 
@@ -347,6 +396,21 @@ def test_what_is_not_text_is_no_answer(value):
 
 
 # -- what is said --------------------------------------------------------------------------------------------------------
+
+
+def test_a_mapping_says_which_format_is_meant(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**conversation(*QA), "instruction": "i", "output": "o", "x": "X", "y": "Y"}))
+    for columns in ({"prompt": "x", "completion": "y"}, {"instruction": "x", "output": "y"}):
+        rows = load_rows([DatasetSpec(path=str(path), columns=columns)], "sft", seed=0)
+        assert list(rows.values()) == [conversation(user("X"), answer("Y"))]
+
+
+def test_a_slice_behind_the_end_is_empty(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(conversation(*QA)))
+    with pytest.raises(UserError, match="empty; there is no row in it"):
+        load_rows([DatasetSpec(path=str(path), split="train[5:]")], "sft", seed=0)
 
 
 def test_one_line_lists_all_that_was_not_read(tmp_path):

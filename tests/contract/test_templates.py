@@ -177,7 +177,56 @@ CASES = {
     ),
     "reasoning that a template has no place for": (
         ZEPHYR, THOUGHT, None, ["No.</s>", "Yes.</s>"],
+        ["the chat template does not write the reasoning of an earlier answer",
+         "the chat template does not write the reasoning of the last answer"],
+    ),
+    "reasoning of an earlier answer only": (
+        ZEPHYR, [*THOUGHT[:2], *TURNS[2:]], None, ["No.</s>", "Five then.</s>"],
+        ["the chat template does not write the reasoning of an earlier answer"],
+    ),
+    "reasoning without an opening tag": (
+        STRIPS_THINKING, [TURNS[0], {"role": "assistant", "content": "It adds up.</think>Four."}], None, ["Four.</s>"],
         ["the chat template does not write the reasoning of the last answer"],
+    ),
+    "text before the reasoning, which the template cuts": (
+        TRL["qwen3"].read_text(), [TURNS[0], {"role": "assistant", "content": "Use <think>a</think> tags."}], None,
+        ["<think>\na\n</think>\n\n tags.<|im_end|>"],
+        ["the chat template does not write all of the text of the last answer"],
+    ),
+    "the row's own empty block of reasoning": (
+        ZEPHYR, [TURNS[0], {"role": "assistant", "content": "<think>\n\n</think>\n\nFour."}, *TURNS[2:]], None,
+        ["<think>\n\n</think>\n\nFour.</s>", "Five then.</s>"], [],
+    ),
+    "the row's own empty block of reasoning, cut from history": (
+        TRL["qwen3"].read_text(), [TURNS[0], {"role": "assistant", "content": "<think>\n\n</think>\n\nFour."}, *TURNS[2:]],
+        None, ["Four.<|im_end|>", "Five then.<|im_end|>"], [],
+    ),
+    "spaces behind the template's empty block of reasoning": (
+        TRL["qwen3"].read_text(), [TURNS[0], {"role": "assistant", "content": "  Four."}], None, ["  Four.<|im_end|>"], [],
+    ),
+    "an empty block that the template adds before the row's tags": (
+        TRL["qwen3_8"].read_text(), [TURNS[0], {"role": "assistant", "content": "Use <think>a</think> tags."}], None,
+        ["Use <think>a</think> tags.<|im_end|>"], [],
+    ),
+    "the next turn's tag ends an answer whose reasoning is cut from history": (
+        TRL["glm4moe"].read_text(), THOUGHT[:2], None, ["\n<think>91 is 7 times 13.</think>\nNo.<|user|>"], [],
+    ),
+    "the next turn's tag ends an answer and a call, with tools": (
+        TRL["glm4moe"].read_text(), CALLED, [WEATHER],
+        ["<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Ulm</arg_value>\n</tool_call><|observation|>",
+         "It is cold.<|user|>"], [],
+    ),
+    "an answer that is part of a tag's name": (
+        TRL["deepseek_r1_distill"].read_text(), [TURNS[0], {"role": "assistant", "content": "A"}], None,
+        ["A<｜end▁of▁sentence｜>"],
+        ["the generation prompt ends in '<think>\\n', which the template does not write before an answer"],
+    ),
+    "the row's own empty block of reasoning, begun by the generation prompt": (
+        TRL["qwen3_5_think"].read_text(), [TURNS[0], {"role": "assistant", "content": "<think>\n\n</think>\n\nFour."}],
+        None, ["Four.<|im_end|>"], [],
+    ),
+    "a control token inside a call does not end it": (
+        TRL["gemma4"].read_text(), CALLED[:2], [WEATHER], None, "no end token after an answer",
     ),
     "calls are supervised, results are not": (
         TRL["qwen2_5"].read_text(), CALLED, [WEATHER],
@@ -236,6 +285,11 @@ def test_the_prompt_of_a_pair_is_what_inference_feeds(template_of):
     assert pair.prompt_ids.tolist() == template.prompt_ids(TURNS[:1]).tolist()
     assert pair.chosen_mask.all() and pair.rejected_mask.all()
     assert template.tokenizer.decode(pair.chosen_ids) == "the fox</s>"
+    pair = template.encode_pair(TURNS[:3], TURNS[1:2], TURNS[3:])
+    prompt = template.prompt_ids(TURNS[:3]).tolist()
+    assert pair.prompt_ids.tolist() == prompt  # with an earlier answer, which is context
+    for row, loss_on in (([TURNS[0], {**TURNS[1], "train": False}, *TURNS[2:]], "assistant"), (TURNS, "last")):
+        assert template.encode(row, loss_on)[0][: len(prompt)].tolist() == prompt
 
 
 @pytest.mark.parametrize("text", [ZEPHYR, CHATML, LLAMA3], ids=["zephyr", "chatml", "llama3"])

@@ -154,6 +154,7 @@ class ChatTemplate(Renderer):
         rendered = self.render(messages, tools)
         if notes is not None:
             notes += rendered.notes
+        self._keep_supervised(rendered, messages, loss_on)
         ids, starts, _ = self.tokenize(rendered)
         return ids, self._mask(rendered, messages, starts, loss_on, tools)
 
@@ -200,6 +201,7 @@ class ChatTemplate(Renderer):
             answers = [span.start for turn, span in rendered.spans.items() if turn >= len(prompt)]
             if not answers:
                 raise RowError("no supervised token")
+            self._keep_supervised(rendered, messages, loss_on, len(prompt))
             ids, starts, ends = self.tokenize(rendered)
             mask = self._mask(rendered, messages, starts, loss_on, tools) & (starts >= answers[0])
             sides.append((ids, mask, ends))
@@ -276,6 +278,13 @@ class ChatTemplate(Renderer):
         if len(ids) == 0 or ids[0] != self.bos_token_id or doubled or (count > 1 and not self.repeats_bos):
             raise RowError(f"BOS stands {count} times in the row, not once at its beginning")
 
+    @staticmethod
+    def _keep_supervised(rendered: Rendered, messages: Sequence[Message], loss_on: LossOn, first: int = 0) -> None:
+        """Take away the spans of answers that are context: their tokens are those of the whole text, as at inference."""
+        turns = list(rendered.spans)[-1:] if loss_on == "last" else list(rendered.spans)
+        kept = {turn for turn in turns if turn >= first and messages[turn].get("train", True)}
+        rendered.spans = {turn: span for turn, span in rendered.spans.items() if turn in kept}
+
     def _mask(
         self,
         rendered: Rendered,
@@ -294,10 +303,8 @@ class ChatTemplate(Renderer):
                     )
                     mask[(starts >= first) & (starts < end)] = False
         else:
-            answers = list(rendered.spans.items())
-            for turn, span in answers[-1:] if loss_on == "last" else answers:
-                if messages[turn].get("train", True):
-                    mask |= (starts >= span.start) & (starts < span.end)
+            for span in rendered.spans.values():
+                mask |= (starts >= span.start) & (starts < span.end)
         mask[:1] = False  # nothing predicts the first token
         return mask
 

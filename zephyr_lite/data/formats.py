@@ -186,7 +186,7 @@ def _format(have: set[str], method: Method) -> tuple[str, Callable[[_Reading], d
     if {"instruction", "output"} <= have:
         return "Alpaca", lambda row: _conversation(row, [*_prompt(row), *_answer(row, "output")])
     if {"prompt", "completion"} <= have:
-        return "prompt and completion", lambda row: _conversation(row, [*_prompt(row), *_answer(row, "completion")])
+        return "prompt and completion", _read_completion
     if "data" in have:
         return "raw UltraChat", _read_turns
     if "text" in have:
@@ -221,6 +221,13 @@ def _read_text(row: _Reading) -> dict[str, Any]:
     if not text.strip():
         raise RowError("text is empty")
     return {"messages": [message(TEXT, text)]}
+
+
+def _read_completion(row: _Reading) -> dict[str, Any]:
+    prompt, answer = _prompt(row), _answer(row, "completion")
+    if not _is_whole(answer):
+        _refuse_answered(prompt)
+    return _conversation(row, [*prompt, *answer])
 
 
 def _conversation(row: _Reading, messages: list[Message], *system_columns: str) -> dict[str, Any]:
@@ -265,12 +272,16 @@ def _read_pair(row: _Reading) -> dict[str, Any]:
         prompt = _prompt(row)
         if not prompt:
             raise RowError("no prompt: chosen and rejected hold answers only, and there is no prompt column")
+        _refuse_answered(prompt)
         chosen, rejected = [*prompt, *chosen], [*prompt, *rejected]
     chosen, rejected = (_checked(row, _with_system(row, turns)) for turns in (chosen, rejected))
-    if chosen == rejected:
+    said = [
+        [{key: item for key, item in turn.items() if key != "train"} for turn in turns] for turns in (chosen, rejected)
+    ]
+    if said[0] == said[1]:
         raise RowError("chosen equals rejected")
     shorter = min(len(chosen), len(rejected))
-    common = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), shorter)
+    common = next((i for i, (a, b) in enumerate(zip(*said)) if a != b), shorter)
     if common < shorter and chosen[common]["role"] != rejected[common]["role"]:
         raise RowError("chosen and rejected differ in the order of their turns")
     if common < shorter and chosen[common]["role"] != "assistant":
@@ -284,6 +295,12 @@ def _read_pair(row: _Reading) -> dict[str, Any]:
         if all(turn.get("train") is False for turn in turns[common:] if turn["role"] == "assistant"):
             raise RowError(f"every answer of {name} is marked as not to be trained")
     return {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
+
+
+def _refuse_answered(prompt: list[Message]) -> None:
+    """An answer would be rendered behind another one; as the beginning of the answer it cannot be rendered."""
+    if prompt and prompt[-1]["role"] == "assistant":
+        raise RowError("the prompt ends with an assistant turn, which an answer cannot follow")
 
 
 def _is_whole(turns: list[Message]) -> bool:
@@ -322,7 +339,8 @@ def _only_in_prompt(row: _Reading, turns: list[Message]) -> list[Message]:
 
 def _prompt(row: _Reading) -> list[Message]:
     """The turns before the answer, from whichever column holds them; none where no column does."""
-    source = next((c for c in ("prompt", "question", "instruction") if row.has(c)), None)
+    named = [column for column in ("prompt", "question", "instruction") if row.has(column)]
+    source = next((column for column in named if _holds(row.values[column])), named[0] if named else None)
     if source is None:
         column = next((c for c in ("conversations", "messages") if _holds(row.values.get(c))), None)
         return row.messages(column) if column else []

@@ -30,9 +30,11 @@ ROLES = {
     "tool_call": "assistant",
 }
 _CALLS = ("function_call", "tool_call")
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # whether a turn is supervised, in OpenAI's, Axolotl's, ms-swift's and torchtune's words
-_TRAINED = ("weight", "train", "training", "trainable", "trainonturn", "loss", "lossweight", "lossmask", "supervised")
+_TRAINED = {"weight", "train", "trained", "training", "trainable", "trainonturn", "supervise", "supervised", "loss"}
+_TRAINED |= {"lossweight", "lossscale", "lossmask"}
 _MASKED = ("masked", "mask", "ignore", "ignored")
 _TRUE, _FALSE = ("true", "yes", "on", "1", "1.0"), ("false", "no", "off", "0", "0.0")
 
@@ -73,11 +75,11 @@ def as_messages(value: Any, column: str, unread: set[str] | None = None) -> list
             raise RowError(f"a turn of {column} is {_kind(turn)}, not {{role, content}}")
         keys = {key for key, item in turn.items() if item is not None and item != [] and item != ""}
         if not {"role", "from"} & set(turn) and {"input", "output"} <= set(turn):  # Capybara's
-            messages += [
-                message("user", as_text(turn["input"], f"the input of a turn of {column}")),
-                message("assistant", as_text(turn["output"], f"the output of a turn of {column}")),
-            ]
             keys -= {"input", "output"}
+            answer = message("assistant", as_text(turn["output"], f"the output of a turn of {column}"))
+            if _is_masked(turn, "assistant", keys):
+                answer["train"] = False
+            messages += [message("user", as_text(turn["input"], f"the input of a turn of {column}")), answer]
         else:
             messages.append(_turn(turn, column, keys))
         if unread is not None:
@@ -100,13 +102,14 @@ def _turn(turn: Mapping[str, Any], column: str, keys: set[str]) -> Message:
     keys -= {"tool_calls" if turn.get("tool_calls") else "function_call"}
     if said in _CALLS and not calls:
         calls, content = content, None
-    elif role == "tool" and isinstance(content, Mapping):  # a result that is not text yet
+    elif role == "tool" and (isinstance(content, Mapping) or (isinstance(content, list) and not _are_texts(content))):
+        # a result that is not text yet
         content = json.dumps(content, ensure_ascii=False)
     result = message(role, as_text(content, f"the content of a turn of {column}"))
-    if calls:
+    if calls := _listed(calls, "tool calls"):
         if role != "assistant":
             raise RowError(f"a {role} turn with tool calls")
-        result["tool_calls"] = [_call(call) for call in _listed(calls, "tool calls")]
+        result["tool_calls"] = [_call(call) for call in calls]
     if not keys:
         return result
     reasoning = next((key for key in _REASONING if key in keys), None)
@@ -165,7 +168,7 @@ def _call(call: Any) -> dict[str, Any]:
     function = call if function is None else function
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError("a tool call has no name")
-    arguments: Any = next((function[key] for key in ("arguments", "parameters") if function.get(key) is not None), {})
+    arguments: Any = next((function[key] for key in _ARGUMENTS if function.get(key) is not None), {})
     if isinstance(arguments, str):
         arguments = _parsed(arguments or "{}", "the arguments of a tool call are")
     if not isinstance(arguments, Mapping):
@@ -225,9 +228,13 @@ def as_text(value: Any, what: str) -> str:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
+    if isinstance(value, list) and _are_texts(value):
         return "".join(as_text(part.get("text"), what) for part in value)
     raise RowError(f"{what} is {_kind(value)}, not text")
+
+
+def _are_texts(parts: list[Any]) -> bool:
+    return all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts)
 
 
 def _kind(value: Any) -> str:

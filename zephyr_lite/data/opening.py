@@ -33,7 +33,7 @@ BUILDERS = {
 COMPRESSED = (".gz", ".zst", ".bz2")  # of text files
 _SAMPLE = 1000  # rows whose keys are a JSONL's columns, for messages
 _SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})(-[0-9a-f]+)?$")
 _NUMBER = re.compile(r"^(?:(.*?)[-_.])?(\d+)$")
 _SPLIT_FOLDER = re.compile(r"(train|test|valid|val|dev|eval)", re.IGNORECASE)
 # beside the data, in the hub's layout and in the folders that the data commands make
@@ -169,6 +169,9 @@ def _open_folder(folder: Path, spec: DatasetSpec) -> Source:
         raise UserError(f"{spec.path}: split {split!r} has files of several formats: {names}. Keep one.")
     one = len(files) == 1 and files[0].name != "state.json"
     label = str(Path(spec.path) / files[0].relative_to(folder)) if one else f"{spec.path}[{split}]"
+    shards = {int(found[1]) for file in files if (found := _SHARD.search(stem_of(file)))}
+    if len(shards) == 1 and len(files) < max(shards):
+        label += f" ({len(files)} of {max(shards)} shards)"
     return Source(_sliced(_read_files(files, label), None if split in splits else split, label), label)
 
 
@@ -269,7 +272,8 @@ def _sliced(table: datasets.Dataset, split: str | None, label: str) -> datasets.
         raise UserError(
             f"{label}: split {split!r} cannot be read: {error}", "Write it as train[:1000] or train[:10%]."
         ) from None
-    return table.select(range(first, min(last, len(table))))
+    last = min(last, len(table))
+    return table.select(range(first, last) if first < last else [])
 
 
 def _read_files(files: list[Path], label: str) -> datasets.Dataset:

@@ -33,8 +33,9 @@ PROBE: list[Message] = [
 ]
 
 _THINKING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_TAG = re.compile(r"(</?think>)")
 # of which the generation prompt may have written the beginning
-_EMPTY_THINKING = re.compile(r"\s*(<think>\s*)?</think>\s*")
+_EMPTY_THINKING = re.compile(r"\s*(<think>\s*)?</think>\n*")
 
 
 class Span(NamedTuple):
@@ -149,22 +150,33 @@ class Renderer:
             begins = [
                 match.start() for match in self._control.finditer(upto, history) if match.start() < start < match.end()
             ]
-            if content and (place := upto.find(content, history)) >= 0:
+            # behind the tags: "A" is no part of <|Assistant|>
+            tags = [match.end() for match in self._control.finditer(upto, history) if match.end() <= start]
+            if content and (place := upto.find(content, max([history, *tags]))) >= 0:
                 begins.append(place)
             start = min([start, *begins])
             rendered.notes.append(
                 f"the generation prompt ends in {before[start:]!r}, which the template does not write before an answer"
             )
-        skipped = found = start
-        if not _reasoning(messages[turn]):  # an empty block is the template's, and in history it may be missing
-            skipped += _empty_thinking(upto[start:])
-            found += _empty_thinking(text[start:])
+        # an empty block is the template's, and in history it may be missing, unless the row writes it and has it everywhere
+        skipped, found = (start + _empty_thinking(part[start:]) for part in (upto, text))
+        own = _empty_thinking(content)
+        if own and found > start and upto[start:].lstrip().startswith(content):
+            skipped = found = start
+        elif own and not upto.startswith(content, skipped):
+            content = content[own:].strip()
         answer = upto[skipped:]
+        which = "the last" if last else "an earlier"
+        for what, parts in zip(("the reasoning", "all of the text"), _parts(messages[turn])):
+            if any(part not in upto[start:] for part in parts):
+                rendered.notes.append(f"the chat template does not write {what} of {which} answer")
         same = common_length(answer, text[found:]) if text.startswith(upto[:start]) else 0
         ends = [match.end() for match in self._control.finditer(answer) if match.end() <= same]
-        if ends and content in answer[: ends[-1]]:
+        if ends and content in answer[: ends[-1]] and not self._control.sub("", answer[ends[-1] :]).strip():
             rendered.spans[turn] = Span(found, found + ends[-1])
-        elif content in answer and same == len(answer) and (tag := self._next_tag(form, last, text, found + same)):
+        elif (
+            content in answer and same == len(answer) and (tag := self._next_tag(form, tools, last, text, found + same))
+        ):
             # GLM's answers end with the tag of the next turn
             rendered.text += tag if last else ""
             rendered.spans[turn] = Span(found, found + same + len(tag))
@@ -181,10 +193,17 @@ class Renderer:
                 "the chat template writes earlier answers otherwise than the last one: they are not supervised"
             )
 
-    def _next_tag(self, form: list[Any], last: bool, text: str, end: int) -> str:
+    def _next_tag(self, form: list[Any], tools: list[Any] | None, last: bool, text: str, end: int) -> str:
         """The control token with which the next turn begins, right behind an answer; "" where there is none."""
-        following = self._render([*form, {"role": "user", "content": "?"}], False, None) if last else text
+        following = text
+        if last:
+            role = "tool" if form[-1].get("tool_calls") else "user"
+            following = self._render([*form, {"role": role, "content": "?"}], False, tools)
         match = self._control.match(following, end) if following.startswith(text) else None
+        if match is None and last:  # the answer's reasoning is cut once a turn follows: look behind its last line
+            line = text[text.rfind("\n") + 1 :]
+            tags = [m for m in self._control.finditer(following) if following[: m.start()].endswith(line)]
+            match = tags[-1] if line and tags else None
         return match.group() if match else ""
 
     def _check_written(
@@ -203,8 +222,6 @@ class Renderer:
                 raise RowError(f"the chat template does not write the {role} turn")
             if role != "system":
                 position = text.index(said, position) + len(said)
-        if (reasoning := _reasoning(messages[-1])) and reasoning not in text:
-            rendered.notes.append("the chat template does not write the reasoning of the last answer")
 
     def _form(self, messages: Sequence[Message], tools: list[Any] | None) -> list[Any]:
         """The messages as this template reads them.
@@ -298,9 +315,13 @@ def _written(message: Message, text: str, position: int = 0) -> str | None:
     return next((form for form in forms if text.find(form, position) >= 0), None)
 
 
-def _reasoning(message: Message) -> str:
-    found = _THINKING.search(message["content"])
-    return (message.get("reasoning_content") or (found[1] if found else "")).strip()
+def _parts(message: Message) -> tuple[list[str], list[str]]:
+    """The texts of an answer that are reasoning, and those that are not."""
+    texts = _TAG.split(message["content"])
+    reasoning, rest = [message.get("reasoning_content", "")], [texts[-1]]
+    for text, tag in zip(texts[:-1:2], texts[1::2]):
+        (reasoning if tag == "</think>" else rest).append(text)
+    return [text.strip() for text in reasoning], [text.strip() for text in rest]
 
 
 def _empty_thinking(text: str) -> int:

@@ -308,7 +308,10 @@ def _normalise(
 def _renamed(values: dict[str, Any], mapping: dict[str, str], only: list[str] | None) -> dict[str, Any]:
     """A row under our columns' names; a column of such a name that another takes the place of is left out."""
     values = values if only is None else {column: value for column, value in values.items() if column in only}
-    rest = {column: value for column, value in values.items() if column not in {*mapping, *mapping.values()}}
+    hidden = {*mapping, *mapping.values()}
+    if {"completion", "output"} & set(mapping):  # the format that was asked for, not another that the row has too
+        hidden |= {"messages", "conversations", "conversation"} | ({"output"} if "completion" in mapping else set())
+    rest = {column: value for column, value in values.items() if column not in hidden}
     return {**rest, **{ours: values[theirs] for ours, theirs in mapping.items() if theirs in values}}
 
 
