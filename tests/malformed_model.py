@@ -141,13 +141,6 @@ TEMPLATES = [
         TEMPLATE,
     ),
     (
-        "a template that calls itself",
-        template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
-        "chat template t.jinja: cannot be trained on: the chat template refuses the row: RecursionError: maximum recursion "
-        "depth exceeded.",
-        TEMPLATE,
-    ),
-    (
         "a template with a fault of its own",
         template("{{ messages + 1 }}"),
         "chat template t.jinja: cannot be trained on: the chat template refuses the row: TypeError: can only concatenate list "
