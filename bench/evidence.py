@@ -170,7 +170,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "--only", nargs="+", choices=[s.name for s in STAGES], help="these stages; others' results are kept"
     )
     parser.add_argument("--base", type=Path, help="the model's folder, built where it is not there; default: a cache")
-    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
+    parser.add_argument("--commit", help="commit to record in a copy without git")
     parser.add_argument("--tiny", action="store_true", help="everything at a tiny size, on a CPU too: does it run?")
     args = parser.parse_args(words)
     if not 0 <= args.minutes < 24 * 60:

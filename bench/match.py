@@ -43,7 +43,7 @@ class Player(Variant):
         if self.micro_tokens is not None:
             words.append(f"{self.micro_tokens} tokens at once")
         if self.engine == "unsloth" and self.recompute and not self.skip_layers:
-            words.append("default")  # what it does where nothing is set; its fastest setting competes apart from it
+            words.append("default")  # its fastest setting is a separate entry
         return " ".join(words)
 
     @property

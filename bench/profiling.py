@@ -1,4 +1,4 @@
-"""Where the time of a step goes on a card: kernels by class, launches against those that the plan counts, gaps, copies.
+"""Profile of an optimizer step on a GPU: kernels by class, launches against the counted ones, gaps, copies.
 
     python -m bench.profiling --out profile.json           # an SFT and a DPO step, 2048 and 4096 tokens at once
 

@@ -52,7 +52,7 @@ Save = Callable[[dict[str, Any]], None]
 
 
 def machine(tiny: bool, base: Path | None, save: Save) -> dict[str, Any]:
-    """What the machine is and whether every package is importable; a copy and a large product."""
+    """Hardware, versions, importable packages, and the speed of a copy and of a large matrix product."""
     code = "import time; t = time.time(); import unsloth; print(unsloth.__version__, round(time.time() - t, 1))"
     unsloth = None
     if find_spec("unsloth") is not None and not tiny:  # first of all others, so in a process of its own, and meanwhile

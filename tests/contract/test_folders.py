@@ -1,4 +1,4 @@
-"""Folders of models: what lies in one -> what is read, and what merge and export write."""
+"""Model folders of other tools: the files read, and the files that merge and export write."""
 
 import json
 
