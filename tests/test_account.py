@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.conftest import make_model, tiny_config
-from tests.test_counts import kept
-from tests.test_decoder import conversation, live_stack, pair
-from tests.test_layer import KEEPS
+from tests.contract.test_counts import kept
+from tests.contract.test_layer import KEEPS
+from tests.numeric import conversation, live_stack, pair
 from zephyr_lite.config import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.model import layer as layer_file

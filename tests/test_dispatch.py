@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from tests.test_kernels import DEVICE, DTYPES, _kernels, rand  # noqa: F401
+from tests.contract.test_kernels import DEVICE, DTYPES, _kernels, rand  # noqa: F401
 from tests.test_train import quiet, words
 from zephyr_lite.config import load_config
 from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps

@@ -9,7 +9,7 @@ import gguf
 import pytest
 from transformers import AutoTokenizer
 
-from tests.test_export_gguf import model_dir
+from tests.contract.test_gguf import model_dir
 from zephyr_lite.cli import run
 from zephyr_lite.data.chat import resolve_template
 from zephyr_lite.errors import UserError

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.conftest import make_model
-from tests.test_decoder import apart, conversation, live_stack, loss_and_gradients, pair
-from tests.test_fuse import IDS, RIGHT, both, peft_model
-from tests.test_fuse import assert_same as assert_same_hidden
+from tests.contract.test_fuse import IDS, RIGHT, both, peft_model
+from tests.contract.test_fuse import assert_same as assert_same_hidden
+from tests.numeric import apart, conversation, live_stack, loss_and_gradients, pair
 from tests.test_ops import UnderAutograd
 from tests.test_train import LN2, metrics, quiet, words
 from zephyr_lite.config import RunConfig, load_config

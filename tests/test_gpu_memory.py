@@ -14,9 +14,9 @@ import torch
 
 from bench.memory_case import predicted
 from tests.conftest import TEXT, make_model, make_tokenizer
-from tests.test_decoder import apart, conversation, live_stack
+from tests.contract.test_streaming import LAYERS, assert_bits, dpo_steps, plan_of, sft_steps
+from tests.numeric import apart, conversation, live_stack
 from tests.test_optim import KINDS, tensors
-from tests.test_stream import LAYERS, assert_bits, dpo_steps, plan_of, sft_steps
 from tests.test_train import killed_at, metrics, quiet, words
 from zephyr_lite.config import RunConfig, load_config
 from zephyr_lite.data.batch import collate_conversations

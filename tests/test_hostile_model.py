@@ -4,7 +4,6 @@ only looks odd still loads."""
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 import struct
 from pathlib import Path
@@ -14,14 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.contract.test_safety import edit, loaded
 from zephyr_lite import safetensors_stream
-from zephyr_lite.config import RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge import merge
-from zephyr_lite.model import fetch
 from zephyr_lite.model.adapters import AdapterStack, check_targets
-from zephyr_lite.model.fetch import PATTERNS, fetch_base
-from zephyr_lite.model.load import load_base, read_model_config
+from zephyr_lite.model.fetch import fetch_base
+from zephyr_lite.model.load import read_model_config
 from zephyr_lite.model.peft_config import other_base, pattern_value
 from zephyr_lite.model.peft_files import fetch_adapter, read_adapter
 from zephyr_lite.model.shards import INDEX, SINGLE, open_shards, weight_files
@@ -33,29 +31,9 @@ from .conftest import make_model, make_tokenizer
 from .malformed_weights import MODULE, make_adapter
 
 
-class Bomb:
-    """Pickled, it makes a file when it is opened."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 @pytest.fixture
 def base(tiny_base, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_base, tmp_path / "base"))
-
-
-def loaded(base: Path, **changes: object):
-    return load_base(
-        RunConfig(model_name_or_path=str(base), **{"load_in_4bit": False, **changes}), say=lambda line: None
-    )
-
-
-def edit(path: Path, **keys: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 def in_cache(tiny_base: Path, root: Path) -> Path:
@@ -70,29 +48,6 @@ def in_cache(tiny_base: Path, root: Path) -> Path:
 
 
 # Weights
-
-
-def test_a_pickle_beside_safetensors_is_never_opened(base, tmp_path):
-    bomb = pickle.dumps(Bomb(tmp_path / "went off"))
-    for name in ("pytorch_model.bin", "adapter_model.bin", "optimizer.pt", "consolidated.00.pth"):
-        (base / name).write_bytes(bomb)
-    adapter = make_adapter(tmp_path / "a")
-    (adapter / "adapter_model.bin").write_bytes(bomb)
-    loaded(base)
-    loaded(base, load_in_4bit=True)
-    merge(base, [read_adapter(adapter)], tmp_path / "out")
-    assert not (tmp_path / "went off").exists() and not list((tmp_path / "out").glob("*.bin"))
-
-
-def test_pickles_are_never_fetched(monkeypatch, tmp_path):
-    assert not any(
-        pattern.endswith((".bin", ".pt", ".pth", ".pkl", "*")) for pattern in PATTERNS if "token" not in pattern
-    )
-    (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(fetch, "snapshot_download", lambda *a, **k: str(tmp_path))
-    with pytest.raises(UserError, match="model o/n: has no safetensors file on the hub; pickles"):
-        fetch_base("o/n")
-    assert fetch_base("o/n", weights=False) == tmp_path
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
@@ -158,17 +113,6 @@ def test_a_broken_file_of_the_hubs_cache_is_named_with_its_blob(tiny_base, tmp_p
     assert "the next start fetches the file again" in caught.value.hint
 
 
-def test_no_pipe_or_device_is_read(base):
-    import os
-
-    (base / SINGLE).unlink()
-    os.mkfifo(base / SINGLE)
-    with pytest.raises(UserError, match="is not a file"):
-        open_shards(base)
-    with pytest.raises(UserError, match="is not a file"):
-        SafetensorsFile("/dev/zero")
-
-
 def test_an_empty_tensor_of_any_shape_that_torch_can_count_is_read(tmp_path):
     def file(shape: list[int]) -> Path:
         header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
@@ -190,16 +134,6 @@ def test_names_that_are_none(name):
 
 
 # Configurations
-
-
-def test_code_beside_a_known_model_is_never_run(base, tmp_path):
-    """The family is known, so its code is not needed, and is not asked about either."""
-    (base / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
-    told = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.C"}
-    edit(base / "config.json", auto_map=told)
-    edit(base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.C", "own.C"]})
-    loaded(base)
-    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -293,15 +227,6 @@ def test_what_an_adapter_reaches_is_read_from_its_weights(tmp_path):
         assert read_adapter(make_adapter(tmp_path / str(place), target_modules=targets)).modules.keys() == {MODULE}
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-def test_an_adapter_that_leads_elsewhere_is_refused(tmp_path, name):
-    folder = make_adapter(tmp_path / "a")
-    (folder / name).rename(tmp_path / name)
-    (folder / name).symlink_to(tmp_path / name)
-    with pytest.raises(UserError, match="link out of its folder"):
-        read_adapter(folder)
-
-
 def test_an_adapter_that_is_not_finite_is_refused_wherever_it_is_used(tmp_path):
     adapter = read_adapter(make_adapter(tmp_path / "a", value=float("inf")))
     with pytest.raises(UserError, match=f"lora_A of {MODULE} holds NaN or infinite values"):
@@ -334,16 +259,6 @@ def test_a_target_that_the_base_does_not_have_is_said():
 
 
 # Merging
-
-
-@pytest.mark.parametrize("name", ["NOTICE", "tokenizer.model", "additional_chat_templates/x.jinja"])
-def test_no_file_from_elsewhere_is_merged_in(base, tmp_path, name):
-    (tmp_path / "id_rsa").write_text("private")
-    (base / name).parent.mkdir(exist_ok=True)
-    (base / name).symlink_to(tmp_path / "id_rsa")
-    with pytest.raises(UserError, match="link out of its folder"):
-        merge(base, [read_adapter(make_adapter(tmp_path / "a"))], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("told", ["2", [None], -1, {"a": 1}])

@@ -12,21 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import SchedulerType
 
 import zephyr_lite
 from tests.conftest import make_model
-from tests.test_decoder import apart, conversation, live_stack, pair
+from tests.contract.steps import PLAIN, moved, open_dpo
+from tests.numeric import apart
 from tests.test_train import LN2, Killed, dpo_words, killed_at, metrics, quiet, words
 from zephyr_lite.chat import load_chat
 from zephyr_lite.config import MemorySpec, RunConfig, load_config, read_dumped
-from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.errors import UserError
-from zephyr_lite.merge import chain_of_run, merge
+from zephyr_lite.merge import chain_of_run
 from zephyr_lite.model.adapters import AdapterStack
-from zephyr_lite.model.decoder import Decoder, Dropout
+from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.job import AdapterSpec, Job, Shape
 from zephyr_lite.model.peft_files import LoraWeights, read_adapter, write_adapter
 from zephyr_lite.model.plan import keep_freed_pages, make_plan, this_machine
@@ -37,8 +35,6 @@ from zephyr_lite.train.loop import Loop
 from zephyr_lite.train.optim import make_optimizer, make_scheduler
 from zephyr_lite.train.setup import open_stage, resolve_run
 from zephyr_lite.train.sft import SftTask, run_sft
-
-PLAIN = {"load_in_4bit": "false"}  # float32, so that a merge rounds nothing
 
 
 @pytest.fixture(scope="module")
@@ -63,112 +59,6 @@ def sft_run(windowed, chat_rows, tmp_path_factory):
 def run(sft_run, tmp_path):
     shutil.copytree(sft_run, tmp_path / "run")
     return tmp_path / "run"
-
-
-def open_dpo(base, run, rows, **changes):
-    loaded = load_config("dpo", None, dpo_words(base, run, rows, **{**PLAIN, **changes}))
-    return open_stage("dpo", loaded, say=quiet)
-
-
-def moved(stage):
-    """As after some training: B is not zero."""
-    generator = torch.Generator().manual_seed(3)
-    for parameter in stage.stack.parameters().values():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-
-
-def step_of(stage, task, tokens, step):
-    plan = type(stage.plan)(tokens, ("all",) * len(stage.plan.keep))
-    loop = Loop(stage.config, stage.dir, stage.stack, task, plan, say=quiet)
-    loop.optimizer.zero_grad()
-    sums, total = loop.gradients(step)
-    return loop.task.summarize(sums, total), {n: p.grad.clone() for n, p in loop.parameters.items()}
-
-
-# Invariant 1
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("keep", ["all", "input"])
-def test_step_0_is_ln_2_with_dropout_too(windowed, run, pair_rows, dtype, keep):
-    """A YAML of the handbook sets lora_dropout for DPO: policy and reference must still be one function, to the bit."""
-    if dtype == "bfloat16":  # the stage below was trained in float32, which does not matter here
-        shutil.rmtree(run / "dpo", ignore_errors=True)
-    settings = {"lora_dropout": 0.3, "lora_r": 64, "dtype": dtype, "memory.keep": keep, "max_steps": 3}
-    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN, **settings)), say=quiet)
-    losses = metrics(run / "dpo")
-    assert losses[0] == pytest.approx(LN2, abs=1e-6) and losses[-1] != pytest.approx(LN2, abs=1e-6)
-
-
-def test_the_reference_equals_an_untrained_policy_under_dropout():
-    batch = collate_pairs([pair(i, 40 - i, 30, 20 + i) for i in range(6)])
-    decoder = Decoder(live_stack(make_model(), trained=False, r=64), torch.float32)
-    dropout = Dropout(0.2, 1, 0)
-    policy = decoder.token_logps(batch, dropout=dropout).detach()
-    assert torch.equal(policy, decoder.token_logps(batch, reference=True, dropout=dropout))
-    trained = Decoder(
-        live_stack(make_model(), r=64), torch.float32
-    )  # what is dropped there does not reach the reference
-    assert torch.equal(policy, trained.token_logps(batch, reference=True, dropout=Dropout(0.2, 1, 7)))
-
-
-# Invariant 2
-
-
-def test_every_gradient_from_a_cached_reference_is_that_of_the_live_one(windowed, run, pair_rows):
-    found = {}
-    for cached in (False, True):
-        stage = open_dpo(windowed, run, pair_rows, stage=f"dpo{cached}", precompute_ref_log_probs=cached)
-        task = DpoTask(stage, quiet)  # the cache is filled in other micro-batches than the step's
-        moved(stage)
-        found[cached] = step_of(stage, task, 200, 1)
-    assert apart(torch.tensor(found[True][0]["loss"]), torch.tensor(found[False][0]["loss"])) < 1e-5
-    assert abs(found[True][0]["loss"] - LN2) > 1e-3
-    for name, grad in found[False][1].items():
-        assert grad.norm() > 0 and apart(found[True][1][name], grad) < 1e-5, name
-
-
-# Invariant 4
-
-
-@pytest.mark.parametrize("step", [0, 2])
-@pytest.mark.parametrize("tokens", [1, 170])
-def test_micro_batches_do_not_change_a_step_of_pairs(windowed, run, pair_rows, tokens, step):
-    stage = open_dpo(windowed, run, pair_rows, lora_dropout=0.2)
-    assert [len(step_file.rows_of_step(stage.config, len(stage.data.rows), n)) for n in (0, 2)] == [3, 2]
-    moved(stage)
-    task = DpoTask(stage, quiet)
-    whole, wanted = step_of(stage, task, 10_000, step + 3)  # not the first epoch, where B has to be zero
-    split, grads = step_of(stage, task, tokens, step + 3)
-    assert split == pytest.approx(whole, rel=1e-4, abs=1e-4) and split["loss"] == pytest.approx(whole["loss"], rel=1e-5)
-    for name, grad in wanted.items():
-        assert apart(grads[name], grad) < 1e-5, name
-
-
-# Invariant 6, from what a run wrote
-
-
-def test_the_written_adapter_and_the_merged_folder_are_the_live_policy(windowed, run, pair_rows, tmp_path):
-    """``dpo/adapter`` alone on the bare base, and the merge in plain transformers; ``delta`` alone is something else."""
-    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN)), say=quiet)
-    chain = chain_of_run(run)
-    stack = AdapterStack(AutoModelForCausalLM.from_pretrained(windowed))
-    for name, adapter in zip(("sft", "dpo"), chain.adapters, strict=True):
-        stack.add_frozen(name, adapter)
-    example = conversation(0, 30)
-    example.mask[:] = True
-    live = Decoder(stack, torch.float32).token_logps(collate_conversations([example]))
-    merge(windowed, chain.adapters, tmp_path / "merged", tokenizer_from=chain.tokenizer_from)
-    folders = {
-        "merged": AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
-        "adapter": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(windowed), run / "dpo" / "adapter"),
-        "delta": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(windowed), run / "dpo" / "delta"),
-    }
-    ids = torch.from_numpy(example.ids[None].astype("int64"))
-    for name, model in folders.items():
-        with torch.no_grad():
-            logps = model.eval()(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        assert (apart(logps, live) < 1e-5) == (name != "delta"), name
 
 
 # Going on

@@ -26,11 +26,10 @@ from zephyr_lite.endpoints.weights import Weights
 from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate.judged import who_answers
 from zephyr_lite.evaluate.mt_bench import prompts as prompts_module
-from zephyr_lite.evaluate.mt_bench.prompts import judge_messages, read_grade
+from zephyr_lite.evaluate.mt_bench.prompts import judge_messages
 from zephyr_lite.evaluate.mt_bench.questions import Question, read_questions
 from zephyr_lite.evaluate.mt_bench.radar import draw_radar
 from zephyr_lite.evaluate.mt_bench.run import TEMPERATURES, MtBenchConfig
-from zephyr_lite.evaluate.mt_bench.scores import Grade, difference, model_scores
 from zephyr_lite.live import open_live
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
@@ -93,38 +92,6 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 # -- grades ----------------------------------------------------------------------------------------------------------
-
-
-def test_grades_are_read_as_fastchat_reads_them() -> None:
-    for text, grade in (
-        ("Rating: [[8]]", 8),
-        ("Rating: [[7.5]] and, were it longer, [[9]]", 7.5),
-        ("[3] would be mean. [[10]]", 10),
-        ("arr[0] is fine. Rating: [6]", 6),
-        ("[[rating]]: [4]", 4),
-    ):
-        assert read_grade(text) == grade, text
-    for text in ("", "Rating: 8", "[[eight]]", "[[0]]", "[[11]]", "[[-3]]", "[0]"):
-        with pytest.raises(ValueError):
-            read_grade(text)
-
-
-def test_scores_by_hand() -> None:
-    grades = [
-        Grade("1", "math", "m", 1, 4, ""), Grade("1", "math", "m", 2, 6, ""), Grade("2", "math", "m", 1, 9, ""),
-        Grade("2", "math", "m", 2, None, "no grade"), Grade("3", "stem", "m", 1, 2, ""), Grade("3", "stem", "m", 2, 4, ""),
-    ]  # fmt: skip
-    scores = model_scores(grades)
-    assert scores["score"] == 5.0 and scores["turn_1"] == 5.0 and scores["turn_2"] == 5.0
-    assert scores["categories"]["math"] == {"score": pytest.approx(19 / 3, abs=1e-4), "turn_1": 6.5, "turn_2": 6.0}
-    assert scores["graded"] == 5 and scores["not_graded"] == 1
-    # means by question: 5, 9, 3; of their differences to 1 the same spread
-    spread = (((5 - 17 / 3) ** 2 + (9 - 17 / 3) ** 2 + (3 - 17 / 3) ** 2) / 2 / 3) ** 0.5
-    assert scores["standard_error"] == pytest.approx(spread, abs=1e-4)
-    other = [Grade(g.question, g.category, "o", g.turn, 1.0, "") for g in grades]
-    told = difference(grades, other)
-    assert told["questions"] == 3 and told["difference"] == pytest.approx((4 + 8 + 2) / 3, abs=1e-4)
-    assert told["standard_error"] == pytest.approx(spread, abs=1e-4)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from bitsandbytes.optim.optimizer import Optimizer2State
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.conftest import make_model, make_tokenizer
-from tests.test_decoder import apart
+from tests.numeric import apart
 from tests.test_train import dpo_words, killed_at, metrics, quiet, words
 from zephyr_lite.config import load_config
 from zephyr_lite.errors import UserError

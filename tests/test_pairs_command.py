@@ -11,6 +11,7 @@ import datasets
 import multiprocess
 import pytest
 
+from tests.contract.test_ultrafeedback import completion, row
 from zephyr_lite import cli
 from zephyr_lite.config import DatasetSpec
 from zephyr_lite.data.opening import Source, open_source
@@ -20,8 +21,6 @@ from zephyr_lite.data.sources import load_rows
 from zephyr_lite.data.ultrafeedback import PairRules
 from zephyr_lite.data.writing import write_split
 from zephyr_lite.errors import UserError
-
-from .test_ultrafeedback import completion, row
 
 SOURCES = ("evol_instruct", "flan", "sharegpt")
 

@@ -7,25 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.test_safety import SECRETS, STORED, leaks
 from zephyr_lite import cli, redact
 from zephyr_lite.console import Console
 from zephyr_lite.errors import UserError
 from zephyr_lite.redact import HIDDEN
 from zephyr_lite.rundir import write_json
-
-from .chat_server import ChatServer, error
-from .test_feedback import prompts_file, script
-
-SECRETS = {
-    "HF_TOKEN": "hf_QwErTyUiOpAsDfGhJkLzXcVbNm",
-    "HUGGING_FACE_HUB_TOKEN": "hf_older5678901234567890",
-    "OPENAI_API_KEY": 'sk-"quoted"/and+slashed=äö',
-    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
-    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
-    "MLFLOW_TRACKING_PASSWORD": "correct horse battery staple",
-    "SOME_SERVERS_KEY": "sk-plain-key-of-a-server-0001",
-}
-STORED = "hf_stored9876543210zyxwvut"
 
 
 @pytest.fixture
@@ -38,16 +25,6 @@ def secrets(monkeypatch, tmp_path) -> dict[str, str]:
     monkeypatch.setenv("HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(redact, "_remembered", set())
     return {**SECRETS, "stored": STORED}
-
-
-def leaks(data: bytes, secrets: dict[str, str]) -> list[str]:
-    """The names of the secrets of which at least the first eight letters are there, in any writing."""
-    found = []
-    for name, value in secrets.items():
-        start = value[:12]
-        if any(form.encode() in data for form in (start, json.dumps(start)[1:-1], start.replace('"', "%22"))):
-            found.append(name)
-    return found
 
 
 @pytest.mark.parametrize("form", ["{0}", "Bearer {0}", "https://host/?key={0}", "'{0}', twice {0}"])
@@ -103,52 +80,6 @@ def test_what_is_written_into_a_runs_folder_is_searched(secrets, tmp_path):
         "note": f"asked with {HIDDEN}",
         "loss": 1.5,
     }
-
-
-def test_the_whole_recipe_and_its_errors_keep_secrets(
-    secrets, tiny_base, chat_rows, pair_rows, tmp_path, capfd, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    key, token = secrets["SOME_SERVERS_KEY"], secrets["HF_TOKEN"]
-    common = ["max_length=128", "batch_size=4", "lora_r=4", "max_steps=1", "output_dir=runs/t"]
-    sft = ["sft", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", *common]
-    for words in (sft, ["dpo", f"dataset={pair_rows}", "max_prompt_length=64", *common]):
-        assert cli.run([*words, "--verbose"]) == 0
-    assert cli.run(["merge", "--run", "runs/t", "--out", "model", "--no-check"]) == 0
-    wrong = [
-        ["sft", token],
-        ["sft", f"dataset=https://me:{token}@host/rows.jsonl"],
-        ["sft", f"hub_token={token}", "--verbose"],
-        ["sft", f"{token}=1"],
-        ["sft", f"seed={token}", "--verbose"],
-        ["sft", "--config", f"{token}.yaml"],
-        [token],
-        [token, "--verbose"],
-        ["merge", "--out", "x", "--run", f"runs/{token}"],
-        ["feedback", "--config", f"{token}"],
-    ]
-    for words in wrong:
-        assert cli.run(words) == 2, words
-
-    def echoes(seen):  # a server that repeats the key it was sent, in the middle of a job
-        return error(400, f"no: {seen.headers['authorization']}") if "number 3" in seen.question else script(seen)
-
-    with ChatServer(echoes) as server:
-        models = [{"url": server.url, "model": name, "api_key_env": "SOME_SERVERS_KEY"} for name in "ab"]
-        job = {
-            "prompts": {"path": str(prompts_file(tmp_path, 4))},
-            "models": models,
-            "judge": {**models[0], "model": "judge"},
-            "out": "job",
-        }
-        Path("job.yaml").write_text(json.dumps(job))
-        assert cli.run(["feedback", "--config", "job.yaml"]) in (0, 2)
-        assert any(key in seen.headers["authorization"] for seen in server.seen)
-    out, err = capfd.readouterr()
-    assert not leaks((out + err).encode(), secrets)
-    files = [path for folder in ("runs", "model", "job") for path in Path(folder).rglob("*") if path.is_file()]
-    assert len(files) > 30
-    assert {str(path): found for path in files if (found := leaks(path.read_bytes(), secrets))} == {}
 
 
 @pytest.mark.parametrize(

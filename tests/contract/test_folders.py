@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import make_model, make_tokenizer
-from tests.test_export_gguf import off, read_back
+from tests.contract.test_gguf import off, read_back
 from zephyr_lite.config import RunConfig
 from zephyr_lite.data.chat import resolve_template
 from zephyr_lite.errors import UserError

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import make_model
-from tests.test_decoder import conversation, live_stack, loss_and_gradients, pair
-from tests.test_layer import KEEPS
+from tests.contract.test_layer import KEEPS
+from tests.numeric import conversation, live_stack, loss_and_gradients, pair
 from zephyr_lite.config import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.model import memory

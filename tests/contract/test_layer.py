@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from tests.conftest import make_model
-from tests.test_decoder import TOLERANCE, apart, assert_same, conversation, live_stack, loss_and_gradients, pair
+from tests.numeric import TOLERANCE, apart, assert_same, conversation, live_stack, loss_and_gradients, pair
 from zephyr_lite.config import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.model.decoder import Decoder, Dropout

@@ -1,0 +1,68 @@
+"""Claim 4: however a step is split into micro-batches, its loss and gradients are the same."""
+
+import pytest
+import torch
+
+from tests.contract.steps import moved, open_dpo, step_of
+from tests.numeric import apart
+from tests.test_train import quiet, words
+from zephyr_lite.config import load_config
+from zephyr_lite.train import stepper as step_file
+from zephyr_lite.train.dpo import DpoTask
+from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.setup import open_stage
+from zephyr_lite.train.sft import SftTask
+
+
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("tokens", [1, 170])
+def test_micro_batches_do_not_change_a_step_of_pairs(windowed, run, pair_rows, tokens, step):
+    stage = open_dpo(windowed, run, pair_rows, lora_dropout=0.2)
+    assert [len(step_file.rows_of_step(stage.config, len(stage.data.rows), n)) for n in (0, 2)] == [3, 2]
+    moved(stage)
+    task = DpoTask(stage, quiet)
+    whole, wanted = step_of(stage, task, 10_000, step + 3)  # not the first epoch, where B has to be zero
+    split, grads = step_of(stage, task, tokens, step + 3)
+    assert split == pytest.approx(whole, rel=1e-4, abs=1e-4) and split["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    for name, grad in wanted.items():
+        assert apart(grads[name], grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("tokens", [40, 70, 10_000])
+@pytest.mark.parametrize("step", [0, 2])
+def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, tokens, step):
+    """Invariant 4: however a step is split, the last partial one included, dropout on."""
+    loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, lora_dropout=0.2, max_length=80))
+    stage = open_stage("sft", loaded, say=quiet, claim=False)
+    torch.manual_seed(0)
+    for parameter in stage.stack.parameters().values():
+        parameter.data.normal_(0, 0.05)
+    found = {}
+    for size in (tokens, 128):
+        plan = type(stage.plan)(size, ("all",) * len(stage.plan.keep))
+        loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), plan, say=quiet)
+        sums, total = loop.gradients(step)
+        found[size] = (sums["loss"], total, [p.grad.clone() for p in loop.parameters.values()])
+        loop.optimizer.zero_grad()
+    assert found[tokens][:2] == pytest.approx(found[128][:2], rel=1e-6)
+    for a, b in zip(found[tokens][2], found[128][2]):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_the_loss_is_normalized_by_tokens_and_not_by_micro_batch(tiny_base, chat_rows, tmp_path):
+    """The fault of 2024: averaging per micro-batch weighs short rows too much."""
+    stage = open_stage(
+        "sft", load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet, claim=False
+    )
+    task = SftTask(stage)
+    per_example = []
+    for i in range(len(stage.data.lengths)):
+        loss, _ = task.loss([i], 0, 1)
+        per_example.append((loss.item(), task.count([i])))
+    everything = list(range(len(per_example)))
+    total = task.count(everything)
+    right = sum(loss for loss, _ in per_example) / total
+    wrong = sum(loss / n for loss, n in per_example) / len(per_example)
+    together, _ = task.loss(everything, 0, total)
+    assert together.item() == pytest.approx(right, rel=1e-5) and abs(right - wrong) > 1e-3
+    assert task.evaluation(task.measure())["eval_loss"] == pytest.approx(right, rel=1e-5)

@@ -1,0 +1,94 @@
+"""Claim 2: packed rows equal one row at a time, a shared prompt equals two sequences, a cached reference the live one."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import make_model
+from tests.contract.steps import moved, open_dpo, step_of
+from tests.numeric import apart, assert_same, conversation, live_stack, loss_and_gradients, pair
+from tests.test_train import LN2, dpo_words, metrics, quiet
+from zephyr_lite.config import load_config
+from zephyr_lite.data.batch import collate_conversations, collate_pairs
+from zephyr_lite.data.chat import Example
+from zephyr_lite.model.decoder import Decoder, Dropout
+from zephyr_lite.model.peft_files import read_adapter
+from zephyr_lite.train.dpo import DpoTask, run_dpo
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_packed_equals_one_row_at_a_time(window, p):
+    """Invariant 2, and 4: however rows are packed or split, dropout on or off."""
+    decoder = Decoder(live_stack(make_model(sliding_window=window)), torch.float32)
+    examples = [conversation(i, n) for i, n in enumerate([17, 1, 9, 30])]
+    dropout = Dropout(p, seed=3, step=11)
+    together, grads = loss_and_gradients(decoder, collate_conversations(examples), dropout=dropout)
+    for split in ([[0], [1], [2], [3]], [[2, 0], [3, 1]]):
+        logps, summed = {}, None
+        for group in split:
+            batch = collate_conversations([examples[i] for i in group])
+            part, found = loss_and_gradients(decoder, batch, dropout=dropout)
+            summed = found if summed is None else {n: summed[n] + found[n] for n in found}
+            logps |= dict(zip(group, part.split(batch.group_sizes.tolist())))
+        assert apart(torch.cat([logps[i] for i in range(4)]), together) < 1e-5
+        assert_same(summed, grads)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_shared_prompt_equals_separate_sequences(window):
+    """Invariant 2: prompt computed once, rejected sees its gathered keys; log-probabilities and gradients are the same."""
+    decoder = Decoder(live_stack(make_model(sliding_window=window)), torch.float32)
+    pairs = [pair(0, 12, 7, 5), pair(1, 1, 3, 9), pair(2, 20, 1, 1)]
+    shared = collate_pairs(pairs)
+    assert len(shared) == sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    weights = torch.randn(len(shared.target_ids))
+    logps, grads = loss_and_gradients(decoder, shared, weights)
+    separate = []
+    for p in pairs:
+        for ids in (p.chosen_ids, p.rejected_ids):
+            mask = np.concatenate([np.zeros(len(p.prompt_ids), bool), np.ones(len(ids), bool)])
+            separate.append(Example(np.concatenate([p.prompt_ids, ids]), mask, p.where, p.index))
+    want, wanted = loss_and_gradients(decoder, collate_conversations(separate), weights)
+    assert apart(logps, want) < 1e-5
+    assert_same(grads, wanted)
+
+
+def test_float64_runs_in_float64():
+    decoder = Decoder(live_stack(make_model(), torch.float64), torch.float64)
+    examples = [conversation(i, n) for i, n in enumerate([17, 9])]
+    together, grads = loss_and_gradients(decoder, collate_conversations(examples))
+    parts = [loss_and_gradients(decoder, collate_conversations([e])) for e in examples]
+    assert together.dtype == torch.float64
+    assert apart(torch.cat([p[0] for p in parts]), together) < 1e-12
+    # the rotary angles and their cosines are float32 in the Hugging Face model, the same in both
+    assert_same({n: parts[0][1][n] + parts[1][1][n] for n in grads}, grads, 1e-12)
+
+
+def test_every_gradient_from_a_cached_reference_is_that_of_the_live_one(windowed, run, pair_rows):
+    found = {}
+    for cached in (False, True):
+        stage = open_dpo(windowed, run, pair_rows, stage=f"dpo{cached}", precompute_ref_log_probs=cached)
+        task = DpoTask(stage, quiet)  # the cache is filled in other micro-batches than the step's
+        moved(stage)
+        found[cached] = step_of(stage, task, 200, 1)
+    assert apart(torch.tensor(found[True][0]["loss"]), torch.tensor(found[False][0]["loss"])) < 1e-5
+    assert abs(found[True][0]["loss"] - LN2) > 1e-3
+    for name, grad in found[False][1].items():
+        assert grad.norm() > 0 and apart(found[True][1][name], grad) < 1e-5, name
+
+
+def test_cached_reference_equals_live(tiny_base, quantized_run, pair_rows):
+    """Invariant 2: the same losses and adapters from reference log-probabilities that were computed once."""
+    for name, cached in (("live", False), ("cached", True)):
+        run_dpo(
+            load_config(
+                "dpo", None, dpo_words(tiny_base, quantized_run, pair_rows, stage=name, precompute_ref_log_probs=cached)
+            ),
+            say=quiet,
+        )
+    assert metrics(quantized_run / "cached") == pytest.approx(metrics(quantized_run / "live"), abs=1e-5)
+    live, cached = (read_adapter(quantized_run / name / "delta").modules for name in ("live", "cached"))
+    for module in live:
+        assert (live[module].b - cached[module].b).norm() <= 1e-3 * live[module].b.norm()
+    assert list((quantized_run / "cached").glob("reference-*.safetensors"))

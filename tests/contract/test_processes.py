@@ -1,0 +1,149 @@
+"""Claim 4: a run on two processes is the run on one: losses, adapter, stop and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zephyr_lite.config import load_config
+from zephyr_lite.model.peft_files import read_adapter
+from zephyr_lite.train.dpo import run_dpo
+from zephyr_lite.train.sft import run_sft
+
+ROOT = Path(__file__).parents[2]
+
+
+def quiet(*args):
+    pass
+
+
+def words(base, out, rows, **changes):
+    settings = {
+        "model_name_or_path": base, "output_dir": out, "dataset.path": rows, "eval_dataset.path": rows, "samples": 0,
+        "dtype": "float64", "load_in_4bit": "false", "max_length": 128, "max_prompt_length": 64, "batch_size": 3,
+        "lora_r": 4, "learning_rate": 5e-3, "save_steps": 2, "eval_steps": 2, "max_steps": 4, **changes,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def launched(arguments, folder, size=2):
+    """The command that starts so many processes, and the environment for it."""
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def among_two(folder, *arguments, code=0):
+    process = launched(arguments, folder)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == code, said
+    return said
+
+
+def logged(stage):
+    """What does not depend on the clock or the machine."""
+    records = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    skipped = ("seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib")
+    return [{k: v for k, v in record.items() if k not in skipped} for record in records]
+
+
+def close(stage, other):
+    found, wanted = logged(stage), logged(other)
+    assert [r.keys() for r in found] == [r.keys() for r in wanted]
+    for record, right in zip(found, wanted):
+        assert record == pytest.approx(right, rel=1e-9, abs=1e-12)
+    one, two = (read_adapter(folder / "adapter").modules for folder in (stage, other))
+    assert one.keys() == two.keys()
+    for name in one:
+        for part in ("a", "b"):
+            x, y = (getattr(modules[name], part).double() for modules in (one, two))
+            assert (x - y).norm() <= 1e-9 * y.norm(), name
+
+
+# The commands, one after the other in the same processes. A signal comes to one of them alone during the first step.
+BOTH = """
+import json, os, signal, sys, time
+from zephyr_lite import cli
+from zephyr_lite.train.stepper import Stepper
+from zephyr_lite.world import joined
+sft, dpo = json.loads(sys.argv[1])
+plain = Stepper.prepare
+def signalled(self, step):
+    if self.world.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return plain(self, step)
+def command(words):
+    code = cli.run(words)
+    if here.writes:
+        time.sleep(0.3)  # the other's last words come first
+        print("== next", flush=True)
+    here.gather(0)
+    return code
+with joined() as here:
+    Stepper.prepare = signalled
+    assert command(["sft", *sft]) == 130
+    Stepper.prepare = plain
+    assert command(["sft", *sft]) == command(["dpo", *dpo]) == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base, chat_rows, pair_rows, tmp_path_factory):
+    """Both stages in one process, and in two."""
+    folder = tmp_path_factory.mktemp("world")
+    sft = words(tiny_base, folder / "one", chat_rows, lora_dropout=0.1)
+    run_sft(load_config("sft", None, sft), say=quiet)
+    dpo = words(tiny_base, folder / "one", pair_rows, precompute_ref_log_probs="true", beta=0.1)
+    run_dpo(load_config("dpo", None, dpo), say=quiet)
+    sft, dpo = ([word.replace(str(folder / "one"), str(folder / "two")) for word in line] for line in (sft, dpo))
+    (folder / "both.py").write_text(BOTH)
+    text = among_two(folder, str(folder / "both.py"), json.dumps([sft, dpo]))
+    return folder, dict(zip(("stopped", "sft", "dpo"), text.split("== next")))
+
+
+def test_two_processes_are_as_one(runs, tiny_base, chat_rows, tmp_path):
+    """One test, so that one worker makes the runs."""
+    for stage in ("sft", "dpo"):
+        two_are_as_one(runs, stage)
+    both_stopped_after_the_same_step(runs)
+    a_checkpoint_of_two_goes_on_with_one(runs, tiny_base, chat_rows, tmp_path)
+
+
+def two_are_as_one(runs, stage):
+    folder, said = runs
+    close(folder / "two" / stage, folder / "one" / stage)
+    info = json.loads((folder / "two" / stage / "stage.json").read_text())
+    assert info["status"] == "complete" and info["machine"]["processes"] == 2
+    assert said[stage].count("step 4/4") == 2  # the step and its evaluation, by one of them alone
+    assert "2 processes" in said[stage]
+
+
+def a_checkpoint_of_two_goes_on_with_one(runs, tiny_base, chat_rows, tmp_path):
+    folder, _ = runs
+    shutil.copytree(folder / "two" / "sft", tmp_path / "run" / "sft")
+    stage = tmp_path / "run" / "sft"
+    shutil.rmtree(stage / "checkpoint-4")
+    shutil.rmtree(stage / "adapter")
+    info = json.loads((stage / "stage.json").read_text())
+    (stage / "stage.json").write_text(json.dumps({**info, "status": "running"}))
+    said = []
+    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "run", chat_rows, lora_dropout=0.1)), say=said.append)
+    assert "going on from checkpoint-2" in said and any("processes 2 then, 1 now" in line for line in said)
+    close(stage, folder / "one" / "sft")
+
+
+def both_stopped_after_the_same_step(runs):
+    _, said = runs
+    assert said["stopped"].count("holds everything") == 1, said["stopped"]
+    assert said["sft"].count("going on from checkpoint-") == 1
