@@ -25,8 +25,8 @@ from bench.command import run
 from bench.turns import machine
 from zephyr_lite.chat import Chat
 from zephyr_lite.chat.stream import Streamer
-from zephyr_lite.live import open_live
-from zephyr_lite.sampling import Sampling
+from zephyr_lite.model.loaded import open_live
+from zephyr_lite.model.sampling import Sampling
 
 QUESTION = "Tell me about the rivers of Europe, their sources, and the cities on their banks."
 FOLLOWING = "And what else should one know about them?"

@@ -104,8 +104,8 @@ def table(results: dict[str, Any]) -> list[str]:
 
 def demo_pairs(folder: Path) -> Path:
     """The demo's scored completions as preference pairs."""
-    from zephyr_lite.data.ultrafeedback import to_pairs
     from zephyr_lite.demo import FEEDBACK
+    from zephyr_lite.recipe.ultrafeedback import to_pairs
 
     pairs, _ = to_pairs([json.loads(line) for line in FEEDBACK.read_text(encoding="utf-8").splitlines()])
     path = folder / "pairs.jsonl"

@@ -22,9 +22,9 @@ from bench import mistral, rows
 from bench.card import Clock, commit, describe_card, matmul_ceiling, versions
 from bench.match import WARM_UP, Match, Player, following, settings
 from bench.turns import CONTEXT_BYTES, frozen_adapter, machine
-from zephyr_lite.data.chat import resolve_template
+from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.load import compute_device, compute_dtype
+from zephyr_lite.model.base import compute_device, compute_dtype
 
 TOKENS_AT_ONCE = 4096
 # under a cap of 24 GiB: quotients over Unsloth, and the share of the matmul ceiling at 4096 tokens
@@ -59,7 +59,7 @@ def alone(run: Callable[..., Any], *arguments: Any) -> Any:
 
 def configurations(args: argparse.Namespace, base: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """What all engines share, of each method; rows are written to ``folder``."""
-    from zephyr_lite.model.load import load_tokenizer
+    from zephyr_lite.model.base import load_tokenizer
 
     template = resolve_template("auto", load_tokenizer(base))
     scale = 0.1 if args.tiny else 1.0

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import command
-from zephyr_lite.allocator import set_allocator
 from zephyr_lite.errors import UserError
+from zephyr_lite.model.allocator import set_allocator
 
 # Engines' processes import this file too, before anything else: nothing heavy may be imported here (see ``process``).
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import command
-from zephyr_lite.allocator import set_allocator
 from zephyr_lite.errors import UserError
+from zephyr_lite.model.allocator import set_allocator
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -23,9 +23,9 @@ import torch
 from transformers import TrainerCallback
 
 from bench.turns import Stop, imitate_card
-from zephyr_lite.config import Loaded, Method, RunConfig
+from zephyr_lite.config.load import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.plan import Plan
+from zephyr_lite.memory.plan import Plan
 
 # Of a card's memory, what the CUDA context and loaded kernels take, which PyTorch's allocator does not count
 CONTEXT_BYTES = 3 * 2**28
@@ -92,7 +92,7 @@ def _child(pipe: Connection, packed: bytes) -> None:
 
 
 def _tell(case: Case, begun: float) -> dict[str, Any]:
-    from zephyr_lite.train.out_of_memory import is_out_of_memory
+    from zephyr_lite.train.oom import is_out_of_memory
 
     try:
         if case.card is not None:

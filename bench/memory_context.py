@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bench.memory_case import CONTEXT_BYTES, Case, opened
-from zephyr_lite.config import RunConfig
+from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import Batch, collate_conversations
-from zephyr_lite.data.chat import Example
+from zephyr_lite.data.chat_template import Example
 
 # where less than this share is between what fitted and what did not, the search ends
 NEAR = 1 / 32
@@ -56,7 +56,7 @@ def measure_context(case: Case, begun: float) -> dict[str, Any]:
         step, most: tokens; multiples of the one up to the other are tried.
     """
     from zephyr_lite.model.decoder import Dropout
-    from zephyr_lite.train.out_of_memory import is_out_of_memory
+    from zephyr_lite.train.oom import is_out_of_memory
 
     stage, loop = opened(case, [])
     decoder, config = stage.decoder, stage.config
@@ -136,11 +136,11 @@ def plan_context(
         host: GiB of main memory to spare.
         step, most: tokens; multiples of the one up to the other are tried.
     """
-    from zephyr_lite.model.account import GIB, Device
-    from zephyr_lite.model.cards import card_of_size
-    from zephyr_lite.model.job import make_job
-    from zephyr_lite.model.load import read_model_config
-    from zephyr_lite.model.search import Limits, longest_context
+    from zephyr_lite.memory.account import GIB, Device
+    from zephyr_lite.memory.gpus import card_of_size
+    from zephyr_lite.memory.search import Limits, longest_context
+    from zephyr_lite.memory.workload import make_job
+    from zephyr_lite.model.base import read_model_config
 
     config = RunConfig.model_validate(values)
     job = make_job(config, "sft", read_model_config(Path(config.model_name_or_path)), dtype, storage="nf4 nested")

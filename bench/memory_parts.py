@@ -27,10 +27,10 @@ from bench.memory_case import (
 )
 from bench.memory_context import measure_context, plan_context
 from bench.turns import frozen_adapter, machine
-from zephyr_lite.data.chat import resolve_template
+from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.load import compute_device, compute_dtype, load_tokenizer
-from zephyr_lite.model.machine import main_memory
+from zephyr_lite.memory.machine import main_memory
+from zephyr_lite.model.base import compute_device, compute_dtype, load_tokenizer
 
 GIB = 2**30
 CONTEXT_GIB = CONTEXT_BYTES / GIB

@@ -22,8 +22,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from zephyr_lite.model.peft_files import LoraWeights, write_adapter
-from zephyr_lite.safetensors_stream import nbytes, row_blocks, tensor_bytes, write_stream
+from zephyr_lite.io.safetensors import nbytes, row_blocks, tensor_bytes, write_stream
+from zephyr_lite.model.peft_io import LoraWeights, write_adapter
 
 CHILD = """
 import json, sys, time

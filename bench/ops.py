@@ -29,7 +29,7 @@ from bench.cases import Bench, Case, cases
 from bench.mistral import MISTRAL_7B, TINY
 from bench.turns import machine
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.load import compute_device, compute_dtype
+from zephyr_lite.model.base import compute_device, compute_dtype
 from zephyr_lite.ops import dispatch
 
 TARGET = 0.8  # of the copy bandwidth, for what is bound by memory

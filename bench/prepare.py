@@ -103,9 +103,9 @@ def child(data: str, tokenizer: str, max_length: int) -> None:
     """Prepare once; prints what it took as JSON. The process' own start and imports are not counted."""
     from transformers import AutoTokenizer
 
-    from zephyr_lite.config import RunConfig
-    from zephyr_lite.data import prepare as module
-    from zephyr_lite.data.chat import resolve_template
+    from zephyr_lite.config.load import RunConfig
+    from zephyr_lite.data import dataset as module
+    from zephyr_lite.data.chat_template import resolve_template
 
     spent: dict[str, float] = {}
 

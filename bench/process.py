@@ -52,7 +52,7 @@ def begin(pipe: Connection, engine: str, folder: str | None, packed: bytes) -> N
         if engine != "fused":
             install_flash_attn(os.path.join(folder, "packages"))
     if engine == "unsloth":
-        from zephyr_lite.train.baselines import start_unsloth
+        from zephyr_lite.engines import start_unsloth
 
         try:
             start_unsloth()

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import command
-from zephyr_lite.allocator import set_allocator
 from zephyr_lite.errors import UserError
+from zephyr_lite.model.allocator import set_allocator
 
 # The first that matches a kernel's name; FlashAttention's kernels have "cutlass" in their names, so order matters.
 CLASSES = {
@@ -116,7 +116,7 @@ def measure_step(case: Any, begun: float) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     from bench.memory_case import opened, wait
-    from zephyr_lite.model.cost import LAUNCHES
+    from zephyr_lite.memory.speed import LAUNCHES
     from zephyr_lite.train.steps import micro_batches
 
     said: list[str] = []

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from zephyr_lite.data.chat import ChatTemplate
+from zephyr_lite.data.chat_template import ChatTemplate
 
 LENGTHS = Path(__file__).with_name("lengths.json")
 
@@ -84,7 +84,7 @@ def pair_sizes(pairs: int, max_length: int, max_prompt_length: int) -> list[int]
 
 def seed_with_longest_first(sizes: list[int], batch_size: int) -> int:
     """A seed whose first step takes the longest row, so that what does not fit shows at once (see ``loop.rows_of_step``)."""
-    from zephyr_lite.config import RunConfig
+    from zephyr_lite.config.load import RunConfig
     from zephyr_lite.train.steps import rows_of_step
 
     longest = int(np.argmax(sizes))

@@ -29,7 +29,7 @@ PACKAGES = (
     "datasets",
     "trl",
     "liger_kernel",
-    "zephyr_lite.cli",
+    "zephyr_lite.cli.app",
 )
 # Parts of tests' names: attention, the decoder, step 0, NF4, keep policies, packing, streaming, out of memory, peaks.
 TESTS = (
@@ -77,7 +77,7 @@ def machine(tiny: bool, base: Path | None, save: Save) -> dict[str, Any]:
     from bench.card import Clock, commit, copy_bandwidth, describe_card, matmul_ceiling, versions
     from bench.mistral import MISTRAL_7B, TINY
     from bench.turns import machine as host
-    from zephyr_lite.model.load import compute_device, compute_dtype
+    from zephyr_lite.model.base import compute_device, compute_dtype
 
     device = compute_device()
     found |= {"host": host(), "commit": commit(), "card": describe_card(device)}
@@ -152,7 +152,7 @@ def tests(tiny: bool, base: Path | None, save: Save) -> dict[str, Any]:
     chosen = selection(TINY_TESTS if tiny else TESTS)
     words = ["-p", "no:cacheprovider", "-k", chosen, "-v", "--tb=short", "--rootdir", str(ROOT)]
     words += ["-m", "gpu or not gpu" if tiny else "gpu", str(ROOT / "tests/test_gpu.py")]
-    words += [str(ROOT / "tests/test_ops.py")] if tiny else [str(ROOT / "tests/test_gpu_memory.py")]
+    words += [str(ROOT / "tests/ops/test_ops.py")] if tiny else [str(ROOT / "tests/memory/test_gpu_memory.py")]
     if find_spec("xdist") is not None and not tiny:
         words += ["-n", "4"]
     code = int(pytest.main(words, plugins=[recorder]))
@@ -171,7 +171,7 @@ def rates(tiny: bool, base: Path | None, save: Save) -> dict[str, Any]:
 
     from bench.card import Clock, describe_card
     from bench.mistral import MISTRAL_7B, TINY
-    from zephyr_lite.model.load import compute_device, compute_dtype
+    from zephyr_lite.model.base import compute_device, compute_dtype
 
     device = compute_device()
     clock = Clock(device, 2 if tiny else 15, 1 if tiny else 3)

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from zephyr_lite.data.ultrachat.casing import broken, restore
-from zephyr_lite.data.ultrachat.counting import count_words
-from zephyr_lite.data.ultrachat.english import is_english
-from zephyr_lite.data.ultrachat.lexicon import Lexicon
-from zephyr_lite.data.ultrachat.protect import spans
-from zephyr_lite.data.ultrachat.words import words_of
+from zephyr_lite.recipe.ultrachat.casing import broken, restore
+from zephyr_lite.recipe.ultrachat.counting import count_words
+from zephyr_lite.recipe.ultrachat.english import is_english
+from zephyr_lite.recipe.ultrachat.lexicon import Lexicon
+from zephyr_lite.recipe.ultrachat.protect import spans
+from zephyr_lite.recipe.ultrachat.words import words_of
 
 FOLDS = 5
 _WORD = re.compile(r"[^\W\d_]+")

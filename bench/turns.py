@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 from transformers.utils import is_flash_attn_2_available
 
 from bench.process import begin
-from zephyr_lite.config import Loaded, Method, RunConfig
+from zephyr_lite.config.load import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.train.loop import Loop
 from zephyr_lite.train.setup import open_stage
@@ -227,7 +227,7 @@ def fused(stage: Stage, turns: Turns) -> Any:
 
 
 def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
-    from zephyr_lite.train import baselines
+    from zephyr_lite import engines as baselines
 
     half = stage.base.device.type == "cuda" and stage.base.dtype in (torch.bfloat16, torch.float16)
     if (
@@ -394,7 +394,7 @@ def frozen_adapter(values: dict[str, Any], folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from zephyr_lite.model.adapters import AdapterStack
-    from zephyr_lite.model.peft_files import LoraWeights, write_adapter
+    from zephyr_lite.model.peft_io import LoraWeights, write_adapter
 
     config = AutoConfig.from_pretrained(values["model_name_or_path"])
     if getattr(config, "quantization_config", None) is not None:

@@ -19,9 +19,9 @@ def make(root: Path) -> None:
     """For each kind of base: a base, an SFT run's adapter/ on it, and the merged folder; what they give, in expected.pt."""
     from tests.conftest import CONVERSATIONS, make_model, make_tokenizer
     from tests.contract.test_gguf import spm_tokenizer
-    from zephyr_lite.config import load_config
-    from zephyr_lite.live import open_live
+    from zephyr_lite.config.load import load_config
     from zephyr_lite.merge.command import run_merge
+    from zephyr_lite.model.loaded import open_live
     from zephyr_lite.train.sft import run_sft
 
     rows = root / "rows.jsonl"

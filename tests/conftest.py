@@ -144,8 +144,8 @@ def _messages(question: str, answer: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="session")
 def talk_run(tmp_path_factory, chat_rows, pair_rows):
     """A run of two stages whose adapters matter, on a base with a sliding window smaller than a conversation."""
-    from tests.test_train import dpo_words, quiet, words
-    from zephyr_lite.config import load_config
+    from tests.train.test_train import dpo_words, quiet, words
+    from zephyr_lite.config.load import load_config
     from zephyr_lite.train.dpo import run_dpo
     from zephyr_lite.train.sft import run_sft
 

@@ -2,7 +2,7 @@
 
     python -m tests.faults [--every 1] [--kind full ...] [--command sft ...]
 
-``faulty`` patches what touches the disk (the last functions of ``zephyr_lite.files``): the k-th call fails. After an error
+``faulty`` patches what touches the disk (the last functions of ``zephyr_lite.io.atomic``): the k-th call fails. After an error
 the state of before has to load and the message to name the file; then, after an error as after a death, the same command
 has to end with what an undisturbed one leaves, bit for bit.
 """
@@ -29,10 +29,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tests.kill import Ground, faults, ground, standing
-from zephyr_lite import cli, files
-from zephyr_lite.manifest import manifest_fault
-from zephyr_lite.model.peft_files import adapter_sha256
-from zephyr_lite.safetensors_stream import SafetensorsFile
+from zephyr_lite.cli import app as cli
+from zephyr_lite.io import atomic as files
+from zephyr_lite.io.manifest import manifest_fault
+from zephyr_lite.io.safetensors import SafetensorsFile
+from zephyr_lite.model.peft_io import adapter_sha256
 from zephyr_lite.train import reference
 
 PRIMITIVES = ("_open", "_write", "_fsync", "_rename", "_exchange", "_mkdir", "_unlink", "_remove_tree")

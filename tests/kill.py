@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zephyr_lite.rundir import StageDir
+from zephyr_lite.io.run_dir import StageDir
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and no pool of threads that a fork would lose
 
@@ -118,7 +118,7 @@ def ground(folder: Path) -> Ground:
 
 def command(words: Sequence[str]) -> int:
     """A command in this process; its exit code. The demo's base is not one of its options."""
-    from zephyr_lite import cli
+    from zephyr_lite.cli import app as cli
 
     if words[0] == "demo":
         from zephyr_lite.demo import run as demo
@@ -297,8 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not asked.real:
         # what commands import when they run
         import zephyr_lite.demo.run
+        import zephyr_lite.memory.needs
         import zephyr_lite.merge.command
-        import zephyr_lite.needs
         import zephyr_lite.train.dpo
         import zephyr_lite.train.sft  # noqa: F401
     chosen = [s for s in SCENARIOS if s.name in (asked.scenario or names) and not (asked.real and s.name == "demo")]

@@ -1,7 +1,7 @@
 """The table of malformed inputs: what a user gave, and the exact words that came back.
 
 A case makes its files in an empty folder, which is the working directory while its command runs. ``tests/malformed_data``
-and ``tests/malformed_model`` hold the cases, ``tests/test_messages.py`` runs them.
+and ``tests/malformed_model`` hold the cases, ``tests/data/test_messages.py`` runs them.
 """
 
 from __future__ import annotations

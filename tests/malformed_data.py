@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .malformed import Case, Fixtures, dpo, row, sft, show
+from tests.malformed import Case, Fixtures, dpo, row, sft, show
 
 Make = Callable[[Path, Fixtures], list[str]]
 GOOD = row("a", "b")

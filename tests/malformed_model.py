@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .malformed import Case, Fixtures, show
-from .malformed_weights import CASES as WEIGHTS
-from .malformed_weights import COPY, DEEP, MERGE, Change, changed, config, make_adapter
+from tests.malformed import Case, Fixtures, show
+from tests.malformed_weights import CASES as WEIGHTS
+from tests.malformed_weights import COPY, DEEP, MERGE, Change, changed, config, make_adapter
 
 ADAPTER = "Copy the adapter again, or write it again with PEFT's save_pretrained."
 TEMPLATE = "Choose zephyr, chatml or llama3, or change the template."

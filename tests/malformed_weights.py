@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .malformed import Case, Fixtures, sft
+from tests.malformed import Case, Fixtures, sft
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODULE = "model.layers.0.self_attn.q_proj"

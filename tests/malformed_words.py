@@ -7,9 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from zephyr_lite.shipped import shipped_configs
-
-from .malformed import Case, Fixtures
+from tests.malformed import Case, Fixtures
+from zephyr_lite.config.presets import shipped_configs
 
 Make = Callable[[Path, Fixtures], list[str]]
 UTF8 = "Save the file as UTF-8."
@@ -163,7 +162,7 @@ CASES = [
         "yaml: a table without arms",
         table_of("arms: 5\n"),
         "table.yaml: arms: Input should be a valid dictionary.",
-        "The shipped tables show what one holds: {root}/configs/tables/alpha-beta.yaml, {root}/configs/tables/recipe.yaml.",
+        "The shipped tables show what one holds: {root}/zephyr_lite/configs/tables/alpha-beta.yaml, {root}/zephyr_lite/configs/tables/recipe.yaml.",
     ),
     Case(
         "yaml: a job with an unknown key",

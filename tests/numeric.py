@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from zephyr_lite.data.chat import Example, PairExample
+from zephyr_lite.data.chat_template import Example, PairExample
 from zephyr_lite.model.adapters import AdapterStack
-from zephyr_lite.model.peft_files import AdapterFile
+from zephyr_lite.model.peft_io import AdapterFile
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 

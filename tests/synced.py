@@ -4,11 +4,11 @@ import json
 import time
 
 from tests.fake_hub import FakeHub
-from zephyr_lite.config import RunConfig
-from zephyr_lite.manifest import write_manifest
-from zephyr_lite.rundir import StageDir
-from zephyr_lite.sync import hub as hub_file
-from zephyr_lite.sync import open_mirror
+from zephyr_lite.config.load import RunConfig
+from zephyr_lite.io.manifest import write_manifest
+from zephyr_lite.io.run_dir import StageDir
+from zephyr_lite.io.sync import hub as hub_file
+from zephyr_lite.io.sync import open_mirror
 
 
 def hub_in_memory(monkeypatch):

@@ -9,12 +9,12 @@ from tests.conftest import make_model
 from tests.contract.test_fuse import IDS, RIGHT, both, peft_model
 from tests.contract.test_fuse import assert_same as assert_same_hidden
 from tests.numeric import apart, conversation, live_stack, loss_and_gradients, pair
-from tests.test_ops import UnderAutograd
-from tests.test_train import LN2, metrics, quiet, words
-from zephyr_lite.config import RunConfig, load_config
+from tests.ops.test_ops import UnderAutograd
+from tests.train.test_train import LN2, metrics, quiet, words
+from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.data.batch import Segment, collate_conversations, collate_pairs
+from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.model.load import load_base
 from zephyr_lite.ops import attention as attention_file
 from zephyr_lite.ops.attention import SegmentTable
 from zephyr_lite.train.dpo import run_dpo

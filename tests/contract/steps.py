@@ -2,8 +2,8 @@
 
 import torch
 
-from tests.test_train import dpo_words, quiet
-from zephyr_lite.config import load_config
+from tests.train.test_train import dpo_words, quiet
+from zephyr_lite.config.load import load_config
 from zephyr_lite.train.loop import Loop
 from zephyr_lite.train.setup import open_stage
 

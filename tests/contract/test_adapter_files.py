@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.contract.test_folders import base_folder
 from zephyr_lite.errors import UserError
-from zephyr_lite.live import open_live
 from zephyr_lite.merge import merge
 from zephyr_lite.merge.command import run_merge
-from zephyr_lite.model.peft_files import read_adapter
+from zephyr_lite.model.loaded import open_live
+from zephyr_lite.model.peft_io import read_adapter
 
 IDS = torch.arange(24).view(2, 12) + 5
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import CONVERSATIONS, make_model, make_tokenizer
-from zephyr_lite import cli
+from zephyr_lite.cli import app as cli
 
 
 @pytest.fixture

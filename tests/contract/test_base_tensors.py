@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.conftest import make_tokenizer
-from zephyr_lite import cli
-from zephyr_lite.config import RunConfig
+from zephyr_lite.cli import app as cli
+from zephyr_lite.config.load import RunConfig
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.load import load_base
+from zephyr_lite.model.base import load_base
 
 
 @pytest.fixture

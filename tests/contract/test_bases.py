@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.contract.test_folders import base_folder, change_json
-from tests.test_train import dpo_words, quiet, words
-from zephyr_lite.config import load_config
+from tests.train.test_train import dpo_words, quiet, words
+from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.live import open_live
 from zephyr_lite.merge.command import run_merge
 from zephyr_lite.model import fetch
-from zephyr_lite.model.load import fingerprint
+from zephyr_lite.model.base import fingerprint
+from zephyr_lite.model.loaded import open_live
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 

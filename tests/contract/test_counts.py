@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import make_model
 from tests.contract.test_layer import KEEPS
 from tests.numeric import conversation, live_stack, loss_and_gradients, pair
-from zephyr_lite.config import RunConfig
+from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
-from zephyr_lite.model import memory
+from zephyr_lite.memory.plan import kept_bytes, scratch_bytes
+from zephyr_lite.model import dequant_buffer as memory
+from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.model.load import load_base
-from zephyr_lite.model.plan import kept_bytes, scratch_bytes
 from zephyr_lite.ops import token_logps as token_logps_file
 
 MISTRAL = SimpleNamespace(

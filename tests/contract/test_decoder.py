@@ -6,11 +6,19 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from tests.conftest import make_model
-from tests.numeric import apart, assert_same, conversation, hugging_face_logps, live_stack, loss_and_gradients, pair
-from zephyr_lite.config import RunConfig
+from tests.numeric import (
+    apart,
+    assert_same,
+    conversation,
+    hugging_face_logps,
+    live_stack,
+    loss_and_gradients,
+    pair,
+)
+from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
+from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.model.load import load_base
 
 
 @pytest.fixture(params=["mistral", "llama"])

@@ -8,8 +8,8 @@ import torch
 from tests.conftest import make_model
 from tests.contract.steps import PLAIN
 from tests.numeric import apart, live_stack, pair
-from tests.test_train import LN2, dpo_words, metrics, quiet
-from zephyr_lite.config import load_config
+from tests.train.test_train import LN2, dpo_words, metrics, quiet
+from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_pairs
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.train.dpo import DpoTask, run_dpo

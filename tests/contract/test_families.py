@@ -18,20 +18,20 @@ from tests.contract.test_gguf import fields, off, read_back
 from tests.contract.test_layer import KEEPS, compare
 from tests.contract.test_streaming import assert_bits, decoder_over, dpo_steps, plan_of, sft_steps
 from tests.numeric import apart, conversation, hugging_face_logps, live_stack, pair
-from tests.test_train import LN2, dpo_words, metrics, quiet, words
+from tests.train.test_train import LN2, dpo_words, metrics, quiet, words
 from zephyr_lite.chat import load_chat
 from zephyr_lite.chat.stream import Streamer
-from zephyr_lite.config import RunConfig, load_config
+from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
-from zephyr_lite.data.chat import resolve_template
+from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
 from zephyr_lite.export.gguf_file import write_gguf
 from zephyr_lite.export.gguf_vocab import _QWEN2
 from zephyr_lite.merge import chain_of_run, merge
+from zephyr_lite.model.base import load_base, read_model_config
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.model.family import FAMILIES, layer_windows
-from zephyr_lite.model.load import load_base, read_model_config
-from zephyr_lite.sampling import Sampling
+from zephyr_lite.model.families import FAMILIES, layer_windows
+from zephyr_lite.model.sampling import Sampling
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 

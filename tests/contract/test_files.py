@@ -12,8 +12,8 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from zephyr_lite.config import DatasetSpec
-from zephyr_lite.data.sources import load_rows
+from zephyr_lite.config.load import DatasetSpec
+from zephyr_lite.data.load import load_rows
 from zephyr_lite.errors import UserError
 
 

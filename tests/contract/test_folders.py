@@ -9,15 +9,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import make_model, make_tokenizer
 from tests.contract.test_gguf import off, read_back
-from zephyr_lite.config import RunConfig
-from zephyr_lite.data.chat import resolve_template
+from zephyr_lite.config.load import RunConfig
+from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
 from zephyr_lite.export.gguf_file import write_gguf
-from zephyr_lite.live import open_live
 from zephyr_lite.merge import merge
 from zephyr_lite.merge.command import run_merge
-from zephyr_lite.model.load import load_base
-from zephyr_lite.model.peft_files import LoraWeights, write_adapter
+from zephyr_lite.model.base import load_base
+from zephyr_lite.model.loaded import open_live
+from zephyr_lite.model.peft_io import LoraWeights, write_adapter
 from zephyr_lite.model.tokenizer import load_tokenizer, save_tokenizer
 
 

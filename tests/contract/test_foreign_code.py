@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from zephyr_lite.demo.rehearsal.child import child
 from zephyr_lite.export.llama import CHILD
 from zephyr_lite.ops.hub_kernels import no_hub_kernels
-from zephyr_lite.rehearsal.child import child
 
 RECORD = "import pathlib\npathlib.Path(r'{log}').open('a').write(__name__ + '\\n')\n"
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.conftest import CONVERSATIONS, TEXT, make_model, make_tokenizer
-from zephyr_lite.data.chat import resolve_template
+from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
 from zephyr_lite.export.gguf_file import write_gguf
 from zephyr_lite.export.llama import check_prompts, write_q4_k_m

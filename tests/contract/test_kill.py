@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import killed_at, metrics, quiet, words
-from zephyr_lite.config import load_config
-from zephyr_lite.model.peft_files import read_adapter
+from tests.train.test_train import killed_at, metrics, quiet, words
+from zephyr_lite.config.load import load_config
+from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.sft import run_sft
 
 

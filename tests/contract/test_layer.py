@@ -15,10 +15,10 @@ from torch.autograd import gradcheck
 
 from tests.conftest import make_model
 from tests.numeric import TOLERANCE, apart, assert_same, conversation, live_stack, loss_and_gradients, pair
-from zephyr_lite.config import RunConfig
+from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
+from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.model.load import load_base
 from zephyr_lite.ops import attention, dispatch, nf4, rms_norm, rope, swiglu
 from zephyr_lite.ops import dropout as dropout_file
 from zephyr_lite.ops import token_logps as token_logps_file

@@ -5,8 +5,8 @@ import torch
 
 from tests.contract.steps import moved, open_dpo, step_of
 from tests.numeric import apart
-from tests.test_train import quiet, words
-from zephyr_lite.config import load_config
+from tests.train.test_train import quiet, words
+from zephyr_lite.config.load import load_config
 from zephyr_lite.train import stepper as step_file
 from zephyr_lite.train.dpo import DpoTask
 from zephyr_lite.train.loop import Loop

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from zephyr_lite.config import load_config
+from zephyr_lite.config.load import load_config
+from zephyr_lite.config.strict_yaml import read_yaml
 from zephyr_lite.errors import UserError
-from zephyr_lite.strict_yaml import read_yaml
 
 OTHER_BASE = "is a number of base 8 or 60"
 

@@ -7,12 +7,12 @@ import torch
 from tests.conftest import make_model
 from tests.contract.steps import moved, open_dpo, step_of
 from tests.numeric import apart, assert_same, conversation, live_stack, loss_and_gradients, pair
-from tests.test_train import LN2, dpo_words, metrics, quiet
-from zephyr_lite.config import load_config
+from tests.train.test_train import LN2, dpo_words, metrics, quiet
+from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
-from zephyr_lite.data.chat import Example
+from zephyr_lite.data.chat_template import Example
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.model.peft_files import read_adapter
+from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.dpo import DpoTask, run_dpo
 
 

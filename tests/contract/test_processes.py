@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from zephyr_lite.config import load_config
-from zephyr_lite.model.peft_files import read_adapter
+from zephyr_lite.config.load import load_config
+from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
@@ -76,7 +76,7 @@ BOTH = """
 import json, os, signal, sys, time
 from zephyr_lite import cli
 from zephyr_lite.train.stepper import Stepper
-from zephyr_lite.world import joined
+from zephyr_lite.train.distributed import joined
 sft, dpo = json.loads(sys.argv[1])
 plain = Stepper.prepare
 def signalled(self, step):

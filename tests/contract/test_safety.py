@@ -11,17 +11,18 @@ import pytest
 
 from tests.chat_server import ChatServer, error
 from tests.malformed_weights import make_adapter
-from tests.test_feedback import prompts_file, script
-from zephyr_lite import cli, redact
-from zephyr_lite.config import RunConfig
+from tests.recipe.test_feedback import prompts_file, script
+from zephyr_lite.cli import app as cli
+from zephyr_lite.config.load import RunConfig
 from zephyr_lite.errors import UserError
+from zephyr_lite.io import redact
+from zephyr_lite.io.safetensors import SafetensorsFile
 from zephyr_lite.merge import merge
 from zephyr_lite.model import fetch
+from zephyr_lite.model.base import load_base
 from zephyr_lite.model.fetch import PATTERNS, fetch_base
-from zephyr_lite.model.load import load_base
-from zephyr_lite.model.peft_files import read_adapter
+from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.model.shards import SINGLE, open_shards
-from zephyr_lite.safetensors_stream import SafetensorsFile
 
 
 class Bomb:

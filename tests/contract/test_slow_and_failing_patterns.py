@@ -7,9 +7,9 @@ import json
 import pytest
 
 from tests.conftest import make_tokenizer
-from zephyr_lite import cli
-from zephyr_lite.data.ultrachat.casing import restore
-from zephyr_lite.data.ultrachat.protect import spans
+from zephyr_lite.cli import app as cli
+from zephyr_lite.recipe.ultrachat.casing import restore
+from zephyr_lite.recipe.ultrachat.protect import spans
 
 BACKTRACKS = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from tests.conftest import make_tokenizer, tiny_config
-from zephyr_lite.commands.eval_judged import _say_who
-from zephyr_lite.config import RunConfig
+from zephyr_lite.cli.eval_judged import _say_who
+from zephyr_lite.client.weights import Weights
+from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.templates import ZEPHYR
-from zephyr_lite.endpoints.weights import Weights
 from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate.judged import Answering
-from zephyr_lite.live import open_live
+from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.merge.command import run_merge
 from zephyr_lite.model.chain import check_stack
 from zephyr_lite.model.compose import compose
-from zephyr_lite.model.peft_files import LoraWeights, read_adapter, write_adapter
-from zephyr_lite.rundir import StageDir
+from zephyr_lite.model.loaded import open_live
+from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
 from zephyr_lite.train.ground import adapters_below
 
 MODULES = [f"model.layers.{layer}.mlp.{leaf}" for layer in range(2) for leaf in ("gate_proj", "up_proj")]

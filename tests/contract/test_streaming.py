@@ -6,17 +6,17 @@ import torch
 from tests.conftest import make_model
 from tests.contract.test_layer import KEEPS
 from tests.numeric import conversation, live_stack, pair
-from tests.test_train import killed_at, metrics, quiet, words
-from zephyr_lite.config import RunConfig, load_config
+from tests.train.test_train import killed_at, metrics, quiet, words
+from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
-from zephyr_lite.model import offload as offload_file
-from zephyr_lite.model import stream as stream_file
+from zephyr_lite.io.run_dir import StageDir
+from zephyr_lite.memory.plan import Plan
+from zephyr_lite.model import activation_offload as offload_file
+from zephyr_lite.model import weight_streaming as stream_file
+from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.model.load import load_base
-from zephyr_lite.model.peft_files import read_adapter
-from zephyr_lite.model.plan import Plan
-from zephyr_lite.model.stream import StreamedBase
-from zephyr_lite.rundir import StageDir
+from zephyr_lite.model.peft_io import read_adapter
+from zephyr_lite.model.weight_streaming import StreamedBase
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 

@@ -13,10 +13,10 @@ import pytest
 import trl
 
 from tests.conftest import make_tokenizer
-from tests.test_train import quiet, words
-from zephyr_lite.config import load_config
+from tests.train.test_train import quiet, words
+from zephyr_lite.config.load import load_config
 from zephyr_lite.data import rendering
-from zephyr_lite.data.chat import ChatTemplate, resolve_template
+from zephyr_lite.data.chat_template import ChatTemplate, resolve_template
 from zephyr_lite.data.formats import RowError
 from zephyr_lite.data.templates import CHATML, LLAMA3, ZEPHYR
 from zephyr_lite.train.sft import run_sft

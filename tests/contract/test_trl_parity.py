@@ -11,10 +11,10 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from tests.conftest import make_model, make_tokenizer
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
-from zephyr_lite.data.chat import Example, PairExample
+from zephyr_lite.data.chat_template import Example, PairExample
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.decoder import Decoder
-from zephyr_lite.model.peft_files import AdapterFile
+from zephyr_lite.model.peft_io import AdapterFile
 from zephyr_lite.train.losses import preference_loss, sft_loss
 from zephyr_lite.train.reference import pair_sums
 

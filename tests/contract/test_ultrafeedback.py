@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from zephyr_lite.data.formats import RowError
-from zephyr_lite.data.questions import Questions
-from zephyr_lite.data.ultrafeedback import (
+from zephyr_lite.recipe.questions import Questions
+from zephyr_lite.recipe.ultrafeedback import (
     DOUBTFUL,
     EMPTY,
     ODD,

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import read_dumped
+from ..config.load import read_dumped
+from ..config.strict_yaml import read_front_matter
 from ..errors import UserError
+from ..io.reading import is_file, read_text
+from ..io.run_dir import STAGE_FILE, StageDir, stages_of
+from ..io.strict_json import read_object
 from ..model.overlap import CARD, tuned_from
 from ..model.peft_config import CONFIG_NAME
-from ..model.peft_files import AdapterFile, fetch_adapter, read_adapter
-from ..reading import is_file, read_text
-from ..rundir import STAGE_FILE, StageDir, stages_of
-from ..strict_json import read_object
-from ..strict_yaml import read_front_matter
+from ..model.peft_io import AdapterFile, fetch_adapter, read_adapter
 
 LOG, TRAINER_LOG = "trainer_state.json", "trainer_log.jsonl"
 # what is fetched of a hub adapter, beside its two files

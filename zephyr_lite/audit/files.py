@@ -9,11 +9,21 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..io.strict_json import shown
 from ..model.chain import chain_of_run
 from ..model.compose import compose
-from ..model.overlap import CARD, HELD, SAME_ORIGIN, held, held_share, holds, inner, origin_distance, same_name
-from ..model.peft_files import AdapterFile, LoraWeights
-from ..strict_json import shown
+from ..model.overlap import (
+    CARD,
+    HELD,
+    SAME_ORIGIN,
+    held,
+    held_share,
+    holds,
+    inner,
+    origin_distance,
+    same_name,
+)
+from ..model.peft_io import AdapterFile, LoraWeights
 from .evidence import Evidence
 from .verdict import Audit, Level
 

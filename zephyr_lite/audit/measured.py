@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.batch import collate_conversations
-from ..data.chat import ChatTemplate, Example
+from ..data.chat_template import ChatTemplate, Example
 from ..data.formats import RowError
 from ..data.packing import best_fit
 from ..errors import UserError

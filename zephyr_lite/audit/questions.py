@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..data.chat import ChatTemplate
+from ..data.chat_template import ChatTemplate
+from ..data.dataset import Prepared
 from ..data.formats import RowError
-from ..data.prepare import Prepared
 from ..errors import UserError
 from ..evaluate.likelihood import pair_logps
 from .files import LN2

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from ..config import DatasetSpec, RunConfig
-from ..data.chat import ChatTemplate, resolve_template
-from ..data.prepare import Prepared, prepare
-from ..data.sources import load_rows
+from ..config.load import DatasetSpec, RunConfig
+from ..data.chat_template import ChatTemplate, resolve_template
+from ..data.dataset import Prepared, prepare
+from ..data.load import load_rows
 from ..data.templates import NEEDED_TOKENS, TEMPLATES
 from ..demo import CONVERSATIONS_TEST
 from ..errors import UserError
-from ..model.load import load_tokenizer
+from ..model.base import load_tokenizer
 from ..model.peft_config import other_base
-from ..model.peft_files import read_adapter
+from ..model.peft_io import read_adapter
 from ..model.tokenizer import check_vocabulary
 from . import questions
 from .evidence import Evidence, adapter_folder, gather

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..config import RunConfig
+from ..config.load import RunConfig
 from ..errors import UserError
 from ..model.adapters import AdapterStack
+from ..model.base import Base, is_fingerprint_of, load_base
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
-from ..model.family import FAMILIES, NAMES
-from ..model.load import Base, is_fingerprint_of, load_base
-from ..model.peft_files import AdapterFile, read_adapter
+from ..model.families import FAMILIES, NAMES
+from ..model.peft_io import AdapterFile, read_adapter
 from .evidence import Evidence, adapter_folder
 from .verdict import Audit, Level
 

@@ -12,8 +12,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..data.formats import RowError
 from ..errors import UserError
-from ..live import Live, open_live
-from ..sampling import RowLimits, RowSampler, Sampled, Sampling
+from ..model.loaded import Live, open_live
+from ..model.sampling import RowLimits, RowSampler, Sampled, Sampling
 
 Message = dict[str, str]
 

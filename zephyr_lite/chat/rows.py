@@ -10,8 +10,8 @@ from typing import Any
 from ..data.formats import Method, detect, normalise
 from ..data.messages import RowError
 from ..errors import UserError
-from ..files import append_line, sync_file
-from ..strict_json import shown
+from ..io.atomic import append_line, sync_file
+from ..io.strict_json import shown
 
 # So much of a file's beginning is looked at: the first row, whatever comes behind it.
 _HEAD = 2**20

@@ -12,9 +12,9 @@ import torch
 
 from ..data.formats import RowError
 from ..errors import UserError
-from ..rundir import StageDir
-from ..sampling import Sampling
-from ..strict_json import shown
+from ..io.run_dir import StageDir
+from ..io.strict_json import shown
+from ..model.sampling import Sampling
 from .model import Chat, Message
 from .stream import Drawn, Streamer
 from .text import TextStream
@@ -290,7 +290,7 @@ class Session:
 
 def trained_system(chat: Chat) -> str | None:
     """The system turn that the stage was trained under by default (its configuration's ``system``)."""
-    from ..config import read_dumped
+    from ..config.load import read_dumped
 
     chain = chat.live.chain
     if chain is None or chain.run is None or chain.stage is None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..sampling import RowSampler, Sampling
+from ..model.sampling import RowSampler, Sampling
 from .cache import RowCache
 from .model import Chat
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chat import Example, PairExample
+from .chat_template import Example, PairExample
 
 
 @dataclass(frozen=True)

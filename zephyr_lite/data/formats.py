@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import UserError
-from ..strict_json import shown
+from ..io.strict_json import shown
 from .messages import Message as Message
 from .messages import RowError as RowError
 from .messages import as_messages, as_text, as_tools, message, truth

@@ -15,10 +15,10 @@ import datasets
 import pyarrow.parquet
 import yaml
 
-from ..config import DatasetSpec
+from ..config.load import DatasetSpec
 from ..errors import UserError
-from ..reading import is_file, is_folder, refuse_special
-from ..strict_json import shown
+from ..io.reading import is_file, is_folder, refuse_special
+from ..io.strict_json import shown
 from .text_files import SCHEMA, file_state, parse, read_table, refuse_pointer, without_nulls
 from .workers import interruptible
 

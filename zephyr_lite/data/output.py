@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import sweep
-from ..rundir import read_json
+from ..io.atomic import sweep
+from ..io.run_dir import read_json
 
 REPORT, DROPPED = "report.json", "dropped.tsv"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .chat import Pair
+from .chat_template import Pair
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:

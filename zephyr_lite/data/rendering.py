@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from ..strict_json import shown
+from ..io.strict_json import shown
 from .formats import Message, RowError
 
 # Characters of a conversation; a tokenizer takes some 350 bytes a character in the worst case.

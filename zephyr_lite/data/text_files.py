@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ..errors import UserError
-from ..files import bytes_aside, make_folder
-from ..strict_json import shown
+from ..io.atomic import bytes_aside, make_folder
+from ..io.strict_json import shown
 from .formats import COLUMNS
 
 ROW_BYTES = 64 * 2**20

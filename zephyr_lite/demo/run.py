@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ..chat import load_chat
-from ..config import DatasetSpec, RunConfig, load_config
-from ..data.prepare import Prepared, prepare
-from ..data.ultrafeedback import to_pairs
+from ..config.load import DatasetSpec, RunConfig, load_config
+from ..data.dataset import Prepared, prepare
 from ..errors import UserError
 from ..evaluate.likelihood import chat_loss, pair_logps
-from ..files import file_aside, make_folder, sweep, write_json
-from ..lock import alone
+from ..io.atomic import file_aside, make_folder, sweep, write_json
+from ..io.lock import alone
+from ..io.run_dir import StageDir
 from ..merge import MergeReport, merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
-from ..report.writer import ReportWriter
-from ..rundir import StageDir
+from ..monitor.report.writer import ReportWriter
+from ..recipe.ultrafeedback import to_pairs
 from ..train.dpo import run_dpo
 from ..train.ground import StageComplete
 from ..train.sft import run_sft

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..live import Live, Say
-from ..rundir import read_json
-from ..stage_info import text_sha256
-from ..words import duration, short
+from ..io.run_dir import read_json
+from ..io.stage_info import text_sha256
+from ..io.words import duration, short
+from ..model.loaded import Live, Say
 
 # task → shots and the metric that was published
 PAPER: dict[str, tuple[int, str]] = {

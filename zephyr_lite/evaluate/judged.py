@@ -14,18 +14,18 @@ from typing import Any, Generic, TypeVar, cast
 from pydantic import Field, field_validator
 
 from .. import __version__
-from ..ending import pythons_ctrl_c
-from ..endpoints.budget import Totals
-from ..endpoints.desk import open_desk
-from ..endpoints.types import BudgetSpent, Desk, EndpointSpec, Message, Request, endpoint_spec
-from ..endpoints.weights import Weights
+from ..cli.ending import pythons_ctrl_c
+from ..client.budget import Totals
+from ..client.desk import open_desk
+from ..client.types import BudgetSpent, Desk, EndpointSpec, Message, Request, endpoint_spec
+from ..client.weights import Weights
 from ..errors import UserError
-from ..feedback.estimate import Bound, prompt_bound
-from ..feedback.files import claim, write_config
-from ..feedback.meter import Meter
-from ..feedback.pool import grace_said, in_order
-from ..feedback.specs import JobConfig, endpoint_from_word
-from ..files import make_folder, write_json
+from ..io.atomic import make_folder, write_json
+from ..recipe.feedback.estimate import Bound, prompt_bound
+from ..recipe.feedback.files import claim, write_config
+from ..recipe.feedback.meter import Meter
+from ..recipe.feedback.pool import grace_said, in_order
+from ..recipe.feedback.specs import JobConfig, endpoint_from_word
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -139,8 +139,8 @@ def _is_endpoint(word: str) -> bool:
 
 def _template(weights: Weights, choice: str | None) -> Any:
     """The template, before hours are spent on answers."""
-    from ..live import template_of_folder
-    from ..model.load import load_tokenizer
+    from ..model.base import load_tokenizer
+    from ..model.loaded import template_of_folder
 
     return template_of_folder(weights.tokenizer_from, load_tokenizer(weights.tokenizer_from), choice)
 

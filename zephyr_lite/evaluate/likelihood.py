@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch, collate_conversations, collate_pairs
+from ..data.dataset import Prepared
 from ..data.packing import best_fit
-from ..data.prepare import Prepared
 
 MICRO_TOKENS = 2048
 # told how many rows are done

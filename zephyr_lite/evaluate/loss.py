@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..live import Live, Say
+from ..model.loaded import Live, Say
 from .bootstrap import Bootstrap, Interval, Ratio
 from .likelihood import ChatLogps, chat_logps
 from .progress import score_each

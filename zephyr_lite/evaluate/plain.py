@@ -9,9 +9,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..live import Live
 from ..model.adapters import AdapterStack
-from ..model.load import FAMILIES
+from ..model.base import FAMILIES
+from ..model.loaded import Live
 from .likelihood import Scorer
 
 # of the float32 copy of logits: a chunk of them at a time

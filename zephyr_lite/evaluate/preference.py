@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..live import Live, Say
+from ..model.loaded import Live, Say
 from .bootstrap import Bootstrap, Interval, Ratio
 from .likelihood import PairLogps, pair_logps
 from .loss import comparisons, roles

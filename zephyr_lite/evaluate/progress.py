@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from ..data.prepare import Prepared
-from ..live import Live, Say
-from ..words import duration
+from ..data.dataset import Prepared
+from ..io.words import duration
+from ..model.loaded import Live, Say
 from .plain import scorer
 
 T = TypeVar("T")

@@ -8,10 +8,10 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError
-from ..files import make_folder, write_json
-from ..live import Live
-from ..rundir import StageDir
-from ..stage_info import text_sha256
+from ..io.atomic import make_folder, write_json
+from ..io.run_dir import StageDir
+from ..io.stage_info import text_sha256
+from ..model.loaded import Live
 
 FOLDER = "eval"
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..config import DPO_DEFAULTS, DatasetSpec, Method, RunConfig, read_dumped
-from ..data.chat import ChatTemplate
-from ..data.prepare import Prepared, prepare
+from ..config.load import DPO_DEFAULTS, DatasetSpec, Method, RunConfig, read_dumped
+from ..data.chat_template import ChatTemplate
+from ..data.dataset import Prepared, prepare
 from ..errors import UserError
-from ..live import Say
+from ..io.redact import refuse_secrets
+from ..io.run_dir import StageDir, stages_of
+from ..io.words import short
 from ..model.chain import Chain
-from ..redact import refuse_secrets
-from ..rundir import StageDir, stages_of
-from ..words import short
+from ..model.loaded import Say
 
 _WHAT = {"sft": "conversations", "dpo": "preference pairs"}
 

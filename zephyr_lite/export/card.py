@@ -11,7 +11,7 @@ from typing import Any
 from .. import __version__
 from ..errors import UserError
 from ..evaluate.plotting import have_matplotlib
-from ..files import copy_file, make_folder, write_text
+from ..io.atomic import copy_file, make_folder, write_text
 from .facts import Facts, StageFacts, gather, hub_id
 from .plots import draw_stage
 from .vllm import serve_adapter, serve_model

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig, read_dumped
+from ..config.load import RunConfig, read_dumped
 from ..errors import UserError
+from ..io.run_dir import StageDir, read_json
+from ..io.stage_info import checked
 from ..merge.weights import MARK
-from ..model.load import fingerprint
+from ..model.base import fingerprint
 from ..model.shards import local_folder
-from ..rundir import StageDir, read_json
-from ..stage_info import checked
 
 Say = Callable[[str], None]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)

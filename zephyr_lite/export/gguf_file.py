@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import UserError
-from ..files import bytes_aside, make_folder, sweep
+from ..io.atomic import bytes_aside, make_folder, sweep
+from ..io.safetensors import row_blocks
+from ..io.strict_json import is_whole, read_object, shown
 from ..merge.base_files import GENERATION, BaseFiles
+from ..model.base import read_model_config
 from ..model.check_weights import empty_model
-from ..model.family import FAMILIES, NAMES, head_width, layer_windows
-from ..model.load import read_model_config
-from ..safetensors_stream import row_blocks
-from ..strict_json import is_whole, read_object, shown
+from ..model.families import FAMILIES, NAMES, head_width, layer_windows
 from .gguf_vocab import Vocabulary, read_vocabulary
 
 Say = Callable[[str], None]

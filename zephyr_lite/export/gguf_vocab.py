@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..io.strict_json import shown
 from ..model.tokenizer import check_vocabulary, load_tokenizer
-from ..strict_json import shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")

@@ -12,10 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
 
-from ..data.chat import resolve_template
+from ..data.chat_template import resolve_template
 from ..data.formats import Message
 from ..errors import UserError
-from ..files import check_room, make_folder, remove_tree, rename, sweep, sync_file
+from ..io.atomic import check_room, make_folder, remove_tree, rename, sweep, sync_file
 from ..model.tokenizer import load_tokenizer
 from .gguf_file import GgufReport, Say, check_place, gguf_package, model_folder, write_gguf
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.chat import ChatTemplate
+from ..data.chat_template import ChatTemplate
 from ..data.formats import Message, RowError
 from ..errors import UserError
-from ..files import make_folder, write_text
-from ..live import template_of_folder
-from ..model.load import read_model_config
+from ..io.atomic import make_folder, write_text
+from ..io.strict_json import shown
+from ..model.base import read_model_config
+from ..model.loaded import template_of_folder
 from ..model.tokenizer import load_tokenizer
-from ..strict_json import shown
 from .gguf_file import end_ids, gguf_package, model_folder
 
 Render = Callable[[list[Message], bool], str]

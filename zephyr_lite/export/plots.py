@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files import bytes_aside
+from ..io.atomic import bytes_aside
 from .facts import StageFacts, history
 
 BLUE, ORANGE, GREY = "#3b6ea8", "#d0722b", "#9aa5b1"

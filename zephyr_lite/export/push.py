@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import UserError
+from ..io.redact import find_secret, redact_shown
 from ..merge.base_files import TOKENIZER_FILES
 from ..merge.weights import MARK
-from ..redact import find_secret, redact_shown
 from .card import CARD, PLOTS
 
 Say = Callable[[str], None]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..io.strict_json import read_object
 from ..merge.base_files import GENERATION
-from ..model.load import read_model_config
-from ..model.peft_files import read_adapter
+from ..model.base import read_model_config
+from ..model.peft_io import read_adapter
 from ..model.shards import open_shards
 from ..model.tokenizer import check_vocabulary, load_tokenizer
-from ..strict_json import read_object
 from .gguf_file import end_ids, model_folder
 
 # the values that --max-lora-rank takes

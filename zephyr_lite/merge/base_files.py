@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from ..data.formats import RowError
 from ..data.rendering import Renderer
 from ..errors import UserError
-from ..files import copy_file, make_folder, write_json
+from ..io.atomic import copy_file, make_folder, write_json
+from ..io.safetensors import DTYPE_NAMES, DTYPES, FLOATS, Entry, SafetensorsFile, nbytes
+from ..io.strict_json import is_whole, read_object, shown
+from ..model.base import fetch_base, read_model_config
 from ..model.check_weights import empty_model
 from ..model.config_file import check_config_file
-from ..model.load import fetch_base, read_model_config
 from ..model.shards import INDEX, SINGLE, again, checked_place, open_shards, packed_shape
 from ..model.tokenizer import OWN_FILES, check_vocabulary, load_tokenizer, make_portable, save_tokenizer
 from ..ops.nf4 import StoredNf4, read_stored
-from ..safetensors_stream import DTYPE_NAMES, DTYPES, FLOATS, Entry, SafetensorsFile, nbytes
-from ..strict_json import is_whole, read_object, shown
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (*OWN_FILES, "tokenizer_config.json", "chat_template.jinja", "chat_template.json")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ..safetensors_stream import SafetensorsFile
+from ..io.safetensors import SafetensorsFile
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from ..data.chat import resolve_template
+from ..data.chat_template import resolve_template
 from ..errors import Interrupted, UserError
-from ..files import folder_aside, sweep, write_json
-from ..model.chain import Chain, chain_of_adapters, chain_of_run
-from ..model.load import (
+from ..io.atomic import folder_aside, sweep, write_json
+from ..io.run_dir import read_json, stages_of
+from ..io.stage_info import check_rendering
+from ..model.base import (
     compute_device,
     compute_dtype,
     fetch_base,
@@ -22,8 +23,7 @@ from ..model.load import (
     is_fingerprint_of,
     load_tokenizer,
 )
-from ..rundir import read_json, stages_of
-from ..stage_info import check_rendering
+from ..model.chain import Chain, chain_of_adapters, chain_of_run
 from .base_files import open_base
 from .measure import CHECK_ROWS, MEASURE_ROWS, MergeMeasure, measure
 from .weights import COMPOSED, MARK, MERGED, MergeReport, adapter_only, merge

@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import DatasetSpec, RunConfig
-from ..data.chat import ChatTemplate, Example
-from ..data.prepare import Prepared, prepare
+from ..config.load import DatasetSpec, RunConfig
+from ..data.chat_template import ChatTemplate, Example
+from ..data.dataset import Prepared, prepare
 from ..demo import CONVERSATIONS_TEST
 from ..errors import UserError
 from ..evaluate.bootstrap import Bootstrap, Interval, Ratio
 from ..evaluate.rows import held_out
-from ..live import live_of
+from ..model.base import FAMILIES
 from ..model.chain import Chain
-from ..model.load import FAMILIES
+from ..model.loaded import live_of
 from .check import LogpDifference, compare_logps, open_folder
 
 Say = Callable[[str], None]

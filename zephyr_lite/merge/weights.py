@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import folder_aside, make_folder, sweep, write_json
+from ..io.atomic import folder_aside, make_folder, sweep, write_json
+from ..io.safetensors import FLOATS, Entry, row_blocks, tensor_bytes, write_stream
 from ..model.compose import compose
-from ..model.peft_files import AdapterFile, LoraWeights, write_adapter
+from ..model.peft_io import AdapterFile, LoraWeights, write_adapter
 from ..ops.nf4 import StoredNf4, quantize_stored
-from ..safetensors_stream import FLOATS, Entry, row_blocks, tensor_bytes, write_stream
 from .base_files import BaseFiles, copy_tokenizer, model_files, open_base
 
 MARK = "zephyr_lite.json"

@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..strict_json import shown
+from ..io.strict_json import shown
 from .peft_config import PLAIN_NAME
-from .peft_files import AdapterFile, LoraWeights
+from .peft_io import AdapterFile, LoraWeights
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..safetensors_stream import SafetensorsFile, tensor_bytes
+from ..io.safetensors import SafetensorsFile, tensor_bytes
 from .shards import INDEX, SINGLE, weight_files
 
 # copies of a base that a kept folder remembers the dates of

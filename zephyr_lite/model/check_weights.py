@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import UserError
-from ..strict_json import shown
-from .family import FAMILIES
+from ..io.strict_json import shown
+from .families import FAMILIES
 from .shards import again, check_layers, check_shapes, open_shards
 
 

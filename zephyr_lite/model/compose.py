@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from .peft_files import AdapterFile, LoraWeights
+from .peft_io import AdapterFile, LoraWeights
 
 
 class _Composed(Mapping[str, LoraWeights]):

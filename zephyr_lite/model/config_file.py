@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..strict_json import is_whole, read_object, shown
+from ..io.strict_json import is_whole, read_object, shown
 from .shards import again
 
 NAME = "config.json"

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import UserError
+from ..memory.plan import Plan
 from ..ops.attention import SegmentTable
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
 from ..ops.rms_norm import rms_norm
 from ..ops.token_logps import TokenStats, token_logps
+from .activation_offload import Offload
 from .adapters import AdapterStack
-from .family import layer_windows
+from .dequant_buffer import Scratch, ScratchMode
+from .families import layer_windows
 from .layer import run_layer
 from .layer_spec import Keep, Layer, Pass, layer_of
-from .memory import Scratch, ScratchMode
-from .offload import Offload
-from .plan import Plan
-from .stream import StreamedBase
+from .weight_streaming import StreamedBase
 
 Keeps = Keep | Sequence[Keep]
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import UserError
-from ..strict_json import shown
+from ..io.strict_json import shown
 from .shards import local_folder, pickles
 
 # what a base consists of

@@ -18,18 +18,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..data.batch import Segment
 from ..errors import UserError
+from ..memory.workload import Shape
 from ..ops.attention import SegmentTable
 from ..ops.dispatch import check_kernels
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
 from ..ops.nf4 import is_quantized
 from ..ops.rms_norm import rms_norm
-from .family import layer_windows
-from .job import Shape
+from .base import check_family
+from .dequant_buffer import Scratch, ScratchMode
+from .families import layer_windows
 from .layer import run_layer
 from .layer_spec import Keep, Pass, layer_of
-from .load import check_family
-from .memory import Scratch, ScratchMode
 
 
 def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer") -> Any:

@@ -23,8 +23,8 @@ from ..ops.attention import attention_backward, attention_forward
 from ..ops.lora import grad_adapters, grad_input, grad_low_rank, low_rank, project
 from ..ops.rms_norm import rms_norm_backward, rms_norm_forward
 from ..ops.rope import rope_
+from .dequant_buffer import Scratch
 from .layer_spec import DOWN, GATE_UP, OUT, QKV, Keep, Layer, Pass
-from .memory import Scratch
 from .mlp import Kept, Products, mlp_backward, mlp_forward
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..ops.attention import SegmentTable
 from ..ops.lora import Site
-from .offload import Offload
-from .stream import StreamedBase
+from .activation_offload import Offload
+from .weight_streaming import StreamedBase
 
 Keep = Literal["input", "attention", "all"]
 QKV, OUT, GATE_UP, DOWN = range(4)

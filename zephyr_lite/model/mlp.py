@@ -16,8 +16,8 @@ from torch import Tensor
 from ..ops.lora import grad_adapters, grad_input, grad_low_rank, low_rank, project
 from ..ops.rms_norm import rms_norm_backward, rms_norm_forward
 from ..ops.swiglu import swiglu_backward, swiglu_forward
+from .dequant_buffer import Scratch
 from .layer_spec import DOWN, GATE_UP, Layer
-from .memory import Scratch
 
 Products = tuple[Tensor, ...]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..reading import is_file, read_text
-from ..strict_yaml import read_front_matter
-from .peft_files import AdapterFile, LoraWeights
+from ..config.strict_yaml import read_front_matter
+from ..io.reading import is_file, read_text
+from .peft_io import AdapterFile, LoraWeights
 from .shards import in_hub_cache
 
 CARD = "README.md"

@@ -8,7 +8,7 @@ from typing import Any
 import regex
 
 from ..errors import UserError
-from ..strict_json import is_whole, read_object, shown
+from ..io.strict_json import is_whole, read_object, shown
 from .shards import checked_place, pickles
 
 CONFIG_NAME = "adapter_config.json"

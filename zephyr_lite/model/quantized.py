@@ -30,8 +30,8 @@ import torch
 import xxhash
 from transformers import BitsAndBytesConfig
 
-from ..files import folder_aside, make_folder, remove_tree, write_json
-from ..rundir import cache_dir
+from ..io.atomic import folder_aside, make_folder, remove_tree, write_json
+from ..io.run_dir import cache_dir
 from .base_content import BaseFiles, NotKept, Record, is_record, still_there
 from .quantized_files import tensors_to_keep, write_quantized
 

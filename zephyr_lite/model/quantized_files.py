@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
-from ..files import copy_file, rename, write_json
+from ..io.atomic import copy_file, rename, write_json
+from ..io.safetensors import DTYPE_NAMES, SafetensorsFile, nbytes, row_blocks, tensor_bytes, write_stream
 from ..ops.nf4 import quantize_parts
-from ..safetensors_stream import DTYPE_NAMES, SafetensorsFile, nbytes, row_blocks, tensor_bytes, write_stream
 from .base_content import INDEX, SINGLE, BaseFiles, NotKept, file_hash, tensor_hash
 
 # quantized tensors are held in memory until a file of them is full, then written at once

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..safetensors_stream import SafetensorsFile, nbytes
-from ..strict_json import is_whole, parse, read_object, shown
+from ..io.safetensors import SafetensorsFile, nbytes
+from ..io.strict_json import is_whole, parse, read_object, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..files import copy_file, write_json, write_text
-from ..strict_json import read_object, shown
+from ..io.atomic import copy_file, write_json, write_text
+from ..io.strict_json import read_object, shown
 from .shards import again, checked_place
 
 # small ones: tokenizer.json itself is parsed by the library, several times over

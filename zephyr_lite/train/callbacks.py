@@ -13,10 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from ..config import RunConfig
+from ..config.load import RunConfig
 from ..errors import UserError
-from ..rundir import StageDir
-from ..world import world
+from ..io.run_dir import StageDir
+from .distributed import world
 
 # Trackers that an extra of ours installs, and the packages of which one has to be there.
 EXTRAS = {

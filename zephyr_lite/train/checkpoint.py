@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import (
+from ..io.atomic import (
     append_line,
     check_room,
     file_aside,
@@ -26,11 +26,11 @@ from ..files import (
     sync_file,
     write_json,
 )  # fmt: skip
-from ..manifest import MANIFEST, manifest_fault, write_manifest
+from ..io.manifest import MANIFEST, manifest_fault, write_manifest
+from ..io.redact import redact
+from ..io.run_dir import StageDir, read_json
+from ..io.safetensors import DTYPE_NAMES, SafetensorsFile, tensor_bytes, write_stream
 from ..model.adapters import AdapterStack
-from ..redact import redact
-from ..rundir import StageDir, read_json
-from ..safetensors_stream import DTYPE_NAMES, SafetensorsFile, tensor_bytes, write_stream
 from .optim import restore_state
 
 TENSORS = "state.safetensors"

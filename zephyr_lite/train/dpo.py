@@ -18,21 +18,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..config import Loaded
+from ..config.load import Loaded
 from ..data.batch import Batch, collate_pairs
-from ..data.prepare import Prepared
+from ..data.dataset import Prepared
 from ..errors import UserError
+from ..memory.plan import Plan
 from ..model.decoder import Dropout
-from ..model.plan import Plan
 from .losses import Preference, preference_loss
+from .main import OnMetrics, run, train
+from .monitors import CollapseWatch
+from .objective import Metrics, Outcome, Shares
 from .observer import Observer
-from .out_of_memory import Guard
+from .oom import Guard
 from .reference import ReferenceCache, cache_key, pair_sums
-from .run import OnMetrics, run, train
 from .stage import Say, Stage
 from .steps import Lengths
-from .task import Metrics, Outcome, Shares
-from .watch import CollapseWatch
 
 # How far apart policy and reference may be at step 0, where both are the same function: in nats a token. A live
 # reference runs through the same products in the same order; a cached one ran in other micro-batches, whose rounding

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Loaded, Method, dump_config
-from ..data.view import text_runs
+from ..config.load import Loaded, Method, dump_config
+from ..data.preview import text_runs
 from ..errors import UserError
-from ..model.machine import peak_memory, reset_peak_memory
+from ..memory.machine import peak_memory, reset_peak_memory
 from .dpo import DpoTask
 from .loop import Loop
 from .setup import open_stage

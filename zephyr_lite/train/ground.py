@@ -8,20 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import Method, RunConfig
-from ..data.chat import ChatTemplate
+from ..config.load import Method, RunConfig
+from ..data.chat_template import ChatTemplate
 from ..errors import UserError
+from ..io.run_dir import STAGE_FILE, StageDir, stages_of
+from ..io.stage_info import TO_GO_ON, check_rendering, checked
+from ..io.sync import catch_up
+from ..memory.plan import Plan
+from ..model.base import is_fingerprint_of
 from ..model.chain import chain_of_run, check_stack
-from ..model.load import is_fingerprint_of
 from ..model.overlap import CARD
-from ..model.peft_files import AdapterFile, fetch_adapter, read_adapter
-from ..model.plan import Plan
+from ..model.peft_io import AdapterFile, fetch_adapter, read_adapter
 from ..model.tokenizer import check_vocabulary
-from ..rundir import STAGE_FILE, StageDir, stages_of
-from ..stage_info import TO_GO_ON, check_rendering, checked
-from ..sync import catch_up
-from .changes import Changes, adapters_difference, base_difference, config_changes
 from .publish import push_adapter
+from .resume import Changes, adapters_difference, base_difference, config_changes
 
 
 class StageComplete(UserError):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.prepare import Prepared
+from ..data.dataset import Prepared
 from ..errors import UserError
-from ..model.load import fetch_base, fingerprint
+from ..model.base import fetch_base, fingerprint
 from .stage import Stage
 
 

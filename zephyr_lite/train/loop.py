@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..config import RunConfig
+from ..config.load import RunConfig
 from ..errors import Interrupted, UserError
-from ..interrupts import Output, StopRequest
+from ..io.interrupts import Output, StopRequest
+from ..io.run_dir import StageDir
+from ..io.sync import Mirror
+from ..memory.machine import peak_memory, reset_peak_memory
+from ..memory.plan import Plan
 from ..model.adapters import AdapterStack
-from ..model.machine import peak_memory, reset_peak_memory
-from ..model.plan import Plan
-from ..rundir import StageDir
-from ..sync import Mirror
-from ..world import PeerEnded, everywhere
 from .callbacks import make_callbacks
 from .checkpoint import Checkpoint, MetricsLog, checkpoint_fault, prune, resume_point
+from .distributed import PeerEnded, everywhere
+from .monitors import IN_A_ROW, CollapseWatch
+from .objective import Metrics, Outcome, Task
 from .observer import Observer, Sample
 from .stepper import Stepper
-from .task import Metrics, Outcome, Task
 from .trouble import LeftOut, suspects
-from .watch import IN_A_ROW, CollapseWatch
 
 
 class Loop(Stepper):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .task import Metrics, Outcome
+from .objective import Metrics, Outcome
 
 if TYPE_CHECKING:
     from .stage import Stage

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from ..config import RunConfig
+from ..config.load import RunConfig
 from ..errors import UserError
-from ..model.account import optimizer_bytes
-from ..model.machine import main_memory
-from .out_of_memory import is_out_of_memory
+from ..memory.account import optimizer_bytes
+from ..memory.machine import main_memory
+from .oom import is_out_of_memory
 
 # Which implementation computes, and no part of what is computed: a checkpoint does not decide that.
 IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable", "maximize"}

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import Method, RunConfig
-from ..data.prepare import Prepared
-from ..model.forecast import forecast_lines
-from ..model.job import Job, Storage, make_job
-from ..model.load import compute_device, compute_dtype, quantization_of
-from ..model.peft_files import AdapterFile
-from ..model.plan import Plan, make_plan, this_machine
+from ..config.load import Method, RunConfig
+from ..data.dataset import Prepared
+from ..memory.forecast import forecast_lines
+from ..memory.plan import Plan, make_plan, this_machine
+from ..memory.workload import Job, Storage, make_job
+from ..model.base import compute_device, compute_dtype, quantization_of
+from ..model.peft_io import AdapterFile
 from .steps import step_schedule
 
 

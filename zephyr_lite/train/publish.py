@@ -9,9 +9,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from ..config import RunConfig
+from ..config.load import RunConfig
 from ..errors import UserError
-from ..rundir import StageDir
+from ..io.run_dir import StageDir
 
 
 def check_repo_name(config: RunConfig) -> None:

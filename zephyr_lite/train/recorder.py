@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..config import RunConfig
-from ..interrupts import Output, StopRequest
-from ..manifest import write_manifest
-from ..model.machine import peak_memory
+from ..config.load import RunConfig
+from ..io.interrupts import Output, StopRequest
+from ..io.manifest import write_manifest
+from ..memory.machine import peak_memory
 from .checkpoint import MetricsLog
+from .monitors import IN_A_ROW, CollapseWatch
+from .objective import Metrics
 from .observer import Observer
 from .stage import Stage
 from .steps import rows_of_step, step_schedule
-from .task import Metrics
 from .trouble import LeftOut
-from .watch import IN_A_ROW, CollapseWatch
 
 OnMetrics = Callable[[int, int, Metrics], None]
 

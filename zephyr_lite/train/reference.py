@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import UserError
+from ..io.safetensors import SafetensorsFile, tensor_bytes, write_stream
 from ..model.decoder import Decoder
-from ..safetensors_stream import SafetensorsFile, tensor_bytes, write_stream
-from ..world import PeerEnded, world
+from .distributed import PeerEnded, world
 
 # what was computed is on the disk after so long at most
 SAVE_SECONDS = 60.0

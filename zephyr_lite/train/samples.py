@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..data.chat import Example
+from ..data.chat_template import Example
 from ..errors import UserError
 from .observer import Sample
 
@@ -86,8 +86,8 @@ def _answers(stage: Stage, prompts: list[np.ndarray]) -> list[str]:
     """
     from ..chat.model import Chat
     from ..chat.stream import Streamer
-    from ..live import Live
-    from ..sampling import Sampling
+    from ..model.loaded import Live
+    from ..model.sampling import Sampling
 
     stack = stage.stack
     live = Live(str(stage.dir.path), stage.base, stack, stage.template, {stage.config.stage: stack.names})

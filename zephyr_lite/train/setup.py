@@ -11,15 +11,17 @@ from typing import Any
 from peft import PeftConfig
 
 from .. import __version__
-from ..config import Loaded, Method, RunConfig, dump_config, load_config
-from ..data.chat import ChatTemplate, Example, PairExample, resolve_template
-from ..data.prepare import Prepared, prepare
+from ..config.load import Loaded, Method, RunConfig, dump_config, load_config
+from ..data.chat_template import ChatTemplate, Example, PairExample, resolve_template
+from ..data.dataset import Prepared, prepare
+from ..io.run_dir import StageDir, folder_aside, newest_run, write_text
+from ..io.stage_info import FORMAT
+from ..io.sync import newest_there, open_mirror, restore
+from ..memory.machine import peak_memory
+from ..memory.plan import Plan, cap_allocator, keep_freed_pages
+from ..memory.workload import Shape
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
-from ..model.check_weights import check_weights
-from ..model.compose import compose
-from ..model.decoder import Decoder
-from ..model.job import Shape
-from ..model.load import (
+from ..model.base import (
     Base,
     compute_device,
     compute_dtype,
@@ -29,23 +31,31 @@ from ..model.load import (
     load_tokenizer,
     read_model_config,
 )
-from ..model.machine import peak_memory
-from ..model.peft_files import (
-    AdapterFile,
-    LoraWeights,
-    adapter_sha256,
-    read_adapter,
-    write_adapter,
-)
-from ..model.plan import Plan, cap_allocator, keep_freed_pages
-from ..model.stream import StreamedBase
+from ..model.check_weights import check_weights
+from ..model.compose import compose
+from ..model.decoder import Decoder
+from ..model.peft_io import AdapterFile, LoraWeights, adapter_sha256, read_adapter, write_adapter
 from ..model.tokenizer import save_tokenizer
+from ..model.weight_streaming import StreamedBase
 from ..ops.dispatch import check_kernels
-from ..rundir import StageDir, folder_aside, newest_run, write_text
-from ..stage_info import FORMAT
-from ..sync import newest_there, open_mirror, restore
 from .callbacks import trackers
-from .changes import (
+from .ground import (
+    adapters_below,
+    finished,
+    may_go_on,
+    plan_then,
+    relative_to_run,
+    run_id,
+    same_base,
+    same_template,
+    vocabulary_fits,
+)
+from .leader import Leader
+from .objective import Outcome
+from .optim import check_schedule
+from .planning import plan_stage, said_again, set_threads, stage_job
+from .publish import check_repo_name, push_adapter
+from .resume import (
     Changes,
     adapters_difference,
     base_difference,
@@ -61,24 +71,8 @@ from .changes import (
     roundings,
     same_device,
 )
-from .ground import (
-    adapters_below,
-    finished,
-    may_go_on,
-    plan_then,
-    relative_to_run,
-    run_id,
-    same_base,
-    same_template,
-    vocabulary_fits,
-)
-from .leader import Leader
-from .optim import check_schedule
-from .planning import plan_stage, said_again, set_threads, stage_job
-from .publish import check_repo_name, push_adapter
 from .stage import Say, Stage
 from .steps import step_schedule
-from .task import Outcome
 
 # what a stage takes over from the one below it, unless the user says otherwise
 INHERITED = (
@@ -328,7 +322,7 @@ def _now() -> str:
 
 def _load(config: RunConfig, plan: Plan, say: Say) -> Base:
     if config.engine == "unsloth":
-        from .baselines.unsloth import load_unsloth
+        from ..engines.unsloth import load_unsloth
 
         return load_unsloth(config)
     return load_base(config, stream=plan.stream, say=say)

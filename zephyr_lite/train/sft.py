@@ -13,18 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..config import Loaded
+from ..config.load import Loaded
 from ..data.batch import Batch, collate_conversations
-from ..data.prepare import Prepared
+from ..data.dataset import Prepared
+from ..memory.plan import Plan
 from ..model.decoder import Dropout
-from ..model.plan import Plan
 from .losses import sft_loss
+from .main import OnMetrics, run, train
+from .objective import Metrics, Outcome, Shares
 from .observer import Observer
-from .out_of_memory import Guard
-from .run import OnMetrics, run, train
+from .oom import Guard
 from .stage import Say, Stage
 from .steps import Lengths
-from .task import Metrics, Outcome, Shares
 
 
 def run_sft(

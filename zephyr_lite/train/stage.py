@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import Method, RunConfig
-from ..data.chat import ChatTemplate
-from ..data.prepare import Prepared
+from ..config.load import Method, RunConfig
+from ..data.chat_template import ChatTemplate
+from ..data.dataset import Prepared
+from ..io.run_dir import StageDir
+from ..io.sync import Mirror
+from ..memory.plan import Plan
 from ..model.adapters import AdapterStack
+from ..model.base import Base
 from ..model.decoder import Decoder
-from ..model.load import Base
-from ..model.peft_files import AdapterFile
-from ..model.plan import Plan
-from ..rundir import StageDir
-from ..sync import Mirror
+from ..model.peft_io import AdapterFile
 
 Say = Callable[[str], None]
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import RunConfig
+from ..config.load import RunConfig
 from ..errors import UserError
+from ..memory.plan import Plan
 from ..model.adapters import AdapterStack, total_norm
-from ..model.plan import Plan
-from ..world import world
+from .distributed import world
+from .objective import Metrics, Task
+from .oom import is_out_of_memory
 from .optim import make_optimizer, make_scheduler
-from .out_of_memory import is_out_of_memory
 from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
-from .task import Metrics, Task
 
 
 class Stepper:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from ..config import RunConfig
+from ..config.load import RunConfig
 from ..data.packing import best_fit
 
 Lengths = Sequence[int] | np.ndarray

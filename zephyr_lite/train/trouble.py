@@ -11,8 +11,8 @@ from torch import nn
 from ..errors import UserError
 from ..model.adapters import total_norm
 from .checkpoint import MetricsLog
-from .task import Task
-from .watch import FiniteWatch
+from .monitors import FiniteWatch
+from .objective import Task
 
 # in the stage's folder: the steps that were left out, and their rows
 LEFT_OUT = "left_out.jsonl"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...reading import is_file, read_text
-from ...strict_json import shown
+from ...io.reading import is_file, read_text
+from ...io.strict_json import shown
 
 HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
 MOST_BYTES = 2**30

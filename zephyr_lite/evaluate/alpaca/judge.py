@@ -6,7 +6,7 @@ import hashlib
 import random
 import re
 
-from ...endpoints.types import Message
+from ...client.types import Message
 
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]", re.IGNORECASE)
 _BARE = re.compile(r"\[([ABC])\]")

@@ -13,13 +13,13 @@ from typing import Any
 
 from pydantic import Field
 
-from ...endpoints.types import Desk, Message, Request, RequestFailed
+from ...client.types import Desk, Message, Request, RequestFailed
 from ...errors import UserError
-from ...feedback.draw import seed_of
-from ...feedback.estimate import bound_lines, priced
-from ...feedback.files import valid
-from ...feedback.meter import Meter
-from ...files import make_folder, write_text
+from ...io.atomic import make_folder, write_text
+from ...recipe.feedback.draw import seed_of
+from ...recipe.feedback.estimate import bound_lines, priced
+from ...recipe.feedback.files import valid
+from ...recipe.feedback.meter import Meter
 from ..judged import (
     JUDGE_TRIES,
     Answering,

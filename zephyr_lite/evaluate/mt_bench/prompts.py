@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from ...endpoints.types import Message
+from ...client.types import Message
 from ...errors import UserError
 from .questions import Question
 

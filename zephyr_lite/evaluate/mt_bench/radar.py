@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ...files import bytes_aside
+from ...io.atomic import bytes_aside
 from .prompts import HIGHEST
 
 LEAST = 3  # categories; fewer make no figure

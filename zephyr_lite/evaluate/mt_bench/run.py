@@ -12,13 +12,13 @@ from typing import Any
 
 from pydantic import Field
 
-from ...endpoints.types import Desk, Message, Request, RequestFailed
+from ...client.types import Desk, Message, Request, RequestFailed
 from ...errors import UserError
-from ...feedback.draw import seed_of
-from ...feedback.estimate import bound_lines, priced
-from ...feedback.files import line_of, valid
-from ...feedback.meter import Meter
-from ...files import file_aside, make_folder
+from ...io.atomic import file_aside, make_folder
+from ...recipe.feedback.draw import seed_of
+from ...recipe.feedback.estimate import bound_lines, priced
+from ...recipe.feedback.files import line_of, valid
+from ...recipe.feedback.meter import Meter
 from ..judged import (
     JUDGE_TRIES,
     Answering,

@@ -1,0 +1,349 @@
+"""Talking to a run: the stream's engine, sessions, votes, what is saved; see test_chat_terminal.py for the terminal."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+
+from tests.train.test_train import dpo_words, quiet, words
+from zephyr_lite.chat import Chat, load_chat
+from zephyr_lite.chat.rows import append_rows, check_file
+from zephyr_lite.chat.session import Answer, Session, Settings
+from zephyr_lite.chat.stream import Streamer
+from zephyr_lite.chat.text import TextStream
+from zephyr_lite.chat.vote import Ballot
+from zephyr_lite.config.load import load_config
+from zephyr_lite.errors import UserError
+from zephyr_lite.model.sampling import Sampling, _nucleus
+from zephyr_lite.train.dpo import run_dpo
+from zephyr_lite.train.sft import run_sft
+
+QUESTIONS = ["Who are you?", "Name three rivers, and then three more of them.", "Hi"]
+GREEDY = {"temperature": 0.0, "max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def chat(talk_run) -> Chat:
+    return load_chat(talk_run)
+
+
+def prompts(chat, questions=QUESTIONS):
+    return [chat.template.prompt_ids([{"role": "user", "content": text}]) for text in questions]
+
+
+def greedy(count, length=12):
+    return [Sampling(length, 0.0)] * count
+
+
+# The engine
+
+
+def test_three_models_in_one_batch_answer_as_each_does_alone_by_generate(chat):
+    models = chat.live.models
+    assert models == {"base": [], "sft": ["sft"], "dpo": ["sft", "dpo"]}
+    (ids,) = prompts(chat, ["Who are you?"])
+    drawn = Streamer(chat, list(models.values())).draw([ids] * 3, greedy(3))
+    alone = [chat.sample([ids], greedy(1), adapters=names)[0] for names in models.values()]
+    assert [chat.text(row.tokens) for row in drawn] == [answer.text for answer in alone]
+    assert [row.finish for row in drawn] == [answer.finish_reason for answer in alone]
+    assert len({tuple(row.tokens) for row in drawn}) == 3  # the adapters do make a difference
+
+
+def test_scales_by_row_are_the_numbers_of_before_afterwards(chat):
+    before = {m: dict(layer.scaling) for m, layer in chat.stack.lora_layers()}
+    with pytest.raises(RuntimeError), chat.stack.by_row([[], ["sft"], ["sft", "dpo"]]):
+        raise RuntimeError
+    assert before == {m: dict(layer.scaling) for m, layer in chat.stack.lora_layers()}
+    assert all(layer.active_adapters == ["sft", "dpo"] for _, layer in chat.stack.lora_layers())
+
+
+def test_rows_of_different_lengths_and_a_kept_cache_change_no_logit(chat, monkeypatch):
+    """Three conversations of different lengths that go on, shrink, and start anew; every row's logits at every step
+    equal those of a plain forward over its whole sequence (sliding window of 24)."""
+    adapters = [[], ["sft"], ["sft", "dpo"]]
+    streamer = Streamer(chat, adapters)
+    seen: list[torch.Tensor] = []
+    forward = Streamer._forward
+    monkeypatch.setattr(Streamer, "_forward", lambda self, *a: seen.append(forward(self, *a)) or seen[-1])
+    monkeypatch.setattr("zephyr_lite.chat.stream.PREFILL", 16)  # in several pieces
+    draw = random.Random(0)
+    sequences = [list(map(int, ids)) for ids in prompts(chat)]
+    reused = []
+    for turn in range(5):
+        seen.clear()
+        rows = [Sampling(6 + 3 * row, 0.8, 0.9, seed=turn) for row in range(3)]
+        drawn = streamer.draw(sequences, rows)
+        reused.append([row.reused for row in drawn])
+        steps = max(len(row.tokens) for row in drawn)
+        pieces = len(seen) - max(len(row.tokens) + (row.finish == "stop") for row in drawn) + 1
+        after = seen[pieces - 1 :]
+        for place, (names, row) in enumerate(zip(adapters, drawn)):
+            with torch.inference_mode(), chat.stack.only(names):
+                whole = torch.tensor([[*sequences[place], *row.tokens]])
+                logits = chat.stack.base(input_ids=whole).logits[0, len(sequences[place]) - 1 :].float()
+            for step in range(min(len(row.tokens) + 1, len(after))):
+                assert torch.allclose(after[step][place], logits[step], atol=2e-4), (turn, place, step)
+        assert steps > 0
+        for place, row in enumerate(drawn):
+            if turn == 2 and place == 0:
+                sequences[place] = sequences[place][:9]  # an undo
+            else:
+                sequences[place] = (
+                    sequences[place] + row.tokens + [draw.randrange(3, 400) for _ in range(3 + 4 * place)]
+                )
+    assert reused[0] == [0, 0, 0] and all(max(turn) > 20 for turn in reused[1:])
+
+
+def test_an_interrupt_in_the_middle_leaves_a_cache_that_is_right(chat):
+    (ids,) = prompts(chat, ["Name three rivers."])
+    streamer = Streamer(chat, [["sft"]])
+    plain = streamer.draw([ids], greedy(1))[0].tokens
+
+    def boom(row, token):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        streamer.draw([ids], greedy(1), boom)
+    assert streamer.draw([ids], greedy(1))[0].tokens == plain
+    told = []
+    stopped = streamer.draw([ids], greedy(1), lambda row, token: told.append(token), lambda: len(told) >= 3)[0]
+    assert stopped.finish == "interrupted" and stopped.tokens == plain[:3] == told
+    assert streamer.draw([ids], greedy(1), stop=lambda: True)[0].tokens == []
+    again = streamer.draw([[*map(int, ids), *plain[:2], 17]], greedy(1))[0]
+    assert again.tokens == Streamer(chat, [["sft"]]).draw([[*map(int, ids), *plain[:2], 17]], greedy(1))[0].tokens
+
+
+def test_a_model_that_computes_nan_is_said_so(chat, monkeypatch):
+    (ids,) = prompts(chat, ["Hi"])
+    head = chat.stack.base.lm_head
+    monkeypatch.setattr(head, "forward", lambda x: x.new_full((*x.shape[:-1], 448), float("nan")))
+    with pytest.raises(UserError, match="NaN"):
+        Streamer(chat, [[]]).draw([ids], greedy(1))
+
+
+# Text
+
+
+def test_pieces_of_text_are_the_decoded_answer_whatever_the_tokens(chat):
+    decode = chat.decode
+    draw = random.Random(1)
+    texts = ["Grüße, 世界! 👩‍👩‍👧 naïve", "  spaced \n\n out  \n", "", "a" * 50, "\ufffd is a character too."]
+    rows = [chat.template.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    rows += [[*rows[0][:5], 2, 1, *rows[0][5:]]]  # special tokens in between
+    for ids in rows:
+        stream = TextStream(decode)
+        pieces = [stream.push(token) for token in ids]
+        assert "".join(pieces) + stream.finish() == decode(ids).strip()
+        assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in decode(ids)
+    for _ in range(50):  # bytes that are no text: nothing raises, and nothing waits for ever
+        stream = TextStream(decode)
+        ids = [draw.randrange(3, 258) for _ in range(60)]
+        pieces = [stream.push(token) for token in ids]
+        assert sum(map(bool, pieces)) > 5
+
+
+# Sessions
+
+
+def session(chat, models=("dpo",), **settings):
+    return Session(chat, models, Settings(**{**GREEDY, **settings}))
+
+
+def test_a_session_of_turns_equals_asking_for_the_whole_conversation(chat):
+    talk = session(chat)
+    pieces: list[str] = []
+    for question in QUESTIONS:
+        pieces.clear()
+        (answer,) = talk.ask(question, lambda column, piece: pieces.append(piece))
+        assert "".join(pieces) == answer.text
+        messages = talk.columns[0].messages(None)
+        assert chat.ask([messages[:-1]], max_new_tokens=12) == [answer.text] == [messages[-1]["content"]]
+    assert answer.reused > 20
+
+
+def test_undo_retry_and_seeds(chat):
+    talk = session(chat, ("base", "sft", "dpo"), temperature=1.5, seed=4)
+    first = [a.text for a in talk.ask("Who are you?")]
+    second = [a.text for a in talk.ask("Really?")]
+    retried = [a.text for a in talk.retry()]
+    assert talk.turns == 2 and retried != second and [a.text for a in talk.retry()] not in (retried, second)
+    assert talk.undo() == "Really?" and [a.text for a in talk.ask("Really?")] == second
+    talk.reset()
+    assert [a.text for a in talk.ask("Who are you?")] == first
+    with pytest.raises(KeyboardInterrupt):
+        talk.retry(lambda column, piece: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert [c.turns[-1][1].text for c in talk.columns] == first  # a retry that fails costs nothing
+    talk.undo()
+    with pytest.raises(UserError, match="nothing to take back"):
+        talk.undo()
+
+
+def test_what_cannot_be_asked_is_said_and_the_session_goes_on(chat):
+    talk = session(chat, max_new_tokens=400)
+    talk.ask("Hi", stop=lambda: True)
+    assert talk.turns == 0  # stopped before there was an answer
+    (answer,) = talk.ask("Hi")
+    assert answer.finish in ("context", "stop")
+    kept = talk.columns[0].messages(None)
+    for question, match in (
+        ("word " * 300, "context is 256"),
+        ("end</s>", "control token </s>"),
+        (" \n", "empty"),
+        ("half \ud83d", "Unicode"),
+    ):
+        with pytest.raises(UserError, match=match):
+            talk.ask(question)
+        assert talk.columns[0].messages(None) == kept
+    with pytest.raises(UserError, match=r"no model 'rlhf'.*\nIt has base, sft, dpo"):
+        talk.switch("rlhf")
+    with pytest.raises(UserError, match="control token"):
+        talk.check_system("<s>")
+    talk.switch("sft")
+    talk.undo()
+    talk.settings.max_new_tokens = 5
+    assert talk.ask("Hi")[0].text == chat.ask(["Hi"], max_new_tokens=5, adapters=["sft"])[0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"max_new_tokens": 0},
+        {"seed": -1},
+    ],
+)
+def test_settings_outside_their_range(wrong):
+    with pytest.raises(UserError):
+        Settings(**wrong).check()
+
+
+# What is kept
+
+
+def said(text, finish="stop"):
+    return Answer(text, finish, 3)
+
+
+def test_a_saved_conversation_is_trained_on(chat, talk_run, tmp_path):
+    talk = session(chat, ("base", "dpo"), system="Be kind.")
+    for question in ("Who are you?", "Name a river — 河."):
+        talk.ask(question)
+    for column in talk.columns:  # what a tiny model says may be empty
+        column.turns = [(question, said(answer.text or "Hm.")) for question, answer in column.turns]
+    file = tmp_path / "mine.jsonl"
+    file.write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    )  # no newline
+    assert check_file(file, "sft", "/save") == 1
+    append_rows(file, talk.rows())
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row.get("model") for row in rows] == [None, "base", "dpo"]
+    assert [turn["role"] for turn in rows[1]["messages"]] == ["system", *["user", "assistant"] * 2]
+    base = json.loads((talk_run / "sft" / "stage.json").read_text())["base"]["name_or_path"]
+    outcome = run_sft(
+        load_config("sft", None, words(base, tmp_path / "r", file, load_in_4bit="false", max_steps=1)), say=quiet
+    )
+    assert outcome.step == 1
+    talk.columns[1].turns[0] = ("Who are you?", said(""))
+    with pytest.raises(UserError, match="answer 1 of dpo is empty"):
+        talk.rows()
+
+
+def test_votes_are_pairs_that_dpo_trains_on(chat, talk_run, tmp_path):
+    file = tmp_path / "votes.jsonl"
+    ballot = Ballot(file, 0, "runs/a")
+    talk = session(chat, ("base", "sft", "dpo"))
+    asked = ["Who are you?", "Name three rivers.", "Tell me a joke."]
+    for number, question in enumerate(asked):
+        talk.ask(question)
+        answers = [
+            said(f"{answer.text} {place}") for place, (_, answer) in enumerate(c.turns[-1] for c in talk.columns)
+        ]
+        for column, answer in zip(talk.columns, answers):
+            column.turns[-1] = (question, answer)
+        prompt = talk.columns[0].messages(None)[:-1]
+        assert ballot.best(prompt, ["base", "sft", "dpo"], answers, number) == 2
+        talk.agree(number)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 6 == ballot.tally.pairs and ballot.tally.votes == 3
+    assert [(row["vote"]["chosen_model"], row["vote"]["rejected_model"]) for row in rows[2:4]] == [
+        ("sft", "base"),
+        ("sft", "dpo"),
+    ]
+    assert rows[4]["chosen"][:-1] == rows[4]["rejected"][:-1] and len(rows[4]["chosen"]) == 6
+    assert rows[4]["chosen"][1] == rows[0]["chosen"][1]  # the conversation goes on from what was liked
+    base = json.loads((talk_run / "sft" / "stage.json").read_text())["base"]["name_or_path"]
+    run = shutil.copytree(talk_run, tmp_path / "run")
+    small = {"load_in_4bit": "false", "max_steps": 2, "max_prompt_length": 120, "max_length": 240}
+    again = dpo_words(base, run, file, stage="voted", **small)
+    assert run_dpo(load_config("dpo", None, again), say=quiet).step == 2
+    assert json.loads((run / "voted" / "stage.json").read_text())["status"] == "complete"
+
+
+def test_a_vote_makes_no_pair_of_equal_or_empty_answers(tmp_path):
+    ballot = Ballot(tmp_path / "v.jsonl", 0, "runs/a")
+    prompt = [{"role": "user", "content": "Hi"}]
+    assert ballot.best(prompt, ["a", "b", "c"], [said("x"), said("x"), said("")], 0) == 0
+    assert ballot.best(prompt, ["a", "b"], [said(""), said("y")], 0) == 0
+    assert not (tmp_path / "v.jsonl").exists() and ballot.tally.best["a"] == 2
+    assert ballot.best(prompt, ["a", "b"], [said("x", "length"), said("y")], 1) == 1
+    (row,) = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    assert row["vote"]["rejected_finish"] == "length" and row["chosen"][-1]["content"] == "y"
+
+
+def test_the_order_of_answers_hides_whose_they_are(tmp_path):
+    ballot = Ballot(tmp_path / "v.jsonl", 0, "runs/a")
+    orders = [tuple(ballot.order(f"question {n}", 0, 3)) for n in range(300)]
+    assert orders == [tuple(ballot.order(f"question {n}", 0, 3)) for n in range(300)]
+    assert all(30 <= orders.count(order) <= 70 for order in set(orders)) and len(set(orders)) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("v.txt", None, "from a .jsonl file"),
+        ("no/v.jsonl", None, "there is no folder"),
+        ("v.jsonl", "hello\n", "not a JSON object"),
+        ("v.jsonl", "[1]\n", "not a JSON object"),
+        ("v.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "found messages rows"),
+        ("v.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "row 1: chosen equals rejected"),
+        ("v.jsonl", b"\xff\xfe\n", "not a JSON object"),
+    ],
+)
+def test_a_file_of_something_else_is_left_alone(tmp_path, name, content, match):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=match):
+        Ballot(path, 0, "runs/a")
+    assert content is None or path.stat().st_size == len(content)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
+def test_the_likeliest_tokens_are_those_of_a_whole_sort(flat, top_p):
+    draw = torch.Generator().manual_seed(0)
+    for size in (5, 256, 2000):
+        logits = torch.randn(size, generator=draw, dtype=torch.float64) * (0.01 if flat else 4)
+        logits[: size // 2] = logits[: size // 2].round()  # many are equal
+        probabilities = logits.softmax(-1)
+        ranked, order = probabilities.sort(descending=True, stable=True)
+        expected = order[ranked.cumsum(-1) - ranked < top_p]
+        assert _nucleus(probabilities, top_p).tolist() == expected.tolist()
+
+
+def test_the_bench_measures_equal_work(talk_run):
+    from bench.chat import measure
+
+    found = measure(str(talk_run), None, tokens=6, repeats=1, turns=2)
+    assert set(found["tokens_per_second"]) == {"generate", "stream", "compare", "one by one"}
+    assert all(speed > 0 for speed in found["tokens_per_second"].values())
+    assert found["first_token"][0]["reused"] == 0 and found["first_token"][1]["reused"] > 20
+    assert found["models"] == ["base", "sft", "dpo"] and found["load_in_4bit"] is False

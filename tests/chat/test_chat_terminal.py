@@ -1,0 +1,309 @@
+"""`zephyr-lite chat` as it is used: in a terminal (a real one for what only a terminal does), through a pipe, with a file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import select
+import struct
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import zephyr_lite
+from tests.conftest import make_model
+from zephyr_lite.chat import Chat, load_chat
+from zephyr_lite.chat.session import Answer, Session
+from zephyr_lite.cli import app as cli
+from zephyr_lite.cli import talk, talk_loop
+from zephyr_lite.cli.console import Console, visible
+from zephyr_lite.cli.talk_screen import Screen
+
+SHORT = ["--max-new-tokens", "8", "--temperature", "0"]
+
+
+@pytest.fixture
+def typed(monkeypatch, talk_run, capsys):
+    """A function: run a session in which these lines are typed; an exception is raised in the place of a line."""
+    monkeypatch.setattr(talk, "in_terminal", lambda: True)
+    loaded = load_chat(talk_run).live
+    monkeypatch.setattr("zephyr_lite.model.loaded.open_live", lambda *a, **k: loaded)
+
+    def run(*lines, options=()):
+        given = iter([*lines, EOFError()])
+
+        def line(prompt):
+            found = next(given)
+            if isinstance(found, BaseException):
+                raise found
+            return found
+
+        monkeypatch.setattr(talk_loop, "_line", line)
+        code = cli.run(["chat", str(talk_run), *SHORT, *options])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_a_session_and_its_commands(typed, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    code, out, err = typed(
+        "/help", "Who are you?", '"""Name', 'three rivers."""', "/undo", "/temperature 0.5", "/temperature", "/top-p 2",
+        "/temperature hot", "/seed 1.5", "/max-new-tokens 5", "/system Be kind.", "/system </s>", "/settings", "/model",
+        "/model sft", "/retry", f"/save {file}", f"/save {file}", "/save", "/nonsense", "/undo 3", "end</s>", "/history",
+        "/reset", "/undo", "/history", "",
+    )  # fmt: skip
+    assert code == 0, err
+    for text in (
+        "/system TEXT", "taken back: 'Name\\nthree rivers.'", "temperature 0.5", "max-new-tokens 5", "system: Be kind.",
+        "base, sft, dpo (this one)", "base, sft (this one), dpo", f"saved as row 1 of {file}", "> Who are you?",
+        "a new conversation", "nothing was said yet",
+    ):  # fmt: skip
+        assert text in out, text
+    for text in (
+        "top-p 2.0: is not above 0", "/temperature hot: is no number", "/seed 1.5: is no number", "control token </s>",
+        f"this conversation is in {file} already", "/save: where to?", "no command /nonsense", "/undo takes nothing",
+        "nothing to take back",
+    ):  # fmt: skip
+        assert text in err, text
+    (row,) = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant"] and row["model"] == "sft"
+
+
+def test_ctrl_c_at_the_prompt(typed):
+    interrupt = KeyboardInterrupt()
+    assert typed(interrupt, "Hi", interrupt)[0] == 0
+    code, out, err = typed("Hi", interrupt, interrupt, "never asked")
+    assert code == 130 and "Ctrl-C once more" in out and err.strip() == "interrupted"
+
+
+def test_what_goes_wrong_in_a_session_does_not_end_it(typed, monkeypatch, tmp_path):
+    def full(path, rows):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(talk_loop, "append_rows", full)
+    code, out, err = typed("Hi", f"/save {tmp_path / 'a.jsonl'}", "/model", "word " * 300)
+    assert code == 0 and "the disk is full" in err and "dpo (this one)" in out and "the model's context is 256" in err
+
+
+def test_a_vote_hides_whose_answer_is_whose(typed, tmp_path, monkeypatch):
+    """The answers are made to name their models, so that what is shown can be told apart."""
+    ask = Session.ask
+
+    def named(self, question, *rest):
+        ask(self, question, *rest)
+        for column in self.columns:
+            text = "Same." if question == "All?" else f"[I am {column.model}]"
+            column.turns[-1] = (question, Answer(text, "stop", 2, 1.0))
+        return [column.turns[-1][1] for column in self.columns]
+
+    monkeypatch.setattr(Session, "ask", named)
+    file = tmp_path / "votes.jsonl"
+    code, out, err = typed(
+        "Who?", "4", "x", "1", "And?", "t", "Hm?", "s", "/retry", "2", "All?", "/history", "Last?", EOFError(),
+        options=["--compare", "--vote", str(file)],
+    )  # fmt: skip
+    assert code == 0, err
+    body, _, end = out.partition("liked best")
+    shown = [re.findall(r"\[I am (\w+)\]", part) for part in body.split("Answer 1")[1:]]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["vote"]["chosen_model"] for row in rows] == [shown[0][0]] * 2 + [shown[3][1]] * 2
+    assert {tuple(row["vote"].values())[1] for row in rows[:2]} == {"base", "sft", "dpo"} - {shown[0][0]}
+    assert all(row["chosen"][-1]["content"] == f"[I am {row['vote']['chosen_model']}]" for row in rows)
+    assert "'x' is none of these" in body and "the answers are all the same" in body
+    assert not re.search(r"\b(base|sft|dpo)\b", re.sub(r"\[I am \w+\]|/dpo: answers", "", body))
+    assert "3 votes, 2 skipped; 4 pairs added" in end and "(ties)" in end
+    assert re.search(r"Next: zephyr-lite dpo dataset.path=\S+votes.jsonl output_dir=\S+ stage=voted\n", end)
+    again = typed(options=["--compare", "--vote", str(file)])
+    assert again[0] == 0 and "0 votes; 0 pairs added" in again[1] and len(file.read_text().splitlines()) == 4
+
+
+def test_a_vote_that_cannot_be_written_leaves_no_trace(typed, tmp_path, monkeypatch):
+    def full(path, rows):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("zephyr_lite.chat.vote.append_rows", full)
+    options = ["--compare", "--vote", str(tmp_path / "v.jsonl")]
+    code, out, err = typed("Tell me a joke.", "1", "/undo", options=options)
+    assert code == 0 and "the disk is full" in err and "nothing to take back" in err and "0 votes; 0 pairs" in out
+
+
+def test_what_a_vote_saves_is_one_answer_a_turn(typed, tmp_path, monkeypatch):
+    def cut(self, question, *rest):
+        for column in self.columns:
+            column.turns.append((question, Answer(f"I am {column.model}", "length", 2, 1.0)))
+        return [column.turns[-1][1] for column in self.columns]
+
+    monkeypatch.setattr(Session, "ask", cut)
+    file = tmp_path / "mine.jsonl"
+    options = ["--compare", "--vote", str(tmp_path / "v.jsonl")]
+    out = typed("/system Be kind.", "/system ''", "Hi", "1", f"/save {file}", options=options)[1]
+    assert "saved as row 1 of" in out and "note: 1 of the answers did not come to their end" in out
+    (row,) = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]  # '' is no system turn, as with --system
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--vote", "v.jsonl"], "--vote needs answers"),
+        (["--model", "sft", "--model", "dpo"], "more than once"),
+        (["--model", "sft", "--model", "sft", "--compare"], "the same model twice"),
+        (["--model", "rlhf"], "no model 'rlhf'"),
+        (["--compare", "--model", "sft"], "is one model, sft"),
+        (["--prompts", "p.txt"], "go together"),
+        (["--out", "p.jsonl"], "go together"),
+        (["--compare", "--vote", "v.txt"], ".jsonl file"),
+        (["--top-p", "0"], "top-p 0.0"),
+        (["--system", "<s>"], "control token"),
+    ],
+)
+def test_options_that_do_not_go_together(typed, options, said):
+    code, _, err = typed(options=options)
+    assert code == 2 and said in err
+
+
+def test_a_prompt_on_stdin_is_answered_on_stdout(talk_run, monkeypatch, capsys):
+    loaded = load_chat(talk_run).live
+    monkeypatch.setattr("zephyr_lite.model.loaded.open_live", lambda *a, **k: loaded)
+
+    def piped(given, *options):
+        stdin = None if given is None else io.TextIOWrapper(io.BytesIO(given))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code = cli.run(["chat", str(talk_run), *SHORT, *options])
+        return code, *capsys.readouterr()
+
+    expected = {
+        name: visible(Chat(loaded).ask(["Who\nare you?"], max_new_tokens=8, adapters=names)[0])
+        for name, names in loaded.models.items()
+    }
+    code, out, err = piped(b"Who\nare you?\n")
+    assert code == 0 and out == expected["dpo"] + "\n" and "cut at 8 tokens" in err
+    code, out, err = piped(b"Who\nare you?", "--compare")
+    assert out == "".join(f"## {name}\n\n{text}\n\n" for name, text in expected.items())
+    assert [piped(given)[0] for given in (b"", b" \n", b"\xff\xfe", None)] == [2] * 4
+    assert piped(b"Hi", "--compare", "--vote", "v.jsonl")[0] == 2
+    code, out, err = piped(b"word " * 300)
+    assert code == 2 and out == "" and "the model's context is 256" in err
+
+
+def test_a_file_of_prompts_is_answered_in_batches(talk_run, monkeypatch, capsys, tmp_path):
+    loaded = load_chat(talk_run).live
+    monkeypatch.setattr("zephyr_lite.model.loaded.open_live", lambda *a, **k: loaded)
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    asked = ["Who are you?", "end</s>", "Hi", "word " * 300, "Name three rivers."]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
+    given = ["chat", str(talk_run), *SHORT, "--prompts", str(prompts), "--out", str(out), "--batch-size", "2"]
+    assert cli.run([*given, "--compare"]) == 0
+    said = capsys.readouterr().out
+    assert "prompt 2 ('end</s>') is left out" in said and "prompt 4" in said and "2 prompts were left out" in said
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["prompt_number"], row["model"]) for row in rows[:4]] == [
+        (1, "base"),
+        (3, "base"),
+        (1, "sft"),
+        (3, "sft"),
+    ]
+    assert len(rows) == 9
+    for row in rows:
+        text = Chat(loaded).ask([row["messages"][:-1]], max_new_tokens=8, adapters=loaded.models[row["model"]])
+        assert text == [row["messages"][-1]["content"]]
+    assert cli.run(given) == 2 and "is there already" in capsys.readouterr().err
+    prompts.write_text(json.dumps({"prompt": "</s>"}))
+    assert cli.run([*given[:-4], "--out", str(tmp_path / "x.jsonl")]) == 2 and not (tmp_path / "x.jsonl").exists()
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_answers_stand_beside_each_other_where_there_is_room(width):
+    console = Console(out=io.StringIO())
+    console.out.width = width
+    texts = ["one two three " * 9, "\x1b[2Jcleared\tTab", ""]
+    Screen(console).result(["base", "sft", "dpo"], texts, ["", "", "stopped"])
+    lines = console.out.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and "\x1b" not in console.out.file.getvalue()
+    assert any("base" in line and "dpo" in line for line in lines) == (width == 160)
+    text = "".join(re.sub(r"[│┃]", " ", line) for line in lines)
+    assert text.count("three") == 9 and "\\x1b[2Jcleared    Tab" in text and "(stopped)" in text
+
+
+# A real terminal
+
+# what the terminal itself writes behind a question, and then something that is said
+SAID = r"(\s|\x1b\[[?0-9;]*[a-z])*[^\x1b\s]"
+KEYS = {"INT": b"\x03", "EOF": b"\x04"}
+
+
+class Terminal:
+    """The command in a pseudo-terminal."""
+
+    def __init__(self, arguments, cwd):
+        pty = pytest.importorskip("pty")
+        import fcntl
+        import termios
+
+        self.seen = b""
+        self.pid, self.handle = pty.fork()
+        if self.pid == 0:
+            os.chdir(cwd)
+            root = str(Path(zephyr_lite.__file__).parent.parent)
+            os.environ.update(TERM="xterm", PYTHONPATH=root)
+            del os.environ["COLUMNS"], os.environ["LINES"]  # the terminal's own size
+            os.execv(sys.executable, [sys.executable, "-m", "zephyr_lite", *arguments])
+        fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 160, 0, 0))
+
+    def until(self, pattern, seconds=90.0):
+        end = time.monotonic() + seconds
+        while not re.search(pattern, self.seen.decode("utf-8", "replace")):
+            assert time.monotonic() < end, (pattern, self.seen)
+            if select.select([self.handle], [], [], 0.2)[0]:
+                self.seen += os.read(self.handle, 65536)
+        found, self.seen = self.seen.decode("utf-8", "replace"), b""
+        return found
+
+    def type(self, keys):
+        os.write(self.handle, keys if isinstance(keys, bytes) else keys.encode())
+
+    def code(self):
+        try:
+            while os.read(self.handle, 65536):
+                pass
+        except OSError:
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_session_in_a_real_terminal(tmp_path):
+    """A model that never ends its answers, and whose context is long."""
+    from tests.conftest import make_tokenizer
+
+    model = make_model(max_position_embeddings=100_000)
+    model.lm_head.weight.data[[0, 1, 2]] = 0.0
+    model.save_pretrained(tmp_path / "m")
+    tokenizer = make_tokenizer(tmp_path / "m")
+    from zephyr_lite.data.chat_template import resolve_template
+
+    resolve_template("zephyr", tokenizer)
+    tokenizer.save_pretrained(tmp_path / "m")
+    terminal = Terminal(["chat", "m", "--max-new-tokens", "90000"], tmp_path)
+    terminal.until("> $")
+    terminal.type("Name three rivers.\r")
+    terminal.until(r"rivers\." + SAID)
+    terminal.type(KEYS["INT"])
+    assert "^C" not in terminal.until(r"stopped after \d+ tokens[\s\S]*> $")
+    terminal.type("/save a.jsonl\r")
+    terminal.until("training would learn to end there[\\s\\S]*> $")
+    terminal.type("\x1b[200~one line\nand another\x1b[201~\r")  # as a terminal pastes
+    terminal.until("another" + SAID)
+    terminal.type(KEYS["INT"])
+    terminal.until(r"stopped after \d+ tokens[\s\S]*> $")
+    terminal.type("/save a.jsonl\r")
+    terminal.until("row 2 of a.jsonl[\\s\\S]*> $")
+    terminal.type(KEYS["EOF"])
+    assert terminal.code() == 0
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [turn["content"] for turn in rows[1]["messages"]][0::2] == ["Name three rivers.", "one line\nand another"]

@@ -1,0 +1,316 @@
+"""The commands from outside: exit codes, what is said, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from zephyr_lite.cli.console import Console, duration, metrics_line
+from zephyr_lite.errors import UserError
+from zephyr_lite.memory import needs
+from zephyr_lite.memory.needs import needs_lines
+
+ROOT = Path(__file__).parents[2]
+
+
+# -- help, version, usage ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], ["sft"], ["dpo"], ["merge"], ["demo"], ["env"]])
+def test_help(invoke, command):
+    code, out, _ = invoke(*command, "--help")
+    assert code == 0 and "Usage: zephyr-lite" in out
+
+
+def test_help_imports_nothing_heavy_and_the_module_runs():
+    heavy = "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    code = f"import sys, zephyr_lite.cli.app as c; c.run(['sft', '--help']); {heavy}"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert out.strip().endswith("[]")
+    module = [sys.executable, "-m", "zephyr_lite", "--version"]
+    assert subprocess.run(module, capture_output=True, text=True, cwd=ROOT, check=True).stdout.startswith(
+        "zephyr-lite 0."
+    )
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unexpected_error_is_ours(invoke, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("[bold]a [/wrong] thing")
+
+    monkeypatch.setattr("zephyr_lite.cli.environment.survey", broken)
+    code, out, err = invoke("env")
+    assert code == 1 and "[bold]a [/wrong] thing" in err and "our fault" in err and "--verbose" in err
+    assert "Traceback" not in out + err
+    code, _, err = invoke("env", "--verbose")
+    assert code == 1 and "Traceback" in err
+
+
+def test_user_errors_show_their_traceback_on_request_only(invoke):
+    code, _, err = invoke("sft", "nonsense=1", "--verbose")
+    assert code == 2 and "Traceback" in err and "no key 'nonsense'" in err
+
+
+def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zephyr_lite.cli.environment.survey", interrupted)
+    assert invoke("env")[::2] == (130, "interrupted\n")
+    monkeypatch.setattr("zephyr_lite.cli.app._train", lambda *_, **__: interrupted())
+    code, _, err = invoke("sft")
+    assert code == 130 and "goes on from the last checkpoint" in err
+
+
+def test_a_full_card_and_a_full_disk_are_said(invoke, monkeypatch):
+    def full():
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("zephyr_lite.cli.environment.survey", full)
+    code, _, err = invoke("env")
+    assert code == 2 and "max_length" in err
+
+    def no_space():
+        raise OSError(28, "No space left on device", "runs/x")
+
+    monkeypatch.setattr("zephyr_lite.cli.environment.survey", no_space)
+    code, _, err = invoke("env")
+    assert code == 2 and "runs/x" in err
+
+
+# -- what goes well ----------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_shows_the_plan_a_row_and_a_step_and_leaves_nothing(invoke, sft_words, dpo_words, tmp_path):
+    code, out, err = invoke(*sft_words, "--dry-run")
+    assert code == 0, err
+    for text in ("lora_r: 4", "tokens at once", "⟦", "</s>⟧", "first step: loss", "nothing was written"):
+        assert text in out
+    code, out, err = invoke(*dpo_words, "adapters=none", "precompute_ref_log_probs=true", "--dry-run")
+    assert code == 0, err
+    assert "first step: loss 0.6931" in out and "prompt and rejected:" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_beside_a_finished_run_changes_nothing(invoke, dpo_words, runs):
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*")}
+    words = [w for w in dpo_words if not w.startswith("model_name")]
+    assert invoke(*words, "stage=again", "--dry-run")[0] == 0
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*")} == before
+
+
+def test_a_finished_stage_says_what_comes_next(invoke, sft_words, runs):
+    code, out, _ = invoke(*sft_words, "output_dir=runs/t", "max_steps=2", "learning_rate=1e-2")
+    assert code == 0 and "complete already" in out and "zephyr-lite dpo" in out
+
+
+def test_dpo_continues_the_newest_run(invoke, runs, pair_rows):
+    shutil.rmtree(runs / "dpo")
+    code, out, err = invoke(
+        "dpo",
+        f"dataset={pair_rows}",
+        "max_length=128",
+        "max_prompt_length=64",
+        "max_steps=1",
+        "lora_r=4",
+        "samples=0",
+        "batch_size=4",
+    )
+    assert code == 0, err
+    assert "continuing runs/t" in out and "step 1/1  loss 0.6931" in out and "zephyr-lite merge" in out
+    assert (runs / "dpo" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("onto", ["base", "nf4"])
+def test_merge_compares_with_the_live_stack(invoke, runs, tmp_path, onto):
+    code, out, err = invoke("merge", "--out", "model", "--onto", onto)
+    assert code == 0, err
+    assert "runs/t, stage dpo" in out and "merged against live" in out
+    mean = float(out.split("mean |Δ log p| ")[1].split(",")[0])
+    # onto what training saw, only float32 sums in another order remain; the 16-bit base differs by NF4's rounding
+    assert mean < 1e-4 if onto == "nf4" else mean > 1e-3
+    code, _, err = invoke("merge", "--out", "model", "--onto", "nf4" if onto == "base" else "base")
+    assert code == 2 and "--overwrite" in err
+    assert invoke("merge", "--out", "model", "--onto", onto, "--overwrite", "--no-check")[0] == 0
+
+
+def test_the_same_merge_again_makes_what_is_missing(invoke, runs, tmp_path):
+    """As after a kill between the weights and the comparison, between that and the card, and after the end."""
+    words, model = ("merge", "--out", "model", "--rows", "2"), tmp_path / "model"
+    assert invoke(*words)[0] == 0
+    weights = (model / "model.safetensors").stat()
+    mark = json.loads((model / "zephyr_lite.json").read_text())
+    measured = mark.pop("measured")
+    (model / "zephyr_lite.json").write_text(json.dumps(mark))
+    (model / "README.md").unlink()
+    (tmp_path / ".model.01234567").mkdir()
+    (model / ".README.md.01234567").write_text("half a card")
+    code, out, err = invoke(*words)
+    assert code == 0 and "what is missing is the comparison" in out and "merged against live" in out, err
+    assert json.loads((model / "zephyr_lite.json").read_text()) == {**mark, "measured": measured}
+    assert (
+        (model / "README.md").is_file() and not list(model.glob(".*")) and not (tmp_path / ".model.01234567").exists()
+    )
+    (model / "README.md").unlink()
+    code, out, _ = invoke(*words)
+    assert code == 0 and "model is complete already." in out and "model card: model/README.md" in out
+    (model / "README.md").write_text("mine")
+    code, out, _ = invoke(*words)
+    assert code == 0 and "model is complete already." in out and "model card" not in out
+    assert (model / "model.safetensors").stat() == weights and (model / "README.md").read_text() == "mine"
+    (model / "README.md").unlink()
+    code, out, _ = invoke("merge", "--out", "model", "--rows", "3")
+    assert code == 0 and "merged against live" in out and (model / "model.safetensors").stat() == weights
+    for _ in range(2):
+        assert invoke("merge", "--out", "adapter", "--adapter-only")[0] == 0
+
+
+def test_merge_of_explicit_adapters_and_as_one_adapter(invoke, refused, runs, tiny_base, tmp_path):
+    chain = ["--adapter", "runs/t/sft/adapter", "--adapter", "runs/t/dpo/delta", "--base", tiny_base]
+    code, out, err = invoke("merge", "--out", "model", "--onto", "nf4", *chain)
+    assert code == 0 and "merged against live" in out, err
+    code, out, err = invoke("merge", "--out", "adapter", "--adapter-only", "--run", "runs/t")
+    assert code == 0 and (tmp_path / "adapter" / "adapter_config.json").is_file(), err
+    refused("merge", "--out", "x", "--run", "runs/t", *chain, says=("--run",))
+    assert invoke("merge", "--out", "y", "--base", tiny_base, "--no-check", "--no-card")[0] == 0  # of the run, moved
+    refused("merge", "--out", "x", "--base", "nowhere", says=("nowhere", "--base FOLDER"))
+    refused("merge", "--out", "x", "--run", "runs/none", says=("runs/none", "no such run"))
+
+
+def test_the_survey_never_fails_and_never_shows_the_token(invoke, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    code, out, _ = invoke("env")
+    assert code == 0
+    for name in ("system:", "packages:", "GPU:", "attention:", "hub token:", "disk:", "demo:"):
+        assert name in out
+    assert "secret" not in out and "there is one" in out
+
+
+def test_the_demo_says_what_it_found(invoke, monkeypatch):
+    from types import SimpleNamespace
+
+    from zephyr_lite.demo import run
+
+    standing = SimpleNamespace(loss=1.5, preference_accuracy=0.5, dodging=0.25, answers=["[one]", "word " * 40, "end"])
+    standings = {"base": standing, "SFT": standing, "DPO": standing}
+    result = SimpleNamespace(standings=standings, reward_accuracy=0.8, seconds={"sft": 61.0})
+    monkeypatch.setattr(run, "run_demo", lambda out, **options: result)
+    code, out, err = invoke("demo")
+    assert code == 0, err
+    # no column is cut off, however long the answers
+    for text, count in (("[one]", 3), ("1.500", 3), ("25%", 3), ("word", 120), ("0.80", 1)):
+        assert out.count(text) == count
+    assert max(len(line) for line in out.splitlines()) <= 120
+
+
+def test_what_the_recipe_will_take_is_said_first(invoke, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    code, out, err = invoke("sft", "--config", "zephyr-7b/overnight-sft")
+    assert code == 2 and "mistralai/Mistral-7B-v0.1" in err  # offline here
+    for text in (
+        "download: mistralai/Mistral-7B-v0.1 14.5 GB",
+        "disk:",
+        "memory: about",
+        "3060 ",
+        "4090 ",
+        "estimates",
+    ):
+        assert text in out
+
+
+@pytest.mark.parametrize("words", [["model_name_or_path=no such place"], ["dataset=some/rows"], ["load_in_4bit=false"]])
+def test_what_is_not_known_is_no_error(words):
+    from zephyr_lite.config.load import load_config
+
+    assert needs_lines("sft", load_config("sft", None, words).config)
+
+
+def test_free_disk_is_that_of_the_place_that_is_written_to(tmp_path, monkeypatch):
+    from zephyr_lite.config.load import load_config
+
+    monkeypatch.setenv("ZEPHYR_LITE_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "other disk" / "runs"
+
+    class Disk:
+        def __init__(self, place):
+            self.number = 2 if "other disk" in str(place) else 1
+
+        def stat(self):
+            return SimpleNamespace(st_dev=self.number)
+
+    monkeypatch.setattr(needs, "_existing", Disk)
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda disk: SimpleNamespace(free=disk.number * 100 * 10**6))
+    disk = [
+        line for line in needs_lines("sft", load_config("sft", None, [f"output_dir={run}"]).config) if "disk:" in line
+    ]
+    assert len(disk) == 2 and all("NOT ENOUGH" in line for line in disk)
+    assert f"0 GB are free for {run}" in next(line for line in disk if "checkpoints" in line)
+    assert str(tmp_path / "cache") in next(line for line in disk if "quantized base" in line)
+    (run / "sft").mkdir(parents=True)  # a run that goes on has its checkpoints
+    disk = [
+        line for line in needs_lines("sft", load_config("sft", None, [f"output_dir={run}"]).config) if "disk:" in line
+    ]
+    assert "NOT ENOUGH" not in next(line for line in disk if "checkpoints" in line)
+
+
+# -- the console -------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_plain_and_whole_in_a_pipe(capsys):
+    console = Console()
+    long = "[red]" + "word " * 60 + "[/]"
+    console.say(long)
+    console.user_error(UserError(f"{long}: no", "do this"))
+    captured = capsys.readouterr()
+    assert captured.out == long + "\n"
+    assert captured.err == f"error: {long}: no\ndo this\n"
+
+
+def test_a_row_marks_what_is_supervised(capsys):
+    Console().row("file row 1:", [("<|user|>\nq[/x]", False), ("answer</s>", True)])
+    assert "<|user|>\nq[/x]⟦answer</s>⟧" in capsys.readouterr().out
+
+
+def test_progress_lines():
+    sft = {"loss": 1.23456, "learning_rate": 2e-4, "tokens_per_second": 1234.5, "seconds": 2.0}
+    assert metrics_line(7, 480, sft, 946) == "step   7/480  loss 1.2346  lr 2.00e-04  1,234 tokens/s  16 min left"
+    dpo = {"loss": 0.5, "rewards/accuracies": 0.75, "rewards/margins": 0.2, "pairs_per_second": 1.5}
+    assert metrics_line(1, 2, dpo) == "step 1/2  loss 0.5000  accuracy 0.750  margin 0.2000  1.50 pairs/s"
+    evaluation = {"eval_loss": 0.4, "eval_rewards/accuracies": 0.7}
+    assert metrics_line(2, 2, evaluation) == "step 2/2  held-out  loss 0.4000  accuracy 0.700"
+    assert [duration(s) for s in (3, 600, 4800, 40000, 300000)] == ["3 s", "10 min", "80 min", "11 h", "3.5 days"]
+
+
+# -- what a newcomer tripped over ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial"])
+def test_a_run_of_one_step_learns(invoke, sft_words, tmp_path, schedule):
+    assert invoke(*sft_words, "output_dir=runs/t", "max_steps=1", f"lr_scheduler_type={schedule}")[0] == 0
+    line = json.loads((tmp_path / "runs/t/sft/metrics.jsonl").read_text().splitlines()[0])
+    assert line["learning_rate"] > 0
+
+
+def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii(tiny_base, chat_rows):
+    """``zephyr-lite … | head -1`` ends quietly; a letter that the terminal has not is no fault."""
+    words = ["data", "show", "sft", "--table", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zephyr_lite", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait() == 141 and said == "", said

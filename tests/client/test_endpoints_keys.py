@@ -1,0 +1,238 @@
+"""Keys come from the environment, go into one header, and appear nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import io
+import json
+import logging
+import pickle
+import traceback
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.traceback import Traceback
+
+from tests.chat_server import Act, ChatServer, answer_json, disconnect, error, hang, not_json, ok
+from tests.client.test_endpoints import ask_all, one, request, run, spec
+from zephyr_lite.client.desk import open_desk
+from zephyr_lite.client.keys import Key, read_key
+from zephyr_lite.client.types import EndpointSpec, Reply, Request, RequestFailed, endpoint_spec
+from zephyr_lite.errors import UserError
+
+KEY = "sk-proj-Ab3dEf6hIj9kLm2nOp5qRs8tUv1wXy4z"
+PIECE = 8  # letters of it that may not appear in a row
+
+
+@pytest.fixture(autouse=True)
+def key_in_the_environment(monkeypatch):
+    monkeypatch.setenv("ZL_TEST_KEY", f" {KEY}\n")  # as `export KEY="$(cat file)"` may leave it
+
+
+def leaks(text: str) -> bool:
+    return any(KEY[i : i + PIECE] in text for i in range(len(KEY) - PIECE + 1))
+
+
+def shown(error: BaseException) -> str:
+    """Everything that a traceback with all variables shows, ours and rich's."""
+    plain = traceback.TracebackException.from_exception(error, capture_locals=True)
+    out = io.StringIO()
+    rich = Traceback.from_exception(
+        type(error), error, error.__traceback__, show_locals=True, locals_max_length=1000, locals_max_string=100_000
+    )
+    Console(file=out, width=400).print(rich)
+    return "".join(plain.format()) + out.getvalue() + repr(error) + str(error)
+
+
+def test_the_key_is_sent_in_its_header(tmp_path):
+    with ChatServer() as server:
+        one(server, tmp_path, api_key_env="ZL_TEST_KEY")
+    assert server.seen[0].headers["authorization"] == f"Bearer {KEY}"
+    assert not leaks(json.dumps(server.seen[0].body) + server.seen[0].path)
+
+
+ECHOES = {
+    "refused": lambda: error(401, f"Incorrect API key provided: {KEY}. See the manual."),
+    "shortened": lambda: error(401, f"Incorrect API key provided: {KEY[:12]}. See the manual."),
+    "masked": lambda: error(401, f"Incorrect API key provided: {KEY[:7]}**********{KEY[-4:]}. See the manual."),
+    "quoted": lambda: error(400, f"header 'Bearer {KEY}' and again {KEY}"),
+    "html": lambda: Act(500, f"<html>{KEY}</html>".encode()),
+    "long": lambda: error(500, "x" * 280 + KEY),
+    "not JSON": lambda: Act(body=f'{{"key": "{KEY}'.encode()),
+    "no answer": lambda: answer_json({"echo": {"authorization": f"Bearer {KEY}"}}),
+    "redirect": lambda: Act(302, headers={"Location": f"http://localhost:1/?key={KEY}"}),
+    "hang": hang,
+    "disconnect": disconnect,
+    "torn": not_json,
+    "reply": lambda: ok(f"Your key is {KEY}, is it not?"),
+}
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+def test_a_key_that_the_server_echoes_reaches_no_log_no_file_and_no_error(tmp_path, caplog, capfd, echo):
+    caplog.set_level(logging.DEBUG)
+    for name in ("httpx2", "httpcore2", "asyncio"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    with ChatServer(lambda seen: ECHOES[echo]()) as server:
+        endpoint = spec(server, api_key_env="ZL_TEST_KEY", timeout=0.2, retries=1)
+        (reply,), totals = run([endpoint], tmp_path, lambda d: ask_all(d, ["hello"]))
+    assert KEY in server.seen[0].headers["authorization"]  # otherwise nothing could leak
+    if echo == "reply":
+        assert isinstance(reply, Reply) and reply.text == "Your key is [key], is it not?"
+    else:
+        assert isinstance(reply, RequestFailed | UserError), reply
+        assert not leaks(shown(reply))
+    files = [path for path in Path(tmp_path).rglob("*") if path.is_file()]
+    assert files and not any(leaks(path.read_text()) for path in files)
+    assert not leaks(caplog.text) and not leaks("".join(capfd.readouterr()))
+    assert not leaks(repr(totals) + json.dumps(totals.as_dict()))
+
+
+def test_what_is_left_of_a_complaint_is_still_of_use(tmp_path):
+    with ChatServer(lambda seen: ECHOES["masked"]()) as server:
+        (reply,), _ = run([spec(server, api_key_env="ZL_TEST_KEY")], tmp_path, lambda d: ask_all(d, ["hello"]))
+    assert "Incorrect API key provided: [key] See the manual." in reply.message
+    assert "ZL_TEST_KEY" in reply.hint
+
+
+def test_a_redirect_does_not_carry_the_key_to_another_place(tmp_path):
+    with ChatServer() as other, ChatServer(lambda seen: Act(307, headers={"Location": f"{other.url}/x"})) as server:
+        (reply,), _ = run([spec(server, api_key_env="ZL_TEST_KEY")], tmp_path, lambda d: ask_all(d, ["hello"]))
+    assert isinstance(reply, UserError) and f"redirects to {other.url}/x" in reply.message
+    assert other.seen == []
+
+
+def test_each_server_gets_its_own_key_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZL_OTHER_KEY", "another-key-123456")
+    with ChatServer() as a, ChatServer() as b, ChatServer() as c:
+        specs = [
+            spec(a, name="a", api_key_env="ZL_TEST_KEY"),
+            spec(b, name="b", api_key_env="ZL_OTHER_KEY"),
+            spec(c, name="c"),
+        ]
+
+        async def work(desk):
+            for name in "abc":
+                await desk.ask(Request("k", name, ({"role": "user", "content": "x"},)))
+
+        run(specs, tmp_path, work)
+    sent = [server.seen[0].headers.get("authorization") for server in (a, b, c)]
+    assert sent == [f"Bearer {KEY}", "Bearer another-key-123456", None]
+
+
+def test_a_job_that_is_stopped_shows_no_key_in_its_traceback(tmp_path):
+    """Stopped in the middle of a request, where the frames below hold the headers."""
+
+    async def main(url: str) -> BaseException:
+        endpoint = EndpointSpec(url=url, model="m", api_key_env="ZL_TEST_KEY")
+        found: list[BaseException] = []
+        async with open_desk([endpoint], tmp_path, grace=0.1) as desk:
+            line = desk._lines["m"].endpoint
+            task = asyncio.create_task(desk.ask(request("hello")))
+            await asyncio.sleep(0.2)
+            (inner,) = desk._tasks.values()
+            inner.cancel()
+            for waiting in (inner, task):
+                try:
+                    await waiting
+                except asyncio.CancelledError as error:
+                    found.append(error)
+            assert not leaks(repr(vars(line)) + repr(desk) + repr(vars(desk)))
+        assert len(found) == 2
+        return found[0]
+
+    with ChatServer(lambda seen: hang()) as server:
+        stopped = asyncio.run(main(server.url))
+    assert len(server.seen) == 1 and not leaks(shown(stopped))
+
+
+def test_a_fault_of_ours_below_the_client_shows_no_key(tmp_path, monkeypatch):
+    from zephyr_lite.client import client
+
+    def broken(self: Any, *args: Any) -> Any:
+        raise RuntimeError("a fault of ours")
+
+    with ChatServer() as server:
+        monkeypatch.setattr(client.httpx2.Response, "aiter_bytes", broken)
+        (reply,), _ = run([spec(server, api_key_env="ZL_TEST_KEY")], tmp_path, lambda d: ask_all(d, ["hello"]))
+    assert isinstance(reply, RuntimeError) and not leaks(shown(reply))
+
+
+def test_a_key_shows_itself_to_nobody():
+    key = Key(KEY)
+    assert not leaks(f"{key} {key!r} {vars(Key)} {dir(key)} {[key]}")
+    for write in (pickle.dumps, copy.deepcopy, json.dumps):
+        with pytest.raises(TypeError):
+            write(key)
+
+
+def test_short_words_that_stand_for_a_key_do_not_change_replies(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZL_TEST_KEY", "ollama")
+    with ChatServer(lambda seen: ok("ollama runs models")) as server:
+        assert one(server, tmp_path, api_key_env="ZL_TEST_KEY")[0].text == "ollama runs models"
+
+
+@pytest.mark.parametrize("value", ["", "  \n", None])
+def test_a_key_that_is_not_set(monkeypatch, value):
+    monkeypatch.delenv("ZL_TEST_KEY")
+    if value is not None:
+        monkeypatch.setenv("ZL_TEST_KEY", value)
+    with pytest.raises(UserError, match="ZL_TEST_KEY is not set"):
+        read_key(EndpointSpec(url="http://x/v1", model="m", api_key_env="ZL_TEST_KEY"))
+
+
+@pytest.mark.parametrize("value", [f"{KEY} {KEY}", f"{KEY}\r\nX: y", f"{KEY}ä"])
+def test_a_key_that_is_none_is_refused_and_not_shown(monkeypatch, value):
+    monkeypatch.setenv("ZL_TEST_KEY", value)
+    with pytest.raises(UserError, match="ZL_TEST_KEY holds") as info:
+        read_key(EndpointSpec(url="http://x/v1", model="m", api_key_env="ZL_TEST_KEY"))
+    assert not leaks(
+        shown(info.value.with_traceback(info.value.__traceback__.tb_next))
+    )  # without this test's own frame
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"url": "http://x/v1", "model": "m", "api_key_env": KEY},
+        {"url": "http://x/v1", "model": "m", "api_key": KEY},
+        {"url": f"http://user:{KEY}@x/v1", "model": "m"},
+        {"url": f"http://{KEY}@x/v1", "model": "m"},
+        {"url": f"http://x/v1?key={KEY}", "model": "m"},
+        {"url": "http://x/v1", "model": "m", "temperature": KEY},
+        {"url": "http://x/v1", "model": "m", "api_key_env": [KEY]},
+    ],
+)
+def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(settings):
+    with pytest.raises(UserError) as info:
+        endpoint_spec(settings)
+    assert not leaks(str(info.value))
+    with pytest.raises(ValueError) as info:
+        EndpointSpec(**settings)
+    assert not leaks(str(info.value))
+
+
+def test_a_key_that_looks_like_a_name_of_a_variable_is_not_repeated():
+    key = KEY.replace("-", "_")
+    with pytest.raises(UserError) as info:
+        read_key(EndpointSpec(url="http://x/v1", model="m", api_key_env=key))
+    assert key not in str(info.value) and "not the key" in info.value.hint
+
+
+def test_a_key_in_other_letters_is_redacted():
+    key = Key(KEY)
+    for text in (json.dumps(KEY), urllib.parse.quote(KEY), f"x{KEY}y{KEY}", KEY[3:], KEY[:-3], KEY[5:20]):
+        assert not leaks(key.redact_error(text)), text
+    assert key.redact_error("nothing here") == "nothing here"
+
+
+def test_a_key_within_json_or_a_url_is_redacted():
+    value = 'sk-ab/cd+ef"gh\\ij=kl'
+    key = Key(value)
+    for form in (value, json.dumps(value)[1:-1], urllib.parse.quote(value), urllib.parse.quote(value, safe="")):
+        assert key.redact(f"it is {form}.") == "it is [key]."
+        assert key.redact_error(f"it is {form}.") == "it is [key]."

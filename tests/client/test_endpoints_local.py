@@ -1,0 +1,295 @@
+"""A local folder as an endpoint: batches, seeds of their own, and the same journal and budget."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.client.test_endpoints import ask_all, records, run
+from zephyr_lite import chat as chat_module
+from zephyr_lite.chat import Chat, load_chat
+from zephyr_lite.client.desk import open_desk
+from zephyr_lite.client.types import BudgetSpent, EndpointSpec, Reply, Request, RequestFailed
+from zephyr_lite.errors import UserError
+from zephyr_lite.model.sampling import RowLimits, RowSampler, Sampling
+
+QUESTIONS = [
+    "Name three rivers.",
+    "Who are you?",
+    "Tell me a joke about a fox and a dog.",
+    "What is two plus two?",
+    "Hi",
+]
+
+
+def local(path: Path, **settings: Any) -> EndpointSpec:
+    return EndpointSpec(**{"path": str(path), "name": "m", "max_tokens": 12, "concurrency": 8, **settings})
+
+
+def ask(text: str, **settings: Any) -> Request:
+    return Request(f"key/{text}", "m", ({"role": "user", "content": text},), **settings)
+
+
+async def ask_with_seeds(desk: Any) -> list[Any]:
+    asked = [ask(text, seed=place, max_tokens=6 + 3 * place) for place, text in enumerate(QUESTIONS)]
+    return await asyncio.gather(*(desk.ask(request) for request in asked), return_exceptions=True)
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[int]:
+    """The sizes of the batches that are run."""
+    sizes: list[int] = []
+    sample = Chat.sample
+
+    def counted(self: Chat, prompt_ids: Any, rows: Any, **settings: Any) -> Any:
+        sizes.append(len(rows))
+        return sample(self, prompt_ids, rows, **settings)
+
+    monkeypatch.setattr(Chat, "sample", counted)
+    return sizes
+
+
+def test_answers_do_not_depend_on_the_batch_and_are_paid_for_once(tmp_path, tiny_base, batches):
+    together, totals = run([local(tiny_base)], tmp_path / "together", ask_with_seeds)
+    assert all(isinstance(reply, Reply) for reply in together), together
+    assert batches == [5]
+    alone, _ = run([local(tiny_base, concurrency=1)], tmp_path / "alone", ask_with_seeds)
+    assert alone == together and batches[1:] == [1] * 5
+    assert len({reply.text for reply in together}) > 1
+    resumed, totals_after = run([local(tiny_base)], tmp_path / "together", ask_with_seeds)
+    assert resumed == together and len(batches) == 6
+    assert totals_after.requests == totals.requests == 5 and totals_after.from_journal == 5
+
+
+def test_tokens_are_counted_as_they_are(tmp_path, tiny_base):
+    replies, totals = run([local(tiny_base, temperature=0.0)], tmp_path, ask_with_seeds)
+    chat = load_chat(tiny_base)
+    for place, (text, reply) in enumerate(zip(QUESTIONS, replies)):
+        assert reply.prompt_tokens == len(chat.template.prompt_ids([{"role": "user", "content": text}]))
+        assert reply.completion_tokens <= 6 + 3 * place
+        assert reply.text == chat.ask([text], max_new_tokens=6 + 3 * place)[0]  # greedy
+    assert totals.tokens == sum(reply.prompt_tokens + reply.completion_tokens for reply in replies)
+    assert totals.uncounted == 0 and totals.dollars == 0
+
+
+def test_why_an_answer_ended(tiny_base, monkeypatch):
+    """The model says 5, then 6, then its end."""
+    chat = load_chat(tiny_base)
+    end = chat.template.tokenizer.eos_token_id
+
+    def script(self: RowSampler, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        said = (5, 6, end)[min(input_ids.shape[1] - 4, 2)]
+        return torch.full_like(scores, -float("inf")).index_fill_(1, torch.tensor([said]), 0.0)
+
+    monkeypatch.setattr(RowSampler, "__call__", script)
+    drawn = chat.sample([[1, 2, 3, 4], [3, 4]], [Sampling(9), Sampling(9)])
+    assert [(s.finish_reason, s.prompt_tokens, s.completion_tokens) for s in drawn] == [("stop", 4, 3), ("stop", 2, 3)]
+    assert drawn[0].text == chat.template.tokenizer.decode([5, 6]).strip()
+    cut, whole = chat.sample([[1, 2, 3, 4], [3, 4]], [Sampling(2), Sampling(3)])
+    assert (cut.finish_reason, cut.completion_tokens) == ("length", 2)
+    assert (whole.finish_reason, whole.completion_tokens) == ("stop", 3)
+
+
+def test_each_row_ends_at_its_own_length():
+    limits = RowLimits(3, [Sampling(2), Sampling(4)], lambda: False)
+    assert limits(torch.zeros(2, 4, dtype=torch.long), None).tolist() == [False, False]
+    assert limits(torch.zeros(2, 5, dtype=torch.long), None).tolist() == [True, False]
+    assert limits(torch.zeros(2, 7, dtype=torch.long), None).tolist() == [True, True]
+    assert RowLimits(3, [Sampling(2)], lambda: True)(torch.zeros(1, 3, dtype=torch.long), None).tolist() == [True]
+
+
+def test_a_seed_decides_and_another_one_decides_otherwise(tmp_path, tiny_base):
+    async def work(desk):
+        return await asyncio.gather(
+            *(
+                desk.ask(Request(f"k{i}", "m", ({"role": "user", "content": "Hi"},), seed=seed))
+                for i, seed in enumerate((1, 1, 2, 3))
+            )
+        )
+
+    replies, _ = run([local(tiny_base, max_tokens=20)], tmp_path, work)
+    texts = [reply.text for reply in replies]
+    assert texts[0] == texts[1] and len(set(texts)) == 3
+
+
+def test_the_budget_holds_for_local_models_too(tmp_path, tiny_base):
+    replies, totals = run([local(tiny_base)], tmp_path, lambda d: ask_all(d, QUESTIONS), max_requests=3)
+    assert totals.requests == 3 and sum(isinstance(r, BudgetSpent) for r in replies) == 2
+    replies, totals = run([local(tiny_base)], tmp_path / "b", lambda d: ask_all(d, QUESTIONS), max_tokens=300)
+    assert totals.tokens <= 300 and any(isinstance(r, BudgetSpent) for r in replies)
+
+
+def test_weights_that_change_are_asked_anew(tmp_path, tiny_base):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_base, folder)
+    run([local(folder)], tmp_path / "job", lambda d: ask_all(d, QUESTIONS[:2]))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    model.save_pretrained(folder)
+    _, totals = run([local(folder)], tmp_path / "job", lambda d: ask_all(d, QUESTIONS[:2]))
+    assert totals.requests == 4 and totals.from_journal == 0
+
+
+def test_conversations_that_cannot_be_asked_are_gone_past(tmp_path, tiny_base):
+    context = json.loads((tiny_base / "config.json").read_text())["max_position_embeddings"]
+
+    async def work(desk):
+        turns = [
+            ({"role": "user", "content": "Hi"},),
+            ({"role": "user", "content": "</s> Hi"},),
+            ({"role": "user", "content": "fox " * context},),
+        ]
+        asked = (desk.ask(Request(f"k{i}", "m", t)) for i, t in enumerate(turns))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    replies, totals = run([local(tiny_base)], tmp_path, work)
+    assert [type(r) for r in replies] == [Reply, RequestFailed, RequestFailed]
+    assert totals.failures == {"refused by the chat template": 1, "longer than the context": 1}
+    assert totals.lost_tokens == 0
+
+
+def test_an_answer_never_runs_over_the_context(tmp_path, tiny_base):
+    context = json.loads((tiny_base / "config.json").read_text())["max_position_embeddings"]
+    ids = load_chat(tiny_base).template.prompt_ids([{"role": "user", "content": "x" * (context // 2)}])
+    (reply,), _ = run(
+        [local(tiny_base, temperature=5.0, max_tokens=context)], tmp_path, lambda d: ask_all(d, ["x" * (context // 2)])
+    )
+    assert reply.prompt_tokens == len(ids) and reply.prompt_tokens + reply.completion_tokens <= context
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path, tiny_base, batches, monkeypatch):
+    sample = Chat.sample
+    expected, _ = run([local(tiny_base)], tmp_path / "whole", ask_with_seeds)
+    batches.clear()
+
+    def small(self: Chat, prompt_ids: Any, rows: Any, **settings: Any) -> Any:
+        if len(rows) > 1:
+            batches.append(-len(rows))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(self, prompt_ids, rows, **settings)
+
+    monkeypatch.setattr(Chat, "sample", small)
+    replies, _ = run([local(tiny_base)], tmp_path / "halves", ask_with_seeds)
+    assert replies == expected and batches == [-5, -2, 1, 1, -3, 1, -2, 1, 1]
+
+    def none(self: Chat, *args: Any, **settings: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Chat, "sample", none)
+    (reply,), _ = run([local(tiny_base)], tmp_path / "none", lambda d: ask_all(d, ["Hi"]))
+    assert isinstance(reply, RequestFailed) and "do not fit" in str(reply)
+
+
+def test_what_is_no_model_is_said_before_anything_is_asked(tmp_path):
+    for path, found in ((tmp_path / "nothing", "no such folder"), (tmp_path, "no complete stage|no stage")):
+        with pytest.raises(UserError, match=found):
+            run([local(path)], tmp_path / "job", lambda d: ask_all(d, ["Hi"]))
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_job(tmp_path, tiny_base, monkeypatch):
+    def refuse(path: Any) -> Any:
+        raise UserError(f"{path}: cannot be loaded.", "Fetch it again.")
+
+    monkeypatch.setattr(chat_module, "load_chat", refuse)
+    replies, totals = run([local(tiny_base)], tmp_path, lambda d: ask_all(d, QUESTIONS))
+    assert all(isinstance(r, UserError) and r.hint == "Fetch it again." for r in replies) and totals.requests == 0
+
+
+def test_stopping_ends_a_generation_at_its_next_token_and_keeps_no_half_answer(tmp_path, tiny_base, monkeypatch):
+    begun = threading.Event()
+    draw = RowSampler.__call__
+
+    def slow(self: RowSampler, *args: Any) -> Any:
+        begun.set()
+        time.sleep(0.05)
+        return draw(self, *args)
+
+    monkeypatch.setattr(RowSampler, "__call__", slow)
+
+    async def main() -> None:
+        async with open_desk([local(tiny_base, max_tokens=400, temperature=3.0)], tmp_path, grace=0.1) as desk:
+            task = asyncio.create_task(desk.ask(ask("Hi")))
+            await asyncio.to_thread(begun.wait)
+            assert not task.done()
+
+    before = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - before < 10  # of 20 s and more
+    assert records(tmp_path, "reply") == []
+    monkeypatch.undo()
+    _, totals = run([local(tiny_base)], tmp_path, lambda d: ask_all(d, ["Hi"]))
+    assert totals.replies == 1
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
+    for temperature, top_p in ((1.0, None), (0.5, None), (2.0, 0.8)):
+        rows = [Sampling(1, temperature, top_p, seed) for seed in range(6000)]
+        scores = RowSampler(rows)(torch.zeros(6000, 1, dtype=torch.long), logits.expand(6000, 5).clone())
+        assert ((scores == 0).sum(dim=1) == 1).all() and (scores.isinf().sum(dim=1) == 4).all()
+        counts = Counter(scores.argmax(dim=1).tolist())
+        expected = torch.softmax(logits.double() / temperature, -1)
+        if top_p is not None:  # at temperature 2 the first three have 0.82
+            expected[3:] = 0
+            expected /= expected.sum()
+        for token, share in enumerate(expected.tolist()):
+            assert abs(counts[token] / 6000 - share) < 4.5 * (share * (1 - share) / 6000) ** 0.5 + 1e-9, (token, counts)
+
+
+def test_greedy_and_extreme_temperatures():
+    logits = torch.tensor([[1.0, 3.0, -float("inf"), 2.0]] * 4)
+    rows = [Sampling(1, 0.0), Sampling(1, 1e-6, None, 5), Sampling(1, 1e6, 1e-9, 5), Sampling(1, 1.0, 1.0, 7)]
+    chosen = RowSampler(rows)(torch.zeros(4, 1, dtype=torch.long), logits).argmax(dim=1).tolist()
+    assert chosen[:3] == [1, 1, 1] and chosen[3] != 2
+
+
+def test_successive_draws_of_a_row_differ():
+    logits = torch.zeros(1, 1000)
+    sampler = RowSampler([Sampling(10, 1.0, None, 3)])
+    drawn = [int(sampler(torch.zeros(1, 1, dtype=torch.long), logits).argmax()) for _ in range(10)]
+    assert len(set(drawn)) > 8
+
+
+def test_a_stage_of_a_run_answers_with_its_adapter_on(tmp_path, tiny_base, chat_rows):
+    from tests.train.test_train import quiet, words
+    from zephyr_lite.config.load import load_config
+    from zephyr_lite.train.sft import run_sft
+
+    run_folder = tmp_path / "run"
+    settings = {"load_in_4bit": "false", "num_train_epochs": 3, "learning_rate": 0.05}
+    run_sft(load_config("sft", None, words(tiny_base, run_folder, chat_rows, **settings)), say=quiet)
+    specs = [
+        local(tiny_base, name="base", temperature=0.0),
+        local(run_folder, name="run", temperature=0.0),
+        local(run_folder / "sft", name="stage", temperature=0.0),
+    ]
+
+    async def work(desk):
+        turns = ({"role": "user", "content": "Who are you?"},)
+        return [(await desk.ask(Request("k", spec.name, turns))).text for spec in specs]
+
+    (base, run_text, stage), totals = run(specs, tmp_path / "job", work)
+    assert run_text == stage != base and totals.requests == 3
+    chat = load_chat(run_folder)
+    assert chat.ask(["Who are you?"], max_new_tokens=12) == [run_text]
+    # a sampled batch: rows of different lengths, padded on the left, with the adapter
+    together, _ = run([local(run_folder)], tmp_path / "together", ask_with_seeds)
+    alone, _ = run([local(run_folder, concurrency=1)], tmp_path / "alone", ask_with_seeds)
+    assert alone == together
+    weights = run_folder / "sft" / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="its content is"):
+        run([local(run_folder)], tmp_path / "job", work)

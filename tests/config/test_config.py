@@ -1,0 +1,292 @@
+"""The schema of a run: YAML, other tools' YAML, and the words of the command line."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from zephyr_lite.config.load import RunConfig, dump_config, load_config
+from zephyr_lite.config.presets import shipped_configs
+from zephyr_lite.errors import UserError
+
+
+def load(*words, method="sft", file=None):
+    return load_config(method, file, list(words))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["learning_rate=5e-6"], ["--learning_rate", "5e-6"], ["--learning-rate=5e-6"], ["--learning-rate", "0.000005"]],
+)
+def test_every_way_to_write_an_override(words):
+    loaded = load(*words)
+    assert loaded.config.learning_rate == 5e-6
+    assert loaded.given == {"learning_rate"}
+
+
+def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path):
+    file = write(tmp_path, "lora_r: 8\nbatch_size: 4\n")
+    config = load("lora_r=32", "lora_r=64", file=file).config
+    assert (config.lora_r, config.batch_size) == (64, 4)
+
+
+def test_numbers_of_yaml_files_that_yaml_reads_as_words(tmp_path):
+    assert load(file=write(tmp_path, "learning_rate: 5e-7\n")).config.learning_rate == 5e-7
+
+
+def test_the_stages_differ_in_their_defaults():
+    sft, dpo = load().config, load(method="dpo").config
+    assert (sft.stage, sft.lora_r, sft.max_length, sft.batch_size, sft.learning_rate) == ("sft", 16, 2048, 8, 2e-4)
+    assert (dpo.stage, dpo.lora_r, dpo.max_length, dpo.batch_size, dpo.learning_rate) == ("dpo", 128, 1024, 16, 5e-6)
+    assert dpo.dataset[0].split == "train_prefs" and dpo.lora_dropout == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("learning_rat=1", "learning_rate"),
+        ("--lora-rank=8", "lora_"),
+        ("max_lenght=8", "max_length"),
+        ("bta=1", "beta"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(word, near):
+    with pytest.raises(UserError, match=near):
+        load(word)
+
+
+def test_an_unknown_key_of_a_file_names_the_file(tmp_path):
+    file = write(tmp_path, "lora_rr: 8\n")
+    with pytest.raises(UserError, match=r"run\.yaml.*lora_r'"):
+        load(file=file)
+    with pytest.raises(UserError, match=r"dataset\.0\.pathh|pathh"):
+        load(file=write(tmp_path, "dataset: {path: a, pathh: b}\n"))
+
+
+@pytest.mark.parametrize(
+    ("word", "place"),
+    [
+        ("batch_size=0", "batch_size"),
+        ("batch_size=many", "batch_size"),
+        ("loss_on=user", "loss_on"),
+        ("stage=a/b", "stage"),
+        ("engine=magic", "engine"),
+        ("label_smoothing=0.7", "label_smoothing"),
+        ("loss_type=robust", "label_smoothing"),
+        ("dataset=[]", "dataset"),
+        ("dataset.limit=0", "limit"),
+        ("learning_rate=inf", "learning_rate"),
+        ("num_train_epochs=.nan", "num_train_epochs"),
+        ("lora_target_modules=[]", "lora_target_modules"),
+    ],
+)
+def test_a_value_that_does_not_fit_names_its_key(word, place):
+    with pytest.raises(UserError, match=place):
+        load(word)
+
+
+def test_a_wrong_word_is_not_blamed_on_the_file(tmp_path):
+    file = write(tmp_path, "seed: 1\n")
+    with pytest.raises(UserError, match=r"^the command line: batch_size"):
+        load("batch_size=0", file=file)
+    with pytest.raises(UserError, match=r"\.yaml: batch_size"):
+        load("seed=2", file=write(tmp_path, "batch_size: 0\n"))
+
+
+@pytest.mark.parametrize("words", [["5"], ["--seed"], ["--use-peft", "--seed", "3"], ["-x"]])
+def test_words_that_are_no_overrides(words):
+    with pytest.raises(UserError):
+        load(*words)
+
+
+def test_a_data_set_is_reached_into_whatever_the_order_of_words():
+    for words in (["dataset.path=x.jsonl", "dataset.split=b"], ["dataset.split=b", "dataset.path=x.jsonl"]):
+        spec = load(*words, file="zephyr-7b/overnight-sft").config.dataset[0]
+        # the limit was the other data set's
+        assert (spec.path, spec.split, spec.limit) == ("x.jsonl", "b", None)
+    config = load("dataset.limit=5", "dataset.columns.prompt=question").config
+    assert (config.dataset[0].path, config.dataset[0].limit) == ("HuggingFaceH4/ultrachat_200k", 5)
+    assert config.dataset[0].columns == {"prompt": "question"}
+    assert config.eval_dataset
+
+
+def test_held_out_rows_that_are_trained_on_are_told():
+    same = ["dataset={path: a/b, split: train}", "eval_dataset={path: a/b, split: train}"]
+    assert any("are trained on too" in note for note in load_config("sft", None, same).notes)
+    for words in ([], [same[0], "eval_dataset={path: a/b, split: test}"], ["dataset=a/b", "test_split_size=0.1"]):
+        assert not any("are trained on too" in note for note in load_config("sft", None, words).notes)
+
+
+def test_rows_of_ones_own_are_not_evaluated_on_the_recipes():
+    for words in (["dataset=x.jsonl"], ["dataset.path=x.jsonl"]):
+        loaded = load(*words, file="zephyr-7b/sft")
+        assert loaded.config.eval_dataset == []
+        assert any("held out" in note for note in loaded.notes)
+    assert (
+        load("dataset=x.jsonl", "eval_dataset=y.jsonl", file="zephyr-7b/sft").config.eval_dataset[0].path == "y.jsonl"
+    )
+    assert load("dataset.limit=9", file="zephyr-7b/sft").config.eval_dataset
+
+
+def test_several_data_sets(tmp_path):
+    file = write(tmp_path, "dataset:\n- a.jsonl\n- {path: b.jsonl, weight: 0.5}\n")
+    config = load(file=file).config
+    assert [(spec.path, spec.weight) for spec in config.dataset] == [("a.jsonl", 1.0), ("b.jsonl", 0.5)]
+    with pytest.raises(UserError, match="2 entries"):
+        load("dataset.limit=3", file=file)
+
+
+def test_a_trl_file_runs_as_it_is(tmp_path):
+    file = write(
+        tmp_path,
+        """
+model_name_or_path: some/model
+torch_dtype: bf16
+dataset_name: some/rows
+dataset_train_split: train
+dataset_test_split: test
+eval_strategy: steps
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 4
+gradient_checkpointing: true
+bf16: true
+use_peft: true
+packing: true
+max_steps: -1
+warmup_steps: 0.05
+report_to: none
+push_to_hub: false
+""",
+    )
+    loaded = load(file=file)
+    config = loaded.config
+    assert (config.batch_size, config.max_steps, config.warmup_ratio, config.dtype) == (8, None, 0.05, "bfloat16")
+    assert (config.dataset[0].path, config.dataset[0].split) == ("some/rows", "train")
+    assert config.eval_dataset[0].split == "test"
+    assert (config.report_to, config.push_to_hub) == ([], None)
+    said = "\n".join(loaded.notes)
+    assert "gradient_checkpointing changes nothing here" in said and "use_peft changes nothing" in said
+
+
+def test_a_handbook_file_runs_as_it_is(tmp_path):
+    file = write(
+        tmp_path,
+        """
+dataset_mixer: {a/x: 1.0, b/y: 0.5}
+dataset_splits: [train_prefs, test_prefs]
+adapter_name_or_path: some/adapter
+max_seq_length: 1024
+""",
+    )
+    config = load(file=file, method="dpo").config
+    assert [(s.path, s.split, s.weight) for s in config.dataset] == [
+        ("a/x", "train_prefs", 1.0),
+        ("b/y", "train_prefs", 0.5),
+    ]
+    assert [s.split for s in config.eval_dataset] == ["test_prefs", "test_prefs"]
+    assert config.adapters == ["some/adapter"] and config.max_length == 1024
+
+
+def test_micro_batch_and_accumulation_of_the_command_line_are_multiplied():
+    assert load("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "8").config.batch_size == 16
+
+
+def test_a_second_model_is_refused_with_the_reason():
+    with pytest.raises(UserError, match="no second model"):
+        load("ref_model_name_or_path=x", method="dpo")
+
+
+def test_adapters_none_is_not_adapters_empty():
+    assert load("adapters=none", method="dpo").config.adapters == "none"
+    assert load("adapters=some/folder", method="dpo").config.adapters == ["some/folder"]
+    assert load("adapters=[a, b]", method="dpo").config.adapters == ["a", "b"]
+    assert load(method="dpo").config.adapters == []
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_dumped_configuration_reads_back_to_the_same(method, tmp_path):
+    config = load("lora_r=7", "dataset=[{path: a, columns: {prompt: q}}]", "memory.keep=input", method=method).config
+    assert RunConfig.model_validate(yaml.safe_load(dump_config(config))) == config
+    assert load(file=write(tmp_path, dump_config(config)), method=method).config == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "YAML"),
+        ("- 1\n", "list"),
+        ("1: 2\n", "key: value"),
+        ("per_device_train_batch_size: x\n", "whole numbers"),
+    ],
+)
+def test_a_file_that_is_no_configuration(text, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load(file=write(tmp_path, text))
+
+
+def test_a_file_that_is_not_there_lists_the_shipped_ones():
+    with pytest.raises(UserError, match="zephyr-7b/sft"):
+        load(file="zephyr-7b/stf")
+    assert set(shipped_configs()) >= {"zephyr-7b/sft", "zephyr-7b/dpo"}
+
+
+def test_transformers_switch_and_name_are_one_key(tmp_path):
+    text = "push_to_hub: true\nhub_model_id: me/model\nassistant_only_loss: true\n"
+    config = load(file=write(tmp_path, text)).config
+    assert (config.push_to_hub, config.loss_on) == ("me/model", "assistant")
+    assert load("hub_model_id=me/model").config.push_to_hub is None  # named, but not asked for
+    assert load("assistant_only_loss=false").config.loss_on == "all"
+    with pytest.raises(UserError, match="OWNER/NAME"):
+        load("push_to_hub=true")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["my.yaml"], "Write --config 'my.yaml'."),
+        (["batch_size", "=", "2"], "No space stands around the ="),
+        (["--dryrun", "x"], "Did you mean --dry-run?"),
+        (["--cofnig", "my.yaml"], "Did you mean --config?"),
+        (["memory=8GiB"], "memory.vram=8GiB"),
+        (["memory.vram=8"], "a size with its unit, such as 8GiB (found 8)"),
+        (["batch_size=2k"], "a whole number, without a unit (found '2k')"),
+        (["model_name_or_path=https://huggingface.co/mistralai/Mistral-7B-v0.1"], "alone is read: mistralai/Mistral-7B-v0.1"),
+        (["dataset=https://hf.co/datasets/me/rows"], "alone is read: me/rows"),
+        (["dataset=[1]"], "Input should be a path, or keys and values"),
+    ],
+)  # fmt: skip
+def test_slips_on_the_command_line_are_told_what_was_meant(words, says):
+    with pytest.raises(UserError) as told:
+        load_config("sft", None, words)
+    assert says in str(told.value)
+
+
+def test_a_text_that_reads_as_a_number_is_a_text_and_a_tilde_is_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config("sft", None, ["output_dir=2024", "revision=0012345", "dataset=~/rows.jsonl"]).config
+    assert (config.output_dir, config.model_revision) == ("2024", "0012345")
+    assert config.dataset[0].path == f"{tmp_path}/rows.jsonl"
+    (tmp_path / "run.yaml").write_text("output_dir: ~/runs/mine\n")
+    assert load_config("sft", str(tmp_path / "run.yaml")).config.output_dir == f"{tmp_path}/runs/mine"
+
+
+def test_a_folder_and_a_file_of_rows_and_another_stages_file_are_no_configuration(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match=r"(?s)is a folder\..*Give a YAML file in it \(a\.yaml\), or a shipped one"):
+        load_config("sft", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(UserError, match=r"given as dataset="):
+        load_config("sft", str(tmp_path / "rows.jsonl"))
+    with pytest.raises(UserError, match="this file is for zephyr-lite dpo, and not for sft"):
+        load_config("sft", "zephyr-7b/dpo")
+
+
+@pytest.mark.parametrize("written", ["none", "[none]", "null"])
+def test_no_tracker_in_every_writing(written):
+    assert load_config("sft", None, [f"report_to={written}"]).config.report_to == []

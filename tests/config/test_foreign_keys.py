@@ -1,0 +1,565 @@
+"""TRL's and the alignment handbook's YAML files: a verdict on every field of TRL, and the handbook's recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+
+from zephyr_lite.config.compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
+from zephyr_lite.config.load import RunConfig, dump_config, load_config
+from zephyr_lite.errors import UserError
+
+FIELDS = {
+    field.name: field
+    for config in (SFTConfig, DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
+    for field in dataclasses.fields(config)
+}
+
+
+def load(tmp_path, text, method="sft", *words):
+    path = tmp_path / "theirs.yaml"
+    path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+    return load_config(method, str(path), list(words))
+
+
+def refused(tmp_path, text, method="sft"):
+    with pytest.raises(UserError) as told:
+        load(tmp_path, text, method)
+    assert str(tmp_path / "theirs.yaml") in str(told.value)
+    return str(told.value)
+
+
+# -- every field of TRL ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_every_field_of_the_installed_trl_has_one_verdict(name):
+    mapped = name in RunConfig.model_fields or name in ALIASES or name in TRANSLATED
+    verdicts = [mapped, name in ACCEPTED, name in REFUSED]
+    assert sum(verdicts) == 1, f"TRL's {name}: decide in foreign_keys.py whether it is mapped, accepted or refused"
+
+
+def test_no_key_has_two_verdicts():
+    tables = [ALIASES, TRANSLATED, ACCEPTED, REFUSED, RunConfig.model_fields]
+    assert len(set().union(*tables)) == sum(map(len, tables))
+
+
+@pytest.mark.parametrize("name", sorted(set(REFUSED) & set(FIELDS)))
+def test_a_refused_field_is_taken_at_its_default_only(name, tmp_path):
+    default = FIELDS[name].default
+    load(tmp_path, {name: default}, "dpo")
+    load(tmp_path, {name: None}, "dpo")
+    message = refused(tmp_path, {name: "something else"}, "dpo")
+    assert f"{name}: 'something else': " in message and "Remove the key" in message
+
+
+def test_numbers_that_yaml_reads_as_texts_are_numbers(tmp_path):
+    load(tmp_path, "adam_epsilon: 1e-8\nadam_beta2: 0.999\nlabel_smoothing_factor: 0\n")
+    assert "adam_beta2: 0.95" in refused(tmp_path, "adam_beta2: 0.95\n")
+
+
+def test_all_faults_of_a_file_are_told_at_once(tmp_path):
+    message = refused(tmp_path, "sequence_len: 1\nmicro_batch_size: 2\nuse_dora: true\nneftune_noise_alpha: 5\n")
+    assert len(message.splitlines()) == 4
+    assert all(key in message for key in ("'sequence_len'", "'micro_batch_size'", "use_dora", "neftune_noise_alpha"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("dataset_mixture: [a]", "dataset_mixture: ['a'] is not keys and values"),
+        ("datasets: a/b", "datasets: 'a/b' is not a list"),
+        ("datasets: [a/b]", "datasets: 'a/b' is not keys and values such as"),
+        ("dataset_mixer: a/b", "dataset_mixer: 'a/b' is not keys and values"),
+        ("dataset_mixer: {a/b: 1, c/d: 1}\ndataset_configs: [x]", "dataset_configs: 1 names for 2 data sets"),
+        ("dataset_mixture: {datasets: [{id: a/b}], shuffle: true}", "there is no key 'dataset_mixture.shuffle'"),
+        ("dataset_name: 5", "dataset_name: 5 is not a text"),
+        ("dataset: a/b\ntest_split_size: many", "test_split_size: 'many' is neither a share below 1 nor a number"),
+        ("dataset: a/b\ntest_split_size: 1.5", "test_split_size: 1.5 is neither"),
+        ("dataset: a/b\ntest_split_size: .inf", "test_split_size: inf is neither"),
+        ("dataset: a/b\ntest_split_size: .nan", "test_split_size: nan is neither"),
+        ("test_split_size: 100", "test_split_size: holds rows of dataset out, which is not there"),
+        ("dataset_text_field: content", "dataset_text_field: names a column of dataset, which is not there"),
+        ("datasets: [{path: a/b, fraction: 0.5}]", "Write weight"),
+        ("datasets: [{path: a/b, data_dir: x}]", "data_dir is not read"),
+        ("datasets: [{path: a/b, data_files: x.json}]", "data_files are read as path: json, csv or parquet"),
+        ("datasets: [{path: a/b, columns: [messages, tools]}]", "columns: tools is given to no chat template"),
+        ("datasets: [{path: a/b, weight: lots}]", "dataset.weight: Input should be a valid number"),
+        ("assistant_only_loss: perhaps", "assistant_only_loss: 'perhaps' is not true or false"),
+        ("loss_type: [sigmoid, sft]", "one loss is trained"),
+        ("loss_type: dft", "sft's loss is nll"),
+        ("warmup_steps: many", "warmup_steps: Input should be"),
+        ("model_init_kwargs: {attn_implementation: sdpa, quantization_config: {bits: 3}}", "quantization_config"),
+        ("dataset_kwargs: {skip_prepare_dataset: true}", "skip_prepare_dataset: True"),
+        ("max_seq_length: 4096\nmax_length: 1024", "max_seq_length: 4096, but max_length: 1024: two names of one key"),
+        ("batch_size: 64\nper_device_train_batch_size: 4", "the batch is said twice"),
+        ("gradient_accumulation_steps: 16", "gradient_accumulation_steps: of what micro-batch?"),
+        ("per_device_train_batch_size: 2.5", "per_device_train_batch_size 2.5: must be whole numbers"),
+        ("per_device_train_batch_size: .inf", "must be whole numbers"),
+        ("dataset: a/b\ndataset_name: c/d", "dataset, dataset_name: the data sets are named more than once"),
+        ("dataset_name: a/b\neval_strategy: stpes", "eval_strategy: 'stpes' is none of no, steps and epoch"),
+        ("dataset_mixer: {a/b: 1}\ndataset_splits: [train_sft, train_gen, test_sft]", "is not one split of training"),
+        ("dataset_mixer: {a/b: 1}\ndataset_splits: [training, validation]", "is not one split of training"),
+    ],
+)
+def test_what_cannot_be_translated_names_the_key(text, says, tmp_path):
+    assert says in refused(tmp_path, text)
+
+
+# -- data sets -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_handbooks_mixture(tmp_path):
+    text = """
+dataset_mixture:
+  datasets:
+  - {id: a/x, config: default, split: train_sft, columns: [messages], weight: 1.0}
+  - {id: b/y, weight: 0.25}
+  test_split_size: 1000
+  seed: 0
+"""
+    loaded = load(tmp_path, text)
+    x, y = loaded.config.dataset
+    assert (x.path, x.name, x.split, x.columns, x.weight) == ("a/x", "default", "train_sft", ["messages"], 1)
+    assert (y.path, y.name, y.split, y.columns, y.weight) == ("b/y", None, "train", {}, 0.25)
+    assert [(s.test_size, s.part) for s in loaded.config.dataset] == [(500, "train")] * 2
+    # so many rows are so many: of b/y as well, of which a quarter is trained on
+    assert [(s.path, s.test_size, s.part, s.weight) for s in loaded.config.eval_dataset] == [
+        ("a/x", 500, "test", 1),
+        ("b/y", 500, "test", 1),
+    ]
+    assert any("test_split_size 1000" in note and "500 of each data set" in note for note in loaded.notes)
+    again = RunConfig.model_validate(yaml.safe_load(dump_config(loaded.config)))
+    assert again == loaded.config
+
+
+def test_trls_list_of_data_sets(tmp_path):
+    text = """
+datasets:
+- {path: a/x, name: en, split: 'train[:50%]'}
+- {path: json, data_files: [one.jsonl, two.jsonl]}
+test_split_size: 0.1
+streaming: false
+"""
+    config = load(tmp_path, text).config
+    assert [(s.path, s.name, s.split, s.test_size) for s in config.dataset] == [
+        ("a/x", "en", "train[:50%]", 0.1),
+        ("one.jsonl", None, "train", 0.1),
+        ("two.jsonl", None, "train", 0.1),
+    ]
+    assert [s.part for s in config.eval_dataset] == ["test"] * 3
+    assert load(tmp_path, "datasets: [{path: a/x}]").config.eval_dataset == []
+
+
+def test_rows_are_held_out_of_a_data_set_of_the_command_line():
+    config = load_config("sft", None, ["dataset=rows.jsonl", "test_split_size=0.05"]).config
+    assert (config.dataset[0].test_size, config.eval_dataset[0].part) == (0.05, "test")
+
+
+def test_trl_evaluates_on_the_split_test_where_it_evaluates(tmp_path):
+    assert load(tmp_path, "dataset_name: a/b\n").config.eval_dataset == []
+    for strategy in ("eval_strategy", "evaluation_strategy"):
+        config = load(tmp_path, f"dataset_name: a/b\n{strategy}: steps\n").config
+        assert config.eval_dataset[0].split == "test"
+    assert load(tmp_path, "dataset_name: a/b\neval_strategy: epoch\neval_steps: 50\n").config.eval_steps is None
+    assert load(tmp_path, "dataset_name: a/b\neval_strategy: 'no'\ndataset_test_split: x\n").config.eval_dataset == []
+
+
+@pytest.mark.parametrize(
+    ("field", "columns"), [("text", {}), ("messages", {}), ("conversations", {}), ("story", {"text": "story"})]
+)
+def test_dataset_text_field(field, columns, tmp_path):
+    loaded = load(tmp_path, f"dataset_name: a/b\ndataset_test_split: test\ndataset_text_field: {field}\n")
+    assert loaded.config.dataset[0].columns == loaded.config.eval_dataset[0].columns == columns
+    assert any("dataset_text_field" in note for note in loaded.notes)
+
+
+# -- values ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "ratio"),
+    [
+        ("warmup_steps: 100", 100, 0.1),
+        ("warmup_steps: 0.05", None, 0.05),
+        ("warmup_steps: 0", None, 0),
+        ("warmup_steps: 0\nwarmup_ratio: null", None, 0),
+        ("warmup_steps: 0\nwarmup_ratio: 0.2", None, 0.2),  # transformers takes the steps only where there are some
+        ("warmup_steps: 30\nwarmup_ratio: 0.2", 30, 0.2),
+        ("warmup_ratio: 0.2", None, 0.2),
+    ],
+)
+def test_warm_up(text, steps, ratio, tmp_path):
+    config = load(tmp_path, text).config
+    assert (config.warmup_steps, config.warmup_ratio) == (steps, ratio)
+
+
+def test_a_part_of_the_batch_on_the_command_line_keeps_the_files_other(tmp_path):
+    theirs = "per_device_train_batch_size: 4\ngradient_accumulation_steps: 4\n"
+    assert load(tmp_path, theirs, "sft", "per_device_train_batch_size=2").config.batch_size == 8
+    assert load(tmp_path, theirs, "sft", "--gradient_accumulation_steps", "1").config.batch_size == 4
+    assert load(tmp_path, theirs, "sft", "batch_size=3").config.batch_size == 3
+    assert load(tmp_path, "batch_size: 8\n", "sft", "per_device_train_batch_size=2").config.batch_size == 2
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "chat_template_path",
+        "hub_private_repo",
+        "lora_target_modules",
+        "model_revision",
+        "warmup_ratio",
+    ],
+)
+def test_null_is_not_set(key, tmp_path):
+    assert load(tmp_path, f"{key}: null\nwarmup_steps: null\n").config == RunConfig()
+
+
+def test_the_command_lines_ratio_wins_over_the_files_steps(tmp_path):
+    config = load(tmp_path, "warmup_steps: 100", "sft", "warmup_ratio=0.3").config
+    assert (config.warmup_steps, config.warmup_ratio) == (None, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("optim: adamw_bnb_8bit", "optim", "adamw_8bit"),
+        ("optim: adamw_torch_fused", "optim", "adamw_torch"),
+        ("torch_dtype: null", "dtype", "auto"),
+        ("save_total_limit: null", "save_total_limit", 2),
+        ("lora_target_modules: [all-linear]", "lora_target_modules", "all-linear"),
+        ("completion_only_loss: true", "loss_on", "last"),
+        ("completion_only_loss: false", "loss_on", "all"),
+        ("completion_only_loss: null", "loss_on", "assistant"),
+        ("assistant_only_loss: true\ncompletion_only_loss: true", "loss_on", "last"),
+        ("loss_type: nll", "loss_type", "sigmoid"),
+        ("loss_type: [ipo]", "loss_type", "ipo"),
+        ("chat_template_path: x.jinja", "chat_template", "x.jinja"),
+        ("model_init_kwargs: {torch_dtype: bf16, revision: v2, use_cache: false}", "dtype", "bfloat16"),
+        ("model_init_kwargs: {revision: v2}", "model_revision", "v2"),
+        ("dataset_kwargs: {add_special_tokens: false, append_concat_token: false}", "seed", 42),
+        ("push_to_hub: true\nhub_model_id: me/x\nhub_private_repo: true", "hub_private_repo", True),
+    ],
+)
+def test_values_that_have_another_name_here(text, key, value, tmp_path):
+    assert getattr(load(tmp_path, text).config, key) == value
+
+
+def test_dpo_has_no_dropout_unless_the_file_says_so(tmp_path):
+    theirs = "use_peft: true\nlora_dropout: 0.05\n"
+    loaded = load(tmp_path, theirs, "dpo")
+    assert loaded.config.lora_dropout == 0 and any("disable_dropout" in note for note in loaded.notes)
+    assert load(tmp_path, theirs + "disable_dropout: false\n", "dpo").config.lora_dropout == 0.05
+    assert load(tmp_path, "lora_dropout: 0.05\n", "dpo").config.lora_dropout == 0.05  # a file of our own
+    assert load(tmp_path, theirs, "sft").config.lora_dropout == 0.05
+    assert load(tmp_path, theirs + "disable_dropout: true\n", "sft").config.lora_dropout == 0
+
+
+def test_a_file_for_full_fine_tuning_is_told_that_an_adapter_is_trained(tmp_path):
+    full = "per_device_train_batch_size: 4\nlearning_rate: 2.0e-5\n"
+    assert any("full fine-tuning" in note for note in load(tmp_path, full).notes)
+    assert not any("full fine-tuning" in note for note in load(tmp_path, full + "use_peft: true\n").notes)
+    assert not any("TRL" in note for note in load(tmp_path, "learning_rate: 2.0e-5\n").notes)
+
+
+# -- the handbook's recipes ------------------------------------------------------------------------------------------------
+
+# what all of them have
+COMMON = """
+bf16: true
+gradient_checkpointing: true
+log_level: info
+lr_scheduler_type: cosine
+num_train_epochs: 1
+seed: 42
+torch_dtype: bfloat16
+"""
+SFT = (
+    COMMON
+    + """
+attn_implementation: flash_attention_2
+dataset_num_proc: 12
+do_eval: true
+eval_strategy: epoch
+gradient_checkpointing_kwargs: {use_reentrant: false}
+hub_strategy: every_save
+learning_rate: 2.0e-05
+logging_steps: 5
+logging_strategy: steps
+max_steps: -1
+overwrite_output_dir: true
+per_device_eval_batch_size: 8
+push_to_hub: true
+remove_unused_columns: true
+report_to: [tensorboard, wandb]
+save_strategy: "steps"
+save_steps: 100
+save_total_limit: 1
+warmup_ratio: 0.1
+"""
+)
+DPO = (
+    COMMON
+    + """
+dataset_num_proc: 12
+do_eval: true
+eval_strategy: steps
+eval_steps: 100
+gradient_checkpointing_kwargs: {use_reentrant: false}
+logging_steps: 10
+max_length: 1024
+max_prompt_length: 512
+optim: adamw_torch
+per_device_eval_batch_size: 8
+push_to_hub: true
+save_strategy: "no"
+warmup_ratio: 0.1
+"""
+)
+ORPO = (
+    COMMON
+    + """
+attn_implementation: flash_attention_2
+beta: 0.05
+dataset_num_proc: 8
+dataset_name: argilla/distilabel-capybara-dpo-7k-binarized
+dataset_train_split: train
+gradient_accumulation_steps: 1
+gradient_checkpointing_kwargs: {use_reentrant: true}
+learning_rate: 5.0e-6
+lr_scheduler_type: inverse_sqrt
+max_length: 2048
+max_prompt_length: 1792
+num_train_epochs: 3
+optim: adamw_bnb_8bit
+push_to_hub: true
+save_strategy: "no"
+warmup_steps: 100
+"""
+)
+LORA = """
+load_in_4bit: true
+use_peft: true
+lora_r: 16
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]
+"""
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
+)
+CHATML = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + message['content'] }}{% endfor %}"
+SMOLLM3 = {
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "trust_remote_code": True,
+    "max_grad_norm": 0.2,
+    "padding_free": True,
+    "use_liger_kernel": True,
+    "run_name": "x",
+}
+
+
+def mixture(*sets, columns, size=None):
+    entries = [
+        {"id": name, "config": "default", "split": split, "columns": columns, "weight": weight}
+        for name, split, weight in sets
+    ]
+    return {"dataset_mixture": {"datasets": entries, **({"test_split_size": size} if size else {}), "seed": 0}}
+
+
+def recipe(shared, batch, **keys):
+    values = {**yaml.safe_load(shared), "hub_model_id": "some-model", "output_dir": "data/some-model", **keys}
+    return {**values, **dict(zip(("per_device_train_batch_size", "gradient_accumulation_steps"), batch))}
+
+
+ULTRACHAT = [("HuggingFaceH4/ultrachat_200k", "train_sft", 1.0), ("HuggingFaceH4/ultrachat_200k", "test_sft", 1.0)]
+PREFS = [
+    ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs", 1.0),
+    ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs", 1.0),
+]
+PAIR = ["chosen", "rejected"]
+MISTRAL = "mistralai/Mistral-7B-v0.1"
+
+# name -> (method, keys and values, what it resolves to)
+RECIPES = {
+    "zephyr-7b-beta/sft/config_full": (
+        "sft",
+        recipe(SFT, (16, 1), model_name_or_path=MISTRAL, max_seq_length=2048, chat_template=TEMPLATE)
+        | mixture(*ULTRACHAT, columns=["messages"], size=1000),
+        {"batch_size": 16, "learning_rate": 2e-5, "max_length": 2048, "held_out": [500, 500]},
+    ),
+    "zephyr-7b-beta/sft/config_qlora": (
+        "sft",
+        recipe(SFT + LORA, (4, 2), model_name_or_path=MISTRAL, max_length=2048, chat_template=TEMPLATE)
+        | {"learning_rate": 2e-4, "model_revision": "main"}
+        | mixture(*ULTRACHAT, columns=["messages"], size=1000),
+        {"batch_size": 8, "learning_rate": 2e-4, "lora_r": 16, "lora_dropout": 0.05, "held_out": [500, 500]},
+    ),
+    "zephyr-7b-beta/dpo/config_full": (
+        "dpo",
+        recipe(DPO, (8, 2), model_name_or_path="alignment-handbook/zephyr-7b-sft-full", beta=0.01, torch_dtype=None)
+        | {"learning_rate": 5e-7}
+        | mixture(*PREFS, columns=PAIR, size=2000),
+        {"batch_size": 16, "beta": 0.01, "dtype": "auto", "optim": "adamw_torch", "held_out": [1000, 1000]},
+    ),
+    "zephyr-7b-beta/dpo/config_qlora": (
+        "dpo",
+        recipe(DPO + LORA, (4, 4), model_name_or_path="alignment-handbook/zephyr-7b-sft-qlora", beta=0.01)
+        | {"lora_r": 128, "lora_alpha": 128, "learning_rate": 5e-6, "optim": "paged_adamw_32bit"}
+        | mixture(*PREFS, columns=PAIR, size=2000),
+        {"batch_size": 16, "lora_r": 128, "lora_dropout": 0, "optim": "paged_adamw_32bit", "held_out": [1000, 1000]},
+    ),
+    "zephyr-7b-beta/dpo/config_qlora, until 2025": (
+        "dpo",
+        recipe(DPO + LORA, (4, 4), model_name_or_path="alignment-handbook/zephyr-7b-sft-qlora", beta=0.01)
+        | {"dataset_mixer": {"HuggingFaceH4/ultrafeedback_binarized": 1.0}, "preprocessing_num_workers": 12}
+        | {"dataset_splits": ["train_prefs", "test_prefs"]},
+        {"batch_size": 16, "lora_dropout": 0, "held_out": [None]},
+    ),
+    "zephyr-7b-gemma/dpo/config_full": (
+        "dpo",
+        recipe(DPO, (2, 8), model_name_or_path="HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", beta=0.05)
+        | mixture(("argilla/dpo-mix-7k", "train", 1.0), ("argilla/dpo-mix-7k", "test", 1.0), columns=PAIR, size=500),
+        {"batch_size": 16, "beta": 0.05, "held_out": [250, 250]},
+    ),
+    "zephyr-141b-A35b/orpo/config_full": (
+        "dpo",
+        recipe(ORPO, (1, 1), model_name_or_path="mistral-community/Mixtral-8x22B-v0.1", chat_template=TEMPLATE),
+        {"warmup_steps": 100, "optim": "adamw_8bit", "lr_scheduler_type": "inverse_sqrt", "held_out": []},
+    ),
+    "constitutional-ai/sft/config_anthropic": (
+        "sft",
+        recipe(SFT, (8, 4), model_name_or_path=MISTRAL, max_seq_length=2048, chat_template=TEMPLATE, do_train=True)
+        | mixture(
+            ("HuggingFaceH4/cai-conversation-harmless", "train_sft", 1.0),
+            ("HuggingFaceH4/ultrachat_200k", "test_sft", 1.0),
+            columns=["messages"],
+            size=1000,
+        ),
+        {"batch_size": 32, "held_out": [500, 500]},
+    ),
+    "smollm/sft/config": (
+        "sft",
+        recipe(SFT, (4, 4), model_name_or_path="HuggingFaceTB/SmolLM-360M", max_length=2048, chat_template=CHATML)
+        | {"dataset_kwargs": {"add_special_tokens": False, "append_concat_token": False}, "learning_rate": 1e-3}
+        | mixture(
+            ("HuggingFaceTB/Magpie-Pro-300K-Filtered-H4", "train_sft", 1.0),
+            ("HuggingFaceTB/OpenHermes-2.5-H4", "train_sft", 0.001),
+            columns=["messages"],
+            size=0.05,
+        ),
+        {"batch_size": 16, "learning_rate": 1e-3, "held_out": [0.05, 0.05]},
+    ),
+    "smollm2/sft/config": (
+        "sft",
+        recipe(SFT, (4, 4), model_name_or_path="HuggingFaceTB/SmolLM2-1.7B", max_length=8192, chat_template=CHATML)
+        | {"dataset_name": "HuggingFaceTB/smoltalk", "dataset_config": "all", "save_strategy": "no"}
+        | {"dataset_train_split": "train", "dataset_test_split": "test"},
+        {"batch_size": 16, "max_length": 8192, "held_out": [None]},
+    ),
+    "smollm2/dpo/config": (
+        "dpo",
+        recipe(DPO, (2, 8), model_name_or_path="loubnabnl/smollm2-1.7B-sft", beta=0.5, hub_private_repo=True)
+        | mixture(*PREFS, columns=PAIR, size=2000),
+        {"batch_size": 16, "beta": 0.5, "hub_private_repo": True, "held_out": [1000, 1000]},
+    ),
+}
+# name -> (method, keys and values, what is said of each fault)
+REFUSED_RECIPES = {
+    "zephyr-7b-gemma/sft/config_full": (
+        "sft",
+        recipe(SFT, (4, 4), model_name_or_path="google/gemma-7b", max_seq_length=2048)
+        | {"tokenizer_name_or_path": "philschmid/gemma-tokenizer-chatml"}
+        | {"dataset_kwargs": {"add_special_tokens": False, "append_concat_token": False}}
+        | {"dataset_mixer": {"HuggingFaceH4/deita-10k-v0-sft": 1.0}, "dataset_splits": ["train_sft", "test_sft"]},
+        ["tokenizer_name_or_path"],
+    ),
+    "constitutional-ai/dpo/config_anthropic": (
+        "dpo",
+        recipe(DPO, (2, 1), model_name_or_path="alignment-handbook/mistral-7b-sft-constitutional-ai", optim="rmsprop")
+        | mixture(*PREFS, columns=PAIR),
+        ["optim"],
+    ),
+    "smollm3/dpo/apo": (
+        "dpo",
+        recipe(DPO, (1, 2), model_name_or_path="HuggingFaceTB/SmolLM3-3B-checkpoints", **SMOLLM3)
+        | {"loss_type": "apo_zero", "save_strategy": "steps", "save_steps": 0.5}
+        | mixture(("HuggingFaceTB/smoltalk2", "x", 0.5), columns=[*PAIR, "prompt", "chat_template_kwargs"]),
+        ["lr_scheduler_kwargs", "chat_template_kwargs"],
+    ),
+    "smollm3/sft/mid": (
+        "sft",
+        recipe(SFT, (1, 2), model_name_or_path="HuggingFaceTB/SmolLM3-3B-Base", max_length=32768, **SMOLLM3)
+        | {"eos_token": "<|im_end|>", "packing": True, "ddp_timeout": 14400, "average_tokens_across_devices": True}
+        | mixture(("HuggingFaceTB/smoltalk2", "x", 1.0), columns=["messages"]),
+        ["lr_scheduler_kwargs", "eos_token"],
+    ),
+    "smollm3/sft/sft": (
+        "sft",
+        recipe(SFT, (1, 2), model_name_or_path="HuggingFaceTB/SmolLM3-3B-checkpoints", max_length=65536, **SMOLLM3)
+        | {"eos_token": "<|im_end|>", "packing": True, "packing_strategy": "ffd", "assistant_only_loss": True}
+        | mixture(("HuggingFaceTB/smoltalk2", "x", 1.0), columns=["messages", "chat_template_kwargs"]),
+        ["lr_scheduler_kwargs", "eos_token", "chat_template_kwargs"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_of_the_handbook_runs_as_it_is(name, tmp_path):
+    method, values, wanted = RECIPES[name]
+    loaded = load(tmp_path, values, method)
+    found = {key: getattr(loaded.config, key) for key in wanted if key != "held_out"}
+    assert found | {"held_out": [spec.test_size for spec in loaded.config.eval_dataset]} == wanted
+    assert loaded.config.model_name_or_path == values["model_name_or_path"]
+    assert loaded.config.push_to_hub == "some-model"
+    assert any("full fine-tuning" in note for note in loaded.notes) == ("use_peft" not in values)
+
+
+@pytest.mark.parametrize("name", REFUSED_RECIPES)
+def test_a_recipe_that_would_train_something_else_is_refused(name, tmp_path):
+    method, values, keys = REFUSED_RECIPES[name]
+    lines = refused(tmp_path, values, method).splitlines()
+    assert len(lines) == len(keys) and all(any(key in line for line in lines) for key in keys), lines
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_held_out_are_not_trained_on(tmp_path):
+    from zephyr_lite.data.load import load_rows
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(40)))
+    config = load_config("sft", None, [f"dataset={rows}", "test_split_size=6"]).config
+    train, test = (
+        {row["messages"][0]["content"] for row in load_rows(specs, "sft", seed=seed).values()}
+        for specs, seed in ((config.dataset, 1), (config.eval_dataset, 2))
+    )
+    assert len(train) == 34 and len(test) == 6 and not train & test
+    assert test != {f"q{i}" for i in range(34, 40)}  # drawn
+    few = [spec.model_copy(update={"limit": 3}) for spec in config.eval_dataset]
+    assert {row["messages"][0]["content"] for row in load_rows(few, "sft", seed=3).values()} < test
+    every = load_config("sft", None, [f"dataset={rows}", "test_split_size=40"]).config
+    with pytest.raises(UserError, match="test_size 40 holds out 40 of 40 rows"):
+        load_rows(every.dataset, "sft", seed=0)
+
+
+def test_a_list_of_columns_hides_the_others(tmp_path):
+    from zephyr_lite.data.load import load_rows
+
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "m"}, {"role": "assistant", "content": "n"}]
+    rows.write_text(json.dumps({"messages": turns, "prompt": "q", "completion": "a"}) + "\n")
+    config = load(tmp_path, f"datasets: [{{path: {rows}, columns: [prompt, completion]}}]").config
+    assert next(load_rows(config.dataset, "sft", seed=0).values())["messages"][0]["content"] == "q"
+    config = load(tmp_path, f"datasets: [{{path: {rows}, columns: [chosen]}}]").config
+    with pytest.raises(UserError, match="there is no column 'chosen'"):
+        load_rows(config.dataset, "sft", seed=0)

@@ -1,0 +1,330 @@
+"""``zephyr-lite data show``: what it prints is what training gets, token by token."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console as RichConsole
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.conftest import make_tokenizer
+from zephyr_lite.cli import app as cli
+from zephyr_lite.cli.row_view import segments_of_row, view_lines
+from zephyr_lite.cli.trained_rows import open_rows
+from zephyr_lite.config.load import DatasetSpec, RunConfig
+from zephyr_lite.data.chat_template import Example, PairExample, resolve_template
+from zephyr_lite.data.dataset import prepare
+from zephyr_lite.data.preview import conversation_segment, pair_segments, text_runs, token_reader
+from zephyr_lite.data.templates import CHATML
+
+TABLE = re.compile(r"^ *(\d+) +(\d+) +(\d+)  (\S+) +(yes|no) +(yes|no) +(\d+)  (.*)$")
+
+
+@pytest.fixture(scope="module")
+def no_weights(tiny_base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("small") / "base"
+    shutil.copytree(tiny_base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert not list(folder.glob("*.safetensors"))
+    return folder
+
+
+@pytest.fixture
+def show(capsys, tmp_path, monkeypatch, no_weights):
+    """Run the command in an empty folder on a base without weights: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = cli.run(["data", "show", *map(str, words), f"model_name_or_path={no_weights}"])
+        captured = capsys.readouterr()
+        assert not (tmp_path / "runs").exists()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def table(out: str) -> list[dict]:
+    names = ("token", "segment", "position", "role", "supervised", "special", "id", "text")
+    return [dict(zip(names, match.groups())) for line in out.splitlines() if (match := TABLE.match(line))]
+
+
+def test_the_table_has_the_ids_mask_and_positions_that_training_gets(show, no_weights, chat_rows):
+    code, out, err = show("sft", f"dataset={chat_rows}", "max_length=256", "--table", "--row", "2")
+    assert code == 0, err
+    tokens = table(out)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(no_weights)
+    config = RunConfig(max_length=256)
+    data = prepare([DatasetSpec(path=str(chat_rows))], "sft", config, resolve_template("auto", tokenizer))
+    row = [data.examples[index] for index in data.rows[1]]
+    assert len(row) > 1
+    assert [int(t["id"]) for t in tokens] == np.concatenate([e.ids for e in row]).tolist()
+    assert [t["supervised"] == "yes" for t in tokens] == np.concatenate([e.mask for e in row]).tolist()
+    assert [int(t["position"]) for t in tokens] == [p for e in row for p in range(len(e.ids))]
+    assert [int(t["segment"]) for t in tokens] == [s for s, e in enumerate(row, 1) for _ in e.ids]
+    assert {t["id"] for t in tokens if t["special"] == "yes"} == {str(tokenizer.eos_token_id)}
+    for example in row:
+        assert example.where in out
+
+
+def test_a_plain_text_is_shown_as_one(show, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "Name three rivers."}\n')
+    code, out, err = show("sft", "dataset=texts.jsonl", "--table")
+    assert code == 0, err
+    tokens = table(out)
+    assert {t["role"] for t in tokens} == {"text"} and "".join(t["text"] for t in tokens) == "Name␣three␣rivers.</s>"
+    assert [t["supervised"] for t in tokens] == ["no", *["yes"] * (len(tokens) - 1)]
+
+
+def test_roles_follow_the_turns(show, chat_rows):
+    code, out, err = show("sft", f"dataset={chat_rows}", "--from", "2", "--table")
+    assert code == 0, err
+    by_role: dict[str, str] = {}
+    for token in table(out):
+        by_role[token["role"]] = by_role.get(token["role"], "") + token["text"]
+    assert by_role == {
+        "system": "<|system|>⏎Answer␣in␣one␣line.</s>⏎",
+        "user": "<|user|>⏎Who␣are␣you?</s>⏎",
+        "assistant": "<|assistant|>⏎I␣am␣a␣small␣model␣that␣was␣trained␣in␣a␣test,␣and␣I␣answer␣in␣one␣line.</s>⏎",
+    }
+    assert "".join(t["text"] for t in table(out) if t["supervised"] == "yes").endswith("in␣one␣line.</s>")
+    # a row without a system turn: the template writes one by itself
+    _, out, _ = show("sft", f"dataset={chat_rows}", "--from", f"{chat_rows} row 1", "--table")
+    own = "".join(t["text"] for t in table(out) if t["role"] == "template")
+    assert own == "<|system|>⏎</s>⏎"
+
+
+def test_a_pair_shows_the_prompt_once_and_responses_that_go_on_from_it(show, pair_rows):
+    code, out, err = show("dpo", f"dataset={pair_rows}", "--row", "3", "--table")
+    assert code == 0, err
+    assert "no finished stage sft yet" in out
+    tokens = table(out)
+    prompt, chosen, rejected = ([t for t in tokens if t["segment"] == s] for s in "123")
+    assert "Name␣three␣rivers." in "".join(t["text"] for t in prompt)
+    assert all(t["supervised"] == "no" for t in prompt)
+    for side, text in (
+        (chosen, "The␣Rhine,␣the␣Nile␣and␣the␣Amazon."),
+        (rejected, "As␣a␣model␣I␣have␣no␣opinion␣on␣that."),
+    ):
+        assert "".join(t["text"] for t in side if t["supervised"] == "yes") == text + "</s>"
+        assert [int(t["position"]) for t in side] == list(range(len(prompt), len(prompt) + len(side)))
+    for part in ("prompt", "chosen", "rejected"):
+        assert f": {part}, {pair_rows} row 3" in out
+
+
+def test_the_view_has_every_token_above_its_id_and_brackets_around_what_is_supervised(show, pair_rows):
+    words = ("dpo", f"dataset={pair_rows}", "--row", "3")
+    _, listed, _ = show(*words, "--table")
+    code, out, err = show(*words)
+    assert code == 0, err
+    lines = [line[19:] for line in out.split("── prompt", 1)[1].splitlines()[1:] if line and not line.startswith("──")]
+    lines = [line for line in lines if line.strip() and "supervised" not in line]
+    tokens = table(listed)
+    assert " ".join(lines[1::2]).split() == [t["id"] for t in tokens]
+    # a pipe has no colour: brackets are closed in every line
+    inside, found = False, []
+    for line in lines[::2]:
+        assert line.count("⟦") == line.count("⟧")
+        for cell in line.split():
+            inside = inside or cell.startswith("⟦")
+            found.append((cell.strip("⟦⟧"), inside))
+            inside = inside and not cell.endswith("⟧")
+        assert not inside
+    assert found == [(t["text"], t["supervised"] == "yes") for t in tokens]
+
+
+def test_in_colour_a_token_is_green_where_it_is_supervised_and_reversed_where_it_is_special(no_weights, chat_rows):
+    rows = open_rows("sft", None, [f"dataset={chat_rows}", f"model_name_or_path={no_weights}"])
+    segments = segments_of_row(rows, 1)
+    console = RichConsole(force_terminal=True, color_system="truecolor", width=80, record=True, file=io.StringIO())
+    for line in view_lines(rows, 1, segments, 80, colour=True):
+        if line.plain.startswith("──"):  # a segment's title, with a path of any length
+            continue
+        assert ("⟦" not in line.plain and line.cell_len <= 81) or line.plain.startswith(("training", "supervised:"))
+        console.print(line, soft_wrap=True)
+    text = console.export_text(styles=True)
+    assert "\x1b[7;32m</s>" in text and "\x1b[7m</s>" in text  # an answer's end token, and a question's
+    assert re.search("\x1b\\[32m[^\x1b]*Tomato", text) and not re.search("\x1b\\[32m[^\x1b]*evening", text)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_line_is_wider_than_the_terminal(no_weights, pair_rows, width):
+    rows = open_rows("dpo", None, [f"dataset={pair_rows}", f"model_name_or_path={no_weights}"])
+    lines = list(view_lines(rows, 1, segments_of_row(rows, 1), width, colour=False))
+    token_lines = [line for line in lines[2:] if line.plain and not line.plain.startswith(("──", "   positions"))]
+    longest = max(token_lines, key=lambda line: line.cell_len)
+    assert width // 2 < longest.cell_len <= width, longest
+
+
+def test_cut_rows_say_how_much_was_cut(show, no_weights, pair_rows):
+    words = ("dpo", f"dataset={pair_rows}", "max_length=40", "max_prompt_length=24", "--from", "1")
+    code, out, err = show(*words)
+    assert code == 0, err
+    left = int(re.search(r"(\d+) tokens cut on the left", out)[1])
+    ends = [int(n) for n in re.findall(r"(\d+) tokens cut at the end", out)]
+    assert "positions 0–23; 24 tokens" in out and "positions 24–39" in out
+    _, whole, _ = show("dpo", f"dataset={pair_rows}", "--from", "1", "--table")
+    sizes = [len([t for t in table(whole) if t["segment"] == s]) for s in "123"]
+    assert left == sizes[0] - 24 and ends == [sizes[1] - 16, sizes[2] - 16]
+
+
+def test_held_out_rows_and_loss_on(show, chat_rows):
+    words = ("sft", f"dataset={chat_rows}", f"eval_dataset={chat_rows}", "loss_on=all", "--held-out", "--table")
+    code, out, err = show(*words)
+    assert code == 0, err
+    assert "held-out row 1 of" in out and "loss_on all" in out
+    assert [t["position"] for t in table(out) if t["supervised"] == "no"] == ["0"] * out.count("conversation, ")
+
+
+def test_a_configuration_file_names_the_stage(show, tmp_path, pair_rows):
+    (tmp_path / "mine.yaml").write_text(f"beta: 0.1\ndataset: {pair_rows}\nloss_on: last\n")
+    code, out, err = show("--config", "mine.yaml")
+    assert code == 0 and "── rejected" in out, err
+
+
+def test_what_cannot_be_shown_is_said(show, tmp_path, chat_rows):
+    rows = [json.loads(line) for line in chat_rows.read_text().splitlines()]
+    rows[2]["messages"][0]["content"] = "a </s> within"
+    rows[3]["messages"] = [{"role": "user", "content": "no answer"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def refused(*words: object, says: tuple[str, ...]) -> None:
+        code, out, err = show(*words)
+        assert code == 2, out + err
+        for text in says:
+            assert text in err
+
+    data = "dataset=rows.jsonl"
+    refused(
+        "sft",
+        data,
+        "--from",
+        "3",
+        says=("rows.jsonl row 3 was left out: a turn's text contains the control token </s>",),
+    )
+    refused("sft", data, "--from", "rows.jsonl row 4", says=("row 4 was left out: no assistant turn", "data stats"))
+    refused("sft", data, "--from", "30", says=("--from 30: no row is called so", "rows.jsonl row 1"))
+    refused(
+        "sft", data, "dataset.limit=3", "--from", "30", says=("no row is called so", "limit or weight did not draw")
+    )
+    refused("sft", data, "--row", "99", says=("row 99: there is 1 packed row.", "Say --row 1."))
+    refused("sft", data, "--row", "0", says=("row 0",))
+    refused("sft", data, "--row", "1", "--from", "1", says=("--row and --from",))
+    refused("sft", data, "--held-out", says=("nothing is held out",))
+    refused("ppo", data, says=("ppo: there is no such stage",))
+    refused(data, says=("which stage's rows?",))
+    refused("sft", data, "learning_rat=1", says=("learning_rat",))
+    refused("sft", "dataset=nowhere.jsonl", says=("nowhere.jsonl",))
+    refused("sft", data, "adapters=none", "chat_template=chatml", says=("<|im_start|>",))
+
+
+def test_a_base_that_is_not_there(capsys, tmp_path, monkeypatch, chat_rows):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name, says in (("./nowhere", "no such folder"), ("empty", "no config.json"), ("no/body", "no weights")):
+        assert cli.run(["data", "show", "sft", f"dataset={chat_rows}", f"model_name_or_path={name}"]) == 2
+        assert says in capsys.readouterr().err
+
+
+# -- tokens ----------------------------------------------------------------------------------------------------------------
+
+
+def sentencepiece_like(folder: Path) -> PreTrainedTokenizerFast:
+    """Mistral's kind: spaces are ▁, one is put in front, and what the vocabulary lacks is bytes."""
+    words = ["▁", "▁the", "▁cat", "th", "e", "c", "a", "t", "\n", "<", ">", "|", "▁I", "user", "assistant", "system"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words]
+    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_the_tokens_bytes_are_the_text(tmp_path):
+    text = "I am — 你好 🙂 \t<b>\n\n  the cat e\u0301\u200b"
+    byte_level = make_tokenizer(tmp_path)
+    pieces = sentencepiece_like(tmp_path)
+    for tokenizer, before in ((byte_level, ""), (pieces, " ")):
+        read = token_reader(tokenizer)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        raw = b"".join(read(i)[0] for i in ids)
+        assert raw.decode() == before + text
+        assert read(tokenizer.eos_token_id) == (b"</s>", True)
+        assert not any(read(i)[1] for i in ids)
+        mask = [place % 3 == 0 for place in range(len(ids))]
+        runs = text_runs(tokenizer, ids, mask)
+        assert [supervised for _, supervised in runs] == [place % 2 == 0 for place in range(len(runs))]
+    assert token_reader(byte_level)(10**6) == (b"[1000000]", False)
+
+
+def test_mistrals_own_tokenizer(tmp_path):
+    package = pytest.importorskip("mistral_common", reason="pip install zephyr-lite[dev]")
+    shutil.copy(Path(package.__file__).parent / "data" / "tokenizer.model.v1", tmp_path / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
+    template = resolve_template("zephyr", AutoTokenizer.from_pretrained(tmp_path))
+    turns = [{"role": "user", "content": "Où est\n 東京 🙂?"}, {"role": "assistant", "content": "Là-bas."}]
+    ids, mask = template.encode(turns)
+    tokens = conversation_segment(template, Example(ids, mask, "x row 1", 0), turns).tokens
+    assert b"".join(t.raw for t in tokens).decode() == template.text_of(turns)
+    text = {
+        role: b"".join(t.raw for t in tokens if t.role == role).decode() for role in ("template", "user", "assistant")
+    }
+    assert text == {
+        "template": "<s><|system|>\n</s>\n",
+        "user": "<|user|>\nOù est\n 東京 🙂?</s>\n",
+        "assistant": "<|assistant|>\nLà-bas.</s>\n",
+    }
+    assert b"".join(t.raw for t in tokens if t.supervised).decode() == "Là-bas.</s>"
+    assert [t.text for t in tokens if t.special] == ["<s>", "</s>", "</s>", "</s>"]
+
+
+def test_characters_in_several_tokens_and_ones_that_cannot_be_seen(tmp_path):
+    template = resolve_template("zephyr", make_tokenizer(tmp_path))
+    turns = [{"role": "user", "content": "你\u202e\x1b"}, {"role": "assistant", "content": "ok"}]
+    ids, mask = template.encode(turns)
+    segment = conversation_segment(template, Example(ids, mask, "x row 1", 0), turns)
+    texts = [token.text for token in segment.tokens]
+    assert "\\xa0=你" in texts  # its last byte
+    assert "\\u001b" in texts and "\x1b" not in "".join(texts)
+    assert "\\xae=\\u202e" in texts and "\u202e" not in "".join(texts)
+    assert sum(map(len, (t.raw for t in segment.tokens))) == len(template.text_of(turns).encode())
+
+
+def test_a_template_that_refuses_a_system_turn_alone_joins_it_with_the_user(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    text = (
+        "{% if messages[0]['role'] == 'system' and messages | length == 1 %}{{ raise_exception('alone') }}{% endif %}"
+        + CHATML.replace("<|im_start|>", "[")
+        .replace("<|im_end|>\\n", "]' + eos_token + '")
+        .replace("{{ bos_token }}", "")
+    )
+    path = tmp_path / "own.jinja"
+    path.write_text(text)
+    template = resolve_template(str(path), tokenizer)
+    turns = [{"role": r, "content": r[0]} for r in ("system", "user", "assistant")]
+    ids, mask = template.encode(turns)
+    segment = conversation_segment(template, Example(ids, mask, "x row 1", 0), turns)
+    assert list(dict.fromkeys(token.role for token in segment.tokens)) == ["system+user", "assistant"]
+
+
+def test_turns_that_are_not_the_examples_are_refused(tmp_path):
+    template = resolve_template("zephyr", make_tokenizer(tmp_path))
+    prompt, a, b = (
+        [{"role": "user", "content": "q"}],
+        [{"role": "assistant", "content": "a"}],
+        [{"role": "assistant", "content": "b"}],
+    )
+    ids, mask = template.encode(prompt + a)
+    with pytest.raises(ValueError, match="x row 1: its turns give other ids"):
+        conversation_segment(template, Example(ids, mask, "x row 1", 0), prompt + b)
+    pair = PairExample(*template.encode_pair(prompt, a, b), where="x row 1", index=0)
+    assert [s.part for s in pair_segments(template, pair, prompt, a, b)] == ["prompt", "chosen", "rejected"]
+    with pytest.raises(ValueError, match="other ids"):
+        pair_segments(template, pair, prompt, b, a)

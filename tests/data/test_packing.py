@@ -1,0 +1,103 @@
+"""Best-fit packing and what is cut."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+import pytest
+
+from zephyr_lite.data.chat_template import Pair
+from zephyr_lite.data.packing import best_fit, cut_conversation, cut_pair
+
+
+def naive(lengths: list[int], capacity: int) -> int:
+    """How many bins best-fit decreasing opens, found by looking at every bin for every item."""
+    rooms: list[int] = []
+    for size in sorted(lengths, reverse=True):
+        fitting = [i for i, room in enumerate(rooms) if room >= size]
+        if fitting:
+            rooms[min(fitting, key=lambda i: rooms[i])] -= size
+        else:
+            rooms.append(capacity - size)
+    return len(rooms)
+
+
+def test_every_item_lies_in_one_bin_and_no_bin_overflows():
+    rng = random.Random(0)
+    for _ in range(60):
+        capacity = rng.randint(1, 60)
+        lengths = [rng.randint(1, capacity) for _ in range(rng.randint(0, 80))]
+        bins = best_fit(lengths, capacity)
+        assert sorted(i for items in bins for i in items) == list(range(len(lengths)))
+        assert all(sum(lengths[i] for i in items) <= capacity for items in bins)
+        assert len(bins) == naive(lengths, capacity)
+        assert bins == best_fit(np.asarray(lengths, dtype=np.int64), capacity)
+        assert all(items == sorted(items) for items in bins)
+        assert [items[0] for items in bins] == sorted(items[0] for items in bins)
+
+
+def test_an_item_that_fits_nowhere_is_refused():
+    with pytest.raises(ValueError, match="item 1 has length 9"):
+        best_fit([3, 9], 8)
+    with pytest.raises(ValueError, match="item 0 has length 0"):
+        best_fit([0, 8], 8)
+    assert best_fit([], 8) == []
+
+
+def test_two_hundred_thousand_conversations_take_seconds_and_fill_the_rows():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(6.5, 0.8, 200_000).astype(int), 1, 2048)
+    start = time.perf_counter()
+    bins = best_fit(lengths, 2048)
+    assert time.perf_counter() - start < 10
+    assert lengths.sum() / (len(bins) * 2048) > 0.98
+
+
+def test_a_long_conversation_is_cut_at_the_right_and_the_loss_counted():
+    ids, mask = np.arange(10, dtype=np.int32), np.array([0, 0, 1, 1, 0, 0, 1, 1, 1, 0], dtype=bool)
+    short, short_mask, lost = cut_conversation(ids, mask, 7)
+    assert short.tolist() == list(range(7)) and short_mask.sum() == 3 and lost == 2
+    assert cut_conversation(ids, mask, 10)[2] == 0
+
+
+def make_pair(prompt: int, chosen: int, rejected: int) -> Pair:
+    def ids(start: int, count: int) -> np.ndarray:
+        return np.arange(start, start + count, dtype=np.int32)
+
+    return Pair(ids(1, prompt), ids(1000, chosen), np.ones(chosen, bool), ids(2000, rejected), np.ones(rejected, bool))
+
+
+def test_a_pair_that_fits_keeps_its_long_prompt():
+    pair = make_pair(20, 4, 3)
+    assert cut_pair(pair, 24, 5, True) is pair
+
+
+def test_a_long_pair_is_cut_on_the_prompts_left_then_on_each_responses_right():
+    pair = make_pair(20, 4, 30)
+    short = cut_pair(pair, 24, 10, True)
+    assert short.prompt_ids.tolist() == [1, *range(12, 21)]  # BOS stays, once
+    assert short.chosen_ids.tolist() == [1000, 1001, 1002, 1003]  # fits by itself: not cut to the other's length
+    assert short.rejected_ids.tolist() == list(range(2000, 2014)) and len(short.rejected_mask) == 14
+    without_bos = cut_pair(pair, 24, 10, False)
+    assert without_bos.prompt_ids.tolist() == list(range(11, 21))
+    assert cut_pair(pair, 24, 1, True).prompt_ids.tolist() == [1]
+    assert cut_pair(pair, 24, 1, False).prompt_ids.tolist() == [20]
+
+
+def test_a_prompt_that_leaves_no_room_gives_nothing():
+    assert cut_pair(make_pair(20, 4, 4), 10, 10, True) is None
+    assert cut_pair(make_pair(20, 4, 4), 10, 512, True) is None
+    assert len(cut_pair(make_pair(20, 4, 4), 10, 9, True).chosen_ids) == 1
+
+
+def test_cut_pairs_always_fit():
+    rng = random.Random(1)
+    for _ in range(300):
+        pair = make_pair(rng.randint(1, 40), rng.randint(1, 40), rng.randint(1, 40))
+        budget, prompt_budget = rng.randint(2, 60), rng.randint(1, 60)
+        short = cut_pair(pair, budget, prompt_budget, True)
+        if short is not None:
+            assert len(short.prompt_ids) + max(len(short.chosen_ids), len(short.rejected_ids)) <= budget
+            assert len(short.prompt_ids) >= 1 and short.prompt_ids[0] == 1

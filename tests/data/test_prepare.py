@@ -1,0 +1,183 @@
+"""Rows to packed examples: what is cut, dropped, counted, and that it is the same every time."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from tests.conftest import make_tokenizer
+from zephyr_lite.config.load import DatasetSpec, RunConfig
+from zephyr_lite.data import dataset as prepare_module
+from zephyr_lite.data.chat_template import Example, PairExample, resolve_template
+from zephyr_lite.data.dataset import prepare
+from zephyr_lite.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def template(tmp_path):
+    return resolve_template("zephyr", make_tokenizer(tmp_path / "tokenizer"))
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+def write(path: Path, rows: list[dict]) -> list[DatasetSpec]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [DatasetSpec(path=str(path))]
+
+
+def test_conversations(chat_rows, template):
+    config = RunConfig(max_length=160)
+    data = prepare([DatasetSpec(path=str(chat_rows))], "sft", config, template)
+    assert len(data.examples) == 8 and sorted(i for row in data.rows for i in row) == list(range(8))
+    assert len(data.rows) < 8
+    rows = [json.loads(line)["messages"] for line in chat_rows.read_text().splitlines()]
+    for index, example in enumerate(data.examples):
+        assert isinstance(example, Example) and example.index == index and example.where.endswith(f"row {index + 1}")
+        ids, mask = template.encode(rows[index])
+        assert example.ids.tolist() == ids.tolist()[:160] and example.mask.tolist() == mask.tolist()[:160]
+        assert example.ids.dtype == np.int32 and example.mask.dtype == bool and example.mask.any()
+        assert data.lengths[index] == len(example.ids)
+    assert all(data.lengths[row].sum() <= 160 for row in data.rows)
+    assert data.examples[-1].index == 7 and [e.index for e in data.examples[2:4]] == [2, 3]
+    with pytest.raises(IndexError):
+        data.examples[8]
+    report = data.report
+    assert report.read == report.kept == 8 and report.tokens == data.lengths.sum()
+    assert report.supervised == sum(int(e.mask.sum()) for e in data.examples)
+    assert report.fill == report.tokens / (160 * len(data.rows))
+    assert json.loads(json.dumps(report.as_dict()))["rows"] == len(data.rows)
+
+
+def test_pairs(pair_rows, template):
+    data = prepare([DatasetSpec(path=str(pair_rows))], "dpo", RunConfig(max_length=512), template, what="evaluation")
+    assert data.rows == [[i] for i in range(8)]
+    rows = [json.loads(line) for line in pair_rows.read_text().splitlines()]
+    for index, example in enumerate(data.examples):
+        assert isinstance(example, PairExample) and example.index == index
+        chosen, _ = template.encode(rows[index]["chosen"])
+        assert np.concatenate([example.prompt_ids, example.chosen_ids]).tolist() == chosen.tolist()
+        assert data.lengths[index] == sum(
+            len(a) for a in (example.prompt_ids, example.chosen_ids, example.rejected_ids)
+        )
+        assert example.chosen_mask.any() and example.rejected_mask.any()
+    assert any(line.startswith("evaluation data: ") for line in data.report.lines())
+    assert data.report.fill is None and "8 pairs" in data.report.lines()[-1]
+
+
+def test_a_row_with_no_supervised_token_is_dropped_counted_and_named(template, tmp_path):
+    # every label masked is a silent loss of 0 elsewhere
+    question = "why " * 60
+    specs = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}, {"messages": turns(question, "So.")}])
+    data = prepare(specs, "sft", RunConfig(max_length=60), template)
+    assert len(data.examples) == 1
+    assert data.report.dropped == {"no supervised token within max_length 60": [f"{tmp_path}/a.jsonl row 2"]}
+    assert any("no supervised token" in line and "a.jsonl row 2" in line for line in data.report.lines())
+    with pytest.raises(UserError, match=r"no row is left to train on: .*row 1(.|\n)*Raise max_length"):
+        prepare(specs, "sft", RunConfig(max_length=10), template)
+
+
+def test_a_long_conversation_is_cut_and_the_loss_counted(template, tmp_path):
+    conversation = turns("Hi", "word " * 100)
+    specs = write(tmp_path / "a.jsonl", [{"messages": conversation}, {"messages": turns("Hi", "Hello")}])
+    data = prepare(specs, "sft", RunConfig(max_length=80), template)
+    _, mask = template.encode(conversation)
+    assert data.lengths[0] == 80 and data.report.cut == 1
+    assert data.report.supervised_lost == mask[80:].sum() > 0
+    assert any("1 conversations cut" in line for line in data.report.lines())
+
+
+def test_long_pairs(template, tmp_path):
+    long, answer = "why " * 80, "because " * 80
+    pairs = [
+        {"prompt": "Hi", "chosen": "a", "rejected": "b"},
+        {"prompt": long, "chosen": "a", "rejected": "b"},
+        {"prompt": "Hi", "chosen": answer, "rejected": "b"},
+        {"prompt": "Hi", "chosen": answer + "a", "rejected": answer + "b"},
+    ]
+    specs = write(tmp_path / "a.jsonl", pairs)
+    data = prepare(specs, "dpo", RunConfig(max_length=100, max_prompt_length=60), template)
+    assert [e.where[-1] for e in data.examples] == ["1", "2", "3"]
+    assert data.report.dropped == {"chosen equals rejected within max_length 100": [f"{tmp_path}/a.jsonl row 4"]}
+    assert len(data.examples[1].prompt_ids) == 60 and data.report.prompts_cut == 1 and data.report.cut == 2
+    assert data.examples[1].prompt_ids.tolist() == template.prompt_ids(turns(long))[-60:].tolist()
+    third = data.examples[2]
+    assert len(third.prompt_ids) + len(third.chosen_ids) == 100 and len(third.rejected_ids) < 10
+    assert data.report.supervised_lost > 0
+    data = prepare(specs, "dpo", RunConfig(max_length=60, max_prompt_length=60), template)
+    (reason,) = [reason for reason in data.report.dropped if "prompt" in reason]
+    assert "longer than the budget" in reason and data.report.dropped[reason] == [f"{tmp_path}/a.jsonl row 2"]
+
+
+def test_typed_control_tokens_are_a_counted_drop(template, tmp_path):
+    specs = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}, {"messages": turns("Hi</s>", "Hello")}])
+    data = prepare(specs, "sft", RunConfig(), template)
+    assert data.report.dropped == {"a turn's text contains the control token </s>": [f"{tmp_path}/a.jsonl row 2"]}
+
+
+def test_the_default_system_turn_is_in_the_ids(chat_rows, template):
+    data = prepare([DatasetSpec(path=str(chat_rows))], "sft", RunConfig(system="Be kind."), template)
+    texts = [template.tokenizer.decode(e.ids) for e in data.examples]
+    assert "<|system|>\nBe kind.</s>" in texts[0] and "<|system|>\nAnswer in one line.</s>" in texts[1]
+
+
+def test_the_fingerprint_is_that_of_the_ids_masks_and_template(chat_rows, template, tmp_path):
+    specs = [DatasetSpec(path=str(chat_rows))]
+    config = RunConfig(max_length=512)
+    data = prepare(specs, "sft", config, template)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(chat_rows.read_text())
+    again = resolve_template("zephyr", make_tokenizer(tmp_path / "again"))
+    assert prepare([DatasetSpec(path=str(copy))], "sft", config, again).fingerprint == data.fingerprint
+    others = [
+        prepare(specs, "sft", RunConfig(max_length=512, loss_on="last"), template),
+        prepare(specs, "sft", RunConfig(max_length=512, system="Hi."), template),
+        prepare(specs, "sft", RunConfig(max_length=70), template),
+        prepare([DatasetSpec(path=str(chat_rows), limit=7)], "sft", config, template),
+    ]
+    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+def test_several_processes_give_the_same_examples(chat_rows, template, monkeypatch):
+    specs, config = [DatasetSpec(path=str(chat_rows), weight=4)], RunConfig(max_length=512)
+    one = prepare(specs, "sft", config, template)
+    monkeypatch.setattr(prepare_module, "processes", lambda rows: 2)
+    monkeypatch.setattr(prepare_module, "cache_key", lambda *args: "several")
+    two = prepare(specs, "sft", config, template)
+    assert two.fingerprint == one.fingerprint and two.rows == one.rows and two.report == one.report
+
+
+def test_a_second_start_reads_the_cache(chat_rows, template, monkeypatch):
+    specs = [DatasetSpec(path=str(chat_rows))]
+    first = prepare(specs, "sft", RunConfig(), template)
+
+    def never(*args, **options):
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(template, "encode", never)
+    assert prepare(specs, "sft", RunConfig(), template).fingerprint == first.fingerprint
+    with pytest.raises(AssertionError, match="tokenized again"):
+        prepare(specs, "sft", RunConfig(loss_on="all"), template)
+
+
+def test_other_rows_under_the_old_name_size_and_time_are_read(tmp_path, template):
+    """As ``cp -p``, ``rsync -t`` and archives leave them: the time alone tells nothing."""
+
+    def answer(text: str) -> str:
+        specs = write(tmp_path / "rows.jsonl", [{"messages": turns("Who?", text)}])
+        os.utime(specs[0].path, (1e9, 1e9))
+        data = prepare(specs, "sft", RunConfig(), template)
+        return template.tokenizer.decode(data.examples[0].ids[data.examples[0].mask])
+
+    assert [answer("cat"), answer("dog")] == ["cat</s>", "dog</s>"]

@@ -1,0 +1,205 @@
+"""What is written beside the README: the list of keys is the schema's, every command's help ends with an example that it
+understands, the guides name files that exist, the drawings can be read, and what the README says to do afterwards works."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from tests.docs.test_readme import GROUP, GUIDES, ROOT, TEXT, commands, parse
+from zephyr_lite import __version__
+from zephyr_lite.cli import app as cli
+from zephyr_lite.cli.examples import EXAMPLES
+from zephyr_lite.config import docs as config_doc
+from zephyr_lite.config.compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
+from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config
+from zephyr_lite.config.schema import PARTS, DatasetSpec, MemorySpec
+from zephyr_lite.errors import UserError
+
+KEYS = GUIDES["configuration.md"]
+
+
+def every_command(group=GROUP, prefix: str = ""):
+    """{"data chat": click's command}, the groups and the root ("") included."""
+    found = {prefix.strip(): group}
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= every_command(command, f"{prefix}{name} ")
+        else:
+            found[prefix + name] = command
+    return found
+
+
+# The keys
+
+
+def test_the_list_of_keys_is_the_schemas():
+    between = KEYS.split(config_doc.BEGIN)[1].split(config_doc.END)[0].strip()
+    assert between == config_doc.keys_as_markdown().strip(), (
+        "python -m zephyr_lite.config.docs --into docs/configuration.md"
+    )
+
+
+def test_every_key_has_a_description_and_a_row_with_its_default():
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| [^|]+ \| (.*?) \| [^|]+ \|$", KEYS, re.MULTILINE))
+    nested = [("dataset", DatasetSpec), ("memory", MemorySpec)]
+    fields = {f"{parent}.{name}": field for parent, model in nested for name, field in model.model_fields.items()}
+    assert all(field.description for field in (RunConfig.model_fields | fields).values())
+    assert set(rows) == {*RunConfig.model_fields, *fields}
+    assert next(iter(RunConfig.model_fields)) in PARTS and set(PARTS) <= set(RunConfig.model_fields)
+    for name in ("lora_r", "learning_rate", "beta", "optim", "max_length", "lora_dropout", "samples"):
+        values = [RunConfig.model_fields[name].default]
+        values += [DPO_DEFAULTS[name]] if DPO_DEFAULTS.get(name, values[0]) != values[0] else []
+        for text, value in zip(rows[name].split("; "), values, strict=True):
+            assert text == value if isinstance(value, str) else float(text) == value, name
+    assert rows["save_steps"] == "100; shipped: 500 and 200"
+
+
+def test_limits_and_values_are_in_words():
+    field = RunConfig.model_fields
+    assert config_doc.values_of(field["engine"]) == "fused, trl, unsloth"
+    assert config_doc.values_of(field["max_steps"]) == "whole number ≥ 1, null"
+    assert config_doc.values_of(field["label_smoothing"]) == "number ≥ 0 and < 0.5"
+    assert config_doc.values_of(field["adapters"]) == "list of texts, none"
+
+
+def test_other_tools_names_are_all_there():
+    assert all(f"| `{theirs}` | `{ours}` |" in KEYS for theirs, ours in (ALIASES | TRANSLATED).items())
+    accepted = [line for line in KEYS.splitlines() if line.startswith("| `")]
+    assert all(any(f"`{key}`" in line and f" | {why} |" in line for line in accepted) for key, why in ACCEPTED.items())
+    assert all(f"| `{key}` | " in KEYS and f" | {why} |" in KEYS for key, (_, why) in REFUSED.items())
+
+
+def test_the_list_is_put_between_the_marks(tmp_path, capsys):
+    page = tmp_path / "keys.md"
+    page.write_text(f"before\n{config_doc.BEGIN}\nold\n{config_doc.END}\nafter\n")
+    assert config_doc.main(["--into", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text and "`lora_r`" in text
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="two marks"):
+        config_doc.into(page)
+    assert config_doc.main(["--into", str(tmp_path / "none.md")]) == 2 and config_doc.main(["--out"]) == 2
+    assert "is not understood" in capsys.readouterr().err
+    assert config_doc.main([]) == 0 and "`lora_r`" in capsys.readouterr().out
+
+
+# Help
+
+
+def test_every_command_has_an_example_and_no_example_is_of_no_command():
+    assert set(EXAMPLES) == set(every_command())
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_examples_are_in_the_help_and_parse(name, capsys):
+    words = name.split()
+    command = every_command()[name]
+    printed = command.get_help(typer.Context(command, info_name="zephyr-lite " + name)) or ""
+    shown = " ".join((printed + capsys.readouterr().out).split())  # long lines are broken at the terminal's width
+    assert "Example" in shown
+    for line in EXAMPLES[name]:
+        assert line in shown and len(line) <= 100
+        assert shlex.split(line)[1 : 1 + len(words)] == words
+        parse(line)
+
+
+# Guides and drawings
+
+
+@pytest.mark.parametrize("name", ["architecture.md", "numerics.md", "memory.md", "CONTRIBUTING.md"])
+def test_files_and_tests_that_a_guide_names_exist(name):
+    text = GUIDES.get(name) or (ROOT / name).read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[\w.]+/)+[\w.]*)`", text)) | set(re.findall(r"`(\w+\.py)`", text))
+    for path in named:
+        places = [ROOT / path, ROOT / "zephyr_lite" / path, ROOT / "zephyr_lite/train" / path]
+        assert any(place.exists() for place in places), path
+    tests = set(re.findall(r"`(test_\w+)`", text))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")) if tests else ""
+    assert all(f"def {test}(" in sources for test in tests)
+    assert named
+
+
+def test_drawings_are_whole_and_need_nothing_from_elsewhere():
+    drawings = list((ROOT / "docs/images").glob("*.svg"))
+    for path in drawings:
+        text = path.read_text(encoding="utf-8")
+        assert ET.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+        assert not re.search(r"<script|\shref=", text), path.name
+    assert (ROOT / "docs/images/architecture.svg") in drawings
+
+
+def test_the_citation_is_of_this_version_and_licence():
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert found["version"] == __version__ and found["license"] == "Apache-2.0" and found["cff-version"] == "1.2.0"
+    assert found["authors"] and found["references"][0]["url"] == "https://arxiv.org/abs/2310.16944"
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_how_to_contribute_names_targets_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {line.split()[1] for line in commands(text)} <= targets and {"setup", "test", "lint"} <= targets
+
+
+def test_a_yaml_file_of_the_handbook_loads_as_the_guide_says(tmp_path):
+    path = tmp_path / "theirs.yaml"
+    path.write_text(
+        "model_name_or_path: mistralai/Mistral-7B-v0.1\nper_device_train_batch_size: 4\ngradient_accumulation_steps: 2\n"
+        "dataset_mixer: {HuggingFaceH4/ultrachat_200k: 1.0}\ndataset_splits: [train_sft, test_sft]\nbf16: true\n"
+        "assistant_only_loss: false\nwarmup_steps: 0.2\nmax_seq_length: 1024\nuse_peft: true\n"
+    )
+    loaded = load_config("sft", str(path))
+    config = loaded.config
+    assert (config.batch_size, config.loss_on, config.warmup_ratio, config.max_length) == (8, "all", 0.2, 1024)
+    assert config.dataset[0].split == "train_sft" and len(loaded.notes) >= 5
+
+
+# What the README says to do afterwards, on a tiny run
+
+
+@pytest.fixture
+def afterwards(talk_run, chat_rows, pair_rows, tmp_path, monkeypatch):
+    shutil.copytree(talk_run, tmp_path / "runs/zephyr-7b")
+    shutil.copytree(talk_run, tmp_path / "runs/mine")
+    (tmp_path / "my").mkdir()
+    shutil.copy(chat_rows, tmp_path / "my/chats.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_line(line: str, capsys, ends_with: int = 0) -> str:
+    assert line in commands(TEXT), f"the README says {line} no more"
+    code = cli.run(shlex.split(line)[1:])
+    found = capsys.readouterr()
+    assert code == ends_with, f"{line}: {found.err}"
+    return found.out
+
+
+def test_what_comes_after_training_runs_as_written(afterwards, capsys, monkeypatch):
+    assert "torch" in run_line("zephyr-lite env", capsys)
+    assert "dpo" in run_line("zephyr-lite eval loss", capsys)
+    assert "accuracy" in run_line("zephyr-lite eval preference", capsys)
+    # these adapters are drawn, not trained: the check finds that they end no answer
+    assert "verdict" in run_line("zephyr-lite check runs/zephyr-7b/dpo", capsys, ends_with=2)
+    run_line("zephyr-lite merge --out model/", capsys)
+    assert json.loads((afterwards / "model/config.json").read_text())["architectures"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Who are you?")))
+    assert run_line("zephyr-lite chat", capsys).strip()
+
+
+def test_reports_are_written_as_written(afterwards, capsys):
+    run_line("zephyr-lite report", capsys)
+    run_line("zephyr-lite report runs/zephyr-7b runs/mine --out compared.html", capsys)
+    pages = list(Path().rglob("*.html"))
+    assert Path("compared.html") in pages and len(pages) >= 2
+    assert all("<svg" in path.read_text(encoding="utf-8") for path in pages)

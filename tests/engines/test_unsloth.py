@@ -1,0 +1,294 @@
+"""Engine unsloth: what stands in its way is said before anything is loaded; where Unsloth starts, its runs are the other
+engines' runs. It has to be imported before transformers, so every run is a process of its own, as a user's is."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import make_model
+from zephyr_lite.engines import early
+from zephyr_lite.engines.unsloth import linear_names
+from zephyr_lite.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+EXTRA = 'pip install "zephyr-lite[unsloth]"'
+
+
+def python(*arguments):
+    """A process without a GPU: its exit code, what it printed, what it complained about."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("UNSLOTH_ALLOW_CPU", None)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=280
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+# What stands in its way
+
+
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is not None, reason="unsloth is installed here")
+def test_not_installed():
+    with pytest.raises(UserError) as found:
+        early.start_unsloth()
+    assert f"unsloth {early.WANTED} is not installed" in found.value.message
+    assert f"torch {torch.__version__}" in found.value.message
+    assert EXTRA in found.value.hint
+
+
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is not None, reason="unsloth is installed here")
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_it_is_said_before_anything_is_loaded(method, tmp_path):
+    """There is no such model either; the engine's error comes first, and nothing is written."""
+    words = ["engine=unsloth", f"output_dir={tmp_path / 'run'}", f"model_name_or_path={tmp_path / 'nowhere'}"]
+    code, _, complaint = python("-m", "zephyr_lite", method, *words)
+    assert code == 2
+    assert "is not installed" in complaint and EXTRA in complaint and "nowhere" not in complaint
+    assert not (tmp_path / "run").exists()
+
+
+class Metadata:
+    """Distributions as they might be installed."""
+
+    def __init__(self, monkeypatch, **versions):
+        self.versions = {"unsloth": "2026.10.9", "unsloth_zoo": "2026.10.9", **versions}
+        monkeypatch.setattr(early, "version", self.version)
+        monkeypatch.setattr(early, "requires", lambda name: ["transformers<=5.17.0,>=4.52.4", "trl<=1.15.0", "tyro"])
+
+    def version(self, name):
+        if self.versions.get(name) is None:
+            raise early.PackageNotFoundError(name)
+        return self.versions[name]
+
+
+def test_versions_that_do_not_fit(monkeypatch):
+    Metadata(monkeypatch, transformers="5.17.0", trl="1.14.2")
+    assert early.unsloth_conflicts() == []
+    Metadata(monkeypatch, transformers="5.23.0", trl=None, unsloth_zoo=None)
+    zoo, *others = early.unsloth_conflicts()
+    assert "unsloth_zoo is not installed" in zoo
+    # whose words the order of a specifier is, is packaging's affair
+    assert [o.split(" wants ")[0] for o in others] == [
+        "transformers 5.23.0 is installed, unsloth 2026.10.9",
+        "trl none is installed, unsloth 2026.10.9",
+    ]
+    assert "<=5.17.0" in others[0] and "<=1.15.0" in others[1]
+    Metadata(monkeypatch, unsloth="2025.1.1", transformers="5.17.0", trl="1.14.2")
+    with pytest.raises(UserError, match=re.escape(f"unsloth 2025.1.1 is installed, wanted is {early.WANTED}")):
+        early.start_unsloth()
+
+
+def test_the_extra_asks_for_the_same_versions():
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["unsloth"]
+    assert extra == [f"unsloth{early.WANTED}", f"unsloth_zoo{early.WANTED}"]
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("You need a GPU."), ImportError("no xformers"), RuntimeError("a\n  b"), KeyError("x")]
+)
+def test_it_does_not_start(monkeypatch, tmp_path, error):
+    Metadata(monkeypatch, torch="2.13.0", transformers="5.17.0", trl="1.14.2", datasets="4.8.5")
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
+    monkeypatch.setattr(early, "PATCHED", ())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_COMPILE_LOCATION"):
+        monkeypatch.setenv(name, "set, so that it is put back")
+
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(early.importlib, "import_module", fail)
+    with pytest.raises(UserError) as found:
+        early.start_unsloth()
+    said = found.value
+    assert "unsloth 2026.10.9 with torch 2.13.0, transformers 5.17.0, trl 1.14.2, datasets 4.8.5" in said.message
+    assert f"{type(error).__name__}: {' '.join(str(error).split())}" in said.message
+    assert EXTRA in said.hint and "GPU" in said.hint
+
+
+def test_too_late(monkeypatch):
+    Metadata(monkeypatch, transformers="5.17.0", trl="1.14.2")
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
+    with pytest.raises(UserError, match=r"transformers, peft.* came first") as found:
+        early.start_unsloth()
+    assert "start_unsloth() before any other import" in found.value.hint
+
+
+def test_the_start_imports_nothing_heavy():
+    code, printed, _ = python(
+        "-c",
+        "import sys, zephyr_lite.config.load\nfrom zephyr_lite.engines import start_unsloth, unsloth_conflicts\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'trl', 'datasets', 'bitsandbytes'} & set(sys.modules)))",
+    )
+    assert (code, printed.strip()) == (0, "[]")
+
+
+def test_all_linear_is_every_linear_layer_but_the_head():
+    wanted = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert linear_names(make_model()) == wanted
+
+
+# Where it starts
+
+
+@pytest.fixture(scope="module")
+def starts():
+    """Skips where Unsloth does not start without a GPU. Its CPU fallback is what is tested here."""
+    if conflicts := early.unsloth_conflicts():
+        pytest.skip("; ".join(conflicts))
+    code, _, complaint = python("-c", "from zephyr_lite.engines import start_unsloth; start_unsloth()")
+    if code:
+        pytest.skip(complaint.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def run(starts, tiny_base, chat_rows, pair_rows, tmp_path_factory):
+    """Runs a stage through the command line, once, and returns its folder and what was said."""
+    root = tmp_path_factory.mktemp("runs")
+    done = {}
+
+    def go(method, engine, name, *words, code=0):
+        if (method, engine, name, words) in done:
+            return done[method, engine, name, words]
+        rows = chat_rows if method == "sft" else pair_rows
+        values = {
+            "model_name_or_path": str(tiny_base), "engine": engine, "output_dir": str(root / f"{engine}-{name}"),
+            "chat_template": "zephyr", "dataset": {"path": str(rows)}, "eval_dataset": {"path": str(rows), "limit": 4},
+            "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "max_length": 160, "max_prompt_length": 64,
+            "batch_size": 2 if method == "sft" else 3, "max_steps": 4, "learning_rate": 1e-3, "eval_steps": 2,
+            "save_steps": 2, "stage": method, "beta": 0.1,
+        }  # fmt: skip
+        file = root / f"{method}.yaml"
+        file.write_text(json.dumps(values))
+        found, said, complaint = python("-m", "zephyr_lite", method, "--config", file, *words)
+        assert found == code, said + complaint
+        result = root / f"{engine}-{name}" / method, said + complaint
+        if not code:
+            done[method, engine, name, words] = result
+        return result
+
+    return go
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def assert_same_run(found, wanted, tolerance):
+    """Every step's loss, gradient norm and rewards, and the evaluations."""
+    ours, theirs = metrics(found), metrics(wanted)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs] and len(ours) == 6
+    for a, b in zip(ours, theirs):
+        names = {"loss", "grad_norm", "eval_loss", "rewards/margins", "logps/chosen", "learning_rate", "num_tokens"}
+        shared = names & a.keys() & b.keys() - ({"num_tokens"} if "logps/chosen" in b else set())
+        assert shared & {"loss", "eval_loss"}
+        for name in shared:
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (a["step"], name)
+
+
+def test_sft_is_the_other_engines_run(run):
+    found, said = run("sft", "unsloth", "nf4")
+    assert "Unsloth" in said and "trained by TRL and Unsloth" in said
+    for engine in ("trl", "fused"):
+        assert_same_run(found, run("sft", engine, "nf4")[0], 1e-5)
+    info = json.loads((found / "stage.json").read_text())
+    assert info["status"] == "complete" and info["engine"] == "unsloth"
+    assert info["versions"]["unsloth"] == early.version("unsloth")
+    assert info["base"]["load_in_4bit"] and info["base"]["dtype"] == "float32"
+    # its own loss ran, which leaves TRL's entropy and accuracy of the training pass out
+    assert "entropy" not in metrics(found)[0]
+    assert not (Path.cwd() / "unsloth_compiled_cache").exists()
+
+
+def test_dpo_in_4_bits_stands_on_the_sft_adapter(run):
+    run("sft", "unsloth", "nf4"), run("sft", "trl", "nf4"), run("sft", "fused", "nf4")
+    found, said = run("dpo", "unsloth", "nf4")
+    assert "at rank 4" in said and "against a frozen copy" in said
+    assert_same_run(found, run("dpo", "trl", "nf4")[0], 1e-4)
+    first, fused = metrics(found)[0], metrics(run("dpo", "fused", "nf4")[0])[0]
+    assert first["loss"] == pytest.approx(0.69314718, abs=1e-6)
+    # policy and reference are base + sft there, as in the fused engine's stack; not the bare base
+    bare, _ = run("dpo", "unsloth", "bare", "adapters=none")
+    for name in ("logps/chosen", "logps/rejected"):
+        assert first[name] == pytest.approx(fused[name], rel=1e-5)
+        assert abs(metrics(bare)[0][name] - first[name]) > 1e-3 * abs(first[name])
+    before, after = (load_file(f / "adapter/adapter_model.safetensors") for f in (found.parent / "sft", found))
+    assert before.keys() == after.keys() and all(not torch.equal(before[n], after[n]) for n in before)
+
+
+def test_dpo_on_the_bare_base_and_in_float32_is_the_fused_engines_run(run):
+    assert_same_run(
+        run("dpo", "unsloth", "bare", "adapters=none")[0], run("dpo", "fused", "bare", "adapters=none")[0], 1e-4
+    )
+    for engine in ("unsloth", "fused"):
+        run("sft", engine, "wide", "load_in_4bit=false")
+    found, said = run("dpo", "unsloth", "wide", "load_in_4bit=false")
+    assert "merged into the torch.float32 base" in said
+    assert_same_run(found, run("dpo", "fused", "wide", "load_in_4bit=false")[0], 1e-4)
+    assert (found / "delta").is_dir()
+
+
+def test_recomputing_changes_nothing(run):
+    found, _ = run("sft", "unsloth", "recompute", "memory.keep=input")
+    assert json.loads((found / "stage.json").read_text())["trl"]["arguments"]["gradient_checkpointing"] is True
+    assert_same_run(found, run("sft", "unsloth", "nf4")[0], 1e-6)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_killed_run_goes_on(run, method):
+    """As if killed after step 2's checkpoint: the rest of the run is what it was, bit for bit."""
+    run("sft", "unsloth", "nf4")
+    folder, _ = run(method, "unsloth", "nf4")
+    whole, weights = metrics(folder), load_file(folder / "adapter/adapter_model.safetensors")
+    kept = folder.parent / "kept"
+    shutil.copytree(folder, kept)
+    shutil.rmtree(folder / "checkpoint-4")
+    shutil.rmtree(folder / "adapter")
+    info = json.loads((folder / "stage.json").read_text())
+    (folder / "stage.json").write_text(json.dumps({**info, "status": "running"}))
+    try:
+        _, said = run(method, "unsloth", "nf4", "logging_steps=1")  # says nothing new, but is run again
+        assert "going on from checkpoint-2" in said
+        timed = {"seconds", "tokens_per_second", "pairs_per_second"}
+        for a, b in zip(metrics(folder), whole, strict=True):
+            assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
+        again = load_file(folder / "adapter/adapter_model.safetensors")
+        assert again.keys() == weights.keys() and all(torch.equal(again[n], weights[n]) for n in weights)
+    finally:
+        shutil.rmtree(folder)
+        kept.rename(folder)
+
+
+def test_a_run_is_merged(run, tmp_path):
+    run("sft", "unsloth", "nf4")
+    folder, _ = run("dpo", "unsloth", "nf4")
+    code, said, complaint = python(
+        "-m", "zephyr_lite", "merge", "--run", folder.parent, "--onto", "nf4", "--out", tmp_path / "model"
+    )
+    assert code == 0, said + complaint
+    assert float(re.search(r"mean \|Δ log p\| (\S+),", said).group(1)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bnb_4bit_use_double_quant=false"], "always quantizes the scales"),
+        (["dtype=float64", "load_in_4bit=false"], "float64: Unsloth cannot"),
+        (["dtype=float16"], ", wanted was torch.float16"),
+        (["max_length=1200", "dataset.limit=1"], None),
+    ],
+)
+def test_what_it_would_change_is_refused(run, words, said):
+    """And what it need not change is not: a max_length beyond the model's positions, with rows that are short."""
+    _, complaint = run("sft", "unsloth", f"refused-{len(words)}-{words[0][:5]}", *words, code=2 if said else 0)
+    assert said is None or said in complaint

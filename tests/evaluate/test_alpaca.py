@@ -1,0 +1,264 @@
+"""`zephyr-lite eval alpaca`: published files scored as AlpacaEval scores them, and the job against a real HTTP server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chat_server import Act, ChatServer, Seen, error, ok
+from zephyr_lite.cli import app as cli
+from zephyr_lite.errors import UserError
+from zephyr_lite.evaluate.alpaca.files import read_annotations, read_difficulty, read_outputs
+from zephyr_lite.evaluate.alpaca.judge import is_swapped, judge_messages, read_verdict
+from zephyr_lite.evaluate.alpaca.rates import rates
+from zephyr_lite.evaluate.alpaca.score import win_rate
+
+
+def run(*arguments: Any) -> int:
+    return cli.run(["eval", "alpaca", *map(str, arguments)])
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def annotation(number: int, preference: Any, **changes: Any) -> dict[str, Any]:
+    return {
+        "instruction": f"Do {number}.", "output_1": "x" * (5 + number), "output_2": "y" * 9, "generator_1": "old",
+        "generator_2": "new", "annotator": "weighted", "preference": preference, **changes,
+    }  # fmt: skip
+
+
+def write(path: Path, rows: Any) -> Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_published_files_are_scored(tmp_path: Path, capsys) -> None:
+    values = [1, 2, 1.5, 0, None, "2", 1.25, 2.5]
+    verdicts = write(tmp_path / "annotations.json", [annotation(n, value) for n, value in enumerate(values)])
+    outputs = [{"instruction": f"Do {n}.", "output": "y" * 9, "generator": "new", "dataset": "d"} for n in range(8)]
+    own = write(tmp_path / "model_outputs.json", outputs)
+    assert run("--outputs", own, "--annotations", verdicts, "--out", tmp_path / "out") == 0
+    body = json.loads((tmp_path / "out" / "alpaca.json").read_text())["models"]["new"]
+    expected = win_rate([1, 2, 1.5, 0, 2, 1.25])
+    assert body["win_rate"] == expected.win_rate == pytest.approx(100 * (0 + 1 + 0.5 + 0.5 + 1 + 0.25) / 6)
+    assert body["standard_error"] == expected.standard_error and body["n_left_out"] == 2 and body["n_draws"] == 2
+    assert f"{body['win_rate']:.2f} %" in capsys.readouterr().out
+    # JSONL does as well, with characters that end a line elsewhere; a second annotator has a row of his own
+    lines = tmp_path / "lines.jsonl"
+    rows = [annotation(0, 1), annotation(1, 2, annotator="other", output_1="a\u2028b\u0085c")]
+    lines.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), encoding="utf-8")
+    assert read_annotations(lines)[1].output_1 == "a\u2028b\u0085c"
+    assert run("--annotations", lines) == 0
+    said = capsys.readouterr().out
+    assert "it takes 20 verdicts" in said
+    assert "new, by other" in said and "100.00 %" in said and "50.00 %" in said
+    # a name is shown as it is, and moves no cursor
+    lines.write_text(json.dumps(annotation(0, 1, generator_2="[red]\x1b[31mx")))
+    assert run("--annotations", lines) == 0 and "[red]\\x1b[31mx" in capsys.readouterr().out
+    # difficulties by the rows' places
+    table = tmp_path / "difficulty.csv"
+    table.write_text("index,instruction_difficulty\n" + "".join(f"{n},{n / 10}\n" for n in range(8)))
+    assert read_difficulty(table)[7] == 0.7
+    assert run("--annotations", verdicts, "--difficulty", table) == 0
+    table.write_text("index,instruction_difficulty\n0,1\n")
+    assert run("--annotations", verdicts, "--difficulty", table) == 2
+    assert "no difficulty for row 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lacking", [0, 1, 4])
+def test_outputs_that_lack_annotated_instructions_are_scored_with_a_note(tmp_path: Path, capsys, lacking) -> None:
+    verdicts = write(tmp_path / "annotations.json", [annotation(n, 1 + n % 2) for n in range(8)])
+    outputs = [{"instruction": f"Do {n}.", "output": "y" * 9, "generator": "new"} for n in range(8 - lacking)]
+    own = write(tmp_path / "model_outputs.json", outputs)
+    assert run("--outputs", own, "--annotations", verdicts, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert (f"note: {lacking} annotated instructions are not among the outputs" in said) == (lacking > 0)
+    body = json.loads((tmp_path / "out" / "alpaca.json").read_text())["models"]["new"]
+    assert body["win_rate"] == 50 and body["n_total"] == 8
+
+
+def test_files_that_are_something_else_are_refused(tmp_path: Path, capsys) -> None:
+    outputs = write(tmp_path / "o.json", [{"instruction": "Do 0.", "output": "else", "generator": "g"}])
+    good = write(tmp_path / "a.json", [annotation(0, 2)])
+    cases: list[tuple[list[Any], str]] = [
+        (["--annotations", good, "--outputs", outputs], "output_2 is not the outputs' answer"),
+        (
+            ["--annotations", write(tmp_path / "b.json", [annotation(1, 2)]), "--outputs", outputs],
+            "not among the outputs",
+        ),
+        (["--annotations", outputs], "row 1: has no preference"),
+        (["--annotations", write(tmp_path / "c.json", [annotation(0, "much")])], "expected a number or null"),
+        (["--annotations", write(tmp_path / "d.json", [annotation(0, 3)])], "none of the 1 preferences"),
+        (
+            ["--annotations", write(tmp_path / "e.json", [annotation(0, 1), annotation(1, 1, generator_2="b")])],
+            "2 models",
+        ),
+        (["--annotations", write(tmp_path / "f.json", {"a": 1})], "row 1: has no preference"),
+        (["--annotations", write(tmp_path / "g.json", [])], "expected a list of objects"),
+        (["--annotations", tmp_path / "none.json"], "cannot be read"),
+        (["--annotations", good, "--judge", "http://127.0.0.1:1/v1#j"], "--judge changes nothing"),
+        (["--annotations", good, "--limit", 2], "--limit changes nothing"),
+        (["--annotations", good, "--dry-run"], "--dry-run changes nothing"),
+        (
+            ["--outputs", outputs, "--judge", "http://127.0.0.1:1/v1#j", "--instructions", outputs, "--temperature", 0],
+            "--temperature changes nothing",
+        ),
+        (
+            [
+                "--model",
+                "http://127.0.0.1:1/v1#a",
+                "--judge",
+                "http://127.0.0.1:1/v1#j",
+                "--instructions",
+                outputs,
+                "--chat-template",
+                "zephyr",
+            ],
+            "only endpoints answer: --chat-template changes nothing",
+        ),
+        (["--instructions", tmp_path / "none.json", "--judge", "http://127.0.0.1:1/v1#j"], "no such file"),
+        (["--instructions", good, "--judge", "http://127.0.0.1:1/v1#j"], "expected instruction and output"),
+        (["--instructions", outputs], "no judge is given"),
+    ]
+    for arguments, found in cases:
+        assert run(*arguments) == 2, arguments
+        assert found in " ".join(capsys.readouterr().err.split()), arguments
+    broken = tmp_path / "h.json"
+    broken.write_text("[{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_annotations(broken)
+    twice = [{"instruction": "Do.", "output": text, "generator": "g"} for text in "ab"]
+    keys = [o.key for o in read_outputs(str(write(tmp_path / "i.json", twice)))[0]]
+    assert len(set(keys)) == 2
+
+
+# -- the judge -------------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_know_where_the_model_stood() -> None:
+    assert read_verdict("[[A]]", swapped=False) == 1 and read_verdict("[[A]]", swapped=True) == 2
+    assert read_verdict("[[B]]", swapped=False) == 2 and read_verdict("so: [b] no, [[ b ]]", swapped=True) == 1
+    assert read_verdict("I may say [[A]] or [[C]]. [[C]]", swapped=True) == 1.5 == read_verdict("[C]", False)
+    for text in ("", "A", "[[D]]", "[a] footnote"):
+        with pytest.raises(ValueError):
+            read_verdict(text, False)
+    for swapped in (False, True):
+        told = judge_messages("Do.", "BASE", "MODEL", swapped)[1]["content"]
+        assert (told.index("MODEL") < told.index("BASE")) == swapped
+    draws = [is_swapped(str(n), 42) for n in range(1000)]
+    assert 440 < sum(draws) < 560 and draws == [is_swapped(str(n), 42) for n in range(1000)]
+    assert draws != [is_swapped(str(n), 43) for n in range(1000)]
+
+
+def shown(seen: Seen) -> list[str]:
+    return re.findall(r"<<\w{8} answer [AB]>>\n(.*?)\n<<\w{8} end>>", seen.question, re.DOTALL)
+
+
+def worth(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5
+
+
+def script(seen: Seen) -> Act:
+    """The judge has a taste of its own, wherever an answer stands; the models say something of their own."""
+    if seen.body["model"] == "judge":
+        first, second = map(worth, shown(seen))
+        return ok(f"One is better. [[{'A' if first > second else 'B' if second > first else 'C'}]]")
+    return ok(hashlib.sha256((seen.body["model"] + seen.question).encode()).hexdigest()[: 5 + worth(seen.question)])
+
+
+def baseline(folder: Path, count: int = 12) -> Path:
+    rows = [{"instruction": f"Do {n}.", "output": f"done {n}" + "!" * n, "generator": "old"} for n in range(count)]
+    return write(folder / "baseline.json", rows)
+
+
+def test_a_job_from_answers_to_rates(tmp_path: Path, capsys) -> None:
+    out, places = tmp_path / "out", []
+
+    def judged(seen: Seen) -> Act:
+        if seen.body["model"] == "judge":
+            places.append(shown(seen)[0].startswith("done"))
+        return script(seen)
+
+    with ChatServer(judged) as server:
+        words = ["--judge", f"{server.url}#judge", "--model", f"{server.url}#a", "--model", f"{server.url}#b"]
+        words += ["--instructions", baseline(tmp_path), "--out", out]
+        assert run(*words, "--dry-run") == 0 and not server.seen and "judge: 24 requests" in capsys.readouterr().out
+        assert run(*words) == 0
+        assert len(server.seen) == 12 * 2 * 2 and 0 < sum(places) < len(places)
+        assert {s.body["temperature"] for s in server.seen if s.body["model"] != "judge"} == {0.7}
+        assert {s.body["max_tokens"] for s in server.seen if s.body["model"] != "judge"} == {2048}
+        first = (out / "alpaca.json").read_text()
+        assert run(*words) == 0 and len(server.seen) == 48  # the journal has it all
+        assert run(*words, "--limit", 5) == 0 and len(server.seen) == 48
+    assert (out / "alpaca.json").read_text().count("win_rate") == first.count("win_rate")
+    assert json.loads((out / "alpaca-limit-5.json").read_text())["models"]["a"]["n_total"] == 5
+    found = json.loads(first)
+    for name in ("a", "b"):
+        rows = json.loads((out / "alpaca" / name / "annotations.json").read_text())
+        assert len(rows) == 12
+        for row in rows:
+            one, two = worth(row["output_1"]), worth(row["output_2"])
+            assert row["preference"] == (1.5 if one == two else 2 if two > one else 1)
+        assert found["models"][name]["win_rate"] == win_rate([row["preference"] for row in rows]).win_rate
+        # the files are AlpacaEval's: they are scored again to the same
+        folder = out / "alpaca" / name
+        assert run("--annotations", folder / "annotations.json", "--outputs", folder / "model_outputs.json") == 0
+        assert found["models"][name].pop("n_not_answered") == 0
+        again = rates(read_annotations(folder / "annotations.json"))
+        assert {k: found["models"][name][k] for k in again} == again
+    told = found["differences"]["a - b"]
+    assert told["difference"] == pytest.approx(found["models"]["a"]["win_rate"] - found["models"]["b"]["win_rate"])
+    assert found["settings"]["baseline"] == "old" and "leaderboard" in found["notes"][0]
+    assert "length-controlled" in capsys.readouterr().out
+
+
+def test_outputs_that_are_there_are_judged_and_the_same_text_is_a_tie(tmp_path: Path, capsys) -> None:
+    rows = json.loads(baseline(tmp_path).read_text())
+    own = [{**row, "output": row["output"] if n < 3 else "mine", "generator": "new"} for n, row in enumerate(rows[:10])]
+    with ChatServer(script) as server:
+        words = ["--judge", f"{server.url}#judge", "--instructions", tmp_path / "baseline.json"]
+        words += ["--outputs", write(tmp_path / "own.json", own)]
+        assert run(*words) == 2  # no run to put the result into
+        assert run(*words, "--model", f"{server.url}#a", "--out", tmp_path / "out") == 2
+        assert run(*words, "--out", tmp_path / "out") == 0
+        assert len(server.seen) == 7 and {s.body["model"] for s in server.seen} == {"judge"}
+        assert "10 of 12 instructions, answered by old; --outputs have no answer to 2 others" in capsys.readouterr().out
+    body = json.loads((tmp_path / "out" / "alpaca-limit-10.json").read_text())["models"]["new"]  # of 12
+    assert body["n_total"] == 10 and body["n_draws"] >= 3
+
+
+def test_what_fails_is_left_out_and_what_was_answered_is_not_asked_again(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+
+    def moody(seen: Seen) -> Act:
+        if seen.body["model"] == "judge" and "Do 3." in seen.question:
+            return ok("Both, somehow.")
+        return error(400, "too rude") if seen.question == "Do 5." else script(seen)
+
+    with ChatServer(moody) as server:
+        words = ["--judge", f"{server.url}#judge,concurrency=1", "--model", f"{server.url}#a,concurrency=1"]
+        words += ["--instructions", baseline(tmp_path), "--out", out]
+        server.script = lambda seen: moody(seen) if seen.number < 9 else error(401, "who are you?")
+        assert run(*words) == 2 and not (out / "alpaca.json").exists()
+        before = [json.dumps(s.body, sort_keys=True) for s in server.seen[:9]]
+        server.seen.clear()
+        server.script = moody
+        assert run(*words) == 0
+        assert "note: a: instructions left out: " in capsys.readouterr().out
+        after = [json.dumps(s.body, sort_keys=True) for s in server.seen]
+    answered = {b for b in before if "Do 3." not in b and '"Do 5."' not in b}
+    assert not answered & set(after)
+    body = json.loads((out / "alpaca.json").read_text())["models"]["a"]
+    assert body["n_total"] == 10 and body["n_left_out"] == 1 and body["n_not_answered"] == 1
+    assert body["why_left_out"] == {"no verdict: unreadable reply": 1, "no answer: HTTP 400": 1}
+    rows = json.loads((out / "alpaca" / "a" / "annotations.json").read_text())
+    assert [row["preference"] for row in rows if row["instruction"] == "Do 3."] == [None] and len(rows) == 11

@@ -1,0 +1,278 @@
+"""Loss and preference on held-out rows: the numbers are the model's, the intervals are the rows', nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from zephyr_lite.cli.app import run
+from zephyr_lite.config.load import DatasetSpec
+from zephyr_lite.errors import Interrupted, UserError
+from zephyr_lite.evaluate import loss as losses
+from zephyr_lite.evaluate import plain
+from zephyr_lite.evaluate import rows as rows_module
+from zephyr_lite.evaluate.bootstrap import Bootstrap
+from zephyr_lite.evaluate.likelihood import chat_logps, pair_logps
+from zephyr_lite.evaluate.loss import evaluate_loss
+from zephyr_lite.evaluate.preference import evaluate_preference
+from zephyr_lite.evaluate.rows import held_out
+from zephyr_lite.io.run_dir import StageDir
+from zephyr_lite.model.loaded import open_live
+
+SMALL = [
+    "max_steps=3",
+    "lora_r=4",
+    "batch_size=4",
+    "learning_rate=5e-3",
+    "lora_dropout=0",
+    "max_length=128",
+    "samples=0",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_base, chat_rows, pair_rows):
+    """A run of two stages, each with rows held out; 16 bits, so that plain libraries load the same base."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    common = [f"output_dir={folder}", *SMALL]
+    stages = [
+        ["sft", f"model_name_or_path={tiny_base}", "load_in_4bit=false", f"dataset={chat_rows}",
+         f"eval_dataset={chat_rows}", *common],
+        ["dpo", f"dataset={pair_rows}", f"eval_dataset={pair_rows}", "max_prompt_length=64", "beta=0.2", *common],
+    ]  # fmt: skip
+    for words in stages:
+        assert run(words) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def live(trained):
+    return open_live(trained)
+
+
+@pytest.fixture(scope="module")
+def conversations(live):
+    return held_out(live.chain, live.template, "sft")
+
+
+@pytest.fixture(scope="module")
+def pairs(live):
+    return held_out(live.chain, live.template, "dpo")
+
+
+def last_evaluation(trained, stage):
+    return StageDir(trained / stage).info()["result"]["evaluations"][-1]
+
+
+def test_loss_is_the_models_own_over_all_tokens(live, conversations, trained, tiny_base):
+    """Against PEFT's composed adapter on transformers' model, conversation by conversation."""
+    result = evaluate_loss(live, conversations)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), trained / "dpo" / "adapter"
+    )
+    total = tokens = 0.0
+    for example in conversations.data.examples:
+        ids = torch.tensor(example.ids[None].astype(np.int64))
+        with torch.no_grad():
+            logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        mask = torch.from_numpy(example.mask[1:])
+        total, tokens = total - logps[mask].sum().item(), tokens + int(mask.sum())
+    assert result.losses["dpo"].value == pytest.approx(total / tokens, rel=1e-5)
+    assert result.losses["sft"].value == pytest.approx(last_evaluation(trained, "sft")["eval_loss"], rel=1e-5)
+    assert list(result.losses) == ["base", "sft", "dpo"]
+    assert list(result.differences) == [("dpo", "sft"), ("dpo", "base"), ("sft", "base")]
+    gap = result.differences["sft", "base"]
+    assert gap.value == pytest.approx(result.losses["sft"].value - result.losses["base"].value, rel=1e-6)
+    # the same rows are hard for both: paired, the difference is known better than either loss
+    assert gap.high - gap.low < result.losses["base"].high - result.losses["base"].low
+    perplexity = result.body()["models"]["sft"]["perplexity"]
+    assert perplexity["value"] == pytest.approx(math.exp(result.losses["sft"].value))
+    assert perplexity["low"] < perplexity["value"] < perplexity["high"]
+
+
+def test_preference_is_the_stages_own_last_evaluation(live, pairs, trained):
+    result = evaluate_preference(live, pairs)
+    own = last_evaluation(trained, "dpo")
+    found = result.comparisons["dpo", "sft"]
+    assert result.beta == 0.2
+    assert found.accuracy.value == pytest.approx(own["eval_rewards/accuracies"], abs=1e-5)
+    assert 0.2 * found.margin.value == pytest.approx(own["eval_rewards/margins"], abs=1e-5)
+    assert 0.2 * found.chosen.value == pytest.approx(own["eval_rewards/chosen"], abs=1e-5)
+    assert result.models["dpo"].chosen.value == pytest.approx(own["eval_logps/chosen"], rel=1e-5)
+    sums = {name: pair_logps(plain.PlainScorer(live.stack, live.models[name]), pairs.data).sums for name in live.models}
+    gained = sums["sft"] - sums["base"]
+    won = [bool(chosen > rejected) for chosen, rejected in gained]
+    assert 0 < sum(won) < len(won) and result.comparisons["sft", "base"].accuracy.value == sum(won) / len(won)
+    assert result.models["sft"].share_sum.value == (sums["sft"][:, 0] > sums["sft"][:, 1]).double().mean().item()
+    # against the base is the sum of what both stages gained
+    margins = {pair: c.margin.value for pair, c in result.comparisons.items()}
+    assert margins["dpo", "base"] == pytest.approx(margins["dpo", "sft"] + margins["sft", "base"], rel=1e-6)
+    told = next(c for c in result.body()["comparisons"] if c["against"] == "sft")
+    assert told["margin"]["value"] == pytest.approx(0.2 * told["margin_nats"]["value"])
+
+
+def test_the_plain_forward_scores_as_the_decoder_does(live, conversations, pairs, monkeypatch):
+    """Prompts that two responses share, and every choice of adapters."""
+    for name in ("base", "dpo"):
+        fused, other = plain.scorer(live, name), plain.PlainScorer(live.stack, live.models[name])
+        want, got = chat_logps(fused, conversations.data), chat_logps(other, conversations.data)
+        torch.testing.assert_close(got.sums, want.sums, rtol=1e-5, atol=1e-4)
+        assert torch.equal(got.tokens, want.tokens)
+        torch.testing.assert_close(
+            pair_logps(other, pairs.data).sums, pair_logps(fused, pairs.data).sums, rtol=1e-5, atol=1e-4
+        )
+    monkeypatch.setattr(plain, "FAMILIES", ())
+    assert isinstance(plain.scorer(live, "dpo"), plain.PlainScorer)
+    monkeypatch.setattr(plain, "CHUNK_BYTES", 1)  # a row of logits at a time
+    torch.testing.assert_close(chat_logps(plain.scorer(live, "dpo"), conversations.data).sums, want.sums)
+
+
+# ---- intervals ----------------------------------------------------------------------------------------------------
+
+
+def test_intervals_of_a_mean_are_the_textbooks():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 2000)
+    found = Bootstrap(resamples=4000, seed=3).intervals({"mean": (values, np.ones(2000))})["mean"]
+    error = values.std(ddof=1) / math.sqrt(2000)
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert found.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+
+
+def test_intervals_cover_what_they_promise():
+    """Of a ratio whose denominator varies too: 90 % of 200 samples' intervals hold the truth."""
+    generator = np.random.default_rng(5)
+    held = 0
+    for seed in range(200):
+        tokens = generator.integers(1, 30, 80).astype(float)
+        sums = tokens * 2.0 + generator.normal(0, 1, 80) * tokens
+        found = Bootstrap(300, 0.9, seed).intervals({"r": (sums, tokens)})["r"]
+        held += found.low <= 2.0 <= found.high
+    assert 165 <= held <= 195
+
+
+def test_draws_are_shared_and_repeatable(monkeypatch):
+    values = np.arange(50.0)
+    once = Bootstrap(seed=1).intervals({"x": (values, np.ones(50)), "same": (values, np.ones(50))})
+    assert once["x"] == once["same"]
+    monkeypatch.setattr("zephyr_lite.evaluate.bootstrap._CHUNK", 70)  # drawn one at a time
+    assert Bootstrap(seed=1).intervals({"x": (values, np.ones(50))})["x"] == once["x"]
+    assert Bootstrap(seed=2).intervals({"x": (values, np.ones(50))})["x"] != once["x"]
+
+
+def test_a_single_row_has_no_interval():
+    found = Bootstrap().intervals({"x": (np.array([2.0]), np.array([4.0]))})["x"]
+    assert (found.value, found.low, found.high) == (0.5, None, None) and found.text(".1f") == "0.5"
+    with pytest.raises(ValueError, match="same rows"):
+        Bootstrap().intervals({"x": (np.ones(2), np.ones(3))})
+    with pytest.raises(ValueError, match="none"):
+        Bootstrap().intervals({"x": (np.ones(0), np.ones(0))})
+
+
+# ---- the commands -------------------------------------------------------------------------------------------------
+
+
+def said(capsys, *words):
+    code = run(["eval", *map(str, words)])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_commands_write_what_they_show(trained, capsys, tmp_path):
+    code, out, err = said(capsys, "loss", trained)
+    assert code == 0, err
+    told = json.loads((trained / "dpo" / "eval" / "loss.json").read_text())
+    assert told["kind"] == "loss" and len(told["adapters"]) == 2 and told["data"]["rows"] == 8
+    assert f"{told['models']['dpo']['loss']['value']:.4f}" in out and "dpo (policy)" in out and "sft (reference)" in out
+    assert str(trained / "sft") in told["data"]["origin"]  # a dpo stage holds out pairs; these are the sft stage's
+    code, out, err = said(capsys, "preference", trained, "--out", tmp_path / "there", "--limit", 3, "--resamples", 100)
+    assert code == 0, err
+    told = json.loads((tmp_path / "there" / "preference-limit-3.json").read_text())
+    assert told["data"]["rows"] == 3 and told["settings"]["bootstrap"]["resamples"] == 100
+    assert "dpo against sft" in out and "over 3 pairs" in out
+    code, out, err = said(capsys, "preference", trained, "--stage", "sft", "--limit", 1)
+    assert code == 0 and "one pair has no interval" in out  # of another stage of the run
+    assert json.loads((trained / "sft" / "eval" / "preference-limit-1.json").read_text())["settings"]["beta"] == 0.2
+
+
+def test_other_rows_by_name(trained, capsys, chat_rows, pair_rows, tmp_path):
+    code, out, _ = said(capsys, "loss", trained, "--data", chat_rows)
+    assert code == 0 and "was trained on" in out
+    # a result on other rows does not replace that on those held out, nor a trial a complete one
+    assert (trained / "dpo" / "eval" / f"loss-{chat_rows.stem}.json").is_file()
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "train_sft.jsonl").write_text(chat_rows.read_text())
+    pairs = [
+        (folder, "train_sft", folder / "train_sft.jsonl", None),
+        (chat_rows, None, chat_rows.parent / "." / chat_rows.name, None),
+    ]
+    for path, split, other, its in pairs:
+        one, two = DatasetSpec(path=str(path), split=split), DatasetSpec(path=str(other), split=its)
+        assert rows_module._same(one, two) and rows_module._same(two, one)
+        assert not rows_module._same(one, DatasetSpec(path=str(folder), split="test_sft"))
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text(chat_rows.read_text().splitlines()[0] + "\n")
+    adapter = trained / "dpo" / "adapter"
+    code, out, err = said(capsys, "loss", "--adapter", adapter, "--data", rows, "--out", tmp_path / "o")
+    assert code == 0 and "one conversation has no interval" in out, err
+    code, out, err = said(capsys, "preference", "--adapter", adapter, "--data", pair_rows, "--out", tmp_path / "o")
+    assert code == 0 and "no DPO stage says" not in out, err  # the adapter lies in a stage, whose β is known
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["loss", "--data", "nothing.jsonl"], "nothing.jsonl: there is no such file"),
+        (["loss", "--split", "test"], "--split goes with --data"),
+        (["loss", "--data", ""], "--data '': is empty"),
+        (["preference", "--data", "CHAT"], "needs preference rows"),
+        (["loss", "--out", "CHAT"], "is a file"),
+        (["loss", "--limit", "0"], "--limit"),
+    ],
+    ids=["no file", "split alone", "empty", "other rows", "out is a file", "no rows"],
+)
+def test_bad_input_is_named(words, told, trained, capsys, chat_rows):
+    code, _, err = said(capsys, words[0], trained, *(str(chat_rows) if w == "CHAT" else w for w in words[1:]))
+    assert code == 2 and told in err
+
+
+def test_nothing_held_out(trained, live, capsys, tmp_path):
+    chain = open_live(trained, stage="sft").chain
+    config = trained / "sft" / "config.yaml"
+    text = config.read_text()
+    try:
+        config.write_text(
+            text[: text.index("eval_dataset:")] + "eval_dataset: []\n" + text[text.index("chat_template:") :]
+        )
+        with pytest.raises(UserError, match="nothing was held out"):
+            held_out(chain, live.template, "sft")
+    finally:
+        config.write_text(text)
+    with pytest.raises(UserError, match="no stage says which preference pairs"):
+        held_out(None, live.template, "dpo")
+
+
+def test_an_interrupt_keeps_what_is_done(trained, monkeypatch, capsys, tmp_path):
+    scored = []
+
+    def interrupted(scorer, data, done):
+        if scored:
+            raise KeyboardInterrupt
+        scored.append(scorer)
+        return chat_logps(scorer, data, done)
+
+    monkeypatch.setattr(losses, "chat_logps", interrupted)
+    code, out, err = said(capsys, "loss", trained, "--out", tmp_path / "o")
+    assert code == 130 and "interrupted before sft and dpo" in err and "base" in out
+    told = json.loads((tmp_path / "o" / "loss-partial.json").read_text())
+    assert list(told["models"]) == ["base"] and told["missing"] == ["sft", "dpo"]
+    assert not (tmp_path / "o" / "loss.json").exists()
+    code, _, err = said(capsys, "loss", trained, "--out", tmp_path / "o")  # before the first was done
+    assert code == 130 and Interrupted.__name__ not in err

@@ -1,0 +1,195 @@
+"""The harness: its numbers are the live stack's, finished tasks are kept, and what is missing is said."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from zephyr_lite.cli.app import run
+from zephyr_lite.errors import UserError
+from zephyr_lite.evaluate import harness
+from zephyr_lite.evaluate.harness import PAPER, TaskSpec, open_harness, read_tasks
+from zephyr_lite.model.loaded import open_live
+
+pytest.importorskip("lm_eval")
+
+QUESTIONS = [
+    ("What is two plus two?", ["four", "a river and a dog"], 0),
+    ("Name a river.", ["soup with tomatoes", "the Rhine"], 1),
+    ("Who barks at night?", ["a dog", "an egg", "the joke"], 0),
+    ("What do you boil for seven minutes?", ["an egg", "a phone", "the Nile"], 0),
+    ("Where is the phone?", ["inside", "outside"], 1),
+]
+TASK = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}, train: {rows}}}}}
+output_type: multiple_choice
+test_split: test
+fewshot_split: train
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = folder / "questions.jsonl"
+    lines = [json.dumps({"question": q, "choices": c, "gold": g}) + "\n" for q, c, g in QUESTIONS]
+    rows.write_text("".join(lines))
+    (folder / "tiny.yaml").write_text(TASK.format(rows=rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_base, chat_rows):
+    folder = tmp_path_factory.mktemp("harness") / "run"
+    words = ["max_steps=3", "lora_r=4", "batch_size=4", "learning_rate=1e-2", "max_length=128", "eval_dataset=null"]
+    assert run(["sft", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", f"output_dir={folder}", *words]) == 0
+    return folder
+
+
+def asked(capsys, *words):
+    code = run(["eval", "harness", *map(str, words)])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def right(live, model):
+    """Share of questions whose gold choice is likeliest, by the model's own forward pass."""
+    tokenizer, hits = live.template.tokenizer, 0
+    for question, choices, gold in QUESTIONS:
+        start = tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
+        scores = []
+        for choice in choices:
+            ids = torch.tensor([tokenizer(f"Question: {question}\nAnswer: {choice}")["input_ids"]])
+            with torch.no_grad(), live.stack.only(live.models[model]):
+                logps = live.stack.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            scores.append(logps.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum().item())
+        hits += scores.index(max(scores)) == gold
+    return hits / len(QUESTIONS)
+
+
+def test_every_model_of_the_chain_and_finished_tasks_are_kept(trained, tasks, capsys, monkeypatch):
+    words = [trained, "--tasks", "tiny_choice", "--include-path", tasks]
+    code, out, err = asked(capsys, *words)
+    assert code == 0, err
+    assert "fatal" not in err and "it/s]" not in err  # no bars in a log file
+    path = trained / "sft" / "eval" / "harness.json"
+    told = json.loads(path.read_text())
+    live = open_live(trained)
+    for model in ("base", "sft"):
+        entry = told["models"][model]["tasks"]["tiny_choice"]
+        assert entry["value"] == pytest.approx(right(live, model)) and entry["metric"] == "acc"
+        assert (entry["shots"], entry["questions"]) == (0, 5) and entry["stderr"] > 0
+        assert f"{100 * entry['value']:.2f} ± {100 * entry['stderr']:.2f}" in out
+    assert told["models"]["base"]["identity"] != told["models"]["sft"]["identity"]
+
+    monkeypatch.setattr(harness, "_run", None)  # nothing is asked twice
+    code, out, err = asked(capsys, *words)
+    assert code == 0 and out.count("kept from") == 2, err
+    assert json.loads(path.read_text())["models"] == told["models"]
+    # another file of the task is another task
+    (tasks / "questions.jsonl").write_text((tasks / "questions.jsonl").read_text().replace("Rhine", "Nile"))
+    code, out, err = asked(capsys, *words)
+    assert code == 1 and "kept from" not in out and "NoneType" in err
+
+
+def test_interrupted_after_a_task_the_same_command_goes_on(trained, tasks, capsys, monkeypatch, tmp_path):
+    words = [
+        trained,
+        "--tasks",
+        "tiny_choice:2,tiny_choice",
+        "--include-path",
+        tasks,
+        "--out",
+        tmp_path,
+        "--model",
+        "sft",
+    ]
+    real, runs = harness._run, []
+
+    def interrupted(*args):
+        if runs:
+            raise KeyboardInterrupt
+        runs.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(harness, "_run", interrupted)
+    code, _, err = asked(capsys, *words)
+    assert code == 130 and "the same command goes on" in err
+    kept = json.loads((tmp_path / "harness.json").read_text())["models"]["sft"]["tasks"]
+    assert list(kept) == ["tiny_choice:2"] and kept["tiny_choice:2"]["shots"] == 2
+    monkeypatch.setattr(harness, "_run", real)
+    code, out, err = asked(capsys, *words)
+    assert code == 0 and "sft, tiny_choice:2: kept from" in out, err
+    done = json.loads((tmp_path / "harness.json").read_text())["models"]["sft"]["tasks"]
+    assert list(done) == ["tiny_choice:2", "tiny_choice"] and done["tiny_choice:2"] == kept["tiny_choice:2"]
+
+
+def test_a_trial_lies_apart_and_a_template_too(trained, tasks, capsys, tmp_path):
+    words = [
+        trained,
+        "--tasks",
+        "tiny_choice",
+        "--include-path",
+        tasks,
+        "--out",
+        tmp_path,
+        "--model",
+        "sft",
+        "--limit",
+        2,
+    ]
+    code, out, err = asked(capsys, *words, "--apply-chat-template")
+    assert code == 0 and "a trial: at most 2 questions" in out, err
+    told = json.loads((tmp_path / "harness-chat-limit-2.json").read_text())
+    assert told["settings"]["apply_chat_template"] is True
+    assert told["models"]["sft"]["tasks"]["tiny_choice"]["questions"] == 2
+    assert not (tmp_path / "harness.json").exists()
+
+
+def test_the_papers_tasks_and_shots(trained, capsys):
+    assert [(t.name, t.shots) for t in read_tasks([])] == [
+        ("arc_challenge", 25), ("hellaswag", 10), ("mmlu", 5), ("truthfulqa_mc2", 0),
+    ]  # fmt: skip
+    assert read_tasks(["hellaswag", "arc_easy,mmlu:3"]) == [
+        TaskSpec("hellaswag", 10), TaskSpec("arc_easy"), TaskSpec("mmlu", 3),
+    ]  # fmt: skip
+    open_harness(read_tasks([]))  # the installed harness knows them all
+    assert {metric for _, metric in PAPER.values()} == {"acc", "acc_norm"}
+    # here, because the harness takes seconds to read its own list of tasks, once a process
+    for words, told in (
+        (["--tasks", "helaswag"], "no task 'helaswag'"),
+        (["--tasks", "hellaswag", "--limit", "1"], "task hellaswag: cannot be loaded"),  # offline
+    ):
+        code, _, err = asked(capsys, trained, *words)
+        assert code == 2 and told in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--tasks", "hellaswag:many"], "'many' is no number of shots"),
+        (["--tasks", "mmlu,mmlu:5"], "mmlu:5 stands there twice"),
+        (["--include-path", "nowhere"], "nowhere: no such folder"),
+        (["--tasks", "tiny_choice", "--include-path", "TASKS", "--model", "ppo"], "has no such model"),
+    ],
+    ids=["shots", "twice", "include", "model"],
+)
+def test_bad_input_is_named(words, told, trained, tasks, capsys):
+    code, _, err = asked(capsys, trained, *(tasks if word == "TASKS" else word for word in words))
+    assert code == 2 and told in err
+
+
+def test_without_the_harness_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(UserError, match=r'pip install "zephyr-lite\[harness\]"'):
+        open_harness(read_tasks([]))

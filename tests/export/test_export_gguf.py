@@ -1,0 +1,174 @@
+"""GGUF files: what transformers and llama.cpp read back is the model, its ids and its chat template."""
+
+import json
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex
+from transformers import AutoTokenizer
+
+from tests.contract.test_gguf import fields, model_dir
+from zephyr_lite.data.chat_template import resolve_template
+from zephyr_lite.errors import UserError
+from zephyr_lite.export import gguf_file, llama
+from zephyr_lite.export.gguf_file import write_gguf
+from zephyr_lite.export.gguf_vocab import _LLAMA3
+from zephyr_lite.export.llama import write_q4_k_m
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory) -> Path:
+    return model_dir(tmp_path_factory.mktemp("models") / "small", num_hidden_layers=2)
+
+
+def test_the_file_says_what_servers_ask_for(mistral, tmp_path):
+    told = fields(write_gguf(mistral, tmp_path / "m.gguf").out)
+    assert told["general.architecture"] == "llama" and told["general.name"] == "small"
+    assert told["tokenizer.ggml.add_bos_token"] is False  # the template writes it
+    assert (told["tokenizer.ggml.bos_token_id"], told["tokenizer.ggml.eos_token_id"]) == (1, 2)
+    assert told["llama.context_length"] == 1024 and told["llama.attention.head_count_kv"] == 2
+    assert told["llama.rope.dimension_count"] == 16 and told["tokenizer.ggml.pre"] == "gpt-2"
+    assert len(told["tokenizer.ggml.tokens"]) == told["llama.vocab_size"] == 448
+    types = told["tokenizer.ggml.token_type"]
+    assert types[:3] == [3, 3, 3] and types[-1] == 5  # control; rows of the embedding without a token
+
+
+def test_a_template_that_ends_turns_otherwise_names_its_end_token(tmp_path):
+    folder = model_dir(tmp_path / "m", template=None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    template = resolve_template("chatml", tokenizer)
+    tokenizer.save_pretrained(folder)
+    end = template.end_token_ids[0]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 2]}))
+    told = fields(write_gguf(folder, tmp_path / "m.gguf").out)
+    assert (told["tokenizer.ggml.eot_token_id"], told["tokenizer.ggml.eos_token_id"]) == (end, 2)
+    assert told["tokenizer.ggml.token_type"][end] == 3
+
+
+def test_pre_tokenizers_are_known_by_what_they_do(mistral, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(mistral, folder)
+    path = folder / "tokenizer.json"
+    plain = json.loads(path.read_text())
+    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False}
+    digits = {"type": "Digits", "individual_digits": True}
+    for name, steps, ignore in (
+        ("smollm", [digits, plain["pre_tokenizer"]], False),
+        ("llama-bpe", [split, bytes_only], True),
+        (None, [split, bytes_only], False),  # llama.cpp takes whole words by that name
+        (None, [{**digits, "individual_digits": False}, plain["pre_tokenizer"]], False),
+        (None, [{**split, "pattern": {"Regex": r"\d+"}}, bytes_only], True),
+    ):
+        Regex(split["pattern"]["Regex"])  # is one that the library compiles
+        told = json.loads(json.dumps(plain))
+        told["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+        told["model"]["ignore_merges"] = ignore
+        path.write_text(json.dumps(told))
+        if name is None:
+            with pytest.raises(UserError, match="other ids than training saw"):
+                write_gguf(folder, tmp_path / "m.gguf")
+        else:
+            assert write_gguf(folder, tmp_path / "m.gguf").pre == name
+
+
+def test_what_cannot_be_exported_is_said_and_nothing_is_left(mistral, tmp_path, monkeypatch):
+    out = tmp_path / "out" / "m.gguf"
+
+    def refused(folder, match):
+        with pytest.raises(UserError, match=match) as error:
+            write_gguf(folder, out)
+        assert not out.parent.exists() or not list(out.parent.iterdir())
+        return error.value.hint
+
+    assert "merge --out" in refused(tmp_path / "nowhere", "no such folder")
+    run = tmp_path / "runs" / "a"
+    (run / "sft").mkdir(parents=True)
+    (run / "sft" / "stage.json").write_text("{}")
+    assert f"merge --run {run}" in refused(run, "is a run") and f"--run {run}" in refused(run / "sft", "is a run")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    refused(adapter, "an adapter, not a whole model")
+
+    folder = tmp_path / "m"
+    shutil.copytree(mistral, folder)
+    weights = load_file(folder / "model.safetensors")
+    huge = {**weights, "lm_head.weight": weights["lm_head.weight"] * 1e7}
+    save_file(huge, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "lm_head.weight: holds .* float16 reaches 65504")
+    less = {name: w for name, w in weights.items() if "layers.1.mlp.up" not in name}
+    save_file(less, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "no tensor model.layers.1.mlp.up_proj.weight")
+    save_file({**weights, "strange.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "strange.weight belongs to no mistral model")
+    config = json.loads((folder / "config.json").read_text())
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    refused(folder, "stored quantized")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert refused(mistral, "gguf package") == 'pip install "zephyr-lite[export]"'
+
+
+def test_a_write_that_fails_keeps_the_file_that_was_there(mistral, tmp_path, monkeypatch):
+    out = tmp_path / "m.gguf"
+    out.write_bytes(b"GGUF before")
+    real, calls = gguf_file._write, []
+
+    def fails(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(gguf_file, "_write", fails)
+    with pytest.raises(OSError, match="No space"):
+        write_gguf(mistral, out)
+    assert out.read_bytes() == b"GGUF before" and [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("write", [write_gguf, write_q4_k_m])
+def test_only_an_earlier_gguf_file_is_replaced(mistral, tmp_path, monkeypatch, write):
+    monkeypatch.setattr(llama, "find_quantizer", lambda given: ["false"])
+    notes, empty = tmp_path / "notes.txt", tmp_path / "empty"
+    notes.write_text("my notes")
+    empty.touch()
+    for out in (mistral / "config.json", notes, empty):
+        before = out.read_bytes()
+        with pytest.raises(UserError, match="is there already, and no GGUF file"):
+            write(mistral, out)
+        assert out.read_bytes() == before
+
+
+def test_q4_k_m_is_made_by_llama_cpp(mistral, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama, "find_spec", lambda name: None)
+    monkeypatch.setattr(llama.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="own quantizer, which is not here") as error:
+        write_q4_k_m(mistral, tmp_path / "m.gguf")
+    assert "pip install llama-cpp-python" in error.value.hint and "--llama-quantize" in error.value.hint
+    with pytest.raises(UserError, match="is no program"):
+        write_q4_k_m(mistral, tmp_path / "m.gguf", llama_quantize=tmp_path / "none")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+
+    program = tmp_path / "llama-quantize"
+    program.write_text(
+        f'#!{sys.executable}\nimport shutil, sys\nassert sys.argv[3] == "Q4_K_M"\nshutil.copy(*sys.argv[1:3])\n'
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    report = write_q4_k_m(mistral, tmp_path / "m.gguf", llama_quantize=program)
+    assert report.types == {"F16": 16, "F32": 5} and "16 tensors are no multiple of 256 wide" in report.notes[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-quantize", "m.gguf"]  # the one in F16 is gone
+    program.write_text("#!/bin/sh\necho its own words >&2\nexit 3\n")
+    with pytest.raises(UserError, match=r"exit code 3\): its own words"):
+        write_q4_k_m(mistral, tmp_path / "m.gguf", llama_quantize=program)
+    program.write_text("#!/bin/sh\n")
+    with pytest.raises(UserError, match="it made no file"):
+        write_q4_k_m(mistral, tmp_path / "m.gguf", llama_quantize=program)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-quantize", "m.gguf"]

@@ -1,0 +1,184 @@
+"""Secrets of the environment are in nothing that is printed or written: every byte of a whole recipe is searched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.contract.test_safety import SECRETS, STORED, leaks
+from zephyr_lite.cli import app as cli
+from zephyr_lite.cli.console import Console
+from zephyr_lite.errors import UserError
+from zephyr_lite.io import redact
+from zephyr_lite.io.redact import HIDDEN
+from zephyr_lite.io.run_dir import write_json
+
+
+@pytest.fixture
+def secrets(monkeypatch, tmp_path) -> dict[str, str]:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    home = tmp_path / "home-of-the-hub"
+    home.mkdir()
+    (home / "token").write_text(STORED)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(redact, "_remembered", set())
+    return {**SECRETS, "stored": STORED}
+
+
+@pytest.mark.parametrize("form", ["{0}", "Bearer {0}", "https://host/?key={0}", "'{0}', twice {0}"])
+def test_a_value_is_hidden_in_every_writing(secrets, form):
+    for name, value in secrets.items():
+        if name == "SOME_SERVERS_KEY":  # a name like any other; what is read as a server's key is remembered
+            redact.remember(value)
+        for text in (form.format(value), json.dumps({"x": form.format(value)}), repr(form.format(value))):
+            assert not leaks(redact.redact(text).encode(), {name: value})
+            assert HIDDEN in redact.redact(text)
+
+
+def test_honest_text_stays_as_it_is(monkeypatch):
+    monkeypatch.setenv("API_KEY", "short")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-or-true")
+    monkeypatch.setenv("HF_TOKEN_PATH", "/nowhere/token")
+    for text in ("a short text, false-or-true", "https://host:8000/v1 me@host", "/nowhere/token", ""):
+        assert redact.redact(text) == text
+
+
+def test_a_password_in_a_url_is_hidden_and_its_user_is_not():
+    assert redact.redact("see https://me:pass:word@host/x and a@b") == f"see https://me:{HIDDEN}@host/x and a@b"
+
+
+def test_tokens_that_were_stored_by_name_are_hidden(monkeypatch, tmp_path):
+    (tmp_path / "stored_tokens").write_text(f"[mine]\nhf_token = {STORED}\n\n[other]\nhf_token = {STORED[::-1]}\n")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert redact.redact(f"{STORED} {STORED[::-1]}") == f"{HIDDEN} {HIDDEN}"
+    (tmp_path / "stored_tokens").unlink()
+    assert redact.redact(STORED) == STORED
+
+
+def test_everything_that_is_printed_is_searched(secrets, capsys):
+    value = secrets["HF_TOKEN"]
+    console = Console()
+    console.say(value)
+    console.heading(value)
+    console.row(value, [(value, True)])
+    console.table([value], [[value]])
+    console.plan([value])
+    console.user_error(UserError(value, value))
+    console.failure(RuntimeError(value))
+    console.traceback(RuntimeError(value))
+    console.complain(value)
+    out, err = capsys.readouterr()
+    assert not leaks((out + err).encode(), secrets)
+    assert out.count(HIDDEN) == 7 and err.count(HIDDEN) == 5
+
+
+def test_what_is_written_into_a_runs_folder_is_searched(secrets, tmp_path):
+    write_json(tmp_path / "stage.json", {"note": f"asked with {secrets['OPENAI_API_KEY']}", "loss": 1.5})
+    assert json.loads((tmp_path / "stage.json").read_text(encoding="utf-8")) == {
+        "note": f"asked with {HIDDEN}",
+        "loss": 1.5,
+    }
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "assistant",
+        "postgres",
+        "20260101",
+        "2026-01-01",
+        "<|im_end|>",
+        "learning_rate",
+        "tokens_per_second",
+        "not-needed",
+    ],
+)
+def test_a_plain_word_or_number_changes_no_file(monkeypatch, tmp_path, value):
+    monkeypatch.setenv("DB_PASSWORD", value)
+    honest = {"seed": 20260101, "learning_rate": 1e-4, "template": f"a {value} b", value: [value]}
+    write_json(tmp_path / "stage.json", honest)
+    assert json.loads((tmp_path / "stage.json").read_text(encoding="utf-8")) == honest
+    assert redact.redact_shown(f"a {value} b") == f"a {HIDDEN} b"  # on a screen it is hidden all the same
+
+
+def test_what_stands_in_the_machines_own_paths_is_no_secret_in_files(monkeypatch, tmp_path):
+    (tmp_path / "user-4711-x").mkdir()
+    monkeypatch.chdir(tmp_path / "user-4711-x")
+    monkeypatch.setenv("DB_PASSWORD", "user-4711-x")
+    assert redact.redact(str(Path.cwd())) == str(Path.cwd())
+
+
+def test_a_configuration_that_holds_a_secret_is_refused_before_anything_is_written(
+    monkeypatch, tmp_path, capsys, tiny_base, chat_rows
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_PASSWORD", "s3cret/path")
+    common = ["sft", f"model_name_or_path={tiny_base}"]
+    for words, place, what in (
+        ([f"dataset={chat_rows}", "output_dir=runs/s3cret/path"], "output_dir", "the environment variable MY_PASSWORD"),
+        (["dataset=s3cret/path/chat.jsonl"], "dataset.path", "the environment variable MY_PASSWORD"),
+        ([f"dataset={chat_rows}", "system=Ask http://me:pass@host"], "system", "a password in a URL"),
+    ):
+        assert cli.run([*common, *words]) == 2
+        err = capsys.readouterr().err
+        assert f"error: the command line: {place} holds " in err and what in err and "s3cret" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_goes_on_whose_words_are_somebodys_password(monkeypatch, tmp_path, tiny_base, chat_rows, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("HF_TOKEN", "assistant"), ("DB_PASSWORD", "20260101"), ("PAD_TOKEN", "learning_rate")):
+        monkeypatch.setenv(name, value)
+    words = ["sft", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", "max_length=64", "seed=20260101"]
+    words += ["load_in_4bit=false", "max_steps=1", "lora_r=2", "batch_size=1"]
+    assert cli.run(words) == 0
+    capsys.readouterr()
+    assert cli.run(words) == 0
+    assert "complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["OPENAI_KEY", "AZURE_STORAGE_KEY", "NGROK_AUTHTOKEN", "DATABASE_PASS", "MYSQL_PWD", "MY_CREDENTIALS", "TOKEN"],
+)
+def test_the_names_that_secrets_have(monkeypatch, name):
+    monkeypatch.setenv(name, "x0123456789abcdef")
+    assert redact.redact("a x0123456789abcdef b") == f"a {HIDDEN} b"
+
+
+@pytest.mark.parametrize("name", ["OLDPWD", "PWD", "KEYBOARD", "TOKENIZERS_PARALLELISM", "BYPASS", "MONKEY"])
+def test_the_names_that_no_secrets_have(monkeypatch, name):
+    monkeypatch.setenv(name, "x0123456789abcdef")
+    assert redact.redact("a x0123456789abcdef b") == "a x0123456789abcdef b"
+
+
+def test_the_name_of_the_file_that_holds_a_key_is_none(monkeypatch, tmp_path):
+    (tmp_path / "key-4711.json").write_text("{}")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key-4711.json"))
+    assert redact.redact(str(tmp_path / "key-4711.json")) == str(tmp_path / "key-4711.json")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "--out", "model", "--run", "runs/x0123456789"],
+        ["merge", "--out", "x0123456789"],
+        ["data", "chat", "x0123456789.jsonl", "--out", "made"],
+        ["data", "pairs", "x0123456789.jsonl", "--out", "made"],
+        ["feedback", "--prompts", "rows.jsonl", "--model", "base", "--judge", "base", "--out", "x0123456789"],
+    ],
+)
+def test_a_secret_in_what_a_command_writes_down_is_refused(words, monkeypatch, tmp_path, tiny_base, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_TOKEN", "x0123456789")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Name a river."}\n')
+    (tmp_path / "base").symlink_to(tiny_base)
+    before = sorted(tmp_path.iterdir())
+    assert cli.run(words) == 2
+    said = capsys.readouterr()
+    assert "holds the value of the environment variable MY_TOKEN" in said.err
+    assert "x0123456789" not in said.err + said.out
+    assert sorted(tmp_path.iterdir()) == before

@@ -1,0 +1,320 @@
+"""Merging: the folder is the live stack, whatever the base looks like, and nothing is half-written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.contract.test_merged import (
+    distance,
+    in_4bit,
+    live,
+    load,
+    logits,
+    make_adapter,
+    make_base,
+    make_chain,
+    read,
+    save_tokenizer,
+)
+from zephyr_lite.errors import UserError
+from zephyr_lite.merge import adapter_only, chain_of_adapters, chain_of_run, merge
+from zephyr_lite.merge import weights as merging
+from zephyr_lite.model.compose import compose
+from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
+
+
+@pytest.mark.parametrize("block", [1, 1000, 2**26])
+def test_blocks_of_rows_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    base = make_base(tmp_path / "base")
+    chain = make_chain(base, tmp_path)
+    monkeypatch.setattr(merging, "BLOCK_BYTES", block)
+    merge(base, read(chain), tmp_path / "out", onto="nf4", quant_dtype=torch.float32)
+    assert distance(logits(load(tmp_path / "out")), live(in_4bit(base, True), chain)) < 1e-5
+
+
+def test_without_a_template_generation_stops_at_the_tokenizers_eos(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    merge(base, read(make_chain(base, tmp_path)), tmp_path / "out")
+    assert load(tmp_path / "out").generation_config.eos_token_id == 2
+
+
+def test_output_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    chain = read(make_chain(base, tmp_path))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis\.tex"):
+        merge(base, chain, foreign, overwrite=True)
+    assert (foreign / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(UserError, match="is the base"):
+        merge(base, chain, base, overwrite=True)
+
+    out = tmp_path / "out"
+    merge(base, chain, out)
+    with pytest.raises(UserError, match="earlier merge") as caught:
+        merge(base, chain, out)
+    assert "--overwrite" in caught.value.hint
+    merge(base, chain[:1], out, overwrite=True)
+    assert distance(logits(load(out)), live(load(base), [tmp_path / "first"])) < 1e-5
+    with pytest.raises(UserError, match="earlier merge"):
+        adapter_only(chain, out, base_model_name="x")
+    assert not list(tmp_path.glob(".*"))
+
+
+def adapter_for(folder: Path, module: str, out_features: int, in_features: int, value: float = 0.1) -> list[Any]:
+    weights = LoraWeights(torch.full((2, in_features), value), torch.full((out_features, 2), value), 1.0)
+    write_adapter(folder, {module: weights}, base_model_name="another")
+    return read([folder])
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "said"),
+    [
+        ("model.layers.0.self_attn.q_proj", (64, 32), r"q_proj is \[64, 64\] in .*\[64, 32\]"),
+        ("model.layers.7.self_attn.q_proj", (64, 64), r"layers\.7\.self_attn\.q_proj"),
+        ("lm_head", (128, 64), "ties to its embeddings"),
+    ],
+)
+def test_adapter_of_another_base(tmp_path: Path, module: str, shape: tuple[int, int], said: str) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    with pytest.raises(UserError, match=said):
+        merge(base, adapter_for(tmp_path / "adapter", module, *shape), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_head_that_is_not_tied_merges(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", 1, target_modules=["lm_head", "q_proj"])
+    merge(base, read([adapter]), tmp_path / "out")
+    assert distance(logits(load(tmp_path / "out")), live(load(base), [adapter])) < 1e-5
+
+
+def test_a_weight_that_overflows_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", dtype=torch.float16)
+    module = "model.layers.1.mlp.up_proj"
+    with pytest.raises(UserError, match=rf"{module}\.weight.*F16"):
+        merge(base, adapter_for(tmp_path / "adapter", module, 128, 64, 1e3), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_too_small_a_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path / "base")
+    chain = read(make_chain(base, tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match="are free"):
+        merge(base, chain, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("how", ["bin", "cut", "overlap", "bounds", "dtype", "missing shard"])
+def test_broken_bases_are_named(tmp_path: Path, how: str) -> None:
+    base = make_base(tmp_path / "base", sharded=how == "missing shard")
+    chain = read(make_chain(base, tmp_path))
+    weights = next(iter(sorted(base.glob("*.safetensors"))))
+    said = weights.name
+    if how == "bin":
+        weights.rename(base / "pytorch_model.bin")
+        said = "pytorch_model.bin"
+    elif how == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "missing shard":
+        weights.unlink()
+    else:
+        raw = weights.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + length])
+        names = [name for name in header if name != "__metadata__"]
+        if how == "dtype":
+            header[names[0]]["dtype"] = "F3"
+        else:
+            begin, end = header[names[1]]["data_offsets"]
+            shift = 10**9 if how == "bounds" else -begin
+            header[names[1]]["data_offsets"] = [begin + shift, end + shift]
+        new = json.dumps(header).encode()
+        weights.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + length :])
+    with pytest.raises(UserError, match=said.replace(".", r"\.")) as caught:
+        merge(base, chain, tmp_path / "out")
+    assert caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_in_the_middle_there_is_no_folder(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", sharded=True)
+    chain = make_chain(base, tmp_path)
+    script = f"""
+import time
+from zephyr_lite.merge import merge
+from zephyr_lite.model.peft_io import read_adapter
+def progress(done, total):
+    print(done, flush=True)
+    if done > total / 2:
+        time.sleep(60)
+chain = [read_adapter(p) for p in {[str(p) for p in chain]!r}]
+merge({str(base)!r}, chain, {str(tmp_path / "out")!r}, progress=progress)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob(".out.*/*.safetensors")), "it was not killed in the middle"
+    merge(base, read(chain), tmp_path / "out")
+    assert distance(logits(load(tmp_path / "out")), live(load(base), chain)) < 1e-5
+
+
+# ---- chains -------------------------------------------------------------------------------------------------------
+
+
+def make_run(run: Path, base: Path) -> list[Path]:
+    """A run of two stages as the training rooms leave it: sft/adapter, dpo/delta, dpo/adapter (composed)."""
+    sft = make_adapter(base, run / "sft" / "adapter", 1)
+    delta = make_adapter(base, run / "dpo" / "delta", 2, r=8)
+    write_adapter(run / "dpo" / "adapter", compose(read([sft, delta])), base_model_name=str(base))
+    about = {
+        "name_or_path": str(base),
+        "revision": "main",
+        "load_in_4bit": False,
+        "double_quant": True,
+        "dtype": "float32",
+    }
+    for stage, own, below in (("sft", "adapter", []), ("dpo", "delta", [("sft/adapter", sft)])):
+        save_tokenizer(run / stage / "adapter", template=True)
+        info = {
+            "method": stage,
+            "stage": stage,
+            "status": "complete",
+            "base": about,
+            "adapters": [{"path": path, "sha256": read_adapter(folder).sha256} for path, folder in below],
+            "own": {"path": own, "sha256": read_adapter(run / stage / own).sha256},
+        }
+        (run / stage / "stage.json").write_text(json.dumps(info))
+    return [sft, delta]
+
+
+def test_newest_run_and_its_last_stage(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    make_run(tmp_path / "runs" / "old", base)
+    folders = make_run(tmp_path / "runs" / "new", base)
+    chain = chain_of_run(runs_root=tmp_path / "runs")
+    assert (chain.run, chain.stage) == (tmp_path / "runs" / "new", "dpo")
+    assert [a.path for a in chain.adapters] == folders
+    merge(
+        chain.base["name_or_path"],
+        chain.adapters,
+        tmp_path / "out",
+        tokenizer_from=chain.tokenizer_from,
+        lineage=chain.lineage(),
+    )
+    want = live(load(base), folders)
+    assert distance(logits(load(tmp_path / "out")), want) < 1e-5
+    assert distance(live(load(base), [tmp_path / "runs" / "new" / "dpo" / "adapter"]), want) < 1e-5
+    told = json.loads((tmp_path / "out" / "zephyr_lite.json").read_text())
+    assert [a["sha256"] for a in told["adapters"]] == [a.sha256 for a in chain.adapters]
+    assert [a.path for a in chain_of_run(tmp_path / "runs" / "old", stage="sft").adapters] == [
+        tmp_path / "runs" / "old" / "sft" / "adapter"
+    ]
+
+    stage = tmp_path / "runs" / "new" / "dpo" / "stage.json"
+    stage.write_text(json.dumps({**json.loads(stage.read_text()), "status": "running"}))
+    assert chain_of_run(tmp_path / "runs" / "new").stage == "sft"
+
+
+def test_a_run_may_move(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    make_run(tmp_path / "runs" / "one", base)
+    (tmp_path / "runs" / "one").rename(tmp_path / "moved")
+    assert len(chain_of_run(tmp_path / "moved").adapters) == 2
+
+
+@pytest.mark.parametrize("which", ["sft/adapter", "dpo/delta"])
+def test_a_chain_whose_hash_does_not_match_is_refused(tmp_path: Path, which: str) -> None:
+    base = make_base(tmp_path / "base")
+    run = tmp_path / "runs" / "one"
+    make_run(run, base)
+    info = json.loads((run / "dpo" / "stage.json").read_text())
+    trained_on = (info["adapters"][0] if which == "sft/adapter" else info["own"])["sha256"]
+    weights = run / which / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values()))[0, 0] += 1e-3
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=trained_on[:12]) as caught:
+        chain_of_run(run)
+    assert which in caught.value.message and read_adapter(run / which).sha256[:12] in caught.value.message
+    assert caught.value.hint
+
+
+def test_missing_runs_stages_and_adapters_are_named(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    with pytest.raises(UserError, match="no run there has a complete stage"):
+        chain_of_run(runs_root=tmp_path / "runs")
+    with pytest.raises(UserError, match="no such run"):
+        chain_of_run(tmp_path / "runs" / "nothing")
+    run = tmp_path / "runs" / "one"
+    make_run(run, base)
+    with pytest.raises(UserError, match="stage third"):
+        chain_of_run(run, stage="third")
+    with pytest.raises(UserError, match="is an adapter's folder, and no run") as refused:
+        chain_of_run(run / "sft" / "adapter")
+    assert str(run) in refused.value.hint and "--adapter" in refused.value.hint
+    with pytest.raises(UserError, match="it is no run's folder"):
+        chain_of_run(tmp_path / "runs")
+    shutil.rmtree(run / "sft" / "adapter")
+    with pytest.raises(UserError, match="sft/adapter: is gone"):
+        chain_of_run(run)
+
+
+def test_explicit_adapters(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    chain = make_chain(base, tmp_path)
+    assert chain_of_adapters([str(p) for p in chain]).base["name_or_path"] == str(base)
+    adapter_for(tmp_path / "odd", "model.layers.0.self_attn.q_proj", 64, 64)
+    names = [str(chain[0]), str(tmp_path / "odd")]
+    with pytest.raises(UserError, match="several bases"):
+        chain_of_adapters(names)
+    assert chain_of_adapters(names, base="mine").base["name_or_path"] == "mine"
+
+
+# ---- the comparison afterwards ------------------------------------------------------------------------------------
+
+
+def test_memory_bench_runs(tmp_path: Path) -> None:
+    """The bench itself, at a tiny size."""
+    root = Path(__file__).parents[2]
+    sizes = {"layers": 2, "hidden": 256, "intermediate": 512, "vocab": 300, "shards": 2, "onto": "nf4", "dir": tmp_path}
+    options = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+    done = subprocess.run(
+        [sys.executable, str(root / "bench" / "merge_memory.py"), *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["nf4"]["above_imports_mb"] < 300
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_stage_that_lost_its_stage_json_is_not_passed_over(tmp_path, content):
+    for name in ("sft", "dpo"):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+    (tmp_path / "sft/stage.json").write_text(json.dumps({
+        "status": "complete", "adapters": [], "own": {"path": "adapter", "sha256": "0"}, "base": {"name_or_path": "x"},
+    }))  # fmt: skip
+    if content is not None:
+        (tmp_path / "dpo/stage.json").write_text(content)
+    with pytest.raises(UserError, match=r"dpo: has an adapter, and no stage\.json that says what it stands on"):
+        chain_of_run(tmp_path)

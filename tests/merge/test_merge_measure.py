@@ -1,0 +1,180 @@
+"""The measure after a merge: KL, top token and held-out loss are what whole distributions give, for both ways."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from zephyr_lite.cli.app import run
+from zephyr_lite.data.dataset import prepare
+from zephyr_lite.errors import Interrupted, UserError
+from zephyr_lite.evaluate.likelihood import chat_loss
+from zephyr_lite.evaluate.rows import held_out
+from zephyr_lite.merge import chain_of_adapters, chain_of_run, check
+from zephyr_lite.merge import measure as measuring
+from zephyr_lite.merge.command import run_merge
+from zephyr_lite.merge.measure import measure
+from zephyr_lite.model.loaded import open_live
+
+SMALL = ["max_steps=3", "lora_r=4", "batch_size=4", "learning_rate=1e-2", "max_length=96"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_base, chat_rows, pair_rows):
+    """In 4 bits, two stages; the second holds out pairs."""
+    folder = tmp_path_factory.mktemp("measured") / "run"
+    common = [f"output_dir={folder}", *SMALL]
+    first = ["sft", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", f"eval_dataset={chat_rows}", *common]
+    assert run(first) == 0
+    assert run(["dpo", f"dataset={pair_rows}", f"eval_dataset={pair_rows}", "max_prompt_length=48", *common]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(trained, tmp_path_factory):
+    """Merged onto the base, both ways measured."""
+    out = tmp_path_factory.mktemp("merged") / "model"
+    lines: list[str] = []
+    found = run_merge(out, run=trained, both=True, say=lines.append)
+    return out, found, lines
+
+
+def test_the_numbers_are_those_of_whole_distributions(trained, merged):
+    """In float64, row by row, from the live stack and from the folder by plain transformers."""
+    out, found, _ = merged
+    live = open_live(trained)
+    data = held_out(live.chain, live.template, "sft").data
+    sums = dict.fromkeys(("kl", "same", "loss", "live"), 0.0)
+    tokens = 0
+    with check.open_folder(out) as model, torch.no_grad():
+        for example in data.examples:
+            ids, mask = torch.tensor(example.ids[None].tolist()), torch.from_numpy(example.mask[1:])
+            p, q = (m(input_ids=ids).logits[0, :-1].double().log_softmax(-1)[mask] for m in (live.stack.model, model))
+            at = ids[0, 1:][mask][:, None]
+            sums["kl"] += (p.exp() * (p - q)).sum().item()
+            sums["same"] += (p.argmax(-1) == q.argmax(-1)).sum().item()
+            sums["loss"] -= q.gather(1, at).sum().item()
+            sums["live"] -= p.gather(1, at).sum().item()
+            tokens += len(at)
+    way = found.ways["base"]
+    assert (found.rows, found.tokens) == (len(data.lengths), tokens)
+    assert way.kl.value == pytest.approx(sums["kl"] / tokens, rel=1e-4)
+    assert way.agreement.value == pytest.approx(sums["same"] / tokens, abs=1e-9)
+    assert way.loss.value == pytest.approx(sums["loss"] / tokens, rel=1e-6)
+    assert found.live.value == pytest.approx(sums["live"] / tokens, rel=1e-6)
+    assert way.gap.value == pytest.approx((sums["loss"] - sums["live"]) / tokens, rel=1e-3)
+    # the number that `eval loss` gives
+    assert found.live.value == pytest.approx(chat_loss(live.decoder("dpo"), data), rel=1e-5)
+
+
+def test_nf4_is_the_live_stack_and_base_is_not(merged):
+    _, found, lines = merged
+    assert 0 < found.ways["nf4"].kl.value < 1e-6 < 1e-3 < found.ways["base"].kl.value
+    assert found.ways["nf4"].agreement.value == 1.0 > found.ways["base"].agreement.value
+    assert abs(found.ways["nf4"].gap.value) < 1e-5
+    between = found.ways["base"].loss.value - found.ways["nf4"].loss.value
+    assert found.between.value == pytest.approx(between, abs=1e-9)
+    assert any(line.startswith("merged against live") for line in lines)
+    assert any(line.startswith("--onto nf4: KL") for line in lines) and lines[-2] == found.verdict()
+
+
+def test_it_is_kept_in_the_folder_and_the_other_one_is_gone(merged):
+    out, found, _ = merged
+    assert [path.name for path in out.parent.iterdir()] == ["model"]
+    told = json.loads((out / "zephyr_lite.json").read_text())
+    assert told["onto"] == "base" and told["measured"] == json.loads(json.dumps(found.as_dict()))
+    assert told["measured"]["nf4"]["kl"]["value"] == found.ways["nf4"].kl.value
+    assert told["measured"]["data"]["rows"] == 8
+
+
+def test_a_plain_check_measures_what_was_merged(trained, tmp_path):
+    found = run_merge(tmp_path / "m", run=trained, onto="nf4", rows=2, say=lambda line: None)
+    assert list(found.ways) == ["nf4"] and found.rows == 2 and found.between is None
+    assert json.loads((tmp_path / "m" / "zephyr_lite.json").read_text())["measured"]["nf4"]["loss"]["value"] > 0
+
+
+def test_other_architectures_and_small_memory_give_the_same(trained, merged, monkeypatch):
+    """Their logits are kept in files; a folder that does not fit is read from the disk layer by layer."""
+    out, found, _ = merged
+    monkeypatch.setattr(measuring, "FAMILIES", ())
+    monkeypatch.setattr(measuring, "CHUNK_BYTES", 4 * 448 * 3)  # three tokens at a time
+    same = measure(chain_of_run(trained), {"base": out}, rows=64)
+    assert same.ways["base"].kl.value == pytest.approx(found.ways["base"].kl.value, rel=1e-4)
+    assert same.ways["base"].loss.value == pytest.approx(found.ways["base"].loss.value, rel=1e-6)
+    monkeypatch.undo()
+    monkeypatch.setattr(check, "_free", lambda device: 300_000)
+    monkeypatch.setattr(measuring, "MICRO_TOKENS", 1)  # a row at a time
+    same = measure(chain_of_run(trained), {"base": out}, rows=64)
+    assert same.ways["base"].kl.value == pytest.approx(found.ways["base"].kl.value, rel=1e-4)
+    assert same.ways["base"].loss.value == pytest.approx(found.ways["base"].loss.value, rel=1e-6)
+
+
+def test_without_rows_of_its_own_the_demos_are_taken(trained, tmp_path):
+    lines: list[str] = []
+    chain = chain_of_run(trained)
+    alone = tmp_path / "adapter"
+    alone.mkdir()
+    for path in (trained / "sft" / "adapter").iterdir():
+        (alone / path.name).write_bytes(path.read_bytes())
+    out = tmp_path / "m"
+    base = chain.base["name_or_path"]
+    found = run_merge(out, adapters=[str(alone)], base=base, onto="nf4", rows=3, say=lines.append)
+    assert found.origin == "the demo's conversations" and found.rows == 3
+    assert any("taking the demo's" in line for line in lines)
+    assert chain_of_adapters([str(alone)], base).base["name_or_path"] == base
+    assert found.ways["nf4"].kl.value < 1e-6
+
+
+def test_the_other_way_without_room_is_said(trained, tmp_path, monkeypatch):
+    real = measuring.open_folder
+    from zephyr_lite.merge import command
+
+    merges = []
+
+    def no_room(chain, folder, out, onto, *others):
+        merges.append(onto)
+        if len(merges) == 2:
+            raise UserError("/there: 0.1 GB are free, the result takes 14.5 GB.")
+        return merge_really(chain, folder, out, onto, *others)
+
+    merge_really = command._merge
+    monkeypatch.setattr(command, "_merge", no_room)
+    found = run_merge(tmp_path / "m", run=trained, both=True, rows=2, say=lambda line: None)
+    assert merges == ["base", "nf4"] and list(found.ways) == ["base"] and measuring.open_folder is real
+    assert found.missing == {"nf4": "/there: 0.1 GB are free, the result takes 14.5 GB."}
+    assert any("nf4: not measured" in line for line in found.lines())
+
+
+def test_interrupted_while_measuring_the_merged_folder_stays(trained, tmp_path, monkeypatch):
+    from zephyr_lite.merge import command
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    with pytest.raises(Interrupted, match="m is whole"):
+        run_merge(tmp_path / "m", run=trained, both=True, say=lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert (tmp_path / "m" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [({"check": False}, "--no-check"), ({"as_adapter": True}, "--adapter-only")]
+)
+def test_measuring_needs_a_merged_model(trained, tmp_path, options, told):
+    with pytest.raises(UserError, match=told):
+        run_merge(tmp_path / "m", run=trained, both=True, say=lambda line: None, **options)
+    with pytest.raises(UserError, match=f"--rows are for the comparison; {told}"):
+        run_merge(tmp_path / "m", run=trained, rows=4, say=lambda line: None, **options)
+    assert not (tmp_path / "m").exists()
+
+
+def test_long_rows_are_cut(trained):
+    chain = chain_of_run(trained)
+    live = open_live(trained)
+    found = held_out(chain, live.template, "sft", max_length=40)
+    assert found.data.lengths.max() == 40 and found.config.max_length == 40
+    whole = prepare(found.specs, "sft", found.config.model_copy(update={"max_length": 96}), live.template)
+    assert whole.lengths.max() > 40

@@ -1,0 +1,315 @@
+"""Models of strangers beyond the table (``tests/malformed_model``): that nothing is opened which must not be, and that what
+only looks odd still loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import make_model, make_tokenizer
+from tests.contract.test_safety import edit, loaded
+from tests.malformed_weights import MODULE, make_adapter
+from zephyr_lite.errors import UserError
+from zephyr_lite.io import safetensors as safetensors_stream
+from zephyr_lite.io.safetensors import SafetensorsFile
+from zephyr_lite.io.strict_json import parse, shown
+from zephyr_lite.merge import merge
+from zephyr_lite.model.adapters import AdapterStack, check_targets
+from zephyr_lite.model.base import read_model_config
+from zephyr_lite.model.fetch import fetch_base
+from zephyr_lite.model.peft_config import other_base, pattern_value
+from zephyr_lite.model.peft_io import fetch_adapter, read_adapter
+from zephyr_lite.model.shards import INDEX, SINGLE, open_shards, weight_files
+from zephyr_lite.model.tokenizer import check_vocabulary, load_tokenizer
+
+
+@pytest.fixture
+def base(tiny_base, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_base, tmp_path / "base"))
+
+
+def in_cache(tiny_base: Path, root: Path) -> Path:
+    """The base as the hub's cache keeps it: a snapshot of links to blobs."""
+    snapshot, blobs = root / "models--o--n" / "snapshots" / "1", root / "models--o--n" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for place, path in enumerate(sorted(tiny_base.iterdir())):
+        shutil.copyfile(path, blobs / str(place))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(place)))
+    return snapshot
+
+
+# Weights
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("how", ["cut", "outside", "shape", "layers", "name"])
+def test_what_is_wrong_with_a_shard_is_found_before_transformers_sees_it(base, tmp_path, monkeypatch, how, four_bit):
+    weights = load_file(base / SINGLE)
+    if how == "shape":
+        weights["model.norm.weight"] = torch.zeros(63)
+    elif how == "layers":
+        weights = {name: tensor for name, tensor in weights.items() if "layers.1." not in name}
+    save_file(weights, base / SINGLE, metadata={"format": "pt"})
+    if how == "cut":
+        (base / SINGLE).write_bytes((base / SINGLE).read_bytes()[:-1])
+    elif how == "outside":
+        (base / SINGLE).rename(tmp_path / "elsewhere.safetensors")
+        (base / SINGLE).symlink_to(tmp_path / "elsewhere.safetensors")
+    elif how == "name":
+        (base / SINGLE).rename(base / "w.safetensors")
+        (base / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(weights, "../base/w.safetensors")}))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("transformers saw it"))
+    said = {
+        "cut": "its tensors end at byte",
+        "outside": "is a link out of its folder",
+        "shape": r"tensor model\.norm\.weight is \[63\]; by config\.json it is \[64\]",
+        "layers": r"config\.json says 2 layers, the weights have 1",
+        "name": "which is no name of a file in this folder",
+    }
+    with pytest.raises(UserError, match=said[how]):
+        loaded(base, load_in_4bit=four_bit)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_weight_that_no_file_holds_is_not_drawn_at_random(base, four_bit):
+    weights = load_file(base / SINGLE)
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
+    save_file(weights, base / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight and 1 more in its files"):
+        loaded(base, load_in_4bit=four_bit)
+
+
+def test_one_file_comes_before_an_index_as_in_transformers(base, tmp_path):
+    (base / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "../../x"}}))
+    assert weight_files(base) == [base / SINGLE] and list(open_shards(base)) == [SINGLE]
+    loaded(base)
+    merge(base, [read_adapter(make_adapter(tmp_path / "a"))], tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").glob("model*")) == [SINGLE]
+
+
+def test_links_of_the_hubs_cache_are_as_they_should_be(tiny_base, tmp_path):
+    snapshot = in_cache(tiny_base, tmp_path)
+    loaded(snapshot)
+    merge(snapshot, [read_adapter(make_adapter(tmp_path / "a"))], tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").eos_token == "</s>"
+
+
+def test_a_broken_file_of_the_hubs_cache_is_named_with_its_blob(tiny_base, tmp_path):
+    snapshot = in_cache(tiny_base, tmp_path)
+    blob = (snapshot / "config.json").resolve()
+    blob.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply") as caught:
+        read_model_config(snapshot)
+    assert str(snapshot / "config.json") in caught.value.hint and str(blob) in caught.value.hint
+    assert "the next start fetches the file again" in caught.value.hint
+
+
+def test_an_empty_tensor_of_any_shape_that_torch_can_count_is_read(tmp_path):
+    def file(shape: list[int]) -> Path:
+        header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+        (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header)
+        return tmp_path / "a"
+
+    assert SafetensorsFile(file([2**20, 0, 2**20])).tensor("a").shape == (2**20, 0, 2**20)
+    for shape in ([2**62, 0], [2**40, 2**40, 0], [0] * 17, [0, -1]):
+        with pytest.raises(UserError, match="tensor a"):
+            SafetensorsFile(file(shape))
+
+
+@pytest.mark.parametrize("name", ["~nobody-at-all/x", "x" * 5000, "a\0b/c", "a b/c", "/no/such", "a/b/c", "\n"])
+def test_names_that_are_none(name):
+    for find in (fetch_base, fetch_adapter):
+        with pytest.raises(UserError) as caught:
+            find(name)
+        assert caught.value.message.isprintable() and len(caught.value.message) < 400
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"hidden_size": 2**63}, "no model has more than 1,048,576"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"num_labels": 10**12}, "num_labels is 1000000000000"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+        ({"rope_scaling": [1]}, r"rope_scaling is \[1\]"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": float("nan")}}, "factor is nan"),
+        ({"quantization_config": "nf4"}, "quantization_config is 'nf4'"),
+        ({"experts_implementation": {"": "o/n"}}, "a kernel that would be fetched from the hub"),
+        ({"model_type": 7}, "has no model_type"),
+        ({"model_type": "a\nb"}, "not a configuration that transformers reads"),
+        ({"name": "\ud800"}, "half a surrogate pair"),
+        ({"layer_types": 3}, r"config\.json: "),
+    ],
+)
+def test_configurations_that_are_refused(base, keys, said):
+    edit(base / "config.json", **keys)
+    with pytest.raises(UserError, match=said) as caught:
+        read_model_config(base)
+    assert str(base) in caught.value.message and caught.value.message.isprintable()
+
+
+# Tokenizers
+
+
+def test_a_vocabulary_that_does_not_fit_is_said_by_its_tokens(base, tmp_path):
+    tokenizer = load_tokenizer(base)
+    check_vocabulary(tokenizer, 420, base)
+    with pytest.raises(UserError, match="the tokenizer knows 420 tokens, the model 400"):
+        check_vocabulary(tokenizer, 400, base)
+    tokenizer.add_tokens([f"<extra{n}>" for n in range(40)])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(
+        UserError, match=r"adds <extra28> \(id 448\), .* and 9 more, and the model has embeddings for 448"
+    ):
+        loaded(base)
+
+
+def test_a_special_token_out_of_the_vocabulary_is_found(base):
+    """transformers gives it an id of its own, behind the model's last embedding when that vocabulary is full."""
+    edit(base / "tokenizer_config.json", eos_token="<the end>")
+    tokenizer = load_tokenizer(base)
+    assert tokenizer.eos_token_id == 420
+    with pytest.raises(UserError, match=r"adds <the end> \(id 420\), and the model has embeddings for 420"):
+        check_vocabulary(tokenizer, 420, base)
+
+
+def test_a_tokenizer_that_fails_on_a_word_is_refused(tmp_path):
+    make_tokenizer(tmp_path)
+    told = json.loads((tmp_path / "tokenizer.json").read_text())
+    told["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<nothing>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="fails on a plain line of text"):
+        load_tokenizer(tmp_path)
+
+
+# Adapters
+
+
+def test_patterns_are_names_and_mean_what_they_mean_to_peft():
+    pattern = {"layers.1.mlp.up_proj": 1, "up_proj": 2, "mlp": 3}
+    assert pattern_value(pattern, "model.layers.1.mlp.up_proj", 0) == 1
+    assert pattern_value(pattern, "model.layers.11.mlp.up_proj", 0) == 2
+    assert pattern_value(pattern, "up_proj", 0) == 2 and pattern_value(pattern, "model.mlp.gate_up_proj", 0) == 0
+    assert pattern_value(None, "x", 7) == 7
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"r": 1.0}, {"r": -1}, {"r": 10**9}, {"r": None}, {"lora_alpha": None}, {"lora_alpha": True},
+        {"lora_alpha": [1]}, {"rank_pattern": [1]}, {"rank_pattern": {"q_proj": 0}}, {"rank_pattern": {"q_proj": True}},
+        {"alpha_pattern": {"q_proj": "x"}}, {"alpha_pattern": {"(": 1}},
+        {"alpha_pattern": {"(?:(?:[a-z]|.)+)+[0-9]{9}": 1}}, {"use_rslora": "yes"}, {"peft_type": ["LORA"]},
+        {"base_model_name_or_path": {}}, {"bias": ["\n"]},
+    ],
+)  # fmt: skip
+def test_numbers_and_names_that_are_none(tmp_path, keys):
+    folder = make_adapter(tmp_path / "a", **keys)
+    with pytest.raises(UserError, match=next(iter(keys))) as caught:
+        read_adapter(folder)
+    assert str(folder) in caught.value.message and caught.value.hint and caught.value.message.isprintable()
+
+
+def test_what_an_adapter_reaches_is_read_from_its_weights(tmp_path):
+    for place, targets in enumerate(["q_proj", "all-linear", ["q_proj"], None, "(a+)+", r".*\.(q|k)_proj"]):
+        assert read_adapter(make_adapter(tmp_path / str(place), target_modules=targets)).modules.keys() == {MODULE}
+
+
+def test_an_adapter_that_is_not_finite_is_refused_wherever_it_is_used(tmp_path):
+    adapter = read_adapter(make_adapter(tmp_path / "a", value=float("inf")))
+    with pytest.raises(UserError, match=f"lora_A of {MODULE} holds NaN or infinite values"):
+        AdapterStack(make_model()).add_frozen("a", adapter)
+
+
+def test_an_adapter_of_another_base_is_named_by_both_shapes(tmp_path):
+    adapter = read_adapter(make_adapter(tmp_path / "a", shape=(64, 32)))
+    with pytest.raises(UserError, match=f"{MODULE} is for a weight of 64×32, this base's is 64×64"):
+        AdapterStack(make_model()).add_frozen("a", adapter)
+
+
+def test_another_base_by_name_is_said():
+    assert other_base({"base_model_name_or_path": "o/n"}, "o/n") is None
+    assert other_base({"base_model_name_or_path": "o/n"}, "/models/n") is None  # the same, moved
+    assert other_base({}, "o/n") is None
+    assert "trained on o/n; here it stands on o/m" in (other_base({"base_model_name_or_path": "o/n"}, "o/m") or "")
+
+
+@pytest.mark.parametrize("targets", [[".*q_proj"], ["(a+)+.q_proj"], ["q_proj\n"], ["lm_head"]])
+def test_targets_are_plain_names(targets):
+    with pytest.raises(UserError, match="lora_target_modules"):
+        check_targets(targets)
+
+
+def test_a_target_that_the_base_does_not_have_is_said():
+    stack = AdapterStack(make_model())
+    with pytest.raises(UserError, match=r"no linear layer layers\.7\.mlp\.up_proj"):
+        stack.add_trainable("a", r=2, alpha=2, targets=["q_proj", "layers.7.mlp.up_proj"], seed=0)
+
+
+# Merging
+
+
+@pytest.mark.parametrize("told", ["2", [None], -1, {"a": 1}])
+def test_an_end_that_is_no_token_is_refused(base, tmp_path, told):
+    edit(base / "generation_config.json", eos_token_id=told)
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is"):
+        merge(base, [read_adapter(make_adapter(tmp_path / "a"))], tmp_path / "out")
+
+
+# JSON
+
+
+def test_what_is_shown_of_a_strangers_text():
+    assert shown("q_proj") == "q_proj" and shown("é") == "é"
+    assert shown("a\nb\x1b[31m\ud800") == "a\\nb\\x1b[31m\\ud800"
+    assert len(shown("x" * 10**6)) == 80
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"\xff", "not UTF-8 at byte 0"),
+        (b'{"a": 1, "a": 2}', "the key a stands twice"),
+        (b"[NaN]", "NaN is no JSON number"),
+        (b"[-Infinity]", "-Infinity is no JSON number"),
+        (b"[" * 10**6, "nested too deeply"),
+        (b"1" * 5000, "digits"),
+        (b'"\\ud800"', "half a surrogate pair"),
+    ],
+)
+def test_json_that_is_none(raw, said):
+    with pytest.raises(ValueError, match=said):
+        parse(raw)
+
+
+def test_json_that_is_odd_but_fine():
+    assert parse(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
+    assert parse(b'{"a": 1, "a": Infinity}', strict=False) == {"a": float("inf")}
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m", "a\nerror: b", "n" * 1001])
+def test_a_tensors_name_that_would_be_printed_by_others(tmp_path, name):
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match="the header entry of tensor") as caught:
+        SafetensorsFile(tmp_path / "x.safetensors")
+    assert caught.value.message.isprintable() and len(caught.value.message) < 300
+
+
+def test_tensors_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_stream, "MAX_TENSORS", 10)
+    header = json.dumps({f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(11)}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match="names 11 tensors; 10 are the most"):
+        SafetensorsFile(tmp_path / "x.safetensors")

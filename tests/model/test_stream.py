@@ -1,0 +1,320 @@
+"""Layers that come from the host, and kept activations that go there: to the bit what the resident engine computes.
+
+The CPU stands in for the accelerator. Copies are made at both ends of what a card may do: at once, and not before
+somebody waits for them, with their target full of rubbish until then.
+"""
+
+import gc
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import make_model
+from tests.contract.test_counts import kept
+from tests.contract.test_layer import KEEPS
+from tests.contract.test_streaming import (
+    CPU,
+    LAYERS,
+    LateStream,
+    assert_bits,
+    decoder_over,
+    dpo_steps,
+    plan_of,
+    quantized,
+    sft_steps,
+)
+from tests.numeric import apart, conversation
+from zephyr_lite.data.batch import collate_conversations
+from zephyr_lite.data.chat_template import Example
+from zephyr_lite.errors import UserError
+from zephyr_lite.model import activation_offload as offload_file
+from zephyr_lite.model import weight_streaming as stream_file
+from zephyr_lite.model.activation_offload import Offload, Ring
+from zephyr_lite.model.weight_streaming import StreamedBase
+
+
+@pytest.fixture(params=["at once", "late"])
+def copies(request, monkeypatch):
+    if request.param == "late":
+        monkeypatch.setattr(offload_file, "SideStream", LateStream)
+        monkeypatch.setattr(stream_file, "SideStream", LateStream)
+
+
+@pytest.fixture(scope="session")
+def deep_base(tmp_path_factory):
+    from tests.conftest import make_tokenizer
+
+    folder = tmp_path_factory.mktemp("deep")
+    make_model(num_hidden_layers=LAYERS, sliding_window=24).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def test_a_base_that_was_resident_may_be_streamed_from_then_on(copies, deep_base):
+    resident = decoder_over(quantized(deep_base))
+    want = [sft_steps(resident, "input", None), dpo_steps(resident, "input", None)]
+    decoder = decoder_over(quantized(deep_base))
+    got = [sft_steps(decoder, "input", None)]
+    decoder.follow(plan_of(stream=True, offload=LAYERS))
+    got.append(dpo_steps(decoder, "input", None))
+    assert decoder.stream is not None and len(decoder.stream.slabs) == LAYERS
+    for a, b in zip(got, want):
+        assert_bits(a, b)
+
+
+def test_where_a_pass_ends_the_next_begins_without_a_copy(deep_base):
+    decoder = decoder_over(quantized(deep_base), stream=True)
+    plain, copied = decoder.stream._side.copy, []
+    decoder.stream._side.copy = lambda pairs: copied.append(1) or plain(pairs)
+    batch = collate_conversations([conversation(0, 20)])
+    for step in range(2):
+        decoder.token_logps(batch, keep="input").sum().backward()
+        # of 4 layers 2 are still there where the backward pass begins, and again where the next step does
+        assert len(copied) == [LAYERS + LAYERS - 2, 2 * (LAYERS - 2)][step]
+        copied.clear()
+
+
+def test_a_streamed_layer_lies_once_on_the_host_and_nowhere_else(deep_base):
+    model = quantized(deep_base)
+    stream = StreamedBase(model, CPU)
+    assert stream.buffers == []  # a card that was full has room once all has moved
+    stream.on_device(model.model.layers[0].mlp.up_proj.weight)
+    assert [b.numel() for b in stream.buffers] == [max(s.numel() for s in stream.slabs)] * 2
+    for slab, layer in zip(stream.slabs, model.model.layers):
+        low, high = slab.data_ptr(), slab.data_ptr() + slab.numel()
+        for name, module in layer.named_modules():
+            if name.endswith("_proj"):
+                state = module.weight.quant_state
+                for tensor in (module.weight, state.absmax, state.code, state.offset, state.state2.absmax):
+                    assert low <= tensor.data_ptr() < high
+                assert stream.on_device(module.weight).data_ptr() != module.weight.data_ptr()
+    assert stream.host_bytes == sum(s.numel() for s in stream.slabs)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_what_is_offloaded_is_not_kept_on_the_device(deep_base, keep):
+    decoder = decoder_over(quantized(deep_base), plan=plan_of(offload=LAYERS))
+    batch = collate_conversations([conversation(0, 40)])
+    with kept() as found:
+        decoder.token_logps(batch, keep=keep)
+    # a target's hidden state and slope, the norm's number, and which row it is
+    assert found.bytes == len(batch.target_ids) * (2 * 4 * 64 + 4 + 8)
+    resident = decoder_over(quantized(deep_base))
+    with kept() as wanted:
+        resident.token_logps(batch, keep=keep)
+    layers = wanted.bytes - found.bytes
+    # on the host, each tensor at a boundary of 256 bytes
+    assert layers <= decoder.offload.nbytes <= layers + LAYERS * 16 * 256
+
+
+def test_two_layers_kept_tensors_are_on_the_device_at_most(monkeypatch, deep_base):
+    decoder = decoder_over(quantized(deep_base), plan=plan_of(offload=LAYERS))
+    most = []
+    fetch = Offload._fetch
+
+    def counting(self, kept):
+        fetch(self, kept)
+        most.append(sum(bool(k._device) for k in self._now.values()))
+
+    monkeypatch.setattr(Offload, "_fetch", counting)
+    decoder.token_logps(collate_conversations([conversation(0, 20)]), keep="all").sum().backward()
+    assert len(most) == LAYERS and max(most) <= 2
+    assert not decoder.offload._leaving and not decoder.offload._now
+
+
+def test_a_second_forward_pass_before_the_backward_pass_is_an_error(deep_base):
+    decoder = decoder_over(quantized(deep_base), plan=plan_of(offload=LAYERS))
+    batch = collate_conversations([conversation(0, 20)])
+    first = decoder.token_logps(batch, keep="input")
+    decoder.token_logps(batch, keep="input")
+    with pytest.raises(RuntimeError, match="taken the place"):
+        first.sum().backward()
+
+
+def test_after_a_pass_that_failed_the_next_is_right(copies, deep_base, monkeypatch):
+    want = sft_steps(decoder_over(quantized(deep_base)), "all", None)
+    plan = plan_of(offload=LAYERS)
+    decoder = decoder_over(quantized(deep_base), stream=True, plan=plan)
+    logps = decoder.token_logps(collate_conversations([conversation(3, 50)]), keep="all")
+    get, calls = Offload.get, []
+
+    def failing(self, kept):
+        calls.append(kept.layer)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return get(self, kept)
+
+    monkeypatch.setattr(Offload, "get", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        logps.sum().backward()
+    monkeypatch.setattr(Offload, "get", get)
+    decoder.follow(plan)
+    assert_bits(sft_steps(decoder, "all", None), want)
+
+
+def test_tokens_on_the_host_are_kept_for_the_embedding():
+    batch = collate_conversations([conversation(0, 9)])
+    assert batch.host_tokens is None
+    moved = batch.to(CPU).to(CPU)
+    assert np.array_equal(moved.host_tokens, batch.tokens)
+
+
+def test_a_row_of_32k_tokens_trains_and_its_window_is_honoured():
+    """Streamed, offloaded, the MLP in tiles: the last tokens' figures are those of the last tokens alone."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = make_model(num_hidden_layers=2, sliding_window=64, max_position_embeddings=2**15, **shape)
+    decoder = decoder_over(model, stream=True, plan=plan_of(offload=2, tile=4096))
+    count, tail = 2**15, 300
+    example = conversation(0, count)
+    example.mask[:-100] = False
+    batch = collate_conversations([example])
+    logps = decoder.token_logps(batch, keep="input")
+    logps.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in decoder.stack.parameters().values())
+    short = collate_conversations([Example(example.ids[-tail:], example.mask[-tail:], "", 0)])
+    short = replace(short, positions=batch.positions[-tail:], streams=batch.streams[-tail:])
+    with torch.no_grad():
+        assert apart(logps.detach(), decoder.token_logps(short)) < 1e-5
+
+
+class Runtime:
+    """CUDA's runtime on a system that locks so many bytes."""
+
+    def __init__(self, budget):
+        self.budget, self.locked, self.pending = budget, {}, []
+
+    def cudaHostRegister(self, start, count, flags):
+        if count + sum(self.locked.values()) > self.budget:
+            self.pending.append(2)  # its last error, which the next launch would report
+            return 2
+        self.locked[start] = count
+        return 0
+
+    def cudaHostUnregister(self, start):
+        del self.locked[start]
+
+    def cudaGetLastError(self):
+        return self.pending.pop() if self.pending else 0
+
+
+class LateCard:
+    """Copies to and from a card that are made when an event after them is waited for."""
+
+    def __init__(self, monkeypatch):
+        self.waiting, self.made = [], 0
+        monkeypatch.setattr(Ring, "_enqueue", self.enqueue)
+        monkeypatch.setattr(torch.cuda, "Event", lambda: LateEvent(self))
+
+    def enqueue(self, target, source):
+        target.fill_(255)
+        self.waiting.append((target, source))
+
+    def catch_up(self, place):
+        for target, source in self.waiting[self.made : place]:
+            target.copy_(source)
+        self.made = max(self.made, place)
+
+
+class LateEvent:
+    def __init__(self, card):
+        self.card, self.place = card, 0
+
+    def record(self, stream=None):
+        self.place = len(self.card.waiting)
+
+    def synchronize(self):
+        self.card.catch_up(self.place)
+
+
+class OnCard(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """A card that is not there, on a system that locks anything; its budget may be set."""
+    runtime = Runtime(2**40)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(offload_file.ctypes, "CDLL", {None: runtime}.__getitem__)
+    monkeypatch.setattr(offload_file, "_rings", {})
+    monkeypatch.setattr(offload_file, "CHUNK", 64)
+    monkeypatch.setattr(offload_file, "PROBE", 1000)
+    yield runtime
+    gc.collect()
+
+
+CUDA = torch.device("cuda")
+
+
+def test_host_memory_is_locked_page_by_page_and_let_go_with_its_last_view(runtime):
+    places = [offload_file.host_bytes(1000, CUDA) for _ in range(3)]
+    assert runtime.locked == {place.data_ptr(): 1000 for place in places}
+    assert all(place.data_ptr() % offload_file.PAGE == 0 for place in places)
+    view = places[0][40:80].view(torch.float32)
+    del places
+    gc.collect()
+    assert len(runtime.locked) == 1 and view.fill_(1).sum() == 10
+    del view
+    gc.collect()
+    assert not runtime.locked and not offload_file._rings
+    runtime.budget = 0
+    with pytest.raises(UserError, match=r"could not be locked for copies to the card, not even 0 MiB .CUDA error 2."):
+        offload_file.host_bytes(1000, CUDA)
+    assert not runtime.pending
+
+
+def test_memory_that_is_not_locked_is_copied_through_the_ring(runtime, monkeypatch):
+    LateCard(monkeypatch)
+    runtime.budget = 1200
+    locked, ordinary = offload_file.host_bytes(1000, CUDA), offload_file.host_bytes(400, CUDA)
+    assert sorted(runtime.locked.values()) == [64, 64, 1000] and not runtime.pending
+    assert locked.data_ptr() in runtime.locked and ordinary.numel() == 400
+    ring = offload_file._rings[CUDA]
+    for count in (1, 16, 33, 100):  # of one chunk, and of several; in both directions, one after the other
+        values, there = torch.randn(count), torch.zeros(count).as_subclass(OnCard)
+        place = ordinary[: 4 * count].view(torch.float32).copy_(values)
+        ring.copy(there, place)
+        place.zero_()  # it has been read
+        back = torch.zeros(count)
+        ring.copy(back, there)
+        assert torch.equal(back, values)  # it has been written
+
+
+def test_a_side_stream_takes_the_ring_where_memory_is_not_locked(runtime, monkeypatch):
+    card = LateCard(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    side = offload_file.SideStream(CUDA)
+    source, target = torch.arange(100), torch.zeros(100, dtype=torch.int64).as_subclass(OnCard)
+    side.copy([(target, source)])
+    assert torch.equal(target, source) and not card.waiting  # no lock was refused: it is taken to be locked
+    runtime.budget = 200
+    offload_file.host_bytes(1000, CUDA)
+    target.zero_()
+    side.copy([(target, source)]).synchronize()
+    assert torch.equal(target, source) and len(card.waiting) == 13
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    side.copy([(target, source)])
+    assert len(card.waiting) == 13
+
+
+def test_under_wsl_the_ring_is_locked_before_what_may_take_all_that_can_be(runtime, monkeypatch):
+    LateCard(monkeypatch)
+    monkeypatch.setattr(offload_file, "is_wsl", lambda: True)
+    runtime.budget = 1128
+    kept = [offload_file.host_bytes(1000, CUDA) for _ in range(2)]
+    assert sorted(runtime.locked.values()) == [64, 64, 1000] and len(kept) == 2
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(0, 0), (999, 0), (3500, 2000), (10**6, 5500)])
+def test_what_can_be_locked_is_found_out_and_released(runtime, budget, expected):
+    runtime.budget = budget
+    assert offload_file.lockable(5500, CUDA) == expected
+    gc.collect()
+    assert not runtime.locked and not runtime.pending

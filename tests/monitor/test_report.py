@@ -1,0 +1,426 @@
+"""report.html: everything on it is what the files say, nothing in it is anybody else's, and it needs nothing but itself."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+
+from zephyr_lite.cli import app as cli
+from zephyr_lite.config.load import dump_config, load_config
+from zephyr_lite.errors import UserError
+from zephyr_lite.monitor.report import writer as writer_file
+from zephyr_lite.monitor.report.figures import Figure, Series, figures_of, smoothed
+from zephyr_lite.monitor.report.page import MARK, run_page, side_by_side
+from zephyr_lite.monitor.report.read import read_source, read_stage
+from zephyr_lite.monitor.report.svg import BOTTOM, HEIGHT, LEFT, MOST, RIGHT, TOP, WIDTH, chart
+from zephyr_lite.monitor.report.text import gib, number, without_paths
+from zephyr_lite.monitor.report.writer import ReportWriter
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+EVIL = '</pre></script><script>alert("x")</script><img src=x onerror=alert(1)>'
+SECRET = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz0123"
+
+
+class Page(html.parser.HTMLParser):
+    """Tags must close one another; keeps texts, scripts and attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.scripts, self.texts, self.attributes, self.kinds = [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes += [(tag, name, value) for name, value in attributes]
+        if tag == "script":
+            self.kinds.append(dict(attributes).get("type"))
+            self.scripts.append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.attributes += [(tag, name, value) for name, value in attributes]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+        elif self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return "\n".join(self.texts)
+
+    def charts(self):
+        return [json.loads(s) for s, kind in zip(self.scripts, self.kinds) if kind == "application/json"]
+
+
+def lines(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def a_stage(run, name="sft", method="sft", steps=12, *, complete=True, words=(), **info):
+    """A stage's folder with everything but weights."""
+    folder = run / name
+    folder.mkdir(parents=True)
+    config = load_config(method, None, [f"output_dir={run}", *words]).config
+    (folder / "config.yaml").write_text(dump_config(config))
+    told = {
+        "format": 1, "id": "x", "method": method, "stage": name, "status": "complete" if complete else "running",
+        "engine": "fused", "base": {"name_or_path": "/home/somebody/models/tiny", "fingerprint": "f00d"}, "adapters": [],
+        "versions": {"torch": "2.13"}, "machine": {"host": "hidden-host", "device": "cpu", "dtype": "float32"},
+        "plan": {
+            "keep": ["all", "input"], "micro_tokens": 64, "threads": 1, "free_bytes": 2**33,
+            "account": {"decoder layers": 2**29, "peak": 2**30},
+        },
+        "data": {
+            "rows": 24, "kept": 20, "read": 30, "cut": 3,
+            "dropped": {"no supervised token": {"count": 7, "first": ["/data/mine/rows.jsonl row 4"]}},
+        },
+        "created": f"2026-01-0{1 + (method == 'dpo')}T10:00:00+00:00", "own": {"path": "adapter", "sha256": f"own-{name}"},
+        **info,
+    }  # fmt: skip
+    if complete:
+        told["result"] = {"steps": steps, "seconds": 100.0, "peak_memory_bytes": 2**31, "warnings": ["it wavers"]}
+    (folder / "stage.json").write_text(json.dumps(told))
+    logged = []
+    for step in range(1, steps + 1):
+        both = {"step": step, "loss": 2 - step / steps, "grad_norm": 0.5, "learning_rate": 1e-4, "seconds": 2.0}
+        if method == "sft":
+            logged.append({**both, "tokens_per_second": 99.0, "peak_memory_gib": 0.75})
+        else:
+            rewards = {"rewards/chosen": 0.1 * step, "rewards/rejected": -0.1 * step, "rewards/accuracies": 0.75}
+            logged.append({**both, **rewards, "rewards/margins": 0.2 * step, "pairs_per_second": 0.5})
+        if step % 4 == 0:
+            logged.append({"step": step, "eval_loss": 1.875 - step / steps})
+    lines(folder / "metrics.jsonl", logged)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of two stages; the second has not finished."""
+    run = tmp_path / "runs" / "mine"
+    sft = a_stage(run)
+    lines(
+        sft / "samples.jsonl",
+        [
+            {"step": s, "prompt": f"Question {EVIL}?", "answer": f"answer {s} {SECRET}", "reference": "r"}
+            for s in (0, 4, 12)
+        ],
+    )
+    lines(
+        sft / "left_out.jsonl",
+        [{"step": 5, "loss": math.nan, "grad_norm": 1.0, "rows": ["/data/mine/rows.jsonl row 9"]}],
+    )
+    (sft / "eval").mkdir()
+    interval = {"value": 0.5, "low": 0.25, "high": 0.75}
+    told = {"models": {"base": {"loss": 2.0}, "sft": {"loss": interval}}, "data": {"rows": 7}}
+    told["differences"] = [{"model": "sft", "minus": "base", "loss": interval}]
+    told["adapters"] = [{"sha256": "own-sft"}]
+    (sft / "eval" / "loss.json").write_text(json.dumps(told))
+    below = [{"path": "sft/adapter", "sha256": "own-sft"}]
+    a_stage(run, "dpo", "dpo", 8, complete=False, adapters=below, words=["dataset=rows.jsonl", f"system={EVIL}"])
+    return run
+
+
+def test_a_page_says_what_the_files_say_and_loads_nothing(run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    text = run_page(read_source(run))
+    page = Page(text)
+    assert text.startswith("<!doctype html>") and MARK in text[:100]
+    # no address, and no script but ours, which the policy knows by its hash
+    assert not [
+        a for a in page.attributes if a[1] in ("src", "onerror", "srcset") or (a[1] == "href" and a[2][0] != "#")
+    ]
+    assert "http" not in re.sub(r"http-equiv|http://www.w3.org/2000/svg", "", text) and "url(" not in text
+    code = [s for s, kind in zip(page.scripts, page.kinds) if kind is None]
+    policy = next(a[2] for a in page.attributes if a[1] == "content" and "default-src" in a[2])
+    assert len(code) == 1 and "default-src 'none'" in policy
+    assert f"'sha256-{base64.b64encode(hashlib.sha256(code[0].encode()).digest()).decode()}'" in policy
+    # what rows hold stands there as text; secrets and whose machine it was do not
+    assert f"Question {EVIL}?" in page.text and EVIL in page.text.split("Configuration")[-1]
+    assert "answer 12 ***" in page.text and SECRET not in text
+    assert (
+        "hidden-host" not in text
+        and "somebody" not in text
+        and "/data/mine" not in text
+        and str(run.parent) not in text
+    )
+    for told in (
+        "tiny (a local folder)", "no supervised token", "7 (…/rows.jsonl row 4, …)", "it wavers", "…/rows.jsonl row 9",
+        "step 5 was left out (loss not finite", "before training", "step 12", "in between", "2.00 / 1.00 GiB", "8 of 2",
+        "as it is in this run", "1.542 → 0.875", "all in 1 layers, input in 1 layers", "2 min",
+        "7 held-out rows", "0.5 [0.25, 0.75]", "sft minus base: loss 0.5 [0.25, 0.75]",
+    ):  # fmt: skip
+        assert told in page.text, told
+    titles = [
+        page.texts[i] for i, t in enumerate(page.texts) if t.strip() in ("Memory", "Rewards", "Reward margin", "Loss")
+    ]
+    assert [t.strip() for t in titles] == ["Loss", "Memory", "Loss", "Reward margin", "Rewards"]
+    assert "another adapter" not in page.text
+    (run / "sft" / "stage.json").write_text((run / "sft" / "stage.json").read_text().replace("own-sft", "retrained"))
+    assert "loss (of another adapter than this stage has now)" in Page(run_page(read_source(run))).text
+    first = page.charts()[0]
+    assert first["series"][0]["x"] == list(range(1, 13)) and first["series"][0]["y"][-1] == 1.0
+    assert first["series"][1] == {"n": "held-out", "h": 1, "k": "dots", "x": [4, 8, 12], "y": [1.5417, 1.2083, 0.875]}
+
+
+def test_old_torn_and_empty_files_are_read(tmp_path):
+    folder = a_stage(tmp_path / "old", complete=False, plan={}, data={}, machine=None, versions={})
+    with (folder / "metrics.jsonl").open("a") as file:
+        huge = f"1{'0' * 400}"  # of which no float can be made
+        file.write(f'{{"step": 13, "loss": NaN, "grad_norm": {huge}}}\n[1]\n{{"step": "x"}}\n{{"step": 14, "lo')
+    (folder / "samples.jsonl").write_text('{"step": 0}\nnot json\n{"step": 1, "prompt": 3, "answer": []}\n')
+    (folder / "lengths.json").write_text("{")
+    for config in (None, "seed: 1\n"):
+        if config is None:
+            (folder / "config.yaml").unlink()
+        else:
+            (folder / "config.yaml").write_text(config)
+        page = Page(run_page([read_stage(folder)]))
+        assert page.charts()[0]["series"][0]["y"][-1] is None  # as JSON has no NaN
+        assert "13" in page.text
+    (folder / "metrics.jsonl").unlink()
+    assert "No step was logged yet" in Page(run_page([read_stage(folder)])).text
+    (folder / "stage.json").write_text(
+        '{"method": "sft", "data": {"dropped": 5, "notes": "x"}, "plan": {"account": [1]}}'
+    )
+    Page(run_page([read_stage(folder)]))
+    (folder / "stage.json").write_text(
+        f'{{"method": "sft", "data": {{"tokens": {huge}}}, "plan": {{"account": {{"a": {huge}, "b": NaN, "peak": 1}}}}}}'
+    )
+    (folder / "lengths.json").write_text(
+        f'{{"training": {{"length": {{"edges": [0, 1], "whole": [{huge}], "cut": [-1]}}}}}}'
+    )
+    text = run_page([read_stage(folder)])
+    assert "not finite" in Page(text).text and "nan" not in text and "inf" not in text
+    (folder / "stage.json").write_text('{"method": "rlhf"}')
+    with pytest.raises(UserError, match="has to be sft or dpo"):
+        read_stage(folder)
+
+
+def test_a_long_run_stays_small(tmp_path):
+    folder = a_stage(tmp_path / "long", "dpo", "dpo", 8_000)
+    text = run_page([read_stage(folder)])
+    assert len(text) < 250_000
+    for chart_data in Page(text).charts():
+        assert all(len(s["x"]) <= MOST and s["x"][-1] == 8_000 for s in chart_data["series"] if s["k"] != "faint")
+
+
+def test_two_runs_side_by_side(run, tmp_path):
+    other = tmp_path / "runs" / "other"
+    a_stage(other, steps=9, words=["learning_rate=3e-4", "batch_size=8"])
+    text = side_by_side(read_source(run), read_source(other))
+    page = Page(text)
+    labels = {s["n"]: s["h"] for s in page.charts()[0]["series"]}
+    assert labels == {"mine": 0, "mine: held-out": 0, "other": 1, "other: held-out": 1}
+    told = text[text.index("What differs between them") : text.index("Every key")]
+    assert re.findall(r"<th scope=row>(\w+)", told) == ["learning_rate"]
+    assert "mine / dpo" in page.text  # which only one of them has
+    # two stages are compared whatever their names; what means different things is not
+    a_stage(other, "again", steps=3)
+    assert "own-again" in side_by_side(read_source(run / "sft"), read_source(other / "again"))
+    with pytest.raises(UserError, match="their numbers mean different things"):
+        side_by_side(read_source(run / "dpo"), read_source(other / "sft"))
+    a_stage(tmp_path / "third", "else")
+    with pytest.raises(UserError, match="no stage in common"):
+        side_by_side(read_source(run), read_source(tmp_path / "third"))
+    twin = tmp_path / "elsewhere" / "mine"
+    a_stage(twin)
+    labels = [s["n"] for s in Page(side_by_side(read_source(run), read_source(twin))).charts()[0]["series"]]
+    assert labels[0] == "runs/mine" and labels[2] == "elsewhere/mine"
+
+
+def test_the_command_writes_where_it_says_and_over_its_own_only(run, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent.parent)
+    a_stage(run.parent / "b")
+
+    def said(*words):
+        code = cli.run(["report", *map(str, words)])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    for words, where in (
+        ((run,), run / "report.html"), ((run / "dpo",), run / "dpo" / "report.html"),
+        ((), "runs/b/report.html"), ((run, run.parent / "b" / "sft", "--out", "new/ab.html"), "new/ab.html"),
+    ):  # fmt: skip
+        code, out = said(*words)
+        assert code == 0 and str(where) in out, out
+        Page((run.parent.parent / where).read_text())
+    assert "not finished, step 8" in (run / "report.html").read_text()
+    assert said(run)[0] == 0  # over the one from before
+    assert said("runs/mine", "runs/b")[0] == 0 and (run.parent.parent / "report-mine-b.html").is_file()
+    notes = run.parent.parent / "notes.html"
+    notes.write_text("mine")
+    for words, complaint in (
+        (("--out", notes), "no report of ours"), (("--out", "runs"), "is a folder"), (("nowhere",), "no such folder"),
+        (("runs",), "neither a run's folder nor a stage's"),
+    ):  # fmt: skip
+        code, out = said(*words)
+        assert code == 2 and complaint in out, out
+    assert notes.read_text() == "mine"
+
+
+def test_curves_are_where_their_values_are():
+    values = [0.0, 1.0, math.nan, 4.0, 2.0]
+    figure = Figure("t", "", [Series("s", [1, 2, 3, 4, 5], values)], rules=[(3.0, "<rule>")])
+    drawn = chart(figure)
+    path = re.search(r'class="line hue0" d="([^"]+)"', drawn)[1]
+    points = [(float(x), float(y)) for x, y in re.findall(r"[ML]([\d.]+) ([\d.]+)", path)]
+    assert list(re.findall("[ML]", path)) == ["M", "L", "M", "L"]  # nothing leads over the gap
+    for (x, y), step in zip(points, (0, 1, 3, 4)):
+        assert x == pytest.approx(LEFT + step / 4 * (WIDTH - LEFT - RIGHT), abs=0.06)
+        assert y == pytest.approx(TOP + (4 - values[step]) / 4 * (HEIGHT - TOP - BOTTOM), abs=0.06)
+    assert "&lt;rule&gt;" in drawn and "<rule>" not in drawn
+
+
+@pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [1e-9, 2e-9], [-3e7, 4e7], [0.1] * 99 + [1e6]])
+def test_every_range_is_drawn(values):
+    drawn = chart(Figure("t", "", [Series("s", list(range(len(values))), values, kind="faint")]))
+    numbers = [float(n) for n in re.findall(r"[ ML]([-\d.]+)(?=[ LMVHv\"])", drawn)]
+    assert numbers and all(-1 <= n <= WIDTH for n in numbers) and "nan" not in drawn
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "first", "last"),
+    [
+        (0.0, 4e5, "0", "400k"),
+        (0.0, 2e6, "0", "2,000k"),
+        (-3e7, 4e7, "-40M", "40M"),
+        (0.6, 0.6 + 2e-13, "0.50", "0.70"),
+        (0.0, 2e-4, "0", "2e-4"),
+        (0.6, 0.6004, "0.6000", "0.6004"),
+    ],
+)
+def test_labels_fit_and_tell_values_apart(low, high, first, last):
+    series = [Series("s", list(range(100, 100_001, 100)), [low, *[high] * 999])]
+    drawn = chart(Figure("t", "", series, marks=list(range(1, 100_001, 7))))
+    assert 100 < drawn.count("class=mark") < WIDTH  # of 14,286
+    found = re.findall(r"<text x=([\d.]+) y=[\d.]+ text-anchor=(\w+)>([^<]+)<", drawn)
+    down = [text for _, anchor, text in found if anchor == "end"]
+    assert (down[0], down[-1]) == (first, last) and len(set(down)) == len(down)
+    x, _, text = found[-1]
+    assert text == "100,000" and float(x) + 3 * len(text) <= WIDTH  # not cut off
+
+
+def test_thinning_keeps_spikes_and_smoothing_is_a_mean():
+    xs, ys = list(range(5000)), [1.0 + (i % 7) / 10 for i in range(5000)]
+    ys[1234] = 1.9
+    drawn = chart(Figure("t", "", [Series("s", xs, ys, kind="faint")]))
+    told = json.loads(re.search(r"json\">(.*?)</script>", drawn)[1])["series"][0]
+    assert max(told["y"]) == 1.9 and told["x"][told["y"].index(1.9)] == 1234 and len(told["x"]) <= MOST
+    ys[1234] = 1e6
+    drawn = chart(Figure("t", "", [Series("s", xs, ys, kind="faint"), Series("s, smoothed", xs, smoothed(ys))]))
+    assert "the highest value is 1,000,000" in drawn and "k</text>" not in drawn
+    assert smoothed([2.0, math.nan, 4.0, 6.0]) == pytest.approx([3.0, 4.0, 4.0, 5.0])
+
+
+def test_words_and_numbers():
+    assert [number(v) for v in (None, 1234567, 0.00002, 1.23456, math.inf, 12345.6)] == [
+        "–", "1,234,567", "2e-05", "1.235", "not finite", "12,346",
+    ]  # fmt: skip
+    assert [gib(v) for v in (2**30, 50 * 2**20, 2**19, "x")] == ["1.00 GiB", "50 MiB", "0.5 MiB", "–"]
+    assert without_paths("/home/me/x.jsonl: of C:\\Users\\me\\y.csv, org/name, 1/2, https://host/a/b") == (
+        "…/x.jsonl: of …/y.csv, org/name, 1/2, https://host/a/b"
+    )
+
+
+def test_reading_needs_no_torch():
+    code = (
+        "import sys, zephyr_lite.monitor.report.page, zephyr_lite.monitor.report.read; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+# While a stage is trained
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base, chat_rows, tmp_path_factory):
+    """A tiny SFT run with a report, what was said, and the pages as they were at each evaluation."""
+    from tests.train.test_train import words
+    from zephyr_lite.train.sft import run_sft
+
+    out, said, pages = tmp_path_factory.mktemp("runs") / "tiny", [], []
+
+    class Watched(ReportWriter):
+        def evaluated(self, step, metrics):
+            super().evaluated(step, metrics)
+            pages.append((step, (self.folder / "report.html").read_text()))
+
+    settings = {"max_length": 40, "max_steps": 4, "samples": 1, "sample_tokens": 2, "load_in_4bit": "false"}
+    loaded = load_config("sft", None, words(tiny_base, out, chat_rows, **settings))
+    run_sft(loaded, say=lambda *line: None, observers=[Watched(said.append)])
+    return out, said, pages
+
+
+def test_the_report_is_written_at_every_evaluation_and_at_the_end(trained):
+    out, said, pages = trained
+    assert [step for step, _ in pages] == [2, 4] and "not finished, step 2 of 4" in pages[0][1]
+    for place in (out, out / "sft"):
+        page = Page((place / "report.html").read_text())
+        assert "finished" in page.texts and "before training" in page.text and "step 4" in page.text
+    assert said == [f"report: {out / 'report.html'}"]
+    assert not [path.name for path in out.rglob(".*report*")]  # nothing is left aside
+
+
+def test_lengths_are_counted(trained):
+    out, _, _ = trained
+    told = json.loads((out / "sft" / "lengths.json").read_text())
+    data = json.loads((out / "sft" / "stage.json").read_text())["data"]
+    assert set(told) == {"format", "unit", "training", "held-out"}
+    for key in ("length", "supervised"):
+        part = told["training"][key]
+        assert sum(part["whole"]) + sum(part["cut"]) == data["kept"] and sum(part["cut"]) == data["cut"] > 0
+    assert told["training"]["length"]["longest"] == data["longest"] == 40
+    assert told["training"]["length"]["mean"] == pytest.approx(data["tokens"] / data["kept"], abs=0.06)
+    assert told["training"]["supervised"]["mean"] == pytest.approx(data["supervised"] / data["kept"], abs=0.06)
+
+
+def test_a_report_that_cannot_be_written_ends_nothing(run, monkeypatch):
+    said, now = [], [0.0]
+    writer = ReportWriter(said.append)
+    writer.folder = run / "sft"
+    monkeypatch.setattr(writer_file.time, "monotonic", lambda: now[0])
+    writer.due, now[0] = 1.0, 0.5
+    writer.stepped(3, {})
+    assert not (run / "sft" / "report.html").exists()
+    now[0] = 2.0  # too long ago
+    writer.stepped(4, {})
+    before = (run / "sft" / "report.html").read_text()
+    plain = writer_file.write_text
+
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(writer_file, "write_text", full)
+    writer.evaluated(4, {})
+    writer.sampled(4, [])
+    assert len(said) == 1 and "No space left on device" in said[0] and "training goes on" in said[0]
+    assert (run / "sft" / "report.html").read_text() == before
+    monkeypatch.setattr(writer_file, "write_text", plain)
+    writer.evaluated(4, {})  # there is room again
+    assert (len(said) == 1 and (run / "sft" / "report.html").read_text() != before) or before
+
+
+def test_figures_of_two_quantities_and_two_runs(run, tmp_path):
+    one = read_stage(run / "dpo")
+    rewards = next(f for f in figures_of([one], ["x"]) if f.title == "Rewards")
+    assert [(s.label, s.hue, s.dashed) for s in rewards.series] == [("chosen", 0, False), ("rejected", 1, False)]
+    two = next(f for f in figures_of([one, one], ["a", "b"]) if f.title == "Rewards")
+    assert [(s.label, s.hue, s.dashed) for s in two.series] == [
+        ("a: chosen", 0, False), ("a: rejected", 0, True), ("b: chosen", 1, False), ("b: rejected", 1, True),
+    ]  # fmt: skip
+    assert next(f for f in figures_of([one], ["x"]) if f.title == "Loss").rules == [
+        (math.log(2), "ln 2: knows nothing")
+    ]

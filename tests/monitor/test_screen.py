@@ -1,0 +1,408 @@
+"""What is shown while a stage is trained: the panel in a terminal, lines, JSON; and what the verdict says."""
+
+import io
+import json
+import math
+import re
+import signal
+import time
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+
+from zephyr_lite.cli.console import Console
+from zephyr_lite.config.load import DatasetSpec, RunConfig
+from zephyr_lite.errors import UserError
+from zephyr_lite.io.interrupts import StopRequest
+from zephyr_lite.io.run_dir import StageDir
+from zephyr_lite.monitor import live, open_screen, show
+from zephyr_lite.monitor.health import judge
+from zephyr_lite.monitor.json_lines import JsonScreen
+from zephyr_lite.monitor.live import LiveScreen
+from zephyr_lite.monitor.panel import ending, panel_lines, spark, wrapped
+from zephyr_lite.monitor.progress import Progress, Trend
+from zephyr_lite.monitor.reference_ranges import DPO, published_of
+from zephyr_lite.train.distributed import PeerEnded
+from zephyr_lite.train.objective import Outcome
+from zephyr_lite.train.observer import Sample
+
+LN2 = math.log(2)
+STEP = {
+    "loss": 1.25, "num_tokens": 3000.0, "grad_norm": 0.5, "learning_rate": 2e-4, "seconds": 2.0,
+    "tokens_per_second": 1500.0, "peak_memory_gib": 9.8,
+}  # fmt: skip
+PAIRS = {
+    "loss": LN2, "num_pairs": 16.0, "rewards/accuracies": 0.9, "rewards/margins": 0.3, "seconds": 2.0,
+}  # fmt: skip
+SAMPLE = Sample(0, "<|user|>\nWhat is \x1b[31m good?</s>\n<|assistant|>\n", "Soup. \x1b[2J " + "Bread " * 60, "Tea.")
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal, and draws what terminals draw: text, new lines, up, erase to the end."""
+
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+    def lines(self):
+        rows, row, column = [""], 0, 0
+        codes = r"\x1b\[\?2026[hl]|\x1b\[(\d+)A|\x1b\[J|\x1b\[[\d;]*m|\r|\n|[^\x1b]"
+        text, place = self.getvalue(), 0
+        while place < len(text):
+            found = re.compile(codes).match(text, place)
+            assert found, repr(text[place : place + 20])  # nothing else is ever written
+            place, code = found.end(), found[0]
+            if code == "\n":
+                row, column = row + 1, 0
+                rows += [""] * (row + 1 - len(rows))
+            elif code == "\r":
+                column = 0
+            elif found[1]:
+                row -= int(found[1])
+                assert row >= 0
+            elif code == "\x1b[J":
+                rows[row:] = [rows[row][:column]]
+            elif not code.startswith("\x1b"):
+                rows[row] = rows[row][:column].ljust(column) + code + rows[row][column + 1 :]
+                column += 1
+        return [line.rstrip() for line in rows]
+
+
+def stage_of(folder, method="sft", **changes):
+    config = RunConfig(output_dir=str(folder), stage=method, **changes)
+    return SimpleNamespace(
+        method=method, config=config, dir=StageDir(folder / method), plan=SimpleNamespace(peak=11 * 2**30),
+        base=SimpleNamespace(device="cuda:0"), frozen=[object()] if method == "dpo" else [],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    for name in (*show.NOTEBOOKS, "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    return Terminal()
+
+
+def settled(screen):
+    """Wait for the thread to draw what is new: its drawing rate follows what a drawing costs."""
+    screen._region.refresh()
+
+
+def ran(screen, stage, steps=3, total=10, metrics=STEP):
+    screen.begins(stage, "tokens", total, 0)
+    for step in range(1, steps + 1):
+        screen.stepped(step, metrics)
+        screen.metrics(step, total, metrics)
+
+
+# -- which screen ------------------------------------------------------------------------------------------------------
+
+
+def test_each_place_has_its_screen(terminal, monkeypatch):
+    pipe = Console(out=io.StringIO())
+    assert type(open_screen(pipe)) is show.Screen
+    assert type(open_screen(pipe, quiet=True)) is show.QuietScreen
+    assert type(open_screen(pipe, as_json=True)) is JsonScreen
+    assert type(open_screen(Console(out=terminal))) is LiveScreen
+    monkeypatch.setenv("JPY_PARENT_PID", "7")  # `!zephyr-lite sft` in a cell has a terminal that only appends
+    assert type(open_screen(Console(out=terminal))) is show.NotebookScreen
+    monkeypatch.delenv("JPY_PARENT_PID")
+    monkeypatch.setenv("TERM", "dumb")
+    assert type(open_screen(Console(out=terminal))) is show.Screen
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert type(open_screen(Console(out=io.StringIO()))) is show.Screen
+
+
+def test_a_pipe_gets_the_lines_of_before(tmp_path):
+    out = io.StringIO()
+    with open_screen(Console(out=out)) as screen:
+        ran(screen, stage_of(tmp_path), steps=2)
+        screen.metrics(2, 10, {"eval_loss": 1.0})
+    assert out.getvalue().splitlines() == [
+        "step  1/10  loss 1.2500  lr 2.00e-04  1,500 tokens/s  18 s left",
+        "step  2/10  loss 1.2500  lr 2.00e-04  1,500 tokens/s  16 s left",
+        "step  2/10  held-out  loss 1.0000  16 s left",
+    ]
+
+
+def test_a_notebook_is_not_flooded(tmp_path):
+    out = io.StringIO()
+    screen = show.NotebookScreen(Console(out=out))
+    for step in range(1, 1001):
+        screen.metrics(step, 1000, STEP)
+    screen.metrics(1000, 1000, {"eval_loss": 1.0})
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 1 + show.NOTEBOOK_LINES + 1
+    assert lines[0].startswith("step    1/1000") and lines[-1].startswith("step 1000/1000  held-out")
+
+
+# -- the panel ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_panel_stays_at_the_bottom_and_lines_go_above(terminal, tmp_path):
+    stage = stage_of(tmp_path)
+    with LiveScreen(Console(out=terminal)) as screen:
+        screen.say("loading the base")
+        ran(screen, stage)
+        screen.sampled(0, [SAMPLE])
+        settled(screen)
+        screen.say("step 3: something happened")
+        screen.evaluated(3, {"eval_loss": 1.1})
+        screen.metrics(3, 10, {"eval_loss": 1.1})
+        settled(screen)
+        shown = terminal.lines()
+        screen.ends(stage, Outcome(10, {}, None, 1.0))
+        screen.say("Next: zephyr-lite dpo")
+    assert shown[:3] == ["loading the base", "step 3: something happened", "step  3/10  held-out  loss 1.1000"]
+    assert shown[3].startswith("╭─ sft · ") and shown[-2].startswith("╰") and shown[-1] == ""
+    assert [line.split()[1] for line in shown[4:-2]][:8] == [
+        "step", "loss", "held", "speed", "rate", "asked", "answers", "Bread",
+    ]  # fmt: skip
+    text = "\n".join(shown)
+    for part in ("3/10", " 30%", "1.2500", "1.1000", "1,500 tokens/s", "memory 9.8 of 11.0 GiB planned", "14 s left"):
+        assert part in text
+    assert "What is \\x1b[31m good?" in text and "<|user|>" not in text  # an answer cannot move the cursor
+    assert max(map(len, shown)) == 80
+    after = terminal.lines()
+    assert after[-2:] == ["Next: zephyr-lite dpo", ""] and sum("╭" in line for line in after) == 1
+
+
+@pytest.mark.parametrize("width", [8, 20, 41, 80, 200])
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_the_panel_fits_every_width(tmp_path, width, ascii_only):
+    progress = Progress(stage_of(tmp_path, "dpo"), "pairs", 3000, 0)
+    progress.sampled([Sample(0, "語" * 500 + " x " * 90, "文 " * 90 + "word" * 99, "")])
+    for step in range(1, 300):
+        progress.stepped(step, {**PAIRS, "loss": LN2 - step / 1000, "learning_rate": 1e-6})
+    progress.evaluated(299, {"eval_loss": 0.5, "eval_rewards/accuracies": 0.7, "eval_rewards/margins": 1.0})
+    lines = panel_lines(progress, judge(progress, DPO), width, ascii_only=ascii_only)
+    assert max(line.cell_len for line in lines) <= width and 8 <= len(lines) <= 12
+    if ascii_only:
+        own = [line.plain for line in lines if "asked" not in line.plain and "文" not in line.plain]
+        assert all(line.replace("…", "").isascii() for line in own)
+
+
+def test_a_narrower_window_or_an_interrupt_starts_anew_below(terminal, tmp_path, monkeypatch):
+    with LiveScreen(Console(out=terminal)) as screen, StopRequest(None) as stop:
+        ran(screen, stage_of(tmp_path))
+        settled(screen)
+        monkeypatch.setattr(live, "CLOCK", 100.0)
+        monkeypatch.setenv("COLUMNS", "60")
+        screen.console.out._environ["COLUMNS"] = "60"
+        screen.console.out._width = 60
+        settled(screen)
+        assert sum("╭" in line for line in terminal.lines()) == 2
+        signal.raise_signal(signal.SIGINT)
+        assert stop.name == "SIGINT"
+        settled(screen)
+        settled(screen)
+        shown = terminal.lines()
+    assert sum("╭" in line for line in terminal.lines()) == 3  # the last drawing is in its place again
+    assert sum("╭" in line for line in shown) == 3 and "stopping: the step is finished" in "\n".join(shown)
+
+
+def test_an_interrupt_just_before_the_end_is_noticed_too(terminal, tmp_path):
+    with LiveScreen(Console(out=terminal)) as screen, StopRequest(None):
+        ran(screen, stage_of(tmp_path))
+        settled(screen)
+        signal.raise_signal(signal.SIGINT)
+    assert sum("╭" in line for line in terminal.lines()) == 2
+
+
+def test_a_panel_higher_than_the_window_is_cut(terminal, tmp_path, monkeypatch):
+    monkeypatch.setenv("LINES", "5")
+    with LiveScreen(Console(out=terminal)) as screen:
+        ran(screen, stage_of(tmp_path))
+        settled(screen)
+        settled(screen)
+        assert len(terminal.lines()) == 5  # four of it, and the cursor's
+
+
+def test_an_error_finds_the_terminal_as_it_was(terminal, tmp_path):
+    console = Console(out=terminal, err=terminal)
+    with suppress(UserError), LiveScreen(console) as screen:
+        ran(screen, stage_of(tmp_path))
+        raise UserError("no room", "make some")
+    console.user_error(UserError("no room", "make some"))
+    shown = terminal.lines()
+    assert shown[-4].startswith("╰") and shown[-3:] == ["error: no room", "make some", ""]
+    assert not console.out._render_hooks and screen._thread is None
+
+
+def test_a_terminal_that_is_gone_ends_in_good_order_and_our_own_faults_leave_lines(terminal, tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "LOOK", 0.001)
+    for error, kind in ((OSError(5, "gone"), OSError), (ZeroDivisionError("ours"), None)):
+        screen = LiveScreen(Console(out=Terminal()))
+
+        def fails(width, height, error=error):
+            raise error
+
+        screen._region._draw = fails
+        screen.begins(stage_of(tmp_path), "tokens", 10, 0)
+        deadline = time.monotonic() + 5
+        while screen._fault is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        if kind is not None:
+            with pytest.raises(kind):
+                screen.metrics(1, 10, STEP)
+        else:
+            screen.metrics(1, 10, STEP)
+            lines = screen.console.out.file.lines()
+            assert "the panel failed (ZeroDivisionError: ours)" in lines[0] and lines[1].startswith("step  1/10")
+        screen.__exit__(None, None, None)
+        assert not screen.console.out._render_hooks
+
+
+def test_a_step_costs_next_to_nothing(terminal, tmp_path):
+    """Of the fastest steps there are, some 50 ms, 1 % is 500 µs; drawing has its own share, which it keeps by itself."""
+    with LiveScreen(Console(out=terminal)) as screen:
+        screen.begins(stage_of(tmp_path), "tokens", 5000, 0)
+        used = time.thread_time()
+        for step in range(1, 2001):
+            screen.stepped(step, STEP)
+        used = time.thread_time() - used
+    assert used / 2000 < 1e-4
+    assert live.SHARE <= 0.005 and live.LOOK >= 0.25
+
+
+def test_curves_keep_their_shape():
+    trend = Trend(8)
+    for value in range(1000):
+        trend.add(float(value))
+    trend.add(math.nan)
+    means = trend.means()
+    assert len(means) <= 8 and means == sorted(means) and trend.width == 128
+    assert spark([0.0, 1.0, 2.0, 7.0], 4) == "▁▂▃█" and spark([], 4) == "" and spark([3.0, 3.0], 4) == "▁▁"
+    assert len(spark(list(range(100)), 24)) == 24
+    assert wrapped("one two three", 7, 2) == ["one two", "three"] and wrapped("one two three", 5, 1) == ["one …"]
+    assert ending("what is a fox", 8) == "… a fox" and ending("abc", 8) == "abc"
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------------
+
+
+def judged(stage, steps, evaluations=(), total=400, published=None):
+    progress = Progress(stage, "pairs" if stage.method == "dpo" else "tokens", total, 0)
+    for step, metrics in enumerate(steps, 1):
+        progress.stepped(step, metrics)
+    for place, loss in enumerate(evaluations, 1):
+        progress.evaluated(place * 10, {"eval_loss": loss, "eval_rewards/accuracies": 0.75})
+    return judge(progress, published)
+
+
+def test_the_verdict_says_what_the_numbers_say(tmp_path):
+    sft, dpo = stage_of(tmp_path), stage_of(tmp_path, "dpo")
+    falls = [{"loss": 2.0 - step / 100} for step in range(60)]
+    assert judged(sft, falls[:5]).kind == "open"
+    assert judged(sft, falls).text == "as it should: the loss fell from 1.955 to 1.505"
+    assert judged(sft, falls[::-1]).kind == "bad"
+    assert judged(sft, [*falls, {"loss": math.nan}]).text == "the last loss is not a finite number"
+    overfit = judged(sft, falls, [1.5, 1.6, 1.7])
+    assert overfit.kind == "bad" and "lowest was 1.5000 at step 10" in overfit.text
+    for held_out in (math.nan, "nan"):  # the loop's, and the file's word
+        lost = judged(sft, falls, [1.5, held_out])
+        assert lost.kind == "bad" and "held-out loss is not a finite" in lost.text
+    assert judged(dpo, [PAIRS] * 3).text == "as it should: it started at ln 2 (0.6931)"
+    assert judged(dpo, [{**PAIRS, "loss": 0.75}]).kind == "bad"
+    assert judged(dpo, [PAIRS] * 60).kind == "good"
+    assert judged(dpo, [{**PAIRS, "rewards/accuracies": 0.52}] * 60).kind == "open"
+    assert judged(dpo, [{**PAIRS, "rewards/accuracies": 0.3}] * 60).kind == "bad"
+
+
+def test_only_the_published_recipe_is_compared(tmp_path):
+    from zephyr_lite.config.load import load_config
+
+    run = stage_of(tmp_path, "dpo")
+    run.config = load_config("dpo", "zephyr-7b/dpo", []).config.model_copy(
+        update={"model_name_or_path": "mistralai/Mistral-7B-v0.1"}
+    )
+    assert published_of(run) is DPO
+    few = DatasetSpec(path="HuggingFaceH4/ultrafeedback_binarized", split="train_prefs", limit=10_000)
+    for change in ({"beta": 0.1}, {"model_name_or_path": "other/base"}, {"dataset": [few]}, {"num_train_epochs": 3.0}):
+        other = SimpleNamespace(**{**vars(run), "config": run.config.model_copy(update=change)})
+        assert published_of(other) is None
+    sft = stage_of(tmp_path)
+    sft.config = load_config("sft", "zephyr-7b/sft", []).config
+    assert published_of(sft) is None  # its loss is over the assistant's tokens alone
+    held_out = {"path": "HuggingFaceH4/ultrachat_200k", "split": "test_sft"}
+    sft.config = load_config("sft", "zephyr-7b/sft", ["loss_on=all"]).config
+    assert published_of(sft) is None  # a thousand of the held-out rows tell no difference of a hundredth
+    sft.config = sft.config.model_copy(update={"eval_dataset": [DatasetSpec(**held_out)]})
+    assert published_of(sft).loss == (0.944, 0.952)
+    steps = [{**PAIRS, "loss": LN2 if step == 0 else 0.685} for step in range(110)]
+    assert (
+        judged(run, steps, published=DPO).text == "about step 100 the loss was 0.685; published runs had 0.681 to 0.688"
+    )
+    ended = judged(run, steps, [0.48], total=110, published=DPO)
+    assert ended.kind == "good" and "0.475 to 0.490" in ended.text
+    assert judged(run, steps, [0.52], total=110, published=DPO).kind == "bad"
+
+
+def test_a_resumed_run_shows_what_was_logged_before(tmp_path):
+    stage = stage_of(tmp_path)
+    stage.dir.path.mkdir()
+    records = [{"step": s, **STEP, "loss": 2.0 - s / 10} for s in range(1, 8)] + [{"step": 4, "eval_loss": 1.5}]
+    stage.dir.metrics.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 8, "lo')
+    progress = Progress(stage, "tokens", 10, 6)
+    assert progress.start == 1.9 and len(progress.recent) == 6 and len(progress.evaluations) == 1
+    assert progress.last["loss"] == pytest.approx(1.4) and progress.seconds_left() == pytest.approx(8.0)
+
+
+# -- quiet, JSON -------------------------------------------------------------------------------------------------------
+
+
+def test_quiet_says_warnings_and_the_result(tmp_path):
+    out = io.StringIO()
+    stage = stage_of(tmp_path)
+    with show.QuietScreen(Console(out=out)) as screen:
+        screen.say("loading the base")
+        screen.say("left out, no assistant turn: 3 rows")
+        ran(screen, stage)
+        screen.say("step 3: the numbers look odd")
+        screen.ends(stage, Outcome(10, {}, (1.0, 5), 60.0, 2, [{"eval_loss": 1.25}]))
+        screen.say("Next: zephyr-lite dpo")
+    assert out.getvalue().splitlines() == [
+        "left out, no assistant turn: 3 rows",
+        "step 3: the numbers look odd",
+        f"{stage.dir.adapter}: 10 steps, 60 s; held-out loss 1.2500; best held-out loss 1.0000 at step 5; 2 steps left out",
+        "Next: zephyr-lite dpo",
+    ]
+    out = io.StringIO()
+    with show.QuietScreen(Console(out=out)) as screen:
+        screen.say("sft is complete")
+    assert out.getvalue() == "sft is complete\n"
+
+
+def test_json_is_one_object_a_line_and_nothing_else(tmp_path, capsys):
+    stage = stage_of(tmp_path)
+    console = Console()
+    with suppress(UserError), open_screen(console, as_json=True) as screen:
+        screen.say("two\nlines")
+        console.say("a row, say")
+        print("a library's line")
+        ran(screen, stage, steps=1)
+        screen.metrics(1, 10, {"eval_loss": math.nan})
+        screen.sampled(1, [SAMPLE])
+        screen.ends(stage, Outcome(10, {}, (1.0, 5), 60.0))
+        raise UserError("no room", "make some")
+    captured = capsys.readouterr()
+    events = [json.loads(line) for line in captured.out.splitlines()]
+    assert [e["event"] for e in events] == ["say", "begin", "step", "eval", "sample", "end", "error"]
+    _, begin, step, evaluation, sample, end, error = events
+    assert begin["total"] == 10 and begin["planned_memory_gib"] == 11.0
+    assert step["loss"] == 1.25 and step["step"] == 1 and step["seconds_left"] == 18.0
+    assert evaluation["eval_loss"] == "nan" and sample["answer"] == SAMPLE.answer
+    assert end["best"] == {"eval_loss": 1.0, "step": 5}
+    assert (error["kind"], error["message"], error["hint"]) == ("user", "no room", "make some")
+    assert captured.err == "a row, say\na library's line\n"
+    for code, kind in ((2, "user"), (130, "interrupted"), (1, "failed")):  # another process of the run
+        with pytest.raises(PeerEnded), JsonScreen(Console()):
+            raise PeerEnded("process 1 ended: a row", code)
+        error = json.loads(capsys.readouterr().out)
+        assert (error["kind"], error["message"]) == (kind, "process 1 ended: a row")

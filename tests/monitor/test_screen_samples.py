@@ -1,0 +1,155 @@
+"""Samples change nothing of training and come from the policy; trackers get our metrics; screens in real places."""
+
+import importlib.util
+import json
+import sys
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+
+from tests.train.test_train import dpo_words, metrics, words
+from zephyr_lite.chat import load_chat
+from zephyr_lite.cli.app import run
+from zephyr_lite.config.load import RunConfig, load_config
+from zephyr_lite.errors import UserError
+from zephyr_lite.model.peft_io import read_adapter
+from zephyr_lite.monitor.show import NOTEBOOKS
+from zephyr_lite.train import callbacks, samples
+from zephyr_lite.train.dpo import run_dpo
+from zephyr_lite.train.observer import Observer
+from zephyr_lite.train.setup import open_stage
+from zephyr_lite.train.sft import run_sft
+
+SHORT = {"sample_tokens": 6, "max_steps": 2, "lora_dropout": 0.1, "learning_rate": 0.02}
+
+
+def quiet(*args):
+    pass
+
+
+class Seen(Observer):
+    def __init__(self):
+        self.samples = []
+
+    def sampled(self, step, samples):
+        self.samples += samples
+
+
+def drawn(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny_base, chat_rows, tmp_path_factory):
+    """A run with two samples at each evaluation, what an observer saw of it, and the same run without any."""
+    out, seen = tmp_path_factory.mktemp("runs"), Seen()
+    for name, number in (("with", 2), ("without", 0)):
+        given = words(tiny_base, out / name, chat_rows, samples=number, **SHORT)
+        run_sft(load_config("sft", None, given), say=quiet, observers=[seen])
+    return out, seen
+
+
+def test_training_is_the_same_bit_for_bit_with_samples(sampled):
+    out, seen = sampled
+    assert metrics(out / "with" / "sft") == metrics(out / "without" / "sft")
+    one, other = (read_adapter(out / name / "sft" / "adapter").modules for name in ("with", "without"))
+    assert all(torch.equal(one[m].a, other[m].a) and torch.equal(one[m].b, other[m].b) for m in one)
+    assert not (out / "without" / "sft" / "samples.jsonl").exists()
+    assert [vars(s) for s in seen.samples] == drawn(out / "with" / "sft")
+
+
+def test_a_sample_is_what_chat_answers(sampled):
+    out, _ = sampled
+    found = drawn(out / "with" / "sft")
+    assert [s["step"] for s in found] == [0, 0, 2, 2]
+    last = found[2]
+    assert last["prompt"].endswith("<|user|>\nWhat is a good soup for a rainy evening?</s>\n<|assistant|>\n")
+    assert last["reference"] == "Tomato soup. Roast the tomatoes first, then blend them with garlic."
+    (answer,) = load_chat(out / "with").ask(["What is a good soup for a rainy evening?"], max_new_tokens=6)
+    assert last["answer"] == answer
+
+
+def test_dpo_samples_what_follows_its_prompts(sampled, tiny_base, pair_rows):
+    out, _ = sampled
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out / "with", pair_rows, samples=1, **SHORT)), say=quiet)
+    first, last = drawn(out / "with" / "dpo")
+    assert first["prompt"].endswith("<|assistant|>\n") and first["reference"].startswith("Tomato soup.")
+    # before its first step the policy is the model below, which answers the same
+    assert first["answer"] == drawn(out / "with" / "sft")[2]["answer"] and last["step"] == 2
+
+
+def test_the_state_of_training_is_left_alone(tiny_base, chat_rows, tmp_path, monkeypatch):
+    given = words(tiny_base, tmp_path / "r", chat_rows, samples=1, loss_on="all", sample_tokens=3)
+    stage = open_stage("sft", load_config("sft", None, given), say=quiet)
+    model = stage.stack.model
+    model.train()
+    before = {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    (sample,) = samples.draw_samples(stage, 3)
+    assert sample.prompt.endswith("<|assistant|>\n") and sample.reference.startswith("Tomato")  # loss_on all: no mask
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == before[name][0] and torch.equal(parameter, before[name][1])
+
+    said = []
+
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(samples, "_answers", full)
+    assert samples.draw_samples(stage, 4, said.append) == [] and samples.draw_samples(stage, 5, said.append) == []
+    assert said == ["no samples are drawn: the card's memory does not suffice for them. Training is not affected."]
+
+
+# -- trackers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "extra"), [("tensorboard", "trackers"), ("wandb", "wandb"), ("trackio", "trackio")])
+def test_a_tracker_that_is_not_there_names_its_extra(name, extra, monkeypatch):
+    monkeypatch.setattr(callbacks, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=name) as caught:
+        callbacks.trackers(RunConfig(report_to=[name]))
+    assert f"zephyr-lite[{extra}]" in caught.value.hint
+
+
+def test_a_folder_of_a_trackers_name_is_not_the_tracker(tmp_path, monkeypatch):
+    (tmp_path / "no_such_tracker").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("no_such_tracker") is not None and not callbacks._installed("no_such_tracker")
+
+
+def test_tensorboard_gets_every_metric(tiny_base, chat_rows, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    given = words(tiny_base, tmp_path / "r", chat_rows, max_steps=2, report_to="[tensorboard]")
+    run_sft(load_config("sft", None, given), say=quiet)
+    (file,) = (tmp_path / "r").rglob("events.out.tfevents.*")
+    found = events.EventAccumulator(str(file.parent))
+    found.Reload()
+    assert [e.value for e in found.Scalars("train/loss")] == pytest.approx(metrics(tmp_path / "r" / "sft"), rel=1e-6)
+    assert found.Scalars("eval/loss")[-1].step == 2
+
+
+# -- a notebook --------------------------------------------------------------------------------------------------------
+
+
+def test_where_a_cell_prints_is_known(tmp_path):
+    """In a cell's own process rich knows of the notebook. `!command` gives its child a terminal that only appends: a variable
+    of the kernel tells it apart. What is printed there: ``test_screen.test_each_place_has_its_screen``."""
+    child = "import os, sys; print(sys.stdout.isatty(), any(n in os.environ for n in sys.argv[1:]))"
+    cells = [
+        "from rich.console import Console; print(Console().is_jupyter)",
+        f"!{sys.executable} -c '{child}' {' '.join(NOTEBOOKS)}",
+    ]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(book, timeout=60, kernel_name="python3").execute()
+    assert ["".join(o.text for o in cell.outputs).strip() for cell in book.cells] == ["True", "True True"]
+
+
+def test_the_command_line_keeps_json_clean(tmp_path, capsys):
+    """What ends a command is an event too, and standard output holds nothing else."""
+    code = run(["sft", "--json", f"output_dir={tmp_path / 'r'}", f"dataset.path={tmp_path / 'none.jsonl'}"])
+    captured = capsys.readouterr()
+    events = [json.loads(line) for line in captured.out.splitlines()]
+    assert code == 2 and events[-1]["event"] == "error" and events[-1]["message"] in captured.err

@@ -1,0 +1,163 @@
+"""Which of an operation's implementations runs: the start-up checks, and that every kernel compiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from tests.contract.test_kernels import DEVICE, DTYPES, _kernels, rand  # noqa: F401
+from tests.train.test_train import quiet, words
+from zephyr_lite.config.load import load_config
+from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops.dispatch import Widths, check_kernels, runs_triton
+from zephyr_lite.train import setup
+
+OPS = {"nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", [Widths(), Widths(1, 1, 1, 1, 2, 1), Widths(1024, 2048, 1024, 3, 64, 33000)])
+def test_the_checks_pass_and_cover_every_operation(widths, dtype):
+    assert set(dispatch._checks) == OPS
+    assert check_kernels(DEVICE, dtype, widths) == []
+    assert all(runs_triton(op, torch.empty(1, device=DEVICE, dtype=dtype)) for op in OPS)
+
+
+def zeroed(result):
+    if isinstance(result, Tensor):
+        return result.zero_()
+    if isinstance(result, tuple):
+        for part in result:
+            zeroed(part)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("op", "module", "function"),
+    [
+        ("nf4", nf4, "_kernel"),
+        ("rms_norm", rms_norm, "_kernel_forward"),
+        ("rms_norm", rms_norm, "_kernel_backward"),
+        ("rope", rope, "_kernel"),
+        ("swiglu", swiglu, "_kernel_forward"),
+        ("swiglu", swiglu, "_kernel_backward"),
+        ("dropout", dropout, "_kernel"),
+        ("token_logps", token_logps, "_kernel"),
+    ],
+)
+def test_a_kernel_that_returns_zeros_is_replaced(op, module, function, monkeypatch):
+    kernel = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *a, **k: zeroed(kernel(*a, **k)))
+    (note,) = check_kernels(DEVICE, torch.float32)
+    assert f"kernel {op} is not used in torch.float32" in note and "plain PyTorch" in note
+    x = torch.empty(1, device=DEVICE)
+    assert [o for o in OPS if not runs_triton(o, x)] == [op]
+    assert runs_triton(op, x.half())  # another dtype has its own check
+
+
+def test_a_kernel_that_does_not_compile_is_replaced(monkeypatch):
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("ptxas died\nof something")
+
+    monkeypatch.setattr(swiglu, "_forward", Broken())
+    gate = rand(2, 8)
+    with pytest.raises(RuntimeError, match="ptxas"):
+        swiglu.swiglu_forward(gate, gate)
+    (note,) = check_kernels(DEVICE, torch.float32)
+    assert "swiglu" in note and "RuntimeError: ptxas died" in note and "\n" not in note
+    torch.testing.assert_close(swiglu.swiglu_forward(gate, gate), torch.nn.functional.silu(gate) * gate)
+
+
+def test_the_checks_leave_the_runs_random_numbers_alone():
+    before = torch.get_rng_state()
+    check_kernels(DEVICE, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_processor_and_float64_run_the_twins(monkeypatch):
+    assert check_kernels(DEVICE, torch.float64) == []
+    assert not runs_triton("rope", torch.empty(1, dtype=torch.float64, device=DEVICE))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(rope, "_kernel", None)
+    assert not runs_triton("rope", torch.empty(1))
+    assert check_kernels(torch.device("cpu"), torch.float32) == []
+    ones = torch.ones(2, 8)
+    assert torch.equal(rope.rope_(torch.ones(2, 1, 8), ones, 0 * ones), torch.ones(2, 1, 8))
+
+
+COMPILE = """
+import os, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from zephyr_lite.memory.workload import Shape
+from zephyr_lite.memory.needs import MISTRAL_SHAPE
+from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
+
+class Card:
+    def get_current_target(self): return GPUTarget("cuda", capability, 32)
+    def get_current_device(self): return capability
+    def get_current_stream(self, device): return 0
+
+# every launch of the checks becomes a compilation, for the very arguments and options of the launch; on cards of which
+# another one is compiled for fully, the first launch of each kernel
+FULLY = (75, 90)
+names, once = set(), set()
+def launch(kernel, grid):
+    def run(*args, **options):
+        names.add(kernel.__name__)
+        if capability in FULLY or (capability, id(kernel)) not in once:
+            once.add((capability, id(kernel)))
+            assert kernel.warmup(*args, grid=grid, **options).asm["cubin"]
+    return run
+JITFunction.__getitem__ = launch
+os.environ["TRITON_INTERPRET"] = "1"  # only now: the kernels above are the compiler's
+driver.set_active(Card())
+widths = Shape.of(MISTRAL_SHAPE).widths
+for capability in (75, 80, 86, 89, 90, 100, 120):
+    dtype = torch.float16 if capability < 80 else torch.bfloat16
+    for check in dispatch._checks.values():
+        for _ in check(torch.device("cpu"), dtype, widths): pass
+print(*sorted(names))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a card compiles them in every other test")
+def test_the_kernels_compile_for_cards_that_are_not_there(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["_backward", "_dequantize", "_drop", "_forward", "_rotate", "_softmax"]
+
+
+def test_every_kernel_of_an_operation_is_launched_by_one_of_the_functions_tested():
+    """A kernel that nobody added to the comparisons above would go unnoticed."""
+    kernels = {
+        name
+        for module in (dropout, nf4, rms_norm, rope, swiglu, token_logps)
+        for name, value in vars(module).items()
+        if not isinstance(value, types.FunctionType) and hasattr(value, "arg_names")
+    }
+    assert kernels == {"_backward", "_dequantize", "_drop", "_forward", "_rotate", "_softmax", "_mix32"}
+
+
+def test_a_stage_checks_the_kernels_at_its_models_widths(tiny_base, chat_rows, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(setup, "check_kernels", lambda device, dtype, widths: given.append(widths) or [])
+    loaded = load_config("sft", None, words(tiny_base, tmp_path / "run", chat_rows))
+    shape = setup.open_stage("sft", loaded, say=quiet).stack.base.config
+    rotated = shape.num_attention_heads + shape.num_key_value_heads
+    queries = shape.num_attention_heads * shape.head_dim
+    assert given == [
+        Widths(shape.hidden_size, shape.intermediate_size, queries, rotated, shape.head_dim, shape.vocab_size)
+    ]

@@ -1,0 +1,245 @@
+"""The ablation tables: what is trained, in what order, on what; and that the scores are what the models say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zephyr_lite.cli.app import run
+from zephyr_lite.config.load import RunConfig, load_config
+from zephyr_lite.config.presets import shipped_configs
+from zephyr_lite.data.chat_template import resolve_template
+from zephyr_lite.data.dataset import prepare
+from zephyr_lite.errors import UserError
+from zephyr_lite.io.run_dir import StageDir
+from zephyr_lite.recipe.ablations.run import run_ablation, table_lines, table_rows
+from zephyr_lite.recipe.ablations.table import read_table
+
+SMALL = [
+    "max_steps=2",
+    "lora_r=4",
+    "batch_size=2",
+    "load_in_4bit=false",
+    "learning_rate=1e-2",
+    "lora_dropout=0",
+    "samples=0",
+]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory, chat_rows, pair_rows):
+    """Copies of the two published sets, in the hub's layout."""
+    root = tmp_path_factory.mktemp("sets")
+    for name, rows, splits in (("chat", chat_rows, "sft"), ("pairs", pair_rows, "prefs")):
+        (root / name).mkdir()
+        for split in ("train", "test"):
+            shutil.copy(rows, root / name / f"{split}_{splits}.jsonl")
+    return root
+
+
+def options(sets, out):
+    return {"chat": str(sets / "chat"), "preferences": str(sets / "pairs"), "out": str(out)}
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory, tiny_base, sets):
+    table = read_table(
+        "recipe",
+        [f"model_name_or_path={tiny_base}", *SMALL],
+        **options(sets, tmp_path_factory.mktemp("ablation") / "run"),
+    )
+    said: list[str] = []
+    return run_ablation(table, say=said.append), said
+
+
+def test_every_stage_is_trained_once_and_stands_on_the_one_before(ablation):
+    result, said = ablation
+    assert [line for line in said if line.startswith("[")] == [
+        "[1/4] ddpo-alone (dpo), for dDPO alone",
+        "[2/4] dsft-1 (sft), for dSFT-1, dSFT-2, dDPO + dSFT",
+        "[3/4] dsft-2 (sft), for dSFT-2",
+        "[4/4] ddpo (dpo), for dDPO + dSFT",
+    ]
+    run = result.table.run
+    below = {
+        name: [a["path"] for a in StageDir(run / name).info()["adapters"]] for name in ("ddpo-alone", "dsft-2", "ddpo")
+    }
+    assert below == {"ddpo-alone": [], "dsft-2": ["dsft-1/adapter"], "ddpo": ["dsft-1/adapter"]}
+
+
+def test_the_scores_are_what_the_published_adapter_says_on_the_bare_base(ablation, tiny_base):
+    """An oracle of another make: plain transformers and PEFT, one row at a time."""
+    result, _ = ablation
+    folder = result.table.run / "ddpo" / "adapter"
+    template = resolve_template("auto", AutoTokenizer.from_pretrained(folder))
+    conversations = prepare([result.table.chat], "sft", RunConfig(), template)
+    pairs = prepare([result.table.preferences], "dpo", RunConfig(max_length=1024), template)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), folder)
+
+    def logps(ids, mask):
+        ids = torch.tensor(ids)[None].long()
+        with torch.no_grad():
+            scores = model(ids).logits[0, :-1].double().log_softmax(-1)
+        picked = scores[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+        return picked[torch.tensor(mask[1:]).bool()]
+
+    def responses():
+        for pair in pairs.examples:
+            for ids, mask in ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask)):
+                yield logps([*pair.prompt_ids, *ids], [False] * len(pair.prompt_ids) + list(mask))
+
+    found = [logps(example.ids, example.mask) for example in conversations.examples]
+    loss = -torch.cat(found).mean().item()
+    arm = list(responses())
+    with model.disable_adapter():
+        base = list(responses())
+        base_loss = -torch.cat([logps(e.ids, e.mask) for e in conversations.examples]).mean().item()
+    gained = torch.stack([(a.sum() - b.sum()) for a, b in zip(arm, base)]).view(-1, 2)
+    margins = gained[:, 0] - gained[:, 1]
+    score = result.scores["dDPO + dSFT"]
+    assert score.chat_loss == pytest.approx(loss, rel=1e-5)
+    assert result.base.chat_loss == pytest.approx(base_loss, rel=1e-5)
+    assert score.margin == pytest.approx(margins.mean().item(), abs=1e-4)
+    assert score.margin_error == pytest.approx((margins.std() / len(margins) ** 0.5).item(), rel=1e-3)
+    assert score.accuracy == (margins > 0).double().mean().item()
+    means = torch.stack([a.mean() for a in arm]).view(-1, 2)
+    assert score.likelier == (means[:, 0] > means[:, 1]).double().mean().item()
+    assert result.base.accuracy is None and len({s.chat_loss for s in result.scores.values()}) == 4
+
+
+def test_a_dpo_arm_on_the_base_has_its_own_reward_for_its_gain(ablation):
+    """There the stage's reference is the base, which everything is compared with: two ways to the same number."""
+    result, _ = ablation
+    score = result.scores["dDPO alone"]
+    beta = load_config("dpo", "ablations/ddpo-alone").config.beta
+    assert score.own_margin == pytest.approx(beta * score.margin, rel=1e-4)
+    assert score.own_accuracy == pytest.approx(score.accuracy)
+    assert result.scores["dSFT-2"].own_accuracy is None
+
+
+def test_the_table_is_kept_and_a_second_start_trains_nothing(ablation):
+    result, _ = ablation
+    kept = json.loads((result.table.run / "recipe.json").read_text())
+    assert kept["scores"]["dSFT-1"]["chat_loss"] == result.scores["dSFT-1"].chat_loss
+    assert (result.table.run / "recipe.md").read_text() == "\n".join(table_lines(result)) + "\n"
+    said: list[str] = []
+    again = run_ablation(result.table, say=said.append)
+    assert sum(line.endswith("is complete already.") for line in said) == 4
+    assert table_rows(again) == table_rows(result)
+
+
+def test_keys_go_to_all_stages_to_a_method_or_to_one_stage():
+    table = read_table(
+        "recipe", ["seed=3", "sft.max_steps=5", "--dpo.beta", "0.2", "dsft-2.max_steps=7", "dataset.limit=9"]
+    )
+    found = {stage.name: stage.loaded.config for stage in table.stages()}
+    assert {c.seed for c in found.values()} == {3} and {c.dataset[0].limit for c in found.values()} == {9}
+    assert [found[name].max_steps for name in ("dsft-1", "dsft-2", "ddpo")] == [5, 7, None]
+    assert found["ddpo"].beta == 0.2 and found["dsft-2"].dataset[0].columns == {"messages": "chosen"}
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs("tables")))
+def test_the_shipped_tables_resolve(name):
+    table = read_table(name)
+    assert len(table.arms) == 4 and all(stage.loaded.config.output_dir == str(table.run) for stage in table.stages())
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "says"),
+    [
+        (["dsft-9.max_steps=1"], {}, "dsft-9.…: no stage of this table"),
+        (["adapters=none"], {}, "adapters is the table's decision"),
+        (["dsft-1.stage=x"], {}, "stage is the table's decision"),
+        (["sft.learning_rat=1"], {}, "learning_rat"),
+        ([], {"only": ["dSFT-3"]}, "no arm 'dSFT-3'"),
+    ],
+)
+def test_what_a_table_cannot_do_is_refused(words, options, says):
+    with pytest.raises(UserError, match=says):
+        read_table("recipe", words, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("arms: {}", "arms"),
+        ("arms: {a: []}", "'a' has no stage"),
+        ("arms: {a: [{sft: ablations/dsft-1, dpo: ablations/ddpo}]}", "one stage"),
+        ("arms: {a: [{kto: ablations/dsft-1}]}", "kto"),
+        ("arms: {a: [{sft: ablations/dsft-1}]}\nmore: 1", "more"),
+        ("arms: {a: [{sft: ablations/nothing}]}", "no such file"),
+        ("arms: {base: [{sft: ablations/dsft-1}]}", "cannot be called 'base'"),
+        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {stage: b}", "keys: .*stage is the table's decision"),
+        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {sead: 1}", "keys: .*no key 'sead'"),
+        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {seed: x}", "the table's keys do not fit: .*found 'x'"),
+        (
+            "arms: {a: [{sft: ablations/dsft-1}], b: [{sft: ablations/dsft-2}, {sft: ablations/dsft-1}]}",
+            "shares its name",
+        ),
+    ],
+)
+def test_a_broken_table_names_what_is_wrong(tmp_path, text, says):
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_table(str(tmp_path / "t.yaml"))
+
+
+def test_arms_on_different_bases_are_refused(sets, tmp_path, tiny_base):
+    table = read_table("recipe", ["ddpo.model_name_or_path=other/base"], **options(sets, tmp_path / "run"))
+    with pytest.raises(UserError, match="model_name_or_path is"):
+        run_ablation(table, say=lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_are_not_there_are_found_out_before_anything_is_trained(sets, tmp_path, tiny_base):
+    words = [f"model_name_or_path={tiny_base}", *SMALL]
+    where = options(sets, tmp_path / "run")
+    for missing, only in (("preferences", ["dSFT-1"]), ("chat", ["dDPO alone"]), ("preferences", [])):
+        table = read_table("recipe", words, **{**where, missing: str(tmp_path / "nothing"), "only": only})
+        said: list[str] = []
+        with pytest.raises(UserError, match="there is no such file or folder"):
+            run_ablation(table, say=said.append)
+        assert not said and not (tmp_path / "run").exists()
+
+
+def test_hints_name_the_options_of_this_command(ablation, sets, tiny_base, tmp_path):
+    """A finished stage with other values, and a folder that cannot be made."""
+    run = ablation[0].table.run
+    (tmp_path / "file").write_text("")
+    words = [f"model_name_or_path={tiny_base}", *SMALL]
+    for out, more in ((run, "seed=7"), (tmp_path / "file", "seed=42")):
+        with pytest.raises(UserError) as refused:
+            run_ablation(read_table("recipe", [*words, more], **options(sets, out)), say=lambda line: None)
+        assert "another folder with --out" in refused.value.hint and "output_dir" not in refused.value.hint
+
+
+def test_some_arms_do_not_replace_the_whole_table(ablation, sets, tiny_base):
+    run = ablation[0].table.run
+    before = (run / "recipe.json").read_bytes()
+    table = read_table("recipe", [f"model_name_or_path={tiny_base}", *SMALL], only=["dSFT-1"], **options(sets, run))
+    result = run_ablation(table, say=lambda line: None)
+    assert (run / "recipe.json").read_bytes() == before
+    assert list(json.loads((run / "recipe-some.json").read_text())["scores"]) == ["base", "dSFT-1"]
+    assert result.scores["dSFT-1"] == ablation[0].scores["dSFT-1"]
+
+
+def test_a_bar_in_an_arms_name_stays_in_its_cell(ablation):
+    result = ablation[0]
+    other = replace(result, scores={"a|b": result.scores["dSFT-1"]})
+    assert table_lines(other)[5].startswith("| a\\|b |")
+
+
+def test_the_command_prints_one_table(sets, tmp_path, tiny_base, capsys):
+    words = [f"model_name_or_path={tiny_base}", *SMALL, "max_steps=1"]
+    places = ["--out", str(tmp_path / "run"), "--chat", str(sets / "chat"), "--preferences", str(sets / "pairs")]
+    assert run(["ablate", "recipe", "--only", "dSFT-1", *places, *words, "--dry-run"]) == 0
+    assert not (tmp_path / "run").exists() and "dSFT-1: dsft-1" in capsys.readouterr().out
+    assert run(["ablate", "--only", "dSFT-1", *places, *words]) == 0
+    out = capsys.readouterr().out
+    assert "dSFT-1" in out and "preference" in out and "base" in out and "standard error" in out

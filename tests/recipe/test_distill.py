@@ -1,0 +1,518 @@
+"""`zephyr-lite distill`: the grid, near-duplicates, dialogues against a real HTTP server, resume, budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chat_server import Act, ChatServer, Seen, error, ok
+from tests.recipe.test_feedback import NoMeter
+from zephyr_lite.cli import app as cli
+from zephyr_lite.config.load import DatasetSpec
+from zephyr_lite.data.load import load_rows
+from zephyr_lite.errors import UserError
+from zephyr_lite.recipe.feedback.distill import NEAR, Distilled, plan_distill, run_distill
+from zephyr_lite.recipe.feedback.estimate import distill_bounds
+from zephyr_lite.recipe.feedback.grid import read_grid, spread
+from zephyr_lite.recipe.feedback.grow import NotUsable, read_message, repeats
+from zephyr_lite.recipe.feedback.near import Openings
+from zephyr_lite.recipe.feedback.prompts import read_prompts
+from zephyr_lite.recipe.feedback.specs import DistillConfig, load_settings
+
+GRID = """
+topics: {tides: [spring tides, neap tides], bread: [sourdough], clocks: []}
+kinds: {poem: a poem of four lines, guide: instructions}
+"""
+
+
+# -- the grid --------------------------------------------------------------------------------------------------------
+
+
+def test_the_built_in_grid_has_thirty_topics_and_twenty_kinds() -> None:
+    grid = read_grid(None, 42)
+    assert len(grid.cells) == 600 == len({(cell.topic, cell.kind) for cell in grid.cells})
+    assert len({cell.topic for cell in grid.cells}) == 30 and len({cell.kind for cell in grid.cells}) == 20
+    assert all(len(set(cell.parts)) == len(cell.parts) >= 6 for cell in grid.cells)
+    assert grid == read_grid(None, 42) != read_grid(None, 43)
+
+
+@pytest.mark.parametrize(("topics", "kinds"), [(30, 20), (7, 5), (4, 4), (1, 9), (6, 3)])
+def test_every_beginning_of_the_order_is_spread_evenly(topics: int, kinds: int) -> None:
+    order = spread([f"t{i}" for i in range(topics)], [f"k{i}" for i in range(kinds)], seed=5)
+    assert len(set(order)) == len(order) == topics * kinds
+    for end in range(1, len(order) + 1):
+        by_topic, by_kind = (Counter(pair[place] for pair in order[:end]) for place in (0, 1))
+        for counts, many in ((by_topic, topics), (by_kind, kinds)):
+            fewest = 0 if len(counts) < many else min(counts.values())
+            assert max(counts.values()) - fewest <= 2
+
+
+def test_a_grid_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(GRID, encoding="utf-8")
+    grid = read_grid(path, 1)
+    assert len(grid.cells) == 6 and grid.manners == read_grid(None, 1).manners
+    path.write_text("topics: [a, b]\nkinds: [c]\nmoves: [go on]\nmanners: []\n", encoding="utf-8")
+    grid = read_grid(path, 1)
+    assert {(c.topic, c.parts, c.kind, c.meaning) for c in grid.cells} == {("a", (), "c", "c"), ("b", (), "c", "c")}
+    assert grid.moves == ("go on",)
+    for text, message in [
+        ("topics: [a]\n", "kinds missing"),
+        ("topics: [a]\nkinds: [b]\nthemes: [c]\n", "no key 'themes'"),
+        ("topics: {a: b}\nkinds: [b]\n", "topics: a: expected a list"),
+        ("topics: [a]\nkinds: {b: [c]}\n", "kinds: b: expected a text"),
+        ("topics: 7\nkinds: [b]\n", "names, in a list"),
+    ]:
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            read_grid(path, 1)
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (" How do tides work? ", "How do tides work?"),
+        ('"How do tides work?"', "How do tides work?"),
+        ("“How do tides work?”", "How do tides work?"),
+        ('"Tides" and "waves": what differs?', '"Tides" and "waves": what differs?'),
+        ("User: How do tides work?", "How do tides work?"),
+        ("**Message:** How do tides work?", "How do tides work?"),
+        ("Sure! Here is a message:\n\nHow do tides work?", "How do tides work?"),
+        ("<think>a question on tides…</think>How do tides work?", "How do tides work?"),
+        ("Here is my poem:\nRoses are red. Can you go on?", "Roses are red. Can you go on?"),
+        ("潮の満ち引きはなぜ起きますか", "潮の満ち引きはなぜ起きますか"),
+    ],
+)
+def test_a_message_is_taken_out_of_what_stands_around_it(text: str, message: str) -> None:
+    assert read_message(text) == message
+
+
+@pytest.mark.parametrize("text", ["", "   ", "?!", "ok", '""', "x y z\n" * 2000])
+def test_what_is_no_message(text: str) -> None:
+    with pytest.raises(NotUsable):
+        read_message(text)
+
+
+def test_what_repeats_a_turn() -> None:
+    turn = "Tides come from the pull of the moon and the sun, and from the turning of the earth below the water."
+    assert repeats("the pull of the moon and the sun, and the turning of the earth", turn)
+    assert repeats(turn.upper(), turn) and repeats("Yes.", "yes.")
+    assert not repeats("Yes.", turn) and not repeats("the moon and the sun", turn)
+    assert not repeats("You say they come from the pull of the moon. Why are there two tides a day and not one?", turn)
+
+
+def test_near_duplicates() -> None:
+    openings = Openings(0.7)
+    first = "Write a haiku about autumn leaves for my grandmother who loves gardening and old books."
+    assert openings.take(first) is None
+    assert openings.take(first.upper().replace(".", "!!")) == first
+    assert openings.take(first.replace("autumn", "fallen")) == first
+    assert openings.take("Explain to my grandmother how a haiku is built, with an example on old books.") is None
+    assert openings.take("なぜ空は青いのですか") is None
+    assert openings.take("なぜ空は青いのですか?") == "なぜ空は青いのですか"
+    assert len(openings) == 3
+    # at 1 only the same words are too near
+    strict = Openings(1.0)
+    assert strict.take(first) is None and strict.take(first.replace("autumn", "fallen")) is None
+    assert strict.take(first) == first
+
+
+# -- dialogues -------------------------------------------------------------------------------------------------------
+
+
+def role_of(seen: Seen) -> str:
+    """opening, question (a follow-up) or answer."""
+    if "You write what a person types" not in seen.body["messages"][0]["content"]:
+        return "answer"
+    return "opening" if seen.question.startswith("Write one message") else "question"
+
+
+def words_of(seen: Seen) -> str:
+    """Ten words that belong to everything that was sent."""
+    digest = hashlib.sha256(json.dumps(seen.body, sort_keys=True).encode()).hexdigest()
+    return " ".join(digest[i : i + 6] for i in range(0, 60, 6))
+
+
+def teacher(seen: Seen) -> Act:
+    return ok(f"{role_of(seen)} {words_of(seen)}")
+
+
+def plan(folder: Path, url: str, out: str = "out", **changes: Any) -> tuple[DistillConfig, Distilled]:
+    (folder / "grid.yaml").write_text(GRID, encoding="utf-8")
+    values = {
+        "teacher": f"{url}#t",
+        "out": str(folder / out),
+        "grid": str(folder / "grid.yaml"),
+        "count": 12,
+        "rounds": 2,
+    }
+    config = load_settings(DistillConfig, None, {**values, "test_share": 0.0, **changes})
+    seeds = None if config.seeds is None else read_prompts(config.seeds, seed=config.seed)
+    return config, plan_distill(config, seeds)
+
+
+def run(folder: Path, url: str, out: str = "out", **changes: Any) -> Distilled:
+    config, result = plan(folder, url, out, **changes)
+    return run_distill(config, result, NoMeter(), say=print, back_off=0.01)  # type: ignore[arg-type]
+
+
+def rows_of(result: Distilled, split: str = "train_sft") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (result.out / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_dialogues_are_ultrachats_and_fill_the_grid(tmp_path: Path) -> None:
+    with ChatServer(teacher) as server:
+        result = run(tmp_path, server.url)
+        asked = Counter(role_of(seen) for seen in server.seen)
+    rows = rows_of(result)
+    assert asked == {"opening": 12, "answer": 24, "question": 12}
+    assert len(rows) == 12 == len({row["prompt"] for row in rows})
+    for row in rows:
+        assert list(row) == ["prompt", "prompt_id", "messages", "topic", "kind"]
+        assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] * 2
+        assert [turn["content"].split()[0] for turn in row["messages"]] == ["opening", "answer", "question", "answer"]
+        assert row["prompt"] == row["messages"][0]["content"]
+        assert row["prompt_id"] == hashlib.sha256(row["prompt"].encode()).hexdigest()
+    assert Counter((row["topic"], row["kind"]) for row in rows) == {
+        (topic, kind): 2 for topic in ("tides", "bread", "clocks") for kind in ("poem", "guide")
+    }
+    assert result.lines()[2] == "6 cells of topic and kind, 2 dialogues in each"
+    # an assistant that answers sees the dialogue alone, and all of it
+    for seen in server.seen:
+        if role_of(seen) == "answer":
+            turns = [(m["role"], m["content"]) for m in seen.body["messages"]]
+            assert any(turns == [(t["role"], t["content"]) for t in row["messages"][: len(turns)]] for row in rows)
+        elif role_of(seen) == "opening":
+            assert re.search(
+                r"tides, in particular (spring|neap) tides|bread, in particular sourdough|clocks\.", seen.question
+            )
+    # both parts of a topic have their turn
+    parts = Counter(
+        re.findall(r"(spring|neap) tides", " ".join(s.question for s in server.seen if role_of(s) == "opening"))
+    )
+    assert parts == {"spring": 2, "neap": 2}
+    loaded = load_rows([DatasetSpec(path=str(result.out), split="train_sft")], "sft", seed=1)
+    assert [row["messages"][0]["content"] for row in loaded.values()] == [row["prompt"] for row in rows]
+
+
+def test_the_test_split_is_by_a_hash_of_the_prompt(tmp_path: Path) -> None:
+    with ChatServer(teacher) as server:
+        result = run(tmp_path, server.url, test_share=0.4)
+        train, test = rows_of(result), rows_of(result, "test_sft")
+        assert len(train) + len(test) == 12 and result.test == len(test) > 0
+        assert max(int(row["prompt_id"][:8], 16) for row in test) < 0.4 * 2**32
+        assert min(int(row["prompt_id"][:8], 16) for row in train) >= 0.4 * 2**32
+        again = run(tmp_path, server.url, test_share=0.0)
+    assert again.test == 0 and not (again.out / "test_sft.jsonl").exists()
+    assert len(server.seen) == 48  # the second run asked nothing
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_dialogues_do_not_depend_on_how_many_requests_run_at_once(tmp_path: Path, concurrency: int) -> None:
+    def repeating(seen: Seen) -> Act:
+        """Openings on bread are all alike until something else is asked for."""
+        if role_of(seen) == "opening" and "bread" in seen.question and "asked already" not in seen.question:
+            return ok("How do I bake a sourdough bread with a good crust at home?")
+        return teacher(seen)
+
+    with ChatServer(repeating) as server:
+        usual = run(tmp_path, server.url, "usual")
+        other = run(tmp_path, server.url, "other", teacher=f"{server.url}#t,concurrency={concurrency}")
+    assert (usual.out / "train_sft.jsonl").read_bytes() == (other.out / "train_sft.jsonl").read_bytes()
+    assert usual.turned_down == other.turned_down == {NEAR: 3}
+
+
+def test_near_duplicates_are_replaced_and_the_cells_stay_even(tmp_path: Path) -> None:
+    def repeating(seen: Seen) -> Act:
+        if role_of(seen) == "opening" and "asked already" not in seen.question:
+            return ok("What is the best way to learn something about this subject in one week?")
+        return teacher(seen)
+
+    with ChatServer(repeating) as server:
+        result = run(tmp_path, server.url)
+    rows = rows_of(result)
+    assert len(rows) == 12 and set(result.cells.values()) == {2}
+    assert result.turned_down == {NEAR: 11} and result.openings == 12 + 11
+    second = [seen for seen in server.seen if "asked already" in seen.question]
+    assert len(second) == 11 and all("What is the best way to learn" in seen.question for seen in second)
+    assert result.report()["openings"]["near_duplicates"][0]["earlier"].startswith("What is the best way")
+
+
+def test_a_cell_that_stays_short_is_said(tmp_path: Path) -> None:
+    def stubborn(seen: Seen) -> Act:
+        if role_of(seen) == "opening" and "clocks" in seen.question:
+            return ok("What makes a clock go, and why does it go wrong after some time?")
+        return teacher(seen)
+
+    with ChatServer(stubborn) as server:
+        result = run(tmp_path, server.url, tries=3)
+        asked = sum(role_of(seen) == "opening" for seen in server.seen)
+    assert result.made == 12 - 3 and asked == 12 + 2 * 3
+    assert result.turned_down == {NEAR: 9} and not result.unreached
+    assert result.lines()[2] == "6 cells of topic and kind, 0 to 2 dialogues in each"
+    assert sum(count == 2 for count in result.cells.values()) >= 4
+
+
+def on_round(role: str, round_: int, act: Callable[[], Act]) -> Callable[[Seen], Act]:
+    """A teacher that fails at one place of every dialogue on tides."""
+
+    def script(seen: Seen) -> Act:
+        place = sum(m["role"] == "assistant" for m in seen.body["messages"])
+        if role == "question":
+            place = seen.question.count("[The assistant]")
+        if role_of(seen) == role and place == round_ and any("tide" in m["content"] for m in seen.body["messages"]):
+            return act()
+        if role_of(seen) == "opening" and "tides" in seen.question:
+            return ok(f"tide {words_of(seen)}")
+        return teacher(seen)
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("role", "round_", "act", "reason"),
+    [
+        ("answer", 1, lambda: error(400, "refused"), "HTTP 400"),
+        ("answer", 1, lambda: ok("It is a long st", finish_reason="length"), "an answer cut at max_tokens"),
+        ("answer", 1, lambda: ok(" \n"), "an empty answer"),
+        ("question", 1, lambda: ok("?"), "a message of less than six letters"),
+        ("question", 1, lambda: ok("And then I would", finish_reason="length"), "a message cut at max_tokens"),
+    ],
+)
+def test_a_dialogue_ends_with_its_last_whole_answer(
+    tmp_path: Path, role: str, round_: int, act: Callable[[], Act], reason: str
+) -> None:
+    with ChatServer(on_round(role, round_, act)) as server:
+        result = run(tmp_path, server.url, rounds=3)
+    rows = rows_of(result)
+    assert len(rows) == 12
+    assert {len(row["messages"]) for row in rows if row["topic"] == "tides"} == {2}
+    assert {len(row["messages"]) for row in rows if row["topic"] != "tides"} == {6}
+    assert result.ended == {reason: 4} and result.rounds == {3: 8, 1: 4}
+
+
+def test_half_a_character_from_a_server_is_written_as_a_question_mark(tmp_path: Path) -> None:
+    def broken(seen: Seen) -> Act:
+        return ok(f"{words_of(seen)} \ud83d wave")
+
+    with ChatServer(broken) as server:
+        rows = rows_of(run(tmp_path, server.url))
+    assert len(rows) == 12 and all("? wave" in turn["content"] for row in rows for turn in row["messages"])
+
+
+def test_a_question_that_repeats_a_turn_ends_a_dialogue(tmp_path: Path) -> None:
+    def parrot(seen: Seen) -> Act:
+        if role_of(seen) == "question":
+            return ok(seen.question.split("[You]\n")[1].split("\n")[0].upper())
+        return teacher(seen)
+
+    with ChatServer(parrot) as server:
+        result = run(tmp_path, server.url)
+    assert result.ended == {"a message that repeats an earlier turn": 12} and result.rounds == {1: 12}
+
+
+def test_instructions_handed_back_are_no_message(tmp_path: Path) -> None:
+    def naive(seen: Seen) -> Act:
+        told = seen.body["messages"][0]["content"] if seen.number % 2 else seen.question[-200:]
+        return teacher(seen) if role_of(seen) == "answer" or "clocks" not in seen.question else ok(f"I see. {told}")
+
+    with ChatServer(naive) as server:
+        result = run(tmp_path, server.url, tries=2)
+    assert result.turned_down == {"a message that hands its instructions back": 8} and result.made == 8
+
+
+def test_a_dialogue_without_a_first_answer_begins_anew(tmp_path: Path) -> None:
+    refused: set[str] = set()
+
+    def moody(seen: Seen) -> Act:
+        if role_of(seen) == "answer" and len(seen.body["messages"]) == 1 and len(refused) < 3:
+            refused.add(seen.question)
+            return error(400, "not this one")
+        return teacher(seen)
+
+    with ChatServer(moody) as server:
+        result = run(tmp_path, server.url)
+    assert result.made == 12 and result.turned_down == {"no first answer: HTTP 400": 3}
+    assert not refused & {row["prompt"] for row in rows_of(result)}
+
+
+def test_nothing_usable_is_an_error_with_its_reasons(tmp_path: Path) -> None:
+    with (
+        ChatServer(lambda seen: ok("?")) as server,
+        pytest.raises(UserError, match=r"no dialogue came out of 12") as raised,
+    ):
+        run(tmp_path, server.url)
+    assert "a message of less than six letters: 48" in raised.value.message
+    assert not list((tmp_path / "out").glob("*_sft.jsonl"))
+
+
+# -- seeds and the user ----------------------------------------------------------------------------------------------
+
+
+def seeds_file(folder: Path, texts: list[str]) -> str:
+    (folder / "seeds.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return str(folder / "seeds.txt")
+
+
+def test_seeds_are_shown_as_examples(tmp_path: Path) -> None:
+    seeds = [f"Seed question {word}?" for word in ("one", "two", "three", "four", "five")]
+    with ChatServer(teacher) as server:
+        run(tmp_path, server.url, **{"seeds.path": seeds_file(tmp_path, seeds)})
+    shown = [re.findall(r"Seed question \w+\?", seen.question) for seen in server.seen if role_of(seen) == "opening"]
+    assert all(len(set(texts)) == 2 for texts in shown) and {text for texts in shown for text in texts} == set(seeds)
+
+
+def test_a_seed_handed_back_is_no_opening(tmp_path: Path) -> None:
+    seeds = ["How do tides come about, and why twice a day?", "Write a letter to a baker who is always late."]
+
+    def copying(seen: Seen) -> Act:
+        copies = role_of(seen) == "opening" and "clocks" in seen.question and "asked already" not in seen.question
+        return ok(seeds[1]) if copies else teacher(seen)
+
+    with ChatServer(copying) as server:
+        result = run(tmp_path, server.url, **{"seeds.path": seeds_file(tmp_path, seeds)})
+    assert result.made == 12 and result.turned_down == {NEAR: 4}
+    assert not {row["prompt"] for row in rows_of(result)} & set(seeds)
+
+
+def test_seeds_as_openings(tmp_path: Path) -> None:
+    seeds = [
+        "How do tides come about, and why twice a day?",
+        "Write a letter to a baker who is always late.",
+        "How do tides come about and why twice a day??",
+        "Which clock is the most exact one ever built?",
+    ]
+    failed: list[str] = []
+
+    def moody(seen: Seen) -> Act:
+        if role_of(seen) == "answer" and seen.question == seeds[3] and not failed:
+            failed.append(seen.question)
+            return error(400, "not now")
+        return teacher(seen)
+
+    with ChatServer(moody) as server:
+        result = run(
+            tmp_path, server.url, grid=None, count=None, openings="seeds", **{"seeds.path": seeds_file(tmp_path, seeds)}
+        )  # fmt: skip
+        assert not any(role_of(seen) == "opening" for seen in server.seen)
+    rows = rows_of(result)
+    assert [row["prompt"] for row in rows] == [seeds[0], seeds[1], seeds[3]]
+    assert result.turned_down == {NEAR: 1, "no first answer: HTTP 400": 1} and not result.cells
+    assert {(row["topic"], row["kind"]) for row in rows} == {("", "")}
+
+
+def test_another_model_may_play_the_user(tmp_path: Path) -> None:
+    with ChatServer(teacher) as server:
+        run(tmp_path, server.url, user=f"{server.url}#u")
+    assert {(seen.body["model"], role_of(seen)) for seen in server.seen} == {
+        ("t", "answer"), ("u", "opening"), ("u", "question"),
+    }  # fmt: skip
+
+
+# -- interrupts and budget -------------------------------------------------------------------------------------------
+
+
+def repeating(seen: Seen) -> Act:
+    """Some openings are too near to others, some answers fail: everything that decides is in it."""
+    if role_of(seen) == "opening" and "bread" in seen.question and "asked already" not in seen.question:
+        return ok("How do I bake a sourdough bread with a good crust at home?")
+    if role_of(seen) == "answer" and int(words_of(seen)[:2], 16) < 16:
+        return error(400, "no")
+    return teacher(seen)
+
+
+@pytest.mark.parametrize("after", [0, 1, 9, 25, 40])
+def test_an_interrupted_job_ends_like_one_that_was_not(tmp_path: Path, after: int) -> None:
+    with ChatServer(repeating) as server:
+        whole = run(tmp_path, server.url, "whole")
+        total = len(server.seen)
+        server.seen.clear()
+        server.script = lambda seen: repeating(seen) if seen.number < after else error(401, "who are you?")
+        with pytest.raises(UserError):
+            run(tmp_path, server.url)
+        asked = {json.dumps(seen.body, sort_keys=True) for seen in server.seen[:after] if repeating(seen).status == 200}
+        server.seen.clear()
+        server.script = repeating
+        result = run(tmp_path, server.url)
+        again = {json.dumps(seen.body, sort_keys=True) for seen in server.seen}
+    assert not asked & again and len(asked) + len(server.seen) >= total - after
+    assert (result.out / "train_sft.jsonl").read_bytes() == (whole.out / "train_sft.jsonl").read_bytes()
+    assert result.turned_down == whole.turned_down and result.turned_down[NEAR] == 3
+
+
+def test_a_budget_is_kept_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+    with ChatServer(teacher) as server:
+        whole = run(tmp_path, server.url, "whole", count=24)
+        server.seen.clear()
+        limits = {"count": 24, "budget.requests": 60}
+        part = run(tmp_path, server.url, **limits)
+        assert len(server.seen) == 60 and 0 < part.made < 24
+        assert part.unreached == 24 - part.made and "larger budget" in part.lines()[-1]
+        assert max(part.cells.values()) - min(part.cells.values()) <= 2
+        before = (part.out / "train_sft.jsonl").read_bytes()
+        assert run(tmp_path, server.url, **limits).made == part.made and len(server.seen) == 60
+        assert (part.out / "train_sft.jsonl").read_bytes() == before
+        # enough for every dialogue to begin, not for all to end
+        most = run(tmp_path, server.url, "most", count=3, **{"budget.requests": 11})
+        assert (most.made, most.unreached, most.rounds) == (3, 0, {2: 2, 1: 1}) and "1 are shorter" in most.lines()[-1]
+        del server.seen[60:]
+        result = run(tmp_path, server.url, count=24, **{"budget.requests": 500})
+        assert len(server.seen) == 24 * 4
+    assert (result.out / "train_sft.jsonl").read_bytes() == (whole.out / "train_sft.jsonl").read_bytes()
+
+
+def test_more_dialogues_go_on_where_fewer_ended(tmp_path: Path) -> None:
+    with ChatServer(teacher) as server:
+        few = rows_of(run(tmp_path, server.url))
+        many = rows_of(run(tmp_path, server.url, count=18))
+        assert many[:12] == few and len(server.seen) == 18 * 4
+
+
+def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ChatServer(teacher) as server:
+        words = ["distill", "--teacher", f"{server.url}#t", "--out", str(tmp_path / "dry"), "--count", "30"]
+        assert cli.run([*words, "--dry-run", "--rounds", "2"]) == 0
+        assert not server.seen and not (tmp_path / "dry").exists()
+        assert "first try: 120 requests" in capsys.readouterr().out
+        config, planned = plan(tmp_path, server.url, rounds=3, user=f"{server.url}#u")
+        bounds = distill_bounds(config, planned)
+        assert {name: b.requests for name, b in bounds.items()} == {"t": 36, "u": 36}
+        result = run(tmp_path, server.url, rounds=3, user=f"{server.url}#u")
+    sizes: Counter[str] = Counter()
+    for seen in server.seen:
+        sizes[seen.body["model"]] += sum(len(m["content"].encode()) for m in seen.body["messages"])
+    assert all(sizes[name] < bound.tokens for name, bound in bounds.items())
+    assert result.totals.requests == 72
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "grid.yaml").write_text(GRID, encoding="utf-8")
+    out = tmp_path / "out"
+    with ChatServer(teacher) as server:
+        words = ["distill", "--teacher", f"{server.url}#t", "--out", str(out), "--grid", str(tmp_path / "grid.yaml")]
+        assert cli.run([*words, "--rounds", "1", "--test-share", "0"]) == 0
+        assert len(server.seen) == 12
+    said = capsys.readouterr().out
+    assert f"{out}: 6 of 6 dialogues: 6 in train_sft.jsonl" in said
+    assert f"Next: zephyr-lite sft dataset.path={out}/train_sft.jsonl" in said
+    for words, message in [
+        (["distill", "--out", str(out)], "teacher missing"),
+        (
+            ["distill", "--teacher", "http://h/v1#t", "--out", str(out), "--openings", "seeds"],
+            "openings: seeds needs seeds",
+        ),
+        (["distill", "--teacher", "http://h/v1#t", "--out", str(out), "--rounds", "0"], "rounds: "),
+        (["distill", "--teacher", "http://h/v1#t", "--out", str(tmp_path)], "is not a job of zephyr-lite distill"),
+    ]:
+        assert cli.run(words) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,461 @@
+"""`zephyr-lite feedback` against a real HTTP server: rows, ratings, failures, budget, interrupts, on-policy sampling."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chat_server import Act, ChatServer, Seen, by_hash, error, ok
+from tests.conftest import make_model, make_tokenizer
+from zephyr_lite.cli import app as cli
+from zephyr_lite.config.load import DatasetSpec
+from zephyr_lite.data.load import load_rows
+from zephyr_lite.errors import UserError
+from zephyr_lite.recipe.feedback.draw import read_principles
+from zephyr_lite.recipe.feedback.estimate import feedback_bounds
+from zephyr_lite.recipe.feedback.judge import ASPECTS
+from zephyr_lite.recipe.feedback.prompts import read_prompts
+from zephyr_lite.recipe.feedback.run import make_pair_folder, run_feedback
+from zephyr_lite.recipe.feedback.specs import FeedbackConfig, load_settings
+
+COLUMNS = ["source", "instruction", "models", "completions", "correct_answers", "incorrect_answers"]
+ANSWERS = re.compile(r"\[Answer \d+\]\n(.*?)\n\[End of answer", re.DOTALL)
+
+
+class NoMeter:
+    """Counts only."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def totals(self, totals: Any) -> None:
+        pass
+
+    def advance(self) -> None:
+        self.done += 1
+
+
+def is_judge(seen: Seen) -> bool:
+    return '"ratings"' in seen.question or '"overall_score"' in seen.question
+
+
+def aspect_of(seen: Seen) -> str:
+    return next(a.name for a in ASPECTS if a.question in seen.question)
+
+
+def worth(text: str, aspect: str) -> int:
+    """What the test's judge thinks of a text, wherever it stands in the list."""
+    return int(hashlib.sha256(f"{aspect} {text}".encode()).hexdigest(), 16) % 5 + 1
+
+
+def judged(seen: Seen) -> Act:
+    texts = ANSWERS.findall(seen.question)
+    if not texts:
+        return ok(json.dumps({"critique": "So be it.", "overall_score": 6}))
+    entries = [{"id": n, "rationale": f"of {t}", "rating": worth(t, aspect_of(seen))} for n, t in enumerate(texts, 1)]
+    return ok(json.dumps({"ratings": entries}))
+
+
+def script(seen: Seen) -> Act:
+    return judged(seen) if is_judge(seen) else by_hash(seen)
+
+
+def prompts_file(folder: Path, count: int = 6) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Question number {i}?"}) + "\n" for i in range(count)))
+    return path
+
+
+def settings(folder: Path, url: str, out: str = "out", count: int = 6, **changes: Any) -> FeedbackConfig:
+    values = {
+        "prompts.path": str(prompts_file(folder, count)),
+        "models": [f"{url}#a", f"{url}#b"],
+        "judge": f"{url}#judge",
+        "out": str(folder / out),
+        **changes,
+    }
+    return load_settings(FeedbackConfig, None, values)
+
+
+def run(config: FeedbackConfig) -> Any:
+    read = read_prompts(config.prompts, seed=config.seed)
+    return run_feedback(config, read, NoMeter(), say=print, back_off=0.01)  # type: ignore[arg-type]
+
+
+def rows_of(config: FeedbackConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.out) / "train.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_ultrafeedbacks_and_in_the_prompts_order(tmp_path: Path) -> None:
+    with ChatServer(script) as server:
+        config = settings(tmp_path, server.url)
+        result = run(config)
+    rows = rows_of(config)
+    assert [row["instruction"] for row in rows] == [f"Question number {i}?" for i in range(6)]
+    assert result.rows == 6 and len(server.seen) == 6 * (4 + 4)
+    for row in rows:
+        assert list(row) == COLUMNS and row["source"] == "prompts"
+        assert row["models"] == [c["model"] for c in row["completions"]] and Counter(row["models"]) == {"a": 2, "b": 2}
+        assert len({c["principle"] for c in row["completions"]}) == 4
+        for completion in row["completions"]:
+            assert set(completion) == {
+                "annotations", "custom_system_prompt", "model", "principle", "response", "critique", "overall_score",
+                "fine-grained_score",
+            }  # fmt: skip
+            given = {name: a["Rating"] for name, a in completion["annotations"].items()}
+            # whatever place it was shown at, a rating belongs to its own response
+            assert given == {a.name: str(worth(completion["response"], a.name)) for a in ASPECTS}
+            assert all(a["Rationale"] == f"of {completion['response']}" for a in completion["annotations"].values())
+            assert completion["fine-grained_score"] == sum(map(int, given.values())) / 4
+            assert completion["overall_score"] is None
+    # what the row says was sent is what was sent
+    sent = {
+        (seen.body["model"], seen.body["messages"][0]["content"], seen.body["messages"][1]["content"])
+        for seen in server.seen
+        if not is_judge(seen)
+    }
+    assert sent == {(c["model"], c["custom_system_prompt"], r["instruction"]) for r in rows for c in r["completions"]}
+    report = json.loads((Path(config.out) / "report.json").read_text())
+    assert report["rows"] == 6 and report["completions"] == {"a": 12, "b": 12}
+    assert sum(report["ratings"]["a"]["honesty"]["counts"].values()) == 12
+    assert len(report["mean_rating_by_place"]) == 4
+    assert report["spent"]["requests"] == 48 == report["spent"]["replies"]
+
+
+def test_the_judge_is_asked_at_temperature_0_and_the_models_at_1(tmp_path: Path) -> None:
+    with ChatServer(script) as server:
+        run(settings(tmp_path, server.url, count=2))
+    assert {seen.body["temperature"] for seen in server.seen if is_judge(seen)} == {0}
+    assert {seen.body["temperature"] for seen in server.seen if not is_judge(seen)} == {1}
+    assert len({seen.body["seed"] for seen in server.seen if not is_judge(seen)}) == 8
+    # the same four answers, in another order for each aspect
+    orders = {
+        aspect_of(s): ANSWERS.findall(s.question) for s in server.seen if is_judge(s) and "number 0?" in s.question
+    }
+    assert len(orders) == 4 and len({frozenset(texts) for texts in orders.values()}) == 1
+    assert len({tuple(texts) for texts in orders.values()}) > 1
+
+
+def test_pairs_are_ready_for_dpo(tmp_path: Path) -> None:
+    with ChatServer(script) as server:
+        config = settings(tmp_path, server.url)
+        run(config)
+    lines = make_pair_folder(config, say=lambda line: None)
+    assert lines[-1] == f"Next: zephyr-lite dpo dataset.path={config.out}/pairs dataset.split=train_prefs"
+    pairs = load_rows([DatasetSpec(path=f"{config.out}/pairs", split="train_prefs")], "dpo", seed=1)
+    rows = {row["instruction"]: row for row in rows_of(config)}
+    assert 3 <= len(pairs.dataset) <= 6
+    for pair in pairs.values():
+        scores = {c["response"]: c["fine-grained_score"] for c in rows[pair["prompt"][0]["content"]]["completions"]}
+        assert scores[pair["chosen"][0]["content"]] == max(scores.values())
+        assert scores[pair["rejected"][0]["content"]] < max(scores.values())
+
+
+def test_no_pairs_is_no_error(tmp_path: Path) -> None:
+    def all_the_same(seen: Seen) -> Act:
+        entries = [{"id": n, "rationale": "good", "rating": 4} for n in range(1, 5)]
+        return ok(json.dumps({"ratings": entries})) if is_judge(seen) else by_hash(seen)
+
+    with ChatServer(all_the_same) as server:
+        config = settings(tmp_path, server.url, count=2)
+        run(config)
+    lines = make_pair_folder(config, say=lambda line: None)
+    assert lines[0].startswith("no pairs: no pair is left of 2 rows: equal scores: 2")
+    assert "data pairs" in lines[1]
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_rows_do_not_depend_on_how_many_requests_run_at_once(tmp_path: Path, concurrency: int) -> None:
+    with ChatServer(lambda seen: script(seen)) as server:
+        config = settings(tmp_path, server.url, "usual")
+        run(config)
+        url = f"{server.url}#"
+        other = settings(
+            tmp_path, server.url, "other", models=[f"{url}a,concurrency={concurrency}", f"{url}b,concurrency=2"],
+            judge=f"{url}judge,concurrency={concurrency}",
+        )  # fmt: skip
+        run(other)
+    usual, again = (Path(c.out, "train.jsonl").read_bytes() for c in (config, other))
+    assert usual == again
+
+
+def test_what_the_judge_garbles_is_asked_again_then_not_rated(tmp_path: Path) -> None:
+    def garbled(seen: Seen) -> Act:
+        if is_judge(seen) and aspect_of(seen) == "honesty":
+            return ok('{"ratings": [{"id": 1')
+        return script(seen)
+
+    with ChatServer(garbled) as server:
+        config = settings(tmp_path, server.url, count=2)
+        result = run(config)
+    asked = [seen for seen in server.seen if is_judge(seen) and aspect_of(seen) == "honesty"]
+    assert len(asked) == 2 * 3
+    for row in rows_of(config):
+        for completion in row["completions"]:
+            assert completion["annotations"]["honesty"] == {"Rating": "N/A", "Rationale": ""}
+            others = [int(completion["annotations"][a.name]["Rating"]) for a in ASPECTS if a.name != "honesty"]
+            assert completion["fine-grained_score"] == pytest.approx(sum(others) / 3)
+    assert result.report(config)["judge_replies_not_readable_or_failed"] == {"honesty": 2}
+    assert result.totals.asked_again == 4 and result.totals.failures == {"unreadable reply": 2}
+
+
+def test_missing_completions_and_rows_that_cannot_be_made(tmp_path: Path) -> None:
+    def failing(seen: Seen) -> Act:
+        if not is_judge(seen) and seen.body["model"] == "b":
+            if "number 1?" in seen.question:
+                return error(400, "this model does not like the question")
+            if "number 2?" in seen.question:
+                return ok("   ")
+        if not is_judge(seen) and "number 3?" in seen.question and seen.body["model"] == "a":
+            return error(400, "too long")
+        if not is_judge(seen) and "number 3?" in seen.question:
+            return ok("")
+        return script(seen)
+
+    with ChatServer(failing) as server:
+        config = settings(tmp_path, server.url, count=5)
+        result = run(config)
+    rows = {row["instruction"][-2]: row for row in rows_of(config)}
+    assert list(rows) == ["0", "1", "2", "4"]
+    assert rows["1"]["models"] == rows["2"]["models"] == ["a", "a"]
+    assert result.dropped == {"fewer than two completions": [f"{tmp_path}/prompts.jsonl row 4"]}
+    # neither dropped prompts nor missing completions were rated
+    assert sum(is_judge(seen) for seen in server.seen) == 4 * 4
+    assert {k: v for k, v in result.tally.failed.items() if "empty" in k} == {"b: an empty answer": 4}
+    assert sum(result.tally.failed.values()) == 2 + 2 + 4
+
+
+def test_a_judge_that_rates_nothing_makes_no_row_and_leaves_no_file(tmp_path: Path) -> None:
+    with ChatServer(lambda seen: ok("Nice!") if is_judge(seen) else by_hash(seen)) as server:
+        config = settings(tmp_path, server.url, count=2)
+        with pytest.raises(UserError, match=r"no row came out of 2 prompts: the judge rated nothing: 2") as raised:
+            run(config)
+    assert "judge, helpfulness: 2" in raised.value.message
+    assert sorted(p.name for p in Path(config.out).iterdir() if not p.name.startswith(".")) == [
+        "config.yaml", "journal.jsonl",
+    ]  # fmt: skip
+
+
+def test_overall_scores_and_critiques(tmp_path: Path) -> None:
+    with ChatServer(script) as server:
+        config = settings(tmp_path, server.url, count=2, overall=True)
+        result = run(config)
+    assert len(server.seen) == 2 * (4 + 4 + 4) and result.tally.critiques == 8
+    assert {(c["overall_score"], c["critique"]) for r in rows_of(config) for c in r["completions"]} == {
+        (6.0, "So be it.")
+    }
+
+
+def test_half_a_character_from_a_server_is_written_as_a_question_mark(tmp_path: Path) -> None:
+    def broken(seen: Seen) -> Act:
+        return script(seen) if is_judge(seen) else ok(f"hello {seen.number} \ud83d")
+
+    with ChatServer(broken) as server:
+        config = settings(tmp_path, server.url, count=2)
+        run(config)
+    assert all(c["response"].endswith(" ?") for row in rows_of(config) for c in row["completions"])
+
+
+def test_answers_cut_at_max_tokens_are_counted(tmp_path: Path) -> None:
+    def cut(seen: Seen) -> Act:
+        return script(seen) if is_judge(seen) else ok("A long st", finish_reason="length")
+
+    with ChatServer(cut) as server:
+        config = settings(tmp_path, server.url, count=2)
+        assert run(config).report(config)["completions_cut_at_max_tokens"] == {"a": 4, "b": 4}
+
+
+# -- budget ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_kept_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+    with ChatServer(script) as server:
+        whole = settings(tmp_path, server.url, "whole", count=12)
+        run(whole)
+        server.seen.clear()
+        config = settings(tmp_path, server.url, count=12, **{"budget.requests": 50})
+        result = run(config)
+        assert len(server.seen) == 50
+        assert 2 <= result.rows == 12 - result.unreached < 12
+        assert "50 requests" in result.lines()[-1] and "larger budget" in result.lines()[-1]
+        part = Path(config.out, "train.jsonl").read_bytes()
+        assert set(part.splitlines()) < set(Path(whole.out, "train.jsonl").read_bytes().splitlines())
+        # the same budget again: nothing is asked, nothing is lost
+        assert run(config).rows == result.rows and len(server.seen) == 50
+        assert Path(config.out, "train.jsonl").read_bytes() == part
+        run(settings(tmp_path, server.url, count=12, **{"budget.requests": 500}))
+        assert len(server.seen) == 12 * 8
+    assert Path(config.out, "train.jsonl").read_bytes() == Path(whole.out, "train.jsonl").read_bytes()
+
+
+def test_a_budget_too_small_for_a_row_says_so(tmp_path: Path) -> None:
+    with ChatServer(script) as server:
+        config = settings(tmp_path, server.url, **{"budget.requests": 3})
+        with pytest.raises(UserError, match="budget of 3 requests is spent") as raised:
+            run(config)
+        assert "larger budget" in raised.value.hint and len(server.seen) == 3
+        with pytest.raises(UserError, match="tokens"):
+            run(settings(tmp_path, server.url, "other", **{"budget.tokens": 500}))
+        assert len(server.seen) == 3
+
+
+def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ChatServer(script) as server:
+        config = settings(tmp_path, server.url)
+        prices = "input_price=1,output_price=2"
+        words = [
+            "feedback", "--prompts", "prompts.jsonl", "--model", f"{server.url}#a", "--model", f"{server.url}#b,{prices}",
+            "--judge", f"{server.url}#judge", "--out", "out",
+        ]  # fmt: skip
+        assert cli.run([*words, "--dry-run", "--max-requests", "60"]) == 0
+        assert not server.seen and not (tmp_path / "out").exists()
+        said = capsys.readouterr().out
+        assert "in all, every request answered at its first try: 48 requests" in said and "$" in said
+        assert "budget: 60 requests, never exceeded" in said
+        bounds = feedback_bounds(config, read_prompts(config.prompts, seed=1).prompts, read_principles())
+        assert {name: b.requests for name, b in bounds.items()} == {"a": 12, "b": 12, "judge": 24}
+        assert bounds["judge"].worst_requests == 24 * 3 * 6
+        result = run(config)
+    sizes: Counter[str] = Counter()
+    for seen in server.seen:  # in bytes, of which there are at least as many as tokens
+        sizes[seen.body["model"]] += sum(len(m["content"].encode()) for m in seen.body["messages"])
+    assert all(sizes[name] <= bound.tokens for name, bound in bounds.items())
+    assert result.totals.requests == sum(b.requests for b in bounds.values())
+
+
+# -- interrupts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 17, 30])
+def test_a_server_that_gives_up_and_comes_back_costs_nothing_twice(
+    tmp_path: Path, after: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ChatServer(script) as server:
+        whole = settings(tmp_path, server.url, "whole")
+        run(whole)
+        server.seen.clear()
+        config = settings(tmp_path, server.url)
+        server.script = lambda seen: script(seen) if seen.number < after else error(401, "who are you?")
+        with pytest.raises(UserError, match=r"401|key"):
+            run(config)
+        gc.collect()
+        assert "never retrieved" not in caplog.text  # asyncio's tracebacks of errors beside the one that is said
+        asked = [json.dumps(seen.body, sort_keys=True) for seen in server.seen[:after]]
+        server.seen.clear()
+        server.script = script
+        run(config)
+        again = [json.dumps(seen.body, sort_keys=True) for seen in server.seen]
+    assert not set(asked) & set(again) and len(asked) + len(again) == 48
+    assert Path(config.out, "train.jsonl").read_bytes() == Path(whole.out, "train.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_command_goes_on(tmp_path: Path, stop: signal.Signals) -> None:
+    with ChatServer(script) as server:
+        whole = settings(tmp_path, server.url, "whole", count=10)
+        run(whole)
+        server.seen.clear()
+        server.script = lambda seen: (time.sleep(0.05), script(seen))[1]
+        config = settings(tmp_path, server.url, count=10)
+        command = [
+            sys.executable, "-m", "zephyr_lite", "feedback", "--config", f"{whole.out}/config.yaml", "--out", config.out,
+            "--no-pairs",
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2],
+            env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while len(server.seen) < 20 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(stop)
+        said, _ = process.communicate(timeout=60)
+        before = [json.dumps(seen.body, sort_keys=True) for seen in server.seen]
+        assert 20 <= len(before) < 80, said
+        if stop == signal.SIGINT:
+            assert process.returncode == 130, said
+            assert "the same command goes on" in said
+        answered = Path(config.out, "journal.jsonl").read_text().count('"event": "reply"')
+        if stop == signal.SIGINT:
+            assert answered == len(before)  # what had left was waited for
+        server.seen.clear()
+        server.script = script
+        run(config)
+        again = [json.dumps(seen.body, sort_keys=True) for seen in server.seen]
+    assert len(again) == 80 - answered
+    assert Path(config.out, "train.jsonl").read_bytes() == Path(whole.out, "train.jsonl").read_bytes()
+
+
+def test_the_key_reaches_the_server_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "sk-test-3f9a77c1"
+    monkeypatch.setenv("MY_TEST_KEY", key)
+    with ChatServer(script) as server:
+        words = ["feedback", "--prompts", str(prompts_file(tmp_path, 2)), "--out", str(tmp_path / "out")]
+        words += [
+            "--model",
+            f"{server.url}#a,api_key_env=MY_TEST_KEY",
+            "--judge",
+            f"{server.url}#j,api_key_env=MY_TEST_KEY",
+        ]
+        assert cli.run(words) == 0
+        assert {seen.headers["authorization"] for seen in server.seen} == {f"Bearer {key}"}
+    said = capsys.readouterr()
+    assert key not in said.out + said.err and "mean" in said.out
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or key.encode() not in path.read_bytes(), path
+    assert "MY_TEST_KEY" in (tmp_path / "out" / "config.yaml").read_text()
+
+
+# -- on-policy -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_sampled_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    make_model(make_tokenizer(folder)).save_pretrained(folder)
+    with ChatServer(judged) as server:
+        words = [
+            "feedback", "--prompts", str(prompts_file(tmp_path, 2)), "--model", f"{folder},max_tokens=12", "--judge",
+            f"{server.url}#j", "--out", str(tmp_path / "out"),
+        ]  # fmt: skip
+        assert cli.run(words) == 0, capsys.readouterr()
+        assert all(is_judge(seen) for seen in server.seen)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    assert rows
+    for row in rows:
+        assert {c["custom_system_prompt"] for c in row["completions"]} == {""}
+        assert len({c["response"] for c in row["completions"]}) > 1  # at temperature 1, with seeds of their own
+
+
+def test_mistakes_are_named_before_anything_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = str(prompts_file(tmp_path))
+    cases = [
+        (["--model", "http://h/v1#a", "--judge", "http://h/v1#j", "--out", "o"], "prompts missing"),
+        (
+            ["--prompts", prompts, "--model", "nowhere", "--judge", "http://h/v1#j", "--out", "o"],
+            "nowhere: no such folder",
+        ),
+        (["--prompts", prompts, "--model", "http://h/v1", "--judge", "http://h/v1#j", "--out", "o"], "names no model"),
+        (["--prompts", prompts, "--model", "http://h/v1#a", "--judge", "http://h/v1#j", "--out", prompts], "is a file"),
+        (["--config", "nope"], "configuration nope: there is no such file"),
+    ]
+    for words, message in cases:
+        assert cli.run(["feedback", *words]) == 2
+        assert message in capsys.readouterr().err, words

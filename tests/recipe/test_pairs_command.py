@@ -1,0 +1,402 @@
+"""``zephyr-lite data pairs`` from outside: real files through the real loading code, folders out, errors with their cure."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import datasets
+import multiprocess
+import pytest
+
+from tests.contract.test_ultrafeedback import completion, row
+from zephyr_lite.cli import app as cli
+from zephyr_lite.config.load import DatasetSpec
+from zephyr_lite.data.load import load_rows
+from zephyr_lite.data.opening import Source, open_source
+from zephyr_lite.data.writing import write_split
+from zephyr_lite.errors import UserError
+from zephyr_lite.recipe.pairs import FEWER, SCHEMA, make_pairs
+from zephyr_lite.recipe.questions import read_questions
+from zephyr_lite.recipe.ultrafeedback import PairRules
+
+SOURCES = ("evol_instruct", "flan", "sharegpt")
+
+
+def raw_rows(count: int, first: int = 0) -> list[dict]:
+    """Rows in the whole schema of openbmb/UltraFeedback."""
+    rng = random.Random(first)
+    rows = []
+    for i in range(first, first + count):
+        completions = []
+        for j in range(4):
+            made = completion(
+                f"answer {j} to {i} — ünïcode\u2028", [rng.choice("12345") for _ in range(4)], float(j + 1)
+            )
+            made["annotations"]["truthfulness"] |= {"Type": ["1", "2"], "Rationale For Rating": "…"}
+            made |= {
+                "principle": "honesty",
+                "custom_system_prompt": "Be honest.",
+                "critique": "…",
+                "fine-grained_score": 3.0,
+            }
+            completions.append(made)
+        rows.append({
+            **row(f"question {i}?", *completions, source=SOURCES[i % 3]),
+            "models": ["m"] * 4, "correct_answers": ["None"], "incorrect_answers": ["None"],
+        })  # fmt: skip
+    return rows
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def invoke(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = cli.run(["data", "pairs", *map(str, words)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(invoke, tmp_path):
+    def run(*words: object, says: tuple[str, ...]) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        code, out, err = invoke(*words)
+        assert code == 2, out + err
+        assert err.startswith("error: ")
+        for text in says:
+            assert text in err, err
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return run
+
+
+def read(folder: Path, split: str = "train_prefs") -> list[dict]:
+    (path,) = folder.glob(f"{split}.*")
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return datasets.Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "jsonl"])
+def test_a_folder_that_dpo_and_sft_read(invoke, tmp_path, file_format):
+    raw = raw_rows(60)
+    write(tmp_path / "raw.jsonl", raw)
+    code, out, err = invoke("raw.jsonl", "--out", "out", "--format", file_format, "--rejected", "worst", "--test", "10")
+    assert code == 0, err
+    assert "Next: zephyr-lite dpo dataset.path=out dataset.split=train_prefs" in out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"train_prefs.{file_format}", f"test_prefs.{file_format}", "report.json", "report.md", "dropped.tsv"
+    }  # fmt: skip
+    train, test = read(tmp_path / "out"), read(tmp_path / "out", "test_prefs")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(test) == report["test"] == 10 and len(train) == report["train"] == report["pairs"] - 10
+    assert list(train[0]) == list(SCHEMA)
+    order = {r["instruction"]: place for place, r in enumerate(raw)}
+    for split in (train, test):
+        places = [order[pair["prompt"]] for pair in split]
+        assert places == sorted(places)
+    by_prompt = {r["instruction"]: r for r in raw}
+    for pair in [*train, *test]:
+        best = pair["chosen"][1]["content"]
+        assert best in [c["response"] for c in by_prompt[pair["prompt"]]["completions"]]
+        assert pair["score_chosen"] > pair["score_rejected"] and pair["messages"] == pair["chosen"]
+    if file_format == "parquet":
+        assert datasets.Dataset.from_parquet(str(tmp_path / "out" / "train_prefs.parquet")).features == SCHEMA
+    for method in ("dpo", "sft"):
+        rows = load_rows([DatasetSpec(path=str(tmp_path / "out"), split="train_prefs")], method, seed=0)
+        assert len(rows.dataset) == len(train) and not rows.dropped and not rows.changed
+
+
+def test_the_number_of_processes_changes_no_byte(tmp_path):
+    files = []
+    for processes in (1, 2, 3):
+        # a copy each: the cache would answer for the same file
+        source = write(tmp_path / f"raw{processes}.jsonl", raw_rows(50))
+        make_pairs([str(source)], tmp_path / f"out{processes}", num_proc=processes)
+        files.append([(tmp_path / f"out{processes}" / f"{s}_prefs.parquet").read_bytes() for s in ("train", "test")])
+    assert files[0] == files[1] == files[2]
+
+
+def test_the_seed_decides(tmp_path):
+    source = str(write(tmp_path / "raw.jsonl", raw_rows(40)))
+    from zephyr_lite.recipe.ultrafeedback import PairRules
+
+    made = {}
+    for name, seed in (("a", 42), ("b", 42), ("c", 7)):
+        make_pairs([source], tmp_path / name, PairRules(seed=seed), test=8)
+        made[name] = [(tmp_path / name / f"{s}_prefs.parquet").read_bytes() for s in ("train", "test")]
+    assert made["a"] == made["b"] and made["a"][0] != made["c"][0] and made["a"][1] != made["c"][1]
+
+
+def test_a_clone_of_the_raw_set_is_read_whole_and_its_truthful_qa_counts_everywhere(invoke, tmp_path):
+    """The hub's repository has a file a source, which are no splits."""
+    clone = tmp_path / "UltraFeedback"
+    write(clone / "evol_instruct.jsonl", raw_rows(6))
+    questions = raw_rows(3, first=100)
+    for each, text in zip(questions, ("Is it so?", "What do all the old cats of Rome dream about?", "Why?")):
+        each |= {"source": "truthful_qa", "instruction": text}
+    write(clone / "truthful_qa.jsonl", questions)
+    again = raw_rows(4, first=200)
+    again[1]["instruction"] = "Question: what do all the old cats of Rome dream about? Answer:"
+    again[2]["instruction"] = "IS it so"
+    # another schema than the first file's, as far as Arrow is concerned: a column more, a number for a text
+    for each in again:
+        each["more"] = 1
+        each["completions"][0]["overall_score"] = 3
+    write(clone / "flan.jsonl", again)
+    code, out, err = invoke(clone, "--out", "out", "--rejected", "worst", "--test", "0")
+    assert code == 0, err
+    assert "left out, source is truthful_qa: 3 (" in out and "truthful_qa.jsonl row 1" in out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["rows"] == 13 and report["questions"] == 3 and report["test"] == 0
+    (contained,) = report["dropped"]["contains an excluded question"]["first"]
+    (whole,) = report["dropped"]["is an excluded question"]["first"]
+    assert contained.endswith("flan.jsonl row 2") and whole.endswith("flan.jsonl row 3")
+    assert report["sources"]["truthful_qa"] == {"rows": 3, "pairs": 0}
+    tsv = (tmp_path / "out" / "dropped.tsv").read_text().splitlines()
+    assert len(tsv) == report["rows"] - report["pairs"] and f"contains an excluded question\t{contained}" in tsv
+    assert not (tmp_path / "out" / "test_prefs.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.txt", "question 3?\n\nQuestion 5\n"),
+        ("list.csv", "Type,Question\na,question 3?\nb,question 5?\n"),
+        ("list.jsonl", '{"question_id": 1, "turns": ["Question 3?", "question 5?"]}\n'),
+        ("list.json", '[{"prompt": "question 3"}, {"prompt": "question 5"}]'),
+        ("folder/validation.jsonl", '{"question": "question 3"}\n{"question": "question 5"}\n'),
+    ],
+)
+def test_excluded_questions_come_from_any_file(tmp_path, name, content):
+    source = write(tmp_path / "raw.jsonl", raw_rows(8))
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    named = str(path.parent if "/" in name else path)
+    report = make_pairs([str(source)], tmp_path / "out", exclude=[named], test=0)
+    assert [place.split()[-1] for place in report.dropped["is an excluded question"]] == ["4", "6"]
+
+
+def test_splits_of_an_excluded_set_are_named_after_a_colon(tmp_path, monkeypatch):
+    asked = []
+
+    def hub(spec: DatasetSpec):
+        asked.append((spec.path, spec.name, spec.split))
+        return Source(datasets.Dataset.from_dict({"question": ["Who is it?"]}), spec.path)
+
+    monkeypatch.setattr("zephyr_lite.recipe.questions.open_source", hub)
+    for name in ("a/b", "a/b:test", "truthfulqa/truthful_qa:generation:validation"):
+        assert read_questions(name) == ["Who is it?"]
+    assert asked == [("a/b", None, None), ("a/b", None, "test"), ("truthfulqa/truthful_qa", "generation", "validation")]
+    # a folder's split, too
+    monkeypatch.undo()
+    for split in ("test", "validation"):
+        write(tmp_path / "set" / f"{split}.jsonl", [{"question": f"What is {split}?"}])
+    assert read_questions(f"{tmp_path / 'set'}:test") == ["What is test?"]
+    for wrong in ("a/b:", "a:b:c:d", ":test"):
+        with pytest.raises(UserError, match="ID:SPLIT"):
+            read_questions(wrong)
+
+
+def test_bad_rows_are_dropped_with_their_places(invoke, tmp_path):
+    rows = raw_rows(6)
+    rows[1]["completions"] = "none"
+    rows[2]["instruction"] = None
+    rows[4]["completions"] = [{"response": 1}, *rows[4]["completions"][:1]]
+    write(tmp_path / "raw.jsonl", rows)
+    code, out, err = invoke("raw.jsonl", "--out", "out", "--rejected", "worst")
+    assert code == 0, err
+    for text in (
+        "completions is not a list: 1 (raw.jsonl row 2)",
+        "no instruction: 1 (raw.jsonl row 3)",
+        "fewer than two rated completions: 1 (raw.jsonl row 5)",
+    ):
+        assert f"left out, {text}" in out
+
+
+def test_equal_prompts_are_held_out_together(tmp_path):
+    rows = raw_rows(30)
+    for place, each in enumerate(rows):
+        each["instruction"] = f"question {place % 10}?"
+    source = write(tmp_path / "raw.jsonl", rows)
+    for test in (8, 0.3):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        report = make_pairs([str(source)], tmp_path / "out", test=test)
+        train, held = ({pair["prompt"] for pair in read(tmp_path / "out", s)} for s in ("train_prefs", "test_prefs"))
+        assert held and not train & held and report.test <= 15
+
+
+def test_a_prompt_with_more_pairs_than_may_be_held_out_is_passed_over_and_what_is_missing_is_said(tmp_path):
+    rows = raw_rows(40)
+    for each in rows[:25]:
+        each["instruction"] = "the same question?"
+    source = write(tmp_path / "raw.jsonl", rows)
+    for seed in range(4):  # whichever prompt has the smallest hash
+        report = make_pairs([str(source)], tmp_path / f"out{seed}", PairRules(rejected="worst", seed=seed), test=3)
+        assert report.test == 3 and FEWER not in report.notes
+    for each in rows[25:]:
+        each["instruction"] = "another question?"
+    write(tmp_path / "raw.jsonl", rows)
+    report = make_pairs([str(source)], tmp_path / "none", PairRules(rejected="worst"), test=3)
+    assert report.test == 0 and report.notes[FEWER] == 3
+    assert any(line.startswith(FEWER) for line in report.lines())
+
+
+def test_a_share_of_a_growing_set_keeps_the_rows_that_were_held_out(tmp_path):
+    small, large = (write(tmp_path / f"{n}.jsonl", raw_rows(n)) for n in (40, 80))
+    make_pairs([str(small)], tmp_path / "small", test=0.2)
+    make_pairs([str(large)], tmp_path / "large", test=0.2)
+    held, train = ({p["prompt"] for p in read(tmp_path / "large", s)} for s in ("test_prefs", "train_prefs"))
+    assert {p["prompt"] for p in read(tmp_path / "small", "test_prefs")} <= held
+    assert {p["prompt"] for p in read(tmp_path / "small")} <= train
+
+
+def test_several_inputs_follow_each_other(tmp_path):
+    first = write(tmp_path / "first.jsonl", raw_rows(5))
+    datasets.Dataset.from_list(raw_rows(5, first=50)).to_parquet(tmp_path / "second.parquet")
+    report = make_pairs([str(first), str(tmp_path / "second.parquet")], tmp_path / "out", test=0)
+    prompts = [int(pair["prompt"].split()[1][:-1]) for pair in read(tmp_path / "out")]
+    assert prompts == sorted(prompts) and min(prompts) < 5 <= 50 <= max(prompts) and report.rows == 10
+
+
+def test_a_folder_with_one_split_beside_other_files(tmp_path):
+    write(tmp_path / "made" / "train.jsonl", raw_rows(5))
+    (tmp_path / "made" / "report.json").write_text("{}")
+    write(tmp_path / "made" / "journal.jsonl", [{"kind": "sent"}])
+    assert make_pairs([str(tmp_path / "made")], tmp_path / "made" / "pairs").rows == 5
+
+
+def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("zephyr_lite.data.writing.SHARD_BYTES", 2000)
+    rows = datasets.Dataset.from_dict({"text": [f"{i} " + "x" * 90 for i in range(50)]})
+    paths = write_split(tmp_path, "train_prefs", rows, "parquet")
+    assert [p.name for p in paths] == [f"train_prefs-{k:05d}-of-00003.parquet" for k in range(3)]
+    back = open_source(DatasetSpec(path=str(tmp_path), split="train_prefs"))
+    assert [row["text"] for row in back] == rows["text"][:]
+
+
+def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(invoke, refused, tmp_path):
+    write(tmp_path / "raw.jsonl", raw_rows(10))
+    assert invoke("raw.jsonl", "--out", "out")[0] == 0
+    code, said, _ = invoke("raw.jsonl", "--out", "out", "--num-proc", "1")
+    assert code == 0 and said.startswith("out is complete already.") and "Next: zephyr-lite dpo" in said
+    refused("raw.jsonl", "--out", "out", "--seed", "1", says=("out holds a set that zephyr-lite data pairs made",))
+    write(tmp_path / "raw.jsonl", raw_rows(11))
+    refused("raw.jsonl", "--out", "out", says=("of other files", "--overwrite"))
+    assert invoke("raw.jsonl", "--out", "out", "--overwrite", "--format", "jsonl")[0] == 0
+    assert not list((tmp_path / "out").glob("*.parquet"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    refused("raw.jsonl", "--out", "mine", "--overwrite", says=("mine exists and holds other things (thesis.txt)",))
+    refused("raw.jsonl", "--out", ".", "--overwrite", says=("would replace",))
+    refused("raw.jsonl", "--out", "raw.jsonl", says=("is a file",))
+    refused("raw.jsonl", "--out", "raw.jsonl/below", says=("raw.jsonl/below: cannot be made",))
+
+
+def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
+    source = write(tmp_path / "raw.jsonl", raw_rows(10))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zephyr_lite.recipe.pairs.write_split", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs([str(source)], tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["raw.jsonl"]
+
+
+def test_ctrl_c_among_several_processes_is_an_interruption(invoke, tmp_path, monkeypatch):
+    write(tmp_path / "raw.jsonl", raw_rows(10))
+
+    def hit(*args, **options):  # as its pool does, when the workers are interrupted too
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise multiprocess.TimeoutError
+
+    monkeypatch.setattr(datasets.Dataset, "map", hit)
+    code, _, err = invoke("raw.jsonl", "--out", "out")
+    assert code == 130 and "our fault" not in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            ("columns prompt, chosen, rejected", "pairs already", "zephyr-lite dpo dataset.path=raw.jsonl"),
+        ),
+        ({"messages": [{"role": "user", "content": "q"}]}, ("columns messages", "zephyr-lite feedback")),
+        ({"question": "q", "answers": ["a"]}, ("columns question, answers", "instruction and completions")),
+    ],
+)
+def test_another_schema_is_named_with_what_to_do(refused, tmp_path, columns, says):
+    write(tmp_path / "raw.jsonl", [columns])
+    refused("raw.jsonl", "--out", "out", says=says)
+
+
+def test_wrong_arguments_and_inputs(refused, tmp_path):
+    write(tmp_path / "raw.jsonl", raw_rows(4))
+    (tmp_path / "empty.txt").write_text("\n?\n")
+    write(tmp_path / "numbers.jsonl", [{"number": 1}])
+    refused("raw.jsonl", "--out", "out", "--margin", "1", says=("--margin 1", "--rejected margin"))
+    refused("raw.jsonl", "--out", "out", "--rejected", "margin", "--margin", "0", says=("above 0",))
+    refused(
+        "raw.jsonl", "--out", "out", "--rejected", "margin", "--margin", "9", says=("no pair is left of 4", "row 1")
+    )
+    rows = raw_rows(2)
+    for each in rows[0]["completions"] + rows[1]["completions"]:
+        each["overall_score"] = None
+    write(tmp_path / "rated.jsonl", rows)
+    refused("rated.jsonl", "--out", "out", "--chosen-by", "overall", says=("fewer than two rated", "--chosen-by mean"))
+    refused("raw.jsonl", "--out", "out", "--test", "1.5", says=("test 1.5",))
+    refused("raw.jsonl", "--out", "out", "--test", "-1", says=("test -1",))
+    refused("raw.jsonl", "--out", "out", "--test", "400", says=("there are", "a share"))
+    refused("raw.jsonl", "--out", "out", "--test", "0.9999999", says=("holds out all", "--test 0.05"))
+    refused("raw.jsonl", "--out", "out", "--num-proc", "0", says=("num-proc 0",))
+    refused("nowhere.jsonl", "--out", "out", says=("nowhere.jsonl: there is no such file",))
+    refused("raw.jsonl", "--out", "out", "--exclude", "nowhere.txt", says=("nowhere.txt",))
+    refused("raw.jsonl", "--out", "out", "--exclude", "empty.txt", says=("empty.txt: no question",))
+    refused("raw.jsonl", "--out", "out", "--exclude", "numbers.jsonl", says=("columns number", "question"))
+    (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "completions": []}\n{"instruction"\n')
+    refused("broken.jsonl", "--out", "out", says=("broken.jsonl line 2",))
+    with pytest.raises(UserError, match="nothing to read"):
+        make_pairs([], tmp_path / "out")
+
+
+def test_text_that_is_not_utf8_is_the_files_fault(refused, tmp_path):
+    rows = raw_rows(3)
+    rows[2]["instruction"] = "où?"
+    lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rows)
+    (tmp_path / "latin.jsonl").write_bytes(lines.encode().replace("où".encode(), b"o\xf9"))
+    refused("latin.jsonl", "--out", "out", says=("latin.jsonl line 3: not UTF-8",))
+    write(tmp_path / "raw.jsonl", raw_rows(3))
+    refused("raw.jsonl", "--out", "out", "--exclude", "latin.jsonl", says=("latin.jsonl line 3: not UTF-8",))
+
+
+def test_a_source_of_another_type_is_none(tmp_path):
+    rows = raw_rows(3)
+    for each in rows:
+        each["source"] = ["truthful_qa"]
+    assert make_pairs([str(write(tmp_path / "raw.jsonl", rows))], tmp_path / "out", test=0).sources == {"": (3, 3)}
+
+
+def test_a_split_is_named_by_this_commands_options(refused, tmp_path):
+    write(tmp_path / "raw.jsonl", raw_rows(3))
+    for split in ("train", "test"):
+        write(tmp_path / "two" / f"{split}.jsonl", raw_rows(3))
+    refused("two", "--out", "out", says=("which split?", "--split train."))
+    refused("raw.jsonl", "--out", "out", "--exclude", "two", says=("which split?", "--exclude two:train."))

@@ -1,0 +1,415 @@
+"""``zephyr-lite data chat`` from outside: raw sets in the hub's schema, folders out, errors with their cure."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from zephyr_lite.cli import app as cli
+from zephyr_lite.config.load import DatasetSpec
+from zephyr_lite.data.load import load_rows
+from zephyr_lite.errors import UserError
+from zephyr_lite.recipe.ultrachat import clean
+from zephyr_lite.recipe.ultrachat.clean import Options, clean_chat
+from zephyr_lite.recipe.ultrachat.lexicon import Lexicon
+
+WORDS = [
+    "river",
+    "stone",
+    "garden",
+    "window",
+    "music",
+    "letter",
+    "engine",
+    "winter",
+    "pepper",
+    "ladder",
+    "forest",
+    "market",
+    "planet",
+    "copper",
+    "silver",
+    "orange",
+    "velvet",
+    "meadow",
+    "harbor",
+    "bridge",
+    "kitchen",
+    "castle",
+    "shadow",
+    "thunder",
+    "pocket",
+    "basket",
+    "candle",
+    "mirror",
+    "button",
+    "carpet",
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def talk(number: int, turns: int = 4) -> list[str]:
+    """A well-written dialogue that no other number gives."""
+    draw = random.Random(number)
+
+    def sentence() -> str:
+        return "The " + " ".join(draw.choice(WORDS) for _ in range(12)) + " is in Ouagadougou, as they said."
+
+    return [
+        f"{sentence()} Why is it {number}?" if place % 2 == 0 else f"{sentence()} {sentence()}"
+        for place in range(turns)
+    ]
+
+
+BROKEN = ["Hello. how do i get to ouagadougou? is it far?", "Hi! it is far. you have to fly there."]
+DODGE = "As an AI language model, I don't have personal opinions."
+
+
+def write_raw(path: Path, dialogues: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"id": str(n), "data": d}) + "\n" for n, d in enumerate(dialogues)))
+    return path
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Two numbered files, as raw UltraChat has ten."""
+    first = [talk(n) for n in range(30)]
+    first[3] = BROKEN
+    first[5] = [*talk(5)[:2], "Which is best?", DODGE, "And now?", "The red one is the best one."]
+    first[7] = ["Which is best?", DODGE]
+    first[8] = []
+    first[9] = ["only a question"]
+    first[11] = [text.upper() for text in talk(10)]  # the same but for the case
+    first[13] = [talk(12)[0], talk(12)[1], talk(12)[2], talk(12)[3].replace("said", "say")]
+    second = [talk(n) for n in range(30, 60)]
+    second[4] = [f"Tell me: {' '.join(WORDS[:14])}, please.", "It is so, as they all said before."]
+    write_raw(tmp_path / "raw" / "train_1.jsonl", second)
+    write_raw(tmp_path / "raw" / "train_0.jsonl", first)
+    return tmp_path / "raw"
+
+
+def rows_of(folder: Path, split: str = "train_sft") -> list[dict[str, Any]]:
+    files = [str(p) for p in sorted(folder.glob(f"{split}*.parquet"))]
+    return list(datasets.Dataset.from_parquet(files)) if files else []
+
+
+def test_the_whole_command(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "question.jsonl").write_text(
+        json.dumps({"question_id": 81, "category": "writing", "turns": [" ".join(WORDS[:14]).upper() + "!"]}) + "\n"
+    )
+    out = tmp_path / "out"
+    report = clean_chat(str(raw), out, Options(decontaminate=(str(tmp_path / "question.jsonl"),)))
+    label = f"{raw}/train_0.jsonl"
+    dropped = [line.split("\t") for line in (out / "dropped.tsv").read_text().splitlines()[1:]]
+    assert [(reason, place) for reason, place, _ in dropped] == [
+        ("cut before a refusal (as_an_ai); the rest stays", f"{label} row 6"),
+        ("begins with a refusal (as_an_ai)", f"{label} row 8"),
+        ("no assistant turn", f"{label} row 9"),
+        ("no assistant turn", f"{label} row 10"),
+        ("an exact duplicate", f"{label} row 12"),
+        ("a near duplicate", f"{label} row 14"),
+        (f"overlaps with {tmp_path / 'question.jsonl'}", f"{raw}/train_1.jsonl row 5"),
+    ]
+    details = {reason: detail for reason, _, detail in dropped}
+    assert details["an exact duplicate"] == f"of {label} row 11"
+    assert details["a near duplicate"] == f"of {label} row 13"
+    assert details[f"overlaps with {tmp_path / 'question.jsonl'}"] == " ".join(WORDS[:13])
+    assert report.rows == 60 and report.kept == 54 and report.broken == 1
+    rows = rows_of(out) + rows_of(out, "test_sft")
+    assert len(rows) == 54 and report.splits == {
+        "train_sft": len(rows_of(out)),
+        "test_sft": len(rows_of(out, "test_sft")),
+    }
+    by_prompt = {row["prompt"]: row for row in rows}
+    restored = by_prompt["Hello. How do I get to Ouagadougou? Is it far?"]
+    assert restored["messages"] == [
+        {"content": "Hello. How do I get to Ouagadougou? Is it far?", "role": "user"},
+        {"content": "Hi! It is far. You have to fly there.", "role": "assistant"},
+    ]
+    assert [m["content"] for m in by_prompt[talk(5)[0]]["messages"]] == talk(5)[:2]
+    for row in rows:
+        assert list(row) == ["prompt", "prompt_id", "messages"]
+        assert row["prompt_id"] == hashlib.sha256(row["prompt"].encode()).hexdigest()
+        assert row["prompt"] == row["messages"][0]["content"]
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * (len(row["messages"]) // 2)
+    stored = json.loads((out / "report.json").read_text())
+    assert stored["restored"]["words"] == {"after_terminator": 4, "lone_i": 1, "known_name": 1}
+    assert stored["examples"]["lone_i"][0]["place"] == f"{label} row 4"
+    assert (
+        "do i get" in stored["examples"]["lone_i"][0]["before"]
+        and "do I get" in stored["examples"]["lone_i"][0]["after"]
+    )
+    text = (out / "report.md").read_text()
+    assert all(word in text for word in ("| as_an_ai |", "do I get", "an exact duplicate", "question.jsonl (1 rows)"))
+    assert Lexicon.load(out / "lexicon.txt").names()["ouagadougou"] == "Ouagadougou"
+
+
+def test_training_reads_it(raw: Path, tmp_path: Path) -> None:
+    for file_format in ("parquet", "jsonl"):
+        out = tmp_path / file_format
+        report = clean_chat(str(raw), out, Options(file_format=file_format))  # type: ignore[arg-type]
+        loaded = load_rows([DatasetSpec(path=str(out), split="train_sft")], "sft", seed=0)
+        assert len(loaded.dataset) == report.splits["train_sft"] and not loaded.dropped
+    assert sorted(p.name for p in (tmp_path / "jsonl").iterdir()) == [
+        "dropped.tsv", "lexicon.txt", "report.json", "report.md", "test_sft.jsonl", "train_sft.jsonl"
+    ]  # fmt: skip
+
+
+def test_the_same_files_for_any_number_of_processes(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clean, "BLOCK", 7)
+    monkeypatch.setattr(clean, "LEG", 35)
+    monkeypatch.setattr("zephyr_lite.recipe.ultrachat.write.SHARD_ROWS", 10)
+    seen = []
+    for processes in (1, 2, 3):
+        # nothing of one run in the cache of the next
+        monkeypatch.setattr(
+            clean, "_key", lambda *v, p=processes: hashlib.sha256(repr((p, v)).encode()).hexdigest()[:32]
+        )
+        out = tmp_path / f"out{processes}"
+        clean_chat(str(raw), out, Options(), num_proc=processes)
+        seen.append({p.name: p.read_bytes() for p in out.iterdir()})
+    assert len([name for name in seen[0] if name.startswith("train_sft-")]) > 1
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_interrupted_it_leaves_nothing_half_done_and_goes_on(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    clean_chat(str(raw), out, Options())
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clean, "markdown", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            clean_chat(str(raw), out, Options(), overwrite=True)
+        with pytest.raises(KeyboardInterrupt):
+            clean_chat(str(raw), tmp_path / "new", Options())
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
+    # the first pass is in the cache
+    monkeypatch.setattr("zephyr_lite.recipe.ultrachat.scan.scan_block", interrupt)
+    clean_chat(str(raw), tmp_path / "new", Options())
+    assert {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()} == before
+
+
+def test_a_prompt_is_in_one_split_and_a_number_of_test_rows_is_kept(tmp_path: Path) -> None:
+    source = write_raw(tmp_path / "raw.jsonl", [[talk(n % 20)[0], *talk(n + 100)[1:]] for n in range(60)])
+    for test, low, high in ((0.3, 3, 36), (9, 7, 9), (0, 0, 0)):
+        out = tmp_path / f"out{test}"
+        report = clean_chat(str(source), out, Options(test=test))
+        train, held = ({row["prompt"] for row in rows_of(out, split)} for split in ("train_sft", "test_sft"))
+        assert not train & held and report.kept == 60
+        assert low <= report.splits["test_sft"] <= high
+        assert (out / "test_sft.parquet").is_file() == bool(test)
+    with pytest.raises(UserError, match="test rows"):
+        clean_chat(str(source), tmp_path / "all", Options(test=60))
+
+
+def test_limits_and_switches(raw: Path, tmp_path: Path) -> None:
+    off = clean_chat(str(raw), tmp_path / "off", Options(truecase=False, refusals=False, near=None))
+    assert off.kept == 57 and not off.cut and not off.broken and not (tmp_path / "off" / "lexicon.txt").exists()
+    assert {row["prompt"] for s in ("train_sft", "test_sft") for row in rows_of(tmp_path / "off", s)} >= {BROKEN[0]}
+    limits = clean_chat(str(raw), tmp_path / "limits", Options(min_turns=4, min_words=40, max_words=500))
+    assert limits.dropped["fewer than 4 turns"] == 3
+    with pytest.raises(UserError, match=r"no row is left of 60: .*shorter than 900 words"):
+        clean_chat(str(raw), tmp_path / "none", Options(min_words=900))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_lexicon_can_be_given(tmp_path: Path) -> None:
+    source = write_raw(tmp_path / "raw.jsonl", [BROKEN, talk(1)])
+    clean_chat(str(source), tmp_path / "without", Options(test=0))
+    lexicon = Lexicon()
+    lexicon.forms["Ouagadougou"] = 9
+    lexicon.save(tmp_path / "names.txt")
+    clean_chat(str(source), tmp_path / "given", Options(test=0, lexicon=tmp_path / "names.txt"))
+    assert rows_of(tmp_path / "without")[0]["prompt"] == "Hello. How do I get to ouagadougou? Is it far?"
+    assert rows_of(tmp_path / "given")[0]["prompt"] == "Hello. How do I get to Ouagadougou? Is it far?"
+
+
+def test_other_sets_of_conversations(tmp_path: Path) -> None:
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": BROKEN[0]},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    rows = [{"messages": turns, "id": 1}, {"messages": turns[2:], "id": 2}, {"messages": turns[:2], "id": 3}]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = clean_chat(str(tmp_path / "set.jsonl"), tmp_path / "out", Options(test=0))
+    assert report.dropped == {"the user says nothing": 1, "no assistant turn": 1}
+    row = rows_of(tmp_path / "out")[0]
+    assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
+    assert row["prompt"] == row["messages"][1]["content"] == "Hello. How do I get to ouagadougou? Is it far?"
+
+
+def test_evaluation_sets_in_all_formats(tmp_path: Path) -> None:
+    source = write_raw(
+        tmp_path / "raw.jsonl", [talk(1), ["What is the capital of France now?", "It is Paris."], talk(2)]
+    )
+    (tmp_path / "q.csv").write_text("question,label\nwhat is the capital of france NOW,1\n")
+    (tmp_path / "q.txt").write_text(f"…\n{talk(2)[2]}\n")
+    turns = [("user", "nothing of this is anywhere in it"), ("assistant", talk(1)[1])]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    datasets.Dataset.from_dict({"a": [chat]}).to_parquet(tmp_path / "q.parquet")
+    sets = tuple(str(tmp_path / f"q.{suffix}") for suffix in ("csv", "txt", "parquet"))
+    report = clean_chat(str(source), tmp_path / "out", Options(decontaminate=sets, test=0))
+    assert report.dropped == {f"overlaps with {sets[0]}": 1, f"overlaps with {sets[1]}": 1}
+    assert report.eval_sets == dict(zip(sets, (1, 2, 1)))
+    (tmp_path / "labels.txt").write_text("yes\nno\n")
+    with pytest.raises(UserError, match="no text of 5 words"):
+        clean_chat(str(source), tmp_path / "out2", Options(decontaminate=(str(tmp_path / "labels.txt"),)))
+
+
+def test_errors(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        clean_chat(str(tmp_path / "nothing.jsonl"), tmp_path / "out", Options())
+    (tmp_path / "broken.jsonl").write_text('{"id": "0", "data": ["a", "b"]}\n{"id": \n')
+    with pytest.raises(UserError, match="line 2"):
+        clean_chat(str(tmp_path / "broken.jsonl"), tmp_path / "out", Options())
+    (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="found columns text"):
+        clean_chat(str(tmp_path / "other.jsonl"), tmp_path / "out", Options())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="holds other things"):
+        clean_chat(str(raw), tmp_path / "full", Options())
+    with pytest.raises(UserError, match="holds the source"):
+        clean_chat(str(raw), tmp_path, Options())
+    for wrong in (Options(near=0.2), Options(min_turns=1), Options(ngram=1), Options(test=1.5), Options(max_words=0)):
+        with pytest.raises(UserError):
+            clean_chat(str(raw), tmp_path / "out", wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_that_cannot_be_written(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    clean_chat(str(raw), tmp_path / "out", Options())
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="HF_DATASETS_CACHE"):
+        clean_chat(str(raw), tmp_path / "out2", Options())
+
+
+def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["data", "chat", str(raw), "--out", str(out), "--format", "jsonl", "--test", "5", "--near", "0.9"]
+    assert cli.run(arguments) == 0
+    said = capsys.readouterr().out
+    assert "read as raw UltraChat, 60 rows" in said and "capitals restored in 1 dialogues" in said
+    assert f"zephyr-lite sft dataset.path={out} dataset.split=train_sft" in said
+    left = tmp_path / ".out.01234567"  # of a process that was killed
+    left.mkdir()
+    assert cli.run(arguments) == 0 and not left.exists()
+    unfinished = Path(datasets.config.HF_DATASETS_CACHE) / "zephyr-lite-chat" / "tmp0123abc"
+    unfinished.write_bytes(b"of a process that was killed")
+    assert cli.run([*arguments, "--out", str(tmp_path / "again")]) == 0 and not unfinished.exists()
+    unfinished.write_bytes(b"of a process that is at work")
+    handle = os.open(unfinished.parent, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    assert cli.run([*arguments, "--out", str(tmp_path / "beside")]) == 0 and unfinished.exists()
+    os.close(handle)
+    capsys.readouterr()
+    assert cli.run(arguments) == 0
+    assert capsys.readouterr().out.startswith(f"{out} is complete already.")
+    assert cli.run([*arguments, "--no-refusals"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.run([*arguments, "--overwrite"]) == 0
+    assert cli.run(["data", "chat", str(raw), "--split", "train_1", "--out", str(tmp_path / "one")]) == 0
+    assert "30 rows" in capsys.readouterr().out
+
+
+def test_folders_that_cannot_be_made_are_said_before_the_work(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.run(["data", "chat", str(raw), "--out", str(tmp_path / "file" / "out")]) == 2
+    said = capsys.readouterr()
+    assert "cannot be made" in said.err and "read as" not in said.out
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "raw.jsonl", [talk(n) for n in range(3)])
+    lines = path.read_bytes().splitlines()
+    lines[1] = '{"id": "1", "data": ["Where is the café of the town?", "It is by the river."]}'.encode("latin-1")
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(UserError, match=r"raw\.jsonl line 2: not UTF-8"):
+        clean_chat(str(path), tmp_path / "out", Options(test=0))
+
+
+def test_numbered_files_of_several_kinds_are_refused(raw: Path, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    (raw / "train_2.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(UserError, match="different kinds") as caught:
+        clean_chat(str(raw), tmp_path / "out", Options())
+    assert "train_2.jsonl: messages" in str(caught.value.hint)
+
+
+def test_ctrl_c_among_workers(tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "raw.jsonl", [talk(n, 8) for n in range(12_000)])
+    command = [
+        sys.executable,
+        "-m",
+        "zephyr_lite",
+        "data",
+        "chat",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+        "--num-proc",
+        "2",
+    ]
+    cache = tmp_path / "cache"
+    running = subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(cache.glob("zephyr-lite-chat/tmp*"))) < 2 and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert "interrupted" in said and "Traceback" not in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "raw.jsonl"]
+
+
+def test_hints_name_this_commands_own_options(raw: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "splits"
+    for split in ("train_sft", "test_sft"):
+        write_raw(folder / f"{split}.jsonl", [talk(1)])
+    with pytest.raises(UserError) as caught:
+        clean_chat(str(folder), tmp_path / "out", Options())
+    assert caught.value.hint == "Say so: --split train_sft."
+    with pytest.raises(UserError) as caught:
+        clean_chat(str(raw), tmp_path / "out", Options(decontaminate=(str(folder),)))
+    assert caught.value.hint == f"Say so: --decontaminate {folder}#train_sft."
+    with pytest.raises(UserError, match="names no set"):
+        clean_chat(str(raw), tmp_path / "out", Options(decontaminate=("",)))
+    (tmp_path / "eval.jsonl").write_bytes('{"q": "Where is the café of the town?"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        clean_chat(str(raw), tmp_path / "out", Options(decontaminate=(str(tmp_path / "eval.jsonl"),)))
+    (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError) as caught:
+        clean_chat(str(tmp_path / "other.jsonl"), tmp_path / "out", Options())
+    assert "columns:" not in caught.value.hint

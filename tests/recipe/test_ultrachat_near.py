@@ -1,0 +1,173 @@
+"""Words as arrays, near duplicates, and the join on disk, each against a plain Python twin."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zephyr_lite.recipe.ultrachat import near
+from zephyr_lite.recipe.ultrachat.casing import suspicious
+from zephyr_lite.recipe.ultrachat.contamination import read_eval_sets
+from zephyr_lite.recipe.ultrachat.near import (
+    NearIndex,
+    bands_of,
+    equal_groups,
+    join_near,
+    memmap,
+    roots,
+    signatures,
+    similarity,
+)  # fmt: skip
+from zephyr_lite.recipe.ultrachat.words import joined, members, ngrams, whole, words_of
+
+TEXTS = [
+    "The cat sat on the mat.", "", "…", "the CAT, sat on:the mat", "Ünïcode “words” don’t break—here", "你好 世界",
+    "one", "a" * 70_000 + " after a long word, more than a piece", "x\ny\tz 1234 5six",
+]  # fmt: skip
+
+
+def plain_words(text: str) -> list[str]:
+    text = re.sub("[‘’“”…—]", " ", text)
+    return re.findall(r"[0-9a-z\u0080-\U0010ffff]+", re.sub("[A-Z]", lambda m: m.group().lower(), text))
+
+
+def test_words_are_those_of_a_plain_split() -> None:
+    words = words_of(TEXTS)
+    expected = [plain_words(text) for text in TEXTS]
+    assert np.diff(words.offsets).tolist() == [len(own) for own in expected]
+    flat = [word for own in expected for word in own]
+    assert [words.text(n, 1).lower() for n in range(len(flat))] == [word.lower() for word in flat]
+    # equal words have equal hashes, others have not
+    ids = {word: n for n, word in enumerate(sorted(set(flat)))}
+    by_hash: dict[int, int] = {}
+    for word, value in zip(flat, words.hashes.tolist()):
+        assert by_hash.setdefault(value, ids[word]) == ids[word]
+    assert len(by_hash) == len(ids)
+    assert np.array_equal(np.concatenate([words_of([text]).hashes for text in TEXTS]), words.hashes)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_ngrams_stay_inside_their_text(n: int) -> None:
+    words = words_of(TEXTS)
+    hashes, first = ngrams(words, n)
+    expected = [tuple(own[k : k + n]) for own in map(plain_words, TEXTS) for k in range(len(own) - n + 1)]
+    assert len(hashes) == len(expected)
+    assert [tuple(plain_words(words.text(int(f), n))) for f in first] == expected
+    assert len(set(hashes.tolist())) == len(set(expected))
+    assert len(ngrams(joined(words, np.array([0, len(TEXTS)])), n)[0]) == len(words.hashes) - n + 1
+
+
+def test_whole_and_members() -> None:
+    found = whole(words_of(TEXTS))
+    assert found[0] == found[3] and found[1] == found[2] == 0 and len(set(found.tolist())) == len(TEXTS) - 2
+    assert whole(words_of(["a b"])) != whole(words_of(["b a"]))
+    draw = np.random.default_rng(0)
+    values, keys = (
+        draw.integers(0, 3000, 5000).astype(np.uint64),
+        np.unique(draw.integers(0, 3000, 900).astype(np.uint64)),
+    )
+    assert np.array_equal(members(values, keys), np.flatnonzero(np.isin(values, keys)))
+    assert len(members(values, keys[:0])) == 0
+
+
+def varied(text: str, share: float, draw: random.Random) -> str:
+    return " ".join(f"w{draw.random()}" if draw.random() < share else word for word in text.split())
+
+
+def test_signatures_estimate_the_similarity_of_shingles() -> None:
+    draw = random.Random(1)
+    base = " ".join(f"word{draw.randrange(500)}" for _ in range(400))
+    for share in (0.0, 0.01, 0.03, 0.1):
+        other = varied(base, share, draw)
+        sets = [{tuple(own[k : k + 5]) for k in range(len(own) - 4)} for own in (base.split(), other.split())]
+        true = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+        marks = signatures(words_of([base, other.replace(".", "")]))
+        assert abs(similarity(marks[0], marks[1]) - true) < 0.13
+    # groups of texts are one text; short ones and empty ones have a signature too
+    halves = [base[:900], base[900:], "two words", "", "words two"]
+    marks = signatures(words_of(halves), np.array([0, 2, 3, 4, 5]))
+    assert marks.shape == (4, 128) and marks.dtype == np.uint16
+    assert similarity(marks[1], marks[3]) == 1 and similarity(marks[0], marks[2]) < 0.1
+
+
+def test_near_index() -> None:
+    index = NearIndex(0.7)
+    draw = random.Random(2)
+    texts = [" ".join(f"word{draw.randrange(300)}" for _ in range(120)) for _ in range(20)]
+    assert [index.find(text) for text in texts[:1]] == [None]
+    assert [index.add(text) for text in texts] == list(range(20))
+    assert [index.find(text.upper() + "!") for text in texts] == list(range(20))
+    assert index.find(varied(texts[7], 0.01, draw)) == 7
+    assert index.find(varied(texts[7], 0.6, draw)) is None
+
+
+@pytest.mark.parametrize("rows_at_once", [7, 1000])
+def test_equal_groups_are_those_of_a_dictionary(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near, "PARTITION_ROWS", rows_at_once)
+    draw = np.random.default_rng(3)
+    keys, alive = draw.integers(0, 25, 60).astype(np.uint64), draw.random(60) < 0.8
+    expected: dict[int, list[int]] = {}
+    for row in np.flatnonzero(alive).tolist():
+        expected.setdefault(int(keys[row]), []).append(row)
+    found = [
+        part.tolist() for rows, begins in equal_groups(keys, alive) for part in np.split(rows, begins[1:])
+    ]  # fmt: skip
+    assert sorted(found) == sorted(group for group in expected.values() if len(group) > 1)
+    assert list(equal_groups(keys[:0], alive[:0])) == []
+
+
+@pytest.mark.parametrize("rows_at_once", [11, 1000])
+def test_join_is_that_of_all_pairs(rows_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near, "PARTITION_ROWS", rows_at_once)
+    monkeypatch.setattr(near, "PAIRS_AT_ONCE", 3)
+    draw = random.Random(4)
+    bases = [" ".join(f"word{draw.randrange(400)}" for _ in range(150)) for _ in range(12)]
+    texts = [varied(draw.choice(bases), draw.choice((0, 0.005, 0.01, 0.5)), draw) for _ in range(60)]
+    marks = signatures(words_of(texts))
+    bands = bands_of(marks)
+    alive = np.array([draw.random() < 0.9 for _ in texts])
+    # all pairs that share a band and are similar, joined
+    group = list(range(len(texts)))
+    for b in range(len(texts)):
+        for a in range(b):
+            if alive[a] and alive[b] and (bands[a] == bands[b]).any() and similarity(marks[a], marks[b]) >= 0.8:
+                group = [group[a] if g == group[b] else g for g in group]
+    firsts = [group.index(g) for g in group]
+    parent = memmap(tmp_path / "parent.npy", np.int64, (len(texts),))
+    parent[:] = np.arange(len(texts))
+    join_near(bands.T.copy(), marks, alive, parent, 0.8)
+    assert parent.tolist() == firsts
+    assert sum(first != row for row, first in enumerate(firsts)) > 10
+    assert np.array_equal(roots(parent, np.arange(len(texts))), parent)
+
+
+def test_a_bucket_of_unlike_rows_finds_the_like_ones() -> None:
+    rows = np.random.default_rng(5).integers(0, 2**16, (3, 128)).astype(np.uint16)
+    marks = rows[[0, 1, 2, 1, 0, 2, 2]]
+    parent = np.arange(7)
+    join_near(np.zeros((1, 7), np.uint64), marks, np.ones(7, bool), parent, 0.9)
+    assert parent.tolist() == [0, 1, 2, 1, 0, 2, 2]
+
+
+def test_contamination_says_which_words(tmp_path: Path) -> None:
+    question = "Which of the old towers on the left bank of the wide river is the tallest one today?"
+    (tmp_path / "set.txt").write_text(f"{question}\nIs a short question found?\nno\n")
+    sets = read_eval_sets([str(tmp_path / "set.txt")])
+    words = words_of(
+        ["nothing", f"So: {question.upper()}", "is a short question found", "is a short question found here"]
+    )
+    found = sets.find(words)
+    assert set(found) == {1, 2}
+    assert found[1] == (str(tmp_path / "set.txt"), " ".join(question.upper().split()[:13]))
+    assert read_eval_sets([]).find(words) == {}
+
+
+def test_the_coarse_count() -> None:
+    turns = ["Hello. how are you? I am. (yes) it", "i'm. So i go", "", 'No faults. At all! "quoted." then I']
+    low, high = suspicious(turns).tolist()
+    assert low == [1, 2, 0, 1] and high == [1, 1, 0, 2]
+    assert suspicious([]).shape == (2, 0)

@@ -1,0 +1,396 @@
+"""Changed under one's feet: what a stage that goes on takes, what it refuses, and what it says of either."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.train.test_train import dpo_words, killed_at, quiet, words
+from zephyr_lite.config.load import load_config
+from zephyr_lite.data.templates import TEMPLATES
+from zephyr_lite.errors import UserError
+from zephyr_lite.io.run_dir import StageDir, newest_run
+from zephyr_lite.merge.command import run_merge
+from zephyr_lite.model import base as load
+from zephyr_lite.model.chain import chain_of_run
+from zephyr_lite.model.peft_io import read_adapter
+from zephyr_lite.train import setup
+from zephyr_lite.train.ground import StageComplete
+from zephyr_lite.train.sft import run_sft
+
+SETTINGS = {"batch_size": 2, "num_train_epochs": 1, "max_length": 64, "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def places(tiny_base, chat_rows, tmp_path_factory):
+    """A base, rows and held-out rows that tests may change, and a run that was killed and one that was finished."""
+    root = tmp_path_factory.mktemp("ground")
+    shutil.copytree(tiny_base, root / "base")
+    shutil.copy(chat_rows, root / "chat.jsonl")
+    shutil.copy(chat_rows, root / "held.jsonl")
+    with killed_at(2):
+        run_sft(load_config("sft", None, given(root)), say=quiet)
+    shutil.copytree(root / "run", root / "killed")
+    run_sft(load_config("sft", None, given(root)), say=quiet)
+    shutil.move(root / "run", root / "finished")
+    return root
+
+
+@pytest.fixture
+def place(places, tmp_path):
+    """A copy of it, whose ``run`` was killed."""
+    for name in ("base", "finished"):
+        shutil.copytree(places / name, tmp_path / name)
+    shutil.copytree(places / "killed", tmp_path / "run")
+    for name in ("chat.jsonl", "held.jsonl"):
+        shutil.copy(places / name, tmp_path / name)
+    for run in ("run", "finished"):  # as if it had been there from the beginning
+        for name in ("config.yaml", "stage.json"):
+            file = tmp_path / run / "sft" / name
+            file.write_text(file.read_text().replace(str(places), str(tmp_path)))
+    return tmp_path
+
+
+def given(root, **changes):
+    return words(
+        root / "base", root / "run", root / "chat.jsonl",
+        **{"eval_dataset.path": root / "held.jsonl", **SETTINGS, **changes},
+    )  # fmt: skip
+
+
+def opened(root, say=quiet, **changes):
+    return setup.open_stage("sft", load_config("sft", None, given(root, **changes)), say=say)
+
+
+def refused(root, **changes):
+    with pytest.raises(UserError) as error:
+        opened(root, **changes)
+    assert not isinstance(error.value, StageComplete)
+    return error.value.message
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+# What is refused
+
+
+def test_every_difference_is_shown_with_old_and_new(place):
+    weights = load_file(place / "base" / "model.safetensors")
+    save_file({k: v + 1 for k, v in weights.items()}, place / "base" / "model.safetensors", metadata={"format": "pt"})
+    edit(place / "run" / "sft" / "stage.json", adapters=[{"path": "zero/adapter", "sha256": "ab" * 32}])
+    message = refused(place, learning_rate=1e-4, lora_alpha=4, lora_target_modules="[q_proj]", eval_steps=1)
+    lines = message.splitlines()
+    assert lines[0] == f"{place / 'run' / 'sft'}: was started on something else than this:"
+    assert lines[1:4] == [
+        "  lora_alpha: 8.0 then, 4.0 now",
+        "  lora_target_modules: 'all-linear' then, ['q_proj'] now",
+        "  learning_rate: 0.005 then, 0.0001 now",
+    ]
+    assert re.fullmatch(rf"  other weights of {place / 'base'}: [0-9a-f]{{12}} then, [0-9a-f]{{12}} now", lines[4])
+    assert lines[5] == "  an adapter below it was changed or replaced: zero/adapter (abababababab) then, none now"
+    assert len(lines) == 6  # eval_steps may change
+
+
+def test_other_weights_in_the_same_place(place):
+    weights = load_file(place / "base" / "model.safetensors")
+    save_file({k: v + 1 for k, v in weights.items()}, place / "base" / "model.safetensors", metadata={"format": "pt"})
+    assert re.search(r"other weights of .*/base: [0-9a-f]{12} then, [0-9a-f]{12} now", refused(place))
+
+
+def test_rows_that_were_removed(place):
+    file = place / "chat.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    message = refused(place)
+    assert "other rows than these:\n    rows read: 8 then, 7 now\n    kept: 8 then, 7 now" in message
+    assert "tokens: " in message and "chat template" not in message and "tokenizer" not in message
+
+
+def test_rows_that_were_edited_without_another_count(place):
+    file = place / "chat.jsonl"
+    file.write_text(file.read_text().replace("Seven minutes", "Three minutes"))
+    assert "other rows than these:" in refused(place)
+    file.write_text(
+        file.read_text().replace("Three minutes for a soft yolk, ten", "Seven minutes for a soft yolk, ten")
+    )
+    opened(place)
+    file.write_text(file.read_text().replace("a", "b", 0).replace("the Nile and the Amazon", "the Amazon and the Nile"))
+    assert re.search(r"as many rows and tokens, other content: \w{12} then, \w{12} now", refused(place))
+
+
+def test_another_template_and_another_tokenizer_are_named(place):
+    opened(place, chat_template="zephyr")  # what auto took
+    (place / "mine.jinja").write_text(TEMPLATES["zephyr"].replace("<|user|>", "<|human|>"))
+    message = refused(place, chat_template=place / "mine.jinja")
+    assert f"chat_template: 'zephyr' then, '{place / 'mine.jinja'}' now" in message
+    assert re.search(r"chat template: \w{12} then, \w{12} now", message) and "tokenizer:" not in message
+    file = place / "base" / "tokenizer.json"
+    told = json.loads(file.read_text())
+    told["model"]["merges"] = told["model"]["merges"][:-20]
+    file.write_text(json.dumps(told))
+    message = refused(place, chat_template="zephyr")
+    assert re.search(r"    tokenizer: \w{12} then, \w{12} now", message) and "chat template:" not in message
+
+
+def test_without_its_configuration_nobody_knows(place):
+    (place / "run" / "sft" / "config.yaml").unlink()
+    assert "config.yaml: is missing" in refused(place)
+
+
+def test_a_key_of_another_version(place):
+    file = place / "run" / "sft" / "config.yaml"
+    file.write_text(file.read_text() + "dropconnect: 0.1\n")
+    assert "dropconnect: 0.1 then, no such key now" in refused(place)
+    old = yaml.safe_load(file.read_text())
+    del (
+        old["dropconnect"],
+        old["sync"],
+        old["bnb_4bit_use_double_quant"],
+    )  # of an earlier version: the default's meaning
+    for spec in old["dataset"]:
+        del spec["test_size"], spec["part"]
+    file.write_text(yaml.safe_dump(old))
+    opened(place)
+
+
+# What goes on
+
+
+def test_what_may_change_is_said_in_one_line_and_kept(place):
+    said = []
+    run_sft(load_config("sft", None, given(place, eval_steps=1, logging_steps=2)), say=said.append)
+    line = "eval_steps: 2 then, 1 now; logging_steps: 1 then, 2 now"
+    assert f"changed since this stage was last worked on: {line}" in said
+    (entry,) = StageDir(place / "run" / "sft").info()["resumed"]
+    assert entry["step"] == 2 and entry["changed"] == line.split("; ") and entry["machine"]["device"] and entry["at"]
+    assert read_adapter(place / "run" / "sft" / "adapter").sha256 == _of_the_finished(place)
+
+
+def _of_the_finished(place):
+    return read_adapter(place / "finished" / "sft" / "adapter").sha256
+
+
+def test_the_same_things_elsewhere_are_the_same(place):
+    for name in ("base", "chat.jsonl", "held.jsonl"):
+        shutil.move(place / name, place / f"moved-{name}")
+    said = []
+    moved = {
+        "model_name_or_path": place / "moved-base", "dataset.path": place / "moved-chat.jsonl",
+        "eval_dataset.path": place / "moved-held.jsonl",
+    }  # fmt: skip
+    run_sft(load_config("sft", None, given(place, **moved)), say=said.append)
+    (line,) = [line for line in said if line.startswith("changed since")]
+    assert f"model_name_or_path: '{place / 'base'}' then, '{place / 'moved-base'}' now (the same content)" in line
+    assert "dataset: " in line and "do not count" not in str(said)
+    assert read_adapter(place / "run" / "sft" / "adapter").sha256 == _of_the_finished(place)
+    assert StageDir(place / "run" / "sft").info()["base"]["name_or_path"] == str(
+        place / "moved-base"
+    )  # merge looks there
+    for name in ("base", "chat.jsonl", "held.jsonl"):  # and back
+        shutil.move(place / f"moved-{name}", place / name)
+    with pytest.raises(StageComplete):
+        opened(place)
+
+
+def test_a_finished_stage_with_other_rows_elsewhere_is_not_passed_over(place):
+    shutil.rmtree(place / "run")
+    shutil.move(place / "finished", place / "run")
+    with pytest.raises(StageComplete):
+        opened(place)
+    (place / "other.jsonl").write_text("".join((place / "chat.jsonl").read_text().splitlines(keepends=True)[2:]))
+    message = refused(place, **{"dataset.path": place / "other.jsonl"})
+    assert "was finished on something else than this" in message and "rows read: 8 then, 6 now" in message
+
+
+def test_other_held_out_rows_forget_the_best(place):
+    stage = opened(place)
+    assert not stage.forget_best
+    said = []
+    held = place / "held.jsonl"
+    held.write_text("".join(held.read_text().splitlines(keepends=True)[2:]))
+    assert opened(place, said.append).forget_best and any("do not count for the best" in line for line in said)
+    assert not opened(place).forget_best  # they are the rows of before now
+    info = place / "run" / "sft" / "stage.json"
+    told = json.loads(info.read_text())
+    del told["eval_data"]  # of an earlier version
+    info.write_text(json.dumps(told))
+    assert not opened(place).forget_best
+    info.write_text(json.dumps(told))
+    shutil.copy(held, place / "else.jsonl")
+    assert opened(place, **{"eval_dataset.path": place / "else.jsonl"}).forget_best
+
+
+def test_other_libraries_are_said_once(place, monkeypatch):
+    plain = setup.versions()
+    python = "3.99.1"
+    monkeypatch.setattr(setup, "versions", lambda: {**plain, "torch": "9.9.0", "python": python, "datasets": "0.1"})
+    said = []
+    opened(place, said.append)
+    (line,) = [line for line in said if "not bit for bit" in line]
+    assert f"torch {plain['torch']} then, 9.9.0 now" in line and " then, 3.99 now" in line and "datasets" not in line
+    said.clear()
+    python = "3.99.2"
+    opened(place, said.append)
+    assert not [line for line in said if "not bit for bit" in line]
+    entries = StageDir(place / "run" / "sft").info()["resumed"]
+    assert [entry["versions"]["torch"] for entry in entries] == ["9.9.0", "9.9.0"] and entries[1]["changed"] == []
+
+
+def test_another_device_is_planned_for_anew(place, monkeypatch):
+    plain = setup.machine_now
+    monkeypatch.setattr(setup, "machine_now", lambda dtype: {**plain(dtype), "device": "cuda", "processor": "a card"})
+    said = []
+    opened(place, said.append)
+    assert any("this is another kind of device" in line for line in said)
+    assert any("device cpu then, cuda now; processor" in line and "a card now" in line for line in said)
+
+
+def test_fewer_cores_than_threads_are_said_and_the_plan_stays(place, monkeypatch):
+    info = StageDir(place / "run" / "sft").info()
+    info["plan"]["threads"] = 3
+    StageDir(place / "run" / "sft").write_info(info)
+    monkeypatch.setattr(setup, "cores", lambda: 2)
+    said = []
+    threads = torch.get_num_threads()
+    try:
+        stage = opened(place, said.append)
+        assert stage.plan.threads == 3 and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert any("computes with 3 threads, and there are 2 cores here" in line for line in said)
+
+
+def test_a_stage_of_an_earlier_version_goes_on(place):
+    file = place / "run" / "sft" / "stage.json"
+    told = json.loads(file.read_text())
+    for key in ("format", "id", "machine", "eval_data"):
+        told.pop(key)
+    told["data"] = {k: v for k, v in told["data"].items() if not k.endswith("sha256")}
+    told["base"]["fingerprint"] = load._fingerprint_of_files(place / "base")
+    file.write_text(json.dumps(told))
+    opened(place)
+    info = StageDir(place / "run" / "sft").info()
+    assert info["format"] == 1 and len(info["id"]) == 32
+
+
+def test_the_stages_of_a_run_share_its_id(place, pair_rows):
+    shutil.rmtree(place / "run")
+    shutil.move(place / "finished", place / "run")
+    loaded = load_config("dpo", None, dpo_words(place / "base", place / "run", pair_rows))
+    dpo = setup.open_stage("dpo", loaded, say=quiet)
+    assert dpo.info["id"] == StageDir(place / "run" / "sft").info()["id"]
+
+
+# A stage.json that no run wrote
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("base", None, "has no 'base.name_or_path'"),
+        ("base", [], "'base' is [], and has to be an object"),
+        ("base", {"name_or_path": "x"}, "has no 'base.fingerprint'"),
+        ("base", {"name_or_path": "x", "fingerprint": 7}, "'base.fingerprint' is 7, and has to be text"),
+        (
+            "adapters",
+            {"path": "x"},
+            "'adapters' is {'path': 'x'}, and has to be a list of objects with path and sha256",
+        ),
+        ("adapters", ["x"], "'adapters' is ['x'], and has to be a list of objects"),
+        ("data", 3, "'data' is 3, and has to be an object"),
+        ("data", {}, "has no 'data.fingerprint'"),
+        ("plan", "auto", "'plan' is 'auto', and has to be an object"),
+        ("plan", {"micro_tokens": 5}, "its plan is none of this version's"),
+        ("plan", {"micro_tokens": "5", "keep": ["all", "all"]}, "its plan holds what no plan holds"),
+        ("plan", {"micro_tokens": 64, "keep": 5}, "its plan is none of this version's"),
+        ("plan", {"micro_tokens": 64, "keep": ["all"]}, "its plan is for 1 layers, and the base has 2"),
+        ("method", "ppo", "'method' is 'ppo', and has to be sft or dpo"),
+        ("versions", {"torch": 2.1}, "'versions' is {'torch': 2.1}, and has to be names and texts"),
+        ("resumed", [1], "'resumed' is [1], and has to be a list of objects"),
+        ("format", "1", "'format' is '1', and has to be an integer"),
+        ("format", 2, "has format 2, and this version knows formats up to 1 (zephyr-lite"),
+        ("status", 1, "'status' is 1, and has to be text"),
+    ],
+)
+def test_what_no_run_writes_is_named(place, key, value, message):
+    edit(place / "run" / "sft" / "stage.json", **{key: value})
+    assert f"{place / 'run' / 'sft' / 'stage.json'}: {message}" in refused(place)
+
+
+def test_a_broken_file_of_another_run_is_in_nobodys_way(place):
+    for name, text in (("x", "{"), ("y", "[]"), ("z", '{"status": "complete"}')):
+        (place / name / "sft").mkdir(parents=True)
+        (place / name / "sft" / "stage.json").write_text(text)
+    shutil.rmtree(place / "z")
+    assert newest_run(place, stage_complete="sft") == place / "finished"
+    assert chain_of_run(runs_root=place).run == place / "finished"
+    (place / "finished" / "dpo").mkdir()
+    (place / "finished" / "dpo" / "stage.json").write_text("{")
+    assert chain_of_run(place / "finished", stage="sft").stage == "sft"
+    with pytest.raises(UserError, match=r"dpo/stage.json: not readable as JSON"):  # it may be the one that is meant
+        chain_of_run(place / "finished")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("own", None, "has no 'own'"),
+        ("own", {"path": "../../x\0", "sha256": "a"}, "an adapter has no path or no sha256"),
+        ("own", {"path": 3, "sha256": "a"}, "an adapter has no path or no sha256"),
+        ("adapters", None, "has no 'adapters'"),
+        ("adapters", [{"path": "x"}], "an adapter has no path or no sha256"),
+        ("base", {}, "has no 'base.name_or_path'"),
+    ],
+)
+def test_a_chain_of_what_no_run_writes(place, key, value, message):
+    file = place / "finished" / "sft" / "stage.json"
+    if value is None:
+        told = json.loads(file.read_text())
+        del told[key]
+        file.write_text(json.dumps(told))
+    else:
+        edit(file, **{key: value})
+    with pytest.raises(UserError, match=re.escape(message)):
+        chain_of_run(place / "finished")
+
+
+@pytest.mark.parametrize("what", ["chat template", "tokenizer"])
+def test_a_stage_is_rendered_as_the_one_below_it_was(place, pair_rows, what):
+    """Its template and its tokenizer are files beside its adapter, and may be damaged so that they can still be read."""
+    adapter = place / "finished" / "sft" / "adapter"
+    if what == "tokenizer":
+        file = adapter / "tokenizer.json"
+        told = json.loads(file.read_text())
+        told["model"]["merges"].pop()
+        file.write_text(json.dumps(told))
+    else:
+        file = adapter / "chat_template.jinja"
+        file.write_text(file.read_text().replace("|>", ">"))
+    message = f"{re.escape(str(adapter))}: the {what} there is not the one that sft was trained with"
+    with pytest.raises(UserError, match=message):
+        run_merge(place / "out", run=place / "finished", check=False, say=quiet)
+    loaded = load_config("dpo", None, dpo_words(place / "base", place / "finished", pair_rows))
+    with pytest.raises(UserError, match=message):
+        setup.open_stage("dpo", loaded, say=quiet)
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", "seed: 1"])
+def test_what_a_stage_inherits_is_not_guessed(place, text):
+    """Without the configuration of the stage below, dpo would take the recipe's base, in 4 bits."""
+    file = place / "finished" / "sft" / "config.yaml"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(UserError, match=rf"{re.escape(str(file))}: (is missing|has no )"):
+        setup.resolve_run("dpo", None, [f"output_dir={place / 'finished'}"], say=quiet)
+
+
+@pytest.mark.parametrize("wrong", [{"lr_scheduler_type": "cosinus"}, {"report_to": "nobody"}])
+def test_what_is_wrong_is_said_before_the_base_is_read(tiny_base, chat_rows, tmp_path, monkeypatch, wrong):
+    monkeypatch.setattr("zephyr_lite.train.setup.fetch_base", lambda *a, **k: pytest.fail("the base was looked for"))
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **wrong)), say=lambda line: None)
+    assert not (tmp_path / "r").exists()

@@ -1,0 +1,234 @@
+"""The optimizer's state: there before the first step, put back in place, the same bits."""
+
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.train.test_train import killed_at, quiet, words
+from zephyr_lite.config.load import RunConfig, load_config
+from zephyr_lite.errors import UserError
+from zephyr_lite.io.run_dir import StageDir
+from zephyr_lite.train import optim as optim_file
+from zephyr_lite.train.checkpoint import Checkpoint
+from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.optim import make_optimizer, make_scheduler, restore_state
+from zephyr_lite.train.setup import open_stage
+from zephyr_lite.train.sft import SftTask, run_sft
+
+KINDS = ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+def parameters(seed=0):
+    """A tensor that bitsandbytes keeps in 8 bits, one of a ragged last block, one that it keeps in 32, a scalar's."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"a": (64, 128), "b": (70, 77), "c": (4, 33), "d": (1,)}
+    return {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
+
+
+def train(optimizer, named, steps, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for parameter in named.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def tensors(optimizer):
+    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "rising"), [({"warmup_steps": 7}, 7), ({"warmup_ratio": 0.1}, 2), ({"warmup_ratio": 0}, 0)]
+)
+def test_the_learning_rate_rises_for_so_many_steps(keys, rising):
+    config = RunConfig(learning_rate=0.7, lr_scheduler_type="constant_with_warmup", **keys)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    scheduler = make_scheduler(config, optimizer, 20)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.7 * step / rising for step in range(rising)] + [0.7] * (20 - rising))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_is_there_before_the_first_step_and_no_step_adds_to_it(kind):
+    named = parameters()
+    optimizer = make_optimizer(RunConfig(optim=kind, learning_rate=1e-2), named)
+    assert list(optimizer.state) == list(named.values())
+    before = tensors(optimizer)
+    places = [t.data_ptr() for t in before]
+    assert not any(
+        t.any() for s in optimizer.state.values() for k, t in s.items() if k in ("state1", "exp_avg", "absmax1")
+    )
+    train(optimizer, named, 2)
+    after = tensors(optimizer)
+    assert [t.data_ptr() for t in after] == places and all(a is b for a, b in zip(after, before))
+    eight = {s["state1"].dtype for s in optimizer.state.values() if "state1" in s}
+    assert eight == ({torch.uint8, torch.float32} if "8bit" in kind else set())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_allocating_ahead_changes_no_bit(kind):
+    """Against the same optimizer whose first step makes its own state."""
+    ours, theirs = parameters(), parameters()
+    first = make_optimizer(RunConfig(optim=kind, learning_rate=1e-2), ours)
+    second = make_optimizer(RunConfig(optim=kind, learning_rate=1e-2), theirs)
+    second.state.clear()
+    for optimizer, named in ((first, ours), (second, theirs)):
+        train(optimizer, named, 3)
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    for mine, other in zip(first.state.values(), second.state.values()):
+        assert mine.keys() == other.keys()
+        for key, value in mine.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_is_put_back_goes_into_the_place_that_is_there(kind):
+    """So that paged memory stays paged, nothing is there twice, and training goes on to the same bits."""
+    config = RunConfig(optim=kind, learning_rate=1e-2)
+    named = parameters()
+    optimizer = make_optimizer(config, named)
+    train(optimizer, named, 3)
+    saved = [
+        {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state[p].items()}
+        for p in named.values()
+    ]
+    groups = json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
+    groups[0]["lr"] = 3e-3
+    groups[0]["fused"] = None  # a checkpoint of another version: how it is computed is not its to say
+    again = parameters()
+    for name, parameter in again.items():
+        parameter.data.copy_(named[name].data)
+    fresh = make_optimizer(config, again)
+    fused = fresh.param_groups[0].get("fused")
+    places = tensors(fresh)
+    places[0].is_paged = True
+    restore_state(fresh, saved, groups)
+    assert all(a is b for a, b in zip(tensors(fresh), places, strict=True)) and tensors(fresh)[0].is_paged
+    assert fresh.param_groups[0]["lr"] == 3e-3 and fresh.param_groups[0]["betas"] == (0.9, 0.999)
+    assert fresh.param_groups[0].get("fused") == fused
+    places[0].is_paged = False
+    optimizer.param_groups[0]["lr"] = 3e-3
+    train(optimizer, named, 2, seed=5)
+    train(fresh, again, 2, seed=5)
+    assert all(torch.equal(named[n], again[n]) for n in named)
+
+
+def test_another_optimizers_state_is_refused():
+    named = parameters()
+    states = {k: make_optimizer(RunConfig(optim=k), named) for k in ("adamw_torch", "adamw_8bit")}
+    groups = states["adamw_8bit"].state_dict()["param_groups"]
+    eight = [dict(states["adamw_8bit"].state[p]) for p in named.values()]
+    with pytest.raises(ValueError, match=r"it has absmax1, .*; this one exp_avg"):
+        restore_state(states["adamw_torch"], eight, groups)
+    with pytest.raises(ValueError, match="tensors in"):
+        restore_state(states["adamw_8bit"], eight[:-1], groups)
+    eight[0]["absmax1"] = eight[0]["absmax1"][:-1]
+    with pytest.raises(ValueError, match=r"its absmax1 is torch\.float32"):
+        restore_state(states["adamw_8bit"], eight, groups)
+
+
+def test_a_parameter_that_the_checkpoint_knows_nothing_of_keeps_its_fresh_state():
+    """An adapter's side that no gradient reached had no state before it was allocated ahead."""
+    named = parameters()
+    optimizer = make_optimizer(RunConfig(), named)
+    saved = [{k: v.clone() + 1 for k, v in optimizer.state[p].items()} for p in named.values()]
+    restore_state(optimizer, [saved[0], {}, *saved[2:]], optimizer.state_dict()["param_groups"])
+    steps = [state["step"].item() for state in optimizer.state.values()]
+    assert steps == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_every_kind_goes_on_to_the_same_bits(tiny_base, chat_rows, tmp_path, kind):
+    settings = {"optim": kind, "lora_r": 64, "lora_dropout": 0, "load_in_4bit": "false", "save_steps": 1}
+    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
+    loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **settings))
+    with killed_at(2):
+        run_sft(loaded, say=quiet)
+    stage = open_stage("sft", loaded, say=quiet, claim=False)
+    loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage, quiet), stage.plan, say=quiet)
+    places = tensors(loop.optimizer)
+    folder = stage.dir.checkpoints()[-1]
+    loop._checkpoint().read(folder)
+    assert all(a is b for a, b in zip(tensors(loop.optimizer), places, strict=True))
+    assert {int(s["step"]) for s in loop.optimizer.state.values()} == {2}
+    run_sft(loaded, say=quiet)
+    shas = [StageDir(tmp_path / n / "sft").info()["adapter_sha256"] for n in ("whole", "r")]
+    assert shas[0] == shas[1]
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tiny_base, chat_rows, tmp_path):
+    settings = {"load_in_4bit": "false", "save_steps": 1}
+    loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **settings))
+    with killed_at(1):
+        run_sft(loaded, say=quiet)
+    stage = open_stage("sft", loaded, say=quiet, claim=False)
+    loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage, quiet), stage.plan, say=quiet)
+    other = make_optimizer(stage.config.model_copy(update={"optim": "adamw_8bit"}), loop.parameters)
+    checkpoint = Checkpoint(loop.stack, loop.parameters, other, loop.scheduler, loop.scaler)
+    with pytest.raises(UserError, match="holds another optimizer's state"):
+        checkpoint.read(stage.dir.checkpoints()[-1])
+
+
+def test_the_fused_adamw_is_the_plain_one():
+    """Loshchilov & Hutter's equations, in torch's loop over parameters and in float64."""
+    config = RunConfig(learning_rate=1e-3, weight_decay=0.01)
+    found, plain, exact = parameters(), parameters(), {n: p.detach().double() for n, p in parameters().items()}
+    exact = {n: torch.nn.Parameter(p) for n, p in exact.items()}
+    kwargs = {"lr": 1e-3, "weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
+    train(make_optimizer(config, found), found, 50)
+    train(torch.optim.AdamW(plain.values(), foreach=False, **kwargs), plain, 50)
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(exact.values(), foreach=False, **kwargs)
+    for _ in range(50):
+        for parameter in exact.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).double()
+        optimizer.step()
+    for name, value in exact.items():
+        wrong = [(p[name].double() - value).norm() / value.norm() for p in (found, plain)]
+        assert wrong[0] < 1e-5 and wrong[0] < 2 * wrong[1] + 1e-8, name
+
+
+def test_the_fused_adamw_gives_the_same_bits_for_any_number_of_threads():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            named = {"a": torch.nn.Parameter(torch.randn(301, 333, generator=torch.Generator().manual_seed(0)))}
+            train(make_optimizer(RunConfig(learning_rate=1e-3), named), named, 3)
+            results.append(named["a"].detach())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(r, results[0]) for r in results[1:])
+
+
+def test_a_state_that_does_not_fit_is_said_before_anything_runs():
+    class Full(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "zeros" in str(func):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+            return func(*args, **(kwargs or {}))
+
+    with (
+        Full(),
+        pytest.raises(UserError, match=r"optim adamw_torch: its state for 13,715 trained.*\n.*paged_adamw_8bit"),
+    ):
+        make_optimizer(RunConfig(), parameters())
+
+
+def test_managed_state_that_neither_card_nor_host_can_hold_is_said(monkeypatch):
+    """bitsandbytes would end the process."""
+    monkeypatch.setattr(optim_file, "main_memory", lambda: 2**30)
+    optim_file._room_for_managed("paged_adamw_32bit", [2**27], free=0)
+    with pytest.raises(UserError, match=r"takes 1.25 GiB, and the card has 0.12 GiB free, main memory 1.00"):
+        optim_file._room_for_managed("paged_adamw_32bit", [2**27, 2**25], free=2**27)
+    optim_file._room_for_managed("paged_adamw_8bit", [2**27, 2**25], free=2**27)
+    optim_file._room_for_managed("adamw_torch", [2**40], free=0)  # not managed: its allocation fails by itself

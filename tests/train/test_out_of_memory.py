@@ -1,0 +1,539 @@
+"""Never out of memory: whichever allocation of a step fails, the step is redone and equals the undisturbed one."""
+
+import gc
+import json
+import weakref
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.optim.optimizer import Optimizer2State
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from tests.conftest import make_model, make_tokenizer
+from tests.numeric import apart
+from tests.train.test_train import dpo_words, killed_at, metrics, quiet, words
+from zephyr_lite.config.load import load_config
+from zephyr_lite.errors import UserError
+from zephyr_lite.io.run_dir import StageDir
+from zephyr_lite.memory.plan import Plan
+from zephyr_lite.model.activation_offload import LockRefused, Offload
+from zephyr_lite.model.decoder import Decoder
+from zephyr_lite.model.weight_streaming import StreamedBase
+from zephyr_lite.train.dpo import DpoTask
+from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.oom import Guard
+from zephyr_lite.train.setup import open_stage
+from zephyr_lite.train.sft import SftTask, run_sft
+
+STEP = 3
+
+
+class Fails(TorchDispatchMode):
+    """Counts operations whose result has memory of its own, and refuses it to some of them.
+
+    Args:
+        at: which allocation fails, from 1; 0: none.
+        times: how often; the count begins anew after each.
+    """
+
+    def __init__(self, at=0, times=1):
+        super().__init__()
+        self.at, self.times, self.count, self.failed = at, times, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if allocates(func) and (not self.at or self.failed < self.times):
+            self.count += 1
+            if self.count == self.at:
+                self.count, self.failed = 0, self.failed + 1
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate for {func} (a test)")
+        return result
+
+
+@cache
+def allocates(func):
+    """Whether its result has memory of its own: it is a tensor that its schema does not call a view or an argument."""
+    returns = func._schema.returns
+    fresh = [r for r in returns if "Tensor" in str(r.type) and r.alias_info is None]
+    return bool(fresh) and func is not torch.ops.aten._unsafe_view.default
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_model(intermediate_size=64).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def opened(base, chat_rows, pair_rows, tmp_path):
+    """(method, tokens at once, what layers keep, settings) → a loop whose adapter is as after some training: B is not zero."""
+
+    def make(method, tokens, keep, **changes):
+        settings = {
+            "lora_r": 2, "lora_target_modules": "[q_proj, down_proj]", "max_length": 80, "batch_size": 2,
+            "adapters": "none", "load_in_4bit": "false", "warmup_ratio": 0, "lora_dropout": 0,
+            "learning_rate": 5e-4,  # Adam's first step is lr · sign(g): a g that rounds to the other side of 0 moves it twice
+            **changes,
+        }  # fmt: skip
+        named = words if method == "sft" else dpo_words
+        rows = chat_rows if method == "sft" else pair_rows
+        stage = open_stage(method, load_config(method, None, named(base, tmp_path / "r", rows, **settings)), say=quiet)
+        generator = torch.Generator().manual_seed(3)
+        for parameter in stage.stack.parameters().values():
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        task = SftTask(stage, quiet) if method == "sft" else DpoTask(stage, quiet)
+        plan = Plan(tokens, keep, threads=torch.get_num_threads())
+        return Loop(stage.config, stage.dir, stage.stack, task, plan, say=quiet)
+
+    return make
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Collecting cycles takes a quarter of a second with all these libraries; that there are none is a test of its own."""
+    monkeypatch.setattr("zephyr_lite.train.oom.gc.collect", lambda: 0)
+
+
+class Again:
+    """Runs a step of a loop over and over, each time from the same beginning."""
+
+    def __init__(self, loop):
+        self.loop, self.plan = loop, loop.plan
+        self.adapter = {n: p.detach().clone() for n, p in loop.parameters.items()}
+        self.state = [{k: torch.as_tensor(v).clone() for k, v in s.items()} for s in loop.optimizer.state.values()]
+        self.schedule = loop.scheduler.state_dict().copy()
+        self.rates = [group["lr"] for group in loop.optimizer.param_groups]
+
+    def reset(self):
+        with torch.no_grad():
+            for name, parameter in self.loop.parameters.items():
+                parameter.copy_(self.adapter[name])
+                parameter.grad = None
+            for state, then in zip(self.loop.optimizer.state.values(), self.state):
+                for key, value in then.items():
+                    state[key] = value.clone() if isinstance(state[key], torch.Tensor) else value.item()
+        self.loop.scheduler.load_state_dict(self.schedule.copy())
+        for group, rate in zip(self.loop.optimizer.param_groups, self.rates):
+            group["lr"] = rate
+        self.loop.task.follow(self.plan)
+
+    def run(self, fails=None, steps=1):
+        """(metrics, gradients as the update gets them, adapter) after so many steps; the first of them under ``fails``."""
+        self.reset()
+        grads = {}
+
+        def update(step):
+            with _disable_current_modes():  # these copies are the test's own
+                grads.update({(step, n): p.grad.clone() for n, p in self.loop.parameters.items()})
+            type(self.loop)._update(self.loop, step)
+
+        self.loop._update = update
+        with fails or Fails():
+            found, *_ = self.loop._step(STEP)
+        for more in range(1, steps):
+            found, *_ = self.loop._step(STEP + more)
+        del self.loop._update
+        return found, grads, {n: p.detach().clone() for n, p in self.loop.parameters.items()}
+
+
+def assert_equal(found, wanted):
+    for name, value in wanted[0].items():
+        assert found[0][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    for mine, whole in zip(found[1:], wanted[1:]):
+        assert mine.keys() == whole.keys()
+        for name, value in whole.items():
+            assert value.norm() > 0 and apart(mine[name], value) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens", "keep", "targets"),
+    [("sft", 60, ("input", "all"), "[q_proj, down_proj]"), ("dpo", 150, ("all", "attention"), "[v_proj]")],
+)
+def test_whichever_allocation_of_a_step_fails_the_step_is_the_same(opened, at_once, method, tokens, keep, targets):
+    """Forward, backward, norm, clipping, update: every ninth of them, and the last."""
+    again = Again(opened(method, tokens, keep, lora_target_modules=targets))
+    count = Fails()
+    wanted, after_two = again.run(count), again.run(steps=2)
+    assert 150 < count.count < 600
+    for n in [*range(1, count.count, 9), count.count]:
+        fails = Fails(n)
+        assert_equal(again.run(fails), wanted)
+        assert fails.failed and again.loop.plan != again.plan, n
+        if n % 90 == 1:
+            assert_equal(again.run(Fails(n), steps=2), after_two)
+    unhurt = Fails(count.count + 1)
+    again.run(unhurt)
+    assert not unhurt.failed and again.loop.plan == again.plan
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_what_fails_again_gets_ever_smaller_and_drops_the_same(opened, at_once, method):
+    """Dropout is a function of the step's number; NF4's scratch is emptied on the way."""
+    settings = {"lora_dropout": 0.2, "load_in_4bit": "true", "batch_size": 3, "lora_target_modules": "[v_proj]"}
+    again = Again(opened(method, 250, ("all", "all"), **settings))
+    count = Fails()
+    wanted = again.run(count)
+    other = again.loop.gradients(STEP + 1)[0]["loss"]
+    assert other != pytest.approx(wanted[0]["loss"], rel=1e-3)
+    for n in range(5, count.count, count.count // 5):
+        fails = Fails(n, times=4)
+        assert_equal(again.run(fails), wanted)
+        assert fails.failed == 4, n
+
+
+@pytest.mark.parametrize(("load_in_4bit", "plan"), [("false", {"offload": 2, "tile": 16}), ("true", {"stream": True})])
+def test_what_was_on_its_way_from_the_host_or_to_it_is_redone_too(opened, at_once, load_in_4bit, plan):
+    """A pass that failed leaves layers' tensors on their way, and weights in half of a buffer; the next must not meet them."""
+    loop = opened("sft", 60, ("input", "all"), load_in_4bit=load_in_4bit)
+    loop.task.follow(replace(loop.plan, **plan))
+    again = Again(loop)
+    count = Fails()
+    wanted = again.run(count)
+    for n in range(3, count.count, count.count // 8):
+        fails = Fails(n, times=2)
+        assert_equal(again.run(fails), wanted)
+        assert fails.failed == 2 and all(getattr(loop.plan, name) == value for name, value in plan.items())
+
+
+def test_float16_unscales_a_redone_step_once(opened, at_once):
+    """The scaler refuses to unscale twice, and a step that was unscaled in part must not be."""
+    loop = opened("sft", 60, ("all", "all"), dtype="float16")
+    loop.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    again = Again(loop)
+    count = Fails()
+    wanted = again.run(count)
+    for n in range(count.count, count.count - 16, -1):  # norm, unscaling and what is before them
+        found = again.run(Fails(n))
+        assert loop.scaler.get_scale() == 2.0**10
+        for name, value in wanted[2].items():
+            assert apart(found[2][name], value) < 1e-3, (n, name)
+
+
+def test_the_update_allocates_nothing_with_adamw_torch(opened):
+    loop = opened("sft", 500, ("all", "all"), lora_r=16)
+    loop.prepare(0)
+    with Fails() as count:
+        loop._update(0)
+    assert count.count == 0
+    assert all(state["step"] == 1 for state in loop.optimizer.state.values())
+
+
+def test_where_an_update_does_allocate_a_failure_in_it_ends_the_run_before_anything_is_written(
+    base, chat_rows, tmp_path, monkeypatch
+):
+    """bitsandbytes' 8-bit AdamW on a CPU: half of the adapter may have changed, and must not be gone on with."""
+    settings = {"optim": "adamw_8bit", "lora_r": 64, "load_in_4bit": "false", "save_steps": 1, "num_train_epochs": 1}
+    run_sft(load_config("sft", None, words(base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
+    plain, changed = Optimizer2State.update_step, []
+
+    def failing(self, group, parameter, gindex, pindex):
+        # the operation is one to a dispatch mode, which does not see what it allocates inside
+        if self.state[parameter]["step"] == 1:
+            if len(changed) == 5:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 KiB.")
+            changed.append(parameter)
+        plain(self, group, parameter, gindex, pindex)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimizer2State, "update_step", failing)
+        loaded = load_config("sft", None, words(base, tmp_path / "r", chat_rows, **settings))
+        with pytest.raises(
+            UserError, match=r"step 2: memory ran out while the adapter was being changed .*\n.*checkpoint"
+        ):
+            run_sft(loaded, say=quiet)
+    assert len(changed) == 5
+    assert [p.name for p in StageDir(tmp_path / "r" / "sft").checkpoints()] == ["checkpoint-1"]
+    run_sft(loaded, say=quiet)
+    shas = {n: StageDir(tmp_path / n / "sft").info()["adapter_sha256"] for n in ("whole", "r")}
+    assert shas["whole"] == shas["r"]
+
+
+def test_a_run_goes_on_under_the_smaller_plan_and_so_does_a_resumed_one(base, chat_rows, tmp_path, monkeypatch):
+    settings = {"load_in_4bit": "false", "save_steps": 1, "num_train_epochs": 2, "lora_dropout": 0.1}
+    run_sft(load_config("sft", None, words(base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
+    plain, said = SftTask.loss, []
+    most = 200
+
+    def cramped(self, examples, step, total):
+        tokens = sum(int(self.data.lengths[i]) for i in examples)
+        found = plain(self, examples, step, total)
+        if step >= 1 and tokens > most:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {tokens} KiB.")
+        return found
+
+    monkeypatch.setattr(SftTask, "loss", cramped)
+    loaded = load_config("sft", None, words(base, tmp_path / "r", chat_rows, **settings))
+    with killed_at(3):
+        run_sft(loaded, say=said.append)
+    shrunk = [line for line in said if "memory ran out" in line]
+    assert shrunk and "tokens at once instead of" in shrunk[0] and "Tried to allocate" in shrunk[0]
+    plan = StageDir(tmp_path / "r" / "sft").info()["plan"]
+    assert plan["micro_tokens"] <= most
+    said.clear()
+    run_sft(loaded, say=said.append)
+    assert not any("memory ran out" in line for line in said)
+    info = StageDir(tmp_path / "r" / "sft").info()
+    assert info["status"] == "complete" and info["plan"] == plan
+    assert metrics(tmp_path / "r" / "sft") == pytest.approx(metrics(tmp_path / "whole" / "sft"), rel=1e-4)
+    assert metrics(tmp_path / "r" / "sft", "eval_loss") == pytest.approx(
+        metrics(tmp_path / "whole" / "sft", "eval_loss"), rel=1e-4
+    )
+
+
+def test_an_example_that_fits_under_no_plan_is_named_and_nothing_is_changed(base, chat_rows, tmp_path, monkeypatch):
+    plain, tried = SftTask.loss, []
+
+    def cramped(self, examples, step, total):
+        found = plain(self, examples, step, total)
+        if step == 1:
+            tried.append((list(examples), self.stage.plan))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 KiB.")
+        return found
+
+    monkeypatch.setattr(SftTask, "loss", cramped)
+    settings = {"save_steps": 1, "lora_r": 2}
+    loaded = load_config("sft", None, words(base, tmp_path / "r", chat_rows, **settings))
+    with pytest.raises(UserError) as error:
+        run_sft(loaded, say=quiet)
+    last, plan = tried[-1]
+    assert len(last) == 1 and plan.keep == ("input", "input") and plan.scratch == "small" and not plan.offload
+    assert {len(examples) for examples, _ in tried} > {1}
+    stage = open_stage("sft", loaded, say=quiet, claim=False)
+    example = stage.data.examples[last[0]]
+    assert error.value.message.startswith(f"{example.where}: its {len(example.ids)} tokens do not fit")
+    assert "chat.jsonl" in example.where and "max_length (it is 128)" in error.value.hint
+    checkpoints = StageDir(tmp_path / "r" / "sft").checkpoints()
+    assert [p.name for p in checkpoints] == ["checkpoint-1"]
+    assert stage.plan == plan  # the next start begins with it
+    kept = words(base, tmp_path / "other", chat_rows, **settings, **{"memory.keep": "input"})
+    planned = open_stage("sft", load_config("sft", None, kept), say=quiet, claim=False).plan
+    assert plan.bytes_per_token == planned.bytes_per_token < planned.free_bytes and not plan.account
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("at", [0.3, 0.55, 0.8, 0.9])
+def test_the_failed_graph_is_gone_before_the_next_attempt(opened, at, held):
+    """An error's traceback holds its frames, and those the graph: then the second attempt has less room than the first.
+    Even where somebody else holds the error (a debugger, a logger)."""
+    loop = opened("sft", 150, ("all", "all"))
+    with Fails() as count:
+        loop.prepare(STEP)
+    alive, errors = [], []
+    loss, gradients = loop.task.loss, loop.gradients
+
+    def watched_loss(*args):
+        found = loss(*args)
+        alive.append(weakref.ref(found[0]))
+        return found
+
+    def watched_gradients(step):
+        try:
+            return gradients(step)
+        except torch.OutOfMemoryError as error:
+            errors.extend([error] if held else [])
+            raise
+
+    loop.task.loss, loop.gradients = watched_loss, watched_gradients
+    left = []
+    gc.disable()  # nothing may be left to chance here
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gc, "collect", lambda *a: left.append(sum(ref() is not None for ref in alive)))
+            with Fails(int(count.count * at)):
+                loop.prepare(STEP)
+    finally:
+        gc.enable()
+    assert left == [0] and len(alive) > 1 and len(errors) == int(held)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_an_evaluation_that_does_not_fit_is_split_and_what_is_done_stays(opened, at_once, method):
+    loop = opened(method, 150, ("all", "all"))
+    stage, task, plan = loop.task.stage, loop.task, loop.plan
+    with Fails() as count:
+        wanted = task.measure()
+    batches = []
+    plain = task._batch
+    task._batch = lambda data, examples: batches.append(list(examples)) or plain(data, examples)
+    for n in [*range(1, count.count, count.count // 8), count.count]:
+        task.follow(plan)
+        batches.clear()
+        with Fails(n) as fails:
+            found = task.measure()
+        assert fails.failed and stage.plan != plan
+        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5), n
+        tried = sorted(i for group in batches for i in group)
+        assert len(tried) - len(stage.eval_data.lengths) <= 3  # one group, and no other, ran twice
+    task.follow(replace(plan, reference="own"))
+    assert task.measure() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+def test_an_evaluation_obeys_the_plan_about_the_reference(opened, monkeypatch):
+    loop = opened("dpo", 150, ("all", "all"))
+    passes = []
+    for name in ("policy_and_reference", "token_logps"):
+        plain = getattr(Decoder, name)
+        monkeypatch.setattr(Decoder, name, lambda *a, _p=plain, _n=name, **k: passes.append(_n) or _p(*a, **k))
+    loop.task.measure()
+    assert set(passes) == {"policy_and_reference"}
+    passes.clear()
+    loop.task.follow(replace(loop.plan, reference="own"))
+    loop.task.measure()
+    assert set(passes) == {"token_logps"}
+
+
+def test_a_reference_that_does_not_fit_is_computed_in_smaller_groups(opened, at_once):
+    loop = opened("dpo", 250, ("all", "all"))
+    stage, task, plan = loop.task.stage, loop.task, loop.plan
+    stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": True})
+    with Fails() as count:
+        cache = task._fill_cache(quiet)
+    for n in range(2, count.count, count.count // 8):  # the first is the result's own, on the host
+        cache.path.unlink()
+        task.follow(plan)
+        with Fails(n) as fails:
+            again = task._fill_cache(quiet)
+        assert fails.failed and stage.plan.micro_tokens < plan.micro_tokens and stage.plan.reference == "together"
+        assert (again.sums - cache.sums).norm() <= 1e-5 * cache.sums.norm(), n
+
+
+def test_the_rehearsal_is_guarded_too(opened):
+    loop = opened("sft", 250, ("all", "all"))
+    assert len(loop.rehearse()[0]) > 2
+    with Fails(40, times=3):
+        groups = loop.rehearse()
+    lengths = loop.task.lengths()
+    assert groups[0] == [int(np.argmax(lengths))] and loop.plan.micro_tokens < 250
+    assert all(p.grad is None for p in loop.parameters.values())
+
+
+def test_a_rehearsal_has_the_gradients_that_a_later_micro_batch_finds(opened):
+    loop = opened("sft", 60, ("all", "all"))
+    found = []
+    plain = loop.task.loss
+
+    def watched(*args):
+        found.append({p.grad is not None for p in loop.parameters.values()})
+        return plain(*args)
+
+    loop.task.loss = watched
+    loop.rehearse()
+    loop.task.follow(replace(loop.plan, micro_tokens=10_000))
+    loop.rehearse()
+    assert found == [{True}, {False}]
+
+
+def test_only_a_run_writes_the_plan(opened):
+    """A dry run leaves nothing on the disk."""
+    loop = opened("sft", 150, ("all", "all"))
+    path = loop.stage.path / "stage.json"
+    before = path.read_text()
+    with Fails(30):
+        loop.prepare(0)
+    assert path.read_text() == before
+    loop.task.guard.record()
+    assert json.loads(path.read_text())["plan"] == loop.plan.as_dict()
+
+
+def test_other_errors_pass(opened):
+    loop = opened("sft", 150, ("all", "all"))
+    plan = loop.plan
+
+    def broken(*args):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    loop.task.loss = broken
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        loop.prepare(0)
+    assert loop.plan == plan
+
+
+def test_a_guard_that_was_told_nothing_says_so(opened):
+    guard = Guard(opened("sft", 150, ("all", "all")).task.stage, quiet)
+
+    def work():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(UserError, match="before anything was computed"):
+        guard(work)
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_locked_memory_that_is_refused_is_done_without(opened, monkeypatch, asked_for):
+    """The plan would offload, and the system lends no locked memory; who asked for it is told."""
+    fixed = {"memory.offload": True} if asked_for else {}
+    loop = opened("sft", 250, ("input", "input"), **fixed)
+    loop.gradients(0)
+    want = {n: p.grad.clone() for n, p in loop.parameters.items()}
+    loop.task.follow(replace(loop.plan, offload=2))
+    plain = Offload.put
+
+    def refused(self, layer, tensors):
+        if layer == 1:
+            raise LockRefused("0.00 GiB of main memory could not be locked")
+        return plain(self, layer, tensors)
+
+    monkeypatch.setattr(Offload, "put", refused)
+    loop.config.max_grad_norm = 1e9
+    if asked_for:
+        with pytest.raises(LockRefused):
+            loop.prepare(0)
+        return
+    loop.prepare(0)
+    assert loop.plan.offload == 0
+    for name, parameter in loop.parameters.items():
+        assert apart(parameter.grad, want[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize(("host", "offloads"), [("10MiB", True), ("1MiB", False), (None, True)])
+def test_what_the_host_cannot_spare_is_not_put_there(opened, monkeypatch, host, offloads):
+    loop = opened("sft", 50, ("input", "input"), **({"memory.host": host} if host else {}))
+    guard, stage = loop.task.guard, loop.task.stage
+    assert not guard._lends(1)  # a CPU has no host beside it
+    object.__setattr__(stage.base, "device", torch.device("cuda"))
+    monkeypatch.setattr("zephyr_lite.train.oom.main_memory", lambda: 12 * 2**20)
+    assert guard._lends(5 * 2**20) == offloads
+    guard._lockable = False
+    assert not guard._lends(1)
+
+
+@pytest.mark.parametrize("refuses", ["the lock", "the first buffers"])
+def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkeypatch, refuses):
+    """The rescue itself fails: in the middle of a step either the next smaller plan runs, or the example is named."""
+    loop = opened("sft", 250, ("input", "input"))
+    loop.config.max_grad_norm = 1e9
+    loop.gradients(0)
+    want = {n: p.grad.clone() for n, p in loop.parameters.items()}
+    monkeypatch.setattr(Guard, "_lends", lambda self, count: self._lockable)
+    plain, room, failed = SftTask.loss, StreamedBase._make_room, []
+
+    def full(self, examples, step, total):
+        if not self.stage.plan.stream and (len(examples) > 1 or refuses != "the lock"):
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+        return plain(self, examples, step, total)
+
+    def no_room(self):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+        return room(self)
+
+    def refused(count, device):
+        raise LockRefused("no main memory could be locked")
+
+    monkeypatch.setattr(SftTask, "loss", full)
+    if refuses == "the lock":
+        monkeypatch.setattr("zephyr_lite.model.weight_streaming.host_bytes", refused)
+    else:
+        monkeypatch.setattr(StreamedBase, "_make_room", no_room)
+        with pytest.raises(UserError, match="tokens do not fit into memory, alone"):
+            loop.prepare(0)  # there is nothing left to try; and everything is whole
+    loop.prepare(0)
+    assert loop.plan.stream == (refuses != "the lock")
+    for name, parameter in loop.parameters.items():
+        assert apart(parameter.grad, want[name]) < 1e-5, name

@@ -1,0 +1,305 @@
+"""Both stages end to end on a tiny model: the invariants of the loop, the reference, checkpoints and what is refused."""
+
+import json
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+import yaml
+
+from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config
+from zephyr_lite.errors import UserError
+from zephyr_lite.io.run_dir import StageDir
+from zephyr_lite.model.peft_io import read_adapter
+from zephyr_lite.train.checkpoint import MetricsLog
+from zephyr_lite.train.dpo import DpoTask, run_dpo
+from zephyr_lite.train.ground import StageComplete
+from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.losses import preference_loss
+from zephyr_lite.train.setup import open_stage, resolve_run
+from zephyr_lite.train.sft import SftTask, run_sft
+from zephyr_lite.train.steps import micro_batches, rows_of_step, step_schedule
+
+LN2 = 0.6931471805599453
+
+
+def quiet(*args):
+    pass
+
+
+def words(base, out, rows, **changes):
+    settings = {
+        "model_name_or_path": base, "output_dir": out, "dataset.path": rows, "eval_dataset.path": rows,
+        "max_length": 128, "batch_size": 3, "lora_r": 4, "lora_alpha": 8, "learning_rate": 5e-3, "save_steps": 2,
+        "eval_steps": 2, "num_train_epochs": 2, "optim": "adamw_torch", "samples": 0, **changes,
+    }  # fmt: skip
+    return [f"{k}={v}" for k, v in settings.items()]
+
+
+def metrics(stage, key="loss"):
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.fixture(scope="module")
+def sft_run(tiny_base, chat_rows, tmp_path_factory):
+    """A run whose SFT stage is complete."""
+    out = tmp_path_factory.mktemp("runs") / "a"
+    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, batch_size=1, lora_dropout=0.1)), say=quiet)
+    return out
+
+
+def dpo_words(tiny_base, run, pair_rows, **changes):
+    return words(tiny_base, run, pair_rows, **{"max_prompt_length": 64, "beta": 0.1, "learning_rate": 1e-3, **changes})
+
+
+@pytest.fixture
+def run(sft_run, tmp_path):
+    """A copy of it, to go on with."""
+    shutil.copytree(sft_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_sft_learns_and_leaves_a_complete_stage(sft_run):
+    losses = metrics(sft_run / "sft")
+    assert losses[-1] < losses[0] - 0.3
+    assert metrics(sft_run / "sft", "eval_loss")[-1] < losses[0]
+    info = StageDir(sft_run / "sft").info()
+    assert info["status"] == "complete" and info["result"]["steps"] == len(losses)
+    assert (sft_run / "sft" / "adapter" / "chat_template.jinja").is_file()
+    assert not (sft_run / "sft" / "delta").exists()
+    assert any(w.b.abs().max() > 0 for w in read_adapter(sft_run / "sft" / "adapter").modules.values())
+
+
+def test_dpo_writes_the_composed_chain_and_its_own_part(tiny_base, run, pair_rows):
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows)), say=quiet)
+    info = StageDir(run / "dpo").info()
+    assert info["adapters"] == [{"path": "sft/adapter", "sha256": read_adapter(run / "sft" / "adapter").sha256}]
+    whole, own = read_adapter(run / "dpo" / "adapter"), read_adapter(run / "dpo" / "delta")
+    assert {w.a.shape[0] for w in own.modules.values()} == {4} and {w.a.shape[0] for w in whole.modules.values()} == {8}
+    with pytest.raises(StageComplete):
+        run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows)), say=quiet)
+
+
+def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_rows, tmp_path):
+    loaded = load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True))
+    said = []
+    stage = open_stage("dpo", loaded, say=said.append)
+    first = DpoTask(stage, said.append).cache
+    assert DpoTask(stage, said.append).cache.path == first.path and "read from" in said[-1]
+    first.path.write_bytes(first.path.read_bytes()[:-7])  # torn
+    DpoTask(stage, said.append)
+    assert "computing" in said[-1]
+    stage.frozen = []  # other adapters below
+    assert DpoTask(stage, quiet).cache.path != first.path
+
+
+def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(tiny_base, run, pair_rows):
+    """A stale cache would give a loss that is not ln 2; TRL and LLaMA-Factory train on."""
+    stage = open_stage(
+        "dpo", load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True)), say=quiet
+    )
+    task = DpoTask(stage, quiet)
+    task.cache.sums += 40
+    with pytest.raises(UserError, match="differ by"):
+        task.loss([0, 1], 0, 2)
+
+
+def test_rows_of_a_step_cover_each_epoch_once():
+    config = RunConfig(batch_size=4, num_train_epochs=2)
+    per_epoch, total = step_schedule(config, 10)
+    assert (per_epoch, total) == (3, 6)
+    epochs = [[r for step in range(e * 3, e * 3 + 3) for r in rows_of_step(config, 10, step)] for e in (0, 1)]
+    assert [sorted(e) for e in epochs] == [list(range(10))] * 2 and epochs[0] != epochs[1]
+    assert len(rows_of_step(config, 10, 2)) == 2  # the last partial step
+    assert sorted(i for g in micro_batches([3, 5, 9], [0, 0, 0, 7, 0, 100, 0, 0, 0, 3], 10) for i in g) == [3, 5, 9]
+
+
+class Killed(BaseException):
+    pass
+
+
+@contextmanager
+def killed_at(step):
+    """The run inside it dies when it would begin that step."""
+    plain = Loop._step
+
+    def dies(self, number):
+        if number == step:
+            raise Killed
+        return plain(self, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_step", dies)
+        with pytest.raises(Killed):
+            yield
+
+
+def test_another_configuration_or_other_rows_do_not_go_on(tiny_base, chat_rows, tmp_path):
+    loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows))
+    with killed_at(2):
+        run_sft(loaded, say=quiet)
+    assert StageDir(tmp_path / "r" / "sft").checkpoints()
+    with pytest.raises(UserError, match=r"learning_rate: 0.005 then, 0.001 now"):
+        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, learning_rate=1e-3)), say=quiet)
+    other = tmp_path / "chat.jsonl"
+    shutil.copy(chat_rows, other)
+    config = yaml.safe_load((tmp_path / "r" / "sft" / "config.yaml").read_text())
+    config["dataset"][0]["path"] = str(other)
+    (tmp_path / "r" / "sft" / "config.yaml").write_text(yaml.safe_dump(config))
+    other.write_text("".join(other.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match="other rows"):
+        run_sft(
+            load_config("sft", None, words(tiny_base, tmp_path / "r", other, **{"eval_dataset.path": chat_rows})),
+            say=quiet,
+        )
+
+
+def test_a_start_that_left_no_checkpoint_does_not_bind_the_next(tiny_base, chat_rows, tmp_path):
+    """A typo that is found late must not lock the folder."""
+    wrong = words(tiny_base, tmp_path / "r", chat_rows, lr_scheduler_type="foo")
+    with pytest.raises(UserError, match="foo"):
+        run_sft(load_config("sft", None, wrong), say=quiet)
+    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet)
+    assert StageDir(tmp_path / "r" / "sft").complete()
+
+
+def test_a_finished_stage_given_other_values_is_not_passed_over(tiny_base, chat_rows, run):
+    with pytest.raises(UserError, match="finished with another configuration"):
+        run_sft(load_config("sft", None, words(tiny_base, run, chat_rows, batch_size=1, lora_dropout=0.2)), say=quiet)
+
+
+def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
+    monkeypatch.setattr(SftTask, "evaluation", lambda self, sums: {"eval_loss": next(losses)})
+    loaded = load_config("sft", None, words(
+        tiny_base, tmp_path / "r", chat_rows, eval_steps=1, save_steps=1, num_train_epochs=20, save_total_limit=1,
+        load_best_model_at_end="true", early_stopping_patience=2,
+    ))  # fmt: skip
+    outcome = run_sft(loaded, say=quiet)
+    assert outcome.best == (2.0, 2) and outcome.step == 4
+    assert {p.name for p in StageDir(tmp_path / "r" / "sft").checkpoints()} == {"checkpoint-2", "checkpoint-4"}
+    from safetensors.torch import load_file
+
+    best = load_file(tmp_path / "r" / "sft" / "checkpoint-2" / "state.safetensors")
+    adapter = read_adapter(tmp_path / "r" / "sft" / "adapter").modules
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(adapter[name].b, best[f"adapter.{name}.lora_B"])
+
+
+def test_metrics_log_drops_a_torn_line_and_what_is_repeated(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for step in (1, 2, 3):
+        log.append({"step": step, "loss": float("nan") if step == 1 else 1.0})
+    log.path.write_text(log.path.read_text() + '{"step": 4, "lo')
+    log.truncate(2)
+    assert [json.loads(x)["step"] for x in log.path.read_text().splitlines()] == [1, 2]
+
+
+def test_three_steps_that_are_not_finite_stop_the_run(tiny_base, chat_rows, tmp_path, monkeypatch):
+    real = SftTask.loss
+
+    def broken(self, examples, step, total):
+        loss, sums = real(self, examples, step, total)
+        return loss * float("nan"), sums
+
+    monkeypatch.setattr(SftTask, "loss", broken)
+    with pytest.raises(UserError, match="not finite three times"):
+        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet)
+
+
+def test_dpo_without_sft_is_refused_and_adapters_none_trains_on_the_base(tiny_base, pair_rows, tmp_path):
+    with pytest.raises(UserError, match="adapters=none"):
+        run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows)), say=quiet)
+    run_dpo(
+        load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", max_steps=1)),
+        say=quiet,
+    )
+    assert metrics(tmp_path / "r" / "dpo")[0] == pytest.approx(LN2, abs=1e-6)
+    assert not (tmp_path / "r" / "dpo" / "delta").exists()
+
+
+def test_an_adapter_of_another_tool_is_frozen_and_left_on(tiny_base, run, pair_rows, tmp_path):
+    """``adapters: [FOLDER]``: any PEFT adapter, outside of any run."""
+    shutil.copytree(run / "sft" / "adapter", tmp_path / "elsewhere")
+    settings = dpo_words(tiny_base, tmp_path / "other", pair_rows, adapters=f"[{tmp_path / 'elsewhere'}]", max_steps=2)
+    run_dpo(load_config("dpo", None, settings), say=quiet)
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, max_steps=2)), say=quiet)
+    assert metrics(tmp_path / "other" / "dpo") == metrics(run / "dpo")
+
+
+def test_a_model_that_is_an_adapter_goes_below_onto_its_base(tiny_base, run, pair_rows, tmp_path):
+    """The handbook's QLoRA recipe for DPO names the SFT adapter as its model."""
+    adapter = run / "sft" / "adapter"
+    (tmp_path / "theirs.yaml").write_text(
+        f"model_name_or_path: {adapter}\nuse_peft: true\ndataset: {pair_rows}\noutput_dir: {tmp_path / 'r'}\n"
+    )
+    loaded = resolve_run("dpo", str(tmp_path / "theirs.yaml"), [])
+    assert (loaded.config.model_name_or_path, loaded.config.adapters) == (str(tiny_base), [str(adapter)])
+    assert any(f"{adapter} is an adapter" in note for note in loaded.notes)
+    ours = f"model_name_or_path: {tiny_base}\noutput_dir: {tmp_path / 'r'}\n"
+    (tmp_path / "theirs.yaml").write_text(ours)
+    assert resolve_run("dpo", str(tmp_path / "theirs.yaml"), []).config.adapters == []
+    (tmp_path / "theirs.yaml").write_text(ours + "per_device_train_batch_size: 2\n")
+    loaded = resolve_run("dpo", str(tmp_path / "theirs.yaml"), [])
+    assert loaded.config.adapters == "none" and any("adapters: none" in note for note in loaded.notes)
+
+
+def test_plain_texts_are_trained_on_and_some_are_held_out(tiny_base, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"story": f"Once upon a time {i}."}) + "\n" for i in range(9))
+    )
+    (tmp_path / "theirs.yaml").write_text(
+        f"datasets: [{{path: {tmp_path / 'texts.jsonl'}}}]\ndataset_text_field: story\ntest_split_size: 3\n"
+        f"warmup_steps: 2\nmax_steps: 4\nlearning_rate: 1.0e-3\nlr_scheduler_type: constant_with_warmup\n"
+    )
+    settings = {"model_name_or_path": tiny_base, "output_dir": tmp_path / "r", "load_in_4bit": "false", "samples": 1}
+    words = [f"{key}={value}" for key, value in settings.items()]
+    run_sft(load_config("sft", str(tmp_path / "theirs.yaml"), words), say=quiet)
+    stage = StageDir(tmp_path / "r" / "sft")
+    info = stage.info()
+    assert info["data"]["kept"] == 6 and info["eval_data"]["fingerprint"] != info["data"]["fingerprint"]
+    assert info["data"]["supervised"] == info["data"]["tokens"] - 6  # all but the first token of each
+    rates = [
+        json.loads(line)["learning_rate"] for line in stage.metrics.read_text().splitlines() if "learning_rate" in line
+    ]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3])
+
+
+def test_dpo_continues_the_newest_run_and_inherits(tiny_base, run, pair_rows):
+    loaded = resolve_run("dpo", None, [f"dataset.path={pair_rows}"], runs_root=run.parent)
+    assert loaded.config.output_dir == str(run) and loaded.config.model_name_or_path == str(tiny_base)
+    assert any("continuing" in note for note in loaded.notes)
+    assert loaded.config.lora_r == DPO_DEFAULTS["lora_r"]
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "ipo_sum", "robust"])
+def test_preference_losses_follow_their_equations(name):
+    policy = torch.tensor([[-3.0, -5.0], [-9.0, -4.0]], dtype=torch.float64)
+    reference = torch.tensor([[-4.0, -4.0], [-8.0, -6.0]], dtype=torch.float64)
+    sizes = torch.tensor([[2, 4], [3, 1]])
+    beta, eps = 0.5, 0.1
+    found = preference_loss(
+        policy, reference, sizes, beta=beta, loss_type=name, label_smoothing=eps if name == "robust" else 0.0
+    )
+    h = torch.tensor([2.0, -3.0], dtype=torch.float64)
+    per_token = torch.tensor([1 / 2 + 1 / 4, -1 / 3 - 2 / 1], dtype=torch.float64)
+    sigmoid = torch.sigmoid
+    want = {
+        "sigmoid": -torch.log(sigmoid(beta * h)),
+        "hinge": torch.clamp(1 - beta * h, min=0),
+        "ipo": (per_token - 1) ** 2,
+        "ipo_sum": (h - 1) ** 2,
+        "robust": (-(1 - eps) * torch.log(sigmoid(beta * h)) + eps * torch.log(sigmoid(-beta * h))) / (1 - 2 * eps),
+    }[name]
+    torch.testing.assert_close(found.losses, want)
+    torch.testing.assert_close(found.chosen_rewards, torch.tensor([0.5, -0.5], dtype=torch.float64))
+
+
+def test_the_folder_of_somebody_else_is_refused(tiny_base, chat_rows, tmp_path):
+    (tmp_path / "r" / "sft").mkdir(parents=True)
+    (tmp_path / "r" / "sft" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="is not a stage of a run"):
+        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet)
+    assert [p.name for p in (tmp_path / "r" / "sft").iterdir()] == ["thesis.tex"]

@@ -1,0 +1,352 @@
+"""Numbers that go wrong, and signals: what is left out, named, stopped, and gone on with."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from tests.train.test_train import dpo_words, metrics, quiet, words
+from zephyr_lite.config.load import load_config
+from zephyr_lite.errors import Interrupted, UserError
+from zephyr_lite.io.run_dir import StageDir
+from zephyr_lite.model.peft_io import read_adapter
+from zephyr_lite.train.dpo import DpoTask, run_dpo
+from zephyr_lite.train.monitors import CollapseWatch, FiniteWatch
+from zephyr_lite.train.sft import SftTask, run_sft
+
+
+def same_adapter(one, other):
+    a, b = read_adapter(one).modules, read_adapter(other).modules
+    return a.keys() == b.keys() and all(torch.equal(a[m].a, b[m].a) and torch.equal(a[m].b, b[m].b) for m in a)
+
+
+def poisoned(monkeypatch, task, rows, factor=float("nan")):
+    """The loss of these examples is not finite."""
+    plain = task.loss
+
+    def loss(self, examples, step, total):
+        found, sums = plain(self, examples, step, total)
+        return (found * factor if set(rows) & set(examples) else found), sums
+
+    monkeypatch.setattr(task, "loss", loss)
+
+
+def left_out(stage):
+    return [json.loads(line) for line in (stage / "left_out.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def loaded(tiny_base, chat_rows, tmp_path):
+    def make(name="run", **changes):
+        return load_config("sft", None, words(tiny_base, tmp_path / name, chat_rows, batch_size=2, **changes))
+
+    return make
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_its_row_named(loaded, tmp_path, monkeypatch):
+    poisoned(monkeypatch, SftTask, [3])
+    said = []
+    outcome = run_sft(loaded(max_length=80), say=said.append)
+    records = left_out(tmp_path / "run" / "sft")
+    assert outcome.skipped == len(records) == 2  # once an epoch
+    for record in records:
+        assert record["not_finite_alone"] and len(record["rows"]) == 1 and record["rows"][0].endswith("row 4")
+        assert f"step {record['step']}: loss nan" in " ".join(said) and "Not finite:" in " ".join(said)
+    info = StageDir(tmp_path / "run" / "sft").info()
+    assert info["result"]["steps_left_out"] == 2
+    assert all(w.b.isfinite().all() for w in read_adapter(tmp_path / "run" / "sft" / "adapter").modules.values())
+
+
+def test_infinite_gradients_under_a_finite_loss_name_their_row_too(loaded, tmp_path, monkeypatch):
+    plain = SftTask.loss
+
+    def loss(self, examples, step, total):
+        found, sums = plain(self, examples, step, total)
+        if 3 in examples:
+            found.register_hook(lambda grad: grad * float("inf"))
+        return found, sums
+
+    monkeypatch.setattr(SftTask, "loss", loss)
+    run_sft(loaded(max_length=80), say=quiet)
+    records = left_out(tmp_path / "run" / "sft")
+    assert [r["rows"][0].endswith("row 4") for r in records] == [True, True]
+    assert all(isinstance(r["loss"], float) for r in records)
+
+
+def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        plain = SftTask.loss
+
+        def loss(self, examples, step, total):
+            found, sums = plain(self, examples, step, total)
+            return (found * float("nan") if step >= 3 else found), sums
+
+        patch.setattr(SftTask, "loss", loss)
+        with pytest.raises(UserError, match=r"three times in a row; rows of the last: .*row \d") as stopped:
+            run_sft(loaded(save_steps=100, eval_steps=100), say=quiet)
+    stage = tmp_path / "run" / "sft"
+    assert "checkpoint-3 is from before" in str(stopped.value) and "left_out.jsonl" in stopped.value.hint
+    assert [p.name for p in StageDir(stage).checkpoints()] == ["checkpoint-3"]
+    assert [r["step"] for r in left_out(stage)] == [4, 5, 6]
+    # what goes on from it, the cause being gone, is the run that never had the trouble
+    said = []
+    run_sft(loaded(save_steps=100, eval_steps=100), say=said.append)
+    assert "going on from checkpoint-3" in said and "damaged" not in " ".join(said)
+    run_sft(loaded("other", save_steps=100, eval_steps=100), say=quiet)
+    assert same_adapter(stage / "adapter", tmp_path / "other" / "sft" / "adapter")
+    assert left_out(stage) == []
+
+
+def test_pairs_that_are_not_finite_at_the_first_step_are_no_wrong_reference(
+    tiny_base, pair_rows, tmp_path, monkeypatch
+):
+    plain = DpoTask._sums
+    monkeypatch.setattr(DpoTask, "_sums", lambda *args: tuple(sums * torch.nan for sums in plain(*args)))
+    with pytest.raises(UserError, match="three times in a row"):
+        run_dpo(
+            load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", save_steps=100)),
+            say=quiet,
+        )
+    assert not StageDir(tmp_path / "r" / "dpo").checkpoints()  # there is none from before the first step
+
+
+def test_the_loss_scalers_search_is_no_fault_until_it_has_settled():
+    watch = FiniteWatch()
+    assert [watch.saw(applied=False, finite_loss=True, scale=2.0**n) for n in (15, 14, 13, 12)] == ["searching"] * 4
+    assert (watch.count, watch.in_a_row) == (4, 0)
+    assert watch.saw(applied=False, finite_loss=False, scale=2.0**11) == "bad"  # no scale mends a loss
+    assert watch.saw(applied=True, finite_loss=True, scale=2.0**11) == "applied"
+    again = FiniteWatch()
+    again.load(json.loads(json.dumps(watch.state())))
+    assert [again.saw(applied=False, finite_loss=True, scale=2.0**n) for n in (10, 9)] == ["bad", "bad"]
+    assert (again.count, again.in_a_row) == (7, 2)
+    assert FiniteWatch().saw(applied=False, finite_loss=True, scale=0.5) == "bad"  # a search that went too far
+    assert FiniteWatch().saw(applied=False, finite_loss=True, scale=None) == "bad"  # nothing is scaled
+
+
+def steps(*, chosen, rejected, accuracy, n=40):
+    for i in range(n):
+        c, r = chosen(i), rejected(i)
+        yield i + 1, dict(zip(CollapseWatch.KEYS, (c, r, accuracy, c - r)))
+
+
+def said_by(watch, sequence):
+    return [text for step, found in sequence if (text := watch.saw(step, found))]
+
+
+def test_a_collapse_is_warned_of_once_with_its_cures():
+    watch = CollapseWatch()
+    falling = list(steps(chosen=lambda i: -1.0 - 0.5 * i, rejected=lambda i: -5.0 - 1.5 * i, accuracy=1.0))
+    first = said_by(watch, falling[:30])
+    assert len(first) == 1 and first[0].startswith("step 20: ")
+    for cure in ("beta", "learning_rate", "early_stopping_patience", "label_smoothing", "loss_type=ipo"):
+        assert cure in first[0]
+    again = CollapseWatch()
+    again.load(json.loads(json.dumps(watch.state())))
+    assert said_by(again, falling[30:]) == []
+
+
+@pytest.mark.parametrize(
+    "healthy",
+    [
+        {"chosen": lambda i: 0.1 * i, "rejected": lambda i: -0.5 * i - 6, "accuracy": 1.0},  # the chosen ones rise
+        {"chosen": lambda i: -0.1 * i - 1, "rejected": lambda i: -0.5 * i - 9, "accuracy": 0.75},  # as published runs
+        {"chosen": lambda i: -0.02 * i - 0.1, "rejected": lambda i: -0.03 * i - 0.4, "accuracy": 1.0},  # a small margin
+        {"chosen": lambda i: -3.0, "rejected": lambda i: -12.0, "accuracy": 1.0},  # where it stopped falling
+    ],
+)
+def test_what_is_no_collapse_is_not_warned_of(healthy):
+    assert said_by(CollapseWatch(), steps(**healthy)) == []
+
+
+def test_the_warning_reaches_the_stage(tiny_base, pair_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(CollapseWatch, "saw", lambda self, step, found: "careful" if step == 2 else None)
+    run_dpo(
+        load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", max_steps=3)),
+        say=quiet,
+    )
+    assert StageDir(tmp_path / "r" / "dpo").info()["result"]["warnings"] == ["careful"]
+
+
+def test_the_checkpoint_from_before_outlives_what_follows_it(loaded, tmp_path, monkeypatch):
+    """Checkpoints of steps that were left out must not push it out."""
+    plain = SftTask.loss
+
+    def loss(self, examples, step, total):
+        found, sums = plain(self, examples, step, total)
+        return found * (float("nan") if step >= 2 else 1), sums
+
+    options = {"save_steps": 1, "save_total_limit": 1, "eval_steps": 3, "load_best_model_at_end": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(SftTask, "loss", loss)
+        with pytest.raises(UserError, match=r"three times in a row.* checkpoint-2 is from before"):
+            run_sft(loaded(**options), say=quiet)
+        assert "checkpoint-2" in [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()]
+        with pytest.raises(UserError, match="checkpoint-3 has the adapter of before"):  # the best, of a step left out
+            run_sft(loaded(**options), say=quiet)
+
+
+def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, monkeypatch):
+    plain, losses = SftTask.evaluation, [float("nan"), 7.0, float("inf")]
+    monkeypatch.setattr(SftTask, "evaluation", lambda self, sums: {**plain(self, sums), "eval_loss": losses.pop(0)})
+    said = []
+    outcome = run_sft(loaded(eval_steps=2, load_best_model_at_end=True), say=said.append)
+    assert outcome.best == (7.0, 4) and sum("the held-out loss is not finite" in line for line in said) == 2
+
+
+# Signals
+
+
+def at_step(step, number):
+    """on_metrics that sends the process a signal when that step is logged."""
+
+    def send(found, total, logged):
+        if found == step and "loss" in logged:
+            os.kill(os.getpid(), number)
+
+    return send
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path, number, capfd):
+    handler = signal.getsignal(number)
+    options = {"save_steps": 100, "eval_steps": 100, "lora_dropout": 0.1, "optim": "adamw_8bit"}
+    with pytest.raises(
+        Interrupted, match=rf"{number.name}: stopped after step 3 of 6; .*checkpoint-3 holds everything"
+    ):
+        run_sft(loaded(**options), say=quiet, on_metrics=at_step(3, number))
+    assert signal.getsignal(number) is handler
+    assert "the step is finished" in capfd.readouterr().err
+    run_sft(loaded(**options), say=quiet)
+    run_sft(loaded("other", **options), say=quiet)
+    assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
+    assert metrics(tmp_path / "run/sft") == metrics(tmp_path / "other/sft")
+
+
+def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp_path, monkeypatch):
+    options = {"save_steps": 100, "eval_steps": 3, "load_best_model_at_end": True}
+    plain, evaluated = SftTask.measure, []
+
+    def ended(self):
+        evaluated.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SftTask, "measure", ended)
+        with pytest.raises(Interrupted, match="after step 3"):
+            run_sft(loaded(**options), say=quiet)
+    assert evaluated and metrics(tmp_path / "run/sft", "eval_loss") == []
+
+    def dies(step, total, logged):  # after the evaluation was logged, before a checkpoint knows of it
+        if "eval_loss" in logged:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run_sft(loaded(**options), say=quiet, on_metrics=dies)
+    assert len(metrics(tmp_path / "run/sft", "eval_loss")) == 1
+    run_sft(loaded(**options), say=quiet)
+    run_sft(loaded("other", **options), say=quiet)
+    for key in ("loss", "eval_loss"):
+        assert metrics(tmp_path / "run/sft", key) == metrics(tmp_path / "other/sft", key)
+    assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
+
+
+@pytest.mark.parametrize("also", [signal.SIGINT, None])
+def test_a_reader_that_is_gone_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path, also):
+    """``sft | tee log`` and Ctrl-C: tee gets the same signal."""
+
+    def gone(step, total, logged):
+        if step == 3:
+            if also is not None:
+                os.kill(os.getpid(), also)
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError if also is None else Interrupted):
+        run_sft(loaded(save_steps=100, eval_steps=100), say=quiet, on_metrics=gone)
+    assert [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()] == ["checkpoint-3"]
+
+
+def test_a_signal_at_the_end_lets_nothing_else_begin(loaded, tmp_path, request):
+    """The demo and ablate would go on with the next stage."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
+
+    def late(step, total, logged):
+        if step == 6 and "eval_loss" in logged:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    with pytest.raises(Interrupted, match=r"SIGHUP: it came at the end; .*sft is complete, and nothing else was begun"):
+        run_sft(loaded(), say=quiet, on_metrics=late)
+    assert StageDir(tmp_path / "run/sft").complete()
+
+
+def test_a_second_signal_ends_at_once(loaded, tmp_path, monkeypatch):
+    plain = SftTask.loss
+
+    def twice(self, examples, step, total):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, examples, step, total)
+
+    monkeypatch.setattr(SftTask, "loss", twice)
+    with pytest.raises(KeyboardInterrupt):
+        run_sft(loaded(save_steps=2), say=quiet)
+    assert [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()] == ["checkpoint-2"]
+
+
+def test_trl_stops_after_a_step_too_and_goes_on(tiny_base, chat_rows, tmp_path):
+    def load(name):
+        return load_config(
+            "sft",
+            None,
+            words(tiny_base, tmp_path / name, chat_rows, engine="trl", max_steps=4, save_steps=100, eval_steps=100),
+        )
+
+    with pytest.raises(Interrupted, match="after step 2 of 4"):
+        run_sft(load("run"), say=quiet, on_metrics=at_step(2, signal.SIGTERM))
+    checkpoint = tmp_path / "run/sft/checkpoint-2"
+    assert (checkpoint / "manifest.json").is_file()
+    said = []
+    run_sft(load("run"), say=said.append)
+    assert "going on from checkpoint-2" in said
+    run_sft(load("other"), say=quiet)
+    assert metrics(tmp_path / "run/sft") == metrics(tmp_path / "other/sft")
+    assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
+
+
+def test_a_damaged_checkpoint_of_trls_is_passed_over(tiny_base, chat_rows, tmp_path):
+    settings = words(tiny_base, tmp_path / "r", chat_rows, engine="trl", max_steps=4, save_steps=1, eval_steps=100)
+    with pytest.raises(Interrupted):
+        run_sft(load_config("sft", None, settings), say=quiet, on_metrics=at_step(3, signal.SIGTERM))
+    weights = tmp_path / "r/sft/checkpoint-3/adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 4
+    weights.write_bytes(data)
+    said = []
+    run_sft(load_config("sft", None, settings), say=said.append)
+    assert any("checkpoint-3: adapter_model.safetensors has another hash" in line for line in said)
+    assert "going on from checkpoint-2" in said and metrics(tmp_path / "r/sft") == pytest.approx(
+        metrics(tmp_path / "r/sft")
+    )
+
+
+def test_trl_leaves_out_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path, monkeypatch):
+    from zephyr_lite.engines import rows
+
+    plain = rows.Sft.compute_loss
+
+    def loss(self, model, inputs, *args, **kwargs):
+        found = plain(self, model, inputs, *args, **kwargs)
+        if self.state.global_step == 1 and model.training:
+            return (found[0] * float("nan"), *found[1:]) if isinstance(found, tuple) else found * float("nan")
+        return found
+
+    monkeypatch.setattr(rows.Sft, "compute_loss", loss)
+    settings = words(tiny_base, tmp_path / "r", chat_rows, engine="trl", max_steps=4, eval_steps=100)
+    outcome = run_sft(load_config("sft", None, settings), say=quiet)
+    assert outcome.skipped == 1 and [r["step"] for r in left_out(tmp_path / "r/sft")] == [2]
+    assert all(w.b.isfinite().all() for w in read_adapter(tmp_path / "r/sft/adapter").modules.values())

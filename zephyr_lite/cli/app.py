@@ -1,0 +1,359 @@
+"""The commands: parse, call, print. What is heavy to import is imported when a command runs."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+from ..errors import Interrupted, UserError
+from ..model.allocator import set_allocator
+from ..ops.hub_kernels import no_hub_kernels
+from ..train.distributed import PeerEnded, World, alone, everywhere, joined, launched, nothing, speaks
+from .ablate import ablate
+from .check import check
+from .console import Console
+from .data_chat import chat as data_chat
+from .data_pairs import pairs
+from .data_show import show
+from .data_stats import stats
+from .distill import distill
+from .ending import (
+    abandon,
+    end_at_a_signal,
+    flushed,
+    interrupted_line,
+    just_interrupted,
+    machines_fault,
+    take_signals,
+)
+from .eval_harness import harness
+from .eval_judged import alpaca, mt_bench
+from .eval_rows import loss, preference
+from .examples import add_examples
+from .export import card, gguf, ollama, push
+from .feedback import feedback
+from .merge import merge
+from .options import StageConfig, Verbose, nameable
+from .report import report
+from .reproduce import reproduce
+from .talk import chat
+
+app = typer.Typer(
+    name="zephyr-lite",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn a base model into a chat model, the way Zephyr was made: sft, then dpo, then merge.",
+)
+console = Console()
+data_app = typer.Typer(no_args_is_help=True, help="Make data sets, and look at them as training does.")
+
+eval_app = typer.Typer(no_args_is_help=True, help="Is it better than the base, and than the stage before?")
+export_app = typer.Typer(no_args_is_help=True, help="Take a merged model elsewhere.")
+
+# any key of the configuration may follow a training command
+OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+KEYS = "Any key of the configuration may follow, as key=value, --key value or --key=value; docs/configuration.md lists them."
+
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the plan, the first row and the first step's time; keep nothing."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and the result, and nothing of the steps.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object a line, for programs.")]
+Smoke = Annotated[
+    bool,
+    typer.Option("--smoke", help="Rehearse in minutes: 20 steps, a kill, a resume, merge, a generation; then say so."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    if version:
+        console.say(f"zephyr-lite {__version__}")
+        raise typer.Exit()
+    if launched() > 1 and context.invoked_subcommand not in ("sft", "dpo", None):
+        raise UserError(
+            f"{context.invoked_subcommand} runs in one process; {launched()} were started.",
+            "Only sft and dpo are spread over several: start this one without torchrun.",
+        )
+    alone()
+
+
+@app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")
+def sft(
+    context: typer.Context,
+    config: StageConfig = None,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Stage 1: train the base on conversations. Without arguments: Mistral-7B on UltraChat-200k."""
+    _train("sft", config, context.args, dry_run=dry_run, smoke=smoke, quiet=quiet, as_json=as_json)
+
+
+@app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")
+def dpo(
+    context: typer.Context,
+    config: StageConfig = None,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Stage 2: train on preference pairs, on top of stage 1. Without arguments: continue the newest run."""
+    _train("dpo", config, context.args, dry_run=dry_run, smoke=smoke, quiet=quiet, as_json=as_json)
+
+
+def _train(
+    method: Any, config: str | None, overrides: list[str], *, dry_run: bool, smoke: bool, quiet: bool, as_json: bool
+) -> None:
+    from ..config.load import load_config
+
+    if launched() > 1 and (dry_run or smoke):
+        raise UserError(
+            f"{'--dry-run' if dry_run else '--smoke'} runs in one process; {launched()} were started.",
+            "Start it without torchrun.",
+        )
+    if smoke and (dry_run or quiet or as_json):
+        other = "--dry-run" if dry_run else "--quiet" if quiet else "--json"
+        raise UserError(f"--smoke and {other} do not go together.", "Take one of them.")
+    # a wrong key is said before torch is imported
+    try:
+        first = load_config(method, config or f"zephyr-7b/{method}", overrides).config
+    except UserError as error:
+        raise everywhere(error, machine=True) from None
+    if smoke:
+        from ..demo.rehearsal.smoke import run_smoke
+
+        run_smoke(method, config, overrides, say=console.say)
+        return
+    if first.engine == "unsloth":
+        from ..engines import start_unsloth
+
+        start_unsloth()  # it replaces what is imported from here on
+    else:
+        set_allocator()
+    from ..memory.needs import needs_lines
+    from ..monitor import open_screen
+    from ..monitor.report.writer import ReportWriter
+    from ..train.dpo import run_dpo
+    from ..train.dry_run import run_dry
+    from ..train.ground import StageComplete
+    from ..train.setup import resolve_run
+    from ..train.sft import run_sft
+
+    with joined() as here:
+        if not here.writes:
+            with redirect_stdout(sys.stderr):  # what libraries print there is none of the writer's events
+                _follow(method, here)
+            return
+        with open_screen(console, quiet=quiet, as_json=as_json) as screen:
+
+            def resolve() -> Any:
+                found = resolve_run(method, config, overrides, say=screen.say, fetch=not dry_run)
+                for line in needs_lines(method, found.config):
+                    screen.say(line)
+                return found
+
+            try:
+                loaded = here.lead(resolve)
+                if dry_run:
+                    run_dry(method, loaded, say=screen.say, show=console.row)
+                else:
+                    run = run_sft if method == "sft" else run_dpo
+                    run(loaded, say=screen.say, on_metrics=screen.metrics, observers=[screen, ReportWriter(screen.say)])
+                    screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
+            except StageComplete as done:
+                screen.say(f"{done.message} {done.hint}")
+
+
+def _follow(method: Any, here: World) -> None:
+    """One of several processes, but not the one that resolves, prints and writes."""
+    from ..train.dpo import run_dpo
+    from ..train.sft import run_sft
+
+    loaded = here.lead(nothing)
+    (run_sft if method == "sft" else run_dpo)(loaded, say=nothing)
+
+
+@app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo|both] [OPTIONS] [KEY=VALUE]...")
+def plan(
+    context: typer.Context,
+    config: StageConfig = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="A card by name: t4, 3060, 4090, a100-80 …")] = None,
+    vram: Annotated[
+        str | None, typer.Option("--vram", help="So much memory: 8GiB. Alone: a plain card of that size.")
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", help="US dollars an hour for the card.")] = None,
+    ladder: Annotated[
+        bool, typer.Option("--ladder", help="Cards of 6 to 24 GB beside each other, as a Markdown table.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """What a run will take and how fast it will be, on this machine or on any card; needs neither weights nor a GPU."""
+    from ..memory.planned import ladder_lines, planned_lines, stages_of
+
+    methods, words = stages_of(list(context.args), config)
+    if ladder:
+        stage = None if words == context.args else context.args[0]
+        others = {"--gpu": gpu, "--vram": vram, "--price": price, "--config": config, f"a stage ({stage})": stage}
+        console.plan(ladder_lines(words, others))
+        return
+    for method in methods:
+        console.plan(planned_lines(method, config, words, gpu=gpu, vram=vram, price=price))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", callback=nameable, help="Where the demo's run and model go.")] = Path(
+        "runs/demo"
+    ),
+    verbose: Verbose = False,
+) -> None:
+    """The whole recipe in three minutes on a CPU: a small real model, before and after."""
+    from ..demo import QUESTIONS
+    from ..demo.run import run_demo
+
+    result = run_demo(out, say=console.say, on_metrics=console.metrics)
+    console.side_by_side(QUESTIONS, result.standings)
+    console.say(f"accuracy of the DPO model's implicit reward on held-out pairs: {result.reward_accuracy:.2f}")
+    console.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items()))
+    console.say(f"The model is in {out / 'merged'}; it loads with transformers' AutoModelForCausalLM.")
+
+
+@app.command()
+def env(verbose: Verbose = False) -> None:
+    """What this machine has, what is missing, and how to get it."""
+    from .environment import survey
+
+    for finding in survey():
+        console.say(finding.line())
+
+
+app.command()(merge)
+app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[TABLE] [OPTIONS] [[STAGE.]KEY=VALUE]...")(ablate)
+app.add_typer(data_app, name="data")
+data_app.command(no_args_is_help=True)(data_chat)
+data_app.command(no_args_is_help=True)(pairs)
+data_app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo] [OPTIONS] [KEY=VALUE]...")(show)
+data_app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo] [OPTIONS] [KEY=VALUE]...")(stats)
+app.command(no_args_is_help=True)(feedback)
+app.command(no_args_is_help=True)(distill)
+app.add_typer(eval_app, name="eval")
+for evaluation in (loss, preference, mt_bench, alpaca, harness):
+    eval_app.command()(evaluation)
+app.command()(chat)
+app.command()(report)
+app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[RECIPE] [OPTIONS] [KEY=VALUE]...")(reproduce)
+app.command(no_args_is_help=True)(check)
+app.add_typer(export_app, name="export")
+for way in (gguf, ollama, card, push):
+    export_app.command()(way)
+add_examples(app)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point; see ``run`` for the exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows ASCII only still gets the rest of a line
+    take_signals()
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    end_at_a_signal(code)
+    sys.exit(flushed(code))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command.
+
+    Returns:
+        0: done (or done already); 1: a fault of ours; 2: something of the user's has to change; 130: interrupted;
+        141: nobody reads what it prints any more (as of a command that SIGPIPE ended).
+    """
+    verbose = "--verbose" in arguments
+    with warnings.catch_warnings():
+        if not verbose and not sys.warnoptions:
+            warnings.simplefilter("ignore")  # what libraries tell developers is not for users
+        try:
+            return _run(arguments)
+        except BrokenPipeError:
+            # whoever read (head, less) has seen enough; what is still buffered must not fail at exit
+            abandon(sys.stdout)
+            return 128 + signal.SIGPIPE
+        except SystemExit as ended:
+            if isinstance(ended.__context__, BrokenPipeError):  # help is printed by a console of typer's own
+                abandon(sys.stdout)
+                return 128 + signal.SIGPIPE
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            try:
+                return _explained(error, arguments, verbose)
+            except OSError:  # standard error cannot be written either: the exit code has to do
+                abandon(sys.stderr)
+                return 130 if isinstance(error, KeyboardInterrupt | Interrupted) else 2
+
+
+def _run(arguments: list[str]) -> int:
+    _quiet_libraries()
+    with no_hub_kernels():
+        code = app(args=arguments, prog_name="zephyr-lite", standalone_mode=False)
+    if code == 130:  # typer catches the interrupt itself
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
+
+
+def _explained(error: BaseException, arguments: list[str], verbose: bool) -> int:
+    """Say what ended a command, and give its exit code."""
+    if verbose:
+        console.traceback(error)
+    usage_error: Any = typer.BadParameter.__base__
+    if isinstance(error, Interrupted):
+        if speaks():
+            console.complain(error.message)
+        return 130
+    if isinstance(error, PeerEnded):  # which says itself why
+        if error.heard_by == 0 and error.code:
+            console.complain(error.message)
+        return error.code
+    if isinstance(error, KeyboardInterrupt | typer.Abort) or just_interrupted():
+        if speaks():
+            console.complain(interrupted_line(arguments))
+        return 130
+    if isinstance(error, UserError):
+        if not getattr(error, "said_elsewhere", False):
+            console.user_error(error)
+        return 2
+    if isinstance(error, usage_error):
+        shown = io.StringIO()
+        error.show(file=shown)
+        console.complain(shown.getvalue().rstrip("\n").replace("Value error, ", ""))
+        return 2
+    if (known := machines_fault(error, arguments)) is not None:
+        console.user_error(known)
+        return 2
+    console.failure(error)
+    return 1
+
+
+def _quiet_libraries() -> None:
+    """Set before anything heavy is imported, unless the user set it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each of its retries would be a line
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # fork after tokenizing would warn

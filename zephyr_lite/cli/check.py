@@ -1,0 +1,81 @@
+"""``zephyr-lite check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import Console
+from .options import Verbose
+
+console = Console()
+
+
+def check(
+    adapter: Annotated[
+        str, typer.Argument(help="A PEFT adapter of any tool (a folder or hub id), or a stage's folder.")
+    ],
+    base: Annotated[str | None, typer.Option("--base", help="Its base, instead of the one that it names.")] = None,
+    below: Annotated[
+        list[str] | None, typer.Option("--below", help="An adapter that lies below it; again for the next one up.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option("--start", help="The adapter that it was continued from, and therefore holds.")
+    ] = None,
+    reference: Annotated[
+        str,
+        typer.Option("--reference", help="What DPO compared with: start (what it started from), base, or an adapter."),
+    ] = "start",
+    rows: Annotated[str | None, typer.Option("--rows", help="Conversations to measure on: a file or hub id.")] = None,
+    pairs: Annotated[
+        str | None, typer.Option("--pairs", help="Preference pairs: measures DPO's loss at step 0 on them.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option("--beta", min=0, help="DPO's \\[its own, or 0.1].")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", help="Instead of the one that it was saved with.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=2, help="Rows, and pairs, to measure on.")] = 16,
+    load_in_4bit: Annotated[
+        bool | None, typer.Option("--4bit/--16bit", help="How the base is loaded \\[as in training; 4 bits].")
+    ] = None,
+    files_only: Annotated[bool, typer.Option("--files-only", help="Load no model.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the findings as JSON, too.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Audit an adapter: what belongs below it, its reference, BOS, the end token, its template. Exit code 2: wrong."""
+    from ..audit.run import audit
+    from ..audit.subject import Request
+    from ..audit.verdict import Level
+    from ..errors import UserError
+    from ..io.atomic import make_folder, write_json
+
+    if out is not None:  # before anything is measured
+        if out.is_dir():
+            raise UserError(f"--out {out}: is a folder.", "Name a file, such as check.json.")
+        try:
+            make_folder(out.parent)
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}.", "Choose another place.") from None
+        if not out.parent.is_dir():
+            raise UserError(f"--out {out}: {out.parent} is a file.", "Choose another place.")
+    request = Request(
+        adapter, base, below or [], start, reference, rows, pairs, beta, chat_template, limit, load_in_4bit, files_only
+    )
+    found = audit(request, console.say)
+    signs = {Level.right: "ok", Level.note: "note", Level.doubtful: "DOUBTFUL", Level.wrong: "WRONG"}
+    console.heading(f"{found.adapter}: by {found.tool}, {found.method or 'method unknown'}")
+    for finding in found.findings:
+        console.say(f"{signs[finding.level]:>8}  {finding.topic}: {finding.text}")
+        for line in finding.evidence:
+            console.say(f"{'':>10}{line}")
+        if finding.advice:
+            console.say(f"{'':>10}→ {finding.advice}")
+    console.say(f"verdict: {found.verdict()}")
+    if out is not None:
+        write_json(out, found.as_dict())
+        console.say(f"written: {out}")
+    if found.level == Level.wrong:
+        worst = next(finding for finding in found.findings if finding.level == Level.wrong)
+        raise UserError(f"{found.adapter}: {worst.text.rstrip('.')}.", worst.advice)

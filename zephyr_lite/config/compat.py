@@ -1,0 +1,334 @@
+"""Keys of TRL's, transformers' and the alignment handbook's YAML files, in this project's words.
+
+Every field of TRL's configuration classes has one verdict, and a test compares the list with the installed TRL: it is a
+key here, or translated (``ALIASES``, ``TRANSLATED``); it changes nothing here (``ACCEPTED``); or it would change what is
+trained, and is refused but for the values that do not (``REFUSED``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection
+from typing import Any
+
+from ..errors import UserError
+from ..io.words import short
+from .compat_datasets import number, take, translate_datasets
+
+# other tools' name -> ours, the value as it is
+ALIASES = {
+    "model_name": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "revision": "model_revision",
+    "adapter_name_or_path": "adapters",
+    "max_seq_length": "max_length",
+    "torch_dtype": "dtype",
+    "use_4bit": "load_in_4bit",
+    "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
+    "learning_rate_scheduler": "lr_scheduler_type",
+    "train_batch_size": "batch_size",
+    "target_modules": "lora_target_modules",
+    "precompute_ref_logps": "precompute_ref_log_probs",
+    "chat_template_path": "chat_template",
+}
+
+# other tools' name -> ours, where ``rename`` changes the value too
+TRANSLATED = {
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "dataset_name": "dataset",
+    "dataset_config": "dataset.name",
+    "dataset_train_split": "dataset.split",
+    "dataset_test_split": "eval_dataset",
+    "dataset_mixer": "dataset",
+    "dataset_splits": "dataset.split",
+    "dataset_configs": "dataset.name",
+    "dataset_mixture": "dataset",
+    "datasets": "dataset",
+    "test_split_size": "dataset.test_size",
+    "dataset_text_field": "dataset.columns",
+    "eval_strategy": "eval_steps",
+    "evaluation_strategy": "eval_steps",
+    "hub_model_id": "push_to_hub",
+    "assistant_only_loss": "loss_on",
+    "completion_only_loss": "loss_on",
+    "disable_dropout": "lora_dropout",
+    "model_init_kwargs": "its keys, one by one",
+    "dataset_kwargs": "its keys, one by one",
+}
+
+_ACCEPTED = {
+    "the compute dtype follows the card; set dtype to choose it": "bf16 fp16 bf16_full_eval fp16_full_eval "
+    "bnb_4bit_compute_dtype",
+    "matrix products run in the compute dtype": "tf32",
+    "the plan decides what is kept for the backward pass": "gradient_checkpointing gradient_checkpointing_kwargs "
+    "activation_checkpointing activation_checkpointing_kwargs activation_offloading",
+    "the plan decides what runs at once and what is kept in memory": "auto_find_batch_size per_device_eval_batch_size "
+    "precompute_ref_batch_size eval_accumulation_steps torch_empty_cache_steps low_cpu_mem_usage device_map",
+    "rows are always packed, and never see each other; batch_size counts packed rows": "packing eval_packing",
+    "there is no padding": "padding_free pad_to_multiple_of pad_token",
+    "adapters are what is trained, always": "use_peft",
+    "layers are quantized one by one, and sharded over nothing": "bnb_4bit_quant_storage fsdp fsdp_config",
+    "attention works over the segment table": "attn_implementation use_flash_attention_2",
+    "the engine has kernels of its own": "use_liger_kernel liger_kernel_config torch_compile torch_compile_backend "
+    "torch_compile_mode",
+    "training keeps no cache of keys and values": "use_cache",
+    "remote code is never run": "trust_remote_code",
+    "the command trains": "do_train do_predict",
+    "a run with an eval_dataset is evaluated; set eval_dataset to null to leave it out": "do_eval",
+    "evaluation has its own metrics, at every eval_steps": "eval_on_start prediction_loss_only include_for_metrics "
+    "batch_eval_metrics eval_do_concat_batches eval_use_gather_object",
+    "a finished stage is never overwritten; choose another output_dir or stage": "overwrite_output_dir",
+    "columns that nothing reads are always dropped": "remove_unused_columns label_names length_column_name",
+    "rows are prepared before the first step, by as many processes as the machine has cores": "dataset_num_proc "
+    "preprocessing_num_workers dataset_streaming streaming dataloader_num_workers dataloader_pin_memory "
+    "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order",
+    "rows are always shuffled, by seed": "shuffle_dataset data_seed",
+    "a row begins with BOS exactly once": "add_special_tokens",
+    "the console and metrics.jsonl have their own form; set logging_steps and report_to": "log_level log_level_replica "
+    "logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter logging_dir disable_tqdm "
+    "include_num_input_tokens_seen skip_memory_metrics debug",
+    "the run is named after its output_dir": "run_name project trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id",
+    "set save_steps; a checkpoint holds all that resuming needs": "save_strategy save_only_model save_on_each_node "
+    "save_safetensors enable_jit_checkpoint",
+    "an unfinished stage continues exactly where it stopped": "ignore_data_skip restore_callback_states_from_checkpoint",
+    "a GPU is used where there is one": "use_cpu no_cuda",
+    "seed decides all random numbers": "full_determinism",
+    "torchrun and the engine decide": "local_rank ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
+    "ddp_static_graph ddp_backend ddp_timeout ignore_bias_buffers",
+    "a finished stage is pushed once": "hub_strategy hub_always_push",
+    "it is the parameter of a loss or option that is off": "f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha "
+    "ref_model_sync_steps",
+}
+ACCEPTED = {key: why for why, keys in _ACCEPTED.items() for key in keys.split()}
+
+# key -> the values that change nothing here, and why others are refused
+_PLAIN = "only plain LoRA is trained"
+_DPO = "it changes the loss of DPO, and is not implemented"
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "ref_model_name_or_path": (
+        (),
+        "there is no second model; the reference is the same base with the adapter under training turned off. Put what "
+        "belongs below it into adapters",
+    ),
+    "adam_beta1": ((0.9,), "AdamW's betas are 0.9 and 0.999"),
+    "adam_beta2": ((0.999,), "AdamW's betas are 0.9 and 0.999"),
+    "adam_epsilon": ((1e-8,), "AdamW's epsilon is 1e-8"),
+    "optim_args": (("",), "optimizers take no options but learning_rate and weight_decay"),
+    "optim_target_modules": ((), "GaLore and its like are not implemented"),
+    "lr_scheduler_kwargs": (({}, ""), "a schedule takes no options; choose an lr_scheduler_type that needs none"),
+    "label_smoothing_factor": ((0,), "the targets are not smoothed"),
+    "neftune_noise_alpha": ((), "no noise is added to the embeddings"),
+    "average_tokens_across_devices": ((True,), "the loss is a mean over the tokens of all devices"),
+    "dataloader_drop_last": ((False,), "the last rows of an epoch are trained on too"),
+    "train_sampling_strategy": (("random",), "rows come in random order"),
+    "group_by_length": ((False,), "rows come in random order"),
+    "eval_delay": ((0,), "evaluation begins with the first eval_steps"),
+    "metric_for_best_model": (("loss", "eval_loss"), "the best adapter is that of the lowest held-out loss"),
+    "greater_is_better": ((False,), "the best adapter is that of the lowest held-out loss"),
+    "resume_from_checkpoint": (
+        (True, False),
+        "an unfinished stage continues from its own last checkpoint; another run's adapter belongs into adapters",
+    ),
+    "accelerator_config": (({}, ""), "accelerate's options are not read"),
+    "parallelism_config": ((), "one GPU holds a whole layer; torchrun starts a process for each"),
+    "deepspeed": (
+        ("",),
+        "DeepSpeed is not used, and its file may set the optimizer; the plan fits the run to the card",
+    ),
+    "hub_token": ((), "a file is no place for a token; run `hf auth login`"),
+    "hub_revision": (("main",), "the adapter is pushed to the branch main"),
+    "hub_model_revision": (("main",), "the adapter is pushed to the branch main"),
+    "tokenizer_name_or_path": ((), "the base's own tokenizer is used, with its embeddings"),
+    "eos_token": ((), "answers end as the chat template ends them"),
+    "truncation_mode": (
+        ("keep_start",),
+        "rows are cut at their end (dpo: a prompt at its start, to max_prompt_length)",
+    ),
+    "packing_strategy": (
+        ("bfd", "ffd"),
+        "a row longer than max_length is cut, and neither split nor wrapped; raise max_length to keep it whole",
+    ),
+    "append_concat_token": ((False,), "nothing is put between rows"),
+    "skip_prepare_dataset": ((False,), "rows are conversations or texts, and are tokenized here"),
+    "router_aux_loss_coef": ((0,), "mixtures of experts have no balancing loss here"),
+    "lora_modules_to_save": (([],), _PLAIN),
+    "lora_target_parameters": (([],), f"{_PLAIN}, on the modules of lora_target_modules"),
+    "lora_task_type": (("CAUSAL_LM",), "the task is causal language modelling"),
+    "use_rslora": ((False,), "the scale is lora_alpha / lora_r; for the same scale write lora_alpha × √lora_r"),
+    "use_dora": ((False,), _PLAIN),
+    "load_in_8bit": ((False,), "a base is held in 4 bits (load_in_4bit: true) or in 16 (false)"),
+    "bnb_4bit_quant_type": (("nf4",), "4 bits are NF4"),
+    "quantization_config": ((), "write load_in_4bit and bnb_4bit_use_double_quant"),
+    "loss_weights": (([1],), "one loss is trained"),
+    "ld_alpha": ((1,), _DPO),
+    "f_divergence_type": (("reverse_kl",), _DPO),
+    "use_weighting": ((False,), _DPO),
+    "sync_ref_model": ((False,), "the reference never changes"),
+    "reference_free": ((False,), _DPO),
+    "rpo_alpha": ((), _DPO),
+    "env": (({},), "set environment variables in the shell"),
+}
+
+_VALUES: dict[str, dict[Any, Any]] = {
+    "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", None: "auto"},
+    "optim": {"adamw_torch_fused": "adamw_torch", "adamw_hf": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"}
+    | {"paged_adamw": "paged_adamw_32bit"},
+    "max_steps": {-1: None, 0: None},  # transformers' "not set"
+}
+# null is TRL's "not set" of these
+_UNSET = (
+    "model_revision", "chat_template", "lora_target_modules", "warmup_ratio", "save_total_limit", "hub_private_repo",
+)  # fmt: skip
+PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # of a batch
+
+
+def rename(
+    values: dict[str, Any], where: str, own: Collection[str], notes: list[str], *, file: bool = False, dpo: bool = False
+) -> dict[str, Any]:
+    """Other tools' keys to ours; the combinations first (micro-batch times accumulation, data-set mixtures).
+
+    Args:
+        values: what a file or the command line says.
+        where: that file, or "the command line", for messages.
+        own: the keys of the schema.
+        notes: gets a line for each key that was renamed or that changes nothing here.
+        file: they are a whole file; what TRL would have done without a key counts too.
+        dpo: the stage's method.
+
+    Raises:
+        UserError: unknown keys, refused ones, or ones that cannot be translated; all of them in one message.
+    """
+    faults: list[str] = []
+    taken = dict(values)
+    for key in ("model_init_kwargs", "dataset_kwargs"):
+        taken = {**(take(taken, key, dict, faults) or {}), **taken}
+    theirs = of_others(taken, own)
+    result: dict[str, Any] = {}
+    _one_name(taken, faults)
+    _batch_size(taken, result, faults, notes)
+    if "evaluation_strategy" in taken:  # until transformers 4.41
+        taken.setdefault("eval_strategy", taken.pop("evaluation_strategy"))
+    translate_datasets(taken, result, faults, notes)
+    chosen = taken.pop("eval_strategy", None)
+    if chosen in ("no", False):
+        result["eval_dataset"] = None
+    elif chosen == "epoch":
+        taken["eval_steps"] = None
+        notes.append("eval_strategy: epoch is an evaluation at the end of the stage")
+    elif chosen not in (None, "steps"):
+        faults.append(f"eval_strategy: {short(chosen)} is none of no, steps and epoch.")
+    hub_id = taken.pop("hub_model_id", None)
+    if taken.get("push_to_hub") is True:  # transformers' way: a switch, and a name beside it
+        if not hub_id:
+            faults.append("push_to_hub says that, not where to. Set push_to_hub=OWNER/NAME.")
+        taken["push_to_hub"] = hub_id
+    _losses(taken, faults, notes, dpo)
+    warmup = number(taken.get("warmup_steps"))
+    if warmup is not None and warmup < 1:  # transformers: a share of the steps
+        del taken["warmup_steps"]
+        if warmup or taken.get("warmup_ratio") is None:
+            taken["warmup_ratio"] = warmup
+    no_dropout = take(taken, "disable_dropout", bool, faults)
+    for key, value in taken.items():
+        if key in own:
+            result[key] = value
+        elif key in ALIASES:
+            result[ALIASES[key]] = value
+            notes.append(f"{key} is {ALIASES[key]} here")
+        elif key in ACCEPTED:
+            notes.append(f"{key} changes nothing here: {ACCEPTED[key]}")
+        elif key in REFUSED:
+            harmless, why = REFUSED[key]
+            if not (value is None or value in harmless or number(value) in harmless):
+                instead = f", or set it to {harmless[0]!r}" if harmless and harmless[0] not in ("", {}, []) else ""
+                faults.append(f"{key}: {short(value)}: {why}. Remove the key{instead}.")
+        else:
+            faults.append(unknown_key(key, own))
+    if faults:
+        raise UserError(f"{where}: " + "\n".join(faults))
+    for key, table in _VALUES.items():
+        if key in result and isinstance(result[key], str | int | None):
+            result[key] = table.get(result[key], result[key])
+    if result.get("lora_target_modules") == ["all-linear"]:  # TRL's command line makes lists
+        result["lora_target_modules"] = "all-linear"
+    for key in _UNSET:
+        if result.get(key, key) is None:
+            del result[key]
+    # TRL's DPO turns every dropout off, unless told otherwise; so what the handbook's recipes say of it has no effect
+    if no_dropout or (no_dropout is None and dpo and file and theirs and result.get("lora_dropout")):
+        notes.append("lora_dropout is 0 here: disable_dropout is on, TRL's default for DPO")
+        result["lora_dropout"] = 0
+    if file and theirs:
+        notes.append("what the file leaves out has the defaults of docs/configuration.md, not TRL's")
+        if not values.get("use_peft"):
+            notes.append(
+                "the file is for full fine-tuning (no use_peft); a LoRA adapter is trained here, which usually takes ten "
+                "times the learning rate"
+            )
+    return result
+
+
+def of_others(values: Collection[str], own: Collection[str]) -> bool:
+    """Whether a key is another tool's own, and not only another name."""
+    return any(key not in own and (key in TRANSLATED or key in ACCEPTED or key in REFUSED) for key in values)
+
+
+def _one_name(values: dict[str, Any], faults: list[str]) -> None:
+    """A key that stands there under several names must have one value under all of them."""
+    for key, ours in ALIASES.items():
+        if key in values and ours in values:
+            one, other = values.pop(key), values[ours]
+            if None not in (one, other) and one != other:
+                faults.append(f"{key}: {short(one)}, but {ours}: {short(other)}: two names of one key. Keep one.")
+            values[ours] = one if other is None else other
+
+
+def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
+    parts = {key: value for key in PARTS if (value := values.pop(key, None)) is not None}
+    sizes = [number(value) for value in parts.values()]
+    if not all(size is not None and size.is_integer() for size in sizes):
+        faults.append(f"{', '.join(f'{key} {short(value)}' for key, value in parts.items())}: must be whole numbers.")
+    elif parts and ("batch_size" in values or "train_batch_size" in values):
+        faults.append(f"batch_size and {', '.join(parts)}: the batch is said twice. Keep one.")
+    elif parts and PARTS[0] not in parts:
+        faults.append(
+            f"{PARTS[1]}: of what micro-batch? Name {PARTS[0]} too (TRL's default is 8), or batch_size alone."
+        )
+    elif parts:
+        result["batch_size"] = math.prod(int(size) for size in sizes if size is not None)
+        notes.append(f"batch_size = {result['batch_size']} (micro-batch × accumulation); the plan splits it")
+
+
+def _losses(values: dict[str, Any], faults: list[str], notes: list[str], dpo: bool) -> None:
+    """Which tokens are learned, and by which loss."""
+    assistant = take(values, "assistant_only_loss", bool, faults)
+    completion = take(values, "completion_only_loss", bool, faults)
+    if assistant is not None or completion is not None:
+        values.setdefault("loss_on", "last" if completion else "assistant" if assistant else "all")
+        notes.append(f"assistant_only_loss, completion_only_loss: loss_on {values['loss_on']} here")
+    loss = values.get("loss_type")
+    if isinstance(loss, list) and len(loss) == 1:
+        values["loss_type"] = loss = loss[0]
+    if isinstance(loss, list):
+        faults.append(f"loss_type: {short(loss)}: one loss is trained. Name one.")
+        del values["loss_type"]
+    elif not dpo and loss in ("nll", "chunked_nll", "dft"):
+        del values["loss_type"]
+        if loss == "dft":
+            faults.append("loss_type: 'dft': sft's loss is nll. Remove the key.")
+
+
+def unknown_key(key: str, own: Collection[str]) -> str:
+    """What to say of a key that is none: the nearest known one."""
+    if option := difflib.get_close_matches(
+        key[:100].replace("_", ""), ("dryrun", "config", "verbose"), n=1, cutoff=0.75
+    ):
+        return f"there is no key {short(key)}. Did you mean --{'dry-run' if option[0] == 'dryrun' else option[0]}?"
+    known = [*own, *([] if "." in key else [*ALIASES, *TRANSLATED])]
+    near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)
+    return f"there is no key {short(key)}." + (
+        f" Did you mean {near[0]!r}?" if near else " See docs/configuration.md for all keys."
+    )

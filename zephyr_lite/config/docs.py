@@ -1,0 +1,171 @@
+"""The list of all configuration keys as Markdown, made of the schema: ``python -m zephyr_lite.config.docs``.
+
+``--into FILE`` puts it between the marks of a document, as in ``docs/configuration.md``; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ..errors import UserError
+from ..io.atomic import write_text
+from .compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
+from .load import load_config
+from .schema import DPO_DEFAULTS, PARTS, DatasetSpec, MemorySpec, RunConfig
+
+BEGIN, END = (
+    "<!-- keys: made by python -m zephyr_lite.config.docs --into docs/configuration.md -->",
+    "<!-- end of keys -->",
+)
+_WORDS = {str: "text", int: "whole number", float: "number", bool: "true, false", type(None): "null"}
+# what the shipped recipe sets although it is no default: how often is a matter of a run's length
+_SHIPPED = ("eval_steps", "save_steps")
+
+
+def keys_as_markdown() -> str:
+    """Every key of the schema with its values, default and meaning; then other tools' keys."""
+    lines: list[str] = []
+    for name, info in RunConfig.model_fields.items():
+        if name in PARTS:
+            lines += [
+                "",
+                f"### {PARTS[name]}",
+                "",
+                "| key | values | default (sft; dpo) | meaning |",
+                "|---|---|---|---|",
+            ]
+        lines.append(f"| `{name}` | {values_of(info)} | {default_of(name, info)} | {info.description} |")
+    lines += ["", "### A data set", "", _nested("dataset", DatasetSpec)]
+    lines += ["", "### Memory", "", _nested("memory", MemorySpec)]
+    lines += ["", "### Other tools' names", "", "| there | here |", "|---|---|"]
+    lines += [f"| `{theirs}` | `{ours}` |" for theirs, ours in (ALIASES | TRANSLATED).items()]
+    lines += ["", "### Accepted, and without effect", "", "| key | why |", "|---|---|"]
+    for why, items in groupby(ACCEPTED.items(), key=lambda item: item[1]):
+        lines.append(f"| {', '.join(f'`{key}`' for key, _ in items)} | {why} |")
+    lines += [
+        "",
+        "### Refused, but for null and the values that change nothing",
+        "",
+        "| key | accepted | why of others |",
+    ]
+    lines += ["|---|---|---|", *(_refused(key) for key in REFUSED)]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _refused(key: str) -> str:
+    harmless, why = REFUSED[key]
+    values = ", ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in harmless)
+    return f"| `{key}` | {values.strip(', ')} | {why} |"
+
+
+def values_of(info: FieldInfo) -> str:
+    """What a key may be, in words: its type and its limits."""
+    kinds = [each for each in _types(info.annotation) if each != _WORDS[type(None)]]
+    nothing = [_WORDS[type(None)]] if len(kinds) < len(_types(info.annotation)) else []
+    return ", ".join([", ".join(kinds) + _limits(info), *nothing])
+
+
+def default_of(name: str, info: FieldInfo) -> str:
+    """A key's default; dpo's behind a semicolon where it is another one, and the shipped recipe's where that differs."""
+    sft, dpo = _value(name, info.default), _value(name, DPO_DEFAULTS.get(name, info.default))
+    text = sft if sft == dpo else f"{sft}; {dpo}"
+    if name in _SHIPPED:
+        shipped = [_value(name, getattr(load_config(m, f"zephyr-7b/{m}").config, name)) for m in ("sft", "dpo")]
+        text += f"; shipped: {' and '.join(dict.fromkeys(shipped))}"
+    return text
+
+
+def _nested(parent: str, model: type[BaseModel]) -> str:
+    lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
+    for name, info in model.model_fields.items():
+        default = "required" if info.is_required() else _value(name, info.default)
+        lines.append(f"| `{parent}.{name}` | {values_of(info)} | {default} | {info.description} |")
+    return "\n".join(lines)
+
+
+def _types(annotation: Any) -> list[str]:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return list(map(str, inner))
+    if origin in (Union, types.UnionType):
+        return [word for each in inner for word in _types(each)]
+    if origin is list:
+        return ["data sets" if inner[0] is DatasetSpec else f"list of {_WORDS[inner[0]]}s"]
+    if origin is dict:
+        return ["map"]
+    return ["auto", "keys"] if annotation is MemorySpec else [_WORDS[annotation]]
+
+
+def _limits(info: FieldInfo) -> str:
+    """The least and the largest value; a limit that is only there against overflow is left out."""
+    found = []
+    for limit in info.metadata:
+        for sign, word in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
+            number = getattr(limit, sign, None)
+            if number is not None and abs(number) < 2**16:
+                found.append(f"{word} {number:g}")
+    return f" {' and '.join(found)}" if found else ""
+
+
+def _value(name: str, value: Any) -> str:
+    """A default as one would write it in YAML."""
+    if name in ("dataset", "eval_dataset"):
+        first = value if isinstance(value, dict) else value[0].model_dump()
+        return f"{first['path'].split('/')[-1]}, {first['split']}"
+    if isinstance(value, MemorySpec):
+        return "auto"
+    if isinstance(value, dict):
+        return "{}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float) and 0 < abs(value) < 1e-3:
+        digits, power = f"{value:.1e}".split("e")  # 2.0e-4: a YAML reader takes 2e-04 for a text
+        return f"{digits}e{int(power)}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def into(path: Path) -> None:
+    """Replace what stands between the marks of a Markdown file.
+
+    Raises:
+        UserError: the file cannot be read, or has not both marks.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}", "Name a Markdown file.") from None
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{path}: has not the two marks that the list stands between.", f"Put {BEGIN} and {END} there.")
+    write_text(path, f"{before}{BEGIN}\n\n{keys_as_markdown()}\n{END}{after}")
+
+
+def main(arguments: list[str]) -> int:
+    """Print the list, or put it into a document (``--into FILE``).
+
+    Returns:
+        0, or 2 with a line on standard error.
+    """
+    try:
+        if not arguments:
+            print(keys_as_markdown(), end="")
+        elif len(arguments) == 2 and arguments[0] == "--into":
+            into(Path(arguments[1]))
+        else:
+            raise UserError(f"{' '.join(arguments)}: is not understood.", "Give nothing, or --into FILE.")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

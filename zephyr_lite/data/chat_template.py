@@ -1,0 +1,434 @@
+"""Conversation → token ids and the mask of supervised tokens.
+
+A conversation is rendered as a whole by the chat template, and each answer is rendered as inference sees it: the
+generation prompt of the turns before it, and the text that the template writes for it. An answer is supervised where
+the whole text holds the same answer at the same place. The text is tokenized once; the mask follows from the tokens'
+character offsets. Tokenizing turn by turn gives other ids (SentencePiece's differ on every conversation).
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jinja2.exceptions import TemplateSyntaxError
+
+from ..errors import UserError
+from ..io.strict_json import shown
+from .formats import TEXT, Message, RowError
+from .rendering import PROBE, Rendered, Renderer, common_length
+from .templates import BOS, NEEDED_TOKENS, TEMPLATES
+
+LossOn = Literal["assistant", "last", "all"]
+
+_OTHER = "Choose zephyr, chatml or llama3, or change the template."
+
+
+@dataclass
+class Example:
+    """One conversation.
+
+    Attributes:
+        ids: [T] int32.
+        mask: [T] bool, the token is supervised, i.e. a target; never the first.
+        where: "train.jsonl row 17".
+        index: its position in the data set, its identity wherever it is batched.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    where: str
+    index: int
+
+
+@dataclass
+class PairExample:
+    """One preference pair: prompt + chosen and prompt + rejected, the prompt held once.
+
+    ``prompt_ids`` are the tokens that are equal in both texts and end before the first answer begins.
+
+    Attributes:
+        prompt_ids: [P] int32, P ≥ 1, never supervised.
+        chosen_ids, chosen_mask: [C] int32 and bool.
+        rejected_ids, rejected_mask: [R] int32 and bool.
+        where, index: as in ``Example``.
+    """
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    chosen_mask: np.ndarray
+    rejected_ids: np.ndarray
+    rejected_mask: np.ndarray
+    where: str
+    index: int
+
+
+class Pair(NamedTuple):
+    """The arrays of a ``PairExample``."""
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    chosen_mask: np.ndarray
+    rejected_ids: np.ndarray
+    rejected_mask: np.ndarray
+
+
+class ChatTemplate(Renderer):
+    """A tokenizer and the chat template that it is saved with.
+
+    Made by ``resolve_template``, which also checks it. Public methods raise ``RowError`` where one row cannot be
+    rendered or encoded faithfully.
+
+    Attributes:
+        name: "zephyr", "the tokenizer's own", a file's name.
+        bos_token_id: the token that every sequence starts with; None where the model has none.
+        repeats_bos: the template writes BOS before later turns too.
+        notes: decisions on the way.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text: str,
+        name: str,
+        bos_token_id: int | None = None,
+        now: datetime.datetime | None = None,
+    ) -> None:
+        super().__init__(tokenizer, text, now)
+        self.name = name
+        self.bos_token_id = bos_token_id
+        self.repeats_bos = False
+        self.notes: list[str] = []
+
+    @cached_property
+    def end_token_ids(self) -> list[int]:
+        """The tokens that end an answer: generation stops at them, beside the tokenizer's own eos."""
+        ids, mask = self.encode(PROBE)
+        return sorted({int(ids[i]) for i in range(len(ids)) if mask[i] and not mask[i + 1 : i + 2].any()})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the template and of the tokenizer: equal fingerprints give equal ids."""
+        parts = [self.text, self.tokenizer.backend_tokenizer.to_str(), str(self.bos_token_id)]
+        parts += [f"{key}={value}" for key, value in sorted(self.tokenizer.special_tokens_map.items())]
+        if self.reads_clock:
+            parts.append(self.now.isoformat())
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    # -- ids -----------------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        loss_on: LossOn = "assistant",
+        tools: list[Any] | None = None,
+        notes: list[str] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The conversation's ids and which of them are supervised.
+
+        Args:
+            messages: turns; those of the assistant are supervised, unless they have ``train: False``. Or one plain text,
+                which is supervised whole.
+            loss_on: every answer, the last one, or every token but the first.
+            tools: as for ``render``.
+            notes: gets those of the rendering.
+
+        Returns:
+            ids [T] int32, mask [T] bool.
+
+        Raises:
+            RowError: as ``render``; a turn's text contains a control token, which would become a real one; or BOS
+                does not occur exactly once.
+        """
+        if messages[0]["role"] == TEXT:
+            ids = self.text_ids(messages[0]["content"])
+            return ids, np.arange(len(ids)) > 0
+        self._refuse_control_tokens(messages)
+        rendered = self.render(messages, tools)
+        if notes is not None:
+            notes += rendered.notes
+        self._keep_supervised(rendered, messages, loss_on)
+        ids, starts, _ = self.tokenize(rendered)
+        return ids, self._mask(rendered, messages, starts, loss_on, tools)
+
+    def text_ids(self, text: str) -> np.ndarray:
+        """The ids of a plain text as TRL makes them, [T] int32: BOS once, first, and eos at the end. A text that was
+        rendered already may hold both, and other control tokens.
+
+        Raises:
+            RowError: BOS is not there exactly once.
+        """
+        eos, bos = self.tokenizer.eos_token, self.tokenizer.bos_token if self.bos_token_id is not None else None
+        text = text if text.endswith(eos) else text + eos
+        begun = bos is not None and text.startswith(bos)
+        ids = np.asarray(self.tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"], dtype=np.int32)
+        if bos is not None and ids[0] != self.bos_token_id:  # tokenizers that leave BOS to the template
+            ids = np.concatenate([np.asarray([self.bos_token_id], dtype=np.int32), ids])
+        self._check_bos(ids)
+        return ids
+
+    def encode_pair(
+        self,
+        prompt: Sequence[Message],
+        chosen: Sequence[Message],
+        rejected: Sequence[Message],
+        loss_on: LossOn = "assistant",
+        tools: list[Any] | None = None,
+        notes: list[str] | None = None,
+    ) -> Pair:
+        """The ids of a preference pair; the prompt's own answers are never supervised.
+
+        Args:
+            notes: gets those of both renderings.
+
+        Raises:
+            RowError: as ``encode``.
+        """
+        self._refuse_control_tokens([*prompt, *chosen, *rejected])
+        sides, heads = [], []
+        for response in (chosen, rejected):
+            messages = [*prompt, *response]
+            rendered = self.render(messages, tools)
+            if notes is not None:
+                notes += rendered.notes
+            answers = [span.start for turn, span in rendered.spans.items() if turn >= len(prompt)]
+            if not answers:
+                raise RowError("no supervised token")
+            self._keep_supervised(rendered, messages, loss_on, len(prompt))
+            ids, starts, ends = self.tokenize(rendered)
+            mask = self._mask(rendered, messages, starts, loss_on, tools) & (starts >= answers[0])
+            sides.append((ids, mask, ends))
+            heads.append(answers[0])
+        (a, a_mask, a_ends), (b, b_mask, _) = sides
+        shorter = min(len(a), len(b))
+        shared = (a[:shorter] == b[:shorter]) & (a_ends[:shorter] <= min(heads))
+        length = int(np.argmin(shared)) if not shared.all() else shorter
+        if length == 0:
+            raise RowError("no token of the prompt is the same before both answers")
+        return Pair(a[:length], a[length:], a_mask[length:], b[length:], b_mask[length:])
+
+    def prompt_ids(self, messages: Sequence[Message], tools: list[Any] | None = None) -> np.ndarray:
+        """The ids that generation starts from: the turns and the generation prompt, [P] int32."""
+        self._refuse_control_tokens(messages)
+        return self.tokenize(Rendered(self.text_of(messages, True, tools)))[0]
+
+    def tokenize(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids [T] int32 and the characters [T] at which each token starts and ends.
+
+        The prompt of each answer has the ids that inference feeds: a token that would hold its end and the answer's
+        beginning (a space and a word) is two.
+        """
+        text = rendered.text
+        ids, starts, ends = self._offsets(text)
+        crossed = [
+            border
+            for border, _ in rendered.spans.values()
+            if ((starts < border) & (ends > border)).any()
+            # byte-level tokenizers may count a space to a word without saying so in the offsets
+            or (
+                text[border - 1 : border] == " "
+                and not np.array_equal(self._offsets(text[:border])[0], ids[ends <= border])
+            )
+        ]
+        if crossed:
+            pieces = [
+                (first, self._offsets(text[first:second], continued=first > 0))
+                for first, second in pairwise([0, *crossed, len(text)])
+            ]
+            ids = np.concatenate([piece[0] for _, piece in pieces])
+            starts, ends = (np.concatenate([piece[i] + first for first, piece in pieces]) for i in (1, 2))
+        self._check_bos(ids)
+        return ids, starts, ends
+
+    def _offsets(self, text: str, continued: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        # the template writes BOS itself
+        try:
+            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        except BaseException as error:
+            # a panic in Rust is no Exception: a regex of tokenizer.json that backtracks too far
+            if type(error).__name__ != "PanicException":
+                raise
+            raise RowError(f"the tokenizer fails on it: {' '.join(str(error).split())[:200]}") from None
+        ids = np.asarray(encoding["input_ids"], dtype=np.int32)
+        # a third of the time that an array of the pairs takes
+        offsets = np.fromiter(chain.from_iterable(encoding["offset_mapping"]), dtype=np.int64, count=2 * len(ids))
+        starts, ends = offsets[::2], offsets[1::2]
+        spaced = (
+            continued and text[:1] != " " and len(ids) and self.tokenizer.convert_ids_to_tokens(int(ids[0]))[0] == "▁"
+        )
+        if spaced:
+            # SentencePiece puts a space before a first word, which this is not: behind a newline there is none
+            ids, starts, ends = self._offsets("\n" + text)
+            inside = ends > 1
+            return ids[inside], starts[inside] - 1, ends[inside] - 1
+        return ids, starts, ends
+
+    def _check_bos(self, ids: np.ndarray) -> None:
+        if self.bos_token_id is None:
+            return
+        count = int((ids == self.bos_token_id).sum())
+        doubled = len(ids) > 1 and ids[1] == self.bos_token_id
+        if len(ids) == 0 or ids[0] != self.bos_token_id or doubled or (count > 1 and not self.repeats_bos):
+            raise RowError(f"BOS stands {count} times in the row, not once at its beginning")
+
+    @staticmethod
+    def _keep_supervised(rendered: Rendered, messages: Sequence[Message], loss_on: LossOn, first: int = 0) -> None:
+        """Take away the spans of answers that are context: their tokens are those of the whole text, as at inference."""
+        turns = list(rendered.spans)[-1:] if loss_on == "last" else list(rendered.spans)
+        kept = {turn for turn in turns if turn >= first and messages[turn].get("train", True)}
+        rendered.spans = {turn: span for turn, span in rendered.spans.items() if turn in kept}
+
+    def _mask(
+        self,
+        rendered: Rendered,
+        messages: Sequence[Message],
+        starts: np.ndarray,
+        loss_on: LossOn,
+        tools: list[Any] | None,
+    ) -> np.ndarray:
+        mask = np.full(len(starts), loss_on == "all")
+        if loss_on == "all":
+            for turn, message in enumerate(messages):
+                if not message.get("train", True):
+                    first, end = (
+                        common_length(rendered.text, self.text_of(messages[:count], tools=tools))
+                        for count in (turn, turn + 1)
+                    )
+                    mask[(starts >= first) & (starts < end)] = False
+        else:
+            for span in rendered.spans.values():
+                mask |= (starts >= span.start) & (starts < span.end)
+        mask[:1] = False  # nothing predicts the first token
+        return mask
+
+
+def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None = None) -> ChatTemplate:
+    """Choose a chat template, set it on the tokenizer, and check that it can be trained on.
+
+    Args:
+        choice: ``auto`` (the tokenizer's own, Zephyr's where it has none), ``zephyr``, ``chatml``, ``llama3``, or a
+            Jinja file.
+        tokenizer: a fast tokenizer with an eos token.
+        now: the time that the template is given, where it asks for it; default: the current one.
+
+    Raises:
+        UserError: no such template; a tokenizer without offsets or without the tokens that the template writes; a
+            template that cannot be rendered, does not write a plain conversation, has no end token after an answer,
+            ignores ``add_generation_prompt``, or writes BOS twice at the beginning.
+    """
+    name, text = _choose(choice, tokenizer)
+    what = f"chat template {name}"
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"{what}: the tokenizer is {type(tokenizer).__name__}, which gives no character offsets.",
+            "Use a model folder with a tokenizer.json, or one whose tokenizer transformers can convert.",
+        )
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"{what}: the tokenizer has no eos token, so answers could not end.",
+            "Name one as eos_token in its tokenizer_config.json.",
+        )
+    vocabulary = tokenizer.get_vocab()
+    if missing := [token for token in NEEDED_TOKENS.get(name, ()) if token not in vocabulary]:
+        raise UserError(
+            f"{what}: the tokenizer does not know {', '.join(missing)} as one token.",
+            "Choose chat_template: zephyr, which needs no token but eos.",
+        )
+    if not isinstance(text, str):
+        raise UserError(f"{what}: is a {type(text).__name__}, not text.", _OTHER)
+    notes = []
+    adds_bos = _adds_bos(tokenizer)
+    if name in TEMPLATES and not adds_bos:
+        text = text.removeprefix(BOS)
+    template = ChatTemplate(tokenizer, text, name, now=now)
+    probe = _probe(template, what)
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if not adds_bos:
+        # tokenizers such as Llama 3's leave BOS to the template; one that ChatML writes before each turn is a turn's tag
+        adds_bos = bool(bos) and probe.startswith(bos) and probe.count(bos) == 1
+    elif not probe.startswith(bos):
+        # the tokenizer begins every text with BOS, and a server takes the template's word for it
+        parts = template.content_parts
+        template = ChatTemplate(tokenizer, BOS + text, name, now=now)
+        template.content_parts = parts
+        probe = _probe(template, what)
+        notes.append(f"{what} writes no BOS, the tokenizer does: {BOS} was put in front")
+    if adds_bos and bos_id != tokenizer.eos_token_id:  # OPT's is the same token, which cannot be counted
+        ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        if ids[:2] == [bos_id, bos_id]:
+            raise UserError(f"{what}: writes BOS twice at the beginning.", "It must be written once, first.")
+        template.repeats_bos = ids.count(bos_id) > 1
+        template.bos_token_id = bos_id
+    if tokenizer.eos_token_id not in template.end_token_ids:
+        ends = ", ".join(tokenizer.convert_ids_to_tokens(template.end_token_ids))
+        notes.append(f"{what}: answers end with {ends}, which is not the tokenizer's eos {tokenizer.eos_token}")
+    template.notes = notes
+    return template
+
+
+def _choose(choice: str, tokenizer: Any) -> tuple[str, Any]:
+    if choice == "auto":
+        own = tokenizer.chat_template
+        if isinstance(own, dict):
+            own = own.get("default")
+        return ("the tokenizer's own", own) if own else ("zephyr", TEMPLATES["zephyr"])
+    if choice in TEMPLATES:
+        return choice, TEMPLATES[choice]
+    if "{%" in choice or "{{" in choice:  # the alignment handbook's YAML files spell it out
+        return "of the configuration", choice
+    path = Path(choice)
+    try:
+        path = path.expanduser()
+        found = path.is_file()
+    except (OSError, RuntimeError):  # no name that a file or a user can have
+        found = False
+    if not found:
+        raise UserError(
+            f"chat_template {shown(repr(choice), 200)}: neither a template's name nor a file.",
+            f"Choose auto, {', '.join(TEMPLATES)}, or a .jinja file.",
+        )
+    try:
+        return str(choice), path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template {choice}: cannot be read: {error}.", "Save the template in UTF-8.") from None
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def _probe(template: ChatTemplate, what: str) -> str:
+    """The text of a plain conversation, after the checks that need no real rows."""
+    try:
+        try:
+            rendered = template.render(PROBE)
+        except RowError:
+            if template.content_parts:
+                raise
+            template.content_parts = True  # templates of vision models read lists of parts only
+            try:
+                rendered = template.render(PROBE)
+            except RowError:
+                template.content_parts = False
+                rendered = template.render(PROBE)
+        plain, prompt = (template.text_of(PROBE[:1], add) for add in (False, True))
+    except TemplateSyntaxError as error:
+        raise UserError(f"{what} line {error.lineno}: {error.message}.") from None
+    except RowError as error:
+        raise UserError(f"{what}: cannot be trained on: {error}.", _OTHER) from None
+    text, span = rendered.text, rendered.spans[3]
+    opening = text[span.start : text.find(PROBE[3]["content"], span.start)]
+    if plain == prompt and opening.strip():
+        raise UserError(
+            f"{what}: ignores add_generation_prompt, so that an answer would begin with its own tag {opening!r}.",
+            "End the template with {% if add_generation_prompt %}…{% endif %}.",
+        )
+    return text

@@ -1,0 +1,321 @@
+"""Rows → examples → packed rows: everything that happens to data before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import datasets
+import numpy as np
+import tokenizers
+import transformers
+
+from ..config.load import DatasetSpec, RunConfig
+from ..errors import UserError
+from .chat_template import ChatTemplate, Example, Pair, PairExample
+from .formats import Method, RowError
+from .load import PARALLEL_ROWS, cache_key, load_rows, processes, summarise
+from .opening import quiet
+from .packing import best_fit, cut_conversation, cut_pair
+from .workers import interruptible
+
+_PLACES = 5
+
+_SFT = ("ids", "mask")
+_DPO = Pair._fields
+
+
+@dataclass
+class DataReport:
+    """What became of the rows, for the console and for a run's ``stage.json``.
+
+    Attributes:
+        what: "training" or "evaluation".
+        notes: what was read, and as which format.
+        read: rows looked at; kept: examples made of them (repeats included).
+        dropped: reason → places of the rows left out; changed: what was changed in rows that stayed → places.
+        cut: examples cut to ``max_length``; prompts_cut: of these, pairs whose prompt was cut too.
+        supervised_lost: supervised tokens lost by cutting.
+        rows: packed rows (sft) or pairs (dpo); tokens: in all of them; supervised: of these, targets.
+        fill: tokens / (rows × max_length); None for pairs, which are not packed before the plan.
+        longest: tokens of the longest example.
+    """
+
+    what: str
+    notes: list[str] = field(default_factory=list)
+    read: int = 0
+    kept: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    changed: dict[str, list[str]] = field(default_factory=dict)
+    cut: int = 0
+    prompts_cut: int = 0
+    supervised_lost: int = 0
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    fill: float | None = None
+    longest: int = 0
+
+    def lines(self) -> list[str]:
+        """One fact a line."""
+        pairs = self.fill is None
+        unit = "pairs" if pairs else "conversations"
+        result = [f"{self.what} data: {note}" for note in self.notes]
+        for reason, where in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
+            result.append(f"left out, {reason}: {_places(where)}")
+        for reason, where in sorted(self.changed.items(), key=lambda item: -len(item[1])):
+            result.append(f"{reason}: {_places(where)}")
+        if self.cut:
+            extra = f", {self.prompts_cut:,} of them on the prompt's left" if self.prompts_cut else ""
+            result.append(
+                f"{self.cut:,} {unit} cut to max_length{extra}; {self.supervised_lost:,} supervised tokens lost"
+            )
+        packed = "" if pairs else f" in {self.rows:,} packed rows, {self.fill:.1%} full"
+        result.append(
+            f"{self.kept:,} {unit}{packed}; {self.tokens:,} tokens, {self.supervised:,} supervised "
+            f"({self.supervised / max(1, self.tokens):.1%}); the longest has {self.longest:,}"
+        )
+        return result
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON: counts, and the first places of each reason."""
+        values = dict(vars(self))
+        for key in ("dropped", "changed"):
+            values[key] = {
+                reason: {"count": len(where), "first": where[:_PLACES]} for reason, where in getattr(self, key).items()
+            }
+        return values
+
+
+def _places(where: Sequence[str]) -> str:
+    return f"{len(where):,} ({', '.join(where[:_PLACES])}{', …' if len(where) > _PLACES else ''})"
+
+
+class Examples(Sequence[Any]):
+    """Examples read one at a time from an arrow table on disk: ``len``, ``[i]``, iteration."""
+
+    def __init__(self, table: datasets.Dataset, method: Method) -> None:
+        self._table = table.with_format("arrow")
+        self._columns = _SFT if method == "sft" else _DPO
+        self._kind: type[Example] | type[PairExample] = Example if method == "sft" else PairExample
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        row = self._table[position : position + 1]
+        arrays = {c: row.column(c).combine_chunks().flatten().to_numpy(zero_copy_only=False) for c in self._columns}
+        return self._kind(**arrays, where=row.column("where")[0].as_py(), index=position)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def columns(self, *names: str) -> datasets.Dataset:
+        """Columns of all examples as Arrow: ids and masks, and where, length, supervised, lost, cut."""
+        return self._table.select_columns(list(names)).with_format("arrow")
+
+
+@dataclass
+class Prepared:
+    """Data as a stage trains on it.
+
+    Attributes:
+        examples: ``Example`` (sft) or ``PairExample`` (dpo) by index, read lazily.
+        lengths: int64 [n], the tokens that each takes in a batch.
+        rows: what one row of the recipe holds: the conversations packed into it (sft), or one pair (dpo).
+        report: what happened on the way.
+        fingerprint: hash of all ids and masks and of the template.
+    """
+
+    examples: Examples
+    lengths: np.ndarray
+    rows: list[list[int]]
+    report: DataReport
+    fingerprint: str
+
+
+def prepare(
+    specs: Sequence[DatasetSpec],
+    method: Method,
+    config: RunConfig,
+    template: ChatTemplate,
+    *,
+    what: str = "training",
+) -> Prepared:
+    """Load, tokenize, cut and pack.
+
+    Args:
+        specs: ``config.dataset`` or ``config.eval_dataset``.
+        method: the stage's.
+        config: gives ``seed``, ``system``, ``loss_on``, ``max_length`` and, for dpo, ``max_prompt_length``.
+        template: of ``chat.resolve_template``.
+        what: the data's name in the report.
+
+    Raises:
+        UserError: as ``sources.load_rows``; or no row is left.
+    """
+    rows = load_rows(specs, method, seed=config.seed, system=config.system)
+    report = DataReport(
+        what, notes=[*rows.notes, *template.notes], read=rows.read, dropped=rows.dropped, changed=rows.changed
+    )
+    options = {
+        "method": method,
+        "loss_on": config.loss_on,
+        "max_length": config.max_length,
+        "max_prompt_length": config.max_prompt_length,
+    }
+    versions = f"{tokenizers.__version__} {transformers.__version__}"
+    with quiet(len(rows.dataset) <= PARALLEL_ROWS), interruptible():
+        table = rows.dataset.map(
+            _encode,
+            batched=True,
+            batch_size=200,
+            remove_columns=rows.dataset.column_names,
+            fn_kwargs={"template": template, **options},
+            features=_features(method),
+            new_fingerprint=cache_key(
+                rows.dataset, {**options, "template": template.fingerprint, "versions": versions}
+            ),
+            num_proc=processes(len(rows.dataset)),
+            desc=f"tokenizing {what} data",
+        )
+    stats = {
+        c: np.asarray(table.with_format("numpy")[c][:])
+        for c in ("length", "supervised", "lost", "cut", "fault", "note")
+    }
+    faulty = np.flatnonzero(stats["fault"] != "")
+    for index, where in zip(faulty, table.select(faulty)["where"] if len(faulty) else []):
+        report.dropped.setdefault(str(stats["fault"][index]), []).append(where)
+    kept = np.flatnonzero(stats["fault"] == "")
+    if len(kept) == 0:
+        raise UserError(
+            f"{what} data: no row is left to train on: {summarise(report.dropped)}.", _cure(report.dropped, config)
+        )
+    noted = kept[stats["note"][kept] != ""]
+    for index, where in zip(noted, table.select(noted)["where"] if len(noted) else []):
+        for note in str(stats["note"][index]).split("\n"):
+            report.changed.setdefault(note, []).append(where)
+    if len(faulty):
+        table = table.select(kept)
+    lengths = stats["length"][kept].astype(np.int64)
+    packed = best_fit(lengths, config.max_length) if method == "sft" else [[i] for i in range(len(kept))]
+    report.kept, report.rows = len(kept), len(packed)
+    report.cut = int((stats["cut"][kept] > 0).sum())
+    report.prompts_cut = int((stats["cut"][kept] > 1).sum())
+    report.supervised_lost = int(stats["lost"][kept].sum())
+    report.tokens, report.supervised = int(lengths.sum()), int(stats["supervised"][kept].sum())
+    report.fill = report.tokens / (len(packed) * config.max_length) if method == "sft" else None
+    report.longest = int(lengths.max())
+    return Prepared(Examples(table, method), lengths, packed, report, _fingerprint(table, method, template))
+
+
+def _cure(dropped: dict[str, list[str]], config: RunConfig) -> str:
+    if any("max_length" in reason or "budget" in reason for reason in dropped):
+        return f"Raise max_length ({config.max_length}), or lower max_prompt_length ({config.max_prompt_length})."
+    if any("chat template" in reason for reason in dropped):
+        return "Choose another chat_template: zephyr takes turns in every order."
+    return "Mend the rows, or choose others."
+
+
+def _features(method: Method) -> datasets.Features:
+    arrays = {
+        name: datasets.Sequence(datasets.Value("bool" if name.endswith("mask") else "int32"))
+        for name in (_SFT if method == "sft" else _DPO)
+    }
+    counts = {name: datasets.Value("int32") for name in ("length", "supervised", "lost", "cut")}
+    texts = {name: datasets.Value("string") for name in ("where", "fault", "note")}
+    return datasets.Features({**arrays, **counts, **texts})
+
+
+def _encode(
+    batch: dict[str, list[Any]],
+    *,
+    template: ChatTemplate,
+    method: Method,
+    loss_on: Any,
+    max_length: int,
+    max_prompt_length: int,
+) -> dict[str, list[Any]]:
+    names = _SFT if method == "sft" else _DPO
+    nothing = tuple(np.zeros(0, bool if name.endswith("mask") else np.int32) for name in names)
+    result: dict[str, list[Any]] = {name: [] for name in _features(method)}
+    for position, where in enumerate(batch["where"]):
+        arrays: tuple[np.ndarray, ...] = nothing
+        lost = cut = 0
+        fault = ""
+        notes: list[str] = []
+        row = json.loads(batch["row"][position])
+        try:
+            if method == "sft":
+                ids, mask = template.encode(row["messages"], loss_on, row.get("tools"), notes)
+                arrays, lost, cut = _fit_conversation(ids, mask, max_length)
+            else:
+                prompt, chosen, rejected = (row[column] for column in ("prompt", "chosen", "rejected"))
+                pair = template.encode_pair(prompt, chosen, rejected, loss_on, row.get("tools"), notes)
+                arrays, lost, cut = _fit_pair(pair, max_length, max_prompt_length, template.bos_token_id is not None)
+        except RowError as error:
+            fault, arrays = str(error), nothing
+        for name, array in zip(names, arrays):
+            result[name].append(array)
+        result["length"].append(sum(len(a) for name, a in zip(names, arrays) if not name.endswith("mask")))
+        result["supervised"].append(sum(int(a.sum()) for name, a in zip(names, arrays) if name.endswith("mask")))
+        result["lost"].append(lost)
+        result["cut"].append(cut)
+        result["where"].append(where)
+        result["fault"].append(fault)
+        result["note"].append("\n".join(dict.fromkeys(notes)))
+    return result
+
+
+def _fit_conversation(ids: np.ndarray, mask: np.ndarray, max_length: int) -> tuple[tuple[np.ndarray, ...], int, int]:
+    """((ids, mask), supervised tokens lost, 1 if it was cut)."""
+    if not mask.any():
+        raise RowError("no supervised token")
+    short, short_mask, lost = cut_conversation(ids, mask, max_length)
+    if not short_mask.any():
+        raise RowError(f"no supervised token within max_length {max_length}")
+    return (short, short_mask), lost, int(len(ids) > max_length)
+
+
+def _fit_pair(
+    pair: Pair, max_length: int, max_prompt_length: int, keeps_first: bool
+) -> tuple[tuple[np.ndarray, ...], int, int]:
+    """(the pair's arrays, supervised tokens lost, 1 if it was cut, 2 if its prompt was)."""
+    if not (pair.chosen_mask.any() and pair.rejected_mask.any()):
+        raise RowError("no supervised token")
+    short = cut_pair(pair, max_length, max_prompt_length, keeps_first)
+    if short is None:
+        raise RowError(
+            f"the prompt is longer than the budget: max_prompt_length {max_prompt_length} leaves no room in "
+            f"max_length {max_length}"
+        )
+    if not (short.chosen_mask.any() and short.rejected_mask.any()):
+        raise RowError(f"no supervised token within max_length {max_length}")
+    if np.array_equal(short.chosen_ids, short.rejected_ids):
+        raise RowError(f"chosen equals rejected within max_length {max_length}")
+    before, after = (int(p.chosen_mask.sum() + p.rejected_mask.sum()) for p in (pair, short))
+    cut = 0 if short is pair else 2 if len(short.prompt_ids) < len(pair.prompt_ids) else 1
+    return tuple(short), before - after, cut
+
+
+def _fingerprint(table: datasets.Dataset, method: Method, template: ChatTemplate) -> str:
+    digest = hashlib.sha256(template.text.encode())
+    arrow = table.select_columns(list(_SFT if method == "sft" else _DPO)).with_format("arrow")
+    for start in range(0, len(arrow), 1000):
+        rows = arrow[start : start + 1000]
+        for name in rows.column_names:
+            column = rows.column(name).combine_chunks()
+            # where each row ends, then what they hold: bytes alone could be divided into rows in another way
+            digest.update(np.asarray(column.value_lengths(), dtype=np.int32).tobytes())
+            digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Files: atomic writes, locks, safetensors, a run's folder, copies elsewhere."""

@@ -1,0 +1,393 @@
+"""The base model and its tokenizer: found, checked, loaded once, frozen, in NF4."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..config.load import RunConfig
+from ..errors import UserError
+from ..io.strict_json import read_object, shown
+from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
+from .check_weights import check_weights, stored_settings
+from .config_file import check_config_file
+from .families import FAMILIES, NAMES, family_of, head_width, layer_windows
+from .fetch import fetch_base
+from .quantized import Recipe, quantized_folder
+from .shards import again, open_shards
+from .tokenizer import check_vocabulary, load_tokenizer
+
+# what a model's output depends on, beside its weights; ``fingerprint`` adds head_dim and the layers' windows
+_ARCHITECTURE = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "hidden_act", "rms_norm_eps", "rope_parameters",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base.
+
+    Attributes:
+        model: the Hugging Face model, every parameter frozen.
+        tokenizer: its tokenizer.
+        path: the folder that it was read from.
+        name_or_path: what the user called it.
+        dtype: the compute dtype.
+        device: where it computes, and lies, unless it is streamed.
+        fingerprint: of its files (see ``fingerprint``).
+        load_in_4bit, double_quant: how its linear layers are stored.
+        streamed: every parameter was loaded to the host, wherever `device` is.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    name_or_path: str
+    revision: str
+    dtype: torch.dtype
+    device: torch.device
+    fingerprint: str
+    load_in_4bit: bool
+    double_quant: bool
+    streamed: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """What stage.json keeps of it."""
+        return {
+            "name_or_path": self.name_or_path,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "load_in_4bit": self.load_in_4bit,
+            "double_quant": self.double_quant,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def compute_device() -> torch.device:
+    """The current CUDA device, or the CPU where there is none.
+
+    Raises:
+        UserError: torch is a ROCm build, whose devices it calls CUDA's.
+    """
+    if torch.version.hip is not None and torch.cuda.is_available():
+        raise UserError(
+            f"torch {torch.__version__} is a ROCm build; zephyr-lite supports NVIDIA cards only.",
+            "Use a machine with an NVIDIA card and a CUDA build of torch, or hide the card to compute on the CPU: "
+            "HIP_VISIBLE_DEVICES=-1.",
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 from compute capability 8.0, float16 on older cards, float32 on a CPU (bf16 is slower there)."""
+    if choice != "auto":
+        return getattr(torch, choice)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
+    """The model's configuration, refused where the fused engine would compute something else.
+
+    Raises:
+        UserError: the file is broken or absurd, needs code of its own, is of another family, or of a variant of the family
+            that the engine does not know.
+    """
+    path = folder / "config.json"
+    told = check_config_file(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # each model's own checks raise whatever they like
+        if "auto_map" in told and "trust_remote_code" in str(error):
+            raise UserError(
+                f"{path}: needs code of its own (auto_map: {shown(told['auto_map'])}), which is never run.",
+                "Use a model of a family that transformers knows by itself.",
+            ) from error
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{path}: not a configuration that transformers reads: {shown(what, 300)}", again(path)
+        ) from error
+    if any_family:
+        return config
+    check_family(config, str(path))
+    return config
+
+
+def check_family(config: Any, where: str) -> None:
+    """Refuse what the decoder layer would compute wrongly.
+
+    Raises:
+        UserError: another family, or a variant of the family that the engine does not know.
+    """
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{where}: a {config.model_type} model; the fused engine knows the families {NAMES}.",
+            "Set engine=trl for any other architecture; docs/extending.md shows how a family is added.",
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise UserError(
+            f"{where}: rotary embeddings of type {rope} depend on the sequence's length, which a packed row does not have.",
+            "Set engine=trl.",
+        )
+    try:
+        family_of(config).windows(config)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}.", "Mend the configuration, or set engine=trl.") from None
+    if config.hidden_act != "silu":
+        raise UserError(f"{where}: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl.")
+
+
+def load_base(
+    config: RunConfig,
+    *,
+    device: torch.device | None = None,
+    stream: bool = False,
+    say: Callable[[str], None] = print,
+) -> Base:
+    """Load the base that a run names, frozen, onto the GPU where there is one.
+
+    A 16-bit base that is wanted in 4 bits is quantized once, and read from the user's cache afterwards (``quantized``).
+
+    Args:
+        device: where to compute; None: the GPU where there is one.
+        stream: leave every parameter on the host. What ``stream`` copies from there layer by layer (the decoder's
+            projections) may still be mapped from the file, everything else is in memory of its own.
+        say: is told when something is quantized and kept, or why it cannot be kept.
+
+    Raises:
+        UserError: it cannot be found or read, is of another family, or is quantized in another way than NF4.
+    """
+    folder = fetch_base(config.model_name_or_path, config.model_revision)
+    model_config = read_model_config(folder, any_family=config.engine == "trl")
+    device = device or compute_device()
+    place = torch.device("cpu") if stream else device
+    dtype = compute_dtype(config.dtype, device)
+    stored = getattr(model_config, "quantization_config", None)
+    quantization, four_bit, double = quantization_of(config, stored, folder, dtype)
+    if four_bit and dtype == torch.float64:
+        raise UserError("dtype float64: bitsandbytes dequantizes to at most float32.", "Set load_in_4bit=false.")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # in a log file it is noise
+    check_weights(folder, model_config)
+    source, print_of_base = folder, fingerprint(folder)
+    if quantization is not None and model_config.model_type in FAMILIES:  # others may rename weights on loading
+        recipe = Recipe(config.model_name_or_path, print_of_base, quantization, dtype)
+        kept = quantized_folder(folder, model_config, recipe, device, say)
+        if kept is not None:
+            # of the weights alone: the configuration is the base's own, whatever became of the kept one
+            source, model_config = kept, copy.deepcopy(model_config)
+            model_config.quantization_config, quantization = quantization.to_dict(), None
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            source,
+            output_loading_info=True,
+            trust_remote_code=False,
+            config=model_config,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": str(place)},
+            use_safetensors=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{source}: its weights cannot be read: {error}", "Fetch the model again.") from None
+    except RuntimeError as error:  # of the families that were not compared with their configuration above
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"{source}: its weights have other shapes than its config.json says.",
+            "The files belong to different models; fetch the model again.",
+        ) from error
+    if absent := sorted(loaded["missing_keys"]):  # transformers drew them at random
+        more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
+        raise UserError(f"{source}: no tensor {shown(absent[0])}{more} in its files.", "Fetch the model again.")
+    if unread := sorted(loaded["unexpected_keys"]):  # of families that check_weights does not know
+        more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
+        raise UserError(
+            f"{source}: holds tensor {shown(unread[0])}{more}, for which the model of config.json has no place.",
+            "The files belong to different models; fetch the model again.",
+        )
+    model.config._name_or_path = model.name_or_path = str(folder)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # it would repack the weight in place at the first evaluation, and every later reader would see noise
+            module.support_avx512bf16_for_cpu = False
+            if device.type == "cpu" and module.in_features % 64:
+                raise UserError(
+                    f"{folder}: a weight has {module.in_features} input features; on a CPU bitsandbytes gives wrong values "
+                    "for rows that are no multiple of 64.",
+                    "Set load_in_4bit=false, or run it on a GPU.",
+                )
+    if stored is not None and model_config.model_type in FAMILIES:
+        _cast(model, dtype)
+    if place.type == "cpu":
+        _leave_the_file(model)
+    return frozen_base(
+        model,
+        config,
+        folder,
+        dtype,
+        device,
+        four_bit=four_bit,
+        double_quant=double,
+        streamed=stream,
+        known_fingerprint=print_of_base,
+    )
+
+
+def _leave_the_file(model: Any) -> None:
+    """Copy what transformers mapped from a file, but for the decoder's projections, into memory of its own.
+
+    A mapped tensor lies in the file at any address and may have to be read again; as long as one is there, so is the
+    mapping of the whole file. The projections' are mapped until ``stream`` puts them into its slabs; on a CPU without
+    streaming they stay so, and the system may drop and read them again.
+    """
+    for parameter, projection in _parameters(model):
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            state.code = state.code.clone()
+            if state.nested:
+                state.state2.absmax, state.state2.code = state.state2.absmax.clone(), state.state2.code.clone()
+        elif not projection:
+            parameter.data = parameter.data.clone()
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Bring what is not quantized to the compute dtype: of a stored quantized checkpoint transformers leaves embedding,
+    norms and head in their own."""
+    for parameter, _ in _parameters(model):
+        if not hasattr(parameter, "quant_state") and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _parameters(model: Any) -> Iterator[tuple[torch.nn.Parameter, bool]]:
+    """Every parameter once, and whether it is the matrix of one of the decoder's projections."""
+    head, seen = model.get_output_embeddings(), set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in seen:
+                seen.add(parameter)
+                yield parameter, isinstance(module, torch.nn.Linear) and module is not head and name == "weight"
+
+
+def frozen_base(
+    model: Any,
+    config: RunConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    four_bit: bool,
+    double_quant: bool,
+    streamed: bool = False,
+    known_fingerprint: str | None = None,
+) -> Base:
+    """A loaded model as the base of a run: every parameter frozen, no cache, the folder's own tokenizer.
+
+    Raises:
+        UserError: there is no tokenizer, or not this model's.
+    """
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], folder)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        path=folder,
+        name_or_path=config.model_name_or_path,
+        revision=config.model_revision,
+        dtype=dtype,
+        device=device,
+        fingerprint=known_fingerprint or fingerprint(folder),
+        load_in_4bit=four_bit,
+        double_quant=double_quant,
+        streamed=streamed,
+    )
+
+
+def quantization_of(config: RunConfig, stored: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool, bool]:
+    """What to hand to from_pretrained, whether the base is in 4 bits, and whether its scales are quantized too."""
+    if stored is not None:
+        return None, True, bool(stored_settings(stored, folder).bnb_4bit_use_double_quant)
+    if not config.load_in_4bit:
+        return None, False, False
+    return (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        True,
+        config.bnb_4bit_use_double_quant,
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash that tells bases apart in milliseconds: what of the configuration the output depends on, and of every tensor its
+    name, dtype, shape and 4 KiB at 4 places. (Reading 15 GB to hash all of it would cost more than loading it.)
+
+    Files that transformers does not read, how tensors are split into files, and keys such as use_cache do not count.
+
+    Raises:
+        UserError: a file is missing (a link of the hub's cache may lead nowhere) or cannot be read.
+    """
+    config = read_model_config(folder, any_family=True)
+    told = {key: getattr(config, key, None) for key in _ARCHITECTURE}
+    if config.model_type in FAMILIES:
+        told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+    places = {name: (file.path, entry) for file in open_shards(folder).values() for name, entry in file.entries.items()}
+    try:
+        with ExitStack() as stack:
+            opened = {path: stack.enter_context(path.open("rb")) for path in {path for path, _ in places.values()}}
+            for name, (path, entry) in sorted(places.items()):
+                digest.update(repr((name, entry.dtype, entry.shape)).encode())
+                for place in range(4):
+                    start = entry.start + entry.nbytes * place // 4
+                    opened[path].seek(start)
+                    digest.update(opened[path].read(min(2**12, entry.end - start)))
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be read: {error.strerror}.", "Fetch the model again."
+        ) from None
+    return digest.hexdigest()
+
+
+def is_fingerprint_of(known: str, folder: Path) -> bool:
+    """Whether a base's fingerprint in a stage.json, of this version or of an earlier one, is that of a folder."""
+    return known in (fingerprint(folder), _fingerprint_of_files(folder))
+
+
+def _fingerprint_of_files(folder: Path) -> str:
+    """The fingerprint of earlier versions: config.json, and of every safetensors file 1 MiB and 64 KiB at 16 places."""
+    config = read_object(folder / "config.json", strict=False, hint=again(folder / "config.json"))
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(min(size, 2**20)))
+            for place in range(16):
+                file.seek(size * place // 16)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()

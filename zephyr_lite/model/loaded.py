@@ -1,0 +1,172 @@
+"""One loaded base with the adapters of a run on it: every model along the chain, by switching adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.load import RunConfig
+from ..data.chat_template import ChatTemplate, resolve_template
+from ..errors import UserError
+from ..io.run_dir import STAGE_FILE, newest_run
+from ..io.stage_info import check_rendering
+from .adapters import AdapterStack, resolve_frozen_names
+from .base import Base, is_fingerprint_of, load_base, load_tokenizer
+from .chain import Chain, chain_of_adapters, chain_of_run
+from .decoder import Decoder
+from .tokenizer import check_vocabulary
+
+Say = Callable[[str], None]
+BASE = "base"
+WHOLE = "model"  # what a model's folder is called, which has no base and no adapters
+
+
+@dataclass
+class Live:
+    """A base, loaded once, and the models that its adapters make of it.
+
+    Attributes:
+        source: what was opened: a stage's folder, a model's, or the adapters, as a user names it.
+        base: its ``model`` is wrapped by ``stack``.
+        template: of training; it gives a prompt's ids and the tokens that end an answer.
+        models: model → names of the adapters that are on, from the bottom up. A run of two stages has ``base`` [],
+            ``sft`` ["sft"] and ``dpo`` ["sft", "dpo"]; a model's folder has ``model`` [] alone.
+        chain: where the adapters come from; None for a model's folder.
+    """
+
+    source: str
+    base: Base
+    stack: AdapterStack
+    template: ChatTemplate
+    models: dict[str, list[str]]
+    chain: Chain | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def policy(self) -> str:
+        """The model at the top: what was trained last."""
+        return list(self.models)[-1]
+
+    @property
+    def reference(self) -> str:
+        """The model below it, which training started from; a model's folder is its own."""
+        return list(self.models)[max(0, len(self.models) - 2)]
+
+    def decoder(self, model: str) -> Decoder:
+        """Log-probabilities of one of the models (families of the fused engine).
+
+        Raises:
+            UserError: an adapter reaches the output head, or another architecture.
+        """
+        return Decoder(self.stack, self.dtype, self.models[model])
+
+
+def open_live(
+    source: str | Path | None = None,
+    *,
+    stage: str | None = None,
+    adapters: Sequence[str] = (),
+    base: str | None = None,
+    chat_template: str | None = None,
+    say: Say = lambda line: None,
+) -> Live:
+    """Load a run's folder (its last complete stage), a stage's folder, a model's folder, or explicit adapters.
+
+    Args:
+        source: the folder; None: the newest run under ``runs/`` that has a complete stage.
+        stage: of a run's folder.
+        adapters: instead of a source: PEFT adapters from the bottom up.
+        base: what the adapters belong on; of a run, where its base is now.
+        chat_template: as the configuration's key (auto: the folder's own, or Zephyr's); None: the folder's own.
+
+    Raises:
+        UserError: it is none of these; a stage is not finished, or its base or adapters were changed since; there is
+            no chat template.
+    """
+    if adapters:
+        if source is not None or stage is not None:
+            raise UserError("--adapter names the chain itself; a run or a stage names one too.", "Give one of the two.")
+        return live_of(chain_of_adapters(list(adapters), base), chat_template=chat_template, say=say)
+    path = None if source is None else Path(source).expanduser()
+    if path is not None and not path.is_dir():
+        raise UserError(f"{path}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's.")
+    if path is not None and (path / "config.json").is_file():
+        if stage is not None or base is not None:
+            option = "stages" if base is None else "base"
+            raise UserError(f"{path}: is a model's folder, which has no {option}.", "Leave --stage and --base out.")
+        loaded = load_base(RunConfig(model_name_or_path=str(path), load_in_4bit=False), say=say)
+        template = template_of_folder(path, loaded.tokenizer, chat_template)
+        return Live(str(path), loaded, AdapterStack(loaded.model), template, {WHOLE: []})
+    if path is not None and (path / STAGE_FILE).is_file():
+        if stage not in (None, path.name):
+            raise UserError(
+                f"{path}: is the stage {path.name}, and --stage says {stage}.", f"Give the run: {path.parent}"
+            )
+        path, stage = path.parent, path.name
+    if path is None and stage is None and newest_run(Path("runs")) is None:
+        raise UserError("there is no run under runs/.", "Run `zephyr-lite sft` first, or name a model's folder.")
+    return live_of(chain_of_run(path, stage=stage, base=base), chat_template=chat_template, say=say)
+
+
+def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda line: None) -> Live:
+    """Load the base of a chain as its stage trained on it, and put every adapter on it, frozen.
+
+    Raises:
+        UserError: the base's files changed since the stage was trained; an adapter does not fit it.
+    """
+    for note in chain.notes:
+        say(note)
+    base = load_base(base_config(chain), say=say)
+    where = f"{chain.run / chain.stage}" if chain.run is not None and chain.stage else "the adapters"
+    known = chain.base.get("fingerprint")
+    if known is not None and not is_fingerprint_of(known, base.path):
+        raise UserError(
+            f"{base.path}: is not the model that {where} was trained on (its files changed since, or it is another one).",
+            "Restore it, or give the folder of that model with --base.",
+        )
+    tokenizer = load_tokenizer(chain.tokenizer_from or base.path)
+    check_vocabulary(tokenizer, base.model.get_input_embeddings().weight.shape[0], chain.tokenizer_from or base.path)
+    template = template_of_folder(chain.tokenizer_from or base.path, tokenizer, chat_template)
+    if chain.info and chain.run is not None and chain.stage is not None and chat_template in (None, "auto"):
+        check_rendering(chain.info, chain.run / chain.stage, template.text, template.tokenizer)
+    stack = AdapterStack(base.model)
+    models: dict[str, list[str]] = {BASE: []}
+    for name, adapter in zip(resolve_frozen_names([a.path for a in chain.adapters]), chain.adapters):
+        stack.add_frozen(name, adapter)
+        models[name if name != BASE else f"{name}_adapter"] = list(stack.names)
+    source = where if chain.run is not None else " + ".join(str(adapter.path) for adapter in chain.adapters)
+    return Live(source, base, stack, template, models, chain)
+
+
+def base_config(chain: Chain) -> RunConfig:
+    """How the base of a chain is loaded for it to be what the stage trained on."""
+    described = chain.base
+    return RunConfig(
+        model_name_or_path=described["name_or_path"],
+        model_revision=described.get("revision", "main"),
+        load_in_4bit=described.get("load_in_4bit", True),
+        bnb_4bit_use_double_quant=described.get("double_quant", True),
+        engine=chain.info.get("engine", "fused"),  # which decides what architectures are known
+    )
+
+
+def template_of_folder(folder: Path, tokenizer: Any, choice: str | None = None) -> ChatTemplate:
+    """The chat template that a folder was saved with, or the one that is asked for.
+
+    Raises:
+        UserError: there is none.
+    """
+    if choice is None and not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{folder}: its tokenizer has no chat template, so nothing says how it was talked to in training.",
+            "Say which one with --chat-template: zephyr, chatml, llama3, or a .jinja file.",
+        )
+    return resolve_template(choice or "auto", tokenizer)

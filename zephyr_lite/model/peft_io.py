@@ -1,0 +1,399 @@
+"""LoRA adapters as files, in PEFT's format: read, check, hash, write.
+
+Tensors are mapped from the file, not loaded: rank 144 on Mistral-7B is 1.5 GB in float32, and a merge has to
+live beside it.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..io.atomic import folder_aside, make_folder, write_text
+from ..io.safetensors import FLOATS, SafetensorsFile, tensor_bytes, write_stream
+from ..io.strict_json import shown
+from .peft_config import (
+    CONFIG_NAME,
+    UNSUPPORTED,
+    WEIGHTS_NAME,
+    by_peft,
+    pattern_value,
+    read_config,
+    weights_file,
+)
+from .shards import local_folder
+
+PREFIX = "base_model.model."
+# Launchers and torch.compile wrap modules, and leave their names in the tensors'; so do PEFT models that were wrapped twice.
+_WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_PREFIXES = re.compile(r"(?:base_model\.model\.|module\.)*")
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>\w+))?\.weight")
+_LAYER = re.compile(r"(?P<parent>.*\blayers)\.(?P<index>\d+)\.(?:.*\.)?(?P<leaf>[^.]+)")
+
+# What write_adapter decides by itself.
+_OWN_KEYS = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "base_model_name_or_path",
+    "bias",
+    "fan_in_fan_out",
+    *UNSUPPORTED,
+}
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One module's LoRA: W becomes W + scale · b @ a.
+
+    Attributes:
+        a: float32 [r, in].
+        b: float32 [out, r].
+        scale: alpha / r, or alpha / sqrt(r) with rsLoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight that it changes."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+class _FileModules(Mapping[str, LoraWeights]):
+    """Module name → LoraWeights over the mapped file; a float32 file costs no memory of its own."""
+
+    def __init__(self, file: SafetensorsFile, names: dict[str, dict[str, str]], scales: dict[str, float]) -> None:
+        self._file = file
+        self._names = names
+        self._scales = scales
+        self._finite: set[str] = set()
+
+    def __getitem__(self, module: str) -> LoraWeights:
+        """Raises UserError where a value is not finite: one NaN in a frozen adapter makes every loss NaN."""
+        scale = self._scales[module]
+        a, b = (self._file.tensor(self._names[module][side]) for side in "AB")
+        if module not in self._finite:
+            for side, matrix in (("A", a), ("B", b)):
+                if not bool(torch.isfinite(matrix).all()):
+                    raise UserError(
+                        f"{self._file.path}: lora_{side} of {shown(module)} holds NaN or infinite values.",
+                        "Its training had gone wrong; take an earlier checkpoint of it.",
+                    )
+            self._finite.add(module)
+        return LoraWeights(a.float(), b.float(), scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scales)
+
+    def __len__(self) -> int:
+        return len(self._scales)
+
+
+@dataclass
+class AdapterFile:
+    """A PEFT LoRA adapter on disk.
+
+    Attributes:
+        path: its folder.
+        config: its adapter_config.json.
+        modules: module name (`model.layers.0.self_attn.q_proj`) → LoraWeights; mapped, read at each access.
+        copies: name of a parameter of the base (`lm_head.weight`) → the whole parameter as the adapter's file has it; PEFT
+            saves embeddings so.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    modules: Mapping[str, LoraWeights]
+    copies: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Content hash, as `adapter_sha256` gives it; computed at the first use."""
+        return adapter_sha256(self.path)
+
+    def check_copies(self, of_base: Callable[[str], Tensor | None]) -> None:
+        """Refuse whole parameters in the file that are not the base's own; those that are change nothing.
+
+        Args:
+            of_base: name of a parameter → the base's.
+
+        Raises:
+            UserError: one differs; says how to merge the adapter with PEFT instead.
+        """
+        for name, read in self.copies.items():
+            mine, own = read(), of_base(name)
+            if own is None or own.shape != mine.shape or not _equal(mine.to(own.device), own):
+                found = "the base has none" if own is None else f"the base's is {list(own.shape)} with other values"
+                raise UserError(
+                    f"{self.path}: holds a whole {shown(name)} {list(mine.shape)} beside its LoRA; {found}, so it was trained "
+                    "too.",
+                    by_peft(self.path),
+                )
+
+
+def _equal(mine: Tensor, own: Tensor) -> bool:
+    """Whether one is the other, up to a rounding to its dtype."""
+    return torch.equal(mine.to(own.dtype), own) or torch.equal(own.to(mine.dtype), mine)
+
+
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Read a PEFT LoRA adapter's folder.
+
+    Raises:
+        UserError: no adapter_config.json or adapter_model.safetensors, not LoRA, a variant that is more than W + s·B·A
+            (DoRA, biases, modules_to_save, …), a module with only A or only B, shapes that do not fit, rank 0, or a rank
+            that the configuration does not have.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    file = SafetensorsFile(weights_file(folder))
+    names: dict[str, dict[str, str]] = defaultdict(dict)
+    copies: dict[str, Callable[[], Tensor]] = {}
+    for name, entry in file.entries.items():
+        plain = _WRAPPERS.sub("", name)
+        plain = plain[_PREFIXES.match(plain).end() :]  # type: ignore[union-attr]
+        match = _KEY.fullmatch(plain)
+        if match is None:
+            if plain.endswith(".weight") and "lora_" not in plain and ".modules_to_save." not in plain:
+                copies[plain.replace(".base_layer.", ".")] = partial(file.tensor, name)
+                continue
+            what = "an adapter on an embedding" if "lora_embedding_" in name else "no LoRA matrix of a linear layer"
+            raise UserError(
+                f"{file.path}: tensor {shown(name)} is {what}, which cannot be stacked here.", by_peft(folder)
+            )
+        if entry.dtype not in FLOATS or len(entry.shape) != 2:
+            raise UserError(
+                f"{file.path}: tensor {shown(name)} is {entry.dtype} {list(entry.shape)}; a LoRA matrix is a float matrix.",
+                "Save the adapter again with PEFT's save_pretrained (under ZeRO-3 or FSDP, gather the weights first).",
+            )
+        module, side = match["module"], match["side"]
+        if side in names[module]:
+            raise UserError(
+                f"{file.path}: holds two adapters, {shown(names[module][side])} and {shown(name)}.",
+                "Save them one by one: PEFT's save_pretrained(folder, selected_adapters=[NAME]).",
+            )
+        names[module][side] = name
+    if not names:
+        raise UserError(f"{file.path}: holds no LoRA weights.", "Save the adapter again with PEFT's save_pretrained.")
+    scales = {module: _scale(file, config, module, found) for module, found in sorted(names.items())}
+    return AdapterFile(folder, config, _FileModules(file, names, scales), copies)
+
+
+def _scale(file: SafetensorsFile, config: dict[str, Any], module: str, names: dict[str, str]) -> float:
+    if missing := sorted({"A", "B"} - set(names)):
+        raise UserError(
+            f"{file.path}: {shown(module)} has no lora_{missing[0]}.", "The adapter is incomplete; save it again."
+        )
+    a, b = (file.entries[names[side]].shape for side in "AB")
+    rank = a[0]
+    if rank == 0 or b[1] != rank:
+        raise UserError(
+            f"{file.path}: {shown(module)} has lora_A {list(a)} and lora_B {list(b)}; the rank must be one and above 0.",
+            "The adapter is incomplete; save it again.",
+        )
+    told = {config.get("r", 8), *(config.get("rank_pattern") or {}).values()}
+    if rank not in told:
+        raise UserError(
+            f"{file.path}: {shown(module)} has rank {rank}, {CONFIG_NAME} says {' or '.join(map(str, sorted(told)))}.",
+            "Configuration and weights belong to different adapters; copy both files again.",
+        )
+    try:
+        alpha = float(pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    except TimeoutError:
+        raise UserError(
+            f"{file.path.parent / CONFIG_NAME}: a pattern of alpha_pattern takes too long to match {shown(module)}.",
+            "Write the modules' own names (layers.0.mlp.up_proj) in its place.",
+        ) from None
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def adapter_sha256(path: str | Path) -> str:
+    """Hash of what an adapter computes: sorted tensor names, dtypes, shapes and bytes, and the scaling's settings.
+
+    Unlike a file's hash it is the same after a download, a change of the base's name or another order of tensors.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    file = SafetensorsFile(weights_file(folder))
+    settings = {
+        "r": int(config.get("r", 8)),
+        "lora_alpha": float(config.get("lora_alpha", 8)),
+        "use_rslora": bool(config.get("use_rslora", False)),
+        # Lists: of several matching patterns the first one counts.
+        "rank_pattern": list((config.get("rank_pattern") or {}).items()),
+        "alpha_pattern": list((config.get("alpha_pattern") or {}).items()),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in sorted(file.entries):
+        entry = file.entries[name]
+        digest.update(f"\n{name} {entry.dtype} {list(entry.shape)}\n".encode())
+        digest.update(tensor_bytes(file.tensor(name)))
+    return digest.hexdigest()
+
+
+def write_adapter(
+    folder: str | Path,
+    modules: Mapping[str, LoraWeights],
+    *,
+    base_model_name: str,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a PEFT adapter (float32) that `PeftModel.from_pretrained` loads, with `alpha = scale · r` for each module.
+
+    A new folder appears complete or not at all; in an existing one the two files are replaced, each as a whole (weights
+    first), and other files stay.
+
+    Args:
+        modules: module name → LoraWeights; a lazy mapping is written module by module.
+        base_model_name: the base's hub id or path, for adapter_config.json.
+        extra_config: further keys of PEFT's LoraConfig (lora_dropout, revision, …).
+
+    Raises:
+        ValueError: no modules, or extra_config sets what the weights decide.
+        OSError: it cannot be written.
+    """
+    extra = dict(extra_config or {})
+    if not modules or _OWN_KEYS & set(extra):
+        raise ValueError(f"nothing to write, or extra_config sets {sorted(_OWN_KEYS & set(extra))}")
+    folder = Path(folder)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for module in sorted(modules):
+        weights = modules[module]
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = ("F32", tuple(weights.a.shape))
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = ("F32", tuple(weights.b.shape))
+        ranks[module] = weights.rank
+        alpha = weights.scale * weights.rank
+        # An alpha of 16 comes back as 16 whatever the rounding of 16 / r was.
+        alphas[module] = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+    rank, rank_pattern = _pattern(ranks)
+    alpha, alpha_pattern = _pattern(alphas)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": _target_modules(list(ranks)),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        **extra,
+    }
+
+    def write(name: str, file: BinaryIO) -> None:
+        match = _KEY.fullmatch(name.removeprefix(PREFIX))
+        assert match is not None
+        weights = modules[match["module"]]
+        file.write(tensor_bytes((weights.a if match["side"] == "A" else weights.b).float().cpu()))
+
+    def write_both(into: Path) -> None:
+        write_stream(into / WEIGHTS_NAME, tensors, write, {"format": "pt"})
+        write_text(into / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    if folder.is_dir():
+        write_both(folder)
+        return
+    make_folder(folder.parent)
+    with folder_aside(folder) as aside:
+        write_both(aside)
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, and a PEFT pattern for the rest: by leaf name (`q_proj`) where all of a leaf agree."""
+    default = Counter(values.values()).most_common(1)[0][0]
+    by_leaf: dict[str, set[Any]] = defaultdict(set)
+    for module, value in values.items():
+        by_leaf[_leaf(module)].add(value)
+    pattern = {}
+    for module, value in values.items():
+        if value != default:
+            pattern[_leaf(module) if len(by_leaf[_leaf(module)]) == 1 else module] = value
+    return default, pattern
+
+
+def _target_modules(modules: Sequence[str]) -> list[str]:
+    """Leaf names (`q_proj`) where the adapter has that leaf in every layer, full names otherwise; sorted.
+
+    PEFT would give a leaf name a LoRA in every layer: what the adapter leaves out would get one that computes zero, and
+    a warning about missing weights.
+    """
+    layers: dict[str, set[int]] = defaultdict(set)
+    full: dict[str, list[str]] = defaultdict(list)
+    parents: set[str] = set()
+    odd: list[str] = []
+    for module in modules:
+        match = _LAYER.fullmatch(module)
+        if match is None:
+            odd.append(module)
+            continue
+        parents.add(match["parent"])
+        layers[match["leaf"]].add(int(match["index"]))
+        full[match["leaf"]].append(module)
+    every = set(range(1 + max((max(seen) for seen in layers.values()), default=-1)))
+    targets = list(odd)
+    for leaf, seen in layers.items():
+        named = len(parents) == 1 and seen == every and len(full[leaf]) == len(every)
+        targets += [leaf] if named else full[leaf]
+    return sorted(targets)
+
+
+def fetch_adapter(name_or_path: str | Path, revision: str | None = None, *, beside: Sequence[str] = ()) -> Path:
+    """The folder of an adapter: a local one as it is, or a hub id, of which only its two files are downloaded.
+
+    Args:
+        beside: patterns of further files of a hub adapter.
+
+    Raises:
+        UserError: no such folder, and nothing by that name on the hub (or no access to it).
+    """
+    if (local := local_folder(str(name_or_path))) is not None:
+        return local
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = [CONFIG_NAME, WEIGHTS_NAME, *beside]
+        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError(
+            f"{shown(name_or_path)}: no such folder.", "Give an adapter's folder, or a hub id (user/name)."
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{shown(name_or_path)}: no such folder, and not to be had from the hub ({type(error).__name__}).",
+            "Check the name and the network; for a private or gated adapter, log in with `hf auth login`.",
+        ) from error

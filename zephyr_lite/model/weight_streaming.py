@@ -1,0 +1,152 @@
+"""A base whose decoder layers lie on the host and come to the device one layer ahead of the computation.
+
+Every layer's frozen matrices, with all that their quantization needs, lie in one block of locked memory (a slab). Two
+buffers on the device take the slabs in turn, the even layers' and the odd ones', so that a slab is one copy, and a
+matrix is a view of a buffer, made once: no quantization state is ever moved. Where the forward pass ends the backward
+pass begins, with both buffers filled. The embedding stays on the host, where its rows are gathered; the head comes
+over for as long as log-probabilities are computed. Norms and adapters are small, and stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.nf4 import stored_tensors, weight_over
+from .activation_offload import ALIGNMENT, SideStream, host_bytes
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class StreamedBase:
+    """The layers of a model on the host, and its buffers on the device.
+
+    Takes over the weights of `model` (a causal language model of ``family``): they become views of the
+    slabs, layer by layer, so that nothing is held twice. Embedding and head move to the host, the rest to `device`.
+
+    Args:
+        model: its linear layers plain or 4-bit, on the host or on the device, with adapters around them or without.
+        device: where the run computes.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.device = device
+        self._side = SideStream(device)
+        layers, head = list(model.model.layers), model.lm_head.weight
+        self._layers = [(_linears(layer), *_layout(_linears(layer))) for layer in layers]
+        # all that may be refused comes before anything is moved
+        self.slabs = [host_bytes(size, device) for _, _, size in self._layers]
+        locked = host_bytes(head.nbytes, device).view(head.dtype).view(head.shape)
+        for layer, (linears, places, _), slab in zip(layers, self._layers, self.slabs):
+            self._move(linears, places, slab)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.to(device)
+        head.data = locked.copy_(head.data)
+        model.model.embed_tokens.to("cpu")
+        for module in (model.model.norm, model.model.rotary_emb):
+            module.to(device)
+        self.buffers: list[Tensor] = []
+        self._views: dict[Tensor, Tensor] = {}
+        self._holds: list[int | None] = [None, None]
+        self._ready: list[Any] = [None, None]
+        self._gathered: Tensor | None = None
+        self._gone: Any = None
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(slab.numel() for slab in self.slabs)
+
+    def on_device(self, weight: Tensor) -> Tensor:
+        """The view through which a layer's matrix is read while the layer is there (see ``begin``)."""
+        if not self.buffers:
+            self._make_room()
+        return self._views[weight]
+
+    def _make_room(self) -> None:
+        """The buffers and the views of them: made when the first pass begins, which may find no room and be tried again."""
+        sizes = [max((slab.numel() for slab in self.slabs[slot::2]), default=0) for slot in range(2)]
+        buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
+        self._views = {
+            linear.weight: weight_over(linear.weight, _views(linear.weight, starts, buffers[index % 2]))
+            for index, (linears, places, _) in enumerate(self._layers)
+            for linear, starts in zip(linears, places)
+        }
+        self.buffers = buffers
+
+    def begin(self, layer: int, step: int) -> None:
+        """What is computed from here on may read this layer; the next one (`layer + step`) starts to come over.
+
+        Called when all that reads the layer before has been given to the device.
+        """
+        slot = layer % 2
+        self._load(layer)
+        self._side.wait(self._ready[slot])
+        if 0 <= layer + step < len(self.slabs):
+            self._load(layer + step)
+
+    def embedded(self, weight: Tensor, tokens: Tensor) -> Tensor:
+        """Rows of the embedding [V, D], gathered on the host: [T, D] on the device.
+
+        They go by way of locked memory: a copy from other memory would keep the processor until the card comes to it.
+        """
+        count, width = tokens.numel(), weight.shape[1]
+        if self._gathered is None or self._gathered.shape[0] < count:
+            self._gathered = (
+                host_bytes(count * width * weight.element_size(), self.device).view(weight.dtype).view(-1, width)
+            )
+        if self._gone is not None:
+            self._gone.synchronize()  # the micro-batch before has long taken its rows
+        rows = torch.index_select(weight.detach(), 0, tokens, out=self._gathered[:count])
+        if self.device.type != "cuda":
+            return rows.clone()
+        there = rows.to(self.device, non_blocking=True)
+        self._gone = torch.cuda.Event()
+        self._gone.record(torch.cuda.current_stream(self.device))
+        return there
+
+    def _load(self, layer: int) -> None:
+        slot = layer % 2
+        if self._holds[slot] == layer:
+            return
+        slab = self.slabs[layer]
+        self._holds[slot] = None  # if the copy fails, neither layer is there
+        self._ready[slot] = self._side.copy([(self.buffers[slot][: slab.numel()], slab)])
+        self._holds[slot] = layer
+
+    def _move(self, linears: Sequence[Any], places: Sequence[dict[str, int]], slab: Tensor) -> None:
+        """Let a layer's matrices be views of its slab."""
+        for linear, starts in zip(linears, places):
+            on_host = _views(linear.weight, starts, slab)
+            for name, tensor in stored_tensors(linear.weight).items():
+                on_host[name].copy_(tensor)
+                (linear.weight if name == "" else tensor).data = on_host[name]
+            if linear.bias is not None:
+                linear.bias.data = linear.bias.data.to(self.device)
+
+
+def _views(weight: Tensor, starts: dict[str, int], memory: Tensor) -> dict[str, Tensor]:
+    """What a matrix is read from, over other memory."""
+    return {
+        name: memory[starts[name] : starts[name] + t.nbytes].view(t.dtype).view(t.shape)
+        for name, t in stored_tensors(weight).items()
+    }
+
+
+def _linears(layer: Any) -> list[Any]:
+    found = [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in PROJECTIONS]
+    return [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in found]
+
+
+def _layout(linears: Sequence[Any]) -> tuple[list[dict[str, int]], int]:
+    """Where each tensor of each matrix begins in the layer's slab, and how long that is."""
+    places, end = [], 0
+    for linear in linears:
+        starts = {}
+        for name, tensor in stored_tensors(linear.weight).items():
+            starts[name] = end
+            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        places.append(starts)
+    return places, end

@@ -1,0 +1,1 @@
+"""How Zephyr's data was made: UltraChat, UltraFeedback, feedback, distillation, ablations."""

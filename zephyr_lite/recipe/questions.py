@@ -1,0 +1,127 @@
+"""Prompts that must not be trained on, such as the questions of TruthfulQA, found in the rows that repeat them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..config.load import DatasetSpec
+from ..data.opening import Source, open_source
+from ..errors import UserError
+from ..io.reading import read_text
+from ..io.strict_json import shown
+
+# Columns that hold a question in the sets that people name, in the order of preference.
+COLUMNS = ("question", "instruction", "prompt", "turns", "text")
+_WORD = re.compile(r"\w+")
+# A shorter question may be a part of any text; it has to be the whole prompt.
+_CONTAINED_WORDS, _KEY_WORDS = 6, 4
+
+
+class Questions:
+    """A set of questions, compared by their words alone: case, punctuation and spaces do not count.
+
+    Args:
+        texts: the questions; those without a word are left out.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._whole = {words for text in texts if (words := _words(text))}
+        self._by_start: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for words in sorted(self._whole):
+            if len(words) >= _CONTAINED_WORDS:
+                self._by_start.setdefault(words[:_KEY_WORDS], []).append(words)
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal questions."""
+        return hashlib.sha256(repr(sorted(self._whole)).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def found_in(self, prompt: str) -> str:
+        """Why a prompt is one of them: it is a question, or it contains one of at least six words (as the prompts of FLAN
+        do, within a template). Empty if it is none."""
+        if not self._whole:
+            return ""
+        words = _words(prompt)
+        if words in self._whole:
+            return "is an excluded question"
+        for start in range(len(words) - _CONTAINED_WORDS + 1):
+            for question in self._by_start.get(words[start : start + _KEY_WORDS], ()):
+                if words[start : start + len(question)] == question:
+                    return "contains an excluded question"
+        return ""
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
+def read_questions(name: str) -> list[str]:
+    """The questions of a file or of a data set on the hub.
+
+    Args:
+        name: a text file with one a line; or JSONL, JSON, CSV, Parquet, a folder or a hub id with a column question,
+            instruction, prompt, turns or text. One of several splits is named ID:SPLIT, in one of several configurations
+            ID:NAME:SPLIT (truthfulqa/truthful_qa:generation:validation).
+
+    Raises:
+        UserError: it cannot be read, or has no such column or no question.
+    """
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".txt":
+        found = [line for line in read_text(path, name=name).splitlines() if line.strip()]
+    else:
+        with split_said_as(f"--exclude {name}:{{}}"):
+            rows = open_source(DatasetSpec(path=name) if path.exists() else _spec(name))
+        found = _column(rows, name)
+    if not any(_words(text) for text in found):
+        raise UserError(f"{name}: no question in it.")
+    return found
+
+
+@contextmanager
+def split_said_as(option: str) -> Iterator[None]:
+    """A split that has to be named is named by this command's own option; ``{}`` stands for the split."""
+    try:
+        yield
+    except UserError as error:
+        if likely := re.search(r"dataset\.split=([^\s)]+)", error.hint):
+            raise UserError(error.message, f"Say so: {option.format(likely[1])}.") from None
+        raise
+
+
+def _spec(name: str) -> DatasetSpec:
+    source, *rest = name.split(":")
+    if len(rest) > 2 or not all([source, *rest]):
+        raise UserError(f"{name}: is neither a path nor ID, ID:SPLIT or ID:NAME:SPLIT.")
+    return DatasetSpec(path=source, split=rest[-1] if rest else None, name=rest[0] if len(rest) == 2 else None)
+
+
+def _column(rows: Source, name: str) -> list[str]:
+    there = {column.lower(): column for column in rows.columns}
+    column = next((there[wanted] for wanted in COLUMNS if wanted in there), None)
+    if column is None:
+        raise UserError(
+            f"{name}: found columns {shown(', '.join(rows.columns), 500)}; questions are in none of them.",
+            f"Name the column one of {', '.join(COLUMNS)}, or give a .txt file with one question a line.",
+        )
+    return [text for row in rows.select_columns([column]) for text in _texts(row.get(column))]
+
+
+def _texts(value: Any) -> list[str]:
+    """A text, or the texts of turns (MT-Bench's are a list of two)."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return [text for part in value for text in _texts(part)]
+    if isinstance(value, dict):
+        return _texts(value.get("content"))
+    return []
