@@ -122,23 +122,34 @@ def _norm(bench: Bench) -> list[Case]:
 
     return [
         Case(
-            "rms_norm forward", "rms_norm", 2 * one, lambda: rms_norm.rms_norm_forward(x, weight, EPS),
+            "rms_norm forward",
+            "rms_norm",
+            2 * one,
+            lambda: rms_norm.rms_norm_forward(x, weight, EPS),
             peers={"liger": liger_forward, "unsloth": unsloth_forward},
         ),
         Case(
-            "rms_norm forward, adding", "rms_norm", 4 * one,
-            lambda: rms_norm.rms_norm_forward(x, weight, EPS, residual), peers={"liger": liger_added},
+            "rms_norm forward, adding",
+            "rms_norm",
+            4 * one,
+            lambda: rms_norm.rms_norm_forward(x, weight, EPS, residual),
+            peers={"liger": liger_added},
         ),
         Case(
-            "rms_norm backward", "rms_norm", 3 * one, lambda: rms_norm.rms_norm_backward(grad, h, weight, inverse),
+            "rms_norm backward",
+            "rms_norm",
+            3 * one,
+            lambda: rms_norm.rms_norm_backward(grad, h, weight, inverse),
             peers={"liger": _backward(liger_forward, leaf, grad), "unsloth": _backward(unsloth_forward, leaf, grad)},
         ),
         Case(
-            "rms_norm backward, adding", "rms_norm", 4 * one,
+            "rms_norm backward, adding",
+            "rms_norm",
+            4 * one,
             lambda: rms_norm.rms_norm_backward(grad, h, weight, inverse, more),
             peers={"liger": _backward(liger_added, leaf, (grad, more))},
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _backward(forward: Callable[[], Run], inputs: Any, grads: Any) -> Callable[[], Run]:
@@ -182,10 +193,13 @@ def _rope(bench: Bench) -> list[Case]:
             "rope forward", "rope", traffic, lambda: rope.rope_(x, cos, sin), peers={"liger": liger, "unsloth": unsloth}
         ),
         Case(
-            "rope backward", "rope", traffic, lambda: rope.rope_(x, cos, sin, inverse=True),
+            "rope backward",
+            "rope",
+            traffic,
+            lambda: rope.rope_(x, cos, sin, inverse=True),
             peers={"liger": _backward(liger, leaves, grads), "unsloth": _backward(unsloth, dense, dense_grads)},
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _swiglu(bench: Bench) -> list[Case]:
@@ -213,16 +227,21 @@ def _swiglu(bench: Bench) -> list[Case]:
 
     return [
         Case(
-            "swiglu forward", "swiglu", 3 * one, lambda: swiglu.swiglu_forward(gate, up, out),
+            "swiglu forward",
+            "swiglu",
+            3 * one,
+            lambda: swiglu.swiglu_forward(gate, up, out),
             peers={"liger": liger, "unsloth": unsloth},
         ),
         Case(
-            "swiglu backward, and forward again", "swiglu", 6 * one,
+            "swiglu backward, and forward again",
+            "swiglu",
+            6 * one,
             lambda: swiglu.swiglu_backward(grad, gate, up, d_gate, d_up, act),
             peers={"liger": _backward(liger, leaves, grad), "unsloth": unsloth_backward},
             peer_bytes={"liger": 5 * one},  # it does not give the product again
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _dropout(bench: Bench) -> list[Case]:
@@ -234,11 +253,14 @@ def _dropout(bench: Bench) -> list[Case]:
     one = bench.bytes(*size)
     return [
         Case(
-            "dropout", "dropout", 2 * one, lambda: dropout.drop(x, key, out),
+            "dropout",
+            "dropout",
+            2 * one,
+            lambda: dropout.drop(x, key, out),
             peers={"torch": lambda: lambda: F.dropout(x, 0.05, training=True)},
         ),
         Case("dropout backward, adding", "dropout", 3 * one, lambda: dropout.add_dropped_(target, x, key)),
-    ]  # fmt: skip
+    ]
 
 
 def _logps(bench: Bench) -> list[Case]:
@@ -279,7 +301,11 @@ def _logps(bench: Bench) -> list[Case]:
     return [
         Case("token_logps, softmax of a chunk", "token_logps", 2 * bench.bytes(rows, vocabulary), softmax),
         Case(
-            "token_logps, forward and backward", "token_logps", bench.bytes(2 * size[0] + vocabulary, size[1]), ours,
-            flops=4 * vocabulary * size[0] * size[1], peers={"torch": plain, "liger": liger, "unsloth": unsloth},
+            "token_logps, forward and backward",
+            "token_logps",
+            bench.bytes(2 * size[0] + vocabulary, size[1]),
+            ours,
+            flops=4 * vocabulary * size[0] * size[1],
+            peers={"torch": plain, "liger": liger, "unsloth": unsloth},
         ),
-    ]  # fmt: skip
+    ]

@@ -53,9 +53,14 @@ def measure(source: str | None, stage: str | None, tokens: int, repeats: int, tu
         with torch.inference_mode(), live.stack.only(names):
             prompt = torch.tensor([ids], device=chat.device)
             out = live.stack.model.generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens,
-                do_sample=False, use_cache=True, pad_token_id=0,
-            )  # fmt: skip
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+            )
         return int(out.shape[1]) - len(ids)
 
     def stream() -> int:

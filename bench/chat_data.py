@@ -72,8 +72,19 @@ def play(folder: Path, out: Path, processes: int, extra: list[str]) -> dict[str,
     """Run the command once; seconds, and the peaks of memory of all its processes together."""
     cache = out.with_name(out.name + "-cache")
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "zephyr_lite", "data", "chat", str(folder), "--out", str(out),
-               "--num-proc", str(processes), *extra]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "zephyr_lite",
+        "data",
+        "chat",
+        str(folder),
+        "--out",
+        str(out),
+        "--num-proc",
+        str(processes),
+        *extra,
+    ]
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     peaks = {"anonymous_mib": 0.0, "largest_process_mib": 0.0}
@@ -88,8 +99,11 @@ def play(folder: Path, out: Path, processes: int, extra: list[str]) -> dict[str,
     if process.returncode:
         raise UserError(f"the command failed ({process.returncode}): {errors[-1000:]}")
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return {"seconds": round(seconds, 2), **{k: round(v, 1) for k, v in peaks.items()},
-            **{k: report[k] for k in ("rows", "kept", "dropped", "cut", "broken_capitals", "names_in_lexicon")}}  # fmt: skip
+    return {
+        "seconds": round(seconds, 2),
+        **{k: round(v, 1) for k, v in peaks.items()},
+        **{k: report[k] for k in ("rows", "kept", "dropped", "cut", "broken_capitals", "names_in_lexicon")},
+    }
 
 
 def _watch(pid: int, peaks: dict[str, float], done: threading.Event) -> None:

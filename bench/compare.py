@@ -125,9 +125,15 @@ def tiny_base(folder: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "base")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
         folder / "base"
@@ -143,19 +149,36 @@ def settings(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]
     model = tiny_base(folder) if args.tiny else args.model or demo_base()
     steps = WARM_UP + args.rounds
     common = {
-        "model_name_or_path": str(model), "load_in_4bit": True, "lora_r": args.rank, "lora_alpha": args.rank,
-        "chat_template": "zephyr" if args.tiny else "auto", "eval_dataset": None, "eval_steps": None,
-        "save_steps": None, "max_steps": steps + 1, "learning_rate": 1e-4,
-    }  # fmt: skip
+        "model_name_or_path": str(model),
+        "load_in_4bit": True,
+        "lora_r": args.rank,
+        "lora_alpha": args.rank,
+        "chat_template": "zephyr" if args.tiny else "auto",
+        "eval_dataset": None,
+        "eval_steps": None,
+        "save_steps": None,
+        "max_steps": steps + 1,
+        "learning_rate": 1e-4,
+    }
     sft = {
-        **common, "stage": "sft", "dataset": dataset(args.sft or CONVERSATIONS, "train_sft"), "lora_dropout": 0.05,
-        "max_length": args.sft_length, "batch_size": args.sft_rows,
-    }  # fmt: skip
+        **common,
+        "stage": "sft",
+        "dataset": dataset(args.sft or CONVERSATIONS, "train_sft"),
+        "lora_dropout": 0.05,
+        "max_length": args.sft_length,
+        "batch_size": args.sft_rows,
+    }
     dpo = {
-        **common, "stage": "dpo", "dataset": dataset(args.dpo or demo_pairs(folder), "train_prefs"),
-        "lora_dropout": 0.0, "max_length": args.dpo_length, "max_prompt_length": args.dpo_length // 2,
-        "batch_size": args.dpo_pairs, "adapters": [str(frozen_adapter(common, folder))], "beta": 0.1,
-    }  # fmt: skip
+        **common,
+        "stage": "dpo",
+        "dataset": dataset(args.dpo or demo_pairs(folder), "train_prefs"),
+        "lora_dropout": 0.0,
+        "max_length": args.dpo_length,
+        "max_prompt_length": args.dpo_length // 2,
+        "batch_size": args.dpo_pairs,
+        "adapters": [str(frozen_adapter(common, folder))],
+        "beta": 0.1,
+    }
     # a cached reference is computed for all pairs before the first step; no more than are used
     dpo["dataset"][0]["limit"] = args.dpo_pairs * steps
     return {"sft": sft, "dpo": dpo}

@@ -65,25 +65,39 @@ def configurations(args: argparse.Namespace, base: Path, folder: Path) -> dict[s
     scale = 0.1 if args.tiny else 1.0
     steps = WARM_UP + args.rounds
     common: dict[str, Any] = {
-        "model_name_or_path": str(base), "load_in_4bit": True, "lora_r": args.rank, "lora_alpha": args.rank,
-        "chat_template": "auto", "eval_dataset": None, "eval_steps": None, "save_steps": None,
+        "model_name_or_path": str(base),
+        "load_in_4bit": True,
+        "lora_r": args.rank,
+        "lora_alpha": args.rank,
+        "chat_template": "auto",
+        "eval_dataset": None,
+        "eval_steps": None,
+        "save_steps": None,
         "max_steps": steps + 1,  # the last step would write what a run leaves behind
         "learning_rate": 1e-4,
-    }  # fmt: skip
+    }
     length = int(2048 * scale)
     rows.write_conversations(folder / "sft.jsonl", template, (steps + 1) * args.sft_rows * length, scale=scale)
     sft = {
-        **common, "stage": "sft", "dataset": [{"path": str(folder / "sft.jsonl")}], "max_length": length,
+        **common,
+        "stage": "sft",
+        "dataset": [{"path": str(folder / "sft.jsonl")}],
+        "max_length": length,
         "batch_size": args.sft_rows,
-    }  # fmt: skip
+    }
     pairs = steps * args.dpo_pairs
     rows.write_pairs(folder / "dpo.jsonl", template, pairs, scale=scale)
     dpo = {
-        **common, "stage": "dpo", "dataset": [{"path": str(folder / "dpo.jsonl")}], "max_length": int(1024 * scale),
-        "max_prompt_length": int(512 * scale), "batch_size": args.dpo_pairs, "beta": 0.01,
+        **common,
+        "stage": "dpo",
+        "dataset": [{"path": str(folder / "dpo.jsonl")}],
+        "max_length": int(1024 * scale),
+        "max_prompt_length": int(512 * scale),
+        "batch_size": args.dpo_pairs,
+        "beta": 0.01,
         "adapters": [str(frozen_adapter(common, folder))],
         "seed": rows.seed_with_longest_first(rows.pair_sizes(pairs, 1024, 512), args.dpo_pairs),
-    }  # fmt: skip
+    }
     return {"sft": sft, "dpo": dpo}
 
 

@@ -52,9 +52,13 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         if not set(given.split(",")) <= set(known):
             raise UserError(f"--{what} {given}: known are {', '.join(known)}.")
     counts = {
-        "--rounds": args.rounds, "--rank": args.rank, "--sft-rows": args.sft_rows, "--dpo-pairs": args.dpo_pairs,
-        "--layers": args.layers, "--per-device": min(args.per_device),
-    }  # fmt: skip
+        "--rounds": args.rounds,
+        "--rank": args.rank,
+        "--sft-rows": args.sft_rows,
+        "--dpo-pairs": args.dpo_pairs,
+        "--layers": args.layers,
+        "--per-device": min(args.per_device),
+    }
     if low := [f"{name} {n}" for name, n in counts.items() if n < 1]:
         raise UserError(f"{', '.join(low)}: must be 1 or more.")
     if any(not 0 <= p < 1 for p in args.dropout):

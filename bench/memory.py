@@ -38,9 +38,14 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     args = parser.parse_args(words)
     positive = {
-        "--cards": min(args.cards), "--minutes": args.minutes, "--rows": args.rows, "--tokens": min(args.tokens),
-        "--host": args.host, "--longest": args.longest, "--layers": args.layers,
-    }  # fmt: skip
+        "--cards": min(args.cards),
+        "--minutes": args.minutes,
+        "--rows": args.rows,
+        "--tokens": min(args.tokens),
+        "--host": args.host,
+        "--longest": args.longest,
+        "--layers": args.layers,
+    }
     if low := [f"{name} {n:g}" for name, n in positive.items() if n <= 0]:
         raise UserError(f"{', '.join(low)}: must be more than 0.")
     if odd := [n for n in args.tokens if n % min(args.tokens)]:

@@ -172,14 +172,14 @@ def wait() -> None:
 
 def opened(case: Case, said: list[str], *callbacks: TrainerCallback) -> tuple[Any, Any]:
     """A stage and its loop."""
-    from zephyr_lite.train.dpo import DpoTask
+    from zephyr_lite.train.dpo import DpoObjective
     from zephyr_lite.train.loop import Loop
-    from zephyr_lite.train.setup import open_stage
-    from zephyr_lite.train.sft import SftTask
+    from zephyr_lite.train.setup import setup_stage
+    from zephyr_lite.train.sft import SftObjective
 
     config = RunConfig.model_validate(case.values)
-    stage = open_stage(case.method, Loaded(config, set(case.values), [], None), say=said.append)
-    task = (SftTask if case.method == "sft" else DpoTask)(stage, said.append)
+    stage = setup_stage(case.method, Loaded(config, set(case.values), [], None), say=said.append)
+    task = (SftObjective if case.method == "sft" else DpoObjective)(stage, said.append)
     fp16 = stage.base.dtype == torch.float16
     return stage, Loop(
         config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, callbacks=callbacks, say=said.append

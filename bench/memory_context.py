@@ -137,13 +137,13 @@ def plan_context(
         step, most: tokens; multiples of the one up to the other are tried.
     """
     from zephyr_lite.memory.account import GIB, Device
-    from zephyr_lite.memory.gpus import card_of_size
+    from zephyr_lite.memory.gpus import gpu_of_size
     from zephyr_lite.memory.search import Limits, longest_context
-    from zephyr_lite.memory.workload import make_job
+    from zephyr_lite.memory.workload import make_workload
     from zephyr_lite.model.base import read_model_config
 
     config = RunConfig.model_validate(values)
-    job = make_job(config, "sft", read_model_config(Path(config.model_name_or_path)), dtype, storage="nf4 nested")
+    job = make_workload(config, "sft", read_model_config(Path(config.model_name_or_path)), dtype, storage="nf4 nested")
     kind = Device.of(capability, dtype.itemsize == 2, context=CONTEXT_BYTES)
-    limits = Limits(int(card * GIB), int(host * GIB), card_of_size(card), kind)
+    limits = Limits(int(card * GIB), int(host * GIB), gpu_of_size(card), kind)
     return {"tokens": longest_context(job, limits, config.memory, step=step, most=most), "host_limit": limits.host}

@@ -79,18 +79,33 @@ class Bench:
         """A stage's configuration: the recipe's, with an 8-bit optimizer."""
         self.runs += 1
         common: dict[str, Any] = {
-            "model_name_or_path": str(self.base), "load_in_4bit": True, "optim": "adamw_8bit", "stage": method,
-            "chat_template": "auto", "eval_dataset": [], "eval_steps": None, "save_steps": None, "max_steps": 100,
-            "learning_rate": 1e-5, "output_dir": str(self.folder / f"run-{self.runs}"), "memory": memory or {},
-            "dataset": [{"path": str(self.folder / f"{method}.jsonl")}], "batch_size": self.args.rows,
-        }  # fmt: skip
+            "model_name_or_path": str(self.base),
+            "load_in_4bit": True,
+            "optim": "adamw_8bit",
+            "stage": method,
+            "chat_template": "auto",
+            "eval_dataset": [],
+            "eval_steps": None,
+            "save_steps": None,
+            "max_steps": 100,
+            "learning_rate": 1e-5,
+            "output_dir": str(self.folder / f"run-{self.runs}"),
+            "memory": memory or {},
+            "dataset": [{"path": str(self.folder / f"{method}.jsonl")}],
+            "batch_size": self.args.rows,
+        }
         if method == "sft":
             own: dict[str, Any] = {"lora_r": SFT_RANK, "lora_alpha": SFT_RANK, "max_length": int(2048 * self.scale)}
         else:
             own = {
-                "lora_r": DPO_RANK, "lora_alpha": DPO_RANK, "max_length": int(1024 * self.scale), "beta": 0.01,
-                "max_prompt_length": int(512 * self.scale), "adapters": [str(self.frozen)], "lora_dropout": 0.0,
-            }  # fmt: skip
+                "lora_r": DPO_RANK,
+                "lora_alpha": DPO_RANK,
+                "max_length": int(1024 * self.scale),
+                "beta": 0.01,
+                "max_prompt_length": int(512 * self.scale),
+                "adapters": [str(self.frozen)],
+                "lora_dropout": 0.0,
+            }
         return common | own | changes
 
     def card(self, gib: float) -> float | None:
@@ -118,13 +133,25 @@ def goals(bench: Bench) -> dict[str, Any]:
     offloaded = {"keep": "input", "offload": True, "stream": False}
     steps = {"steps": 2}
     cases = [
-        Case("sft, inputs offloaded", measure_peak, "sft", bench.values("sft", offloaded),
-             bench.card(OFFLOADED_GIB + CONTEXT_GIB), steps),
-        Case("sft, streamed", measure_peak, "sft", bench.values("sft", {"stream": True}),
-             bench.card(STREAMED_GIB + CONTEXT_GIB), steps),
+        Case(
+            "sft, inputs offloaded",
+            measure_peak,
+            "sft",
+            bench.values("sft", offloaded),
+            bench.card(OFFLOADED_GIB + CONTEXT_GIB),
+            steps,
+        ),
+        Case(
+            "sft, streamed",
+            measure_peak,
+            "sft",
+            bench.values("sft", {"stream": True}),
+            bench.card(STREAMED_GIB + CONTEXT_GIB),
+            steps,
+        ),
         Case("dpo", measure_peak, "dpo", bench.values("dpo"), bench.card(DPO_GIB), steps),
         Case("reference", measure_reference, "dpo", bench.values("dpo", {"micro_tokens": int(4096 * bench.scale)})),
-    ]  # fmt: skip
+    ]
     found = bench.play(cases, at_once=bench.at_once)
     row = {"micro_tokens": int(2048 * bench.scale), "keep": "input", "offload": True}
     again = [
@@ -204,8 +231,12 @@ def context(bench: Bench) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "goals": goals, "start": start, "cards": cards, "speed": speed, "context": context,
-}  # fmt: skip
+    "goals": goals,
+    "start": start,
+    "cards": cards,
+    "speed": speed,
+    "context": context,
+}
 
 
 # -- what is wanted ----------------------------------------------------------------------------------------------------

@@ -62,8 +62,11 @@ def first_step_seconds(words: list[str], out: Path, checkout: Path, settings: di
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             [sys.executable, "-m", "zephyr_lite", "sft", *words, f"output_dir={out}"],
-            cwd=checkout, env=settings, stdout=said, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            cwd=checkout,
+            env=settings,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
         try:
             while not (metrics.is_file() and metrics.stat().st_size):
                 if process.poll() is not None or time.perf_counter() - begun > _PATIENCE:
@@ -89,9 +92,17 @@ def tiny_base(folder: Path) -> Path:
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
     config = MistralConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, sliding_window=None, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        sliding_window=None,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     MistralForCausalLM(config).save_pretrained(folder)
     alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(alphabet)}, merges=[]))
@@ -128,9 +139,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         ]
         rows.write_text((json.dumps({"messages": turns}) + "\n") * 32)
         words = [
-            f"model_name_or_path={base}", f"dataset={rows}", "eval_dataset=[]", "max_steps=1", "batch_size=1",
-            "max_length=128", "logging_steps=1", "chat_template=zephyr",
-        ]  # fmt: skip
+            f"model_name_or_path={base}",
+            f"dataset={rows}",
+            "eval_dataset=[]",
+            "max_steps=1",
+            "batch_size=1",
+            "max_length=128",
+            "logging_steps=1",
+            "chat_template=zephyr",
+        ]
         for number in range(args.repeats):
             cache = folder / f"cache{number}"
             own = {"XDG_CACHE_HOME": str(cache), "HF_DATASETS_CACHE": str(cache / "rows"), "HF_HUB_OFFLINE": "1"}

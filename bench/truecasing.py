@@ -31,8 +31,16 @@ _ENDED = re.compile(r"[.!?][\"'”’)\]*_]*\s+[\"'“‘(\[*_]*$")
 _INSIDE = re.compile(r"(?:[,;]? (?:\d[\d.,:]* )?|-|/|['’]|\.[ ]?|& | & |\) | \()")
 _SENTENCE_LINE = re.compile(r"[.!?:;,…][\"'”’)*_]*\s*$")
 # "name, known" is the part of "name" that at least three other dialogues write with a capital in a sentence
-CATEGORIES = ("sentence start", "turn or line start", "I", "name", "name, known", "after a colon, quote or dash", "single letter",
-              "heading or title")  # fmt: skip
+CATEGORIES = (
+    "sentence start",
+    "turn or line start",
+    "I",
+    "name",
+    "name, known",
+    "after a colon, quote or dash",
+    "single letter",
+    "heading or title",
+)
 
 
 @dataclass

@@ -31,7 +31,7 @@ from bench.process import begin
 from zephyr_lite.config.load import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.train.loop import Loop
-from zephyr_lite.train.setup import open_stage
+from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.stage import Stage
 from zephyr_lite.train.steps import rows_of_step
 
@@ -170,7 +170,7 @@ def worker(pipe: Connection, variant: Variant, values: dict[str, Any], cap: floa
             imitate_card(cap)
         config = RunConfig.model_validate(values)
         said: list[str] = []
-        stage = open_stage(variant.method, Loaded(config, set(values), [], None), say=said.append)
+        stage = setup_stage(variant.method, Loaded(config, set(values), [], None), say=said.append)
         turns = Turns(pipe, stage)
         run = fused(stage, turns) if variant.engine == "fused" else baseline(stage, turns, variant)
         replaced = [line for line in said if line.startswith("The Triton kernel")]
@@ -219,10 +219,10 @@ def attention(stage: Stage, engine: str) -> str:
 
 
 def fused(stage: Stage, turns: Turns) -> Any:
-    from zephyr_lite.train.dpo import DpoTask
-    from zephyr_lite.train.sft import SftTask
+    from zephyr_lite.train.dpo import DpoObjective
+    from zephyr_lite.train.sft import SftObjective
 
-    task: Any = SftTask(stage) if stage.method == "sft" else DpoTask(stage, lambda line: None)
+    task: Any = SftObjective(stage) if stage.method == "sft" else DpoObjective(stage, lambda line: None)
     return Loop(stage.config, stage.dir, stage.stack, task, stage.plan, callbacks=[turns], say=lambda line: None).run
 
 

@@ -45,9 +45,16 @@ def make(root: Path) -> None:
             told = {**json.loads(path.read_text()), "tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
             path.write_text(json.dumps(told))
         words = {
-            "model_name_or_path": base, "output_dir": run, "dataset.path": rows, "max_length": 128, "lora_r": 4,
-            "max_steps": 3, "learning_rate": 1e-2, "load_in_4bit": "false", "samples": 0,
-        }  # fmt: skip
+            "model_name_or_path": base,
+            "output_dir": run,
+            "dataset.path": rows,
+            "max_length": 128,
+            "lora_r": 4,
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "load_in_4bit": "false",
+            "samples": 0,
+        }
         run_sft(load_config("sft", None, [f"{key}={value}" for key, value in words.items()]), say=lambda line: None)
         run_merge(root / part / "merged", run=run, check=False, say=lambda line: None)
         live = open_live(run)

@@ -142,10 +142,21 @@ def fits(kind: str, primitive: str) -> bool:
 def commands(on: Ground, out: Path) -> dict[str, list[str]]:
     """The three commands of a run."""
     keys = {
-        "model_name_or_path": on.base, "output_dir": out, "max_length": 128, "batch_size": 2, "lora_r": 64,
-        "learning_rate": 5e-3, "save_steps": 1, "eval_steps": 2, "max_steps": 3, "save_total_limit": 1, "sample_tokens": 3,
-        "optim": "adamw_8bit", "lora_dropout": 0.1, "load_in_4bit": "false",
-    }  # fmt: skip
+        "model_name_or_path": on.base,
+        "output_dir": out,
+        "max_length": 128,
+        "batch_size": 2,
+        "lora_r": 64,
+        "learning_rate": 5e-3,
+        "save_steps": 1,
+        "eval_steps": 2,
+        "max_steps": 3,
+        "save_total_limit": 1,
+        "sample_tokens": 3,
+        "optim": "adamw_8bit",
+        "lora_dropout": 0.1,
+        "load_in_4bit": "false",
+    }
 
     def words(**changes: Any) -> list[str]:
         return [f"{key}={value}" for key, value in {**keys, **changes}.items()]

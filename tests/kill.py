@@ -63,10 +63,21 @@ class Scenario:
 
 def _keys(ground: Ground, out: Path, rows: Path, **changes: Any) -> list[str]:
     settings = {
-        "model_name_or_path": ground.base, "output_dir": out, "dataset.path": rows, "eval_dataset.path": rows,
-        "max_length": 128, "batch_size": 3, "lora_r": 4, "lora_alpha": 8, "learning_rate": 5e-3, "save_steps": 2,
-        "eval_steps": 3, "num_train_epochs": 3, "sample_tokens": 3, **changes,
-    }  # fmt: skip
+        "model_name_or_path": ground.base,
+        "output_dir": out,
+        "dataset.path": rows,
+        "eval_dataset.path": rows,
+        "max_length": 128,
+        "batch_size": 3,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "learning_rate": 5e-3,
+        "save_steps": 2,
+        "eval_steps": 3,
+        "num_train_epochs": 3,
+        "sample_tokens": 3,
+        **changes,
+    }
     return [f"{key}={value}" for key, value in settings.items()]
 
 
@@ -308,8 +319,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count = trial(scenario, on, folder, stops, asked.seed, real=asked.real)
         wrong += len(count.wrong)
         kinds = ", ".join(f"{name} {n}" for name, n in sorted(count.stops.items()))
-        print(f"{scenario.name}: {kinds or 'no stops'}; {count.ends} runs ended, all equal to the undisturbed one"
-              if not count.wrong else f"{scenario.name}: {kinds}; WRONG: " + "; ".join(count.wrong), flush=True)  # fmt: skip
+        print(
+            f"{scenario.name}: {kinds or 'no stops'}; {count.ends} runs ended, all equal to the undisturbed one"
+            if not count.wrong
+            else f"{scenario.name}: {kinds}; WRONG: " + "; ".join(count.wrong),
+            flush=True,
+        )
     if asked.keep is None and not wrong:
         shutil.rmtree(folder)
     elif wrong:

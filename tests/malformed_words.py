@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.malformed import Case, Fixtures
-from zephyr_lite.config.presets import shipped_configs
+from zephyr_lite.config.presets import preset_configs
 
 Make = Callable[[Path, Fixtures], list[str]]
 UTF8 = "Save the file as UTF-8."
@@ -244,7 +244,7 @@ CASES = [
         "words: no such configuration",
         words("sft", "--config", "mine.yaml"),
         "configuration mine.yaml: there is no such file.",
-        f"Give a YAML file, or a shipped one: {', '.join(shipped_configs())}.",
+        f"Give a YAML file, or a shipped one: {', '.join(preset_configs())}.",
     ),
     # -- a run's own files
     Case(

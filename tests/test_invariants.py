@@ -22,17 +22,17 @@ from zephyr_lite.config.load import MemorySpec, RunConfig, load_config, read_dum
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory.plan import keep_freed_pages, make_plan, this_machine
-from zephyr_lite.memory.workload import AdapterSpec, Job, Shape
+from zephyr_lite.memory.workload import AdapterSpec, Shape, Workload
 from zephyr_lite.merge import chain_of_run
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
 from zephyr_lite.train import stepper as step_file
-from zephyr_lite.train.dpo import DpoTask, run_dpo
+from zephyr_lite.train.dpo import DpoObjective, run_dpo
 from zephyr_lite.train.loop import Loop
 from zephyr_lite.train.optim import make_optimizer, make_scheduler
-from zephyr_lite.train.setup import open_stage, resolve_run
-from zephyr_lite.train.sft import SftTask, run_sft
+from zephyr_lite.train.setup import resolve_run, setup_stage
+from zephyr_lite.train.sft import SftObjective, run_sft
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_memory_may_be_changed_to_go_on(windowed, chat_rows, tmp_path, monkeypat
     for memory, keep in ((None, first["keep"]), ("input", ["input"] * len(first["keep"]))):
         changes = {} if memory is None else {"memory.keep": memory}
         loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings, **changes))
-        stage = open_stage("sft", loaded, say=quiet)
+        stage = setup_stage("sft", loaded, say=quiet)
         assert list(stage.plan.keep) == keep and (stage.plan.as_dict() == first) == (memory is None)
     assert set(stage.dir.info()["plan"]["keep"]) == {"input"}
 
@@ -117,16 +117,16 @@ def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, mon
 
     if where == "early":
         losses = iter([3.0, 4.0, 5.0])
-        monkeypatch.setattr(SftTask, "evaluation", lambda self, sums: {"eval_loss": next(losses)})
+        monkeypatch.setattr(SftObjective, "evaluation", lambda self, sums: {"eval_loss": next(losses)})
     patience = {"early_stopping_patience": 2} if where == "early" else {}
     settings = {"eval_steps": 1, "num_train_epochs": 4, **patience, **PLAIN}
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
-    close = run_file.close_stage
-    monkeypatch.setattr(run_file, "close_stage", lambda *a, **k: (_ for _ in ()).throw(Killed))
+    close = run_file.save_stage
+    monkeypatch.setattr(run_file, "save_stage", lambda *a, **k: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         run_sft(loaded, say=quiet)
     logged = (tmp_path / "r" / "sft" / "metrics.jsonl").read_text()
-    monkeypatch.setattr(run_file, "close_stage", close)
+    monkeypatch.setattr(run_file, "save_stage", close)
     monkeypatch.setattr(Loop, "_step", lambda self, number: pytest.fail("trained again"))
     outcome = run_sft(loaded, say=quiet)
     assert (tmp_path / "r" / "sft" / "metrics.jsonl").read_text() == logged
@@ -189,9 +189,9 @@ def test_master_weights_gradients_and_moments_are_float32_in_16_bits(windowed, c
     """At a learning rate of 5e-6 half of the updates round away in bfloat16."""
     settings = {"dtype": "bfloat16", "learning_rate": 1e-7, "warmup_ratio": 0, **PLAIN}
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
-    stage = open_stage("sft", loaded, say=quiet)
+    stage = setup_stage("sft", loaded, say=quiet)
     moved(stage)
-    loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), stage.plan, say=quiet)
+    loop = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage), stage.plan, say=quiet)
     assert stage.base.model.lm_head.weight.dtype == torch.bfloat16
     loop.gradients(0)
     assert {p.grad.dtype for p in loop.parameters.values()} == {torch.float32}
@@ -210,7 +210,7 @@ def test_the_base_is_never_written_to(windowed, run, pair_rows):
     stage = open_dpo(windowed, run, pair_rows, load_in_4bit="true", max_steps=3)
     frozen = {n: p.detach().clone() for n, p in stage.stack.model.named_parameters() if not p.requires_grad}
     assert any(".sft." in n for n in frozen) and any(p.dtype == torch.uint8 for p in frozen.values())
-    task = DpoTask(stage, quiet)
+    task = DpoObjective(stage, quiet)
     Loop(stage.config, stage.dir, stage.stack, task, stage.plan, say=quiet).run()
     after = dict(stage.stack.model.named_parameters())
     for name, value in frozen.items():
@@ -220,13 +220,13 @@ def test_the_base_is_never_written_to(windowed, run, pair_rows):
 def test_float16_scales_the_loss_and_gives_up_when_no_scale_helps(windowed, chat_rows, tmp_path, monkeypatch):
     settings = {"dtype": "float16", "num_train_epochs": 12, "batch_size": 1, **PLAIN}
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
-    stage = open_stage("sft", loaded, say=quiet)
-    loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), stage.plan, fp16=True, say=quiet)
+    stage = setup_stage("sft", loaded, say=quiet)
+    loop = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage), stage.plan, fp16=True, say=quiet)
     sums, _ = loop.gradients(0)
     scale = loop.scaler.get_scale()
     scaled = {n: p.grad.clone() for n, p in loop.parameters.items()}
     loop.optimizer.zero_grad()
-    plain = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), stage.plan, say=quiet)
+    plain = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage), stage.plan, say=quiet)
     plain.gradients(0)
     name = "model.layers.1.mlp.down_proj.lora_B"
     assert scale > 1 and math.isfinite(sums["loss"])
@@ -248,7 +248,7 @@ def test_the_plan_leaves_room_for_gradients_and_moments(monkeypatch):
 
     def plan(optim, r):
         adapter = AdapterSpec.fresh(shape, r, r, "all-linear")
-        job = Job(shape, torch.float32, "dense", (adapter,), optim, False, "sft", longest=10)
+        job = Workload(shape, torch.float32, "dense", (adapter,), optim, False, "sft", longest=10)
         return job.parameters, make_plan(job, this_machine(cpu, job.dtype, spec), spec)
 
     # of a parameter: itself, its gradient, and two moments of 4 bytes or of one
@@ -273,11 +273,11 @@ def test_the_largest_micro_batch_is_tried_first_and_leaves_no_trace(windowed, ch
     """One outlier row must not run out of memory hours into a run."""
     settings = {"lora_dropout": 0.1, **PLAIN}
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
-    stage = open_stage("sft", loaded, say=quiet, claim=False)
+    stage = setup_stage("sft", loaded, say=quiet, claim=False)
     lengths = stage.data.lengths
     for tokens in (1, int(lengths.max() + lengths.min()), 10_000):
         plan = type(stage.plan)(tokens, ("all",) * len(stage.plan.keep))
-        loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), plan, say=quiet)
+        loop = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage), plan, say=quiet)
         before = {n: p.detach().clone() for n, p in loop.parameters.items()}
         group, *others = loop.rehearse()
         assert all(lengths[other].sum() > lengths[group].sum() for other in others)

@@ -126,8 +126,10 @@ OPTIONAL = (
 
 def test_training_and_benches_import_without_what_only_one_command_needs():
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"MISSING = {OPTIONAL}{WITHOUT}"], capture_output=True, text=True,
+        [sys.executable, "-W", "ignore", "-c", f"MISSING = {OPTIONAL}{WITHOUT}"],
+        capture_output=True,
+        text=True,
         cwd=PACKAGE.parent,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert {"zephyr_lite.train.sft", "zephyr_lite.train.dpo", "bench.gpu", "bench.memory"} <= set(done.stdout.split())

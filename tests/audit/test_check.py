@@ -194,12 +194,17 @@ def test_an_untrained_adapter_is_found(tiny_base, tmp_path):
     ("card", "tool", "method", "level"),
     [
         ("---\ntags: [trl, dpo]\n---\nfine-tuned version of [org/Base-7B](x) with [TRL](y).", "TRL", "dpo", None),
-        ("---\ntags: [trl, dpo]\n---\nThis is a fine-tuned version of [org/base-7b-sft](x).", "TRL", "dpo", Level.doubtful),
+        (
+            "---\ntags: [trl, dpo]\n---\nThis is a fine-tuned version of [org/base-7b-sft](x).",
+            "TRL",
+            "dpo",
+            Level.doubtful,
+        ),
         ("---\nlibrary_name: peft\ntags: [llama-factory, sft]\n---\n", "LLaMA-Factory", "sft", None),
         ("---\ntags: [unsloth]\nbase_model: unsloth/Base-7B-bnb-4bit\n---\n", "Unsloth", None, None),
         ("---\n: [broken\n---\n", "an unknown tool (PEFT)", None, None),
     ],
-)  # fmt: skip
+)
 def test_a_card_is_read(run, tmp_path, card, tool, method, level):
     write_adapter(tmp_path / "a", dict(read_adapter(run / "sft/adapter").modules), base_model_name="org/Base-7B")
     (tmp_path / "a/README.md").write_text(card)

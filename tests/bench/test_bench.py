@@ -284,8 +284,12 @@ def test_room_is_made_for_the_next_on_trial(monkeypatch, tmp_path):
     result = played.play(players, contest.nothing, 5)
     assert result["side_by_side"] and result["rounds"] == 3
     assert {s: v["per_device"] for s, v in result["variants"].items()} == {
-        "fused live": 1, "fused cached": 1, "trl live": 4, "unsloth live": 4, "unsloth live default": 4,
-    }  # fmt: skip
+        "fused live": 1,
+        "fused cached": 1,
+        "trl live": 4,
+        "unsloth live": 4,
+        "unsloth live default": 4,
+    }
     assert not alive
 
     small = match.Match("dpo", {}, 3, time.monotonic() + 60, tmp_path, cap, cap * gib, idle)

@@ -221,10 +221,13 @@ def test_targets():
                 "resident": {"tokens_per_second": {1024: 10.0, 4096: 10.0}},
                 "streamed": {"tokens_per_second": {1024: 5.0, 4096: 9.5}},
             },
-            "context": {"8 GB: by the plan": {"tokens": 30_000}, "8 GB: a step of the whole model": case_of(7, 7, tokens=30_000)},
+            "context": {
+                "8 GB: by the plan": {"tokens": 30_000},
+                "8 GB: a step of the whole model": case_of(7, 7, tokens=30_000),
+            },
             "start": {"start": {"kind": "late", "error": "…"}},
         },
-    }  # fmt: skip
+    }
     met = {target["what"]: (target["reached"], target["met"]) for target in memory_parts.targets(results)}
     found = list(met.values())
     assert found[0] == (pytest.approx(4.9), True)

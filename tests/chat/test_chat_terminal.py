@@ -53,23 +53,61 @@ def typed(monkeypatch, talk_run, capsys):
 def test_a_session_and_its_commands(typed, tmp_path):
     file = tmp_path / "mine.jsonl"
     code, out, err = typed(
-        "/help", "Who are you?", '"""Name', 'three rivers."""', "/undo", "/temperature 0.5", "/temperature", "/top-p 2",
-        "/temperature hot", "/seed 1.5", "/max-new-tokens 5", "/system Be kind.", "/system </s>", "/settings", "/model",
-        "/model sft", "/retry", f"/save {file}", f"/save {file}", "/save", "/nonsense", "/undo 3", "end</s>", "/history",
-        "/reset", "/undo", "/history", "",
-    )  # fmt: skip
+        "/help",
+        "Who are you?",
+        '"""Name',
+        'three rivers."""',
+        "/undo",
+        "/temperature 0.5",
+        "/temperature",
+        "/top-p 2",
+        "/temperature hot",
+        "/seed 1.5",
+        "/max-new-tokens 5",
+        "/system Be kind.",
+        "/system </s>",
+        "/settings",
+        "/model",
+        "/model sft",
+        "/retry",
+        f"/save {file}",
+        f"/save {file}",
+        "/save",
+        "/nonsense",
+        "/undo 3",
+        "end</s>",
+        "/history",
+        "/reset",
+        "/undo",
+        "/history",
+        "",
+    )
     assert code == 0, err
     for text in (
-        "/system TEXT", "taken back: 'Name\\nthree rivers.'", "temperature 0.5", "max-new-tokens 5", "system: Be kind.",
-        "base, sft, dpo (this one)", "base, sft (this one), dpo", f"saved as row 1 of {file}", "> Who are you?",
-        "a new conversation", "nothing was said yet",
-    ):  # fmt: skip
+        "/system TEXT",
+        "taken back: 'Name\\nthree rivers.'",
+        "temperature 0.5",
+        "max-new-tokens 5",
+        "system: Be kind.",
+        "base, sft, dpo (this one)",
+        "base, sft (this one), dpo",
+        f"saved as row 1 of {file}",
+        "> Who are you?",
+        "a new conversation",
+        "nothing was said yet",
+    ):
         assert text in out, text
     for text in (
-        "top-p 2.0: is not above 0", "/temperature hot: is no number", "/seed 1.5: is no number", "control token </s>",
-        f"this conversation is in {file} already", "/save: where to?", "no command /nonsense", "/undo takes nothing",
+        "top-p 2.0: is not above 0",
+        "/temperature hot: is no number",
+        "/seed 1.5: is no number",
+        "control token </s>",
+        f"this conversation is in {file} already",
+        "/save: where to?",
+        "no command /nonsense",
+        "/undo takes nothing",
         "nothing to take back",
-    ):  # fmt: skip
+    ):
         assert text in err, text
     (row,) = [json.loads(line) for line in file.read_text().splitlines()]
     assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant"] and row["model"] == "sft"
@@ -105,9 +143,22 @@ def test_a_vote_hides_whose_answer_is_whose(typed, tmp_path, monkeypatch):
     monkeypatch.setattr(Session, "ask", named)
     file = tmp_path / "votes.jsonl"
     code, out, err = typed(
-        "Who?", "4", "x", "1", "And?", "t", "Hm?", "s", "/retry", "2", "All?", "/history", "Last?", EOFError(),
+        "Who?",
+        "4",
+        "x",
+        "1",
+        "And?",
+        "t",
+        "Hm?",
+        "s",
+        "/retry",
+        "2",
+        "All?",
+        "/history",
+        "Last?",
+        EOFError(),
         options=["--compare", "--vote", str(file)],
-    )  # fmt: skip
+    )
     assert code == 0, err
     body, _, end = out.partition("liked best")
     shown = [re.findall(r"\[I am (\w+)\]", part) for part in body.split("Answer 1")[1:]]

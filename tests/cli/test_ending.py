@@ -168,11 +168,14 @@ def test_an_interrupt_before_anything_is_imported_shows_no_traceback(tmp_path):
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "zephyr_lite", "env"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "zephyr_lite", "env"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             env={**os.environ, "PYTHONPATH": paths},
         )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     for process, number in zip(processes, (signal.SIGINT, signal.SIGTERM)):
         assert process.stdout.readline() == "here\n"
         process.send_signal(number)

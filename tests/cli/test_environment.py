@@ -91,9 +91,12 @@ def card(monkeypatch):
     def put(capability, architectures):
         properties = SimpleNamespace(name="A card", total_memory=16 * 2**30, major=capability[0], minor=capability[1])
         for name, value in {
-            "is_available": True, "current_device": 0, "get_device_properties": properties,
-            "get_device_capability": capability, "get_arch_list": architectures,
-        }.items():  # fmt: skip
+            "is_available": True,
+            "current_device": 0,
+            "get_device_properties": properties,
+            "get_device_capability": capability,
+            "get_arch_list": architectures,
+        }.items():
             monkeypatch.setattr(torch.cuda, name, lambda *a, value=value: value)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
 
@@ -145,11 +148,15 @@ def test_windows_is_refused_before_anything_is_imported(monkeypatch, capsys):
 def test_under_wsl_the_plan_has_what_can_be_locked_and_the_allocator_no_more_than_is_free(monkeypatch):
     device, gib = torch.device("cuda", 0), 2**30
     for module, name, value in (
-        (plan, "main_memory", 32 * gib), (plan, "lockable", 3 * gib), (plan, "is_wsl", True),
-        (plan, "free_memory", 10 * gib), (torch.cuda, "get_device_capability", (8, 6)),
-        (torch.cuda, "get_device_name", "A card"), (torch.cuda, "memory_allocated", 2 * gib),
+        (plan, "main_memory", 32 * gib),
+        (plan, "lockable", 3 * gib),
+        (plan, "is_wsl", True),
+        (plan, "free_memory", 10 * gib),
+        (torch.cuda, "get_device_capability", (8, 6)),
+        (torch.cuda, "get_device_name", "A card"),
+        (torch.cuda, "memory_allocated", 2 * gib),
         (torch.cuda, "get_device_properties", SimpleNamespace(total_memory=16 * gib)),
-    ):  # fmt: skip
+    ):
         monkeypatch.setattr(module, name, lambda *a, value=value: value)
     fractions = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: fractions.append(given))

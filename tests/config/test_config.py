@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from zephyr_lite.config.load import RunConfig, dump_config, load_config
-from zephyr_lite.config.presets import shipped_configs
+from zephyr_lite.config.presets import preset_configs
 from zephyr_lite.errors import UserError
 
 
@@ -233,7 +233,7 @@ def test_a_file_that_is_no_configuration(text, message, tmp_path):
 def test_a_file_that_is_not_there_lists_the_shipped_ones():
     with pytest.raises(UserError, match="zephyr-7b/sft"):
         load(file="zephyr-7b/stf")
-    assert set(shipped_configs()) >= {"zephyr-7b/sft", "zephyr-7b/dpo"}
+    assert set(preset_configs()) >= {"zephyr-7b/sft", "zephyr-7b/dpo"}
 
 
 def test_transformers_switch_and_name_are_one_key(tmp_path):
@@ -256,11 +256,14 @@ def test_transformers_switch_and_name_are_one_key(tmp_path):
         (["memory=8GiB"], "memory.vram=8GiB"),
         (["memory.vram=8"], "a size with its unit, such as 8GiB (found 8)"),
         (["batch_size=2k"], "a whole number, without a unit (found '2k')"),
-        (["model_name_or_path=https://huggingface.co/mistralai/Mistral-7B-v0.1"], "alone is read: mistralai/Mistral-7B-v0.1"),
+        (
+            ["model_name_or_path=https://huggingface.co/mistralai/Mistral-7B-v0.1"],
+            "alone is read: mistralai/Mistral-7B-v0.1",
+        ),
         (["dataset=https://hf.co/datasets/me/rows"], "alone is read: me/rows"),
         (["dataset=[1]"], "Input should be a path, or keys and values"),
     ],
-)  # fmt: skip
+)
 def test_slips_on_the_command_line_are_told_what_was_meant(words, says):
     with pytest.raises(UserError) as told:
         load_config("sft", None, words)

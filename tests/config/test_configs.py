@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config
-from zephyr_lite.config.presets import shipped_configs
+from zephyr_lite.config.presets import preset_configs
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.setup import INHERITED
@@ -83,7 +83,7 @@ def method(name: str):
 
 
 def test_these_are_all():
-    assert set(shipped_configs()) == set(ALL)
+    assert set(preset_configs()) == set(ALL)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -151,7 +151,7 @@ def test_configurations_travel_in_the_wheel(tmp_path):
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
     code = (
         "import zephyr_lite, zephyr_lite.config.load as c, zephyr_lite.config.presets as s; print(zephyr_lite.__file__);"
-        "print(*s.shipped_configs()); print(c.load_config('sft', 'zephyr-7b/overnight-sft').config.dataset[0].limit)"
+        "print(*s.preset_configs()); print(c.load_config('sft', 'zephyr-7b/overnight-sft').config.dataset[0].limit)"
     )
     found = subprocess.run(
         [sys.executable, "-c", code],

@@ -5,14 +5,14 @@ import torch
 from tests.train.test_train import dpo_words, quiet
 from zephyr_lite.config.load import load_config
 from zephyr_lite.train.loop import Loop
-from zephyr_lite.train.setup import open_stage
+from zephyr_lite.train.setup import setup_stage
 
 PLAIN = {"load_in_4bit": "false"}  # float32, so that a merge rounds nothing
 
 
 def open_dpo(base, run, rows, **changes):
     loaded = load_config("dpo", None, dpo_words(base, run, rows, **{**PLAIN, **changes}))
-    return open_stage("dpo", loaded, say=quiet)
+    return setup_stage("dpo", loaded, say=quiet)
 
 
 def moved(stage):

@@ -82,9 +82,16 @@ def sft_words(tiny_base, chat_rows):
 @pytest.fixture
 def dpo_words(tiny_base, pair_rows):
     return [
-        "dpo", f"model_name_or_path={tiny_base}", f"dataset={pair_rows}", "max_length=128", "max_prompt_length=64",
-        "batch_size=4", "lora_r=4", "samples=0", "max_steps=2",
-    ]  # fmt: skip
+        "dpo",
+        f"model_name_or_path={tiny_base}",
+        f"dataset={pair_rows}",
+        "max_length=128",
+        "max_prompt_length=64",
+        "batch_size=4",
+        "lora_r=4",
+        "samples=0",
+        "max_steps=2",
+    ]
 
 
 def other(words: list[str], **changes: object) -> list[str]:

@@ -20,8 +20,12 @@ from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.ops import token_logps as token_logps_file
 
 MISTRAL = SimpleNamespace(
-    hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1,
-)  # fmt: skip
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    num_hidden_layers=1,
+)
 
 
 @contextmanager

@@ -45,12 +45,20 @@ def test_equals_the_hugging_face_model_with_the_stack(model):
 @pytest.mark.parametrize("change", ["rope", "bias", "tied", "head_dim"])
 def test_variants_of_the_families(change):
     changes = {
-        "rope": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e4, "factor": 8.0, "low_freq_factor": 1.0,
-                                     "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+        "rope": {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
         "bias": {"attention_bias": True},
         "tied": {"tie_word_embeddings": True},
         "head_dim": {"head_dim": 24},
-    }[change]  # fmt: skip
+    }[change]
     decoder = Decoder(live_stack(make_model("llama", **changes)), torch.float32)
     example = conversation(0, 25)
     targets = np.flatnonzero(example.mask[1:]) + 1

@@ -12,9 +12,9 @@ from tests.train.test_train import LN2, dpo_words, metrics, quiet
 from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_pairs
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.train.dpo import DpoTask, run_dpo
+from zephyr_lite.train.dpo import DpoObjective, run_dpo
 from zephyr_lite.train.loop import Loop
-from zephyr_lite.train.setup import open_stage
+from zephyr_lite.train.setup import setup_stage
 
 
 def test_reference_is_the_frozen_stack_and_equals_an_untrained_policy_bit_for_bit():
@@ -57,12 +57,12 @@ def test_the_reference_equals_an_untrained_policy_under_dropout():
 def test_dpo_starts_at_ln_2_moves_and_keeps_its_reference(tiny_base, quantized_run, pair_rows):
     """Invariant 1, live: step 0 is ln 2; after 3 steps the policy moved and the reference is still the SFT model."""
     loaded = load_config("dpo", None, dpo_words(tiny_base, quantized_run, pair_rows, max_steps=4, warmup_ratio=0))
-    stage = open_stage("dpo", loaded, say=quiet)
-    batch = DpoTask(stage, quiet)._batch(stage.data, [0, 1])
+    stage = setup_stage("dpo", loaded, say=quiet)
+    batch = DpoObjective(stage, quiet)._batch(stage.data, [0, 1])
     sft_alone = stage.decoder.token_logps(batch).detach()  # B is zero: the policy is the SFT model
     shutil.rmtree(stage.dir.path)
-    outcome_stage = open_stage("dpo", loaded, say=quiet)
-    task = DpoTask(outcome_stage, quiet)
+    outcome_stage = setup_stage("dpo", loaded, say=quiet)
+    task = DpoObjective(outcome_stage, quiet)
     Loop(loaded.config, outcome_stage.dir, outcome_stage.stack, task, outcome_stage.plan, say=quiet).run()
     losses = metrics(quantized_run / "dpo")
     assert losses[0] == pytest.approx(LN2, abs=1e-6)

@@ -49,9 +49,16 @@ def qwen2(seed=0, **changes):
     """Random weights and biases, as large as in the other tests; embeddings tied, as in the small ones of the hub."""
     torch.manual_seed(seed)
     settings = {
-        "vocab_size": 448, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True, **changes,
-    }  # fmt: skip
+        "vocab_size": 448,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        **changes,
+    }
     model = Qwen2ForCausalLM(Qwen2Config(**settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -99,9 +99,13 @@ def test_grades_are_read_as_fastchat_reads_them() -> None:
 
 def test_scores_by_hand() -> None:
     grades = [
-        Grade("1", "math", "m", 1, 4, ""), Grade("1", "math", "m", 2, 6, ""), Grade("2", "math", "m", 1, 9, ""),
-        Grade("2", "math", "m", 2, None, "no grade"), Grade("3", "stem", "m", 1, 2, ""), Grade("3", "stem", "m", 2, 4, ""),
-    ]  # fmt: skip
+        Grade("1", "math", "m", 1, 4, ""),
+        Grade("1", "math", "m", 2, 6, ""),
+        Grade("2", "math", "m", 1, 9, ""),
+        Grade("2", "math", "m", 2, None, "no grade"),
+        Grade("3", "stem", "m", 1, 2, ""),
+        Grade("3", "stem", "m", 2, 4, ""),
+    ]
     scores = model_scores(grades)
     assert scores["score"] == 5.0 and scores["turn_1"] == 5.0 and scores["turn_2"] == 5.0
     assert scores["categories"]["math"] == {"score": pytest.approx(19 / 3, abs=1e-4), "turn_1": 6.5, "turn_2": 6.0}

@@ -121,9 +121,14 @@ def test_equals_it_through_nf4(tiny_base, keep, p, scratch):
 def test_gradcheck(keep):
     """Numerical derivatives of the log-probabilities by every number of every trained adapter, dropout on."""
     model = make_model(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=24, sliding_window=4,
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=24,
+        sliding_window=4,
+    )
     decoder = Decoder(live_stack(model, torch.float64, r=1), torch.float64)
     examples = [conversation(i, n) for i, n in enumerate([5, 3])]
     for example in examples:
@@ -141,9 +146,13 @@ def test_gradcheck(keep):
 @pytest.mark.parametrize("keep", KEEPS)
 def test_gradcheck_of_a_pair_with_a_shared_prompt(keep):
     model = make_model(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         vocab_size=24,
-    )  # fmt: skip
+    )
     decoder = Decoder(live_stack(model, torch.float64, r=1), torch.float64)
     found = pair(0, 4, 2, 3)
     for ids in (found.prompt_ids, found.chosen_ids, found.rejected_ids):

@@ -8,10 +8,10 @@ from tests.numeric import apart
 from tests.train.test_train import quiet, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.train import stepper as step_file
-from zephyr_lite.train.dpo import DpoTask
+from zephyr_lite.train.dpo import DpoObjective
 from zephyr_lite.train.loop import Loop
-from zephyr_lite.train.setup import open_stage
-from zephyr_lite.train.sft import SftTask
+from zephyr_lite.train.setup import setup_stage
+from zephyr_lite.train.sft import SftObjective
 
 
 @pytest.mark.parametrize("step", [0, 2])
@@ -20,7 +20,7 @@ def test_micro_batches_do_not_change_a_step_of_pairs(windowed, run, pair_rows, t
     stage = open_dpo(windowed, run, pair_rows, lora_dropout=0.2)
     assert [len(step_file.rows_of_step(stage.config, len(stage.data.rows), n)) for n in (0, 2)] == [3, 2]
     moved(stage)
-    task = DpoTask(stage, quiet)
+    task = DpoObjective(stage, quiet)
     whole, wanted = step_of(stage, task, 10_000, step + 3)  # not the first epoch, where B has to be zero
     split, grads = step_of(stage, task, tokens, step + 3)
     assert split == pytest.approx(whole, rel=1e-4, abs=1e-4) and split["loss"] == pytest.approx(whole["loss"], rel=1e-5)
@@ -33,14 +33,14 @@ def test_micro_batches_do_not_change_a_step_of_pairs(windowed, run, pair_rows, t
 def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, tokens, step):
     """Invariant 4: however a step is split, the last partial one included, dropout on."""
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, lora_dropout=0.2, max_length=80))
-    stage = open_stage("sft", loaded, say=quiet, claim=False)
+    stage = setup_stage("sft", loaded, say=quiet, claim=False)
     torch.manual_seed(0)
     for parameter in stage.stack.parameters().values():
         parameter.data.normal_(0, 0.05)
     found = {}
     for size in (tokens, 128):
         plan = type(stage.plan)(size, ("all",) * len(stage.plan.keep))
-        loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage), plan, say=quiet)
+        loop = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage), plan, say=quiet)
         sums, total = loop.gradients(step)
         found[size] = (sums["loss"], total, [p.grad.clone() for p in loop.parameters.values()])
         loop.optimizer.zero_grad()
@@ -51,10 +51,10 @@ def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, to
 
 def test_the_loss_is_normalized_by_tokens_and_not_by_micro_batch(tiny_base, chat_rows, tmp_path):
     """The fault of 2024: averaging per micro-batch weighs short rows too much."""
-    stage = open_stage(
+    stage = setup_stage(
         "sft", load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet, claim=False
     )
-    task = SftTask(stage)
+    task = SftObjective(stage)
     per_example = []
     for i in range(len(stage.data.lengths)):
         loss, _ = task.loss([i], 0, 1)

@@ -13,7 +13,7 @@ from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.data.chat_template import Example
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.peft_io import read_adapter
-from zephyr_lite.train.dpo import DpoTask, run_dpo
+from zephyr_lite.train.dpo import DpoObjective, run_dpo
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -69,7 +69,7 @@ def test_every_gradient_from_a_cached_reference_is_that_of_the_live_one(windowed
     found = {}
     for cached in (False, True):
         stage = open_dpo(windowed, run, pair_rows, stage=f"dpo{cached}", precompute_ref_log_probs=cached)
-        task = DpoTask(stage, quiet)  # the cache is filled in other micro-batches than the step's
+        task = DpoObjective(stage, quiet)  # the cache is filled in other micro-batches than the step's
         moved(stage)
         found[cached] = step_of(stage, task, 200, 1)
     assert apart(torch.tensor(found[True][0]["loss"]), torch.tensor(found[False][0]["loss"])) < 1e-5

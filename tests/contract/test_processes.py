@@ -25,19 +25,34 @@ def quiet(*args):
 
 def words(base, out, rows, **changes):
     settings = {
-        "model_name_or_path": base, "output_dir": out, "dataset.path": rows, "eval_dataset.path": rows, "samples": 0,
-        "dtype": "float64", "load_in_4bit": "false", "max_length": 128, "max_prompt_length": 64, "batch_size": 3,
-        "lora_r": 4, "learning_rate": 5e-3, "save_steps": 2, "eval_steps": 2, "max_steps": 4, **changes,
-    }  # fmt: skip
+        "model_name_or_path": base,
+        "output_dir": out,
+        "dataset.path": rows,
+        "eval_dataset.path": rows,
+        "samples": 0,
+        "dtype": "float64",
+        "load_in_4bit": "false",
+        "max_length": 128,
+        "max_prompt_length": 64,
+        "batch_size": 3,
+        "lora_r": 4,
+        "learning_rate": 5e-3,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "max_steps": 4,
+        **changes,
+    }
     return [f"{key}={value}" for key, value in settings.items()]
 
 
 def launched(arguments, folder, size=2):
     """The command that starts so many processes, and the environment for it."""
     environment = {
-        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *arguments]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

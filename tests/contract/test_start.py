@@ -15,10 +15,20 @@ from zephyr_lite.train import distributed as world
 from zephyr_lite.train.sft import run_sft
 
 ONE_PROCESS = {
-    "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "192.0.2.1",
-    "MASTER_PORT": "29500", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "PMI_SIZE": "2", "PMI_RANK": "0",
-    "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_FSDP": "true", "TORCHELASTIC_RUN_ID": "none",
-}  # fmt: skip
+    "LOCAL_RANK": "0",
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "192.0.2.1",
+    "MASTER_PORT": "29500",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "0",
+    "PMI_SIZE": "2",
+    "PMI_RANK": "0",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_FSDP": "true",
+    "TORCHELASTIC_RUN_ID": "none",
+}
 
 
 @pytest.mark.parametrize(

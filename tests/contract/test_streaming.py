@@ -16,7 +16,7 @@ from zephyr_lite.model import weight_streaming as stream_file
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.peft_io import read_adapter
-from zephyr_lite.model.weight_streaming import StreamedBase
+from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
@@ -72,7 +72,7 @@ def quantized(folder, **settings):
 
 
 def decoder_over(model, *, stream=False, plan=None, scratch="layer"):
-    streamed = StreamedBase(model, CPU) if stream else None
+    streamed = WeightStreamer(model, CPU) if stream else None
     decoder = Decoder(live_stack(model), torch.float32, scratch=scratch, stream=streamed)
     if plan is not None:
         decoder.follow(plan)

@@ -106,9 +106,15 @@ def assert_same_gradients(stack, layers):
 
 def settings(tmp_path):
     return {
-        "output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "report_to": "none", "max_length": None,
-        "gradient_checkpointing": False, "per_device_train_batch_size": 4, "disable_tqdm": True,
-    }  # fmt: skip
+        "output_dir": str(tmp_path),
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "max_length": None,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 4,
+        "disable_tqdm": True,
+    }
 
 
 CONVERSATIONS = [

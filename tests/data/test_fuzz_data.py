@@ -32,22 +32,35 @@ FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 
 def examples(count: int) -> Any:
     return settings(
-        max_examples=count * FACTOR, derandomize=FACTOR == 1, database=None, deadline=None, print_blob=False,
+        max_examples=count * FACTOR,
+        derandomize=FACTOR == 1,
+        database=None,
+        deadline=None,
+        print_blob=False,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
 
 
 # -- configurations ----------------------------------------------------------------------------------------------------
 
 OTHERS = [
-    "dataset.path", "dataset.columns.prompt", "dataset.", "memory.vram", "memory.x.y",
+    "dataset.path",
+    "dataset.columns.prompt",
+    "dataset.",
+    "memory.vram",
+    "memory.x.y",
     "eval_dataset.limit",
-]  # fmt: skip
+]
 KEYS = st.sampled_from([*RunConfig.model_fields, *ALIASES, *TRANSLATED, *ACCEPTED, *REFUSED, *OTHERS])
 LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.dates(),
     st.sampled_from(["train", "a/b", "-1", "1e999", "no", "epoch", "8GiB", "none", "all-linear", "x" * 200]),
-)  # fmt: skip
+)
 VALUES = st.recursive(
     LEAVES,
     lambda inner: st.one_of(
@@ -147,9 +160,31 @@ FILES = [
     ("sft", "g.parquet", _parquet({"prompt": ["a"] * 20, "completion": ["b"] * 20}, "none")),
 ]
 PIECES = [
-    b"{", b"}", b"[", b"]", b'"', b",", b":", b"null", b"NaN", b"1e999", b"\\u0000", b"\\ud800", b"\xff", b"\0", b"\n", b"\r",
-    b"\xef\xbb\xbf", b'"messages":', b'"role"', b'"content":5', b"[]", b'{"role":"user","content":"z"}', b"PAR1", b"[" * 30_000,
-]  # fmt: skip
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b",",
+    b":",
+    b"null",
+    b"NaN",
+    b"1e999",
+    b"\\u0000",
+    b"\\ud800",
+    b"\xff",
+    b"\0",
+    b"\n",
+    b"\r",
+    b"\xef\xbb\xbf",
+    b'"messages":',
+    b'"role"',
+    b'"content":5',
+    b"[]",
+    b'{"role":"user","content":"z"}',
+    b"PAR1",
+    b"[" * 30_000,
+]
 EDITS = st.lists(
     st.tuples(st.floats(0, 1), st.integers(0, 12), st.one_of(st.sampled_from(PIECES), st.binary(max_size=2))),
     min_size=1,
@@ -189,8 +224,20 @@ def check_rows(rows: Rows, method: str) -> None:
 # -- conversations -----------------------------------------------------------------------------------------------------
 
 SNIPPETS = [
-    "<s>", "</s>", "<|assistant|>\n", "<|user|>", "\n\n", "\0", "\x1b[2J", "\u202e", "\ud800", "e\u0301", "👩\u200d🚀", "\r\n", "",
-]  # fmt: skip
+    "<s>",
+    "</s>",
+    "<|assistant|>\n",
+    "<|user|>",
+    "\n\n",
+    "\0",
+    "\x1b[2J",
+    "\u202e",
+    "\ud800",
+    "e\u0301",
+    "👩\u200d🚀",
+    "\r\n",
+    "",
+]
 TEXT = st.lists(st.one_of(st.sampled_from(SNIPPETS), st.text(max_size=6)), max_size=4).map("".join)
 ROLES = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool"])
 CONVERSATIONS = st.one_of(
@@ -273,9 +320,11 @@ def test_a_length_that_fits_no_row_is_refused(capacity, lengths):
 
 @examples(150)
 @given(
-    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40)), max_length=st.integers(2, 50),
-    max_prompt_length=st.integers(1, 50), keeps_first=st.booleans(),
-)  # fmt: skip
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40)),
+    max_length=st.integers(2, 50),
+    max_prompt_length=st.integers(1, 50),
+    keeps_first=st.booleans(),
+)
 def test_a_pair_within_its_budget(sizes, max_length, max_prompt_length, keeps_first):
     prompt, chosen, rejected = (np.arange(size, dtype=np.int32) for size in sizes)
     masks = [np.ones(size, dtype=bool) for size in sizes]

@@ -128,12 +128,17 @@ def test_what_differs_from_the_recipe_is_named():
 def test_a_row_of_a_night_on_one_card():
     stage = {"peak_gib": 10.24, "tokens_per_second": 1040.2, "pairs_per_second": 1.234}
     found = {
-        "who": "me", "machines": ["NVIDIA GeForce RTX 3060"], "base": {"name_or_path": "mistralai/Mistral-7B-v0.1"},
-        "recipe": "overnight", "changed": {}, "versions": {"zephyr-lite": "1.0"},
-        "sft": {**stage, "step_hours": 4.96}, "dpo": {**stage, "step_hours": 0.061, "peak_gib": 11.1},
+        "who": "me",
+        "machines": ["NVIDIA GeForce RTX 3060"],
+        "base": {"name_or_path": "mistralai/Mistral-7B-v0.1"},
+        "recipe": "overnight",
+        "changed": {},
+        "versions": {"zephyr-lite": "1.0"},
+        "sft": {**stage, "step_hours": 4.96},
+        "dpo": {**stage, "step_hours": 0.061, "peak_gib": 11.1},
         "eval_loss": {"models": {"base": {"value": 1.4}, "sft": {"value": 1.1}, "dpo": {"value": 1.15}}},
         "preference": {"accuracy": {"value": 0.72}},
-    }  # fmt: skip
+    }
     assert row(found) == (
         "| me | NVIDIA GeForce RTX 3060 | Mistral-7B-v0.1 | overnight | 5.0 + 0.06 | 1,040 | 1.23 | 11.1 "
         "| 1.400 → 1.100 → 1.150 | 0.720 | 1.0 |"

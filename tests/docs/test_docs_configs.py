@@ -13,9 +13,9 @@ from tests.chat_server import ChatServer
 from tests.recipe.test_distill import teacher
 from tests.recipe.test_feedback import prompts_file, script
 from zephyr_lite.cli import app as cli
-from zephyr_lite.config.presets import shipped_configs
+from zephyr_lite.config.presets import preset_configs
 
-JOBS = shipped_configs("feedback")
+JOBS = preset_configs("feedback")
 
 
 def on_server(name: str, url: str, folder: Path) -> Path:
@@ -56,9 +56,15 @@ def test_the_shipped_table_alpha_beta_runs(tmp_path, tiny_base, chat_rows, pair_
         for split in ("train", "test"):
             (tmp_path / name / f"{split}_{splits}.jsonl").write_bytes(rows.read_bytes())
     small = [
-        f"model_name_or_path={tiny_base}", f"alpha-dsft.dataset.path={chat_rows}", "max_steps=1", "lora_r=2", "samples=0",
-        "batch_size=2", "max_length=128", "max_prompt_length=64",
-    ]  # fmt: skip
+        f"model_name_or_path={tiny_base}",
+        f"alpha-dsft.dataset.path={chat_rows}",
+        "max_steps=1",
+        "lora_r=2",
+        "samples=0",
+        "batch_size=2",
+        "max_length=128",
+        "max_prompt_length=64",
+    ]
     sets = ["--chat", str(tmp_path / "chat"), "--preferences", str(tmp_path / "pairs"), "--out", str(tmp_path / "run")]
     sets += ["--only", "α dDPO"]  # its two stages; the β arms are the same with other rows
     assert cli.run(["ablate", "alpha-beta", *sets, *small]) == 0, capsys.readouterr().err

@@ -99,9 +99,14 @@ def test_training_commands_run_in_small(line, tmp_path, monkeypatch, tiny_base, 
     words = [word for word in words if not word.startswith("dataset.")]
     rows = pair_rows if name == "dpo" else chat_rows
     small = [
-        f"model_name_or_path={tiny_base}", f"dataset={rows}", "max_length=128", "max_prompt_length=64", "lora_r=4",
-        "batch_size=2", *(["adapters=none"] if name == "dpo" else []),
-    ]  # fmt: skip
+        f"model_name_or_path={tiny_base}",
+        f"dataset={rows}",
+        "max_length=128",
+        "max_prompt_length=64",
+        "lora_r=4",
+        "batch_size=2",
+        *(["adapters=none"] if name == "dpo" else []),
+    ]
     code = cli.run([name, *words, *small, *(["--dry-run"] if "--dry-run" not in words else [])])
     captured = capsys.readouterr()
     assert code == 0, captured.err

@@ -28,12 +28,27 @@ def run(tiny_base, chat_rows, pair_rows, tmp_path):
     def go(method, *, run="run", on_metrics=None, said=None, **changes):
         rows = chat_rows if method == "sft" else pair_rows
         values = {
-            "model_name_or_path": str(tiny_base), "output_dir": str(tmp_path / run), "engine": "trl",
-            "chat_template": "zephyr", "dataset": {"path": str(rows)}, "eval_dataset": {"path": str(rows), "limit": 4},
-            "load_in_4bit": False, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "max_length": 160,
-            "max_prompt_length": 64, "batch_size": 2 if method == "sft" else 3, "num_train_epochs": 2,
-            "learning_rate": 1e-3, "eval_steps": 2, "save_steps": 2, "stage": method, "beta": 0.1, **changes,
-        }  # fmt: skip
+            "model_name_or_path": str(tiny_base),
+            "output_dir": str(tmp_path / run),
+            "engine": "trl",
+            "chat_template": "zephyr",
+            "dataset": {"path": str(rows)},
+            "eval_dataset": {"path": str(rows), "limit": 4},
+            "load_in_4bit": False,
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.0,
+            "max_length": 160,
+            "max_prompt_length": 64,
+            "batch_size": 2 if method == "sft" else 3,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-3,
+            "eval_steps": 2,
+            "save_steps": 2,
+            "stage": method,
+            "beta": 0.1,
+            **changes,
+        }
         file = tmp_path / f"{method}.yaml"
         file.write_text(json.dumps(values))
         options = {"on_metrics": on_metrics} if on_metrics else {}
@@ -194,7 +209,7 @@ def test_killed_after_the_last_checkpoint_it_only_ends(run, monkeypatch, method,
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("zephyr_lite.engines.run.close_stage", kill)
+        patched.setattr("zephyr_lite.engines.run.save_stage", kill)
         with pytest.raises(Killed):
             run(method, **keys)
     resumed, undisturbed = run(method, **keys), run(method, run="whole", **keys)

@@ -162,12 +162,25 @@ def run(starts, tiny_base, chat_rows, pair_rows, tmp_path_factory):
             return done[method, engine, name, words]
         rows = chat_rows if method == "sft" else pair_rows
         values = {
-            "model_name_or_path": str(tiny_base), "engine": engine, "output_dir": str(root / f"{engine}-{name}"),
-            "chat_template": "zephyr", "dataset": {"path": str(rows)}, "eval_dataset": {"path": str(rows), "limit": 4},
-            "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "max_length": 160, "max_prompt_length": 64,
-            "batch_size": 2 if method == "sft" else 3, "max_steps": 4, "learning_rate": 1e-3, "eval_steps": 2,
-            "save_steps": 2, "stage": method, "beta": 0.1,
-        }  # fmt: skip
+            "model_name_or_path": str(tiny_base),
+            "engine": engine,
+            "output_dir": str(root / f"{engine}-{name}"),
+            "chat_template": "zephyr",
+            "dataset": {"path": str(rows)},
+            "eval_dataset": {"path": str(rows), "limit": 4},
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.0,
+            "max_length": 160,
+            "max_prompt_length": 64,
+            "batch_size": 2 if method == "sft" else 3,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "eval_steps": 2,
+            "save_steps": 2,
+            "stage": method,
+            "beta": 0.1,
+        }
         file = root / f"{method}.yaml"
         file.write_text(json.dumps(values))
         found, said, complaint = python("-m", "zephyr_lite", method, "--config", file, *words)

@@ -31,9 +31,15 @@ def run(*arguments: Any) -> int:
 
 def annotation(number: int, preference: Any, **changes: Any) -> dict[str, Any]:
     return {
-        "instruction": f"Do {number}.", "output_1": "x" * (5 + number), "output_2": "y" * 9, "generator_1": "old",
-        "generator_2": "new", "annotator": "weighted", "preference": preference, **changes,
-    }  # fmt: skip
+        "instruction": f"Do {number}.",
+        "output_1": "x" * (5 + number),
+        "output_2": "y" * 9,
+        "generator_1": "old",
+        "generator_2": "new",
+        "annotator": "weighted",
+        "preference": preference,
+        **changes,
+    }
 
 
 def write(path: Path, rows: Any) -> Path:

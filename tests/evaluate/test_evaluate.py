@@ -42,10 +42,16 @@ def trained(tmp_path_factory, tiny_base, chat_rows, pair_rows):
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     common = [f"output_dir={folder}", *SMALL]
     stages = [
-        ["sft", f"model_name_or_path={tiny_base}", "load_in_4bit=false", f"dataset={chat_rows}",
-         f"eval_dataset={chat_rows}", *common],
+        [
+            "sft",
+            f"model_name_or_path={tiny_base}",
+            "load_in_4bit=false",
+            f"dataset={chat_rows}",
+            f"eval_dataset={chat_rows}",
+            *common,
+        ],
         ["dpo", f"dataset={pair_rows}", f"eval_dataset={pair_rows}", "max_prompt_length=64", "beta=0.2", *common],
-    ]  # fmt: skip
+    ]
     for words in stages:
         assert run(words) == 0
     return folder

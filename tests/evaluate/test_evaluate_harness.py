@@ -158,11 +158,16 @@ def test_a_trial_lies_apart_and_a_template_too(trained, tasks, capsys, tmp_path)
 
 def test_the_papers_tasks_and_shots(trained, capsys):
     assert [(t.name, t.shots) for t in read_tasks([])] == [
-        ("arc_challenge", 25), ("hellaswag", 10), ("mmlu", 5), ("truthfulqa_mc2", 0),
-    ]  # fmt: skip
+        ("arc_challenge", 25),
+        ("hellaswag", 10),
+        ("mmlu", 5),
+        ("truthfulqa_mc2", 0),
+    ]
     assert read_tasks(["hellaswag", "arc_easy,mmlu:3"]) == [
-        TaskSpec("hellaswag", 10), TaskSpec("arc_easy"), TaskSpec("mmlu", 3),
-    ]  # fmt: skip
+        TaskSpec("hellaswag", 10),
+        TaskSpec("arc_easy"),
+        TaskSpec("mmlu", 3),
+    ]
     open_harness(read_tasks([]))  # the installed harness knows them all
     assert {metric for _, metric in PAPER.values()} == {"acc", "acc_norm"}
     # here, because the harness takes seconds to read its own list of tasks, once a process

@@ -300,8 +300,11 @@ def test_a_killed_job_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
         arguments += ["--questions", str(questions), "--out", str(out)]
         process = subprocess.Popen(
             [sys.executable, "-m", "zephyr_lite", "eval", "mt-bench", *arguments],
-            cwd=Path(__file__).parents[2], env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            cwd=Path(__file__).parents[2],
+            env=dict(os.environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         deadline = time.monotonic() + 60
         while len(server.seen) < 8 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -27,9 +27,18 @@ from zephyr_lite.export.push import prepare, push
 from zephyr_lite.model.loaded import open_live
 
 SMALL = [
-    "max_length=128", "samples=0", "batch_size=3", "lora_r=4", "lora_alpha=8", "learning_rate=5e-3", "save_steps=2", "eval_steps=2",
-    "num_train_epochs=2", "optim=adamw_torch", "load_in_4bit=false",
-]  # fmt: skip
+    "max_length=128",
+    "samples=0",
+    "batch_size=3",
+    "lora_r=4",
+    "lora_alpha=8",
+    "learning_rate=5e-3",
+    "save_steps=2",
+    "eval_steps=2",
+    "num_train_epochs=2",
+    "optim=adamw_torch",
+    "load_in_4bit=false",
+]
 IDS = torch.arange(24).view(2, 12) % 300 + 10
 
 
@@ -214,8 +223,16 @@ def test_push_lists_first_and_uploads_a_model_and_nothing_else(place, tmp_path, 
     assert run(["export", "push", str(model), "me/model", "--private", "--yes"]) == 0
     assert hub.private == {"me/model"} and hub.calls == ["repo_info", "create_repo", "create_commit"]
     tree = hub.tree("me/model")
-    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md", "plots/sft.png",
-            "chat_template.jinja", "zephyr_lite.json"} <= set(tree)  # fmt: skip
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "README.md",
+        "plots/sft.png",
+        "chat_template.jinja",
+        "zephyr_lite.json",
+    } <= set(tree)
     assert not {*strays, "LICENSE"} & set(tree) and tree["config.json"] == (model / "config.json").read_bytes()
 
     # again: a second commit; a public repository is not taken for a private one; errors leave it as it was

@@ -323,9 +323,13 @@ def test_the_hub_fails_in_every_way_and_the_copy_comes_through(tmp_path, hub, mo
     mirror.changed(None)
     assert mirror.finish(10)
     hub.faults = [
-        http_error(503), http_error(429, {"Retry-After": "0.01"}), ConnectionResetError("reset by peer"), http_error(403),
-        http_error(503), ValueError("hf_secret_of_the_tests is no token"),
-    ]  # fmt: skip
+        http_error(503),
+        http_error(429, {"Retry-After": "0.01"}),
+        ConnectionResetError("reset by peer"),
+        http_error(403),
+        http_error(503),
+        ValueError("hf_secret_of_the_tests is no token"),
+    ]
     stage.checkpoint(4)
     mirror.changed(None)
     assert mirror.finish(10)

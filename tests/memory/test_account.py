@@ -33,11 +33,11 @@ from zephyr_lite.memory.account import (
 from zephyr_lite.memory.ledger import Run, sites_of
 from zephyr_lite.memory.phases import backward_peak, forward_peak
 from zephyr_lite.memory.plan import Plan
-from zephyr_lite.memory.workload import PROJECTIONS, AdapterSpec, Job, Shape, make_job
+from zephyr_lite.memory.workload import PROJECTIONS, AdapterSpec, Shape, Workload, make_workload
 from zephyr_lite.model import layer as layer_file
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.model.weight_streaming import StreamedBase
+from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.ops.nf4 import stored_tensors
 from zephyr_lite.train.optim import make_optimizer
 
@@ -107,7 +107,7 @@ def peaks_of_layers(monkeypatch):
         yield found
 
 
-def tiny_job(dtype, dropout, **changes) -> Job:
+def tiny_job(dtype, dropout, **changes) -> Workload:
     """Of ``live_stack``: a frozen adapter of rank 2 and scale 4, a trained one of rank 4 and scale 1."""
     shape = Shape.of(tiny_config())
     adapters = (
@@ -115,7 +115,7 @@ def tiny_job(dtype, dropout, **changes) -> Job:
         AdapterSpec.fresh(shape, 4, 4, "all-linear"),
     )
     settings = {"optim": "adamw_torch", "method": "sft", "longest": 40}
-    return Job(shape, dtype, "dense", adapters, dropout=dropout, **settings | changes)
+    return Workload(shape, dtype, "dense", adapters, dropout=dropout, **settings | changes)
 
 
 # (dtype, dropout, keep, tile, pairs): every policy with and without dropout and tiles; the interpreter is slow
@@ -220,7 +220,7 @@ def test_the_base_as_bitsandbytes_stores_it(tiny_base, nested):
     stored = [
         t for name, m in layer.named_modules() if name.endswith("_proj") for t in stored_tensors(m.weight).values()
     ]
-    job = make_job(config, "sft", base.model.config, base.dtype)
+    job = make_workload(config, "sft", base.model.config, base.dtype)
     counted = base_bytes(job)
     assert counted["decoder layers"] == 2 * sum(t.nbytes for t in stored)
     model = base.model
@@ -229,12 +229,12 @@ def test_the_base_as_bitsandbytes_stores_it(tiny_base, nested):
     assert counted["embedding"] == model.model.embed_tokens.weight.nbytes
     assert counted["output head"] == model.lm_head.weight.nbytes
     assert base_bytes(job, stream=True)["two layers' buffers"] == 2 * slab_bytes(job)
-    assert [slab.numel() for slab in StreamedBase(model, torch.device("cpu")).slabs] == [slab_bytes(job)] * 2
+    assert [slab.numel() for slab in WeightStreamer(model, torch.device("cpu")).slabs] == [slab_bytes(job)] * 2
 
 
 def test_a_tied_head_counts_once_and_biases_count():
     config = tiny_config("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
-    job = make_job(RunConfig(load_in_4bit=False), "sft", config, torch.float32)
+    job = make_workload(RunConfig(load_in_4bit=False), "sft", config, torch.float32)
     model = make_model("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
     assert sum(base_bytes(job).values()) == sum(p.nbytes for p in model.parameters())
     assert scratch_bytes(job, "layer") == 0
@@ -280,7 +280,7 @@ def test_the_references_turn_in_the_last_layer_counts():
     """Of a pair the peak is there: the reference's pass beside what the policy's has just left."""
     shape = Shape(4096, 14336, 8, 32, 8, 128, 32000)
     adapter = AdapterSpec.fresh(shape, 16, 16, "all-linear")
-    job = Job(shape, torch.bfloat16, "nf4", (adapter,), "adamw_8bit", False, "dpo", 2047, live_reference=True)
+    job = Workload(shape, torch.bfloat16, "nf4", (adapter,), "adamw_8bit", False, "dpo", 2047, live_reference=True)
     flash, setting = Device.of((8, 9)), Setting(4096, ("all",) * 8)
     found = account(job, setting, flash)
     assert found.at == "reference's pass of layer 8"
@@ -317,10 +317,19 @@ def test_the_peak_of_a_whole_micro_batch(monkeypatch, method, keeps, offload, ti
     shape = Shape.of(tiny_config(num_hidden_layers=4))
     adapters = (AdapterSpec.fresh(shape, 2, 8, "all-linear").frozen(), AdapterSpec.fresh(shape, 4, 4, "all-linear"))
     share = len(batch.target_ids) / len(batch)
-    job = Job(
-        shape, dtype, "dense", adapters, "adamw_torch", False, method, len(batch), targets=share,
-        keys=sum(s.keys for s in batch.segments) / len(batch), live_reference=method == "dpo",
-    )  # fmt: skip
+    job = Workload(
+        shape,
+        dtype,
+        "dense",
+        adapters,
+        "adamw_torch",
+        False,
+        method,
+        len(batch),
+        targets=share,
+        keys=sum(s.keys for s in batch.segments) / len(batch),
+        live_reference=method == "dpo",
+    )
     alive = Alive()
 
     def step():

@@ -26,13 +26,13 @@ from zephyr_lite.model.activation_offload import SideStream, host_bytes
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.peft_io import read_adapter
-from zephyr_lite.model.weight_streaming import StreamedBase
+from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.ops.nf4 import quantize_parts, stored_tensors
-from zephyr_lite.train.dpo import DpoTask
+from zephyr_lite.train.dpo import DpoObjective
 from zephyr_lite.train.loop import Loop
 from zephyr_lite.train.optim import make_optimizer, restore_state
-from zephyr_lite.train.setup import open_stage
-from zephyr_lite.train.sft import SftTask, run_sft
+from zephyr_lite.train.setup import setup_stage
+from zephyr_lite.train.sft import SftObjective, run_sft
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -88,7 +88,7 @@ class OnTheCard:
 
 def decoder_over(folder, *, stream=False, plan=None, **settings):
     base = load_base(RunConfig(model_name_or_path=str(folder), **settings), device=CUDA, stream=stream, say=quiet)
-    streamed = StreamedBase(base.model, CUDA) if stream else None
+    streamed = WeightStreamer(base.model, CUDA) if stream else None
     stack = live_stack(base.model)
     for _, layer in stack.lora_layers():
         layer.lora_A.to(CUDA)
@@ -182,9 +182,11 @@ def test_a_kept_base_is_what_transformers_quantizes_on_the_card(deep_base):
         config = RunConfig(model_name_or_path=str(deep_base), bnb_4bit_use_double_quant=double)
         ours = load_base(config, device=CUDA, say=quiet)
         settings = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double,
             bnb_4bit_compute_dtype=ours.dtype,
-        )  # fmt: skip
+        )
         theirs = AutoModelForCausalLM.from_pretrained(
             deep_base, dtype=ours.dtype, quantization_config=settings, device_map={"": str(CUDA)}
         )
@@ -294,13 +296,21 @@ def long_rows(tmp_path_factory):
 
 def opened(method, base, rows, folder, **changes):
     settings = {
-        "max_length": 1024, "batch_size": 8, "lora_r": 16, "eval_steps": 1000, "save_steps": 1000, "adapters": "none",
-        "max_prompt_length": 256, "beta": 0.1, "learning_rate": 1e-4, **changes,
-    }  # fmt: skip
+        "max_length": 1024,
+        "batch_size": 8,
+        "lora_r": 16,
+        "eval_steps": 1000,
+        "save_steps": 1000,
+        "adapters": "none",
+        "max_prompt_length": 256,
+        "beta": 0.1,
+        "learning_rate": 1e-4,
+        **changes,
+    }
     if method == "sft":
         del settings["max_prompt_length"], settings["beta"]
-    stage = open_stage(method, load_config(method, None, words(base, folder, rows[method], **settings)), say=quiet)
-    task = SftTask(stage, quiet) if method == "sft" else DpoTask(stage, quiet)
+    stage = setup_stage(method, load_config(method, None, words(base, folder, rows[method], **settings)), say=quiet)
+    task = SftObjective(stage, quiet) if method == "sft" else DpoObjective(stage, quiet)
     fp16 = stage.base.dtype == torch.float16
     return stage, Loop(stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, say=quiet)
 

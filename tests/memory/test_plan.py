@@ -21,7 +21,7 @@ from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory import calibrate, forecast, planned
 from zephyr_lite.memory import machine as machine_file
 from zephyr_lite.memory.account import CONTEXT_BYTES, GIB, Setting, account
-from zephyr_lite.memory.gpus import CARDS, card_of_size, find_card
+from zephyr_lite.memory.gpus import CARDS, find_gpu, gpu_of_size
 from zephyr_lite.memory.machine import (
     HOST_ELSEWHERE,
     Machine,
@@ -46,14 +46,14 @@ from zephyr_lite.memory.search import (
     with_rank,
 )
 from zephyr_lite.memory.speed import step_time
-from zephyr_lite.memory.workload import AdapterSpec, Job, Shape, make_job
+from zephyr_lite.memory.workload import AdapterSpec, Shape, Workload, make_workload
 from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 FREE = MemorySpec()
 
 
-def mistral(method="sft", *words, dtype=torch.bfloat16) -> Job:
+def mistral(method="sft", *words, dtype=torch.bfloat16) -> Workload:
     config = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit", *words]).config
     return expected_job(method, config, MISTRAL_SHAPE, dtype)
 
@@ -62,7 +62,7 @@ def limits_of(machine: Machine, host: int | None = None) -> Limits:
     return Limits(machine.free, machine.host if host is None else host, machine.card, machine.device(torch.bfloat16))
 
 
-def setting_of(plan: Plan, job: Job) -> Setting:
+def setting_of(plan: Plan, job: Workload) -> Setting:
     tokens = max(plan.micro_tokens, job.longest)
     return Setting(tokens, plan.keep, plan.offload, plan.stream, plan.tile, plan.scratch, plan.reference == "together")
 
@@ -73,7 +73,7 @@ def setting_of(plan: Plan, job: Job) -> Setting:
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 @pytest.mark.parametrize("size", [6, 8, 12, 16, 24])
 def test_every_plan_fits_and_says_what_it_takes(size, method):
-    machine, job = of_card(card_of_size(size), f"{size}GiB"), mistral(method)
+    machine, job = of_card(gpu_of_size(size), f"{size}GiB"), mistral(method)
     plan = make_plan(job, machine, FREE)
     assert plan.peak <= size * GIB * (1 - MARGIN)
     assert plan.peak == sum(n for name, n in plan.account.items() if name != "peak")
@@ -88,7 +88,7 @@ def test_every_plan_fits_and_says_what_it_takes(size, method):
 def test_more_memory_is_never_slower(words):
     """But for what is as good as equally fast; of one card, and of the cards that --vram alone means."""
     same = [of_card(CARDS["4090"], f"{n}GiB") for n in (5.25, 7.5, 8, 24)]
-    series = [of_card(card_of_size(n), f"{n}GiB") for n in (6, 8, 12, 24, 80)]
+    series = [of_card(gpu_of_size(n), f"{n}GiB") for n in (6, 8, 12, 24, 80)]
     for machines in (same, series):
         speeds = [make_plan(mistral("sft", *words), machine, FREE).tokens_per_second for machine in machines]
         assert all(later >= earlier * (1 - 2 * WORTH_THE_HOST - TIE) for earlier, later in pairwise(speeds))
@@ -135,7 +135,7 @@ def test_the_search_finds_what_trying_everything_finds():
     """On a small model, over every setting that the search may combine."""
     shape = Shape.of(tiny_config(num_hidden_layers=3, hidden_size=512, intermediate_size=1536))
     adapter = AdapterSpec.fresh(shape, 8, 8, "all-linear")
-    job = Job(shape, torch.bfloat16, "nf4 nested", (adapter,), "adamw_8bit", False, "sft", longest=1500)
+    job = Workload(shape, torch.bfloat16, "nf4 nested", (adapter,), "adamw_8bit", False, "sft", longest=1500)
     spec = MemorySpec(micro_tokens=2048, stream=False)
     machine = of_card(CARDS["3090"])
     kinds = [k for keep in KEEPS for k in [(keep,) * 3]] + [
@@ -246,7 +246,7 @@ def test_too_little_main_memory_is_said():
 
 @pytest.mark.parametrize("size", [6, 8, 12, 16, 24])
 def test_the_longest_row_of_the_ladder_is_planned_and_a_longer_one_is_not(size):
-    machine = of_card(card_of_size(size), f"{size}GiB")
+    machine = of_card(gpu_of_size(size), f"{size}GiB")
     longest = longest_context(mistral(), limits_of(machine), FREE)
     assert make_plan(mistral("sft", f"max_length={longest}"), machine, FREE).micro_tokens >= longest
     with pytest.raises(UserError):
@@ -292,8 +292,16 @@ def test_more_tokens_at_once_than_a_step_has_are_a_step():
 
 def test_a_cpu_and_another_engine_are_never_refused():
     shape = Shape.of(tiny_config())
-    job = Job(shape, torch.float32, "dense", (AdapterSpec.fresh(shape, 4, 4, "all-linear"),), "adamw_torch", False,
-              "sft", longest=10)  # fmt: skip
+    job = Workload(
+        shape,
+        torch.float32,
+        "dense",
+        (AdapterSpec.fresh(shape, 4, 4, "all-linear"),),
+        "adamw_torch",
+        False,
+        "sft",
+        longest=10,
+    )
     cpu = Machine("cpu", "the CPU", CARDS["3060"], 1000, 1000)
     assert make_plan(job, cpu, FREE).micro_tokens == 10
     card = replace(of_card(CARDS["3060"]), free=1000)
@@ -308,21 +316,21 @@ def test_a_cpu_and_another_engine_are_never_refused():
 def test_a_cpu_keeps_all_and_runs_2048_tokens(monkeypatch, length):
     monkeypatch.setattr("zephyr_lite.memory.plan.free_memory", lambda device: 16 * GIB)
     config = RunConfig(load_in_4bit=False)
-    job = make_job(config, "sft", tiny_config(), torch.float32, longest=length)
+    job = make_workload(config, "sft", tiny_config(), torch.float32, longest=length)
     plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, config.memory), config.memory)
     assert set(plan.keep) == {"all"} and plan.micro_tokens == max(2048, length)
     assert (plan.offload, plan.stream, plan.tile, plan.reference) == (0, False, None, "together")
 
 
 def test_a_cpu_stands_in_for_a_card_where_the_user_says_so():
-    job = make_job(RunConfig(), "sft", tiny_config(), torch.float32)
+    job = make_workload(RunConfig(), "sft", tiny_config(), torch.float32)
     spec = MemorySpec(offload=True, stream=True)
     plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, spec), spec)
     assert plan.stream and plan.offload == 2
 
 
 def test_on_a_cpu_what_is_offloaded_is_the_same_memory(tiny_base):
-    job = make_job(RunConfig(max_length=512), "sft", tiny_config(), torch.float32, step_most=600)
+    job = make_workload(RunConfig(max_length=512), "sft", tiny_config(), torch.float32, step_most=600)
     machine = Machine("cpu", "the CPU", CARDS["3060"], GIB, GIB)
     spec = MemorySpec(offload=True, stream=True)
     plan = make_plan(job, machine, spec)
@@ -343,7 +351,7 @@ def test_a_configuration_that_lacks_names_is_planned_for_other_engines():
         hidden_size, num_hidden_layers, num_attention_heads = 64, 3, 4
 
     config = RunConfig(engine="trl", lora_target_modules=["query_key_value"])
-    job = make_job(config, "sft", Strange(), torch.float32)
+    job = make_workload(config, "sft", Strange(), torch.float32)
     plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, config.memory), config.memory)
     assert len(plan.keep) == 3 and plan.bytes_per_token > 0 and plan.free_bytes > 0
 
@@ -382,7 +390,7 @@ def test_goals(method, words, spec, goal):
 
 def test_goals_of_length():
     for size, goal in ((24, 64), (8, 24)):
-        machine = of_card(card_of_size(size), f"{size}GiB")
+        machine = of_card(gpu_of_size(size), f"{size}GiB")
         assert longest_context(mistral(), limits_of(machine), FREE) >= goal * 1024
 
 
@@ -404,12 +412,12 @@ def test_goals_of_length():
     ],
 )
 def test_cards_are_found_as_people_spell_them(said, name):
-    assert find_card(said).name == name
+    assert find_gpu(said).name == name
 
 
 def test_an_unknown_card_lists_the_known_ones():
     with pytest.raises(UserError) as caught:
-        find_card("tnt2")
+        find_gpu("tnt2")
     assert all(name in caught.value.hint for name in CARDS)
 
 
@@ -450,7 +458,7 @@ def test_a_cpu_is_measured_and_planned_for(processor):
     assert this_machine(torch.device("cpu"), torch.float32, FREE).card is card  # not measured again
     assert not this_machine(torch.device("cpu"), torch.float32, FREE, measure=False).card.measured
     for storage in ("dense", "nf4"):
-        job = make_job(
+        job = make_workload(
             RunConfig(), "sft", tiny_config(hidden_size=512), torch.float32, storage=storage, run_tokens=10**7
         )
         speeds = [
@@ -466,7 +474,7 @@ def test_a_cpu_is_measured_and_planned_for(processor):
 
 def test_the_plan_of_a_cpu_counts_the_process_as_the_measured_peak_does(processor):
     machine = processor(2e11, 2e10, 3e9)
-    job = make_job(RunConfig(), "sft", tiny_config(), torch.float32)
+    job = make_workload(RunConfig(), "sft", tiny_config(), torch.float32)
     plan = make_plan(job, machine, FREE)
     tensors = make_plan(job, replace(machine, free=machine.free - machine.context, context=0), FREE)
     assert plan.account["process"] == machine.context > 2**26
@@ -517,8 +525,19 @@ def said(capsys, monkeypatch, tmp_path):
 def test_plan_prints_a_table_for_a_card(said):
     code, out, _ = said("--gpu", "3060", "--price", "0.2", "optim=adamw_8bit")
     assert code == 0
-    for text in ("plan of sft on 3060", "plan of dpo on 3060", "base: decoder layers", "3.35", "together", "what was chosen",
-                 "main memory, locked", "tokens/s", "at $0.20 an hour", "disk:", "published shape"):  # fmt: skip
+    for text in (
+        "plan of sft on 3060",
+        "plan of dpo on 3060",
+        "base: decoder layers",
+        "3.35",
+        "together",
+        "what was chosen",
+        "main memory, locked",
+        "tokens/s",
+        "at $0.20 an hour",
+        "disk:",
+        "published shape",
+    ):
         assert text in out, text
     assert max(map(len, out.splitlines())) <= 80
 
@@ -572,8 +591,13 @@ def test_dpo_is_planned_on_the_run(said, tmp_path, tiny_base, monkeypatch):
     stage.config.write_text(dump_config(config))
     modules = {"model.layers.1.mlp.up_proj": LoraWeights(torch.zeros(5, 64), torch.zeros(128, 5), 1.0)}
     write_adapter(stage.adapter, modules, base_model_name=str(tiny_base))
-    info = {"status": "complete", "method": "sft", "adapters": [], "base": {"name_or_path": str(tiny_base)},
-            "own": {"path": "adapter", "sha256": adapter_sha256(stage.adapter)}}  # fmt: skip
+    info = {
+        "status": "complete",
+        "method": "sft",
+        "adapters": [],
+        "base": {"name_or_path": str(tiny_base)},
+        "own": {"path": "adapter", "sha256": adapter_sha256(stage.adapter)},
+    }
     (stage.path / "stage.json").write_text(json.dumps(info))
     seen = []
     real = planned.make_plan
@@ -689,32 +713,45 @@ def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_b
     from zephyr_lite.train import planning, setup
 
     words = [
-        f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", "max_length=128", "chat_template=zephyr",
-        f"output_dir={tmp_path / 'r'}", "load_in_4bit=false",
-    ]  # fmt: skip
+        f"model_name_or_path={tiny_base}",
+        f"dataset={chat_rows}",
+        "max_length=128",
+        "chat_template=zephyr",
+        f"output_dir={tmp_path / 'r'}",
+        "load_in_4bit=false",
+    ]
     loaded = load_config("sft", None, words)
     lines: list[str] = []
-    stage = setup.open_stage("sft", loaded, say=lines.append, claim=False)
+    stage = setup.setup_stage("sft", loaded, say=lines.append, claim=False)
     wanted = [line for line in lines if line.startswith("plan of sft on the CPU")]
     assert wanted and lines.index(wanted[0]) < next(i for i, line in enumerate(lines) if line.startswith("loading"))
     assert stage.plan.peak > 0 and "  what was chosen" not in lines
     monkeypatch.setattr(planning, "this_machine", lambda *a, **k: of_card(CARDS["3060"], "0.78GiB"))
     monkeypatch.setattr(setup, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
     with pytest.raises(UserError, match="iB are missing"):
-        setup.open_stage("sft", load_config("sft", None, [*words, "memory.micro_tokens=9000000"]), say=lines.append)
+        setup.setup_stage("sft", load_config("sft", None, [*words, "memory.micro_tokens=9000000"]), say=lines.append)
     assert not (tmp_path / "r").exists()
 
 
 def test_the_plans_parameters_are_the_stages(tiny_base, chat_rows, tmp_path):
     """Counted from the configuration, equal to what is attached; so is a frozen adapter's rank."""
-    from zephyr_lite.train.setup import open_stage
+    from zephyr_lite.train.setup import setup_stage
 
     for targets in ("all-linear", ["q_proj", "model.layers.1.mlp.down_proj"]):
-        config = load_config("sft", None, [f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", "max_length=128",
-                                           f"output_dir={tmp_path / 'r'}", "chat_template=zephyr"])  # fmt: skip
+        config = load_config(
+            "sft",
+            None,
+            [
+                f"model_name_or_path={tiny_base}",
+                f"dataset={chat_rows}",
+                "max_length=128",
+                f"output_dir={tmp_path / 'r'}",
+                "chat_template=zephyr",
+            ],
+        )
         config.config = config.config.model_copy(update={"lora_target_modules": targets})
-        stage = open_stage("sft", config, say=lambda line: None, claim=False)
-        job = make_job(config.config, "sft", stage.base.model.config, stage.base.dtype)
+        stage = setup_stage("sft", config, say=lambda line: None, claim=False)
+        job = make_workload(config.config, "sft", stage.base.model.config, stage.base.dtype)
         assert job.parameters == sum(p.numel() for p in stage.stack.parameters().values())
         assert max(job.ranks) == stage.stack.ranks_per_layer()
 
@@ -730,7 +767,7 @@ def test_the_ladder_in_the_readme_is_the_planners():
 def test_every_part_of_an_account_has_a_label():
     for size in (6, 24):
         for method in ("sft", "dpo"):
-            plan = make_plan(mistral(method), of_card(card_of_size(size), f"{size}GiB"), FREE)
+            plan = make_plan(mistral(method), of_card(gpu_of_size(size), f"{size}GiB"), FREE)
             assert set(plan.account) - {"peak"} <= set(forecast._LABELS)
 
 

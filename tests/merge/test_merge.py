@@ -311,9 +311,16 @@ def test_memory_bench_runs(tmp_path: Path) -> None:
 def test_a_stage_that_lost_its_stage_json_is_not_passed_over(tmp_path, content):
     for name in ("sft", "dpo"):
         (tmp_path / name / "adapter").mkdir(parents=True)
-    (tmp_path / "sft/stage.json").write_text(json.dumps({
-        "status": "complete", "adapters": [], "own": {"path": "adapter", "sha256": "0"}, "base": {"name_or_path": "x"},
-    }))  # fmt: skip
+    (tmp_path / "sft/stage.json").write_text(
+        json.dumps(
+            {
+                "status": "complete",
+                "adapters": [],
+                "own": {"path": "adapter", "sha256": "0"},
+                "base": {"name_or_path": "x"},
+            }
+        )
+    )
     if content is not None:
         (tmp_path / "dpo/stage.json").write_text(content)
     with pytest.raises(UserError, match=r"dpo: has an adapter, and no stage\.json that says what it stands on"):

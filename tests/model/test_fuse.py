@@ -64,11 +64,20 @@ def test_what_it_would_compute_wrongly_is_refused(what):
         model.train()
         next(m for m in model.modules() if isinstance(m, LoraLayer)).lora_dropout["default"].p = 0.2
     match = {
-        "dora": "variant", "bias": "variant", "full": "layer 1", "mask": "4 dimensions", "dropouts": "0.1, 0.2",
-        "empty": "zero everywhere", "holes": "holes", "int8": "Linear8bitLt", "ia3": "ia3", "hook": "layers.1.mlp",
-        "names": "adapter_names", "merged": "merged",
+        "dora": "variant",
+        "bias": "variant",
+        "full": "layer 1",
+        "mask": "4 dimensions",
+        "dropouts": "0.1, 0.2",
+        "empty": "zero everywhere",
+        "holes": "holes",
+        "int8": "Linear8bitLt",
+        "ia3": "ia3",
+        "hook": "layers.1.mlp",
+        "names": "adapter_names",
+        "merged": "merged",
         "short": r"\[3, 11\] beside tokens of \[3, 12\]",
-    }[what]  # fmt: skip
+    }[what]
     with pytest.raises(UserError, match=match):
         fuse(model)(**inputs)
 

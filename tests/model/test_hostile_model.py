@@ -207,13 +207,25 @@ def test_patterns_are_names_and_mean_what_they_mean_to_peft():
 @pytest.mark.parametrize(
     "keys",
     [
-        {"r": 1.0}, {"r": -1}, {"r": 10**9}, {"r": None}, {"lora_alpha": None}, {"lora_alpha": True},
-        {"lora_alpha": [1]}, {"rank_pattern": [1]}, {"rank_pattern": {"q_proj": 0}}, {"rank_pattern": {"q_proj": True}},
-        {"alpha_pattern": {"q_proj": "x"}}, {"alpha_pattern": {"(": 1}},
-        {"alpha_pattern": {"(?:(?:[a-z]|.)+)+[0-9]{9}": 1}}, {"use_rslora": "yes"}, {"peft_type": ["LORA"]},
-        {"base_model_name_or_path": {}}, {"bias": ["\n"]},
+        {"r": 1.0},
+        {"r": -1},
+        {"r": 10**9},
+        {"r": None},
+        {"lora_alpha": None},
+        {"lora_alpha": True},
+        {"lora_alpha": [1]},
+        {"rank_pattern": [1]},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": {"q_proj": True}},
+        {"alpha_pattern": {"q_proj": "x"}},
+        {"alpha_pattern": {"(": 1}},
+        {"alpha_pattern": {"(?:(?:[a-z]|.)+)+[0-9]{9}": 1}},
+        {"use_rslora": "yes"},
+        {"peft_type": ["LORA"]},
+        {"base_model_name_or_path": {}},
+        {"bias": ["\n"]},
     ],
-)  # fmt: skip
+)
 def test_numbers_and_names_that_are_none(tmp_path, keys):
     folder = make_adapter(tmp_path / "a", **keys)
     with pytest.raises(UserError, match=next(iter(keys))) as caught:

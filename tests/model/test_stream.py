@@ -34,7 +34,7 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.model import activation_offload as offload_file
 from zephyr_lite.model import weight_streaming as stream_file
 from zephyr_lite.model.activation_offload import Offload, Ring
-from zephyr_lite.model.weight_streaming import StreamedBase
+from zephyr_lite.model.weight_streaming import WeightStreamer
 
 
 @pytest.fixture(params=["at once", "late"])
@@ -80,7 +80,7 @@ def test_where_a_pass_ends_the_next_begins_without_a_copy(deep_base):
 
 def test_a_streamed_layer_lies_once_on_the_host_and_nowhere_else(deep_base):
     model = quantized(deep_base)
-    stream = StreamedBase(model, CPU)
+    stream = WeightStreamer(model, CPU)
     assert stream.buffers == []  # a card that was full has room once all has moved
     stream.on_device(model.model.layers[0].mlp.up_proj.weight)
     assert [b.numel() for b in stream.buffers] == [max(s.numel() for s in stream.slabs)] * 2

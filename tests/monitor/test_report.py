@@ -75,20 +75,34 @@ def a_stage(run, name="sft", method="sft", steps=12, *, complete=True, words=(),
     config = load_config(method, None, [f"output_dir={run}", *words]).config
     (folder / "config.yaml").write_text(dump_config(config))
     told = {
-        "format": 1, "id": "x", "method": method, "stage": name, "status": "complete" if complete else "running",
-        "engine": "fused", "base": {"name_or_path": "/home/somebody/models/tiny", "fingerprint": "f00d"}, "adapters": [],
-        "versions": {"torch": "2.13"}, "machine": {"host": "hidden-host", "device": "cpu", "dtype": "float32"},
+        "format": 1,
+        "id": "x",
+        "method": method,
+        "stage": name,
+        "status": "complete" if complete else "running",
+        "engine": "fused",
+        "base": {"name_or_path": "/home/somebody/models/tiny", "fingerprint": "f00d"},
+        "adapters": [],
+        "versions": {"torch": "2.13"},
+        "machine": {"host": "hidden-host", "device": "cpu", "dtype": "float32"},
         "plan": {
-            "keep": ["all", "input"], "micro_tokens": 64, "threads": 1, "free_bytes": 2**33,
+            "keep": ["all", "input"],
+            "micro_tokens": 64,
+            "threads": 1,
+            "free_bytes": 2**33,
             "account": {"decoder layers": 2**29, "peak": 2**30},
         },
         "data": {
-            "rows": 24, "kept": 20, "read": 30, "cut": 3,
+            "rows": 24,
+            "kept": 20,
+            "read": 30,
+            "cut": 3,
             "dropped": {"no supervised token": {"count": 7, "first": ["/data/mine/rows.jsonl row 4"]}},
         },
-        "created": f"2026-01-0{1 + (method == 'dpo')}T10:00:00+00:00", "own": {"path": "adapter", "sha256": f"own-{name}"},
+        "created": f"2026-01-0{1 + (method == 'dpo')}T10:00:00+00:00",
+        "own": {"path": "adapter", "sha256": f"own-{name}"},
         **info,
-    }  # fmt: skip
+    }
     if complete:
         told["result"] = {"steps": steps, "seconds": 100.0, "peak_memory_bytes": 2**31, "warnings": ["it wavers"]}
     (folder / "stage.json").write_text(json.dumps(told))
@@ -157,11 +171,25 @@ def test_a_page_says_what_the_files_say_and_loads_nothing(run, monkeypatch):
         and str(run.parent) not in text
     )
     for told in (
-        "tiny (a local folder)", "no supervised token", "7 (…/rows.jsonl row 4, …)", "it wavers", "…/rows.jsonl row 9",
-        "step 5 was left out (loss not finite", "before training", "step 12", "in between", "2.00 / 1.00 GiB", "8 of 2",
-        "as it is in this run", "1.542 → 0.875", "all in 1 layers, input in 1 layers", "2 min",
-        "7 held-out rows", "0.5 [0.25, 0.75]", "sft minus base: loss 0.5 [0.25, 0.75]",
-    ):  # fmt: skip
+        "tiny (a local folder)",
+        "no supervised token",
+        "7 (…/rows.jsonl row 4, …)",
+        "it wavers",
+        "…/rows.jsonl row 9",
+        "step 5 was left out (loss not finite",
+        "before training",
+        "step 12",
+        "in between",
+        "2.00 / 1.00 GiB",
+        "8 of 2",
+        "as it is in this run",
+        "1.542 → 0.875",
+        "all in 1 layers, input in 1 layers",
+        "2 min",
+        "7 held-out rows",
+        "0.5 [0.25, 0.75]",
+        "sft minus base: loss 0.5 [0.25, 0.75]",
+    ):
         assert told in page.text, told
     titles = [
         page.texts[i] for i, t in enumerate(page.texts) if t.strip() in ("Memory", "Rewards", "Reward margin", "Loss")
@@ -251,9 +279,11 @@ def test_the_command_writes_where_it_says_and_over_its_own_only(run, monkeypatch
         return code, captured.out + captured.err
 
     for words, where in (
-        ((run,), run / "report.html"), ((run / "dpo",), run / "dpo" / "report.html"),
-        ((), "runs/b/report.html"), ((run, run.parent / "b" / "sft", "--out", "new/ab.html"), "new/ab.html"),
-    ):  # fmt: skip
+        ((run,), run / "report.html"),
+        ((run / "dpo",), run / "dpo" / "report.html"),
+        ((), "runs/b/report.html"),
+        ((run, run.parent / "b" / "sft", "--out", "new/ab.html"), "new/ab.html"),
+    ):
         code, out = said(*words)
         assert code == 0 and str(where) in out, out
         Page((run.parent.parent / where).read_text())
@@ -263,9 +293,11 @@ def test_the_command_writes_where_it_says_and_over_its_own_only(run, monkeypatch
     notes = run.parent.parent / "notes.html"
     notes.write_text("mine")
     for words, complaint in (
-        (("--out", notes), "no report of ours"), (("--out", "runs"), "is a folder"), (("nowhere",), "no such folder"),
+        (("--out", notes), "no report of ours"),
+        (("--out", "runs"), "is a folder"),
+        (("nowhere",), "no such folder"),
         (("runs",), "neither a run's folder nor a stage's"),
-    ):  # fmt: skip
+    ):
         code, out = said(*words)
         assert code == 2 and complaint in out, out
     assert notes.read_text() == "mine"
@@ -327,8 +359,13 @@ def test_thinning_keeps_spikes_and_smoothing_is_a_mean():
 
 def test_words_and_numbers():
     assert [number(v) for v in (None, 1234567, 0.00002, 1.23456, math.inf, 12345.6)] == [
-        "–", "1,234,567", "2e-05", "1.235", "not finite", "12,346",
-    ]  # fmt: skip
+        "–",
+        "1,234,567",
+        "2e-05",
+        "1.235",
+        "not finite",
+        "12,346",
+    ]
     assert [gib(v) for v in (2**30, 50 * 2**20, 2**19, "x")] == ["1.00 GiB", "50 MiB", "0.5 MiB", "–"]
     assert without_paths("/home/me/x.jsonl: of C:\\Users\\me\\y.csv, org/name, 1/2, https://host/a/b") == (
         "…/x.jsonl: of …/y.csv, org/name, 1/2, https://host/a/b"
@@ -419,8 +456,11 @@ def test_figures_of_two_quantities_and_two_runs(run, tmp_path):
     assert [(s.label, s.hue, s.dashed) for s in rewards.series] == [("chosen", 0, False), ("rejected", 1, False)]
     two = next(f for f in figures_of([one, one], ["a", "b"]) if f.title == "Rewards")
     assert [(s.label, s.hue, s.dashed) for s in two.series] == [
-        ("a: chosen", 0, False), ("a: rejected", 0, True), ("b: chosen", 1, False), ("b: rejected", 1, True),
-    ]  # fmt: skip
+        ("a: chosen", 0, False),
+        ("a: rejected", 0, True),
+        ("b: chosen", 1, False),
+        ("b: rejected", 1, True),
+    ]
     assert next(f for f in figures_of([one], ["x"]) if f.title == "Loss").rules == [
         (math.log(2), "ln 2: knows nothing")
     ]

@@ -29,12 +29,21 @@ from zephyr_lite.train.observer import Sample
 
 LN2 = math.log(2)
 STEP = {
-    "loss": 1.25, "num_tokens": 3000.0, "grad_norm": 0.5, "learning_rate": 2e-4, "seconds": 2.0,
-    "tokens_per_second": 1500.0, "peak_memory_gib": 9.8,
-}  # fmt: skip
+    "loss": 1.25,
+    "num_tokens": 3000.0,
+    "grad_norm": 0.5,
+    "learning_rate": 2e-4,
+    "seconds": 2.0,
+    "tokens_per_second": 1500.0,
+    "peak_memory_gib": 9.8,
+}
 PAIRS = {
-    "loss": LN2, "num_pairs": 16.0, "rewards/accuracies": 0.9, "rewards/margins": 0.3, "seconds": 2.0,
-}  # fmt: skip
+    "loss": LN2,
+    "num_pairs": 16.0,
+    "rewards/accuracies": 0.9,
+    "rewards/margins": 0.3,
+    "seconds": 2.0,
+}
 SAMPLE = Sample(0, "<|user|>\nWhat is \x1b[31m good?</s>\n<|assistant|>\n", "Soup. \x1b[2J " + "Bread " * 60, "Tea.")
 
 
@@ -73,9 +82,13 @@ class Terminal(io.StringIO):
 def stage_of(folder, method="sft", **changes):
     config = RunConfig(output_dir=str(folder), stage=method, **changes)
     return SimpleNamespace(
-        method=method, config=config, dir=StageDir(folder / method), plan=SimpleNamespace(peak=11 * 2**30),
-        base=SimpleNamespace(device="cuda:0"), frozen=[object()] if method == "dpo" else [],
-    )  # fmt: skip
+        method=method,
+        config=config,
+        dir=StageDir(folder / method),
+        plan=SimpleNamespace(peak=11 * 2**30),
+        base=SimpleNamespace(device="cuda:0"),
+        frozen=[object()] if method == "dpo" else [],
+    )
 
 
 @pytest.fixture
@@ -162,8 +175,15 @@ def test_the_panel_stays_at_the_bottom_and_lines_go_above(terminal, tmp_path):
     assert shown[:3] == ["loading the base", "step 3: something happened", "step  3/10  held-out  loss 1.1000"]
     assert shown[3].startswith("╭─ sft · ") and shown[-2].startswith("╰") and shown[-1] == ""
     assert [line.split()[1] for line in shown[4:-2]][:8] == [
-        "step", "loss", "held", "speed", "rate", "asked", "answers", "Bread",
-    ]  # fmt: skip
+        "step",
+        "loss",
+        "held",
+        "speed",
+        "rate",
+        "asked",
+        "answers",
+        "Bread",
+    ]
     text = "\n".join(shown)
     for part in ("3/10", " 30%", "1.2500", "1.1000", "1,500 tokens/s", "memory 9.8 of 11.0 GiB planned", "14 s left"):
         assert part in text

@@ -19,7 +19,7 @@ from zephyr_lite.monitor.show import NOTEBOOKS
 from zephyr_lite.train import callbacks, samples
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.observer import Observer
-from zephyr_lite.train.setup import open_stage
+from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import run_sft
 
 SHORT = {"sample_tokens": 6, "max_steps": 2, "lora_dropout": 0.1, "learning_rate": 0.02}
@@ -82,7 +82,7 @@ def test_dpo_samples_what_follows_its_prompts(sampled, tiny_base, pair_rows):
 
 def test_the_state_of_training_is_left_alone(tiny_base, chat_rows, tmp_path, monkeypatch):
     given = words(tiny_base, tmp_path / "r", chat_rows, samples=1, loss_on="all", sample_tokens=3)
-    stage = open_stage("sft", load_config("sft", None, given), say=quiet)
+    stage = setup_stage("sft", load_config("sft", None, given), say=quiet)
     model = stage.stack.model
     model.train()
     before = {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}

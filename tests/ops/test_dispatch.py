@@ -155,7 +155,7 @@ def test_a_stage_checks_the_kernels_at_its_models_widths(tiny_base, chat_rows, t
     given = []
     monkeypatch.setattr(setup, "check_kernels", lambda device, dtype, widths: given.append(widths) or [])
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "run", chat_rows))
-    shape = setup.open_stage("sft", loaded, say=quiet).stack.base.config
+    shape = setup.setup_stage("sft", loaded, say=quiet).stack.base.config
     rotated = shape.num_attention_heads + shape.num_key_value_heads
     queries = shape.num_attention_heads * shape.head_dim
     assert given == [

@@ -14,7 +14,7 @@ from zephyr_lite.ops import attention as attention_file
 from zephyr_lite.ops import token_logps as token_logps_file
 from zephyr_lite.ops.attention import SegmentTable, attention_backward, attention_forward
 from zephyr_lite.ops.dropout import DropoutKey, add_dropped_, drop, dropout_mask, dropout_scale
-from zephyr_lite.ops.lora import LoraPair, Site, grad_adapters, grad_input, grad_low_rank, low_rank, project
+from zephyr_lite.ops.lora import LinearGroup, LoraPair, grad_adapters, grad_input, grad_low_rank, low_rank, project
 from zephyr_lite.ops.nf4 import dequantize, is_quantized
 from zephyr_lite.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from zephyr_lite.ops.rope import rope_
@@ -141,7 +141,7 @@ def formula(x, weights, biases, pairs, scale=None):
 
 def lora_linear(x, weights, biases, pairs, key=None, upstream=None):
     """The site's outputs; with `upstream`, the gradients of x and of the trained pairs too."""
-    site = Site(tuple(weights), tuple(biases), tuple(w.shape[0] for w in weights), tuple(pairs), key)
+    site = LinearGroup(tuple(weights), tuple(biases), tuple(w.shape[0] for w in weights), tuple(pairs), key)
     parts = [(columns.start, w) for columns, w in zip(site.slices, weights)]
     with torch.no_grad():
         products = low_rank(x, site)
@@ -359,9 +359,27 @@ class MemoryEfficientKernel:
         return out, lse, None, None, most_q, most_k
 
     def backward(
-        self, grad, q, k, v, bias, out, cu_queries, cu_keys, most_q, most_k, lse, dropout, seed, offset, mask,
-        with_bias, *, scale, window_size,
-    ):  # fmt: skip
+        self,
+        grad,
+        q,
+        k,
+        v,
+        bias,
+        out,
+        cu_queries,
+        cu_keys,
+        most_q,
+        most_k,
+        lse,
+        dropout,
+        seed,
+        offset,
+        mask,
+        with_bias,
+        *,
+        scale,
+        window_size,
+    ):
         assert (bias, dropout, mask, with_bias) == (None, 0.0, 2, False)
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for n, a, c, scores in self.segments(q, k, cu_queries, cu_keys, scale, window_size, False):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zephyr_lite.cli.app import run
 from zephyr_lite.config.load import RunConfig, load_config
-from zephyr_lite.config.presets import shipped_configs
+from zephyr_lite.config.presets import preset_configs
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.data.dataset import prepare
 from zephyr_lite.errors import UserError
@@ -144,7 +144,7 @@ def test_keys_go_to_all_stages_to_a_method_or_to_one_stage():
     assert found["ddpo"].beta == 0.2 and found["dsft-2"].dataset[0].columns == {"messages": "chosen"}
 
 
-@pytest.mark.parametrize("name", sorted(shipped_configs("tables")))
+@pytest.mark.parametrize("name", sorted(preset_configs("tables")))
 def test_the_shipped_tables_resolve(name):
     table = read_table(name)
     assert len(table.arms) == 4 and all(stage.loaded.config.output_dir == str(table.run) for stage in table.stages())

@@ -403,7 +403,7 @@ def test_seeds_as_openings(tmp_path: Path) -> None:
     with ChatServer(moody) as server:
         result = run(
             tmp_path, server.url, grid=None, count=None, openings="seeds", **{"seeds.path": seeds_file(tmp_path, seeds)}
-        )  # fmt: skip
+        )
         assert not any(role_of(seen) == "opening" for seen in server.seen)
     rows = rows_of(result)
     assert [row["prompt"] for row in rows] == [seeds[0], seeds[1], seeds[3]]
@@ -415,8 +415,10 @@ def test_another_model_may_play_the_user(tmp_path: Path) -> None:
     with ChatServer(teacher) as server:
         run(tmp_path, server.url, user=f"{server.url}#u")
     assert {(seen.body["model"], role_of(seen)) for seen in server.seen} == {
-        ("t", "answer"), ("u", "opening"), ("u", "question"),
-    }  # fmt: skip
+        ("t", "answer"),
+        ("u", "opening"),
+        ("u", "question"),
+    }
 
 
 # -- interrupts and budget -------------------------------------------------------------------------------------------

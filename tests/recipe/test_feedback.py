@@ -111,9 +111,15 @@ def test_rows_are_ultrafeedbacks_and_in_the_prompts_order(tmp_path: Path) -> Non
         assert len({c["principle"] for c in row["completions"]}) == 4
         for completion in row["completions"]:
             assert set(completion) == {
-                "annotations", "custom_system_prompt", "model", "principle", "response", "critique", "overall_score",
+                "annotations",
+                "custom_system_prompt",
+                "model",
+                "principle",
+                "response",
+                "critique",
+                "overall_score",
                 "fine-grained_score",
-            }  # fmt: skip
+            }
             given = {name: a["Rating"] for name, a in completion["annotations"].items()}
             # whatever place it was shown at, a rating belongs to its own response
             assert given == {a.name: str(worth(completion["response"], a.name)) for a in ASPECTS}
@@ -183,9 +189,12 @@ def test_rows_do_not_depend_on_how_many_requests_run_at_once(tmp_path: Path, con
         run(config)
         url = f"{server.url}#"
         other = settings(
-            tmp_path, server.url, "other", models=[f"{url}a,concurrency={concurrency}", f"{url}b,concurrency=2"],
+            tmp_path,
+            server.url,
+            "other",
+            models=[f"{url}a,concurrency={concurrency}", f"{url}b,concurrency=2"],
             judge=f"{url}judge,concurrency={concurrency}",
-        )  # fmt: skip
+        )
         run(other)
     usual, again = (Path(c.out, "train.jsonl").read_bytes() for c in (config, other))
     assert usual == again
@@ -244,8 +253,9 @@ def test_a_judge_that_rates_nothing_makes_no_row_and_leaves_no_file(tmp_path: Pa
             run(config)
     assert "judge, helpfulness: 2" in raised.value.message
     assert sorted(p.name for p in Path(config.out).iterdir() if not p.name.startswith(".")) == [
-        "config.yaml", "journal.jsonl",
-    ]  # fmt: skip
+        "config.yaml",
+        "journal.jsonl",
+    ]
 
 
 def test_overall_scores_and_critiques(tmp_path: Path) -> None:
@@ -319,9 +329,18 @@ def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(
         config = settings(tmp_path, server.url)
         prices = "input_price=1,output_price=2"
         words = [
-            "feedback", "--prompts", "prompts.jsonl", "--model", f"{server.url}#a", "--model", f"{server.url}#b,{prices}",
-            "--judge", f"{server.url}#judge", "--out", "out",
-        ]  # fmt: skip
+            "feedback",
+            "--prompts",
+            "prompts.jsonl",
+            "--model",
+            f"{server.url}#a",
+            "--model",
+            f"{server.url}#b,{prices}",
+            "--judge",
+            f"{server.url}#judge",
+            "--out",
+            "out",
+        ]
         assert cli.run([*words, "--dry-run", "--max-requests", "60"]) == 0
         assert not server.seen and not (tmp_path / "out").exists()
         said = capsys.readouterr().out
@@ -373,14 +392,25 @@ def test_a_killed_command_goes_on(tmp_path: Path, stop: signal.Signals) -> None:
         server.script = lambda seen: (time.sleep(0.05), script(seen))[1]
         config = settings(tmp_path, server.url, count=10)
         command = [
-            sys.executable, "-m", "zephyr_lite", "feedback", "--config", f"{whole.out}/config.yaml", "--out", config.out,
+            sys.executable,
+            "-m",
+            "zephyr_lite",
+            "feedback",
+            "--config",
+            f"{whole.out}/config.yaml",
+            "--out",
+            config.out,
             "--no-pairs",
-        ]  # fmt: skip
+        ]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2],
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=Path(__file__).parents[2],
             env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-        )  # fmt: skip
+        )
         deadline = time.monotonic() + 60
         while len(server.seen) < 20 and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -432,9 +462,16 @@ def test_a_folder_is_sampled_without_a_server(tmp_path: Path, capsys: pytest.Cap
     make_model(make_tokenizer(folder)).save_pretrained(folder)
     with ChatServer(judged) as server:
         words = [
-            "feedback", "--prompts", str(prompts_file(tmp_path, 2)), "--model", f"{folder},max_tokens=12", "--judge",
-            f"{server.url}#j", "--out", str(tmp_path / "out"),
-        ]  # fmt: skip
+            "feedback",
+            "--prompts",
+            str(prompts_file(tmp_path, 2)),
+            "--model",
+            f"{folder},max_tokens=12",
+            "--judge",
+            f"{server.url}#j",
+            "--out",
+            str(tmp_path / "out"),
+        ]
         assert cli.run(words) == 0, capsys.readouterr()
         assert all(is_judge(seen) for seen in server.seen)
     rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]

@@ -16,7 +16,7 @@ from rich.console import Console as RichConsole
 
 from zephyr_lite.client.budget import Totals
 from zephyr_lite.client.types import BudgetSpent, EndpointSpec, RequestFailed
-from zephyr_lite.config.presets import shipped_configs
+from zephyr_lite.config.presets import preset_configs
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import file_aside
 from zephyr_lite.recipe.feedback.draw import draw_slots, read_principles
@@ -329,7 +329,7 @@ def test_the_judge_may_be_one_of_the_models_or_another_of_the_same_name() -> Non
     assert other.judge.max_tokens == 77
 
 
-@pytest.mark.parametrize("name", sorted(shipped_configs("feedback")))
+@pytest.mark.parametrize("name", sorted(preset_configs("feedback")))
 def test_shipped_files_are_read(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     kind = DistillConfig if name.startswith("distill") else FeedbackConfig
@@ -338,7 +338,7 @@ def test_shipped_files_are_read(name: str, monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_there_are_shipped_files() -> None:
-    assert set(shipped_configs("feedback")) >= {"local", "on-policy", "hosted", "distill"}
+    assert set(preset_configs("feedback")) >= {"local", "on-policy", "hosted", "distill"}
 
 
 # -- order among tasks -----------------------------------------------------------------------------------------------

@@ -43,10 +43,14 @@ def raw_rows(count: int, first: int = 0) -> list[dict]:
                 "fine-grained_score": 3.0,
             }
             completions.append(made)
-        rows.append({
-            **row(f"question {i}?", *completions, source=SOURCES[i % 3]),
-            "models": ["m"] * 4, "correct_answers": ["None"], "incorrect_answers": ["None"],
-        })  # fmt: skip
+        rows.append(
+            {
+                **row(f"question {i}?", *completions, source=SOURCES[i % 3]),
+                "models": ["m"] * 4,
+                "correct_answers": ["None"],
+                "incorrect_answers": ["None"],
+            }
+        )
     return rows
 
 
@@ -97,8 +101,12 @@ def test_a_folder_that_dpo_and_sft_read(invoke, tmp_path, file_format):
     assert code == 0, err
     assert "Next: zephyr-lite dpo dataset.path=out dataset.split=train_prefs" in out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        f"train_prefs.{file_format}", f"test_prefs.{file_format}", "report.json", "report.md", "dropped.tsv"
-    }  # fmt: skip
+        f"train_prefs.{file_format}",
+        f"test_prefs.{file_format}",
+        "report.json",
+        "report.md",
+        "dropped.tsv",
+    }
     train, test = read(tmp_path / "out"), read(tmp_path / "out", "test_prefs")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(test) == report["test"] == 10 and len(train) == report["train"] == report["pairs"] - 10

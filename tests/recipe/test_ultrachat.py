@@ -168,8 +168,13 @@ def test_training_reads_it(raw: Path, tmp_path: Path) -> None:
         loaded = load_rows([DatasetSpec(path=str(out), split="train_sft")], "sft", seed=0)
         assert len(loaded.dataset) == report.splits["train_sft"] and not loaded.dropped
     assert sorted(p.name for p in (tmp_path / "jsonl").iterdir()) == [
-        "dropped.tsv", "lexicon.txt", "report.json", "report.md", "test_sft.jsonl", "train_sft.jsonl"
-    ]  # fmt: skip
+        "dropped.tsv",
+        "lexicon.txt",
+        "report.json",
+        "report.md",
+        "test_sft.jsonl",
+        "train_sft.jsonl",
+    ]
 
 
 def test_the_same_files_for_any_number_of_processes(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,10 +385,14 @@ def test_ctrl_c_among_workers(tmp_path: Path) -> None:
     ]
     cache = tmp_path / "cache"
     running = subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
         env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 120
     while len(list(cache.glob("zephyr-lite-chat/tmp*"))) < 2 and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.05)

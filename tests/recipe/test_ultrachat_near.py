@@ -21,13 +21,20 @@ from zephyr_lite.recipe.ultrachat.near import (
     roots,
     signatures,
     similarity,
-)  # fmt: skip
+)
 from zephyr_lite.recipe.ultrachat.words import joined, members, ngrams, whole, words_of
 
 TEXTS = [
-    "The cat sat on the mat.", "", "…", "the CAT, sat on:the mat", "Ünïcode “words” don’t break—here", "你好 世界",
-    "one", "a" * 70_000 + " after a long word, more than a piece", "x\ny\tz 1234 5six",
-]  # fmt: skip
+    "The cat sat on the mat.",
+    "",
+    "…",
+    "the CAT, sat on:the mat",
+    "Ünïcode “words” don’t break—here",
+    "你好 世界",
+    "one",
+    "a" * 70_000 + " after a long word, more than a piece",
+    "x\ny\tz 1234 5six",
+]
 
 
 def plain_words(text: str) -> list[str]:
@@ -113,9 +120,7 @@ def test_equal_groups_are_those_of_a_dictionary(rows_at_once: int, monkeypatch: 
     expected: dict[int, list[int]] = {}
     for row in np.flatnonzero(alive).tolist():
         expected.setdefault(int(keys[row]), []).append(row)
-    found = [
-        part.tolist() for rows, begins in equal_groups(keys, alive) for part in np.split(rows, begins[1:])
-    ]  # fmt: skip
+    found = [part.tolist() for rows, begins in equal_groups(keys, alive) for part in np.split(rows, begins[1:])]
     assert sorted(found) == sorted(group for group in expected.values() if len(group) > 1)
     assert list(equal_groups(keys[:0], alive[:0])) == []
 

@@ -51,18 +51,25 @@ def test_no_other_refusal_rule_takes_a_negative_example(rule: Rule[tuple[str, st
     [
         ("Hello. how are you? i'm fine.", "Hello. How are you? I'm fine."),
         ("I met Dr. smith, e.g. in the U.S. army. he left.", "I met Dr. Smith, e.g. in the U.S. army. He left."),
-        ("Sure! here:\n```python\nfor i in x: print(i). so\n```\nthat is all. i hope.",
-         "Sure! Here:\n```python\nfor i in x: print(i). so\n```\nThat is all. I hope."),
-        ("See https://a.example/i?b. it works on myVar and my_var. call `i. x`.",
-         "See https://a.example/i?b. It works on myVar and my_var. Call `i. x`."),
+        (
+            "Sure! here:\n```python\nfor i in x: print(i). so\n```\nthat is all. i hope.",
+            "Sure! Here:\n```python\nfor i in x: print(i). so\n```\nThat is all. I hope.",
+        ),
+        (
+            "See https://a.example/i?b. it works on myVar and my_var. call `i. x`.",
+            "See https://a.example/i?b. It works on myVar and my_var. Call `i. x`.",
+        ),
         ("It was 3.5 km... maybe four. ok, so be it.", "It was 3.5 km... maybe four. Ok, so be it."),
         ("Well. été is summer in French. élan too.", "Well. Été is summer in French. Élan too."),
         ("I ask on monday. he came in july.", "I ask on Monday. He came in July."),
         ("Privet. привет. как дела?", "Privet. привет. как дела?"),
         ("Das ist gut. und das ist nicht gut. i wo.", "Das ist gut. und das ist nicht gut. i wo."),
-        ("Use iPhone and eBay. they are the same. macOS is it.", "Use iPhone and eBay. They are the same. macOS is it."),
+        (
+            "Use iPhone and eBay. they are the same. macOS is it.",
+            "Use iPhone and eBay. They are the same. macOS is it.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_restores(before: str, after: str) -> None:
     assert restore(before, Lexicon())[0] == after
 

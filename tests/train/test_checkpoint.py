@@ -23,7 +23,7 @@ from zephyr_lite.train.checkpoint import (
     checkpoint_fault,
     prune,
     resume_point,
-)  # fmt: skip
+)
 from zephyr_lite.train.optim import make_optimizer, make_scheduler
 from zephyr_lite.train.reference import ReferenceCache
 
@@ -167,11 +167,19 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(stage, damage, wh
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("step", "12"), ("step", -1), ("total", None), ("stale", True), ("best", [1.0]), ("best", {"a": 1}),
-        ("optimizer", []), ("optimizer", {"plain": [], "param_groups": [{}]}), ("optimizer", {"plain": {}}),
-        ("scheduler", None), ("scaler", 3),
+        ("step", "12"),
+        ("step", -1),
+        ("total", None),
+        ("stale", True),
+        ("best", [1.0]),
+        ("best", {"a": 1}),
+        ("optimizer", []),
+        ("optimizer", {"plain": [], "param_groups": [{}]}),
+        ("optimizer", {"plain": {}}),
+        ("scheduler", None),
+        ("scaler", 3),
     ],
-)  # fmt: skip
+)
 def test_a_state_of_another_shape_is_damage_too(stage, key, value):
     folder = stage.path / "checkpoint-12"
     state = json.loads((folder / STATE).read_text())

@@ -57,13 +57,15 @@ def place(places, tmp_path):
 
 def given(root, **changes):
     return words(
-        root / "base", root / "run", root / "chat.jsonl",
+        root / "base",
+        root / "run",
+        root / "chat.jsonl",
         **{"eval_dataset.path": root / "held.jsonl", **SETTINGS, **changes},
-    )  # fmt: skip
+    )
 
 
 def opened(root, say=quiet, **changes):
-    return setup.open_stage("sft", load_config("sft", None, given(root, **changes)), say=say)
+    return setup.setup_stage("sft", load_config("sft", None, given(root, **changes)), say=say)
 
 
 def refused(root, **changes):
@@ -180,9 +182,10 @@ def test_the_same_things_elsewhere_are_the_same(place):
         shutil.move(place / name, place / f"moved-{name}")
     said = []
     moved = {
-        "model_name_or_path": place / "moved-base", "dataset.path": place / "moved-chat.jsonl",
+        "model_name_or_path": place / "moved-base",
+        "dataset.path": place / "moved-chat.jsonl",
         "eval_dataset.path": place / "moved-held.jsonl",
-    }  # fmt: skip
+    }
     run_sft(load_config("sft", None, given(place, **moved)), say=said.append)
     (line,) = [line for line in said if line.startswith("changed since")]
     assert f"model_name_or_path: '{place / 'base'}' then, '{place / 'moved-base'}' now (the same content)" in line
@@ -282,7 +285,7 @@ def test_the_stages_of_a_run_share_its_id(place, pair_rows):
     shutil.rmtree(place / "run")
     shutil.move(place / "finished", place / "run")
     loaded = load_config("dpo", None, dpo_words(place / "base", place / "run", pair_rows))
-    dpo = setup.open_stage("dpo", loaded, say=quiet)
+    dpo = setup.setup_stage("dpo", loaded, say=quiet)
     assert dpo.info["id"] == StageDir(place / "run" / "sft").info()["id"]
 
 
@@ -376,7 +379,7 @@ def test_a_stage_is_rendered_as_the_one_below_it_was(place, pair_rows, what):
         run_merge(place / "out", run=place / "finished", check=False, say=quiet)
     loaded = load_config("dpo", None, dpo_words(place / "base", place / "finished", pair_rows))
     with pytest.raises(UserError, match=message):
-        setup.open_stage("dpo", loaded, say=quiet)
+        setup.setup_stage("dpo", loaded, say=quiet)
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "seed: 1"])

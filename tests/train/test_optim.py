@@ -14,8 +14,8 @@ from zephyr_lite.train import optim as optim_file
 from zephyr_lite.train.checkpoint import Checkpoint
 from zephyr_lite.train.loop import Loop
 from zephyr_lite.train.optim import make_optimizer, make_scheduler, restore_state
-from zephyr_lite.train.setup import open_stage
-from zephyr_lite.train.sft import SftTask, run_sft
+from zephyr_lite.train.setup import setup_stage
+from zephyr_lite.train.sft import SftObjective, run_sft
 
 KINDS = ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -152,8 +152,8 @@ def test_a_run_of_every_kind_goes_on_to_the_same_bits(tiny_base, chat_rows, tmp_
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **settings))
     with killed_at(2):
         run_sft(loaded, say=quiet)
-    stage = open_stage("sft", loaded, say=quiet, claim=False)
-    loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage, quiet), stage.plan, say=quiet)
+    stage = setup_stage("sft", loaded, say=quiet, claim=False)
+    loop = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage, quiet), stage.plan, say=quiet)
     places = tensors(loop.optimizer)
     folder = stage.dir.checkpoints()[-1]
     loop._checkpoint().read(folder)
@@ -169,8 +169,8 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tiny_base, chat_rows, tmp_
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **settings))
     with killed_at(1):
         run_sft(loaded, say=quiet)
-    stage = open_stage("sft", loaded, say=quiet, claim=False)
-    loop = Loop(stage.config, stage.dir, stage.stack, SftTask(stage, quiet), stage.plan, say=quiet)
+    stage = setup_stage("sft", loaded, say=quiet, claim=False)
+    loop = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage, quiet), stage.plan, say=quiet)
     other = make_optimizer(stage.config.model_copy(update={"optim": "adamw_8bit"}), loop.parameters)
     checkpoint = Checkpoint(loop.stack, loop.parameters, other, loop.scheduler, loop.scaler)
     with pytest.raises(UserError, match="holds another optimizer's state"):

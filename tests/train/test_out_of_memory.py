@@ -21,12 +21,12 @@ from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory.plan import Plan
 from zephyr_lite.model.activation_offload import LockRefused, Offload
 from zephyr_lite.model.decoder import Decoder
-from zephyr_lite.model.weight_streaming import StreamedBase
-from zephyr_lite.train.dpo import DpoTask
+from zephyr_lite.model.weight_streaming import WeightStreamer
+from zephyr_lite.train.dpo import DpoObjective
 from zephyr_lite.train.loop import Loop
-from zephyr_lite.train.oom import Guard
-from zephyr_lite.train.setup import open_stage
-from zephyr_lite.train.sft import SftTask, run_sft
+from zephyr_lite.train.oom import OomRetry
+from zephyr_lite.train.setup import setup_stage
+from zephyr_lite.train.sft import SftObjective, run_sft
 
 STEP = 3
 
@@ -75,18 +75,24 @@ def opened(base, chat_rows, pair_rows, tmp_path):
 
     def make(method, tokens, keep, **changes):
         settings = {
-            "lora_r": 2, "lora_target_modules": "[q_proj, down_proj]", "max_length": 80, "batch_size": 2,
-            "adapters": "none", "load_in_4bit": "false", "warmup_ratio": 0, "lora_dropout": 0,
+            "lora_r": 2,
+            "lora_target_modules": "[q_proj, down_proj]",
+            "max_length": 80,
+            "batch_size": 2,
+            "adapters": "none",
+            "load_in_4bit": "false",
+            "warmup_ratio": 0,
+            "lora_dropout": 0,
             "learning_rate": 5e-4,  # Adam's first step is lr · sign(g): a g that rounds to the other side of 0 moves it twice
             **changes,
-        }  # fmt: skip
+        }
         named = words if method == "sft" else dpo_words
         rows = chat_rows if method == "sft" else pair_rows
-        stage = open_stage(method, load_config(method, None, named(base, tmp_path / "r", rows, **settings)), say=quiet)
+        stage = setup_stage(method, load_config(method, None, named(base, tmp_path / "r", rows, **settings)), say=quiet)
         generator = torch.Generator().manual_seed(3)
         for parameter in stage.stack.parameters().values():
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-        task = SftTask(stage, quiet) if method == "sft" else DpoTask(stage, quiet)
+        task = SftObjective(stage, quiet) if method == "sft" else DpoObjective(stage, quiet)
         plan = Plan(tokens, keep, threads=torch.get_num_threads())
         return Loop(stage.config, stage.dir, stage.stack, task, plan, say=quiet)
 
@@ -256,7 +262,7 @@ def test_where_an_update_does_allocate_a_failure_in_it_ends_the_run_before_anyth
 def test_a_run_goes_on_under_the_smaller_plan_and_so_does_a_resumed_one(base, chat_rows, tmp_path, monkeypatch):
     settings = {"load_in_4bit": "false", "save_steps": 1, "num_train_epochs": 2, "lora_dropout": 0.1}
     run_sft(load_config("sft", None, words(base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
-    plain, said = SftTask.loss, []
+    plain, said = SftObjective.loss, []
     most = 200
 
     def cramped(self, examples, step, total):
@@ -266,7 +272,7 @@ def test_a_run_goes_on_under_the_smaller_plan_and_so_does_a_resumed_one(base, ch
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {tokens} KiB.")
         return found
 
-    monkeypatch.setattr(SftTask, "loss", cramped)
+    monkeypatch.setattr(SftObjective, "loss", cramped)
     loaded = load_config("sft", None, words(base, tmp_path / "r", chat_rows, **settings))
     with killed_at(3):
         run_sft(loaded, say=said.append)
@@ -286,7 +292,7 @@ def test_a_run_goes_on_under_the_smaller_plan_and_so_does_a_resumed_one(base, ch
 
 
 def test_an_example_that_fits_under_no_plan_is_named_and_nothing_is_changed(base, chat_rows, tmp_path, monkeypatch):
-    plain, tried = SftTask.loss, []
+    plain, tried = SftObjective.loss, []
 
     def cramped(self, examples, step, total):
         found = plain(self, examples, step, total)
@@ -295,7 +301,7 @@ def test_an_example_that_fits_under_no_plan_is_named_and_nothing_is_changed(base
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 KiB.")
         return found
 
-    monkeypatch.setattr(SftTask, "loss", cramped)
+    monkeypatch.setattr(SftObjective, "loss", cramped)
     settings = {"save_steps": 1, "lora_r": 2}
     loaded = load_config("sft", None, words(base, tmp_path / "r", chat_rows, **settings))
     with pytest.raises(UserError) as error:
@@ -303,7 +309,7 @@ def test_an_example_that_fits_under_no_plan_is_named_and_nothing_is_changed(base
     last, plan = tried[-1]
     assert len(last) == 1 and plan.keep == ("input", "input") and plan.scratch == "small" and not plan.offload
     assert {len(examples) for examples, _ in tried} > {1}
-    stage = open_stage("sft", loaded, say=quiet, claim=False)
+    stage = setup_stage("sft", loaded, say=quiet, claim=False)
     example = stage.data.examples[last[0]]
     assert error.value.message.startswith(f"{example.where}: its {len(example.ids)} tokens do not fit")
     assert "chat.jsonl" in example.where and "max_length (it is 128)" in error.value.hint
@@ -311,7 +317,7 @@ def test_an_example_that_fits_under_no_plan_is_named_and_nothing_is_changed(base
     assert [p.name for p in checkpoints] == ["checkpoint-1"]
     assert stage.plan == plan  # the next start begins with it
     kept = words(base, tmp_path / "other", chat_rows, **settings, **{"memory.keep": "input"})
-    planned = open_stage("sft", load_config("sft", None, kept), say=quiet, claim=False).plan
+    planned = setup_stage("sft", load_config("sft", None, kept), say=quiet, claim=False).plan
     assert plan.bytes_per_token == planned.bytes_per_token < planned.free_bytes and not plan.account
 
 
@@ -454,7 +460,7 @@ def test_other_errors_pass(opened):
 
 
 def test_a_guard_that_was_told_nothing_says_so(opened):
-    guard = Guard(opened("sft", 150, ("all", "all")).task.stage, quiet)
+    guard = OomRetry(opened("sft", 150, ("all", "all")).task.stage, quiet)
 
     def work():
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -509,8 +515,8 @@ def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkey
     loop.config.max_grad_norm = 1e9
     loop.gradients(0)
     want = {n: p.grad.clone() for n, p in loop.parameters.items()}
-    monkeypatch.setattr(Guard, "_lends", lambda self, count: self._lockable)
-    plain, room, failed = SftTask.loss, StreamedBase._make_room, []
+    monkeypatch.setattr(OomRetry, "_lends", lambda self, count: self._lockable)
+    plain, room, failed = SftObjective.loss, WeightStreamer._make_room, []
 
     def full(self, examples, step, total):
         if not self.stage.plan.stream and (len(examples) > 1 or refuses != "the lock"):
@@ -526,11 +532,11 @@ def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkey
     def refused(count, device):
         raise LockRefused("no main memory could be locked")
 
-    monkeypatch.setattr(SftTask, "loss", full)
+    monkeypatch.setattr(SftObjective, "loss", full)
     if refuses == "the lock":
         monkeypatch.setattr("zephyr_lite.model.weight_streaming.host_bytes", refused)
     else:
-        monkeypatch.setattr(StreamedBase, "_make_room", no_room)
+        monkeypatch.setattr(WeightStreamer, "_make_room", no_room)
         with pytest.raises(UserError, match="tokens do not fit into memory, alone"):
             loop.prepare(0)  # there is nothing left to try; and everything is whole
     loop.prepare(0)

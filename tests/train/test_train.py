@@ -13,12 +13,12 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.checkpoint import MetricsLog
-from zephyr_lite.train.dpo import DpoTask, run_dpo
+from zephyr_lite.train.dpo import DpoObjective, run_dpo
 from zephyr_lite.train.ground import StageComplete
 from zephyr_lite.train.loop import Loop
 from zephyr_lite.train.losses import preference_loss
-from zephyr_lite.train.setup import open_stage, resolve_run
-from zephyr_lite.train.sft import SftTask, run_sft
+from zephyr_lite.train.setup import resolve_run, setup_stage
+from zephyr_lite.train.sft import SftObjective, run_sft
 from zephyr_lite.train.steps import micro_batches, rows_of_step, step_schedule
 
 LN2 = 0.6931471805599453
@@ -30,10 +30,22 @@ def quiet(*args):
 
 def words(base, out, rows, **changes):
     settings = {
-        "model_name_or_path": base, "output_dir": out, "dataset.path": rows, "eval_dataset.path": rows,
-        "max_length": 128, "batch_size": 3, "lora_r": 4, "lora_alpha": 8, "learning_rate": 5e-3, "save_steps": 2,
-        "eval_steps": 2, "num_train_epochs": 2, "optim": "adamw_torch", "samples": 0, **changes,
-    }  # fmt: skip
+        "model_name_or_path": base,
+        "output_dir": out,
+        "dataset.path": rows,
+        "eval_dataset.path": rows,
+        "max_length": 128,
+        "batch_size": 3,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "learning_rate": 5e-3,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "num_train_epochs": 2,
+        "optim": "adamw_torch",
+        "samples": 0,
+        **changes,
+    }
     return [f"{k}={v}" for k, v in settings.items()]
 
 
@@ -85,22 +97,22 @@ def test_dpo_writes_the_composed_chain_and_its_own_part(tiny_base, run, pair_row
 def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_rows, tmp_path):
     loaded = load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True))
     said = []
-    stage = open_stage("dpo", loaded, say=said.append)
-    first = DpoTask(stage, said.append).cache
-    assert DpoTask(stage, said.append).cache.path == first.path and "read from" in said[-1]
+    stage = setup_stage("dpo", loaded, say=said.append)
+    first = DpoObjective(stage, said.append).cache
+    assert DpoObjective(stage, said.append).cache.path == first.path and "read from" in said[-1]
     first.path.write_bytes(first.path.read_bytes()[:-7])  # torn
-    DpoTask(stage, said.append)
+    DpoObjective(stage, said.append)
     assert "computing" in said[-1]
     stage.frozen = []  # other adapters below
-    assert DpoTask(stage, quiet).cache.path != first.path
+    assert DpoObjective(stage, quiet).cache.path != first.path
 
 
 def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(tiny_base, run, pair_rows):
     """A stale cache would give a loss that is not ln 2; TRL and LLaMA-Factory train on."""
-    stage = open_stage(
+    stage = setup_stage(
         "dpo", load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True)), say=quiet
     )
-    task = DpoTask(stage, quiet)
+    task = DpoObjective(stage, quiet)
     task.cache.sums += 40
     with pytest.raises(UserError, match="differ by"):
         task.loss([0, 1], 0, 2)
@@ -172,11 +184,22 @@ def test_a_finished_stage_given_other_values_is_not_passed_over(tiny_base, chat_
 
 def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(SftTask, "evaluation", lambda self, sums: {"eval_loss": next(losses)})
-    loaded = load_config("sft", None, words(
-        tiny_base, tmp_path / "r", chat_rows, eval_steps=1, save_steps=1, num_train_epochs=20, save_total_limit=1,
-        load_best_model_at_end="true", early_stopping_patience=2,
-    ))  # fmt: skip
+    monkeypatch.setattr(SftObjective, "evaluation", lambda self, sums: {"eval_loss": next(losses)})
+    loaded = load_config(
+        "sft",
+        None,
+        words(
+            tiny_base,
+            tmp_path / "r",
+            chat_rows,
+            eval_steps=1,
+            save_steps=1,
+            num_train_epochs=20,
+            save_total_limit=1,
+            load_best_model_at_end="true",
+            early_stopping_patience=2,
+        ),
+    )
     outcome = run_sft(loaded, say=quiet)
     assert outcome.best == (2.0, 2) and outcome.step == 4
     assert {p.name for p in StageDir(tmp_path / "r" / "sft").checkpoints()} == {"checkpoint-2", "checkpoint-4"}
@@ -198,13 +221,13 @@ def test_metrics_log_drops_a_torn_line_and_what_is_repeated(tmp_path):
 
 
 def test_three_steps_that_are_not_finite_stop_the_run(tiny_base, chat_rows, tmp_path, monkeypatch):
-    real = SftTask.loss
+    real = SftObjective.loss
 
     def broken(self, examples, step, total):
         loss, sums = real(self, examples, step, total)
         return loss * float("nan"), sums
 
-    monkeypatch.setattr(SftTask, "loss", broken)
+    monkeypatch.setattr(SftObjective, "loss", broken)
     with pytest.raises(UserError, match="not finite three times"):
         run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet)
 

@@ -12,9 +12,9 @@ from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.peft_io import read_adapter
-from zephyr_lite.train.dpo import DpoTask, run_dpo
-from zephyr_lite.train.monitors import CollapseWatch, FiniteWatch
-from zephyr_lite.train.sft import SftTask, run_sft
+from zephyr_lite.train.dpo import DpoObjective, run_dpo
+from zephyr_lite.train.monitors import DpoCollapseMonitor, NonFiniteMonitor
+from zephyr_lite.train.sft import SftObjective, run_sft
 
 
 def same_adapter(one, other):
@@ -46,7 +46,7 @@ def loaded(tiny_base, chat_rows, tmp_path):
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_its_row_named(loaded, tmp_path, monkeypatch):
-    poisoned(monkeypatch, SftTask, [3])
+    poisoned(monkeypatch, SftObjective, [3])
     said = []
     outcome = run_sft(loaded(max_length=80), say=said.append)
     records = left_out(tmp_path / "run" / "sft")
@@ -60,7 +60,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_row_named(loaded, tmp_pat
 
 
 def test_infinite_gradients_under_a_finite_loss_name_their_row_too(loaded, tmp_path, monkeypatch):
-    plain = SftTask.loss
+    plain = SftObjective.loss
 
     def loss(self, examples, step, total):
         found, sums = plain(self, examples, step, total)
@@ -68,7 +68,7 @@ def test_infinite_gradients_under_a_finite_loss_name_their_row_too(loaded, tmp_p
             found.register_hook(lambda grad: grad * float("inf"))
         return found, sums
 
-    monkeypatch.setattr(SftTask, "loss", loss)
+    monkeypatch.setattr(SftObjective, "loss", loss)
     run_sft(loaded(max_length=80), say=quiet)
     records = left_out(tmp_path / "run" / "sft")
     assert [r["rows"][0].endswith("row 4") for r in records] == [True, True]
@@ -77,13 +77,13 @@ def test_infinite_gradients_under_a_finite_loss_name_their_row_too(loaded, tmp_p
 
 def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        plain = SftTask.loss
+        plain = SftObjective.loss
 
         def loss(self, examples, step, total):
             found, sums = plain(self, examples, step, total)
             return (found * float("nan") if step >= 3 else found), sums
 
-        patch.setattr(SftTask, "loss", loss)
+        patch.setattr(SftObjective, "loss", loss)
         with pytest.raises(UserError, match=r"three times in a row; rows of the last: .*row \d") as stopped:
             run_sft(loaded(save_steps=100, eval_steps=100), say=quiet)
     stage = tmp_path / "run" / "sft"
@@ -102,8 +102,8 @@ def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_pat
 def test_pairs_that_are_not_finite_at_the_first_step_are_no_wrong_reference(
     tiny_base, pair_rows, tmp_path, monkeypatch
 ):
-    plain = DpoTask._sums
-    monkeypatch.setattr(DpoTask, "_sums", lambda *args: tuple(sums * torch.nan for sums in plain(*args)))
+    plain = DpoObjective._sums
+    monkeypatch.setattr(DpoObjective, "_sums", lambda *args: tuple(sums * torch.nan for sums in plain(*args)))
     with pytest.raises(UserError, match="three times in a row"):
         run_dpo(
             load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", save_steps=100)),
@@ -113,23 +113,23 @@ def test_pairs_that_are_not_finite_at_the_first_step_are_no_wrong_reference(
 
 
 def test_the_loss_scalers_search_is_no_fault_until_it_has_settled():
-    watch = FiniteWatch()
+    watch = NonFiniteMonitor()
     assert [watch.saw(applied=False, finite_loss=True, scale=2.0**n) for n in (15, 14, 13, 12)] == ["searching"] * 4
     assert (watch.count, watch.in_a_row) == (4, 0)
     assert watch.saw(applied=False, finite_loss=False, scale=2.0**11) == "bad"  # no scale mends a loss
     assert watch.saw(applied=True, finite_loss=True, scale=2.0**11) == "applied"
-    again = FiniteWatch()
+    again = NonFiniteMonitor()
     again.load(json.loads(json.dumps(watch.state())))
     assert [again.saw(applied=False, finite_loss=True, scale=2.0**n) for n in (10, 9)] == ["bad", "bad"]
     assert (again.count, again.in_a_row) == (7, 2)
-    assert FiniteWatch().saw(applied=False, finite_loss=True, scale=0.5) == "bad"  # a search that went too far
-    assert FiniteWatch().saw(applied=False, finite_loss=True, scale=None) == "bad"  # nothing is scaled
+    assert NonFiniteMonitor().saw(applied=False, finite_loss=True, scale=0.5) == "bad"  # a search that went too far
+    assert NonFiniteMonitor().saw(applied=False, finite_loss=True, scale=None) == "bad"  # nothing is scaled
 
 
 def steps(*, chosen, rejected, accuracy, n=40):
     for i in range(n):
         c, r = chosen(i), rejected(i)
-        yield i + 1, dict(zip(CollapseWatch.KEYS, (c, r, accuracy, c - r)))
+        yield i + 1, dict(zip(DpoCollapseMonitor.KEYS, (c, r, accuracy, c - r)))
 
 
 def said_by(watch, sequence):
@@ -137,13 +137,13 @@ def said_by(watch, sequence):
 
 
 def test_a_collapse_is_warned_of_once_with_its_cures():
-    watch = CollapseWatch()
+    watch = DpoCollapseMonitor()
     falling = list(steps(chosen=lambda i: -1.0 - 0.5 * i, rejected=lambda i: -5.0 - 1.5 * i, accuracy=1.0))
     first = said_by(watch, falling[:30])
     assert len(first) == 1 and first[0].startswith("step 20: ")
     for cure in ("beta", "learning_rate", "early_stopping_patience", "label_smoothing", "loss_type=ipo"):
         assert cure in first[0]
-    again = CollapseWatch()
+    again = DpoCollapseMonitor()
     again.load(json.loads(json.dumps(watch.state())))
     assert said_by(again, falling[30:]) == []
 
@@ -158,11 +158,11 @@ def test_a_collapse_is_warned_of_once_with_its_cures():
     ],
 )
 def test_what_is_no_collapse_is_not_warned_of(healthy):
-    assert said_by(CollapseWatch(), steps(**healthy)) == []
+    assert said_by(DpoCollapseMonitor(), steps(**healthy)) == []
 
 
 def test_the_warning_reaches_the_stage(tiny_base, pair_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(CollapseWatch, "saw", lambda self, step, found: "careful" if step == 2 else None)
+    monkeypatch.setattr(DpoCollapseMonitor, "saw", lambda self, step, found: "careful" if step == 2 else None)
     run_dpo(
         load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", max_steps=3)),
         say=quiet,
@@ -172,7 +172,7 @@ def test_the_warning_reaches_the_stage(tiny_base, pair_rows, tmp_path, monkeypat
 
 def test_the_checkpoint_from_before_outlives_what_follows_it(loaded, tmp_path, monkeypatch):
     """Checkpoints of steps that were left out must not push it out."""
-    plain = SftTask.loss
+    plain = SftObjective.loss
 
     def loss(self, examples, step, total):
         found, sums = plain(self, examples, step, total)
@@ -180,7 +180,7 @@ def test_the_checkpoint_from_before_outlives_what_follows_it(loaded, tmp_path, m
 
     options = {"save_steps": 1, "save_total_limit": 1, "eval_steps": 3, "load_best_model_at_end": True}
     with monkeypatch.context() as patch:
-        patch.setattr(SftTask, "loss", loss)
+        patch.setattr(SftObjective, "loss", loss)
         with pytest.raises(UserError, match=r"three times in a row.* checkpoint-2 is from before"):
             run_sft(loaded(**options), say=quiet)
         assert "checkpoint-2" in [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()]
@@ -189,8 +189,10 @@ def test_the_checkpoint_from_before_outlives_what_follows_it(loaded, tmp_path, m
 
 
 def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, monkeypatch):
-    plain, losses = SftTask.evaluation, [float("nan"), 7.0, float("inf")]
-    monkeypatch.setattr(SftTask, "evaluation", lambda self, sums: {**plain(self, sums), "eval_loss": losses.pop(0)})
+    plain, losses = SftObjective.evaluation, [float("nan"), 7.0, float("inf")]
+    monkeypatch.setattr(
+        SftObjective, "evaluation", lambda self, sums: {**plain(self, sums), "eval_loss": losses.pop(0)}
+    )
     said = []
     outcome = run_sft(loaded(eval_steps=2, load_best_model_at_end=True), say=said.append)
     assert outcome.best == (7.0, 4) and sum("the held-out loss is not finite" in line for line in said) == 2
@@ -227,7 +229,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path
 
 def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp_path, monkeypatch):
     options = {"save_steps": 100, "eval_steps": 3, "load_best_model_at_end": True}
-    plain, evaluated = SftTask.measure, []
+    plain, evaluated = SftObjective.measure, []
 
     def ended(self):
         evaluated.append(1)
@@ -235,7 +237,7 @@ def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp
         return plain(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SftTask, "measure", ended)
+        patch.setattr(SftObjective, "measure", ended)
         with pytest.raises(Interrupted, match="after step 3"):
             run_sft(loaded(**options), say=quiet)
     assert evaluated and metrics(tmp_path / "run/sft", "eval_loss") == []
@@ -284,7 +286,7 @@ def test_a_signal_at_the_end_lets_nothing_else_begin(loaded, tmp_path, request):
 
 
 def test_a_second_signal_ends_at_once(loaded, tmp_path, monkeypatch):
-    plain = SftTask.loss
+    plain = SftObjective.loss
 
     def twice(self, examples, step, total):
         if step == 3:
@@ -292,7 +294,7 @@ def test_a_second_signal_ends_at_once(loaded, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return plain(self, examples, step, total)
 
-    monkeypatch.setattr(SftTask, "loss", twice)
+    monkeypatch.setattr(SftObjective, "loss", twice)
     with pytest.raises(KeyboardInterrupt):
         run_sft(loaded(save_steps=2), say=quiet)
     assert [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()] == ["checkpoint-2"]

@@ -158,8 +158,11 @@ def _card(evidence: Evidence) -> None:
 
 def _logs(evidence: Evidence) -> None:
     """``trainer_state.json`` of transformers' Trainer, here or in the newest checkpoint; LLaMA-Factory's log."""
-    numbered = [(int(p.parent.name.rpartition("-")[2]), p) for p in evidence.path.glob(f"checkpoint-*/{LOG}")
-                if p.parent.name.rpartition("-")[2].isdigit()]  # fmt: skip
+    numbered = [
+        (int(p.parent.name.rpartition("-")[2]), p)
+        for p in evidence.path.glob(f"checkpoint-*/{LOG}")
+        if p.parent.name.rpartition("-")[2].isdigit()
+    ]
     states = [evidence.path / LOG, *(path for _, path in sorted(numbered, reverse=True))]
     for path in states:
         if is_file(path):

@@ -43,8 +43,13 @@ def check_weights(evidence: Evidence, audit: Audit) -> None:
         untrained += not bool(weights.b.any())
     told = f"{len(modules)} modules, rank {_few(ranks)}, scale {_few(scales)}, sha256 {evidence.adapter.sha256[:12]}"
     if untrained == len(modules):
-        audit.add("weights", Level.wrong, "every B is zero: the adapter was never trained and changes nothing", told,
-                  advice="Take another checkpoint of it.")  # fmt: skip
+        audit.add(
+            "weights",
+            Level.wrong,
+            "every B is zero: the adapter was never trained and changes nothing",
+            told,
+            advice="Take another checkpoint of it.",
+        )
     elif untrained:
         audit.add("weights", Level.note, f"{untrained} of its modules have a B of zeros, and change nothing", told)
     else:
@@ -63,21 +68,25 @@ def check_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) 
             audit.add("below", Level.right, f"{shown(tuned)} lies below it, as its card says", told)
         else:
             audit.add(
-                "below", Level.doubtful,
+                "below",
+                Level.doubtful,
                 f"its card says that it was trained from {shown(tuned)}, which is not its base: on the bare base it is "
-                "probably another, worse model", told,
+                "probably another, worse model",
+                told,
                 advice=f"Put that below it: --below {shown(tuned)}; and everywhere it is loaded.",
-            )  # fmt: skip
+            )
     for adapter in below:
         twice, told = holds(evidence.adapter, adapter)
         distance = origin_distance(evidence.adapter, adapter)
         if twice:
             audit.add(
-                "below", Level.wrong,
+                "below",
+                Level.wrong,
                 f"it was trained on from {adapter.path}, so it holds that adapter already, which would count twice "
-                "below it", told,
+                "below it",
+                told,
                 advice=f"Give it as --start {adapter.path} instead of --below.",
-            )  # fmt: skip
+            )
         else:
             seed = (
                 ", though both were drawn with the same seed" if distance is not None and distance < SAME_ORIGIN else ""
@@ -89,15 +98,23 @@ def check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
     """Whether it was continued from another adapter, as is claimed."""
     if evidence.stage is not None and _in_chain(evidence, start):
         if evidence.is_delta():
-            audit.add("below", Level.wrong, f"a delta does not hold {start.path}, which lay below it in training",
-                      advice=f"Give it as --below {start.path}.")  # fmt: skip
+            audit.add(
+                "below",
+                Level.wrong,
+                f"a delta does not hold {start.path}, which lay below it in training",
+                advice=f"Give it as --below {start.path}.",
+            )
         else:
             audit.add("below", Level.right, f"it holds {start.path}, as its stage.json says")
         return
     distance = origin_distance(evidence.adapter, start)
     if distance is None:
-        audit.add("below", Level.wrong, f"it was not continued from {start.path}: other modules, or another rank",
-                  advice="If that one lay below it in training, give it as --below.")  # fmt: skip
+        audit.add(
+            "below",
+            Level.wrong,
+            f"it was not continued from {start.path}: other modules, or another rank",
+            advice="If that one lay below it in training, give it as --below.",
+        )
         return
     share = held_share(evidence.adapter, start)
     told = f"‖A − A'‖ / ‖A'‖ = {distance:.3f} (independent draws: 1.41); {held(share)}"
@@ -105,8 +122,13 @@ def check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
         audit.add("below", Level.right, f"it was continued from {start.path}, and holds it", told)
     else:
         why = "it was drawn anew with the same seed" if distance < SAME_ORIGIN else "its first values were others"
-        audit.add("below", Level.wrong, f"it was not continued from {start.path}: {why}", told,
-                  advice="If that one lay below it in training, give it as --below.")  # fmt: skip
+        audit.add(
+            "below",
+            Level.wrong,
+            f"it was not continued from {start.path}: {why}",
+            told,
+            advice="If that one lay below it in training, give it as --below.",
+        )
 
 
 def check_log(evidence: Evidence, audit: Audit) -> None:
@@ -132,11 +154,14 @@ def check_log(evidence: Evidence, audit: Audit) -> None:
         )
     else:
         audit.add(
-            "reference", Level.wrong if allowed == FIRST_STEP else Level.doubtful,
+            "reference",
+            Level.wrong if allowed == FIRST_STEP else Level.doubtful,
             "its log does not begin at ln 2: the reference was not what the policy started from "
-            "(often the bare base, with the SFT adapter in the policy alone)", told, *more,
+            "(often the bare base, with the SFT adapter in the policy alone)",
+            told,
+            *more,
             advice="Train it again against the right reference; --pairs FILE with --reference measures which it was.",
-        )  # fmt: skip
+        )
 
 
 def _in_chain(evidence: Evidence, adapter: AdapterFile) -> bool:
@@ -147,20 +172,34 @@ def _our_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) -
     assert evidence.stage is not None
     for adapter in below:
         if not evidence.is_delta() and _in_chain(evidence, adapter):
-            audit.add("below", Level.wrong, f"it holds {adapter.path} already, which would count twice below it",
-                      advice="Leave --below out.")  # fmt: skip
+            audit.add(
+                "below",
+                Level.wrong,
+                f"it holds {adapter.path} already, which would count twice below it",
+                advice="Leave --below out.",
+            )
     stage, links = evidence.stage, evidence.links()
     names = [str(link.get("path")) for link in links]
     where = f"{stage.path}/stage.json: adapters {names or 'none'}"
     if evidence.is_delta():
-        audit.add("below", Level.note, f"a delta: right only with {' + '.join(names) or 'nothing'} below it", where,
-                  advice=f"Load {stage.adapter} instead, which holds the whole chain.")  # fmt: skip
+        audit.add(
+            "below",
+            Level.note,
+            f"a delta: right only with {' + '.join(names) or 'nothing'} below it",
+            where,
+            advice=f"Load {stage.adapter} instead, which holds the whole chain.",
+        )
         return
     try:
         chain = chain_of_run(stage.run, stage=stage.path.name)
     except UserError as error:
-        audit.add("below", Level.doubtful, f"the chain that it was made of is not whole any more: {error.message}", where,
-                  advice=error.hint or "")  # fmt: skip
+        audit.add(
+            "below",
+            Level.doubtful,
+            f"the chain that it was made of is not whole any more: {error.message}",
+            where,
+            advice=error.hint or "",
+        )
         return
     distance = product_distance(evidence.adapter.modules, compose(chain.adapters))
     told = f"‖adapter − composed chain‖ / ‖composed chain‖ = {distance:.1e}"
@@ -168,8 +207,14 @@ def _our_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) -
         held = f"{' + '.join(names)} and its own part in one adapter" if names else "one adapter"
         audit.add("below", Level.right, f"{held}: it belongs on the bare base", where, told)
     else:
-        audit.add("below", Level.wrong, "it is not the chain that stage.json tells of", where, told,
-                  advice="Restore the stage, or make the adapter again: zephyr-lite merge --adapter-only.")  # fmt: skip
+        audit.add(
+            "below",
+            Level.wrong,
+            "it is not the chain that stage.json tells of",
+            where,
+            told,
+            advice="Restore the stage, or make the adapter again: zephyr-lite merge --adapter-only.",
+        )
 
 
 def product_distance(one: Any, other: Any) -> float:

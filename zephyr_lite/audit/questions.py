@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..data.chat_template import ChatTemplate
-from ..data.dataset import Prepared
+from ..data.dataset import TokenizedDataset
 from ..data.formats import RowError
 from ..errors import UserError
 from ..evaluate.likelihood import pair_logps
@@ -23,7 +23,7 @@ from .measured import (
     row_sums,
     step_zero,
     with_bos,
-)  # fmt: skip
+)
 from .subject import Subject
 from .verdict import Audit, Level
 
@@ -60,15 +60,16 @@ def ask_rows(
         if key not in done:
             done[key] = row_sums(subject.decoder(names), examples, ends)
         sums[model] = done[key]
-    found.numbers["rows"] = {
-        model: {"loss": s.loss, "end_token_median": _median(s)} for model, s in sums.items()
-    } | {"count": len(examples), "template": name}  # fmt: skip
+    found.numbers["rows"] = {model: {"loss": s.loss, "end_token_median": _median(s)} for model, s in sums.items()} | {
+        "count": len(examples),
+        "template": name,
+    }
     _below(subject, sums, found)
     _end(sums, template, found)
     _bos(subject, template, rows, sums, found)
 
 
-def ask_pairs(subject: Subject, data: Prepared, beta: float, found: Audit, say: Say) -> None:
+def ask_pairs(subject: Subject, data: TokenizedDataset, beta: float, found: Audit, say: Say) -> None:
     """On preference pairs: DPO's loss before its first step, against the claimed reference and the other candidates."""
     say(f"measuring {len(data.lengths)} pairs")
 
@@ -95,23 +96,31 @@ def ask_pairs(subject: Subject, data: Prepared, beta: float, found: Audit, say: 
     if subject.claimed in itself and not ours:
         # a model against itself: true of any adapter, so that it is no evidence
         found.add(
-            "reference", Level.note,
-            f"step 0 is ln 2 by definition: {started} is taken for both what it started from and its reference", *told,
+            "reference",
+            Level.note,
+            f"step 0 is ln 2 by definition: {started} is taken for both what it started from and its reference",
+            *told,
             advice="Whether both were that, only the trainer's log shows; --start or --below, and --reference, say "
             "otherwise.",
-        )  # fmt: skip
+        )
     elif abs(claimed.loss - LN2) <= 1e-6:
         found.add("reference", Level.right, f"step 0 is ln 2 against {_called(subject.claimed, started)}", *told)
     else:
         found.add(
-            "reference", Level.wrong,
+            "reference",
+            Level.wrong,
             f"step 0 is {claimed.loss:.4f} against {_called(subject.claimed, started)}, not ln 2 ({LN2:.4f}): "
-            "training did not start from its reference", *told,
+            "training did not start from its reference",
+            *told,
             advice="Train it again with what the policy starts from as the reference (zephyr-lite dpo does).",
-        )  # fmt: skip
+        )
     if found.method == "dpo" and claimed.accuracy + 2 * claimed.accuracy_error < 0.5:
-        found.add("reference", Level.doubtful, "against that reference it prefers the rejected answers",
-                  advice="Another reference, other pairs, or swapped columns.")  # fmt: skip
+        found.add(
+            "reference",
+            Level.doubtful,
+            "against that reference it prefers the rejected answers",
+            advice="Another reference, other pairs, or swapped columns.",
+        )
 
 
 def _called(name: str, started: str) -> str:
@@ -144,8 +153,13 @@ def _template(subject: Subject, templates: dict[str, ChatTemplate], rows: list[M
     if not templates:
         raise UserError("no chat template can be rendered.", "Name one with --chat-template.")
     if "own" in texts and "base" in texts:
-        found.add("template", Level.note, "its chat template is another than the base's",
-                  f"own {texts['own']!r}", f"base {texts['base']!r}")  # fmt: skip
+        found.add(
+            "template",
+            Level.note,
+            "its chat template is another than the base's",
+            f"own {texts['own']!r}",
+            f"base {texts['base']!r}",
+        )
     with_it: dict[str, RowSums] = {}
     without: dict[str, RowSums] = {}
     for name, template in templates.items():
@@ -168,11 +182,13 @@ def _template(subject: Subject, templates: dict[str, ChatTemplate], rows: list[M
         change = change_of_gap(with_it[best], with_it["own"], without[best], without["own"])
         if change.clear and change.mean > OTHER_TEMPLATE and gap(with_it[best], with_it["own"]).clear:
             found.add(
-                "template", Level.doubtful,
+                "template",
+                Level.doubtful,
                 f"it answers better under the template {best} than under its own: it was probably trained with that",
-                *told, f"{best} gains over its own by what the adapter changed: {change}",
+                *told,
+                f"{best} gains over its own by what the adapter changed: {change}",
                 advice=f"Compare the two; --chat-template {best} measures everything under that one.",
-            )  # fmt: skip
+            )
             return "own"
     found.add("template", Level.right, no_other_template(best), *told)
     return "own"
@@ -189,23 +205,44 @@ def _below(subject: Subject, sums: dict[str, RowSums], found: Audit) -> None:
                 "below", Level.right, "on the bare base it does worse than on what lies below it", *told, f"by {lost}"
             )
         elif gap(sums["alone"], sums["policy"]).clear:
-            found.add("below", Level.doubtful, "it does better on the bare base: what is given as below probably was not",
-                      *told, advice="Leave --below out, or name another.")  # fmt: skip
+            found.add(
+                "below",
+                Level.doubtful,
+                "it does better on the bare base: what is given as below probably was not",
+                *told,
+                advice="Leave --below out, or name another.",
+            )
         else:
             found.add("below", Level.note, "these conversations do not tell whether something lay below it", *told)
         return
     worse = gap(sums["base"], sums["policy"])
     if worse.clear and found.method == "sft":
-        found.add("below", Level.doubtful, "with it conversations become less likely than on the bare base", *told,
-                  f"by {worse}", advice="Is this its base? Does an adapter belong below it (--below)?")  # fmt: skip
+        found.add(
+            "below",
+            Level.doubtful,
+            "with it conversations become less likely than on the bare base",
+            *told,
+            f"by {worse}",
+            advice="Is this its base? Does an adapter belong below it (--below)?",
+        )
     elif worse.clear:
-        found.add("below", Level.note, "with it conversations become less likely than on the bare base, as DPO may do",
-                  *told, f"by {worse}")  # fmt: skip
+        found.add(
+            "below",
+            Level.note,
+            "with it conversations become less likely than on the bare base, as DPO may do",
+            *told,
+            f"by {worse}",
+        )
     elif gap(sums["policy"], sums["base"]).clear:
         found.add("below", Level.right, "it makes conversations likelier than the bare base does", *told)
     else:
-        found.add("below", Level.note, "with it these conversations are neither clearly likelier nor less likely than on "
-                  "the bare base", *told, advice="Does an adapter belong below it (--below)?")  # fmt: skip
+        found.add(
+            "below",
+            Level.note,
+            "with it these conversations are neither clearly likelier nor less likely than on the bare base",
+            *told,
+            advice="Does an adapter belong below it (--below)?",
+        )
 
 
 def _end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -> None:
@@ -218,10 +255,13 @@ def _end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -> None
     if policy < NEVER:
         pad = template.tokenizer.pad_token_id in template.end_token_ids
         found.add(
-            "end", Level.wrong, "it never learned to end an answer: it will talk on until it is cut off", told,
+            "end",
+            Level.wrong,
+            "it never learned to end an answer: it will talk on until it is cut off",
+            told,
             *(["the pad token is the end token: a collator that masks padding masks every end, too"] if pad else []),
             advice="Does an adapter belong below it (--below)? Else train again with the end token supervised.",
-        )  # fmt: skip
+        )
     elif policy < HARDLY:
         found.add("end", Level.doubtful, "it has hardly learned to end an answer", told)
     else:
@@ -257,16 +297,22 @@ def _bos(
     if better_by:
         best = max(better_by, key=lambda count: better_by[count])
         times = {0: "without BOS", 1: "with BOS", 2: "with BOS twice"}[best]
-        found.add("bos", Level.doubtful, f"it does better {times}: it was probably trained so", *told,
-                  advice="Train it again on rows with BOS once, or serve it as it was trained.")  # fmt: skip
+        found.add(
+            "bos",
+            Level.doubtful,
+            f"it does better {times}: it was probably trained so",
+            *told,
+            advice="Train it again on rows with BOS once, or serve it as it was trained.",
+        )
     else:
         found.add("bos", Level.right, f"BOS stands {'once' if right else 'nowhere'}, as it was trained", *told)
     if again > 1:
         found.add(
-            "bos", Level.note,
+            "bos",
+            Level.note,
             f"its template writes BOS, and its tokenizer adds another: who tokenizes the rendered text gets {again}",
             advice="Use apply_chat_template(tokenize=True), or add_special_tokens=False.",
-        )  # fmt: skip
+        )
 
 
 def _median(sums: RowSums) -> float | None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from ..config.load import DatasetSpec, RunConfig
 from ..data.chat_template import ChatTemplate, resolve_template
-from ..data.dataset import Prepared, prepare
+from ..data.dataset import TokenizedDataset, prepare
 from ..data.load import load_rows
 from ..data.templates import NEEDED_TOKENS, TEMPLATES
 from ..demo import CONVERSATIONS_TEST
@@ -105,8 +105,12 @@ def _templates(request: Request, subject: Subject, found: Audit) -> dict[str, Ch
             topic = "bos" if "BOS" in error.message else "template"
             found.add(topic, Level.wrong, error.message, advice=error.hint or "")
     else:
-        found.add("template", Level.doubtful, f"{folder}: no chat template was saved with it",
-                  advice="See below which one fits, and save it with the tokenizer.")  # fmt: skip
+        found.add(
+            "template",
+            Level.doubtful,
+            f"{folder}: no chat template was saved with it",
+            advice="See below which one fits, and save it with the tokenizer.",
+        )
     for name in TEMPLATES:
         fresh = load_tokenizer(folder)  # resolve_template sets the template on the tokenizer
         if set(NEEDED_TOKENS[name]) <= set(fresh.get_vocab()):
@@ -139,7 +143,7 @@ def _messages(specs: list[DatasetSpec]) -> list[Messages]:
     return [row["messages"] for row in load_rows(specs, "sft", seed=0).values()]
 
 
-def _pairs(request: Request, evidence: Evidence, template: ChatTemplate) -> Prepared:
+def _pairs(request: Request, evidence: Evidence, template: ChatTemplate) -> TokenizedDataset:
     length = evidence.settings.get("max_length") if evidence.method == "dpo" else None
     config = RunConfig(
         max_length=int(length or 1024), max_prompt_length=int(evidence.settings.get("max_prompt_length") or 512)

@@ -120,8 +120,12 @@ def load_subject(
         return None
     known = (described or {}).get("fingerprint")
     if request.base is None and known is not None and not is_fingerprint_of(known, loaded.path):
-        found.add("base", Level.wrong, f"{loaded.path} is not the model that it was trained on: its files changed since",
-                  advice="Restore them.")  # fmt: skip
+        found.add(
+            "base",
+            Level.wrong,
+            f"{loaded.path} is not the model that it was trained on: its files changed since",
+            advice="Restore them.",
+        )
     lower, own_start = list(below), [start] if start is not None else []
     if evidence.stage is not None and not below and start is None and evidence.links():
         try:

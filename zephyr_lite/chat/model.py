@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..data.formats import RowError
 from ..errors import UserError
-from ..model.loaded import Live, open_live
+from ..model.loaded import LoadedModel, open_live
 from ..model.sampling import RowLimits, RowSampler, Sampled, Sampling
 
 Message = dict[str, str]
@@ -28,7 +28,7 @@ class Chat:
         adapters: names of the adapters, from the bottom up.
     """
 
-    def __init__(self, live: Live) -> None:
+    def __init__(self, live: LoadedModel) -> None:
         self.live, self.stack, self.template, self.dtype = live, live.stack, live.template, live.dtype
 
     @property

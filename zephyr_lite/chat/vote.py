@@ -75,8 +75,13 @@ class Ballot:
             if answer.text == chosen.text or not answer.text or not chosen.text:
                 continue
             sides = [[*prompt, {"role": "assistant", "content": side.text}] for side in (chosen, answer)]
-            vote = {"chosen_model": models[liked], "rejected_model": model, "source": self._source,
-                    "chosen_finish": chosen.finish, "rejected_finish": answer.finish}  # fmt: skip
+            vote = {
+                "chosen_model": models[liked],
+                "rejected_model": model,
+                "source": self._source,
+                "chosen_finish": chosen.finish,
+                "rejected_finish": answer.finish,
+            }
             first = next(turn["content"] for turn in prompt if turn["role"] == "user")
             rows.append({"prompt": first, "chosen": sides[0], "rejected": sides[1], "vote": vote})
             others.append(model)

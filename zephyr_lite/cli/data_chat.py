@@ -68,10 +68,18 @@ def chat(
     # the report and dropped.tsv name them
     refuse_secrets({"SOURCE": source, "--decontaminate": decontaminate or []}, "the command line")
     options = Options(
-        truecase=truecase, refusals=refusals, near=near or None, min_turns=min_turns, min_words=min_words,
-        max_words=max_words, decontaminate=tuple(decontaminate or ()), ngram=ngram, test=test, lexicon=lexicon,
+        truecase=truecase,
+        refusals=refusals,
+        near=near or None,
+        min_turns=min_turns,
+        min_words=min_words,
+        max_words=max_words,
+        decontaminate=tuple(decontaminate or ()),
+        ngram=ngram,
+        test=test,
+        lexicon=lexicon,
         file_format=file_format.value,
-    )  # fmt: skip
+    )
     with interruptible():
         report = clean_chat(source, out, options, split=split, num_proc=num_proc, overwrite=overwrite, say=console.say)
     if report is None:

@@ -100,9 +100,13 @@ def pairs(
         [DatasetSpec(path=name, split=split) for name in inputs],
         out,
         PairRules(chosen_by.value, rejected.value, 1.0 if margin is None else margin, system_prompt.value, seed),
-        exclude=exclude or [], test=test, file_format=file_format.value, num_proc=num_proc, overwrite=overwrite,
+        exclude=exclude or [],
+        test=test,
+        file_format=file_format.value,
+        num_proc=num_proc,
+        overwrite=overwrite,
         say=console.say,
-    )  # fmt: skip
+    )
     if report is None:
         console.say(f"{out} is complete already.")
     else:

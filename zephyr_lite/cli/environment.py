@@ -19,9 +19,17 @@ from ..memory.needs import GB, MISTRAL, MISTRAL_SHAPE
 from ..model.allocator import is_wsl
 
 PACKAGES = (
-    "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors", "trl", "triton",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "trl",
+    "triton",
     "unsloth",
-)  # fmt: skip
+)
 # Mistral in 16 bits, both data sets as they come and converted, and a merged model
 RECIPE_DISK = 40 * GB
 HUB_SECONDS = 15
@@ -54,9 +62,20 @@ class Finding:
 def survey() -> list[Finding]:
     """Everything, in a fixed order. Nothing here fails: what cannot be found out is a finding too."""
     checks: tuple[Callable[[], Finding], ...] = (
-        _system, _packages, _torch, _attention, _kernels, _quantization, _token, _gate, _disk, _quantized, _memory, _demo,
+        _system,
+        _packages,
+        _torch,
+        _attention,
+        _kernels,
+        _quantization,
+        _token,
+        _gate,
+        _disk,
+        _quantized,
+        _memory,
+        _demo,
         _afterwards,
-    )  # fmt: skip
+    )
     findings = []
     for check in checks:
         try:

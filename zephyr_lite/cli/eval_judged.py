@@ -105,9 +105,12 @@ def mt_bench(
     from ..evaluate.mt_bench.run import dry_run_lines, notes, prepare, run_mt_bench
 
     read = read_questions(
-        settings.questions, references=settings.references, prompts=settings.judge_prompts,
-        categories=settings.categories, limit=settings.limit,
-    )  # fmt: skip
+        settings.questions,
+        references=settings.references,
+        prompts=settings.judge_prompts,
+        categories=settings.categories,
+        limit=settings.limit,
+    )
     answering, folder = prepare(settings)
     console.say(read.note())
     _say_who(answering)
@@ -120,9 +123,12 @@ def mt_bench(
     from ..recipe.feedback.estimate import priced
     from ..recipe.feedback.meter import Meter
 
-    with _kept(folder / KIND), Meter(
-        console.out, len(read.questions) * len(answering.specs), "questions", priced(answering.endpoints())
-    ) as meter:  # fmt: skip
+    with (
+        _kept(folder / KIND),
+        Meter(
+            console.out, len(read.questions) * len(answering.specs), "questions", priced(answering.endpoints())
+        ) as meter,
+    ):
         result = run_mt_bench(settings, read, answering, folder, meter, say=console.say)
     console.table(*table(result.models))
     console.say("mean grade of both turns (turn 1 / turn 2), 1 to 10")
@@ -173,11 +179,24 @@ def alpaca(
     """AlpacaEval: a judge compares answers to 805 instructions with a baseline's; or score files of AlpacaEval's."""
     if annotations is not None:
         given = {
-            "SOURCE": source, "--stage": stage, "--adapter": adapters, "--base": base, "--chat-template": chat_template,
-            "--config": config, "--model": model, "--judge": judge, "--instructions": instructions, "--limit": limit,
-            "--temperature": temperature, "--max-new-tokens": max_new_tokens, "--concurrency": concurrency,
-            "--seed": seed, "--max-requests": max_requests, "--max-tokens": max_tokens, "--dry-run": dry_run or None,
-        }  # fmt: skip
+            "SOURCE": source,
+            "--stage": stage,
+            "--adapter": adapters,
+            "--base": base,
+            "--chat-template": chat_template,
+            "--config": config,
+            "--model": model,
+            "--judge": judge,
+            "--instructions": instructions,
+            "--limit": limit,
+            "--temperature": temperature,
+            "--max-new-tokens": max_new_tokens,
+            "--concurrency": concurrency,
+            "--seed": seed,
+            "--max-requests": max_requests,
+            "--max-tokens": max_tokens,
+            "--dry-run": dry_run or None,
+        }
         if needless := [name for name, value in given.items() if value not in (None, [])]:
             raise UserError(
                 f"--annotations are verdicts already: nothing is asked, and {needless[0]} changes nothing.",

@@ -13,7 +13,7 @@ from .options import AdapterBase, Adapters, ChatTemplateOption, EvalOut, Source,
 
 if TYPE_CHECKING:
     from ..evaluate.rows import HeldOut
-    from ..model.loaded import Live
+    from ..model.loaded import LoadedModel
 
 console = Console()
 
@@ -99,7 +99,7 @@ def _open(
     split: str | None,
     limit: int | None,
     out: Path | None,
-) -> tuple[Live, HeldOut, Path]:
+) -> tuple[LoadedModel, HeldOut, Path]:
     """The models, the rows, and the folder of the result, which is known to be there before anything is computed."""
     from ..evaluate.results import claim_folder, result_folder
     from ..evaluate.rows import held_out
@@ -125,7 +125,7 @@ def _explain_intervals(rows: HeldOut, confidence: float, resamples: int) -> None
         console.say(f"in brackets: {confidence:.1%} intervals, {resamples:,} bootstrap draws over {n:,} {unit}s")
 
 
-def _keep(folder: Path, kind: str, result: Any, live: Live) -> None:
+def _keep(folder: Path, kind: str, result: Any, live: LoadedModel) -> None:
     """Write the result; one that was interrupted lies beside, and replaces no complete one.
 
     Raises:

@@ -76,9 +76,19 @@ def merge(
     given = {"--out": str(out), "--run": str(run or ""), "--adapter": adapter or [], "--base": base or ""}
     refuse_secrets(given, "the command line")
     run_merge(
-        out, run=run, stage=stage, adapters=adapter or [], base=base, onto=onto.value, as_adapter=adapter_only,
-        overwrite=overwrite, check=check, both=measure, rows=rows, say=console.say,
-    )  # fmt: skip
+        out,
+        run=run,
+        stage=stage,
+        adapters=adapter or [],
+        base=base,
+        onto=onto.value,
+        as_adapter=adapter_only,
+        overwrite=overwrite,
+        check=check,
+        both=measure,
+        rows=rows,
+        say=console.say,
+    )
     if model_card and not _is_newer(out / CARD, out / MARK):
         console.say(f"model card: {write_card(out, say=console.say)}")
     if push_to_hub is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ..config.load import RunConfig
-from ..data.dataset import DataReport, Prepared, prepare
+from ..data.dataset import DataReport, TokenizedDataset, prepare
 from ..data.packing import best_fit
 from ..train.steps import step_schedule
 from .trained_rows import TrainedRows, example_column, example_places
@@ -108,9 +108,16 @@ def measure(opened: TrainedRows) -> RowStats:
         uncut = prepare(opened.specs, opened.method, free, opened.template, what=data.report.what)
     per_epoch, steps = step_schedule(config, len(data.rows))
     stats = RowStats(
-        opened.method, config, data.report, Lengths("conversation", uncut.lengths), rows=len(data.rows),
-        per_epoch=per_epoch, steps=steps, sources=_sources(data), cut_places=_cut_places(data),
-    )  # fmt: skip
+        opened.method,
+        config,
+        data.report,
+        Lengths("conversation", uncut.lengths),
+        rows=len(data.rows),
+        per_epoch=per_epoch,
+        steps=steps,
+        sources=_sources(data),
+        cut_places=_cut_places(data),
+    )
     if opened.method == "sft":
         stats.budgets = _budgets(uncut, config) if data.report.what == "training" else []
         return stats
@@ -121,11 +128,11 @@ def measure(opened: TrainedRows) -> RowStats:
     return stats
 
 
-def _list_lengths(data: Prepared, name: str) -> np.ndarray:
+def _list_lengths(data: TokenizedDataset, name: str) -> np.ndarray:
     return pc.list_value_length(example_column(data, name)).to_numpy().astype(np.int64)
 
 
-def _cut_places(data: Prepared) -> list[tuple[str, int]]:
+def _cut_places(data: TokenizedDataset) -> list[tuple[str, int]]:
     if not data.report.cut:
         return []
     cut = example_column(data, "cut").to_numpy() > 0
@@ -133,7 +140,7 @@ def _cut_places(data: Prepared) -> list[tuple[str, int]]:
     return [(places[index], int(lost[index])) for index in np.flatnonzero(cut)]
 
 
-def _sources(data: Prepared) -> dict[str, SourceStats]:
+def _sources(data: TokenizedDataset) -> dict[str, SourceStats]:
     """By what stands before "row N" in each place, in the order of appearance."""
     result: dict[str, SourceStats] = {}
     columns = [example_column(data, name).to_numpy() for name in ("length", "supervised", "cut")]
@@ -152,7 +159,7 @@ def _source(place: str) -> str:
     return place.rpartition(" row ")[0]
 
 
-def _budgets(uncut: Prepared, config: RunConfig) -> list[Budget]:
+def _budgets(uncut: TokenizedDataset, config: RunConfig) -> list[Budget]:
     """A quarter to four times ``max_length``, up to the first that cuts nothing."""
     own, lengths = config.max_length, uncut.lengths
     sizes = [size for size in (own // 4, own // 2, own, own * 2, own * 4) if size >= 2]
@@ -165,16 +172,23 @@ def _budgets(uncut: Prepared, config: RunConfig) -> list[Budget]:
         short = np.minimum(lengths[kept], max_length)
         rows = len(best_fit(short, max_length))
         cut = kept & (lengths > max_length)
-        found.append(Budget(
-            max_length, int((~kept).sum()), int(cut.sum()), int((within[-1] - inside)[cut].sum()), rows,
-            float(short.sum() / (rows * max_length)), step_schedule(config, rows)[1],
-        ))  # fmt: skip
+        found.append(
+            Budget(
+                max_length,
+                int((~kept).sum()),
+                int(cut.sum()),
+                int((within[-1] - inside)[cut].sum()),
+                rows,
+                float(short.sum() / (rows * max_length)),
+                step_schedule(config, rows)[1],
+            )
+        )
         if not cut.any() and kept.all() and max_length >= own:
             break
     return found
 
 
-def _supervised_within(data: Prepared, sizes: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
+def _supervised_within(data: TokenizedDataset, sizes: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
     """[n] int64 for each size and, last, for the whole: supervised tokens among an example's first ones. And [n] int64:
     the place of its first supervised token."""
     masks = data.examples.columns("mask")

@@ -84,9 +84,10 @@ def _lengths(stats: RowStats, width: int, colour: bool) -> Iterator[Text]:
         beyond = low > limit
         bar = _bar(count / most * size, colour)
         yield Text.assemble(
-            f"  {label:>{room}}  ", (f"{bar:<{size}}", "yellow" if beyond else "green"),
+            f"  {label:>{room}}  ",
+            (f"{bar:<{size}}", "yellow" if beyond else "green"),
             f"  {count:>9,}  {count / len(whole):>6.1%}  {seen / len(whole):>6.1%}" + ("  cut" if beyond else ""),
-        )  # fmt: skip
+        )
 
 
 def _bar(cells: float, colour: bool) -> str:
@@ -112,10 +113,18 @@ def _budgets(stats: RowStats) -> Iterator[Text]:
     rows = []
     for budget in stats.budgets:
         own = " ←" if budget.max_length == stats.config.max_length else ""
-        rows.append([
-            f"{budget.max_length:,}{own}", f"{budget.left_out:,}", f"{budget.cut:,}", f"{budget.cut / count:.1%}",
-            f"{budget.lost:,}", f"{budget.rows:,}", f"{budget.fill:.1%}", f"{budget.steps:,}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{budget.max_length:,}{own}",
+                f"{budget.left_out:,}",
+                f"{budget.cut:,}",
+                f"{budget.cut / count:.1%}",
+                f"{budget.lost:,}",
+                f"{budget.rows:,}",
+                f"{budget.fill:.1%}",
+                f"{budget.steps:,}",
+            ]
+        )
     head = ["max_length", "left out", "cut", "share", "supervised lost", "packed rows", "full", "steps"]
     yield from _table(head, rows)
 
@@ -124,11 +133,16 @@ def _sources(stats: RowStats) -> Iterator[Text]:
     total = sum(source.tokens for source in stats.sources.values())
     rows = [
         [
-            name, f"{s.kept:,}", f"{s.left_out:,}", f"{s.cut:,}", f"{s.tokens:,}", f"{s.tokens / max(1, total):.1%}",
+            name,
+            f"{s.kept:,}",
+            f"{s.left_out:,}",
+            f"{s.cut:,}",
+            f"{s.tokens:,}",
+            f"{s.tokens / max(1, total):.1%}",
             f"{s.supervised:,}",
         ]
         for name, s in stats.sources.items()
-    ]  # fmt: skip
+    ]
     yield from _table(["source", "kept", "left out", "cut", "tokens", "share", "supervised"], rows)
 
 

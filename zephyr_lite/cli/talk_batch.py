@@ -60,9 +60,11 @@ def _usable(session: Session, prompts: list[str]) -> tuple[list[tuple[int, Any, 
         except RowError as error:
             refused[place] = str(error)
             continue
-        room = session.settings.max_new_tokens if context is None else min(
-            session.settings.max_new_tokens, context - len(ids)
-        )  # fmt: skip
+        room = (
+            session.settings.max_new_tokens
+            if context is None
+            else min(session.settings.max_new_tokens, context - len(ids))
+        )
         if room < 1:
             refused[place] = f"{len(ids):,} tokens; the model's context is {context:,}"
         else:

@@ -275,10 +275,17 @@ class Talk:
             self._number(name, rest)
             return True
         known: dict[str, Callable[[str], None]] = {
-            "/help": self._help, "/?": self._help, "/system": self._system, "/settings": self._settings,
-            "/undo": self._undo, "/retry": self._retry, "/reset": self._reset, "/history": self._history,
-            "/save": self._save, "/model": self._model,
-        }  # fmt: skip
+            "/help": self._help,
+            "/?": self._help,
+            "/system": self._system,
+            "/settings": self._settings,
+            "/undo": self._undo,
+            "/retry": self._retry,
+            "/reset": self._reset,
+            "/history": self._history,
+            "/save": self._save,
+            "/model": self._model,
+        }
         if name not in known:
             raise UserError(
                 f"there is no command {visible(name)[:40]}.", "/help lists them; // begins a question with a slash."

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from ..config.load import DatasetSpec, Method, RunConfig
 from ..data.chat_template import ChatTemplate
-from ..data.dataset import Prepared, prepare
+from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..memory.planned import stages_of
@@ -37,7 +37,7 @@ class TrainedRows:
     config: RunConfig
     template: ChatTemplate
     specs: list[DatasetSpec]
-    data: Prepared
+    data: TokenizedDataset
     notes: list[str] = field(default_factory=list)
 
 
@@ -90,12 +90,12 @@ def _frozen(method: Method, config: RunConfig, notes: list[str]) -> list[Adapter
     return adapters_below(method, config, stage, notes.append)
 
 
-def example_places(data: Prepared) -> list[str]:
+def example_places(data: TokenizedDataset) -> list[str]:
     """The place ("train.jsonl row 17") of the data row that each example was made of."""
     return example_column(data, "where").to_pylist()
 
 
-def example_column(data: Prepared, name: str) -> pa.ChunkedArray:
+def example_column(data: TokenizedDataset, name: str) -> pa.ChunkedArray:
     """A column of the prepared table, beside ids and masks: where, length, supervised, lost, cut."""
     return data.examples.columns(name)[:].column(name)
 

@@ -180,8 +180,13 @@ _VALUES: dict[str, dict[Any, Any]] = {
 }
 # null is TRL's "not set" of these
 _UNSET = (
-    "model_revision", "chat_template", "lora_target_modules", "warmup_ratio", "save_total_limit", "hub_private_repo",
-)  # fmt: skip
+    "model_revision",
+    "chat_template",
+    "lora_target_modules",
+    "warmup_ratio",
+    "save_total_limit",
+    "hub_private_repo",
+)
 PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # of a batch
 
 

@@ -21,7 +21,7 @@ def find_config(name: str) -> Path:
     refuse_special(path, name)
     if is_file(path):
         return path
-    shipped = shipped_configs()
+    shipped = preset_configs()
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
     raise not_found(f"configuration {name[:300]}", path, f"a shipped one: {', '.join(shipped)}")
@@ -42,7 +42,7 @@ def not_found(what: str, path: Path, known: str) -> UserError:
     )
 
 
-def shipped_configs(kind: str = "stages") -> dict[str, Path]:
+def preset_configs(kind: str = "stages") -> dict[str, Path]:
     """{name: path} of the YAML files that travel with the package.
 
     Args:

@@ -123,9 +123,11 @@ class RunConfig(BaseModel):
     )
     # optimization
     batch_size: int = Field(
-        8, ge=1, le=2**20,
+        8,
+        ge=1,
+        le=2**20,
         description="packed rows (sft) or pairs (dpo) in one optimizer step; how many run at once is planned",
-    )  # fmt: skip
+    )
     num_train_epochs: float = Field(
         1, gt=0, le=10**6, description="how often every row is seen; 0.5: half of the rows, once"
     )
@@ -174,10 +176,12 @@ class RunConfig(BaseModel):
         None, ge=1, lt=2**31, description="stop after so many evaluations without a new best"
     )
     samples: int = Field(
-        1, ge=0, le=64,
+        1,
+        ge=0,
+        le=64,
         description="held-out prompts that the model answers at the start and at every evaluation, for the console and the "
         "report",
-    )  # fmt: skip
+    )
     sample_tokens: int = Field(64, ge=1, le=2**20, description="how long such an answer may get")
     report_to: list[str] = Field(
         [], description="trackers: tensorboard, wandb, trackio and the others that transformers knows"

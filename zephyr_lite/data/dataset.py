@@ -126,7 +126,7 @@ class Examples(Sequence[Any]):
 
 
 @dataclass
-class Prepared:
+class TokenizedDataset:
     """Data as a stage trains on it.
 
     Attributes:
@@ -151,7 +151,7 @@ def prepare(
     template: ChatTemplate,
     *,
     what: str = "training",
-) -> Prepared:
+) -> TokenizedDataset:
     """Load, tokenize, cut and pack.
 
     Args:
@@ -216,7 +216,7 @@ def prepare(
     report.tokens, report.supervised = int(lengths.sum()), int(stats["supervised"][kept].sum())
     report.fill = report.tokens / (len(packed) * config.max_length) if method == "sft" else None
     report.longest = int(lengths.max())
-    return Prepared(Examples(table, method), lengths, packed, report, _fingerprint(table, method, template))
+    return TokenizedDataset(Examples(table, method), lengths, packed, report, _fingerprint(table, method, template))
 
 
 def _cure(dropped: dict[str, list[str]], config: RunConfig) -> str:

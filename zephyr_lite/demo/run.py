@@ -12,7 +12,7 @@ from typing import Any
 
 from ..chat import load_chat
 from ..config.load import DatasetSpec, RunConfig, load_config
-from ..data.dataset import Prepared, prepare
+from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
 from ..evaluate.likelihood import chat_loss, pair_logps
 from ..io.atomic import file_aside, make_folder, sweep, write_json
@@ -111,28 +111,40 @@ def _demo(
     say("[1/4] dSFT: conversations")
     _stage(
         run_sft,
-        load_config("sft", str(Path(__file__).with_name("sft.yaml")), [
-            *common, f"dataset.path={CONVERSATIONS}", f"eval_dataset.path={CONVERSATIONS_TEST}", *overrides
-        ]),
-        timed, say, on_metrics,
-    )  # fmt: skip
+        load_config(
+            "sft",
+            str(Path(__file__).with_name("sft.yaml")),
+            [*common, f"dataset.path={CONVERSATIONS}", f"eval_dataset.path={CONVERSATIONS_TEST}", *overrides],
+        ),
+        timed,
+        say,
+        on_metrics,
+    )
     say("[2/4] dDPO: preferences")
     _stage(
         run_dpo,
-        load_config("dpo", str(Path(__file__).with_name("dpo.yaml")), [
-            *common, f"dataset.path={train_pairs}", f"eval_dataset.path={test_pairs}", *overrides
-        ]),
-        timed, say, on_metrics,
-    )  # fmt: skip
+        load_config(
+            "dpo",
+            str(Path(__file__).with_name("dpo.yaml")),
+            [*common, f"dataset.path={train_pairs}", f"eval_dataset.path={test_pairs}", *overrides],
+        ),
+        timed,
+        say,
+        on_metrics,
+    )
     say("[3/4] merge")
     chain = chain_of_run(out)
     merged = timed(
         "merge",
         lambda: merge(
-            folder, chain.adapters, out / "merged", tokenizer_from=chain.tokenizer_from, lineage=chain.lineage(),
+            folder,
+            chain.adapters,
+            out / "merged",
+            tokenizer_from=chain.tokenizer_from,
+            lineage=chain.lineage(),
             overwrite=True,
         ),
-    )  # fmt: skip
+    )
     for line in merged.lines():
         say(line)
     say("[4/4] answers and held-out rows: base, SFT, DPO")
@@ -140,10 +152,15 @@ def _demo(
     info = StageDir(out / "dpo").info() or {}
     reward_accuracy = info["result"]["evaluations"][-1]["eval_rewards/accuracies"]
     result = DemoResult(standings, reward_accuracy, merged, seconds)
-    write_json(out / "demo.json", {
-        "standings": {k: asdict(v) for k, v in standings.items()},
-        "questions": list(QUESTIONS), "reward_accuracy": reward_accuracy, "seconds": seconds,
-    })  # fmt: skip
+    write_json(
+        out / "demo.json",
+        {
+            "standings": {k: asdict(v) for k, v in standings.items()},
+            "questions": list(QUESTIONS),
+            "reward_accuracy": reward_accuracy,
+            "seconds": seconds,
+        },
+    )
     return result
 
 
@@ -216,6 +233,6 @@ def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Stan
     return result
 
 
-def _preference_accuracy(decoder: Decoder, data: Prepared) -> float:
+def _preference_accuracy(decoder: Decoder, data: TokenizedDataset) -> float:
     means = pair_logps(decoder, data).means()
     return (means[:, 0] > means[:, 1]).double().mean().item()

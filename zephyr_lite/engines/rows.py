@@ -12,7 +12,7 @@ from trl import DPOTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..data.dataset import Prepared
+from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..model.adapters import AdapterStack
 from ..model.peft_io import read_adapter
@@ -24,13 +24,13 @@ START_TOLERANCE = {True: 1e-4, False: 5e-2}
 LENGTHS = "packed_seq_lengths"  # what Unsloth's attention calls the lengths of a packed row's sequences
 
 
-def places(data: Prepared) -> datasets.Dataset:
+def places(data: TokenizedDataset) -> datasets.Dataset:
     """A data set of places; the collators read the rows themselves, so that nothing is copied. The fingerprint is there
     because TRL keeps reference log-probabilities under a hash of the data set's content."""
     return datasets.Dataset.from_dict({"place": range(len(data.rows)), "of": [data.fingerprint] * len(data.rows)})
 
 
-def targets(data: Prepared) -> int:
+def targets(data: TokenizedDataset) -> int:
     """Supervised tokens of all conversations."""
     return sum(int(e.mask[1:].sum()) for e in data.examples)
 
@@ -89,7 +89,9 @@ class Rows(DataCollatorForLanguageModeling):
         with_lengths: say in a packed batch how long its conversations are, int32 [conversations].
     """
 
-    def __init__(self, parts: Sequence[Prepared], pad: int, *, packed: bool, with_lengths: bool = False) -> None:
+    def __init__(
+        self, parts: Sequence[TokenizedDataset], pad: int, *, packed: bool, with_lengths: bool = False
+    ) -> None:
         super().__init__(pad_token_id=pad, padding_free=packed)
         self.parts = {data.fingerprint: data for data in parts}
         self.with_lengths = packed and with_lengths
@@ -112,7 +114,7 @@ class Rows(DataCollatorForLanguageModeling):
 class Pairs(DataCollatorForPreference):
     """TRL's collator, fed with pairs; tokens of a response that nobody supervises are no completion."""
 
-    def __init__(self, parts: Sequence[Prepared], pad: int) -> None:
+    def __init__(self, parts: Sequence[TokenizedDataset], pad: int) -> None:
         super().__init__(pad_token_id=pad)
         self.parts = {data.fingerprint: data for data in parts}
 

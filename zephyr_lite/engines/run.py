@@ -38,7 +38,7 @@ from ..train.objective import Outcome
 from ..train.observer import Observer, Observers
 from ..train.optim import make_optimizer, make_scheduler
 from ..train.recorder import OnMetrics, Order, Recorder
-from ..train.setup import close_stage, open_stage
+from ..train.setup import save_stage, setup_stage
 from ..train.stage import Say, Stage
 from ..train.steps import step_schedule
 from . import trl, unsloth
@@ -61,13 +61,13 @@ def run_baseline(
     micro-batches), and its ``num_tokens`` counts a pair's prompt twice, because it computes it twice.
 
     Raises:
-        UserError: as ``setup.open_stage``; Unsloth cannot run here; TRL has no such loss; the loss is not finite.
+        UserError: as ``setup.setup_stage``; Unsloth cannot run here; TRL has no such loss; the loss is not finite.
         StageComplete: the stage is finished.
     """
     if loaded.config.engine == "unsloth":
         start_unsloth()
     _supported(method, loaded.config)
-    stage = open_stage(method, loaded, say=say)
+    stage = setup_stage(method, loaded, say=say)
     torch.set_num_threads(stage.plan.threads)
     reset_peak_memory(stage.base.device)
     trainer, recorder = make_trainer(stage, say=say, on_metrics=on_metrics)
@@ -95,10 +95,16 @@ def run_baseline(
         if state.best_metric is not None and state.best_global_step:
             best = (float(state.best_metric), int(state.best_global_step))
         outcome = Outcome(
-            state.global_step, recorder.last, best, time.perf_counter() - started, recorder.left_out.watch.count,
-            recorder.evaluations, recorder.warnings, stop.name,
-        )  # fmt: skip
-        close_stage(stage, outcome, say=say, own=AdapterStack(trainer.model).weights(ADAPTER))
+            state.global_step,
+            recorder.last,
+            best,
+            time.perf_counter() - started,
+            recorder.left_out.watch.count,
+            recorder.evaluations,
+            recorder.warnings,
+            stop.name,
+        )
+        save_stage(stage, outcome, say=say, own=AdapterStack(trainer.model).weights(ADAPTER))
         recorder.observer.ends(stage, outcome)
         stopped_at_the_end(stage, outcome)
     return outcome

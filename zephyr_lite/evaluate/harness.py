@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..io.run_dir import read_json
 from ..io.stage_info import text_sha256
 from ..io.words import duration, short
-from ..model.loaded import Live, Say
+from ..model.loaded import LoadedModel, Say
 
 # task → shots and the metric that was published
 PAPER: dict[str, tuple[int, str]] = {
@@ -185,7 +185,7 @@ def _own_tasks() -> Any:
 
 
 def evaluate_harness(
-    live: Live,
+    live: LoadedModel,
     tasks: Sequence[TaskSpec],
     settings: HarnessSettings,
     manager: Any,
@@ -254,7 +254,7 @@ def _load(manager: Any, task: TaskSpec) -> Any:
     return loaded
 
 
-def _run(live: Live, loaded: Any, settings: HarnessSettings, batch: int | str) -> Any:
+def _run(live: LoadedModel, loaded: Any, settings: HarnessSettings, batch: int | str) -> Any:
     """What ``lm_eval.simple_evaluate`` does, without its survey of the machine."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.evaluator import evaluate
@@ -313,7 +313,7 @@ def _cell(entry: dict[str, Any]) -> str:
     return f"{100 * entry['value']:.2f}{error}"
 
 
-def _identity(live: Live, model: str, settings: HarnessSettings) -> str:
+def _identity(live: LoadedModel, model: str, settings: HarnessSettings) -> str:
     """What the numbers depend on: other weights, another template or other task files, and none is kept."""
     parts = [live.base.fingerprint, str(live.base.load_in_4bit), str(live.dtype)]
     if live.chain is not None:

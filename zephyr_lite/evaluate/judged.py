@@ -89,8 +89,12 @@ def who_answers(config: JudgedConfig, temperature: float) -> Answering:
     weights = None
     if named or len(words) < len(config.models) or not config.models:
         weights = Weights(
-            config.source, stage=config.stage, adapters=config.adapters, base=config.base, chat_template=config.chat_template
-        )  # fmt: skip
+            config.source,
+            stage=config.stage,
+            adapters=config.adapters,
+            base=config.base,
+            chat_template=config.chat_template,
+        )
         _template(weights, config.chat_template)
     else:
         refuse_unused(config, "only endpoints answer")
@@ -104,9 +108,13 @@ def who_answers(config: JudgedConfig, temperature: float) -> Answering:
             assert weights is not None
             weights.identity(word)
             spec = EndpointSpec(
-                name=word, path=weights.source, model=word, max_tokens=config.max_new_tokens,
-                temperature=temperature, concurrency=config.concurrency,
-            )  # fmt: skip
+                name=word,
+                path=weights.source,
+                model=word,
+                max_tokens=config.max_new_tokens,
+                temperature=temperature,
+                concurrency=config.concurrency,
+            )
         if spec.name in specs:
             raise UserError(f"two models are called {spec.name!r}.", "Name each once, or add a name: …,name=OTHER.")
         specs[spec.name] = spec
@@ -270,10 +278,14 @@ def ask_all(
         stop = len(items)  # once the budget is spent nothing new is begun
 
         async with open_desk(
-            answering.endpoints(), job, weights={answering.weights.source: answering.weights} if answering.weights else {},
-            max_requests=config.budget.requests, max_tokens=config.budget.tokens, on_progress=meter.totals,
+            answering.endpoints(),
+            job,
+            weights={answering.weights.source: answering.weights} if answering.weights else {},
+            max_requests=config.budget.requests,
+            max_tokens=config.budget.tokens,
+            on_progress=meter.totals,
             back_off=back_off,
-        ) as desk:  # fmt: skip
+        ) as desk:
             asked.totals = desk.totals
             write_config(job, command, config)
             meter.totals(desk.totals)

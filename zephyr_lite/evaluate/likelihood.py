@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch, collate_conversations, collate_pairs
-from ..data.dataset import Prepared
+from ..data.dataset import TokenizedDataset
 from ..data.packing import best_fit
 
 MICRO_TOKENS = 2048
@@ -62,13 +62,13 @@ class PairLogps:
         return self.sums / self.tokens
 
 
-def chat_loss(scorer: Scorer, data: Prepared) -> float:
+def chat_loss(scorer: Scorer, data: TokenizedDataset) -> float:
     """Minus the mean log-probability, in nats, over all supervised tokens of the conversations, each counted once."""
     return chat_logps(scorer, data).loss()
 
 
 @torch.no_grad()
-def chat_logps(scorer: Scorer, data: Prepared, done: Done = lambda rows: None) -> ChatLogps:
+def chat_logps(scorer: Scorer, data: TokenizedDataset, done: Done = lambda rows: None) -> ChatLogps:
     """The log-probability of what is supervised in each conversation."""
     sums = torch.zeros(len(data.lengths), dtype=torch.float64)
     tokens = torch.zeros(len(data.lengths), dtype=torch.int64)
@@ -81,7 +81,7 @@ def chat_logps(scorer: Scorer, data: Prepared, done: Done = lambda rows: None) -
 
 
 @torch.no_grad()
-def pair_logps(scorer: Scorer, data: Prepared, done: Done = lambda rows: None) -> PairLogps:
+def pair_logps(scorer: Scorer, data: TokenizedDataset, done: Done = lambda rows: None) -> PairLogps:
     """The log-probabilities of both responses of each pair, given the prompt they share."""
     sums = torch.zeros(len(data.lengths), 2, dtype=torch.float64)
     tokens = torch.zeros(len(data.lengths), 2, dtype=torch.int64)
@@ -93,7 +93,9 @@ def pair_logps(scorer: Scorer, data: Prepared, done: Done = lambda rows: None) -
     return PairLogps(sums, tokens)
 
 
-def _batches(data: Prepared, collate: Callable[..., Batch], scorer: Scorer) -> Iterator[tuple[list[int], Batch]]:
+def _batches(
+    data: TokenizedDataset, collate: Callable[..., Batch], scorer: Scorer
+) -> Iterator[tuple[list[int], Batch]]:
     sizes = [min(int(length), MICRO_TOKENS) for length in data.lengths]
     for group in best_fit(sizes, MICRO_TOKENS):
         yield group, collate([data.examples[i] for i in group]).to(scorer.device)

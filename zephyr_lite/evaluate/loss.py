@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..model.loaded import Live, Say
+from ..model.loaded import LoadedModel, Say
 from .bootstrap import Bootstrap, Interval, Ratio
 from .likelihood import ChatLogps, chat_logps
 from .progress import score_each
@@ -59,7 +59,7 @@ class LossResult:
 
 
 def evaluate_loss(
-    live: Live,
+    live: LoadedModel,
     held_out: HeldOut,
     *,
     models: Sequence[str] | None = None,
@@ -90,14 +90,14 @@ def evaluate_loss(
     return result
 
 
-def roles(live: Live) -> dict[str, str]:
+def roles(live: LoadedModel) -> dict[str, str]:
     """model → ``dpo (policy)``, as a table calls it."""
     names = list(live.models)
     told = {} if len(names) == 1 else {live.reference: "reference", live.policy: "policy"}
     return {name: f"{name} ({told[name]})" if name in told else name for name in names}
 
 
-def comparisons(live: Live, names: Sequence[str]) -> list[tuple[str, str]]:
+def comparisons(live: LoadedModel, names: Sequence[str]) -> list[tuple[str, str]]:
     """(one, other) to be compared: the policy with its reference and with the base, and the reference with the base."""
     order = list(live.models)
     wanted = [(live.policy, live.reference), (live.policy, order[0]), (live.reference, order[0])]

@@ -11,14 +11,14 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..model.adapters import AdapterStack
 from ..model.base import FAMILIES
-from ..model.loaded import Live
+from ..model.loaded import LoadedModel
 from .likelihood import Scorer
 
 # of the float32 copy of logits: a chunk of them at a time
 CHUNK_BYTES = 64 * 2**20
 
 
-def scorer(live: Live, model: str) -> Scorer:
+def scorer(live: LoadedModel, model: str) -> Scorer:
     """One of the models: by the fused decoder where it knows the architecture, or else by the model's own forward pass."""
     head = live.stack.base.get_output_embeddings()
     if live.base.model.config.model_type in FAMILIES and not isinstance(head, LoraLayer):

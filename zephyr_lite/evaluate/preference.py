@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..model.loaded import Live, Say
+from ..model.loaded import LoadedModel, Say
 from .bootstrap import Bootstrap, Interval, Ratio
 from .likelihood import PairLogps, pair_logps
 from .loss import comparisons, roles
@@ -122,15 +122,18 @@ class PreferenceResult:
         """Under ``LIKELIER``."""
         return [
             [
-                self.roles.get(name, name), found.share.text(".3f"), found.share_sum.text(".3f"), f"{found.chosen.value:.2f}",
+                self.roles.get(name, name),
+                found.share.text(".3f"),
+                found.share_sum.text(".3f"),
+                f"{found.chosen.value:.2f}",
                 f"{found.rejected.value:.2f}",
             ]
             for name, found in self.models.items()
-        ]  # fmt: skip
+        ]
 
 
 def evaluate_preference(
-    live: Live,
+    live: LoadedModel,
     held_out: HeldOut,
     *,
     beta: float | None = None,

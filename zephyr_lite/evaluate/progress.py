@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from ..data.dataset import Prepared
+from ..data.dataset import TokenizedDataset
 from ..io.words import duration
-from ..model.loaded import Live, Say
+from ..model.loaded import LoadedModel, Say
 from .plain import scorer
 
 T = TypeVar("T")
@@ -39,7 +39,12 @@ class Progress:
 
 
 def score_each(
-    live: Live, names: Sequence[str], data: Prepared, unit: str, score: Callable[[Any, Prepared, Progress], T], say: Say
+    live: LoadedModel,
+    names: Sequence[str],
+    data: TokenizedDataset,
+    unit: str,
+    score: Callable[[Any, TokenizedDataset, Progress], T],
+    say: Say,
 ) -> dict[str, T]:
     """model → what ``score`` finds of it; Ctrl-C ends after those that are done.
 

@@ -11,12 +11,12 @@ from ..errors import UserError
 from ..io.atomic import make_folder, write_json
 from ..io.run_dir import StageDir
 from ..io.stage_info import text_sha256
-from ..model.loaded import Live
+from ..model.loaded import LoadedModel
 
 FOLDER = "eval"
 
 
-def result_folder(live: Live, out: Path | None = None) -> Path:
+def result_folder(live: LoadedModel, out: Path | None = None) -> Path:
     """``eval/`` in a stage's folder, ``NAME-eval`` beside a model's folder, or ``out``.
 
     Raises:
@@ -46,7 +46,7 @@ def claim_folder(folder: Path) -> None:
         raise UserError(f"{folder}: is a file.", "Choose another --out.")
 
 
-def write_result(folder: Path, kind: str, body: dict[str, Any], live: Live) -> Path:
+def write_result(folder: Path, kind: str, body: dict[str, Any], live: LoadedModel) -> Path:
     """Write ``folder/KIND.json``: the body, and before it what was evaluated, by hashes; returns the file.
 
     Raises:
@@ -60,9 +60,12 @@ def write_result(folder: Path, kind: str, body: dict[str, Any], live: Live) -> P
         "version": __version__,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": live.source,
-        "base": {**(chain.base if chain else {"name_or_path": live.base.name_or_path}), "fingerprint": live.base.fingerprint},
+        "base": {
+            **(chain.base if chain else {"name_or_path": live.base.name_or_path}),
+            "fingerprint": live.base.fingerprint,
+        },
         "adapters": [{"path": str(a.path), "sha256": a.sha256} for a in (chain.adapters if chain else [])],
         "chat_template_sha256": text_sha256(live.template.text),
-    }  # fmt: skip
+    }
     write_json(path, {**head, **body})
     return path

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ..config.load import DPO_DEFAULTS, DatasetSpec, Method, RunConfig, read_dumped
 from ..data.chat_template import ChatTemplate
-from ..data.dataset import Prepared, prepare
+from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
 from ..io.redact import refuse_secrets
 from ..io.run_dir import StageDir, stages_of
@@ -42,7 +42,7 @@ class HeldOut:
     specs: list[DatasetSpec]
     config: RunConfig
     stage: StageDir | None
-    data: Prepared
+    data: TokenizedDataset
     named: str | None = None
     limit: int | None = None
 

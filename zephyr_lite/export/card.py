@@ -22,10 +22,26 @@ PLOTS = "plots"
 OURS = "<!-- made by zephyr-lite; `zephyr-lite export card` replaces this file as long as this line stands here -->"
 _METHODS = {"sft": "supervised fine-tuning on conversations", "dpo": "direct preference optimization"}
 _KEYS = (
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "bnb_4bit_use_double_quant", "max_length",
-    "batch_size", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
-    "optim", "weight_decay", "max_grad_norm", "loss_on", "seed",
-)  # fmt: skip
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "load_in_4bit",
+    "bnb_4bit_use_double_quant",
+    "max_length",
+    "batch_size",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "loss_on",
+    "seed",
+)
 _MEASURED = {
     "kl": "KL(live ‖ merged), nats a token",
     "top1_agreement": "same likeliest token",

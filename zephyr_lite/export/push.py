@@ -27,10 +27,22 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FOLDER = re.compile(r'"(?:path|name_or_path|base_model_name_or_path)":\s*"(?:/|~|[A-Za-z]:)')
 # everything else stays here: checkpoints, logs, and whatever else lies beside a model
 _BELONGS = (
-    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES,
-    "additional_chat_templates/*.jinja", "adapter_config.json", "*.gguf", "Modelfile", CARD, f"{PLOTS}/*.png",
-    "LICENSE*", "NOTICE*", "USE_POLICY*", MARK,
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *TOKENIZER_FILES,
+    "additional_chat_templates/*.jinja",
+    "adapter_config.json",
+    "*.gguf",
+    "Modelfile",
+    CARD,
+    f"{PLOTS}/*.png",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    MARK,
+)
 _TEXT_BYTES = 2**20  # tokenizer.json is larger, and no place where a key gets in
 
 
@@ -165,8 +177,13 @@ def push(upload: Upload, *, private: bool = False, say: Say = lambda line: None)
         operations = [CommitOperationAdd(name, str(path)) for name, path in upload.files.items()]
         api.create_commit(upload.repo, operations, commit_message="A model of zephyr-lite")
     except (
-        HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError
-    ) as error:  # fmt: skip
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        httpx2.HTTPError,
+        OSError,
+    ) as error:
         what = redact_shown(" ".join(str(error).split())[:300]) or type(error).__name__
         raise UserError(
             f"{upload.repo}: {what}",

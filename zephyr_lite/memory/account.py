@@ -16,7 +16,7 @@ from ..model.layer_spec import Keep
 from ..ops.token_logps import CHUNK_BYTES
 from .ledger import Backend, Run, sites_of
 from .phases import backward_peak, forward_peak
-from .workload import PROJECTIONS, Job, Shape
+from .workload import PROJECTIONS, Shape, Workload
 
 MIB, GIB = 2**20, 2**30
 ALIGNMENT = 256  # of a tensor in a streamed layer's slab (``stream``)
@@ -77,7 +77,7 @@ CPU = Device("cpu", 0, 0, slack=False)
 
 
 @dataclass(frozen=True)
-class Account:
+class MemoryBreakdown:
     """Bytes by name.
 
     Attributes:
@@ -105,7 +105,7 @@ class Account:
 # -- what lies there from the first step to the last -------------------------------------------------------------------
 
 
-def stored_bytes(job: Job, projection: str) -> list[int]:
+def stored_bytes(job: Workload, projection: str) -> list[int]:
     """The tensors of one frozen projection, as bitsandbytes stores them: packed values; scales; their code; and of nested
     scales their own scales, code and offset."""
     out, width = job.shape.matrices[projection]
@@ -118,7 +118,7 @@ def stored_bytes(job: Job, projection: str) -> list[int]:
     return [packed, scales, code, 4, 4 * -(-scales // NESTED_BLOCK), 256 * 4]
 
 
-def slab_bytes(job: Job) -> int:
+def slab_bytes(job: Workload) -> int:
     """A layer's projections in one block, each tensor aligned (``stream.slab_bytes``)."""
     if "slab" not in job.memo:
         aligned = (-(-n // ALIGNMENT) * ALIGNMENT for name in PROJECTIONS for n in stored_bytes(job, name))
@@ -126,7 +126,7 @@ def slab_bytes(job: Job) -> int:
     return job.memo["slab"]
 
 
-def base_bytes(job: Job, *, stream: bool = False) -> dict[str, int]:
+def base_bytes(job: Workload, *, stream: bool = False) -> dict[str, int]:
     """The frozen base on the device."""
     s, size = job.shape, job.dtype.itemsize
     biases = sum(s.matrices[name][0] for name in s.biases)
@@ -160,7 +160,7 @@ def optimizer_bytes(optim: str, tensors: Sequence[int], *, cuda: bool = True) ->
     return device, managed
 
 
-def scratch_bytes(job: Job, mode: ScratchMode) -> int:
+def scratch_bytes(job: Workload, mode: ScratchMode) -> int:
     """Of dequantized weights (``memory.scratch_elements``)."""
     return 0 if job.storage == "dense" else job.dtype.itemsize * scratch_widths(job.shape, mode)
 
@@ -174,7 +174,7 @@ def scratch_widths(shape: Shape, mode: ScratchMode) -> int:
 # -- what comes and goes -----------------------------------------------------------------------------------------------
 
 
-def layer_run(job: Job, setting: Setting, device: Device, layer: int) -> Run:
+def layer_run(job: Workload, setting: Setting, device: Device, layer: int) -> Run:
     """A layer over one micro-batch."""
     tokens = setting.tokens
     segments = max(1, -(-tokens // (job.segment or tokens))) + (job.method == "dpo")
@@ -185,12 +185,12 @@ def layer_run(job: Job, setting: Setting, device: Device, layer: int) -> Run:
     )
 
 
-def input_bytes(job: Job, tokens: int) -> int:
+def input_bytes(job: Workload, tokens: int) -> int:
     """A micro-batch's ids, positions and streams; its rotary angles; rows and ids of its targets."""
     return tokens * (3 * 8 + 2 * job.shape.head_dim * job.dtype.itemsize) + round(tokens * job.targets) * 16
 
 
-def head_phases(job: Job, setting: Setting, *, cuda: bool = True) -> dict[str, dict[str, int]]:
+def head_phases(job: Workload, setting: Setting, *, cuda: bool = True) -> dict[str, dict[str, int]]:
     """The final norm and the head (``decoder``, ``token_logps``), phase by phase: bytes by name, beside what is kept."""
     size, wide = job.dtype.itemsize, max(4, job.dtype.itemsize)
     s, targets = job.shape, round(setting.tokens * job.targets)
@@ -220,7 +220,7 @@ def head_phases(job: Job, setting: Setting, *, cuda: bool = True) -> dict[str, d
     }
 
 
-def account(job: Job, setting: Setting, device: Device, *, micro_batches: int = 2) -> Account:
+def account(job: Workload, setting: Setting, device: Device, *, micro_batches: int = 2) -> MemoryBreakdown:
     """A run's memory under a setting.
 
     Args:
@@ -255,21 +255,29 @@ def account(job: Job, setting: Setting, device: Device, *, micro_batches: int = 
         there = before[i] + (kept[i - 1] if 0 < i <= setting.offload else 0)  # the layer before is on its way
         consider(
             f"forward pass of layer {i + 1}",
-            gradients=all_there, kept=there, inputs=inputs + x, reference=x * together,
+            gradients=all_there,
+            kept=there,
+            inputs=inputs + x,
+            reference=x * together,
             layer=_layer_peak(peaks, runs, kind, keep),
-        )  # fmt: skip
+        )
         if together:  # beside what the policy's layer has just left: what it keeps, and its output
             consider(
                 f"reference's pass of layer {i + 1}",
-                gradients=all_there, kept=before[i] + kept[i], inputs=inputs + x, reference=x,
+                gradients=all_there,
+                kept=before[i] + kept[i],
+                inputs=inputs + x,
+                reference=x,
                 layer=_layer_peak(peaks, runs, kind, None),
-            )  # fmt: skip
+            )
         # the gradients of later layers are there already
         consider(
             f"backward pass of layer {i + 1}",
-            gradients=all_there or later[i + 1], kept=there, inputs=inputs + x,
+            gradients=all_there or later[i + 1],
+            kept=there,
+            inputs=inputs + x,
             layer=_layer_peak(peaks, runs, kind, keep, i < setting.offload),
-        )  # fmt: skip
+        )
     for at, head in _head_sums(job, setting, cuda).items():
         consider(at, gradients=all_there, kept=before[-1], inputs=inputs, head=head)
     consider("optimizer's step", gradients=gradients)
@@ -286,10 +294,10 @@ def account(job: Job, setting: Setting, device: Device, *, micro_batches: int = 
         host["streamed base"] = s.layers * slab_bytes(job) + head
         if not s.tied:
             host[PAGED] = head
-    return Account(resident, passing, at, job.memo["managed"], host)
+    return MemoryBreakdown(resident, passing, at, job.memo["managed"], host)
 
 
-def _runs(job: Job, setting: Setting, device: Device) -> dict[int, Run]:
+def _runs(job: Workload, setting: Setting, device: Device) -> dict[int, Run]:
     """Of each kind of layer."""
     key = ("runs", setting.tokens, setting.tile, device)
     if key not in job.memo:
@@ -312,7 +320,7 @@ def _layer_peak(
     return peaks[key]
 
 
-def _later_gradients(job: Job) -> list[int]:
+def _later_gradients(job: Workload) -> list[int]:
     """Bytes of the gradients that are there while a layer goes backward, of each layer; last, before all of them."""
     if "later" not in job.memo:
         of_layers = accumulate(job.gradient_bytes[kind] for kind in job.kind_of)
@@ -320,14 +328,14 @@ def _later_gradients(job: Job) -> list[int]:
     return job.memo["later"]
 
 
-def _kept_sum(job: Job, setting: Setting, device: Device, runs: dict[int, Run], kind: int, keep: Keep) -> int:
+def _kept_sum(job: Workload, setting: Setting, device: Device, runs: dict[int, Run], kind: int, keep: Keep) -> int:
     key = ("kept", setting.tokens, setting.tile, device, kind, keep)
     if key not in job.memo:
         job.memo[key] = sum(runs[kind].kept(keep).values())
     return job.memo[key]
 
 
-def _head_sums(job: Job, setting: Setting, cuda: bool) -> dict[str, int]:
+def _head_sums(job: Workload, setting: Setting, cuda: bool) -> dict[str, int]:
     key = ("head", setting.tokens, setting.stream, setting.together, cuda)
     if key not in job.memo:
         job.memo[key] = {at: sum(parts.values()) for at, parts in head_phases(job, setting, cuda=cuda).items()}
@@ -344,7 +352,7 @@ NAMES = {
 }
 
 
-def _resident(job: Job, setting: Setting, device: Device) -> dict[str, int]:
+def _resident(job: Workload, setting: Setting, device: Device) -> dict[str, int]:
     key = (setting.stream, setting.scratch, device)
     if key not in job.memo:
         cuda = device.backend != "cpu"
@@ -378,7 +386,7 @@ def kept_widths(shape: Shape, keep: Keep, ranks: int) -> tuple[int, int]:
     return narrow, shape.heads  # its log-sum-exp
 
 
-def kept_per_token(job: Job, keep: Sequence[Keep]) -> int:
+def kept_per_token(job: Workload, keep: Sequence[Keep]) -> int:
     """Bytes a token that all layers keep, wherever it lies."""
     size, total = job.dtype.itemsize, 0
     for index, policy in enumerate(keep):

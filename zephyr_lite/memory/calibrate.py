@@ -14,7 +14,7 @@ from bitsandbytes.nn import Params4bit
 
 from ..model.activation_offload import host_bytes
 from ..ops.nf4 import dequantize
-from .gpus import PROCESSOR, Card
+from .gpus import PROCESSOR, Gpu
 
 SECONDS = 0.25  # of each measurement, at least
 COPY_BYTES = 128 * 2**20
@@ -23,7 +23,7 @@ TOKENS, WIDTH, ELEMENTS = 256, 512, 2**20
 CPU_SECONDS, CPU_CALLS = 0.1, 25  # of each, at least
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> Card:
+def measure(device: torch.device, dtype: torch.dtype) -> Gpu:
     """The device as ``cards`` describes a card; what was measured is rounded to two digits, so that two starts plan alike.
 
     Args:
@@ -41,7 +41,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Card:
     (weight @ weight).sum().backward()
     torch._C._cuda_clearCublasWorkspaces()  # the plan counts them
     torch.cuda.empty_cache()
-    return Card(
+    return Gpu(
         name=properties.name,
         memory=properties.total_memory / 2**30,
         tflops=_rounded(products / 1e12),
@@ -54,7 +54,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Card:
 
 
 @cache
-def _processor(dtype: torch.dtype, threads: int) -> Card:
+def _processor(dtype: torch.dtype, threads: int) -> Gpu:
     """The CPU with this number of threads, measured once in a process."""
     # no random numbers: the generators are the run's
     a, b = torch.ones(TOKENS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)

@@ -14,7 +14,7 @@ from .machine import Machine
 from .plan import Plan, kept_in_words
 from .search import LEAST
 from .speed import step_time
-from .workload import Job
+from .workload import Workload
 
 GIB, GB = 2**30, 1e9
 WIDTH = 78
@@ -41,7 +41,7 @@ _LABELS = {
 
 
 def forecast_lines(
-    job: Job, machine: Machine, plan: Plan, config: RunConfig, *, price: float | None = None
+    job: Workload, machine: Machine, plan: Plan, config: RunConfig, *, price: float | None = None
 ) -> list[str]:
     """The plan of a job on a machine.
 
@@ -78,11 +78,16 @@ def _row(name: str, value: str) -> str:
     return f"{name:<48}{value:>9}"
 
 
-def _reasons(job: Job, machine: Machine, plan: Plan) -> list[str]:
+def _reasons(job: Workload, machine: Machine, plan: Plan) -> list[str]:
     setting = Setting(
-        max(plan.micro_tokens, job.longest), plan.keep, plan.offload, plan.stream, plan.tile, plan.scratch,
+        max(plan.micro_tokens, job.longest),
+        plan.keep,
+        plan.offload,
+        plan.stream,
+        plan.tile,
+        plan.scratch,
         plan.reference == "together",
-    )  # fmt: skip
+    )
     layers, card = len(plan.keep), machine.kind == "cuda"
     step = step_time(job, setting, machine.card).step
 
@@ -149,7 +154,7 @@ def _elsewhere(machine: Machine, plan: Plan) -> list[str]:
     return [part for line in lines for part in _wrap(line, "", "  ")]
 
 
-def _time(job: Job, machine: Machine, plan: Plan, price: float | None) -> list[str]:
+def _time(job: Workload, machine: Machine, plan: Plan, price: float | None) -> list[str]:
     here = "CPU" if machine.kind == "cpu" else "card"
     basis = f"from a short measurement of this {here}" if machine.card.measured else "from data sheets, not measured"
     lines = [f"speed: about {plan.tokens_per_second:,.0f} tokens/s ({basis})"]

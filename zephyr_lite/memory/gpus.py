@@ -12,7 +12,7 @@ from ..errors import UserError
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """What a plan needs to know of a card.
 
     Attributes:
@@ -57,29 +57,29 @@ class Card:
 # PCIe 3.0 x16 reaches 12, 4.0 x16 24, 4.0 x8 12, 5.0 x16 50 (10^9 bytes a second). A T4 cannot hold its clock.
 _CARDS = (
     #    name               GiB  TFLOP/s   GB/s  PCIe  capability  $/h
-    Card("rtx2060", 6, 26, 336, 12, (7, 5), tflops32=6.5),
-    Card("laptop", 8, 35, 256, 12, (8, 9), tflops32=15.1),  # a mobile 4060
-    Card("3060", 12, 25.5, 360, 12, (8, 6), 0.10, tflops32=12.7),
-    Card("3060ti", 8, 32.5, 448, 24, (8, 6), 0.10, tflops32=16.2),
-    Card("4060ti-16", 16, 44, 288, 12, (8, 9), 0.12, tflops32=22.1),
-    Card("4070", 12, 58, 504, 24, (8, 9), 0.15, tflops32=29.1),
-    Card("3090", 24, 71, 936, 24, (8, 6), 0.22, tflops32=35.6),
-    Card("4080", 16, 97.5, 717, 24, (8, 9), 0.25, tflops32=48.7),
-    Card("4090", 24, 165, 1008, 24, (8, 9), 0.40, tflops32=82.6),
-    Card("5090", 32, 209, 1792, 50, (12, 0), 0.60, tflops32=104.8),
-    Card("t4", 15, 65, 300, 12, (7, 5), 0.35, share=0.3, tflops32=8.1),
-    Card("l4", 22.5, 121, 300, 24, (8, 9), 0.70, share=0.4, tflops32=30.3),
+    Gpu("rtx2060", 6, 26, 336, 12, (7, 5), tflops32=6.5),
+    Gpu("laptop", 8, 35, 256, 12, (8, 9), tflops32=15.1),  # a mobile 4060
+    Gpu("3060", 12, 25.5, 360, 12, (8, 6), 0.10, tflops32=12.7),
+    Gpu("3060ti", 8, 32.5, 448, 24, (8, 6), 0.10, tflops32=16.2),
+    Gpu("4060ti-16", 16, 44, 288, 12, (8, 9), 0.12, tflops32=22.1),
+    Gpu("4070", 12, 58, 504, 24, (8, 9), 0.15, tflops32=29.1),
+    Gpu("3090", 24, 71, 936, 24, (8, 6), 0.22, tflops32=35.6),
+    Gpu("4080", 16, 97.5, 717, 24, (8, 9), 0.25, tflops32=48.7),
+    Gpu("4090", 24, 165, 1008, 24, (8, 9), 0.40, tflops32=82.6),
+    Gpu("5090", 32, 209, 1792, 50, (12, 0), 0.60, tflops32=104.8),
+    Gpu("t4", 15, 65, 300, 12, (7, 5), 0.35, share=0.3, tflops32=8.1),
+    Gpu("l4", 22.5, 121, 300, 24, (8, 9), 0.70, share=0.4, tflops32=30.3),
     # only torch's CUDA 12.6 builds have code for capability 7.0 (``zephyr-lite env`` says so)
-    Card("v100-16", 15.8, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
-    Card("v100-32", 31.7, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
-    Card("a10g", 22.5, 70, 600, 24, (8, 6), 1.00, tflops32=31.2),
-    Card("a100-40", 40, 312, 1555, 24, (8, 0), 1.20, tflops32=19.5),
-    Card("a100-80", 80, 312, 2039, 24, (8, 0), 1.60, tflops32=19.5),
-    Card("h100", 79.6, 989, 3350, 50, (9, 0), 2.50, share=0.5, tflops32=66.9),
-    Card("h200", 140.4, 989, 4800, 50, (9, 0), 3.20, share=0.5, tflops32=66.9),
+    Gpu("v100-16", 15.8, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
+    Gpu("v100-32", 31.7, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
+    Gpu("a10g", 22.5, 70, 600, 24, (8, 6), 1.00, tflops32=31.2),
+    Gpu("a100-40", 40, 312, 1555, 24, (8, 0), 1.20, tflops32=19.5),
+    Gpu("a100-80", 80, 312, 2039, 24, (8, 0), 1.60, tflops32=19.5),
+    Gpu("h100", 79.6, 989, 3350, 50, (9, 0), 2.50, share=0.5, tflops32=66.9),
+    Gpu("h200", 140.4, 989, 4800, 50, (9, 0), 3.20, share=0.5, tflops32=66.9),
 )
 # A CPU that was not measured: for plans whose speed does not matter.
-PROCESSOR = Card("cpu", 0, 0.08, 20, 10, (0, 0), share=1.0)
+PROCESSOR = Gpu("cpu", 0, 0.08, 20, 10, (0, 0), share=1.0)
 CARDS = {card.name: card for card in _CARDS}
 # For --vram alone: a plain consumer card of that size, none slower than a smaller one (of 6 and 8 GB: one of 12 with less).
 _BY_MEMORY = {
@@ -92,7 +92,7 @@ _BY_MEMORY = {
 }
 
 
-def find_card(name: str) -> Card:
+def find_gpu(name: str) -> Gpu:
     """A card by its name, spelled as people do ("RTX 4090", "A100 80GB").
 
     Raises:
@@ -114,6 +114,6 @@ def find_card(name: str) -> Card:
     raise UserError(f"--gpu {name}: no card of that name is known.", f"{hint}Known are: {', '.join(CARDS)}.")
 
 
-def card_of_size(gib: float) -> Card:
+def gpu_of_size(gib: float) -> Gpu:
     """A plain card of at least this memory, or the largest there is."""
     return CARDS[next((name for size, name in _BY_MEMORY.items() if size >= gib), "h200")]

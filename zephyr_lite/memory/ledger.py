@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..model.layer_spec import Keep
-from .workload import SITES, Job, Shape
+from .workload import SITES, Shape, Workload
 
 Backend = Literal["flash", "efficient", "cpu"]
 
@@ -116,7 +116,7 @@ class Run:
         return sizes if keep == "input" else sizes | {"lse": self.tokens * s.heads * self.wide}
 
 
-def sites_of(job: Job, layer: int) -> tuple[SiteSize, ...]:
+def sites_of(job: Workload, layer: int) -> tuple[SiteSize, ...]:
     """The sites of a layer with the stack on them, as ``layer_spec.layer_of`` reads them."""
     found = []
     for names in SITES:

@@ -16,7 +16,7 @@ import torch
 from ..errors import UserError
 from ..train.distributed import world
 from .account import CONTEXT_BYTES, CPU, GIB, Device
-from .gpus import Card
+from .gpus import Gpu
 
 # Of the main memory that is available: what is offloaded or streamed is locked, and other programs want some.
 HOST_SHARE = 0.5
@@ -40,7 +40,7 @@ class Machine:
 
     kind: Literal["cuda", "cpu"]
     name: str
-    card: Card
+    card: Gpu
     free: int
     host: int
     context: int = 0
@@ -52,7 +52,7 @@ class Machine:
         return Device.of(self.card.capability, dtype.itemsize == 2, context=self.context)
 
 
-def of_card(card: Card, vram: str | None = None) -> Machine:
+def of_card(card: Gpu, vram: str | None = None) -> Machine:
     """A card that need not be here, with as much of its memory as `vram` says."""
     memory = int(card.memory * GIB) if vram is None else parse_size(vram, "memory.vram")
     return Machine("cuda", card.name, card, memory, HOST_ELSEWHERE, CONTEXT_BYTES)

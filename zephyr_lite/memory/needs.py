@@ -26,16 +26,25 @@ from .account import base_bytes, optimizer_bytes
 from .gpus import CARDS
 from .machine import of_card
 from .plan import make_plan, this_machine
-from .workload import AdapterSpec, Job, Shape, Storage, longest_of, make_job
+from .workload import AdapterSpec, Shape, Storage, Workload, longest_of, make_workload
 
 GB = 1e9
 MISTRAL = "mistralai/Mistral-7B-v0.1"
 MISTRAL_BYTES = 14_483_000_000  # its safetensors files
 MISTRAL_SHAPE: Any = SimpleNamespace(
-    model_type="mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, vocab_size=32000, sliding_window=4096, tie_word_embeddings=False,
-    rope_parameters=None, hidden_act="silu",
-)  # fmt: skip
+    model_type="mistral",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=32000,
+    sliding_window=4096,
+    tie_word_embeddings=False,
+    rope_parameters=None,
+    hidden_act="silu",
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ def _disk(written: list[Written]) -> list[str]:
     return lines
 
 
-def _memory_and_time(job: Job, config: RunConfig, fetched: bool) -> list[str]:
+def _memory_and_time(job: Workload, config: RunConfig, fetched: bool) -> list[str]:
     device = compute_device()
     if device.type == "cuda":
         # the plan is made, and said, once the rows are there; but nothing is fetched for a run that cannot be
@@ -161,7 +170,7 @@ def expected_job(
     base_config: Any,
     dtype: torch.dtype,
     below: Sequence[AdapterSpec] | None = None,
-) -> Job:
+) -> Workload:
     """The job of a configuration whose rows are not at hand: as long as they may be, as many as are published.
 
     Args:
@@ -182,7 +191,7 @@ def expected_job(
         rows["run_tokens"], rows["steps"] = tokens, max(1, round(tokens / in_a_step))
     if method == "dpo":
         rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / rows["longest"]
-    job = make_job(config, method, base_config, dtype, storage=_storage(config, base_config, dtype), **rows)
+    job = make_workload(config, method, base_config, dtype, storage=_storage(config, base_config, dtype), **rows)
     if below is None:
         standing = config.adapters != "none" and (method == "dpo" or bool(config.adapters))
         count = (len(config.adapters) or 1) if standing else 0
@@ -196,7 +205,7 @@ def _storage(config: RunConfig, base_config: Any, dtype: torch.dtype) -> Storage
     return "dense" if not four_bit else "nf4 nested" if nested else "nf4"
 
 
-def disk_bytes(job: Job, config: RunConfig) -> dict[str, int]:
+def disk_bytes(job: Workload, config: RunConfig) -> dict[str, int]:
     """What is written: the quantized base in the user's cache, the checkpoints, the adapters."""
     found = {}
     if config.load_in_4bit:
@@ -253,7 +262,7 @@ def _known_shape(name: str) -> Any | None:
     check_config_file(Path(name).expanduser())
     try:
         shape, _ = base_shape(name)
-        make_job(RunConfig(), "sft", shape, torch.float16)
+        make_workload(RunConfig(), "sft", shape, torch.float16)
     except (UserError, ValueError, KeyError, OSError, AttributeError):
         return None  # said properly when the base is read
     return shape

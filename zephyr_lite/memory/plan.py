@@ -25,11 +25,11 @@ from .account import (
     kept_widths,
     scratch_widths,
 )
-from .gpus import PROCESSOR, Card
+from .gpus import PROCESSOR, Gpu
 from .machine import HOST_SHARE, Machine, main_memory, parse_size, process_memory
 from .search import KEEPS, LEAST, Limits, cures, fixed_tokens, least_account, least_host, search
 from .speed import step_time
-from .workload import Job, Shape
+from .workload import Shape, Workload
 
 # At once on a CPU: enough for matrix products at full speed, little enough for its caches.
 CPU_TOKENS = 2048
@@ -155,11 +155,11 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *
     free = free_memory(device)
     if not measure:
         capability = torch.cuda.get_device_capability(device)
-        card = Card(torch.cuda.get_device_name(device), free / GIB, 50, 500, 12, capability)
+        card = Gpu(torch.cuda.get_device_name(device), free / GIB, 50, 500, 12, capability)
     return Machine("cuda", card.name, card, free if limit is None else min(free, limit), host)
 
 
-def make_plan(job: Job, machine: Machine, memory: MemorySpec) -> Plan:
+def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
     """The fastest plan that fits: searched on a card under the fused engine; elsewhere the first policy that fits.
 
     Args:
@@ -201,7 +201,7 @@ def make_plan(job: Job, machine: Machine, memory: MemorySpec) -> Plan:
     )
 
 
-def _simple(job: Job, limits: Limits, memory: MemorySpec, name: str) -> Plan:
+def _simple(job: Workload, limits: Limits, memory: MemorySpec, name: str) -> Plan:
     """The first policy of ``all``, ``attention``, ``input`` under which a micro-batch of useful size fits, and then as
     many tokens as fit; a live reference in the policy's pass where that fits too. On a CPU what is offloaded or streamed
     lies in the same memory.
@@ -287,7 +287,7 @@ def _simple(job: Job, limits: Limits, memory: MemorySpec, name: str) -> Plan:
     )
 
 
-def _refusal(job: Job, limits: Limits, memory: MemorySpec, machine: Machine) -> UserError:
+def _refusal(job: Workload, limits: Limits, memory: MemorySpec, machine: Machine) -> UserError:
     setting, least = least_account(job, limits, memory)
     missing = least.peak - limits.budget
     what = f"{'an example' if job.method == 'sft' else 'a pair'} of {job.longest:,} tokens"

@@ -20,7 +20,7 @@ from ..model.chain import chain_of_run
 from ..model.peft_io import read_adapter
 from ..train.setup import resolve_run
 from .forecast import forecast_lines
-from .gpus import card_of_size, find_card
+from .gpus import find_gpu, gpu_of_size
 from .machine import GIB, Machine, of_card, parse_size
 from .needs import GB, MISTRAL_SHAPE, RANK_BELOW, assumed_below, base_shape, disk_bytes, expected_job
 from .plan import Plan, make_plan, this_machine
@@ -52,9 +52,12 @@ def planned_lines(
     job = expected_job(method, config, base, dtype, below)
     plan = make_plan(job, machine, memory)
     notes = (
-        *(n for n in loaded.notes if n.startswith("continuing")), note, *_assumed(config), *from_where,
+        *(n for n in loaded.notes if n.startswith("continuing")),
+        note,
+        *_assumed(config),
+        *from_where,
         *_of_card(machine, dtype, gpu, vram),
-    )  # fmt: skip
+    )
     lines = [f"note: {text}" for text in notes if text]
     lines += forecast_lines(job, machine, plan, config, price=price)
     disk = disk_bytes(job, config)
@@ -71,7 +74,7 @@ def _machine(config: RunConfig, gpu: str | None, vram: str | None) -> tuple[Mach
         dtype = compute_dtype(config.dtype, here)
         return this_machine(here, dtype, memory), dtype, memory
     size = None if memory.vram is None else parse_size(memory.vram, "memory.vram" if vram is None else "--vram")
-    card = find_card(gpu) if gpu is not None else card_of_size((size or 0) / GIB)
+    card = find_gpu(gpu) if gpu is not None else gpu_of_size((size or 0) / GIB)
     dtype = card.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     return of_card(card, memory.vram), dtype, memory
 
@@ -132,7 +135,7 @@ def ladder(words: list[str]) -> list[tuple[int, Method, Plan | UserError, int]]:
     found: list[tuple[int, Method, Plan | UserError, int]] = []
     methods: tuple[Method, ...] = ("sft", "dpo")
     for size in LADDER:
-        card = card_of_size(size)
+        card = gpu_of_size(size)
         machine = of_card(card, f"{size}GiB")
         for method in methods:
             config = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit", *words]).config

@@ -9,10 +9,10 @@ from typing import Any
 from ..config.load import MemorySpec
 from ..model.dequant_buffer import ScratchMode
 from ..model.layer_spec import Keep
-from .account import GIB, Account, Device, Setting, account
-from .gpus import Card
+from .account import GIB, Device, MemoryBreakdown, Setting, account
+from .gpus import Gpu
 from .speed import Time, step_time
-from .workload import AdapterSpec, Job
+from .workload import AdapterSpec, Workload
 
 # Enough for matrix products at full speed; more at once only takes room.
 WANTED_TOKENS = 16384
@@ -46,7 +46,7 @@ class Limits:
 
     device: int
     host: int
-    card: Card
+    card: Gpu
     kind: Device
 
     @property
@@ -59,16 +59,16 @@ class Found:
     """A setting with what it takes."""
 
     setting: Setting
-    account: Account
+    account: MemoryBreakdown
     time: Time
 
 
-def micro_batches(job: Job, tokens: int) -> int:
+def micro_batches(job: Workload, tokens: int) -> int:
     """Of a step, at least."""
     return 2 if job.step_most is None or job.step_most > tokens else 1
 
 
-def on_device(job: Job, setting: Setting, limits: Limits) -> Account | None:
+def on_device(job: Workload, setting: Setting, limits: Limits) -> MemoryBreakdown | None:
     """What it takes, where the device has that much."""
     key = (setting, limits.kind)
     if key not in job.memo:
@@ -77,13 +77,13 @@ def on_device(job: Job, setting: Setting, limits: Limits) -> Account | None:
     return found if found.peak <= limits.budget else None
 
 
-def fits(job: Job, setting: Setting, limits: Limits) -> Account | None:
+def fits(job: Workload, setting: Setting, limits: Limits) -> MemoryBreakdown | None:
     """What it takes, where device and host have that much."""
     found = on_device(job, setting, limits)
     return None if found is None or sum(found.host.values()) > limits.host else found
 
 
-def search(job: Job, limits: Limits, memory: MemorySpec) -> Found | None:
+def search(job: Workload, limits: Limits, memory: MemorySpec) -> Found | None:
     """The fastest setting that fits, of those that leave alone what the user fixed; None where none fits."""
     best: Found | None = None
 
@@ -122,7 +122,7 @@ def _cost(found: Found, limits: Limits) -> float:
     return found.time.step * (1 + WORTH_THE_HOST * extra + TIE * simple / 1.5)
 
 
-def _starts(job: Job, memory: MemorySpec) -> Iterator[Setting]:
+def _starts(job: Workload, memory: MemorySpec) -> Iterator[Setting]:
     """Everything but what is kept where: the simplest first, so that of equally fast ones it is taken."""
     layers = job.shape.layers
     together = (True, False) if job.live_reference else (True,)
@@ -135,12 +135,12 @@ def _starts(job: Job, memory: MemorySpec) -> Iterator[Setting]:
                         yield Setting(tokens, (LEAST,) * layers, 0, stream, tile, scratch, both)
 
 
-def fixed_tokens(job: Job, micro_tokens: int) -> int:
+def fixed_tokens(job: Workload, micro_tokens: int) -> int:
     """What `micro_tokens` comes to: one example at least, and no more than a step has."""
     return max(job.longest, min(micro_tokens, job.step_most or micro_tokens))
 
 
-def _tokens(job: Job, memory: MemorySpec) -> list[int]:
+def _tokens(job: Workload, memory: MemorySpec) -> list[int]:
     """How many may run at once: the longest example at least."""
     if memory.micro_tokens is not None:
         return [fixed_tokens(job, memory.micro_tokens)]
@@ -149,7 +149,7 @@ def _tokens(job: Job, memory: MemorySpec) -> list[int]:
     return sorted({job.longest, max(job.longest, most), *(n for n in some if job.longest < n <= most)}, reverse=True)
 
 
-def _fillings(job: Job, start: Setting, limits: Limits, memory: MemorySpec) -> Iterator[Setting]:
+def _fillings(job: Workload, start: Setting, limits: Limits, memory: MemorySpec) -> Iterator[Setting]:
     """What is kept, and how much of it goes to the host: of each kind the one that moves or recomputes least."""
     layers = job.shape.layers
 
@@ -174,7 +174,7 @@ def _fillings(job: Job, start: Setting, limits: Limits, memory: MemorySpec) -> I
             yield from _offloaded(job, others, limits)
 
 
-def _offloaded(job: Job, mixtures: Sequence[Setting], limits: Limits) -> Iterator[Setting]:
+def _offloaded(job: Workload, mixtures: Sequence[Setting], limits: Limits) -> Iterator[Setting]:
     """Of mixtures of ever fewer kept activations, each with the fewest layers on the host that the device asks for, the
     first that the host takes."""
 
@@ -188,7 +188,7 @@ def _offloaded(job: Job, mixtures: Sequence[Setting], limits: Limits) -> Iterato
         yield found
 
 
-def _least_offload(job: Job, setting: Setting, limits: Limits) -> int | None:
+def _least_offload(job: Workload, setting: Setting, limits: Limits) -> int | None:
     """How many layers' kept activations must at least go to the host for the device's sake; whether the host takes them is
     another question (the more layers, the less)."""
     return _least(lambda n: on_device(job, replace(setting, offload=n), limits) is not None, job.shape.layers)
@@ -210,7 +210,7 @@ def _least(fits: Callable[[int], bool], most: int) -> int | None:
 # -- where nothing fits ------------------------------------------------------------------------------------------------
 
 
-def _frugal(job: Job, memory: MemorySpec) -> Iterator[Setting]:
+def _frugal(job: Workload, memory: MemorySpec) -> Iterator[Setting]:
     """The settings that take least of the device, but for what is offloaded."""
     layers = job.shape.layers
     if memory.micro_tokens is not None:
@@ -227,7 +227,7 @@ def _frugal(job: Job, memory: MemorySpec) -> Iterator[Setting]:
                 yield Setting(tokens, (keep,) * layers, 0, stream, tile, scratch, False)
 
 
-def _frugal_on_device(job: Job, limits: Limits, memory: MemorySpec) -> Iterator[Setting]:
+def _frugal_on_device(job: Workload, limits: Limits, memory: MemorySpec) -> Iterator[Setting]:
     """Those that the device takes, with as little on the host as it asks for."""
     for setting in _frugal(job, memory):
         if memory.offload is not None:
@@ -240,22 +240,22 @@ def _frugal_on_device(job: Job, limits: Limits, memory: MemorySpec) -> Iterator[
             yield replace(setting, offload=offload)
 
 
-def _frugal_fits(job: Job, limits: Limits, memory: MemorySpec) -> Iterator[Setting]:
+def _frugal_fits(job: Workload, limits: Limits, memory: MemorySpec) -> Iterator[Setting]:
     return (s for s in _frugal_on_device(job, limits, memory) if fits(job, s, limits))
 
 
-def feasible(job: Job, limits: Limits, memory: MemorySpec) -> bool:
+def feasible(job: Workload, limits: Limits, memory: MemorySpec) -> bool:
     """Whether ``search`` finds a setting."""
     return next(_frugal_fits(job, limits, memory), None) is not None
 
 
-def least_host(job: Job, limits: Limits, memory: MemorySpec) -> int | None:
+def least_host(job: Workload, limits: Limits, memory: MemorySpec) -> int | None:
     """Bytes of main memory with which it would fit; None: the device does not take it with any."""
     found = _frugal_on_device(job, limits, memory)
     return min((sum(account(job, s, limits.kind).host.values()) for s in found), default=None)
 
 
-def longest_context(job: Job, limits: Limits, memory: MemorySpec, *, step: int = 1024, most: int = 2**20) -> int:
+def longest_context(job: Workload, limits: Limits, memory: MemorySpec, *, step: int = 1024, most: int = 2**20) -> int:
     """The longest example that fits, in whole `step` tokens; 0: not even one step does."""
     low, high = 0, most // step
     while high - low > 0:
@@ -267,7 +267,7 @@ def longest_context(job: Job, limits: Limits, memory: MemorySpec, *, step: int =
     return low * step
 
 
-def least_account(job: Job, limits: Limits, memory: MemorySpec) -> tuple[Setting, Account]:
+def least_account(job: Workload, limits: Limits, memory: MemorySpec) -> tuple[Setting, MemoryBreakdown]:
     """The setting that takes least of the device, whatever it takes of the host."""
     layers = job.shape.layers
     offloads = (0, layers) if memory.offload is None else (layers if memory.offload else 0,)
@@ -276,11 +276,11 @@ def least_account(job: Job, limits: Limits, memory: MemorySpec) -> tuple[Setting
     return min(found, key=lambda pair: pair[1].peak)
 
 
-def cures(job: Job, limits: Limits, memory: MemorySpec) -> list[str]:
+def cures(job: Workload, limits: Limits, memory: MemorySpec) -> list[str]:
     """Changes of one key each under which it would fit, tried one by one."""
     said = []
 
-    def helps(changed: Job, spec: MemorySpec = memory, there: Limits = limits) -> bool:
+    def helps(changed: Workload, spec: MemorySpec = memory, there: Limits = limits) -> bool:
         return feasible(changed, there, spec)
 
     for key, value in memory.model_dump().items():
@@ -317,7 +317,7 @@ def _first(value: int, least: int, helps: Callable[[int], bool], words: str) -> 
     return []
 
 
-def smallest_card(job: Job, limits: Limits, memory: MemorySpec) -> int | None:
+def smallest_card(job: Workload, limits: Limits, memory: MemorySpec) -> int | None:
     """GB of the smallest card on which it fits."""
     free = memory.model_copy(update={"vram": None})
     for size in SIZES:
@@ -329,7 +329,7 @@ def smallest_card(job: Job, limits: Limits, memory: MemorySpec) -> int | None:
     return None
 
 
-def with_rank(job: Job, r: int) -> Job:
+def with_rank(job: Workload, r: int) -> Workload:
     """The same job with the trained adapter at another rank."""
     adapters: list[AdapterSpec] = []
     for a in job.adapters:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from ..model.layer_spec import Keep
 from .account import Setting, kept_per_token, optimizer_bytes, slab_bytes
-from .gpus import Card
-from .workload import SITES, Job
+from .gpus import Gpu
+from .workload import SITES, Workload
 
 # Kernels that a layer launches in a pass, and what the processor takes for each (Python and driver), seconds.
 LAUNCHES = {"forward": 70, "backward": 130}
@@ -43,7 +43,7 @@ class Time:
     tokens_per_second: float
 
 
-def layer_operations(job: Job, keep: Keep, layer: int = 0) -> tuple[float, float]:
+def layer_operations(job: Workload, keep: Keep, layer: int = 0) -> tuple[float, float]:
     """(forward, backward) operations a token of one layer, attention's scores aside."""
     s = job.shape
     frozen = [2 * sum(s.matrices[n][0] * s.matrices[n][1] for n in site) for site in SITES]
@@ -60,14 +60,14 @@ def layer_operations(job: Job, keep: Keep, layer: int = 0) -> tuple[float, float
     return forward, forward + again + trained
 
 
-def attention_operations(job: Job) -> float:
+def attention_operations(job: Workload) -> float:
     """Forward operations a token, of a layer on average: causal, so half of a sequence, and never beyond the window."""
     s, length = job.shape, min(job.segment or job.longest, job.longest)
     seen = [length / 2 if w is None or length <= w else w - w**2 / (2 * length) for w in s.windows or (None,)]
     return 4 * s.queries * sum(seen) / len(seen)
 
 
-def _bytes_moved(job: Job) -> tuple[float, float]:
+def _bytes_moved(job: Workload) -> tuple[float, float]:
     """(forward, backward) bytes a token through the card's memory beside matrix products: norms, rotations, SwiGLU,
     dropout, residuals."""
     s, size = job.shape, job.dtype.itemsize
@@ -80,14 +80,14 @@ def _bytes_moved(job: Job) -> tuple[float, float]:
     return size * forward, size * backward
 
 
-def _kept_per_layer(job: Job, keep: Keep) -> float:
+def _kept_per_layer(job: Workload, keep: Keep) -> float:
     """Bytes a token, of a layer on average."""
     if ("kept", keep) not in job.memo:
         job.memo["kept", keep] = kept_per_token(job, (keep,) * job.shape.layers) / job.shape.layers
     return job.memo["kept", keep]
 
 
-def step_time(job: Job, setting: Setting, card: Card) -> Time:
+def step_time(job: Workload, setting: Setting, card: Gpu) -> Time:
     """One optimizer step, in micro-batches of the setting's tokens."""
     s, tokens = job.shape, setting.tokens
     rate = card.rate(job.dtype) * tokens / (tokens + HALF_RATE_TOKENS)
@@ -128,9 +128,13 @@ def step_time(job: Job, setting: Setting, card: Card) -> Time:
         again = (1 if keep == "input" else 0) * scores
         small = unpacked * gates if setting.scratch == "small" else 0.0
         backward = one_pass(
-            backward_ops, 2.5 * scores + again, sum(moved) if keep != "all" else moved[1], LAUNCHES["backward"],
-            backward_ops / forward_ops, unpacked + small,
-        )  # fmt: skip
+            backward_ops,
+            2.5 * scores + again,
+            sum(moved) if keep != "all" else moved[1],
+            LAUNCHES["backward"],
+            backward_ops / forward_ops,
+            unpacked + small,
+        )
         tiles = 1 if setting.tile is None else max(1, -(-tokens // setting.tile))
         if tiles > 1 and setting.tile is not None:
             share = 3 * s.hidden * s.inner / weights  # the MLP's, of all matrices

@@ -146,7 +146,7 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is planned.
 
     Attributes:
@@ -229,11 +229,11 @@ class Job:
         """What was counted already."""
         return {}
 
-    def at(self, **changes: Any) -> Job:
+    def at(self, **changes: Any) -> Workload:
         return replace(self, **changes)
 
 
-def make_job(
+def make_workload(
     config: RunConfig,
     method: Method,
     base_config: Any,
@@ -242,7 +242,7 @@ def make_job(
     frozen: Sequence[Mapping[str, Any]] = (),
     storage: Storage | None = None,
     **rows: Any,
-) -> Job:
+) -> Workload:
     """The job of a configuration.
 
     Args:
@@ -262,7 +262,7 @@ def make_job(
     rows.setdefault("longest", longest_of(config, method))
     if method == "dpo":
         rows.setdefault("keys", 4 / 3)  # a prompt as long as each response
-    return Job(
+    return Workload(
         shape=shape,
         dtype=dtype,
         storage=storage,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config.load import DatasetSpec, RunConfig
 from ..data.chat_template import ChatTemplate, Example
-from ..data.dataset import Prepared, prepare
+from ..data.dataset import TokenizedDataset, prepare
 from ..demo import CONVERSATIONS_TEST
 from ..errors import UserError
 from ..evaluate.bootstrap import Bootstrap, Interval, Ratio
@@ -106,8 +106,14 @@ class MergeMeasure:
         rows = [["live", "", "", self.live.text(), ""]]
         for name, way in self.ways.items():
             rows.append(
-                [f"--onto {name}", f"{way.kl.value:.2e}", f"{way.agreement.value:.2%}", way.loss.text(), way.gap.text("+.4f")]
-            )  # fmt: skip
+                [
+                    f"--onto {name}",
+                    f"{way.kl.value:.2e}",
+                    f"{way.agreement.value:.2%}",
+                    way.loss.text(),
+                    way.gap.text("+.4f"),
+                ]
+            )
         return rows
 
     def lines(self) -> list[str]:
@@ -205,7 +211,7 @@ def _measured(
     return MergeMeasure(origin, len(tokens), int(tokens.sum()), found["live"], bootstrap, ways, between)
 
 
-def _rows(chain: Chain, template: ChatTemplate, limit: int, max_tokens: int, say: Say) -> tuple[Prepared, str]:
+def _rows(chain: Chain, template: ChatTemplate, limit: int, max_tokens: int, say: Say) -> tuple[TokenizedDataset, str]:
     try:
         found = held_out(chain, template, "sft", limit=limit, max_length=max_tokens)
         return found.data, found.origin

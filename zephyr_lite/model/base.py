@@ -31,9 +31,16 @@ from .tokenizer import check_vocabulary, load_tokenizer
 
 # what a model's output depends on, beside its weights; ``fingerprint`` adds head_dim and the layers' windows
 _ARCHITECTURE = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "hidden_act", "rms_norm_eps", "rope_parameters",
-)  # fmt: skip
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,16 @@ from .shards import again
 NAME = "config.json"
 # The largest that any published model has is a tenth of these, and what is built of a size takes memory and time.
 _LARGEST = {
-    "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 4096, "num_attention_heads": 2**16,
-    "num_key_value_heads": 2**16, "head_dim": 2**16, "vocab_size": 2**26, "max_position_embeddings": 2**40,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "vocab_size": 2**26,
+    "max_position_embeddings": 2**40,
     "sliding_window": 2**40,
-}  # fmt: skip
+}
 # transformers makes a name for each label of a classifier.
 _LABELS = 100_000
 _ROPE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

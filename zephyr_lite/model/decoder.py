@@ -20,11 +20,11 @@ from ..ops.rms_norm import rms_norm
 from ..ops.token_logps import TokenStats, token_logps
 from .activation_offload import Offload
 from .adapters import AdapterStack
-from .dequant_buffer import Scratch, ScratchMode
+from .dequant_buffer import DequantBuffer, ScratchMode
 from .families import layer_windows
 from .layer import run_layer
-from .layer_spec import Keep, Layer, Pass, layer_of
-from .weight_streaming import StreamedBase
+from .layer_spec import ForwardContext, Keep, Layer, layer_of
+from .weight_streaming import WeightStreamer
 
 Keeps = Keep | Sequence[Keep]
 
@@ -58,12 +58,12 @@ class Decoder:
         dtype: torch.dtype,
         names: Sequence[str] | None = None,
         scratch: ScratchMode = "layer",
-        stream: StreamedBase | None = None,
+        stream: WeightStreamer | None = None,
     ) -> None:
         self.stack = stack
         self.dtype = dtype
         self.names = names
-        self.scratch = Scratch(scratch)
+        self.scratch = DequantBuffer(scratch)
         self.stream = stream
         self.offload: Offload | None = None
         self.tile: int | None = None
@@ -84,9 +84,9 @@ class Decoder:
         if plan.stream and self.stream is None:
             device = self.device
             self.scratch.free()
-            self.stream = StreamedBase(self.stack.base, device)
+            self.stream = WeightStreamer(self.stack.base, device)
         if self.scratch.mode != plan.scratch:
-            self.scratch = Scratch(plan.scratch)
+            self.scratch = DequantBuffer(plan.scratch)
         self.tile = plan.tile
         if self.offload is not None:
             self.offload.clear()
@@ -162,7 +162,7 @@ class Decoder:
         cos, sin = model.rotary_emb(x, batch.positions[None])
         windows = layer_windows(self.stack.base.config)
         tables = {window: SegmentTable.build(batch.segments, window, x.device) for window in set(windows)}
-        shared = Pass(
+        shared = ForwardContext(
             table=tables[windows[0]],
             cos=cos[0].to(self.dtype),
             sin=sin[0].to(self.dtype),

@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..ops.lora import Site
+from ..ops.lora import LinearGroup
 from ..ops.nf4 import dequantize, is_quantized
 
 ScratchMode = Literal["layer", "small"]
 
 
-class Scratch:
+class DequantBuffer:
     """Frozen matrices, dense, in the compute dtype.
 
     A plain weight of that dtype is handed out as it is; only quantized ones take room here. A matrix is valid until
@@ -36,7 +36,7 @@ class Scratch:
         # what lies where: start of the place → the storage that was dequantized into it, and its version
         self._held: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
-    def parts(self, sites: Sequence[Site], index: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    def parts(self, sites: Sequence[LinearGroup], index: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """The matrices of ``sites[index]`` as ``ops.lora`` takes them.
 
         Args:
@@ -60,7 +60,9 @@ class Scratch:
         """Give the memory back."""
         self._buffers, self._layout, self._held = [], [], {}
 
-    def _fill(self, place: tuple[int, int], site: Site, projections: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _fill(
+        self, place: tuple[int, int], site: LinearGroup, projections: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
         """Projections of a site beside each other, dequantized unless they lie there already."""
         buffer, start = place
         width = _width(site)
@@ -75,7 +77,7 @@ class Scratch:
                 self._held[at] = (weight, weight._version)
         return whole
 
-    def _make_room(self, sites: Sequence[Site], dtype: torch.dtype) -> None:
+    def _make_room(self, sites: Sequence[LinearGroup], dtype: torch.dtype) -> None:
         layout = [(site.outs, _width(site)) for site in sites]
         if layout != self._layout:  # other shapes lie elsewhere
             self._layout, self._held = layout, {}
@@ -89,7 +91,7 @@ class Scratch:
             self._buffers = [torch.empty(n, dtype=dtype, device=device) for n in sizes]
 
 
-def scratch_elements(sites: Sequence[Site], mode: ScratchMode) -> list[int]:
+def scratch_elements(sites: Sequence[LinearGroup], mode: ScratchMode) -> list[int]:
     """The size of each buffer, in elements."""
     if mode == "layer":
         return [sum(map(_elements, sites))]
@@ -97,11 +99,11 @@ def scratch_elements(sites: Sequence[Site], mode: ScratchMode) -> list[int]:
     return [_elements(sites[0]) + _elements(sites[1]), largest]
 
 
-def _width(site: Site) -> int:
+def _width(site: LinearGroup) -> int:
     weight = site.weights[0]
     state = getattr(weight, "quant_state", None)
     return (state.shape if state is not None else weight.shape)[1]
 
 
-def _elements(site: Site) -> int:
+def _elements(site: LinearGroup) -> int:
     return sum(site.outs) * _width(site)

@@ -26,10 +26,10 @@ from ..ops.lora import LoraPair
 from ..ops.nf4 import is_quantized
 from ..ops.rms_norm import rms_norm
 from .base import check_family
-from .dequant_buffer import Scratch, ScratchMode
+from .dequant_buffer import DequantBuffer, ScratchMode
 from .families import layer_windows
 from .layer import run_layer
-from .layer_spec import Keep, Pass, layer_of
+from .layer_spec import ForwardContext, Keep, layer_of
 
 
 def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer") -> Any:
@@ -93,7 +93,7 @@ class _Fused:
         self.inner = inner
         self.plain: Callable[..., Any] = inner.forward
         self.keep = keep
-        self.scratch = Scratch(scratch)
+        self.scratch = DequantBuffer(scratch)
         self.checked: set[tuple[torch.device, torch.dtype]] = set()
 
     def forward(
@@ -158,7 +158,7 @@ class _Fused:
         windows = layer_windows(config)
         cos, sin = inner.rotary_emb(x, positions[None])
         tables = {window: SegmentTable.build(segments, window, x.device) for window in set(windows)}
-        shared = Pass(tables[windows[0]], cos[0].to(x.dtype), sin[0].to(x.dtype))
+        shared = ForwardContext(tables[windows[0]], cos[0].to(x.dtype), sin[0].to(x.dtype))
         states = [replace(shared, table=tables[window]) for window in windows]
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in (inner, *inner.layers))
         keep: Keep = self.keep or ("input" if recompute and inner.training else "all")

@@ -23,12 +23,12 @@ from ..ops.attention import attention_backward, attention_forward
 from ..ops.lora import grad_adapters, grad_input, grad_low_rank, low_rank, project
 from ..ops.rms_norm import rms_norm_backward, rms_norm_forward
 from ..ops.rope import rope_
-from .dequant_buffer import Scratch
-from .layer_spec import DOWN, GATE_UP, OUT, QKV, Keep, Layer, Pass
+from .dequant_buffer import DequantBuffer
+from .layer_spec import DOWN, GATE_UP, OUT, QKV, ForwardContext, Keep, Layer
 from .mlp import Kept, Products, mlp_backward, mlp_forward
 
 
-def run_layer(x: Tensor, layer: Layer, state: Pass, scratch: Scratch, keep: Keep) -> Tensor:
+def run_layer(x: Tensor, layer: Layer, state: ForwardContext, scratch: DequantBuffer, keep: Keep) -> Tensor:
     """The layer under autograd.
 
     Args:
@@ -68,7 +68,9 @@ class _Activations:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, layer: Layer, state: Pass, scratch: Scratch, keep: Keep, *trained: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(
+        ctx, x: Tensor, layer: Layer, state: ForwardContext, scratch: DequantBuffer, keep: Keep, *trained: Tensor
+    ) -> Tensor:  # type: ignore[override]
         y, found = _forward(x, layer, state, scratch, keep)
         ctx.layer, ctx.state, ctx.scratch = layer, state, scratch
         _save(ctx, found, keep)
@@ -85,9 +87,14 @@ class _Layer(torch.autograd.Function):
             state.offload.ahead(layer.index - 1)
         _recompute(found, layer, state, scratch)
         d_x, grads = _backward(
-            grad.contiguous(), found, layer, state, scratch, owned=ctx.away is not None,
+            grad.contiguous(),
+            found,
+            layer,
+            state,
+            scratch,
+            owned=ctx.away is not None,
             need_x=ctx.needs_input_grad[0],
-        )  # fmt: skip
+        )
         return (d_x, None, None, None, None, *grads)
 
 
@@ -123,7 +130,9 @@ def _restore(ctx: Any) -> _Activations:
     return _Activations(**kept)
 
 
-def _forward(x: Tensor, layer: Layer, state: Pass, scratch: Scratch, keep: Keep | None) -> tuple[Tensor, _Activations]:
+def _forward(
+    x: Tensor, layer: Layer, state: ForwardContext, scratch: DequantBuffer, keep: Keep | None
+) -> tuple[Tensor, _Activations]:
     """The layer's output, and what `keep` names of what was computed on the way (None: nothing); the rest goes as soon
     as it was read."""
     if state.stream is not None:
@@ -148,7 +157,13 @@ def _forward(x: Tensor, layer: Layer, state: Pass, scratch: Scratch, keep: Keep 
 
 
 def _attend(
-    found: _Activations, normed: Tensor, layer: Layer, state: Pass, scratch: Scratch, *, mix: bool = True
+    found: _Activations,
+    normed: Tensor,
+    layer: Layer,
+    state: ForwardContext,
+    scratch: DequantBuffer,
+    *,
+    mix: bool = True,
 ) -> Products:
     """From the normalized input to q, k, v and (``mix``) the attention's output; returns the adapters' products."""
     products = low_rank(normed, layer.sites[QKV])
@@ -161,7 +176,7 @@ def _attend(
     return products
 
 
-def _recompute(found: _Activations, layer: Layer, state: Pass, scratch: Scratch) -> None:
+def _recompute(found: _Activations, layer: Layer, state: ForwardContext, scratch: DequantBuffer) -> None:
     """Fill in what a backward pass reads of the attention and the policy did not keep."""
     qkv_products, o_products, *of_mlp = found.products
     if found.qkv is None:
@@ -178,9 +193,15 @@ def _recompute(found: _Activations, layer: Layer, state: Pass, scratch: Scratch)
 
 
 def _backward(
-    grad: Tensor, found: _Activations, layer: Layer, state: Pass, scratch: Scratch, *,
-    owned: bool, need_x: bool,
-) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
+    grad: Tensor,
+    found: _Activations,
+    layer: Layer,
+    state: ForwardContext,
+    scratch: DequantBuffer,
+    *,
+    owned: bool,
+    need_x: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
     """The gradients of x and of every trained adapter.
 
     Args:
@@ -231,7 +252,7 @@ def _backward(
     return d_x, [g for of_site in grads for g in of_site]
 
 
-def _parts(layer: Layer, site: int, scratch: Scratch, like: Tensor) -> Any:
+def _parts(layer: Layer, site: int, scratch: DequantBuffer, like: Tensor) -> Any:
     return scratch.parts(layer.sites, site, like.dtype)
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..ops.attention import SegmentTable
-from ..ops.lora import Site
+from ..ops.lora import LinearGroup
 from .activation_offload import Offload
-from .weight_streaming import StreamedBase
+from .weight_streaming import WeightStreamer
 
 Keep = Literal["input", "attention", "all"]
 QKV, OUT, GATE_UP, DOWN = range(4)
@@ -37,7 +37,7 @@ class Layer:
         index: its place among the layers.
     """
 
-    sites: tuple[Site, Site, Site, Site]
+    sites: tuple[LinearGroup, LinearGroup, LinearGroup, LinearGroup]
     norms: tuple[Norm, Norm]
     heads: int
     kv_heads: int
@@ -49,13 +49,13 @@ class Layer:
     def trained(self) -> list[Tensor]:
         return [tensor for site in self.sites for tensor in site.trained]
 
-    def with_sites(self, sites: Sequence[Site]) -> Layer:
+    def with_sites(self, sites: Sequence[LinearGroup]) -> Layer:
         """The same layer with other sites of the same shapes."""
         return replace(self, sites=(sites[0], sites[1], sites[2], sites[3]))
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardContext:
     """What the layers of one forward pass read.
 
     Attributes:
@@ -71,11 +71,11 @@ class Pass:
     sin: Tensor
     tile: int | None = None
     offload: Offload | None = None
-    stream: StreamedBase | None = None
+    stream: WeightStreamer | None = None
 
 
 def layer_of(
-    module: Any, stack_of: Any, dropout_of: Any, *, index: int = 0, stream: StreamedBase | None = None
+    module: Any, stack_of: Any, dropout_of: Any, *, index: int = 0, stream: WeightStreamer | None = None
 ) -> Layer:
     """Read a Hugging Face decoder layer.
 
@@ -97,7 +97,7 @@ def layer_of(
     for place, linears in enumerate(modules):
         inner = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in linears]
         sites.append(
-            Site(
+            LinearGroup(
                 tuple(m.weight if stream is None else stream.on_device(m.weight) for m in inner),
                 tuple(m.bias for m in inner),
                 tuple(m.out_features for m in inner),

@@ -26,7 +26,7 @@ WHOLE = "model"  # what a model's folder is called, which has no base and no ada
 
 
 @dataclass
-class Live:
+class LoadedModel:
     """A base, loaded once, and the models that its adapters make of it.
 
     Attributes:
@@ -77,7 +77,7 @@ def open_live(
     base: str | None = None,
     chat_template: str | None = None,
     say: Say = lambda line: None,
-) -> Live:
+) -> LoadedModel:
     """Load a run's folder (its last complete stage), a stage's folder, a model's folder, or explicit adapters.
 
     Args:
@@ -104,7 +104,7 @@ def open_live(
             raise UserError(f"{path}: is a model's folder, which has no {option}.", "Leave --stage and --base out.")
         loaded = load_base(RunConfig(model_name_or_path=str(path), load_in_4bit=False), say=say)
         template = template_of_folder(path, loaded.tokenizer, chat_template)
-        return Live(str(path), loaded, AdapterStack(loaded.model), template, {WHOLE: []})
+        return LoadedModel(str(path), loaded, AdapterStack(loaded.model), template, {WHOLE: []})
     if path is not None and (path / STAGE_FILE).is_file():
         if stage not in (None, path.name):
             raise UserError(
@@ -116,7 +116,7 @@ def open_live(
     return live_of(chain_of_run(path, stage=stage, base=base), chat_template=chat_template, say=say)
 
 
-def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda line: None) -> Live:
+def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda line: None) -> LoadedModel:
     """Load the base of a chain as its stage trained on it, and put every adapter on it, frozen.
 
     Raises:
@@ -143,7 +143,7 @@ def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda
         stack.add_frozen(name, adapter)
         models[name if name != BASE else f"{name}_adapter"] = list(stack.names)
     source = where if chain.run is not None else " + ".join(str(adapter.path) for adapter in chain.adapters)
-    return Live(source, base, stack, template, models, chain)
+    return LoadedModel(source, base, stack, template, models, chain)
 
 
 def base_config(chain: Chain) -> RunConfig:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops.lora import grad_adapters, grad_input, grad_low_rank, low_rank, project
 from ..ops.rms_norm import rms_norm_backward, rms_norm_forward
 from ..ops.swiglu import swiglu_backward, swiglu_forward
-from .dequant_buffer import Scratch
+from .dequant_buffer import DequantBuffer
 from .layer_spec import DOWN, GATE_UP, Layer
 
 Products = tuple[Tensor, ...]
@@ -57,7 +57,7 @@ def tiles(count: int, size: int | None) -> list[slice]:
     return [slice(start, min(count, start + size)) for start in range(0, count, size)]
 
 
-def mlp_forward(out: Tensor, x: Tensor, layer: Layer, scratch: Scratch, *, tile: int | None, whole: bool) -> Mlp:
+def mlp_forward(out: Tensor, x: Tensor, layer: Layer, scratch: DequantBuffer, *, tile: int | None, whole: bool) -> Mlp:
     """From the attention's projected output [T, D] and the residual x [T, D]; `out` may be overwritten.
 
     Args:
@@ -84,9 +84,14 @@ def mlp_forward(out: Tensor, x: Tensor, layer: Layer, scratch: Scratch, *, tile:
 
 
 def _piece(
-    out: Tensor, x: Tensor, layer: Layer, scratch: Scratch, whole: bool, y: Tensor | None = None,
+    out: Tensor,
+    x: Tensor,
+    layer: Layer,
+    scratch: DequantBuffer,
+    whole: bool,
+    y: Tensor | None = None,
     gate_up: Tensor | None = None,
-) -> Mlp:  # fmt: skip
+) -> Mlp:
     """Some tokens' share; y and gate_up go where they are said to."""
     sites, norm = layer.sites, layer.norms[1]
     normed, middle, _ = rms_norm_forward(out, norm.weight, norm.eps, residual=x)
@@ -102,8 +107,15 @@ def _piece(
 
 
 def mlp_backward(
-    grad: Tensor, middle: Tensor, kept: Kept | None, layer: Layer, scratch: Scratch, *, tile: int | None, owned: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    grad: Tensor,
+    middle: Tensor,
+    kept: Kept | None,
+    layer: Layer,
+    scratch: DequantBuffer,
+    *,
+    tile: int | None,
+    owned: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The gradient of middle [T, D], and those of the adapters on gate and up, and on down.
 
     Args:
@@ -132,9 +144,13 @@ def mlp_backward(
 
 
 def _piece_backward(
-    grad: Tensor, middle: Tensor, kept: Kept | None, layer: Layer, scratch: Scratch,
+    grad: Tensor,
+    middle: Tensor,
+    kept: Kept | None,
+    layer: Layer,
+    scratch: DequantBuffer,
     owned: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     sites, norm = layer.sites, layer.norms[1]
     of_gate_up: list[Tensor] = []
     of_down: list[Tensor] = []
@@ -166,7 +182,7 @@ def _piece_backward(
     return rms_norm_backward(d_normed, middle, norm.weight, inverse, residual_grad=grad), of_gate_up, of_down
 
 
-def _parts(layer: Layer, site: int, scratch: Scratch, like: Tensor) -> Any:
+def _parts(layer: Layer, site: int, scratch: DequantBuffer, like: Tensor) -> Any:
     return scratch.parts(layer.sites, site, like.dtype)
 
 

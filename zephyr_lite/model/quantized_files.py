@@ -73,9 +73,14 @@ def _model_tensors(config: Any, settings: BitsAndBytesConfig) -> dict[str, tuple
 
 
 def write_quantized(
-    folder: Path, base: BaseFiles, config: Any, settings: BitsAndBytesConfig, dtype: torch.dtype, tensors: list[Source],
+    folder: Path,
+    base: BaseFiles,
+    config: Any,
+    settings: BitsAndBytesConfig,
+    dtype: torch.dtype,
+    tensors: list[Source],
     device: torch.device,
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """The checkpoint, into an empty folder; the base's files are hashed as they are read. Returns their hashes.
 
     Raises:

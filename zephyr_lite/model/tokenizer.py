@@ -18,8 +18,14 @@ from .shards import again, checked_place
 _SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 # what a tokenizer consists of, but for its configuration and chat template
 OWN_FILES = (
-    "tokenizer.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 # the class that takes tokenizer.json as it is, in transformers 4 and 5; and those that only 5 has
 ANY_CLASS = "PreTrainedTokenizerFast"
 _ONLY_5 = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "MistralCommonBackend")

@@ -21,7 +21,7 @@ from .activation_offload import ALIGNMENT, SideStream, host_bytes
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class StreamedBase:
+class WeightStreamer:
     """The layers of a model on the host, and its buffers on the device.
 
     Takes over the weights of `model` (a causal language model of ``family``): they become views of the

@@ -119,9 +119,20 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scal
     if kind == "flash":
         left, right = _window(table)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, table.cu_queries, table.cu_keys, max(table.query_lengths), max(table.key_lengths),
-            0.0, left < 0, False, scale=scale, window_size_left=left, window_size_right=right,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            table.cu_queries,
+            table.cu_keys,
+            max(table.query_lengths),
+            max(table.key_lengths),
+            0.0,
+            left < 0,
+            False,
+            scale=scale,
+            window_size_left=left,
+            window_size_right=right,
+        )
         return out, lse
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -129,9 +140,20 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scal
         wide_k, wide_v = _repeated(k, q), _repeated(v, q)
         for run in _like_lengths(table):
             found, padded, *_ = torch.ops.aten._efficient_attention_forward(
-                q[None, run.q], wide_k[None, run.k], wide_v[None, run.k], None, run.cu_queries, run.cu_keys, max(run.queries),
-                max(run.keys), 0.0, _CAUSAL_FROM_BOTTOM_RIGHT, True, scale=scale, window_size=run.window,
-            )  # fmt: skip
+                q[None, run.q],
+                wide_k[None, run.k],
+                wide_v[None, run.k],
+                None,
+                run.cu_queries,
+                run.cu_keys,
+                max(run.queries),
+                max(run.keys),
+                0.0,
+                _CAUSAL_FROM_BOTTOM_RIGHT,
+                True,
+                scale=scale,
+                window_size=run.window,
+            )
             out[run.q] = found[0]
             lse[run.q] = _by_token(padded, run.queries)
     forward = _cpu_forward if kind == "cpu" else _plain_forward
@@ -143,9 +165,16 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scal
 
 
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, table: SegmentTable, scale: float,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    table: SegmentTable,
+    scale: float,
     into: tuple[Tensor, Tensor, Tensor],
-) -> None:  # fmt: skip
+) -> None:
     """Write the gradients of q, k and v.
 
     Args:
@@ -163,9 +192,24 @@ def attention_backward(
         none = torch.empty(0, device=q.device)
         state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not: never read
         a, b, c = torch.ops.aten._flash_attention_backward(
-            grad, q, k, v, out, lse, table.cu_queries, table.cu_keys, max(table.query_lengths), max(table.key_lengths),
-            0.0, left < 0, state, none, scale=scale, window_size_left=left, window_size_right=right,
-        )  # fmt: skip
+            grad,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            table.cu_queries,
+            table.cu_keys,
+            max(table.query_lengths),
+            max(table.key_lengths),
+            0.0,
+            left < 0,
+            state,
+            none,
+            scale=scale,
+            window_size_left=left,
+            window_size_right=right,
+        )
     else:
         direct = kind != "efficient" and table.runs is None
         a = d_q
@@ -175,18 +219,39 @@ def attention_backward(
             wide_k, wide_v = _repeated(k, q), _repeated(v, q)
             for run in _like_lengths(table):
                 gq, gk, gv, _ = torch.ops.aten._efficient_attention_backward(
-                    grad[None, run.q], q[None, run.q], wide_k[None, run.k], wide_v[None, run.k], None, out[None, run.q],
-                    run.cu_queries, run.cu_keys, max(run.queries), max(run.keys), _padded(lse[run.q], run.queries), 0.0,
-                    seed, seed, _CAUSAL_FROM_BOTTOM_RIGHT, False, scale=scale, window_size=run.window,
-                )  # fmt: skip
+                    grad[None, run.q],
+                    q[None, run.q],
+                    wide_k[None, run.k],
+                    wide_v[None, run.k],
+                    None,
+                    out[None, run.q],
+                    run.cu_queries,
+                    run.cu_keys,
+                    max(run.queries),
+                    max(run.keys),
+                    _padded(lse[run.q], run.queries),
+                    0.0,
+                    seed,
+                    seed,
+                    _CAUSAL_FROM_BOTTOM_RIGHT,
+                    False,
+                    scale=scale,
+                    window_size=run.window,
+                )
                 a[run.q] = gq[0]
                 b[run.k], c[run.k] = _summed(gk[0], k), _summed(gv[0], k)
         backward = _cpu_backward if kind == "cpu" else _plain_backward
         for piece in _pieces(table, kind, q.shape[1]):
             gq, gk, gv = backward(
-                _grouped(grad, k, piece.q), _grouped(q, k, piece.q), _heads(k, piece.k), _heads(v, piece.k),
-                _grouped(out, k, piece.q), _grouped(lse[..., None], k, piece.q)[..., 0], piece, scale,
-            )  # fmt: skip
+                _grouped(grad, k, piece.q),
+                _grouped(q, k, piece.q),
+                _heads(k, piece.k),
+                _heads(v, piece.k),
+                _grouped(out, k, piece.q),
+                _grouped(lse[..., None], k, piece.q)[..., 0],
+                piece,
+                scale,
+            )
             _grouped(a, k, piece.q).copy_(gq)
             b[piece.k] += gk.sum(1).transpose(0, 1)
             c[piece.k] += gv.sum(1).transpose(0, 1)

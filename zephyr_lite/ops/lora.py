@@ -90,7 +90,7 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class Site:
+class LinearGroup:
     """Projections that read the same input.
 
     Attributes:
@@ -125,7 +125,7 @@ class Site:
             start += out
         return result
 
-    def rows(self, rows: slice) -> Site:
+    def rows(self, rows: slice) -> LinearGroup:
         """For some of the tokens: only dropout knows which they are."""
         return self if self.dropout is None else replace(self, dropout=self.dropout.rows(rows))
 
@@ -135,7 +135,7 @@ class Site:
         return [t for group in self.groups for pair in group.pairs if pair.trained for t in (pair.a, pair.b)]
 
 
-def low_rank(x: Tensor, site: Site) -> tuple[Tensor, ...]:
+def low_rank(x: Tensor, site: LinearGroup) -> tuple[Tensor, ...]:
     """z = x Aᵀ, [T, R] a group of adapters, with dropout where the group has it. None is computed of adapters that are
     all switched off: their columns are zero, and adding zero changes no bit."""
     products = []
@@ -160,7 +160,7 @@ def low_rank(x: Tensor, site: Site) -> tuple[Tensor, ...]:
 def project(
     x: Tensor,
     parts: Parts,
-    site: Site,
+    site: LinearGroup,
     products: Sequence[Tensor],
     *,
     add: Tensor | None = None,
@@ -195,7 +195,7 @@ def project(
     return y
 
 
-def grad_low_rank(grad: Tensor, site: Site, *, need_all: bool = True) -> tuple[Tensor, ...]:
+def grad_low_rank(grad: Tensor, site: LinearGroup, *, need_all: bool = True) -> tuple[Tensor, ...]:
     """The gradients of the products: [T, R] a group, zero in the columns of what is switched off.
 
     Args:
@@ -221,7 +221,7 @@ def grad_low_rank(grad: Tensor, site: Site, *, need_all: bool = True) -> tuple[T
     return tuple(result)
 
 
-def grad_input(grad: Tensor, parts: Parts, site: Site, d_products: Sequence[Tensor]) -> Tensor:
+def grad_input(grad: Tensor, parts: Parts, site: LinearGroup, d_products: Sequence[Tensor]) -> Tensor:
     """The gradient of x: [T, in], a new tensor.
 
     Args:
@@ -247,7 +247,7 @@ def grad_input(grad: Tensor, parts: Parts, site: Site, d_products: Sequence[Tens
 
 
 def grad_adapters(
-    grad: Tensor, x: Tensor, site: Site, products: Sequence[Tensor], d_products: Sequence[Tensor]
+    grad: Tensor, x: Tensor, site: LinearGroup, products: Sequence[Tensor], d_products: Sequence[Tensor]
 ) -> list[Tensor]:
     """The gradients of every trained a and b, in the order of ``Site.trained``, each in its parameter's dtype; computed
     in float32 where x has 16 bits."""

@@ -35,14 +35,26 @@ FEWER = "pairs fewer held out than asked for: those of one prompt stay together"
 
 _TURNS = [{"content": datasets.Value("string"), "role": datasets.Value("string")}]
 # the published columns, in their order
-SCHEMA = datasets.Features({
-    "prompt": datasets.Value("string"), "prompt_id": datasets.Value("string"), "chosen": _TURNS, "rejected": _TURNS,
-    "messages": _TURNS, "score_chosen": datasets.Value("float64"), "score_rejected": datasets.Value("float64"),
-})  # fmt: skip
-_BESIDE = datasets.Features({
-    "fault": datasets.Value("string"), "source": datasets.Value("string"), "place": datasets.Value("int64"),
-    "longer": datasets.Value("bool"), "notes": datasets.Sequence(datasets.Value("int32")),
-})  # fmt: skip
+SCHEMA = datasets.Features(
+    {
+        "prompt": datasets.Value("string"),
+        "prompt_id": datasets.Value("string"),
+        "chosen": _TURNS,
+        "rejected": _TURNS,
+        "messages": _TURNS,
+        "score_chosen": datasets.Value("float64"),
+        "score_rejected": datasets.Value("float64"),
+    }
+)
+_BESIDE = datasets.Features(
+    {
+        "fault": datasets.Value("string"),
+        "source": datasets.Value("string"),
+        "place": datasets.Value("int64"),
+        "longer": datasets.Value("bool"),
+        "notes": datasets.Sequence(datasets.Value("int32")),
+    }
+)
 
 
 @dataclass
@@ -210,8 +222,14 @@ def _map(
 
 
 _NOTHING: dict[str, Any] = {
-    "prompt": "", "prompt_id": "", "chosen": [], "rejected": [], "messages": [], "score_chosen": 0.0, "score_rejected": 0.0
-}  # fmt: skip
+    "prompt": "",
+    "prompt_id": "",
+    "chosen": [],
+    "rejected": [],
+    "messages": [],
+    "score_chosen": 0.0,
+    "score_rejected": 0.0,
+}
 
 
 def _choose(

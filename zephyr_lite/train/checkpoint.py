@@ -25,7 +25,7 @@ from ..io.atomic import (
     rename,
     sync_file,
     write_json,
-)  # fmt: skip
+)
 from ..io.manifest import MANIFEST, manifest_fault, write_manifest
 from ..io.redact import redact
 from ..io.run_dir import StageDir, read_json
@@ -56,8 +56,12 @@ class Checkpoint:
         scaler: torch.amp.GradScaler,
     ) -> None:
         self.stack, self.parameters, self.optimizer, self.scheduler, self.scaler = (
-            stack, parameters, optimizer, scheduler, scaler
-        )  # fmt: skip
+            stack,
+            parameters,
+            optimizer,
+            scheduler,
+            scaler,
+        )
 
     def write(self, stage: StageDir, step: int, extra: dict[str, Any]) -> Path:
         """Write ``checkpoint-STEP``, tensor by tensor; it appears complete or not at all.

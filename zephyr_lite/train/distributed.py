@@ -30,13 +30,29 @@ PATIENCE = timedelta(hours=12)
 # what torchrun, accelerate and others tell the processes that they start
 _RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 _LAUNCHERS = (
-    _RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE, "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "NODE_RANK",
-    "MPI_LOCALRANKID", "MPI_LOCALNRANKS",
-)  # fmt: skip
+    _RANK,
+    _SIZE,
+    _LOCAL_RANK,
+    _LOCAL_SIZE,
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "NODE_RANK",
+    "MPI_LOCALRANKID",
+    "MPI_LOCALNRANKS",
+)
 _LAUNCHERS_BEGIN = (
-    "OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_", "TORCHELASTIC_", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP",
-    "ACCELERATE_USE_MEGATRON", "ACCELERATE_USE_PARALLELISM", "ACCELERATE_USE_TP",
-)  # fmt: skip
+    "OMPI_COMM_WORLD_",
+    "PMI_",
+    "MV2_COMM_WORLD_",
+    "TORCHELASTIC_",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON",
+    "ACCELERATE_USE_PARALLELISM",
+    "ACCELERATE_USE_TP",
+)
 # Seconds in which a second signal is the launcher's copy of the first (see ``echoes``).
 ECHO = 5.0
 

@@ -20,16 +20,16 @@ from torch import Tensor
 
 from ..config.load import Loaded
 from ..data.batch import Batch, collate_pairs
-from ..data.dataset import Prepared
+from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..memory.plan import Plan
 from ..model.decoder import Dropout
 from .losses import Preference, preference_loss
 from .main import OnMetrics, run, train
-from .monitors import CollapseWatch
+from .monitors import DpoCollapseMonitor
 from .objective import Metrics, Outcome, Shares
 from .observer import Observer
-from .oom import Guard
+from .oom import OomRetry
 from .reference import ReferenceCache, cache_key, pair_sums
 from .stage import Say, Stage
 from .steps import Lengths
@@ -60,11 +60,16 @@ def train_dpo(
 ) -> Outcome:
     """Train an opened stage and write its adapter."""
     return train(
-        stage, DpoTask(stage, say), say=say, on_metrics=on_metrics, observers=observers, collapse=CollapseWatch()
+        stage,
+        DpoObjective(stage, say),
+        say=say,
+        on_metrics=on_metrics,
+        observers=observers,
+        collapse=DpoCollapseMonitor(),
     )
 
 
-class DpoTask:
+class DpoObjective:
     """Losses and rows of preference optimization (see ``task.Task``)."""
 
     unit = "pairs"
@@ -73,7 +78,7 @@ class DpoTask:
         self.stage = stage
         self.data = stage.data
         self.decoder = stage.decoder
-        self.guard = Guard(stage, say)
+        self.guard = OomRetry(stage, say)
         self.cache = self._fill_cache(say) if stage.config.precompute_ref_log_probs else None
 
     def follow(self, plan: Plan) -> None:
@@ -129,7 +134,7 @@ class DpoTask:
         data = self.stage.eval_data
         return {} if data is None else {f"eval_{name}": value / len(data.lengths) for name, value in sums.items()}
 
-    def _batch(self, data: Prepared, examples: Sequence[int]) -> Batch:
+    def _batch(self, data: TokenizedDataset, examples: Sequence[int]) -> Batch:
         return collate_pairs([data.examples[i] for i in examples]).to(self.decoder.device)
 
     def _preference(self, policy: Tensor, reference: Tensor, batch: Batch) -> Preference:

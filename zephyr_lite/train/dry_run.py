@@ -13,10 +13,10 @@ from ..config.load import Loaded, Method, dump_config
 from ..data.preview import text_runs
 from ..errors import UserError
 from ..memory.machine import peak_memory, reset_peak_memory
-from .dpo import DpoTask
+from .dpo import DpoObjective
 from .loop import Loop
-from .setup import open_stage
-from .sft import SftTask
+from .setup import setup_stage
+from .sft import SftObjective
 from .stage import Say, Stage
 from .steps import rows_of_step
 
@@ -48,10 +48,10 @@ def run_dry(method: Method, loaded: Loaded, *, say: Say, show: Callable[[str, Sp
         say(f"  {line}")
     # the reference would be written to the stage's folder, and a tracker would start a run
     loaded.config = loaded.config.model_copy(update={"precompute_ref_log_probs": False, "report_to": []})
-    stage = open_stage(method, loaded, say=say, claim=False)
+    stage = setup_stage(method, loaded, say=say, claim=False)
     for title, spans in first_row(stage):
         show(title, spans)
-    task: Any = SftTask(stage, say) if method == "sft" else DpoTask(stage, say)
+    task: Any = SftObjective(stage, say) if method == "sft" else DpoObjective(stage, say)
     fp16 = str(stage.base.dtype) == "torch.float16"
     loop = Loop(stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, say=say)
     if stage.base.device.type == "cuda":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.dataset import Prepared
+from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..model.base import fetch_base, fingerprint
 from .stage import Stage
@@ -32,7 +32,7 @@ class Leader:
         base = fingerprint(fetch_base(stage.config.model_name_or_path, stage.config.model_revision))
         return cls(stage.info, base, str(stage.base.dtype).removeprefix("torch."), stage.forget_best)
 
-    def agrees(self, base: str, data: Prepared, machine: dict[str, Any]) -> None:
+    def agrees(self, base: str, data: TokenizedDataset, machine: dict[str, Any]) -> None:
         """Raises:
         UserError: this process found another base or other rows, or would compute in another dtype.
         """

@@ -26,11 +26,11 @@ from ..model.adapters import AdapterStack
 from .callbacks import make_callbacks
 from .checkpoint import Checkpoint, MetricsLog, checkpoint_fault, prune, resume_point
 from .distributed import PeerEnded, everywhere
-from .monitors import IN_A_ROW, CollapseWatch
-from .objective import Metrics, Outcome, Task
+from .monitors import IN_A_ROW, DpoCollapseMonitor
+from .objective import Metrics, Objective, Outcome
 from .observer import Observer, Sample
 from .stepper import Stepper
-from .trouble import LeftOut, suspects
+from .trouble import SkippedSteps, suspects
 
 
 class Loop(Stepper):
@@ -59,7 +59,7 @@ class Loop(Stepper):
         config: RunConfig,
         stage: StageDir,
         stack: AdapterStack,
-        task: Task,
+        task: Objective,
         plan: Plan,
         *,
         fp16: bool = False,
@@ -69,7 +69,7 @@ class Loop(Stepper):
         observer: Observer | None = None,
         begun: Callable[[int], None] | None = None,
         draw: Callable[[int], Sequence[Sample]] = lambda step: [],
-        collapse: CollapseWatch | None = None,
+        collapse: DpoCollapseMonitor | None = None,
         mirror: Mirror | None = None,
         forget_best: bool = False,
         say: Callable[[str], None] = print,
@@ -83,7 +83,7 @@ class Loop(Stepper):
             config, stage, stack.model, self.optimizer, self.scheduler, self.total, callbacks
         )
         self.log = MetricsLog(stage.metrics, writes=writes)
-        self.left_out = LeftOut(stage.path, self.say, writes=writes)
+        self.left_out = SkippedSteps(stage.path, self.say, writes=writes)
         self.sample_log = MetricsLog(stage.samples, writes=writes)
         self.best: tuple[float, int] | None = None
         self.stale = 0  # evaluations without a new best

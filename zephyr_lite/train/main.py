@@ -14,11 +14,11 @@ from ..io.sync import kept_elsewhere
 from .distributed import World, everywhere, nothing, sees, world
 from .leader import Leader
 from .loop import Loop
-from .monitors import CollapseWatch
-from .objective import Metrics, Outcome, Task
+from .monitors import DpoCollapseMonitor
+from .objective import Metrics, Objective, Outcome
 from .observer import Observer, Observers
 from .samples import draw_samples
-from .setup import close_stage, open_stage
+from .setup import save_stage, setup_stage
 from .stage import Say, Stage
 
 OnMetrics = Callable[[int, int, Metrics], None]
@@ -47,7 +47,7 @@ def run(
             from ..engines import run_baseline
 
             return run_baseline(method, loaded, say=say, on_metrics=on_metrics, observers=observers)
-        return train(open_stage(method, loaded, say=say), say=say, on_metrics=on_metrics, observers=observers)
+        return train(setup_stage(method, loaded, say=say), say=say, on_metrics=on_metrics, observers=observers)
 
 
 def _among_others(
@@ -87,7 +87,7 @@ def _among_others(
         opened: list[Stage] = []
 
         def lead() -> Leader:
-            opened.append(open_stage(method, loaded, say=say))
+            opened.append(setup_stage(method, loaded, say=say))
             return Leader.of(opened[0])
 
         leader = here.lead(lead)
@@ -96,7 +96,7 @@ def _among_others(
             loaded = replace(loaded, config=quiet, notes=[])
 
         def follow() -> Stage:
-            return opened[0] if opened else open_stage(method, loaded, say=nothing, claim=False, leader=leader)
+            return opened[0] if opened else setup_stage(method, loaded, say=nothing, claim=False, leader=leader)
 
         stage = here.in_turn(follow)
         if here.writes:
@@ -106,12 +106,12 @@ def _among_others(
 
 def train(
     stage: Stage,
-    task: Task,
+    task: Objective,
     *,
     say: Say,
     on_metrics: OnMetrics,
     observers: Sequence[Observer] = (),
-    collapse: CollapseWatch | None = None,
+    collapse: DpoCollapseMonitor | None = None,
 ) -> Outcome:
     """Train an opened stage and write its adapter.
 
@@ -139,7 +139,7 @@ def train(
     )
     with kept_elsewhere(stage.mirror):
         outcome = loop.run()
-        world().together(lambda: close_stage(stage, outcome, say=say) if stage.writes else None)
+        world().together(lambda: save_stage(stage, outcome, say=say) if stage.writes else None)
         if stage.writes:
             watching.ends(stage, outcome)
         stopped_at_the_end(stage, outcome)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 IN_A_ROW = 3
 
 
-class FiniteWatch:
+class NonFiniteMonitor:
     """Counts the steps that were left out because their loss or their gradients were not finite.
 
     float16 needs a loss scale that lets no gradient overflow; the scaler finds it by halving after each overflow, from
@@ -51,7 +51,7 @@ class FiniteWatch:
         self.settled = bool(state.get("settled", False))
 
 
-class CollapseWatch:
+class DpoCollapseMonitor:
     """Notices a DPO run that no longer learns which answer is better, but to make every answer unlikely.
 
     DPO's loss depends on the difference of the two log-ratios alone (Rafailov et al. 2023, equation 7), so that both may

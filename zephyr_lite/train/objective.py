@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..memory.plan import Plan
-from .oom import Guard
+from .oom import OomRetry
 from .steps import Lengths
 
 Metrics = dict[str, float]
@@ -17,11 +17,11 @@ Metrics = dict[str, float]
 Shares = Mapping[str, float | Tensor]
 
 
-class Task(Protocol):
+class Objective(Protocol):
     """What a stage gives to the loop."""
 
     unit: str  # what throughput counts: "tokens" or "pairs"
-    guard: Guard  # has the plan, and a smaller one where memory runs out
+    guard: OomRetry  # has the plan, and a smaller one where memory runs out
 
     def follow(self, plan: Plan) -> None:
         """Split and compute as this plan says, from the next micro-batch on."""

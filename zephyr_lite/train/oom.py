@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..data.dataset import Prepared
+from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..memory.account import kept_widths
 from ..memory.machine import HOST_SHARE, main_memory, parse_size
@@ -69,7 +69,7 @@ class Running:
         together: policy and live reference run in one pass, where the plan says so.
     """
 
-    data: Prepared
+    data: TokenizedDataset
     examples: Sequence[int]
     training: bool
     together: bool
@@ -155,7 +155,7 @@ def changes(old: Plan, new: Plan) -> str:
     return ", ".join(said)
 
 
-class Guard:
+class OomRetry:
     """Runs a stage's work under its plan, and what does not fit again under a smaller one.
 
     Args:
@@ -186,7 +186,7 @@ class Guard:
             self.stage.info["plan"] = self.plan.as_dict()
             self.stage.dir.write_info(self.stage.info)
 
-    def begin(self, data: Prepared, examples: Sequence[int], *, training: bool, together: bool = False) -> None:
+    def begin(self, data: TokenizedDataset, examples: Sequence[int], *, training: bool, together: bool = False) -> None:
         """Say what runs next, before it does; see ``Running``."""
         self._running = Running(data, examples, training, together)
 
@@ -206,7 +206,7 @@ class Guard:
             undo()
             self._shrink(failure)
 
-    def over(self, data: Prepared, run: Callable[[list[int]], None], *, together: bool = False) -> None:
+    def over(self, data: TokenizedDataset, run: Callable[[list[int]], None], *, together: bool = False) -> None:
         """Every example of this process's share once, without gradients, in groups of the plan's size. What is done is not
         done again.
 

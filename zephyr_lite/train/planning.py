@@ -10,24 +10,24 @@ import numpy as np
 import torch
 
 from ..config.load import Method, RunConfig
-from ..data.dataset import Prepared
+from ..data.dataset import TokenizedDataset
 from ..memory.forecast import forecast_lines
 from ..memory.plan import Plan, make_plan, this_machine
-from ..memory.workload import Job, Storage, make_job
+from ..memory.workload import Storage, Workload, make_workload
 from ..model.base import compute_device, compute_dtype, quantization_of
 from ..model.peft_io import AdapterFile
 from .steps import step_schedule
 
 
-def stage_job(
+def stage_workload(
     method: Method,
     config: RunConfig,
     base_config: Any,
     folder: Path,
     frozen: Sequence[AdapterFile],
-    data: Prepared,
-    eval_data: Prepared | None,
-) -> Job:
+    data: TokenizedDataset,
+    eval_data: TokenizedDataset | None,
+) -> Workload:
     """What the stage will compute.
 
     Raises:
@@ -37,7 +37,7 @@ def stage_job(
     stored = getattr(base_config, "quantization_config", None)
     _, four_bit, nested = quantization_of(config, stored, folder, dtype)
     storage: Storage = "dense" if not four_bit else "nf4 nested" if nested else "nf4"
-    return make_job(
+    return make_workload(
         config,
         method,
         base_config,
@@ -48,7 +48,9 @@ def stage_job(
     )
 
 
-def of_rows(method: Method, config: RunConfig, data: Prepared, eval_data: Prepared | None) -> dict[str, Any]:
+def of_rows(
+    method: Method, config: RunConfig, data: TokenizedDataset, eval_data: TokenizedDataset | None
+) -> dict[str, Any]:
     """What memory and time depend on of the rows (see ``Job``)."""
     rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
     _, steps = step_schedule(config, len(rows))
@@ -73,7 +75,7 @@ def of_rows(method: Method, config: RunConfig, data: Prepared, eval_data: Prepar
     return found
 
 
-def _share(parts: Sequence[Prepared], longest: int, count: Callable[[Any], int]) -> float:
+def _share(parts: Sequence[TokenizedDataset], longest: int, count: Callable[[Any], int]) -> float:
     """What share of a micro-batch's tokens is counted: of all examples, which is that of many at once, or the most in a
     long one, which may run alone."""
     counted = tokens = 0
@@ -87,7 +89,7 @@ def _share(parts: Sequence[Prepared], longest: int, count: Callable[[Any], int])
     return max(most, counted / max(1, tokens))
 
 
-def plan_stage(job: Job, config: RunConfig) -> tuple[Plan, list[str]]:
+def plan_stage(job: Workload, config: RunConfig) -> tuple[Plan, list[str]]:
     """The plan on this machine, and what to say of it.
 
     Raises:

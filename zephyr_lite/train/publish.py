@@ -47,8 +47,13 @@ def push_adapter(config: RunConfig, stage: StageDir, info: dict[str, Any], say: 
         repo = api.create_repo(config.push_to_hub, private=config.hub_private_repo or None, exist_ok=True).repo_id
         api.upload_folder(repo_id=repo, folder_path=stage.adapter)
     except (
-        HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError
-    ) as error:  # fmt: skip
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        httpx2.HTTPError,
+        OSError,
+    ) as error:
         what = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"push_to_hub {config.push_to_hub}: {what}",

@@ -15,12 +15,12 @@ from ..io.interrupts import Output, StopRequest
 from ..io.manifest import write_manifest
 from ..memory.machine import peak_memory
 from .checkpoint import MetricsLog
-from .monitors import IN_A_ROW, CollapseWatch
+from .monitors import IN_A_ROW, DpoCollapseMonitor
 from .objective import Metrics
 from .observer import Observer
 from .stage import Stage
 from .steps import rows_of_step, step_schedule
-from .trouble import LeftOut
+from .trouble import SkippedSteps
 
 OnMetrics = Callable[[int, int, Metrics], None]
 
@@ -50,12 +50,12 @@ class Recorder(TrainerCallback):
     def __init__(self, stage: Stage, unit: str, total: int, on_metrics: OnMetrics, say: Callable[[str], None]) -> None:
         self.stage, self.unit, self.total, self.output = stage, unit, total, Output()
         self.on_metrics, self.say = self.output.of(on_metrics), self.output.of(say)
-        self.log, self.left_out = MetricsLog(stage.dir.metrics), LeftOut(stage.dir.path, self.say)
+        self.log, self.left_out = MetricsLog(stage.dir.metrics), SkippedSteps(stage.dir.path, self.say)
         self.stop: StopRequest | None = None
         self.last: Metrics = {}
         self.evaluations: list[Metrics] = []
         self.warnings: list[str] = []
-        self.collapse = CollapseWatch() if unit == "pairs" else None
+        self.collapse = DpoCollapseMonitor() if unit == "pairs" else None
         self.begun = self.seconds = 0.0
         self.tokens = 0.0
         self.skips = False

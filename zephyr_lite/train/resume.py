@@ -12,7 +12,7 @@ import torch
 
 from ..config.load import DPO_DEFAULTS, DatasetSpec, MemorySpec, Method, RunConfig, read_dumped
 from ..data.chat_template import ChatTemplate
-from ..data.dataset import Prepared
+from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..io.manifest import MANIFEST, manifest_fault
 from ..io.run_dir import StageDir
@@ -23,15 +23,30 @@ from .distributed import world
 
 # what may differ when a stage goes on: nothing that a gradient depends on
 MAY_CHANGE = {
-    "output_dir", "eval_dataset", "eval_steps", "save_steps", "logging_steps", "save_total_limit",
-    "load_best_model_at_end", "early_stopping_patience", "samples", "sample_tokens", "report_to", "push_to_hub",
-    "hub_private_repo", "sync", "memory",
-}  # fmt: skip
+    "output_dir",
+    "eval_dataset",
+    "eval_steps",
+    "save_steps",
+    "logging_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "samples",
+    "sample_tokens",
+    "report_to",
+    "push_to_hub",
+    "hub_private_repo",
+    "sync",
+    "memory",
+}
 # where something lies, which may differ as long as it is the same thing
 PLACES = {
-    "model_name_or_path": "base", "model_revision": "base", "adapters": "adapters",
-    "dataset": "data", "chat_template": "data",
-}  # fmt: skip
+    "model_name_or_path": "base",
+    "model_revision": "base",
+    "adapters": "adapters",
+    "dataset": "data",
+    "chat_template": "data",
+}
 # what rounds: another version of these may sum in another order
 LIBRARIES = ("zephyr-lite", "python", "torch", "transformers", "peft", "bitsandbytes", "triton")
 OF_ENGINE = {"fused": (), "trl": ("trl",), "unsloth": ("trl", "unsloth")}
@@ -160,7 +175,7 @@ def _named(adapters: list[tuple[str, str]]) -> str:
     return ", ".join(f"{path} ({sha[:12]})" for path, sha in adapters) or "none"
 
 
-def data_prints(data: Prepared, template: ChatTemplate) -> dict[str, Any]:
+def data_prints(data: TokenizedDataset, template: ChatTemplate) -> dict[str, Any]:
     """What tells the rows of a stage from others, each of its parts by itself."""
     return {
         "fingerprint": data.fingerprint,
@@ -169,7 +184,7 @@ def data_prints(data: Prepared, template: ChatTemplate) -> dict[str, Any]:
     }
 
 
-def data_difference(before: dict[str, Any], data: Prepared, template: ChatTemplate) -> str | None:
+def data_difference(before: dict[str, Any], data: TokenizedDataset, template: ChatTemplate) -> str | None:
     """How the rows differ from those that the stage was started on; several lines."""
     then, now = before["data"], {**data.report.as_dict(), **data_prints(data, template)}
     if then["fingerprint"] == now["fingerprint"]:
@@ -191,7 +206,9 @@ def _differ(then: dict[str, Any], now: dict[str, Any], key: str) -> bool:
     return isinstance(then.get(key), int) and then[key] != now[key]
 
 
-def judged_on_other_rows(before: dict[str, Any], config: RunConfig, stage: StageDir, data: Prepared | None) -> bool:
+def judged_on_other_rows(
+    before: dict[str, Any], config: RunConfig, stage: StageDir, data: TokenizedDataset | None
+) -> bool:
     """Whether the evaluations so far were made on other held-out rows than those to come will be."""
     now = None if data is None else data.fingerprint
     if "eval_data" in before:

@@ -86,11 +86,11 @@ def _answers(stage: Stage, prompts: list[np.ndarray]) -> list[str]:
     """
     from ..chat.model import Chat
     from ..chat.stream import Streamer
-    from ..model.loaded import Live
+    from ..model.loaded import LoadedModel
     from ..model.sampling import Sampling
 
     stack = stage.stack
-    live = Live(str(stage.dir.path), stage.base, stack, stage.template, {stage.config.stage: stack.names})
+    live = LoadedModel(str(stage.dir.path), stage.base, stack, stage.template, {stage.config.stage: stack.names})
     chat = Chat(live)
     answers = []
     with _evaluating(stack.model):

@@ -13,7 +13,7 @@ from peft import PeftConfig
 from .. import __version__
 from ..config.load import Loaded, Method, RunConfig, dump_config, load_config
 from ..data.chat_template import ChatTemplate, Example, PairExample, resolve_template
-from ..data.dataset import Prepared, prepare
+from ..data.dataset import TokenizedDataset, prepare
 from ..io.run_dir import StageDir, folder_aside, newest_run, write_text
 from ..io.stage_info import FORMAT
 from ..io.sync import newest_there, open_mirror, restore
@@ -36,7 +36,7 @@ from ..model.compose import compose
 from ..model.decoder import Decoder
 from ..model.peft_io import AdapterFile, LoraWeights, adapter_sha256, read_adapter, write_adapter
 from ..model.tokenizer import save_tokenizer
-from ..model.weight_streaming import StreamedBase
+from ..model.weight_streaming import WeightStreamer
 from ..ops.dispatch import check_kernels
 from .callbacks import trackers
 from .ground import (
@@ -53,7 +53,7 @@ from .ground import (
 from .leader import Leader
 from .objective import Outcome
 from .optim import check_schedule
-from .planning import plan_stage, said_again, set_threads, stage_job
+from .planning import plan_stage, said_again, set_threads, stage_workload
 from .publish import check_repo_name, push_adapter
 from .resume import (
     Changes,
@@ -153,7 +153,7 @@ def _names(overrides: list[str], key: str) -> bool:
     return key in heads
 
 
-def open_stage(
+def setup_stage(
     method: Method, loaded: Loaded, *, say: Say = print, claim: bool = True, leader: Leader | None = None
 ) -> Stage:
     """Check, prepare the rows, load the base, stack the adapters, plan. What is cheap and can fail comes first.
@@ -222,7 +222,7 @@ def open_stage(
                 f"it computes with {plan.threads} threads, and there are {cores()} cores here: it will be slower"
             )
     else:
-        plan, said = plan_stage(stage_job(method, config, base_config, folder, frozen, data, eval_data), config)
+        plan, said = plan_stage(stage_workload(method, config, base_config, folder, frozen, data, eval_data), config)
         if before is not None:
             why = "memory was changed" if same_device(before, machine) else "this is another kind of device"
             say(f"{why}: from here on sums are split otherwise, and round otherwise")
@@ -238,7 +238,7 @@ def open_stage(
     if config.engine == "fused":
         for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
             say(note)
-    stream = StreamedBase(base.model, base.device) if base.streamed else None
+    stream = WeightStreamer(base.model, base.device) if base.streamed else None
     stack = AdapterStack(base.model, base.device)
     if config.engine == "fused":  # the baselines attach theirs by themselves, to any architecture
         for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
@@ -288,9 +288,22 @@ def open_stage(
     decoder.follow(plan)
     mirror = open_mirror(config, stage, say) if claim else None
     return Stage(
-        method, config, stage, base, template, stack, decoder, data, eval_data, plan, frozen, info, mirror,
-        forget_best if leader is None else leader.forget_best, claim,
-    )  # fmt: skip
+        method,
+        config,
+        stage,
+        base,
+        template,
+        stack,
+        decoder,
+        data,
+        eval_data,
+        plan,
+        frozen,
+        info,
+        mirror,
+        forget_best if leader is None else leader.forget_best,
+        claim,
+    )
 
 
 def _tell_changes(
@@ -328,7 +341,7 @@ def _load(config: RunConfig, plan: Plan, say: Say) -> Base:
     return load_base(config, stream=plan.stream, say=say)
 
 
-def close_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[str, LoraWeights] | None = None) -> None:
+def save_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[str, LoraWeights] | None = None) -> None:
     """Write what people load: the stage's own adapter, the whole chain as one, the tokenizer; then mark it complete.
 
     Args:
@@ -392,7 +405,7 @@ def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time
     return resolve_template(config.chat_template, load_tokenizer(source), now)
 
 
-def _tell(data: Prepared, base_config: Any, say: Say) -> None:
+def _tell(data: TokenizedDataset, base_config: Any, say: Say) -> None:
     for line in data.report.lines():
         say(line)
     context = getattr(base_config, "max_position_embeddings", None)

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ..config.load import Loaded
 from ..data.batch import Batch, collate_conversations
-from ..data.dataset import Prepared
+from ..data.dataset import TokenizedDataset
 from ..memory.plan import Plan
 from ..model.decoder import Dropout
 from .losses import sft_loss
 from .main import OnMetrics, run, train
 from .objective import Metrics, Outcome, Shares
 from .observer import Observer
-from .oom import Guard
+from .oom import OomRetry
 from .stage import Say, Stage
 from .steps import Lengths
 
@@ -46,10 +46,10 @@ def train_sft(
     observers: Sequence[Observer] = (),
 ) -> Outcome:
     """Train an opened stage and write its adapter."""
-    return train(stage, SftTask(stage, say), say=say, on_metrics=on_metrics, observers=observers)
+    return train(stage, SftObjective(stage, say), say=say, on_metrics=on_metrics, observers=observers)
 
 
-class SftTask:
+class SftObjective:
     """Losses and rows of supervised fine-tuning (see ``task.Task``)."""
 
     unit = "tokens"
@@ -58,7 +58,7 @@ class SftTask:
         self.stage = stage
         self.data = stage.data
         self.decoder = stage.decoder
-        self.guard = Guard(stage, say)
+        self.guard = OomRetry(stage, say)
 
     def follow(self, plan: Plan) -> None:
         self.guard.follow(plan)
@@ -114,5 +114,5 @@ class SftTask:
         means = {f"eval_{name}": value / sums["targets"] for name, value in sums.items() if name != "targets"}
         return {**means, "eval_targets": sums["targets"]} if sums else {}
 
-    def _batch(self, data: Prepared, examples: Sequence[int]) -> Batch:
+    def _batch(self, data: TokenizedDataset, examples: Sequence[int]) -> Batch:
         return collate_conversations([data.examples[i] for i in examples]).to(self.decoder.device)

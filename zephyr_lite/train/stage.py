@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config.load import Method, RunConfig
 from ..data.chat_template import ChatTemplate
-from ..data.dataset import Prepared
+from ..data.dataset import TokenizedDataset
 from ..io.run_dir import StageDir
 from ..io.sync import Mirror
 from ..memory.plan import Plan
@@ -48,8 +48,8 @@ class Stage:
     template: ChatTemplate
     stack: AdapterStack
     decoder: Decoder
-    data: Prepared
-    eval_data: Prepared | None
+    data: TokenizedDataset
+    eval_data: TokenizedDataset | None
     plan: Plan
     frozen: list[AdapterFile]
     info: dict[str, Any] = field(default_factory=dict)

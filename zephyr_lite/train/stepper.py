@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..memory.plan import Plan
 from ..model.adapters import AdapterStack, total_norm
 from .distributed import world
-from .objective import Metrics, Task
+from .objective import Metrics, Objective
 from .oom import is_out_of_memory
 from .optim import make_optimizer, make_scheduler
 from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
@@ -30,7 +30,9 @@ class Stepper:
         fp16: scale the loss, as float16 gradients need it.
     """
 
-    def __init__(self, config: RunConfig, stack: AdapterStack, task: Task, plan: Plan, *, fp16: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, stack: AdapterStack, task: Objective, plan: Plan, *, fp16: bool = False
+    ) -> None:
         self.config, self.stack, self.task = config, stack, task
         if plan != task.guard.plan:
             task.follow(plan)

@@ -11,14 +11,14 @@ from torch import nn
 from ..errors import UserError
 from ..model.adapters import total_norm
 from .checkpoint import MetricsLog
-from .monitors import FiniteWatch
-from .objective import Task
+from .monitors import NonFiniteMonitor
+from .objective import Objective
 
 # in the stage's folder: the steps that were left out, and their rows
 LEFT_OUT = "left_out.jsonl"
 
 
-class LeftOut:
+class SkippedSteps:
     """The steps of a stage that were left out.
 
     Attributes:
@@ -28,7 +28,7 @@ class LeftOut:
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None], *, writes: bool = True) -> None:
-        self.watch, self.log, self.say = FiniteWatch(), MetricsLog(folder / LEFT_OUT, writes=writes), say
+        self.watch, self.log, self.say = NonFiniteMonitor(), MetricsLog(folder / LEFT_OUT, writes=writes), say
 
     def add(self, step: int, metrics: Mapping[str, float], rows: Sequence[str], *, alone: bool | None) -> str:
         """Write a step (from 1) down and say it; returns the first of its rows' names."""
@@ -53,7 +53,7 @@ class LeftOut:
 
 
 def suspects(
-    task: Task, step: int, examples: Sequence[int], parameters: Iterable[nn.Parameter], undo: Callable[[], None]
+    task: Objective, step: int, examples: Sequence[int], parameters: Iterable[nn.Parameter], undo: Callable[[], None]
 ) -> tuple[list[str], bool]:
     """The rows of a step that are not finite by themselves, in loss or gradients, and True; where each is finite alone, all
     of the step's and False. Leaves no gradients behind.

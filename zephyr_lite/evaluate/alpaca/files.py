@@ -106,10 +106,14 @@ def read_annotations(path: Path) -> list[Annotation]:
         preference = _preference(row["preference"], f"{path} row {number}")
         result.append(
             Annotation(
-                index=number - 1, instruction=str(texts["instruction"]), output_1=str(texts["output_1"]),
-                output_2=str(texts["output_2"]), preference=preference, **names,
+                index=number - 1,
+                instruction=str(texts["instruction"]),
+                output_1=str(texts["output_1"]),
+                output_2=str(texts["output_2"]),
+                preference=preference,
+                **names,
             )
-        )  # fmt: skip
+        )
     models = sorted({a.generator_2 for a in result})
     if len(models) > 1:
         raise UserError(

@@ -269,12 +269,18 @@ def _write_texts(job: Path, found: dict[str, list[Annotation]], asked: Asked[tup
         ]
         annotations = [
             {
-                "dataset": row.dataset, "instruction": row.instruction, "output_1": row.output,
-                "generator_1": row.generator, "output_2": done.output, "generator_2": model,
-                "annotator": found[model][0].annotator, "preference": done.preference, "raw_completion": done.why,
+                "dataset": row.dataset,
+                "instruction": row.instruction,
+                "output_1": row.output,
+                "generator_1": row.generator,
+                "output_2": done.output,
+                "generator_2": model,
+                "annotator": found[model][0].annotator,
+                "preference": done.preference,
+                "raw_completion": done.why,
             }
             for row, done in rows
-        ]  # fmt: skip
+        ]
         make_folder(job / slug)
         write_text(job / slug / OUTPUTS, json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
         write_text(job / slug / ANNOTATIONS, json.dumps(annotations, indent=1, ensure_ascii=False) + "\n")

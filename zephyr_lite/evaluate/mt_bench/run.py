@@ -46,9 +46,15 @@ COMMAND = f"eval {KIND}"
 ANSWERS, JUDGMENTS = "answers.jsonl", "judgments.jsonl"
 # MT-Bench's: creative tasks are drawn, tasks with one right answer are not
 TEMPERATURES = {
-    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
     "humanities": 0.1,
-}  # fmt: skip
+}
 OTHER_TEMPERATURE = 0.7  # of a category that is not MT-Bench's
 
 

@@ -11,7 +11,7 @@ from ...io.atomic import write_json
 from .read import LENGTHS
 
 if TYPE_CHECKING:
-    from ...data.dataset import Prepared
+    from ...data.dataset import TokenizedDataset
     from ...train.stage import Stage
 
 BINS = 32
@@ -31,7 +31,7 @@ def write_lengths(stage: Stage) -> Path:
     return path
 
 
-def counted(data: Prepared) -> dict[str, Any]:
+def counted(data: TokenizedDataset) -> dict[str, Any]:
     """Histograms of the tokens that examples take in a batch and of the supervised ones among them.
 
     Returns:

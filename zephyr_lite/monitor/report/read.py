@@ -122,10 +122,17 @@ def read_stage(folder: Path) -> StageRecord:
             history.setdefault(step, {}).update(line)
     whole = folder.absolute()
     record = StageRecord(
-        folder, whole.name, whole.parent.name, str(info.get("method", "sft")), _hidden(info), _hidden(config),
-        dict(sorted(history.items())), json_lines(stage.samples), json_lines(folder / "left_out.jsonl"),
+        folder,
+        whole.name,
+        whole.parent.name,
+        str(info.get("method", "sft")),
+        _hidden(info),
+        _hidden(config),
+        dict(sorted(history.items())),
+        json_lines(stage.samples),
+        json_lines(folder / "left_out.jsonl"),
         _optional(folder / LENGTHS),
-    )  # fmt: skip
+    )
     for path in sorted((folder / "eval").glob("*.json")):
         told = _optional(path)
         if isinstance(told.get("models"), dict) and not path.stem.endswith("-partial"):

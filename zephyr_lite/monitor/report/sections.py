@@ -123,10 +123,16 @@ def data(records: Records, labels: Labels) -> Html:
     """What was read, left out and cut, and how long the rows are."""
     rows: list[list[Any]] = []
     named = (
-        ("rows read", "read"), ("kept", "kept"), ("rows of the recipe", "rows"), ("tokens", "tokens"),
-        ("supervised tokens", "supervised"), ("cut to max_length", "cut"), ("of them prompts", "prompts_cut"),
-        ("supervised tokens lost by cutting", "supervised_lost"), ("longest, tokens", "longest"),
-    )  # fmt: skip
+        ("rows read", "read"),
+        ("kept", "kept"),
+        ("rows of the recipe", "rows"),
+        ("tokens", "tokens"),
+        ("supervised tokens", "supervised"),
+        ("cut to max_length", "cut"),
+        ("of them prompts", "prompts_cut"),
+        ("supervised tokens lost by cutting", "supervised_lost"),
+        ("longest, tokens", "longest"),
+    )
     reports = [record.part("data") for record in records]
     for title, key in named:
         if any(report.get(key) for report in reports):
@@ -315,9 +321,12 @@ def lineage(records: Records, labels: Labels) -> Html:
     for place in range(max(len(as_list(record.info.get("adapters"))) for record in records)):
         rows.append([f"adapter below, {place + 1}" if place else "adapter below", *(_below(r, place) for r in records)])
     hashes = (
-        ("its own adapter", "own", "sha256"), ("rows", "data", "fingerprint"), ("held-out rows", "eval_data", "fingerprint"),
-        ("chat template", "data", "template_sha256"), ("tokenizer", "data", "tokenizer_sha256"),
-    )  # fmt: skip
+        ("its own adapter", "own", "sha256"),
+        ("rows", "data", "fingerprint"),
+        ("held-out rows", "eval_data", "fingerprint"),
+        ("chat template", "data", "template_sha256"),
+        ("tokenizer", "data", "tokenizer_sha256"),
+    )
     for title, part, key in hashes:
         found = [record.part(part).get(key) for record in records]
         if any(found):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...config.load import Method, RunConfig
 from ...data.chat_template import ChatTemplate, resolve_template
-from ...data.dataset import Prepared, prepare
+from ...data.dataset import TokenizedDataset, prepare
 from ...errors import UserError
 from ...evaluate.likelihood import PairLogps, chat_loss, pair_logps
 from ...io.run_dir import StageDir
@@ -69,7 +69,7 @@ class Scores:
         self.dtype = base.dtype
         self.stack = AdapterStack(base.model)
         self.names: dict[str, str] = {}  # an adapter's hash → its name in the stack
-        self._data: dict[str, tuple[Prepared, Prepared]] = {}
+        self._data: dict[str, tuple[TokenizedDataset, TokenizedDataset]] = {}
         self._base_logps: dict[str, PairLogps] = {}
         self.template = self._template(first)
         conversations, pairs = self._held_out(self.template)
@@ -119,7 +119,7 @@ class Scores:
             self._base_logps[template.text] = pair_logps(self._decoder([]), self._held_out(template)[1])
         return self._base_logps[template.text]
 
-    def _held_out(self, template: ChatTemplate) -> tuple[Prepared, Prepared]:
+    def _held_out(self, template: ChatTemplate) -> tuple[TokenizedDataset, TokenizedDataset]:
         """Conversations and pairs; with the lengths that the stages trained on."""
         if template.text not in self._data:
             stages = self.table.stages()

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ...config.load import DatasetSpec, Loaded, Method, RunConfig, load_config
-from ...config.presets import shipped_configs
+from ...config.presets import preset_configs
 from ...config.strict_yaml import read_yaml
 from ...errors import UserError
 from ...io.reading import is_file, refuse_special
@@ -138,7 +138,7 @@ def read_table(
         UserError: no such table or arm, a key that does not fit, or two different stages of one name.
     """
     path = Path(name)
-    shipped = shipped_configs("tables")
+    shipped = preset_configs("tables")
     refuse_special(path, name)
     if not is_file(path):
         if name not in shipped:

@@ -163,9 +163,13 @@ async def _run(
     config: DistillConfig, result: Distilled, meter: Meter, say: Callable[[str], None], back_off: float
 ) -> None:
     async with open_desk(
-        list(config.endpoints().values()), result.out, max_requests=config.budget.requests,
-        max_tokens=config.budget.tokens, on_progress=meter.totals, back_off=back_off,
-    ) as desk:  # fmt: skip
+        list(config.endpoints().values()),
+        result.out,
+        max_requests=config.budget.requests,
+        max_tokens=config.budget.tokens,
+        on_progress=meter.totals,
+        back_off=back_off,
+    ) as desk:
         result.totals = desk.totals
         write_config(result.out, COMMAND, config)
         meter.totals(desk.totals)
@@ -240,9 +244,16 @@ class Passes:
             if earlier is not None:
                 return self._too_near(number, opening, earlier)
             dialogue = await grow(
-                self.desk, self.config.teacher, self.config.endpoints()[self._user], self.result.grid, number, attempt,
-                opening, self.config.rounds, self.config.seed,
-            )  # fmt: skip
+                self.desk,
+                self.config.teacher,
+                self.config.endpoints()[self._user],
+                self.result.grid,
+                number,
+                attempt,
+                opening,
+                self.config.rounds,
+                self.config.seed,
+            )
             if dialogue.by_budget:
                 stop = min(stop, place + self.window)
                 self.result.why = self.result.why or dialogue.ended

@@ -46,9 +46,13 @@ class Meter:
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"),
-                console=console, transient=True,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[said]}"),
+                console=console,
+                transient=True,
+            )
             self._task = self._bar.add_task(unit, total=total, said="")
 
     def __enter__(self) -> Meter:

@@ -72,9 +72,7 @@ async def rate_prompt(
     Raises:
         NoRow: fewer than two completions, or no rating. BudgetSpent, UserError: of the desk.
     """
-    slots = draw_slots(
-        prompt.id, config.models, config.completions, principles, config.principles, config.seed
-    )  # fmt: skip
+    slots = draw_slots(prompt.id, config.models, config.completions, principles, config.principles, config.seed)
     replies = await together(_complete(desk, prompt, slot) for slot in slots)
     answered = []
     for slot, reply in zip(slots, replies):

@@ -177,9 +177,13 @@ async def _run(
     stop = len(prompts)
 
     async with open_desk(
-        list(config.endpoints().values()), result.out, max_requests=config.budget.requests,
-        max_tokens=config.budget.tokens, on_progress=meter.totals, back_off=back_off,
-    ) as desk:  # fmt: skip
+        list(config.endpoints().values()),
+        result.out,
+        max_requests=config.budget.requests,
+        max_tokens=config.budget.tokens,
+        on_progress=meter.totals,
+        back_off=back_off,
+    ) as desk:
         result.totals = desk.totals
         write_config(result.out, COMMAND, config)
         meter.totals(desk.totals)

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ...client.types import EndpointSpec, endpoint_spec, parse_endpoint
-from ...config.presets import not_found, shipped_configs
+from ...config.presets import not_found, preset_configs
 from ...config.strict_yaml import read_yaml
 from ...errors import UserError
 from ...io.reading import is_file, refuse_special
@@ -243,7 +243,7 @@ def _find(name: str) -> Path:
     refuse_special(Path(name), name)
     if is_file(Path(name)):
         return Path(name)
-    shipped = shipped_configs("feedback")
+    shipped = preset_configs("feedback")
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
     raise not_found(f"configuration {name[:300]}", Path(name), f"a shipped one: {', '.join(shipped)}")

@@ -127,9 +127,14 @@ def clean_chat(
     say(f"{source}: read as {raw.kind}, {len(raw.rows):,} rows")
     sets = read_eval_sets(options.decontaminate, options.ngram)
     rules = ScanRules(
-        options.refusals, options.truecase, given is None, options.near is not None,
-        options.min_turns, options.min_words, options.max_words,
-    )  # fmt: skip
+        options.refusals,
+        options.truecase,
+        given is None,
+        options.near is not None,
+        options.min_turns,
+        options.min_words,
+        options.max_words,
+    )
     processes = num_proc or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else num_proc or 1
     with _cache() as cache:
         scanned = _scan(raw, rules, sets, processes, cache)
@@ -247,9 +252,14 @@ def _learned(scanned: datasets.Dataset) -> Lexicon:
 
 
 def _write(
-    raw: Raw, scanned: datasets.Dataset, kept: dict[str, tuple[str, int]], lexicon: Lexicon | None, folder: Path,
-    file_format: Format, processes: int,
-) -> tuple[Restored, list[str]]:  # fmt: skip
+    raw: Raw,
+    scanned: datasets.Dataset,
+    kept: dict[str, tuple[str, int]],
+    lexicon: Lexicon | None,
+    folder: Path,
+    file_format: Format,
+    processes: int,
+) -> tuple[Restored, list[str]]:
     shards: list[dict[str, Any]] = [
         {"split": split, "name": name, "first": first, "end": end}
         for split, (_, count) in kept.items()
@@ -257,23 +267,29 @@ def _write(
     ]
     with quiet(sum(count for _, count in kept.values()) <= 2 * BLOCK):
         # the folder is another one each time, and files are written: nothing to be cached
-        stats = datasets.Dataset.from_list(shards).with_format("arrow").map(
-            write_shard,
-            batched=True,
-            batch_size=1,
-            remove_columns=["split", "name", "first", "end"],
-            fn_kwargs={
-                "rows": raw.rows, "scanned": scanned, "folder": str(folder),
-                "kept": {split: file for split, (file, _) in kept.items()},
-                "lexicon": lexicon.decided() if lexicon is not None else None,
-            },
-            features=STATS,
-            num_proc=_processes(processes, len(shards)),
-            new_fingerprint=_key(str(folder)),
-            load_from_cache_file=False,
-            keep_in_memory=True,
-            desc="writing",
-        )  # fmt: skip
+        stats = (
+            datasets.Dataset.from_list(shards)
+            .with_format("arrow")
+            .map(
+                write_shard,
+                batched=True,
+                batch_size=1,
+                remove_columns=["split", "name", "first", "end"],
+                fn_kwargs={
+                    "rows": raw.rows,
+                    "scanned": scanned,
+                    "folder": str(folder),
+                    "kept": {split: file for split, (file, _) in kept.items()},
+                    "lexicon": lexicon.decided() if lexicon is not None else None,
+                },
+                features=STATS,
+                num_proc=_processes(processes, len(shards)),
+                new_fingerprint=_key(str(folder)),
+                load_from_cache_file=False,
+                keep_in_memory=True,
+                desc="writing",
+            )
+        )
     restored = Restored()
     for text in stats.with_format(None)["stats"]:
         restored.add(Restored.from_json(text))

@@ -66,9 +66,12 @@ def open_raw(path: str, split: str | None = None) -> Raw:
     folder = Path(path).expanduser()
     if split is None and folder.is_dir():
         numbered = sorted(
-            ((int(found[1]), file) for file in folder.iterdir()
-             if kind_of(file) and (found := _NUMBERED.match(stem_of(file)))),
-        )  # fmt: skip
+            (
+                (int(found[1]), file)
+                for file in folder.iterdir()
+                if kind_of(file) and (found := _NUMBERED.match(stem_of(file)))
+            ),
+        )
         if numbered:
             specs = [DatasetSpec(path=str(file)) for _, file in numbered]
     parts, labels, kinds = [], [], []

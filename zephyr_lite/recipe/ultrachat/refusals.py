@@ -185,10 +185,38 @@ _HABITS: dict[str, tuple[str, str, tuple[Exchange, ...], tuple[Exchange, ...]]] 
 # Gates, from the cheapest to the dearest: the assistant speaks of itself; names a topic; denies it, or says what it is.
 SELF = (" i ", "i'm ", "\ni ", "n ai", "language model", "artificial intelligence")
 TOPICS = (
-    " ai", "artificial", "language model", "chatbot", "learning model", "assistant", "computer program", "emotion", "feeling",
-    "opinion", "belief", "preference", "viewpoint", "bias", "favorite", "favourite", " view", "taste", "experience", "memories",
-    "anecdote", "personal", "real-time", "real time", "realtime", "current", "up-to-date", "internet", "the web", "live", "browse",
-)  # fmt: skip
+    " ai",
+    "artificial",
+    "language model",
+    "chatbot",
+    "learning model",
+    "assistant",
+    "computer program",
+    "emotion",
+    "feeling",
+    "opinion",
+    "belief",
+    "preference",
+    "viewpoint",
+    "bias",
+    "favorite",
+    "favourite",
+    " view",
+    "taste",
+    "experience",
+    "memories",
+    "anecdote",
+    "personal",
+    "real-time",
+    "real time",
+    "realtime",
+    "current",
+    "up-to-date",
+    "internet",
+    "the web",
+    "live",
+    "browse",
+)
 # each begins with letters, which a search skips to quickly
 _DENIES = re.compile(
     r"i(?<![a-z0-9]i)(?: (?:do not|don'?t|cannot|can't|never|lack|have no|am (?:unable|not|incapable|just|only|"

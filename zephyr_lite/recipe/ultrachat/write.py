@@ -74,9 +74,7 @@ def shards_of(split: str, rows: int, suffix: str) -> list[tuple[str, int, int]]:
     if count <= 1:
         return [(f"{split}.{suffix}", 0, rows)] if rows else []
     each = -(-rows // count)
-    return [
-        (f"{split}-{n:05d}-of-{count:05d}.{suffix}", n * each, min(rows, (n + 1) * each)) for n in range(count)
-    ]  # fmt: skip
+    return [(f"{split}-{n:05d}-of-{count:05d}.{suffix}", n * each, min(rows, (n + 1) * each)) for n in range(count)]
 
 
 def restore_dialogue(dialogue: Dialogue, bits: int, lexicon: Lexicon | None, index: int, stats: Restored) -> None:
