@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Group, RenderableType
-from rich.live import LoadedModel
+from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -50,7 +50,7 @@ class Screen:
         While they grow their ends are seen, as far as the terminal is high; it is left clear behind.
         """
         texts = [""] * len(titles)
-        live = LoadedModel(console=self._out, auto_refresh=False, transient=True, vertical_overflow="crop")
+        live = Live(console=self._out, auto_refresh=False, transient=True, vertical_overflow="crop")
         with quiet_keys(), live:
             shown = 0.0
 
