@@ -39,9 +39,6 @@ UPWARDS = {
     ("model", "memory"),
     ("train", "engines"),
     ("monitor", "cli"),
-    ("evaluate", "recipe"),
-    ("evaluate", "cli"),
-    ("recipe", "cli"),
     ("merge", "demo"),
     ("audit", "demo"),
 }
