@@ -1,4 +1,5 @@
 """The commands from outside: exit codes, what is said, and what is printed."""
+# ruff: noqa: F811
 
 from __future__ import annotations
 
@@ -13,6 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.contract.test_bad_input import (  # noqa: F401 (fixtures)
+    dpo_words,
+    files_of_runs,
+    finished,
+    invoke,
+    refused,
+    runs,
+    sft_words,
+    tiny_base,
+)
 from zephyr_lite.cli.console import Console, duration, metrics_line
 from zephyr_lite.errors import UserError
 from zephyr_lite.memory import needs

@@ -16,7 +16,8 @@ from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.interrupts import StopRequest
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.monitor import live, open_screen, show
+from zephyr_lite.monitor import live, show
+from zephyr_lite.monitor.show import open_screen
 from zephyr_lite.monitor.health import judge
 from zephyr_lite.monitor.json_lines import JsonScreen
 from zephyr_lite.monitor.live import LiveScreen
