@@ -25,9 +25,9 @@ import zephyr_lite.train.sft  # noqa: F401
 from tests.train.test_train import dpo_words, quiet, words
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import load_config
-from zephyr_lite.demo.rehearsal.child import Ended, child
-from zephyr_lite.demo.rehearsal.small import STEPS, small_stage, speed, whole_stage
-from zephyr_lite.demo.rehearsal.smoke import MARK, claim, rehearsal_folder, run_smoke
+from zephyr_lite.demo.child import Ended, child
+from zephyr_lite.demo.smoke_config import STEPS, small_stage, speed, whole_stage
+from zephyr_lite.demo.smoke import MARK, claim, rehearsal_folder, run_smoke
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir, newest_run
 

@@ -9,8 +9,8 @@ import pytest
 from tests.demo.test_rehearsal import forked
 from tests.train.test_train import metrics
 from zephyr_lite.cli.app import run as cli_run
-from zephyr_lite.demo.rehearsal.child import Ended
-from zephyr_lite.demo.rehearsal.reproduce import (
+from zephyr_lite.demo.child import Ended
+from zephyr_lite.demo.reproduce import (
     RECIPES,
     changed,
     chosen_configs,
@@ -18,7 +18,7 @@ from zephyr_lite.demo.rehearsal.reproduce import (
     run_reproduction,
     scopes,
 )
-from zephyr_lite.demo.rehearsal.results import HEADER, RULE, row
+from zephyr_lite.demo.results import HEADER, RULE, row
 from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.io.run_dir import StageDir
 

@@ -7,10 +7,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
-from ...evaluate.rows import stage_config
-from ...io.run_dir import StageDir, read_json
-from ...model.chain import chain_of_run
+from ..errors import UserError
+from ..evaluate.rows import stage_config
+from ..io.run_dir import StageDir, read_json
+from ..model.chain import chain_of_run
 
 FORMAT = 1
 # stands before the table in the README

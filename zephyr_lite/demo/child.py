@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ...io.interrupts import SIGNALS
+from ..io.interrupts import SIGNALS
 
 LOOK = 0.01  # seconds between two looks at whether the child is to be killed
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config.load import RunConfig, load_config
-from ...data.opening import open_source
-from ...errors import Interrupted, UserError
-from ...io.atomic import write_json
-from ...io.run_dir import StageDir
+from ..config.load import RunConfig, load_config
+from ..data.opening import open_source
+from ..errors import Interrupted, UserError
+from ..io.atomic import write_json
+from ..io.run_dir import StageDir
 from .child import Ended, child
 from .results import HEADER, RULE, evaluation, merged_from, results, row
-from .small import merged_bytes
+from .smoke_config import merged_bytes
 
 Say = Callable[[str], None]
 # name → the configurations of its stages
