@@ -1,4 +1,4 @@
-"""A command of this program in a process of its own: its memory is free again when it ends, and it can be killed."""
+"""A command of this program in its own process: its memory is free again when it ends, and it can be killed."""
 
 from __future__ import annotations
 
@@ -6,28 +6,24 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from ..io.interrupts import SIGNALS
-
-LOOK = 0.01  # seconds between two looks at whether the child is to be killed
+POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended.
+    """How a child process ended.
 
     Attributes:
-        code: its exit code; below zero: the number of the signal that ended it.
-        seconds: how long it took.
-        killed: it was killed from here.
+        code: its exit code; negative: the number of the signal that ended it.
+        seconds: how long it ran.
+        killed: ``kill_when`` was true, and it was killed.
     """
 
     code: int
@@ -43,84 +39,46 @@ def child(
     answer: Path | None = None,
     kill_when: Callable[[], bool] | None = None,
 ) -> Ended:
-    """Run ``python -m zephyr_lite WORDS`` and wait for its end.
-
-    The child has a session of its own, so a signal reaches it once: from here, where every one is passed on.
+    """Run ``python -m zephyr_lite WORDS`` in a session of its own, and wait for its end.
 
     Args:
-        log: what it says is added to this file; None: it says so where this process does.
-        asked: a file that it reads as standard input; nothing by default.
+        log: a file to which its output is appended; None: its output is this process's.
+        asked: a file for its standard input; nothing by default.
         answer: a file for its standard output alone.
-        kill_when: asked again and again; when it is true for the first time, the child and its workers are killed
-            (SIGKILL), as a power cut would.
+        kill_when: polled; once true, the child and its workers are killed (SIGKILL).
 
     Raises:
-        KeyboardInterrupt: a signal came; the child has ended.
+        KeyboardInterrupt: this process was interrupted; the child was too, and has ended.
     """
     begun = time.monotonic()
-    with _files(log, asked, answer) as (stdin, stdout, stderr), _passed_on() as (came, holder):
+    with ExitStack() as files:
+
+        def opened(path: Path | None, mode: str) -> Any:
+            return None if path is None else files.enter_context(path.open(mode))
+
+        stderr = opened(log, "ab")
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "zephyr_lite", *words],
-            stdin=stdin,
-            stdout=stdout,
+            stdin=opened(asked, "rb") or subprocess.DEVNULL,
+            stdout=opened(answer, "wb") or stderr,
             stderr=stderr,
             start_new_session=True,
-            # of one that is killed, the log would lack what it had not written yet
+            # the log of a process that is killed would lack what it had buffered
             env=os.environ | ({"PYTHONUNBUFFERED": "1"} if log is not None else {}),
         )
-        holder.append(process)
-        if came:  # between the handlers and the process
-            process.send_signal(signal.SIGTERM)
-        killed = False
-        if kill_when is not None:
-            while process.poll() is None and not came and not killed:
-                if killed := kill_when():
-                    with suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
+        interrupted = killed = False
+        while process.poll() is None:
+            try:
+                if kill_when is None or killed:
+                    process.wait()
+                elif kill_when():
+                    os.killpg(process.pid, signal.SIGKILL)
+                    killed = True
                 else:
-                    time.sleep(LOOK)
-        code = process.wait()
-    if came:
+                    time.sleep(POLL_SECONDS)
+            except KeyboardInterrupt:
+                interrupted = True
+                process.send_signal(signal.SIGINT)
+    if interrupted:
         raise KeyboardInterrupt
-    return Ended(code, time.monotonic() - begun, killed and code == -signal.SIGKILL)
-
-
-@contextmanager
-def _files(log: Path | None, asked: Path | None, answer: Path | None) -> Iterator[tuple[Any, Any, Any]]:
-    """Standard input, output and error."""
-    opened = []
-
-    def opening(path: Path, mode: str) -> Any:
-        opened.append(path.open(mode))
-        return opened[-1]
-
-    try:
-        stderr = opening(log, "ab") if log is not None else None
-        stdout = opening(answer, "wb") if answer is not None else stderr
-        yield opening(asked, "rb") if asked is not None else subprocess.DEVNULL, stdout, stderr
-    finally:
-        for file in opened:
-            file.close()
-
-
-@contextmanager
-def _passed_on() -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
-    """Signals of this process go to the child; which came, and where the child is to be put once it is there."""
-    came: list[int] = []
-    holder: list[subprocess.Popen[bytes]] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        for process in holder:
-            process.send_signal(number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, pass_on)
-    try:
-        yield came, holder
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return Ended(process.returncode, time.monotonic() - begun, killed and process.returncode == -signal.SIGKILL)

@@ -6,8 +6,10 @@ goes on wherever it was stopped.
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,12 @@ from typing import Any
 from ..config.load import RunConfig, load_config
 from ..data.opening import open_source
 from ..errors import Interrupted, UserError
+from ..evaluate.rows import stage_config
 from ..io.atomic import write_json
-from ..io.run_dir import StageDir
+from ..io.run_dir import StageDir, read_json
+from ..model.chain import chain_of_run
 from .child import Ended, child
-from .results import HEADER, RULE, evaluation, merged_from, results, row
-from .smoke_config import merged_bytes
+from .smoke import DISK_RESERVE, merged_bytes
 
 Say = Callable[[str], None]
 # name → the configurations of its stages
@@ -30,7 +33,17 @@ RECIPES = {
 }
 # what the recipe decides
 PLACED = ("output_dir", "adapters", "stage")
-RESERVE = 2**30  # bytes of the disk that a merge leaves free
+
+FORMAT = 1
+# stands before the table in the README
+MARKER = "<!-- results -->"
+HEADER = (
+    "| who | card | base | recipe | hours sft + dpo | tokens/s | pairs/s | peak GiB | eval loss base → sft → dpo "
+    "| preference accuracy | version |"
+)
+RULE = "|" + "---|" * (HEADER.count("|") - 1)
+STAGES = ("sft", "dpo")
+KEYS_NAMED = 4  # of those that differ from the recipe
 
 
 @dataclass(frozen=True)
@@ -110,20 +123,15 @@ def changed(chosen: Reproduction) -> dict[str, Any]:
     plain = {"sft": load_config("sft", files["sft"]).config, "dpo": load_config("dpo", files["dpo"]).config}
     # where a run lies and what is told of it changes nothing in it
     skip = {*PLACED, "sync", "report_to", "push_to_hub", "samples", "sample_tokens", "save_steps", "save_total_limit"}
+    now = {stage: config.model_dump(mode="json") for stage, config in ours.items()}
+    then = {stage: config.model_dump(mode="json") for stage, config in plain.items()}
     found: dict[str, Any] = {}
-    for key in RunConfig.model_fields:
-        values = {
-            stage: getattr(ours[stage], key)
-            for stage in ours
-            if getattr(ours[stage], key) != getattr(plain[stage], key)
-        }
-        if key in skip or not values:
-            continue
-        dumped = {stage: ours[stage].model_dump(mode="json", include={key})[key] for stage in values}
-        if len(values) == 2 and dumped["sft"] == dumped["dpo"]:
-            found[key] = dumped["sft"]
+    for key in (key for key in RunConfig.model_fields if key not in skip):
+        values = {stage: now[stage][key] for stage in now if now[stage][key] != then[stage][key]}
+        if len(values) == 2 and values["sft"] == values["dpo"]:
+            found[key] = values["sft"]
         else:
-            found.update({f"{stage}.{key}": value for stage, value in dumped.items()})
+            found.update({f"{stage}.{key}": value for stage, value in values.items()})
     # the base of DPO is that of the stage below
     found.pop("dpo.model_name_or_path", None)
     return found
@@ -181,11 +189,11 @@ def run_reproduction(chosen: Reproduction, *, say: Say, run: Callable[..., Ended
             try:
                 ended = run(words)
             except KeyboardInterrupt:
-                raise Interrupted(f"interrupted at {part}; the same command goes on from there.") from None
+                raise Interrupted(f"interrupted at {part}; the same command resumes from there.") from None
             if ended.code != 0:
                 raise UserError(
-                    f"`zephyr-lite {' '.join(words[:2])}` ended with exit code {ended.code}; what it said stands above.",
-                    "Once that is mended, the same command goes on from there.",
+                    f"`zephyr-lite {' '.join(words[:2])}` ended with exit code {ended.code}; see the error above.",
+                    "After fixing it, the same command resumes from there.",
                 )
         if part in ("preference", "mt-bench"):  # what follows may fail, and takes nothing of this away
             found = write_results(chosen)
@@ -216,7 +224,7 @@ def done(chosen: Reproduction, part: str) -> str | None:
     if merged_from(merged, chosen.run):
         return f"{merged} is that already"
     size, free = merged_bytes(chosen_configs(chosen)["sft"]), shutil.disk_usage(chosen.run).free
-    if free < size + RESERVE:
+    if free < size + DISK_RESERVE:
         return (
             f"left out: the model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free for {merged}; "
             f"{stage.adapter} is the whole chain as one adapter"
@@ -227,3 +235,147 @@ def done(chosen: Reproduction, part: str) -> str | None:
 def command_line(words: Sequence[str]) -> str:
     """A command as one would type it."""
     return shlex.join(["zephyr-lite", *words])
+
+
+def results(run: Path, *, recipe: str, changed: dict[str, Any], who: str) -> dict[str, Any]:
+    """Everything that the run's files say of it.
+
+    Args:
+        run: with both stages complete and evaluated.
+        recipe: its name.
+        changed: keys that are not the recipe's, with their values.
+        who: ran it.
+
+    Raises:
+        UserError: a stage is not complete, or was not evaluated.
+    """
+    stages = {name: StageDir(run / name) for name in STAGES}
+    infos: dict[str, dict[str, Any]] = {}
+    for name, stage in stages.items():
+        if not stage.complete():
+            raise UserError(f"{stage.path} is not complete.", "Start the same command again.")
+        infos[name] = stage.info() or {}
+    evaluated = {kind: evaluation(stages["dpo"], kind) for kind in ("loss", "preference")}
+    for kind, found in evaluated.items():
+        if found is None:
+            raise UserError(f"{run}: there is no `eval {kind}` of its stage dpo.", "Start the same command again.")
+    assert evaluated["loss"] is not None and evaluated["preference"] is not None
+    losses = {name: model["loss"] for name, model in evaluated["loss"]["models"].items()}
+    against = evaluated["preference"]["comparisons"][0]
+    return {
+        "format": FORMAT,
+        "recipe": recipe,
+        "changed": changed,
+        "who": who,
+        "machines": machines(list(infos.values())),
+        "base": infos["sft"]["base"],
+        "versions": infos["dpo"]["versions"],
+        **{name: _stage(stages[name], infos[name]) for name in STAGES},
+        "eval_loss": {"rows": evaluated["loss"]["data"]["rows"], "models": losses},
+        "preference": {
+            "rows": evaluated["preference"]["data"]["rows"],
+            "against": against["against"],
+            "accuracy": against["accuracy"],
+            "margin_nats": against["margin_nats"],
+        },
+        "mt_bench": (evaluation(stages["dpo"], "mt-bench") or {}).get("models"),
+    }
+
+
+def evaluation(stage: StageDir, kind: str) -> dict[str, Any] | None:
+    """What ``zephyr-lite eval KIND`` wrote of a stage; None where it did not, or of another adapter than is there now.
+
+    Raises:
+        UserError: the file is no JSON object.
+    """
+    found = read_json(stage.path / "eval" / f"{kind}.json")
+    return found if found is not None and same_adapter(found, stage) else None
+
+
+def same_adapter(found: dict[str, Any], stage: StageDir) -> bool:
+    """Whether a result or a merged model (its ``adapters``) is of the stage as it is now."""
+    adapters = found.get("adapters")
+    own = ((stage.info() or {}).get("own") or {}).get("sha256")
+    return bool(own) and isinstance(adapters, list) and bool(adapters) and adapters[-1].get("sha256") == own
+
+
+def machines(infos: list[dict[str, Any]]) -> list[str]:
+    """The cards that the stages were trained on; without one, how many threads of a CPU."""
+    found = []
+    for info in infos:
+        for machine in [info["machine"], *(start["machine"] for start in info.get("resumed", []))]:
+            if machine["device"] == "cuda":
+                several = machine.get("processes", 1)
+                found.append(f"{several} × {machine['processor']}" if several > 1 else machine["processor"])
+            else:
+                threads = info["plan"]["threads"]
+                found.append(f"CPU ({machine['processor']}), {threads} thread{'s' if threads != 1 else ''}")
+    return list(dict.fromkeys(found))
+
+
+def _stage(stage: StageDir, info: dict[str, Any]) -> dict[str, Any]:
+    """Hours, speed and memory of a stage, over all processes that worked on it."""
+    records = [json.loads(line) for line in stage.metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [record for record in records if "loss" in record and record.get("seconds")]
+    if not steps:
+        raise UserError(f"{stage.metrics}: holds no step.", "Restore the file.")
+    seconds = statistics.fmean(record["seconds"] for record in steps) * info["result"]["steps"]
+    unit = "num_pairs" if any("num_pairs" in record for record in steps) else "num_tokens"
+    rate = sum(record.get(unit, 0.0) for record in steps) / sum(record["seconds"] for record in steps)
+    peaks = [record["peak_memory_gib"] for record in records if record.get("peak_memory_gib")]
+    peak = max([info["result"].get("peak_memory_bytes", 0) / 2**30, *peaks])
+    config = stage_config(stage)
+    return {
+        "steps": info["result"]["steps"],
+        "step_hours": round(seconds / 3600, 4),
+        f"{unit.removeprefix('num_')}_per_second": round(rate, 3),
+        "peak_gib": round(peak, 3),
+        "max_length": config.max_length,
+        "warnings": info["result"].get("warnings", []),
+    }
+
+
+def row(found: dict[str, Any]) -> str:
+    """The line for the README's table."""
+    hours = [_hours(found[name]["step_hours"]) for name in STAGES]
+    names = list(found["eval_loss"]["models"])
+    cells = [
+        found["who"],
+        " + ".join(found["machines"]),
+        found["base"]["name_or_path"].rstrip("/").rsplit("/", 1)[-1],
+        _recipe(found["recipe"], list(found["changed"])),
+        " + ".join(hours),
+        f"{found['sft']['tokens_per_second']:,.0f}",
+        f"{found['dpo']['pairs_per_second']:,.2f}",
+        f"{max(found[name]['peak_gib'] for name in STAGES):.1f}",
+        " → ".join(f"{found['eval_loss']['models'][name]['value']:.3f}" for name in names),
+        f"{found['preference']['accuracy']['value']:.3f}",
+        found["versions"]["zephyr-lite"],
+    ]
+    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f}" if hours >= 0.95 else f"{hours:.2f}"
+
+
+def _recipe(name: str, keys: list[str]) -> str:
+    if not keys:
+        return name
+    more = f" and {len(keys) - KEYS_NAMED} more" if len(keys) > KEYS_NAMED else ""
+    return f"{name}, but {', '.join(keys[:KEYS_NAMED])}{more}"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def merged_from(folder: Path, run: Path) -> bool:
+    """Whether a folder holds the merged model of the run as it is now."""
+    mark = read_json(folder / "zephyr_lite.json")
+    stage = StageDir(run / "dpo")
+    if mark is None or not stage.complete() or not any(folder.glob("*.safetensors")):
+        return False
+    return [a.sha256 for a in chain_of_run(run, stage="dpo").adapters] == [
+        a["sha256"] for a in mark.get("adapters", [])
+    ]
