@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from zephyr_lite.demo.rehearsal.child import child
+from zephyr_lite.demo.child import child
 from zephyr_lite.export.llama import CHILD
 from zephyr_lite.ops.hub_kernels import no_hub_kernels
 

@@ -140,7 +140,7 @@ def _train(
     except UserError as error:
         raise everywhere(error, machine=True) from None
     if smoke:
-        from ..demo.rehearsal.smoke import run_smoke
+        from ..demo.smoke import run_smoke
 
         run_smoke(method, config, overrides, say=console.say)
         return
