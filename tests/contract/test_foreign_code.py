@@ -45,7 +45,7 @@ def test_nor_by_the_commands_that_a_command_starts(shadows, tmp_path):
     [
         "import zephyr_lite.ops.nf4",
         "from zephyr_lite import cli; cli.run(['env'])",
-        "from zephyr_lite import cli; cli.app = lambda **words: __import__('bitsandbytes'); cli.run([])",
+        "from zephyr_lite.cli import app as cli; cli.app = lambda **words: __import__('bitsandbytes'); cli.run([])",
     ],
 )
 def test_bitsandbytes_fetches_no_kernel(tmp_path, use):

@@ -14,7 +14,6 @@ from ..errors import Interrupted, UserError
 from ..io.interrupts import StopRequest
 from ..io.words import short
 from .console import Console, visible
-from .ending import machines_fault
 from .talk_keys import ended_by_sigterm, quiet_keys, use_readline
 from .talk_screen import Screen, ended
 
@@ -125,8 +124,7 @@ class Talk:
         except BrokenPipeError:
             raise
         except OSError as error:
-            known = machines_fault(error, ["chat"])
-            self._console.user_error(known or UserError(f"{error}."))
+            self._console.user_error(UserError(f"{error.strerror or error}: {error.filename}"))
         return True
 
     # -- answers ---------------------------------------------------------------------------------------------------
