@@ -44,7 +44,7 @@ def test_nor_by_the_commands_that_a_command_starts(shadows, tmp_path):
     "use",
     [
         "import zephyr_lite.ops.nf4",
-        "from zephyr_lite import cli; cli.run(['env'])",
+        "from zephyr_lite.cli import app as cli; cli.run(['env'])",
         "from zephyr_lite.cli import app as cli; cli.app = lambda **words: __import__('bitsandbytes'); cli.run([])",
     ],
 )
