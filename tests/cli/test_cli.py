@@ -80,7 +80,7 @@ def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
     assert invoke("env")[::2] == (130, "interrupted\n")
     monkeypatch.setattr("zephyr_lite.cli.app._train", lambda *_, **__: interrupted())
     code, _, err = invoke("sft")
-    assert code == 130 and "goes on from the last checkpoint" in err
+    assert code == 130 and "resumes: from the last checkpoint" in err
 
 
 def test_a_full_card_and_a_full_disk_are_said(invoke, monkeypatch):

@@ -23,7 +23,7 @@ import zephyr_lite.monitor.report.writer
 import zephyr_lite.train.dpo
 import zephyr_lite.train.sft  # noqa: F401
 from tests.train.test_train import dpo_words, quiet, words
-from zephyr_lite.cli import app as cli
+from zephyr_lite.__main__ import main
 from zephyr_lite.config.load import load_config
 from zephyr_lite.demo.child import Ended, child
 from zephyr_lite.demo.smoke import (
@@ -57,7 +57,7 @@ def forked(command, *, log=None, asked=None, answer=None, kill_when=None):
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
             try:
-                cli.main(list(command))
+                main(list(command))
             except SystemExit as done:
                 code = int(done.code or 0)
         finally:

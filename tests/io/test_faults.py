@@ -300,7 +300,7 @@ def test_a_run_with_a_flipped_bit_goes_on_from_the_checkpoint_before(trial):
     weights.write_bytes(data)
     code, said = faults.run(words)
     assert code == 0
-    assert "checkpoint-3: state.safetensors has another hash than was written; taking checkpoint-2" in said
+    assert "checkpoint-3: state.safetensors has another hash than was written; using checkpoint-2" in said
     found = faults.standing(trial.out)
     same = [name for name in found if name.startswith(("sft/adapter/", "sft/metrics"))]
     assert len(same) > 4 and all(found[name] == trial.right["sft"][name] for name in same)

@@ -87,6 +87,10 @@ class Console:
         """One line (or several) of plain text."""
         self.out.print(Text(visible(text)))
 
+    def text(self, text: str, style: str = "") -> Text:
+        """Text for rich, with control characters escaped."""
+        return Text(visible(text).replace("\t", "    "), style=style)
+
     def heading(self, text: str) -> None:
         self.out.print(Text(visible(text), style="bold"))
 

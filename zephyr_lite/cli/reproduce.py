@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..io.launcher import launched
 from ..io.redact import refuse_secrets
-from ..train.distributed import launched
 from .console import Console
 from .options import Verbose, nameable
 
