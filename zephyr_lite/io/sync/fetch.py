@@ -30,8 +30,8 @@ def restore(config: RunConfig, say: Say) -> None:
         return
     place = place_of(config)
     run = Path(config.output_dir)
-    with alone(run, say):
-        sweep(run, alone=True)  # what a killed start had fetched a part of
+    with alone(run):
+        sweep(run)  # what a killed start had fetched a part of
         try:
             _Fetch(place, run, run_name(config), say).run_for(config.stage)
         except PlaceError as error:
