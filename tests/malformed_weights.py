@@ -194,7 +194,7 @@ WEIGHTS = [
     (
         "an index with a key twice",
         index('{"weight_map": {}, "weight_map": {}}'),
-        "base/model.safetensors.index.json: not valid JSON (the key weight_map stands twice in one object).",
+        "base/model.safetensors.index.json: not valid JSON (the key weight_map occurs twice in one object).",
         COPY,
     ),
     (

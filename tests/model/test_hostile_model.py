@@ -277,9 +277,7 @@ def test_what_is_shown_of_a_strangers_text():
     ("raw", "said"),
     [
         (b"\xff", "not UTF-8 at byte 0"),
-        (b'{"a": 1, "a": 2}', "the key a stands twice"),
-        (b"[NaN]", "NaN is no JSON number"),
-        (b"[-Infinity]", "-Infinity is no JSON number"),
+        (b'{"a": 1, "a": 2}', "the key a occurs twice"),
         (b"[" * 10**6, "nested too deeply"),
         (b"1" * 5000, "digits"),
         (b'"\\ud800"', "half a surrogate pair"),

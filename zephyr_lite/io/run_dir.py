@@ -130,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: cannot be read: {error.strerror}.", "Choose another folder.") from None
     except ValueError as error:
         raise UserError(
-            f"{path}: not readable as JSON: {error}.", "Restore the file, or choose another folder."
+            f"{path}: not readable as JSON: {error}.", "Restore the file, or start in another folder."
         ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}.")

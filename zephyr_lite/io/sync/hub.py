@@ -24,7 +24,7 @@ from huggingface_hub.utils import disable_progress_bars
 from ...errors import UserError
 from ..atomic import make_folder
 from ..manifest import FORMAT, MANIFEST, file_sha256
-from ..redact import redact_shown
+from ..redact import redact
 from .place import PlaceError
 
 # the history of what was deleted counts towards the account's storage
@@ -157,4 +157,4 @@ def _is_network(error: Exception) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return redact_shown(" ".join(str(error).split())[:200] or type(error).__name__)
+    return redact(" ".join(str(error).split())[:200] or type(error).__name__)
