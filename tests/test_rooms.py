@@ -33,7 +33,6 @@ ROOMS = (
 )
 # imports that run upwards, to be removed: (room, room)
 UPWARDS = {
-    ("io", "config"),
     ("memory", "train"),
     ("model", "memory"),
     ("train", "engines"),

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from zephyr_lite.cli.app import run
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.errors import Interrupted, UserError
-from zephyr_lite.evaluate import loss as losses
 from zephyr_lite.evaluate import likelihood
+from zephyr_lite.evaluate import loss as losses
 from zephyr_lite.evaluate import rows as rows_module
 from zephyr_lite.evaluate.bootstrap import Bootstrap
 from zephyr_lite.evaluate.likelihood import chat_logps, pair_logps
@@ -111,7 +111,9 @@ def test_preference_is_the_stages_own_last_evaluation(live, pairs, trained):
     assert 0.2 * found.margin.value == pytest.approx(own["eval_rewards/margins"], abs=1e-5)
     assert 0.2 * found.chosen.value == pytest.approx(own["eval_rewards/chosen"], abs=1e-5)
     assert result.models["dpo"].chosen.value == pytest.approx(own["eval_logps/chosen"], rel=1e-5)
-    sums = {name: pair_logps(likelihood.PlainScorer(live.stack, live.models[name]), pairs.data).sums for name in live.models}
+    sums = {
+        name: pair_logps(likelihood.PlainScorer(live.stack, live.models[name]), pairs.data).sums for name in live.models
+    }
     gained = sums["sft"] - sums["base"]
     won = [bool(chosen > rejected) for chosen, rejected in gained]
     assert 0 < sum(won) < len(won) and result.comparisons["sft", "base"].accuracy.value == sum(won) / len(won)

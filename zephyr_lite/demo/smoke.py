@@ -81,7 +81,7 @@ def run_smoke(
     for note in loaded.notes:
         say(note)
     folder = rehearsal_folder(Path(loaded.config.output_dir))
-    with alone(folder, say):
+    with alone(folder):
         claim(folder)
         say(f"smoke test of {method} in {folder}; {loaded.config.output_dir} is not touched")
         try:
