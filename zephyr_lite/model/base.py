@@ -25,7 +25,7 @@ from .check_weights import check_weights, stored_settings
 from .config_file import check_config_file
 from .families import FAMILIES, NAMES, family_of, head_width, layer_windows
 from .fetch import fetch_base
-from .quantized import Recipe, quantized_folder
+from .quantized import QuantizedCopy, load_quantized
 from .shards import again, open_shards
 from .tokenizer import check_vocabulary, load_tokenizer
 
@@ -187,20 +187,63 @@ def load_base(
     place = torch.device("cpu") if stream else device
     dtype = compute_dtype(config.dtype, device)
     stored = getattr(model_config, "quantization_config", None)
-    quantization, four_bit, double = quantization_of(config, stored, folder, dtype)
+    settings, four_bit, double = quantization_of(config, stored, folder, dtype)
     if four_bit and dtype == torch.float64:
         raise UserError("dtype float64: bitsandbytes dequantizes to at most float32.", "Set load_in_4bit=false.")
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # in a log file it is noise
+        logging.disable_progress_bar()  # unreadable in a log file
     check_weights(folder, model_config)
-    source, print_of_base = folder, fingerprint(folder)
-    if quantization is not None and model_config.model_type in FAMILIES:  # others may rename weights on loading
-        recipe = Recipe(config.model_name_or_path, print_of_base, quantization, dtype)
-        kept = quantized_folder(folder, model_config, recipe, device, say)
-        if kept is not None:
-            # of the weights alone: the configuration is the base's own, whatever became of the kept one
-            source, model_config = kept, copy.deepcopy(model_config)
-            model_config.quantization_config, quantization = quantization.to_dict(), None
+    base_fingerprint = fingerprint(folder)
+
+    def load(source: Path, quantize: bool) -> Any:
+        own = copy.deepcopy(model_config)  # of the base, for its 4-bit copy too
+        if settings is not None and not quantize:
+            own.quantization_config = settings.to_dict()
+        return _from_pretrained(source, own, dtype, place, settings if quantize else None)
+
+    # other families may rename their tensors on loading
+    if settings is not None and model_config.model_type in FAMILIES:
+        four_bit_copy = QuantizedCopy(folder, config.model_name_or_path, base_fingerprint, settings, dtype)
+        model = load_quantized(four_bit_copy, load, say)
+    else:
+        model = load(folder, settings is not None)
+    model.config._name_or_path = model.name_or_path = str(folder)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # bitsandbytes would repack the weight in place at the first evaluation, and the layers would read noise
+            module.support_avx512bf16_for_cpu = False
+            if device.type == "cpu" and module.in_features % 64:
+                raise UserError(
+                    f"{folder}: a weight has {module.in_features} input features; on a CPU bitsandbytes gives wrong values "
+                    "for rows that are no multiple of 64.",
+                    "Set load_in_4bit=false, or run it on a GPU.",
+                )
+    if stored is not None and model_config.model_type in FAMILIES:
+        _cast(model, dtype)
+    if place.type == "cpu":
+        _copy_from_file(model)
+    return frozen_base(
+        model,
+        config,
+        folder,
+        dtype,
+        device,
+        four_bit=four_bit,
+        double_quant=double,
+        streamed=stream,
+        known_fingerprint=base_fingerprint,
+    )
+
+
+def _from_pretrained(
+    source: Path, model_config: Any, dtype: torch.dtype, place: torch.device, quantization: BitsAndBytesConfig | None
+) -> Any:
+    """Load a folder with transformers.
+
+    Raises:
+        UserError: a file is broken, or its tensors are not those of the model of config.json.
+    """
+    hint = "The files belong to different models; fetch the model again."
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             source,
@@ -214,51 +257,21 @@ def load_base(
         )
     except (OSError, SafetensorError) as error:
         raise UserError(f"{source}: its weights cannot be read: {error}", "Fetch the model again.") from None
-    except RuntimeError as error:  # of the families that were not compared with their configuration above
+    except RuntimeError as error:  # families that check_weights does not compare
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise UserError(
-            f"{source}: its weights have other shapes than its config.json says.",
-            "The files belong to different models; fetch the model again.",
-        ) from error
-    if absent := sorted(loaded["missing_keys"]):  # transformers drew them at random
-        more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
-        raise UserError(f"{source}: no tensor {shown(absent[0])}{more} in its files.", "Fetch the model again.")
-    if unread := sorted(loaded["unexpected_keys"]):  # of families that check_weights does not know
-        more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
-        raise UserError(
-            f"{source}: holds tensor {shown(unread[0])}{more}, for which the model of config.json has no place.",
-            "The files belong to different models; fetch the model again.",
-        )
-    model.config._name_or_path = model.name_or_path = str(folder)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # it would repack the weight in place at the first evaluation, and every later reader would see noise
-            module.support_avx512bf16_for_cpu = False
-            if device.type == "cpu" and module.in_features % 64:
-                raise UserError(
-                    f"{folder}: a weight has {module.in_features} input features; on a CPU bitsandbytes gives wrong values "
-                    "for rows that are no multiple of 64.",
-                    "Set load_in_4bit=false, or run it on a GPU.",
-                )
-    if stored is not None and model_config.model_type in FAMILIES:
-        _cast(model, dtype)
-    if place.type == "cpu":
-        _leave_the_file(model)
-    return frozen_base(
-        model,
-        config,
-        folder,
-        dtype,
-        device,
-        four_bit=four_bit,
-        double_quant=double,
-        streamed=stream,
-        known_fingerprint=print_of_base,
-    )
+        raise UserError(f"{source}: its weights have other shapes than its config.json says.", hint) from error
+    for key, what in (
+        ("missing_keys", "no tensor {} in its files"),  # transformers initialized them at random
+        ("unexpected_keys", "holds tensor {}, for which the model of config.json has no place"),
+    ):
+        if names := sorted(loaded[key]):
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            raise UserError(f"{source}: {what.format(shown(names[0]) + more)}.", hint)
+    return model
 
 
-def _leave_the_file(model: Any) -> None:
+def _copy_from_file(model: Any) -> None:
     """Copy what transformers mapped from a file, but for the decoder's projections, into memory of its own.
 
     A mapped tensor lies in the file at any address and may have to be read again; as long as one is there, so is the
