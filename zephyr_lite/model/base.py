@@ -26,7 +26,7 @@ from .config_file import check_config_file
 from .families import FAMILIES, NAMES, family_of, head_width, layer_windows
 from .fetch import fetch_base
 from .quantized import QuantizedCopy, load_quantized
-from .shards import again, open_shards
+from .shards import again, open_shards, weight_files
 from .tokenizer import check_vocabulary, load_tokenizer
 
 # what a model's output depends on, beside its weights; ``fingerprint`` adds head_dim and the layers' windows
@@ -199,7 +199,8 @@ def load_base(
         own = copy.deepcopy(model_config)  # of the base, for its 4-bit copy too
         if settings is not None and not quantize:
             own.quantization_config = settings.to_dict()
-        return _from_pretrained(source, own, dtype, place, settings if quantize else None)
+        where = device if quantize and _fits_in_4bit(folder, device) else place
+        return _from_pretrained(source, own, dtype, where, settings if quantize else None)
 
     # other families may rename their tensors on loading
     if settings is not None and model_config.model_type in FAMILIES:
@@ -233,6 +234,12 @@ def load_base(
         streamed=stream,
         known_fingerprint=base_fingerprint,
     )
+
+
+def _fits_in_4bit(folder: Path, device: torch.device) -> bool:
+    """Whether a streamed base can be quantized on the card, which takes seconds where a CPU takes minutes."""
+    size = sum(path.stat().st_size for path in weight_files(folder))
+    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > size / 2
 
 
 def _from_pretrained(

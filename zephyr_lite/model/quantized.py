@@ -116,7 +116,8 @@ def load_quantized(copy: QuantizedCopy, load: Callable[[Path, bool], Any], say: 
                 copy.save(model)
             except (OSError, SafetensorError) as error:
                 say(failed.format(place=quantized_dir(), error=getattr(error, "strerror", None) or error))
-            return model
+                return model
+            del model
     return load(copy.folder, False)
 
 
