@@ -38,7 +38,6 @@ UPWARDS = {
     ("memory", "train"),
     ("model", "memory"),
     ("train", "engines"),
-    ("monitor", "cli"),
     ("evaluate", "recipe"),
     ("evaluate", "cli"),
     ("recipe", "cli"),
