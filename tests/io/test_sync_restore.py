@@ -8,6 +8,7 @@ import pytest
 from tests.synced import AStage, config_of, hub_in_memory, mirror_of, quiet, there
 from tests.train.test_train import dpo_words, killed_at, metrics, words
 from zephyr_lite.config.load import load_config
+from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir, newest_run
 from zephyr_lite.io.sync import Mirror, restore
@@ -15,7 +16,6 @@ from zephyr_lite.io.sync import folder as folder_file
 from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.dpo import run_dpo
-from zephyr_lite.train.setup import resolve_run
 from zephyr_lite.train.sft import run_sft
 
 SETTINGS = {"lora_dropout": 0.1, "num_train_epochs": 2, "save_total_limit": 1}

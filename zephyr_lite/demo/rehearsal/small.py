@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.load import DatasetSpec, Loaded, Method, RunConfig
+from ...config.resolve import INHERITED
 from ...data.load import load_rows
 from ...data.opening import open_source
 from ...evaluate.rows import stage_config
@@ -17,7 +18,6 @@ from ...io.run_dir import StageDir
 from ...merge.base_files import BaseFiles
 from ...model.chain import chain_of_run
 from ...model.fetch import fetch_base
-from ...train.setup import INHERITED
 
 STEPS = 20
 KILLED_AFTER = 10  # the first checkpoint's step

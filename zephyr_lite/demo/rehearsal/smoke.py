@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ...config.load import Loaded, Method, RunConfig, dump_config
+from ...config.resolve import resolve_run
 from ...errors import Interrupted, UserError
 from ...io.atomic import make_folder, remove_tree, write_json, write_text
 from ...io.lock import LOCK_FILE, alone
 from ...io.run_dir import StageDir, read_json
 from ...io.words import duration
-from ...train.setup import resolve_run
 from .child import Ended, child
 from .small import (
     KILLED_AFTER,
