@@ -51,14 +51,14 @@ def resolve_run(
     if method == "dpo" and "output_dir" not in named and not (file and "output_dir" in loaded.given):
         run, where = newest_run(runs_root, stage_complete="sft"), ""
         if run is None and fetch and loaded.config.sync:
-            name = newest_there(loaded.config, stage_complete="sft")
+            name = newest_there(loaded.config.sync, runs_root / "new", stage_complete="sft")
             run, where = (runs_root / name if name else None), f" in {loaded.config.sync}"
         if run is not None:
             _set(loaded, output_dir=str(run))
             loaded.given.add("output_dir")
             loaded.notes.append(f"continuing {run}, the newest run{where} whose stage sft is complete")
     if fetch:
-        restore(loaded.config, say)
+        restore(loaded.config.sync, StageDir(Path(loaded.config.output_dir) / loaded.config.stage), say)
     if method == "sft" or loaded.config.adapters != []:
         return loaded
     below = StageDir(Path(loaded.config.output_dir) / "sft")

@@ -52,7 +52,7 @@ def run(
     if not here.writes:
         say, on_metrics, observers = nothing, lambda step, total, metrics: None, ()
     with ExitStack() as held:
-        here.together(lambda: held.enter_context(alone(Path(config.output_dir), say)) if here.writes else None)
+        here.together(lambda: held.enter_context(alone(Path(config.output_dir))) if here.writes else None)
         if config.engine != "fused":
             from ..engines import run_baseline
 

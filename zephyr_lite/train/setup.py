@@ -89,7 +89,7 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
     complete = resumes is not None and resumes.get("status") == "complete"
     if resumes is not None and complete and not (changes.refused or changes.places):
         if claim and config.sync:
-            catch_up(config, stage, say)
+            catch_up(config.sync, stage, say)
         if claim:
             push_adapter(config, stage, resumes, say)
         raise stage_complete(stage, resumes)
@@ -231,7 +231,7 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
         plan=plan,
         frozen=frozen,
         info=info,
-        mirror=open_mirror(config, stage, say) if claim and writer else None,
+        mirror=open_mirror(config.sync, stage, say) if claim and writer else None,
         forget_best=forget_best,
         writes=claim and writer,
     )
