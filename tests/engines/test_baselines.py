@@ -14,7 +14,7 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.train.dpo import run_dpo
-from zephyr_lite.train.ground import StageComplete
+from zephyr_lite.train.resume import StageComplete
 from zephyr_lite.train.sft import run_sft
 
 RUN = {"sft": run_sft, "dpo": run_dpo}

@@ -189,9 +189,9 @@ def test_the_checkpoint_from_before_outlives_what_follows_it(loaded, tmp_path, m
 
 
 def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, monkeypatch):
-    plain, losses = SftObjective.evaluation, [float("nan"), 7.0, float("inf")]
+    plain, losses = SftObjective.eval_metrics, [float("nan"), 7.0, float("inf")]
     monkeypatch.setattr(
-        SftObjective, "evaluation", lambda self, sums: {**plain(self, sums), "eval_loss": losses.pop(0)}
+        SftObjective, "eval_metrics", lambda self, sums: {**plain(self, sums), "eval_loss": losses.pop(0)}
     )
     said = []
     outcome = run_sft(loaded(eval_steps=2, load_best_model_at_end=True), say=said.append)
@@ -229,7 +229,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path
 
 def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp_path, monkeypatch):
     options = {"save_steps": 100, "eval_steps": 3, "load_best_model_at_end": True}
-    plain, evaluated = SftObjective.measure, []
+    plain, evaluated = SftObjective.evaluate, []
 
     def ended(self):
         evaluated.append(1)
@@ -237,7 +237,7 @@ def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp
         return plain(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SftObjective, "measure", ended)
+        patch.setattr(SftObjective, "evaluate", ended)
         with pytest.raises(Interrupted, match="after step 3"):
             run_sft(loaded(**options), say=quiet)
     assert evaluated and metrics(tmp_path / "run/sft", "eval_loss") == []
