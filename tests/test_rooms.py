@@ -42,7 +42,6 @@ UPWARDS = {
     ("evaluate", "recipe"),
     ("evaluate", "cli"),
     ("recipe", "cli"),
-    ("merge", "demo"),
     ("audit", "demo"),
 }
 ONLY_IN = {
