@@ -132,85 +132,40 @@ WEIGHTS = [
     (
         "a clone without git-lfs",
         data(POINTER),
-        "base/model.safetensors: is a git-lfs pointer, and not the weights themselves.",
+        "base/model.safetensors: is a git-lfs pointer, not the weights.",
         "Fetch the file itself: `git lfs pull`, or `hf download`.",
     ),
     (
         "a header longer than its file",
         data(b"\xff" * 7 + b"\x00" + b"x" * 100),
-        "base/model.safetensors: not a complete safetensors file: its header would be "
-        "72057594037927935 bytes long in a file of 108 bytes.",
+        "base/model.safetensors: not a complete safetensors file: Error while deserializing header: header too large.",
         WRITE,
     ),
     (
         "a file that is cut short",
         lambda folder: data((folder / SINGLE).read_bytes()[:-100])(folder),
-        "base/model.safetensors: not a complete safetensors file: its tensors end at byte 527720, the file at 527620.",
+        "base/model.safetensors: not a complete safetensors file: Error while deserializing "
+        "header: incomplete metadata, file not fully covered.",
         WRITE,
     ),
     (
         "a pickle called safetensors",
         data(b"PK\x03\x04" + b"\x00" * 100),
-        "base/model.safetensors: not a complete safetensors file: it begins as a pickle does, which is never opened.",
-        WRITE,
-    ),
-    (
-        "a header that is nested deeply",
-        header(lambda told: DEEP),
-        "base/model.safetensors: not a complete safetensors file: its header is not JSON (its "
-        "brackets are nested too deeply).",
-        WRITE,
-    ),
-    (
-        "a header with NaN",
-        header(lambda told: '{"a": NaN}'),
-        "base/model.safetensors: not a complete safetensors file: its header is not JSON (NaN is no JSON number).",
-        WRITE,
-    ),
-    (
-        "a header with a tensor twice",
-        header(lambda told: f'{{"{FIRST}": 1, "{FIRST}": 2}}'),
-        "base/model.safetensors: not a complete safetensors file: its header is not JSON (the "
-        "key lm_head.weight stands twice in one object).",
-        WRITE,
-    ),
-    (
-        "a header that is a list",
-        header(lambda told: "[1]"),
-        "base/model.safetensors: not a complete safetensors file: its header is not a JSON object.",
-        WRITE,
-    ),
-    (
-        "offsets of 2 to the 63",
-        entry(data_offsets=[2**63, 2**63 + 4]),
-        "base/model.safetensors: not a complete safetensors file: tensor lm_head.weight (F32 "
-        "[448, 64]) has data offsets 9223372036854775808 to 9223372036854775812.",
-        WRITE,
-    ),
-    (
-        "a shape whose product overflows",
-        entry(shape=[2**33, 2**33], data_offsets=[0, 4]),
-        "base/model.safetensors: not a complete safetensors file: tensor lm_head.weight (F32 "
-        "[8589934592, 8589934592]) has data offsets 0 to 4.",
-        WRITE,
-    ),
-    (
-        "a shape that is no numbers",
-        entry(shape=["64", 1.5]),
-        "base/model.safetensors: not a complete safetensors file: the header entry of tensor "
-        "lm_head.weight is malformed.",
+        "base/model.safetensors: not a complete safetensors file: it is a pickle, and pickles are never opened.",
         WRITE,
     ),
     (
         "tensors that overlap",
         header(lambda told: {**told, "zz": told["model.norm.weight"]}),
-        "base/model.safetensors: not a complete safetensors file: tensor zz overlaps the tensor before it.",
+        "base/model.safetensors: not a complete safetensors file: Error while deserializing "
+        "header: invalid offset for tensor `zz`.",
         WRITE,
     ),
     (
-        "a dtype that is none",
-        entry(dtype="F3"),
-        "base/model.safetensors: not a complete safetensors file: tensor lm_head.weight has the unknown dtype F3.",
+        "a dtype that torch does not have",
+        entry(dtype="F8_E8M0", shape=[448, 256]),
+        "base/model.safetensors: not a complete safetensors file: tensor lm_head.weight has the "
+        "unsupported dtype F8_E8M0.",
         WRITE,
     ),
     (
@@ -234,7 +189,7 @@ WEIGHTS = [
     (
         "an index with a key twice",
         index('{"weight_map": {}, "weight_map": {}}'),
-        "base/model.safetensors.index.json: not valid JSON (the key weight_map stands twice in one object).",
+        "base/model.safetensors.index.json: not valid JSON (the key weight_map occurs twice in one object).",
         COPY,
     ),
     (
@@ -330,5 +285,8 @@ def trained(tmp: Path, fixtures: Fixtures) -> list[str]:
     return sft(fixtures, model_name_or_path="base", output_dir="runs/r")
 
 
-CUT = "base/model.safetensors: not a complete safetensors file: its tensors end at byte 527720, the file at 527620."
+CUT = (
+    "base/model.safetensors: not a complete safetensors file: Error while deserializing "
+    "header: incomplete metadata, file not fully covered."
+)
 CASES.append(Case("training on a base that is cut short", trained, CUT, WRITE))

@@ -233,7 +233,7 @@ def test_old_torn_and_empty_files_are_read(tmp_path):
     text = run_page([read_stage(folder)])
     assert "not finite" in Page(text).text and "nan" not in text and "inf" not in text
     (folder / "stage.json").write_text('{"method": "rlhf"}')
-    with pytest.raises(UserError, match="has to be sft or dpo"):
+    with pytest.raises(UserError, match="Input should be 'sft' or 'dpo'"):
         read_stage(folder)
 
 

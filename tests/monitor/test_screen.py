@@ -16,13 +16,14 @@ from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.interrupts import StopRequest
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.monitor import live, open_screen, show
+from zephyr_lite.monitor import live, show
 from zephyr_lite.monitor.health import judge
 from zephyr_lite.monitor.json_lines import JsonScreen
 from zephyr_lite.monitor.live import LiveScreen
 from zephyr_lite.monitor.panel import ending, panel_lines, spark, wrapped
 from zephyr_lite.monitor.progress import Progress, Trend
 from zephyr_lite.monitor.reference_ranges import DPO, published_of
+from zephyr_lite.monitor.show import open_screen
 from zephyr_lite.train.distributed import PeerEnded
 from zephyr_lite.train.objective import Outcome
 from zephyr_lite.train.observer import Sample

@@ -81,7 +81,7 @@ def run_demo(
         UserError: the base is not installed, or ``out`` holds something else.
     """
     make_folder(out)
-    with alone(out, say):
+    with alone(out):
         return _demo(out, say, on_metrics, base, overrides)
 
 

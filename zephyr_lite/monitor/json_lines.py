@@ -14,7 +14,7 @@ from typing import Any
 
 from ..cli.console import Console, Metrics
 from ..errors import Interrupted, UserError
-from ..io.redact import redact_shown
+from ..io.redact import redact
 from ..train.distributed import PeerEnded
 from ..train.objective import Outcome
 from ..train.observer import Sample
@@ -104,7 +104,7 @@ class JsonScreen(Screen):
         record = {"event": event, "time": round(time.time(), 3)}
         record.update({name: _plain(value) for name, value in fields.items()})
         # a name of a file may hold bytes that are no UTF-8: ASCII with escapes can always be written
-        self._out.write(redact_shown(json.dumps(record)) + "\n")
+        self._out.write(redact(json.dumps(record)) + "\n")
         self._out.flush()
 
 
