@@ -36,7 +36,6 @@ UPWARDS = {
     ("memory", "train"),
     ("model", "memory"),
     ("train", "engines"),
-    ("monitor", "cli"),
     ("evaluate", "recipe"),
     ("audit", "demo"),
 }

@@ -152,8 +152,8 @@ def _train(
     else:
         set_allocator()
     from ..memory.needs import needs_lines
-    from ..monitor.report.writer import ReportWriter
-    from ..monitor.show import open_screen
+    from ..monitor.report_writer import ReportWriter
+    from ..monitor.screens import open_screen
     from ..train.dpo import run_dpo
     from ..train.dry_run import run_dry
     from ..train.ground import StageComplete
