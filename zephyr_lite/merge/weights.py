@@ -210,7 +210,7 @@ def check_disk(out: Path, size: int) -> None:
     place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     sweep(out.absolute().parent, out.name)
     # 64 MB for tokenizer, configuration and headers
-    check_room(place, size + 64 * 2**20, "the result", "Free some space, or choose an --out on another disk.")
+    check_room(place, size + 64 * 2**20, "the result")
 
 
 def _check_fit(files: BaseFiles, chain: Sequence[Modules]) -> None:
