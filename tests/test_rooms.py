@@ -33,13 +33,9 @@ ROOMS = (
 )
 # imports that run upwards, to be removed: (room, room)
 UPWARDS = {
-    ("io", "config"),
-    ("io", "train"),
     ("memory", "train"),
     ("model", "memory"),
     ("train", "engines"),
-    ("monitor", "cli"),
-    ("merge", "demo"),
     ("audit", "demo"),
 }
 ONLY_IN = {

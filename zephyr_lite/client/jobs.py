@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
-import signal
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from itertools import islice
@@ -19,6 +17,7 @@ from ..config.presets import not_found, preset_configs
 from ..config.strict_yaml import dump_yaml, read_yaml
 from ..errors import UserError
 from ..io.atomic import sweep, write_text
+from ..io.interrupts import pythons_ctrl_c
 from ..io.reading import is_file, refuse_special
 from .client import RequestFailed
 from .endpoints import EndpointSpec
@@ -204,34 +203,20 @@ async def _cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
 
 
 def run_job(main: Coroutine[Any, Any, R], say: Callable[[str], None]) -> R:
-    """``asyncio.run``, where SIGINT and SIGTERM cancel ``main``, which waits for its replies in flight.
+    """``asyncio.run``, where an interrupt cancels ``main``, which waits for its replies in flight.
 
     Raises:
-        KeyboardInterrupt: after an interrupt, when ``main`` has ended.
+        KeyboardInterrupt: after an interrupt, when ``main`` has ended; at a second one, at once.
     """
-    with asyncio.Runner() as runner:
-        loop = runner.get_loop()
-        task = loop.create_task(main)
-        interrupts = 0
 
-        def interrupt() -> None:
-            nonlocal interrupts
-            interrupts += 1
-            if interrupts == 1:
-                say(INTERRUPTED)
-            task.cancel()
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        if threading.current_thread() is not threading.main_thread():
-            numbers = ()
-        handlers = {number: signal.getsignal(number) for number in numbers}
-        for number in numbers:
-            loop.add_signal_handler(number, interrupt)
+    async def cancellable() -> R:
+        task = asyncio.ensure_future(main)
         try:
-            return loop.run_until_complete(task)
+            return await asyncio.shield(task)
         except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
-        finally:
-            for number, handler in handlers.items():
-                loop.remove_signal_handler(number)
-                signal.signal(number, handler)
+            say(INTERRUPTED)
+            task.cancel()
+            return await task
+
+    with pythons_ctrl_c():
+        return asyncio.run(cancellable())
