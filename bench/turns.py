@@ -227,7 +227,7 @@ def fused(stage: Stage, turns: Turns) -> Any:
 
 
 def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
-    from zephyr_lite import engines as baselines
+    from zephyr_lite.engines import trl as baselines
 
     half = stage.base.device.type == "cuda" and stage.base.dtype in (torch.bfloat16, torch.float16)
     if (

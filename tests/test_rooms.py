@@ -36,9 +36,7 @@ UPWARDS = {
     ("memory", "train"),
     ("model", "memory"),
     ("train", "engines"),
-    ("monitor", "cli"),
     ("evaluate", "recipe"),
-    ("merge", "demo"),
     ("audit", "demo"),
 }
 ONLY_IN = {

@@ -18,8 +18,8 @@ import zephyr_lite.evaluate.loss
 import zephyr_lite.evaluate.preference
 import zephyr_lite.memory.needs
 import zephyr_lite.merge.command
-import zephyr_lite.monitor
-import zephyr_lite.monitor.report.writer
+import zephyr_lite.monitor.report_writer
+import zephyr_lite.monitor.screens
 import zephyr_lite.train.dpo
 import zephyr_lite.train.sft  # noqa: F401
 from tests.train.test_train import dpo_words, quiet, words

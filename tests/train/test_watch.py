@@ -337,9 +337,9 @@ def test_a_damaged_checkpoint_of_trls_is_passed_over(tiny_base, chat_rows, tmp_p
 
 
 def test_trl_leaves_out_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path, monkeypatch):
-    from zephyr_lite.engines import rows
+    from zephyr_lite.engines import trl
 
-    plain = rows.Sft.compute_loss
+    plain = trl.Sft.compute_loss
 
     def loss(self, model, inputs, *args, **kwargs):
         found = plain(self, model, inputs, *args, **kwargs)
@@ -347,7 +347,7 @@ def test_trl_leaves_out_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path
             return (found[0] * float("nan"), *found[1:]) if isinstance(found, tuple) else found * float("nan")
         return found
 
-    monkeypatch.setattr(rows.Sft, "compute_loss", loss)
+    monkeypatch.setattr(trl.Sft, "compute_loss", loss)
     settings = words(tiny_base, tmp_path / "r", chat_rows, engine="trl", max_steps=4, eval_steps=100)
     outcome = run_sft(load_config("sft", None, settings), say=quiet)
     assert outcome.skipped == 1 and [r["step"] for r in left_out(tmp_path / "r/sft")] == [2]

@@ -141,8 +141,8 @@ def train(
         set_allocator()
     from ..config.resolve import resolve_run
     from ..memory.needs import needs_lines
-    from ..monitor.report.writer import ReportWriter
-    from ..monitor.show import open_screen
+    from ..monitor.report_writer import ReportWriter
+    from ..monitor.screens import open_screen
     from ..train.dpo import DpoObjective
     from ..train.dry_run import run_dry
     from ..train.main import run as train_stage

@@ -1,1 +1,1 @@
-"""Progress of a stage: a panel in a terminal, lines in a pipe, JSON for programs; and the report."""
+"""What a person sees of a run: a live panel, plain lines or JSON while it trains, and ``report.html``."""
