@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..config.load import Method, RunConfig
 from ..data.dataset import TokenizedDataset
@@ -16,6 +15,7 @@ from ..memory.plan import Plan, make_plan, this_machine
 from ..memory.workload import Storage, Workload, make_workload
 from ..model.base import compute_device, compute_dtype, quantization_of
 from ..model.peft_io import AdapterFile
+from .stage import Say
 from .steps import step_schedule
 
 
@@ -89,8 +89,8 @@ def _share(parts: Sequence[TokenizedDataset], longest: int, count: Callable[[Any
     return max(most, counted / max(1, tokens))
 
 
-def plan_stage(job: Workload, config: RunConfig) -> tuple[Plan, list[str]]:
-    """The plan on this machine, and what to say of it.
+def plan_stage(job: Workload, config: RunConfig, say: Say) -> Plan:
+    """Make the plan for this machine, and print it.
 
     Raises:
         UserError: nothing fits.
@@ -100,10 +100,9 @@ def plan_stage(job: Workload, config: RunConfig) -> tuple[Plan, list[str]]:
     if config.engine != "fused":
         free = f"; {plan.free_bytes / 2**30:.1f} GiB free" if plan.free_bytes else ""
         first, *rest = plan.lines()
-        return plan, [first + free, *rest]
-    return plan, forecast_lines(job, machine, plan, config)
-
-
-def set_threads(plan: Plan) -> None:
-    """The number of CPU threads decides the order of sums, a reference's to be kept on disk among them."""
-    torch.set_num_threads(plan.threads)
+        lines = [first + free, *rest]
+    else:
+        lines = forecast_lines(job, machine, plan, config)
+    for line in lines:
+        say(line)
+    return plan
