@@ -1,4 +1,4 @@
-"""The plan of a stage, from its configuration, its rows and the base's configuration: before any weight is loaded."""
+"""The plan of a stage, made from its configuration, its rows and the base's config.json before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def stage_workload(
     data: TokenizedDataset,
     eval_data: TokenizedDataset | None,
 ) -> Workload:
-    """What the stage will compute.
+    """The workload of a stage.
 
     Raises:
         UserError: the base is stored quantized in another way than NF4.
@@ -51,7 +51,7 @@ def stage_workload(
 def of_rows(
     method: Method, config: RunConfig, data: TokenizedDataset, eval_data: TokenizedDataset | None
 ) -> dict[str, Any]:
-    """What memory and time depend on of the rows (see ``Job``)."""
+    """The fields of ``Workload`` that depend on the rows."""
     rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
     _, steps = step_schedule(config, len(rows))
     in_a_step = config.batch_size * rows.mean()
@@ -76,8 +76,8 @@ def of_rows(
 
 
 def _share(parts: Sequence[TokenizedDataset], longest: int, count: Callable[[Any], int]) -> float:
-    """What share of a micro-batch's tokens is counted: of all examples, which is that of many at once, or the most in a
-    long one, which may run alone."""
+    """The share of a micro-batch's tokens that is counted: of all examples together, or of a long one, which may run alone,
+    whichever is larger."""
     counted = tokens = 0
     most = 0.0
     for part in parts:
