@@ -96,15 +96,6 @@ def test_every_optimizer_comes_back_bit_for_bit(kind, tmp_path):
         assert torch.equal(first.parameters[name], untouched.parameters[name])
 
 
-def test_too_little_room_is_said_before_anything_is_written(stage, monkeypatch):
-    found = shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: found)
-    before = sorted(stage.path.rglob("*"))
-    with pytest.raises(UserError, match=r"sft: 0.00 GB are free, checkpoint-16 takes 0.02 GB.\nFree some"):
-        made().write(stage, 16, EXTRA)
-    assert sorted(stage.path.rglob("*")) == before
-
-
 # Damage
 
 
@@ -120,7 +111,7 @@ def test_a_flipped_bit_is_seen_wherever_it_is(stage, file, place):
     flip(stage.path / "checkpoint-12" / file, place)
     said = []
     assert resume_point(stage, said.append).name == "checkpoint-8"
-    assert len(said) == 1 and said[0].startswith("checkpoint-12: ") and said[0].endswith("; taking checkpoint-8")
+    assert len(said) == 1 and said[0].startswith("checkpoint-12: ") and said[0].endswith("; using checkpoint-8")
     assert names(stage) == ["checkpoint-4", "checkpoint-8"]
 
 
@@ -138,10 +129,6 @@ DAMAGE = [
     (lambda f: (f / MANIFEST).write_bytes(b"\0" * 90), "manifest.json is damaged"),
     (lambda f: (f / MANIFEST).write_text("[" * 100_000), "manifest.json is damaged"),
     (lambda f: (f / MANIFEST).write_text('{"format": 7, "files": {}}'), "manifest.json has the format 7, this version"),
-    (
-        lambda f: (f / MANIFEST).write_text('{"format": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}'),
-        "manifest.json is damaged",
-    ),
     (
         lambda f: (f / MANIFEST).write_text('{"format": 1, "files": {}}') and (f / STATE).unlink(),
         "state.json is missing",
@@ -164,32 +151,6 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(stage, damage, wh
     assert resume_point(stage, said.append).name == "checkpoint-12" and len(said) == 1
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("step", "12"),
-        ("step", -1),
-        ("total", None),
-        ("stale", True),
-        ("best", [1.0]),
-        ("best", {"a": 1}),
-        ("optimizer", []),
-        ("optimizer", {"plain": [], "param_groups": [{}]}),
-        ("optimizer", {"plain": {}}),
-        ("scheduler", None),
-        ("scaler", 3),
-    ],
-)
-def test_a_state_of_another_shape_is_damage_too(stage, key, value):
-    folder = stage.path / "checkpoint-12"
-    state = json.loads((folder / STATE).read_text())
-    (folder / STATE).write_text(json.dumps({**state, key: value}))
-    write_manifest(folder)
-    assert checkpoint_fault(folder) == f"state.json has not what a run writes at {key}"
-    with pytest.raises(UserError, match=f"state.json has not what a run writes at {key}"):
-        made().read(folder)
-
-
 def test_all_damaged_is_an_error_not_a_start_from_the_beginning(stage):
     for name, file in (("4", STATE), ("8", TENSORS), ("12", MANIFEST)):
         flip(stage.path / f"checkpoint-{name}" / file, 50)
@@ -205,16 +166,10 @@ def test_what_an_earlier_version_wrote_is_taken(stage):
     folder, said = stage.path / "checkpoint-12", []
     (folder / MANIFEST).unlink()
     assert resume_point(stage, said.append) == folder
-    assert len(said) == 1 and said[0].startswith("checkpoint-12: has no manifest.json, so an earlier version wrote it")
+    assert len(said) == 1 and said[0].startswith("checkpoint-12: has no manifest.json, an earlier version wrote it")
     cut(folder / TENSORS)
     assert resume_point(stage, said.append).name == "checkpoint-8"
     assert said[1].startswith("checkpoint-12: state.safetensors: not a complete safetensors file")
-
-
-def test_the_best_is_not_taken_when_it_is_damaged(stage):
-    flip(stage.path / "checkpoint-8" / TENSORS, 50)
-    with pytest.raises(UserError, match=r"checkpoint-8: state.safetensors has another hash .*\n.*load_best_model"):
-        made().read_adapter(stage.path / "checkpoint-8")
 
 
 # Deleting
@@ -288,7 +243,7 @@ def test_a_gap_is_said(tmp_path):
         log.append({"step": step})
     said = []
     log.truncate(3, logged=3, say=said.append)
-    assert said == [f"{log.path}: 1 of the 3 records up to step 3 are missing: it was damaged"]
+    assert said == [f"{log.path}: 1 of the 3 records up to step 3 are missing: it is damaged"]
     log.path.unlink()
     log.truncate(3, logged=3, say=said.append)
     assert "3 of the 3 records" in said[1] and not log.path.exists()
@@ -388,7 +343,7 @@ def test_a_damaged_reference_is_said_and_computed_anew(tmp_path, sums, damage, w
     damage(cache.path)
     said = []
     assert not cache.load(said.append) and cache.missing == 6
-    assert len(said) == 1 and said[0].startswith(f"{cache.path}: {what}") and said[0].endswith("; it is computed anew")
+    assert len(said) == 1 and said[0].startswith(f"{cache.path}: {what}") and said[0].endswith("; it is computed again")
     if cache.path.is_dir():
         with pytest.raises(OSError, match="reference-"):
             fill(cache)

@@ -21,8 +21,8 @@ from typing import Any
 import datasets
 
 from ...data import formats, messages
-from ...data.opening import quiet
 from ...data.output import DROPPED, REPORT, check_held_out, check_output, request_of
+from ...data.workers import quiet
 from ...errors import UserError
 from ...io.atomic import flock, remove_tree
 from ...io.run_dir import folder_aside, write_json, write_text
