@@ -19,7 +19,7 @@ from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory.plan import Plan
-from zephyr_lite.model.activation_offload import LockRefused, Offload
+from zephyr_lite.model.activation_offload import LockRefused, ActivationOffload
 from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.train.dpo import DpoObjective
@@ -477,14 +477,14 @@ def test_locked_memory_that_is_refused_is_done_without(opened, monkeypatch, aske
     loop.gradients(0)
     want = {n: p.grad.clone() for n, p in loop.parameters.items()}
     loop.task.follow(replace(loop.plan, offload=2))
-    plain = Offload.put
+    plain = ActivationOffload.put
 
     def refused(self, layer, tensors):
         if layer == 1:
             raise LockRefused("0.00 GiB of main memory could not be locked")
         return plain(self, layer, tensors)
 
-    monkeypatch.setattr(Offload, "put", refused)
+    monkeypatch.setattr(ActivationOffload, "put", refused)
     loop.config.max_grad_norm = 1e9
     if asked_for:
         with pytest.raises(LockRefused):

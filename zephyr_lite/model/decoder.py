@@ -18,7 +18,7 @@ from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
 from ..ops.rms_norm import rms_norm
 from ..ops.token_logps import TokenStats, token_logps
-from .activation_offload import Offload
+from .activation_offload import ActivationOffload
 from .adapters import AdapterStack
 from .dequant_buffer import DequantBuffer, ScratchMode
 from .families import layer_windows
@@ -65,7 +65,7 @@ class Decoder:
         self.names = names
         self.scratch = DequantBuffer(scratch)
         self.stream = stream
-        self.offload: Offload | None = None
+        self.offload: ActivationOffload | None = None
         self.tile: int | None = None
         if isinstance(getattr(stack.base, "lm_head", None), LoraLayer):
             raise UserError(
@@ -91,7 +91,7 @@ class Decoder:
         if self.offload is not None:
             self.offload.clear()
         if self.offload is None or self.offload.layers != plan.offload:
-            self.offload = Offload(self.device, plan.offload) if plan.offload else None
+            self.offload = ActivationOffload(self.device, plan.offload) if plan.offload else None
 
     def release(self) -> None:
         """Give back what a pass that failed left behind, and what is only held to be used again."""
@@ -166,7 +166,7 @@ class Decoder:
             table=tables[windows[0]],
             cos=cos[0].to(self.dtype),
             sin=sin[0].to(self.dtype),
-            tile=self.tile,
+            mlp_chunk=self.tile,
             offload=self.offload,
             stream=self.stream,
         )
@@ -183,7 +183,7 @@ class Decoder:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and name is None):
                     streams[place] = run_layer(streams[place], layer, states[index], self.scratch, keeps[index])
         if self.offload is not None:
-            self.offload.settle()
+            self.offload.wait_pending()
         rows = [stream[batch.target_rows] for stream in streams]
         return [rms_norm(r, model.norm.weight, model.norm.variance_epsilon) for r in rows]
 
