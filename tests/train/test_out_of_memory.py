@@ -516,7 +516,7 @@ def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkey
     loop.gradients(0)
     want = {n: p.grad.clone() for n, p in loop.parameters.items()}
     monkeypatch.setattr(OomRetry, "_lends", lambda self, count: self._lockable)
-    plain, room, failed = SftObjective.loss, WeightStreamer._make_room, []
+    plain, room, failed = SftObjective.loss, WeightStreamer._allocate, []
 
     def full(self, examples, step, total):
         if not self.stage.plan.stream and (len(examples) > 1 or refuses != "the lock"):
@@ -536,7 +536,7 @@ def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkey
     if refuses == "the lock":
         monkeypatch.setattr("zephyr_lite.model.weight_streaming.host_bytes", refused)
     else:
-        monkeypatch.setattr(WeightStreamer, "_make_room", no_room)
+        monkeypatch.setattr(WeightStreamer, "_allocate", no_room)
         with pytest.raises(UserError, match="tokens do not fit into memory, alone"):
             loop.prepare(0)  # there is nothing left to try; and everything is whole
     loop.prepare(0)
