@@ -137,7 +137,7 @@ def _train(
         raise UserError(f"--smoke and {other} do not go together.", "Take one of them.")
     # a wrong key is said before torch is imported
     try:
-        first = load_config(method, config or f"zephyr-7b/{method}", overrides).config
+        first = load_config(method, config or f"zephyr-7b/{method}", overrides)
     except UserError as error:
         raise everywhere(error, machine=True) from None
     if smoke:
@@ -145,19 +145,19 @@ def _train(
 
         run_smoke(method, config, overrides, say=console.say)
         return
-    if first.engine == "unsloth":
+    if first.config.engine == "unsloth":
         from ..engines import start_unsloth
 
         start_unsloth()  # it replaces what is imported from here on
     else:
         set_allocator()
+    from ..config.resolve import resolve_run
     from ..memory.needs import needs_lines
     from ..monitor.report_writer import ReportWriter
     from ..monitor.screens import open_screen
     from ..train.dpo import run_dpo
     from ..train.dry_run import run_dry
-    from ..train.ground import StageComplete
-    from ..train.setup import resolve_run
+    from ..train.resume import StageComplete
     from ..train.sft import run_sft
 
     with joined() as here:
@@ -168,7 +168,7 @@ def _train(
         with open_screen(console, quiet=quiet, as_json=as_json) as screen:
 
             def resolve() -> Any:
-                found = resolve_run(method, config, overrides, say=screen.say, fetch=not dry_run)
+                found = resolve_run(method, config, overrides, loaded=first, say=screen.say, fetch=not dry_run)
                 for line in needs_lines(method, found.config):
                     screen.say(line)
                 return found
