@@ -49,12 +49,6 @@ def pipe(tmp: Path, fixtures: Fixtures) -> list[str]:
     return show(fixtures, dataset="rows.jsonl")
 
 
-def circle(tmp: Path, fixtures: Fixtures) -> list[str]:
-    (tmp / "a.jsonl").symlink_to("b.jsonl")
-    (tmp / "b.jsonl").symlink_to("a.jsonl")
-    return show(fixtures, dataset="a.jsonl")
-
-
 def folder(**files: str) -> Make:
     def make(tmp: Path, fixtures: Fixtures) -> list[str]:
         (tmp / "set.jsonl").mkdir()
@@ -277,20 +271,14 @@ CASES = [
     Case(
         "place: a device",
         lambda tmp, fixtures: show(fixtures, dataset="/dev/zero"),
-        "/dev/zero: is a device, not a file.",
+        "/dev/zero: is a device or a pipe, not a file.",
         SAVED,
     ),
     Case(
         "place: a named pipe",
         pipe,
-        "rows.jsonl: is a named pipe, not a file.",
+        "rows.jsonl: is a device or a pipe, not a file.",
         SAVED,
-    ),
-    Case(
-        "place: links in a circle",
-        circle,
-        "a.jsonl: cannot be looked at: Too many levels of symbolic links.",
-        "Mend that, or name another file.",
     ),
     Case(
         "place: a folder named like a file",

@@ -124,13 +124,13 @@ CASES = [
     Case(
         "yaml: two megabytes",
         config_of("system: " + "x" * 2_000_000),
-        "run.yaml: more than 1,048,576 bytes, the most that is read here.",
+        "run.yaml: larger than 1,048,576 bytes.",
         "Name the right file.",
     ),
     Case(
         "yaml: a device",
         words("sft", "--config", "/dev/zero"),
-        "/dev/zero: is a device, not a file.",
+        "/dev/zero: is a device or a pipe, not a file.",
         SAVED,
     ),
     Case(

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..config.load import DatasetSpec, Method, RunConfig
+from ..config.resolve import resolve_run
 from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
@@ -16,8 +17,8 @@ from ..io.run_dir import StageDir
 from ..memory.planned import stages_of
 from ..model.base import fetch_base, read_model_config
 from ..model.peft_io import AdapterFile
-from ..train.ground import adapters_below, vocabulary_fits
-from ..train.setup import resolve_run, template_of
+from ..model.tokenizer import check_vocabulary
+from ..train.setup import adapters_below, template_of
 
 
 @dataclass
@@ -63,7 +64,7 @@ def open_rows(method: Method, file: str | None, words: list[str], *, held_out: b
     else:
         frozen = adapters_below(method, config, stage, notes.append)
     template = template_of(config, folder, frozen)
-    vocabulary_fits(template.tokenizer, base_config)
+    check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
     if held_out and not config.eval_dataset:
         raise UserError("nothing is held out: the configuration has no eval_dataset.", "Add eval_dataset=FILE.")
     specs, what = (config.eval_dataset, "held-out") if held_out else (config.dataset, "training")

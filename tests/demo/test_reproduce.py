@@ -1,0 +1,154 @@
+"""``reproduce``: every part is done once, and the row is what the run's files say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.demo.test_smoke import forked
+from tests.train.test_train import metrics
+from zephyr_lite.cli.app import run as cli_run
+from zephyr_lite.demo.child import Ended
+from zephyr_lite.demo.reproduce import (
+    HEADER,
+    RECIPES,
+    RULE,
+    changed,
+    chosen_configs,
+    plan_reproduction,
+    row,
+    run_reproduction,
+    scopes,
+)
+from zephyr_lite.errors import Interrupted, UserError
+from zephyr_lite.io.run_dir import StageDir
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory, tiny_base, chat_rows, pair_rows):
+    """The night's recipe on a tiny base, and then once more."""
+    small = ["max_steps=2", "lora_r=4", "batch_size=2", "max_length=64", "samples=0", "load_in_4bit=false"]
+    words = [f"model_name_or_path={tiny_base}", *small, "max_prompt_length=32"]
+    for stage, rows in (("sft", chat_rows), ("dpo", pair_rows)):
+        words += [f"{stage}.dataset.path={rows}", f"{stage}.eval_dataset.path={rows}"]
+    out = tmp_path_factory.mktemp("runs") / "night"
+    chosen = plan_reproduction("overnight", words, out=out, who="a|b")
+    called: list[list[str]] = []
+    said: list[str] = []
+
+    def run(command):
+        called.append(list(command))
+        return forked(command, log=out.parent / "log")
+
+    try:
+        first = run_reproduction(chosen, say=said.append, run=run)
+    except UserError as error:
+        raise AssertionError((out.parent / "log").read_text()) from error
+    once = list(called)
+    called.clear()
+    return chosen, first, once, said, run_reproduction(chosen, say=said.append, run=run), called
+
+
+def test_every_part_is_done_once(reproduced):
+    chosen, first, once, said, second, again = reproduced
+    assert [words[:2] for words in once if words[0] == "eval"] == [["eval", "loss"], ["eval", "preference"]]
+    assert [words[0] for words in once] == ["sft", "dpo", "merge", "eval", "eval", "report"]
+    # the stages' own commands know that they are complete, and with what keys
+    assert [words[0] for words in again] == ["sft", "dpo", "report"]
+    assert (chosen.run / "merged" / "model.safetensors").is_file()
+    assert "loss is there already" in said and second == first
+    assert json.loads((chosen.run / "results.json").read_text()) == first
+
+
+def test_the_row_is_what_the_files_say(reproduced):
+    chosen, first, *_ = reproduced
+    cells = [cell.strip() for cell in first["row"].replace("\\|", "/").strip("|").split("|")]
+    assert len(cells) == HEADER.count("|") - 1 == RULE.count("|") - 1
+    found = dict(zip((name.strip() for name in HEADER.strip("|").split("|")), cells, strict=True))
+    stage = StageDir(chosen.run / "dpo")
+    losses = json.loads((stage.path / "eval" / "loss.json").read_text())["models"]
+    named = [f"{losses[name]['loss']['value']:.3f}" for name in ("base", "sft", "dpo")]
+    assert found["eval loss base → sft → dpo"] == " → ".join(named)
+    comparison = json.loads((stage.path / "eval" / "preference.json").read_text())["comparisons"][0]
+    assert (comparison["model"], comparison["against"]) == ("dpo", "sft")
+    assert found["preference accuracy"] == f"{comparison['accuracy']['value']:.3f}"
+    seconds = metrics(stage.path, "seconds")
+    assert float(found["pairs/s"].replace(",", "")) == pytest.approx(4 / sum(seconds), abs=0.01)
+    assert first["sft"]["step_hours"] == pytest.approx(sum(metrics(chosen.run / "sft", "seconds")) / 3600, abs=1e-4)
+    assert found["who"] == "a/b" and found["base"] != "" and "/" not in found["base"]
+    assert found["recipe"].startswith("overnight, but model_name_or_path, ")
+    assert float(found["peak GiB"]) == pytest.approx(max(first[s]["peak_gib"] for s in ("sft", "dpo")), abs=0.06)
+
+
+def test_a_part_that_fails_or_is_stopped_says_so(reproduced):
+    chosen = reproduced[0]
+    with pytest.raises(UserError, match="`zephyr-lite sft --config` ended with exit code 2"):
+        run_reproduction(chosen, say=lambda line: None, run=lambda words: Ended(2, 0.1))
+
+    def stopped(words):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="interrupted at sft; the same command resumes"):
+        run_reproduction(chosen, say=lambda line: None, run=stopped)
+
+
+def test_keys_go_to_both_stages_or_to_one():
+    assert scopes(["seed=3", "--lora-r", "8", "dpo.beta=0.2", "sft.dataset.path=a.b=c", "dataset.limit=5"]) == {
+        "sft": ["seed=3", "lora-r=8", "dataset.path=a.b=c", "dataset.limit=5"],
+        "dpo": ["seed=3", "lora-r=8", "beta=0.2", "dataset.limit=5"],
+    }
+
+
+@pytest.mark.parametrize("word", ["output_dir=x", "dpo.adapters=none", "--stage=x"])
+def test_what_the_recipe_decides_is_refused(word):
+    with pytest.raises(UserError, match="is the recipe's decision"):
+        plan_reproduction("overnight", [word])
+
+
+def test_a_recipe_that_is_none_is_refused():
+    with pytest.raises(UserError, match="there is no such recipe") as error:
+        plan_reproduction("overnigth")
+    assert "overnight, full" in error.value.hint
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_a_recipe_changes_nothing_by_itself(recipe):
+    chosen = plan_reproduction(recipe)
+    assert changed(chosen) == {}
+    configs = chosen_configs(chosen)
+    assert (configs["sft"].stage, configs["dpo"].stage) == ("sft", "dpo")
+    assert {config.output_dir for config in configs.values()} == {str(chosen.run)}
+
+
+def test_what_differs_from_the_recipe_is_named():
+    words = ["lora_r=8", "dpo.beta=0.2", "sync=somewhere", "model_name_or_path=some/base"]
+    found = changed(plan_reproduction("overnight", words))
+    assert found == {"model_name_or_path": "some/base", "lora_r": 8, "dpo.beta": 0.2}
+
+
+def test_a_row_of_a_night_on_one_card():
+    stage = {"peak_gib": 10.24, "tokens_per_second": 1040.2, "pairs_per_second": 1.234}
+    found = {
+        "who": "me",
+        "machines": ["NVIDIA GeForce RTX 3060"],
+        "base": {"name_or_path": "mistralai/Mistral-7B-v0.1"},
+        "recipe": "overnight",
+        "changed": {},
+        "versions": {"zephyr-lite": "1.0"},
+        "sft": {**stage, "step_hours": 4.96},
+        "dpo": {**stage, "step_hours": 0.061, "peak_gib": 11.1},
+        "eval_loss": {"models": {"base": {"value": 1.4}, "sft": {"value": 1.1}, "dpo": {"value": 1.15}}},
+        "preference": {"accuracy": {"value": 0.72}},
+    }
+    assert row(found) == (
+        "| me | NVIDIA GeForce RTX 3060 | Mistral-7B-v0.1 | overnight | 5.0 + 0.06 | 1,040 | 1.23 | 11.1 "
+        "| 1.400 → 1.100 → 1.150 | 0.720 | 1.0 |"
+    )
+
+
+def test_the_command_line_prints_its_commands(capsys):
+    assert cli_run(["reproduce", "overnight", "--dry-run", "--judge", "http://host/v1#m", "dpo.beta=0.2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["sft", "dpo", "merge", "eval", "eval", "eval", "report"]
+    assert lines[1].endswith("beta=0.2") and "beta" not in lines[0] and "http://host/v1#m" in lines[5]

@@ -1,0 +1,184 @@
+"""``--smoke``: what it does, what it leaves, and what it says where something fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+# what the commands would import, each in a process of its own
+import zephyr_lite.chat.session
+import zephyr_lite.evaluate.loss
+import zephyr_lite.evaluate.preference
+import zephyr_lite.memory.needs
+import zephyr_lite.merge.command
+import zephyr_lite.monitor.report_writer
+import zephyr_lite.monitor.screens
+import zephyr_lite.train.dpo
+import zephyr_lite.train.sft  # noqa: F401
+from tests.train.test_train import dpo_words, quiet, words
+from zephyr_lite.__main__ import main
+from zephyr_lite.config.load import load_config
+from zephyr_lite.demo.child import Ended, child
+from zephyr_lite.demo.smoke import (
+    MARK,
+    STEPS,
+    claim,
+    rehearsal_folder,
+    run_smoke,
+    small_stage,
+    speed,
+    whole_stage,
+)
+from zephyr_lite.errors import UserError
+from zephyr_lite.io.run_dir import StageDir, newest_run
+
+
+def forked(command, *, log=None, asked=None, answer=None, kill_when=None):
+    """As ``child``, but of this process, which has imported everything: seconds less, and as killable."""
+    begun = time.monotonic()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            os.setsid()
+            said = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            heard = os.open(asked or os.devnull, os.O_RDONLY)
+            told = os.open(answer, os.O_WRONLY | os.O_CREAT) if answer else said
+            for place, handle in enumerate((heard, told, said)):
+                os.dup2(handle, place)
+            sys.stdin = os.fdopen(0, closefd=False)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+            try:
+                main(list(command))
+            except SystemExit as done:
+                code = int(done.code or 0)
+        finally:
+            os._exit(code)
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            code = os.waitstatus_to_exitcode(status)
+            return Ended(code, time.monotonic() - begun, code == -signal.SIGKILL)
+        if kill_when is not None and kill_when():
+            os.killpg(pid, signal.SIGKILL)
+            kill_when = None
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory, tiny_base, pair_rows):
+    """A DPO stage rehearsed in a run that has no SFT stage yet: both stages, then."""
+    root = tmp_path_factory.mktemp("runs")
+    said: list[str] = []
+    small = {"load_in_4bit": "false", "max_length": 64, "max_prompt_length": 32, "samples": 0}
+    keys = dpo_words(tiny_base, root / "mine", pair_rows, **small)
+    parts = run_smoke("dpo", None, keys, say=said.append, run=forked)
+    return root, parts, said
+
+
+def test_a_stage_is_killed_goes_on_is_merged_and_answers(rehearsed):
+    root, parts, said = rehearsed
+    names = ["an SFT stage below", "train, 10 steps", f"resume to step {STEPS}", "merge", "answer"]
+    assert [part.name for part in parts] == names
+    stage = StageDir(root / "mine-smoke" / "run" / "dpo")
+    info = stage.info()
+    assert info["status"] == "complete" and [start["step"] for start in info["resumed"]] == [10]
+    assert [a["path"] for a in info["adapters"]] == ["sft/adapter"]
+    assert "from checkpoint-10, loss 0.693" in parts[2].found
+    assert parts[3].found.endswith("removed again") and not (root / "mine-smoke" / "merged").exists()
+    assert (root / "mine-smoke" / "answer.txt").stat().st_size or "first token" in parts[4].found
+    text = "\n".join(said)
+    assert "everything works" in text and "GiB at most" in text and "so the real dpo of about 6 steps" in text
+
+
+def test_the_run_itself_is_not_touched_and_nobody_takes_the_rehearsal_for_one(rehearsed):
+    root, _, _ = rehearsed
+    assert not (root / "mine").exists()
+    assert newest_run(root) is None
+    assert json.loads((root / "mine-smoke" / MARK).read_text())["status"] == "passed"
+
+
+def test_a_dpo_stage_stands_on_what_the_run_has(tiny_base, chat_rows, pair_rows, tmp_path):
+    """Without a process: a runner that only looks at what it is given."""
+    from zephyr_lite.train.sft import run_sft
+
+    run = tmp_path / "mine"
+    run_sft(load_config("sft", None, words(tiny_base, run, chat_rows, max_steps=1, samples=0)), say=quiet)
+    given = []
+
+    def fails(command, log=None, **options):
+        given.append(load_config("dpo", command[2]).config)
+        log.write_text("error: the card fell out\n")
+        return Ended(2, 0.1)
+
+    with pytest.raises(UserError, match=r"failed at: train, 10 steps.*exit code 2") as error:
+        run_smoke("dpo", None, dpo_words(tiny_base, run, pair_rows, sync=tmp_path / "there"), say=quiet, run=fails)
+    assert "the card fell out" in error.value.message and "1-train.log" in error.value.hint
+    assert given[0].adapters == [str(run / "sft" / "adapter")] and given[0].sync is None
+    assert given[0].output_dir == str(tmp_path / "mine-smoke" / "run")
+    assert json.loads((tmp_path / "mine-smoke" / MARK).read_text())["status"] == "failed"
+
+
+def test_a_folder_that_is_no_rehearsal_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"is not a smoke test .it holds thesis.tex"):
+        claim(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+
+
+def test_an_earlier_rehearsal_is_replaced(tmp_path):
+    claim(tmp_path)
+    (tmp_path / "merged").mkdir()
+    claim(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", MARK]
+
+
+def test_it_lies_beside_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(rehearsal_folder(tmp_path / "runs" / "a")) == str(tmp_path / "runs" / "a-smoke")
+    assert rehearsal_folder(Path(".")) == tmp_path.with_name(f"{tmp_path.name}-smoke")
+
+
+def test_what_decides_memory_stays_and_the_rest_is_small(tmp_path):
+    whole = load_config("sft", "zephyr-7b/sft", ["sync=elsewhere", "report_to=tensorboard"]).config
+    few = small_stage(whole, "sft", tmp_path)
+    for key in ("model_name_or_path", "max_length", "lora_r", "optim", "memory", "dtype"):
+        assert getattr(few, key) == getattr(whole, key)
+    assert (few.batch_size, few.max_steps, few.dataset[0].limit) == (4, STEPS, 160)
+    assert few.sync is None and few.report_to == [] and few.eval_dataset[0].limit == 8
+
+
+def test_hours_come_from_the_steps_that_were_warm(chat_rows):
+    slow, fast = {"seconds": 50.0, "num_tokens": 100.0}, {"seconds": 2.0, "num_tokens": 100.0}
+    records = [{"step": n, "loss": 1.0, **(slow if n in (1, 11) else fast)} for n in range(1, 21)]
+    assert speed([*records, {"step": 20, "eval_loss": 1.0}], [0, 10]) == (50.0, "tokens")
+    config = load_config("sft", None, [f"dataset={chat_rows}", "batch_size=2", "num_train_epochs=3"]).config
+    # 8 rows were read, of which the rehearsal made 2 packed ones of 4
+    assert whole_stage(config, {"read": 4, "rows": 2, "tokens": 200}, 50.0, "tokens") == (6, 4 * 3 * 100 / 50)
+    config = config.model_copy(update={"max_steps": 5})
+    assert whole_stage(config, {"read": 4, "rows": 2, "tokens": 200}, 2.0, "pairs") == (5, 5.0)
+
+
+def test_a_child_is_killed_with_a_real_signal_and_logs_what_it_says(tmp_path):
+    log = tmp_path / "log"
+    assert child(["--version"], log=log).code == 0 and log.read_text().startswith("zephyr-lite ")
+    ended = child(["sft", "--help"], log=log, kill_when=lambda: True)
+    assert ended.killed and ended.code == -signal.SIGKILL
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
+def test_a_signal_reaches_the_child_and_then_ends_the_command(tmp_path):
+    log = tmp_path / "log"
+    timer = threading.Timer(0.7, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        child(["env"], log=log)
+    timer.join()

@@ -1,0 +1,210 @@
+"""A stage's files as the report reads them: of finished, running and killed runs, and of older versions. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from ..config.load import DPO_DEFAULTS, RunConfig, read_dumped
+from ..errors import UserError
+from ..io.redact import redact
+from ..io.run_dir import STAGE_FILE, StageDir, newest_run, read_json, stages_of
+from ..io.stage_info import checked
+
+LENGTHS = "lengths.json"
+Points = tuple[list[int], list[float]]
+
+
+@dataclass
+class StageRecord:
+    """The files of one stage, with secrets of this process's environment removed.
+
+    Attributes:
+        folder: its path; name, run: the names of the stage's and of the run's folder.
+        method: sft or dpo.
+        info: stage.json; config: config.yaml, {} if there is none.
+        history: metrics.jsonl: step → what was logged of it, evaluations (``eval_…``) included.
+        samples: samples.jsonl; left_out: left_out.jsonl; lengths: lengths.json, {} if there is none.
+        results: kind → the result file of ``zephyr-lite eval``.
+        own: stage of the run → sha256 of its own adapter.
+    """
+
+    folder: Path
+    name: str
+    run: str
+    method: str
+    info: dict[str, Any]
+    config: dict[str, Any]
+    history: dict[int, dict[str, Any]]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    lengths: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    own: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return self.info.get("status") == "complete"
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.part("machine").get("device") == "cpu"
+
+    @property
+    def step(self) -> int:
+        """The last logged step."""
+        return max(self.history, default=0)
+
+    @property
+    def planned(self) -> dict[str, float]:
+        """The plan's memory by part, in bytes; ``peak`` is the whole."""
+        account = as_dict(self.part("plan").get("account"))
+        return {name: v for name, v in account.items() if is_number(v) and 0 <= v < math.inf}
+
+    @cached_property
+    def columns(self) -> dict[str, Points]:
+        """Every logged metric: name → (steps, values)."""
+        found: dict[str, Points] = {}
+        for step, line in self.history.items():
+            for key, value in line.items():
+                if is_number(value):
+                    steps, values = found.setdefault(key, ([], []))
+                    steps.append(step)
+                    values.append(float(value))
+        return found
+
+    def points(self, key: str) -> Points:
+        """(steps, values) of a metric."""
+        return self.columns.get(key, ([], []))
+
+    def last(self, key: str) -> float | None:
+        values = self.points(key)[1]
+        return values[-1] if values else None
+
+    def part(self, key: str) -> dict[str, Any]:
+        """An object of stage.json; {} if there is none."""
+        return as_dict(self.info.get(key))
+
+    def total(self) -> int | None:
+        """Number of steps of the whole stage; None if unknown."""
+        if self.complete and isinstance(steps := self.part("result").get("steps"), int):
+            return steps
+        if isinstance(most := self.config.get("max_steps"), int):
+            return most
+        rows, batch, epochs = self.part("data").get("rows"), *map(self.config.get, ("batch_size", "num_train_epochs"))
+        if not (is_number(rows) and is_number(batch) and is_number(epochs) and batch):
+            return None
+        return max(1, math.ceil(epochs * math.ceil(rows / batch)))
+
+    def recipe(self) -> dict[str, Any]:
+        """The published recipe's configuration for this method."""
+        return RunConfig.model_validate(DPO_DEFAULTS if self.method == "dpo" else {}).model_dump(mode="json")
+
+
+def read_stage(folder: Path) -> StageRecord:
+    """Read a stage's folder.
+
+    Raises:
+        UserError: it is no stage, or its stage.json or config.yaml is broken.
+    """
+    stage = StageDir(folder)
+    info = stage.info()
+    if info is None:
+        raise UserError(f"{folder}: is not a stage of a run (no {STAGE_FILE}).", "Give runs/NAME or runs/NAME/STAGE.")
+    checked(info, folder / STAGE_FILE)
+    history: dict[int, dict[str, Any]] = {}
+    for line in json_lines(stage.metrics):
+        if isinstance(step := line.get("step"), int):
+            history.setdefault(step, {}).update(line)
+    whole = folder.absolute()
+    record = StageRecord(
+        folder,
+        whole.name,
+        whole.parent.name,
+        str(info.get("method", "sft")),
+        _redacted(info),
+        _redacted(read_dumped(stage.config)) if stage.config.is_file() else {},
+        dict(sorted(history.items())),
+        json_lines(stage.samples),
+        json_lines(folder / "left_out.jsonl"),
+        _optional(folder / LENGTHS),
+    )
+    for path in sorted((folder / "eval").glob("*.json")):
+        result = _optional(path)
+        if isinstance(result.get("models"), dict) and not path.stem.endswith("-partial"):
+            record.results[path.stem] = result
+    for other in stages_of(whole.parent):
+        sha = as_dict(_optional(other.path / STAGE_FILE).get("own")).get("sha256")
+        if isinstance(sha, str):
+            record.own[other.path.name] = sha
+    return record
+
+
+def read_source(source: Path | None) -> list[StageRecord]:
+    """The stages of a run's folder in the order of training, or the one stage whose folder it is.
+
+    Args:
+        source: None: the newest run under ``runs/``.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = newest_run(Path("runs")) if source is None else source.expanduser()
+    if path is None:
+        raise UserError("there is no run under runs/.", "Run `zephyr-lite sft` first, or name a run's folder.")
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder.", "Give a run's folder (runs/NAME) or a stage's (runs/NAME/STAGE).")
+    if (path / STAGE_FILE).is_file():
+        return [read_stage(path)]
+    found = [read_stage(stage.path) for stage in stages_of(path)]
+    if not found:
+        raise UserError(
+            f"{path}: is neither a run's folder nor a stage's (no {STAGE_FILE} in it or in a subfolder).",
+            "Give runs/NAME or runs/NAME/STAGE.",
+        )
+    # a stage on top of more adapters was trained later
+    return sorted(found, key=lambda r: (len(as_list(r.info.get("adapters"))), str(r.info.get("created")), r.name))
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; torn lines are skipped."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in redact(path.read_text(encoding="utf-8", errors="replace")).split("\n"):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    """A JSON object; {} if the file is absent or broken, as the report can be written without it."""
+    try:
+        return _redacted(read_json(path) or {})
+    except UserError:
+        return {}
+
+
+def _redacted(value: dict[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(redact(json.dumps(value))))
