@@ -125,11 +125,11 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
     assert [q.id for q in read_questions(str(tmp_path / "c"), categories=["math"], limit=1).questions] == ["82"]
     file = tmp_path / "question.jsonl"
     for text, found in (
-        ('{"question_id": 1, "category": "stem", "turns": ["a"]}\n', "row 1: turns: expected 2 texts"),
+        ('{"question_id": 1, "category": "stem", "turns": ["a"]}\n', "row 1: turns: List should have at least 2 items"),
         ('{"question_id": 1, "category": "stem", "turns": ["a", "b"]}\n' * 2, "question_id 1 is used twice"),
         ('{"question_id": 1,\n', "line 1: not valid JSON"),
         ("", "is empty"),
-        ('{"a": 1}\n', "row 1: expected question_id"),
+        ('{"a": 1}\n', "row 1: question_id: Field required"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=found):
