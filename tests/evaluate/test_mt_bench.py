@@ -286,7 +286,7 @@ def test_a_budget_that_ends_writes_no_result_and_goes_on(tmp_path: Path, capsys)
         assert "nothing was graded: the budget of 9 requests is spent" in " ".join(capsys.readouterr().err.split())
         assert run(*arguments, "--out", out, "--max-requests", 22) == 0
         assert len(server.seen) == 22 and not (out / "mt-bench.json").exists()
-        assert "a larger budget goes on" in " ".join(capsys.readouterr().err.split())
+        assert "a larger budget continues" in " ".join(capsys.readouterr().err.split())
         assert run(*arguments, "--out", out, "--max-requests", 24) == 0
         assert len(server.seen) == 24 and result(out)["models"]["m"]["graded"] == 12
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from ..errors import UserError
 from ..io.reading import read_text
@@ -15,7 +15,6 @@ from ..io.strict_json import shown
 
 Row = TypeVar("Row", bound=BaseModel)
 MAX_BYTES = 2**30
-NotBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 OptionalText = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else "")]
 
 

