@@ -63,7 +63,7 @@ def chat(
     """Raw conversations (UltraChat) → a clean set like ultrachat_200k, with a report of every rule."""
     from ..data.workers import interruptible
     from ..io.redact import refuse_secrets
-    from ..recipe.ultrachat.clean import Options, clean_chat
+    from ..recipe.ultrachat import Options, clean_chat
 
     # the report and dropped.tsv name them
     refuse_secrets({"SOURCE": source, "--decontaminate": decontaminate or []}, "the command line")

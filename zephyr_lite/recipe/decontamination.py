@@ -1,7 +1,7 @@
-"""Decontamination: conversations that hold a piece of an evaluation set.
+"""Decontamination: finding conversations that contain a part of an evaluation set.
 
-A row is contaminated if one of its turns shares n words in a row (13 by default) with a text of an evaluation set. A text
-that is shorter than n words is looked for as a whole turn. Brown et al., "Language models are few-shot learners", appendix C.
+A row is contaminated if one of its turns shares n words in a row (13 by default) with a text of an evaluation set; a text of
+fewer words has to be a whole turn. Brown et al., "Language models are few-shot learners", appendix C.
 """
 
 from __future__ import annotations
@@ -13,47 +13,39 @@ from typing import Any
 
 import numpy as np
 
-from ...config.load import DatasetSpec
-from ...data.messages import ROLES
-from ...data.opening import open_source
-from ...errors import UserError
-from ..questions import split_said_as
+from ..config.load import DatasetSpec
+from ..data.messages import ROLES
+from ..data.opening import open_source
+from ..errors import UserError
+from .questions import split_said_as
 from .words import Words, members, ngrams, whole, words_of
 
 NGRAM = 13
-# Texts of fewer words ("writing", "Yes.") are labels or could stand anywhere.
-SHORTEST = 5
+SHORTEST = 5  # words; a shorter text ("Yes.") is a label, or could be anywhere
 _BATCH = 1000
 
 
 @dataclass
 class EvalSets:
-    """What must not be trained on.
+    """Hashes of the texts that must not be trained on.
 
     Attributes:
         n: words of an n-gram.
-        grams: uint64, sorted: hashes of the n-grams.
-        texts: uint64, sorted: hashes of the texts that are shorter than n words.
-        grams_of, texts_of: int32, the set that each belongs to (the first that has it).
-        names: of the sets.
-        rows: how many rows each has.
-        digest: of all of it.
+        names, rows: the sets' names and numbers of rows.
+        grams: uint64, sorted: the n-grams; texts: of the texts with fewer than n words.
+        grams_of, texts_of: int32, the first set that has each.
     """
 
     n: int
-    grams: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    texts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    grams_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    texts_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     names: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    grams: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    grams_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    texts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    texts_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def find(self, words: Words) -> dict[int, tuple[str, str]]:
-        """Which texts hold a piece of a set.
-
-        Returns:
-            index of the text → (the set's name, the words that it shares).
-        """
+        """The contaminated texts: index → (the set's name, the shared words)."""
         found: dict[int, tuple[str, str]] = {}
         if len(self.grams):
             hashes, first = ngrams(words, self.n)
@@ -72,11 +64,14 @@ class EvalSets:
 
 
 def read_eval_sets(names: Sequence[str], n: int = NGRAM) -> EvalSets:
-    """Read the sets that a user names: a file (JSONL, JSON, CSV, Parquet, or text with one item a line), a folder, or a hub
-    id; ``NAME#SPLIT`` for one split of several. Every text of a row counts, whatever its column, but an assistant's turn.
+    """Read evaluation sets.
+
+    Args:
+        names: files (JSONL, JSON, CSV, Parquet, or text with one item a line), folders, or hub ids; ``NAME#SPLIT`` for one
+            split. All texts of a row count, except assistants' turns.
 
     Raises:
-        UserError: a set cannot be read, or holds no text of five words.
+        UserError: a set cannot be read, or has no text of five words.
     """
     sets = EvalSets(n)
     grams: list[np.ndarray] = []
@@ -95,7 +90,7 @@ def read_eval_sets(names: Sequence[str], n: int = NGRAM) -> EvalSets:
         if not of_n + short:
             raise UserError(
                 f"{name}: no text of {SHORTEST} words or more in its {rows:,} rows; nothing can be compared with it.",
-                "Name a file with the questions themselves.",
+                "Name a file with the questions.",
             )
         sets.names.append(name)
         sets.rows.append(rows)

@@ -1,26 +1,34 @@
-"""Restoring capitals: sentence starts, the word I, and names.
+"""Truecasing: restoring capitals of sentence starts, the pronoun I, and names.
 
-The fault that raw UltraChat has: a turn's first sentence is written well, the sentences after it and the pronoun are
-not ("Hello. how are you?"). A word that has a capital anywhere keeps its form; only words all in lower case change.
+Raw UltraChat's fault: the first sentence of a turn is written correctly, the sentences after it and the pronoun are not
+("Hello. how are you?"). Only words entirely in lower case change.
 """
 
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from .english import ALWAYS, is_english
+from .english import ALWAYS, is_english, word_list
 from .lexicon import Lexicon
 from .protect import spans, without_blocks
-from .rules import word_list
+
+# rule → what it capitalizes, in the order of the report
+RULES = {
+    "turn_start": "the first word of a turn",
+    "after_terminator": "the first word after . ! or ?, closing and opening quotes and brackets between",
+    "after_title": "the name after Mr., Dr. and the like",
+    "list_item": "the first word of a list's item that is a sentence, or has a colon",
+    "line_start": "the first word after a blank line, or after a line that ends a sentence",
+    "lone_i": "the pronoun I",
+    "known_name": "a word that the corpus writes with a capital inside sentences",
+    "known_phrase": "a pair of words that the corpus writes with capitals together",
+}
 
 
 class Change(NamedTuple):
-    """One word that was changed: where it stands, by which rule, and its new form."""
+    """A changed word: its position, the rule, and its new form."""
 
     start: int
     rule: str
@@ -42,10 +50,10 @@ _LINE = re.compile(rf"(?:```|[.!?:])[\"'”’)\]*_]*[ \t\r]*\n[ \t]*{_OPENING}$
 
 ABBREVIATIONS = frozenset(
     word_list("""
-mr mrs ms dr prof sr jr st mt ft gen col sgt capt lt cpl rev hon pres gov sen rep messrs mme mlle etc vs cf al
-approx ca viz ibid et inc ltd co corp dept univ assn bros no nos vol vols fig figs pp pg ed eds est min max sec hr
-hrs avg tel ext ave blvd rd jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri sat
-sun oz lb lbs tbsp tsp approx resp incl excl misc orig e.g i.e eg ie
+mr mrs ms dr prof sr jr st mt ft gen col sgt capt lt cpl rev hon pres gov sen rep messrs mme mlle etc vs cf al approx
+ca viz ibid et inc ltd co corp dept univ assn bros no nos vol vols fig figs pp pg ed eds est min max sec hr hrs avg
+tel ext ave blvd rd jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri sat sun oz lb
+lbs tbsp tsp approx resp incl excl misc orig e.g i.e eg ie
 """)
 ) - {"no", "al", "sun", "sat", "max", "ed", "mar", "min", "mon", "fig", "wed", "co", "jan"}
 # the next word is a person's name
@@ -71,7 +79,11 @@ encourages shows asks makes implies suggests refers
 )
 _ENDS_OF_NAMES = frozenset(["yahoo", "jeopardy"])
 _COUNT_BEFORE = re.compile(r"\d ?$")
-_PARTICLES = frozenset(word_list("van von der den de da di du del la le el al bin ibn ter ten zu y e"))
+_PARTICLES = frozenset(
+    word_list("""
+van von der den de da di du del la le el al bin ibn ter ten zu y e
+""")
+)
 _NUMBER = re.compile(r"[ivxl]+\)|[a-zA-Z](?:[.)](?=[\s.)])|\.[a-zA-Z])")
 _NO_WORD = re.compile(r":\S|[.!?]?/\w")
 _LONE_I_RIGHT = re.compile(r"(?:['’](?:m|ve|d|ll|s)\b|[ \n]+[\"'“(*_]*[a-zA-Z]|,? |[.!?;:](?:\s|$)|[”\")]|$)")
@@ -205,9 +217,9 @@ def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
     """
     found: list[Change] = []
     protected = spans(text)
-    names: Mapping[str, str] = lexicon.names() if lexicon is not None else {}
-    phrases: Mapping[str, str] = lexicon.phrases() if lexicon is not None else {}
-    known = lexicon.words() if lexicon is not None else frozenset()
+    names: Mapping[str, str] = lexicon.names if lexicon is not None else {}
+    phrases: Mapping[str, str] = lexicon.phrases if lexicon is not None else {}
+    known = lexicon.words if lexicon is not None else frozenset()
     words = [(m.start(), m.end(), m.group()) for m in _WORD.finditer(text)]
     lowers = [word.lower() for _, _, word in words]
     at, last = 0, 0
@@ -296,24 +308,26 @@ def restore(text: str, lexicon: Lexicon | None) -> tuple[str, list[Change]]:
 
 # -- is a dialogue's capitalization broken? --------------------------------------------------------------------------
 
-# what a fault looks like, before any exception is considered
-_SUSPECT = re.compile(r"[.!?][\"'”’)\]*_]*\s+[\"'“‘(\[*_]*[a-z]|(?<![\w.])i(?=[ '’,])")
+# a coarse fault, and a place without one; ``changes`` knows the exceptions
+_SUSPECT = re.compile(r"[.!?][\"'”’)\]*_]*\s+[\"'“‘(\[*_]*[a-z]|(?<![\w.*/+=^-])i(?=[ '’,])")
 _WELL = re.compile(r"[.!?][\"'”’)\]*_]*\s+[\"'“‘(\[*_]*[A-Z]|\bI\b")
 _FAULTS = frozenset(("after_terminator", "lone_i"))
-# With one fault at least so many of the places must be wrong; with more, a smaller share.
-_SHARE_ONE, _SHARE = 0.5, 0.2
+_SHARE_ONE, _SHARE = 0.5, 0.2  # share of the places that must be wrong, with one fault and with more
 
 
-def is_broken(turns: list[str]) -> bool:
-    """Whether the sentence starts and the pronouns of one speaker are written in lower case.
+def is_broken(turns: Sequence[str]) -> bool:
+    """Whether sentence starts and pronouns of one speaker are in lower case.
 
-    One fault is enough where it is half of all places that could have one ("Hello. how are you?"); of more, a fifth.
-    The first sentence of a turn says nothing: it is well written in the fault that is looked for.
+    A single fault suffices if it is half of all places that could have one ("Hello. how are you?"); of several, a fifth of
+    the places. The first sentence of a turn does not count: it is correct in the fault that is looked for.
     """
     suspects = [turn for turn in turns if _SUSPECT.search(turn)]
     if not suspects:
         return False
     well = sum(len(_WELL.findall(turn)) for turn in turns)
+    suspicious = sum(len(_SUSPECT.findall(turn)) for turn in suspects)
+    if suspicious * 2 < (suspicious + well) * _SHARE:  # with a margin, as some places match neither pattern
+        return False
     faults = 0
     for turn in suspects:
         if is_english(turn):
@@ -324,62 +338,9 @@ def is_broken(turns: list[str]) -> bool:
 
 
 def _fault_count(text: str) -> int:
-    """Faults of the two kinds that are looked for, in the lines that may have one."""
     return sum(
         change.rule in _FAULTS
         for line in without_blocks(text).split("\n")
         if _SUSPECT.search(line)
         for change in changes(line, None)
     )
-
-
-_LOW, _HIGH, _END, _SPACE = (np.zeros(256, bool) for _ in range(4))
-for _table, _characters in (
-    (_LOW, string.ascii_lowercase),
-    (_HIGH, string.ascii_uppercase),
-    (_END, ".!?"),
-    (_SPACE, " \n\t"),
-):
-    _table[[ord(character) for character in _characters]] = True
-
-
-def suspicious(turns: Sequence[str]) -> np.ndarray:
-    """How many places of each turn may be a fault, and how many are surely none: int64 [2, turns].
-
-    A coarse count on bytes, in front of ``is_broken``: it finds at least the faults that follow a mark and a space
-    directly or are a pronoun between spaces, and is what keeps the well-written nine tenths of a corpus cheap.
-    """
-    sizes = [len(turn) if turn.isascii() else len(turn.encode()) for turn in turns]
-    data = np.frombuffer(("\n" + "\n".join(turns) + "\n").encode(), np.uint8)
-    offsets = np.cumsum([1, *(size + 1 for size in sizes)])
-    space = _SPACE[data]
-    ended = _END[data]
-    starts_turn = np.zeros(len(data), bool)
-    starts_turn[offsets[:-1]] = True
-    # a mark, one more sign perhaps (a quote), white space, a letter
-    begins = np.flatnonzero(space[:-1] & ~space[1:]) + 1
-    before, sign = np.maximum(begins - 3, 0), np.maximum(begins - 2, 0)
-    closed = ended[sign] | (ended[before] & ~_LOW[data[sign]] & ~_HIGH[data[sign]])
-    closed &= ~starts_turn[begins]
-    letter = data[begins]
-    after = data[np.minimum(begins + 1, len(data) - 1)]
-    alone = ~_LOW[after] & ~_HIGH[after] & (after != ord("."))
-    low = (closed & _LOW[letter]) | ((letter == ord("i")) & alone)
-    high = (closed & _HIGH[letter]) | ((letter == ord("I")) & alone)
-    turn = np.searchsorted(offsets, begins, side="right") - 1
-    return np.stack([np.bincount(turn[which], minlength=len(turns)) for which in (low, high)])
-
-
-def broken(sides: Sequence[Sequence[str]]) -> list[bool]:
-    """``is_broken`` for many speakers at once, the precise count only where the coarse one leaves it possible.
-
-    Args:
-        sides: the turns of one speaker of one dialogue, each.
-    """
-    counts = suspicious([turn for side in sides for turn in side])
-    sums = np.concatenate((np.zeros((2, 1), np.int64), np.cumsum(counts, axis=1)), axis=1)
-    ends = np.cumsum([0, *map(len, sides)])
-    low, high = sums[:, ends[1:]] - sums[:, ends[:-1]]
-    # half of the share that is asked for: the coarse count knows no abbreviations, and misses rare forms
-    possible = (low > 0) & (low * 2 >= (low + high) * _SHARE)
-    return [bool(maybe) and is_broken(list(side)) for maybe, side in zip(possible, sides)]
