@@ -33,15 +33,10 @@ ROOMS = (
 )
 # imports that run upwards, to be removed: (room, room)
 UPWARDS = {
-    ("io", "config"),
-    ("io", "train"),
     ("memory", "train"),
     ("model", "memory"),
     ("train", "engines"),
     ("evaluate", "recipe"),
-    ("evaluate", "cli"),
-    ("recipe", "cli"),
-    ("merge", "demo"),
     ("audit", "demo"),
 }
 ONLY_IN = {

@@ -236,7 +236,7 @@ def test_old_torn_and_empty_files_are_read(tmp_path):
     )
     Page(run_page([read_stage(folder)]))
     (folder / "stage.json").write_text('{"method": "rlhf"}')
-    with pytest.raises(UserError, match="has to be sft or dpo"):
+    with pytest.raises(UserError, match="Input should be 'sft' or 'dpo'"):
         read_stage(folder)
 
 

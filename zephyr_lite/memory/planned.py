@@ -11,6 +11,7 @@ import torch
 
 from ..config.load import MemorySpec, Method, RunConfig, load_config
 from ..config.presets import find_config
+from ..config.resolve import resolve_run
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import StageDir
@@ -18,7 +19,6 @@ from ..model.adapters import check_targets
 from ..model.base import check_family, compute_device, compute_dtype
 from ..model.chain import chain_of_run
 from ..model.peft_io import read_adapter
-from ..train.setup import resolve_run
 from .forecast import forecast_lines
 from .gpus import find_gpu, gpu_of_size
 from .machine import GIB, Machine, of_card, parse_size

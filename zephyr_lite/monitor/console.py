@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import UserError
-from ..io.redact import redact_shown
+from ..io.redact import redact
 from ..io.words import duration
 
 Metrics = dict[str, float]
@@ -37,7 +37,7 @@ class Standing(Protocol):
 class _Rich(RichConsole):
     def _render_buffer(self, buffer: Iterable[Segment]) -> str:
         """The one place that all output passes through, tables and live displays included."""
-        return redact_shown(super()._render_buffer(buffer))
+        return redact(super()._render_buffer(buffer))
 
     def print(self, *objects: Any, **how: Any) -> None:
         """As rich's; an OSError names the stream."""
@@ -84,6 +84,10 @@ class Console:
     def say(self, text: str = "") -> None:
         """Print plain text."""
         self.out.print(Text(visible(text)))
+
+    def text(self, text: str, style: str = "") -> Text:
+        """Text for rich, with control characters escaped."""
+        return Text(visible(text).replace("\t", "    "), style=style)
 
     def heading(self, text: str) -> None:
         """Print bold text."""

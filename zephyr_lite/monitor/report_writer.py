@@ -55,7 +55,7 @@ class ReportWriter(Observer):
         run = stage.dir.run
 
         def write() -> None:
-            sweep(run, REPORT, alone=True)  # the run's lock is held
+            sweep(run, REPORT)  # the run's lock is held
             write_text(run / REPORT, run_page(read_source(run)))
 
         if self._try(write):

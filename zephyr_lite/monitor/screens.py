@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import Interrupted, UserError
-from ..io.redact import redact_shown
+from ..io.redact import redact
 from ..io.words import duration
 from ..train.distributed import PeerEnded
 from ..train.objective import Outcome
@@ -179,7 +179,7 @@ class JsonScreen(Screen):
         record = {"event": event, "time": round(time.time(), 3)}
         for name, value in fields.items():  # JSON has no NaN: a word, as in ``metrics.jsonl``
             record[name] = str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        self._out.write(redact_shown(json.dumps(record)) + "\n")
+        self._out.write(redact(json.dumps(record)) + "\n")
         self._out.flush()
 
 

@@ -1,17 +1,17 @@
-"""Never out of memory: what did not fit runs again under a smaller plan, and from then on everything does.
+"""Retry after an out-of-memory error: the work runs again under the next smaller plan, which then stays.
 
-A plan is made before the run, from what the memory should hold; the card may hold less (another program took some, or
-the accounting missed something). Then a step is redone as a whole: the same rows, the same normalization and the same
-dropout, which is a function of the step's number, so that nothing but the order of sums changes.
+The plan is made before the run, from predicted memory; the card may hold less. A step is then redone as a whole with the
+same rows, normalization and dropout (a function of the step's number), so only the order of sums changes.
 """
 
 from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,10 +29,8 @@ from .steps import micro_batches
 if TYPE_CHECKING:
     from .stage import Say, Stage
 
-T = TypeVar("T")
-
-# What says out of memory without being torch.OutOfMemoryError: the driver, cuBLAS' workspaces, Triton loading a kernel,
-# and a CPU's own allocator. Main memory that cannot be locked for copies is another matter, and a UserError already.
+# Messages of RuntimeErrors that mean out of memory: the driver, cuBLAS' workspaces, Triton loading a kernel, the CPU's
+# allocator.
 WORDS = (
     "CUDA out of memory",
     "CUDA error: out of memory",
@@ -41,15 +39,14 @@ WORDS = (
     "Triton Error [CUDA]: out of memory",
     "DefaultCPUAllocator: can't allocate memory",
 )
-# What cuBLAS says where it cannot make its handle: for lack of memory, if less than a handle takes is free; else it is a
-# fault of the installation.
+# cuBLAS could not create its handle: out of memory if less than a handle takes is free, else a broken installation.
 CUBLAS_UNINITIALIZED, CUBLAS_BYTES = "CUBLAS_STATUS_NOT_INITIALIZED", 512 * 2**20
 # The MLP's slices, in tokens. The first is still long enough for matrix products at full speed.
 TILES = (2048, 512)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's memory ran out, whoever noticed."""
+    """Whether an error means that the device's memory ran out."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError):
@@ -129,11 +126,6 @@ def smaller(plan: Plan, running: Running, *, quantized: bool, may_offload: bool,
     return None
 
 
-def _unknown() -> dict[str, Any]:
-    """In place of what was forecast for the plan before, and does not hold for this one."""
-    return {"account": {}, "host": {}, "at": "", "seconds_per_step": 0.0, "tokens_per_second": 0.0}
-
-
 def changes(old: Plan, new: Plan) -> str:
     """What is different, in words."""
     said = []
@@ -155,8 +147,39 @@ def changes(old: Plan, new: Plan) -> str:
     return ", ".join(said)
 
 
+class Attempt:
+    """One attempt of ``OomRetry``: a context that catches an out-of-memory error and keeps its first line.
+
+    The error's traceback holds the frames of what failed, and those its graph. They are cleared here, so that the memory is
+    free before the next attempt.
+    """
+
+    def __init__(self, oom: OomRetry) -> None:
+        self.oom = oom
+        self.failure: str | None = None
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is None or not self.oom.catches(error):
+            return False
+        self.failure = str(error).strip().splitlines()[0]
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        return True
+
+
 class OomRetry:
-    """Runs a stage's work under its plan, and what does not fit again under a smaller one.
+    """Runs a stage's work under its plan, and again under a smaller one where memory runs out.
+
+        for attempt in oom.attempts(undo):
+            with attempt:
+                ...
 
     Args:
         stage: its ``plan`` is replaced.
@@ -168,94 +191,85 @@ class OomRetry:
         self.say = say
         self._running: Running | None = None
         self._recording = False
-        self._lockable = True  # whether the system lends locked memory, as far as is known
+        self._lockable = True  # False once the system refused to lock main memory
 
     @property
     def plan(self) -> Plan:
         return self.stage.plan
 
     def follow(self, plan: Plan) -> None:
-        """Work under this plan from here on."""
+        """Compute under this plan from the next pass on."""
         self.stage.decoder.follow(plan)
         self.stage.plan = plan
 
     def record(self) -> None:
-        """From here on stage.json has the plan, so that a resumed run begins with it. (A dry run never comes here.)"""
+        """Write the plan into stage.json, now and whenever it changes, so that a resumed run begins with it."""
         self._recording = True
         if self.stage.writes and self.stage.info.get("plan") != self.plan.as_dict():
             self.stage.info["plan"] = self.plan.as_dict()
             self.stage.dir.write_info(self.stage.info)
 
     def begin(self, data: TokenizedDataset, examples: Sequence[int], *, training: bool, together: bool = False) -> None:
-        """Say what runs next, before it does; see ``Running``."""
+        """Note what runs next (see ``Running``): the next smaller plan depends on it."""
         self._running = Running(data, examples, training, together)
 
-    def __call__(self, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
-        """Run it until it fits.
+    def attempts(self, undo: Callable[[], None] = lambda: None) -> Iterator[Attempt]:
+        """Contexts for the same work, until it has fit into memory once.
 
         Args:
-            work: can be run again; calls ``begin``.
-            undo: drops what a run that failed left behind.
+            undo: drops what a failed attempt left behind.
+
         Raises:
-            UserError: a single example does not fit, whatever the plan; it is named.
+            UserError: a single example does not fit under any plan; the message names it.
         """
         while True:
-            result, failure = self._attempt(work)
-            if failure is None:
-                return result  # type: ignore[return-value]
+            attempt = Attempt(self)
+            yield attempt
+            if attempt.failure is None:
+                return
             undo()
-            self._shrink(failure)
+            self._shrink(attempt.failure)
 
-    def over(self, data: TokenizedDataset, run: Callable[[list[int]], None], *, together: bool = False) -> None:
-        """Every example of this process's share once, without gradients, in groups of the plan's size. What is done is not
-        done again.
+    def groups(self, data: TokenizedDataset, *, together: bool = False) -> Iterator[tuple[Attempt, list[int]]]:
+        """Every example of this process's share once, for passes without gradients, in groups of the plan's size, each with
+        the context to compute it in. A group that did not fit comes again, split; those that did are not repeated.
 
         Args:
-            run: takes indices; what it adds to its results it adds at the end, when nothing can fail any more.
             together: see ``Running``.
+
         Raises:
-            UserError: as ``__call__``.
+            UserError: as ``attempts``.
         """
         left = world().share(range(len(data.lengths)), data.lengths)
         while left:
             done: set[int] = set()
             for group in micro_batches(left, data.lengths, self.plan.micro_tokens):
                 self.begin(data, group, training=False, together=together)
-                _, failure = self._attempt(lambda: run(group))  # noqa: B023 (called at once)
-                if failure is not None:
-                    self._shrink(failure)
+                attempt = Attempt(self)
+                yield attempt, group
+                if attempt.failure is not None:
+                    self._shrink(attempt.failure)
                     break
                 done.update(group)
             left = [i for i in left if i not in done]
 
+    def catches(self, error: BaseException) -> bool:
+        """Whether a smaller plan may help: out of memory, or main memory that cannot be locked and was not asked for."""
+        if isinstance(error, LockRefused) and not self.stage.config.memory.offload:
+            self._lockable = False
+            return True
+        return not isinstance(error, LockRefused) and is_out_of_memory(error)
+
     def _lends(self, count: int) -> bool:
-        """Whether there is a host beside the device that can spare so many bytes."""
+        """Whether the host can lend the device ``count`` bytes of locked memory."""
         if self.stage.base.device.type == "cpu" or not self._lockable:
             return False
         limit = self.stage.config.memory.host
         return count <= (int(main_memory() * HOST_SHARE) if limit is None else parse_size(limit, "memory.host"))
 
-    def _attempt(self, work: Callable[[], T]) -> tuple[T | None, str | None]:
-        """The result, or what memory ran out for. An error's traceback holds the frames, and those the failed graph: both
-        must be gone before the next attempt, and are when this has returned."""
-        try:
-            return work(), None
-        except (RuntimeError, LockRefused) as error:  # torch.OutOfMemoryError is the former
-            if isinstance(error, LockRefused):
-                if self.stage.config.memory.offload:
-                    raise
-                self._lockable = False
-            elif not is_out_of_memory(error):
-                raise
-            link: BaseException | None = error
-            while link is not None:
-                traceback.clear_frames(link.__traceback__)
-                link = link.__cause__ or link.__context__
-            return None, str(error).strip().splitlines()[0]
-
     def _shrink(self, failure: str) -> None:
         """Free what can be freed, and follow the next smaller plan."""
-        running, stage, device = self._running, self.stage, self.stage.base.device
+        running, stage = self._running, self.stage
         if running is None:
             raise UserError(f"memory ran out before anything was computed: {failure}", "Use a device with more memory.")
         stage.decoder.release()
@@ -266,13 +280,17 @@ class OomRetry:
         while refused is not None:
             plan = self._next(running, refused)
             self.say(f"{what}, from here on with: {changes(self.plan, plan)}")
-            adapted = replace(plan, bytes_per_token=_kept_per_token(stage, plan), **_unknown())
+            # the forecast of the plan before does not hold for this one
+            forecast = {"account": {}, "host": {}, "at": "", "seconds_per_step": 0.0, "tokens_per_second": 0.0}
+            adapted = replace(plan, bytes_per_token=_kept_per_token(stage, plan), **forecast)
             lockable = self._lockable
-            _, refused = self._attempt(lambda: self.follow(adapted))  # noqa: B023 (called at once)
+            with Attempt(self) as attempt:
+                self.follow(adapted)
+            refused = attempt.failure
             what = f"that could not be had ({refused}); it is tried"
             if refused is not None and not lockable:
                 raise _does_not_fit(stage, running, refused)
-        if device.type == "cuda":
+        if stage.base.device.type == "cuda":
             torch.cuda.empty_cache()
         if self._recording:
             self.record()
@@ -283,31 +301,23 @@ class OomRetry:
         Raises:
             UserError: there is none.
         """
-        stage = self.stage
+        stage, shape = self.stage, self.stage.stack.base.config
+        inputs = shape.num_hidden_layers * shape.hidden_size * stage.base.dtype.itemsize * running.tokens
+        base = sum(p.nbytes for p in stage.stack.base.parameters() if not p.requires_grad)
         plan = smaller(
             self.plan if self._lockable else replace(self.plan, offload=0),
             running,
             quantized=stage.base.load_in_4bit,
-            may_offload=stage.config.memory.offload is not False and self._lends(_inputs_bytes(stage, running)),
-            may_stream=stage.config.memory.stream is not False and self._lends(_base_bytes(stage)),
+            may_offload=stage.config.memory.offload is not False and self._lends(inputs),
+            may_stream=stage.config.memory.stream is not False and self._lends(base),
         )
         if plan is None:
             raise _does_not_fit(stage, running, failure)
         return plan
 
 
-def _inputs_bytes(stage: Stage, running: Running) -> int:
-    """What all layers' inputs take."""
-    shape = stage.stack.base.config
-    return shape.num_hidden_layers * shape.hidden_size * stage.base.dtype.itemsize * running.tokens
-
-
-def _base_bytes(stage: Stage) -> int:
-    return sum(p.nbytes for p in stage.stack.base.parameters() if not p.requires_grad)
-
-
 def _kept_per_token(stage: Stage, plan: Plan) -> int:
-    """Bytes a token that all layers keep under this plan."""
+    """Bytes per token that all layers keep under this plan."""
     shape, size = Shape.of(stage.stack.base.config), stage.base.dtype.itemsize
     widths = [kept_widths(shape, keep, stage.stack.ranks_per_layer()) for keep in plan.keep]
     return sum(narrow * size + wide * max(4, size) for narrow, wide in widths)
