@@ -14,11 +14,7 @@ from .options import Verbose, nameable
 console = Console()
 
 
-class Format(StrEnum):
-    """The files' format."""
-
-    parquet = "parquet"
-    jsonl = "jsonl"
+Format = StrEnum("Format", ["parquet", "jsonl"])
 
 
 def chat(

@@ -14,33 +14,10 @@ from .options import Verbose, nameable
 console = Console()
 
 
-class ChosenBy(StrEnum):
-    """Which score the chosen completion has most of."""
-
-    mean = "mean"
-    overall = "overall"
-
-
-class Rejected(StrEnum):
-    """Which of the others is rejected."""
-
-    random = "random"
-    worst = "worst"
-    margin = "margin"
-
-
-class SystemPrompt(StrEnum):
-    """What becomes of the system prompts that the completions were made under."""
-
-    omit = "omit"
-    keep = "keep"
-
-
-class Format(StrEnum):
-    """The files' format."""
-
-    parquet = "parquet"
-    jsonl = "jsonl"
+ChosenBy = StrEnum("ChosenBy", ["mean", "overall"])
+Rejected = StrEnum("Rejected", ["random", "worst", "margin"])
+SystemPrompt = StrEnum("SystemPrompt", ["omit", "keep"])
+Format = StrEnum("Format", ["parquet", "jsonl"])
 
 
 def pairs(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pyarrow as pa
 
@@ -152,50 +153,15 @@ def _by_count(counts: Counter[str]) -> list[tuple[str, int]]:
 
 def markdown(report: ChatReport) -> str:
     """report.md."""
-    restored, place = report.restored, report.raw.place
-    lines = ["# Cleaned conversations", "", f"Read as {report.raw.kind}: {', '.join(report.raw.labels)}.", ""]
-    lines += ["| | rows |", "|---|---|", f"| read | {report.rows:,} |"]
-    lines += [f"| dropped: {_cell(reason)} | {count:,} |" for reason, count in _by_count(report.dropped)]
-    lines += [f"| {name} | {count:,} |" for name, count in report.splits.items()]
-    lines += [
-        "",
-        f"{restored.turns:,} turns are kept. dropped.tsv has the place of every row that was dropped or cut.",
-        "",
-    ]
-    if report.eval_sets:
-        names = ", ".join(f"{name} ({rows:,} rows)" for name, rows in report.eval_sets.items())
-        lines += [f"Decontaminated against {names}.", ""]
-    lines += ["## Habitual refusals", "", "| rule | description | cut | dropped |", "|---|---|---|---|"]
-    for rule, (_, does) in REFUSALS.items():
-        dropped = report.dropped[f"begins with a refusal ({rule})"]
-        lines.append(f"| {rule} | {_cell(does)} | {report.cut[rule]:,} | {dropped:,} |")
-    lines += [
-        "",
-        "## Capitals",
-        "",
-        f"{report.broken:,} dialogues had broken capitals; {restored.dialogues:,} were changed. "
-        f"The lexicon has {report.names:,} names.",
-        "",
-        "| rule | what it capitalizes | words |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {rule} | {_cell(does)} | {restored.words[rule]:,} |" for rule, does in RULES.items()]
-    kinds = "; ".join(f"{kind} ({does})" for kind, (_, does) in KINDS.items())
-    lines += ["", f"Unchanged: {kinds}.", "", "## Examples", ""]
-    for rule, found in restored.examples.items():
-        lines += [f"**{rule}**", ""]
-        for row, before, after in found:
-            lines += [f"- {place(row)}", f"  - before: {_code(before)}", f"  - after: {_code(after)}"]
-        lines.append("")
-    for reason, places in report.places.items():
-        lines += [f"**{_cell(reason)}**", ""]
-        lines += [f"- {place(row)}" + (f": {_code(detail)}" if detail else "") for row, detail in places]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__, ""))
+    environment.filters |= {
+        "by_count": _by_count,
+        "cell": lambda text: text.replace("|", "\\|").replace("\n", " "),
+        "code": _code,
+        "number": lambda value: f"{value:,}",
+    }
+    template = environment.get_template("chat_report.md.j2")
+    return template.render(report=report, refusals=REFUSALS, rules=RULES, kinds=KINDS) + "\n"
 
 
 def _code(text: str) -> str:
