@@ -57,21 +57,17 @@ lbs tbsp tsp approx resp incl excl misc orig e.g i.e eg ie
 """)
 ) - {"no", "al", "sun", "sat", "max", "ed", "mar", "min", "mon", "fig", "wed", "co", "jan"}
 # the next word is a person's name
-TITLES = frozenset(
-    word_list("""
-mr mrs ms dr prof capt sgt lt col rev sen gov
-""")
-)
+TITLES = frozenset(word_list("mr mrs ms dr prof capt sgt lt col rev sen gov"))
 _SAID = frozenset(
     word_list("""
 he she they we it i you said asked replied whispered shouted cried exclaimed answered thought yelled called muttered
 murmured says asks
 """)
 )
-# what goes on after a quoted sentence: "A boy runs." is true
-_GOES_ON = frozenset(["is", "are", "was", "were", "to", "and", "or", "means"])
-# what goes on after a quoted question or exclamation, which is a title as often as a sentence: "Help!" by the Beatles
-_GOES_ON_TITLE = _GOES_ON | frozenset(
+# words that continue after a quoted sentence: "A boy runs." is true
+_CONTINUES = frozenset(["is", "are", "was", "were", "to", "and", "or", "means"])
+# … after a quoted question or exclamation, which may be a title: "Help!" by the Beatles
+_CONTINUES_TITLE = _CONTINUES | frozenset(
     word_list("""
 by from in on of with for at as has had have can could will would may might does did but because that which who
 encourages shows asks makes implies suggests refers
@@ -79,43 +75,44 @@ encourages shows asks makes implies suggests refers
 )
 _ENDS_OF_NAMES = frozenset(["yahoo", "jeopardy"])
 _COUNT_BEFORE = re.compile(r"\d ?$")
-_PARTICLES = frozenset(
-    word_list("""
-van von der den de da di du del la le el al bin ibn ter ten zu y e
-""")
-)
+_PARTICLES = frozenset(word_list("van von der den de da di du del la le el al bin ibn ter ten zu y e"))
 _NUMBER = re.compile(r"[ivxl]+\)|[a-zA-Z](?:[.)](?=[\s.)])|\.[a-zA-Z])")
 _NO_WORD = re.compile(r":\S|[.!?]?/\w")
 _LONE_I_RIGHT = re.compile(r"(?:['’](?:m|ve|d|ll|s)\b|[ \n]+[\"'“(*_]*[a-zA-Z]|,? |[.!?;:](?:\s|$)|[”\")]|$)")
 _LONE_I_LEFT = re.compile(r"(?:^|[\s\"“‘'(*_—–,-])$")
 _AROUND = 100  # characters
-_ASIDE = 300  # characters in which an aside's opening bracket is looked for
-# "where i is the index", "i, j and k", "i, ii and iii", "i. e."
-_NO_PRONOUN_RIGHT = re.compile(
-    r" (?:is|denotes?|represents|satisfies|ranges|equals|be)\b|,? (?:and |or |to )?(?:i{2,3}|[b-hj-tv-z])\b(?!['’.])|"
-    r", [ou]\b(?!['’])|\. ?e\b"
+_ASIDE = 300  # characters of an aside in brackets
+# (before, after): where the letter i is no pronoun
+_NO_PRONOUN = tuple(
+    (re.compile(before), re.compile(after))
+    for before, after in (
+        (r"(?:^|\n)[ \t]*\(?$|\($", r"[.)]"),  # an item's number: "i. one", "(i)"
+        (r"[\"“'‘]$", r"[\"”'’](?![mvdl])"),  # the letter itself: "i"
+        (r"\b(?:for|each|index|variable|where|let|element)\s$", r"\s*(?:in |[=<>+*-] |\+=)"),  # for i in range
+        (r"", r" (?:is|denotes?|represents|satisfies|ranges|equals|be)\b"),  # where i is the index
+        (r"", r",? (?:and |or |to )?(?:i{2,3}|[b-hj-tv-z])\b(?!['’.])|, [ou]\b(?!['’])|\. ?e\b"),  # i, j; i, ii; i. e.
+        (r"\b[b-hj-z], (?:and |or )?$|\bnpm $", r""),  # a, e, i; npm i
+        (  # "part i of it", but "the part i like"
+            r"\b(?:index|variable|row|column|step|phase|part|chapter|type|class|vitamin|element|letter|number|unit|section|"
+            r"figure|table|let)\s$",
+            r"(?! (?!(?:is|of|and|or|in|to|for|at|with|are|the|from|denotes?|be)\b)[a-z]+\b|['’])",
+        ),
+    )
 )
-_LETTER_BEFORE = re.compile(r"(?:\b[b-hj-z], (?:and |or )?|\bnpm )$")  # "a, e, i", "npm i"
-_COUNTED_BEFORE = re.compile(
-    r"\b(?:index|variable|row|column|step|phase|part|chapter|type|class|vitamin|element|letter|number|unit|section|"
-    r"figure|table|let)\s$"
-)
-_VERB_RIGHT = re.compile(r" (?!(?:is|of|and|or|in|to|for|at|with|are|the|from|denotes?|be)\b)[a-z]+\b|['’]")
-_LIST_I = re.compile(r"(?:^|\n)[ \t]*\(?$")
 
 
 def _start_rule(text: str, gap: str, first: bool, before: str, start: int, end: int) -> str | None:
     """The rule that makes the word text[start:end] a sentence's first, or None.
 
     Args:
-        gap: what stands between the word before and this one.
-        first: whether no word stands before it.
+        gap: the text between the word before and this one.
+        first: whether it is the text's first word.
         before: the word before, in lower case.
     """
     if _NUMBER.match(text, start) or _NO_WORD.match(text, end):
         return None  # an item's letter, "n.d.", "doi:10"
     if end - start == 1 and text[start] not in "aio" and text[end : end + 1] != "-":
-        return None  # a letter that stands for something: "x is small"
+        return None  # a variable: "x is small"
     if first:
         return "turn_start" if _TURN_START.match(gap) else None
     newline = gap.rfind("\n")
@@ -124,14 +121,14 @@ def _start_rule(text: str, gap: str, first: bool, before: str, start: int, end: 
         if _LIST_ITEM.match(line):
             return "list_item" if line[-1] not in "\"'“‘" and _is_sentence(text, start) else None
         if text[start:end] == "where" and not any(mark in gap for mark in ".!?"):
-            return None  # what stands in the formula above
+            return None  # it explains the formula above
         return "line_start" if _BLANK_LINE.search(gap) or _LINE.search(gap) else None
     found = _TERMINATOR.search(gap)
     if found is None:
         return None
     mark, close, word = found["end"], found["close"], text[start:end].lower()
     if "..." in mark or mark == ".." or (gap[0] == " " and gap.startswith(" . ")):
-        return None  # a pause as often as an end
+        return None  # may be a pause
     if mark in (".", "!") and gap[0] == mark:
         if before in TITLES:
             return "after_title"
@@ -146,74 +143,54 @@ def _start_rule(text: str, gap: str, first: bool, before: str, start: int, end: 
     if close[:1] in ('"', "”", "’", "'"):
         if mark != "." and word in _SAID:
             return None  # "Really?" he asked
-        if word in (_GOES_ON if mark == "." else _GOES_ON_TITLE):
+        if word in (_CONTINUES if mark == "." else _CONTINUES_TITLE):
             return None
-    if close[-1:] in (")", "]") and ("(" in gap or not _is_aside_of_its_own(text, start - len(gap))):
-        return None  # (!) and the like, and what goes on after an aside (really?)
+    if close[-1:] in (")", "]") and ("(" in gap or not _is_own_sentence(text, start - len(gap))):
+        return None  # (!), and the sentence around an aside (really?)
     return "after_terminator"
 
 
-def _is_aside_of_its_own(text: str, at: int) -> bool:
-    """Whether the brackets that close after ``at`` were opened where a sentence had ended, not in its midst."""
+def _is_own_sentence(text: str, at: int) -> bool:
+    """Whether the brackets that close after ``at`` were opened between sentences, not inside one."""
     opened = max(text.rfind("(", max(0, at - _ASIDE), at), text.rfind("[", max(0, at - _ASIDE), at))
     return opened < 0 or text[:opened].rstrip(" \t")[-1:] in ("", "\n", ".", "!", "?", ":", '"', "”")
 
 
 def _is_sentence(text: str, start: int) -> bool:
-    """Whether an item of a list is more than a bare choice ("- yes"): four words, or a colon or a full stop."""
+    """Whether an item of a list is more than an option ("- yes"): four words, a colon or a full stop."""
     stop = text.find("\n", start)
     line = text[start : stop if stop >= 0 else len(text)]
     return line.count(" ") >= 3 or ":" in line or line.rstrip()[-1:] in (".", "!", "?")
 
 
 def _is_dotted(before: str, text: str, at: int) -> bool:
-    """A letter that stands alone: an initial, or the end of "U.S." or "p.m."; but "so do I." ends a sentence.
+    """Whether the word before a dot is a single letter: an initial, or the end of "U.S."; but "so do I." ends a sentence.
 
     Args:
-        before: the word before the dot, which stands at ``at``.
+        at: the letter's position.
     """
     return len(before) == 1 and before != "i" and (at == 0 or text[at - 1] in " .\n\t(\"“'‘[*")
 
 
 def _lone_i(text: str, start: int) -> bool:
-    """Whether the letter at ``start`` is the pronoun: not an item's number, a letter of "i.e." or a variable."""
-    right, left = text[start + 1 : start + 12], text[max(0, start - 2) : start]
-    if not _LONE_I_RIGHT.match(right) or not _LONE_I_LEFT.search(left):
-        return False
-    if right[:1] in (".", ")") and (_LIST_I.search(text[max(0, start - 12) : start]) or left.endswith("(")):
-        return False
-    if (
-        left[-1:] in ('"', "“", "'", "‘")
-        and right[:1] in ('"', "”", "'", "’")
-        and right[1:2] not in ("m", "v", "d", "l")
-    ):
-        return False  # the letter itself
-    after = right.lstrip()[:3]
-    if after.startswith(("in ", "= ", "< ", "> ", "+ ", "- ", "* ", "+=")) and re.search(
-        r"\b(?:for|each|index|variable|where|let|element)\s$", text[max(0, start - 12) : start].lower()
-    ):
-        return False
-    if _NO_PRONOUN_RIGHT.match(text, start + 1):
-        return False
-    if right[:1] == ")" and "(" not in text[max(0, start - _ASIDE) : start]:
-        return False  # "i) this; ii) that"
+    """Whether the letter at ``start`` is the pronoun, and not an item's number, a letter of "i.e." or a variable."""
     before = text[max(0, start - 12) : start].lower()
-    if _LETTER_BEFORE.search(before):
+    if not _LONE_I_RIGHT.match(text[start + 1 : start + 12]) or not _LONE_I_LEFT.search(before):
         return False
-    # "part i of it", but "the part i like"
-    return _COUNTED_BEFORE.search(before) is None or _VERB_RIGHT.match(text, start + 1) is not None
+    if text[start + 1 : start + 2] == ")" and "(" not in text[max(0, start - _ASIDE) : start]:
+        return False  # "i) this; ii) that"
+    return not any(left.search(before) and right.match(text, start + 1) for left, right in _NO_PRONOUN)
 
 
 def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
-    """Which words of an English text should have a capital, and have none.
+    """The words of an English text that lack a capital.
 
     Args:
         text: one turn.
         lexicon: of names; None leaves names alone.
 
     Returns:
-        The changes, in order. ``Change.rule`` is one of turn_start, after_terminator, after_title, list_item, line_start,
-        lone_i, known_name, known_phrase.
+        The changes, in order.
     """
     found: list[Change] = []
     protected = spans(text)
@@ -224,7 +201,7 @@ def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
     lowers = [word.lower() for _, _, word in words]
     at, last = 0, 0
     for index, (start, end, word) in enumerate(words):
-        # after a single space only names and the pronoun change: most words are done with here
+        # after a single space only names and the pronoun change
         if index and word not in known and word != "i" and start == last + 1 and text[last] == " ":
             last = end
             continue
@@ -238,7 +215,7 @@ def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
         if gap in ("'", "’") and not first and text[start - 2 : start - 1].isalnum():
             continue  # the m of I'm
         if word == "i":
-            # "i" is a word of other languages, which a passage of an English turn may be in
+            # "i" is a word of other languages, in which a passage of an English turn may be
             if _lone_i(text, start) and (
                 text[start + 1 : start + 2] in ("'", "’") or is_english(text[max(0, start - _AROUND) : start + _AROUND])
             ):
@@ -253,8 +230,8 @@ def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
             name = None  # milliseconds
         if name is None and phrases:
             name = _of_phrase(index, words, lowers, text, phrases)
-            if name is not None and word in _PARTICLES and _goes_with_a_name(index, words, names):
-                name = None  # Vincent van Gogh, though Van Gogh stands alone as well
+            if name is not None and word in _PARTICLES and _next_to_a_name(index, words, names):
+                name = None  # Vincent van Gogh, but Van Gogh
             kind = "known_phrase"
         else:
             kind = "known_name"
@@ -270,7 +247,7 @@ def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
 def _of_phrase(
     index: int, words: list[tuple[int, int, str]], lowers: list[str], text: str, phrases: Mapping[str, str]
 ) -> str | None:
-    """The word's form in a known pair with a neighbour one space away."""
+    """The word's form in a known pair with a neighbor one space away."""
     for first in (index, index - 1):
         if first >= 0 and first + 1 < len(words) and text[words[first][1] : words[first + 1][0]] == " ":
             pair = phrases.get(f"{lowers[first]} {lowers[first + 1]}")
@@ -279,31 +256,21 @@ def _of_phrase(
     return None
 
 
-def _goes_with_a_name(index: int, words: list[tuple[int, int, str]], names: Mapping[str, str]) -> bool:
-    """Whether a neighbour has its capital already: then this word was written small on purpose."""
+def _next_to_a_name(index: int, words: list[tuple[int, int, str]], names: Mapping[str, str]) -> bool:
+    """Whether a neighbor has a capital: then this word is in lower case on purpose."""
     after = words[index + 1][2] if index + 1 < len(words) else ""
     before = words[index - 1][2] if index else ""
     return after[:1].isupper() or before[:1].isupper() or before in names
 
 
-def apply(text: str, found: list[Change]) -> str:
-    """The text with the changes made."""
-    if not found:
-        return text
-    parts: list[str] = []
-    at = 0
-    for start, _, form in found:
-        parts += (text[at:start], form)
-        at = start + len(form)
-    return "".join((*parts, text[at:]))
-
-
 def restore(text: str, lexicon: Lexicon | None) -> tuple[str, list[Change]]:
-    """Restore the capitals of one turn; a turn that is not English stays as it is."""
+    """Restore the capitals of one turn; a turn that is not English is not changed."""
     if not is_english(text):
         return text, []
     found = changes(text, lexicon)
-    return apply(text, found), found
+    for start, _, form in found:  # of the word's length
+        text = text[:start] + form + text[start + len(form) :]
+    return text, found
 
 
 # -- is a dialogue's capitalization broken? --------------------------------------------------------------------------
