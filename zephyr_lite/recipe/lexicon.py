@@ -7,13 +7,13 @@ dialogue counts once: a title repeated ten times in one story is one vote.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from ..errors import UserError
@@ -135,29 +135,32 @@ def count_words(dialogues: Iterable[str]) -> tuple[Counter[str], Counter[str], C
     spellings: list[list[str]] = []
     for text in dialogues:
         text = SIGNS.sub(" ", text)
+        plain: list[str] = []  # words of runs without capitals, the most frequent case
         own_forms: set[str] = set()
         own_pairs: dict[str, str] = {}
         for run in _RUN.finditer(text):
-            words = run.group().split(" ")[1:]
-            loud = [_CAPITAL.search(word) is not None for word in words]
-            if len(words) < _LEAST_WORDS or sum(loud) * 2 > len(words):
+            rest = run.group().partition(" ")[2]
+            words = rest.split(" ")
+            if len(words) < _LEAST_WORDS:
                 continue
-            before = ""
-            for word in words:
-                plain = word.rstrip(",")
-                if not "0" <= word[0] <= "9":
-                    own_forms.add(plain)
-                    if "A" <= word[0] <= "Z" and "A" <= before[:1] <= "Z" and before[-1] != ",":
-                        pair = f"{before} {plain}"
-                        own_pairs.setdefault(pair.lower(), pair)
-                before = word
+            if _CAPITAL.search(rest) is None:
+                plain += words
+                continue
+            if sum(_CAPITAL.search(word) is not None for word in words) * 2 > len(words):
+                continue
+            own_forms.update(words)
+            for before, word in pairwise(words):
+                if "A" <= before[0] <= "Z" and "A" <= word[0] <= "Z" and before[-1] != ",":
+                    pair = f"{before} {word.rstrip(',')}"
+                    own_pairs.setdefault(pair.lower(), pair)
+        own_forms = {word.rstrip(",") for word in own_forms.union(plain) if not "0" <= word[0] <= "9"}
         forms.update(own_forms)
         pairs.update(own_pairs.values())
         spellings.append(_WORD.findall(text.lower()))
     wanted = {tuple(pair.lower().split(" ")) for pair in pairs}
     both: Counter[str] = Counter()
     for words in spellings:
-        both.update(" ".join(pair) for pair in wanted.intersection(itertools.pairwise(words)))
+        both.update(" ".join(pair) for pair in wanted.intersection(pairwise(words)))
     return forms, pairs, both
 
 
