@@ -36,7 +36,6 @@ UPWARDS = {
     ("memory", "train"),
     ("model", "memory"),
     ("train", "engines"),
-    ("evaluate", "recipe"),
     ("audit", "demo"),
 }
 ONLY_IN = {
@@ -107,7 +106,6 @@ for package in (zephyr_lite.train, bench):
 OPTIONAL = (
     "httpx2",
     "trl",
-    "rensa",
     "gguf",
     "matplotlib",
     "openai",
