@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from ..config.load import DatasetSpec, RunConfig
 from ..data.chat_template import ChatTemplate, resolve_template
 from ..data.dataset import prepare
 from ..data.load import load_rows
 from ..data.templates import NEEDED_TOKENS, TEMPLATES
-from ..demo import CONVERSATIONS_TEST
 from ..errors import UserError
 from ..model.base import load_tokenizer
 from ..model.peft_config import other_base
@@ -25,6 +25,7 @@ from .verdict import Audit
 
 Say = Callable[[str], None]
 BETA = 0.1  # TRL's default
+DEMO_ROWS = Path(__file__).parents[1] / "demo" / "conversations_test.jsonl"
 
 
 def audit(request: Request, say: Say = lambda line: None) -> Audit:
@@ -126,7 +127,7 @@ def _templates(request: Request, subject: Subject, found: Audit) -> dict[str, Ch
 
 def _rows(request: Request, evidence: Evidence, say: Say) -> list[Messages]:
     """The named conversations; else the held-out ones of its SFT stage; else the demo's."""
-    specs = [DatasetSpec(path=str(request.rows or CONVERSATIONS_TEST), limit=request.limit)]
+    specs = [DatasetSpec(path=str(request.rows or DEMO_ROWS), limit=request.limit)]
     if request.rows is None and evidence.method == "sft" and evidence.settings.get("eval_dataset"):
         try:
             own = RunConfig.model_validate(evidence.settings).eval_dataset[:1]

@@ -223,7 +223,9 @@ def _facts(record: StageRecord) -> Iterator[tuple[str, Any]]:
             yield f"{unit} a second", number(float(f"{statistics.median(speeds):.3g}"))
     if is_number(result.get("seconds")) and math.isfinite(result["seconds"]):
         yield "time, last start" if record.info.get("resumed") else "time", duration(result["seconds"])
-    elif not finished and record.step < total and (seconds := _finite(record.points("seconds")[1])):
+    elif (
+        total is not None and not finished and record.step < total and (seconds := _finite(record.points("seconds")[1]))
+    ):
         yield "left, at this speed", duration(statistics.median(seconds) * (total - record.step))
     peak, planned = result.get("peak_memory_bytes"), record.planned.get("peak")
     if not is_number(peak) and (measured := _finite(record.points("peak_memory_gib")[1])):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +33,36 @@ class EvalSets:
     Attributes:
         n: words of an n-gram.
         names, rows: the sets' names and numbers of rows.
-        grams: uint64, sorted: the n-grams; texts: of the texts with fewer than n words.
-        grams_of, texts_of: int32, the first set that has each.
+        grams, texts: hash → index of the first set that has it: of n-grams, and of texts with fewer than n words.
     """
 
     n: int
     names: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
-    grams: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    grams_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    texts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    texts_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    grams: dict[int, int] = field(default_factory=dict)
+    texts: dict[int, int] = field(default_factory=dict)
+
+    @cached_property
+    def keys(self) -> tuple[np.ndarray, np.ndarray]:
+        """The hashes of n-grams and of texts, uint64, sorted."""
+        return np.array(sorted(self.grams), np.uint64), np.array(sorted(self.texts), np.uint64)
 
     def find(self, words: Words) -> dict[int, tuple[str, str]]:
         """The contaminated texts: index → (the set's name, the shared words)."""
         found: dict[int, tuple[str, str]] = {}
-        if len(self.grams):
+        grams, texts = self.keys
+        if len(grams):
             hashes, first = ngrams(words, self.n)
-            for hit in members(hashes, self.grams).tolist():
+            for hit in members(hashes, grams).tolist():
                 text = int(np.searchsorted(words.offsets, first[hit], side="right")) - 1
                 if text not in found:
-                    name = self.names[self.grams_of[np.searchsorted(self.grams, hashes[hit])]]
-                    found[text] = (name, words.text(int(first[hit]), self.n))
-        if len(self.texts):
+                    name = self.names[self.grams[int(hashes[hit])]]
+                    found[text] = name, words.text(int(first[hit]), self.n)
+        if len(texts):
             hashes = whole(words)
-            for text in members(hashes, self.texts).tolist():
-                first_word, count = int(words.offsets[text]), int(words.offsets[text + 1] - words.offsets[text])
-                name = self.names[self.texts_of[np.searchsorted(self.texts, hashes[text])]]
-                found.setdefault(text, (name, words.text(first_word, count)))
+            for text in members(hashes, texts).tolist():
+                start, end = words.offsets[text : text + 2].tolist()
+                found.setdefault(text, (self.names[self.texts[int(hashes[text])]], words.text(start, end - start)))
         return found
 
 
@@ -74,41 +77,26 @@ def read_eval_sets(names: Sequence[str], n: int = NGRAM) -> EvalSets:
         UserError: a set cannot be read, or has no text of five words.
     """
     sets = EvalSets(n)
-    grams: list[np.ndarray] = []
-    texts: list[np.ndarray] = []
-    for name in names:
-        rows, of_n, short = 0, 0, 0
+    for number, name in enumerate(names):
+        rows, found = 0, 0
         for batch in _batches(name):
             rows += len(batch)
             words = words_of([text for row in batch for text in _texts(row)])
-            hashes, _ = ngrams(words, n)
+            grams = ngrams(words, n)[0].tolist()
             lengths = np.diff(words.offsets)
-            brief = whole(words)[(lengths >= SHORTEST) & (lengths < n)]
-            grams.append(_with_set(hashes, len(sets.names)))
-            texts.append(_with_set(brief, len(sets.names)))
-            of_n, short = of_n + len(hashes), short + len(brief)
-        if not of_n + short:
+            texts = whole(words)[(lengths >= SHORTEST) & (lengths < n)].tolist()
+            found += len(grams) + len(texts)
+            for hashes, known in ((grams, sets.grams), (texts, sets.texts)):
+                for value in hashes:
+                    known.setdefault(value, number)
+        if not found:
             raise UserError(
                 f"{name}: no text of {SHORTEST} words or more in its {rows:,} rows; nothing can be compared with it.",
                 "Name a file with the questions.",
             )
         sets.names.append(name)
         sets.rows.append(rows)
-    sets.grams, sets.grams_of = _sorted(grams)
-    sets.texts, sets.texts_of = _sorted(texts)
     return sets
-
-
-def _with_set(hashes: np.ndarray, number: int) -> np.ndarray:
-    return np.stack((hashes, np.full(len(hashes), number, np.uint64)))
-
-
-def _sorted(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    if not parts:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int32)
-    both = np.concatenate(parts, axis=1)
-    keys, first = np.unique(both[0], return_index=True)
-    return keys, both[1][first].astype(np.int32)
 
 
 def _batches(name: str) -> Iterator[list[Any]]:

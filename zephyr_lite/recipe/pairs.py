@@ -166,7 +166,7 @@ def make_pairs(
     ]
     questions = Questions([*listed, *own])
     report = PairsReport([f"{raw.label}: {len(raw):,} rows" for raw in opened], rules, len(questions))
-    chosen = []
+    chosen: list[Chosen] = []
     for raw in opened:
         say(f"choosing pairs in {raw.label}")
         blocks = [range(start, min(start + BLOCK, len(raw))) for start in range(0, len(raw), BLOCK)]
@@ -268,7 +268,8 @@ def choose(raw: Source, rules: PairRules, questions: Questions, block: range) ->
     pairs: list[dict[str, Any]] = []
     found = Chosen(pa.table({}), [], Counter(), Counter(), Counter(), 0)
     for index, row in zip(block, raw[block.start : block.stop]):
-        source = row.get("source") if isinstance(row.get("source"), str) else ""
+        named = row.get("source")
+        source = named if isinstance(named, str) else ""
         found.rows_by[source] += 1
         try:
             pair = pair_of_row(row, rules, found.notes, questions)

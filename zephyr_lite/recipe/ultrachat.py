@@ -156,7 +156,7 @@ def clean_chat(
             lexicon = lexicon or Lexicon.learned(map(json.loads, scanned["lexicon"].drop_null().to_pylist()))
             lexicon.save(folder / LEXICON)
             report.names = len(lexicon.names)
-        shards = []
+        shards: list[tuple[Path, np.ndarray]] = []
         for name, rows in _splits(fate, scanned["prompt"].to_numpy(), options.test).items():
             report.splits[name] = len(rows)
             shards += _shards(folder, name, rows, options.file_format)
@@ -191,7 +191,8 @@ def _scan_all(raw: Raw, options: Options, sets: EvalSets, processes: int) -> pa.
     rules = [getattr(options, name) for name in ("truecase", "refusals", "min_turns", "min_words", "max_words")]
     rules += [options.lexicon is None, options.near is not None, sets.n, sets.names, every]
     key = hashlib.sha256(repr((raw.rows.table._fingerprint, rules, code)).encode())
-    key.update(sets.grams.tobytes() + sets.texts.tobytes())
+    for keys in sets.keys:
+        key.update(keys.tobytes())
     tables = []
     for start in range(0, total, LEG):
         stop = min(total, start + LEG)
