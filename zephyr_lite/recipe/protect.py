@@ -69,7 +69,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "variable": (
         r"(?<![\w'’])[a-zA-Z](?:\s*(?:[=<>+*/^]|≤|≥|!=|\+\+)\s*[\w(]|\[[^\]\n]{0,120}\])|(?<=[=<>+*/^\[] )[a-zA-Z](?!\w)|"
         r"(?<=[\w)][=<>+*/^])[a-zA-Z]\b(?!\*)|(?<=[=<>+*/^\[(])[a-zA-Z](?=[)\]\s,])|(?<![\w'’])[a-zA-Z](?:-th|th)\b",
-        "a letter that stands for a number",
+        "a letter as a variable",
     ),
 }
 

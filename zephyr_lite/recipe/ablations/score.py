@@ -70,7 +70,7 @@ class Scores:
         for arm, chain in self.chains.items():
             if not is_fingerprint_of(chain.base["fingerprint"], base.path):
                 raise UserError(
-                    f"arm {arm!r} was trained on other weights of {chain.base['name_or_path']} than {base.path} holds.",
+                    f"arm {arm!r} was trained on other weights of {chain.base['name_or_path']} than those in {base.path}.",
                     "Restore them, or choose another folder with --out.",
                 )
         self.dtype = base.dtype
