@@ -18,11 +18,12 @@ from ..data.batch import Batch, collate_conversations
 from ..data.dataset import TokenizedDataset
 from ..model.decoder import Dropout
 from .losses import sft_loss
-from .main import OnMetrics, run
+from .main import run
 from .objective import Metrics, Outcome, Shares
 from .observer import Observer
 from .oom import OomRetry
 from .stage import Say, Stage
+from .state import OnMetrics
 
 
 def run_sft(
