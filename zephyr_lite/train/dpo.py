@@ -59,7 +59,7 @@ class DpoObjective:
         self.data = stage.data
         self.decoder = stage.decoder
         self.oom = OomRetry(stage, say)
-        self.collapse = DpoCollapseMonitor()
+        self.collapse: DpoCollapseMonitor | None = DpoCollapseMonitor()
         self.cache = self._fill_cache(say) if stage.config.precompute_ref_log_probs else None
 
     def num_targets(self, examples: Sequence[int]) -> int:

@@ -416,5 +416,5 @@ def interrupted(signal: str | None, stage: StageDir, step: int, total: int) -> I
     """The exception that ends a run after a signal."""
     return Interrupted(
         f"{signal}: stopped after step {step} of {total}; {stage.path / f'checkpoint-{step}'} holds everything. "
-        "The same command goes on from there."
+        "The same command continues from there."
     )
