@@ -20,7 +20,7 @@ from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory.plan import Plan
-from zephyr_lite.model.activation_offload import LockRefused, ActivationOffload
+from zephyr_lite.model.activation_offload import ActivationOffload, LockRefused
 from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.train.dpo import DpoObjective
