@@ -132,8 +132,7 @@ TEMPLATES = [
     (
         "a template in Latin 1",
         template("é".encode("latin-1")),
-        "chat_template t.jinja: cannot be read: 'utf-8' codec can't decode byte 0xe9 in "
-        "position 0: unexpected end of data.",
+        "chat_template t.jinja line 1: not UTF-8 (byte 0xe9).",
         "Save the file as UTF-8.",
     ),
 ]
