@@ -24,10 +24,10 @@ from tests.contract.test_bad_input import (  # noqa: F401 (fixtures)
     sft_words,
     tiny_base,
 )
-from zephyr_lite.cli.console import Console, duration, metrics_line
 from zephyr_lite.errors import UserError
 from zephyr_lite.memory import needs
 from zephyr_lite.memory.needs import needs_lines
+from zephyr_lite.monitor.console import Console, duration, metrics_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +78,7 @@ def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
 
     monkeypatch.setattr("zephyr_lite.cli.environment.survey", interrupted)
     assert invoke("env")[::2] == (130, "interrupted\n")
-    monkeypatch.setattr("zephyr_lite.cli.app._train", lambda *_, **__: interrupted())
+    monkeypatch.setattr("zephyr_lite.config.load.load_config", lambda *_, **__: interrupted())
     code, _, err = invoke("sft")
     assert code == 130 and "resumes: from the last checkpoint" in err
 

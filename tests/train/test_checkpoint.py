@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,7 @@ def made(kind="adamw_torch", seed=0):
     named = parameters(seed)
     optimizer = make_optimizer(config, named)
     scheduler = make_scheduler(config, optimizer, 12)
-    return Checkpoint(None, named, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
+    return Checkpoint(named, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
 
 
 def steps(of: Checkpoint, count: int, seed: int = 1) -> None:
@@ -288,7 +289,7 @@ class Rows:
 
 def fill(cache):
     groups = [[0, 3], [1], [2, 4], [5]]
-    cache.compute(SimpleNamespace(device="cpu"), Rows, lambda run: [run(group) for group in groups])
+    cache.compute(SimpleNamespace(device="cpu"), Rows, [(nullcontext(), group) for group in groups])
 
 
 def test_what_the_reference_computed_is_there_after_an_interrupt(tmp_path, sums):

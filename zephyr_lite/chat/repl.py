@@ -52,7 +52,7 @@ NUMBERS: dict[str, tuple[str, Callable[[str], float]]] = {
     "/max-new-tokens": ("max_new_tokens", int),
     "/seed": ("seed", int),
 }
-# Columns of text that an answer needs to be read beside others; narrower terminals show them one under the other.
+# Minimum width of an answer shown side by side; narrower terminals show answers one below the other.
 NARROWEST = 32
 # Seconds between two pictures of answers that grow.
 REFRESH = 0.1
@@ -64,7 +64,7 @@ class Repl:
     Args:
         session: its models answer.
         console: ``cli.console.Console``.
-        compare: show their answers beside each other.
+        compare: show their answers side by side.
         ballot: hide the models' names, and keep the user's votes.
     """
 
@@ -397,11 +397,11 @@ class Repl:
 def side_by_side(
     console: Any, titles: Sequence[str], texts: Sequence[str], notes: Sequence[str] = (), height: int | None = None
 ) -> RenderableType:
-    """Answers beside each other, or one under the other in a narrow terminal; with a height only their last lines."""
+    """Answers side by side, or one below the other in a narrow terminal; with a height only their last lines."""
     out, count = console.out, len(titles)
-    beside = out.width >= count * (NARROWEST + 3) + 1
-    inner = (out.width - 3 * count - 1) // count if beside else out.width - 4
-    lines = None if height is None else max(1, height - 4 if beside else height // count - 2)
+    wide = out.width >= count * (NARROWEST + 3) + 1
+    inner = (out.width - 3 * count - 1) // count if wide else out.width - 4
+    lines = None if height is None else max(1, height - 4 if wide else height // count - 2)
     cells = []
     for text in texts:
         # an answer's end is made of its last characters: a long one is not wrapped again for every picture
@@ -412,7 +412,7 @@ def side_by_side(
         if note:
             cell.append(f"\n({note})" if cell.plain else f"({note})", style="dim")
     headers = [Text(title, style="bold") for title in titles]
-    if not beside:
+    if not wide:
         return Group(*(Panel(cell, title=title, title_align="left") for title, cell in zip(headers, cells)))
     table = Table(width=out.width)
     for title in headers:
@@ -432,7 +432,7 @@ def ended(finish: str, tokens: int) -> str:
 
 @contextmanager
 def _no_echo() -> Iterator[None]:
-    """Within, the terminal does not write what is typed (^C above all) into the answers; it is there at the next prompt."""
+    """Within, the terminal does not echo typed keys (^C above all) into the answers."""
     before = None
     with suppress(termios.error, OSError, ValueError):  # not a terminal
         before = termios.tcgetattr(sys.stdin.fileno())

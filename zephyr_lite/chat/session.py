@@ -154,7 +154,7 @@ class Session:
             raise UserError(f"{what} cannot be sent to the model: {error}.", hint.strip()) from None
 
     def room(self, prompt: int) -> int:
-        """The maximum length of an answer to a prompt of so many tokens.
+        """The maximum length of an answer to a prompt of ``prompt`` tokens.
 
         Raises:
             UserError: the prompt fills the model's context.
