@@ -37,7 +37,6 @@ UPWARDS = {
     ("model", "memory"),
     ("train", "engines"),
     ("evaluate", "recipe"),
-    ("merge", "demo"),
     ("audit", "demo"),
 }
 ONLY_IN = {
