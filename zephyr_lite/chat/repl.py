@@ -230,12 +230,12 @@ class Repl:
             return
         choice = self._choice(len(order))
         if choice == "skip":
-            ballot.tally.skipped += 1
+            ballot.skipped += 1
             session.undo()
             self._note("skipped: the question is taken back")
             return
         if choice == "tie":
-            ballot.tally.ties += 1
+            ballot.ties += 1
             session.agree(order[0])
             self._note("a tie, which makes no pair; the conversation continues from answer 1")
             return
@@ -265,21 +265,21 @@ class Repl:
 
     def _show_votes(self) -> None:
         """The votes by model, and the command that trains on them."""
-        if self._ballot is None:
+        ballot = self._ballot
+        if ballot is None:
             return
-        tally, file = self._ballot.tally, self._ballot.path
-        if tally.votes:
-            counts = [*((column.model, tally.best[column.model]) for column in self.session.columns)]
+        if ballot.votes:
+            counts = [*((column.model, ballot.likes[column.model]) for column in self.session.columns)]
             rows = [
-                (name, str(count), f"{count / tally.votes:.0%}") for name, count in [*counts, ("(ties)", tally.ties)]
+                (name, str(count), f"{count / ballot.votes:.0%}") for name, count in [*counts, ("(ties)", ballot.ties)]
             ]
             self._console.table(["model", "liked best", "of the votes"], rows)
-        skipped = f", {tally.skipped} skipped" if tally.skipped else ""
-        votes, pairs = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((tally.votes, "vote"), (tally.pairs, "pair")))
-        self._console.say(f"{votes}{skipped}; {pairs} added to {file}.")
-        if not tally.pairs:
+        skipped = f", {ballot.skipped} skipped" if ballot.skipped else ""
+        votes, pairs = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((ballot.votes, "vote"), (ballot.pairs, "pair")))
+        self._console.say(f"{votes}{skipped}; {pairs} added to {ballot.path}.")
+        if not ballot.pairs:
             return
-        words = [f"dataset.path={file}"]
+        words = [f"dataset.path={ballot.path}"]
         chain = self.session.chat.live.chain
         if chain is not None and chain.run is not None:
             words.append(f"output_dir={chain.run}")
