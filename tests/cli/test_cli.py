@@ -167,7 +167,7 @@ def test_the_same_merge_again_makes_what_is_missing(invoke, runs, tmp_path):
     (tmp_path / ".model.01234567").mkdir()
     (model / ".README.md.01234567").write_text("half a card")
     code, out, err = invoke(*words)
-    assert code == 0 and "what is missing is the comparison" in out and "merged against live" in out, err
+    assert code == 0 and "the comparison is still to be made" in out and "merged against live" in out, err
     assert json.loads((model / "zephyr_lite.json").read_text()) == {**mark, "measured": measured}
     assert (
         (model / "README.md").is_file() and not list(model.glob(".*")) and not (tmp_path / ".model.01234567").exists()

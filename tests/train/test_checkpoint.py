@@ -333,8 +333,8 @@ def other_key(path):
         (lambda p: flip(p, 99), "has another hash than was written"),
         (lambda p: flip(p, 90), "has another hash than was written"),
         (other_key, "belongs to other rows, another base or other adapters"),
-        (cut, "not a complete safetensors file: "),
-        (lambda p: p.write_bytes(b""), "not a complete safetensors file: "),
+        (cut, "cannot be read ("),
+        (lambda p: p.write_bytes(b""), "cannot be read ("),
         (lambda p: (p.unlink(), p.mkdir()), ""),
     ],
 )

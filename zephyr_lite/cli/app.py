@@ -39,7 +39,7 @@ from .options import StageConfig, Verbose, nameable
 from .report import report
 from .reproduce import reproduce
 from .talk import chat
-from .train import train_command
+from .train import train
 
 app = typer.Typer(
     name="zephyr-lite",
@@ -83,19 +83,11 @@ def _root(
     alone()
 
 
-_STAGE: dict[str, Any] = {
-    "context_settings": OPEN,
-    "epilog": KEYS,
-    "options_metavar": "[OPTIONS] [KEY=VALUE]...",
-}
-app.command("sft", **_STAGE)(
-    train_command("sft", "Stage 1: train the base on conversations. Without arguments: Mistral-7B on UltraChat-200k.")
-)
-app.command("dpo", **_STAGE)(
-    train_command(
-        "dpo", "Stage 2: train on preference pairs, on top of stage 1. Without arguments: continue the newest run."
-    )
-)
+_TRAIN: dict[str, Any] = {"context_settings": OPEN, "epilog": KEYS, "options_metavar": "[OPTIONS] [KEY=VALUE]..."}
+_SFT = "Stage 1: train the base on conversations. Without arguments: Mistral-7B on UltraChat-200k."
+_DPO = "Stage 2: train on preference pairs, on top of stage 1. Without arguments: continue the newest run."
+app.command("sft", help=_SFT, **_TRAIN)(train)
+app.command("dpo", help=_DPO, **_TRAIN)(train)
 
 
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo|both] [OPTIONS] [KEY=VALUE]...")
