@@ -15,11 +15,11 @@ from ..io.interrupts import Output, StopRequest
 from ..io.manifest import write_manifest
 from ..memory.machine import peak_memory
 from ..train.checkpoint import MetricsLog
-from ..train.loop import OnMetrics
 from ..train.monitors import IN_A_ROW, DpoCollapseMonitor, SkippedSteps
 from ..train.objective import Metrics
 from ..train.observer import Observer
 from ..train.stage import Stage
+from ..train.state import OnMetrics
 from ..train.steps import rows_of_step, step_schedule
 
 # transformers' own, which metrics.jsonl has under other names or not at all
