@@ -35,8 +35,6 @@ ROOMS = (
 UPWARDS = {
     ("io", "config"),
     ("io", "train"),
-    ("memory", "train"),
-    ("model", "memory"),
     ("train", "engines"),
     ("monitor", "cli"),
     ("evaluate", "recipe"),

@@ -209,6 +209,7 @@ def plan(
 ) -> None:
     """What a run will take and how fast it will be, on this machine or on any card; needs neither weights nor a GPU."""
     from ..memory.planned import ladder_lines, planned_lines, stages_of
+    from ..train.setup import resolve_run
 
     methods, words = stages_of(list(context.args), config)
     if ladder:
@@ -217,7 +218,7 @@ def plan(
         console.plan(ladder_lines(words, others))
         return
     for method in methods:
-        console.plan(planned_lines(method, config, words, gpu=gpu, vram=vram, price=price))
+        console.plan(planned_lines(method, resolve_run(method, config, words), gpu=gpu, vram=vram, price=price))
 
 
 @app.command()

@@ -17,12 +17,12 @@ import torch
 
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
-from ..memory.account import kept_widths
+from ..memory.estimate import kept_widths
 from ..memory.machine import HOST_SHARE, main_memory, parse_size
 from ..memory.plan import Plan
-from ..memory.workload import Shape
 from ..model.activation_offload import LockRefused
 from ..model.layer_spec import Keep
+from ..model.shape import Shape
 from .distributed import world
 from .steps import micro_batches
 

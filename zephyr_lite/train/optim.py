@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 from ..config.load import RunConfig
 from ..errors import UserError
-from ..memory.account import optimizer_bytes
+from ..memory.estimate import optimizer_bytes
 from ..memory.machine import main_memory
 from .oom import is_out_of_memory
 

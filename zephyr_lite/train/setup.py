@@ -17,9 +17,8 @@ from ..data.dataset import TokenizedDataset, prepare
 from ..io.run_dir import StageDir, folder_aside, newest_run, write_text
 from ..io.stage_info import FORMAT
 from ..io.sync import newest_there, open_mirror, restore
-from ..memory.machine import peak_memory
-from ..memory.plan import Plan, cap_allocator, keep_freed_pages
-from ..memory.workload import Shape
+from ..memory.machine import cap_allocator, keep_freed_pages, peak_memory
+from ..memory.plan import Plan
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.base import (
     Base,
@@ -35,6 +34,7 @@ from ..model.check_weights import check_weights
 from ..model.compose import compose
 from ..model.decoder import Decoder
 from ..model.peft_io import AdapterFile, LoraWeights, adapter_sha256, read_adapter, write_adapter
+from ..model.shape import Shape
 from ..model.tokenizer import save_tokenizer
 from ..model.weight_streaming import WeightStreamer
 from ..ops.dispatch import check_kernels
