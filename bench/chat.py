@@ -24,7 +24,7 @@ from bench.card import commit, versions
 from bench.command import run
 from bench.turns import machine
 from zephyr_lite.chat import Chat
-from zephyr_lite.chat.stream import Streamer
+from zephyr_lite.chat.generate import Streamer
 from zephyr_lite.model.loaded import open_live
 from zephyr_lite.model.sampling import Sampling
 

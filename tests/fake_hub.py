@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,12 @@ class Api:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(self.hub.tree(repo)[filename])
         return str(target)
+
+    def snapshot_download(self, repo, *, allow_patterns, local_dir):
+        self._begin("snapshot_download", repo)
+        for name in self.hub.tree(repo):
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                self.hf_hub_download(repo, name, local_dir=local_dir)
 
     def create_commit(self, repo, operations, *, commit_message):
         self._begin("create_commit", repo)

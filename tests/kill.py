@@ -129,7 +129,7 @@ def ground(folder: Path) -> Ground:
 
 def command(words: Sequence[str]) -> int:
     """A command in this process; its exit code. The demo's base is not one of its options."""
-    from zephyr_lite.cli import app as cli
+    from zephyr_lite.__main__ import main
 
     if words[0] == "demo":
         from zephyr_lite.demo import run as demo
@@ -143,7 +143,7 @@ def command(words: Sequence[str]) -> int:
         demo.run_demo = on_tiny
         words = ["demo", "--out", words[2]]
     try:
-        cli.main(list(words))
+        main(list(words))
     except SystemExit as done:
         return int(done.code or 0)
     return 0

@@ -49,12 +49,6 @@ def pipe(tmp: Path, fixtures: Fixtures) -> list[str]:
     return show(fixtures, dataset="rows.jsonl")
 
 
-def circle(tmp: Path, fixtures: Fixtures) -> list[str]:
-    (tmp / "a.jsonl").symlink_to("b.jsonl")
-    (tmp / "b.jsonl").symlink_to("a.jsonl")
-    return show(fixtures, dataset="a.jsonl")
-
-
 def folder(**files: str) -> Make:
     def make(tmp: Path, fixtures: Fixtures) -> list[str]:
         (tmp / "set.jsonl").mkdir()
@@ -90,25 +84,25 @@ CASES = [
         "rows: NUL bytes at the end",
         rows_of(GOOD.encode() + bytes(4096)),
         "rows.jsonl line 2: NUL bytes; the file was not written to its end, or is not text.",
-        "Remove the line, or make the file again.",
+        MEND,
     ),
     Case(
         "rows: NUL bytes in a text",
         rows_of(GOOD + GOOD.replace("a", "\0")),
         "rows.jsonl line 2: NUL bytes; the file was not written to its end, or is not text.",
-        "Remove the line, or make the file again.",
+        MEND,
     ),
     Case(
         "rows: NUL bytes only",
         rows_of(bytes(5000)),
         "rows.jsonl line 1: NUL bytes; the file was not written to its end, or is not text.",
-        "Remove the line, or make the file again.",
+        MEND,
     ),
     Case(
         "rows: nested a hundred thousand deep",
         rows_of(GOOD + '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}\n"),
         "rows.jsonl line 2: nested too deeply.",
-        SHALLOW,
+        MEND,
     ),
     Case(
         "rows: nested over many lines",
@@ -135,16 +129,10 @@ CASES = [
         "Each row is one object.",
     ),
     Case(
-        "rows: a key twice",
-        rows_of('{"messages": [], ' + GOOD[1:]),
-        "rows.jsonl line 1: key 'messages' appears twice in one object.",
-        "Keep one of them.",
-    ),
-    Case(
         "rows: half a surrogate pair",
         rows_of(GOOD.replace('"a"', '"\\ud800"')),
         "rows.jsonl line 1: text that is not valid Unicode (half a surrogate pair).",
-        "Correct the line, or remove it.",
+        MEND,
     ),
     Case(
         "rows: cut off in the last line",
@@ -283,20 +271,14 @@ CASES = [
     Case(
         "place: a device",
         lambda tmp, fixtures: show(fixtures, dataset="/dev/zero"),
-        "/dev/zero: is a device, not a file.",
+        "/dev/zero: is a device or a pipe, not a file.",
         SAVED,
     ),
     Case(
         "place: a named pipe",
         pipe,
-        "rows.jsonl: is a named pipe, not a file.",
+        "rows.jsonl: is a device or a pipe, not a file.",
         SAVED,
-    ),
-    Case(
-        "place: links in a circle",
-        circle,
-        "a.jsonl: cannot be looked at: Too many levels of symbolic links.",
-        "Mend that, or name another file.",
     ),
     Case(
         "place: a folder named like a file",

@@ -67,44 +67,26 @@ ADAPTERS = [
     (
         "an adapter of rank 0",
         adapter(r=0),
-        "a/adapter_config.json: r is 0; it is a whole number from 1 to 65,536.",
+        "a/adapter_config.json: r is 0; it is a whole number above 0.",
         ADAPTER,
     ),
     (
         "an adapter of rank true",
         adapter(r=True),
-        "a/adapter_config.json: r is True; it is a whole number from 1 to 65,536.",
+        "a/adapter_config.json: r is True; it is a whole number above 0.",
         ADAPTER,
     ),
     (
         "an adapter whose alpha is NaN",
         adapter(lora_alpha=float("nan")),
-        "a/adapter_config.json: not valid JSON (NaN is no JSON number).",
+        "a/adapter_config.json: lora_alpha is nan; it is a number, at most 1e+06.",
         ADAPTER,
     ),
     (
         "an adapter whose alpha is text",
         adapter(lora_alpha="16"),
-        "a/adapter_config.json: lora_alpha is '16'; it is a number, at most 1e+06.",
+        "a/adapter_config.json: lora_alpha is '16'; it is a number.",
         ADAPTER,
-    ),
-    (
-        "an adapter whose alpha is huge",
-        adapter(lora_alpha=1e300),
-        "a/adapter_config.json: lora_alpha is 1e+300; it is a number, at most 1e+06.",
-        ADAPTER,
-    ),
-    (
-        "an adapter whose alphas are no pattern",
-        adapter(alpha_pattern={"(": 2}),
-        "a/adapter_config.json: alpha_pattern has the key '(': missing ) at position 11.",
-        ADAPTER,
-    ),
-    (
-        "an adapter whose alphas backtrack",
-        adapter(alpha_pattern={"(?:(?:[a-z]|.)+)+[0-9]{9}": 2}),
-        "a/adapter_config.json: a pattern of alpha_pattern takes too long to match model.layers.0.self_attn.q_proj.",
-        "Write the modules' own names (layers.0.mlp.up_proj) in its place.",
     ),
     (
         "an adapter that is nested deeply",

@@ -93,11 +93,6 @@ def shard(name: str, more: Change = lambda folder: None) -> Change:
     return change
 
 
-def elsewhere(folder: Path) -> None:
-    save_file({"other": torch.zeros(2)}, folder / "b.safetensors")
-    index({"weight_map": {"lm_head.weight": "b.safetensors", "model.norm.weight": "a.safetensors"}})(folder)
-
-
 def link(to: str, name: str = SINGLE) -> Change:
     def change(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -137,85 +132,40 @@ WEIGHTS = [
     (
         "a clone without git-lfs",
         data(POINTER),
-        "base/model.safetensors: is a git-lfs pointer, and not the weights themselves.",
+        "base/model.safetensors: is a git-lfs pointer, not the weights.",
         "Fetch the file itself: `git lfs pull`, or `hf download`.",
     ),
     (
         "a header longer than its file",
         data(b"\xff" * 7 + b"\x00" + b"x" * 100),
-        "base/model.safetensors: not a complete safetensors file: its header would be "
-        "72057594037927935 bytes long in a file of 108 bytes.",
+        "base/model.safetensors: not a complete safetensors file: Error while deserializing header: header too large.",
         WRITE,
     ),
     (
         "a file that is cut short",
         lambda folder: data((folder / SINGLE).read_bytes()[:-100])(folder),
-        "base/model.safetensors: not a complete safetensors file: its tensors end at byte 527720, the file at 527620.",
+        "base/model.safetensors: not a complete safetensors file: Error while deserializing "
+        "header: incomplete metadata, file not fully covered.",
         WRITE,
     ),
     (
         "a pickle called safetensors",
         data(b"PK\x03\x04" + b"\x00" * 100),
-        "base/model.safetensors: not a complete safetensors file: it begins as a pickle does, which is never opened.",
-        WRITE,
-    ),
-    (
-        "a header that is nested deeply",
-        header(lambda told: DEEP),
-        "base/model.safetensors: not a complete safetensors file: its header is not JSON (its "
-        "brackets are nested too deeply).",
-        WRITE,
-    ),
-    (
-        "a header with NaN",
-        header(lambda told: '{"a": NaN}'),
-        "base/model.safetensors: not a complete safetensors file: its header is not JSON (NaN is no JSON number).",
-        WRITE,
-    ),
-    (
-        "a header with a tensor twice",
-        header(lambda told: f'{{"{FIRST}": 1, "{FIRST}": 2}}'),
-        "base/model.safetensors: not a complete safetensors file: its header is not JSON (the "
-        "key lm_head.weight stands twice in one object).",
-        WRITE,
-    ),
-    (
-        "a header that is a list",
-        header(lambda told: "[1]"),
-        "base/model.safetensors: not a complete safetensors file: its header is not a JSON object.",
-        WRITE,
-    ),
-    (
-        "offsets of 2 to the 63",
-        entry(data_offsets=[2**63, 2**63 + 4]),
-        "base/model.safetensors: not a complete safetensors file: tensor lm_head.weight (F32 "
-        "[448, 64]) has data offsets 9223372036854775808 to 9223372036854775812.",
-        WRITE,
-    ),
-    (
-        "a shape whose product overflows",
-        entry(shape=[2**33, 2**33], data_offsets=[0, 4]),
-        "base/model.safetensors: not a complete safetensors file: tensor lm_head.weight (F32 "
-        "[8589934592, 8589934592]) has data offsets 0 to 4.",
-        WRITE,
-    ),
-    (
-        "a shape that is no numbers",
-        entry(shape=["64", 1.5]),
-        "base/model.safetensors: not a complete safetensors file: the header entry of tensor "
-        "lm_head.weight is malformed.",
+        "base/model.safetensors: not a complete safetensors file: it is a pickle, and pickles are never opened.",
         WRITE,
     ),
     (
         "tensors that overlap",
         header(lambda told: {**told, "zz": told["model.norm.weight"]}),
-        "base/model.safetensors: not a complete safetensors file: tensor zz overlaps the tensor before it.",
+        "base/model.safetensors: not a complete safetensors file: Error while deserializing "
+        "header: invalid offset for tensor `zz`.",
         WRITE,
     ),
     (
-        "a dtype that is none",
-        entry(dtype="F3"),
-        "base/model.safetensors: not a complete safetensors file: tensor lm_head.weight has the unknown dtype F3.",
+        "a dtype that torch does not have",
+        entry(dtype="F8_E8M0", shape=[448, 256]),
+        "base/model.safetensors: not a complete safetensors file: tensor lm_head.weight has the "
+        "unsupported dtype F8_E8M0.",
         WRITE,
     ),
     (
@@ -239,7 +189,7 @@ WEIGHTS = [
     (
         "an index with a key twice",
         index('{"weight_map": {}, "weight_map": {}}'),
-        "base/model.safetensors.index.json: not valid JSON (the key weight_map stands twice in one object).",
+        "base/model.safetensors.index.json: not valid JSON (the key weight_map occurs twice in one object).",
         COPY,
     ),
     (
@@ -260,13 +210,13 @@ WEIGHTS = [
         "a shard that is a pickle",
         shard("pytorch_model.bin"),
         "base/model.safetensors.index.json: puts tensor lm_head.weight into "
-        "pytorch_model.bin, which is no safetensors file.",
+        "'pytorch_model.bin', which is no safetensors file.",
         CONVERT,
     ),
     (
         "a shard that is missing",
         shard("b.safetensors"),
-        "base/model.safetensors.index.json: names b.safetensors, which is not there.",
+        "base/b.safetensors is missing, or a link to nowhere.",
         FETCH,
     ),
     (
@@ -280,18 +230,6 @@ WEIGHTS = [
         shard("b.safetensors", link("/etc/passwd", "b.safetensors")),
         "base/b.safetensors: is a link out of its folder, to /etc/passwd.",
         "Put the file itself into the folder.",
-    ),
-    (
-        "a shard without its tensor",
-        index({"weight_map": {"lm_head.bias": "a.safetensors"}}),
-        "base/model.safetensors.index.json: names lm_head.bias, which no file holds.",
-        FETCH,
-    ),
-    (
-        "a tensor in another shard",
-        elsewhere,
-        "base/model.safetensors.index.json: puts tensor lm_head.weight into b.safetensors; it is in a.safetensors.",
-        FETCH,
     ),
     (
         "a licence that is a link to a key",
@@ -315,24 +253,6 @@ WEIGHTS = [
         "a configuration that is nested deeply",
         data(DEEP.encode(), "config.json"),
         "base/config.json: not valid JSON (its brackets are nested too deeply).",
-        COPY,
-    ),
-    (
-        "a million million layers",
-        config(num_hidden_layers=10**12),
-        "base/config.json: num_hidden_layers is 1000000000000; no model has more than 4,096.",
-        COPY,
-    ),
-    (
-        "heads that do not divide",
-        config(num_attention_heads=3, num_key_value_heads=2, head_dim=16),
-        "base/config.json: num_attention_heads 3 is no multiple of num_key_value_heads 2.",
-        COPY,
-    ),
-    (
-        "a rope of null",
-        config(rope_parameters={"rope_type": "default", "rope_theta": None}),
-        "base/config.json: rope_theta is None; it is a number above zero.",
         COPY,
     ),
     (
@@ -365,5 +285,8 @@ def trained(tmp: Path, fixtures: Fixtures) -> list[str]:
     return sft(fixtures, model_name_or_path="base", output_dir="runs/r")
 
 
-CUT = "base/model.safetensors: not a complete safetensors file: its tensors end at byte 527720, the file at 527620."
+CUT = (
+    "base/model.safetensors: not a complete safetensors file: Error while deserializing "
+    "header: incomplete metadata, file not fully covered."
+)
 CASES.append(Case("training on a base that is cut short", trained, CUT, WRITE))

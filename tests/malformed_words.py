@@ -13,7 +13,7 @@ from zephyr_lite.config.presets import preset_configs
 Make = Callable[[Path, Fixtures], list[str]]
 UTF8 = "Save the file as UTF-8."
 SAVED = "Save its content to a file first, and name that."
-YAML = "Mend the line."
+YAML = "Correct the line."
 
 
 def config_of(content: str | bytes) -> Make:
@@ -48,12 +48,6 @@ def feedback(content: str) -> Make:
     return make
 
 
-def laughs() -> str:
-    lines = ["a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
-    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi")]
-    return "\n".join(lines) + "\n"
-
-
 def broken_stage(content: str | bytes) -> Make:
     """A finished run whose sft stage has these bytes for a stage.json; dpo is asked to go on from it."""
 
@@ -69,27 +63,14 @@ def broken_stage(content: str | bytes) -> Make:
 CASES = [
     # -- YAML
     Case(
-        "yaml: a billion laughs",
-        config_of(laughs()),
-        "run.yaml line 5: not readable as YAML: more than 20,000 values, every alias written out.",
-        YAML,
-    ),
-    Case(
-        "yaml: an alias of itself",
-        config_of("dataset: &a [*a]\n"),
-        "run.yaml line 1: not readable as YAML: an alias of what it stands in.",
-        YAML,
-    ),
-    Case(
         "yaml: nested deep",
         config_of("memory: " + "[" * 5000),
-        "run.yaml line 1: not readable as YAML: nested more than 30 deep.",
-        YAML,
+        "run.yaml: not readable as YAML: nested too deeply.",
     ),
     Case(
         "yaml: a key twice",
         config_of("seed: 1\nlora_r: 2\nseed: 3\n"),
-        "run.yaml line 3: not readable as YAML: key 'seed' stands twice.",
+        "run.yaml line 3: not readable as YAML: duplicate key 'seed'.",
         YAML,
     ),
     Case(
@@ -131,31 +112,31 @@ CASES = [
     Case(
         "yaml: a day that is none",
         config_of("system: 2024-13-45\n"),
-        "run.yaml line 1: not readable as YAML: '2024-13-45' is read as timestamp, and is none; put it in quotes if it is a text.",
+        "run.yaml line 1: not readable as YAML: '2024-13-45' is not a valid timestamp; put it in quotes if it is a text.",
         YAML,
     ),
     Case(
         "yaml: a key that is a truth value",
         config_of("on: 1\n"),
-        "run.yaml: expected `key: value` lines, found the key True, which is no word.",
-        "YAML reads on, off, yes, no, numbers and dates as such: put the key in quotes if it is meant as a word.",
+        "run.yaml: the key True is not a text.",
+        "YAML reads on, off, yes, no, numbers and dates as values: put the key in quotes.",
     ),
     Case(
         "yaml: two megabytes",
         config_of("system: " + "x" * 2_000_000),
-        "run.yaml: more than 1,048,576 bytes, the most that is read here.",
+        "run.yaml: larger than 1,048,576 bytes.",
         "Name the right file.",
     ),
     Case(
         "yaml: a device",
         words("sft", "--config", "/dev/zero"),
-        "/dev/zero: is a device, not a file.",
+        "/dev/zero: is a device or a pipe, not a file.",
         SAVED,
     ),
     Case(
         "yaml: an arm written twice",
         table_of("arms:\n  a: [{sft: zephyr-7b/sft}]\n  a: [{sft: zephyr-7b/sft}]\n"),
-        "table.yaml line 3: not readable as YAML: key 'a' stands twice.",
+        "table.yaml line 3: not readable as YAML: duplicate key 'a'.",
         YAML,
     ),
     Case(
@@ -186,19 +167,13 @@ CASES = [
         "words: neither key nor value",
         words("sft", "hello"),
         "'hello' is neither key=value nor --key value.",
-        "No space stands around the =, and a value with spaces in it stands in quotes: system='Be brief.'",
+        "Write no spaces around the =, and quote a value with spaces: system='Be brief.'",
     ),
     Case(
         "words: a key without a value",
         words("sft", "--seed"),
         "--seed needs a value.",
         "Write --seed=true, for instance.",
-    ),
-    Case(
-        "words: a megabyte",
-        words("sft", "system=" + "x" * 2**20),
-        "the command line: 'system': a value of 1,048,576 letters; at most 65,536 are read.",
-        "Put it into a file, and name that with --config.",
     ),
     Case(
         "words: a key of a megabyte",
@@ -228,12 +203,12 @@ CASES = [
     Case(
         "words: a stage outside of the run",
         words("sft", "stage=../../etc"),
-        "the command line: stage: a stage's name is one word of letters, digits, '-' and '_'; it becomes a folder's name (found '../../etc').",
+        "the command line: stage: a stage's name is one word of letters, digits, '-' and '_'; it is also a folder's name (found '../../etc').",
     ),
     Case(
         "words: a regular expression for modules",
         words("sft", "lora_target_modules=(q|k)_proj.*"),
-        "the command line: lora_target_modules: a module is named by its plain name, such as q_proj; regular expressions are not read (found '(q|k)_proj.*').",
+        "the command line: lora_target_modules: expected module names such as q_proj; regular expressions are not read (found '(q|k)_proj.*').",
     ),
     Case(
         "words: a nested key that is none",

@@ -4,19 +4,17 @@ import json
 import time
 
 from tests.fake_hub import FakeHub
-from zephyr_lite.config.load import RunConfig
+from zephyr_lite.io import sync
 from zephyr_lite.io.manifest import write_manifest
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.io.sync import hub as hub_file
-from zephyr_lite.io.sync import open_mirror
 
 
 def hub_in_memory(monkeypatch):
     """A hub in memory, a token, and no waiting between attempts."""
     fake = FakeHub()
-    monkeypatch.setattr(hub_file, "HfApi", fake)
-    monkeypatch.setattr(hub_file, "get_token", lambda: "hf_secret_of_the_tests")
-    monkeypatch.setattr(hub_file.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sync, "HfApi", fake)
+    monkeypatch.setattr(sync, "get_token", lambda: "hf_secret_of_the_tests")
+    monkeypatch.setattr(sync.constants, "HF_HUB_OFFLINE", False)
     return fake
 
 
@@ -51,12 +49,8 @@ class AStage:
         self.info(status="complete")
 
 
-def config_of(run, sync, stage="sft"):
-    return RunConfig(output_dir=str(run), sync=str(sync), stage=stage)
-
-
-def mirror_of(run, sync, stage, say=quiet, waits=(0.01,)):
-    mirror = open_mirror(config_of(run, sync, stage.dir.path.name), stage.dir, say)
+def mirror_of(place, stage, say=quiet, waits=(0.01,)):
+    mirror = sync.open_mirror(str(place), stage.dir, say)
     mirror.waits = waits
     return mirror
 

@@ -33,13 +33,8 @@ ROOMS = (
 )
 # imports that run upwards, to be removed: (room, room)
 UPWARDS = {
-    ("io", "config"),
-    ("io", "train"),
     ("train", "engines"),
-    ("monitor", "cli"),
     ("evaluate", "recipe"),
-    ("evaluate", "cli"),
-    ("recipe", "cli"),
     ("merge", "demo"),
     ("audit", "demo"),
 }

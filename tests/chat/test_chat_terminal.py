@@ -16,12 +16,12 @@ import pytest
 
 import zephyr_lite
 from tests.conftest import make_model
-from zephyr_lite.chat import Chat, load_chat
+from zephyr_lite.chat import Chat, load_chat, repl
+from zephyr_lite.chat.repl import side_by_side
 from zephyr_lite.chat.session import Answer, Session
 from zephyr_lite.cli import app as cli
-from zephyr_lite.cli import talk, talk_loop
+from zephyr_lite.cli import talk
 from zephyr_lite.cli.console import Console, visible
-from zephyr_lite.cli.talk_screen import Screen
 
 SHORT = ["--max-new-tokens", "8", "--temperature", "0"]
 
@@ -42,7 +42,7 @@ def typed(monkeypatch, talk_run, capsys):
                 raise found
             return found
 
-        monkeypatch.setattr(talk_loop, "_line", line)
+        monkeypatch.setattr(repl, "_line", line)
         code = cli.run(["chat", str(talk_run), *SHORT, *options])
         out, err = capsys.readouterr()
         return code, out, err
@@ -99,12 +99,12 @@ def test_a_session_and_its_commands(typed, tmp_path):
         assert text in out, text
     for text in (
         "top-p 2.0: is not above 0",
-        "/temperature hot: is no number",
-        "/seed 1.5: is no number",
+        "/temperature 'hot': is not a valid",
+        "/seed '1.5': is not a valid",
         "control token </s>",
         f"this conversation is in {file} already",
-        "/save: where to?",
-        "no command /nonsense",
+        "/save needs a file",
+        "no command '/nonsense'",
         "/undo takes nothing",
         "nothing to take back",
     ):
@@ -124,9 +124,14 @@ def test_what_goes_wrong_in_a_session_does_not_end_it(typed, monkeypatch, tmp_pa
     def full(path, rows):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(talk_loop, "append_rows", full)
+    monkeypatch.setattr(repl, "append_rows", full)
     code, out, err = typed("Hi", f"/save {tmp_path / 'a.jsonl'}", "/model", "word " * 300)
-    assert code == 0 and "the disk is full" in err and "dpo (this one)" in out and "the model's context is 256" in err
+    assert (
+        code == 0
+        and "No space left on device" in err
+        and "dpo (this one)" in out
+        and "the model's context is 256" in err
+    )
 
 
 def test_a_vote_hides_whose_answer_is_whose(typed, tmp_path, monkeypatch):
@@ -181,7 +186,9 @@ def test_a_vote_that_cannot_be_written_leaves_no_trace(typed, tmp_path, monkeypa
     monkeypatch.setattr("zephyr_lite.chat.vote.append_rows", full)
     options = ["--compare", "--vote", str(tmp_path / "v.jsonl")]
     code, out, err = typed("Tell me a joke.", "1", "/undo", options=options)
-    assert code == 0 and "the disk is full" in err and "nothing to take back" in err and "0 votes; 0 pairs" in out
+    assert (
+        code == 0 and "No space left on device" in err and "nothing to take back" in err and "0 votes; 0 pairs" in out
+    )
 
 
 def test_what_a_vote_saves_is_one_answer_a_turn(typed, tmp_path, monkeypatch):
@@ -194,7 +201,7 @@ def test_what_a_vote_saves_is_one_answer_a_turn(typed, tmp_path, monkeypatch):
     file = tmp_path / "mine.jsonl"
     options = ["--compare", "--vote", str(tmp_path / "v.jsonl")]
     out = typed("/system Be kind.", "/system ''", "Hi", "1", f"/save {file}", options=options)[1]
-    assert "saved as row 1 of" in out and "note: 1 of the answers did not come to their end" in out
+    assert "saved as row 1 of" in out and "note: 1 of the answers are cut" in out
     (row,) = [json.loads(line) for line in file.read_text().splitlines()]
     assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]  # '' is no system turn, as with --system
 
@@ -274,7 +281,7 @@ def test_answers_stand_beside_each_other_where_there_is_room(width):
     console = Console(out=io.StringIO())
     console.out.width = width
     texts = ["one two three " * 9, "\x1b[2Jcleared\tTab", ""]
-    Screen(console).result(["base", "sft", "dpo"], texts, ["", "", "stopped"])
+    console.out.print(side_by_side(console, ["base", "sft", "dpo"], texts, ["", "", "stopped"]), soft_wrap=False)
     lines = console.out.file.getvalue().splitlines()
     assert max(map(len, lines)) <= width and "\x1b" not in console.out.file.getvalue()
     assert any("base" in line and "dpo" in line for line in lines) == (width == 160)

@@ -1,4 +1,5 @@
 """The commands from outside: exit codes, what is said, and what is printed."""
+# ruff: noqa: F811
 
 from __future__ import annotations
 
@@ -13,6 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.contract.test_bad_input import (  # noqa: F401 (fixtures)
+    dpo_words,
+    files_of_runs,
+    finished,
+    invoke,
+    refused,
+    runs,
+    sft_words,
+    tiny_base,
+)
 from zephyr_lite.cli.console import Console, duration, metrics_line
 from zephyr_lite.errors import UserError
 from zephyr_lite.memory import needs
@@ -69,7 +80,7 @@ def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
     assert invoke("env")[::2] == (130, "interrupted\n")
     monkeypatch.setattr("zephyr_lite.cli.app._train", lambda *_, **__: interrupted())
     code, _, err = invoke("sft")
-    assert code == 130 and "goes on from the last checkpoint" in err
+    assert code == 130 and "resumes: from the last checkpoint" in err
 
 
 def test_a_full_card_and_a_full_disk_are_said(invoke, monkeypatch):

@@ -21,7 +21,7 @@ from zephyr_lite.chat import Chat, load_chat
 from zephyr_lite.client.desk import open_desk
 from zephyr_lite.client.types import BudgetSpent, EndpointSpec, Reply, Request, RequestFailed
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.sampling import RowLimits, RowSampler, Sampling
+from zephyr_lite.model.sampling import RowSampler, Sampling
 
 QUESTIONS = [
     "Name three rivers.",
@@ -87,25 +87,17 @@ def test_why_an_answer_ended(tiny_base, monkeypatch):
     chat = load_chat(tiny_base)
     end = chat.template.tokenizer.eos_token_id
 
-    def script(self: RowSampler, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        said = (5, 6, end)[min(input_ids.shape[1] - 4, 2)]
-        return torch.full_like(scores, -float("inf")).index_fill_(1, torch.tensor([said]), 0.0)
+    def script(self: RowSampler, scores: torch.Tensor) -> torch.Tensor:
+        self.step = getattr(self, "step", -1) + 1
+        return torch.full((len(scores),), (5, 6, end)[min(self.step, 2)])
 
-    monkeypatch.setattr(RowSampler, "__call__", script)
+    monkeypatch.setattr(RowSampler, "choose", script)
     drawn = chat.sample([[1, 2, 3, 4], [3, 4]], [Sampling(9), Sampling(9)])
     assert [(s.finish_reason, s.prompt_tokens, s.completion_tokens) for s in drawn] == [("stop", 4, 3), ("stop", 2, 3)]
     assert drawn[0].text == chat.template.tokenizer.decode([5, 6]).strip()
     cut, whole = chat.sample([[1, 2, 3, 4], [3, 4]], [Sampling(2), Sampling(3)])
     assert (cut.finish_reason, cut.completion_tokens) == ("length", 2)
     assert (whole.finish_reason, whole.completion_tokens) == ("stop", 3)
-
-
-def test_each_row_ends_at_its_own_length():
-    limits = RowLimits(3, [Sampling(2), Sampling(4)], lambda: False)
-    assert limits(torch.zeros(2, 4, dtype=torch.long), None).tolist() == [False, False]
-    assert limits(torch.zeros(2, 5, dtype=torch.long), None).tolist() == [True, False]
-    assert limits(torch.zeros(2, 7, dtype=torch.long), None).tolist() == [True, True]
-    assert RowLimits(3, [Sampling(2)], lambda: True)(torch.zeros(1, 3, dtype=torch.long), None).tolist() == [True]
 
 
 def test_a_seed_decides_and_another_one_decides_otherwise(tmp_path, tiny_base):
@@ -208,14 +200,14 @@ def test_a_model_that_cannot_be_loaded_ends_the_job(tmp_path, tiny_base, monkeyp
 
 def test_stopping_ends_a_generation_at_its_next_token_and_keeps_no_half_answer(tmp_path, tiny_base, monkeypatch):
     begun = threading.Event()
-    draw = RowSampler.__call__
+    draw = RowSampler.choose
 
     def slow(self: RowSampler, *args: Any) -> Any:
         begun.set()
         time.sleep(0.05)
         return draw(self, *args)
 
-    monkeypatch.setattr(RowSampler, "__call__", slow)
+    monkeypatch.setattr(RowSampler, "choose", slow)
 
     async def main() -> None:
         async with open_desk([local(tiny_base, max_tokens=400, temperature=3.0)], tmp_path, grace=0.1) as desk:
@@ -236,9 +228,7 @@ def test_draws_follow_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
     for temperature, top_p in ((1.0, None), (0.5, None), (2.0, 0.8)):
         rows = [Sampling(1, temperature, top_p, seed) for seed in range(6000)]
-        scores = RowSampler(rows)(torch.zeros(6000, 1, dtype=torch.long), logits.expand(6000, 5).clone())
-        assert ((scores == 0).sum(dim=1) == 1).all() and (scores.isinf().sum(dim=1) == 4).all()
-        counts = Counter(scores.argmax(dim=1).tolist())
+        counts = Counter(RowSampler(rows).choose(logits.expand(6000, 5)).tolist())
         expected = torch.softmax(logits.double() / temperature, -1)
         if top_p is not None:  # at temperature 2 the first three have 0.82
             expected[3:] = 0
@@ -250,14 +240,14 @@ def test_draws_follow_the_distribution():
 def test_greedy_and_extreme_temperatures():
     logits = torch.tensor([[1.0, 3.0, -float("inf"), 2.0]] * 4)
     rows = [Sampling(1, 0.0), Sampling(1, 1e-6, None, 5), Sampling(1, 1e6, 1e-9, 5), Sampling(1, 1.0, 1.0, 7)]
-    chosen = RowSampler(rows)(torch.zeros(4, 1, dtype=torch.long), logits).argmax(dim=1).tolist()
+    chosen = RowSampler(rows).choose(logits).tolist()
     assert chosen[:3] == [1, 1, 1] and chosen[3] != 2
 
 
 def test_successive_draws_of_a_row_differ():
     logits = torch.zeros(1, 1000)
     sampler = RowSampler([Sampling(10, 1.0, None, 3)])
-    drawn = [int(sampler(torch.zeros(1, 1, dtype=torch.long), logits).argmax()) for _ in range(10)]
+    drawn = [int(sampler.choose(logits)) for _ in range(10)]
     assert len(set(drawn)) > 8
 
 

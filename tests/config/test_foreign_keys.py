@@ -96,7 +96,7 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path):
         ("model_init_kwargs: {attn_implementation: sdpa, quantization_config: {bits: 3}}", "quantization_config"),
         ("dataset_kwargs: {skip_prepare_dataset: true}", "skip_prepare_dataset: True"),
         ("max_seq_length: 4096\nmax_length: 1024", "max_seq_length: 4096, but max_length: 1024: two names of one key"),
-        ("batch_size: 64\nper_device_train_batch_size: 4", "the batch is said twice"),
+        ("batch_size: 64\nper_device_train_batch_size: 4", "the batch size is set twice"),
         ("gradient_accumulation_steps: 16", "gradient_accumulation_steps: of what micro-batch?"),
         ("per_device_train_batch_size: 2.5", "per_device_train_batch_size 2.5: must be whole numbers"),
         ("per_device_train_batch_size: .inf", "must be whole numbers"),

@@ -20,7 +20,7 @@ from tests.contract.test_streaming import assert_bits, decoder_over, dpo_steps, 
 from tests.numeric import apart, conversation, hugging_face_logps, live_stack, pair
 from tests.train.test_train import LN2, dpo_words, metrics, quiet, words
 from zephyr_lite.chat import load_chat
-from zephyr_lite.chat.stream import Streamer
+from zephyr_lite.chat.generate import Streamer
 from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.data.chat_template import resolve_template

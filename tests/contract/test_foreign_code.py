@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from zephyr_lite.demo.rehearsal.child import child
+from zephyr_lite.demo.child import child
 from zephyr_lite.export.llama import CHILD
 from zephyr_lite.ops.hub_kernels import no_hub_kernels
 
@@ -44,8 +44,8 @@ def test_nor_by_the_commands_that_a_command_starts(shadows, tmp_path):
     "use",
     [
         "import zephyr_lite.ops.nf4",
-        "from zephyr_lite import cli; cli.run(['env'])",
-        "from zephyr_lite import cli; cli.app = lambda **words: __import__('bitsandbytes'); cli.run([])",
+        "from zephyr_lite.cli import app as cli; cli.run(['env'])",
+        "from zephyr_lite.cli import app as cli; cli.app = lambda **words: __import__('bitsandbytes'); cli.run([])",
     ],
 )
 def test_bitsandbytes_fetches_no_kernel(tmp_path, use):

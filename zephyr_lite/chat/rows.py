@@ -1,4 +1,4 @@
-"""Rows that a user's talk adds to a JSONL file, of which there may be some already."""
+"""Rows that chat adds to a JSONL file, new or with rows of the same kind in it."""
 
 from __future__ import annotations
 
@@ -13,81 +13,65 @@ from ..errors import UserError
 from ..io.atomic import append_line, sync_file
 from ..io.strict_json import shown
 
-# So much of a file's beginning is looked at: the first row, whatever comes behind it.
-_HEAD = 2**20
-
 
 def check_file(path: Path, method: Method, option: str) -> int:
-    """Whether rows may be added to a file: there is none yet, or it holds rows of this kind.
+    """Check that rows may be added to a file: it does not exist, or its first row is of this kind.
 
     Args:
         method: sft: conversations; dpo: preference pairs.
         option: what names the file, for messages.
 
     Returns:
-        how many lines it has.
+        its number of lines.
 
     Raises:
-        UserError: its folder is missing, it is no JSONL, or its rows are of another kind.
+        UserError: its folder is missing, it is not JSONL, or its rows are of another kind.
     """
-    if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder.", "Name a file, such as my.jsonl.")
-    if not path.parent.is_dir():
-        raise UserError(
-            f"{option} {path}: there is no folder {path.parent}.", "Make it first, or choose another place."
-        )
     if path.suffix.lower() != ".jsonl":
         raise UserError(f"{option} {path}: training reads such rows from a .jsonl file.", f"Name it {path.stem}.jsonl.")
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.parent}.", "Make it first.")
     if not path.exists():
         return 0
+    first, lines = b"", 0
     with path.open("rb") as file:
-        head = file.read(_HEAD)
-        file.seek(0)
-        lines = sum(block.count(b"\n") for block in iter(lambda: file.read(_HEAD), b""))
-    first = head.lstrip().split(b"\n", 1)[0]
+        for line in file:
+            first, lines = first or line.strip(), lines + 1
     if not first:
         return 0
     try:
-        row = json.loads(first.decode("utf-8"))
+        row = json.loads(first)
         if not isinstance(row, dict):
             raise ValueError
         detect(list(row), method, str(path))
         normalise(row, method)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise UserError(f"{option} {path}: its first line is not a JSON object.", "Choose another file.") from None
     except UserError as error:
         raise UserError(f"{option} {error.message}", "Choose another file.") from None
     except RowError as error:
         raise UserError(f"{option} {path} row 1: {error}.", "Choose another file.") from None
-    return lines if _ends_a_line(path) else lines + 1
+    return lines
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows: all of them or none, on the disk when this returns.
+    """Add rows, all of them or none; they are on the disk when this returns.
 
     Raises:
         OSError: it cannot be written; names ``path``.
-        UserError: a text that is no valid Unicode, which no file of text can hold.
+        UserError: a text is not valid Unicode, which a text file cannot hold.
     """
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     try:
-        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(
             f"{shown(str(path))}: a turn holds text that is not valid Unicode.", "/undo takes it back."
         ) from None
-    # a line that somebody else began is ended first, or two rows would become one
-    append_line(path, ("" if _ends_a_line(path) else "\n") + text)
-    sync_file(path)
-
-
-def _ends_a_line(path: Path) -> bool:
-    """Whether what is there ends with a newline; also where nothing is there."""
-    try:
+    if path.exists() and path.stat().st_size:
         with path.open("rb") as file:
-            if file.seek(0, 2) == 0:
-                return True
             file.seek(-1, 2)
-            return file.read(1) == b"\n"
-    except FileNotFoundError:
-        return True
+            if file.read(1) != b"\n":
+                text = "\n" + text
+    append_line(path, text)
+    sync_file(path)

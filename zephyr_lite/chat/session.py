@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,10 @@ from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..io.strict_json import shown
 from ..model.sampling import Sampling
-from .model import Chat, Message
-from .stream import Drawn, Streamer
-from .text import TextStream
+from .generate import Chat, Message, Streamer, TextStream
 
 _ROOM = "Ask less; in a session /undo, /reset or a shorter /system make room."
+OnText = Callable[[int, str], None]
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Settings:
     Attributes:
         temperature: 0 is greedy.
         top_p: the smallest set of tokens with at least this probability.
-        max_new_tokens: an answer's length at most.
-        seed: of the draws; equal seeds, settings and turns give equal answers.
+        max_new_tokens: maximum length of an answer.
+        seed: equal seeds, settings and turns give equal answers.
         system: the system turn, or None.
     """
 
@@ -54,12 +54,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """A model's answer.
 
     Attributes:
-        text: without the white space around it.
+        text: without surrounding white space.
         finish: "stop" (it ended), "length" (max_new_tokens), "context" (the model's context is full), "interrupted".
-        tokens, seconds: how many, and how long the draw of all answers of this turn took.
+        tokens, seconds: their number, and the time that all answers of this turn took.
         reused: tokens of the prompt that were not computed again.
     """
 
@@ -69,14 +69,10 @@ class Answer:
     seconds: float = 0.0
     reused: int = 0
 
-    @property
-    def whole(self) -> bool:
-        return self.finish == "stop"
-
 
 @dataclass
 class Column:
-    """One model and what was said to it: questions and its answers."""
+    """One model and its conversation: questions and its answers."""
 
     model: str
     turns: list[tuple[str, Answer]] = field(default_factory=list)
@@ -92,7 +88,7 @@ class Session:
     """Models of one base that are asked the same questions; each remembers its own answers.
 
     Attributes:
-        columns: one a model.
+        columns: one per model.
         settings: of the next answer.
 
     Args:
@@ -100,7 +96,7 @@ class Session:
         models: names among ``chat.live.models``.
 
     Raises:
-        UserError: no such model; or as ``Streamer`` and ``Settings.check``.
+        UserError: there is no such model; or as ``Settings.check`` and ``check_system``.
     """
 
     def __init__(self, chat: Chat, models: Sequence[str], settings: Settings) -> None:
@@ -120,11 +116,15 @@ class Session:
         self._streamer = Streamer(self.chat, [known[name] for name in models])
         self.columns = [Column(name) for name in models]
 
+    @property
+    def turns(self) -> int:
+        return len(self.columns[0].turns)
+
     def switch(self, model: str) -> None:
-        """Another model goes on with the same conversation.
+        """Continue the conversation with another model.
 
         Raises:
-            UserError: no such model.
+            UserError: there is no such model.
         """
         turns = self.columns[0].turns
         self._use([model])
@@ -134,79 +134,31 @@ class Session:
         """Raises UserError: the chat template refuses this system turn."""
         if system:
             probe = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
-            self._ids(probe, "the system turn")
+            self.prompt_ids(probe, "the system turn")
 
-    def ask(
-        self,
-        question: str,
-        on_text: Callable[[int, str], None] = lambda column, piece: None,
-        stop: Callable[[], bool] = lambda: False,
-        attempt: int = 0,
-    ) -> list[Answer]:
-        """Ask every model, in one batch, and remember what they say.
-
-        An interrupted answer is kept as far as it goes; where a model had said nothing yet, the question is taken back.
-
-        Args:
-            question: the user's turn.
-            on_text: told (column, piece of text) as answers come.
-            stop: asked at every token; True ends all answers.
-            attempt: another number gives other draws.
+    def prompt_ids(self, messages: list[Message], what: str = "this") -> Any:
+        """The ids of a conversation that ends with a user's turn.
 
         Raises:
-            UserError: the template refuses the conversation, it is longer than the context, or memory does not suffice.
-                Nothing is remembered then.
+            UserError: the template refuses it, or it is not valid Unicode.
         """
-        if not question.strip():
-            raise UserError("the question is empty.", "Write something.")
-        prompts = [self._ids(column.messages(self.settings.system, question), "this") for column in self.columns]
-        rooms = [self._room(len(ids)) for ids in prompts]
-        number = len(self.columns[0].turns)
-        seed = self.settings.seed * 1_000_003 + number * 1_009 + attempt
-        rows = [Sampling(room, self.settings.temperature, self.settings.top_p, seed) for room in rooms]
-        streams = [TextStream(self.chat.decode) for _ in self.columns]
-
-        def on_token(row: int, token: int) -> None:
-            if piece := streams[row].push(token):
-                on_text(row, piece)
-
-        started = time.monotonic()
-        drawn = self._draw(prompts, rows, on_token, stop)
-        seconds = time.monotonic() - started
-        answers = []
-        for row, (found, stream) in enumerate(zip(drawn, streams)):
-            if piece := stream.finish():
-                on_text(row, piece)
-            full = found.finish == "length" and rooms[row] < self.settings.max_new_tokens
-            finish = "context" if full else found.finish
-            text = self.chat.text(found.tokens)
-            answers.append(Answer(text, finish, len(found.tokens), seconds, found.reused))
-        if not any(answer.finish == "interrupted" and not answer.text for answer in answers):
-            for column, answer in zip(self.columns, answers):
-                column.turns.append((question, answer))
-            self._attempt = attempt
-        return answers
-
-    def _draw(self, prompts: Any, rows: list[Sampling], on_token: Any, stop: Callable[[], bool]) -> list[Drawn]:
-        try:
-            return self._streamer.draw(prompts, rows, on_token, stop)
-        except torch.OutOfMemoryError:
-            tokens = max(len(ids) for ids in prompts)
-        raise UserError(f"the card's memory does not suffice for a conversation of {tokens:,} tokens.", _ROOM)
-
-    def _ids(self, messages: list[Message], what: str) -> Any:
         try:
             "".join(message["content"] for message in messages).encode("utf-8")
             return self.chat.template.prompt_ids(messages)
         except UnicodeEncodeError:
-            raise UserError(f"{what} cannot be said to the model: text that is not valid Unicode.") from None
+            raise UserError(f"{what} cannot be sent to the model: text that is not valid Unicode.") from None
         except RowError as error:
             hint = "Write it in another way." if "control token" in str(error) else ""
             if any(m["role"] == "assistant" for m in messages):
                 hint = "If it is an earlier turn: /undo or /reset. " + hint
-            raise UserError(f"{what} cannot be said to the model: {error}.", hint.strip()) from None
+            raise UserError(f"{what} cannot be sent to the model: {error}.", hint.strip()) from None
 
-    def _room(self, prompt: int) -> int:
+    def room(self, prompt: int) -> int:
+        """The maximum length of an answer to a prompt of so many tokens.
+
+        Raises:
+            UserError: the prompt fills the model's context.
+        """
         context = self.chat.context
         if context is None:
             return self.settings.max_new_tokens
@@ -216,15 +168,63 @@ class Session:
             )
         return min(self.settings.max_new_tokens, context - prompt)
 
-    @property
-    def turns(self) -> int:
-        return len(self.columns[0].turns)
+    def ask(
+        self,
+        question: str,
+        on_text: OnText = lambda column, piece: None,
+        stop: Callable[[], bool] = lambda: False,
+        attempt: int = 0,
+    ) -> list[Answer]:
+        """Ask every model, in one batch, and remember the answers.
+
+        An interrupted answer is kept as far as it goes; where a model had answered nothing yet, the question is taken back.
+
+        Args:
+            question: the user's turn.
+            on_text: called with (column, piece of text) as answers come.
+            stop: called at every token; True ends all answers.
+            attempt: another number gives other draws.
+
+        Raises:
+            UserError: the template refuses the conversation, it is longer than the context, or memory does not suffice.
+                Nothing is remembered then.
+        """
+        if not question.strip():
+            raise UserError("the question is empty.", "Write something.")
+        how = self.settings
+        prompts = [self.prompt_ids(column.messages(how.system, question)) for column in self.columns]
+        rooms = [self.room(len(ids)) for ids in prompts]
+        seed = how.seed * 1_000_003 + self.turns * 1_009 + attempt
+        rows = [Sampling(room, how.temperature, how.top_p, seed) for room in rooms]
+        streams = [TextStream(self.chat.decode) for _ in self.columns]
+
+        def on_token(row: int, token: int) -> None:
+            if piece := streams[row].push(token):
+                on_text(row, piece)
+
+        started = time.monotonic()
+        drawn = None
+        with suppress(torch.OutOfMemoryError):
+            drawn = self._streamer.draw(prompts, rows, on_token, stop)
+        if drawn is None:  # raised outside of the handler: the exception holds the conversation's tensors
+            tokens = max(len(ids) for ids in prompts)
+            raise UserError(f"the GPU's memory does not suffice for a conversation of {tokens:,} tokens.", _ROOM)
+        seconds = time.monotonic() - started
+        answers = []
+        for row, (found, stream) in enumerate(zip(drawn, streams)):
+            if piece := stream.finish():
+                on_text(row, piece)
+            full = found.finish == "length" and rooms[row] < how.max_new_tokens
+            finish = "context" if full else found.finish
+            answers.append(Answer(self.chat.text(found.tokens), finish, len(found.tokens), seconds, found.reused))
+        if not any(answer.finish == "interrupted" and not answer.text for answer in answers):
+            for column, answer in zip(self.columns, answers):
+                column.turns.append((question, answer))
+            self._attempt = attempt
+        return answers
 
     def undo(self) -> str:
-        """Take back the last question and its answers.
-
-        Returns:
-            the question.
+        """Take back the last question, which is returned, and its answers.
 
         Raises:
             UserError: there is none.
@@ -235,33 +235,31 @@ class Session:
         return questions[0]
 
     def retry(
-        self, on_text: Callable[[int, str], None] = lambda column, piece: None, stop: Callable[[], bool] = lambda: False
+        self, on_text: OnText = lambda column, piece: None, stop: Callable[[], bool] = lambda: False
     ) -> list[Answer]:
-        """Ask the last question again, with other draws; where that fails the answers of before stay.
+        """Ask the last question again, with other draws; if that fails the earlier answers stay.
 
         Raises:
             UserError: nothing was asked; or as ``ask``.
         """
         if not self.turns:
             raise UserError("nothing was asked yet.")
-        before = [column.turns[-1] for column in self.columns]
-        kept = self.turns
-        question = self.undo()
+        before = [list(column.turns) for column in self.columns]
         try:
-            return self.ask(question, on_text, stop, self._attempt + 1)
+            return self.ask(self.undo(), on_text, stop, self._attempt + 1)
         finally:
-            if self.turns < kept:
-                for column, turn in zip(self.columns, before):
-                    column.turns.append(turn)
+            if self.turns < len(before[0]):
+                for column, turns in zip(self.columns, before):
+                    column.turns = turns
 
     def reset(self) -> None:
-        """Forget what was said; settings stay."""
+        """Forget the conversation; settings stay."""
         for column in self.columns:
             column.turns.clear()
         self._streamer.forget()
 
     def agree(self, column: int) -> None:
-        """Every model goes on from what this one said last."""
+        """Give every model this one's last answer."""
         turn = self.columns[column].turns[-1]
         for other in self.columns:
             other.turns[-1] = turn
@@ -270,7 +268,7 @@ class Session:
         """The conversations in the training schema: ``messages``, and the model's name, which training ignores.
 
         Raises:
-            UserError: nothing was said, or an answer is empty, on which nothing can be trained.
+            UserError: nothing was said, or an answer is empty, which training cannot use.
         """
         if not self.turns:
             raise UserError("nothing was said yet, so there is nothing to save.")
@@ -283,13 +281,9 @@ class Session:
                     )
         return [{"messages": column.messages(self.settings.system), "model": column.model} for column in self.columns]
 
-    def cut(self, first: bool = False) -> int:
-        """How many of the remembered answers did not come to their end; of the first model alone, or of all."""
-        return sum(not answer.whole for column in self.columns[: 1 if first else None] for _, answer in column.turns)
-
 
 def trained_system(chat: Chat) -> str | None:
-    """The system turn that the stage was trained under by default (its configuration's ``system``)."""
+    """The default system turn of the stage's training (its configuration's ``system``)."""
     from ..config.load import read_dumped
 
     chain = chat.live.chain

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import signal
 import sys
 import warnings
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any, NoReturn
 
 import typer
 
 from .. import __version__
 from ..errors import Interrupted, UserError
+from ..io.interrupts import just_interrupted
+from ..io.launcher import alone, launched, speaks
 from ..model.allocator import set_allocator
 from ..ops.hub_kernels import no_hub_kernels
-from ..train.distributed import PeerEnded, World, alone, everywhere, joined, launched, nothing, speaks
+from ..train.distributed import PeerEnded, World, everywhere, joined, nothing
 from .ablate import ablate
 from .check import check
 from .console import Console
@@ -26,15 +29,6 @@ from .data_pairs import pairs
 from .data_show import show
 from .data_stats import stats
 from .distill import distill
-from .ending import (
-    abandon,
-    end_at_a_signal,
-    flushed,
-    interrupted_line,
-    just_interrupted,
-    machines_fault,
-    take_signals,
-)
 from .eval_harness import harness
 from .eval_judged import alpaca, mt_bench
 from .eval_rows import loss, preference
@@ -60,6 +54,13 @@ data_app = typer.Typer(no_args_is_help=True, help="Make data sets, and look at t
 eval_app = typer.Typer(no_args_is_help=True, help="Is it better than the base, and than the stage before?")
 export_app = typer.Typer(no_args_is_help=True, help="Take a merged model elsewhere.")
 
+_TRAINS = ("sft", "dpo", "demo", "ablate", "reproduce")
+# set before anything heavy is imported, unless the user set it
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",  # each of its retries would be a line
+    "TOKENIZERS_PARALLELISM": "false",  # a fork after tokenizing would warn
+}
 # any key of the configuration may follow a training command
 OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 KEYS = "Any key of the configuration may follow, as key=value, --key value or --key=value; docs/configuration.md lists them."
@@ -140,7 +141,7 @@ def _train(
     except UserError as error:
         raise everywhere(error, machine=True) from None
     if smoke:
-        from ..demo.rehearsal.smoke import run_smoke
+        from ..demo.smoke import run_smoke
 
         run_smoke(method, config, overrides, say=console.say)
         return
@@ -151,8 +152,8 @@ def _train(
     else:
         set_allocator()
     from ..memory.needs import needs_lines
-    from ..monitor import open_screen
-    from ..monitor.report.writer import ReportWriter
+    from ..monitor.report_writer import ReportWriter
+    from ..monitor.screens import open_screen
     from ..train.dpo import run_dpo
     from ..train.dry_run import run_dry
     from ..train.ground import StageComplete
@@ -270,58 +271,40 @@ for way in (gguf, ollama, card, push):
 add_examples(app)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The entry point; see ``run`` for the exit codes."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that knows ASCII only still gets the rest of a line
-    take_signals()
-    code = run(sys.argv[1:] if arguments is None else arguments)
-    end_at_a_signal(code)
-    sys.exit(flushed(code))
-
-
 def run(arguments: list[str]) -> int:
     """Run a command.
 
     Returns:
-        0: done (or done already); 1: a fault of ours; 2: something of the user's has to change; 130: interrupted;
-        141: nobody reads what it prints any more (as of a command that SIGPIPE ended).
+        0: done (or done already); 1: a bug in zephyr-lite; 2: the user has to change something; 130: interrupted; 141: the
+        reader of its output has gone (as of a command that SIGPIPE ended).
     """
     verbose = "--verbose" in arguments
-    with warnings.catch_warnings():
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    with warnings.catch_warnings(), no_hub_kernels():
         if not verbose and not sys.warnoptions:
             warnings.simplefilter("ignore")  # what libraries tell developers is not for users
         try:
-            return _run(arguments)
-        except BrokenPipeError:
-            # whoever read (head, less) has seen enough; what is still buffered must not fail at exit
-            abandon(sys.stdout)
-            return 128 + signal.SIGPIPE
-        except SystemExit as ended:
-            if isinstance(ended.__context__, BrokenPipeError):  # help is printed by a console of typer's own
-                abandon(sys.stdout)
+            code = app(args=arguments, prog_name="zephyr-lite", standalone_mode=False)
+            if code == 130:  # typer catches the interrupt itself
+                raise KeyboardInterrupt
+            return code if isinstance(code, int) else 0
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            # typer prints help by a console of its own, which exits where nobody reads any more
+            if isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError):
+                _discard(sys.stdout)
                 return 128 + signal.SIGPIPE
-            raise
-        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, SystemExit):
+                raise
             try:
-                return _explained(error, arguments, verbose)
-            except OSError:  # standard error cannot be written either: the exit code has to do
-                abandon(sys.stderr)
+                return _report(error, arguments, verbose)
+            except OSError:  # standard error cannot be written either: only the exit code is left
+                _discard(sys.stderr)
                 return 130 if isinstance(error, KeyboardInterrupt | Interrupted) else 2
 
 
-def _run(arguments: list[str]) -> int:
-    _quiet_libraries()
-    with no_hub_kernels():
-        code = app(args=arguments, prog_name="zephyr-lite", standalone_mode=False)
-    if code == 130:  # typer catches the interrupt itself
-        raise KeyboardInterrupt
-    return code if isinstance(code, int) else 0
-
-
-def _explained(error: BaseException, arguments: list[str], verbose: bool) -> int:
-    """Say what ended a command, and give its exit code."""
+def _report(error: BaseException, arguments: list[str], verbose: bool) -> int:
+    """Print what ended a command, and give its exit code."""
     if verbose:
         console.traceback(error)
     usage_error: Any = typer.BadParameter.__base__
@@ -329,32 +312,79 @@ def _explained(error: BaseException, arguments: list[str], verbose: bool) -> int
         if speaks():
             console.complain(error.message)
         return 130
-    if isinstance(error, PeerEnded):  # which says itself why
-        if error.heard_by == 0 and error.code:
+    if isinstance(error, PeerEnded):  # the other process prints its error
+        if speaks() and error.code:
             console.complain(error.message)
         return error.code
     if isinstance(error, KeyboardInterrupt | typer.Abort) or just_interrupted():
         if speaks():
             console.complain(interrupted_line(arguments))
         return 130
-    if isinstance(error, UserError):
-        if not getattr(error, "said_elsewhere", False):
-            console.user_error(error)
-        return 2
     if isinstance(error, usage_error):
         shown = io.StringIO()
         error.show(file=shown)
         console.complain(shown.getvalue().rstrip("\n").replace("Value error, ", ""))
         return 2
-    if (known := machines_fault(error, arguments)) is not None:
+    known = error if isinstance(error, UserError) else machine_error(error, arguments)
+    if known is None:
+        console.failure(error)
+        return 1
+    if not getattr(known, "said_elsewhere", False):
         console.user_error(known)
-        return 2
-    console.failure(error)
-    return 1
+    return 2
 
 
-def _quiet_libraries() -> None:
-    """Set before anything heavy is imported, unless the user set it."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each of its retries would be a line
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # fork after tokenizing would warn
+def interrupted_line(arguments: list[str]) -> str:
+    """What holds for every command that was interrupted anywhere."""
+    if "--dry-run" not in arguments and "--help" not in arguments:
+        if arguments[:1] and arguments[0] in _TRAINS:
+            return "interrupted; the same command resumes: from the last checkpoint, finished stages are not run again"
+        if arguments[:1] == ["merge"] or arguments[:2] in (["data", "chat"], ["data", "pairs"]):
+            return "interrupted; nothing was left half-written: start the same command again"
+    return "interrupted"
+
+
+def machine_error(error: BaseException | None, arguments: list[str]) -> UserError | None:
+    """The user's message for errors of the machine (memory, disk, permissions) among an error and its causes; None: there is
+    none."""
+    again = "The same command resumes from the last checkpoint." if arguments[:1] and arguments[0] in _TRAINS else ""
+    while error is not None:
+        text = " ".join(str(error).split())[:300]
+        if type(error).__name__ == "OutOfMemoryError":
+            return UserError(
+                f"the GPU's memory is full: {text[:200]}",
+                "Close what else runs on it, lower max_length, or set memory.vram to less than it has.",
+            )
+        if isinstance(error, MemoryError):
+            return UserError(f"main memory is full: {text or 'MemoryError'}", again)
+        if isinstance(error, OSError) and error.strerror:
+            return UserError(f"{error.strerror}{'' if error.filename is None else f': {error.filename}'}", again)
+        if "(os error " in text:  # libraries in Rust (safetensors, tokenizers) wrap the system's error into a text
+            return UserError(text, again)
+        error = error.__cause__
+    return None
+
+
+def _discard(stream: IO[str] | None) -> None:
+    """Send what a stream still holds nowhere: it cannot be written, and would fail again when Python ends."""
+    with suppress(OSError, ValueError, AttributeError):  # closed already, or no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with the exit code, once what was printed is written. A signal from here on ends it at once, whatever
+    thread or connection Python would wait for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: os._exit(code))
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError as error:
+            _discard(stream)
+            code = code or (128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2)
+    if code == 130:  # Python may remember an interrupt that was caught, and end by SIGINT instead of with this code
+        atexit._run_exitfuncs()
+        os._exit(130)
+    sys.exit(code)

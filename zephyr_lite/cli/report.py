@@ -32,8 +32,8 @@ def report(
 ) -> None:
     """Write report.html of a run, or of two runs side by side: curves, answers, rows, memory, configuration, lineage."""
     from ..io.atomic import make_folder, write_text
-    from ..monitor.report.page import run_page, side_by_side
-    from ..monitor.report.read import REPORT, read_source
+    from ..monitor.report import REPORT, run_page, side_by_side
+    from ..monitor.stage_record import read_source
 
     first = read_source(source)
     if other is None:
@@ -58,7 +58,7 @@ def check_target(target: Path) -> None:
     Raises:
         UserError: a folder or another file is there.
     """
-    from ..monitor.report.page import MARK
+    from ..monitor.report import MARK
 
     if target.is_dir():
         raise UserError(f"--out {target}: is a folder.", f"Name the file: --out {target / 'report.html'}")

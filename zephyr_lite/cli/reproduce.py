@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..io.launcher import launched
 from ..io.redact import refuse_secrets
-from ..train.distributed import launched
 from .console import Console
 from .options import Verbose, nameable
 
@@ -39,7 +39,7 @@ def reproduce(
     recipe = words.pop(0) if named else "overnight"
     # they are written into results.json
     refuse_secrets({"--judge": judge or "", "--who": who, "--out": str(out or "")}, "the command line")
-    from ..demo.rehearsal.reproduce import command_line, plan_reproduction, run_reproduction
+    from ..demo.reproduce import command_line, plan_reproduction, run_reproduction
 
     chosen = plan_reproduction(recipe, words, out=out, judge=judge, who=who)
     if dry_run:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import Interrupted, UserError
 from .console import Console, visible
 from .options import AdapterBase, Adapters, ChatTemplateOption, Source, StageName, Verbose
 
@@ -47,8 +47,8 @@ def chat(
     ] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this probability.")] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="An answer's length at most.")] = 512,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws; the same gives the same answers.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Maximum length of an answer.")] = 512,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed.")] = 0,
     verbose: Verbose = False,
 ) -> None:
     """Talk to what was trained. A prompt on stdin is answered on stdout."""
@@ -56,15 +56,13 @@ def chat(
     _check_options(compare, vote, model or [], prompts, out, terminal)
     question = "" if terminal or prompts is not None else _prompt_on_stdin()
 
+    from ..chat.rows import check_file
     from ..chat.session import Session, Settings, trained_system
 
     settings = Settings(temperature, top_p, max_new_tokens, seed, system)
     settings.check()
     say = console.say if terminal or prompts is not None else console.complain
-
     if vote is not None:
-        from ..chat.rows import check_file
-
         check_file(vote, "dpo", "--vote")  # before anything is loaded
     asked: list[str] = []
     if prompts is not None:
@@ -83,28 +81,24 @@ def chat(
             say(f"note: the system turn of training is used: {settings.system}")
     models = model or (list(live.models) if compare else [live.policy])
     if compare and len(models) < 2:
-        from ..errors import UserError
-
         raise UserError(
-            f"--compare: {live.source} is one model, {models[0]}; there is nothing beside it.",
+            f"--compare: {live.source} is one model, {models[0]}; there is nothing to compare it with.",
             "Give a run's folder (its base and stages are compared), or leave --compare out.",
         )
     session = Session(talker, models, settings)
-    if prompts is not None and out is not None:
-        from .talk_batch import answer_all
-
-        answer_all(session, asked, out, batch_size, say)
+    if out is not None:
+        _answer_all(session, asked, out, batch_size)
     elif not terminal:
-        _answer_once(session, question, say)
+        _answer_once(session, question)
     else:
+        from ..chat.repl import Repl
         from ..chat.vote import Ballot
-        from .talk_loop import Talk
 
-        Talk(session, console, compare, Ballot(vote, seed, live.source) if vote is not None else None).run()
+        Repl(session, console, compare, Ballot(vote, seed, live.source) if vote is not None else None).run()
 
 
 def in_terminal() -> bool:
-    """Whether somebody types and reads."""
+    """Whether a user types and reads."""
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
@@ -112,8 +106,6 @@ def _check_options(
     compare: bool, vote: Path | None, models: list[str], prompts: str | None, out: Path | None, terminal: bool
 ) -> None:
     """Raises UserError: options that do not go together."""
-    from ..errors import UserError
-
     if len(models) > 1 and not compare:
         raise UserError("--model is given more than once.", "Add --compare to ask several models.")
     if len(set(models)) < len(models):
@@ -121,7 +113,7 @@ def _check_options(
     if vote is not None and not compare:
         raise UserError("--vote needs answers to choose from.", "Add --compare.")
     if vote is not None and (prompts is not None or not terminal):
-        raise UserError("--vote asks somebody, in a terminal.", "Start it in one, with neither --prompts nor a pipe.")
+        raise UserError("--vote needs a terminal.", "Start it in one, with neither --prompts nor a pipe.")
     if (prompts is None) != (out is None):
         raise UserError("--prompts FILE and --out FILE go together.", "Give both, or neither to talk.")
     if out is not None:
@@ -132,9 +124,7 @@ def _check_options(
 
 
 def _prompt_on_stdin() -> str:
-    """Raises UserError: nothing on stdin, or no text."""
-    from ..errors import UserError
-
+    """Raises UserError: stdin is empty, or not text."""
     if sys.stdin is not None and sys.stdin.isatty():
         console.complain("Write the prompt; Ctrl-D on a line of its own ends it.")
     try:
@@ -148,11 +138,10 @@ def _prompt_on_stdin() -> str:
     return text.strip("\n")
 
 
-def _answer_once(session: Session, question: str, say: Callable[[str], None]) -> None:
-    """The answer on stdout and nothing else; with --compare each under its model's name."""
-    from ..errors import Interrupted
+def _answer_once(session: Session, question: str) -> None:
+    """Print the answer on stdout and nothing else; with --compare each under its model's name."""
+    from ..chat.repl import ended
     from ..io.interrupts import StopRequest
-    from .talk_screen import ended
 
     write, alone = console.out.file.write, len(session.columns) == 1
 
@@ -166,7 +155,68 @@ def _answer_once(session: Session, question: str, say: Callable[[str], None]) ->
     for column, answer in zip(session.columns, answers):
         write("\n" if alone else f"## {column.model}\n\n{visible(answer.text)}\n\n")
         if (how := ended(answer.finish, answer.tokens)) and stop.name is None:
-            say(f"note: {'' if alone else column.model + ': '}{how}")
+            console.complain(f"note: {'' if alone else column.model + ': '}{how}")
     console.out.file.flush()
     if stop.name is not None:
         raise Interrupted("interrupted; the answer ends where it was")
+
+
+def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> None:
+    """Answer every prompt with every model of the session; each batch is in the file as soon as it is answered.
+
+    A row: ``messages`` (the training schema), ``model``, ``finish_reason``, and ``prompt_number`` (from 1). A prompt that
+    cannot be asked is named, counted, and left out.
+
+    Raises:
+        UserError: not one of the prompts can be asked.
+        Interrupted: Ctrl-C; what was answered is in the file.
+    """
+    from ..chat.rows import append_rows
+    from ..io.interrupts import StopRequest
+    from ..io.words import short
+    from ..model.sampling import Sampling
+
+    how = session.settings
+    head = [{"role": "system", "content": how.system}] if how.system else []
+    conversations = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
+    usable: list[tuple[int, Any, Sampling]] = []
+    for place, messages in enumerate(conversations):
+        try:
+            ids = session.prompt_ids(messages)
+            seed = how.seed * 1_000_003 + place
+            usable.append((place, ids, Sampling(session.room(len(ids)), how.temperature, how.top_p, seed)))
+        except UserError as error:
+            console.say(f"note: prompt {place + 1} ({short(prompts[place], 60)}) is left out: {error.message}")
+    if not usable:
+        raise UserError("none of the prompts can be asked.", "See why above.")
+    done = cut = count = 0
+    with StopRequest("the current batch is dropped") as stop:
+        for start in range(0, len(usable), batch):
+            places, ids_of, sampling = zip(*usable[start : start + batch])
+            rows = []
+            for column in session.columns:
+                answers = session.chat.sample(
+                    ids_of,
+                    sampling,
+                    adapters=session.chat.live.models[column.model],
+                    stop=lambda: stop.name is not None,
+                )
+                rows += [
+                    {
+                        "messages": [*conversations[place], {"role": "assistant", "content": answer.text}],
+                        "model": column.model,
+                        "finish_reason": answer.finish_reason,
+                        "prompt_number": place + 1,
+                    }
+                    for place, answer in zip(places, answers)
+                ]
+            if stop.name is not None:
+                raise Interrupted(f"interrupted; the answers to {done:,} of {len(prompts):,} prompts are in {out}")
+            append_rows(out, rows)
+            done, count = done + len(places), count + len(rows)
+            cut += sum(row["finish_reason"] == "length" for row in rows)
+            console.say(f"{done:,} of {len(usable):,} prompts answered")
+    if cut:
+        console.say(f"note: {cut:,} answers were cut at their length; --max-new-tokens allows more")
+    refused = len(prompts) - len(usable)
+    console.say(f"{count:,} answers are in {out}{f'; {refused:,} prompts were left out' if refused else ''}")

@@ -1,8 +1,8 @@
-"""Keys of TRL's, transformers' and the alignment handbook's YAML files, in this project's words.
+"""Keys of TRL's, transformers' and the alignment handbook's YAML files, translated to this project's.
 
-Every field of TRL's configuration classes has one verdict, and a test compares the list with the installed TRL: it is a
-key here, or translated (``ALIASES``, ``TRANSLATED``); it changes nothing here (``ACCEPTED``); or it would change what is
-trained, and is refused but for the values that do not (``REFUSED``).
+Every field of TRL's configuration classes has one verdict, and a test compares the tables with the installed TRL: it is
+a key here, or translated (``ALIASES``, ``TRANSLATED``); it has no effect here (``ACCEPTED``); or it would change the
+training, and only the values that do not are accepted (``REFUSED``).
 """
 
 from __future__ import annotations
@@ -187,24 +187,24 @@ _UNSET = (
     "save_total_limit",
     "hub_private_repo",
 )
-PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # of a batch
+BATCH_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def rename(
     values: dict[str, Any], where: str, own: Collection[str], notes: list[str], *, file: bool = False, dpo: bool = False
 ) -> dict[str, Any]:
-    """Other tools' keys to ours; the combinations first (micro-batch times accumulation, data-set mixtures).
+    """Other tools' keys as this project's; combinations first (micro-batch × accumulation, data-set mixtures).
 
     Args:
-        values: what a file or the command line says.
-        where: that file, or "the command line", for messages.
+        values: keys and values of a file or of the command line.
+        where: the file, or "the command line", for messages.
         own: the keys of the schema.
-        notes: gets a line for each key that was renamed or that changes nothing here.
-        file: they are a whole file; what TRL would have done without a key counts too.
-        dpo: the stage's method.
+        notes: one line is added for each key that was renamed or has no effect.
+        file: the values are a whole file, so TRL's defaults for missing keys count too.
+        dpo: the stage is dpo.
 
     Raises:
-        UserError: unknown keys, refused ones, or ones that cannot be translated; all of them in one message.
+        UserError: unknown or refused keys, or values that cannot be translated; all of them in one message.
     """
     faults: list[str] = []
     taken = dict(values)
@@ -228,7 +228,7 @@ def rename(
     hub_id = taken.pop("hub_model_id", None)
     if taken.get("push_to_hub") is True:  # transformers' way: a switch, and a name beside it
         if not hub_id:
-            faults.append("push_to_hub says that, not where to. Set push_to_hub=OWNER/NAME.")
+            faults.append("push_to_hub: true needs a repository. Set push_to_hub=OWNER/NAME.")
         taken["push_to_hub"] = hub_id
     _losses(taken, faults, notes, dpo)
     warmup = number(taken.get("warmup_steps"))
@@ -277,12 +277,12 @@ def rename(
 
 
 def of_others(values: Collection[str], own: Collection[str]) -> bool:
-    """Whether a key is another tool's own, and not only another name."""
+    """Whether a key belongs to another tool only; a mere alias does not count."""
     return any(key not in own and (key in TRANSLATED or key in ACCEPTED or key in REFUSED) for key in values)
 
 
 def _one_name(values: dict[str, Any], faults: list[str]) -> None:
-    """A key that stands there under several names must have one value under all of them."""
+    """Merge the values of a key written under two names; different values are a fault."""
     for key, ours in ALIASES.items():
         if key in values and ours in values:
             one, other = values.pop(key), values[ours]
@@ -292,15 +292,15 @@ def _one_name(values: dict[str, Any], faults: list[str]) -> None:
 
 
 def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
-    parts = {key: value for key in PARTS if (value := values.pop(key, None)) is not None}
+    parts = {key: value for key in BATCH_PARTS if (value := values.pop(key, None)) is not None}
     sizes = [number(value) for value in parts.values()]
-    if not all(size is not None and size.is_integer() for size in sizes):
+    if any(size is None or not size.is_integer() for size in sizes):
         faults.append(f"{', '.join(f'{key} {short(value)}' for key, value in parts.items())}: must be whole numbers.")
     elif parts and ("batch_size" in values or "train_batch_size" in values):
-        faults.append(f"batch_size and {', '.join(parts)}: the batch is said twice. Keep one.")
-    elif parts and PARTS[0] not in parts:
+        faults.append(f"batch_size and {', '.join(parts)}: the batch size is set twice. Keep one.")
+    elif parts and BATCH_PARTS[0] not in parts:
         faults.append(
-            f"{PARTS[1]}: of what micro-batch? Name {PARTS[0]} too (TRL's default is 8), or batch_size alone."
+            f"{BATCH_PARTS[1]}: of what micro-batch? Name {BATCH_PARTS[0]} too (TRL's default is 8), or batch_size alone."
         )
     elif parts:
         result["batch_size"] = math.prod(int(size) for size in sizes if size is not None)
@@ -308,7 +308,7 @@ def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str
 
 
 def _losses(values: dict[str, Any], faults: list[str], notes: list[str], dpo: bool) -> None:
-    """Which tokens are learned, and by which loss."""
+    """Translate the keys that choose supervised tokens and the loss."""
     assistant = take(values, "assistant_only_loss", bool, faults)
     completion = take(values, "completion_only_loss", bool, faults)
     if assistant is not None or completion is not None:
@@ -327,7 +327,7 @@ def _losses(values: dict[str, Any], faults: list[str], notes: list[str], dpo: bo
 
 
 def unknown_key(key: str, own: Collection[str]) -> str:
-    """What to say of a key that is none: the nearest known one."""
+    """The message for an unknown key, with the nearest known one."""
     if option := difflib.get_close_matches(
         key[:100].replace("_", ""), ("dryrun", "config", "verbose"), n=1, cutoff=0.75
     ):

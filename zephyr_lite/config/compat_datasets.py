@@ -1,4 +1,4 @@
-"""Every way in which TRL and the alignment handbook name data sets, as ``dataset`` and ``eval_dataset``."""
+"""Data sets as TRL and the alignment handbook name them, translated to ``dataset`` and ``eval_dataset``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from ..io.words import short
 
-# of a data set in a mixture: the handbook's names and TRL's -> ours
+# keys of a data set in a mixture: the handbook's and TRL's -> ours
 _ENTRY = {"id": "path", "config": "name"}
-# columns that TRL gives to the chat template
+# columns that TRL passes to the chat template
 _RENDERED = ("tools", "chat_template_kwargs")
 
 
 def translate_datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
-    """Every way to name data sets: TRL's ``dataset_name`` and ``datasets``, the handbook's ``dataset_mixer`` {path:
-    share} and ``dataset_mixture``; then the rows that are held out of them, and the column of texts."""
+    """Translate TRL's ``dataset_name`` and ``datasets``, the handbook's ``dataset_mixer`` {path: share} and
+    ``dataset_mixture``; then the held-out rows and the text column."""
     given = [k for k in ("dataset", "dataset_name", "datasets", "dataset_mixer", "dataset_mixture") if values.get(k)]
     if len(given) > 1:
         faults.append(f"{', '.join(given)}: the data sets are named more than once. Keep one.")
@@ -30,7 +30,7 @@ def translate_datasets(values: dict[str, Any], result: dict[str, Any], faults: l
     mixture.setdefault("datasets", values.pop("datasets", None))
     entries = take(mixture, "datasets", list, faults)
     size = mixture.pop("test_split_size", values.pop("test_split_size", None))
-    mixture.pop("seed", None)  # of the draws, which this project makes by its own
+    mixture.pop("seed", None)  # rows are drawn with the run's seed
     faults += [f"there is no key 'dataset_mixture.{key}'." for key in mixture]
     if entries:
         result["dataset"] = [spec for entry in entries for spec in _entry(entry, faults)]
@@ -76,13 +76,13 @@ def translate_datasets(values: dict[str, Any], result: dict[str, Any], faults: l
 
 
 def _specs(value: Any) -> list[dict[str, Any]]:
-    """Data sets as keys and values; none where they are something else, which the schema refuses."""
+    """Data sets as keys and values; [] for values that the schema will refuse."""
     entries = [{"path": e} if isinstance(e, str) else e for e in (value if isinstance(value, list) else [value])]
     return entries if all(isinstance(entry, dict) for entry in entries) else []
 
 
 def _entry(entry: Any, faults: list[str]) -> list[dict[str, Any]]:
-    """A data set of a mixture in our keys; several where it names several files."""
+    """A data set of a mixture in this project's keys, once for each of its files."""
     if not isinstance(entry, dict):
         faults.append(f"datasets: {short(entry)} is not keys and values such as {{path: a/b, split: train}}.")
         return []
@@ -115,7 +115,7 @@ def _hold_out(
     else:
         share = rows if rows < 1 else math.ceil(rows / len(specs))
         result["dataset"] = [{**spec, "test_size": share} for spec in specs]
-        # a share of a set of which a share is taken; but so many rows are so many
+        # a number of held-out rows does not scale with the data set's weight
         own = [spec if rows < 1 else {**spec, "weight": 1.0} for spec in result["dataset"]]
         result["eval_dataset"] = [{**spec, "part": "test"} for spec in own]
         each = f", {share:,} of each data set" if rows >= 1 and len(specs) > 1 else ""
@@ -123,7 +123,7 @@ def _hold_out(
 
 
 def take(values: dict[str, Any], key: str, kind: type, faults: list[str]) -> Any:
-    """A key's value, taken out; None where there is none or one of another kind, which is a fault."""
+    """Pop a key's value; None if it is missing, or of another type, which is a fault."""
     value = values.pop(key, None)
     if value is None or isinstance(value, kind):
         return value
@@ -133,7 +133,7 @@ def take(values: dict[str, Any], key: str, kind: type, faults: list[str]) -> Any
 
 
 def number(value: Any) -> float | None:
-    """A number, also one that YAML reads as a text (1e-8); None where it is none."""
+    """A number, also one that YAML reads as a text (1e-8); None for anything else."""
     try:
         return None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

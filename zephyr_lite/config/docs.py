@@ -1,6 +1,6 @@
-"""The list of all configuration keys as Markdown, made of the schema: ``python -m zephyr_lite.config.docs``.
+"""The reference of all configuration keys as Markdown: ``python -m zephyr_lite.config.docs``.
 
-``--into FILE`` puts it between the marks of a document, as in ``docs/configuration.md``; a test compares the two.
+``--into FILE`` writes it between the two marks of a document, such as ``docs/configuration.md``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from ..errors import UserError
 from ..io.atomic import write_text
+from ..io.reading import read_text
 from .compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
 from .load import load_config
 from .schema import DPO_DEFAULTS, PARTS, DatasetSpec, MemorySpec, RunConfig
@@ -25,7 +26,7 @@ BEGIN, END = (
     "<!-- end of keys -->",
 )
 _WORDS = {str: "text", int: "whole number", float: "number", bool: "true, false", type(None): "null"}
-# what the shipped recipe sets although it is no default: how often is a matter of a run's length
+# keys that the shipped recipe sets to other values than the defaults, because they depend on a run's length
 _SHIPPED = ("eval_steps", "save_steps")
 
 
@@ -49,13 +50,8 @@ def keys_as_markdown() -> str:
     lines += ["", "### Accepted, and without effect", "", "| key | why |", "|---|---|"]
     for why, items in groupby(ACCEPTED.items(), key=lambda item: item[1]):
         lines.append(f"| {', '.join(f'`{key}`' for key, _ in items)} | {why} |")
-    lines += [
-        "",
-        "### Refused, but for null and the values that change nothing",
-        "",
-        "| key | accepted | why of others |",
-    ]
-    lines += ["|---|---|---|", *(_refused(key) for key in REFUSED)]
+    lines += ["", "### Refused, except null and the values without effect", ""]
+    lines += ["| key | accepted | why not others |", "|---|---|---|", *(_refused(key) for key in REFUSED)]
     return "\n".join(lines).strip() + "\n"
 
 
@@ -66,14 +62,14 @@ def _refused(key: str) -> str:
 
 
 def values_of(info: FieldInfo) -> str:
-    """What a key may be, in words: its type and its limits."""
+    """A key's type and limits, in words."""
     kinds = [each for each in _types(info.annotation) if each != _WORDS[type(None)]]
     nothing = [_WORDS[type(None)]] if len(kinds) < len(_types(info.annotation)) else []
     return ", ".join([", ".join(kinds) + _limits(info), *nothing])
 
 
 def default_of(name: str, info: FieldInfo) -> str:
-    """A key's default; dpo's behind a semicolon where it is another one, and the shipped recipe's where that differs."""
+    """A key's default; after a semicolon dpo's, if it differs; then the shipped recipe's, if it differs."""
     sft, dpo = _value(name, info.default), _value(name, DPO_DEFAULTS.get(name, info.default))
     text = sft if sft == dpo else f"{sft}; {dpo}"
     if name in _SHIPPED:
@@ -104,7 +100,7 @@ def _types(annotation: Any) -> list[str]:
 
 
 def _limits(info: FieldInfo) -> str:
-    """The least and the largest value; a limit that is only there against overflow is left out."""
+    """The smallest and the largest value, without limits that only prevent overflow."""
     found = []
     for limit in info.metadata:
         for sign, word in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
@@ -115,7 +111,7 @@ def _limits(info: FieldInfo) -> str:
 
 
 def _value(name: str, value: Any) -> str:
-    """A default as one would write it in YAML."""
+    """A default as written in YAML."""
     if name in ("dataset", "eval_dataset"):
         first = value if isinstance(value, dict) else value[0].model_dump()
         return f"{first['path'].split('/')[-1]}, {first['split']}"
@@ -132,35 +128,28 @@ def _value(name: str, value: Any) -> str:
 
 
 def into(path: Path) -> None:
-    """Replace what stands between the marks of a Markdown file.
+    """Replace the text between the marks of a Markdown file.
 
     Raises:
-        UserError: the file cannot be read, or has not both marks.
+        UserError: the file cannot be read, or lacks a mark.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}", "Name a Markdown file.") from None
+    text = read_text(path)
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"{path}: has not the two marks that the list stands between.", f"Put {BEGIN} and {END} there.")
+        raise UserError(f"{path}: lacks the two marks around the list.", f"Put {BEGIN} and {END} there.")
     write_text(path, f"{before}{BEGIN}\n\n{keys_as_markdown()}\n{END}{after}")
 
 
 def main(arguments: list[str]) -> int:
-    """Print the list, or put it into a document (``--into FILE``).
-
-    Returns:
-        0, or 2 with a line on standard error.
-    """
+    """Print the list, or write it into a document (``--into FILE``); 0, or 2 with a message on standard error."""
     try:
         if not arguments:
             print(keys_as_markdown(), end="")
         elif len(arguments) == 2 and arguments[0] == "--into":
             into(Path(arguments[1]))
         else:
-            raise UserError(f"{' '.join(arguments)}: is not understood.", "Give nothing, or --into FILE.")
+            raise UserError(f"{' '.join(arguments)}: is not understood.", "Give none, or --into FILE.")
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """The configuration of a run: one flat set of keys for both stages (``schema``), YAML files, ``key=value`` overrides.
 
-Names are those that TRL, PEFT and transformers use. A YAML file written for TRL or for the alignment handbook
-runs as it is (``foreign_keys``). Every unknown key is refused, with the nearest known one.
+Keys have the names of TRL, PEFT and transformers. A YAML file written for TRL or for the alignment handbook runs
+unchanged (``compat``). Unknown keys are refused, with the nearest known one.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from pydantic import ValidationError
 from ..errors import UserError
 from ..io.redact import refuse_secrets
 from ..io.words import short
-from .compat import ALIASES, PARTS, of_others, rename, unknown_key
+from .compat import ALIASES, BATCH_PARTS, of_others, rename, unknown_key
 from .presets import find_config
 from .schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
-from .strict_yaml import WORD, dump_yaml, read_word, read_yaml
+from .strict_yaml import dump_yaml, read_word, read_yaml
 
 Method = Literal["sft", "dpo"]
 
 
 @dataclass
 class Loaded:
-    """A resolved configuration, which keys somebody set, and what was said on the way.
+    """A resolved configuration.
 
     Attributes:
         config: the validated keys.
-        given: the keys that the file or the command line set (the others are defaults).
-        notes: one line for each key that was renamed or that changes nothing here.
+        given: the keys that the file or the command line set; the others are defaults.
+        notes: one line for each key that was renamed or has no effect.
         source: the YAML file, or None.
-        foreign: it is another tool's.
+        foreign: the file is another tool's.
     """
 
     config: RunConfig
@@ -48,24 +48,24 @@ def load_config(
     """Resolve defaults, then ``base`` (inherited settings), then the YAML file, then the overrides.
 
     Args:
-        method: which stage's defaults to start from.
+        method: the stage, for its defaults.
         file: a YAML file or a shipped configuration's name.
         overrides: ``key=value``, ``nested.key=value``, ``--key value`` or ``--key=value`` words.
         base: settings inherited from the stage before; they do not count as given.
 
     Raises:
-        UserError: a file that cannot be read, an unknown key, or a value that does not fit.
+        UserError: a file that cannot be read, unknown keys, or invalid values; all of a file's in one message.
     """
     path = find_config(file) if file else None
     notes: list[str] = []
     given: dict[str, Any] = {}
     written: dict[str, Any] = {}
+    own = RunConfig.model_fields
     defaults = {**(DPO_DEFAULTS if method == "dpo" else {}), **(base or {})}
     if path is not None:
-        own = RunConfig.model_fields
         written = read_yaml(path)
         given = rename(written, str(path), own, notes, file=True, dpo=method == "dpo")
-        _no_stranger_held_out(set(given), given, notes)
+        _drop_default_eval(set(given), given, notes)
         if given.get("stage") == ("dpo" if method == "sft" else "sft"):
             raise UserError(
                 f"{path}: stage: {given['stage']}: this file is for zephyr-lite {given['stage']}, and not for {method}.",
@@ -73,33 +73,31 @@ def load_config(
             )
     words = _parse_overrides(overrides or [])
     flat = {key: value for key, value in words if "." not in key}
-    if not flat.keys().isdisjoint(PARTS):  # one of them stands in for the file's, and the other stays
-        flat = {key: written[key] for key in PARTS if key in written} | flat
-    said = rename(flat, "the command line", RunConfig.model_fields, notes, dpo=method == "dpo")
-    nested = [word for word in words if "." in word[0]]
-    _no_stranger_held_out({*said, *(key.removesuffix(".path") for key, _ in nested)}, said, notes)
-    if "warmup_ratio" in said:  # it would lose against the file's steps
+    nested = [(key, value) for key, value in words if "." in key]
+    if not flat.keys().isdisjoint(BATCH_PARTS):  # one of them on the command line is multiplied with the file's other
+        flat = {key: written[key] for key in BATCH_PARTS if key in written} | flat
+    said = rename(flat, "the command line", own, notes, dpo=method == "dpo")
+    _drop_default_eval({*said, *(key.removesuffix(".path") for key, _ in nested)}, said, notes)
+    if "warmup_ratio" in said:  # the file's warmup_steps would override it
         given.pop("warmup_steps", None)
     given.update(said)
-    # a path begins a data set anew, so it comes before what is said about the data set, whatever the order of words
+    # dataset.path resets the data set, so it is applied before its other keys, in any order of words
     for key, value in sorted(nested, key=lambda word: not word[0].endswith(".path")):
         _set_nested(given, key, value, defaults)
+    typed = {*said, *(key.split(".")[0] for key, _ in nested)}
     values = {**defaults, **given}
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         keys = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
-        typed = {*said, *(key.split(".")[0] for key, _ in nested)}
-        # a rule over several keys belongs to no place: whoever typed one of those it names is told
-        keys = keys or {key for key in typed if key in str(error)}
+        keys = keys or {key for key in typed if key in str(error)}  # a rule over several keys has no place
         by_words = path is None or (keys and keys <= typed)
         raise UserError(_explain(error, "the command line" if by_words else str(path), values)) from None
-    typed = {*said, *(key.split(".")[0] for key, _ in nested)}
     for key, value in config.model_dump(mode="json").items():
         refuse_secrets({key: value}, "the command line" if path is None or key in typed else str(path))
     if both := [spec.path for spec in config.eval_dataset if spec in config.dataset]:
         notes.append(f"{', '.join(both)}: the rows of eval_dataset are trained on too, so their loss says little")
-    return Loaded(config, set(given), notes, path, of_others(written, RunConfig.model_fields))
+    return Loaded(config, set(given), notes, path, of_others(written, own))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -111,57 +109,45 @@ def read_dumped(path: Path) -> dict[str, Any]:
     """The keys that ``dump_config`` wrote.
 
     Raises:
-        UserError: the file is gone or broken.
+        UserError: the file is missing or broken.
     """
     return read_yaml(path)
 
 
 def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, str]] = []
-    position = 0
-    while position < len(words):
-        word = words[position]
-        position += 1
-        if "=" in word:
-            key, text = word.split("=", 1)
-        elif word.startswith("--"):
-            if position == len(words) or words[position].startswith("--"):
-                raise UserError(f"{word} needs a value.", f"Write {word}=true, for instance.")
-            key, text = word, words[position]
-            position += 1
-        elif word.endswith((".yaml", ".yml")):
-            raise UserError(f"{short(word)} is neither key=value nor --key value.", f"Write --config {short(word)}.")
-        else:
-            raise UserError(
-                f"{short(word)} is neither key=value nor --key value.",
-                "No space stands around the =, and a value with spaces in it stands in quotes: system='Be brief.'",
-            )
-        pairs.append((key.lstrip("-").replace("-", "_"), text))
+    """(key, value) of each override."""
     result = []
-    for key, text in pairs:
-        if len(text) > WORD:
-            raise UserError(
-                f"the command line: {short(key)}: a value of {len(text):,} letters; at most {WORD:,} are read.",
-                "Put it into a file, and name that with --config.",
-            )
+    remaining = iter(words)
+    for word in remaining:
+        key, equals, text = word.partition("=")
+        if not equals and word.startswith("--"):
+            text = next(remaining, "--")
+            if text.startswith("--"):
+                raise UserError(f"{word} needs a value.", f"Write {word}=true, for instance.")
+        elif not equals:
+            hint = "Write no spaces around the =, and quote a value with spaces: system='Be brief.'"
+            if word.endswith((".yaml", ".yml")):
+                hint = f"Write --config {short(word)}."
+            raise UserError(f"{short(word)} is neither key=value nor --key value.", hint)
+        key = key.lstrip("-").replace("-", "_")
         result.append((key, read_word(text, numbers=ALIASES.get(key, key) not in _TEXTS)))
     return result
 
 
-def _no_stranger_held_out(keys: set[str], given: dict[str, Any], notes: list[str]) -> None:
-    """Rows of one's own are not evaluated on the recipe's held-out ones, which would be fetched for it."""
+def _drop_default_eval(keys: set[str], given: dict[str, Any], notes: list[str]) -> None:
+    """Set ``eval_dataset`` to null for a ``dataset`` without one: the recipe's held-out rows do not belong to it."""
     if "dataset" in keys and not any(key.startswith("eval_dataset") for key in keys):
         given["eval_dataset"] = None
         notes.append("no eval_dataset was named with this dataset, so nothing is held out")
 
 
 def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str, Any]) -> None:
-    """``dataset.path=X`` reaches into one data set, ``dataset.columns.prompt=question`` into its map."""
+    """Set ``dataset.split`` or ``memory.keep`` in place, or ``dataset.columns.prompt`` in the map of columns."""
     head, _, rest = key.partition(".")
     if head not in ("dataset", "eval_dataset", "memory"):
         raise UserError(f"the command line: {unknown_key(key, RunConfig.model_fields)}")
     current = target.get(head, defaults.get(head))
-    if head not in target and head not in defaults and head != "memory":
+    if head != "memory" and head not in target and head not in defaults:
         current = [spec.model_dump(exclude_defaults=True) for spec in RunConfig.model_fields[head].default]
     if isinstance(current, list):
         if len(current) > 1:
@@ -171,7 +157,7 @@ def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str
         current = {"path": current} if head != "memory" else {}
     current = dict(current or {})
     if rest == "path":
-        current = {"path": value}  # another path's split, limit and columns are not this one's
+        current = {"path": value}  # split, limit and columns were of the other path
     elif rest.startswith("columns."):
         named = current.get("columns")
         current["columns"] = {**(named if isinstance(named, dict) else {}), rest.removeprefix("columns."): value}
@@ -181,9 +167,9 @@ def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str
 
 
 _TEXTS = {key for key, field in RunConfig.model_fields.items() if field.annotation in (str, str | None)}
-# what pydantic says in its own terms
-_PLAIN_WORDS = {
-    "string_type": "Input should be a text; one that reads as something else stands in quotes, as in \"'2024'\"",
+# replaces pydantic's own wording
+_MESSAGES = {
+    "string_type": "Input should be a text; quote one that YAML reads as another type, as in \"'2024'\"",
     "int_parsing": "Input should be a whole number, without a unit",
     "int_from_float": "Input should be a whole number",
     "bool_parsing": "Input should be true or false",
@@ -192,27 +178,24 @@ _PLAIN_WORDS = {
 
 
 def _explain(error: ValidationError, where: str, values: dict[str, Any]) -> str:
+    """All faults of a configuration, one a line."""
     lines = []
     for item in error.errors():
         parts = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
         several = values.get(str(parts[0])) if parts else None
         if parts[1:2] == [0] and not (isinstance(several, list) and len(several) > 1):
-            del parts[1]  # the only entry of a list, which perhaps nobody wrote as one
+            del parts[1]  # the only entry of a list, which the user may have written without one
         place = ".".join(map(str, parts))
-        message = _PLAIN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
+        if item["type"] == "extra_forbidden":
+            fields = MemorySpec.model_fields if parts[0] == "memory" else DatasetSpec.model_fields
+            known = [".".join(map(str, [*parts[:-1], key])) for key in fields]
+            lines.append(unknown_key(place, known if len(parts) > 1 else RunConfig.model_fields))
+            continue
+        message = _MESSAGES.get(item["type"], item["msg"].removeprefix("Value error, "))
         if place in ("memory.vram", "memory.host"):
             message = "Input should be a size with its unit, such as 8GiB"
         elif place == "memory":
             message = "Input should be auto, or some of its keys: memory.vram=8GiB, in a file {vram: 8GiB}"
-        if item["type"] == "extra_forbidden":
-            inner = MemorySpec if parts[0] == "memory" else DatasetSpec
-            known = (
-                RunConfig.model_fields
-                if len(parts) == 1
-                else [".".join(map(str, [*parts[:-1], key])) for key in inner.model_fields]
-            )
-            lines.append(unknown_key(place, known))
-        else:
-            found = "" if item["type"] == "missing" or not place else f" (found {short(item['input'])})"
-            lines.append(f"{place + ': ' if place else ''}{message}{found}.")
+        found = "" if item["type"] == "missing" or not place else f" (found {short(item['input'])})"
+        lines.append(f"{place + ': ' if place else ''}{message}{found}.")
     return f"{where}: " + "\n".join(dict.fromkeys(lines))

@@ -1,4 +1,4 @@
-"""The YAML files that travel with the package, by name."""
+"""The YAML files shipped with the package, by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..io.reading import is_file, is_folder, refuse_special
 
-# folders of shipped files that are not the configuration of a stage
+# folders of shipped files that do not configure a stage
 OTHER_CONFIGS = ("tables", "feedback")
 
 
@@ -22,17 +22,17 @@ def find_config(name: str) -> Path:
     if is_file(path):
         return path
     shipped = preset_configs()
-    if name.removesuffix(".yaml") in shipped:
-        return shipped[name.removesuffix(".yaml")]
+    if (found := shipped.get(name.removesuffix(".yaml"))) is not None:
+        return found
     raise not_found(f"configuration {name[:300]}", path, f"a shipped one: {', '.join(shipped)}")
 
 
 def not_found(what: str, path: Path, known: str) -> UserError:
-    """What to say where a YAML file was to be; a folder is told from nothing.
+    """The error for a YAML file that does not exist, or for a folder in its place.
 
     Args:
         what: the kind of file, and its name as the user wrote it.
-        known: what else could be named.
+        known: other names that exist.
     """
     if not is_folder(path):
         return UserError(f"{what}: there is no such file.", f"Give a YAML file, or {known}.")
@@ -43,18 +43,16 @@ def not_found(what: str, path: Path, known: str) -> UserError:
 
 
 def preset_configs(kind: str = "stages") -> dict[str, Path]:
-    """{name: path} of the YAML files that travel with the package.
+    """{name: path} of the shipped YAML files.
 
     Args:
-        kind: ``stages``, what a training command takes; or one of the folders of other files: ``tables`` (ablations),
-            ``feedback``, without that folder in the name.
+        kind: ``stages`` (the configurations of training commands), ``tables`` (ablations) or ``feedback``; the names
+            of the last two leave their folder out.
     """
-    root = Path(__file__).resolve().parents[1] / "configs"
-    found = {}
-    for path in sorted((root if kind == "stages" else root / kind).rglob("*.yaml")):
-        parts = path.relative_to(root).parts
-        if kind != "stages":
-            found["/".join(parts[1:]).removesuffix(".yaml")] = path
-        elif parts[0] not in OTHER_CONFIGS:
-            found["/".join(parts).removesuffix(".yaml")] = path
-    return found
+    configs = Path(__file__).resolve().parents[1] / "configs"
+    root = configs if kind == "stages" else configs / kind
+    return {
+        path.relative_to(root).with_suffix("").as_posix(): path
+        for path in sorted(root.rglob("*.yaml"))
+        if kind != "stages" or path.relative_to(root).parts[0] not in OTHER_CONFIGS
+    }

@@ -1,4 +1,4 @@
-"""Rows → examples → packed rows: everything that happens to data before the first step."""
+"""Rows → tokenized examples → packed rows: the preparation of data before the first step."""
 
 from __future__ import annotations
 
@@ -17,30 +17,29 @@ from ..config.load import DatasetSpec, RunConfig
 from ..errors import UserError
 from .chat_template import ChatTemplate, Example, Pair, PairExample
 from .formats import Method, RowError
-from .load import PARALLEL_ROWS, cache_key, load_rows, processes, summarise
-from .opening import quiet
+from .load import load_rows, summarise
 from .packing import best_fit, cut_conversation, cut_pair
-from .workers import interruptible
+from .workers import map_rows
 
 _PLACES = 5
 
-_SFT = ("ids", "mask")
-_DPO = Pair._fields
+# columns of arrays
+_ARRAYS: dict[Method, tuple[str, ...]] = {"sft": ("ids", "mask"), "dpo": Pair._fields}
 
 
 @dataclass
 class DataReport:
-    """What became of the rows, for the console and for a run's ``stage.json``.
+    """Counts of prepared data, for the console and for a run's ``stage.json``.
 
     Attributes:
         what: "training" or "evaluation".
-        notes: what was read, and as which format.
-        read: rows looked at; kept: examples made of them (repeats included).
-        dropped: reason → places of the rows left out; changed: what was changed in rows that stayed → places.
-        cut: examples cut to ``max_length``; prompts_cut: of these, pairs whose prompt was cut too.
+        notes: the sources, their formats and their numbers of rows.
+        read: rows read; kept: examples made of them (repeats included).
+        dropped: reason → places of the rows left out; changed: change → places of the rows it was made in.
+        cut: examples cut to ``max_length``; prompts_cut: pairs among them with a cut prompt.
         supervised_lost: supervised tokens lost by cutting.
-        rows: packed rows (sft) or pairs (dpo); tokens: in all of them; supervised: of these, targets.
-        fill: tokens / (rows × max_length); None for pairs, which are not packed before the plan.
+        rows: packed rows (sft) or pairs (dpo); tokens: their tokens; supervised: their targets.
+        fill: tokens / (rows × max_length); None for pairs, which are packed by the plan.
         longest: tokens of the longest example.
     """
 
@@ -64,10 +63,10 @@ class DataReport:
         pairs = self.fill is None
         unit = "pairs" if pairs else "conversations"
         result = [f"{self.what} data: {note}" for note in self.notes]
-        for reason, where in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
-            result.append(f"left out, {reason}: {_places(where)}")
-        for reason, where in sorted(self.changed.items(), key=lambda item: -len(item[1])):
-            result.append(f"{reason}: {_places(where)}")
+        for reasons, before in ((self.dropped, "left out, "), (self.changed, "")):
+            for reason, where in sorted(reasons.items(), key=lambda item: -len(item[1])):
+                places = f"{', '.join(where[:_PLACES])}{', …' if len(where) > _PLACES else ''}"
+                result.append(f"{before}{reason}: {len(where):,} ({places})")
         if self.cut:
             extra = f", {self.prompts_cut:,} of them on the prompt's left" if self.prompts_cut else ""
             result.append(
@@ -81,7 +80,7 @@ class DataReport:
         return result
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for JSON: counts, and the first places of each reason."""
+        """The fields for JSON; places as a count and the first few."""
         values = dict(vars(self))
         for key in ("dropped", "changed"):
             values[key] = {
@@ -90,16 +89,12 @@ class DataReport:
         return values
 
 
-def _places(where: Sequence[str]) -> str:
-    return f"{len(where):,} ({', '.join(where[:_PLACES])}{', …' if len(where) > _PLACES else ''})"
-
-
 class Examples(Sequence[Any]):
-    """Examples read one at a time from an arrow table on disk: ``len``, ``[i]``, iteration."""
+    """Examples, each read from an Arrow table on disk when it is indexed."""
 
     def __init__(self, table: datasets.Dataset, method: Method) -> None:
         self._table = table.with_format("arrow")
-        self._columns = _SFT if method == "sft" else _DPO
+        self._columns = _ARRAYS[method]
         self._kind: type[Example] | type[PairExample] = Example if method == "sft" else PairExample
 
     def __len__(self) -> int:
@@ -121,7 +116,7 @@ class Examples(Sequence[Any]):
         return (self[i] for i in range(len(self)))
 
     def columns(self, *names: str) -> datasets.Dataset:
-        """Columns of all examples as Arrow: ids and masks, and where, length, supervised, lost, cut."""
+        """Columns of all examples as Arrow: arrays, where, length, supervised, lost, cut."""
         return self._table.select_columns(list(names)).with_format("arrow")
 
 
@@ -131,10 +126,10 @@ class TokenizedDataset:
 
     Attributes:
         examples: ``Example`` (sft) or ``PairExample`` (dpo) by index, read lazily.
-        lengths: int64 [n], the tokens that each takes in a batch.
-        rows: what one row of the recipe holds: the conversations packed into it (sft), or one pair (dpo).
-        report: what happened on the way.
-        fingerprint: hash of all ids and masks and of the template.
+        lengths: int64 [n], the tokens of each example in a batch.
+        rows: indices of the examples in each packed row (sft), or of one pair (dpo).
+        report: counts of the preparation.
+        fingerprint: hash of all ids, masks and the template.
     """
 
     examples: Examples
@@ -156,13 +151,13 @@ def prepare(
 
     Args:
         specs: ``config.dataset`` or ``config.eval_dataset``.
-        method: the stage's.
-        config: gives ``seed``, ``system``, ``loss_on``, ``max_length`` and, for dpo, ``max_prompt_length``.
-        template: of ``chat.resolve_template``.
+        method: the stage.
+        config: for ``seed``, ``system``, ``loss_on``, ``max_length`` and ``max_prompt_length`` (dpo).
+        template: of ``resolve_template``.
         what: the data's name in the report.
 
     Raises:
-        UserError: as ``sources.load_rows``; or no row is left.
+        UserError: as ``load_rows``; or no row is left.
     """
     rows = load_rows(specs, method, seed=config.seed, system=config.system)
     report = DataReport(
@@ -175,20 +170,15 @@ def prepare(
         "max_prompt_length": config.max_prompt_length,
     }
     versions = f"{tokenizers.__version__} {transformers.__version__}"
-    with quiet(len(rows.dataset) <= PARALLEL_ROWS), interruptible():
-        table = rows.dataset.map(
-            _encode,
-            batched=True,
-            batch_size=200,
-            remove_columns=rows.dataset.column_names,
-            fn_kwargs={"template": template, **options},
-            features=_features(method),
-            new_fingerprint=cache_key(
-                rows.dataset, {**options, "template": template.fingerprint, "versions": versions}
-            ),
-            num_proc=processes(len(rows.dataset)),
-            desc=f"tokenizing {what} data",
-        )
+    table = map_rows(
+        rows.dataset,
+        _encode,
+        _features(method),
+        options={"template": template, **options},
+        key={**options, "template": template.fingerprint, "versions": versions},
+        batch_size=200,
+        desc=f"tokenizing {what} data",
+    )
     stats = {
         c: np.asarray(table.with_format("numpy")[c][:])
         for c in ("length", "supervised", "lost", "cut", "fault", "note")
@@ -199,7 +189,7 @@ def prepare(
     kept = np.flatnonzero(stats["fault"] == "")
     if len(kept) == 0:
         raise UserError(
-            f"{what} data: no row is left to train on: {summarise(report.dropped)}.", _cure(report.dropped, config)
+            f"{what} data: no row is left to train on: {summarise(report.dropped)}.", _hint(report.dropped, config)
         )
     noted = kept[stats["note"][kept] != ""]
     for index, where in zip(noted, table.select(noted)["where"] if len(noted) else []):
@@ -219,18 +209,18 @@ def prepare(
     return TokenizedDataset(Examples(table, method), lengths, packed, report, _fingerprint(table, method, template))
 
 
-def _cure(dropped: dict[str, list[str]], config: RunConfig) -> str:
+def _hint(dropped: dict[str, list[str]], config: RunConfig) -> str:
     if any("max_length" in reason or "budget" in reason for reason in dropped):
         return f"Raise max_length ({config.max_length}), or lower max_prompt_length ({config.max_prompt_length})."
     if any("chat template" in reason for reason in dropped):
         return "Choose another chat_template: zephyr takes turns in every order."
-    return "Mend the rows, or choose others."
+    return "Correct the rows, or choose others."
 
 
 def _features(method: Method) -> datasets.Features:
     arrays = {
         name: datasets.Sequence(datasets.Value("bool" if name.endswith("mask") else "int32"))
-        for name in (_SFT if method == "sft" else _DPO)
+        for name in _ARRAYS[method]
     }
     counts = {name: datasets.Value("int32") for name in ("length", "supervised", "lost", "cut")}
     texts = {name: datasets.Value("string") for name in ("where", "fault", "note")}
@@ -246,7 +236,8 @@ def _encode(
     max_length: int,
     max_prompt_length: int,
 ) -> dict[str, list[Any]]:
-    names = _SFT if method == "sft" else _DPO
+    """A batch of normalised rows as ``_features``."""
+    names = _ARRAYS[method]
     nothing = tuple(np.zeros(0, bool if name.endswith("mask") else np.int32) for name in names)
     result: dict[str, list[Any]] = {name: [] for name in _features(method)}
     for position, where in enumerate(batch["where"]):
@@ -290,7 +281,7 @@ def _fit_conversation(ids: np.ndarray, mask: np.ndarray, max_length: int) -> tup
 def _fit_pair(
     pair: Pair, max_length: int, max_prompt_length: int, keeps_first: bool
 ) -> tuple[tuple[np.ndarray, ...], int, int]:
-    """(the pair's arrays, supervised tokens lost, 1 if it was cut, 2 if its prompt was)."""
+    """(the pair's arrays, supervised tokens lost, 0: whole, 1: cut, 2: with a cut prompt)."""
     if not (pair.chosen_mask.any() and pair.rejected_mask.any()):
         raise RowError("no supervised token")
     short = cut_pair(pair, max_length, max_prompt_length, keeps_first)
@@ -310,12 +301,12 @@ def _fit_pair(
 
 def _fingerprint(table: datasets.Dataset, method: Method, template: ChatTemplate) -> str:
     digest = hashlib.sha256(template.text.encode())
-    arrow = table.select_columns(list(_SFT if method == "sft" else _DPO)).with_format("arrow")
+    arrow = table.select_columns(list(_ARRAYS[method])).with_format("arrow")
     for start in range(0, len(arrow), 1000):
         rows = arrow[start : start + 1000]
         for name in rows.column_names:
             column = rows.column(name).combine_chunks()
-            # where each row ends, then what they hold: bytes alone could be divided into rows in another way
+            # lengths too: the same tokens could be divided into other rows
             digest.update(np.asarray(column.value_lengths(), dtype=np.int32).tobytes())
             digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()

@@ -1,11 +1,11 @@
-"""Finding and opening what a data set's ``path`` names: a file, a folder in one of several layouts, or a hub id."""
+"""Open the raw rows of a data set's ``path``: a file, a folder in one of several layouts, or a hub id."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,30 +13,24 @@ from typing import Any, overload
 
 import datasets
 import pyarrow.parquet
-import yaml
 
 from ..config.load import DatasetSpec
+from ..config.strict_yaml import read_front_matter
 from ..errors import UserError
 from ..io.reading import is_file, is_folder, refuse_special
 from ..io.strict_json import shown
-from .text_files import SCHEMA, file_state, parse, read_table, refuse_pointer, without_nulls
-from .workers import interruptible
+from . import text_files
+from .workers import interruptible, quiet
 
-BUILDERS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
+BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst", ".bz2")  # of text files
-_SAMPLE = 1000  # rows whose keys are a JSONL's columns, for messages
+_SAMPLE = 1000  # rows whose keys are a text file's columns
+_QUIET_BYTES = 50e6
 _SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})(-[0-9a-f]+)?$")
 _NUMBER = re.compile(r"^(?:(.*?)[-_.])?(\d+)$")
 _SPLIT_FOLDER = re.compile(r"(train|test|valid|val|dev|eval)", re.IGNORECASE)
-# beside the data, in the hub's layout and in the folders that the data commands make
+# JSON files beside the data in the hub's layout and in this package's folders
 _NO_DATA = ("dataset_info", "dataset_infos", "dataset_dict", "state", "report", "journal")
 
 
@@ -45,8 +39,8 @@ class Source:
     """The raw rows of one data set.
 
     Attributes:
-        table: of text files: ``text_files.SCHEMA``; else the file's own columns.
-        label: the name that stands before ``row N`` in messages.
+        table: ``text_files.FEATURES`` for text files; for others the file's own columns.
+        label: the name in front of ``row N`` in messages.
     """
 
     table: datasets.Dataset
@@ -79,33 +73,35 @@ class Source:
         return column in self.columns or (is_text(self.table) and any(column in row for row in self))
 
     def select_columns(self, columns: Sequence[str]) -> Source:
-        """Without the others of an Arrow table, which need not be decoded; a text's rows stay whole."""
+        """The source with these columns only, so that the others are not decoded; text rows stay whole."""
         if is_text(self.table):
             return self
         return Source(self.table.select_columns([c for c in self.table.column_names if c in columns]), self.label)
 
 
 def is_text(table: datasets.Dataset) -> bool:
-    return table.column_names == SCHEMA.names
+    return table.column_names == list(text_files.FEATURES)
 
 
 def decoded(batch: Mapping[str, Sequence[Any]], label: str) -> list[dict[str, Any]]:
-    """Rows of a batch of a source's table.
+    """The rows of a batch of a source's table.
 
     Raises:
         UserError: a row cannot be read; names its place.
     """
-    if list(batch) == SCHEMA.names:
-        return [parse(*row) for row in zip(*(batch[name] for name in SCHEMA.names))]
+    if list(batch) == list(text_files.FEATURES):
+        return [text_files.parse(*row) for row in zip(*(batch[name] for name in text_files.FEATURES))]
     try:
         columns = {name: batch[name] for name in batch}
-    except UnicodeDecodeError:  # Arrow takes any bytes for text
+    except UnicodeDecodeError:  # Arrow does not check text
         raise UserError(f"{label}: text that is not UTF-8.", "Make the file again, in UTF-8.") from None
-    return [{name: without_nulls(value) for name, value in zip(columns, row)} for row in zip(*columns.values())]
+    return [
+        {name: text_files.without_nulls(value) for name, value in zip(columns, row)} for row in zip(*columns.values())
+    ]
 
 
 def kind_of(path: Path) -> str | None:
-    """json, csv, tsv or parquet, by a file's suffixes; None for what is not read."""
+    """json, csv, tsv or parquet, by a file's suffixes; None for other files."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSED:
         kind = BUILDERS.get(suffixes[0]) if len(suffixes) == 2 else None
@@ -123,7 +119,7 @@ def open_source(spec: DatasetSpec) -> Source:
     that name the splits), or of a hub id.
 
     Raises:
-        UserError: nothing of the kind is there, it cannot be read, or it has no such split.
+        UserError: it does not exist, cannot be read, or has no such split.
     """
     path = Path(spec.path).expanduser()
     refuse_special(path, spec.path)
@@ -146,6 +142,9 @@ def open_source(spec: DatasetSpec) -> Source:
     return _open_hub(spec)
 
 
+# -- folders -------------------------------------------------------------------------------------------------------------
+
+
 def _open_folder(folder: Path, spec: DatasetSpec) -> Source:
     if (folder / "dataset_dict.json").is_file():
         splits = {file.parent.name: [file] for file in sorted(folder.glob("*/state.json"))}
@@ -155,11 +154,11 @@ def _open_folder(folder: Path, spec: DatasetSpec) -> Source:
         splits = _splits_of_readme(folder, spec) or _splits_by_name(folder, spec.name)
     if not splits:
         below = [file.parent for file in _data_files([*folder.glob("*/*"), *folder.glob("*/*/*")])]
-        there = f"There is some below it: dataset.path={below[0]}." if below else ""
         raise UserError(
             f"{spec.path}: no data in this folder.",
-            there
-            or "Files are named by split: train_sft.jsonl, or data/train_sft-00000-of-00001.parquet "
+            f"There is some below it: dataset.path={below[0]}."
+            if below
+            else "Files are named by split: train_sft.jsonl, or data/train_sft-00000-of-00001.parquet "
             f"(one of {', '.join(BUILDERS)}).",
         )
     split = _choose_split(spec, splits)
@@ -176,37 +175,35 @@ def _open_folder(folder: Path, spec: DatasetSpec) -> Source:
 
 
 def _splits_of_readme(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
-    """The files that the header of a hub repository's README names: split → files; none where it names none here."""
-    try:
-        header = (folder / "README.md").read_text(encoding="utf-8").split("---", 2)
-        values = yaml.safe_load(header[1]) if len(header) == 3 and not header[0].strip() else None
-        configs = [c for c in (values or {}).get("configs", []) if c.get("data_files") or c.get("data_dir")]
-        names = [str(config.get("config_name", "default")) for config in configs]
-        wanted = spec.name or next((n for n, c in zip(names, configs) if c.get("default") or n == "default"), None)
-        if wanted is None and len(names) > 1:
-            raise UserError(
-                f"{spec.path}: which configuration? There are {shown(', '.join(names), 1000)}.",
-                f"Add dataset.name={shown(names[0])}.",
-            )
-        config = next((c for n, c in zip(names, configs) if wanted in (None, n)), None)
-        if config is None:
-            return {}
-        base = folder / str(config.get("data_dir", ""))
-        if not config.get("data_files"):
-            return _splits_by_name(base, None)
-        patterns = datasets.data_files.sanitize_patterns(config["data_files"])
-        found = {
-            split: [file for pattern in some for file in _data_files(base.glob(str(pattern)))]
-            for split, some in patterns.items()
-        }
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, AttributeError, TypeError, NotImplementedError):
-        return {}  # no README, or none that describes data
+    """split → files, as the header of a hub repository's README names them; {} if it names no files that exist."""
+    readme = folder / "README.md"
+    header = read_front_matter(readme.read_text("utf-8", "replace"))[0] if readme.is_file() else {}
+    configs = header.get("configs")
+    configs = [c for c in configs if isinstance(c, dict)] if isinstance(configs, list) else []
+    configs = [c for c in configs if c.get("data_files") or c.get("data_dir")]
+    names = [str(config.get("config_name", "default")) for config in configs]
+    wanted = spec.name or next((n for n, c in zip(names, configs) if c.get("default") or n == "default"), None)
+    if wanted is None and len(names) > 1:
+        raise UserError(
+            f"{spec.path}: which configuration? There are {shown(', '.join(names), 1000)}.",
+            f"Add dataset.name={shown(names[0])}.",
+        )
+    config = next((c for n, c in zip(names, configs) if wanted in (None, n)), None)
+    if config is None:
+        return {}
+    base = folder / str(config.get("data_dir", ""))
+    if not config.get("data_files"):
+        return _splits_by_name(base, None)
+    found = {
+        split: [file for pattern in patterns for file in _data_files(base.glob(str(pattern)))]
+        for split, patterns in datasets.data_files.sanitize_patterns(config["data_files"]).items()
+    }
     return {split: files for split, files in found.items() if files}
 
 
 def _splits_by_name(folder: Path, name: str | None) -> dict[str, list[Path]]:
-    """Files named by split (train_sft.jsonl, data/train-00000-of-00002.parquet), of which numbered ones (train_0.jsonl,
-    train_1.jsonl) are one split; or else folders named by split (train/part-0.jsonl)."""
+    """split → files named by split (train_sft.jsonl, data/train-00000-of-00002.parquet); numbered files (train_0.jsonl,
+    train_1.jsonl) are one split. Without such files, the files in folders named by split (train/part-0.jsonl)."""
     splits: dict[str, list[Path]] = {}
     places = list(dict.fromkeys([folder, folder / "data", *([folder / name] if name else [])]))
     for place in places:
@@ -226,13 +223,13 @@ def _splits_by_name(folder: Path, name: str | None) -> dict[str, list[Path]]:
 
 
 def _data_files(files: Iterable[Path]) -> list[Path]:
-    """Those of them that hold rows, in the order of the numbers in their names: part-2 before part-10."""
+    """The files with rows, ordered by the numbers in their names: part-2 before part-10."""
 
     def key(file: Path) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(file))]
 
-    shown_files = (file for file in files if not file.name.startswith("."))
-    return sorted((f for f in shown_files if kind_of(f) and f.stem not in _NO_DATA and f.is_file()), key=key)
+    visible = (file for file in files if not file.name.startswith("."))
+    return sorted((f for f in visible if kind_of(f) and f.stem not in _NO_DATA and f.is_file()), key=key)
 
 
 def _base_split(split: str) -> str:
@@ -267,84 +264,108 @@ def _sliced(table: datasets.Dataset, split: str | None, label: str) -> datasets.
         return table
     try:
         (part,) = datasets.ReadInstruction.from_spec(f"train{found[0]}").to_absolute({"train": len(table)})
-        first, last = part.from_ or 0, len(table) if part.to is None else part.to
     except (ValueError, AssertionError) as error:
         raise UserError(
             f"{label}: split {split!r} cannot be read: {error}", "Write it as train[:1000] or train[:10%]."
         ) from None
-    last = min(last, len(table))
+    first, last = part.from_ or 0, len(table) if part.to is None else min(part.to, len(table))
     return table.select(range(first, last) if first < last else [])
 
 
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+
 def _read_files(files: list[Path], label: str) -> datasets.Dataset:
-    if files[0].name == "state.json":  # of save_to_disk
-        try:
-            return datasets.load_from_disk(str(files[0].parent)).with_format(None)
-        except Exception as error:  # of whatever kind Arrow raises
-            raise UserError(f"{label}: not readable: {_root(error)}.", "Save it again, or copy it again.") from None
-    kind = kind_of(files[0])
+    """The files' rows as one table, cached by datasets under the files' names, sizes and times."""
+    kind = "saved" if files[0].name == "state.json" else kind_of(files[0])
     assert kind is not None
-    if kind in ("json", "csv", "tsv"):
-        return read_table(files, kind)
-    # its log would repeat the error that is about to be explained
+    state = hashlib.sha256(repr((kind, [_file_state(file) for file in files])).encode())
     verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its log would repeat the error
     try:
-        for file in files:
-            refuse_pointer(file)
-        schemas = [pyarrow.parquet.read_schema(file) for file in files]
-        if any(not schema.equals(schemas[0]) for schema in schemas):  # datasets wants the same columns in all files
-            return read_table(files, kind)
-        size = sum(file.stat().st_size for file in files)
-        with quiet(size < 50e6), interruptible():
-            return datasets.load_dataset(
-                kind, _state(files), data_files={"train": [_escaped(file) for file in files]}, split="train"
+        with quiet(sum(file.stat().st_size for file in files) < _QUIET_BYTES), interruptible():
+            if kind == "saved":
+                return datasets.load_from_disk(str(files[0].parent)).with_format(None)
+            if kind == "parquet" and _same_schema(files):
+                return datasets.load_dataset(
+                    kind, state.hexdigest()[:16], data_files={"train": list(map(_escaped, files))}, split="train"
+                )
+            # datasets would not notice other code under the same name
+            state.update(Path(text_files.__file__).read_bytes())
+            return datasets.Dataset.from_generator(
+                text_files.read_rows,
+                text_files.FEATURES,
+                gen_kwargs={"files": tuple(map(str, files)), "kind": kind},
+                fingerprint=state.hexdigest()[:32],
             )
-    except UserError:
-        raise
-    except Exception as error:  # the builders raise whatever their parsers raise
-        signs = ("corresponds to no data", "atch_size must be greater than 0", "BatchSize must be")
-        if any(sign in _root(error) for sign in signs):
+    except Exception as error:  # datasets raises the errors of every parser
+        root = _root(error)
+        if isinstance(root, UserError):
+            raise root from None
+        if isinstance(root, OSError) and root.errno is not None:
+            cache = datasets.config.HF_DATASETS_CACHE
+            raise UserError(
+                f"{root.filename or cache}: {root.strerror}; rows are cached in {cache}.",
+                "Make it writable, or name another folder in the environment variable HF_DATASETS_CACHE.",
+            ) from None
+        reason = " ".join(f"{type(root).__name__}: {root}".split())[:300]
+        if any(sign in reason for sign in ("corresponds to no data", "atch_size must be greater than 0", "BatchSize")):
             raise UserError(f"{label}: empty; there is no row in it.") from None
         raise UserError(
-            f"{label}: not readable as {kind.capitalize()}: {_root(error).rstrip('.')}.",
+            f"{label}: not readable as {kind.capitalize()}: {reason.rstrip('.')}.",
             "The file is damaged or was cut off: make or fetch it again.",
         ) from None
     finally:
         datasets.logging.set_verbosity(verbosity)
 
 
-def _state(files: list[Path]) -> str:
-    """A name for the files as they are now, under which datasets keeps what it reads of them.
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
-    By itself it goes by the path and the time of modification, which ``cp -p``, ``rsync -t`` and archives set: other rows
-    under the old name and time would be taken for those that were there before.
-    """
-    return hashlib.sha256(repr([file_state(file) for file in files]).encode()).hexdigest()[:16]
+
+def _file_state(file: Path) -> tuple[Any, ...]:
+    """Values that change with a file; the inode's time too, because ``cp -p``, ``rsync -t`` and archives set the other."""
+    stat = file.stat()
+    return str(file.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _same_schema(files: list[Path]) -> bool:
+    for file in files:
+        text_files.refuse_pointer(file)
+    schemas = [pyarrow.parquet.read_schema(file) for file in files]
+    return all(schema.equals(schemas[0]) for schema in schemas)
 
 
 def _escaped(file: Path) -> str:
-    """A path that datasets does not take for a pattern."""
+    """A path without datasets' wildcards."""
     return re.sub(r"([*?\[])", r"[\1]", str(file))
+
+
+# -- the hub -------------------------------------------------------------------------------------------------------------
 
 
 def _open_hub(spec: DatasetSpec) -> Source:
     try:
-        if spec.split is None:
+        split = spec.split
+        if split is None:
             there = datasets.get_dataset_split_names(spec.path, spec.name, revision=spec.revision)
             split = _choose_split(spec, {name: [] for name in there})
-        else:
-            split = spec.split
-        loaded = datasets.load_dataset(spec.path, spec.name, split=split, revision=spec.revision)
-        return Source(loaded, f"{spec.path}[{split}]")
+        return Source(
+            datasets.load_dataset(spec.path, spec.name, split=split, revision=spec.revision), f"{spec.path}[{split}]"
+        )
     except UserError:
         raise
-    except Exception as error:
-        raise _hub_error(spec, error) from None
+    except Exception as error:  # of datasets, huggingface_hub, requests
+        root = _root(error)
+        if isinstance(root, OSError) and (root.filename is not None or root.errno == errno.ENOSPC):  # of the cache
+            raise root from None
+        raise _hub_error(spec, root) from None
 
 
-def _hub_error(spec: DatasetSpec, error: Exception) -> UserError:
-    text = _root(error)
+def _hub_error(spec: DatasetSpec, error: BaseException) -> UserError:
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if "split" in text.lower() and spec.split is not None:
         names = re.findall(r"'([^']+)'", text.split("one of", 1)[-1]) or [text]
         return UserError(f"{spec.path}: there is no split {spec.split!r}.", f"There are {', '.join(names)}.")
@@ -359,22 +380,3 @@ def _hub_error(spec: DatasetSpec, error: Exception) -> UserError:
         f"{spec.path}: there is no such file or folder here, and the hub gave no data set of this name: {text}",
         "Check the name, and that the hub can be reached (HF_HUB_OFFLINE, HF_ENDPOINT); a local path may begin with ./",
     )
-
-
-def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-@contextmanager
-def quiet(quiet: bool) -> Iterator[None]:
-    """No progress bars for what takes a moment; as before afterwards."""
-    if not quiet or datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()

@@ -1,23 +1,99 @@
-"""Processes that ``datasets`` starts for a map."""
+"""``datasets.Dataset.map`` as this package calls it: cached by code and options, on all cores, interruptible."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import datasets
+import numpy as np
+
+PARALLEL_ROWS = 2000  # starting processes does not pay for fewer
 PR_SET_PDEATHSIG = 1
-_quiet = False
+_in_map = False
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
+def map_rows(
+    table: datasets.Dataset,
+    function: Callable[..., dict[str, list[Any]]],
+    features: datasets.Features,
+    *,
+    options: dict[str, Any],
+    key: dict[str, Any],
+    desc: str,
+    with_indices: bool = False,
+    batch_size: int = 1000,
+    num_proc: int | None = None,
+) -> datasets.Dataset:
+    """Map batches of rows to rows with other columns.
+
+    Args:
+        table: the rows.
+        function: a batch of columns (and its indices) → a batch of ``features``.
+        options: keyword arguments of ``function``.
+        key: the options that the result depends on, for ``cache_key``.
+        desc: the progress bar's label.
+        num_proc: processes; None: one a core, up to 16.
+    """
+    count = processes(len(table)) if num_proc is None else min(num_proc, len(table))
+    with quiet(len(table) <= PARALLEL_ROWS), interruptible():
+        return table.map(
+            function,
+            with_indices=with_indices,
+            batched=True,
+            batch_size=batch_size,
+            remove_columns=table.column_names,
+            fn_kwargs=options,
+            features=features,
+            new_fingerprint=cache_key(table, key),
+            num_proc=count if count and count > 1 else None,
+            desc=desc,
+        )
+
+
+def processes(rows: int) -> int | None:
+    """The number of processes for this many rows; None for the current process alone."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16) if rows > PARALLEL_ROWS and cores > 1 else None
+
+
+def cache_key(source: datasets.Dataset, options: dict[str, Any]) -> str:
+    """The fingerprint of a mapped data set: of its source, the options and this package's code.
+
+    datasets' own hash of a function in a module covers its name only, and a tokenizer's hash changes with its use: an
+    update would read an older version's results, and a second start would not find those of the first.
+    """
+    values = sorted((key, v.tobytes() if isinstance(v, np.ndarray) else v) for key, v in options.items())
+    digest = hashlib.sha256(repr((source._fingerprint, values)).encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+@contextmanager
+def quiet(quiet: bool) -> Iterator[None]:
+    """Hide datasets' progress bars within, if ``quiet``."""
+    if not quiet or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
 def _in_child() -> None:
-    """A terminal's Ctrl-C goes to every process: the parent ends its workers, and they need not say so with tracebacks.
-    Where the parent is killed, the system ends them: they would wait for work for ever."""
-    if _quiet:
+    """In a worker: leave a terminal's Ctrl-C to the parent, and end with the parent if that is killed."""
+    if _in_map:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if _libc is not None:
             _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -29,18 +105,16 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C stays an interruption: ``datasets``' pool waits a moment for its workers then, and raises a timeout instead.
-    Workers that are forked within leave it to this process.
+    """Raise Ctrl-C as KeyboardInterrupt: datasets' pool waits for its workers then, and raises a timeout instead.
 
     Raises:
-        KeyboardInterrupt: what was raised within was caused by one.
+        KeyboardInterrupt: it caused an exception within.
     """
-    global _quiet
-    before, _quiet = _quiet, True
+    global _in_map
+    before, _in_map = _in_map, True
     try:
         yield
     except Exception as error:
-        # both chains: the cause of a worker's error is its traceback
         causes: list[BaseException | None] = [error]
         while causes:
             cause = causes.pop()
@@ -50,4 +124,4 @@ def interruptible() -> Iterator[None]:
                 causes += (cause.__cause__, cause.__context__)
         raise
     finally:
-        _quiet = before
+        _in_map = before

@@ -21,7 +21,7 @@ from ..io.run_dir import StageDir
 from ..merge import MergeReport, merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
-from ..monitor.report.writer import ReportWriter
+from ..monitor.report_writer import ReportWriter
 from ..recipe.ultrafeedback import to_pairs
 from ..train.dpo import run_dpo
 from ..train.ground import StageComplete
@@ -81,7 +81,7 @@ def run_demo(
         UserError: the base is not installed, or ``out`` holds something else.
     """
     make_folder(out)
-    with alone(out, say):
+    with alone(out):
         return _demo(out, say, on_metrics, base, overrides)
 
 

@@ -14,13 +14,13 @@ from typing import Any, Generic, TypeVar, cast
 from pydantic import Field, field_validator
 
 from .. import __version__
-from ..cli.ending import pythons_ctrl_c
 from ..client.budget import Totals
 from ..client.desk import open_desk
 from ..client.types import BudgetSpent, Desk, EndpointSpec, Message, Request, endpoint_spec
 from ..client.weights import Weights
 from ..errors import UserError
 from ..io.atomic import make_folder, write_json
+from ..io.interrupts import pythons_ctrl_c
 from ..recipe.feedback.estimate import Bound, prompt_bound
 from ..recipe.feedback.files import claim, write_config
 from ..recipe.feedback.meter import Meter

@@ -1,25 +1,33 @@
-"""What a model's own log-probabilities say of it on held-out rows: the loss of conversations, and which answers it prefers."""
+"""Log-probabilities of held-out conversations and pairs under the models of a chain."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..data.batch import Batch, collate_conversations, collate_pairs
 from ..data.dataset import TokenizedDataset
 from ..data.packing import best_fit
+from ..io.words import duration
+from ..model.adapters import AdapterStack
+from ..model.base import FAMILIES
+from ..model.loaded import LoadedModel, Say
 
+T = TypeVar("T")
 MICRO_TOKENS = 2048
-# told how many rows are done
-Done = Callable[[int], None]
+LOGITS_BYTES = 64 * 2**20  # of a chunk of logits in float32
+PROGRESS_SECONDS = 15.0
+Done = Callable[[int], None]  # receives the number of finished rows
 
 
 class Scorer(Protocol):
-    """A model that gives the log-probability of each target of a batch (``model.decoder.Decoder``, ``plain.PlainScorer``)."""
+    """Gives the log-probability of each target of a batch (``model.decoder.Decoder``, ``PlainScorer``)."""
 
     @property
     def device(self) -> torch.device: ...
@@ -30,11 +38,11 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class ChatLogps:
-    """Log-probabilities of what is supervised in each of n conversations, in the order of the data.
+    """Log-probabilities of the supervised tokens of each of n conversations, in the order of the data.
 
     Attributes:
         sums: [n] float64, in nats.
-        tokens: [n] int64, how many tokens each has.
+        tokens: [n] int64, the number of supervised tokens.
     """
 
     sums: Tensor
@@ -51,7 +59,7 @@ class PairLogps:
 
     Attributes:
         sums: [P, 2] float64, of chosen and rejected, in nats.
-        tokens: [P, 2] int64, how many tokens each has.
+        tokens: [P, 2] int64, the number of tokens.
     """
 
     sums: Tensor
@@ -67,35 +75,124 @@ def chat_loss(scorer: Scorer, data: TokenizedDataset) -> float:
     return chat_logps(scorer, data).loss()
 
 
-@torch.no_grad()
 def chat_logps(scorer: Scorer, data: TokenizedDataset, done: Done = lambda rows: None) -> ChatLogps:
-    """The log-probability of what is supervised in each conversation."""
-    sums = torch.zeros(len(data.lengths), dtype=torch.float64)
-    tokens = torch.zeros(len(data.lengths), dtype=torch.int64)
-    seen = 0
-    for indices, batch in _batches(data, collate_conversations, scorer):
-        sums[indices] = batch.sum_by_group(scorer.token_logps(batch).double()).cpu()
-        tokens[indices] = batch.group_sizes.cpu()
-        done(seen := seen + len(indices))
-    return ChatLogps(sums, tokens)
+    """The log-probability of the supervised tokens of each conversation."""
+    sums, tokens = _sums(scorer, data, collate_conversations, 1, done)
+    return ChatLogps(sums[:, 0], tokens[:, 0])
+
+
+def pair_logps(scorer: Scorer, data: TokenizedDataset, done: Done = lambda rows: None) -> PairLogps:
+    """The log-probabilities of both responses of each pair, given their prompt."""
+    return PairLogps(*_sums(scorer, data, collate_pairs, 2, done))
 
 
 @torch.no_grad()
-def pair_logps(scorer: Scorer, data: TokenizedDataset, done: Done = lambda rows: None) -> PairLogps:
-    """The log-probabilities of both responses of each pair, given the prompt they share."""
-    sums = torch.zeros(len(data.lengths), 2, dtype=torch.float64)
-    tokens = torch.zeros(len(data.lengths), 2, dtype=torch.int64)
+def _sums(
+    scorer: Scorer, data: TokenizedDataset, collate: Callable[..., Batch], groups: int, done: Done
+) -> tuple[Tensor, Tensor]:
+    """[n, groups] summed log-probabilities (float64) and numbers of tokens (int64)."""
+    sums = torch.zeros(len(data.lengths), groups, dtype=torch.float64)
+    tokens = torch.zeros(len(data.lengths), groups, dtype=torch.int64)
     seen = 0
-    for indices, batch in _batches(data, collate_pairs, scorer):
-        sums[indices] = batch.sum_by_group(scorer.token_logps(batch).double()).view(-1, 2).cpu()
-        tokens[indices] = batch.group_sizes.view(-1, 2).cpu()
+    for indices in best_fit([min(int(length), MICRO_TOKENS) for length in data.lengths], MICRO_TOKENS):
+        batch = collate([data.examples[i] for i in indices]).to(scorer.device)
+        sums[indices] = batch.sum_by_group(scorer.token_logps(batch).double()).view(-1, groups).cpu()
+        tokens[indices] = batch.group_sizes.view(-1, groups).cpu()
         done(seen := seen + len(indices))
-    return PairLogps(sums, tokens)
+    return sums, tokens
 
 
-def _batches(
-    data: TokenizedDataset, collate: Callable[..., Batch], scorer: Scorer
-) -> Iterator[tuple[list[int], Batch]]:
-    sizes = [min(int(length), MICRO_TOKENS) for length in data.lengths]
-    for group in best_fit(sizes, MICRO_TOKENS):
-        yield group, collate([data.examples[i] for i in group]).to(scorer.device)
+def scorer_of(live: LoadedModel, model: str) -> Scorer:
+    """A scorer of one of the models: the fused decoder for its families, otherwise the model's own forward pass."""
+    head = live.stack.base.get_output_embeddings()
+    if live.base.model.config.model_type in FAMILIES and not isinstance(head, LoraLayer):
+        return live.decoder(model)
+    return PlainScorer(live.stack, live.models[model])
+
+
+class PlainScorer:
+    """Scores batches with ``forward`` of the live stack, one sequence at a time, for any architecture.
+
+    Args:
+        stack: base and adapters.
+        names: of the active adapters, from the bottom up.
+    """
+
+    def __init__(self, stack: AdapterStack, names: Sequence[str]) -> None:
+        self.stack, self.names = stack, list(names)
+
+    @property
+    def device(self) -> torch.device:
+        return self.stack.base.get_input_embeddings().weight.device
+
+    @torch.no_grad()
+    def token_logps(self, batch: Batch) -> Tensor:
+        """[N] float32: each segment is run as the sequence that its queries see, its prefix and itself."""
+        result = torch.empty(len(batch.target_ids), device=self.device)
+        with self.stack.only(self.names):
+            for segment in batch.segments:
+                here = (batch.target_rows >= segment.start) & (batch.target_rows < segment.end)
+                if not here.any():
+                    continue
+                ids = torch.cat([batch.tokens[start:end] for start, end in segment.key_runs()])
+                logits = self.stack.model(input_ids=ids[None], use_cache=False).logits[0]
+                rows = batch.target_rows[here] - segment.start + segment.keys - segment.queries
+                result[here] = logps_at(logits, rows, batch.target_ids[here])
+        return result
+
+
+def logps_at(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits[row])[target] in float32, a chunk of rows at a time.
+
+    Args:
+        logits: [T, V], in any floating dtype.
+        rows, targets: [N] int64.
+    """
+    size = max(1, LOGITS_BYTES // (4 * logits.shape[1]))
+    parts = []
+    for some, ids in zip(rows.split(size), targets.split(size)):
+        wide = logits[some].float()
+        parts.append(wide.gather(1, ids[:, None])[:, 0] - wide.logsumexp(-1))
+    return torch.cat(parts)
+
+
+def score_each(
+    live: LoadedModel,
+    names: Sequence[str],
+    data: TokenizedDataset,
+    unit: str,
+    score: Callable[[Scorer, TokenizedDataset, Done], T],
+    say: Say,
+) -> dict[str, T]:
+    """{model: score}. Ctrl-C ends after the models that are done.
+
+    Args:
+        unit: ``conversations`` or ``pairs``, for the progress lines.
+        score: ``chat_logps`` or ``pair_logps``.
+
+    Raises:
+        KeyboardInterrupt: before the first was done.
+    """
+    found: dict[str, T] = {}
+    try:
+        for name in names:
+            found[name] = score(scorer_of(live, name), data, _progress(name, len(data.lengths), unit, say))
+    except KeyboardInterrupt:
+        if not found:
+            raise
+    return found
+
+
+def _progress(name: str, total: int, unit: str, say: Say) -> Done:
+    """Says now and then how many rows are done and how long the rest takes."""
+    start = said = time.monotonic()
+
+    def done(rows: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= PROGRESS_SECONDS and rows < total:
+            said = now
+            left = duration((now - start) / rows * (total - rows))
+            say(f"{name}: {rows:,} of {total:,} {unit}, {left} left")
+
+    return done

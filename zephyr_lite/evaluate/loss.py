@@ -10,8 +10,7 @@ import numpy as np
 
 from ..model.loaded import LoadedModel, Say
 from .bootstrap import Bootstrap, Interval, Ratio
-from .likelihood import ChatLogps, chat_logps
-from .progress import score_each
+from .likelihood import ChatLogps, chat_logps, score_each
 from .rows import HeldOut
 
 HEADER = ("model", "loss", "perplexity")

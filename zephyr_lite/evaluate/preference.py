@@ -15,9 +15,8 @@ import numpy as np
 
 from ..model.loaded import LoadedModel, Say
 from .bootstrap import Bootstrap, Interval, Ratio
-from .likelihood import PairLogps, pair_logps
+from .likelihood import PairLogps, pair_logps, score_each
 from .loss import comparisons, roles
-from .progress import score_each
 from .rows import HeldOut
 
 HEADER = ("reward", "accuracy", "margin (nats)", "margin (× β)")
@@ -26,7 +25,7 @@ LIKELIER = ("model", "likelier (per token)", "likelier (sum)", "log p chosen", "
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model's implicit reward against another.
+    """The implicit reward of one model against another.
 
     Attributes:
         accuracy: share of pairs.
@@ -42,11 +41,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Likelier:
-    """What a model prefers by itself.
+    """The preference of a model by its own log-probabilities.
 
     Attributes:
         share: of pairs whose chosen response has the higher mean log-probability a token.
-        share_sum: the same with summed log-probabilities, which favour the short.
+        share_sum: the same with summed log-probabilities, which favour short responses.
         chosen, rejected: mean summed log-probability of the responses, in nats.
     """
 
@@ -58,14 +57,14 @@ class Likelier:
 
 @dataclass
 class PreferenceResult:
-    """Of some models on the same pairs.
+    """The preferences of some models on the same pairs.
 
     Attributes:
-        beta: of the stage whose rows they are, or as given; None: nobody says, and margins are in nats alone.
-        comparisons: (one, other) → one's reward against other.
-        models: model → what it prefers by itself.
+        beta: of the stage that the rows belong to, or as given; None: unknown, and margins are in nats alone.
+        roles: {model: its name in a table} (``loss.roles``).
+        comparisons: {(one, other): reward of one against other}.
+        models: {model: its own preference}.
         missing: models that an interrupt left out.
-        roles: model → how a table calls it (``loss.roles``).
     """
 
     held_out: HeldOut
@@ -78,33 +77,26 @@ class PreferenceResult:
 
     def body(self) -> dict[str, Any]:
         """For ``results.write_result``."""
-        models = {
-            name: {
-                "likelier": found.share.as_dict(),
-                "likelier_sum": found.share_sum.as_dict(),
-                "logps/chosen": found.chosen.as_dict(),
-                "logps/rejected": found.rejected.as_dict(),
-            }
-            for name, found in self.models.items()
+        comparisons = []
+        for (one, other), found in self.comparisons.items():
+            margin = {} if self.beta is None else {"margin": found.margin.scaled(self.beta).as_dict()}
+            nats = {f"{name}_nats": getattr(found, name).as_dict() for name in ("margin", "chosen", "rejected")}
+            comparisons.append({"model": one, "against": other, "accuracy": found.accuracy.as_dict(), **nats, **margin})
+        names = {
+            "share": "likelier",
+            "share_sum": "likelier_sum",
+            "chosen": "logps/chosen",
+            "rejected": "logps/rejected",
         }
         return {
             "settings": {"bootstrap": self.bootstrap.as_dict(), "beta": self.beta},
             "data": self.held_out.as_dict(),
-            "models": models,
-            "comparisons": [
-                {"model": one, "against": other, **self._comparison(found)}
-                for (one, other), found in self.comparisons.items()
-            ],
+            "models": {
+                model: {key: getattr(found, name).as_dict() for name, key in names.items()}
+                for model, found in self.models.items()
+            },
+            "comparisons": comparisons,
         }
-
-    def _comparison(self, found: Comparison) -> dict[str, Any]:
-        told = {
-            "accuracy": found.accuracy.as_dict(),
-            "margin_nats": found.margin.as_dict(),
-            "chosen_nats": found.chosen.as_dict(),
-            "rejected_nats": found.rejected.as_dict(),
-        }
-        return told if self.beta is None else {**told, "margin": found.margin.scaled(self.beta).as_dict()}
 
     def rows(self) -> list[list[str]]:
         """Under ``HEADER``."""

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import UserError
-from ..io.redact import find_secret, redact_shown
+from ..io.redact import find_secret, redact
 from ..merge.base_files import TOKENIZER_FILES
 from ..merge.weights import MARK
 from .card import CARD, PLOTS
@@ -184,7 +184,7 @@ def push(upload: Upload, *, private: bool = False, say: Say = lambda line: None)
         httpx2.HTTPError,
         OSError,
     ) as error:
-        what = redact_shown(" ".join(str(error).split())[:300]) or type(error).__name__
+        what = redact(" ".join(str(error).split())[:300]) or type(error).__name__
         raise UserError(
             f"{upload.repo}: {what}",
             "Nothing was published. Log in (hf auth login) or mend the connection, and run the same command.",

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, a terminal that closes: while something runs that has to come to an end first."""
+"""SIGINT, SIGTERM and SIGHUP: KeyboardInterrupt by default, and a flag (``StopRequest``) while a training loop runs."""
 
 from __future__ import annotations
 
@@ -12,25 +12,76 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from ..train.distributed import echoes, speaks
+from .launcher import echoes, speaks
 
-# the user's Ctrl-C; what a batch system or a cloud sends before it kills; a terminal or a connection that was closed
+# Ctrl-C; sent by a batch system or a cloud before it kills; sent when a terminal or a connection is closed
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# A library that catches KeyboardInterrupt, during its import above all, fails of something else within this many seconds.
+_AFTERMATH = 60.0
+
+_interrupted_at: float | None = None  # time.monotonic() of the last KeyboardInterrupt raised by ``_interrupt``
+
+
+def take_signals() -> None:
+    """Make SIGTERM act as Ctrl-C does at that moment, and remember both (``just_interrupted``).
+
+    Signals that the parent process ignores (nohup) stay ignored. Forked workers have SIGTERM's default: Python would not
+    run a handler while a worker waits for a lock.
+    """
+    for number, handler in ((signal.SIGINT, _interrupt), (signal.SIGTERM, _terminate)):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    os.register_at_fork(after_in_child=_default_in_child)
+
+
+def _default_in_child() -> None:
+    if signal.getsignal(signal.SIGTERM) is _terminate:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    at_ctrl_c = signal.getsignal(signal.SIGINT)  # asyncio's, where it runs
+    (at_ctrl_c if callable(at_ctrl_c) else _interrupt)(number, frame)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted_at
+    if echoes(_interrupted_at):
+        return
+    _interrupted_at = time.monotonic()
+    raise KeyboardInterrupt
+
+
+def just_interrupted() -> bool:
+    """Whether KeyboardInterrupt was raised within the last minute: an error now is most likely its consequence."""
+    return _interrupted_at is not None and time.monotonic() - _interrupted_at < _AFTERMATH
+
+
+@contextmanager
+def pythons_ctrl_c() -> Iterator[None]:
+    """Within, SIGINT has Python's handler: ``asyncio.run`` cancels its main task only where it finds that one."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is _interrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if before is _interrupt:
+            signal.signal(signal.SIGINT, before)
 
 
 class Output:
-    """What is printed while something runs that has to come to an end first. ``sft | tee log`` and Ctrl-C: the reader dies of
-    the same signal, and the next line that is printed would end the run in the middle of a step.
+    """Printing that does not end a run in the middle of a step. With ``sft | tee log``, Ctrl-C ends the reader too.
 
     Attributes:
-        fault: why nothing can be printed any more (and nothing is); None as long as it can.
+        fault: the error of the first print that failed; nothing is printed after it.
     """
 
     def __init__(self) -> None:
         self.fault: OSError | None = None
 
     def of(self, write: Callable[..., None]) -> Callable[..., None]:
-        """The same function, which never raises an OSError."""
+        """The function, without its OSErrors."""
 
         def printed(*args: Any) -> None:
             if self.fault is None:
@@ -43,14 +94,11 @@ class Output:
 
 
 class StopRequest:
-    """As a context, it takes the process's SIGINT, SIGTERM and SIGHUP: the first is remembered, a second one raises at once
-    (not the launcher's copy of the first: ``world.echoes``). Of several processes one says it.
-
-    Outside the main thread, where Python delivers no signals, nothing is taken and nothing is ever asked for; what whoever
-    started the process wants ignored stays ignored.
+    """A context that takes SIGINT, SIGTERM and SIGHUP: the first sets ``name``, a second one raises KeyboardInterrupt (the
+    launcher's copy of the first aside). Outside the main thread, which gets no signals in Python, it does nothing.
 
     Args:
-        finishing: what is told (on standard error) when the first one comes: what will be finished; None: nothing is.
+        finishing: printed on standard error when the first signal comes: what will be finished; None: nothing.
 
     Attributes:
         name: of the signal that came, or None.
@@ -60,13 +108,13 @@ class StopRequest:
         self.finishing = finishing
         self.name: str | None = None
         self._at_once = False
-        self._first: float | None = None  # when it came
+        self._first: float | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, a background job
+                if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._came)
         return self
 
@@ -75,26 +123,21 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _came(self, number: int, frame: FrameType | None) -> None:
-        again, self.name = self.name is not None, self.name or signal.Signals(number).name
-        copy = again and echoes(self._first)
+        copy, again = echoes(self._first), self.name is not None
         if not again:
-            self._first = time.monotonic()
+            self.name, self._first = signal.Signals(number).name, time.monotonic()
         if (again and not copy) or self._at_once:
             raise KeyboardInterrupt
-        if self.finishing is None or copy or not speaks():
+        if again or self.finishing is None or not speaks():
             return
-        # a handler may stand in the middle of a print, which cannot be entered twice
+        # os.write: the handler may run in the middle of a print, which cannot be entered twice
         text = f"\n{self.name}: {self.finishing}; once more to stop at once\n"
-        with suppress(OSError, ValueError):  # whoever read it got the same signal, or the terminal is gone
+        with suppress(OSError, ValueError):
             os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, text.encode())
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within, nothing has to be finished: a signal raises, and so does one that came before.
-
-        Raises:
-            KeyboardInterrupt: as told.
-        """
+        """Within, a signal raises KeyboardInterrupt at once, and so does one that came before."""
         self._at_once = True
         try:
             if self.name is not None:

@@ -1,9 +1,9 @@
-"""A run's folder: what lies where, and ``stage.json``, which says what a stage is and stands on.
+"""The layout of a run's folder.
 
     runs/NAME/STAGE/  config.yaml  stage.json  metrics.jsonl  checkpoint-N/  adapter/  delta/
 
-``adapter/`` is what people load: for a stage that stands on frozen adapters it is the whole chain composed into one
-PEFT adapter, and ``delta/`` is the stage's own part; otherwise it is the stage's own adapter.
+``adapter/`` is the adapter to load. For a stage trained on top of frozen adapters it is the whole chain composed into
+one PEFT adapter, and ``delta/`` is the stage's own part; otherwise it is the stage's own adapter.
 """
 
 from __future__ import annotations
@@ -80,17 +80,12 @@ class StageDir:
         return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
     def claim(self) -> None:
-        """Make the folder, and refuse one that somebody else filled. What killed processes left aside in it is removed:
-        the run's lock is held by now.
+        """Make the folder, and remove temporary files of killed processes from it.
 
         Raises:
-            UserError: the folder holds files, and none of them is a stage's.
+            UserError: the folder cannot be made, or holds files but no stage.json.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(
-                f"{self.path} is a file; the stage's folder cannot be made there.", "Choose another output_dir."
-            )
-        sweep(self.path, alone=True)
+        sweep(self.path)
         if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / STAGE_FILE).is_file():
             names = ", ".join(sorted(p.name for p in self.path.iterdir())[:3])
             raise UserError(
@@ -104,18 +99,19 @@ class StageDir:
 
 
 def newest_run(root: Path, *, stage_complete: str | None = None) -> Path | None:
-    """The run under ``root`` whose stage changed last; with ``stage_complete`` only runs whose stage of that name is done."""
+    """The run under ``root`` whose stage changed last; with ``stage_complete`` only runs whose stage of that name is
+    complete."""
     candidates = []
     for run in root.glob("*"):
         for stage in stages_of(run):
-            with suppress(UserError, OSError):  # a broken one is its own run's affair
+            with suppress(UserError, OSError):  # a broken stage.json of another run
                 if stage_complete is None or (stage.path.name == stage_complete and stage.complete()):
                     candidates.append(((stage.path / STAGE_FILE).stat().st_mtime_ns, stage.run))
     return max(candidates)[1] if candidates else None
 
 
 def stages_of(run: Path) -> list[StageDir]:
-    """A run's stages, by name. What a killed process left aside (``.NAME.xxxxxxxx``) is none, whatever it holds."""
+    """A run's stages, by name, without the temporary folders of killed processes (``.NAME.xxxxxxxx``)."""
     found = [file.parent for file in run.glob(f"*/{STAGE_FILE}") if not file.parent.name.startswith(".")]
     return [StageDir(path) for path in sorted(found)]
 
@@ -132,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.", "Choose another folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(
             f"{path}: not readable as JSON: {error}.", "Restore the file, or start in another folder."
         ) from None
@@ -142,8 +138,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def cache_dir() -> Path:
-    """The kit's folder in the user's cache: ``$ZEPHYR_LITE_CACHE``, or else ``$XDG_CACHE_HOME/zephyr-lite``, or else
-    ``~/.cache/zephyr-lite``. (The second moves the hub's cache too.)"""
+    """The cache folder: ``$ZEPHYR_LITE_CACHE``, or ``$XDG_CACHE_HOME/zephyr-lite``, or ``~/.cache/zephyr-lite``."""
     if own := os.environ.get("ZEPHYR_LITE_CACHE"):
         return Path(own).expanduser()
     root = os.environ.get("XDG_CACHE_HOME")

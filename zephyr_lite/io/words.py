@@ -1,4 +1,4 @@
-"""Quantities in words."""
+"""Durations and values as parts of messages."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ def duration(seconds: float) -> str:
 
 
 def short(value: object, length: int = 80) -> str:
-    """A value as a program writes it, cut where it is long: somebody may have given a megabyte."""
-    if isinstance(value, str | bytes) and len(value) > 2 * length:
-        value = value[: 2 * length]
+    """The repr of a value, cut to ``length``."""
     text = repr(value)
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -179,8 +179,12 @@ def candidates(job: Workload, limits: Limits, memory: MemorySpec, *, least: bool
 
     def cost(execution: ExecutionConfig) -> float:
         host = (execution.offload > 0) + execution.stream
-        extra = execution.micro_tokens / WANTED_TOKENS + (execution.tile is not None)
-        return step_time(job, execution, card).step * (1 + WORTH_THE_HOST * host + TIE * extra)
+        extra = (
+            execution.micro_tokens / WANTED_TOKENS
+            + (execution.tile is not None)
+            + execution.offload / len(execution.keep)
+        )
+        return (1 + WORTH_THE_HOST * host + TIE * extra) / step_time(job, execution, card).tokens_per_second
 
     return sorted(found, key=cost)
 

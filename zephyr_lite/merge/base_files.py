@@ -1,5 +1,6 @@
-"""What a merge reads of a base: its shards as they lie on the disk, its configuration, its tokenizer."""
+"""The base's files that a merge reads, and the files of the merged folder beside the weights."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
@@ -13,37 +14,29 @@ from ..data.formats import RowError
 from ..data.rendering import Renderer
 from ..errors import UserError
 from ..io.atomic import copy_file, make_folder, write_json
-from ..io.safetensors import DTYPE_NAMES, DTYPES, FLOATS, Entry, SafetensorsFile, nbytes
+from ..io.safetensors import DTYPE_NAMES, DTYPES, FLOATS, Entry, nbytes
 from ..io.strict_json import is_whole, read_object, shown
 from ..model.base import fetch_base, read_model_config
-from ..model.check_weights import empty_model
+from ..model.check_weights import NF4_STATE, empty_model, stored_settings
 from ..model.config_file import check_config_file
-from ..model.shards import INDEX, SINGLE, again, checked_place, open_shards, packed_shape
+from ..model.shards import INDEX, SINGLE, again, checked_place, open_shards
 from ..model.tokenizer import OWN_FILES, check_vocabulary, load_tokenizer, make_portable, save_tokenizer
 from ..ops.nf4 import StoredNf4, read_stored
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (*OWN_FILES, "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
-_NF4_PARTS = (
-    "absmax",
-    "quant_map",
-    "nested_absmax",
-    "nested_quant_map",
-    "quant_state.bitsandbytes__nf4",
-    "quant_state.bitsandbytes__fp4",
-)
 
 
 class BaseFiles:
-    """A base's weights on disk, and what the merged folder's weights will look like.
+    """A base's weights on disk, and the layout of the merged folder's weights.
 
     Attributes:
-        name: what the user called it.
-        folder: where it lies.
+        name: the name that the user gave.
+        folder: the base's folder.
         config: its config.json.
         shards: output file name → tensor names, in the order of the bytes.
-        entries: tensor name → Entry of the output. Only dtype and shape hold for weights in NF4 (`quantized`), which
-            are written dequantized.
+        entries: tensor name → Entry of the output. Of weights in NF4 (`quantized`), which are written dequantized, only dtype
+            and shape are meaningful.
         quantized: names of the weights that the base keeps in NF4.
     """
 
@@ -53,43 +46,24 @@ class BaseFiles:
         self.config = check_config_file(folder)
         self._files = open_shards(folder)
         self._holds = {tensor: file for file in self._files.values() for tensor in file.entries}
-        self.quantized = self._find_quantized()
-        parts = {f"{weight}.{part}" for weight in self.quantized for part in _NF4_PARTS}
+        if (settings := self.config.get("quantization_config")) is not None:
+            stored_settings(settings, folder)
+        self.quantized = {name.removesuffix(NF4_STATE) for name in self._holds if name.endswith(NF4_STATE)}
         self.entries: dict[str, Entry] = {}
         self.shards: dict[str, list[str]] = {}
         for file_name, file in self._files.items():
-            names = [tensor for tensor in file.entries if tensor not in parts]
+            names = [
+                tensor for tensor in file.entries if f"{tensor.rpartition('.weight.')[0]}.weight" not in self.quantized
+            ]
             if names:
                 self.shards[file_name] = names
             for tensor in names:
                 entry = file.entries[tensor]
                 self.entries[tensor] = self._dequantized(entry) if tensor in self.quantized else entry
 
-    def _find_quantized(self) -> set[str]:
-        settings = self.config.get("quantization_config")
-        if settings is None:
-            return set()
-        found = {
-            name.removesuffix(".quant_state.bitsandbytes__nf4")
-            for name in self._holds
-            if name.endswith(".quant_state.bitsandbytes__nf4")
-        }
-        if not found or settings.get("bnb_4bit_quant_type") != "nf4":
-            kind = f"{settings.get('quant_method')}/{settings.get('bnb_4bit_quant_type', 'other')}"
-            raise UserError(
-                f"{self.folder}/config.json: the base is stored quantized as {kind}; of quantized bases only "
-                "bitsandbytes' NF4 can be merged onto.",
-                "Give the 16-bit base with --base.",
-            )
-        if absent := sorted(found - set(self._holds)):
-            raise UserError(
-                f"{self.folder}: {shown(absent[0])} has a quant_state and no weight.", "Fetch the model again."
-            )
-        return found
-
     def _dequantized(self, entry: Entry) -> Entry:
         dtype = self.nf4_output_dtype
-        shape = packed_shape(self._holds, entry.name)
+        shape = tuple(json.loads(bytes(self.tensor(entry.name + NF4_STATE)))["shape"])
         return Entry(entry.name, dtype, shape, 0, nbytes(dtype, shape))
 
     @cached_property
@@ -110,55 +84,42 @@ class BaseFiles:
     @cached_property
     def tied(self) -> bool:
         """Whether one matrix is both embedding and output head: as config.json says, unless the files hold two that differ
-        (which transformers then leaves apart)."""
+        (which transformers then does not tie)."""
         if not self.config.get("tie_word_embeddings"):
             return False
         ends = ("embed_tokens.weight", "lm_head.weight")
         pair = [self.tensor(name) for end in ends for name in self.entries if name.endswith(end)]
         return len(pair) != 2 or (pair[0].shape == pair[1].shape and torch.equal(pair[0], pair[1].to(pair[0].dtype)))
 
-    def _file(self, name: str) -> SafetensorsFile:
-        return self._holds[name]
-
     def tensor(self, name: str) -> Tensor:
         """A stored tensor, mapped: read-only."""
-        return self._file(name).tensor(name)
+        return self._holds[name].tensor(name)
 
     @property
     def vocabulary(self) -> int | None:
-        """Rows of the embedding, where it has its usual name; else what config.json says."""
+        """Rows of the embedding, where it has its usual name; else as config.json says."""
         rows = (entry.shape[0] for name, entry in self.entries.items() if name.endswith("embed_tokens.weight"))
         return next(rows, self.config.get("vocab_size"))
 
     def parameter(self, name: str) -> Tensor | None:
-        """A parameter of the model, which a tied head shares with the embedding; None: the base has none."""
+        """A parameter of the model (a tied head is the embedding); None: the base has none."""
         if name not in self.entries and self.tied and name.endswith("lm_head.weight"):
             name = next((other for other in self.entries if other.endswith("embed_tokens.weight")), name)
         return self.tensor(name) if name in self.entries else None
 
     def copy_bytes(self, name: str, out: BinaryIO) -> None:
-        self._file(name).copy_bytes(name, out)
+        self._holds[name].copy_bytes(name, out)
 
     def stored_nf4(self, weight: str) -> StoredNf4:
-        """A weight that the base keeps in NF4.
-
-        Raises:
-            UserError: it is incomplete, or in another 4-bit format.
-        """
-        stored = {"": self.tensor(weight)} if weight in self._holds else {}
-        stored |= {part: self.tensor(f"{weight}.{part}") for part in _NF4_PARTS if f"{weight}.{part}" in self._holds}
-        try:
-            return read_stored(stored)
-        except (LookupError, ValueError, AssertionError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"{self.folder}: {shown(weight)} cannot be dequantized: {shown(error, 200)}.", "Fetch the model again."
-            ) from None
+        """A weight that the base keeps in NF4."""
+        parts = {name.removeprefix(f"{weight}."): name for name in self._holds if name.startswith(f"{weight}.")}
+        return read_stored({"": self.tensor(weight), **{part: self.tensor(name) for part, name in parts.items()}})
 
     def metadata(self, shard: str) -> dict[str, str]:
         return self._files[shard].metadata
 
     def forget(self) -> None:
-        """Let go of the file pages that were read."""
+        """Release the file pages that were read."""
         for file in self._files.values():
             file.forget()
 
@@ -170,34 +131,28 @@ class BaseFiles:
         """
         model = empty_model(self.folder, read_model_config(self.folder, any_family=True))
         head = model.get_output_embeddings()
-        names = {
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if type(module) is nn.Linear and module is not head
-        }
-        missing = sorted(names - set(self.entries))
-        if missing:
+        linears = {name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
+        names = {f"{name}.weight" for name in linears}
+        if missing := sorted(names - set(self.entries)):
             raise UserError(
-                f"{self.folder}: no tensor {missing[0]} in its files.",
-                "Save the base again with transformers.",
+                f"{self.folder}: no tensor {missing[0]} in its files.", "Save the base again with transformers."
             )
         return names
 
     def write_index(self, out: Path) -> None:
-        """The shards' index, as it was, or without what dequantizing removed."""
+        """The shards' index: a copy of the base's, without the parts that dequantizing removed."""
         if SINGLE in self._files:
             return
         if not self.quantized:
             copy_file(self.folder / INDEX, out / INDEX)
             return
-        index: dict[str, Any] = {}
-        index["weight_map"] = {name: shard for shard, names in self.shards.items() for name in names}
-        index["metadata"] = {"total_size": sum(entry.nbytes for entry in self.entries.values())}
-        write_json(out / INDEX, index)
+        weight_map = {name: shard for shard, names in self.shards.items() for name in names}
+        total = sum(entry.nbytes for entry in self.entries.values())
+        write_json(out / INDEX, {"weight_map": weight_map, "metadata": {"total_size": total}})
 
 
 def open_base(base: str | Path, revision: str = "main") -> BaseFiles:
-    """The base's files, checked; a hub id is fetched first (safetensors, JSON and tokenizer files only).
+    """The base's files; a hub id is downloaded first (safetensors, JSON and tokenizer files only).
 
     Raises:
         UserError: there is none by that name, it has no safetensors, or a file of it is broken.
@@ -212,18 +167,41 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
         The ids at which generation stops.
     """
     _copy_all(files.folder, out, ("LICENSE*", "NOTICE*", "USE_POLICY*"))
-    tokenizer = load_tokenizer(tokenizer_from or files.folder)
-    if files.vocabulary and check_vocabulary(tokenizer, files.vocabulary, tokenizer_from or files.folder):
+    source = tokenizer_from or files.folder
+    tokenizer = load_tokenizer(source)
+    if files.vocabulary and check_vocabulary(tokenizer, files.vocabulary, source):
         save_tokenizer(tokenizer, out)
     else:
-        copy_tokenizer(tokenizer_from or files.folder, out)
+        copy_tokenizer(source, out)
+    config = _config(files)
+    write_json(out / "config.json", config)
 
+    path = files.folder / GENERATION
+    generation: dict[str, Any] = {"_from_model_config": False}
+    if path.is_file():
+        generation = read_object(path, strict=False, hint=again(path))
+    if "bos_token_id" not in generation and config.get("bos_token_id") is not None:
+        generation["bos_token_id"] = config["bos_token_id"]
+    place = path if "eos_token_id" in generation else files.folder / "config.json"
+    ends: Any = generation.get("eos_token_id", config.get("eos_token_id"))
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(is_whole(token) and token >= 0 for token in known):
+        raise UserError(
+            f"{place}: eos_token_id is {shown(known)}; it is a token's number, or a list of them.", again(place)
+        )
+    ids = list(dict.fromkeys([*_end_tokens(source), *known]))
+    if ids:
+        generation["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    write_json(out / GENERATION, generation)
+    return ids
+
+
+def _config(files: BaseFiles) -> dict[str, Any]:
+    """config.json of the merged folder, with the keys of transformers 4 and 5."""
     config = {key: value for key, value in files.config.items() if key != "quantization_config"}
-    config["dtype"] = config["torch_dtype"] = files.dtype  # transformers 5's key, and 4's
+    config["dtype"] = config["torch_dtype"] = files.dtype
     rope = config.get("rope_parameters")
-    if (
-        isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config
-    ):  # transformers 4 has two keys for it
+    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -232,29 +210,11 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
     if not config.get("architectures"):
         model = empty_model(files.folder, read_model_config(files.folder, any_family=True))
         config["architectures"] = [type(model).__name__]
-    write_json(out / "config.json", config)
-
-    told = files.folder / GENERATION
-    generation: dict[str, Any]
-    generation = read_object(told, strict=False, hint=again(told)) if told.is_file() else {"_from_model_config": False}
-    if "bos_token_id" not in generation and config.get("bos_token_id") is not None:
-        generation["bos_token_id"] = config["bos_token_id"]
-    place = told if "eos_token_id" in generation else files.folder / "config.json"
-    ends: Any = generation.get("eos_token_id", config.get("eos_token_id"))
-    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(is_whole(token) and token >= 0 for token in known):
-        raise UserError(
-            f"{place}: eos_token_id is {shown(known)}; it is a token's number, or a list of them.", again(place)
-        )
-    ids = list(dict.fromkeys([*_end_tokens(tokenizer_from or files.folder), *known]))
-    if ids:
-        generation["eos_token_id"] = ids[0] if len(ids) == 1 else ids
-    write_json(out / GENERATION, generation)
-    return ids
+    return config
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy tokenizer files and chat template.
+    """Copy tokenizer files and chat templates.
 
     Raises:
         UserError: the folder has no tokenizer.
@@ -270,8 +230,8 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 
 def _copy_all(source: Path, out: Path, patterns: Iterable[str]) -> None:
-    """Files by their names' patterns. None through a link out of the folder: what is merged is published, and a stranger's
-    link may lead to a private key."""
+    """Copy files by pattern. A link out of the folder is refused: a merged model is published, and the link may lead to a
+    private key."""
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             if not path.is_dir():
@@ -279,7 +239,7 @@ def _copy_all(source: Path, out: Path, patterns: Iterable[str]) -> None:
 
 
 def _end_tokens(folder: Path) -> list[int]:
-    """The token with which the chat template ends a turn of the assistant, then the tokenizer's own eos."""
+    """The token that ends an assistant's turn in the chat template, then the tokenizer's own eos."""
     tokenizer = load_tokenizer(folder)
     ids: list[int] = []
     template = tokenizer.chat_template

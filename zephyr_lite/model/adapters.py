@@ -1,4 +1,4 @@
-"""The live stack of LoRA adapters on the frozen base. Adapters are attached, switched and frozen here, and nowhere else."""
+"""The live stack of LoRA adapters on the frozen base: the only place where adapters are attached, switched and frozen."""
 
 from __future__ import annotations
 
@@ -27,34 +27,29 @@ def check_targets(targets: Sequence[str] | str) -> list[str]:
     """The projections that ``lora_target_modules`` names.
 
     Raises:
-        UserError: one that no decoder layer has, or a regular expression.
+        UserError: a name that no decoder layer has, or a regular expression.
     """
     wanted = [*ATTENTION, *MLP] if isinstance(targets, str) else list(targets)
     for target in wanted:
-        if not PLAIN_NAME.fullmatch(target):
-            raise UserError(
-                f"lora_target_modules: {shown(repr(target))} is no plain name; regular expressions are not read.",
-                "Name projections of the decoder layers, or all-linear.",
-            )
-        if target.split(".")[-1] not in (*ATTENTION, *MLP):
+        if not PLAIN_NAME.fullmatch(target) or target.split(".")[-1] not in (*ATTENTION, *MLP):
             raise UserError(
                 f"lora_target_modules: {shown(repr(target))} is none of {', '.join((*ATTENTION, *MLP))}.",
-                "Name projections of the decoder layers, or all-linear.",
+                "Name projections of the decoder layers (no regular expressions), or all-linear.",
             )
     return wanted
 
 
 class AdapterStack:
-    """The base with frozen adapters left on, and at most one adapter under training on top of them.
+    """The base with frozen adapters switched on, and at most one trainable adapter on top.
 
     Attributes:
-        model: a PeftModel over the base, or the bare base where there is no adapter at all.
+        model: a PeftModel over the base, or the bare base where there is no adapter.
         frozen: names of the frozen adapters, from the bottom up.
-        trainable: the name of the adapter under training, or None.
+        trainable: name of the trainable adapter, or None.
 
     Args:
         model: the base.
-        device: where adapters lie; None: each beside the weight that it stands on (which a streamed base has on the host).
+        device: of the adapters; None: that of the weight under each (the host, for a streamed base).
     """
 
     def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
@@ -65,7 +60,7 @@ class AdapterStack:
 
     @property
     def base(self) -> Any:
-        """The Hugging Face model, with its linear layers wrapped where an adapter reaches them."""
+        """The Hugging Face model; PEFT wraps the linear layers that have adapters."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
@@ -74,26 +69,23 @@ class AdapterStack:
         return [*self.frozen, *([self.trainable] if self.trainable else [])]
 
     def add_frozen(self, name: str, adapter: AdapterFile) -> None:
-        """Put an adapter on top, switched on and never trained.
+        """Put a frozen adapter on top, switched on.
 
         Raises:
             UserError: it does not fit this base.
         """
-        if self.trainable is not None:
-            raise ValueError("frozen adapters lie below the trainable one; add them first")
+        assert self.trainable is None, "add frozen adapters before the trainable one"
         ranks = {module: w.a.shape[0] for module, w in adapter.modules.items()}
         modules = dict(self.base.named_modules())
         for module, weights in adapter.modules.items():
-            if module not in modules:
-                raise UserError(
-                    f"adapter {adapter.path}: reaches {shown(module)}, which this base does not have.",
-                    "It was trained on another base; give that one as model_name_or_path.",
-                )
-            layer = modules[module]
+            layer = modules.get(module)
             layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
             if not isinstance(layer, nn.Linear):
-                raise UserError(f"adapter {adapter.path}: reaches {shown(module)}, which is no linear layer.")
-            have, want = (weights.b.shape[0], weights.a.shape[1]), (layer.out_features, layer.in_features)
+                raise UserError(
+                    f"adapter {adapter.path}: changes {shown(module)}, which is no linear layer of this base.",
+                    "It was trained on another base; give that one as model_name_or_path.",
+                )
+            have, want = weights.shape, (layer.out_features, layer.in_features)
             if have != want:
                 raise UserError(
                     f"adapter {adapter.path}: {module} is for a weight of {have[0]}×{have[1]}, this base's is {want[0]}×{want[1]}.",
@@ -119,9 +111,9 @@ class AdapterStack:
         targets: Sequence[str] | str,
         seed: int,
     ) -> None:
-        """Put the adapter under training on top: A uniform as in PEFT (Kaiming, a = √5), B zero, both float32.
+        """Put the trainable adapter on top: A uniform as in PEFT (Kaiming, a = √5), B zero, both float32.
 
-        A is drawn on the CPU, module after module, so that it depends on nothing but the seed.
+        A is drawn on the CPU, module by module, so that it depends only on the seed.
 
         Raises:
             UserError: a target that this base does not have.
@@ -170,7 +162,7 @@ class AdapterStack:
                 yield module, layer
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by a name that does not depend on the adapter's: ``MODULE.lora_A`` and ``MODULE.lora_B``."""
+        """The trainable parameters: ``MODULE.lora_A`` and ``MODULE.lora_B`` → parameter."""
         result = {}
         for module, layer in self.lora_layers():
             if self.trainable in layer.lora_A:
@@ -179,7 +171,7 @@ class AdapterStack:
         return result
 
     def ranks_per_layer(self) -> int:
-        """The ranks of all adapters on all projections of a decoder layer, summed; of the layer that has most."""
+        """The largest sum over the layers: of the ranks of all adapters on all projections of a layer."""
         sums: dict[str, int] = {}
         for module, layer in self.lora_layers():
             place = module.split(".layers.")[-1].split(".")[0]
@@ -188,7 +180,7 @@ class AdapterStack:
 
     @contextmanager
     def only(self, names: Sequence[str]) -> Iterator[None]:
-        """Inside the block the Hugging Face model (``generate``, a plain forward) runs with these adapters alone."""
+        """Inside the block the Hugging Face model (``generate``, a plain forward) runs with these adapters only."""
         if not isinstance(self.model, PeftModel):
             yield
             return
@@ -204,12 +196,12 @@ class AdapterStack:
 
     @contextmanager
     def by_row(self, rows: Sequence[Sequence[str]]) -> Iterator[None]:
-        """Inside the block each row of a batch runs with adapters of its own, all in one pass through the base.
+        """Inside the block each row of a batch runs with its own adapters, all in one pass through the base.
 
-        Every adapter is on, and its scale is a column with 0 where a row does without it: what it adds there is 0.
+        Every adapter is on; its scale is a column with 0 for the rows that run without it.
 
         Args:
-            rows: for each row of the batches to come, the names of its adapters.
+            rows: names of the adapters of each row.
         """
         if all(list(names) == list(rows[0]) for names in rows):
             with self.only(rows[0]):
@@ -238,7 +230,7 @@ class AdapterStack:
             lora_alpha=leaf_ranks[-1],
             rank_pattern={m: r for m, r in ranks.items() if r != leaf_ranks[-1]},
             target_modules=sorted(ranks),
-            lora_dropout=0.0,  # ours is a hash inside the decoder; PEFT's would draw from the global generator
+            lora_dropout=0.0,  # dropout is a hash inside the decoder; PEFT's would draw from the global generator
             task_type="CAUSAL_LM",
         )
         if isinstance(self.model, PeftModel):
@@ -248,7 +240,7 @@ class AdapterStack:
         for _, layer in self.lora_layers():
             for part in (layer.lora_A, layer.lora_B):
                 if name in part:
-                    part[name].to(self._device)  # as it is, where that is None
+                    part[name].to(self._device)
                     if part[name].weight.dtype.itemsize < 4:
                         part[name].float()
 
@@ -273,7 +265,7 @@ class AdapterStack:
         self._activate(self.names)
 
     def _activate(self, names: list[str]) -> None:
-        """PEFT makes whatever it activates trainable; only the adapter under training may be."""
+        """Switch adapters on; PEFT makes all of them trainable, only the trainable adapter may be."""
         if not isinstance(self.model, PeftModel):
             return
         self.model.base_model.set_adapter(names)
@@ -284,7 +276,7 @@ class AdapterStack:
 
 
 def resolve_frozen_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each frozen adapter: the stage's where it lies in a run's folder, else its place in the stack."""
+    """A name for each frozen adapter: the stage's if it is in a run's folder, else its place in the stack."""
     names: list[str] = []
     for place, path in enumerate(paths):
         name = path.parent.name if path.name in ("adapter", "delta") else f"adapter{place}"

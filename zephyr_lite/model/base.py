@@ -25,11 +25,11 @@ from .check_weights import check_weights, stored_settings
 from .config_file import check_config_file
 from .families import FAMILIES, NAMES, family_of, head_width, layer_windows
 from .fetch import fetch_base
-from .quantized import Recipe, quantized_folder
-from .shards import again, open_shards
+from .quantized import QuantizedCopy, load_quantized
+from .shards import again, open_shards, weight_files
 from .tokenizer import check_vocabulary, load_tokenizer
 
-# what a model's output depends on, beside its weights; ``fingerprint`` adds head_dim and the layers' windows
+# the configuration keys that a model's output depends on; ``fingerprint`` adds head_dim and the layers' windows
 _ARCHITECTURE = (
     "model_type",
     "hidden_size",
@@ -45,18 +45,18 @@ _ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base.
+    """A loaded base model.
 
     Attributes:
         model: the Hugging Face model, every parameter frozen.
         tokenizer: its tokenizer.
         path: the folder that it was read from.
-        name_or_path: what the user called it.
-        dtype: the compute dtype.
-        device: where it computes, and lies, unless it is streamed.
+        name_or_path: the name that the user gave.
+        dtype: compute dtype.
+        device: where it computes; its parameters are there too, unless it is streamed.
         fingerprint: of its files (see ``fingerprint``).
         load_in_4bit, double_quant: how its linear layers are stored.
-        streamed: every parameter was loaded to the host, wherever `device` is.
+        streamed: the parameters are on the host, whatever `device` is.
     """
 
     model: Any
@@ -72,7 +72,7 @@ class Base:
     streamed: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """What stage.json keeps of it."""
+        """The base's entry in stage.json."""
         return {
             "name_or_path": self.name_or_path,
             "revision": self.revision,
@@ -108,19 +108,19 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
 
 
 def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
-    """The model's configuration, refused where the fused engine would compute something else.
+    """The model's configuration.
+
+    Args:
+        any_family: accept families and variants that the fused engine does not know.
 
     Raises:
-        UserError: the file is broken or absurd, needs code of its own, is of another family, or of a variant of the family
-            that the engine does not know.
+        UserError: the file is broken, needs code of its own, or is of a family or variant that is not accepted.
     """
     path = folder / "config.json"
     told = check_config_file(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # each model's own checks raise whatever they like
+    except Exception as error:  # each model's own checks raise what they like
         if "auto_map" in told and "trust_remote_code" in str(error):
             raise UserError(
                 f"{path}: needs code of its own (auto_map: {shown(told['auto_map'])}), which is never run.",
@@ -130,17 +130,16 @@ def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
         raise UserError(
             f"{path}: not a configuration that transformers reads: {shown(what, 300)}", again(path)
         ) from error
-    if any_family:
-        return config
-    check_family(config, str(path))
+    if not any_family:
+        check_family(config, str(path))
     return config
 
 
 def check_family(config: Any, where: str) -> None:
-    """Refuse what the decoder layer would compute wrongly.
+    """Refuse models that the decoder layer would compute wrongly.
 
     Raises:
-        UserError: another family, or a variant of the family that the engine does not know.
+        UserError: another family, or a variant of the family that the fused engine does not know.
     """
     if config.model_type not in FAMILIES:
         raise UserError(
@@ -156,7 +155,7 @@ def check_family(config: Any, where: str) -> None:
     try:
         family_of(config).windows(config)
     except ValueError as error:
-        raise UserError(f"{where}: {error}.", "Mend the configuration, or set engine=trl.") from None
+        raise UserError(f"{where}: {error}.", "Correct the configuration, or set engine=trl.") from None
     if config.hidden_act != "silu":
         raise UserError(f"{where}: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl.")
 
@@ -168,18 +167,17 @@ def load_base(
     stream: bool = False,
     say: Callable[[str], None] = print,
 ) -> Base:
-    """Load the base that a run names, frozen, onto the GPU where there is one.
+    """Load the base of a run, frozen, onto the GPU where there is one.
 
-    A 16-bit base that is wanted in 4 bits is quantized once, and read from the user's cache afterwards (``quantized``).
+    A 16-bit base is quantized to 4 bits once, and its 4-bit copy is read from the user's cache afterwards (``quantized``).
 
     Args:
         device: where to compute; None: the GPU where there is one.
-        stream: leave every parameter on the host. What ``stream`` copies from there layer by layer (the decoder's
-            projections) may still be mapped from the file, everything else is in memory of its own.
-        say: is told when something is quantized and kept, or why it cannot be kept.
+        stream: leave every parameter on the host. The decoder's projections may still be mapped from the file there.
+        say: is told when the base is quantized, and why the copy cannot be saved.
 
     Raises:
-        UserError: it cannot be found or read, is of another family, or is quantized in another way than NF4.
+        UserError: it cannot be found or read, is of another family, or is stored quantized in another format than NF4.
     """
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     model_config = read_model_config(folder, any_family=config.engine == "trl")
@@ -187,20 +185,70 @@ def load_base(
     place = torch.device("cpu") if stream else device
     dtype = compute_dtype(config.dtype, device)
     stored = getattr(model_config, "quantization_config", None)
-    quantization, four_bit, double = quantization_of(config, stored, folder, dtype)
+    settings, four_bit, double = quantization_of(config, stored, folder, dtype)
     if four_bit and dtype == torch.float64:
         raise UserError("dtype float64: bitsandbytes dequantizes to at most float32.", "Set load_in_4bit=false.")
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # in a log file it is noise
+        logging.disable_progress_bar()  # unreadable in a log file
     check_weights(folder, model_config)
-    source, print_of_base = folder, fingerprint(folder)
-    if quantization is not None and model_config.model_type in FAMILIES:  # others may rename weights on loading
-        recipe = Recipe(config.model_name_or_path, print_of_base, quantization, dtype)
-        kept = quantized_folder(folder, model_config, recipe, device, say)
-        if kept is not None:
-            # of the weights alone: the configuration is the base's own, whatever became of the kept one
-            source, model_config = kept, copy.deepcopy(model_config)
-            model_config.quantization_config, quantization = quantization.to_dict(), None
+    base_fingerprint = fingerprint(folder)
+
+    def load(source: Path, quantize: bool) -> Any:
+        own = copy.deepcopy(model_config)  # of the base, for its 4-bit copy too
+        if settings is not None and not quantize:
+            own.quantization_config = settings.to_dict()
+        where = device if quantize and _fits_in_4bit(folder, device) else place
+        return _from_pretrained(source, own, dtype, where, settings if quantize else None)
+
+    # other families may rename their tensors on loading
+    if settings is not None and model_config.model_type in FAMILIES:
+        four_bit_copy = QuantizedCopy(folder, config.model_name_or_path, base_fingerprint, settings, dtype)
+        model = load_quantized(four_bit_copy, load, say)
+    else:
+        model = load(folder, settings is not None)
+    model.config._name_or_path = model.name_or_path = str(folder)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # bitsandbytes would repack the weight in place at the first evaluation, and the layers would read noise
+            module.support_avx512bf16_for_cpu = False
+            if device.type == "cpu" and module.in_features % 64:
+                raise UserError(
+                    f"{folder}: a weight has {module.in_features} input features; on a CPU bitsandbytes gives wrong values "
+                    "for rows that are no multiple of 64.",
+                    "Set load_in_4bit=false, or run it on a GPU.",
+                )
+    if stored is not None and model_config.model_type in FAMILIES:
+        _cast(model, dtype)
+    if place.type == "cpu":
+        _copy_from_file(model)
+    return frozen_base(
+        model,
+        config,
+        folder,
+        dtype,
+        device,
+        four_bit=four_bit,
+        double_quant=double,
+        streamed=stream,
+        known_fingerprint=base_fingerprint,
+    )
+
+
+def _fits_in_4bit(folder: Path, device: torch.device) -> bool:
+    """Whether a streamed base can be quantized on the card, which takes seconds where a CPU takes minutes."""
+    size = sum(path.stat().st_size for path in weight_files(folder))
+    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > size / 2
+
+
+def _from_pretrained(
+    source: Path, model_config: Any, dtype: torch.dtype, place: torch.device, quantization: BitsAndBytesConfig | None
+) -> Any:
+    """Load a folder with transformers.
+
+    Raises:
+        UserError: a file is broken, or its tensors are not those of the model of config.json.
+    """
+    hint = "The files belong to different models; fetch the model again."
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             source,
@@ -214,56 +262,24 @@ def load_base(
         )
     except (OSError, SafetensorError) as error:
         raise UserError(f"{source}: its weights cannot be read: {error}", "Fetch the model again.") from None
-    except RuntimeError as error:  # of the families that were not compared with their configuration above
+    except RuntimeError as error:  # families that check_weights does not compare
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise UserError(
-            f"{source}: its weights have other shapes than its config.json says.",
-            "The files belong to different models; fetch the model again.",
-        ) from error
-    if absent := sorted(loaded["missing_keys"]):  # transformers drew them at random
-        more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
-        raise UserError(f"{source}: no tensor {shown(absent[0])}{more} in its files.", "Fetch the model again.")
-    if unread := sorted(loaded["unexpected_keys"]):  # of families that check_weights does not know
-        more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
-        raise UserError(
-            f"{source}: holds tensor {shown(unread[0])}{more}, for which the model of config.json has no place.",
-            "The files belong to different models; fetch the model again.",
-        )
-    model.config._name_or_path = model.name_or_path = str(folder)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # it would repack the weight in place at the first evaluation, and every later reader would see noise
-            module.support_avx512bf16_for_cpu = False
-            if device.type == "cpu" and module.in_features % 64:
-                raise UserError(
-                    f"{folder}: a weight has {module.in_features} input features; on a CPU bitsandbytes gives wrong values "
-                    "for rows that are no multiple of 64.",
-                    "Set load_in_4bit=false, or run it on a GPU.",
-                )
-    if stored is not None and model_config.model_type in FAMILIES:
-        _cast(model, dtype)
-    if place.type == "cpu":
-        _leave_the_file(model)
-    return frozen_base(
-        model,
-        config,
-        folder,
-        dtype,
-        device,
-        four_bit=four_bit,
-        double_quant=double,
-        streamed=stream,
-        known_fingerprint=print_of_base,
-    )
+        raise UserError(f"{source}: its weights have other shapes than its config.json says.", hint) from error
+    for key, what in (
+        ("missing_keys", "no tensor {} in its files"),  # transformers initialized them at random
+        ("unexpected_keys", "holds tensor {}, for which the model of config.json has no place"),
+    ):
+        if names := sorted(loaded[key]):
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            raise UserError(f"{source}: {what.format(shown(names[0]) + more)}.", hint)
+    return model
 
 
-def _leave_the_file(model: Any) -> None:
-    """Copy what transformers mapped from a file, but for the decoder's projections, into memory of its own.
+def _copy_from_file(model: Any) -> None:
+    """Copy tensors that transformers mapped from a file into memory of their own, except the decoder's projections.
 
-    A mapped tensor lies in the file at any address and may have to be read again; as long as one is there, so is the
-    mapping of the whole file. The projections' are mapped until ``stream`` puts them into its slabs; on a CPU without
-    streaming they stay so, and the system may drop and read them again.
+    A mapped tensor may have to be read again from the disk. The projections stay mapped until ``WeightStreamer`` copies them.
     """
     for parameter, projection in _parameters(model):
         state = getattr(parameter, "quant_state", None)
@@ -276,15 +292,14 @@ def _leave_the_file(model: Any) -> None:
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Bring what is not quantized to the compute dtype: of a stored quantized checkpoint transformers leaves embedding,
-    norms and head in their own."""
+    """Cast embedding, norms and head to the compute dtype; transformers keeps a stored 4-bit checkpoint's own."""
     for parameter, _ in _parameters(model):
         if not hasattr(parameter, "quant_state") and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
 
 
 def _parameters(model: Any) -> Iterator[tuple[torch.nn.Parameter, bool]]:
-    """Every parameter once, and whether it is the matrix of one of the decoder's projections."""
+    """Every parameter once, and whether it is the weight of one of the decoder's projections."""
     head, seen = model.get_output_embeddings(), set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -305,10 +320,10 @@ def frozen_base(
     streamed: bool = False,
     known_fingerprint: str | None = None,
 ) -> Base:
-    """A loaded model as the base of a run: every parameter frozen, no cache, the folder's own tokenizer.
+    """A loaded model as the base of a run: parameters frozen, no key-value cache, the folder's tokenizer.
 
     Raises:
-        UserError: there is no tokenizer, or not this model's.
+        UserError: there is no tokenizer, or one of another model.
     """
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -330,7 +345,7 @@ def frozen_base(
 
 
 def quantization_of(config: RunConfig, stored: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool, bool]:
-    """What to hand to from_pretrained, whether the base is in 4 bits, and whether its scales are quantized too."""
+    """The settings for from_pretrained, whether the base is in 4 bits, and whether its scales are quantized too."""
     if stored is not None:
         return None, True, bool(stored_settings(stored, folder).bnb_4bit_use_double_quant)
     if not config.load_in_4bit:
@@ -348,13 +363,13 @@ def quantization_of(config: RunConfig, stored: Any, folder: Path, dtype: torch.d
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash that tells bases apart in milliseconds: what of the configuration the output depends on, and of every tensor its
-    name, dtype, shape and 4 KiB at 4 places. (Reading 15 GB to hash all of it would cost more than loading it.)
+    """A hash that tells bases apart in milliseconds: the configuration that the output depends on, and of every tensor its
+    name, dtype, shape and 4 KiB at 4 places.
 
     Files that transformers does not read, how tensors are split into files, and keys such as use_cache do not count.
 
     Raises:
-        UserError: a file is missing (a link of the hub's cache may lead nowhere) or cannot be read.
+        UserError: a file is missing or broken.
     """
     config = read_model_config(folder, any_family=True)
     told = {key: getattr(config, key, None) for key in _ARCHITECTURE}
@@ -362,24 +377,19 @@ def fingerprint(folder: Path) -> str:
         told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     places = {name: (file.path, entry) for file in open_shards(folder).values() for name, entry in file.entries.items()}
-    try:
-        with ExitStack() as stack:
-            opened = {path: stack.enter_context(path.open("rb")) for path in {path for path, _ in places.values()}}
-            for name, (path, entry) in sorted(places.items()):
-                digest.update(repr((name, entry.dtype, entry.shape)).encode())
-                for place in range(4):
-                    start = entry.start + entry.nbytes * place // 4
-                    opened[path].seek(start)
-                    digest.update(opened[path].read(min(2**12, entry.end - start)))
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot be read: {error.strerror}.", "Fetch the model again."
-        ) from None
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(path.open("rb")) for path in {path for path, _ in places.values()}}
+        for name, (path, entry) in sorted(places.items()):
+            digest.update(repr((name, entry.dtype, entry.shape)).encode())
+            for place in range(4):
+                start = entry.start + entry.nbytes * place // 4
+                opened[path].seek(start)
+                digest.update(opened[path].read(min(2**12, entry.end - start)))
     return digest.hexdigest()
 
 
 def is_fingerprint_of(known: str, folder: Path) -> bool:
-    """Whether a base's fingerprint in a stage.json, of this version or of an earlier one, is that of a folder."""
+    """Whether a fingerprint in a stage.json, of this version or of an earlier one, is the folder's."""
     return known in (fingerprint(folder), _fingerprint_of_files(folder))
 
 

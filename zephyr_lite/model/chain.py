@@ -1,4 +1,4 @@
-"""Which adapters a stage stands on: read from its stage.json, found, and checked against their hashes."""
+"""The adapters that a stage was trained on: read from its stage.json, found, and checked against their hashes."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +15,16 @@ from .peft_io import AdapterFile, fetch_adapter, read_adapter
 
 @dataclass
 class Chain:
-    """A base and the adapters that belong on it, from the bottom up.
+    """A base and the adapters on it, from the bottom up.
 
     Attributes:
         base: as in stage.json: name_or_path, revision, load_in_4bit, double_quant, dtype (explicit adapters: only
-            name_or_path is known).
+            name_or_path).
         adapters: every adapter, the stage's own last.
         tokenizer_from: a folder with tokenizer and chat template, where one is known.
-        run, stage: where it came from; None for explicit adapters.
+        run, stage: folder and stage name; None for explicit adapters.
         info: the stage's stage.json.
-        notes: what is doubtful about explicit adapters on this base, a line each.
+        notes: doubts about explicit adapters on this base, a line each.
     """
 
     base: dict[str, Any]
@@ -36,7 +36,7 @@ class Chain:
     notes: list[str] = field(default_factory=list)
 
     def lineage(self) -> dict[str, Any]:
-        """What a merged folder keeps of it."""
+        """The chain's entry in a merged folder."""
         told: dict[str, Any] = {"base": self.base}
         if self.run is not None:
             told |= {"run": self.run.name, "stage": self.stage}
@@ -51,21 +51,17 @@ def chain_of_run(
     Args:
         run: a run's folder; None for the newest one under `runs_root` with a complete stage.
         stage: a stage's name; None for the complete stage with the longest chain, the latest of those.
-        base: where its base is now, if that was moved; whoever loads it compares the fingerprint.
+        base: where its base is now, if it was moved; the caller compares the fingerprint.
 
     Raises:
-        UserError: no such run or complete stage, an adapter that is gone, or one that is no longer what the stage was
-            trained on.
+        UserError: no such run or complete stage, or an adapter is missing or has changed since the stage was trained.
     """
     folder = Path(run) if run is not None else _newest(Path(runs_root))
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run.", "Give a run's folder (--run), or the adapters themselves.")
     chosen, info = _last_stage(folder, stage)
-    adapters = []
-    for place, link in enumerate(info["adapters"]):
-        adapters.append(_checked(_resolve(folder, _path(chosen, link)), link, chosen, f"adapter {place + 1}"))
-    own = info["own"]
-    adapters.append(_checked(chosen.path / _path(chosen, own), own, chosen, "its own adapter"))
+    adapters = [_checked(_resolve(folder, link["path"]), link, chosen) for link in info["adapters"]]
+    adapters.append(_checked(chosen.path / info["own"]["path"], info["own"], chosen))
     moved = {} if base is None else {"name_or_path": base, "revision": "main"}
     return Chain({**info["base"], **moved}, adapters, chosen.adapter, folder, chosen.path.name, info)
 
@@ -98,31 +94,28 @@ def check_stack(adapters: list[AdapterFile], base: str) -> list[str]:
         base: its name or folder.
 
     Returns:
-        what is doubtful, a line each.
+        doubts, a line each.
 
     Raises:
-        UserError: one is given twice, contains another, is a delta without what it was trained on, or was never trained.
+        UserError: one is given twice, contains another, is a delta without the adapters below it, or was never trained.
     """
     notes = []
     for place, adapter in enumerate(adapters):
         below = adapters[:place]
-        for other in below:
-            if other.sha256 == adapter.sha256:
-                raise UserError(
-                    f"{adapter.path}: is the same adapter as {other.path} and would count twice.", "Give it once."
-                )
         if not any(bool(adapter.modules[name].b.any()) for name in adapter.modules):
             raise UserError(
                 f"{adapter.path}: every lora_B is zero: it was never trained and changes nothing.",
                 "Take another checkpoint of it, or leave it out.",
             )
-        known = _check_stage(adapter, below)
-        if known - {other.sha256 for other in below}:
+        if same := [other.path for other in below if other.sha256 == adapter.sha256]:
+            raise UserError(f"{adapter.path}: is the same adapter as {same[0]} and would count twice.", "Give it once.")
+        trained_on = _check_stage(adapter, below)
+        if trained_on - {other.sha256 for other in below}:
             notes.append(
                 f"adapter {adapter.path}: its stage.json says that it was trained on top of adapters that are not below it here"
             )
         for other in below:
-            if other.sha256 not in known and (holds(adapter, other)[0] or holds(other, adapter)[0]):
+            if other.sha256 not in trained_on and (holds(adapter, other)[0] or holds(other, adapter)[0]):
                 raise UserError(
                     f"{adapter.path}: contains {other.path}, or is contained in it (one's training continued from the "
                     "other); together they count what they share twice.",
@@ -131,7 +124,7 @@ def check_stack(adapters: list[AdapterFile], base: str) -> list[str]:
         if (told := other_base(adapter.config, base)) is not None:
             notes.append(f"adapter {adapter.path}: {told}")
         named = [base, str(adapter.config.get("base_model_name_or_path") or base), *(str(a.path) for a in below)]
-        tuned = None if known else tuned_from(adapter.path)
+        tuned = None if trained_on else tuned_from(adapter.path)
         if tuned is not None and not any(same_name(tuned, name) for name in named):
             notes.append(
                 f"adapter {adapter.path}: its card says that it was trained from {shown(tuned)}, which is neither the base "
@@ -141,7 +134,7 @@ def check_stack(adapters: list[AdapterFile], base: str) -> list[str]:
 
 
 def _check_stage(adapter: AdapterFile, below: list[AdapterFile]) -> set[str]:
-    """An adapter that lies in a stage of a run: a delta needs what it was trained on, adapter/ already contains it.
+    """Check an adapter in a stage's folder: delta/ needs the adapters below it, adapter/ already contains them.
 
     Returns:
         the hashes of the adapters that a delta was trained on; empty for any other adapter.
@@ -168,14 +161,15 @@ def _check_stage(adapter: AdapterFile, below: list[AdapterFile]) -> set[str]:
 
 
 def _newest(root: Path) -> Path:
+    """The run whose stage was completed last."""
     done, broken = [], []
     for stage in (stage for run in root.glob("*") for stage in stages_of(run)):
         try:
             if stage.complete():
-                done.append(((stage.path / STAGE_FILE).stat().st_mtime_ns, stage.run))
-        except UserError as error:  # another run's affair, unless it is the only one
+                done.append(stage)
+        except UserError as error:  # a broken file of another run does not matter
             broken.append(error)
-    if not done and broken:
+    if broken and not done:
         raise broken[0]
     if not done:
         running = newest_run(root) if root.is_dir() else None
@@ -183,44 +177,42 @@ def _newest(root: Path) -> Path:
             f"{root}: no run there has a complete stage" + (f" ({running} is not finished)." if running else "."),
             "Train one first (zephyr-lite sft), or name a run with --run.",
         )
-    return max(done)[1]
+    return max(done, key=lambda stage: (stage.path / STAGE_FILE).stat().st_mtime_ns).run
 
 
 def _last_stage(run: Path, name: str | None) -> tuple[StageDir, dict[str, Any]]:
     found = []
     for stage in stages_of(run):
-        path = stage.path / STAGE_FILE
         if name not in (None, stage.path.name):
-            continue  # what is wrong with another stage does not matter
+            continue  # errors of another stage do not matter
         info = stage.info()
-        if info is None or info.get("status") != "complete":
-            continue
-        checked(info, path, needs=("adapters", "own", "base.name_or_path"))
-        order = (len(info.get("adapters", [])), path.stat().st_mtime_ns)
-        found.append((order, stage, info))
+        if info is not None and info.get("status") == "complete":
+            path = stage.path / STAGE_FILE
+            checked(info, path, needs=("adapters", "own", "base.name_or_path"))
+            found.append(((len(info["adapters"]), path.stat().st_mtime_ns), stage, info))
     if name is None:
-        _nothing_lost(run)
-    if not found and (run / "adapter_config.json").is_file():
+        _refuse_lost_stages(run)
+    if found:
+        _, stage, info = max(found, key=lambda item: item[0])
+        return stage, info
+    if (run / "adapter_config.json").is_file():
         raise UserError(
             f"{run}: is an adapter's folder, and no run.",
             f"Give the run ({run.parent.parent}), or name the adapters from the bottom up, each with --adapter.",
         )
-    if not found and not stages_of(run):
+    if not stages_of(run):
         raise UserError(
             f"{run}: no complete stage in it: it is no run's folder, or nothing was trained there yet.",
             "Give a run's folder (runs/NAME), a stage's, or a merged model's.",
         )
-    if not found:
-        raise UserError(
-            f"{run}: {'no complete stage' if name is None else f'stage {name} is not there, or not complete'}.",
-            "Finish it first: the same command that started it resumes it.",
-        )
-    _, stage, info = max(found, key=lambda item: item[0])
-    return stage, info
+    raise UserError(
+        f"{run}: {'no complete stage' if name is None else f'stage {name} is not there, or not complete'}.",
+        "Finish it first: the same command that started it resumes it.",
+    )
 
 
-def _nothing_lost(run: Path) -> None:
-    """A stage whose stage.json is gone, or empty, must not be passed over for the one below it.
+def _refuse_lost_stages(run: Path) -> None:
+    """A stage whose stage.json is missing or empty must not be skipped in favour of the one below it.
 
     Raises:
         UserError: there is an adapter of such a stage.
@@ -229,40 +221,32 @@ def _nothing_lost(run: Path) -> None:
         stage = StageDir(adapter.parent)
         if adapter.is_dir() and "status" not in (stage.info() or {}):
             raise UserError(
-                f"{stage.path}: has an adapter, and no {STAGE_FILE} that says what it stands on.",
+                f"{stage.path}: has an adapter, and no {STAGE_FILE} that says what it was trained on.",
                 "Restore that file; or name a stage (--stage), or the adapters themselves (--adapter, --base).",
             )
 
 
-def _path(stage: StageDir, link: dict[str, Any]) -> str:
-    path, sha = link.get("path"), link.get("sha256")
-    if not (isinstance(path, str) and path and isinstance(sha, str) and sha) or "\0" in path:
-        raise UserError(f"{stage.path / STAGE_FILE}: an adapter has no path or no sha256.", "Restore the file.")
-    return path
-
-
 def _resolve(run: Path, name: str) -> Path:
-    """A frozen adapter: relative to the run's folder when it lies in it, else absolute or a hub id."""
+    """A frozen adapter: relative to the run's folder if it is in it, else absolute or a hub id."""
     inside = run / name
     if Path(name).is_absolute() or inside.is_dir():
         return inside
-    # A stage that was there once is missing, which is no reason to ask the hub for "sft/adapter".
+    # a missing stage of the run ("sft/adapter") is not looked for on the hub
     if (run / Path(name).parts[0]).exists() or Path(name).name in ("adapter", "delta"):
         return inside
     return fetch_adapter(name)
 
 
-def _checked(path: Path, link: dict[str, Any], stage: StageDir, what: str) -> AdapterFile:
+def _checked(path: Path, link: dict[str, Any], stage: StageDir) -> AdapterFile:
     if not path.is_dir():
         raise UserError(
-            f"{path}: is gone; {stage.path} stands on it ({what}).",
+            f"{path}: is gone; {stage.path} was trained on it.",
             f"Put it back, or merge from {stage.adapter}, which holds the whole chain, as an explicit adapter.",
         )
     adapter = read_adapter(path)
     if adapter.sha256 != link["sha256"]:
         raise UserError(
-            f"{path}: its content is {adapter.sha256[:12]}, but {stage.path.name} was trained on {link['sha256'][:12]} "
-            f"({what}).",
+            f"{path}: its content is {adapter.sha256[:12]}, but {stage.path.name} was trained on {link['sha256'][:12]}.",
             "The adapter was changed or replaced since. Restore it, or train the stages above it again.",
         )
     return adapter

@@ -1,41 +1,60 @@
-"""A base's weights against its config.json: every tensor's name and shape, before transformers loads any."""
+"""A base's weights compared with its config.json, by names and shapes, before transformers loads any."""
 
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import UserError
 from ..io.strict_json import shown
 from .families import FAMILIES
-from .shards import again, check_layers, check_shapes, open_shards
+from .shards import again, open_shards
+
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+_OTHER_MODEL = "The files belong to different models; fetch the model again."
+NF4_STATE = ".quant_state.bitsandbytes__nf4"
 
 
 def check_weights(folder: Path, config: Any) -> None:
-    """Every file of the weights, checked before transformers sees them: index, headers, and shapes where they are known.
+    """Check every file of the weights; for the fused engine's families, compare tensor names and shapes with the model.
+
+    Tensors that the files lack are reported by transformers on loading (``base.load_base``).
 
     Raises:
-        UserError: a file is broken or another model's; names the file and the tensor.
+        UserError: a file is broken; the model has no place for a tensor, or one of another shape.
     """
-    files = list(open_shards(folder).values())
+    holds = {name: file for file in open_shards(folder).values() for name in file.entries}
     if config.model_type not in FAMILIES:
         return
-    check_layers(folder, files, config.num_hidden_layers)
-    model = empty_model(folder, config)
-    shapes = dict(model.state_dict())
-    stored = getattr(config, "quantization_config", None)
-    packed: set[str] = set()
-    if stored is not None:
-        settings = stored_settings(stored, folder)
-        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-        quantizer.preprocess_model(model=model, device_map={"": "cpu"}, dtype=None)
-        packed = {name for name in shapes if quantizer.param_needs_quantization(model, name)}
-    check_shapes(files, shapes, packed)
+    layers = 1 + max((int(match[1]) for name in holds if (match := _LAYER.match(name))), default=-1)
+    if layers not in (0, config.num_hidden_layers):
+        raise UserError(
+            f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {layers}.", _OTHER_MODEL
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        stored_settings(config.quantization_config, folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(folder, config).state_dict().items()}
+    packed = {name.removesuffix(NF4_STATE) for name in holds if name.endswith(NF4_STATE)}
+    for name, file in holds.items():
+        if name in packed or name.rpartition(".weight.")[0] + ".weight" in packed:
+            continue  # bitsandbytes' parts of an NF4 weight
+        # transformers adds the prefix itself, and computes inv_freq, which old checkpoints hold
+        if name not in shapes and f"model.{name}" not in shapes and not name.endswith("rotary_emb.inv_freq"):
+            raise UserError(
+                f"{file.path}: holds tensor {shown(name)}, for which the model of config.json has no place.",
+                _OTHER_MODEL,
+            )
+        shape = file.entries[name].shape
+        if shapes.get(name, shape) != shape:
+            raise UserError(
+                f"{file.path}: tensor {shown(name)} is {list(shape)}; by config.json it is {list(shapes[name])}.",
+                _OTHER_MODEL,
+            )
 
 
 def empty_model(folder: Path, config: Any) -> Any:
@@ -47,20 +66,18 @@ def empty_model(folder: Path, config: Any) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # a model's own code on a stranger's numbers
-        what = shown(" ".join(str(error).split()) or type(error).__name__, 300)
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(
-            f"{folder}/config.json: not a model that transformers builds: {what}.", again(folder / "config.json")
+            f"{folder}/config.json: not a model that transformers builds: {shown(error, 300)}.",
+            again(folder / "config.json"),
         ) from error
 
 
 def stored_settings(stored: Any, folder: Path) -> BitsAndBytesConfig:
-    """How a base is stored quantized, by its config.json.
+    """The quantization settings of a base that is stored quantized.
 
     Raises:
-        UserError: otherwise than in bitsandbytes' NF4.
+        UserError: it is stored in another format than bitsandbytes' NF4.
     """
     told = stored if isinstance(stored, dict) else stored.to_dict()
     if not told.get("load_in_4bit") or told.get("bnb_4bit_quant_type") != "nf4":
@@ -69,15 +86,4 @@ def stored_settings(stored: Any, folder: Path) -> BitsAndBytesConfig:
             f"/{shown(told.get('bnb_4bit_quant_type', 'other'))}; only bitsandbytes' NF4 can be trained on.",
             "Use the 16-bit base, or one quantized to NF4.",
         )
-    try:
-        settings = BitsAndBytesConfig.from_dict(told)
-        if settings.quantization_method() != "nf4":
-            raise ValueError("it is no NF4")
-        if not all(isinstance(name, str) for name in settings.llm_int8_skip_modules or ()):
-            raise ValueError("llm_int8_skip_modules are no names")
-        return settings
-    except Exception as error:  # of its own checks, and of numbers where it looks for names
-        raise UserError(
-            f"{folder}/config.json: its quantization_config is none of bitsandbytes': {shown(error, 200)}.",
-            again(folder / "config.json"),
-        ) from error
+    return BitsAndBytesConfig.from_dict(told)

@@ -13,7 +13,7 @@ from .peft_io import AdapterFile, LoraWeights
 
 
 class _Composed(Mapping[str, LoraWeights]):
-    """The chain as one adapter, concatenated along the rank when a module is asked for."""
+    """The chain as one adapter; a module is concatenated when it is read."""
 
     def __init__(self, parts: dict[str, list[Mapping[str, LoraWeights]]]) -> None:
         self._parts = parts
@@ -32,10 +32,10 @@ class _Composed(Mapping[str, LoraWeights]):
 
 
 def compose(adapters: Sequence[AdapterFile]) -> Mapping[str, LoraWeights]:
-    """One adapter that equals all of them on at once: Σ sᵢ BᵢAᵢ = [s₁B₁ s₂B₂ …] @ [A₁; A₂; …].
+    """One adapter that equals the sum of all: Σ sᵢ BᵢAᵢ = [s₁B₁ s₂B₂ …] @ [A₁; A₂; …].
 
     Returns:
-        module name → LoraWeights with scale 1, float32; built at each access, so only one module's copy need exist.
+        module name → LoraWeights with scale 1, float32; built at each access, so that memory holds one module at a time.
 
     Raises:
         UserError: two adapters change the same module with different shapes.

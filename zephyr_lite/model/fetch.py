@@ -1,4 +1,4 @@
-"""The folder of a base: a local one, or the hub's, of which pickles are never fetched."""
+"""The folder of a base: a local one, or downloaded from the hub without pickles."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..errors import UserError
 from ..io.strict_json import shown
 from .shards import local_folder, pickles
 
-# what a base consists of
+# the files of a base
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model*", "*.txt"]
-# the same weights once more, in Mistral's own format
+# a second copy of the weights, in Mistral's own format
 IGNORED = ["consolidated*"]
 
 
 def fetch_base(name_or_path: str, revision: str = "main", *, weights: bool = True) -> Path:
-    """The folder of a base: a local one as it is, or the hub's, fetched without pickles.
+    """The folder of a base: a local one, or a snapshot downloaded from the hub.
 
     Args:
         weights: False for the tokenizer and ``config.json`` alone.
 
     Raises:
-        UserError: neither exists, it has no safetensors, the hub cannot be reached, or the gate was not passed.
+        UserError: neither exists, it has no safetensors, the hub cannot be reached, or its terms were not accepted.
     """
     if (folder := local_folder(name_or_path)) is not None:
         if not (folder / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""One loaded base with the adapters of a run on it: every model along the chain, by switching adapters."""
+"""One loaded base with the adapters of a run: every model along the chain, by switching adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tokenizer import check_vocabulary
 
 Say = Callable[[str], None]
 BASE = "base"
-WHOLE = "model"  # what a model's folder is called, which has no base and no adapters
+WHOLE = "model"  # name of a model folder's only model
 
 
 @dataclass
@@ -30,11 +30,11 @@ class LoadedModel:
     """A base, loaded once, and the models that its adapters make of it.
 
     Attributes:
-        source: what was opened: a stage's folder, a model's, or the adapters, as a user names it.
+        source: the stage's folder, the model's folder, or the adapters, for messages.
         base: its ``model`` is wrapped by ``stack``.
-        template: of training; it gives a prompt's ids and the tokens that end an answer.
+        template: the chat template of training: a prompt's ids and the tokens that end an answer.
         models: model → names of the adapters that are on, from the bottom up. A run of two stages has ``base`` [],
-            ``sft`` ["sft"] and ``dpo`` ["sft", "dpo"]; a model's folder has ``model`` [] alone.
+            ``sft`` ["sft"] and ``dpo`` ["sft", "dpo"]; a model's folder has only ``model`` [].
         chain: where the adapters come from; None for a model's folder.
     """
 
@@ -52,12 +52,12 @@ class LoadedModel:
 
     @property
     def policy(self) -> str:
-        """The model at the top: what was trained last."""
+        """The model at the top, which was trained last."""
         return list(self.models)[-1]
 
     @property
     def reference(self) -> str:
-        """The model below it, which training started from; a model's folder is its own."""
+        """The model below the policy, where its training started; a model's folder is its own reference."""
         return list(self.models)[max(0, len(self.models) - 2)]
 
     def decoder(self, model: str) -> Decoder:
@@ -84,12 +84,12 @@ def open_live(
         source: the folder; None: the newest run under ``runs/`` that has a complete stage.
         stage: of a run's folder.
         adapters: instead of a source: PEFT adapters from the bottom up.
-        base: what the adapters belong on; of a run, where its base is now.
+        base: the adapters' base; for a run, where its base is now.
         chat_template: as the configuration's key (auto: the folder's own, or Zephyr's); None: the folder's own.
 
     Raises:
-        UserError: it is none of these; a stage is not finished, or its base or adapters were changed since; there is
-            no chat template.
+        UserError: the source is none of these; a stage is not finished, its base or adapters have changed, or there is no
+            chat template.
     """
     if adapters:
         if source is not None or stage is not None:
@@ -147,7 +147,7 @@ def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda
 
 
 def base_config(chain: Chain) -> RunConfig:
-    """How the base of a chain is loaded for it to be what the stage trained on."""
+    """The configuration that loads the base of a chain as its stage trained on it."""
     described = chain.base
     return RunConfig(
         model_name_or_path=described["name_or_path"],
@@ -159,7 +159,7 @@ def base_config(chain: Chain) -> RunConfig:
 
 
 def template_of_folder(folder: Path, tokenizer: Any, choice: str | None = None) -> ChatTemplate:
-    """The chat template that a folder was saved with, or the one that is asked for.
+    """The chat template saved in a folder, or the chosen one.
 
     Raises:
         UserError: there is none.

@@ -1,7 +1,7 @@
-"""Whether one adapter already contains another, by their weights; and what an adapter's card says it was trained from.
+"""Whether one adapter contains another, by their weights; and the model that an adapter's card names as its start.
 
-Both decide which adapters may be on together: an adapter that continued another one holds it, and counts it a second time
-where both are on; one that was trained on top of another is wrong without it.
+Both decide which adapters may be on together: training that continued an adapter contains it, and both together count it
+twice; an adapter that was trained on top of another is wrong without it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .peft_io import AdapterFile, LoraWeights
 from .shards import in_hub_cache
 
 CARD = "README.md"
-# two adapters whose A differ by less, normwise, come from the same draw: independent ones differ by √2
+# largest normwise difference of two A from the same draw; independent draws differ by √2
 SAME_ORIGIN = 0.7
-# of the other's B (or of its product) that is in its own: 1 for a continued adapter, near 0 for one of the same seed
+# smallest share of the other's B (or product) in a continued adapter: 1 if continued, near 0 with the same seed only
 HELD = 0.5
-# of the other's A in the span of its own rows: 1 in a concatenation, rank / width for independent draws
+# smallest share of the other's A in the span of its rows: 1 in a concatenation, rank / width for independent draws
 SPANNED = 0.9
 _TUNED = re.compile(
     r"fine-tuned version of\s+[*`]*(?:\[[*`]*(?P<link>[^\]\s*`]+)[*`]*\]|(?P<bare>[\w./-]+))", re.IGNORECASE
 )
-# what templates of cards write where they know no model: "[None](…)", "an unknown base", "the base model"
+# what card templates write for an unknown model: "[None](…)", "an unknown base", "the base model"
 _NO_MODEL = {"none", "unknown", "an", "a", "the", "this", "model", ""}
 
 
@@ -57,13 +57,13 @@ def holds(one: AdapterFile, other: AdapterFile) -> tuple[bool, str]:
 
 
 def held(share: float) -> str:
-    return f"{share:.2f} of its B is held (continued: 1, begun anew: near 0)"
+    return f"{share:.2f} of its B is held (continued: 1, newly drawn: near 0)"
 
 
 def origin_distance(one: AdapterFile, other: AdapterFile) -> float | None:
     """‖A − A'‖ / ‖A'‖ over all modules of two adapters of the same shapes; None where the shapes differ.
 
-    A is drawn at random and moves little in training, so that A tells whose draw it was.
+    A is random and moves little in training, so it identifies the draw.
     """
     if set(one.modules) != set(other.modules):
         return None
@@ -78,10 +78,10 @@ def origin_distance(one: AdapterFile, other: AdapterFile) -> float | None:
 
 
 def held_share(one: AdapterFile, other: AdapterFile) -> float:
-    """⟨B, B'⟩ / ‖B'‖² over all modules of two adapters of the same shapes: how much of the other's B is in the first.
+    """⟨B, B'⟩ / ‖B'‖² over all modules of two adapters of the same shapes: the share of the other's B in the first.
 
-    Equal A alone do not say that one was continued from the other: scripts that set the same seed for every stage draw
-    the same A for each. B begins at zero then, while a continued adapter begins at the other's. 1 where the other's is 0.
+    Equal A alone do not mean that one continued the other: scripts that set the same seed for every stage draw the same A,
+    and start from B = 0. 1 where the other's B is 0.
     """
     shared = total = 0.0
     for name in one.modules:
@@ -101,7 +101,7 @@ def inner(x: LoraWeights | None, y: LoraWeights | None) -> float:
 
 
 def _spanned(a: Tensor, other: Tensor) -> float:
-    """How much of the other matrix lies in the span of the first one's rows: 0 to 1."""
+    """The share of the other matrix in the span of the first one's rows: 0 to 1."""
     if a.shape[1] != other.shape[1]:
         return 0.0
     rows = torch.linalg.qr(a.double().T).Q
@@ -109,7 +109,7 @@ def _spanned(a: Tensor, other: Tensor) -> float:
 
 
 def tuned_from(folder: Path) -> str | None:
-    """The model or adapter that an adapter's card says it is a fine-tuned version of; None where it does not say."""
+    """The model or adapter that an adapter's card names as its start; None where it names none."""
     if not is_file(folder / CARD):
         return None
     front, body = read_front_matter(read_text(folder / CARD))
@@ -119,14 +119,11 @@ def tuned_from(folder: Path) -> str | None:
 
 
 def same_name(one: str, other: str) -> bool:
-    """By name: the last part, without what tools append for a quantized copy."""
+    """Whether two names have the same last part, without the endings of quantized copies."""
 
     def plain(name: str) -> str:
         path = Path(name)
-        last = (
-            path.parent.parent.name.rpartition("--")[2] if in_hub_cache(path) else name.rstrip("/").rpartition("/")[2]
-        )
-        last = last.lower()
+        last = (path.parent.parent.name.rpartition("--")[2] if in_hub_cache(path) else path.name).lower()
         for ending in ("-unsloth-bnb-4bit", "-bnb-4bit", "-4bit"):
             last = last.removesuffix(ending)
         return last

@@ -1,4 +1,4 @@
-"""The tokenizer of a base or of a stage: built without code of its own, tried once, and compared with the model."""
+"""The tokenizer of a base or of a stage: loaded without code of its own, compared with the model, saved for two majors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from ..io.atomic import copy_file, write_json, write_text
 from ..io.strict_json import read_object, shown
 from .shards import again, checked_place
 
-# small ones: tokenizer.json itself is parsed by the library, several times over
-_SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
-# what a tokenizer consists of, but for its configuration and chat template
+# a tokenizer's files except its configuration and chat template
 OWN_FILES = (
     "tokenizer.json",
     "tokenizer.model*",
@@ -26,73 +24,46 @@ OWN_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-# the class that takes tokenizer.json as it is, in transformers 4 and 5; and those that only 5 has
+# the class that reads tokenizer.json as it is, in transformers 4 and 5; and classes that only 5 has
 ANY_CLASS = "PreTrainedTokenizerFast"
 _ONLY_5 = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
-_SAMPLE = "Hello, 2 words.\n é"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's fast tokenizer.
+    """The folder's fast tokenizer; code of its own is never run.
 
     Raises:
-        UserError: there is none that transformers can build, it needs code of its own (which is never run), it cannot
-            tokenize a plain line, or it has no offsets.
+        UserError: there is none that transformers can build, or it has no offsets.
     """
-    told: dict[str, dict[str, Any]] = {}
-    for name in _SMALL:
-        path = folder / name
-        if path.is_symlink() or path.exists():
-            told[name] = read_object(path, strict=False, hint=again(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except MemoryError:
-        raise
-    except BaseException as error:  # the libraries beneath raise whatever they like, of Rust a panic
-        if not (isinstance(error, Exception) or _is_panic(error)):
-            raise
-        code = told.get("tokenizer_config.json", {}).get("auto_map")
-        if code is not None and "trust_remote_code" in str(error):
-            raise UserError(
-                f"{folder}/tokenizer_config.json: needs code of its own (auto_map: {shown(code)}), which is never run.",
-                "Use a model whose tokenizer has a tokenizer.json.",
-            ) from error
-        if (whole := folder / "tokenizer.json").is_file():
-            read_object(whole, strict=False, hint=again(whole))  # which of the files is broken, if that one is
+    except Exception as error:  # of the libraries below, Rust's included
+        for name in ("tokenizer_config.json", "tokenizer.json"):
+            if (folder / name).is_file():
+                read_object(folder / name, strict=False, hint=again(folder / name))  # names the file that is no JSON
         raise UserError(
-            f"{folder}: no tokenizer can be built from it: {_reason(error)}", again(folder / "tokenizer.json")
+            f"{folder}: no tokenizer can be built from it: {shown(error, 300)}", again(folder / "tokenizer.json")
         ) from error
     if not tokenizer.is_fast:
-        raise UserError(f"{folder}: its tokenizer is a slow one, which knows no offsets.", "Add its tokenizer.json.")
-    try:
-        ids = tokenizer(_SAMPLE, return_offsets_mapping=True)["input_ids"]
-        tokenizer.decode(ids)
-    except MemoryError:
-        raise
-    except BaseException as error:
-        if not (isinstance(error, Exception) or _is_panic(error)):
-            raise
-        raise UserError(
-            f"{folder}: its tokenizer fails on a plain line of text: {_reason(error)}", again(folder / "tokenizer.json")
-        ) from error
+        raise UserError(f"{folder}: its tokenizer is a slow one, which has no offsets.", "Add its tokenizer.json.")
     return tokenizer
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> list[str]:
-    """Refuse a tokenizer that gives ids for which the model has no embedding.
+    """Refuse a tokenizer with ids for which the model has no embedding.
 
-    Special tokens without one that nothing writes (the [PAD] that other tools add) are removed from the tokenizer, so that
-    a text with these letters is tokenized as text.
+    Unused special tokens without an embedding (a [PAD] that other tools add) are removed from the tokenizer instead, so that
+    the same letters in a text are tokenized as text.
 
     Args:
         vocab_size: rows of the model's embedding.
-        folder: where the tokenizer came from, for the message.
+        folder: the tokenizer's, for the message.
 
     Returns:
         the tokens that were removed.
 
     Raises:
-        UserError: names the tokens above, or that the tokenizer is of another model.
+        UserError: names the tokens without an embedding, or both sizes.
     """
     above = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= vocab_size)
     if not above:
@@ -116,7 +87,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> list[str]
 
 
 def _remove(tokenizer: Any, tokens: set[str]) -> None:
-    """Remove added tokens from a fast tokenizer, in place; the library has no method for it."""
+    """Remove added tokens from a fast tokenizer, in place; transformers has no method for it."""
     told = json.loads(tokenizer.backend_tokenizer.to_str())
     told["added_tokens"] = [token for token in told["added_tokens"] if token["content"] not in tokens]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(told))
@@ -124,19 +95,16 @@ def _remove(tokenizer: Any, tokens: set[str]) -> None:
         if token in tokens:
             setattr(tokenizer, name, None)
     tokenizer._extra_special_tokens = [t for t in tokenizer._extra_special_tokens if str(t) not in tokens]
-    for name, value in list(tokenizer.init_kwargs.items()):  # what save_pretrained writes
-        if str(value) in tokens or name in (
-            "added_tokens_decoder",
-            "additional_special_tokens",
-            "extra_special_tokens",
-        ):
+    lists = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+    for name, value in list(tokenizer.init_kwargs.items()):  # written by save_pretrained
+        if str(value) in tokens or name in lists:
             del tokenizer.init_kwargs[name]
 
 
 def save_tokenizer(tokenizer: Any, out: Path) -> None:
     """Write a tokenizer and its chat template so that transformers 4 and 5 load the same.
 
-    Where it is still the one of the folder that it was read from, that folder's own files are kept.
+    A tokenizer that did not change since it was read keeps the files of its folder.
     """
     source = Path(tokenizer.name_or_path)
     file, config = source / "tokenizer.json", source / "tokenizer_config.json"
@@ -162,7 +130,7 @@ def save_tokenizer(tokenizer: Any, out: Path) -> None:
 
 
 def make_portable(folder: Path) -> None:
-    """Change in a saved tokenizer_config.json what transformers 4 cannot read: classes and a list that only 5 has."""
+    """Rewrite a saved tokenizer_config.json for transformers 4: the classes and the list that only 5 has."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
@@ -174,13 +142,3 @@ def make_portable(folder: Path) -> None:
         new["additional_special_tokens"] = new.pop("extra_special_tokens")
     if new != told:
         write_json(path, new)
-
-
-def _is_panic(error: BaseException) -> bool:
-    """A Rust library's assertion that failed; pyo3 gives it no place to import it from."""
-    return type(error).__name__ == "PanicException"
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return shown(lines[0] if lines else type(error).__name__, 300)

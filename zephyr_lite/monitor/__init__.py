@@ -1,5 +1,1 @@
-"""What a person sees while a stage is trained: a live panel in a terminal, lines in a pipe, JSON for programs."""
-
-from .show import Screen, open_screen
-
-__all__ = ["Screen", "open_screen"]
+"""What a person sees of a run: a live panel, plain lines or JSON while it trains, and ``report.html``."""

@@ -1,193 +1,224 @@
-"""The panel: a stage's numbers as a few lines that fit any width."""
+"""The live panel in a terminal: a stage's metrics, redrawn in place by rich."""
 
 from __future__ import annotations
 
 import re
+import signal
+import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from types import TracebackType
 
-from rich.cells import cell_len, chop_cells
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
 from rich.text import Text
 
-from ..cli.console import visible
 from ..io.words import duration
-from .health import Verdict
+from ..train.objective import Outcome
+from ..train.observer import Sample
+from ..train.stage import Stage
+from .console import Console, Metrics, is_evaluation, visible
+from .health import Verdict, judge
 from .progress import Progress
+from .reference_ranges import published_of
+from .screens import Screen
 
-# Eight heights of a curve's places, and what stands for them where the terminal's encoding has no such signs.
-BLOCKS, LETTERS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
+WIDTH = 100  # columns at most
+LABEL = 9
+BLOCKS, LETTERS = "▁▂▃▄▅▆▇█", "_.-~=+*#"  # eight heights of a curve; the second without UTF-8
 CURVE = 24
-# Turns' tags of the templates, and special tokens: a sample is read without them.
+# role tags and special tokens of the chat templates, removed from samples
 _TAGS = re.compile(
     r"<\|im_start\|>\s*\w*|<\|start_header_id\|>\s*\w*\s*<\|end_header_id\|>|<\|[\w ]{1,24}\|>|</?s>|\[/?INST\]"
 )
-_MARKS = {"good": ("✓ ", "green"), "bad": ("! ", "bold yellow"), "open": ("· ", "dim")}
+_MARKS = {"good": ("✓ ", "* ", "green"), "bad": ("! ", "! ", "bold yellow"), "open": ("· ", "- ", "dim")}
 GIB = 2**30
 
 
-def spark(means: Sequence[float], places: int, signs: str = BLOCKS) -> str:
-    """The last shape of a curve in so many signs: its lowest mean is the lowest sign, its highest the highest."""
-    if len(means) > places:
-        edges = [round(i * len(means) / places) for i in range(places + 1)]
-        means = [sum(means[a:b]) / (b - a) for a, b in pairwise(edges)]
-    if not means:
-        return ""
-    low, high = min(means), max(means)
-    if high - low < 1e-9:
-        return signs[0] * len(means)
-    return "".join(signs[min(len(signs) - 1, int((m - low) / (high - low) * len(signs)))] for m in means)
+class LiveScreen(Screen):
+    """The panel while a stage is trained, with messages and evaluations above it; plain lines before and after."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.progress: Progress | None = None
+        self._live: Live | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
+        self._close()
+        progress = self.progress = Progress(stage, unit, total, step)
+        published = published_of(stage)
+
+        def panel() -> RenderableType:
+            with progress.lock:
+                verdict = Verdict("open", "stopping after this step; a checkpoint will be written")
+                verdict = verdict if _stopping() else judge(progress, published)
+                ascii_only = not self.console.out.encoding.startswith("utf")
+                return render(progress, verdict, self.console.out.width, ascii_only=ascii_only)
+
+        self._live = Live(
+            get_renderable=panel,
+            console=self.console.out,
+            refresh_per_second=1,
+            vertical_overflow="crop",
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
+        self._live.start()
+
+    def stepped(self, step: int, metrics: Metrics) -> None:
+        if self.progress is not None:
+            self.progress.stepped(step, metrics)
+
+    def evaluated(self, step: int, metrics: Metrics) -> None:
+        if self.progress is not None:
+            self.progress.evaluated(step, metrics)
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        if self.progress is not None:
+            self.progress.sampled(samples)
+
+    def ends(self, stage: Stage, outcome: Outcome) -> None:
+        self._close()
+
+    def metrics(self, step: int, total: int, metrics: Metrics) -> None:
+        if self._live is None or is_evaluation(metrics):
+            self.console.metrics(step, total, metrics)
+
+    def _close(self) -> None:
+        """Draw the panel a last time and release the terminal."""
+        live, self._live = self._live, None
+        if live is not None:
+            try:
+                live.stop()
+            except OSError:  # the terminal was closed
+                return
 
 
-def title_of(progress: Progress) -> str:
-    """The stage, and the run's folder."""
-    return visible(f"{progress.stage.config.stage} · {progress.stage.dir.run}")
+def _stopping() -> bool:
+    """Whether a signal asked the training loop to stop (``io.interrupts.StopRequest``)."""
+    request = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    return getattr(request, "name", None) is not None
 
 
-def panel_lines(progress: Progress, verdict: Verdict, width: int, *, ascii_only: bool = False) -> list[Text]:
-    """What stands inside the panel's frame, each line at most ``width`` cells.
+def render(progress: Progress, verdict: Verdict, width: int, *, ascii_only: bool = False) -> RenderableType:
+    """The panel, at most ``width`` columns wide.
 
     Args:
-        ascii_only: the terminal's encoding knows no signs beyond ASCII.
+        ascii_only: the terminal's encoding is not UTF-8.
     """
+    width = max(12, min(width, WIDTH))
+    room = max(8, width - 4 - LABEL)
     signs = LETTERS if ascii_only else BLOCKS
-    lines = [
-        _steps(progress, width, ascii_only),
-        _loss(progress, signs),
-        *_held_out(progress),
-        *_preferences(progress, signs),
-        _speed(progress),
-        *_rate(progress),
-        *_sample(progress, width),
-        *_verdict(verdict, width, ascii_only),
-    ]
-    for line in lines:
-        line.truncate(width, overflow="crop" if ascii_only else "ellipsis")
-    return lines
+    grid = Table.grid(expand=True)
+    grid.add_column(width=LABEL, style="dim", no_wrap=True, overflow="crop")
+    grid.add_column(no_wrap=True, overflow="crop" if ascii_only else "ellipsis", ratio=1)
+    grid.add_row("step", _steps(progress, room))
+    grid.add_row("loss", _loss(progress, signs))
+    if progress.evaluations:
+        grid.add_row("held out", _held_out(progress))
+    if "rewards/margins" in progress.last:
+        grid.add_row("pairs", _preferences(progress, signs))
+    grid.add_row("speed", _speed(progress))
+    if "learning_rate" in progress.last:
+        grid.add_row("rate", _rate(progress))
+    if progress.sample is not None:
+        question, answer = _plain(progress.sample.prompt), _plain(progress.sample.answer) or "(nothing)"
+        cut = "… " + question[-(room - 2) :].partition(" ")[2]  # a question is at the end of its prompt
+        grid.add_row("asked", Text(cut if len(question) > room else question, style="dim"))
+        for place, line in enumerate(textwrap.wrap(answer, room, max_lines=2, placeholder=" …")):
+            grid.add_row("" if place else "answers", Text(line))
+    mark, plain_mark, style = _MARKS[verdict.kind]
+    said = Text((plain_mark if ascii_only else mark) + verdict.text, style=style, no_wrap=False, overflow="fold")
+    title = Text(visible(f"{progress.stage.config.stage} · {progress.stage.dir.run}"), style="bold")
+    return Panel(Group(grid, said), title=title, title_align="left", border_style="dim", width=width)
 
 
-def _label(word: str) -> Text:
-    return Text(f"{word:<9}", style="dim")
-
-
-def _steps(progress: Progress, width: int, ascii_only: bool) -> Text:
+def _steps(progress: Progress, room: int) -> RenderableType:
     step, total = progress.step, max(1, progress.total)
-    part = min(1.0, step / total)
     left = progress.seconds_left()
-    ends = f"{duration(left)} left" if left is not None else "done" if step >= total else ""
-    said = f" {part:>4.0%}  {duration(time.monotonic() - progress.begun)}" + (f", {ends}" if ends else "")
-    line = _label("step").append(f"{step:,}/{progress.total:,} ", style="bold")
-    room = max(0, min(40, width - cell_len(line.plain) - cell_len(said)))
-    full = round(part * room)
-    done, rest = ("#", "-") if ascii_only else ("━", "─")
-    return line.append(done * full, style="cyan").append(rest * (room - full), style="dim").append(said)
+    ends = f", {duration(left)} left" if left is not None else ", done" if step >= total else ""
+    line = Table.grid(*(Column(no_wrap=True, overflow="ellipsis") for _ in range(3)))
+    line.add_row(
+        Text(f"{step:,}/{progress.total:,} ", style="bold"),
+        ProgressBar(total=total, completed=step, width=min(40, max(1, room - 40))),
+        Text(f" {min(1.0, step / total):>4.0%}  {duration(time.monotonic() - progress.begun)}{ends}"),
+    )
+    return line
 
 
 def _loss(progress: Progress, signs: str) -> Text:
-    line = _label("loss")
     loss = progress.last.get("loss")
-    line.append("–" if loss is None else f"{float(loss):.4f}", style="bold")
-    line.append("  ").append(spark(progress.losses.means(), CURVE, signs), style="cyan")
+    line = Text("–" if loss is None else f"{float(loss):.4f}", style="bold")
+    line = Text.assemble(line, "  ", (spark(progress.losses, CURVE, signs), "cyan"))
     if (mean := progress.mean("loss")) is not None and len(progress.recent) > 1:
         line.append(f"  mean of {len(progress.recent)} steps {mean:.4f}", style="dim")
     return line
 
 
-def _held_out(progress: Progress) -> list[Text]:
-    if not progress.evaluations:
-        return []
+def _held_out(progress: Progress) -> Text:
     last = progress.evaluations[-1]
-    line = _label("held out").append(f"{float(last['eval_loss']):.4f}", style="bold")
+    line = Text.assemble((f"{float(last['eval_loss']):.4f}", "bold"))
     for name, key in (("accuracy", "eval_rewards/accuracies"), ("margin", "eval_rewards/margins")):
         if key in last:
             line.append(f"  {name} {float(last[key]):.3f}")
     line.append(f"  at step {last['step']:,}", style="dim")
     if len(progress.evaluations) > 1:
         line.append(f", before {float(progress.evaluations[-2]['eval_loss']):.4f}", style="dim")
-    return [line]
+    return line
 
 
-def _preferences(progress: Progress, signs: str) -> list[Text]:
-    if "rewards/margins" not in progress.last:
-        return []
+def _preferences(progress: Progress, signs: str) -> Text:
     accuracy, margin = progress.mean("rewards/accuracies"), progress.mean("rewards/margins")
-    line = _label("pairs")
+    line = Text()
     if accuracy is not None and margin is not None:
         line.append(f"accuracy {accuracy:.3f}  margin {margin:.4f}  ")
-    return [line.append(spark(progress.margins.means(), CURVE, signs), style="cyan")]
+    return line.append(spark(progress.margins, CURVE, signs), style="cyan")
 
 
 def _speed(progress: Progress) -> Text:
-    unit, last = progress.unit, progress.last
-    line = _label("speed")
-    seconds = progress.mean("seconds")
-    done = progress.mean(f"num_{unit}")
+    line, unit = Text(), progress.unit
+    seconds, done = progress.mean("seconds"), progress.mean(f"num_{unit}")
     if seconds and done:
         speed = done / seconds
         line.append(f"{speed:,.0f} {unit}/s" if speed >= 100 else f"{speed:.2f} {unit}/s")
-    if "peak_memory_gib" in last:
-        line.append(f"  memory {float(last['peak_memory_gib']):.1f}")
+    if "peak_memory_gib" in progress.last:
         planned = progress.stage.plan.peak
+        line.append(f"  memory {float(progress.last['peak_memory_gib']):.1f}")
         line.append(f" of {planned / GIB:.1f} GiB planned" if planned else " GiB")
     return line
 
 
-def _rate(progress: Progress) -> list[Text]:
-    last = progress.last
-    if "learning_rate" not in last:
-        return []
-    line = _label("rate").append(f"{float(last['learning_rate']):.2e}")
-    if "grad_norm" in last:
-        line.append(f"  gradient norm {float(last['grad_norm']):.3g}")
-    return [line]
+def _rate(progress: Progress) -> Text:
+    line = Text(f"{float(progress.last['learning_rate']):.2e}")
+    if "grad_norm" in progress.last:
+        line.append(f"  gradient norm {float(progress.last['grad_norm']):.3g}")
+    return line
 
 
-def _sample(progress: Progress, width: int) -> list[Text]:
-    sample = progress.sample
-    if sample is None:
-        return []
-    room = max(8, width - cell_len(_label("").plain))
-    question = ending(_words(sample.prompt), room)
-    lines = wrapped(_words(sample.answer) or "(nothing)", room, 2)
-    shown = [_label("asked").append(question, style="dim")]
-    return [*shown, *(_label("" if place else "answers").append(line) for place, line in enumerate(lines))]
-
-
-def ending(text: str, width: int) -> str:
-    """The last words that fit into ``width`` cells: a question stands at its prompt's end."""
-    if cell_len(text) <= width:
-        return text
-    kept = ""
-    for word in reversed(text.split(" ")):
-        if cell_len(f"… {word} {kept}".rstrip()) > width:
-            break
-        kept = f"{word} {kept}".rstrip()
-    return f"… {kept}".rstrip()
-
-
-def wrapped(text: str, width: int, rows: int) -> list[str]:
-    """The text's first rows of at most ``width`` cells, broken between words; what is left out shows as an ellipsis."""
-    lines: list[str] = []
-    for word in text.split(" "):
-        if lines and cell_len(lines[-1]) + 1 + cell_len(word) <= width:
-            lines[-1] += " " + word
-            continue
-        parts = chop_cells(word, width) or [""]
-        lines += parts
-    if len(lines) > rows:
-        last = lines[rows - 1]
-        while last and cell_len(last) > width - 2:
-            last = last[:-1]
-        lines = [*lines[: rows - 1], last.rstrip() + " …"]
-    return lines
-
-
-def _words(text: str) -> str:
+def _plain(text: str) -> str:
     return " ".join(visible(_TAGS.sub(" ", text)).split())
 
 
-def _verdict(verdict: Verdict, width: int, ascii_only: bool) -> list[Text]:
-    mark, style = _MARKS[verdict.kind]
-    mark = "* " if ascii_only and verdict.kind == "good" else "- " if ascii_only and verdict.kind == "open" else mark
-    lines = wrapped(verdict.text, width - 2, 2)
-    return [Text(("  " if place else mark) + line, style=style) for place, line in enumerate(lines)]
+def spark(values: Sequence[float], places: int, signs: str = BLOCKS) -> str:
+    """A curve in at most ``places`` characters, each the mean of an equal part; the lowest mean is the lowest sign."""
+    values = [value for value in values if value - value == 0]  # finite
+    edges = (
+        [round(i * len(values) / places) for i in range(places + 1)] if len(values) > places else range(len(values) + 1)
+    )
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    if not means:
+        return ""
+    low, high = min(means), max(means)
+    if high - low < 1e-9:
+        return signs[0] * len(means)
+    return "".join(signs[min(len(signs) - 1, int((m - low) / (high - low) * len(signs)))] for m in means)

@@ -1,14 +1,13 @@
-"""What published runs of the recipe reached, and whether a run may be compared with them.
+"""Results of published runs of the recipe, and the check that a run is comparable.
 
-Facts, from the result tables on the model cards of public runs of the QLoRA recipe (zephyr-7b-sft-qlora and
-zephyr-7b-dpo-qlora of the alignment handbook, and reruns of them on the hub):
+From the model cards of public runs of the QLoRA recipe (zephyr-7b-sft-qlora and zephyr-7b-dpo-qlora of the alignment
+handbook, and reruns of them on the hub):
 
-* SFT, loss over all tokens, held-out loss on ``test_sft``: 0.944 to 0.952 over six runs.
+* SFT, loss over all tokens, on ``test_sft``: held-out loss 0.944 to 0.952 over six runs.
 * DPO, 16 pairs a step, on the 2,000 pairs of ``test_prefs``: loss 0.475 to 0.490, accuracy 0.74 to 0.755, margin
-  1.09 to 1.30 (in units of β 0.01); loss in training about step 100: 0.681 to 0.688.
+  1.09 to 1.30 (in units of β 0.01); training loss around step 100: 0.681 to 0.688.
 
-The default SFT recipe here has the assistant's tokens in its loss alone, so its numbers are of something else, and
-nothing is compared.
+The default SFT recipe here has only the assistant's tokens in its loss, so it is not compared.
 """
 
 from __future__ import annotations
@@ -54,11 +53,7 @@ _DPO = {
 
 @dataclass(frozen=True)
 class Published:
-    """Where published runs of the same stage ended, on the held-out rows.
-
-    Attributes:
-        loss: held-out; accuracy, margin: of preference pairs; at_100: the loss in training about step 100.
-    """
+    """Final held-out metrics of published runs, and ``at_100``, their training loss around step 100."""
 
     loss: Range
     accuracy: Range | None = None
@@ -71,7 +66,7 @@ DPO = Published(loss=(0.475, 0.490), accuracy=(0.74, 0.755), margin=(1.09, 1.30)
 
 
 def published_of(stage: Stage) -> Published | None:
-    """What to compare a stage with; None where base, rows, held-out rows or a key that matters is another."""
+    """The results to compare a stage with; None if base, data, held-out data or a relevant key differs."""
     config = stage.config
     keys = _SFT if stage.method == "sft" else _DPO
     if any(getattr(config, name) != value for name, value in keys.items()):
@@ -86,7 +81,7 @@ def published_of(stage: Stage) -> Published | None:
 
 
 def _whole(specs: Any, name: str, split: str) -> bool:
-    """This split of the data set, all of it, and nothing else."""
+    """Whether the specs are exactly this split of the data set."""
     return (
         len(specs or []) == 1
         and specs[0].path == f"HuggingFaceH4/{name}"

@@ -264,49 +264,18 @@ def quantize_stored(weight: Tensor, *, double_quant: bool, dtype: torch.dtype) -
         weight: [out, in], floating point, on the CPU.
         dtype: float32, float16 or bfloat16.
     """
-    packed, scales = _quantize(weight, dtype, torch.device("cpu"))
+    packed, scales = _quantize(weight, dtype)
     if double_quant:
         codes, nested, offset = _quantize_scales(scales)
         scales = bnb.dequantize_blockwise(codes, nested) + offset
     return StoredNf4(packed, scales, tuple(weight.shape), dtype)
 
 
-def quantize_parts(
-    weight: Tensor, *, double_quant: bool, dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    """The tensors under which a quantized checkpoint keeps a matrix: those that ``read_stored`` reads, on the CPU.
-
-    They are what transformers' 4-bit loading with `dtype=dtype` onto `device` would make of it, and its ``state_dict``
-    would hold, bit for bit. Works in pieces, as ``quantize_stored``.
-
-    Args:
-        weight: [out, in], floating point, on the CPU.
-        dtype: float32, float16 or bfloat16: what it is cast to first, and will be dequantized to.
-        device: where to quantize.
-    """
-    packed, scales = _quantize(weight, dtype, device)
-    nested = offset = None
-    if double_quant:
-        scales, nested, offset = _quantize_scales(scales)
-    state = bnb.QuantState(
-        absmax=scales,
-        shape=weight.shape,
-        code=bnb.get_4bit_type("nf4", device=device),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=dtype,
-        offset=offset,
-        state2=nested,
-    )
-    parts = {"": packed.view(-1, 1), **state.as_dict(packed=True)}
-    return {name: tensor.cpu() for name, tensor in parts.items()}
-
-
-def _quantize(weight: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """uint8 [ceil(n / 2)] and float32 [ceil(n / 64)] of a matrix of n elements, on `device`."""
+def _quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """uint8 [ceil(n / 2)] and float32 [ceil(n / 64)] of a matrix of n elements."""
     packed, absmax = [], []
     for piece in weight.reshape(-1).split(_PIECE):
-        piece = piece.to(device=device, dtype=dtype)
+        piece = piece.to(dtype)
         values, state = bnb.quantize_4bit(piece, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
         packed.append(values.view(-1))
         absmax.append(state.absmax)

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from ..config.load import DatasetSpec
-from ..data.load import PARALLEL_ROWS, cache_key, own_faults_only, processes, summarise
+from ..data.load import summarise
 from ..data.messages import RowError
-from ..data.opening import Source, decoded, quiet
+from ..data.opening import Source, decoded
 from ..data.output import DROPPED, REPORT, check_held_out, check_output, request_of
-from ..data.workers import interruptible
+from ..data.workers import map_rows
 from ..data.writing import FileFormat, write_split
 from ..errors import UserError
 from ..io.run_dir import folder_aside, write_json, write_text
@@ -173,7 +173,7 @@ def make_pairs(
     parts = []
     for raw, spec in opened:
         say(f"choosing pairs in {raw.label}")
-        parts.append(_map(raw, spec, rules, questions, num_proc))
+        parts.append(_map(raw, rules, questions, num_proc))
     table = datasets.concatenate_datasets(parts)
     kept = _account(table, [raw.label for raw, _ in opened], [len(part) for part in parts], report)
     if len(kept) == 0:
@@ -201,24 +201,19 @@ def make_pairs(
 # -- rows ----------------------------------------------------------------------------------------------------------------
 
 
-def _map(
-    raw: Source, spec: DatasetSpec, rules: PairRules, questions: Questions, num_proc: int | None
-) -> datasets.Dataset:
+def _map(raw: Source, rules: PairRules, questions: Questions, num_proc: int | None) -> datasets.Dataset:
     options = {"rules": tuple(asdict(rules).items()), "questions": questions.fingerprint}
-    workers = processes(len(raw)) if num_proc is None else min(num_proc, len(raw))
-    with interruptible(), quiet(len(raw) <= PARALLEL_ROWS), own_faults_only(spec):
-        return raw.table.map(
-            _choose,
-            with_indices=True,
-            batched=True,
-            batch_size=200,
-            remove_columns=raw.table.column_names,
-            fn_kwargs={"label": raw.label, "rules": rules, "questions": questions},
-            new_fingerprint=cache_key(raw.table, options),
-            features=datasets.Features({**SCHEMA, **_BESIDE}),
-            num_proc=workers if workers and workers > 1 else None,
-            desc=f"choosing pairs in {raw.label}",
-        )
+    return map_rows(
+        raw.table,
+        _choose,
+        datasets.Features({**SCHEMA, **_BESIDE}),
+        options={"label": raw.label, "rules": rules, "questions": questions},
+        key=options,
+        desc=f"choosing pairs in {raw.label}",
+        with_indices=True,
+        batch_size=200,
+        num_proc=num_proc,
+    )
 
 
 _NOTHING: dict[str, Any] = {

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..config.load import DatasetSpec
-from ..data.load import own_faults_only
 from ..data.opening import Source, kind_of, open_source
 from ..errors import UserError
 from ..io.strict_json import shown
@@ -19,7 +18,7 @@ _RAW = ("source", "instruction", "completions")
 def open_input(spec: DatasetSpec) -> Iterator[tuple[Source, DatasetSpec]]:
     """An input's rows and where they are; file by file where a folder is read whole."""
     for each in _files_by_source(spec):
-        with own_faults_only(each), split_said_as("--split {}"):
+        with split_said_as("--split {}"):
             raw = open_source(each)
         if len(raw) == 0:
             raise UserError(f"{raw.label}: empty; there is no row in it.")

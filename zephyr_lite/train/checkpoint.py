@@ -1,4 +1,4 @@
-"""Checkpoints (safetensors, JSON and a manifest of both, complete or not there at all) and the metrics log."""
+"""Checkpoints (safetensors, JSON and a manifest of both; complete or absent) and the metrics log."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..io.atomic import (
     append_line,
-    check_room,
     file_aside,
     folder_aside,
     remove_folder,
@@ -35,39 +34,30 @@ from .optim import restore_state
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
-# what a damaged checkpoint is called until a new one is written
+# prefix of a damaged checkpoint until a new one is written
 _TORN = ".torn-"
-# of the disk, beside the tensors
-SPARE_BYTES = 16 * 2**20
 
 
+@dataclass(frozen=True)
 class Checkpoint:
-    """Everything a run needs to go on as if nothing had happened.
+    """Everything that a run needs to resume bit for bit.
 
-    Dropout and the order of rows are functions of (seed, step), so no generator has a state to keep.
+    Dropout and the order of rows are functions of (seed, step), so there is no state of a generator to keep.
     """
 
-    def __init__(
-        self,
-        stack: AdapterStack,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        scaler: torch.amp.GradScaler,
-    ) -> None:
-        self.stack, self.parameters, self.optimizer, self.scheduler, self.scaler = (
-            stack,
-            parameters,
-            optimizer,
-            scheduler,
-            scaler,
-        )
+    stack: AdapterStack
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
 
     def write(self, stage: StageDir, step: int, extra: dict[str, Any]) -> Path:
         """Write ``checkpoint-STEP``, tensor by tensor; it appears complete or not at all.
 
+        Args:
+            extra: more keys of its ``state.json``.
+
         Raises:
-            UserError: the disk has too little room for it.
             OSError: it cannot be written.
         """
         tensors = {f"adapter.{name}": p.detach() for name, p in self.parameters.items()}
@@ -88,84 +78,63 @@ class Checkpoint:
             out.write(tensor_bytes(tensors[name].cpu()))
 
         target = stage.path / f"checkpoint-{step}"
-        size = sum(t.numel() * t.dtype.itemsize for t in tensors.values())
-        check_room(stage.path, size + SPARE_BYTES, target.name)
         with folder_aside(target) as folder:
             digest = hashlib.sha256()
             write_stream(folder / TENSORS, header, put, digest=digest)
-            write_json(
-                folder / STATE,
-                {
-                    "step": step,
-                    **extra,
-                    "optimizer": {"plain": plain, "param_groups": optimizer["param_groups"]},
-                    "scheduler": self.scheduler.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                },
-            )
+            state = {
+                "step": step,
+                **extra,
+                "optimizer": {"plain": plain, "param_groups": optimizer["param_groups"]},
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            }
+            write_json(folder / STATE, state)
             write_manifest(folder, {TENSORS: digest.hexdigest()})
         return target
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """Put a checkpoint's state back; returns its JSON part. ``resume_point`` has compared its hashes.
+        """Restore a checkpoint that ``resume_point`` has found undamaged; returns its ``state.json``.
 
         Raises:
-            UserError: it does not belong to this adapter, or cannot be read.
+            UserError: it holds another optimizer's state.
         """
         state = read_json(folder / STATE)
-        if (wrong := _wrong_state(state)) is not None:
-            raise UserError(f"{folder}: {wrong}.", f"{folder.name} is damaged: start the same command again.")
         assert state is not None
-        tensors = _tensors(folder)
-        self._load_adapter(folder, tensors)
-        self._load_optimizer(folder, tensors, state["optimizer"])
+        tensors = load_file(folder / TENSORS)
+        self._load_adapter(tensors)
+        restored: dict[str, dict[str, Any]] = {name: {} for name in self.parameters}
+        for full, tensor in tensors.items():
+            if full.startswith("optimizer."):
+                key, name = full.removeprefix("optimizer.").split(".", 1)
+                restored[name][_inner(key)] = tensor
+        for key, values in state["optimizer"]["plain"].items():
+            for name, value in values.items():
+                restored[name][_inner(key)] = value
+        try:
+            restore_state(self.optimizer, list(restored.values()), state["optimizer"]["param_groups"])
+        except ValueError as error:
+            raise UserError(
+                f"{folder}: holds another optimizer's state than this run's ({error}).",
+                "Resume with the optim and on the kind of device that the run was started with, or choose another "
+                "output_dir.",
+            ) from None
         self.scheduler.load_state_dict(state["scheduler"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         return state
 
     def read_adapter(self, folder: Path) -> None:
-        """Put back the adapter's weights alone.
+        """Restore the adapter's weights alone, from a checkpoint without a fault."""
+        self._load_adapter(load_file(folder / TENSORS))
 
-        Raises:
-            UserError: the checkpoint is damaged, or of another adapter.
-        """
-        if (wrong := checkpoint_fault(folder)) is not None:
-            raise UserError(
-                f"{folder}: {wrong}.",
-                "Restore it from a copy, or set load_best_model_at_end=false to end with the last step's adapter.",
-            )
-        self._load_adapter(folder, _tensors(folder))
-
-    def _load_optimizer(self, folder: Path, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        """Into the state that was allocated, wherever that lies."""
-        restored: dict[str, dict[str, Any]] = {name: {} for name in self.parameters}
-        for full, tensor in tensors.items():
-            if full.startswith("optimizer."):
-                key, name = full.removeprefix("optimizer.").split(".", 1)
-                restored[name][_inner(key)] = tensor
-        for key, values in plain["plain"].items():
-            for name, value in values.items():
-                restored[name][_inner(key)] = value
-        try:
-            restore_state(self.optimizer, list(restored.values()), plain["param_groups"])
-        except ValueError as error:
-            raise UserError(
-                f"{folder}: holds another optimizer's state than this run's ({error}).",
-                "Go on with the optim and on the kind of device that the run was started with, or choose another "
-                "output_dir.",
-            ) from None
-
-    def _load_adapter(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        found = {name.removeprefix("adapter."): t for name, t in tensors.items() if name.startswith("adapter.")}
-        if {n: t.shape for n, t in found.items()} != {n: p.shape for n, p in self.parameters.items()}:
-            raise UserError(
-                f"{folder}: holds an adapter of other modules or another rank than this configuration's.",
-                "Go back to the configuration that the run was started with, or choose another output_dir.",
-            )
+    def _load_adapter(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(found[name])
+                found = tensors[f"adapter.{name}"]
+                assert found.shape == parameter.shape, (
+                    f"{name}: {found.shape} in the checkpoint, {parameter.shape} here"
+                )
+                parameter.copy_(found)
 
 
 def _flat(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -182,103 +151,60 @@ def _inner(key: str) -> str:
     return key.rsplit("/", 1)[-1]
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder / TENSORS}: cannot be read: {error}.", f"{folder.name} is damaged: start the same command again."
-        ) from None
-
-
 def checkpoint_fault(folder: Path, *, deep: bool = True) -> str | None:
-    """What is wrong with a checkpoint, in words that follow its name; None: nothing.
+    """The damage of a checkpoint, in words that follow its name; None: there is none.
 
     Args:
-        deep: compare every byte's hash; False: sizes, and the shape of state.json.
+        deep: compare every file's hash; False: sizes only.
     """
     if (folder / MANIFEST).exists():
         if (wrong := manifest_fault(folder, deep=deep)) is not None:
             return wrong
-    else:  # an earlier version's: as good as can be known
+    else:  # an earlier version's
         try:
             SafetensorsFile(folder / TENSORS)
-        except UserError as error:
-            return error.message.removeprefix(f"{folder}/").rstrip(".")
-        except OSError as error:
-            return f"{TENSORS} cannot be read ({error.strerror})"
-    try:
-        return _wrong_state(read_json(folder / STATE))
-    except UserError as error:
-        return error.message.removeprefix(f"{folder}/").rstrip(".")
-
-
-def _wrong_state(state: dict[str, Any] | None) -> str | None:
-    """What a checkpoint's state.json lacks of what one writes."""
-    if state is None:
-        return f"{STATE} is missing"
-    best, optimizer = state.get("best"), state.get("optimizer")
-    right = {
-        "step": _count(state.get("step")),
-        "total": _count(state.get("total", 0)),
-        "stale": _count(state.get("stale", 0)),
-        "best": best is None
-        or (isinstance(best, list) and len(best) == 2 and isinstance(best[0], int | float) and _count(best[1])),
-        "optimizer": isinstance(optimizer, dict)
-        and isinstance(groups := optimizer.get("param_groups"), list)
-        and all(isinstance(group, dict) for group in groups)
-        and isinstance(plain := optimizer.get("plain"), dict)
-        and all(isinstance(values, dict) for values in plain.values()),
-        "scheduler": isinstance(state.get("scheduler"), dict),
-        "scaler": isinstance(state.get("scaler"), dict),
-    }
-    wrong = [key for key, fits in right.items() if not fits]
-    return f"{STATE} has not what a run writes at {wrong[0]}" if wrong else None
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            read_json(folder / STATE)
+        except (UserError, OSError) as error:
+            return str(error).split("\n")[0].removeprefix(f"{folder}/").rstrip(".")
+    return None if (folder / STATE).is_file() else f"{STATE} is missing"
 
 
 def resume_point(
     stage: StageDir, say: Callable[[str], None] = print, *, fault: Callable[[Path], str | None] = checkpoint_fault
 ) -> Path | None:
-    """The newest checkpoint that is as it was written, or None where there is none at all. What is damaged is said, and put
-    out of the way.
+    """The newest undamaged checkpoint, or None where there is no checkpoint. Damaged ones are reported and moved aside.
 
     Args:
-        fault: what is wrong with a checkpoint (another engine's are made of other files).
+        fault: the damage of a checkpoint (other engines' have other files).
 
     Raises:
         UserError: all are damaged; a run never starts from the beginning by itself.
     """
     torn: dict[Path, str] = {}
     for path in reversed(stage.checkpoints()):
-        wrong = fault(path)
-        if wrong is not None:
+        if (wrong := fault(path)) is not None:
             torn[path] = wrong
             continue
         if not (path / MANIFEST).exists():
-            say(f"{path.name}: has no {MANIFEST}, so an earlier version wrote it; its files can be read, and are taken")
+            say(f"{path.name}: has no {MANIFEST}, an earlier version wrote it; its files can be read, and are used")
         for other, what in torn.items():
-            say(f"{other.name}: {what}; taking {path.name}")
+            say(f"{other.name}: {what}; using {path.name}")
             aside = other.with_name(_TORN + other.name)
             remove_tree(aside)
             rename(other, aside)  # or it would count as the newest
         return path
     if torn:
+        damage = "; ".join(f"{path.name}: {what}" for path, what in torn.items())
         raise UserError(
-            f"{stage.path}: all of its checkpoints are damaged: "
-            + "; ".join(f"{path.name}: {what}" for path, what in torn.items())
-            + ".",
+            f"{stage.path}: all of its checkpoints are damaged: {damage}.",
             "Restore one of them from a copy, or delete them to train the stage from its beginning.",
         )
     return None
 
 
 def prune(stage: StageDir, *, keep: int, best: int | None, busy: frozenset[str] = frozenset()) -> None:
-    """Delete the oldest checkpoints beyond ``keep``, and damaged ones; never the best, never the last good one, none whose
-    name is in ``busy`` (it is being copied). Call it when a new one is complete.
+    """Delete the oldest checkpoints beyond ``keep``, and damaged ones; never the best, the last good one, or one in ``busy``
+    (it is being copied). Call it when a new one is complete.
 
     Raises:
         OSError: one cannot be renamed.
@@ -295,10 +221,10 @@ def prune(stage: StageDir, *, keep: int, best: int | None, busy: frozenset[str] 
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a logged step.
+    """``metrics.jsonl``: one JSON object per logged step.
 
     Args:
-        writes: False in a process that only counts along.
+        writes: False in processes other than rank 0, which only count.
 
     Attributes:
         count: records in the file, as far as ``truncate`` and ``append`` of this process know.
@@ -319,19 +245,18 @@ class MetricsLog:
         self.count += 1
 
     def flush(self) -> None:
-        """What was appended is on the disk, so that a checkpoint written next knows of no step that the log may lose."""
+        """Write the records to the disk, so that a checkpoint written next knows of no step that the log may lose."""
         if self.writes and self.path.exists():
             sync_file(self.path)
 
     def truncate(
         self, step: int, *, logged: int | None = None, pending: bool = False, say: Callable[[str], None] = print
     ) -> list[dict[str, Any]]:
-        """Keep what was logged up to this step, and return it; a resumed run repeats the rest.
+        """Keep the records up to this step, and return them; a resumed run repeats the rest.
 
         Args:
-            logged: how many records there were when the checkpoint was written; fewer are said.
-            pending: this step's evaluation is still to be made; one that is there was made by a process that died before it
-                wrote a checkpoint.
+            logged: the number of records when the checkpoint was written; fewer are reported.
+            pending: this step's evaluation will be repeated, so one that is there is removed.
         """
         lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
         kept: list[tuple[str, dict[str, Any]]] = []
@@ -341,12 +266,12 @@ class MetricsLog:
                 record = json.loads(text)
                 if record["step"] < step or (record["step"] == step and not (pending and "eval_loss" in record)):
                     kept.append((text, record))
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # the torn last line of a killed run, or what a power failure made of it
+            except (ValueError, KeyError, TypeError):
+                continue  # the torn last line of a killed run, or of a power failure
         self.count = len(kept)
         if logged is not None and len(kept) < logged:
             say(
-                f"{self.path}: {logged - len(kept)} of the {logged} records up to step {step} are missing: it was damaged"
+                f"{self.path}: {logged - len(kept)} of the {logged} records up to step {step} are missing: it is damaged"
             )
         if lines and self.writes:
             with file_aside(self.path) as file:

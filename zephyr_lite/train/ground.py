@@ -63,7 +63,7 @@ def may_go_on(
         changes.refuse(stage, complete=complete)
     if complete and not changes.open:
         if claim and config.sync:
-            catch_up(config, stage, say)
+            catch_up(config.sync, stage, say)
         if claim:
             push_adapter(config, stage, info, say)
         raise finished(stage, info)

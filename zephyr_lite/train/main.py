@@ -42,7 +42,7 @@ def run(
     here = world()
     if here.size > 1:
         return _among_others(here, method, loaded, train, say=say, on_metrics=on_metrics, observers=observers)
-    with alone(Path(loaded.config.output_dir), say):
+    with alone(Path(loaded.config.output_dir)):
         if loaded.config.engine != "fused":
             from ..engines import run_baseline
 
@@ -76,7 +76,7 @@ def _among_others(
         )
     with ExitStack() as held:
         if here.writes:  # its lock is the run's
-            here.together(lambda: held.enter_context(alone(Path(config.output_dir), say)))
+            here.together(lambda: held.enter_context(alone(Path(config.output_dir))))
             say(
                 f"{here.size} processes, {here.local_size} of them on this machine: each takes its share of every step "
                 "(the plan and its hours are for one alone)"

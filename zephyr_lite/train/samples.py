@@ -84,8 +84,7 @@ def _answers(stage: Stage, prompts: list[np.ndarray]) -> list[str]:
         UserError: the model computes no numbers.
         OutOfMemoryError: as told.
     """
-    from ..chat.model import Chat
-    from ..chat.stream import Streamer
+    from ..chat.generate import Chat, Streamer
     from ..model.loaded import LoadedModel
     from ..model.sampling import Sampling
 

@@ -108,14 +108,14 @@ def resolve_run(
     if method == "dpo" and not (file and "output_dir" in loaded.given) and not _names(overrides, "output_dir"):
         run, where = newest_run(runs_root, stage_complete="sft"), ""
         if run is None and fetch and loaded.config.sync:
-            name = newest_there(loaded.config, stage_complete="sft")
+            name = newest_there(loaded.config.sync, runs_root / "new", stage_complete="sft")
             run, where = (runs_root / name if name else None), f" in {loaded.config.sync}"
         if run is not None:
             overrides = [*overrides, f"output_dir={run}"]
             extra.append(f"continuing {run}, the newest run{where} whose stage sft is complete")
         loaded = load_config(method, file or DEFAULT_CONFIG[method], overrides)
     if fetch:
-        restore(loaded.config, say)
+        restore(loaded.config.sync, StageDir(Path(loaded.config.output_dir) / loaded.config.stage), say)
     below = StageDir(Path(loaded.config.output_dir) / "sft")
     if method == "dpo" and loaded.config.adapters == [] and below.complete():
         inherited = config_then(below)  # with defaults in its place dpo would train on another base
@@ -286,7 +286,7 @@ def setup_stage(
         write_text(stage.config, dump_config(config))
     decoder = Decoder(stack, base.dtype, scratch=plan.scratch, stream=stream)
     decoder.follow(plan)
-    mirror = open_mirror(config, stage, say) if claim else None
+    mirror = open_mirror(config.sync, stage, say) if claim else None
     return Stage(
         method,
         config,

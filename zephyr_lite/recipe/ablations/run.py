@@ -67,7 +67,7 @@ def run_ablation(
     """
     _same_base(table)
     try:
-        with alone(table.run, say):
+        with alone(table.run):
             return _run(table, say, on_metrics)
     except UserError as error:  # which folder and which stage is not the command line's to say here
         hint = re.sub(

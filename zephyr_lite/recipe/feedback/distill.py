@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...cli.ending import pythons_ctrl_c
 from ...client.budget import Totals
 from ...client.desk import open_desk
 from ...client.types import BudgetSpent, Desk, RequestFailed
 from ...errors import UserError
+from ...io.interrupts import pythons_ctrl_c
 from ...io.run_dir import file_aside, write_json
 from .files import Spool, claim, line_of, write_config
 from .grid import Grid, read_grid

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...cli.ending import pythons_ctrl_c
 from ...client.budget import Totals
 from ...client.desk import open_desk
 from ...client.types import BudgetSpent, Desk
 from ...data.load import summarise
 from ...errors import UserError
+from ...io.interrupts import pythons_ctrl_c
 from ...io.run_dir import file_aside, write_json
 from .draw import read_principles
 from .files import claim, line_of, write_config

@@ -21,11 +21,10 @@ from typing import Any
 import datasets
 
 from ...data import formats, messages
-from ...data.opening import quiet
 from ...data.output import DROPPED, REPORT, check_held_out, check_output, request_of
+from ...data.workers import quiet
 from ...errors import UserError
-from ...io.atomic import remove_tree
-from ...io.flock import flock
+from ...io.atomic import flock, remove_tree
 from ...io.run_dir import folder_aside, write_json, write_text
 from .contamination import NGRAM, EvalSets, read_eval_sets
 from .counting import WordCounts

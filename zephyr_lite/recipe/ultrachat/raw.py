@@ -12,7 +12,6 @@ import numpy as np
 
 from ...config.load import DatasetSpec
 from ...data.formats import COLUMNS, PLAIN, detect, normalise
-from ...data.load import own_faults_only
 from ...data.messages import RowError
 from ...data.opening import Source, kind_of, open_source, stem_of
 from ...errors import UserError
@@ -76,7 +75,7 @@ def open_raw(path: str, split: str | None = None) -> Raw:
             specs = [DatasetSpec(path=str(file)) for _, file in numbered]
     parts, labels, kinds = [], [], []
     for spec in specs:
-        with own_faults_only(spec), split_said_as("--split {}"):
+        with split_said_as("--split {}"):
             part = open_source(spec)
         label = part.label
         if len(part) == 0:

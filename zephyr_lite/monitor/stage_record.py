@@ -1,4 +1,4 @@
-"""What a stage's folder says. Files of runs that go on, were killed, or are older than a file's newest keys are all read."""
+"""A stage's files as the report reads them: of finished, running and killed runs, and of older versions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ...config.load import DPO_DEFAULTS, RunConfig, read_dumped
-from ...errors import UserError
-from ...io.redact import redact
-from ...io.run_dir import STAGE_FILE, StageDir, newest_run, read_json, stages_of
-from ...io.stage_info import checked
+from ..config.load import DPO_DEFAULTS, RunConfig, read_dumped
+from ..errors import UserError
+from ..io.redact import redact
+from ..io.run_dir import STAGE_FILE, StageDir, newest_run, read_json, stages_of
+from ..io.stage_info import checked
 
-REPORT = "report.html"
 LENGTHS = "lengths.json"
 Points = tuple[list[int], list[float]]
 
 
 @dataclass
 class StageRecord:
-    """One stage of a run, as its files say. Secrets of this process's environment are hidden already.
+    """The files of one stage, with secrets of this process's environment removed.
 
     Attributes:
-        folder: where it lies; name, run: the names of both folders.
+        folder: its path; name, run: the names of the stage's and of the run's folder.
         method: sft or dpo.
-        info: stage.json; config: config.yaml ({}: there is none).
-        history: metrics.jsonl: step → what was logged of it, evaluations (``eval_…``) among it.
-        samples: samples.jsonl; left_out: left_out.jsonl; lengths: lengths.json ({}: there is none).
-        results: kind → what ``eval`` found.
-        own: sha256 of the own adapters of the run's finished stages, by name.
+        info: stage.json; config: config.yaml, {} if there is none.
+        history: metrics.jsonl: step → what was logged of it, evaluations (``eval_…``) included.
+        samples: samples.jsonl; left_out: left_out.jsonl; lengths: lengths.json, {} if there is none.
+        results: kind → the result file of ``zephyr-lite eval``.
+        own: stage of the run → sha256 of its own adapter.
     """
 
     folder: Path
@@ -58,12 +57,18 @@ class StageRecord:
 
     @property
     def step(self) -> int:
-        """The last step that was logged."""
+        """The last logged step."""
         return max(self.history, default=0)
+
+    @property
+    def planned(self) -> dict[str, float]:
+        """The plan's memory by part, in bytes; ``peak`` is the whole."""
+        account = as_dict(self.part("plan").get("account"))
+        return {name: v for name, v in account.items() if is_number(v) and 0 <= v < math.inf}
 
     @cached_property
     def columns(self) -> dict[str, Points]:
-        """Every number of the history: name → (steps, values); a value may be no finite number."""
+        """Every logged metric: name → (steps, values)."""
         found: dict[str, Points] = {}
         for step, line in self.history.items():
             for key, value in line.items():
@@ -74,7 +79,7 @@ class StageRecord:
         return found
 
     def points(self, key: str) -> Points:
-        """(steps, values) of what was logged under a name."""
+        """(steps, values) of a metric."""
         return self.columns.get(key, ([], []))
 
     def last(self, key: str) -> float | None:
@@ -82,43 +87,39 @@ class StageRecord:
         return values[-1] if values else None
 
     def part(self, key: str) -> dict[str, Any]:
-        """An object of stage.json."""
+        """An object of stage.json; {} if there is none."""
         return as_dict(self.info.get(key))
 
     def total(self) -> int | None:
-        """Steps in all; None: nobody knows."""
+        """Number of steps of the whole stage; None if unknown."""
         if self.complete and isinstance(steps := self.part("result").get("steps"), int):
             return steps
-        rows, batch = self.part("data").get("rows"), self.config.get("batch_size")
-        epochs, most = self.config.get("num_train_epochs"), self.config.get("max_steps")
-        if isinstance(most, int):
+        if isinstance(most := self.config.get("max_steps"), int):
             return most
+        rows, batch, epochs = self.part("data").get("rows"), *map(self.config.get, ("batch_size", "num_train_epochs"))
         if not (is_number(rows) and is_number(batch) and is_number(epochs) and batch):
             return None
-        return max(1, math.ceil(epochs * math.ceil(rows / batch)))  # as ``train.steps.step_schedule``
+        return max(1, math.ceil(epochs * math.ceil(rows / batch)))
 
     def recipe(self) -> dict[str, Any]:
-        """The published recipe's keys for this method."""
+        """The published recipe's configuration for this method."""
         return RunConfig.model_validate(DPO_DEFAULTS if self.method == "dpo" else {}).model_dump(mode="json")
 
 
 def read_stage(folder: Path) -> StageRecord:
-    """Everything that a report says of a stage.
+    """Read a stage's folder.
 
     Raises:
-        UserError: there is no stage, or its stage.json or config.yaml is broken.
+        UserError: it is no stage, or its stage.json or config.yaml is broken.
     """
     stage = StageDir(folder)
     info = stage.info()
     if info is None:
-        raise UserError(
-            f"{folder}: is no stage of a run (it has no {STAGE_FILE}).", "Give runs/NAME or runs/NAME/STAGE."
-        )
+        raise UserError(f"{folder}: is not a stage of a run (no {STAGE_FILE}).", "Give runs/NAME or runs/NAME/STAGE.")
     checked(info, folder / STAGE_FILE)
-    config = read_dumped(stage.config) if stage.config.is_file() else {}
     history: dict[int, dict[str, Any]] = {}
     for line in json_lines(stage.metrics):
-        if isinstance(step := line.get("step"), int) and not isinstance(step, bool):
+        if isinstance(step := line.get("step"), int):
             history.setdefault(step, {}).update(line)
     whole = folder.absolute()
     record = StageRecord(
@@ -126,32 +127,32 @@ def read_stage(folder: Path) -> StageRecord:
         whole.name,
         whole.parent.name,
         str(info.get("method", "sft")),
-        _hidden(info),
-        _hidden(config),
+        _redacted(info),
+        _redacted(read_dumped(stage.config)) if stage.config.is_file() else {},
         dict(sorted(history.items())),
         json_lines(stage.samples),
         json_lines(folder / "left_out.jsonl"),
         _optional(folder / LENGTHS),
     )
     for path in sorted((folder / "eval").glob("*.json")):
-        told = _optional(path)
-        if isinstance(told.get("models"), dict) and not path.stem.endswith("-partial"):
-            record.results[path.stem] = told
+        result = _optional(path)
+        if isinstance(result.get("models"), dict) and not path.stem.endswith("-partial"):
+            record.results[path.stem] = result
     for other in stages_of(whole.parent):
-        found = as_dict(as_dict(_optional(other.path / STAGE_FILE)).get("own")).get("sha256")
-        if isinstance(found, str):
-            record.own[other.path.name] = found
+        sha = as_dict(_optional(other.path / STAGE_FILE).get("own")).get("sha256")
+        if isinstance(sha, str):
+            record.own[other.path.name] = sha
     return record
 
 
 def read_source(source: Path | None) -> list[StageRecord]:
-    """The stages of a run's folder, in the order in which they were trained, or the one whose folder it is.
+    """The stages of a run's folder in the order of training, or the one stage whose folder it is.
 
     Args:
         source: None: the newest run under ``runs/``.
 
     Raises:
-        UserError: there is none there.
+        UserError: there is none.
     """
     path = newest_run(Path("runs")) if source is None else source.expanduser()
     if path is None:
@@ -163,27 +164,25 @@ def read_source(source: Path | None) -> list[StageRecord]:
     found = [read_stage(stage.path) for stage in stages_of(path)]
     if not found:
         raise UserError(
-            f"{path}: is neither a run's folder nor a stage's (no {STAGE_FILE} in it or one below).",
+            f"{path}: is neither a run's folder nor a stage's (no {STAGE_FILE} in it or in a subfolder).",
             "Give runs/NAME or runs/NAME/STAGE.",
         )
-    # a stage that stands on more adapters came later; by time where that says nothing
+    # a stage on top of more adapters was trained later
     return sorted(found, key=lambda r: (len(as_list(r.info.get("adapters"))), str(r.info.get("created")), r.name))
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a line that is torn, or no object, is passed over."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
+    """The objects of a JSONL file; torn lines are skipped."""
+    if not path.is_file():
         return []
     found = []
-    for line in redact(text).split("\n"):
+    for line in redact(path.read_text(encoding="utf-8", errors="replace")).split("\n"):
         try:
-            told = json.loads(line, parse_int=_whole) if line.strip() else None
-        except (ValueError, RecursionError):
+            value = json.loads(line)
+        except ValueError:
             continue
-        if isinstance(told, dict):
-            found.append(told)
+        if isinstance(value, dict):
+            found.append(value)
     return found
 
 
@@ -200,17 +199,12 @@ def as_list(value: Any) -> Sequence[Any]:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    """A JSON object that the report can do without."""
+    """A JSON object; {} if the file is absent or broken, as the report can be written without it."""
     try:
-        return _hidden(read_json(path) or {})
+        return _redacted(read_json(path) or {})
     except UserError:
         return {}
 
 
-def _hidden(value: dict[str, Any]) -> dict[str, Any]:
-    return dict(json.loads(redact(json.dumps(value)), parse_int=_whole))
-
-
-def _whole(digits: str) -> int | float:
-    """A whole number; one that no float can hold, which nothing here could be computed with, is infinite."""
-    return int(digits) if len(digits) < 300 else float(digits)
+def _redacted(value: dict[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(redact(json.dumps(value))))

@@ -6,19 +6,21 @@ import json
 
 import pytest
 
-from tests.demo.test_rehearsal import forked
+from tests.demo.test_smoke import forked
 from tests.train.test_train import metrics
 from zephyr_lite.cli.app import run as cli_run
-from zephyr_lite.demo.rehearsal.child import Ended
-from zephyr_lite.demo.rehearsal.reproduce import (
+from zephyr_lite.demo.child import Ended
+from zephyr_lite.demo.reproduce import (
+    HEADER,
     RECIPES,
+    RULE,
     changed,
     chosen_configs,
     plan_reproduction,
+    row,
     run_reproduction,
     scopes,
 )
-from zephyr_lite.demo.rehearsal.results import HEADER, RULE, row
 from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.io.run_dir import StageDir
 
@@ -87,7 +89,7 @@ def test_a_part_that_fails_or_is_stopped_says_so(reproduced):
     def stopped(words):
         raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="interrupted at sft; the same command goes on"):
+    with pytest.raises(Interrupted, match="interrupted at sft; the same command resumes"):
         run_reproduction(chosen, say=lambda line: None, run=stopped)
 
 

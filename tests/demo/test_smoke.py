@@ -18,16 +18,24 @@ import zephyr_lite.evaluate.loss
 import zephyr_lite.evaluate.preference
 import zephyr_lite.memory.needs
 import zephyr_lite.merge.command
-import zephyr_lite.monitor
-import zephyr_lite.monitor.report.writer
+import zephyr_lite.monitor.report_writer
+import zephyr_lite.monitor.screens
 import zephyr_lite.train.dpo
 import zephyr_lite.train.sft  # noqa: F401
 from tests.train.test_train import dpo_words, quiet, words
-from zephyr_lite.cli import app as cli
+from zephyr_lite.__main__ import main
 from zephyr_lite.config.load import load_config
-from zephyr_lite.demo.rehearsal.child import Ended, child
-from zephyr_lite.demo.rehearsal.small import STEPS, small_stage, speed, whole_stage
-from zephyr_lite.demo.rehearsal.smoke import MARK, claim, rehearsal_folder, run_smoke
+from zephyr_lite.demo.child import Ended, child
+from zephyr_lite.demo.smoke import (
+    MARK,
+    STEPS,
+    claim,
+    rehearsal_folder,
+    run_smoke,
+    small_stage,
+    speed,
+    whole_stage,
+)
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir, newest_run
 
@@ -49,7 +57,7 @@ def forked(command, *, log=None, asked=None, answer=None, kill_when=None):
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
             try:
-                cli.main(list(command))
+                main(list(command))
             except SystemExit as done:
                 code = int(done.code or 0)
         finally:
@@ -78,7 +86,7 @@ def rehearsed(tmp_path_factory, tiny_base, pair_rows):
 
 def test_a_stage_is_killed_goes_on_is_merged_and_answers(rehearsed):
     root, parts, said = rehearsed
-    names = ["an SFT stage below", "train, 10 steps", f"go on to step {STEPS}", "merge", "answer"]
+    names = ["an SFT stage below", "train, 10 steps", f"resume to step {STEPS}", "merge", "answer"]
     assert [part.name for part in parts] == names
     stage = StageDir(root / "mine-smoke" / "run" / "dpo")
     info = stage.info()
@@ -121,7 +129,7 @@ def test_a_dpo_stage_stands_on_what_the_run_has(tiny_base, chat_rows, pair_rows,
 
 def test_a_folder_that_is_no_rehearsal_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"is no rehearsal .it holds thesis.tex"):
+    with pytest.raises(UserError, match=r"is not a smoke test .it holds thesis.tex"):
         claim(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "x"
 
@@ -169,10 +177,8 @@ def test_a_child_is_killed_with_a_real_signal_and_logs_what_it_says(tmp_path):
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
 def test_a_signal_reaches_the_child_and_then_ends_the_command(tmp_path):
     log = tmp_path / "log"
-    timer = threading.Timer(0.7, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
+    timer = threading.Timer(0.7, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         child(["env"], log=log)
     timer.join()
-    assert signal.getsignal(signal.SIGTERM) is before

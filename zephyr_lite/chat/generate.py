@@ -1,0 +1,368 @@
+"""Answers from the stages of a run, or from a merged model: one base for all, switched by its adapters.
+
+The generation loop is ours: it gives each token as soon as it is drawn, can be stopped at every token, keeps the keys and
+values from turn to turn, and draws the answers of several models in one batch, each row with its own adapters.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..data.formats import RowError
+from ..errors import UserError
+from ..model.loaded import LoadedModel, open_live
+from ..model.sampling import RowSampler, Sampling
+
+Message = dict[str, str]
+Prompt = Sequence[int] | np.ndarray
+
+# Tokens of a prompt that are computed at a time: a long one can be interrupted, and its mask stays small.
+PREFILL = 512
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One row's answer.
+
+    Attributes:
+        tokens: without the one that ends it.
+        finish: "stop" (the model ended it), "length", or "interrupted".
+        prompt_tokens, reused: the prompt's length, and how much of it was in the cache.
+    """
+
+    tokens: list[int]
+    finish: str
+    prompt_tokens: int
+    reused: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An answer: its text, why it ended ("stop", "length"), its tokens (the end token included) and its prompt's."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Chat:
+    """A model that answers.
+
+    Attributes:
+        live: base, adapters, and which of them make which model.
+        stack: base and frozen adapters.
+        template: of training; it gives the prompt's ids and the tokens that end an answer.
+    """
+
+    def __init__(self, live: LoadedModel) -> None:
+        self.live, self.stack, self.template, self.dtype = live, live.stack, live.template, live.dtype
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters, from the bottom up."""
+        return self.stack.names
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer: the template's, and the tokenizer's own."""
+        return sorted({*self.template.end_token_ids, self.template.tokenizer.eos_token_id} - {None})
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.stack.base.get_input_embeddings().weight.device)
+
+    @property
+    def context(self) -> int | None:
+        """The maximum length of a conversation in tokens; None where the model does not say."""
+        return getattr(self.stack.base.config, "max_position_embeddings", None)
+
+    def ask(
+        self,
+        prompts: Sequence[str | list[Message]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        adapters: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Answer all prompts in one batch.
+
+        Args:
+            prompts: a user's words, or a conversation that ends with a user's turn.
+            max_new_tokens: maximum length of an answer.
+            temperature: 0 is greedy.
+            adapters: which of the adapters are on; None: all, []: the base alone.
+            seed: for sampling.
+
+        Raises:
+            UserError: a prompt that the chat template refuses, or that holds one of its control tokens.
+        """
+        conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        try:
+            prompt_ids = [self.template.prompt_ids(messages) for messages in conversations]
+        except RowError as error:
+            raise UserError(f"the prompt cannot be rendered: {error}.") from None
+        rows = [Sampling(max_new_tokens, temperature, None, seed + place) for place in range(len(prompts))]
+        return [answer.text for answer in self.sample(prompt_ids, rows, adapters=adapters)]
+
+    def sample(
+        self,
+        prompt_ids: Sequence[Prompt],
+        rows: Sequence[Sampling],
+        *,
+        adapters: Sequence[str] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Sampled]:
+        """Answer all prompts in one batch, each with settings and a seed of its own.
+
+        Args:
+            prompt_ids: of each conversation (``template.prompt_ids``), [P_i].
+            rows: how each answer is drawn. It does not depend on the others, but for rounding.
+            adapters: which of the adapters are on; None: all, []: the base alone.
+            stop: called at every token; True ends all answers ("length").
+        """
+        names = self.adapters if adapters is None else adapters
+        drawn = Streamer(self, [names] * len(prompt_ids)).draw(prompt_ids, rows, stop=stop)
+        return [
+            Sampled(
+                self.text(row.tokens),
+                "stop" if row.finish == "stop" else "length",
+                row.prompt_tokens,
+                len(row.tokens) + (row.finish == "stop"),
+            )
+            for row in drawn
+        ]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text without special tokens."""
+        return str(self.template.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def text(self, tokens: list[int]) -> str:
+        """An answer's text: without special tokens and surrounding white space."""
+        return self.decode(tokens).strip()
+
+
+def load_chat(
+    source: str | Path | None = None,
+    *,
+    stage: str | None = None,
+    base: str | None = None,
+    chat_template: str | None = "auto",
+) -> Chat:
+    """A run's folder (its last complete stage), a stage's folder, or a model's folder; None: the newest run.
+
+    Raises:
+        UserError: as ``open_live``.
+    """
+    return Chat(open_live(source, stage=stage, base=base, chat_template=chat_template))
+
+
+class Streamer:
+    """Draws answers for a fixed set of rows, each with its own adapters, and keeps their keys and values for the next turn.
+
+    A row's slots in the cache are contiguous, so that a sliding window counts in slots what it means in positions. Layers
+    are kept whole even where the model has such a window: an undo may need what slid out of it.
+
+    Args:
+        chat: the model.
+        adapters: of each row, the names of its adapters.
+    """
+
+    def __init__(self, chat: Chat, adapters: Sequence[Sequence[str]]) -> None:
+        self._chat, self._adapters = chat, [list(names) for names in adapters]
+        self._model = chat.stack.base
+        self._takes = set(inspect.signature(self._model.forward).parameters)
+        self.forget()
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._past = DynamicCache()
+        # what the slots of each row hold, from its start on
+        self._ids: list[list[int]] = [[] for _ in self._adapters]
+        self._starts = [0 for _ in self._adapters]
+
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        rows: Sequence[Sampling],
+        on_token: Callable[[int, int], None] = lambda row, token: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Drawn]:
+        """Answer, one prompt a row.
+
+        Args:
+            prompts: of each row, [P_i] ids.
+            rows: how each answer is drawn.
+            on_token: called with (row, token) as soon as it is drawn; not with tokens that end an answer.
+            stop: called before every token, and between pieces of a long prompt.
+
+        Raises:
+            UserError: the model computes NaN.
+        """
+        ends = set(self._chat.ends)
+        sampler = RowSampler(rows)
+        finish: list[str | None] = [None] * len(prompts)
+        answers: list[list[int]] = [[] for _ in prompts]
+        ids = [[int(token) for token in prompt] for prompt in prompts]
+        try:
+            with torch.inference_mode(), self._chat.stack.by_row(self._adapters):
+                tokens, positions, mask, reused = self._begin(ids, min(ends))
+                logits = self._prefill(tokens, positions, mask, stop)
+                positions = positions[:, -1:]
+                while logits is not None:
+                    chosen = sampler.choose(logits).tolist()
+                    for row, token in enumerate(chosen):
+                        if finish[row] is not None:
+                            continue
+                        if token in ends:
+                            finish[row] = "stop"
+                            continue
+                        answers[row].append(token)
+                        on_token(row, token)
+                        if len(answers[row]) >= rows[row].max_new_tokens:
+                            finish[row] = "length"
+                    if all(finish) or stop():
+                        break
+                    positions = positions + 1
+                    mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                    logits = self._forward(torch.tensor(chosen, device=mask.device)[:, None], positions, mask)
+        except BaseException:
+            self.forget()  # an interrupt leaves some layers a token ahead of others
+            raise
+        if logits is None:
+            self.forget()
+        else:
+            self._ids = [prompt + answer[:-1] for prompt, answer in zip(ids, answers)]  # the last was not fed back
+        return [
+            Drawn(answer, end or "interrupted", len(prompt), kept)
+            for answer, end, prompt, kept in zip(answers, finish, ids, reused)
+        ]
+
+    def _begin(self, prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Keep what the prompts have in common with the rows' cache.
+
+        At least one token of each row is computed, for its logits; and the rows are computed in one rectangle, so a row
+        with fewer new tokens computes some of its old ones again.
+
+        Returns:
+            tokens and positions [rows, M] int64 to compute, padded on the left; mask [rows, K + M] int64 over the kept
+            slots and these, 0 for padding; tokens of each row that are not computed again.
+        """
+        count = len(prompts)
+        common = [min(_common(old, new), len(new) - 1) for old, new in zip(self._ids, prompts)]
+        width = max(len(ids) - same for ids, same in zip(prompts, common))
+        kept = [max(0, len(ids) - width) for ids in prompts]
+        most = max(kept)
+        slots = torch.zeros((count, most), dtype=torch.int64)  # moved to the right end; padding: any slot
+        tokens = torch.full((count, width), pad, dtype=torch.int64)
+        positions = torch.zeros_like(tokens)
+        mask = torch.zeros((count, most + width), dtype=torch.int64)
+        for row, (ids, have) in enumerate(zip(prompts, kept)):
+            slots[row, most - have :] = torch.arange(self._starts[row], self._starts[row] + have)
+            tokens[row, width - len(ids) + have :] = torch.tensor(ids[have:])
+            positions[row, width - len(ids) + have :] = torch.arange(have, len(ids))
+            mask[row, most + width - len(ids) :] = 1
+            self._starts[row] = most + width - len(ids)
+        if most == 0:
+            self._past = DynamicCache()
+        for layer in self._past.layers:
+            if layer.is_initialized:
+                where = slots.to(layer.keys.device)
+                rows = torch.arange(count, device=where.device)[:, None]
+                for part in ("keys", "values"):
+                    held = getattr(layer, part).transpose(1, 2)  # [rows, slots, heads, width of a head]
+                    setattr(layer, part, held[rows, where].transpose(1, 2).contiguous())
+        device = self._chat.device
+        return tokens.to(device), positions.to(device), mask.to(device), kept
+
+    def _prefill(self, tokens: Tensor, positions: Tensor, mask: Tensor, stop: Callable[[], bool]) -> Tensor | None:
+        """The logits [rows, vocab] after the tokens; None where it was stopped."""
+        width, before = tokens.shape[1], mask.shape[1] - tokens.shape[1]
+        logits = None
+        for start in range(0, width, PREFILL):
+            if stop():
+                return None
+            end = min(start + PREFILL, width)
+            logits = self._forward(tokens[:, start:end], positions[:, start:end], mask[:, : before + end])
+        return logits
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Logits [rows, vocab] float32 after the last of the tokens [rows, n]."""
+        given: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+        out = self._model(
+            input_ids=tokens,
+            attention_mask=mask,
+            past_key_values=self._past,
+            use_cache=True,
+            **{name: value for name, value in given.items() if name in self._takes},
+        )
+        logits: Tensor = out.logits[:, -1].float()
+        if bool(logits.isnan().any()):
+            raise UserError(
+                "the model computes NaN instead of logits.",
+                "Its weights or an adapter's are damaged, or too large for the data type.",
+            )
+        return logits
+
+
+def _common(old: Sequence[int], new: Sequence[int]) -> int:
+    """The length of the common prefix."""
+    for place, (a, b) in enumerate(zip(old, new)):
+        if a != b:
+            return place
+    return min(len(old), len(new))
+
+
+class TextStream:
+    """Tokens to text as they come: a character's bytes may span several tokens. The pieces together are the decoded answer
+    without surrounding white space.
+
+    Args:
+        decode: ids → text, without special tokens.
+    """
+
+    # A character has four bytes at most: more tokens than this without one are not the beginning of a character.
+    HELD = 8
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._tokens: list[int] = []
+        # text was given out up to ``_done``; decoding starts a little before, since a first token loses its space
+        self._begin = self._done = 0
+        self._begun = False
+        self._space = ""  # white space that may turn out to be the end's
+
+    def push(self, token: int) -> str:
+        """The text that is complete with this token; often empty."""
+        self._tokens.append(token)
+        return self._next(last=len(self._tokens) - self._done >= self.HELD)
+
+    def finish(self) -> str:
+        """The text that was held back."""
+        return self._next(last=True)
+
+    def _next(self, last: bool) -> str:
+        before = self._decode(self._tokens[self._begin : self._done])
+        now = self._decode(self._tokens[self._begin :])
+        if not last and now.endswith("\ufffd"):  # what a decoder writes for an incomplete character
+            return ""
+        piece = now[len(before) :]
+        if piece:
+            self._begin, self._done = self._done, len(self._tokens)
+        text = self._space + piece if self._begun else piece.lstrip()
+        if not text:
+            return ""
+        self._begun = True
+        shown = text.rstrip()
+        self._space = text[len(shown) :]
+        return shown

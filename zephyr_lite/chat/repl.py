@@ -1,0 +1,469 @@
+"""A chat session in a terminal: questions, answers, votes, and commands that begin with a slash."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import signal
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import Interrupted, UserError
+from ..io.interrupts import StopRequest
+from ..io.words import short
+from .rows import append_rows, check_file
+from .session import Answer, Session
+from .vote import Ballot
+
+PROMPT, MORE = "> ", "… "
+BLOCK = '"""'  # begins and ends a question of several lines
+HELP = (
+    ("/system TEXT", "set the system turn; none: remove it; alone: show it"),
+    ("/temperature X", "0 is greedy; alone: show it"),
+    ("/top-p X", "draw from the likeliest tokens of this probability"),
+    ("/max-new-tokens N", "maximum length of an answer"),
+    ("/seed N", "random seed"),
+    ("/settings", "all of these"),
+    ("/undo", "take back the last question and its answer"),
+    ("/retry", "ask it again, with other draws"),
+    ("/reset", "begin a new conversation"),
+    ("/history", "the conversation so far"),
+    ("/save FILE", "add the conversation to a JSONL file, as `sft` reads it"),
+    ("/model NAME", "continue with another model of the run"),
+    ("/exit", "end, as Ctrl-D does"),
+    ("Ctrl-C", "end an answer; twice: the session"),
+    (BLOCK, "begins and ends a question of several lines"),
+)
+NUMBERS: dict[str, tuple[str, Callable[[str], float]]] = {
+    "/temperature": ("temperature", float),
+    "/top-p": ("top_p", float),
+    "/max-new-tokens": ("max_new_tokens", int),
+    "/seed": ("seed", int),
+}
+# Columns of text that an answer needs to be read beside others; narrower terminals show them one under the other.
+NARROWEST = 32
+# Seconds between two pictures of answers that grow.
+REFRESH = 0.1
+
+
+class Repl:
+    """A session in a terminal.
+
+    Args:
+        session: its models answer.
+        console: ``cli.console.Console``.
+        compare: show their answers beside each other.
+        ballot: hide the models' names, and keep the user's votes.
+    """
+
+    def __init__(self, session: Session, console: Any, compare: bool, ballot: Ballot | None) -> None:
+        self.session, self._console, self._compare, self._ballot = session, console, compare, ballot
+        self._saved: tuple[Path, list[object]] | None = None
+        self._commands: dict[str, Callable[[], None]] = {
+            "/help": self._help,
+            "/?": self._help,
+            "/settings": self._settings,
+            "/undo": self._undo,
+            "/retry": self._retry,
+            "/reset": self._reset,
+            "/history": self._history,
+        }
+        self._commands_with_text: dict[str, Callable[[str], None]] = {
+            "/system": self._system,
+            "/save": self._save,
+            "/model": self._model,
+        }
+
+    def run(self) -> None:
+        """Until Ctrl-D, /exit, or Ctrl-C twice.
+
+        Raises:
+            Interrupted: SIGTERM, or Ctrl-C twice.
+        """
+        with suppress(ImportError):
+            import readline  # keys to edit a line and to get earlier ones back
+
+            readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted text is one question
+        models = " against ".join(column.model for column in self.session.columns)
+        names = models if self._ballot is None else "answers without names"
+        self._note(f"{self.session.chat.live.source}: {names}. /help lists the commands, Ctrl-D ends.")
+        interrupted = False
+        try:
+            with _ended_by_sigterm():
+                while True:
+                    try:
+                        line = self._read()
+                        interrupted = False
+                        if not self._handle(line):
+                            break
+                    except EOFError:
+                        self._console.say()
+                        break
+                    except KeyboardInterrupt:
+                        self._console.say()
+                        if interrupted:
+                            raise Interrupted("interrupted") from None
+                        interrupted = True
+                        self._note("Ctrl-C once more, or Ctrl-D, ends the session.")
+        finally:
+            self._show_votes()
+
+    def _read(self) -> str:
+        """One question or command; raises EOFError (Ctrl-D) and KeyboardInterrupt (Ctrl-C)."""
+        line = _line(PROMPT)
+        if not line.lstrip().startswith(BLOCK):
+            return line.strip()
+        text = line.lstrip().removeprefix(BLOCK)
+        while not text.rstrip().endswith(BLOCK):
+            text += "\n" + _line(MORE)
+        return text.rstrip().removesuffix(BLOCK).strip("\n")
+
+    def _handle(self, line: str) -> bool:
+        """Ask a question or run a command; False: it ends the session. Errors are printed and do not end it."""
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                return self._command(line)
+            if line:
+                self._ask(line.removeprefix("/") if line.startswith("//") else line)
+        except UserError as error:
+            self._console.user_error(error)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self._console.user_error(UserError(f"{error.strerror or error}: {error.filename}"))
+        return True
+
+    def _note(self, text: str) -> None:
+        """Print something about the conversation that is not part of it."""
+        self._console.out.print(self._console.text(text, "dim"))
+
+    # -- answers ---------------------------------------------------------------------------------------------------
+
+    def _ask(self, question: str | None) -> None:
+        """Ask a question; None: ask the last one again."""
+        session = self.session
+        before = [list(column.turns) for column in session.columns]
+        titles = self._titles(question or before[0][-1][0])
+
+        def draw(on_text: Callable[[int, str], None]) -> list[Answer]:
+            try:
+                if question is None:
+                    return session.retry(on_text, lambda: stop.name is not None)
+                return session.ask(question, on_text, lambda: stop.name is not None)
+            except KeyboardInterrupt:  # the second one
+                raise Interrupted("interrupted") from None
+
+        with StopRequest(None) as stop, _no_echo():
+            if self._compare:
+                answers = self._growing(titles, draw)
+            else:
+                try:
+                    answers = draw(lambda column, piece: self._console.out.print(self._console.text(piece), end=""))
+                finally:
+                    self._console.out.print()
+        if self._compare:
+            in_order = [answers[column] for column in titles]
+            notes = [ended(answer.finish, answer.tokens) for answer in in_order]
+            table = side_by_side(self._console, [*titles.values()], [answer.text for answer in in_order], notes)
+            self._console.out.print(table, soft_wrap=False)
+        else:
+            (answer,) = answers
+            speed = f", {answer.tokens / answer.seconds:.1f} tokens/s" if answer.seconds > 0 else ""
+            self._note(ended(answer.finish, answer.tokens) or f"{answer.tokens:,} tokens{speed}")
+        if stop.name not in (None, "SIGINT"):
+            raise Interrupted(f"{stop.name}: the session ended")
+        if self._ballot is not None:
+            if any(answer.finish == "interrupted" for answer in answers):
+                for column, turns in zip(session.columns, before):
+                    column.turns = turns
+                self._note("stopped: the question is taken back, without a vote")
+            else:
+                self._vote(self._ballot, list(titles), answers)
+        elif session.turns <= len(before[0]) and question is not None:
+            self._note("stopped before there was an answer: the question is taken back")
+
+    def _titles(self, question: str) -> dict[int, str]:
+        """Column → its title, in the order in which they are shown."""
+        columns = self.session.columns
+        if self._ballot is None:
+            return {place: column.model for place, column in enumerate(columns)}
+        order = self._ballot.order(question, self.session.turns, len(columns))
+        return {column: f"Answer {place}" for place, column in enumerate(order, 1)}
+
+    def _growing(self, titles: dict[int, str], draw: Callable[..., list[Answer]]) -> list[Answer]:
+        """Draw several answers, and show their ends while they grow, as far as the terminal is high."""
+        out, texts, shown = self._console.out, dict.fromkeys(titles, ""), 0.0
+        live = Live(console=out, auto_refresh=False, transient=True, vertical_overflow="crop")
+
+        def grow(column: int, piece: str) -> None:
+            nonlocal shown
+            texts[column] += piece
+            if time.monotonic() - shown >= REFRESH:
+                height = out.size.height - 2
+                view = side_by_side(self._console, [*titles.values()], [*texts.values()], height=height)
+                live.update(view, refresh=True)
+                shown = time.monotonic()
+
+        with live:
+            return draw(grow)
+
+    # -- votes -----------------------------------------------------------------------------------------------------
+
+    def _vote(self, ballot: Ballot, order: list[int], answers: list[Answer]) -> None:
+        session = self.session
+        if len({answer.text for answer in answers}) == 1:
+            self._note("the answers are all the same: no vote, no pair")
+            return
+        choice = self._choice(len(order))
+        if choice == "skip":
+            ballot.tally.skipped += 1
+            session.undo()
+            self._note("skipped: the question is taken back")
+            return
+        if choice == "tie":
+            ballot.tally.ties += 1
+            session.agree(order[0])
+            self._note("a tie, which makes no pair; the conversation continues from answer 1")
+            return
+        liked = order[int(choice) - 1]
+        prompt = session.columns[0].messages(session.settings.system)[:-1]
+        try:
+            pairs = ballot.best(prompt, [column.model for column in session.columns], answers, liked)
+        except BaseException:
+            session.undo()  # a vote that is not kept leaves no trace
+            raise
+        session.agree(liked)
+        added = f"{pairs} pair{'s' * (pairs != 1)} added to {ballot.path}" if pairs else "no pair: an answer is empty"
+        self._note(f"{added}; the conversation continues from answer {choice}")
+
+    def _choice(self, most: int) -> str:
+        """The number of the best answer, "tie" or "skip"."""
+        words = {"t": "tie", "tie": "tie", "s": "skip", "skip": "skip", **{str(n): str(n) for n in range(1, most + 1)}}
+        while True:
+            try:
+                said = _line(f"Which is best? 1 to {most}, t(ie), s(kip): ").strip().lower()
+            except (EOFError, KeyboardInterrupt):
+                self._console.say()
+                return "skip"
+            if said in words:
+                return words[said]
+            self._note(f"{short(said, 40)} is none of these.")
+
+    def _show_votes(self) -> None:
+        """The votes by model, and the command that trains on them."""
+        if self._ballot is None:
+            return
+        tally, file = self._ballot.tally, self._ballot.path
+        if tally.votes:
+            counts = [*((column.model, tally.best[column.model]) for column in self.session.columns)]
+            rows = [
+                (name, str(count), f"{count / tally.votes:.0%}") for name, count in [*counts, ("(ties)", tally.ties)]
+            ]
+            self._console.table(["model", "liked best", "of the votes"], rows)
+        skipped = f", {tally.skipped} skipped" if tally.skipped else ""
+        votes, pairs = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((tally.votes, "vote"), (tally.pairs, "pair")))
+        self._console.say(f"{votes}{skipped}; {pairs} added to {file}.")
+        if not tally.pairs:
+            return
+        words = [f"dataset.path={file}"]
+        chain = self.session.chat.live.chain
+        if chain is not None and chain.run is not None:
+            words.append(f"output_dir={chain.run}")
+            if (chain.run / "dpo").exists():  # a finished stage is not run again
+                names = ("voted" if number == 1 else f"voted{number}" for number in itertools.count(1))
+                words.append(f"stage={next(name for name in names if not (chain.run / name).exists())}")
+        self._console.say(f"Next: {shlex.join(['zephyr-lite', 'dpo', *words])}")
+
+    # -- commands --------------------------------------------------------------------------------------------------
+
+    def _command(self, line: str) -> bool:
+        """Raises UserError: there is no such command, or it does not take what it is given."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name in ("/exit", "/quit", "/bye"):
+            return False
+        if name in NUMBERS:
+            self._number(name, rest)
+        elif name in self._commands_with_text:
+            self._commands_with_text[name](rest)
+        elif name not in self._commands:
+            raise UserError(
+                f"there is no command {short(name, 40)}.", "/help lists them; // begins a question with a slash."
+            )
+        elif rest:
+            raise UserError(f"{name} takes nothing.", "/help lists the commands.")
+        else:
+            self._commands[name]()
+        return True
+
+    def _help(self) -> None:
+        for name, what in HELP:
+            self._console.say(f"{name:<19}{what}")
+
+    def _number(self, name: str, given: str) -> None:
+        key, kind = NUMBERS[name]
+        settings = self.session.settings
+        before = getattr(settings, key)
+        if given:
+            try:
+                setattr(settings, key, kind(given))
+                settings.check()
+            except ValueError:
+                raise UserError(f"{name} {short(given, 40)}: is not a valid value.", f"It is {before}.") from None
+            except UserError:
+                setattr(settings, key, before)
+                raise
+        self._note(f"{name.removeprefix('/')} {getattr(settings, key)}")
+
+    def _system(self, text: str) -> None:
+        settings = self.session.settings
+        if text:
+            system = None if text in ("none", "''", '""') else text  # '' as with --system
+            self.session.check_system(system)
+            settings.system = system
+        self._note(f"system: {settings.system}" if settings.system else "no system turn")
+
+    def _settings(self) -> None:
+        for name in NUMBERS:
+            self._number(name, "")
+        self._system("")
+
+    def _undo(self) -> None:
+        question = self.session.undo()
+        votes = "; its vote stays in the file" if self._ballot is not None else ""
+        self._note(f"taken back: {short(question, 60)}{votes}")
+
+    def _retry(self) -> None:
+        if not self.session.turns:
+            raise UserError("nothing was asked yet.")
+        if self.session.settings.temperature == 0:
+            self._note("temperature 0 gives the same answer again; /temperature 0.7 would not")
+        self._ask(None)
+
+    def _reset(self) -> None:
+        self.session.reset()
+        self._note("a new conversation")
+
+    def _history(self) -> None:
+        if not self.session.turns:
+            self._note("nothing was said yet")
+        hidden = self._ballot is not None
+        for column in self.session.columns[: 1 if hidden else None]:
+            for question, answer in column.turns:
+                self._note(f"> {question}")
+                self._console.say(answer.text if hidden or not self._compare else f"{column.model}: {answer.text}")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise UserError("/save needs a file.", "/save FILE.jsonl")
+        path = Path(name).expanduser()
+        rows, columns = self.session.rows(), self.session.columns
+        if self._ballot is not None:  # all hold the answers that were liked
+            rows, columns = [{"messages": rows[0]["messages"]}], columns[:1]
+        there = check_file(path, "sft", "/save")
+        if self._saved == (path.resolve(), rows) and there:
+            raise UserError(f"this conversation is in {path} already.", "Say more first.")
+        append_rows(path, rows)
+        self._saved = (path.resolve(), list(rows))
+        count = f"row {there + 1}" if len(rows) == 1 else f"rows {there + 1} to {there + len(rows)}"
+        self._note(f"saved as {count} of {path}")
+        if cut := sum(answer.finish != "stop" for column in columns for _, answer in column.turns):
+            self._note(f"note: {cut} of the answers are cut; training would learn to end there")
+
+    def _model(self, name: str) -> None:
+        models = self.session.chat.live.models
+        if self._compare:
+            raise UserError("/model: --compare asks all of its models.", "Start without it to talk to one.")
+        if name:
+            self.session.switch(name)
+        here = self.session.columns[0].model
+        self._note(", ".join(f"{model} (this one)" if model == here else model for model in models))
+
+
+def side_by_side(
+    console: Any, titles: Sequence[str], texts: Sequence[str], notes: Sequence[str] = (), height: int | None = None
+) -> RenderableType:
+    """Answers beside each other, or one under the other in a narrow terminal; with a height only their last lines."""
+    out, count = console.out, len(titles)
+    beside = out.width >= count * (NARROWEST + 3) + 1
+    inner = (out.width - 3 * count - 1) // count if beside else out.width - 4
+    lines = None if height is None else max(1, height - 4 if beside else height // count - 2)
+    cells = []
+    for text in texts:
+        # an answer's end is made of its last characters: a long one is not wrapped again for every picture
+        cell = console.text(text if lines is None else text[-(lines + 1) * inner :])
+        cell.overflow = "fold"
+        cells.append(cell if lines is None else Text("\n").join(cell.wrap(out, inner)[-lines:]))
+    for cell, note in zip(cells, notes):
+        if note:
+            cell.append(f"\n({note})" if cell.plain else f"({note})", style="dim")
+    headers = [Text(title, style="bold") for title in titles]
+    if not beside:
+        return Group(*(Panel(cell, title=title, title_align="left") for title, cell in zip(headers, cells)))
+    table = Table(width=out.width)
+    for title in headers:
+        table.add_column(title, ratio=1, overflow="fold")
+    table.add_row(*cells)
+    return table
+
+
+def ended(finish: str, tokens: int) -> str:
+    """Why an answer is cut or empty; "" where it is neither."""
+    return {
+        "length": f"cut at {tokens:,} tokens; --max-new-tokens allows more",
+        "context": f"cut at {tokens:,} tokens: the model's context is full",
+        "interrupted": f"stopped after {tokens:,} tokens",
+    }.get(finish, "" if tokens else "the answer is empty: the model ended at once")
+
+
+def _line(prompt: str) -> str:
+    """A line that the user types; one that is not text is asked for again."""
+    while True:
+        try:
+            line = input(prompt)
+            line.encode("utf-8")
+            return line
+        except UnicodeError:
+            print("That was not UTF-8; say it again.")
+
+
+@contextmanager
+def _no_echo() -> Iterator[None]:
+    """Within, the terminal does not write what is typed (^C above all) into the answers; it is there at the next prompt."""
+    before = None
+    with suppress(termios.error, OSError, ValueError):  # not a terminal
+        before = termios.tcgetattr(sys.stdin.fileno())
+        changed = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, changed)
+    try:
+        yield
+    finally:
+        if before is not None:
+            with suppress(termios.error, OSError):  # the terminal is gone
+                termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, before)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within, SIGTERM ends the session, where Ctrl-C takes back a line."""
+
+    def end(number: int, frame: Any) -> None:
+        raise Interrupted("SIGTERM: the session ended")
+
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before if before is signal.SIG_IGN else end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,84 @@
+"""A command of this program in its own process: its memory is free again when it ends, and it can be killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+POLL_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child process ended.
+
+    Attributes:
+        code: its exit code; negative: the number of the signal that ended it.
+        seconds: how long it ran.
+        killed: ``kill_when`` was true, and it was killed.
+    """
+
+    code: int
+    seconds: float
+    killed: bool = False
+
+
+def child(
+    words: Sequence[str],
+    *,
+    log: Path | None = None,
+    asked: Path | None = None,
+    answer: Path | None = None,
+    kill_when: Callable[[], bool] | None = None,
+) -> Ended:
+    """Run ``python -m zephyr_lite WORDS`` in a session of its own, and wait for its end.
+
+    Args:
+        log: a file to which its output is appended; None: its output is this process's.
+        asked: a file for its standard input; nothing by default.
+        answer: a file for its standard output alone.
+        kill_when: polled; once true, the child and its workers are killed (SIGKILL).
+
+    Raises:
+        KeyboardInterrupt: this process was interrupted; the child was too, and has ended.
+    """
+    begun = time.monotonic()
+    with ExitStack() as files:
+
+        def opened(path: Path | None, mode: str) -> Any:
+            return None if path is None else files.enter_context(path.open(mode))
+
+        stderr = opened(log, "ab")
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "zephyr_lite", *words],
+            stdin=opened(asked, "rb") or subprocess.DEVNULL,
+            stdout=opened(answer, "wb") or stderr,
+            stderr=stderr,
+            start_new_session=True,
+            # the log of a process that is killed would lack what it had buffered
+            env=os.environ | ({"PYTHONUNBUFFERED": "1"} if log is not None else {}),
+        )
+        interrupted = killed = False
+        while process.poll() is None:
+            try:
+                if kill_when is None or killed:
+                    process.wait()
+                elif kill_when():
+                    os.killpg(process.pid, signal.SIGKILL)
+                    killed = True
+                else:
+                    time.sleep(POLL_SECONDS)
+            except KeyboardInterrupt:
+                interrupted = True
+                process.send_signal(signal.SIGINT)
+    if interrupted:
+        raise KeyboardInterrupt
+    return Ended(process.returncode, time.monotonic() - begun, killed and process.returncode == -signal.SIGKILL)

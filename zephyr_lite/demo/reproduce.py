@@ -1,0 +1,381 @@
+"""``zephyr-lite reproduce``: a recipe from its first step to its row in the table of results.
+
+Every part is a command as a user gives it, in a process of its own. What is finished is not done again, so the same command
+goes on wherever it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config.load import RunConfig, load_config
+from ..data.opening import open_source
+from ..errors import Interrupted, UserError
+from ..evaluate.rows import stage_config
+from ..io.atomic import write_json
+from ..io.run_dir import StageDir, read_json
+from ..model.chain import chain_of_run
+from .child import Ended, child
+from .smoke import DISK_RESERVE, merged_bytes
+
+Say = Callable[[str], None]
+# name → the configurations of its stages
+RECIPES = {
+    "overnight": {"sft": "zephyr-7b/overnight-sft", "dpo": "zephyr-7b/overnight-dpo"},
+    "full": {"sft": "zephyr-7b/sft", "dpo": "zephyr-7b/dpo"},
+}
+# what the recipe decides
+PLACED = ("output_dir", "adapters", "stage")
+
+FORMAT = 1
+# stands before the table in the README
+MARKER = "<!-- results -->"
+HEADER = (
+    "| who | card | base | recipe | hours sft + dpo | tokens/s | pairs/s | peak GiB | eval loss base → sft → dpo "
+    "| preference accuracy | version |"
+)
+RULE = "|" + "---|" * (HEADER.count("|") - 1)
+STAGES = ("sft", "dpo")
+KEYS_NAMED = 4  # of those that differ from the recipe
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A recipe and where it goes.
+
+    Attributes:
+        recipe: its name in ``RECIPES``.
+        run: the run's folder.
+        words: stage → ``key=value`` words.
+        judge: of MT-Bench; None: no MT-Bench.
+        who: for the row.
+    """
+
+    recipe: str
+    run: Path
+    words: dict[str, list[str]]
+    judge: str | None = None
+    who: str = "anonymous"
+
+    def commands(self) -> list[tuple[str, list[str]]]:
+        """(part, command) in the order of their work."""
+        run, files = str(self.run), RECIPES[self.recipe]
+        found = [
+            (method, [method, "--config", file, f"output_dir={run}", *self.words[method]])
+            for method, file in files.items()
+        ]
+        dpo = str(self.run / "dpo")
+        found += [
+            ("merge", ["merge", "--run", run, "--stage", "dpo", "--out", str(self.run / "merged"), "--overwrite"]),
+            ("loss", ["eval", "loss", dpo]),
+            ("preference", ["eval", "preference", dpo]),
+        ]
+        if self.judge is not None:
+            found.append(("mt-bench", ["eval", "mt-bench", dpo, "--judge", self.judge]))
+        return [*found, ("report", ["report", run])]
+
+
+def plan_reproduction(
+    recipe: str, words: Sequence[str] = (), *, out: Path | None = None, judge: str | None = None, who: str = "anonymous"
+) -> Reproduction:
+    """Read what was asked for.
+
+    Args:
+        words: ``key=value`` or ``--key value`` for both stages; ``sft.key=value`` and ``dpo.key=value`` for one.
+        out: the run's folder; the recipe's by default.
+
+    Raises:
+        UserError: no such recipe; a key that does not fit.
+    """
+    if recipe not in RECIPES:
+        raise UserError(f"recipe {recipe}: there is no such recipe.", f"There are {', '.join(RECIPES)}.")
+    scoped = scopes(words)
+    run = out or Path(load_config("sft", RECIPES[recipe]["sft"]).config.output_dir)
+    chosen = Reproduction(recipe, run, scoped, judge, who)
+    chosen_configs(chosen)
+    return chosen
+
+
+def chosen_configs(chosen: Reproduction) -> dict[str, RunConfig]:
+    """Stage → its configuration.
+
+    Raises:
+        UserError: a key that does not fit.
+    """
+    files = RECIPES[chosen.recipe]
+    return {
+        "sft": load_config("sft", files["sft"], [f"output_dir={chosen.run}", *chosen.words["sft"]]).config,
+        "dpo": load_config("dpo", files["dpo"], [f"output_dir={chosen.run}", *chosen.words["dpo"]]).config,
+    }
+
+
+def changed(chosen: Reproduction) -> dict[str, Any]:
+    """Keys that are not the recipe's, with their values; those of one stage as ``STAGE.key``."""
+    files = RECIPES[chosen.recipe]
+    ours = chosen_configs(chosen)
+    plain = {"sft": load_config("sft", files["sft"]).config, "dpo": load_config("dpo", files["dpo"]).config}
+    # where a run lies and what is told of it changes nothing in it
+    skip = {*PLACED, "sync", "report_to", "push_to_hub", "samples", "sample_tokens", "save_steps", "save_total_limit"}
+    now = {stage: config.model_dump(mode="json") for stage, config in ours.items()}
+    then = {stage: config.model_dump(mode="json") for stage, config in plain.items()}
+    found: dict[str, Any] = {}
+    for key in (key for key in RunConfig.model_fields if key not in skip):
+        values = {stage: now[stage][key] for stage in now if now[stage][key] != then[stage][key]}
+        if len(values) == 2 and values["sft"] == values["dpo"]:
+            found[key] = values["sft"]
+        else:
+            found.update({f"{stage}.{key}": value for stage, value in values.items()})
+    # the base of DPO is that of the stage below
+    found.pop("dpo.model_name_or_path", None)
+    return found
+
+
+def scopes(words: Sequence[str]) -> dict[str, list[str]]:
+    """The words for each stage; ``--key value`` counts as one.
+
+    Raises:
+        UserError: a key that the recipe decides.
+    """
+    scoped: dict[str, list[str]] = {"sft": [], "dpo": []}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--") and "=" not in word and rest:
+            word = f"{word}={rest.pop(0)}"
+        word = word.lstrip("-")
+        stage, dot, own = word.partition(".")
+        # a key's dots come before the =, and so do a stage's
+        one = bool(dot) and stage in scoped and "=" not in stage
+        word = own if one else word
+        key = word.split("=")[0].split(".")[0].replace("-", "_")
+        if key in PLACED:
+            raise UserError(f"the command line: {key} is the recipe's decision.", "Choose the run's folder with --out.")
+        for each in [stage] if one else scoped:
+            scoped[each].append(word)
+    return scoped
+
+
+def run_reproduction(chosen: Reproduction, *, say: Say, run: Callable[..., Ended] = child) -> dict[str, Any]:
+    """Do what is not done yet, and write ``results.json`` into the run's folder.
+
+    Args:
+        run: starts a command and waits for it (``child.child``).
+
+    Returns:
+        what ``results.results`` found, with the row.
+
+    Raises:
+        UserError: a part failed.
+        Interrupted: a signal came.
+    """
+    for config in chosen_configs(chosen).values():
+        for spec in [*config.dataset, *config.eval_dataset]:
+            open_source(spec)  # one that is missing would otherwise be found out after hours
+    commands = chosen.commands()
+    found: dict[str, Any] = {}
+    for number, (part, words) in enumerate(commands, 1):
+        reason = done(chosen, part)
+        say(f"[{number}/{len(commands)}] {command_line(words)}")
+        if reason is not None:
+            say(reason)
+        else:
+            try:
+                ended = run(words)
+            except KeyboardInterrupt:
+                raise Interrupted(f"interrupted at {part}; the same command resumes from there.") from None
+            if ended.code != 0:
+                raise UserError(
+                    f"`zephyr-lite {' '.join(words[:2])}` ended with exit code {ended.code}; see the error above.",
+                    "After fixing it, the same command resumes from there.",
+                )
+        if part in ("preference", "mt-bench"):  # what follows may fail, and takes nothing of this away
+            found = write_results(chosen)
+    say(f"{chosen.run / 'results.json'} holds the results; the row for the table in the README:")
+    for line in (HEADER, RULE, found["row"]):
+        say(line)
+    return found
+
+
+def write_results(chosen: Reproduction) -> dict[str, Any]:
+    """``results.json`` of what is there."""
+    found = results(chosen.run, recipe=chosen.recipe, changed=changed(chosen), who=chosen.who)
+    merged = chosen.run / "merged"
+    found["merged"] = str(merged) if merged_from(merged, chosen.run) else None
+    found["row"] = row(found)
+    write_json(chosen.run / "results.json", found)
+    return found
+
+
+def done(chosen: Reproduction, part: str) -> str | None:
+    """Why a part has nothing to do, or None. The stages' own commands know whether they are complete, and with what keys."""
+    stage = StageDir(chosen.run / "dpo")
+    if part in ("loss", "preference", "mt-bench"):
+        return f"{part} is there already" if evaluation(stage, part) is not None else None
+    if part != "merge":
+        return None
+    merged = chosen.run / "merged"
+    if merged_from(merged, chosen.run):
+        return f"{merged} is that already"
+    size, free = merged_bytes(chosen_configs(chosen)["sft"]), shutil.disk_usage(chosen.run).free
+    if free < size + DISK_RESERVE:
+        return (
+            f"left out: the model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free for {merged}; "
+            f"{stage.adapter} is the whole chain as one adapter"
+        )
+    return None
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command as one would type it."""
+    return shlex.join(["zephyr-lite", *words])
+
+
+def results(run: Path, *, recipe: str, changed: dict[str, Any], who: str) -> dict[str, Any]:
+    """Everything that the run's files say of it.
+
+    Args:
+        run: with both stages complete and evaluated.
+        recipe: its name.
+        changed: keys that are not the recipe's, with their values.
+        who: ran it.
+
+    Raises:
+        UserError: a stage is not complete, or was not evaluated.
+    """
+    stages = {name: StageDir(run / name) for name in STAGES}
+    infos: dict[str, dict[str, Any]] = {}
+    for name, stage in stages.items():
+        if not stage.complete():
+            raise UserError(f"{stage.path} is not complete.", "Start the same command again.")
+        infos[name] = stage.info() or {}
+    evaluated = {kind: evaluation(stages["dpo"], kind) for kind in ("loss", "preference")}
+    for kind, found in evaluated.items():
+        if found is None:
+            raise UserError(f"{run}: there is no `eval {kind}` of its stage dpo.", "Start the same command again.")
+    assert evaluated["loss"] is not None and evaluated["preference"] is not None
+    losses = {name: model["loss"] for name, model in evaluated["loss"]["models"].items()}
+    against = evaluated["preference"]["comparisons"][0]
+    return {
+        "format": FORMAT,
+        "recipe": recipe,
+        "changed": changed,
+        "who": who,
+        "machines": machines(list(infos.values())),
+        "base": infos["sft"]["base"],
+        "versions": infos["dpo"]["versions"],
+        **{name: _stage(stages[name], infos[name]) for name in STAGES},
+        "eval_loss": {"rows": evaluated["loss"]["data"]["rows"], "models": losses},
+        "preference": {
+            "rows": evaluated["preference"]["data"]["rows"],
+            "against": against["against"],
+            "accuracy": against["accuracy"],
+            "margin_nats": against["margin_nats"],
+        },
+        "mt_bench": (evaluation(stages["dpo"], "mt-bench") or {}).get("models"),
+    }
+
+
+def evaluation(stage: StageDir, kind: str) -> dict[str, Any] | None:
+    """What ``zephyr-lite eval KIND`` wrote of a stage; None where it did not, or of another adapter than is there now.
+
+    Raises:
+        UserError: the file is no JSON object.
+    """
+    found = read_json(stage.path / "eval" / f"{kind}.json")
+    return found if found is not None and same_adapter(found, stage) else None
+
+
+def same_adapter(found: dict[str, Any], stage: StageDir) -> bool:
+    """Whether a result or a merged model (its ``adapters``) is of the stage as it is now."""
+    adapters = found.get("adapters")
+    own = ((stage.info() or {}).get("own") or {}).get("sha256")
+    return bool(own) and isinstance(adapters, list) and bool(adapters) and adapters[-1].get("sha256") == own
+
+
+def machines(infos: list[dict[str, Any]]) -> list[str]:
+    """The cards that the stages were trained on; without one, how many threads of a CPU."""
+    found = []
+    for info in infos:
+        for machine in [info["machine"], *(start["machine"] for start in info.get("resumed", []))]:
+            if machine["device"] == "cuda":
+                several = machine.get("processes", 1)
+                found.append(f"{several} × {machine['processor']}" if several > 1 else machine["processor"])
+            else:
+                threads = info["plan"]["threads"]
+                found.append(f"CPU ({machine['processor']}), {threads} thread{'s' if threads != 1 else ''}")
+    return list(dict.fromkeys(found))
+
+
+def _stage(stage: StageDir, info: dict[str, Any]) -> dict[str, Any]:
+    """Hours, speed and memory of a stage, over all processes that worked on it."""
+    records = [json.loads(line) for line in stage.metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [record for record in records if "loss" in record and record.get("seconds")]
+    if not steps:
+        raise UserError(f"{stage.metrics}: holds no step.", "Restore the file.")
+    seconds = statistics.fmean(record["seconds"] for record in steps) * info["result"]["steps"]
+    unit = "num_pairs" if any("num_pairs" in record for record in steps) else "num_tokens"
+    rate = sum(record.get(unit, 0.0) for record in steps) / sum(record["seconds"] for record in steps)
+    peaks = [record["peak_memory_gib"] for record in records if record.get("peak_memory_gib")]
+    peak = max([info["result"].get("peak_memory_bytes", 0) / 2**30, *peaks])
+    config = stage_config(stage)
+    return {
+        "steps": info["result"]["steps"],
+        "step_hours": round(seconds / 3600, 4),
+        f"{unit.removeprefix('num_')}_per_second": round(rate, 3),
+        "peak_gib": round(peak, 3),
+        "max_length": config.max_length,
+        "warnings": info["result"].get("warnings", []),
+    }
+
+
+def row(found: dict[str, Any]) -> str:
+    """The line for the README's table."""
+    hours = [_hours(found[name]["step_hours"]) for name in STAGES]
+    names = list(found["eval_loss"]["models"])
+    cells = [
+        found["who"],
+        " + ".join(found["machines"]),
+        found["base"]["name_or_path"].rstrip("/").rsplit("/", 1)[-1],
+        _recipe(found["recipe"], list(found["changed"])),
+        " + ".join(hours),
+        f"{found['sft']['tokens_per_second']:,.0f}",
+        f"{found['dpo']['pairs_per_second']:,.2f}",
+        f"{max(found[name]['peak_gib'] for name in STAGES):.1f}",
+        " → ".join(f"{found['eval_loss']['models'][name]['value']:.3f}" for name in names),
+        f"{found['preference']['accuracy']['value']:.3f}",
+        found["versions"]["zephyr-lite"],
+    ]
+    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f}" if hours >= 0.95 else f"{hours:.2f}"
+
+
+def _recipe(name: str, keys: list[str]) -> str:
+    if not keys:
+        return name
+    more = f" and {len(keys) - KEYS_NAMED} more" if len(keys) > KEYS_NAMED else ""
+    return f"{name}, but {', '.join(keys[:KEYS_NAMED])}{more}"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def merged_from(folder: Path, run: Path) -> bool:
+    """Whether a folder holds the merged model of the run as it is now."""
+    mark = read_json(folder / "zephyr_lite.json")
+    stage = StageDir(run / "dpo")
+    if mark is None or not stage.complete() or not any(folder.glob("*.safetensors")):
+        return False
+    return [a.sha256 for a in chain_of_run(run, stage="dpo").adapters] == [
+        a["sha256"] for a in mark.get("adapters", [])
+    ]

@@ -1,0 +1,235 @@
+"""How a stage's progress is shown: a live panel, lines, fewer lines, warnings only, or JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
+from types import TracebackType
+from typing import Any
+
+from ..errors import Interrupted, UserError
+from ..io.redact import redact
+from ..io.words import duration
+from ..train.distributed import PeerEnded
+from ..train.objective import Outcome
+from ..train.observer import Observer, Sample
+from ..train.stage import Stage
+from .console import Console, Metrics, is_evaluation
+
+# Set by the kernels of Jupyter, Colab and Kaggle. `!command` gives its process a terminal there, but the cell only
+# appends: cursor movements would flood it.
+NOTEBOOKS = ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE")
+NOTEBOOK_LINES = 50  # steps printed of a whole run in a notebook
+# messages have no levels; these words mark those that ``--quiet`` prints
+_WARNS = re.compile(
+    r"left out|cannot|could not|fail|missing|damaged|changed since|instead|too large|does not|warning|not finite|collapse",
+    re.IGNORECASE,
+)
+
+
+class Screen(Observer):
+    """Plain lines. A context manager, so that subclasses can restore the terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def say(self, text: str = "") -> None:
+        """Print a message."""
+        self.console.say(text)
+
+    def metrics(self, step: int, total: int, metrics: Metrics) -> None:
+        """Print a logged step or an evaluation."""
+        self.console.metrics(step, total, metrics)
+
+
+class NotebookScreen(Screen):
+    """Lines of the first and last step, about ``NOTEBOOK_LINES`` between them, and every evaluation."""
+
+    def metrics(self, step: int, total: int, metrics: Metrics) -> None:
+        if is_evaluation(metrics) or step in (1, total) or step % max(1, -(-total // NOTEBOOK_LINES)) == 0:
+            self.console.metrics(step, total, metrics)
+
+
+class QuietScreen(Screen):
+    """No steps; of the messages before training only warnings; the result.
+
+    Without training (the stage was complete, ``--dry-run``) the messages are the result and are all printed.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._before: list[str] = []
+        self._begun = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._begun and error is None:
+            for text in self._before:
+                self.console.say(text)
+
+    def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
+        self._begun = True
+
+    def say(self, text: str = "") -> None:
+        if self._begun or _WARNS.search(text):
+            self.console.say(text)
+        else:
+            self._before.append(text)
+
+    def metrics(self, step: int, total: int, metrics: Metrics) -> None:
+        return None
+
+    def ends(self, stage: Stage, outcome: Outcome) -> None:
+        self.console.say(end_line(stage, outcome))
+
+
+class JsonScreen(Screen):
+    """One JSON object a line on standard output; the events are listed in docs/watch.md. All other output goes to standard
+    error.
+
+    Args:
+        quiet: no events of steps.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        super().__init__(console)
+        self.quiet = quiet
+        self._out = console.out.file
+        self._redirected = redirect_stdout(sys.stderr)
+        self._seconds: deque[float] = deque(maxlen=20)
+
+    def __enter__(self) -> JsonScreen:
+        self._out = self.console.out.file
+        self._redirected.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._redirected.__exit__(kind, error, trace)
+        if error is None or isinstance(error, SystemExit | BrokenPipeError):
+            return
+        known = isinstance(error, UserError | Interrupted | PeerEnded)
+        message = error.message if known else f"{type(error).__name__}: {error}"  # type: ignore[union-attr]
+        with suppress(OSError):
+            self._emit("error", kind=_kind(error), message=message, hint=getattr(error, "hint", "") or "")
+
+    def say(self, text: str = "") -> None:
+        self._emit("say", text=text)
+
+    def metrics(self, step: int, total: int, metrics: Metrics) -> None:
+        if is_evaluation(metrics):
+            self._emit("eval", step=step, total=total, **metrics)
+        elif not self.quiet:
+            if "seconds" in metrics:
+                self._seconds.append(metrics["seconds"])
+            left = sum(self._seconds) / len(self._seconds) * (total - step) if self._seconds else None
+            self._emit("step", step=step, total=total, seconds_left=left, **metrics)
+
+    # An observer must not end a run in the middle of a step: a closed pipe is raised by the next ``say`` or ``metrics``.
+
+    def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
+        with suppress(OSError):
+            self._emit(
+                "begin",
+                stage=stage.config.stage,
+                method=stage.method,
+                folder=str(stage.dir.path),
+                step=step,
+                total=total,
+                unit=unit,
+                planned_memory_gib=round(stage.plan.peak / 2**30, 3) or None,
+            )
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        with suppress(OSError):
+            for sample in samples:
+                self._emit("sample", **sample.as_dict())
+
+    def ends(self, stage: Stage, outcome: Outcome) -> None:
+        with suppress(OSError):
+            self._emit(
+                "end",
+                stage=stage.config.stage,
+                adapter=str(stage.dir.adapter),
+                step=outcome.step,
+                seconds=round(outcome.seconds, 3),
+                best=None if outcome.best is None else {"eval_loss": outcome.best[0], "step": outcome.best[1]},
+                left_out=outcome.skipped,
+                warnings=outcome.warnings,
+            )
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        record = {"event": event, "time": round(time.time(), 3)}
+        for name, value in fields.items():  # JSON has no NaN: a word, as in ``metrics.jsonl``
+            record[name] = str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        self._out.write(redact(json.dumps(record)) + "\n")
+        self._out.flush()
+
+
+def _kind(error: BaseException) -> str:
+    """The exit code in a word; another process's error has that process's code."""
+    if isinstance(error, PeerEnded):
+        return "interrupted" if error.interrupted else "user" if error.code == 2 else "failed"
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        return "interrupted"
+    return "user" if isinstance(error, UserError) else "failed"
+
+
+def end_line(stage: Stage, outcome: Outcome) -> str:
+    """A finished stage in one line: adapter, time, held-out metrics."""
+    parts = [f"{stage.dir.adapter}: {outcome.step:,} steps"]
+    if outcome.seconds > 0:
+        parts[0] += f", {duration(outcome.seconds)}"
+    last = outcome.evaluations[-1] if outcome.evaluations else {}
+    for name, key in (
+        ("held-out loss", "eval_loss"),
+        ("accuracy", "eval_rewards/accuracies"),
+        ("margin", "eval_rewards/margins"),
+    ):
+        if key in last:
+            parts.append(f"{name} {float(last[key]):.4f}")
+    if outcome.best is not None and outcome.best[1] != outcome.step:
+        parts.append(f"best held-out loss {outcome.best[0]:.4f} at step {outcome.best[1]:,}")
+    if outcome.skipped:
+        parts.append(f"{outcome.skipped:,} steps left out")
+    return "; ".join(parts)
+
+
+def open_screen(console: Console, *, quiet: bool = False, as_json: bool = False) -> Screen:
+    """The screen for the console's output stream.
+
+    Args:
+        quiet: no steps.
+        as_json: one JSON object a line (with ``quiet``: no steps).
+    """
+    if as_json:
+        return JsonScreen(console, quiet=quiet)
+    if quiet:
+        return QuietScreen(console)
+    out = console.out
+    # with FORCE_COLOR rich takes a pipe for a terminal
+    terminal = out.is_terminal and not out.is_dumb_terminal and out.file.isatty()
+    if console.notebook or (terminal and any(name in os.environ for name in NOTEBOOKS)):
+        return NotebookScreen(console)
+    if terminal and not out.legacy_windows:
+        from .panel import LiveScreen
+
+        return LiveScreen(console)
+    return Screen(console)
