@@ -171,19 +171,16 @@ def wait() -> None:
 
 
 def opened(case: Case, said: list[str], *callbacks: TrainerCallback) -> tuple[Any, Any]:
-    """A stage and its loop."""
+    """A stage and the state of its run."""
     from zephyr_lite.train.dpo import DpoObjective
-    from zephyr_lite.train.loop import Loop
+    from zephyr_lite.train.loop import init_state
     from zephyr_lite.train.setup import setup_stage
     from zephyr_lite.train.sft import SftObjective
 
     config = RunConfig.model_validate(case.values)
     stage = setup_stage(case.method, Loaded(config, set(case.values), [], None), say=said.append)
     task = (SftObjective if case.method == "sft" else DpoObjective)(stage, said.append)
-    fp16 = stage.base.dtype == torch.float16
-    return stage, Loop(
-        config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, callbacks=callbacks, say=said.append
-    )
+    return stage, init_state(stage, task, callbacks=callbacks, say=said.append)
 
 
 def predicted(plan: Plan) -> dict[str, Any]:
@@ -204,21 +201,23 @@ def predicted(plan: Plan) -> dict[str, Any]:
 
 
 def measure_peak(case: Case, begun: float) -> dict[str, Any]:
-    """A few steps; the largest micro-batch comes first (``Loop.rehearse``).
+    """A few steps; the largest micro-batch comes first (``loop.warmup_largest_batch``).
 
     Options:
         steps: how many.
     """
     said: list[str] = []
     until = Until(case.options["steps"])
-    stage, loop = opened(case, said, until)
+    from zephyr_lite.train.loop import train
+
+    stage, state = opened(case, said, until)
     plan = stage.plan
     loaded = torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
     found = {"plan": plan.as_dict(), "predicted": predicted(plan), "loaded": loaded}
     reset_peak()
     with suppress(Stop):  # which ``Until`` raises
-        loop.run()
-    measured = {**peak(), "managed": managed_bytes(loop.optimizer), "resident_set": _status("VmHWM")}
+        train(state)
+    measured = {**peak(), "managed": managed_bytes(state.optimizer), "resident_set": _status("VmHWM")}
     return {
         **found,
         "measured": measured,
@@ -235,11 +234,13 @@ def measure_start(case: Case, begun: float) -> dict[str, Any]:
     dropped = drop_from_cache(Path(case.values["model_name_or_path"]))
     imported = time.time()
     until = Until(1)
-    _, loop = opened(case, [], until)
+    from zephyr_lite.train.loop import train
+
+    _, state = opened(case, [], until)
     wait()
     ready = time.time()
     with suppress(Stop):  # which ``Until`` raises
-        loop.run()
+        train(state)
     return {
         "seconds": until.done_at - begun,
         "imports": imported - begun,
@@ -267,19 +268,21 @@ def measure_speed(case: Case, begun: float) -> dict[str, Any]:
         tokens: numbers of tokens, each tried.
         rounds: timed steps of each; the fastest counts.
     """
-    _, loop = opened(case, [])
-    found: dict[str, Any] = {"plan": loop.plan.as_dict(), "tokens_per_second": {}}
+    from zephyr_lite.train.loop import accumulate_gradients
+
+    stage, state = opened(case, [])
+    found: dict[str, Any] = {"plan": stage.plan.as_dict(), "tokens_per_second": {}}
     for tokens in case.options["tokens"]:
-        loop.task.follow(replace(loop.plan, micro_tokens=tokens))
+        state.objective.oom.follow(replace(stage.plan, micro_tokens=tokens))
         seconds = []
         for _ in range(1 + case.options["rounds"]):
             wait()
             start = time.perf_counter()
-            metrics, _, _ = loop.prepare(0)
+            metrics = accumulate_gradients(state, 0)
             wait()
             seconds.append(time.perf_counter() - start)
-            loop.optimizer.zero_grad(set_to_none=True)
-        if loop.plan.micro_tokens != tokens:  # it did not fit, and the plan adapted
+            state.optimizer.zero_grad(set_to_none=True)
+        if stage.plan.micro_tokens != tokens:  # it did not fit, and the plan adapted
             found["tokens_per_second"][tokens] = None
             continue
         found["tokens_per_second"][tokens] = metrics["num_tokens"] / min(seconds[1:])
@@ -292,9 +295,9 @@ def measure_reference(case: Case, begun: float) -> dict[str, Any]:
     from zephyr_lite.model.decoder import Dropout
     from zephyr_lite.train.steps import largest_micro_batches
 
-    stage, loop = opened(case, [])
-    task, config = loop.task, stage.config
-    group = largest_micro_batches(task.lengths(), loop.plan.micro_tokens)[-1]
+    stage, state = opened(case, [])
+    task, config = state.objective, stage.config
+    group = largest_micro_batches(stage.data.lengths, stage.plan.micro_tokens)[-1]
     batch = task._batch(stage.data, group)
 
     def both() -> None:
@@ -307,12 +310,12 @@ def measure_reference(case: Case, begun: float) -> dict[str, Any]:
 
     def of(run: Callable[[], None]) -> int:
         run()  # what is made once: scratch, kernels
-        loop.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         reset_peak()
         before = torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS") or 0
         run()
-        loop.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)
         at_most = peak()
         return int(at_most["allocated"] or at_most["reserved"] or 0) - before
 
@@ -322,7 +325,7 @@ def measure_reference(case: Case, begun: float) -> dict[str, Any]:
     found["a_hidden_state"] = len(batch) * hidden
     found["kept_by_a_pass"] = len(batch) * stage.plan.bytes_per_token
     for mode in ("together", "own"):
-        task.follow(replace(loop.plan, reference=mode))
+        task.oom.follow(replace(stage.plan, reference=mode))
         policy = of(alone)
         found["modes"][mode] = {"policy": policy, "with_reference": (live := of(both)), "cost": live - policy}
     return found

@@ -58,14 +58,14 @@ def measure_context(case: Case, begun: float) -> dict[str, Any]:
     from zephyr_lite.model.decoder import Dropout
     from zephyr_lite.train.oom import is_out_of_memory
 
-    stage, loop = opened(case, [])
+    stage, state = opened(case, [])
     decoder, config = stage.decoder, stage.config
     here, whole = stage.base.model.config.num_hidden_layers, case.options["layers"]
     plan = replace(
         stage.plan, keep=("input",) * here, offload=here, tile=case.options["tile"], scratch="small", reference="own"
     )
     decoder.follow(plan)
-    each = bytes_of_adapters(loop) // here
+    each = bytes_of_adapters(state) // here
     missing = each * (whole - here)
     ballast = torch.empty(missing, dtype=torch.uint8, device=decoder.device)
     tried: dict[int, bool] = {}
@@ -81,7 +81,7 @@ def measure_context(case: Case, begun: float) -> dict[str, Any]:
             if not is_out_of_memory(error):
                 raise
             tried[tokens] = False
-        loop.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)
         decoder.follow(plan)
         return tried[tokens]
 
@@ -104,14 +104,14 @@ def measure_context(case: Case, begun: float) -> dict[str, Any]:
     }
 
 
-def bytes_of_adapters(loop: Any) -> int:
+def bytes_of_adapters(state: Any) -> int:
     """What training takes on the device besides activations: parameters, gradients, the optimizer's state."""
-    tensors: list[Tensor] = list(loop.parameters.values())
-    state = [
-        value for values in loop.optimizer.state.values() for value in values.values() if isinstance(value, Tensor)
+    tensors: list[Tensor] = list(state.parameters.values())
+    moments = [
+        value for values in state.optimizer.state.values() for value in values.values() if isinstance(value, Tensor)
     ]
     on_device = [
-        value for value in state if value.device == tensors[0].device and not getattr(value, "is_paged", False)
+        value for value in moments if value.device == tensors[0].device and not getattr(value, "is_paged", False)
     ]
     return 2 * sum(t.nbytes for t in tensors) + sum(value.nbytes for value in on_device)
 

@@ -117,37 +117,44 @@ def measure_step(case: Any, begun: float) -> dict[str, Any]:
 
     from bench.memory_case import opened, wait
     from zephyr_lite.memory.speed import LAUNCHES
+    from zephyr_lite.train.loop import accumulate_gradients, examples_of_step, update
     from zephyr_lite.train.steps import micro_batches
 
     said: list[str] = []
-    stage, loop = opened(case, said)
+    stage, state = opened(case, said)
     cuda = torch.cuda.is_available()
-    found: dict[str, Any] = {"plan": loop.plan.as_dict(), "steps": {}}
+    found: dict[str, Any] = {"plan": stage.plan.as_dict(), "steps": {}}
+
+    def step() -> dict[str, float]:
+        metrics = accumulate_gradients(state, STEP)
+        update(state, metrics)
+        return metrics
+
     for tokens in case.options["tokens"]:
-        loop.task.follow(replace(loop.plan, micro_tokens=tokens))
+        state.objective.oom.follow(replace(stage.plan, micro_tokens=tokens))
         seconds = []
         for _ in range(3):
             wait()
             start = time.perf_counter()
-            metrics = loop._step(STEP)[0]
+            metrics = step()
             wait()
             seconds.append(time.perf_counter() - start)
-        where = waits(lambda: loop._step(STEP))
+        where = waits(step)
         wait()
         with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
-            loop._step(STEP)
+            step()
             wait()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "trace.json")
             profiler.export_chrome_trace(str(path))
             trace = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-        groups = len(list(micro_batches(loop.examples_of_step(STEP), loop.task.lengths(), tokens)))
+        groups = len(list(micro_batches(examples_of_step(state, STEP), stage.data.lengths, tokens)))
         layers = stage.base.model.config.num_hidden_layers
         passes = groups * layers * (LAUNCHES["forward"] * (1 + (case.method == "dpo")) + LAUNCHES["backward"])
         found["steps"][tokens] = {
             "seconds": seconds,
             "metrics": metrics,
-            "adapted": loop.plan.micro_tokens != tokens,
+            "adapted": stage.plan.micro_tokens != tokens,
             "waits": where,
             "launches_counted_by_the_plan": {"micro_batches": groups, "layers": layers, "kernels": passes},
             **summarize(trace["traceEvents"]),

@@ -30,7 +30,7 @@ from transformers.utils import is_flash_attn_2_available
 from bench.process import begin
 from zephyr_lite.config.load import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
-from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.loop import init_state, train
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.stage import Stage
 from zephyr_lite.train.steps import rows_of_step
@@ -223,11 +223,11 @@ def fused(stage: Stage, turns: Turns) -> Any:
     from zephyr_lite.train.sft import SftObjective
 
     task: Any = SftObjective(stage) if stage.method == "sft" else DpoObjective(stage, lambda line: None)
-    return Loop(stage.config, stage.dir, stage.stack, task, stage.plan, callbacks=[turns], say=lambda line: None).run
+    return partial(train, init_state(stage, task, callbacks=[turns], say=lambda line: None))
 
 
 def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
-    from zephyr_lite import engines as baselines
+    from zephyr_lite.engines import trl as baselines
 
     half = stage.base.device.type == "cuda" and stage.base.dtype in (torch.bfloat16, torch.float16)
     if (

@@ -79,7 +79,7 @@ ADAPTERS = [
     (
         "an adapter whose alpha is NaN",
         adapter(lora_alpha=float("nan")),
-        "a/adapter_config.json: lora_alpha is nan; it is a number, at most 1e+06.",
+        "a/adapter_config.json: lora_alpha is nan; it is a number.",
         ADAPTER,
     ),
     (

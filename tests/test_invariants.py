@@ -19,6 +19,7 @@ from tests.numeric import apart
 from tests.train.test_train import LN2, Killed, dpo_words, killed_at, metrics, quiet, words
 from zephyr_lite.chat import load_chat
 from zephyr_lite.config.load import MemorySpec, RunConfig, load_config, read_dumped
+from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory.machine import keep_freed_pages, this_machine
@@ -28,11 +29,19 @@ from zephyr_lite.merge import chain_of_run
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
-from zephyr_lite.train import stepper as step_file
+from zephyr_lite.train import loop as loop_file
 from zephyr_lite.train.dpo import DpoObjective, run_dpo
-from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.loop import (
+    accumulate_gradients,
+    forward_backward,
+    init_state,
+    train,
+    update,
+    warmup_largest_batch,
+    zero_gradients,
+)
 from zephyr_lite.train.optim import make_optimizer, make_scheduler
-from zephyr_lite.train.setup import resolve_run, setup_stage
+from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
 
 
@@ -118,7 +127,7 @@ def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, mon
 
     if where == "early":
         losses = iter([3.0, 4.0, 5.0])
-        monkeypatch.setattr(SftObjective, "evaluation", lambda self, sums: {"eval_loss": next(losses)})
+        monkeypatch.setattr(SftObjective, "eval_metrics", lambda self, sums: {"eval_loss": next(losses)})
     patience = {"early_stopping_patience": 2} if where == "early" else {}
     settings = {"eval_steps": 1, "num_train_epochs": 4, **patience, **PLAIN}
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
@@ -128,7 +137,7 @@ def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, mon
         run_sft(loaded, say=quiet)
     logged = (tmp_path / "r" / "sft" / "metrics.jsonl").read_text()
     monkeypatch.setattr(run_file, "save_stage", close)
-    monkeypatch.setattr(Loop, "_step", lambda self, number: pytest.fail("trained again"))
+    monkeypatch.setattr(loop_file, "accumulate_gradients", lambda *words: pytest.fail("trained again"))
     outcome = run_sft(loaded, say=quiet)
     assert (tmp_path / "r" / "sft" / "metrics.jsonl").read_text() == logged
     result = StageDir(tmp_path / "r" / "sft").info()["result"]
@@ -192,15 +201,15 @@ def test_master_weights_gradients_and_moments_are_float32_in_16_bits(windowed, c
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
     stage = setup_stage("sft", loaded, say=quiet)
     moved(stage)
-    loop = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage), stage.plan, say=quiet)
+    state = init_state(stage, SftObjective(stage), say=quiet)
     assert stage.base.model.lm_head.weight.dtype == torch.bfloat16
-    loop.gradients(0)
-    assert {p.grad.dtype for p in loop.parameters.values()} == {torch.float32}
-    before = {n: p.detach().clone() for n, p in loop.parameters.items()}
-    loop._step(0)
-    states = [v for s in loop.optimizer.state.values() for k, v in s.items() if k.startswith("exp_avg")]
-    assert {p.dtype for p in loop.parameters.values()} == {v.dtype for v in states} == {torch.float32}
-    for name, parameter in loop.parameters.items():
+    found = accumulate_gradients(state, 0)
+    assert {p.grad.dtype for p in state.parameters.values()} == {torch.float32}
+    before = {n: p.detach().clone() for n, p in state.parameters.items()}
+    assert update(state, found)
+    states = [v for s in state.optimizer.state.values() for k, v in s.items() if k.startswith("exp_avg")]
+    assert {p.dtype for p in state.parameters.values()} == {v.dtype for v in states} == {torch.float32}
+    for name, parameter in state.parameters.items():
         share = (parameter != before[name]).float().mean().item()
         rounded = (parameter.bfloat16() != before[name].bfloat16()).float().mean().item()
         assert share > 0.5 and rounded < 0.1, name
@@ -211,8 +220,7 @@ def test_the_base_is_never_written_to(windowed, run, pair_rows):
     stage = open_dpo(windowed, run, pair_rows, load_in_4bit="true", max_steps=3)
     frozen = {n: p.detach().clone() for n, p in stage.stack.model.named_parameters() if not p.requires_grad}
     assert any(".sft." in n for n in frozen) and any(p.dtype == torch.uint8 for p in frozen.values())
-    task = DpoObjective(stage, quiet)
-    Loop(stage.config, stage.dir, stage.stack, task, stage.plan, say=quiet).run()
+    train(init_state(stage, DpoObjective(stage, quiet), say=quiet))
     after = dict(stage.stack.model.named_parameters())
     for name, value in frozen.items():
         assert torch.equal(after[name], value), name
@@ -222,24 +230,26 @@ def test_float16_scales_the_loss_and_gives_up_when_no_scale_helps(windowed, chat
     settings = {"dtype": "float16", "num_train_epochs": 12, "batch_size": 1, **PLAIN}
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
     stage = setup_stage("sft", loaded, say=quiet)
-    loop = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage), stage.plan, fp16=True, say=quiet)
-    sums, _ = loop.gradients(0)
-    scale = loop.scaler.get_scale()
-    scaled = {n: p.grad.clone() for n, p in loop.parameters.items()}
-    loop.optimizer.zero_grad()
-    plain = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage), stage.plan, say=quiet)
-    plain.gradients(0)
+    objective = SftObjective(stage)
+    state = init_state(stage, objective, say=quiet)
+    total = objective.num_targets([0])
+    sums = forward_backward(state, [0], 0, total)
+    scale = state.scaler.get_scale()
+    scaled = {n: p.grad.clone() for n, p in state.parameters.items()}
+    zero_gradients(state)
+    state.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    forward_backward(state, [0], 0, total)
     name = "model.layers.1.mlp.down_proj.lora_B"
     assert scale > 1 and math.isfinite(sums["loss"])
-    assert apart(scaled[name] / scale, plain.parameters[name].grad) < 2e-2
-    loop.optimizer.zero_grad()
+    assert apart(scaled[name] / scale, state.parameters[name].grad) < 2e-2
     # a gradient that no scale makes finite must not be skipped for days
-    total = step_file.total_norm
-    monkeypatch.setattr(step_file, "total_norm", lambda grads: total(grads) * float("nan"))
-    real = loop.scaler.update
-    monkeypatch.setattr(loop.scaler, "update", lambda: real(loop.scaler.get_scale() / 2))
+    state = init_state(stage, objective, say=quiet)
+    plain = loop_file.total_norm
+    monkeypatch.setattr(loop_file, "total_norm", lambda grads: plain(grads) * float("nan"))
+    real = state.scaler.update
+    monkeypatch.setattr(state.scaler, "update", lambda: real(state.scaler.get_scale() / 2))
     with pytest.raises(UserError, match="not finite three times"):
-        loop.run()
+        train(state)
 
 
 def test_the_plan_leaves_room_for_gradients_and_moments(monkeypatch):
@@ -278,14 +288,16 @@ def test_the_largest_micro_batch_is_tried_first_and_leaves_no_trace(windowed, ch
     lengths = stage.data.lengths
     for tokens in (1, int(lengths.max() + lengths.min()), 10_000):
         plan = type(stage.plan)(tokens, ("all",) * len(stage.plan.keep))
-        loop = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage), plan, say=quiet)
-        before = {n: p.detach().clone() for n, p in loop.parameters.items()}
-        group, *others = loop.rehearse()
+        task = SftObjective(stage)
+        task.oom.follow(plan)
+        state = init_state(stage, task, say=quiet)
+        before = {n: p.detach().clone() for n, p in state.parameters.items()}
+        group, *others = warmup_largest_batch(state)
         assert all(lengths[other].sum() > lengths[group].sum() for other in others)
         assert int(lengths.argmax()) in group and len(group) == {1: 1, 10_000: len(lengths)}.get(tokens, len(group))
         assert tokens == 1 or lengths[group].sum() <= tokens
-        assert all(p.grad is None and torch.equal(p, before[n]) for n, p in loop.parameters.items())
-        assert all(not torch.as_tensor(v).any() for s in loop.optimizer.state.values() for v in s.values())
+        assert all(p.grad is None and torch.equal(p, before[n]) for n, p in state.parameters.items())
+        assert all(not torch.as_tensor(v).any() for s in state.optimizer.state.values() for v in s.values())
 
 
 @pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])

@@ -35,7 +35,6 @@ ROOMS = (
 UPWARDS = {
     ("train", "engines"),
     ("evaluate", "recipe"),
-    ("merge", "demo"),
     ("audit", "demo"),
 }
 ONLY_IN = {

@@ -347,7 +347,7 @@ def test_unsloth_is_asked_to_keep_some_layers(monkeypatch):
         raise Made(sys.modules["unsloth"].FastLanguageModel.get_peft_model("model", r=4))
 
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=FastLanguageModel))
-    monkeypatch.setattr("zephyr_lite.engines.run.make_trainer", make_trainer)
+    monkeypatch.setattr("zephyr_lite.engines.trl.make_trainer", make_trainer)
     stage = SimpleNamespace(
         base=SimpleNamespace(device=CPU, dtype=torch.float32), info={}, config=SimpleNamespace(batch_size=4)
     )

@@ -70,7 +70,7 @@ class Forked:
 def test_the_whole_at_a_tiny_size(tmp_path, monkeypatch, capsys):
     for name in ("contest", "memory_parts", "cases"):
         importlib.import_module(f"bench.{name}")
-    importlib.import_module("zephyr_lite.engines.run")
+    importlib.import_module("zephyr_lite.engines.trl")
     monkeypatch.setattr(evidence, "start", Forked)
     code = evidence.main(["--out", str(tmp_path), "--tiny", "--minutes", "30"])
     found = json.loads((tmp_path / "evidence.json").read_text())

@@ -63,21 +63,21 @@ def test_scales_by_row_are_the_numbers_of_before_afterwards(chat):
     assert all(layer.active_adapters == ["sft", "dpo"] for _, layer in chat.stack.lora_layers())
 
 
-def test_rows_of_different_lengths_and_a_kept_cache_change_no_logit(chat, monkeypatch):
-    """Three conversations of different lengths that go on, shrink, and start anew; every row's logits at every step
-    equal those of a plain forward over its whole sequence (sliding window of 24)."""
-    adapters = [[], ["sft"], ["sft", "dpo"]]
+@pytest.mark.parametrize("adapters", [[[], ["sft"], ["sft", "dpo"]], [["sft", "dpo"]]])
+def test_rows_of_different_lengths_and_a_kept_cache_change_no_logit(chat, monkeypatch, adapters):
+    """Conversations of different lengths that go on, shrink, and start anew; every row's logits at every step equal those
+    of a plain forward over its whole sequence (sliding window of 24). A row alone keeps its cache."""
     streamer = Streamer(chat, adapters)
     seen: list[torch.Tensor] = []
     forward = Streamer._forward
     monkeypatch.setattr(Streamer, "_forward", lambda self, *a: seen.append(forward(self, *a)) or seen[-1])
     monkeypatch.setattr("zephyr_lite.chat.generate.PREFILL", 16)  # in several pieces
     draw = random.Random(0)
-    sequences = [list(map(int, ids)) for ids in prompts(chat)]
+    sequences = [list(map(int, ids)) for ids in prompts(chat)][: len(adapters)]
     reused = []
     for turn in range(5):
         seen.clear()
-        rows = [Sampling(6 + 3 * row, 0.8, 0.9, seed=turn) for row in range(3)]
+        rows = [Sampling(6 + 3 * row, 0.8, 0.9, seed=turn) for row in range(len(adapters))]
         drawn = streamer.draw(sequences, rows)
         reused.append([row.reused for row in drawn])
         steps = max(len(row.tokens) for row in drawn)
@@ -97,7 +97,7 @@ def test_rows_of_different_lengths_and_a_kept_cache_change_no_logit(chat, monkey
                 sequences[place] = (
                     sequences[place] + row.tokens + [draw.randrange(3, 400) for _ in range(3 + 4 * place)]
                 )
-    assert reused[0] == [0, 0, 0] and all(max(turn) > 20 for turn in reused[1:])
+    assert reused[0] == [0] * len(adapters) and all((turn[0] > 5) == (len(adapters) == 1) for turn in reused[1:])
 
 
 def test_an_interrupt_in_the_middle_leaves_a_cache_that_is_right(chat):

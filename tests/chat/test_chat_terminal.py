@@ -42,7 +42,7 @@ def typed(monkeypatch, talk_run, capsys):
                 raise found
             return found
 
-        monkeypatch.setattr(repl, "_line", line)
+        monkeypatch.setattr("builtins.input", line)
         code = cli.run(["chat", str(talk_run), *SHORT, *options])
         out, err = capsys.readouterr()
         return code, out, err

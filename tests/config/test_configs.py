@@ -11,9 +11,9 @@ import pytest
 
 from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config
 from zephyr_lite.config.presets import preset_configs
+from zephyr_lite.config.resolve import INHERITED
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train.dpo import run_dpo
-from zephyr_lite.train.setup import INHERITED
 from zephyr_lite.train.sft import run_sft
 
 SFT = {

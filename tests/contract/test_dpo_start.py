@@ -13,7 +13,7 @@ from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_pairs
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.train.dpo import DpoObjective, run_dpo
-from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.loop import init_state, train
 from zephyr_lite.train.setup import setup_stage
 
 
@@ -63,7 +63,7 @@ def test_dpo_starts_at_ln_2_moves_and_keeps_its_reference(tiny_base, quantized_r
     shutil.rmtree(stage.dir.path)
     outcome_stage = setup_stage("dpo", loaded, say=quiet)
     task = DpoObjective(outcome_stage, quiet)
-    Loop(loaded.config, outcome_stage.dir, outcome_stage.stack, task, outcome_stage.plan, say=quiet).run()
+    train(init_state(outcome_stage, task, say=quiet))
     losses = metrics(quantized_run / "dpo")
     assert losses[0] == pytest.approx(LN2, abs=1e-6)
     assert losses[-1] < LN2 - 1e-3

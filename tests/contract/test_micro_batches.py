@@ -7,18 +7,18 @@ from tests.contract.steps import moved, open_dpo, step_of
 from tests.numeric import apart
 from tests.train.test_train import quiet, words
 from zephyr_lite.config.load import load_config
-from zephyr_lite.train import stepper as step_file
 from zephyr_lite.train.dpo import DpoObjective
-from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.loop import accumulate_gradients, init_state
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective
+from zephyr_lite.train.steps import rows_of_step
 
 
 @pytest.mark.parametrize("step", [0, 2])
 @pytest.mark.parametrize("tokens", [1, 170])
 def test_micro_batches_do_not_change_a_step_of_pairs(windowed, run, pair_rows, tokens, step):
     stage = open_dpo(windowed, run, pair_rows, lora_dropout=0.2)
-    assert [len(step_file.rows_of_step(stage.config, len(stage.data.rows), n)) for n in (0, 2)] == [3, 2]
+    assert [len(rows_of_step(stage.config, len(stage.data.rows), n)) for n in (0, 2)] == [3, 2]
     moved(stage)
     task = DpoObjective(stage, quiet)
     whole, wanted = step_of(stage, task, 10_000, step + 3)  # not the first epoch, where B has to be zero
@@ -38,12 +38,14 @@ def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, to
     for parameter in stage.stack.parameters().values():
         parameter.data.normal_(0, 0.05)
     found = {}
+    stage.config.max_grad_norm = 1e9  # unclipped
     for size in (tokens, 128):
         plan = type(stage.plan)(size, ("all",) * len(stage.plan.keep))
-        loop = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage), plan, say=quiet)
-        sums, total = loop.gradients(step)
-        found[size] = (sums["loss"], total, [p.grad.clone() for p in loop.parameters.values()])
-        loop.optimizer.zero_grad()
+        task = SftObjective(stage)
+        task.oom.follow(plan)
+        state = init_state(stage, task, say=quiet)
+        got = accumulate_gradients(state, step)
+        found[size] = (got["loss"], got["num_targets"], [p.grad.clone() for p in state.parameters.values()])
     assert found[tokens][:2] == pytest.approx(found[128][:2], rel=1e-6)
     for a, b in zip(found[tokens][2], found[128][2]):
         assert (a - b).norm() <= 1e-5 * b.norm()
@@ -58,11 +60,11 @@ def test_the_loss_is_normalized_by_tokens_and_not_by_micro_batch(tiny_base, chat
     per_example = []
     for i in range(len(stage.data.lengths)):
         loss, _ = task.loss([i], 0, 1)
-        per_example.append((loss.item(), task.count([i])))
+        per_example.append((loss.item(), task.num_targets([i])))
     everything = list(range(len(per_example)))
-    total = task.count(everything)
+    total = task.num_targets(everything)
     right = sum(loss for loss, _ in per_example) / total
     wrong = sum(loss / n for loss, n in per_example) / len(per_example)
     together, _ = task.loss(everything, 0, total)
     assert together.item() == pytest.approx(right, rel=1e-5) and abs(right - wrong) > 1e-3
-    assert task.evaluation(task.measure())["eval_loss"] == pytest.approx(right, rel=1e-5)
+    assert task.eval_metrics(task.evaluate())["eval_loss"] == pytest.approx(right, rel=1e-5)

@@ -90,14 +90,14 @@ def close(stage, other):
 BOTH = """
 import json, os, signal, sys, time
 from zephyr_lite.cli import app as cli
-from zephyr_lite.train.stepper import Stepper
+from zephyr_lite.train import loop
 from zephyr_lite.train.distributed import joined
 sft, dpo = json.loads(sys.argv[1])
-plain = Stepper.prepare
-def signalled(self, step):
-    if self.world.rank == 1:
+plain = loop.accumulate_gradients
+def signalled(state, step):
+    if here.rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    return plain(self, step)
+    return plain(state, step)
 def command(words):
     code = cli.run(words)
     if here.writes:
@@ -106,9 +106,9 @@ def command(words):
     here.gather(0)
     return code
 with joined() as here:
-    Stepper.prepare = signalled
+    loop.accumulate_gradients = signalled
     assert command(["sft", *sft]) == 130
-    Stepper.prepare = plain
+    loop.accumulate_gradients = plain
     assert command(["sft", *sft]) == command(["dpo", *dpo]) == 0
 """
 

@@ -9,13 +9,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import make_model, make_tokenizer
 from zephyr_lite.config.load import load_config
-from zephyr_lite.engines import sees_only_itself
-from zephyr_lite.engines.trl import REFERENCE, Start
+from zephyr_lite.engines.trl import REFERENCE, Start, sees_only_itself
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.train.dpo import run_dpo
-from zephyr_lite.train.ground import StageComplete
+from zephyr_lite.train.resume import StageComplete
 from zephyr_lite.train.sft import run_sft
 
 RUN = {"sft": run_sft, "dpo": run_dpo}
@@ -209,7 +208,7 @@ def test_killed_after_the_last_checkpoint_it_only_ends(run, monkeypatch, method,
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("zephyr_lite.engines.run.save_stage", kill)
+        patched.setattr("zephyr_lite.engines.trl.save_stage", kill)
         with pytest.raises(Killed):
             run(method, **keys)
     resumed, undisturbed = run(method, **keys), run(method, run="whole", **keys)

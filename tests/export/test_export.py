@@ -20,9 +20,10 @@ from tests.fake_hub import Api, FakeHub, RepositoryNotFoundError, http_error
 from zephyr_lite.cli.app import run
 from zephyr_lite.config.strict_yaml import read_yaml
 from zephyr_lite.errors import UserError
-from zephyr_lite.export import card, vllm
+from zephyr_lite.export import model_card as card
 from zephyr_lite.export import push as pushing
-from zephyr_lite.export.card import write_card
+from zephyr_lite.export import vllm
+from zephyr_lite.export.model_card import write_card
 from zephyr_lite.export.push import prepare, push
 from zephyr_lite.model.loaded import open_live
 
@@ -138,7 +139,7 @@ def test_a_card_claims_nothing_that_was_not_found(place, tmp_path, monkeypatch, 
     assert (model / "README.md").read_text() == before
     # somebody's own README.md stays
     (model / "README.md").write_text("# Mine\n")
-    with pytest.raises(UserError, match="not one of ours"):
+    with pytest.raises(UserError, match="zephyr-lite did not write it"):
         write_card(model)
     assert (model / "README.md").read_text() == "# Mine\n"
     assert "# m" in write_card(model, overwrite=True).read_text()
@@ -254,7 +255,7 @@ def test_push_lists_first_and_uploads_a_model_and_nothing_else(place, tmp_path, 
 
 
 def test_what_is_not_pushed(place, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no repository's name"):
+    with pytest.raises(UserError, match="not a repository's name"):
         prepare(place / "my-model", "model")
     with pytest.raises(UserError, match="neither a model nor an adapter"):
         prepare(place / "run", "me/model")

@@ -8,13 +8,13 @@ import pytest
 from tests.synced import AStage, hub_in_memory, mirror_of, quiet, there
 from tests.train.test_train import dpo_words, killed_at, metrics, words
 from zephyr_lite.config.load import load_config
+from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir, newest_run
 from zephyr_lite.io.sync import FolderPlace, Mirror, restore
 from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.dpo import run_dpo
-from zephyr_lite.train.setup import resolve_run
 from zephyr_lite.train.sft import run_sft
 
 SETTINGS = {"lora_dropout": 0.1, "num_train_epochs": 2, "save_total_limit": 1}

@@ -28,7 +28,7 @@ from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.ops.nf4 import stored_tensors
 from zephyr_lite.train.dpo import DpoObjective
-from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.loop import accumulate_gradients, init_state, update, warmup_largest_batch
 from zephyr_lite.train.optim import make_optimizer, restore_state
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
@@ -300,8 +300,7 @@ def opened(method, base, rows, folder, **changes):
         del settings["max_prompt_length"], settings["beta"]
     stage = setup_stage(method, load_config(method, None, words(base, folder, rows[method], **settings)), say=quiet)
     task = SftObjective(stage, quiet) if method == "sft" else DpoObjective(stage, quiet)
-    fp16 = stage.base.dtype == torch.float16
-    return stage, Loop(stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, say=quiet)
+    return stage, init_state(stage, task, say=quiet)
 
 
 def emptied():
@@ -345,13 +344,13 @@ MEMORIES = {
 def test_the_peak_is_the_plans_to_a_twentieth(growing, wide_base, long_rows, tmp_path, method, memory):
     before = emptied()
     fixed = {f"memory.{k}": v for k, v in MEMORIES[memory].items()}
-    stage, loop = opened(method, wide_base, long_rows, tmp_path / "r", optim="adamw_8bit", **fixed)
+    stage, state = opened(method, wide_base, long_rows, tmp_path / "r", optim="adamw_8bit", **fixed)
     plan, told = stage.plan, predicted(stage.plan)
     emptied()
     torch.cuda.reset_peak_memory_stats()
-    loop.rehearse()
-    loop._step(0)
-    assert loop.plan == plan
+    warmup_largest_batch(state)
+    update(state, accumulate_gradients(state, 0))
+    assert stage.plan == plan
     allocated, reserved = torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved() - before
     assert allocated == pytest.approx(told["allocated"], rel=0.05), told
     # of this little the allocator's granularity (20 MiB) is several hundredths
@@ -362,20 +361,20 @@ def test_the_peak_is_the_plans_to_a_twentieth(growing, wide_base, long_rows, tmp
 def test_a_step_that_does_not_fit_is_redone_and_the_same(growing, wide_base, long_rows, tmp_path, method):
     emptied()
     fixed = {"memory.keep": "all", "memory.offload": "false", "memory.stream": "false", "lora_dropout": 0.1}
-    _, loop = opened(method, wide_base, long_rows, tmp_path / "r", dtype="float32", optim="adamw_torch", **fixed)
+    stage, state = opened(method, wide_base, long_rows, tmp_path / "r", dtype="float32", optim="adamw_torch", **fixed)
     resident = emptied()
     torch.cuda.reset_peak_memory_stats()
-    metrics_then, applied, _ = loop.prepare(1)
-    most, plan = torch.cuda.max_memory_allocated(), loop.plan
-    want = {n: p.grad.clone() for n, p in loop.parameters.items()}
-    loop.optimizer.zero_grad(set_to_none=True)
+    metrics_then = accumulate_gradients(state, 1)
+    most, plan = torch.cuda.max_memory_allocated(), stage.plan
+    want = {n: p.grad.clone() for n, p in state.parameters.items()}
+    state.optimizer.zero_grad(set_to_none=True)
     emptied()
-    assert applied and most - resident > 2**28
+    assert most - resident > 2**28
     with room_of(resident + (most - resident) // 2):
-        metrics_now, applied, _ = loop.prepare(1)
-        assert applied and loop.plan != plan
-        got = {n: p.grad.clone() for n, p in loop.parameters.items()}
-        loop._update(1)
+        metrics_now = accumulate_gradients(state, 1)
+        assert stage.plan != plan
+        got = {n: p.grad.clone() for n, p in state.parameters.items()}
+        assert update(state, metrics_now)
     assert all(apart(got[name], value) < 1e-4 for name, value in want.items())
     assert metrics_now == pytest.approx(metrics_then, rel=1e-4, abs=1e-4)
 

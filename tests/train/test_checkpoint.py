@@ -343,7 +343,7 @@ def test_a_damaged_reference_is_said_and_computed_anew(tmp_path, sums, damage, w
     damage(cache.path)
     said = []
     assert not cache.load(said.append) and cache.missing == 6
-    assert len(said) == 1 and said[0].startswith(f"{cache.path}: {what}") and said[0].endswith("; it is computed anew")
+    assert len(said) == 1 and said[0].startswith(f"{cache.path}: {what}") and said[0].endswith("; it is computed again")
     if cache.path.is_dir():
         with pytest.raises(OSError, match="reference-"):
             fill(cache)

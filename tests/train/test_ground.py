@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.train.test_train import dpo_words, killed_at, quiet, words
 from zephyr_lite.config.load import load_config
+from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.data.templates import TEMPLATES
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir, newest_run
@@ -19,7 +20,7 @@ from zephyr_lite.model import base as load
 from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train import setup
-from zephyr_lite.train.ground import StageComplete
+from zephyr_lite.train.resume import StageComplete
 from zephyr_lite.train.sft import run_sft
 
 SETTINGS = {"batch_size": 2, "num_train_epochs": 1, "max_length": 64, "save_steps": 1}
@@ -309,7 +310,7 @@ def test_the_stages_of_a_run_share_its_id(place, pair_rows):
         ("data", {}, "has no 'data.fingerprint'"),
         ("plan", "auto", "'plan' is 'auto': Input should be a valid dictionary"),
         ("plan", {"micro_tokens": 5}, "its plan is none of this version's"),
-        ("plan", {"micro_tokens": "5", "keep": ["all", "all"]}, "its plan holds what no plan holds"),
+        ("plan", {"micro_tokens": "5", "keep": ["all", "all"]}, "its plan is none of this version's"),
         ("plan", {"micro_tokens": 64, "keep": 5}, "its plan is none of this version's"),
         ("plan", {"micro_tokens": 64, "keep": ["all"]}, "its plan is for 1 layers, and the base has 2"),
         ("method", "ppo", "'method' is 'ppo': Input should be 'sft' or 'dpo'"),
@@ -385,7 +386,7 @@ def test_what_a_stage_inherits_is_not_guessed(place, text):
     file = place / "finished" / "sft" / "config.yaml"
     file.unlink() if text is None else file.write_text(text)
     with pytest.raises(UserError, match=rf"{re.escape(str(file))}: (is missing|has no )"):
-        setup.resolve_run("dpo", None, [f"output_dir={place / 'finished'}"], say=quiet)
+        resolve_run("dpo", None, [f"output_dir={place / 'finished'}"], say=quiet)
 
 
 @pytest.mark.parametrize("wrong", [{"lr_scheduler_type": "cosinus"}, {"report_to": "nobody"}])

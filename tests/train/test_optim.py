@@ -12,7 +12,7 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train import optim as optim_file
 from zephyr_lite.train.checkpoint import Checkpoint
-from zephyr_lite.train.loop import Loop
+from zephyr_lite.train.loop import init_state
 from zephyr_lite.train.optim import make_optimizer, make_scheduler, restore_state
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
@@ -153,12 +153,12 @@ def test_a_run_of_every_kind_goes_on_to_the_same_bits(tiny_base, chat_rows, tmp_
     with killed_at(2):
         run_sft(loaded, say=quiet)
     stage = setup_stage("sft", loaded, say=quiet, claim=False)
-    loop = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage, quiet), stage.plan, say=quiet)
-    places = tensors(loop.optimizer)
+    state = init_state(stage, SftObjective(stage, quiet), say=quiet)
+    places = tensors(state.optimizer)
     folder = stage.dir.checkpoints()[-1]
-    loop._checkpoint().read(folder)
-    assert all(a is b for a, b in zip(tensors(loop.optimizer), places, strict=True))
-    assert {int(s["step"]) for s in loop.optimizer.state.values()} == {2}
+    state.checkpoint.read(folder)
+    assert all(a is b for a, b in zip(tensors(state.optimizer), places, strict=True))
+    assert {int(s["step"]) for s in state.optimizer.state.values()} == {2}
     run_sft(loaded, say=quiet)
     shas = [StageDir(tmp_path / n / "sft").info()["adapter_sha256"] for n in ("whole", "r")]
     assert shas[0] == shas[1]
@@ -170,9 +170,9 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tiny_base, chat_rows, tmp_
     with killed_at(1):
         run_sft(loaded, say=quiet)
     stage = setup_stage("sft", loaded, say=quiet, claim=False)
-    loop = Loop(stage.config, stage.dir, stage.stack, SftObjective(stage, quiet), stage.plan, say=quiet)
-    other = make_optimizer(stage.config.model_copy(update={"optim": "adamw_8bit"}), loop.parameters)
-    checkpoint = Checkpoint(loop.stack, loop.parameters, other, loop.scheduler, loop.scaler)
+    state = init_state(stage, SftObjective(stage, quiet), say=quiet)
+    other = make_optimizer(stage.config.model_copy(update={"optim": "adamw_8bit"}), state.parameters)
+    checkpoint = Checkpoint(stage.stack, state.parameters, other, state.scheduler, state.scaler)
     with pytest.raises(UserError, match="holds another optimizer's state"):
         checkpoint.read(stage.dir.checkpoints()[-1])
 

@@ -10,7 +10,7 @@ from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train import publish
-from zephyr_lite.train.ground import StageComplete
+from zephyr_lite.train.resume import StageComplete
 from zephyr_lite.train.sft import run_sft
 
 

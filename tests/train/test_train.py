@@ -9,15 +9,16 @@ import torch
 import yaml
 
 from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config
+from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.peft_io import read_adapter
+from zephyr_lite.train import loop
 from zephyr_lite.train.checkpoint import MetricsLog
 from zephyr_lite.train.dpo import DpoObjective, run_dpo
-from zephyr_lite.train.ground import StageComplete
-from zephyr_lite.train.loop import Loop
 from zephyr_lite.train.losses import preference_loss
-from zephyr_lite.train.setup import resolve_run, setup_stage
+from zephyr_lite.train.resume import StageComplete
+from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
 from zephyr_lite.train.steps import micro_batches, rows_of_step, step_schedule
 
@@ -135,15 +136,15 @@ class Killed(BaseException):
 @contextmanager
 def killed_at(step):
     """The run inside it dies when it would begin that step."""
-    plain = Loop._step
+    plain = loop.accumulate_gradients
 
-    def dies(self, number):
+    def dies(state, number):
         if number == step:
             raise Killed
-        return plain(self, number)
+        return plain(state, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_step", dies)
+        patch.setattr(loop, "accumulate_gradients", dies)
         with pytest.raises(Killed):
             yield
 
@@ -184,7 +185,7 @@ def test_a_finished_stage_given_other_values_is_not_passed_over(tiny_base, chat_
 
 def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(SftObjective, "evaluation", lambda self, sums: {"eval_loss": next(losses)})
+    monkeypatch.setattr(SftObjective, "eval_metrics", lambda self, sums: {"eval_loss": next(losses)})
     loaded = load_config(
         "sft",
         None,

@@ -87,7 +87,7 @@ def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_pat
         with pytest.raises(UserError, match=r"three times in a row; rows of the last: .*row \d") as stopped:
             run_sft(loaded(save_steps=100, eval_steps=100), say=quiet)
     stage = tmp_path / "run" / "sft"
-    assert "checkpoint-3 is from before" in str(stopped.value) and "left_out.jsonl" in stopped.value.hint
+    assert "checkpoint-3 has the adapter from before" in str(stopped.value) and "left_out.jsonl" in stopped.value.hint
     assert [p.name for p in StageDir(stage).checkpoints()] == ["checkpoint-3"]
     assert [r["step"] for r in left_out(stage)] == [4, 5, 6]
     # what goes on from it, the cause being gone, is the run that never had the trouble
@@ -181,17 +181,17 @@ def test_the_checkpoint_from_before_outlives_what_follows_it(loaded, tmp_path, m
     options = {"save_steps": 1, "save_total_limit": 1, "eval_steps": 3, "load_best_model_at_end": True}
     with monkeypatch.context() as patch:
         patch.setattr(SftObjective, "loss", loss)
-        with pytest.raises(UserError, match=r"three times in a row.* checkpoint-2 is from before"):
+        with pytest.raises(UserError, match=r"three times in a row.* checkpoint-2 has the adapter from before"):
             run_sft(loaded(**options), say=quiet)
         assert "checkpoint-2" in [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()]
-        with pytest.raises(UserError, match="checkpoint-3 has the adapter of before"):  # the best, of a step left out
+        with pytest.raises(UserError, match="checkpoint-3 has the adapter from before"):  # the best, of a step left out
             run_sft(loaded(**options), say=quiet)
 
 
 def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, monkeypatch):
-    plain, losses = SftObjective.evaluation, [float("nan"), 7.0, float("inf")]
+    plain, losses = SftObjective.eval_metrics, [float("nan"), 7.0, float("inf")]
     monkeypatch.setattr(
-        SftObjective, "evaluation", lambda self, sums: {**plain(self, sums), "eval_loss": losses.pop(0)}
+        SftObjective, "eval_metrics", lambda self, sums: {**plain(self, sums), "eval_loss": losses.pop(0)}
     )
     said = []
     outcome = run_sft(loaded(eval_steps=2, load_best_model_at_end=True), say=said.append)
@@ -229,7 +229,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path
 
 def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp_path, monkeypatch):
     options = {"save_steps": 100, "eval_steps": 3, "load_best_model_at_end": True}
-    plain, evaluated = SftObjective.measure, []
+    plain, evaluated = SftObjective.evaluate, []
 
     def ended(self):
         evaluated.append(1)
@@ -237,7 +237,7 @@ def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp
         return plain(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SftObjective, "measure", ended)
+        patch.setattr(SftObjective, "evaluate", ended)
         with pytest.raises(Interrupted, match="after step 3"):
             run_sft(loaded(**options), say=quiet)
     assert evaluated and metrics(tmp_path / "run/sft", "eval_loss") == []
@@ -337,9 +337,9 @@ def test_a_damaged_checkpoint_of_trls_is_passed_over(tiny_base, chat_rows, tmp_p
 
 
 def test_trl_leaves_out_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path, monkeypatch):
-    from zephyr_lite.engines import rows
+    from zephyr_lite.engines import trl
 
-    plain = rows.Sft.compute_loss
+    plain = trl.Sft.compute_loss
 
     def loss(self, model, inputs, *args, **kwargs):
         found = plain(self, model, inputs, *args, **kwargs)
@@ -347,7 +347,7 @@ def test_trl_leaves_out_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path
             return (found[0] * float("nan"), *found[1:]) if isinstance(found, tuple) else found * float("nan")
         return found
 
-    monkeypatch.setattr(rows.Sft, "compute_loss", loss)
+    monkeypatch.setattr(trl.Sft, "compute_loss", loss)
     settings = words(tiny_base, tmp_path / "r", chat_rows, engine="trl", max_steps=4, eval_steps=100)
     outcome = run_sft(load_config("sft", None, settings), say=quiet)
     assert outcome.skipped == 1 and [r["step"] for r in left_out(tmp_path / "r/sft")] == [2]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +169,8 @@ def load_chat(
 
 
 class Streamer:
-    """Draws answers for a fixed set of rows, each with its own adapters, and keeps their keys and values for the next turn.
-
-    A row's slots in the cache are contiguous, so that a sliding window counts in slots what it means in positions. Layers
-    are kept whole even where the model has such a window: an undo may need what slid out of it.
+    """Draws answers for a fixed set of rows, each with its own adapters. A row alone keeps its keys and values for the next
+    turn, whole even where the model has a sliding window: an undo may need what slid out of it.
 
     Args:
         chat: the model.
@@ -187,9 +186,7 @@ class Streamer:
     def forget(self) -> None:
         """Empty the cache."""
         self._past = DynamicCache()
-        # what the slots of each row hold, from its start on
-        self._ids: list[list[int]] = [[] for _ in self._adapters]
-        self._starts = [0 for _ in self._adapters]
+        self._ids: list[int] = []  # of the only row
 
     def draw(
         self,
@@ -216,7 +213,7 @@ class Streamer:
         ids = [[int(token) for token in prompt] for prompt in prompts]
         try:
             with torch.inference_mode(), self._chat.stack.by_row(self._adapters):
-                tokens, positions, mask, reused = self._begin(ids, min(ends))
+                tokens, positions, mask, kept = self._begin(ids, min(ends))
                 logits = self._prefill(tokens, positions, mask, stop)
                 positions = positions[:, -1:]
                 while logits is not None:
@@ -242,46 +239,38 @@ class Streamer:
         if logits is None:
             self.forget()
         else:
-            self._ids = [prompt + answer[:-1] for prompt, answer in zip(ids, answers)]  # the last was not fed back
+            self._ids = ids[0] + answers[0][:-1]  # the last token was not fed back
         return [
-            Drawn(answer, end or "interrupted", len(prompt), kept)
-            for answer, end, prompt, kept in zip(answers, finish, ids, reused)
+            Drawn(answer, end or "interrupted", len(prompt), kept) for answer, end, prompt in zip(answers, finish, ids)
         ]
 
-    def _begin(self, prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Keep what the prompts have in common with the rows' cache.
-
-        At least one token of each row is computed, for its logits; and the rows are computed in one rectangle, so a row
-        with fewer new tokens computes some of its old ones again.
+    def _begin(self, prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The part of the prompts to compute. One row alone keeps the keys and values that its prompt shares with the cache;
+        at least one token is computed, for its logits.
 
         Returns:
-            tokens and positions [rows, M] int64 to compute, padded on the left; mask [rows, K + M] int64 over the kept
-            slots and these, 0 for padding; tokens of each row that are not computed again.
+            tokens and positions [rows, M] int64 to compute, padded on the left; mask [rows, K + M] int64 over the K kept
+            slots and these, 0 for padding; K.
         """
-        count = len(prompts)
-        common = [min(_common(old, new), len(new) - 1) for old, new in zip(self._ids, prompts)]
-        width = max(len(ids) - same for ids, same in zip(prompts, common))
-        kept = [max(0, len(ids) - width) for ids in prompts]
-        most = max(kept)
-        slots = torch.zeros((count, most), dtype=torch.int64)  # moved to the right end; padding: any slot
-        tokens = torch.full((count, width), pad, dtype=torch.int64)
-        positions = torch.zeros_like(tokens)
-        mask = torch.zeros((count, most + width), dtype=torch.int64)
-        for row, (ids, have) in enumerate(zip(prompts, kept)):
-            slots[row, most - have :] = torch.arange(self._starts[row], self._starts[row] + have)
-            tokens[row, width - len(ids) + have :] = torch.tensor(ids[have:])
-            positions[row, width - len(ids) + have :] = torch.arange(have, len(ids))
-            mask[row, most + width - len(ids) :] = 1
-            self._starts[row] = most + width - len(ids)
-        if most == 0:
+        kept = 0
+        if len(prompts) == 1:
+            kept = min(
+                sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, prompts[0]))),
+                len(prompts[0]) - 1,
+            )
+        removed = self._past.get_seq_length() - kept
+        if not kept:
             self._past = DynamicCache()
-        for layer in self._past.layers:
-            if layer.is_initialized:
-                where = slots.to(layer.keys.device)
-                rows = torch.arange(count, device=where.device)[:, None]
-                for part in ("keys", "values"):
-                    held = getattr(layer, part).transpose(1, 2)  # [rows, slots, heads, width of a head]
-                    setattr(layer, part, held[rows, where].transpose(1, 2).contiguous())
+        elif removed:
+            self._past.crop(-removed)
+        width = max(map(len, prompts)) - kept
+        tokens = torch.full((len(prompts), width), pad, dtype=torch.int64)
+        mask = torch.ones((len(prompts), kept + width), dtype=torch.int64)
+        for row, ids in enumerate(prompts):
+            new = ids[kept:]
+            tokens[row, width - len(new) :] = torch.tensor(new)
+            mask[row, : kept + width - len(ids)] = 0
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, kept:]
         device = self._chat.device
         return tokens.to(device), positions.to(device), mask.to(device), kept
 
@@ -315,17 +304,8 @@ class Streamer:
         return logits
 
 
-def _common(old: Sequence[int], new: Sequence[int]) -> int:
-    """The length of the common prefix."""
-    for place, (a, b) in enumerate(zip(old, new)):
-        if a != b:
-            return place
-    return min(len(old), len(new))
-
-
 class TextStream:
-    """Tokens to text as they come: a character's bytes may span several tokens. The pieces together are the decoded answer
-    without surrounding white space.
+    """Tokens to text as they come. The pieces together are the decoded answer without surrounding white space.
 
     Args:
         decode: ids → text, without special tokens.
@@ -337,13 +317,10 @@ class TextStream:
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
         self._tokens: list[int] = []
-        # text was given out up to ``_done``; decoding starts a little before, since a first token loses its space
-        self._begin = self._done = 0
-        self._begun = False
-        self._space = ""  # white space that may turn out to be the end's
+        self._shown, self._done = "", 0  # the text given out, and its tokens
 
     def push(self, token: int) -> str:
-        """The text that is complete with this token; often empty."""
+        """The text that is complete with this token; often empty, since a character's bytes may span several tokens."""
         self._tokens.append(token)
         return self._next(last=len(self._tokens) - self._done >= self.HELD)
 
@@ -352,17 +329,10 @@ class TextStream:
         return self._next(last=True)
 
     def _next(self, last: bool) -> str:
-        before = self._decode(self._tokens[self._begin : self._done])
-        now = self._decode(self._tokens[self._begin :])
-        if not last and now.endswith("\ufffd"):  # what a decoder writes for an incomplete character
+        text = self._decode(self._tokens).strip()
+        if text.endswith("\ufffd") and not last:  # what a decoder writes for an incomplete character
             return ""
-        piece = now[len(before) :]
+        piece = text[len(self._shown) :]
         if piece:
-            self._begin, self._done = self._done, len(self._tokens)
-        text = self._space + piece if self._begun else piece.lstrip()
-        if not text:
-            return ""
-        self._begun = True
-        shown = text.rstrip()
-        self._space = text[len(shown) :]
-        return shown
+            self._shown, self._done = text, len(self._tokens)
+        return piece

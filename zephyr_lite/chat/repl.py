@@ -10,6 +10,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ class Repl:
             import readline  # keys to edit a line and to get earlier ones back
 
             readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted text is one question
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         models = " against ".join(column.model for column in self.session.columns)
         names = models if self._ballot is None else "answers without names"
         self._note(f"{self.session.chat.live.source}: {names}. /help lists the commands, Ctrl-D ends.")
@@ -121,12 +124,12 @@ class Repl:
 
     def _read(self) -> str:
         """One question or command; raises EOFError (Ctrl-D) and KeyboardInterrupt (Ctrl-C)."""
-        line = _line(PROMPT)
+        line = input(PROMPT)
         if not line.lstrip().startswith(BLOCK):
             return line.strip()
         text = line.lstrip().removeprefix(BLOCK)
         while not text.rstrip().endswith(BLOCK):
-            text += "\n" + _line(MORE)
+            text += "\n" + input(MORE)
         return text.rstrip().removesuffix(BLOCK).strip("\n")
 
     def _handle(self, line: str) -> bool:
@@ -252,7 +255,7 @@ class Repl:
         words = {"t": "tie", "tie": "tie", "s": "skip", "skip": "skip", **{str(n): str(n) for n in range(1, most + 1)}}
         while True:
             try:
-                said = _line(f"Which is best? 1 to {most}, t(ie), s(kip): ").strip().lower()
+                said = input(f"Which is best? 1 to {most}, t(ie), s(kip): ").strip().lower()
             except (EOFError, KeyboardInterrupt):
                 self._console.say()
                 return "skip"
@@ -425,17 +428,6 @@ def ended(finish: str, tokens: int) -> str:
         "context": f"cut at {tokens:,} tokens: the model's context is full",
         "interrupted": f"stopped after {tokens:,} tokens",
     }.get(finish, "" if tokens else "the answer is empty: the model ended at once")
-
-
-def _line(prompt: str) -> str:
-    """A line that the user types; one that is not text is asked for again."""
-    while True:
-        try:
-            line = input(prompt)
-            line.encode("utf-8")
-            return line
-        except UnicodeError:
-            print("That was not UTF-8; say it again.")
 
 
 @contextmanager

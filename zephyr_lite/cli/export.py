@@ -102,7 +102,7 @@ def card(
 ) -> None:
     """A model card, README.md: base, data, lineage, settings, what was measured, and how to load it."""
     from ..evaluate.plotting import need_matplotlib
-    from ..export.card import write_card
+    from ..export.model_card import write_card
     from ..export.vllm import check_model
 
     if plots:

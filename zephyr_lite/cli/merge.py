@@ -60,7 +60,7 @@ def merge(
     verbose: Verbose = False,
 ) -> None:
     """Merge the adapters of a run into one model folder that plain transformers loads."""
-    from ..export.card import CARD, write_card
+    from ..export.model_card import CARD, write_card
     from ..export.push import check_repo, prepare
     from ..export.push import push as upload
     from ..io.redact import refuse_secrets

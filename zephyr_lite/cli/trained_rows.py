@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..config.load import DatasetSpec, Method, RunConfig
+from ..config.resolve import resolve_run
 from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
@@ -16,8 +17,8 @@ from ..io.run_dir import StageDir
 from ..memory.planned import stages_of
 from ..model.base import fetch_base, read_model_config
 from ..model.peft_io import AdapterFile
-from ..train.ground import adapters_below, vocabulary_fits
-from ..train.setup import resolve_run, template_of
+from ..model.tokenizer import check_vocabulary
+from ..train.setup import adapters_below, template_of
 
 
 @dataclass
@@ -77,7 +78,7 @@ def _ground(method: Method, file: str | None, words: list[str]) -> tuple[RunConf
     folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
     base_config: Any = read_model_config(folder, any_family=True)
     template = template_of(config, folder, _frozen(method, config, notes))
-    vocabulary_fits(template.tokenizer, base_config)
+    check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
     return config, template, notes
 
 

@@ -24,7 +24,7 @@ from ..model.decoder import Decoder
 from ..monitor.report_writer import ReportWriter
 from ..recipe.ultrafeedback import to_pairs
 from ..train.dpo import run_dpo
-from ..train.ground import StageComplete
+from ..train.resume import StageComplete
 from ..train.sft import run_sft
 from . import CONVERSATIONS, CONVERSATIONS_TEST, FEEDBACK, FEEDBACK_TEST, QUESTIONS, dodges
 from .base import demo_base

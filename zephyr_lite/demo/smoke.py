@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import DatasetSpec, Loaded, Method, RunConfig, dump_config
+from ..config.resolve import INHERITED, resolve_run
 from ..data.load import load_rows
 from ..data.opening import open_source
 from ..errors import Interrupted, UserError
@@ -28,7 +29,6 @@ from ..io.words import duration
 from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
 from ..model.fetch import fetch_base
-from ..train.setup import INHERITED, resolve_run
 from .child import Ended, child
 
 Say = Callable[[str], None]

@@ -2,65 +2,117 @@
 
 Its fused kernels know one active adapter. So the adapters below are treated as engine trl treats them: merged into a
 16- or 32-bit base under a fresh adapter, and on a 4-bit base trained on (composed into one, at their own rank) against
-the frozen copy that TRL's DPO makes of them. A fresh adapter gets such a copy too; its B is zero, so it is the base.
-
-Checkpointing is in Unsloth's mode where the plan (or ``memory.keep``) says to recompute.
+the frozen copy that TRL's DPO makes of them.
 
 What Unsloth would change silently is refused: another dtype than asked for, 16 bits where 4 were asked for, scales of
-the weights that are not quantized (it always quantizes them), rotary embeddings stretched beyond the model's own
-length, a vocabulary that it extends.
+the weights that are not quantized, rotary embeddings stretched beyond the model's own length, an extended vocabulary.
+
+Unsloth replaces classes of transformers, PEFT and TRL, so it has to be imported before them, and this module imports nothing
+heavy. The command line imports it once it knows the engine; from Python, before any other import::
+
+    from zephyr_lite.engines import start_unsloth
+    start_unsloth()
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from transformers.utils import logging
-
-from ..config.load import RunConfig
 from ..errors import UserError
-from ..model.adapters import AdapterStack
-from ..model.base import (
-    Base,
-    compute_device,
-    compute_dtype,
-    fetch_base,
-    frozen_base,
-    quantization_of,
-    read_model_config,
-)
-from ..model.compose import compose
-from ..model.peft_io import LoraWeights
-from ..train.stage import Say, Stage
-from .early import start_unsloth
-from .trl import ADAPTER, goes_on_below, merged_below, start_as_fused
+from ..io.run_dir import cache_dir
+
+if TYPE_CHECKING:
+    from ..config.load import RunConfig
+    from ..model.base import Base
+    from ..model.peft_io import LoraWeights
+    from ..train.stage import Say, Stage
+
+WANTED = ">=2026.10.7,<2026.11"  # as the extra in pyproject.toml
+INSTALL = 'pip install "zephyr-lite[unsloth]"'
+PATCHED = ("transformers", "peft", "trl")
+
+
+def start_unsloth() -> None:
+    """Import Unsloth.
+
+    Raises:
+        UserError: it is not installed, or in another version; transformers, PEFT or TRL were imported before; it refuses to
+            start here (without a GPU, say).
+    """
+    if hasattr(sys.modules.get("unsloth"), "FastLanguageModel"):
+        return
+    if conflicts := unsloth_conflicts():
+        raise UserError(
+            f"engine unsloth: {'; '.join(conflicts)}.", f"{INSTALL}, in an environment of its own; or set engine=trl."
+        )
+    if late := [name for name in PATCHED if name in sys.modules]:
+        raise UserError(
+            f"engine unsloth: {', '.join(late)} came first, so Unsloth could not replace all of its classes.",
+            "Use the zephyr-lite command, or call zephyr_lite.engines.start_unsloth() before any other import.",
+        )
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    # it writes the sources that it generates, into the current folder by default
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / f"unsloth-{unsloth_version()}"))
+    try:
+        importlib.import_module("unsloth")
+    except Exception as error:
+        raise UserError(
+            f"engine unsloth: unsloth {unsloth_version()} does not start here: {_named(error)}",
+            f"It needs a GPU that it knows, and the versions of its extra: {INSTALL}. Or set engine=trl.",
+        ) from error
+
+
+def unsloth_conflicts() -> list[str]:
+    """The reasons why it cannot be imported; empty where there are none."""
+    from packaging.specifiers import SpecifierSet
+
+    result = []
+    for name in ("unsloth", "unsloth_zoo"):
+        try:
+            if not SpecifierSet(WANTED).contains(version(name), prereleases=True):
+                result.append(f"{name} {version(name)} is installed, wanted is {WANTED}")
+        except PackageNotFoundError:
+            result.append(f"{name} {WANTED} is not installed")
+    return result
+
+
+def unsloth_version() -> str:
+    return version("unsloth")
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def load_unsloth(config: RunConfig) -> Base:
     """The base through ``FastLanguageModel.from_pretrained``, frozen, from the folder that the other engines read.
 
     Raises:
-        UserError: Unsloth cannot load it, or loads something else than what the configuration says.
+        UserError: Unsloth cannot load it, or loads something else than the configuration says.
     """
     start_unsloth()
+    import torch
+    from transformers.utils import logging
     from unsloth import FastLanguageModel
 
+    from ..model.base import compute_device, compute_dtype, fetch_base, frozen_base, quantization_of, read_model_config
+
     folder = fetch_base(config.model_name_or_path, config.model_revision)
-    model_config = read_model_config(folder, any_family=True)
+    model_config: Any = read_model_config(folder, any_family=True)
     device = compute_device()
     dtype = compute_dtype(config.dtype, device)
     stored = getattr(model_config, "quantization_config", None)
     _, four_bit, double = quantization_of(config, stored, folder, dtype)
     if dtype == torch.float64 or (dtype == torch.float32 and device.type == "cuda"):
-        limit = (
-            "its trainers autocast to 16 bits on a GPU" if device.type == "cuda" else "it computes in at most 32 bits"
+        raise UserError(
+            f"dtype {str(dtype).removeprefix('torch.')}: Unsloth cannot compute in it on this device.",
+            "Set engine=fused.",
         )
-        raise UserError(f"dtype {str(dtype).removeprefix('torch.')}: Unsloth cannot; {limit}.", "Set engine=fused.")
     if four_bit and stored is None and not double:
         raise UserError(
             "bnb_4bit_use_double_quant false: Unsloth always quantizes the scales of a base that it quantizes.",
@@ -82,30 +134,24 @@ def load_unsloth(config: RunConfig) -> Base:
         )
     except torch.OutOfMemoryError:
         raise
-    except (NotImplementedError, ImportError, RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+    except Exception as error:
         raise UserError(
-            f"{folder}: Unsloth {unsloth_version()} cannot load it: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:400]}",
+            f"{folder}: Unsloth {unsloth_version()} cannot load it: {_named(error)}",
             "Set engine=trl, which takes any architecture, or engine=fused.",
         ) from error
-    _check_loaded(model, model_config, folder, dtype, four_bit)
-    return frozen_base(model, config, folder, dtype, device, four_bit=four_bit, double_quant=double)
-
-
-def _check_loaded(model: Any, model_config: Any, folder: Any, dtype: torch.dtype, four_bit: bool) -> None:
-    """Unsloth prints a line and goes on where a machine cannot do what was asked for; a run of ours does not."""
-    found_four_bit = any(getattr(p, "quant_state", None) is not None for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
     found = {
-        "load_in_4bit": (found_four_bit, four_bit),
-        "dtype": (model.get_input_embeddings().weight.dtype, dtype),
-        "the vocabulary's size": (model.get_input_embeddings().weight.shape[0], model_config.vocab_size),
+        "load_in_4bit": (any(getattr(p, "quant_state", None) is not None for p in model.parameters()), four_bit),
+        "dtype": (embedding.dtype, dtype),
+        "the vocabulary's size": (embedding.shape[0], model_config.vocab_size),
     }
-    for name, (there, wanted) in found.items():
+    for name, (there, wanted) in found.items():  # Unsloth prints a line and continues
         if there != wanted:
             raise UserError(
                 f"{folder}: Unsloth {unsloth_version()} loaded it with {name} {there}, wanted was {wanted}.",
                 "Ask for what it does here, or set engine=trl.",
             )
+    return frozen_base(model, config, folder, dtype, device, four_bit=four_bit, double_quant=double)
 
 
 def attach(stage: Stage, say: Say, *, checkpointing: bool) -> Any:
@@ -114,15 +160,11 @@ def attach(stage: Stage, say: Say, *, checkpointing: bool) -> Any:
     Args:
         checkpointing: recompute activations in the backward pass, in Unsloth's way.
     """
-    config = stage.config
-    longest = max(int(part.lengths.max()) for part in (stage.data, stage.eval_data) if part is not None)
-    if stage.method == "dpo":  # a pair's lengths count the prompt and both responses
-        longest = max(
-            len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))
-            for part in (stage.data, stage.eval_data)
-            for p in (part.examples if part else ())
-        )
-    limit = stage.base.model.max_seq_length
+    from ..model.adapters import AdapterStack
+    from ..model.compose import compose
+    from .trl import ADAPTER, longest_sequence, merged_below, start_as_fused, train_below
+
+    longest, limit = longest_sequence(stage), stage.base.model.max_seq_length
     if longest > limit:
         raise UserError(
             f"a row has {longest} tokens, and the model {limit} positions; Unsloth would cut it or stretch the positions.",
@@ -132,10 +174,10 @@ def attach(stage: Stage, say: Say, *, checkpointing: bool) -> Any:
         below = compose(stage.frozen)
         model = _peft_model(stage.base.model, stage, checkpointing, below)
         AdapterStack(model).load(ADAPTER, below)
-        goes_on_below(stage, max(w.a.shape[0] for w in below.values()), say)
+        train_below(stage, max(w.a.shape[0] for w in below.values()), say)
     else:
         model = _peft_model(merged_below(stage, say), stage, checkpointing, None)
-        start_as_fused(model, config, stage.base.dtype)
+        start_as_fused(model, stage.config, stage.base.dtype)
     return model
 
 
@@ -143,13 +185,14 @@ def _peft_model(model: Any, stage: Stage, checkpointing: bool, below: Mapping[st
     """``FastLanguageModel.get_peft_model`` with a fresh adapter, or one of the shape of the adapters below."""
     from unsloth import FastLanguageModel
 
+    from ..model.adapters import AdapterStack
+
     config = stage.config
+    named = config.lora_target_modules
     shape: dict[str, Any] = {
         "r": config.lora_r,
         "lora_alpha": config.lora_alpha,
-        "target_modules": linear_names(model)
-        if isinstance(config.lora_target_modules, str)
-        else list(config.lora_target_modules),
+        "target_modules": linear_names(model) if isinstance(named, str) else list(named),
     }
     if below is not None:
         ranks = {module: w.a.shape[0] for module, w in below.items()}
@@ -172,19 +215,17 @@ def _peft_model(model: Any, stage: Stage, checkpointing: bool, below: Mapping[st
     )
     if below is not None and {name for name, layer in AdapterStack(made).lora_layers()} != below.keys():
         raise UserError(
-            "the adapters below reach some layers only, in a pattern that Unsloth's adapter cannot have.",
+            "the adapters below are on some layers only, in a pattern that Unsloth's adapter cannot have.",
             "Set engine=fused.",
         )
     return made
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """What PEFT's ``all-linear`` means: the last part of the names of all linear layers but the head."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+def linear_names(model: Any) -> list[str]:
+    """PEFT's ``all-linear``: the last part of the names of all linear layers but the head."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
     return sorted(
         {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     )
-
-
-def unsloth_version() -> str:
-    return version("unsloth")

@@ -1,4 +1,4 @@
-"""A folder in a repository of the hub: what belongs to a model, in one commit, after its list was shown."""
+"""Upload a model's or an adapter's folder to the hub: the files of a model only, in one commit, listed first."""
 
 from __future__ import annotations
 
@@ -8,24 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 
 from ..errors import UserError
 from ..io.redact import find_secret, redact
 from ..merge.base_files import TOKENIZER_FILES
 from ..merge.weights import MARK
-from .card import CARD, PLOTS
+from .model_card import CARD, PLOTS
 
 Say = Callable[[str], None]
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FOLDER = re.compile(r'"(?:path|name_or_path|base_model_name_or_path)":\s*"(?:/|~|[A-Za-z]:)')
-# everything else stays here: checkpoints, logs, and whatever else lies beside a model
+# everything else stays here: checkpoints, logs, and other files beside a model
 _BELONGS = (
     "config.json",
     "generation_config.json",
@@ -43,17 +37,17 @@ _BELONGS = (
     "USE_POLICY*",
     MARK,
 )
-_TEXT_BYTES = 2**20  # tokenizer.json is larger, and no place where a key gets in
+_TEXT_BYTES = 2**20  # tokenizer.json is larger, and never holds a key
 
 
 @dataclass
 class Upload:
-    """What goes where.
+    """The files to upload.
 
     Attributes:
         files: path in the repository → file.
-        left_out: names of what does not belong to a model.
-        notes: what to look at first.
+        left_out: names of files that do not belong to a model.
+        notes: warnings.
     """
 
     folder: Path
@@ -62,29 +56,24 @@ class Upload:
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files.values())
-
     def lines(self) -> list[str]:
         """For the console."""
-        sizes = [(name, path.stat().st_size) for name, path in self.files.items()]
-        width = max(len(name) for name, _ in sizes)
-        shown = [f"  {name:<{width}}  {_size(size):>10}" for name, size in sizes]
-        left = f"left out: {', '.join(self.left_out[:8])}{' …' if len(self.left_out) > 8 else ''}"
+        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        width = max(map(len, sizes))
+        more = " …" if len(self.left_out) > 8 else ""
         return [
-            f"{self.repo}: {len(sizes)} files, {_size(self.bytes)}",
-            *shown,
-            *([left] if self.left_out else []),
+            f"{self.repo}: {len(sizes)} files, {_size(sum(sizes.values()))}",
+            *(f"  {name:<{width}}  {_size(size):>10}" for name, size in sizes.items()),
+            *([f"left out: {', '.join(self.left_out[:8])}{more}"] if self.left_out else []),
             *(f"note: {note}" for note in self.notes),
         ]
 
 
 def check_repo(repo: str) -> None:
-    """What can be known of an upload before there is anything to upload.
+    """Check what can be known before there is anything to upload.
 
     Raises:
-        UserError: that is no repository's name, there is no token, or the hub is switched off.
+        UserError: ``repo`` is not OWNER/NAME, there is no token, or the hub is switched off.
     """
     _check_name(repo)
     if constants.HF_HUB_OFFLINE:
@@ -97,19 +86,17 @@ def check_repo(repo: str) -> None:
 
 def _check_name(repo: str) -> None:
     if not _REPO.fullmatch(repo):
-        raise UserError(f"{repo}: is no repository's name.", "Write OWNER/NAME.")
+        raise UserError(f"{repo}: is not a repository's name.", "Write OWNER/NAME.")
 
 
 def prepare(folder: str | Path, repo: str) -> Upload:
     """Choose the files of a model's or an adapter's folder.
 
     Raises:
-        UserError: the folder holds neither; ``repo`` is no repository's name; a file holds a secret of this machine's.
+        UserError: the folder holds neither; ``repo`` is not OWNER/NAME; a file holds a secret of this machine.
     """
     folder = Path(folder).expanduser()
     _check_name(repo)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.", "Give the folder that merge made.")
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(
             f"{folder}: holds neither a model nor an adapter.",
@@ -120,12 +107,14 @@ def prepare(folder: str | Path, repo: str) -> Upload:
         name = path.relative_to(folder).as_posix()
         if path.is_dir() and not path.is_symlink():
             continue
-        # a link could lead to anything of this machine's
+        # a link may lead anywhere
         if path.is_symlink() or not path.is_file() or not any(_matches(name, pattern) for pattern in _BELONGS):
             upload.left_out.append(name)
             continue
         upload.files[name] = path
-        _look_for_secrets(path)
+        is_text = path.suffix in (".json", ".jinja", ".md", ".txt", "") and path.stat().st_size <= _TEXT_BYTES
+        if is_text and (found := find_secret(path.read_text(encoding="utf-8", errors="replace"))):
+            raise UserError(f"{path}: holds {found}.", "Remove it before you publish the file.")
     if not any(name.endswith((".safetensors", ".gguf")) for name in upload.files):
         raise UserError(f"{folder}: has no weights in safetensors or GGUF.", "Give the folder that merge made.")
     if CARD not in upload.files:
@@ -143,25 +132,16 @@ def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and Path(name).match(pattern)
 
 
-def _look_for_secrets(path: Path) -> None:
-    if path.suffix not in (".json", ".jinja", ".md", ".txt", "") or path.stat().st_size > _TEXT_BYTES:
-        return
-    if found := find_secret(path.read_text(encoding="utf-8", errors="replace")):
-        raise UserError(f"{path}: holds {found}.", "Take it out before anybody sees it.")
-
-
 def push(upload: Upload, *, private: bool = False, say: Say = lambda line: None) -> None:
-    """Upload in one commit; the repository is made where it is not there yet.
+    """Upload in one commit; the repository is made if it does not exist.
 
     Args:
         private: make it a private one.
 
     Raises:
-        UserError: no token, the hub is switched off, not permitted, no connection; or ``private``, and the repository is
-            there and public.
+        UserError: no token, the hub is switched off, not permitted, no connection; or ``private``, and the repository
+            exists and is public.
     """
-    import httpx2  # only an upload needs it
-
     check_repo(upload.repo)
     api = HfApi()
     try:
@@ -176,18 +156,10 @@ def push(upload: Upload, *, private: bool = False, say: Say = lambda line: None)
             )
         operations = [CommitOperationAdd(name, str(path)) for name, path in upload.files.items()]
         api.create_commit(upload.repo, operations, commit_message="A model of zephyr-lite")
-    except (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        httpx2.HTTPError,
-        OSError,
-    ) as error:
-        what = redact(" ".join(str(error).split())[:300]) or type(error).__name__
+    except (HTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise UserError(
-            f"{upload.repo}: {what}",
-            "Nothing was published. Log in (hf auth login) or mend the connection, and run the same command.",
+            f"{upload.repo}: {redact(' '.join(str(error).split())[:300]) or type(error).__name__}",
+            "Nothing was published. Log in (hf auth login) or check the connection, and run the same command.",
         ) from None
     say(f"{upload.repo}: uploaded{'' if public else ', private'}; https://huggingface.co/{upload.repo}")
 

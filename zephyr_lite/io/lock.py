@@ -37,7 +37,7 @@ def alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: cannot be made or locked: {error.strerror}.",
-            "Make the folder writable, free some space, or choose another output_dir.",
+            "Choose another output_dir, make the folder writable, or free some space.",
         ) from None
     try:
         if type(lock) is FileLock and lock.lock_counter == 1:  # filelock's fallback writes process and host itself

@@ -1,7 +1,7 @@
-"""A chain of adapters becomes one model folder, streamed from file to file; then it is compared with the live stack."""
+"""Merging a chain of adapters into one model folder, streamed from file to file, and comparing it with the live stack."""
 
 from ..model.chain import Chain, chain_of_adapters, chain_of_run
-from .check import LogpDifference, compare_logps, folder_logps
+from .measure import LogpDifference, compare_logps, folder_logps
 from .weights import MergeReport, adapter_only, merge
 
 __all__ = [

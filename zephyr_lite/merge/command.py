@@ -1,4 +1,4 @@
-"""What ``zephyr-lite merge`` does: find the chain, merge it, compare the merged folder with the live stack."""
+"""``zephyr-lite merge``: find the chain, merge it, compare the merged folder with the live stack."""
 
 from __future__ import annotations
 
@@ -50,75 +50,46 @@ def run_merge(
     """Merge a run's chain, or explicit adapters, into ``out``.
 
     Args:
-        run, stage: which; the newest run's last complete stage by default.
+        run, stage: the newest run's last complete stage by default.
         adapters: instead of a run, from the bottom up.
-        base: what the adapters belong on; of a run, where its base is now.
+        base: the adapters' base; for a run, where its base is now.
         onto, overwrite: see ``merge.merge``.
         as_adapter: write one PEFT adapter instead of a model.
-        check: compare the result with the live stack, and keep what was found in the folder's zephyr_lite.json.
+        check: compare the result with the live stack, and write the numbers to the folder's zephyr_lite.json.
         both: measure the other way of merging too; its folder is removed again.
-        rows: held-out conversations to measure on; None: few for a check, more for ``both``.
+        rows: held-out conversations to compare on; None: few for a check, more for ``both``.
 
     Returns:
         the comparison, where one was made now.
 
     Raises:
-        UserError: nothing to merge, a chain that is not what the stage was finished with, another base, an ``out``
-            that is not ours.
-        Interrupted: while the whole folder was compared.
+        UserError: there is nothing to merge, the chain or its base has changed since, or ``out`` is not an earlier merge.
+        Interrupted: during the comparison, when the folder is complete.
     """
     out = out.expanduser()
     if adapters and (run is not None or stage is not None):
         raise UserError("--adapter names the chain itself; --run and --stage name one too.", "Give one or the other.")
-    if both and (as_adapter or not check):
-        raise UserError(
-            f"--measure compares merged models; {'--adapter-only makes none' if as_adapter else '--no-check forbids it'}.",
-            "Give one of the two.",
-        )
-    if rows is not None and (as_adapter or not check):
-        raise UserError(
-            f"--rows are for the comparison; {'--adapter-only makes none' if as_adapter else '--no-check forbids it'}.",
-            "Give one of the two.",
-        )
+    for option, what in (
+        (both, "--measure compares merged models"),
+        (rows is not None, "--rows are for the comparison"),
+    ):
+        if option and (as_adapter or not check):
+            why = "--adapter-only makes none" if as_adapter else "--no-check forbids it"
+            raise UserError(f"{what}; {why}.", "Give one of the two.")
     chain = chain_of_adapters(list(adapters), base) if adapters else chain_of_run(run, stage=stage, base=base)
-    name = chain.base["name_or_path"]
-    where = f"{chain.run}, stage {chain.stage}" if chain.run is not None else "explicit adapters"
-    say(f"{where}: {' + '.join([name, *(str(a.path) for a in chain.adapters)])}")
-    for other in stages_of(chain.run) if chain.run is not None and stage is None else ():
-        if not other.complete():
-            say(f"note: {other.path} is not finished, and not in it")
-    if chain.run is not None and chain.stage is not None and chain.tokenizer_from is not None:
-        template = resolve_template("auto", load_tokenizer(chain.tokenizer_from))
-        check_rendering(chain.info, chain.run / chain.stage, template.text, template.tokenizer)
-    for note in chain.notes:
-        say(note)
-    lineage = chain.lineage()
+    _say_chain(chain, stage is None, say)
+    name, revision = chain.base["name_or_path"], chain.base.get("revision", "main")
     if as_adapter:
-        if not overwrite and _earlier(out, {"kind": COMPOSED, **lineage}) is not None:
-            say(f"{out} is complete already.")
-            return None
-        for adapter in chain.adapters:
-            if adapter.copies:
-                adapter.check_copies(open_base(name, chain.base.get("revision", "main")).parameter)
-        adapter_only(
-            chain.adapters,
-            out,
-            base_model_name=name,
-            tokenizer_from=chain.tokenizer_from,
-            lineage=lineage,
-            overwrite=overwrite,
-        )
-        say(f"{out}: the whole chain as one PEFT adapter; it belongs on the bare {name}")
+        _write_adapter(chain, out, overwrite, say)
         return None
-    folder = fetch_base(name, chain.base.get("revision", "main"))
-    found_base = fingerprint(folder)
+    folder = fetch_base(name, revision)
     if (known := chain.base.get("fingerprint")) is not None and not is_fingerprint_of(known, folder):
         raise UserError(
             f"{folder}: is not the model that the stage was trained on (its files changed since, or it is another one).",
             "Restore it, or give the folder of that model with --base.",
         )
-
-    lineage = {**lineage, "base": {**chain.base, "fingerprint": found_base}}
+    lineage = chain.lineage()
+    lineage["base"] = {**chain.base, "fingerprint": fingerprint(folder)}
 
     def merged(where: Path, way: Way) -> MergeReport:
         return _merge(chain, folder, where, way, lineage, overwrite, say)
@@ -131,20 +102,19 @@ def run_merge(
         say(f"{out} is complete already.")
         return None
     else:
-        say(f"{out}: its weights are complete already; what is missing is the comparison")
+        say(f"{out}: its weights are complete already; the comparison is still to be made")
     if not check:
         return None
     try:
-        found = _measured(chain, out, onto, merged, rows or MEASURE_ROWS, say) if both else None
+        found = _measure_both(chain, out, onto, merged, rows or MEASURE_ROWS, say) if both else None
         if found is None:
             found = measure(chain, {onto: out}, rows=rows or CHECK_ROWS, say=say)
     except KeyboardInterrupt:
         raise Interrupted(
-            f"interrupted while it was compared: {out} is whole, only the numbers are missing. The same command makes them."
+            f"interrupted during the comparison: {out} is whole, only the numbers are missing. The same command makes them."
         ) from None
     write_json(out / MARK, {**(read_json(out / MARK) or {}), "measured": found.as_dict()})
-    say(found.ways[onto].logps.line())
-    for line in found.lines():
+    for line in (found.ways[onto].logps.line(), *found.lines()):
         say(line)
     if onto == "base" and chain.base.get("load_in_4bit", True):
         say(
@@ -154,8 +124,40 @@ def run_merge(
     return found
 
 
+def _say_chain(chain: Chain, last_stage: bool, say: Say) -> None:
+    where = f"{chain.run}, stage {chain.stage}" if chain.run is not None else "explicit adapters"
+    say(f"{where}: {' + '.join([chain.base['name_or_path'], *(str(a.path) for a in chain.adapters)])}")
+    for other in stages_of(chain.run) if chain.run is not None and last_stage else ():
+        if not other.complete():
+            say(f"note: {other.path} is not finished, and not in it")
+    if chain.run is not None and chain.stage is not None and chain.tokenizer_from is not None:
+        template = resolve_template("auto", load_tokenizer(chain.tokenizer_from))
+        check_rendering(chain.info, chain.run / chain.stage, template.text, template.tokenizer)
+    for note in chain.notes:
+        say(note)
+
+
+def _write_adapter(chain: Chain, out: Path, overwrite: bool, say: Say) -> None:
+    name = chain.base["name_or_path"]
+    if not overwrite and _earlier(out, {"kind": COMPOSED, **chain.lineage()}) is not None:
+        say(f"{out} is complete already.")
+        return
+    for adapter in chain.adapters:
+        if adapter.copies:
+            adapter.check_copies(open_base(name, chain.base.get("revision", "main")).parameter)
+    adapter_only(
+        chain.adapters,
+        out,
+        base_model_name=name,
+        tokenizer_from=chain.tokenizer_from,
+        lineage=chain.lineage(),
+        overwrite=overwrite,
+    )
+    say(f"{out}: the whole chain as one PEFT adapter; it belongs on the bare {name}")
+
+
 def _earlier(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """What ``out`` says of itself, where that is the merge that is wanted."""
+    """The mark of ``out``, if it is the merge that is wanted."""
     sweep(out.absolute().parent, out.name)
     told = read_json(out / MARK)
     wanted = json.loads(json.dumps(wanted, default=str))
@@ -168,33 +170,31 @@ def _is_measured(told: dict[str, Any], onto: Way, both: bool, rows: int | None) 
     return ways <= {*measured, *measured.get("missing", ())} and rows in (None, measured["data"]["rows"])
 
 
-def _measured(
+class _Done(Exception):
+    """Ends a block whose folder is to be removed."""
+
+
+def _measure_both(
     chain: Chain, out: Path, onto: Way, merged: Callable[[Path, Way], MergeReport], rows: int, say: Say
 ) -> MergeMeasure | None:
-    """Both ways: the other one is merged beside ``out``, measured, and removed, however this ends. None where the other
-    way is none: the base was not trained in 4 bits."""
+    """Merge the other way into a temporary folder beside ``out``, and measure both. None where the base was not trained in
+    4 bits, so that there is one way only."""
     other: Way = "nf4" if onto == "base" else "base"
     if not chain.base.get("load_in_4bit", True):
         say(f"trained on the base in 16 bits: --onto {other} would be another model, and is not measured")
         return None
-    target = out.with_name(f"{out.name}.measure")
     found: MergeMeasure | None = None
-    with suppress(_Done), folder_aside(target) as aside:
+    with suppress(_Done), folder_aside(out.with_name(f"{out.name}.measure")) as aside:
         try:
             merged(aside / other, other)
-        except UserError as error:  # no room, or a base whose 16-bit weights are not there
+        except UserError as error:  # the disk is too small, or the base has no 16-bit weights
             found = measure(chain, {onto: out}, rows=rows, say=say)
             found.missing[other] = error.message
         else:
-            # base first, whichever was asked for
             folders = {way: out if way == onto else aside / other for way in ("base", "nf4")}
             found = measure(chain, folders, rows=rows, say=say)
         raise _Done
     return found
-
-
-class _Done(Exception):
-    """The folder beside has served its purpose."""
 
 
 def _merge(
@@ -204,25 +204,20 @@ def _merge(
 
     def progress(done: int, total: int) -> None:
         nonlocal told
-        if total > 2e9 and done * 10 // total > told:  # below that it takes seconds
+        if total > 2e9 and done * 10 // total > told:  # smaller models take seconds
             told = done * 10 // total
             say(f"written {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
+    stored = chain.base.get("dtype")
     return merge(
         folder,
         chain.adapters,
         out,
         onto=onto,
         double_quant=chain.base.get("double_quant", True),
-        quant_dtype=_dtype(chain),
+        quant_dtype=getattr(torch, stored) if stored else compute_dtype("auto", compute_device()),
         tokenizer_from=chain.tokenizer_from,
         lineage=lineage,
         overwrite=overwrite,
         progress=progress,
     )
-
-
-def _dtype(chain: Chain) -> torch.dtype:
-    """What the base was loaded in when it was quantized."""
-    stored = chain.base.get("dtype")
-    return getattr(torch, stored) if stored else compute_dtype("auto", compute_device())

@@ -1,54 +1,81 @@
-"""What a merge changed, in numbers: the merged folder against the live stack, on held-out conversations.
+"""The merged folder compared with the live stack, on held-out conversations.
 
-Merged onto NF4's weights the folder says what the live stack said, up to rounding: KL is near zero by definition, and says
-nothing about which is better. Merged onto the 16-bit base it says something else, since the base's own rounding is undone.
-Which of the two answers better is what the held-out loss tells.
+Merged onto NF4's weights, the folder equals the live stack up to rounding: KL is near zero, whichever model is better. Merged
+onto the 16-bit base it differs, since the base's own rounding is undone. The held-out loss tells which of the two is better.
 """
 
 from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from ..config.load import DatasetSpec, RunConfig
 from ..data.chat_template import ChatTemplate, Example
 from ..data.dataset import TokenizedDataset, prepare
-from ..demo import CONVERSATIONS_TEST
 from ..errors import UserError
 from ..evaluate.bootstrap import Bootstrap, Interval, Ratio
 from ..evaluate.rows import held_out
+from ..io.safetensors import SafetensorsFile
 from ..model.base import FAMILIES
 from ..model.chain import Chain
 from ..model.loaded import live_of
-from .check import LogpDifference, compare_logps, open_folder
 
 Say = Callable[[str], None]
 CHECK_ROWS, MEASURE_ROWS = 8, 64
 MAX_TOKENS = 512  # of each row
 MICRO_TOKENS = 2048  # run at once, padding included
 CHUNK_BYTES = 32 * 2**20  # of one float32 copy of logits
-HEADER = ("", "KL (live ‖ merged)", "same top token", "held-out loss", "merged - live")
+DEMO_ROWS = Path(__file__).parents[1] / "demo" / "conversations_test.jsonl"
+
+
+@dataclass(frozen=True)
+class LogpDifference:
+    """|Δ| of two lists of per-token log-probabilities: mean, largest, and the number of tokens."""
+
+    mean: float
+    max: float
+    tokens: int
+
+    def line(self) -> str:
+        """For the console."""
+        return f"merged against live, {self.tokens} tokens: mean |Δ log p| {self.mean:.2e}, largest {self.max:.2e}"
+
+
+def compare_logps(live: Sequence[Tensor], merged: Sequence[Tensor]) -> LogpDifference:
+    """The difference of two lists of per-token log-probabilities, row by row of the same shape [T - 1].
+
+    Raises:
+        ValueError: the lists are not of the same rows, or are empty.
+    """
+    if [tuple(x.shape) for x in live] != [tuple(x.shape) for x in merged] or not live:
+        raise ValueError("the two lists hold different rows, or none")
+    gaps = torch.cat(
+        [(x.detach().float().cpu() - y.detach().float().cpu()).abs().flatten() for x, y in zip(live, merged)]
+    )
+    return LogpDifference(float(gaps.mean()), float(gaps.max()), gaps.numel())
 
 
 @dataclass(frozen=True)
 class Way:
-    """What one way of merging came to. Intervals are over conversations.
+    """The measurements of one way of merging. Intervals are over conversations.
 
     Attributes:
-        kl: KL(live ‖ merged) over the whole vocabulary, nats a token.
-        agreement: share of tokens at which both find the same token likeliest.
-        loss: of the merged folder, nats a token.
+        kl: KL(live ‖ merged) over the whole vocabulary, nats per token.
+        agreement: share of tokens with the same most likely token.
+        loss: of the merged folder, nats per token.
         gap: its loss minus the live stack's, over the same draws.
-        logps: |Δ log p| of the tokens that stand there.
+        logps: |Δ log p| of the target tokens.
     """
 
     kl: Interval
@@ -70,15 +97,15 @@ class Way:
 
 @dataclass
 class MergeMeasure:
-    """The live stack and folders merged from it, on the same supervised tokens.
+    """The live stack and the folders merged from it, on the same supervised tokens.
 
     Attributes:
         origin: where the rows come from.
         rows, tokens: conversations, and supervised tokens in them.
-        live: its loss.
-        ways: "base", "nf4" → what it came to.
-        between: loss of base minus loss of nf4, where both are there.
-        missing: way → why it was not measured.
+        live: loss of the live stack.
+        ways: "base", "nf4" → measurements.
+        between: loss of base minus loss of nf4, where both were measured.
+        missing: way → reason why it was not measured.
     """
 
     origin: str
@@ -101,23 +128,8 @@ class MergeMeasure:
             "missing": self.missing,
         }
 
-    def table(self) -> list[list[str]]:
-        """Under ``HEADER``."""
-        rows = [["live", "", "", self.live.text(), ""]]
-        for name, way in self.ways.items():
-            rows.append(
-                [
-                    f"--onto {name}",
-                    f"{way.kl.value:.2e}",
-                    f"{way.agreement.value:.2%}",
-                    way.loss.text(),
-                    way.gap.text("+.4f"),
-                ]
-            )
-        return rows
-
     def lines(self) -> list[str]:
-        """For the console: the same without a table, and what follows from it."""
+        """For the console."""
         told = [f"on {self.tokens:,} supervised tokens of {self.rows:,} conversations ({self.origin}):"]
         told.append(f"live: held-out loss {self.live.text()}")
         for name, way in self.ways.items():
@@ -127,20 +139,13 @@ class MergeMeasure:
             )
         told += [f"--onto {name}: not measured: {why}" for name, why in self.missing.items()]
         if self.between is not None:
-            told.append(self.verdict())
+            told.append(f"loss of base minus nf4 {self.between.text('+.4f')}: {self._verdict(self.between)}")
         return told
 
-    def verdict(self) -> str:
-        """Which way has the lower held-out loss, if these rows can tell."""
-        gap = self.between
-        if gap is None:
-            return ""
+    def _verdict(self, gap: Interval) -> str:
         if gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
-            return (
-                f"loss of base minus nf4 {gap.text('+.4f')}: these rows do not tell the two apart; base is the default"
-            )
-        better = "base" if gap.value < 0 else "nf4"
-        return f"loss of base minus nf4 {gap.text('+.4f')}: --onto {better} is the better model on these rows"
+            return "these rows do not tell the two apart; base is the default"
+        return f"--onto {'base' if gap.value < 0 else 'nf4'} is the better model on these rows"
 
 
 @torch.no_grad()
@@ -155,82 +160,73 @@ def measure(
 ) -> MergeMeasure:
     """Compare merged folders with the live stack, one after the other: never two models in memory.
 
-    The rows are the chain's held-out conversations; the demo's where those cannot be read. What is kept of the live stack
-    is its last hidden states, so that no [tokens, vocabulary] is ever held.
+    The rows are the chain's held-out conversations, or the demo's if those cannot be read. Of the live stack only the last
+    hidden states are kept, so that no [tokens, vocabulary] is ever held.
 
     Args:
         folders: "base" and/or "nf4" → a folder merged that way.
-        rows: conversations at most.
+        rows: most conversations.
         max_tokens: of each.
 
     Raises:
-        UserError: the base or an adapter is not what the chain's stage was trained with.
+        UserError: the base or an adapter is not the one that the chain's stage was trained with.
     """
     live = live_of(chain, chat_template="auto", say=say)
     data, origin = _rows(chain, live.template, rows, max_tokens, say)
     examples = list(data.examples)
-    targets = [_targets(example) for example in examples]
+    targets = [torch.from_numpy(e.ids[1:][e.mask[1:]].astype(np.int64)) for e in examples]
+    tokens = np.array([len(t) for t in targets], dtype=np.float64)
     device, dtype = live.base.device, live.dtype
-    with ExitStack() as kept:
-        kept_live = _states(live.stack.base, examples, device, kept)
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    with ExitStack() as files:
+        live_states = _states(live.stack.base, examples, device, files)
         del live
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        sums: dict[str, np.ndarray] = {"tokens": np.array([len(t) for t in targets], dtype=np.float64)}
-        logps: dict[str, list[Tensor]] = {}
         for name, folder in folders.items():
-            with open_folder(folder, device, dtype) as model, ExitStack() as its:
-                found = _compare(kept_live, _states(model, examples, device, its), targets)
+            with open_folder(folder, device, dtype) as model, ExitStack() as own_files:
+                found[name] = _compare(live_states, _states(model, examples, device, own_files), targets)
                 del model
             gc.collect()
-            sums |= {f"{name} {key}": np.array([float(t.sum()) for t in found[key]]) for key in ("kl", "same", "logp")}
-            logps[name], logps["live"] = found["logp"], found["live"]
-    sums["live"] = np.array([float(t.sum()) for t in logps["live"]])
-    return _measured(sums, logps, list(folders), origin, bootstrap or Bootstrap())
 
-
-def _measured(
-    sums: dict[str, np.ndarray], logps: dict[str, list[Tensor]], names: list[str], origin: str, bootstrap: Bootstrap
-) -> MergeMeasure:
-    tokens = sums["tokens"]
-    ratios: dict[str, Ratio] = {"live": (-sums["live"], tokens)}
-    for name in names:
-        logp = sums[f"{name} logp"]
-        ratios |= {f"{name} kl": (sums[f"{name} kl"], tokens), f"{name} same": (sums[f"{name} same"], tokens)}
-        ratios |= {f"{name} loss": (-logp, tokens), f"{name} gap": (sums["live"] - logp, tokens)}
-    both = {"base", "nf4"} <= set(names)
-    if both:
-        ratios["between"] = (sums["nf4 logp"] - sums["base logp"], tokens)
-    found = bootstrap.intervals(ratios)
-    ways = {}
-    for name in names:
-        kl, same, loss, gap = (found[f"{name} {key}"] for key in ("kl", "same", "loss", "gap"))
-        ways[name] = Way(kl, same, loss, gap, compare_logps(logps["live"], logps[name]))
-    between = found["between"] if both else None
-    return MergeMeasure(origin, len(tokens), int(tokens.sum()), found["live"], bootstrap, ways, between)
+    sums = {
+        name: {k: np.array([float(t.sum()) for t in v]) for k, v in values.items()} for name, values in found.items()
+    }
+    live_logp = next(iter(sums.values()))["live"]
+    ratios: dict[str, Ratio] = {"live": (-live_logp, tokens)}
+    for name, of in sums.items():
+        ratios |= {f"{name} kl": (of["kl"], tokens), f"{name} same": (of["same"], tokens)}
+        ratios |= {f"{name} loss": (-of["logp"], tokens), f"{name} gap": (live_logp - of["logp"], tokens)}
+    if {"base", "nf4"} <= sums.keys():
+        ratios["between"] = (sums["nf4"]["logp"] - sums["base"]["logp"], tokens)
+    bootstrap = bootstrap or Bootstrap()
+    intervals = bootstrap.intervals(ratios)
+    ways = {
+        name: Way(
+            *(intervals[f"{name} {key}"] for key in ("kl", "same", "loss", "gap")),
+            logps=compare_logps(of["live"], of["logp"]),
+        )
+        for name, of in found.items()
+    }
+    between = intervals.get("between")
+    return MergeMeasure(origin, len(tokens), int(tokens.sum()), intervals["live"], bootstrap, ways, between)
 
 
 def _rows(chain: Chain, template: ChatTemplate, limit: int, max_tokens: int, say: Say) -> tuple[TokenizedDataset, str]:
     try:
         found = held_out(chain, template, "sft", limit=limit, max_length=max_tokens)
         return found.data, found.origin
-    except (UserError, OSError, ValueError) as error:
+    except (UserError, OSError) as error:
         say(f"no held-out conversations of the chain's own ({str(error).splitlines()[0]}); taking the demo's")
-    specs = [DatasetSpec(path=str(CONVERSATIONS_TEST), limit=limit)]
-    return prepare(
-        specs, "sft", RunConfig(max_length=max_tokens), template, what="held-out"
-    ), "the demo's conversations"
-
-
-def _targets(example: Example) -> Tensor:
-    """[N] int64, the tokens to be predicted."""
-    return torch.from_numpy(example.ids[1:][example.mask[1:]].astype(np.int64))
+    specs = [DatasetSpec(path=str(DEMO_ROWS), limit=limit)]
+    data = prepare(specs, "sft", RunConfig(max_length=max_tokens), template, what="held-out")
+    return data, "the demo's conversations"
 
 
 @dataclass
 class _States:
-    """Of each example what its targets are predicted from.
+    """The states that each example's targets are predicted from.
 
     Attributes:
         tensors: [N_i, D] each, on the CPU.
@@ -242,37 +238,38 @@ class _States:
     device: torch.device
 
 
-def _states(model: Any, examples: list[Example], device: torch.device, stack: ExitStack) -> _States:
-    """By the model's own forward pass, for live and merged alike, so that nothing but the weights differs."""
+def _states(model: Any, examples: list[Example], device: torch.device, files: ExitStack) -> _States:
+    """By the model's own forward pass, for live and merged alike, so that only the weights differ.
+
+    Other architectures than the fused engine's may change their logits after the head: of those the logits are kept.
+    """
     known = model.config.model_type in FAMILIES
     result: list[Tensor] = [torch.empty(0)] * len(examples)
     for group in _groups(examples) if known else [[place] for place in range(len(examples))]:
         longest = max(len(examples[i].ids) for i in group)
         ids = torch.zeros(len(group), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        for row, i in enumerate(group):  # padded on the right, where causal attention never looks
+        for row, i in enumerate(group):  # padded on the right, which causal attention never reads
             ids[row, : len(examples[i].ids)] = torch.from_numpy(examples[i].ids.astype(np.int64))
             mask[row, : len(examples[i].ids)] = 1
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-        hidden = model.model(**inputs).last_hidden_state if known else model(**inputs).logits
+        states = model.model(**inputs).last_hidden_state if known else model(**inputs).logits
         for row, i in enumerate(group):
             places = torch.from_numpy(np.flatnonzero(examples[i].mask[1:]))
-            found = hidden[row][places.to(hidden.device)].cpu()
-            result[i] = found if known else _on_disk(found, stack)
-    if not known:  # what other architectures do to their logits is theirs: the logits themselves are kept
-        return _States(result, lambda logits: logits, device)
-    return _States(result, model.get_output_embeddings(), device)
+            chosen = states[row][places.to(states.device)].cpu()
+            result[i] = chosen if known else _on_disk(chosen, files)
+    return _States(result, model.get_output_embeddings() if known else lambda logits: logits, device)
 
 
-def _on_disk(logits: Tensor, stack: ExitStack) -> Tensor:
-    """The same numbers, in a file that is mapped and goes with the stack."""
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="zephyr-lite-"))
+def _on_disk(logits: Tensor, files: ExitStack) -> Tensor:
+    """A copy in a mapped file, which is deleted with the stack."""
+    folder = files.enter_context(tempfile.TemporaryDirectory(prefix="zephyr-lite-"))
     kept = torch.from_file(f"{folder}/logits", shared=True, size=logits.numel(), dtype=logits.dtype).view(logits.shape)
     return kept.copy_(logits)
 
 
 def _groups(examples: list[Example]) -> Iterator[list[int]]:
-    """Examples of like length, so that padding is little."""
+    """Examples of similar length, so that padding is little."""
     group: list[int] = []
     for i in sorted(range(len(examples)), key=lambda i: -len(examples[i].ids)):
         if group and (len(group) + 1) * len(examples[group[0]].ids) > MICRO_TOKENS:
@@ -284,12 +281,11 @@ def _groups(examples: list[Example]) -> Iterator[list[int]]:
 
 
 def _compare(live: _States, merged: _States, targets: list[Tensor]) -> dict[str, list[Tensor]]:
-    """Per token, of each example [N_i] float64: kl, same (1 or 0), and the log-probability of the target in both."""
+    """Per token, of each example [N_i] float64: kl, same (1 or 0), and the target's log-probability: live, and logp (merged)."""
     found: dict[str, list[Tensor]] = {"kl": [], "same": [], "live": [], "logp": []}
     for one, other, ids in zip(live.tensors, merged.tensors, targets):
         parts: dict[str, list[Tensor]] = {key: [] for key in found}
-        start = 0
-        size = 1  # until the vocabulary is known
+        start, size = 0, 1  # one token until the vocabulary is known
         while start < len(ids):
             here = slice(start, start + size)
             p = live.head(one[here].to(live.device)).float().log_softmax(-1)
@@ -307,9 +303,76 @@ def _compare(live: _States, merged: _States, targets: list[Tensor]) -> dict[str,
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """[n] of log-probabilities [n, V]: Σ p (log p - log q) - p + q, which is the same sum, with terms that are none below zero:
-    rounding does not add up to a negative divergence where the two are nearly equal."""
+    """[n] from log-probabilities [n, V]: Σ p (log p - log q) - p + q, the same sum with no term below zero, so that rounding
+    does not give a negative divergence where the two are nearly equal."""
     gap, weight = p - q, p.exp()
     near = weight * (gap + torch.expm1(-gap.clamp(-1, 1)))
     terms = torch.where(gap.abs() < 0.1, near, weight * gap - weight + q.exp())
     return terms.clamp_min(0).sum(-1)
+
+
+@contextmanager
+def open_folder(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    memory: int | None = None,
+) -> Iterator[Any]:
+    """A model folder, loaded with plain transformers, for as long as the block runs.
+
+    Layers that do not fit in the free memory stay on the disk (accelerate's offload).
+
+    Args:
+        device: where to compute.
+        dtype: to load in.
+        memory: most bytes to use; None: all that is free.
+    """
+    folder, device = Path(folder), torch.device(device)
+    entries = [entry for path in folder.glob("*.safetensors") for entry in SafetensorsFile(path).entries.values()]
+    need = sum(entry.nbytes // entry.torch_dtype.itemsize for entry in entries) * dtype.itemsize
+    free = memory if memory is not None else _free(device)
+    placement: dict[str, Any] = {"device_map": {"": str(device)}}
+    with tempfile.TemporaryDirectory(prefix="zephyr-lite-") as offload:
+        if need * 1.2 > free:  # a fifth for activations, logits and the loader's own copies
+            host = free if device.type == "cpu" else _free(torch.device("cpu"))
+            limits: dict[int | str, int] = {"cpu": int(host * 0.6)}
+            if device.type == "cuda":
+                limits[device.index or 0] = int(free * 0.6)
+            placement = {"device_map": "auto", "max_memory": limits, "offload_folder": offload}
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **placement
+        ).eval()
+        yield model
+        del model
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+@torch.no_grad()
+def folder_logps(
+    folder: str | Path,
+    rows: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    memory: int | None = None,
+) -> list[Tensor]:
+    """Per-token log-probabilities of a model folder (``open_folder``); the log-softmax is float32 whatever the dtype.
+
+    Args:
+        rows: token ids, at least 2 in each row.
+
+    Returns:
+        For each row float32 [T - 1] on the CPU: log p of tokens 1 … T-1.
+    """
+    result = []
+    with open_folder(folder, device, dtype, memory=memory) as model:
+        for row in rows:
+            ids = torch.tensor([list(row)], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            chosen = logits.gather(1, ids[0, 1:, None].to(logits.device))[:, 0]
+            result.append((chosen - logits.logsumexp(dim=-1)).cpu())
+    return result

@@ -1,12 +1,11 @@
-"""A chain of adapters becomes a model folder: composed onto the base's weights, streamed from file to file.
+"""Merging a chain of adapters into the base's weights, streamed from file to file.
 
-The base is never loaded. Its shards are read tensor by tensor and written in the same order, names and dtypes; what no
-adapter touches is copied as bytes, the rest is computed in float32 by blocks of rows. So a merge of any base takes a
-few hundred megabytes of memory.
+The base is never loaded. Its shards are read tensor by tensor and written in the same order, names and dtypes: weights with
+an adapter are computed in float32 by blocks of rows, all others are copied as bytes. A merge of any base takes a few hundred
+megabytes of memory.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..io.atomic import folder_aside, make_folder, sweep, write_json
+from ..io.atomic import check_room, folder_aside, make_folder, sweep, write_json
 from ..io.safetensors import FLOATS, Entry, row_blocks, tensor_bytes, write_stream
 from ..model.compose import compose
 from ..model.peft_io import AdapterFile, LoraWeights, write_adapter
@@ -26,7 +25,7 @@ from .base_files import BaseFiles, copy_tokenizer, model_files, open_base
 
 MARK = "zephyr_lite.json"
 MERGED, COMPOSED = "merged model", "composed adapter"  # key ``kind`` of it
-# Of float32 rows. Larger blocks are no faster, and every copy of one counts against the memory bound.
+# of float32 rows; larger blocks are no faster
 BLOCK_BYTES = 64 * 2**20
 
 Modules = Mapping[str, LoraWeights]
@@ -34,14 +33,14 @@ Modules = Mapping[str, LoraWeights]
 
 @dataclass
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
-        merged: weights that an adapter changed.
-        requantized: weights that went through NF4 (adapters or not).
-        copied: tensors that were copied as bytes.
+        merged: number of weights that an adapter changed.
+        requantized: number of weights that went through NF4 (with adapters or without).
+        copied: number of tensors that were copied as bytes.
         bytes: size of the weights written.
-        eos_token_ids: what generation stops at.
+        eos_token_ids: where generation stops.
     """
 
     out: Path
@@ -59,7 +58,7 @@ class MergeReport:
         if self.onto == "nf4":
             how += f", {self.requantized} taken through NF4"
         return [
-            f"{self.out}: {self.bytes / 1e9:.2f} GB in {self.seconds:.0f} s; {how}, {self.copied} copied as they were.",
+            f"{self.out}: {self.bytes / 1e9:.2f} GB in {self.seconds:.0f} s; {how}, {self.copied} copied unchanged.",
             f"Generation stops at token {', '.join(map(str, self.eos_token_ids)) or '(none known)'}.",
         ]
 
@@ -84,12 +83,12 @@ def merge(
         base: a folder or hub id; 16-bit, 32-bit, or a checkpoint that bitsandbytes quantized to NF4.
         adapters: the chain, from the bottom up; adapter files, or module name → LoraWeights.
         out: the folder to make. It appears complete or not at all.
-        onto: "base": the weights as they are. "nf4": every linear layer that 4-bit loading quantizes is first replaced
-            by what NF4 makes of it, which is what 4-bit training saw.
+        onto: "base": the stored weights. "nf4": the weights that 4-bit training saw, each linear layer quantized to NF4 and
+            back.
         double_quant, quant_dtype: how that training quantized: bnb_4bit_use_double_quant, and the dtype the base was
             loaded in.
-        tokenizer_from: a folder with tokenizer files and chat template (a stage's adapter/); the base's own otherwise.
-        lineage: where this came from; kept in zephyr_lite.json and in the weights' metadata.
+        tokenizer_from: a folder with tokenizer files and chat template (a stage's adapter/); default: the base's own.
+        lineage: where this came from; written to zephyr_lite.json and to the weights' metadata.
         overwrite: replace an earlier merge in `out`.
         progress: called with (bytes written, bytes in all).
 
@@ -147,7 +146,7 @@ def merge(
 
     make_folder(out.parent)
     with folder_aside(out) as aside:
-        # first what is small and can be wrong
+        # the small files first: their errors show before gigabytes are written
         report.eos_token_ids = model_files(files, aside, Path(tokenizer_from) if tokenizer_from else None)
         for shard, names in files.shards.items():
             header = {name: (files.entries[name].dtype, files.entries[name].shape) for name in names}
@@ -186,10 +185,10 @@ def adapter_only(
 
 
 def claim(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that is somebody else's, or ours without leave to replace it.
+    """Refuse an output folder with other files, or with an earlier merge that is not to be replaced.
 
     Raises:
-        UserError: as said.
+        UserError: says which.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -203,24 +202,15 @@ def claim(out: Path, overwrite: bool) -> None:
 
 
 def check_disk(out: Path, size: int) -> None:
-    """Refuse to start what the disk cannot hold (an earlier merge is removed only after the new one is complete). What a
-    killed merge into this folder left aside is removed first.
+    """Refuse a merge that the disk has no room for; leftovers of killed merges into this folder are removed first.
 
     Raises:
-        UserError: less is free than the result takes.
+        UserError: says how much is free and how much is needed.
     """
     place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     sweep(out.absolute().parent, out.name)
-    free = shutil.disk_usage(place).free
-    # 64 MB for tokenizer, configuration and headers.
-    if free < size + 64 * 2**20:
-        # On a file system without locks nobody knows whether a merge that began these is still at work.
-        left = ", ".join(str(path) for path in out.absolute().parent.glob(f".{out.name}.????????"))
-        raise UserError(
-            f"{place}: {free / 1e9:.1f} GB are free, the result takes {size / 1e9:.1f} GB.",
-            "Free some space, or choose an --out on another disk."
-            + (f" An interrupted merge may have left these, to be deleted: {left}" if left else ""),
-        )
+    # 64 MB for tokenizer, configuration and headers
+    check_room(place, size + 64 * 2**20, "the result")
 
 
 def _check_fit(files: BaseFiles, chain: Sequence[Modules]) -> None:

@@ -29,15 +29,7 @@ PATIENCE = timedelta(hours=12)
 
 
 class PeerEnded(Exception):
-    """Another process of the run has ended, and prints why itself. The command line exits with its code.
-
-    Args:
-        message: which process, and its error.
-        code: its exit code.
-
-    Attributes:
-        interrupted: it was interrupted.
-    """
+    """Another process of the run has ended, and prints why itself; the command line exits with the same code."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -47,7 +39,8 @@ class PeerEnded(Exception):
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run. Every method is a collective call: all processes make it at the same point.
+    """This process among those of the run. Every method is a collective call, which all processes make at the same point; it
+    raises ``PeerEnded`` in all the others where one fails.
 
     Attributes:
         rank, size: of all processes.
@@ -99,11 +92,7 @@ class World:
         return [value for value, _ in found]
 
     def together(self, work: Callable[[], T]) -> T:
-        """Call a function in every process; this process's own result, which is not sent.
-
-        Raises:
-            PeerEnded: as ``each``.
-        """
+        """Call a function in every process; this process's own result, which is not sent."""
         if self.size == 1:
             return work()
         kept: list[T] = []
@@ -111,20 +100,12 @@ class World:
         return kept[0]
 
     def lead(self, work: Callable[[], T]) -> T:
-        """Call a function in rank 0; its result in all.
-
-        Raises:
-            PeerEnded: as ``each``.
-        """
+        """Call a function in rank 0; its result in all."""
         return self.each(work if self.writes else nothing)[0]
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """Call a function in rank 0, then in the first process of every other machine, then in the rest, so that they find
-        in the caches what the first has downloaded, tokenized or quantized; this process's own result.
-
-        Raises:
-            PeerEnded: as ``each``.
-        """
+        in the caches what the first has downloaded, tokenized or quantized; this process's own result."""
         mine = 0 if self.writes else 1 if self.local_rank == 0 else 2
         kept: list[T] = []
         for turn in range(3):
@@ -132,11 +113,7 @@ class World:
         return kept[0]
 
     def sums(self, work: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-        """Call a function in every process and sum its numbers by name, in the order of ranks: the same bits in all.
-
-        Raises:
-            PeerEnded: as ``each``.
-        """
+        """Call a function in every process and sum its numbers by name, in the order of ranks: the same bits in all."""
         total: dict[str, float] = {}
         for numbers in self.each(work):
             for name, value in numbers.items():

@@ -6,8 +6,8 @@ adapter's columns set to zero. Prompts are computed once for both responses.
 Supports: sigmoid (with label smoothing), robust, hinge, IPO per token and summed; a live reference, or one computed
 once and kept on disk; evaluation, best checkpoint, early stopping.
 
-Raises ``UserError`` for anything of the user's that does not fit, and where the loss does not start at the
-reference; ``StageComplete`` for a finished stage.
+Raises ``UserError`` for a user's mistake, and if policy and reference differ at step 0; ``StageComplete`` for a finished
+stage.
 """
 
 from __future__ import annotations
@@ -22,21 +22,18 @@ from ..config.load import Loaded
 from ..data.batch import Batch, collate_pairs
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
-from ..memory.plan import Plan
 from ..model.decoder import Dropout
 from .losses import Preference, preference_loss
-from .main import OnMetrics, run, train
+from .main import OnMetrics, run
 from .monitors import DpoCollapseMonitor
 from .objective import Metrics, Outcome, Shares
 from .observer import Observer
 from .oom import OomRetry
 from .reference import ReferenceCache, cache_key, pair_sums
 from .stage import Say, Stage
-from .steps import Lengths
 
-# How far apart policy and reference may be at step 0, where both are the same function: in nats a token. A live
-# reference runs through the same products in the same order; a cached one ran in other micro-batches, whose rounding
-# differs, in 16 bits by up to some hundredths of a nat a token.
+# Allowed difference of policy and reference at step 0, where both are the same function, in nats per token. A live
+# reference runs the same products in the same order; a cached one ran in other micro-batches and rounds differently.
 START_TOLERANCE = {"live": 1e-6, "cached": 5e-2}
 
 
@@ -47,30 +44,12 @@ def run_dpo(
     on_metrics: OnMetrics = lambda step, total, metrics: None,
     observers: Sequence[Observer] = (),
 ) -> Outcome:
-    """Train the stage that the configuration describes, from its last checkpoint if there is one."""
-    return run("dpo", loaded, train_dpo, say=say, on_metrics=on_metrics, observers=observers)
-
-
-def train_dpo(
-    stage: Stage,
-    *,
-    say: Say = print,
-    on_metrics: OnMetrics = lambda step, total, metrics: None,
-    observers: Sequence[Observer] = (),
-) -> Outcome:
-    """Train an opened stage and write its adapter."""
-    return train(
-        stage,
-        DpoObjective(stage, say),
-        say=say,
-        on_metrics=on_metrics,
-        observers=observers,
-        collapse=DpoCollapseMonitor(),
-    )
+    """Train the stage of a configuration, from its last checkpoint if there is one (see ``main.run``)."""
+    return run("dpo", loaded, DpoObjective, say=say, on_metrics=on_metrics, observers=observers)
 
 
 class DpoObjective:
-    """Losses and rows of preference optimization (see ``task.Task``)."""
+    """Loss and metrics of preference optimization (see ``Objective``)."""
 
     unit = "pairs"
 
@@ -78,26 +57,15 @@ class DpoObjective:
         self.stage = stage
         self.data = stage.data
         self.decoder = stage.decoder
-        self.guard = OomRetry(stage, say)
+        self.oom = OomRetry(stage, say)
+        self.collapse = DpoCollapseMonitor()
         self.cache = self._fill_cache(say) if stage.config.precompute_ref_log_probs else None
 
-    def follow(self, plan: Plan) -> None:
-        self.guard.follow(plan)
-
-    def rows(self) -> Sequence[Sequence[int]]:
-        return self.data.rows
-
-    def lengths(self) -> Lengths:
-        return self.data.lengths
-
-    def where(self, example: int) -> str:
-        return self.data.examples[example].where
-
-    def count(self, examples: Sequence[int]) -> int:
+    def num_targets(self, examples: Sequence[int]) -> int:
         return len(examples)
 
     def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Shares]:
-        self.guard.begin(self.data, examples, training=True, together=self.cache is None)
+        self.oom.begin(self.data, examples, training=True)
         batch = self._batch(self.data, examples)
         config = self.stage.config
         dropout = Dropout(config.lora_dropout, config.seed, step)
@@ -108,29 +76,27 @@ class DpoObjective:
         sums = _sums(found, policy.detach())
         return found.losses.sum() / total, {**sums, "num_tokens": float(len(batch))}
 
-    def summarize(self, sums: Metrics, total: int) -> Metrics:
+    def metrics(self, sums: Metrics, total: int) -> Metrics:
         means = {k: v / total for k, v in sums.items() if k.startswith(("rewards/", "logps/"))}
         return {"loss": sums["loss"], **means, "num_tokens": sums["num_tokens"], "num_pairs": float(total)}
 
-    def measure(self) -> Metrics:
-        """Sums over this process's held-out pairs, each counted once: loss, rewards, accuracy (a tie is no success), margin."""
+    @torch.no_grad()
+    def evaluate(self) -> Metrics:
+        """Sums over this process's held-out pairs: loss, rewards, accuracy (a tie counts as wrong), margin."""
         data = self.stage.eval_data
         if data is None:
             return {}
         sums: Metrics = {}
-
-        @torch.no_grad()
-        def add(group: list[int]) -> None:
-            batch = self._batch(data, group)
-            policy, reference = self._sums(batch)
-            found = self._preference(policy, reference, batch)
-            for name, value in {"loss": found.losses.sum(), **_sums(found, policy)}.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
-
-        self.guard.over(data, add, together=True)
+        for attempt, group in self.oom.groups(data):
+            with attempt:
+                batch = self._batch(data, group)
+                policy, reference = self._sums(batch)
+                preference = self._preference(policy, reference, batch)
+                found = {"loss": preference.losses.sum(), **_sums(preference, policy)}
+                sums = {name: sums.get(name, 0.0) + value.item() for name, value in found.items()}
         return sums
 
-    def evaluation(self, sums: Metrics) -> Metrics:
+    def eval_metrics(self, sums: Metrics) -> Metrics:
         data = self.stage.eval_data
         return {} if data is None else {f"eval_{name}": value / len(data.lengths) for name, value in sums.items()}
 
@@ -165,10 +131,10 @@ class DpoObjective:
         return pair_sums(self.decoder, batch, keep=keep, dropout=dropout), reference
 
     def _check_start(self, policy: Tensor, reference: Tensor, batch: Batch) -> None:
-        """At step 0 the adapter's B is zero, so policy and reference are one function; anything else is a wrong reference."""
+        """At step 0 the adapter's B is zero, so policy and reference are the same function."""
         kind = "cached" if self.cache is not None else "live"
         apart = ((policy - reference).abs() / batch.group_sizes.view(-1, 2)).max().item()
-        if math.isfinite(apart) and apart > START_TOLERANCE[kind]:  # what is not finite is the loop's to judge
+        if math.isfinite(apart) and apart > START_TOLERANCE[kind]:  # the loop handles what is not finite
             raise UserError(
                 f"step 1: policy and {kind} reference differ by {apart:.2e} nats a token before the first update, where "
                 "they must be the same.",
@@ -194,7 +160,7 @@ class DpoObjective:
         cache.compute(
             self.decoder,
             lambda indices: collate_pairs([self.data.examples[i] for i in indices]),
-            lambda run: self.guard.over(self.data, run),
+            self.oom.groups(self.data),
         )
         return cache
 

@@ -1,4 +1,4 @@
-"""``--dry-run``: everything that a run does before its second step, and nothing on the disk afterwards."""
+"""``--dry-run``: everything that a run does before its second step, without writing to the disk."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from ..data.preview import text_runs
 from ..errors import UserError
 from ..memory.machine import peak_memory, reset_peak_memory
 from .dpo import DpoObjective
-from .loop import Loop
+from .loop import accumulate_gradients, init_state, update, warmup_largest_batch
+from .objective import Objective
 from .setup import setup_stage
 from .sft import SftObjective
 from .stage import Say, Stage
 from .steps import rows_of_step
 
 Spans = list[tuple[str, bool]]
-# A packed row may hold dozens of conversations; its first ones show what is to be seen.
+# of a packed row, which may hold dozens of conversations
 SHOWN_EXAMPLES = 2
 SHOWN_TOKENS = 400
 
@@ -29,13 +30,15 @@ SHOWN_TOKENS = 400
 def run_dry(method: Method, loaded: Loaded, *, say: Say, show: Callable[[str, Spans], None]) -> dict[str, float]:
     """Print the resolved configuration, the plan, the first row with what is supervised, and the first step's time.
 
-    Nothing is written but what the libraries keep in their caches: no run folder, no reference file, no tracker's run.
+    Nothing is written but the libraries' caches: no run folder, no reference file, no tracker's run.
 
     Args:
         say: prints a line.
         show: prints a title and runs of text, each with whether it is supervised.
+
     Returns:
         the first step's metrics, ``seconds`` among them.
+
     Raises:
         UserError, StageComplete: as the run itself would.
     """
@@ -51,24 +54,24 @@ def run_dry(method: Method, loaded: Loaded, *, say: Say, show: Callable[[str, Sp
     stage = setup_stage(method, loaded, say=say, claim=False)
     for title, spans in first_row(stage):
         show(title, spans)
-    task: Any = SftObjective(stage, say) if method == "sft" else DpoObjective(stage, say)
-    fp16 = str(stage.base.dtype) == "torch.float16"
-    loop = Loop(stage.config, stage.dir, stage.stack, task, stage.plan, fp16=fp16, say=say)
+    objective: Objective = SftObjective(stage, say) if method == "sft" else DpoObjective(stage, say)
+    state = init_state(stage, objective, say=say)
     if stage.base.device.type == "cuda":
-        loop.rehearse()
+        warmup_largest_batch(state)
     reset_peak_memory(stage.base.device)
     started = time.perf_counter()
-    metrics, _, _ = loop._step(0)
+    metrics = accumulate_gradients(state, 0)
+    update(state, metrics)
     metrics["seconds"] = time.perf_counter() - started
     say(
         f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4g}, "
         f"{metrics['seconds']:.2f} s (warm-up included), {peak_memory(stage.base.device) / 2**30:.2f} GiB at most"
         + f", {stage.plan.peak / 2**30:.2f} planned"
     )
-    whole = timedelta(seconds=round(metrics["seconds"] * loop.total))
+    whole = timedelta(seconds=round(metrics["seconds"] * state.total))
     say(
-        f"at this pace {loop.total:,} steps take {whole} at most, evaluations aside; "
-        f"nothing was written to {loop.config.output_dir}"
+        f"at this pace {state.total:,} steps take {whole} at most, evaluations aside; "
+        f"nothing was written to {loaded.config.output_dir}"
     )
     return metrics
 

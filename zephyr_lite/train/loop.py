@@ -1,395 +1,615 @@
-"""The training loop that every stage shares: steps, micro-batches, schedule, evaluation, callbacks, checkpoints.
+"""The training loop that SFT and DPO share.
 
-One step is ``batch_size`` rows of the recipe (packed rows, or pairs), run in as many micro-batches as the plan
-says. Losses are normalized by the step's own count, so neither the split nor the last partial step changes a
-gradient.
+One step is ``batch_size`` rows of the recipe (packed rows, or pairs), run in as many micro-batches as the plan says. Losses
+are divided by the step's own number of targets, so neither the split nor a last partial step changes a gradient.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..config.load import RunConfig
 from ..errors import Interrupted, UserError
 from ..io.interrupts import Output, StopRequest
 from ..io.run_dir import StageDir
-from ..io.sync import Mirror
 from ..memory.machine import peak_memory, reset_peak_memory
-from ..memory.plan import Plan
-from ..model.adapters import AdapterStack
-from .callbacks import make_callbacks
+from ..model.adapters import total_norm
+from .callbacks import Callbacks
 from .checkpoint import Checkpoint, MetricsLog, checkpoint_fault, prune, resume_point
-from .distributed import PeerEnded, everywhere
-from .monitors import IN_A_ROW, DpoCollapseMonitor
+from .distributed import PeerEnded, everywhere, world
+from .monitors import IN_A_ROW, SkippedSteps
 from .objective import Metrics, Objective, Outcome
-from .observer import Observer, Sample
-from .stepper import Stepper
-from .trouble import SkippedSteps, suspects
+from .observer import Observer
+from .oom import is_out_of_memory
+from .optim import make_optimizer, make_scheduler
+from .samples import draw_samples
+from .stage import Stage
+from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
+
+OnMetrics = Callable[[int, int, Metrics], None]
 
 
-class Loop(Stepper):
-    """Trains one adapter.
+@dataclass
+class TrainState:
+    """A run in progress.
 
-    Args:
-        config: the stage's configuration.
-        stage: its folder.
-        stack: the live model.
-        task: the stage's losses and rows.
-        plan: how a step is split and computed; the task follows it, and where memory runs out a smaller one.
-        fp16: scale the loss, as float16 gradients need it.
-        on_metrics: called with (step, metrics) at every logged step and evaluation.
-        callbacks: transformers' callbacks, beside the trackers of ``report_to``.
-        writes: False in all but one of a run's processes: the folder is only read.
-        observer: is told of every step, evaluation and sample.
-        begun: is called with the step that training begins after.
-        draw: answers held-out prompts after so many steps.
-        collapse: warns of a preference optimization that collapses.
-        mirror: copies checkpoints elsewhere.
-        forget_best: the best of before was judged on other rows than those held out now.
+    Attributes:
+        stage, objective: what is trained.
+        parameters: the adapter's float32 weights, by name.
+        optimizer, scheduler, scaler: of these weights; the scaler is disabled but for float16.
+        per_epoch, total: steps of an epoch, and of the run.
+        say, on_metrics: print a line, and a logged step.
+        observers: are told of steps, evaluations and samples.
+        callbacks: transformers' callbacks beside the trackers of ``report_to``.
+        output: knows whether anything can still be printed.
+        log, sample_log, skipped: the stage's JSON lines.
+        step: optimizer steps done.
+        metrics: of the last step.
+        evaluations: metrics of every evaluation so far.
+        sampled: steps at which samples were drawn.
+        best, stale: the lowest eval_loss with its step, and evaluations since.
+        warnings: printed about the run's numbers.
+        before_skips: while steps are being skipped, the step of the checkpoint from before the first of them.
+        gradients: with several processes, all gradients in one tensor, which one all-reduce sums in place.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        stage: StageDir,
-        stack: AdapterStack,
-        task: Objective,
-        plan: Plan,
-        *,
-        fp16: bool = False,
-        on_metrics: Callable[[int, int, Metrics], None] = lambda step, total, metrics: None,
-        callbacks: Sequence[TrainerCallback] = (),
-        writes: bool = True,
-        observer: Observer | None = None,
-        begun: Callable[[int], None] | None = None,
-        draw: Callable[[int], Sequence[Sample]] = lambda step: [],
-        collapse: DpoCollapseMonitor | None = None,
-        mirror: Mirror | None = None,
-        forget_best: bool = False,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self.mirror, self.forget_best, self.writes = mirror, forget_best, writes
-        super().__init__(config, stack, task, plan, fp16=fp16)
-        self.stage, self.observer, self.begun, self.draw = stage, observer or Observer(), begun, draw
-        self.output = Output()
-        self.say, self.on_metrics = self.output.of(say), self.output.of(on_metrics)
-        self.handler, self.state, self.control, self.arguments = make_callbacks(
-            config, stage, stack.model, self.optimizer, self.scheduler, self.total, callbacks
-        )
-        self.log = MetricsLog(stage.metrics, writes=writes)
-        self.left_out = SkippedSteps(stage.path, self.say, writes=writes)
-        self.sample_log = MetricsLog(stage.samples, writes=writes)
-        self.best: tuple[float, int] | None = None
-        self.stale = 0  # evaluations without a new best
-        self.collapse = collapse
-        # while steps are left out: the step before the first of them, and what ``_watch`` was given (None: in its checkpoint)
-        self.before_trouble: tuple[int, dict[str, Any] | None] | None = None
-        self.metrics: Metrics = {}  # the last step's
-        self.evaluations: list[Metrics] = []
-        self.sampled: set[int] = set()  # steps whose samples are in the log
-        self.warnings: list[str] = []
+    stage: Stage
+    objective: Objective
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    per_epoch: int
+    total: int
+    say: Callable[[str], None]
+    on_metrics: OnMetrics
+    observers: Sequence[Observer]
+    callbacks: Sequence[TrainerCallback]
+    output: Output
+    log: MetricsLog
+    sample_log: MetricsLog
+    skipped: SkippedSteps
+    step: int = 0
+    metrics: Metrics = field(default_factory=dict)
+    evaluations: list[Metrics] = field(default_factory=list)
+    sampled: set[int] = field(default_factory=set)
+    best: tuple[float, int] | None = None
+    stale: int = 0
+    warnings: list[str] = field(default_factory=list)
+    before_skips: int | None = None
+    gradients: Tensor | None = None
 
-    def run(self) -> Outcome:
-        """Train from the last checkpoint, or from the start, to the end.
+    @property
+    def device(self) -> torch.device:
+        return self.stage.base.device
 
-        Raises:
-            Interrupted: a signal came; the step was finished, and there is a checkpoint of it.
-            UserError: loss or gradients are not finite three steps in a row (float16 loss scaling's search aside); an
-                example does not fit into memory under any plan; memory ran out where it must not (see ``_update``).
-        """
-        torch.set_num_threads(self.plan.threads)
-        reset_peak_memory(self.device)
-        self.task.guard.record()
-        with StopRequest("the step is finished and a checkpoint written") as stop:
-            return self._run(stop)
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.stage.stack, self.parameters, self.optimizer, self.scheduler, self.scaler)
 
-    def _run(self, stop: StopRequest) -> Outcome:
+
+def init_state(
+    stage: Stage,
+    objective: Objective,
+    *,
+    say: Callable[[str], None] = print,
+    on_metrics: OnMetrics = lambda step, total, metrics: None,
+    observers: Sequence[Observer] = (),
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainState:
+    """The state before the first step, with the optimizer's state allocated (see ``TrainState`` for the arguments)."""
+    output = Output()
+    say = output.of(say)
+    parameters = stage.stack.parameters()
+    optimizer = make_optimizer(stage.config, parameters)
+    per_epoch, total = step_schedule(stage.config, len(stage.data.rows))
+    return TrainState(
+        stage=stage,
+        objective=objective,
+        parameters=parameters,
+        optimizer=optimizer,
+        scheduler=make_scheduler(stage.config, optimizer, total),
+        scaler=torch.amp.GradScaler(stage.base.device.type, enabled=stage.base.dtype == torch.float16),
+        per_epoch=per_epoch,
+        total=total,
+        say=say,
+        on_metrics=output.of(on_metrics),
+        observers=observers,
+        callbacks=callbacks,
+        output=output,
+        log=MetricsLog(stage.dir.metrics, writes=stage.writes),
+        sample_log=MetricsLog(stage.dir.samples, writes=stage.writes),
+        skipped=SkippedSteps(stage.dir.path, say, writes=stage.writes),
+    )
+
+
+def train(state: TrainState) -> Outcome:
+    """Train from the last checkpoint, or from the start, to the end.
+
+    Raises:
+        Interrupted: a signal came; the step was finished, and there is a checkpoint of it.
+        UserError: loss or gradients were not finite three steps in a row (the loss scaler's search aside); an example does
+            not fit into memory under any plan; memory ran out during an update.
+    """
+    stage, config = state.stage, state.stage.config
+    torch.set_num_threads(stage.plan.threads)
+    reset_peak_memory(state.device)
+    state.objective.oom.record()
+    callbacks = Callbacks(
+        config, stage.dir, stage.stack.model, state.optimizer, state.scheduler, state.total, state.callbacks
+    )
+    with StopRequest("the step is finished and a checkpoint written") as stop:
         with stop.at_once():
-            step, pending = self._resume()
-            if self.device.type == "cuda":
-                self.rehearse()
-            self.control = self.handler.on_train_begin(self.arguments, self.state, self.control)
-        started = time.perf_counter()
-        if self.begun is not None and self.writes:
-            self.begun(step)
-        if step == 0 or any(record["step"] == step for record in self.evaluations):
-            self._sample(step, stop)  # again, where a signal came while they were drawn
-        if pending:  # it was stopped between a step and the evaluation that follows it
-            self._after(step, stop)
-        patience = self.config.early_stopping_patience
-        while step < self.total and not self.control.should_training_stop:
-            if patience is not None and self.stale >= patience:
-                self.say(f"step {step}: eval_loss has not improved for {patience} evaluations; stopping early.")
-                if not self._is_saved(step):
-                    self._save(step)
+            evaluation_due = _resume(state)
+            callbacks.state.global_step, callbacks.state.epoch = state.step, state.step / state.per_epoch
+            if state.device.type == "cuda":
+                warmup_largest_batch(state)
+            callbacks("on_train_begin")
+        started, patience = time.perf_counter(), config.early_stopping_patience
+        for observer in state.observers:
+            observer.begins(stage, state.objective.unit, state.total, state.step)
+        if state.step == 0 or any(record["step"] == state.step for record in state.evaluations):
+            _sample(state, stop)  # again, if a signal interrupted it
+        if evaluation_due:
+            _evaluate(state, callbacks, stop)
+            _save_if_due(state, callbacks, stop)
+        while state.step < state.total and not callbacks.control.should_training_stop:
+            if patience is not None and state.stale >= patience:
+                state.say(f"step {state.step}: eval_loss has not improved for {patience} evaluations; stopping early.")
+                if not _is_saved(state, state.step):
+                    _save(state)
                 break
             begun = time.perf_counter()
-            self.control = self.handler.on_step_begin(self.arguments, self.state, self.control)
-            before = {
-                "scheduler": self.scheduler.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "finite": self.left_out.watch.state(),
-                "logged": self.log.count,
-            }
-            self.metrics, applied, finite = self._step(step)
-            step += 1
-            self._watch(step, applied=applied, finite_loss=finite, before=before)
-            self.state.global_step, self.state.epoch = step, step / self.per_epoch
-            self.control = self.handler.on_step_end(self.arguments, self.state, self.control)
-            seconds = time.perf_counter() - begun
-            self.metrics.update(epoch=round(step / self.per_epoch, 4), **self._throughput(self.metrics, seconds))
-            if step % self.config.logging_steps == 0 or step in (1, self.total):
-                self._log(step, self.metrics)
-            self.observer.stepped(step, self.metrics)
-            self._after(step, stop)
-        self.handler.on_train_end(self.arguments, self.state, self.control)
-        if self.config.load_best_model_at_end and self.best is not None and self.best[1] != step:
-            self._restore_best()
+            callbacks("on_step_begin")
+            state.metrics = accumulate_gradients(state, state.step)
+            _check_numbers(state)
+            update(state, state.metrics)
+            state.step += 1
+            callbacks.state.global_step, callbacks.state.epoch = state.step, state.step / state.per_epoch
+            callbacks("on_step_end")
+            state.metrics["epoch"] = round(state.step / state.per_epoch, 4)
+            state.metrics.update(_throughput(state, time.perf_counter() - begun))
+            if state.step % config.logging_steps == 0 or state.step in (1, state.total):
+                _log(state, callbacks, state.metrics)
+            for observer in state.observers:
+                observer.stepped(state.step, state.metrics)
+            _evaluate(state, callbacks, stop)
+            _save_if_due(state, callbacks, stop)
+        callbacks("on_train_end")
+        if config.load_best_model_at_end and state.best is not None and state.best[1] != state.step:
+            _restore_best(state)
         return Outcome(
-            step,
-            self.metrics,
-            self.best,
+            state.step,
+            state.metrics,
+            state.best,
             time.perf_counter() - started,
-            self.left_out.watch.count,
-            self.evaluations,
-            self.warnings,
-            self._asked(stop)[0],
+            state.skipped.watch.count,
+            state.evaluations,
+            state.warnings,
+            _asked_to_stop(state, stop)[0],
         )
 
-    def _after(self, step: int, stop: StopRequest) -> None:
-        """What is due after a step: an evaluation, a checkpoint.
 
-        Raises:
-            Interrupted: a signal came. An evaluation that is due but was not finished is the next start's first work.
-            OSError: nothing can be printed any more; there is a checkpoint.
-        """
-        last = step == self.total
-        if last or (self.config.eval_steps and step % self.config.eval_steps == 0):
+# One step
 
-            def measured() -> Metrics:
-                with stop.at_once():
-                    return self.task.measure()
 
-            try:
-                found = self.task.evaluation(self.world.sums(measured))
-            except (KeyboardInterrupt, PeerEnded) as error:
-                if isinstance(error, PeerEnded) and not error.interrupted:
-                    raise
-                name, _ = self._asked(stop)
-                self._save(step, pending=True)
-                raise interrupted(name, self.stage, step, self.total) from None
-            if found:
-                self.evaluations.append({"step": step, **found})
-                self._log(step, found)
-                self._judge(step, found["eval_loss"])
-                self.observer.evaluated(step, found)
-                self._sample(step, stop)
-                self.control = self.handler.on_evaluate(self.arguments, self.state, self.control, found)
-        # while steps are left out the newest is to stay the one from before
-        periodic = self.config.save_steps and step % self.config.save_steps == 0 and self.before_trouble is None
-        due = last or self.control.should_save or periodic
-        is_best = self.best is not None and self.best[1] == step and self.config.load_best_model_at_end
-        name, mute = self._asked(stop)
-        if due or is_best or name is not None or mute:
-            self._save(step)
-            self.control = self.handler.on_save(self.arguments, self.state, self.control)
-        if name is not None and not last:  # at the end there is nothing left to stop
-            raise interrupted(name, self.stage, step, self.total)
-        if mute and not last:
-            raise self.output.fault or PeerEnded("the process that prints cannot do so any more", 2)
+def examples_of_step(state: TrainState, step: int) -> list[int]:
+    """Indices of the examples in a step's rows."""
+    rows = state.objective.data.rows
+    return [i for row in rows_of_step(state.stage.config, len(rows), step) for i in rows[row]]
 
-    def _asked(self, stop: StopRequest) -> tuple[str | None, bool]:
-        """What asks for the end, in any of the run's processes: the signal that came, and whether nothing can be printed any
-        more. All of them call it at the same point, and have the same answer."""
-        found = self.world.gather((stop.name, self.output.fault is not None))
-        return next((name for name, _ in found if name is not None), None), any(mute for _, mute in found)
 
-    def _is_saved(self, step: int) -> bool:
-        return self.world.lead((self.stage.path / f"checkpoint-{step}").is_dir)
+def accumulate_gradients(state: TrainState, step: int) -> Metrics:
+    """Everything of a step before its update: unscaled and clipped gradients are left on the parameters. Where memory runs
+    out the forward and backward passes are done again under a smaller plan.
 
-    def _sample(self, step: int, stop: StopRequest) -> None:
-        """Answer the held-out prompts, unless a process before this one did so at this step, or a signal comes."""
-        if step in self.sampled or not self.writes:
-            return
+    Returns:
+        the step's metrics; its update must not be applied if ``loss`` or ``grad_norm`` is not finite.
+    """
+    objective, here = state.objective, world()
+    zero_gradients(state)
+    with _failing_together():
+        for attempt in objective.oom.attempts(lambda: zero_gradients(state)):
+            with attempt:
+                examples, lengths = examples_of_step(state, step), objective.data.lengths
+                total = objective.num_targets(examples)
+                sums: dict[str, Any] = {}
+                for group in micro_batches(here.share(examples, lengths), lengths, state.stage.plan.micro_tokens):
+                    for name, value in forward_backward(state, group, step, total).items():
+                        sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
+                sums = {name: float(value) for name, value in sums.items()}
+    if here.size > 1:
+        sums = here.sums(lambda: sums)
+        assert state.gradients is not None
+        here.add(state.gradients)
+    metrics = objective.metrics(sums, total)
+    metrics["grad_norm"] = clip_gradients(state)
+    metrics["learning_rate"] = state.scheduler.get_last_lr()[0]
+    return metrics
+
+
+def forward_backward(state: TrainState, group: Sequence[int], step: int, total: int) -> dict[str, float | Tensor]:
+    """Add the gradients of one micro-batch, times the loss scale.
+
+    Args:
+        group: indices of its examples.
+        step: from 0.
+        total: targets of the whole step.
+
+    Returns:
+        the micro-batch's sums for the metrics.
+    """
+    loss, sums = state.objective.loss(group, step, total)
+    state.scaler.scale(loss).backward()
+    return {"loss": loss.detach(), **sums}
+
+
+def clip_gradients(state: TrainState) -> float:
+    """Remove the loss scale from the gradients and clip them to ``max_grad_norm``; returns their norm before."""
+    oom = state.objective.oom
+    for attempt in oom.attempts():
+        with attempt:
+            state.scaler.unscale_(state.optimizer)
+    for attempt in oom.attempts():
+        with attempt:
+            grads = [p.grad for p in state.parameters.values() if p.grad is not None]
+            norm = total_norm(grads)
+            found = norm.item()
+            if math.isfinite(found):
+                torch._foreach_mul_(grads, torch.clamp(state.stage.config.max_grad_norm / (norm + 1e-6), max=1.0))
+    return found
+
+
+def update(state: TrainState, metrics: Metrics) -> bool:
+    """Change the adapter, unless loss or gradients are not finite; returns whether it was changed. The schedule advances
+    either way, because it follows the rows.
+
+    An update cannot be done again: what was changed already would change twice. The fused AdamW and bitsandbytes' kernels
+    for GPUs allocate nothing; bitsandbytes on a CPU does.
+
+    Args:
+        metrics: of ``accumulate_gradients``.
+
+    Raises:
+        UserError: memory ran out.
+    """
+    applied = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+    if applied:
         try:
-            with stop.at_once():
-                samples = self.draw(step)
-        except KeyboardInterrupt:
-            return  # ``stop`` knows of it
-        for sample in samples:
-            self.sample_log.append(sample.as_dict())
-        self.sampled.add(step)
-        if samples:
-            self.observer.sampled(step, samples)
+            state.optimizer.step()  # not through the scaler: the gradients are unscaled and finite
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"step {state.step + 1}: memory ran out while the adapter was being changed "
+                f"({str(error).splitlines()[0]}).",
+                "The last checkpoint is intact: start the same command again, and the run continues from it.",
+            ) from None
+    if state.scaler.is_enabled():
+        state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scheduler.step()
+    return applied
 
-    def _watch(self, step: int, *, applied: bool, finite_loss: bool, before: dict[str, Any]) -> None:
-        """Look at a step's numbers: warn, write down a step that was left out, stop where it happens again and again.
 
-        Args:
-            before: what a step that is left out changes all the same (schedule, loss scale, logs), as it was before.
+def zero_gradients(state: TrainState) -> None:
+    """Remove all gradients; with several processes set them to zero, as views of one tensor."""
+    if world().size == 1:
+        state.optimizer.zero_grad(set_to_none=True)
+        return
+    if state.gradients is None:
+        first = next(iter(state.parameters.values()))
+        count = sum(p.numel() for p in state.parameters.values())
+        state.gradients = torch.zeros(count, dtype=first.dtype, device=first.device)
+    state.gradients.zero_()
+    start = 0
+    for parameter in state.parameters.values():
+        end = start + parameter.numel()
+        parameter.grad = state.gradients[start:end].view_as(parameter)
+        start = end
 
-        Raises:
-            UserError: three steps in a row; the checkpoint of before the first of them is written.
-        """
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
-        what = self.left_out.watch.saw(applied=applied, finite_loss=finite_loss, scale=scale)
-        if what == "applied":
-            self.before_trouble = None
-            if self.collapse is not None and (warning := self.collapse.saw(step, self.metrics)):
-                self._warn(warning)
-            return
-        if what == "searching":
-            self.say(
-                f"step {step}: a gradient was too large for the loss scale, which is now {scale:g}: step left out."
-            )
-            return
-        if self.before_trouble is None:
-            self.before_trouble = step - 1, before
-        examples = self.examples_of_step(step - 1)
-        rows, alone = self.world.lead(
-            lambda: suspects(self.task, step - 1, examples, self.parameters.values(), self._undo)
-        )
-        named = self.left_out.add(step, self.metrics, rows, alone=alone)
-        if self.left_out.watch.in_a_row == IN_A_ROW:
-            raise everywhere(self.left_out.end(step, named, self._step_back()))
 
-    def _step_back(self) -> str:
-        """Leave a checkpoint from before the trouble; returns what to say of it. The adapter has not changed since."""
-        assert self.before_trouble is not None
-        step, before = self.before_trouble
-        if step == 0:
-            return "Nothing had been trained before."
-        if before is None:
-            return f"checkpoint-{step} has the adapter of before: none of these steps changed it."
-        if not self._is_saved(step):
-            self.scheduler.load_state_dict(before["scheduler"])
-            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
-                group["lr"] = rate
-            self.scaler.load_state_dict(before["scaler"])
-            self.left_out.watch.load(before["finite"])
-            self._save(step, logged=before["logged"])
-        return f"checkpoint-{step} is from before."
+def warmup_largest_batch(state: TrainState) -> list[list[int]]:
+    """Forward and backward of the largest possible micro-batches (that of the longest example, and the one of most tokens),
+    without an update: what does not fit shows before the first step, and the plan adapts. If a step can have several
+    micro-batches, gradients are allocated first, as they are for the later ones.
 
-    def _warn(self, warning: str) -> None:
-        self.say(warning)
-        self.warnings.append(warning)
+    Returns:
+        the examples of each micro-batch.
+    """
+    objective = state.objective
+    data, config = objective.data, state.stage.config
+    for attempt in objective.oom.attempts(lambda: zero_gradients(state)):
+        with attempt:
+            tokens = state.stage.plan.micro_tokens
+            groups = largest_micro_batches(data.lengths, tokens)
+            zero_gradients(state)
+            if world().size == 1 and tokens_of_largest_step(config, data.rows, data.lengths) > tokens:
+                for parameter in state.parameters.values():
+                    parameter.grad = torch.zeros_like(parameter)
+            for group in groups:
+                forward_backward(state, group, state.total, objective.num_targets(group))
+    zero_gradients(state)
+    return groups
 
-    def _throughput(self, metrics: Metrics, seconds: float) -> Metrics:
-        done = metrics.get("num_tokens" if self.task.unit == "tokens" else "num_pairs", 0.0)
-        return {
-            "seconds": round(seconds, 4),
-            f"{self.task.unit}_per_second": round(done / max(seconds, 1e-9), 3),
-            "peak_memory_gib": round(peak_memory(self.device) / 2**30, 3),
-        }
 
-    def _log(self, step: int, metrics: Metrics) -> None:
-        self.log.append({"step": step, **metrics})
-        self.state.log_history.append({"step": step, **metrics})
-        self.control = self.handler.on_log(self.arguments, self.state, self.control, dict(metrics))
-        self.on_metrics(step, self.total, metrics)
+@contextmanager
+def _failing_together() -> Iterator[None]:
+    """An error in the body, which exchanges nothing with other processes, ends those too."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if world().size == 1:
+            raise
+        world().together(partial(_raise, error))
 
-    def _judge(self, step: int, loss: float) -> None:
-        if not math.isfinite(loss):
-            self.say(f"step {step}: the held-out loss is not finite; it counts as one that did not improve.")
-        if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
-            self.best, self.stale = (loss, step), 0
-        else:
-            self.stale += 1
 
-    def _checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.stack, self.parameters, self.optimizer, self.scheduler, self.scaler)
+def _raise(error: BaseException) -> None:
+    raise error
 
-    def _save(self, step: int, *, pending: bool = False, logged: int | None = None) -> None:
-        """Write a checkpoint, then delete older ones. What was logged up to it is on the disk before it is.
 
-        Args:
-            pending: the evaluation that is due after this step was not made.
-            logged: records of the metrics up to this step; all there are by default.
-        """
-        self.world.together(lambda: self._write(step, pending, logged) if self.writes else None)
+# What follows a step: numbers, logs, evaluation, checkpoints
 
-    def _write(self, step: int, pending: bool, logged: int | None) -> None:
-        for log in (self.log, self.left_out.log, self.sample_log):
+
+def _check_numbers(state: TrainState) -> None:
+    """Look at a step's metrics before its update: warn of a collapse; if it will be skipped, record it, and end the run after
+    three in a row. A checkpoint from before the first skipped step is kept.
+
+    Raises:
+        UserError: three skipped steps in a row.
+    """
+    step, watch, metrics = state.step + 1, state.skipped.watch, state.metrics
+    finite = math.isfinite(metrics["loss"])
+    applied = finite and math.isfinite(metrics["grad_norm"])
+    # the scale after the overflow
+    scale = state.scaler.get_scale() * state.scaler.get_backoff_factor() if state.scaler.is_enabled() else None
+    kind = watch.kind(applied=applied, finite_loss=finite, scale=scale)
+    if kind == "bad" and state.before_skips is None:
+        state.before_skips = state.step
+        if state.step and not _is_saved(state, state.step):
+            _save(state)
+    watch.count_step(kind)
+    if kind == "applied":
+        state.before_skips = None
+        if state.objective.collapse is not None and (warning := state.objective.collapse.saw(step, metrics)):
+            state.say(warning)
+            state.warnings.append(warning)
+    elif kind == "searching":
+        state.say(f"step {step}: a gradient was too large for the loss scale, which is now {scale:g}: step left out.")
+    else:
+        rows, alone = world().lead(lambda: _rows_not_finite(state, state.step))
+        named = state.skipped.add(step, metrics, rows, alone=alone)
+        if watch.in_a_row == IN_A_ROW:
+            kept = f"checkpoint-{state.before_skips} has the adapter from before." if state.before_skips else ""
+            raise everywhere(state.skipped.error(step, named, kept or "Nothing had been trained before."))
+
+
+def _rows_not_finite(state: TrainState, step: int) -> tuple[list[str], bool]:
+    """The rows of a step whose own loss or gradients are not finite, and True; or all its rows and False."""
+    objective, examples = state.objective, examples_of_step(state, step)
+    total = objective.num_targets(examples)
+
+    def finite(example: int) -> bool:
+        zero_gradients(state)
+        loss, _ = objective.loss([example], step, total)
+        loss.backward()
+        norm = total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
+        return bool(torch.isfinite(loss.detach()) and torch.isfinite(norm))
+
+    for attempt in objective.oom.attempts(lambda: zero_gradients(state)):
+        with attempt:
+            found = [example for example in examples if not finite(example)]
+    zero_gradients(state)
+    return [objective.data.examples[example].where for example in found or examples], bool(found)
+
+
+def _throughput(state: TrainState, seconds: float) -> Metrics:
+    unit = state.objective.unit
+    return {
+        "seconds": round(seconds, 4),
+        f"{unit}_per_second": round(state.metrics.get(f"num_{unit}", 0.0) / max(seconds, 1e-9), 3),
+        "peak_memory_gib": round(peak_memory(state.device) / 2**30, 3),
+    }
+
+
+def _log(state: TrainState, callbacks: Callbacks, metrics: Metrics) -> None:
+    record = {"step": state.step, **metrics}
+    state.log.append(record)
+    callbacks.state.log_history.append(record)
+    callbacks("on_log", dict(metrics))
+    state.on_metrics(state.step, state.total, metrics)
+
+
+def _evaluate(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> None:
+    """Evaluate on the held-out rows if that is due, and draw samples.
+
+    Raises:
+        Interrupted: a signal came during the evaluation; a resumed run makes it first.
+    """
+    step, every = state.step, state.stage.config.eval_steps
+    if step != state.total and not (every and step % every == 0):
+        return
+
+    def sums() -> Metrics:
+        with stop.at_once():
+            return state.objective.evaluate()
+
+    try:
+        found = state.objective.eval_metrics(world().sums(sums))
+    except (KeyboardInterrupt, PeerEnded) as error:
+        if isinstance(error, PeerEnded) and not error.interrupted:
+            raise
+        name, _ = _asked_to_stop(state, stop)
+        _save(state, pending=True)
+        raise interrupted(name, state.stage.dir, step, state.total) from None
+    if not found:
+        return
+    state.evaluations.append({"step": step, **found})
+    _log(state, callbacks, found)
+    loss = found["eval_loss"]
+    if not math.isfinite(loss):
+        state.say(f"step {step}: the held-out loss is not finite; it counts as one that did not improve.")
+    if math.isfinite(loss) and (state.best is None or loss < state.best[0]):
+        state.best, state.stale = (loss, step), 0
+    else:
+        state.stale += 1
+    for observer in state.observers:
+        observer.evaluated(step, found)
+    _sample(state, stop)
+    callbacks("on_evaluate", found)
+
+
+def _sample(state: TrainState, stop: StopRequest) -> None:
+    """Answer the held-out prompts, unless the log has this step's answers already; a signal ends it."""
+    if state.step in state.sampled or not state.stage.writes:
+        return
+    try:
+        with stop.at_once():
+            samples = draw_samples(state.stage, state.step, state.say)
+    except KeyboardInterrupt:
+        return  # ``stop`` remembers it
+    for sample in samples:
+        state.sample_log.append(sample.as_dict())
+    state.sampled.add(state.step)
+    if samples:
+        for observer in state.observers:
+            observer.sampled(state.step, samples)
+
+
+def _asked_to_stop(state: TrainState, stop: StopRequest) -> tuple[str | None, bool]:
+    """The signal that came to any process, and whether any cannot print any more. All processes call it at the same points,
+    and get the same answer."""
+    found = world().gather((stop.name, state.output.fault is not None))
+    return next((name for name, _ in found if name is not None), None), any(mute for _, mute in found)
+
+
+def _save_if_due(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> None:
+    """Write a checkpoint after a step, if one is due, and stop if that was asked for.
+
+    Raises:
+        Interrupted: a signal came.
+        OSError: nothing can be printed any more.
+    """
+    config, step, last = state.stage.config, state.step, state.step == state.total
+    # while steps are skipped, the newest checkpoint stays the one from before
+    periodic = config.save_steps and step % config.save_steps == 0 and state.before_skips is None
+    is_best = state.best is not None and state.best[1] == step and config.load_best_model_at_end
+    name, mute = _asked_to_stop(state, stop)
+    if last or periodic or is_best or callbacks.control.should_save or name is not None or mute:
+        _save(state)
+        callbacks("on_save")
+    if name is not None and not last:  # after the last step the stage is completed first
+        raise interrupted(name, state.stage.dir, step, state.total)
+    if mute and not last:
+        raise state.output.fault or PeerEnded("the process that prints cannot do so any more", 2)
+
+
+def _is_saved(state: TrainState, step: int) -> bool:
+    return world().lead((state.stage.dir.path / f"checkpoint-{step}").is_dir)
+
+
+def _save(state: TrainState, *, pending: bool = False) -> None:
+    """Write a checkpoint, then delete older ones. The logs are on the disk before it is.
+
+    Args:
+        pending: this step's evaluation was not finished.
+    """
+
+    def write() -> None:
+        for log in (state.log, state.skipped.log, state.sample_log):
             log.flush()
-        self._checkpoint().write(
-            self.stage,
-            step,
+        collapse = state.objective.collapse
+        state.checkpoint.write(
+            state.stage.dir,
+            state.step,
             {
-                "best": self.best,
-                "stale": self.stale,
-                "total": self.total,
+                "best": state.best,
+                "stale": state.stale,
+                "total": state.total,
                 "pending": pending,
-                "finite": self.left_out.watch.state(),
-                "collapse": self.collapse.state() if self.collapse is not None else None,
-                "warnings": self.warnings,
-                "logged": self.log.count if logged is None else logged,
+                "finite": state.skipped.watch.state(),
+                "collapse": collapse.state() if collapse is not None else None,
+                "warnings": state.warnings,
+                "logged": state.log.count,
             },
         )
-        self._prune()
-        if self.mirror is not None:
-            self.mirror.changed(self.best[1] if self.best else None)
+        _prune(state)
+        if state.stage.mirror is not None:
+            state.stage.mirror.changed(state.best[1] if state.best else None)
 
-    def _prune(self) -> None:
-        busy = self.mirror.busy() if self.mirror is not None else frozenset()
-        if self.before_trouble is not None:
-            busy |= {f"checkpoint-{self.before_trouble[0]}"}
-        best = self.best[1] if self.best else None
-        prune(self.stage, keep=self.config.save_total_limit, best=best, busy=busy)
+    world().together(write if state.stage.writes else lambda: None)
 
-    def _resume(self) -> tuple[int, bool]:
-        """The step to go on from, and whether its evaluation is still due. What was logged up to it is the run's too."""
-        found = self.world.lead(lambda: resume_point(self.stage, self.say))
-        step, pending, logged = 0, False, None
-        if found is not None:
-            extra = self.world.together(lambda: self._checkpoint().read(found))
-            if extra["total"] != self.total:
-                raise everywhere(
-                    UserError(
-                        f"{found}: was written by a run of {extra['total']} steps; this one has {self.total}.",
-                        "Go back to the configuration that the run was started with, or choose another output_dir.",
-                    )
+
+def _prune(state: TrainState) -> None:
+    busy = state.stage.mirror.busy() if state.stage.mirror is not None else frozenset()
+    if state.before_skips is not None:
+        busy |= {f"checkpoint-{state.before_skips}"}
+    best = state.best[1] if state.best else None
+    prune(state.stage.dir, keep=state.stage.config.save_total_limit, best=best, busy=busy)
+
+
+def _resume(state: TrainState) -> bool:
+    """Restore the newest checkpoint, if there is one, and what was logged up to it; returns whether its evaluation is due."""
+    stage, here = state.stage, world()
+    found = here.lead(lambda: resume_point(stage.dir, state.say))
+    forget_best = here.lead(lambda: stage.forget_best)
+    extra: dict[str, Any] = {}
+    if found is not None:
+        extra = here.together(lambda: state.checkpoint.read(found))
+        if extra["total"] != state.total:
+            raise everywhere(
+                UserError(
+                    f"{found}: was written by a run of {extra['total']} steps; this one has {state.total}.",
+                    "Go back to the configuration that the run was started with, or choose another output_dir.",
                 )
-            if not self.forget_best:
-                best = extra["best"]
-                self.best = (float(best[0]), int(best[1])) if best else None
-                self.stale = extra["stale"]
-            self.left_out.watch.load(extra.get("finite") or {})
-            if self.left_out.watch.in_a_row:  # it was stopped among steps that were left out
-                self.before_trouble = extra["step"], None
-            if self.collapse is not None:
-                self.collapse.load(extra.get("collapse") or {})
-            self.warnings = list(extra.get("warnings") or [])
-            self.say(f"going on from {found.name}")
-            step, pending, logged = extra["step"], bool(extra.get("pending")), extra.get("logged")
-            if self.writes:
-                self._prune()  # the process before may have ended between a checkpoint and this
-        self.left_out.log.truncate(step)
-        self.sampled = {record["step"] for record in self.sample_log.truncate(step)}
-        before = self.log.truncate(step, logged=logged, pending=pending, say=self.say)
-        self.evaluations = [record for record in before if "eval_loss" in record]
-        trained = [record for record in before if "loss" in record]
-        self.metrics = {k: v for k, v in trained[-1].items() if k != "step"} if trained else {}
-        self.state.global_step, self.state.epoch = step, step / self.per_epoch
-        return step, pending
+            )
+        if not forget_best:
+            best = extra["best"]
+            state.best = (float(best[0]), int(best[1])) if best else None
+            state.stale = extra["stale"]
+        state.step = extra["step"]
+        state.skipped.watch.load(extra.get("finite") or {})
+        if state.skipped.watch.in_a_row:  # it was stopped among skipped steps
+            state.before_skips = state.step
+        if state.objective.collapse is not None:
+            state.objective.collapse.load(extra.get("collapse") or {})
+        state.warnings = list(extra.get("warnings") or [])
+        state.say(f"going on from {found.name}")
+        if stage.writes:
+            _prune(state)  # the last process may have been killed between a checkpoint and this
+    pending = bool(extra.get("pending"))
+    state.skipped.log.truncate(state.step)
+    state.sampled = {record["step"] for record in state.sample_log.truncate(state.step)}
+    records = state.log.truncate(state.step, logged=extra.get("logged"), pending=pending, say=state.say)
+    state.evaluations = [record for record in records if "eval_loss" in record]
+    trained = [record for record in records if "loss" in record]
+    state.metrics = {k: v for k, v in trained[-1].items() if k != "step"} if trained else {}
+    return pending
 
-    def _restore_best(self) -> None:
-        assert self.best is not None
-        folder = self.stage.path / f"checkpoint-{self.best[1]}"
-        if (fault := checkpoint_fault(folder)) is not None:  # no reason to lose the last step's
-            self._warn(f"{folder.name}, the best, cannot be taken ({fault}); the adapter is the last step's.")
-            return
-        self._checkpoint().read_adapter(folder)
-        self.say(f"took the adapter of step {self.best[1]}, eval_loss {self.best[0]:.4f}")
+
+def _restore_best(state: TrainState) -> None:
+    assert state.best is not None
+    folder = state.stage.dir.path / f"checkpoint-{state.best[1]}"
+    if (fault := checkpoint_fault(folder)) is not None:
+        warning = f"{folder.name}, the best, cannot be taken ({fault}); the adapter is the last step's."
+        state.say(warning)
+        state.warnings.append(warning)
+        return
+    state.checkpoint.read_adapter(folder)
+    state.say(f"took the adapter of step {state.best[1]}, eval_loss {state.best[0]:.4f}")
 
 
 def interrupted(signal: str | None, stage: StageDir, step: int, total: int) -> Interrupted:
-    """What is said when a run ended because of a signal."""
+    """The exception that ends a run after a signal."""
     return Interrupted(
         f"{signal}: stopped after step {step} of {total}; {stage.path / f'checkpoint-{step}'} holds everything. "
         "The same command goes on from there."

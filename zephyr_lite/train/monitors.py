@@ -1,24 +1,31 @@
-"""Numbers that go wrong: steps whose loss or gradients are not finite, and a preference optimization that collapses."""
+"""Monitors of a run's numbers: steps whose loss or gradients are not finite, and a DPO run that collapses."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-# so many steps without finite numbers in a row end a run
+from ..errors import UserError
+from .checkpoint import MetricsLog
+
+# a run ends after so many steps in a row that are not finite
 IN_A_ROW = 3
+Kind = Literal["applied", "searching", "bad"]
+# in the stage's folder: the skipped steps and their rows
+LEFT_OUT = "left_out.jsonl"
 
 
 class NonFiniteMonitor:
-    """Counts the steps that were left out because their loss or their gradients were not finite.
+    """Counts the steps that were skipped because their loss or gradients were not finite.
 
-    float16 needs a loss scale that lets no gradient overflow; the scaler finds it by halving after each overflow, from
-    65,536 down. Until the first update that search is no fault: the loss is finite, only the scaled gradients are not.
+    float16 needs a loss scale at which no gradient overflows; the scaler finds it by halving from 65,536 after each overflow.
+    Until the first update that search is no fault: the loss is finite, only the scaled gradients are not.
 
     Attributes:
-        count: steps left out, the scaler's search included.
-        in_a_row: of them, those since the last update that were no part of the search.
+        count: skipped steps, those of the scaler's search included.
+        in_a_row: skipped steps since the last update, without those of the search.
         settled: an update was applied, so the scaler has found its scale.
     """
 
@@ -26,22 +33,31 @@ class NonFiniteMonitor:
         self.count = self.in_a_row = 0
         self.settled = False
 
-    def saw(self, *, applied: bool, finite_loss: bool, scale: float | None) -> Literal["applied", "searching", "bad"]:
-        """What a step was.
+    def kind(self, *, applied: bool, finite_loss: bool, scale: float | None) -> Kind:
+        """Classify a step.
 
         Args:
-            applied: its update was.
-            finite_loss: its loss is finite.
-            scale: the loss scaler's, after the step; None where nothing is scaled. Below 1 nothing is found any more.
+            applied: whether its update was applied.
+            finite_loss: whether its loss is finite.
+            scale: the loss scale after the step, or None without a scaler; a search below 1 has failed.
         """
         if applied:
-            self.settled, self.in_a_row = True, 0
             return "applied"
+        searching = finite_loss and scale is not None and scale >= 1 and not self.settled
+        return "searching" if searching else "bad"
+
+    def count_step(self, kind: Kind) -> None:
+        if kind == "applied":
+            self.settled, self.in_a_row = True, 0
+            return
         self.count += 1
-        if finite_loss and scale is not None and scale >= 1 and not self.settled:
-            return "searching"
-        self.in_a_row += 1
-        return "bad"
+        self.in_a_row += kind == "bad"
+
+    def saw(self, *, applied: bool, finite_loss: bool, scale: float | None) -> Kind:
+        """Classify and count a step (see ``kind``)."""
+        kind = self.kind(applied=applied, finite_loss=finite_loss, scale=scale)
+        self.count_step(kind)
+        return kind
 
     def state(self) -> dict[str, Any]:
         return {"count": self.count, "in_a_row": self.in_a_row, "settled": self.settled}
@@ -51,16 +67,50 @@ class NonFiniteMonitor:
         self.settled = bool(state.get("settled", False))
 
 
+class SkippedSteps:
+    """The record of a stage's skipped steps.
+
+    Attributes:
+        watch: counts them.
+        log: ``left_out.jsonl``: step, loss, grad_norm, rows, and not_finite_alone: true if these rows are not finite by
+            themselves, false if each of the step's rows is finite alone, null if that was not tested.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None], *, writes: bool = True) -> None:
+        self.watch, self.log, self.say = NonFiniteMonitor(), MetricsLog(folder / LEFT_OUT, writes=writes), say
+
+    def add(self, step: int, metrics: Mapping[str, float], rows: Sequence[str], *, alone: bool | None) -> str:
+        """Record and print a step (from 1); returns the names of its first rows."""
+        loss, norm = metrics["loss"], metrics.get("grad_norm", float("nan"))
+        self.log.append({"step": step, "loss": loss, "grad_norm": norm, "not_finite_alone": alone, "rows": list(rows)})
+        named = f"{', '.join(rows[:3])}{', …' if len(rows) > 3 else ''}"
+        which = {True: "Not finite", False: "Each of its rows is finite alone", None: "Its rows"}[alone]
+        self.say(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: step left out. {which}: {named}.")
+        return named
+
+    def error(self, step: int, named: str, kept: str) -> UserError:
+        """The error that ends a run after ``IN_A_ROW`` of them.
+
+        Args:
+            kept: a sentence about the checkpoint from before.
+        """
+        return UserError(
+            f"step {step}: loss or gradients were not finite three times in a row; rows of the last: {named}. {kept}",
+            f"{self.log.path} names the rows of each such step. If the rows are sound, lower learning_rate (in another "
+            "output_dir: a run keeps its learning_rate).",
+        )
+
+
 class DpoCollapseMonitor:
-    """Notices a DPO run that no longer learns which answer is better, but to make every answer unlikely.
+    """Warns once of a DPO run that makes both answers ever less likely.
 
-    DPO's loss depends on the difference of the two log-ratios alone (Rafailov et al. 2023, equation 7), so that both may
-    fall without end as long as the rejected one falls faster (Pal et al. 2024, arXiv 2402.13228; Rafailov et al. 2024,
-    arXiv 2404.12358). It shows in the implicit rewards β·log(π/π_ref) before it shows in the loss.
+    DPO's loss depends only on the difference of the two log-ratios (Rafailov et al. 2023, equation 7), so both may fall
+    without end as long as the rejected one falls faster (Pal et al. 2024, arXiv 2402.13228; Rafailov et al. 2024,
+    arXiv 2404.12358). The implicit rewards β·log(π/π_ref) show it before the loss does.
 
-    Over the last ``WINDOW`` steps all of these hold: both rewards are below zero, and lower in the second half than in
-    the first; the accuracy is at least ``ACCURACY``; the margin is above ``MARGIN`` (there the sigmoid's gradient is
-    below 0.7 % of its largest) and grows.
+    The warning comes if over the last ``WINDOW`` steps both rewards are below zero and lower in the second half than in the
+    first, the accuracy is at least ``ACCURACY``, and the margin grows above ``MARGIN`` (where the sigmoid's gradient is
+    below 0.7 % of its maximum).
     """
 
     WINDOW = 20
@@ -73,7 +123,7 @@ class DpoCollapseMonitor:
         self.warned = False
 
     def saw(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """A step's metrics; the warning, the first time that there is reason for one."""
+        """Add a step's metrics; returns the warning, once."""
         self.steps.append(tuple(float(metrics[key]) for key in self.KEYS))
         if self.warned or len(self.steps) < self.WINDOW or not self._collapses():
             return None

@@ -1,4 +1,4 @@
-"""What a stage gives to the loop, and what the loop gives back."""
+"""The interface between a method (SFT, DPO) and the training loop."""
 
 from __future__ import annotations
 
@@ -8,63 +8,65 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..memory.plan import Plan
+from ..data.dataset import TokenizedDataset
+from .monitors import DpoCollapseMonitor
 from .oom import OomRetry
-from .steps import Lengths
 
 Metrics = dict[str, float]
-# a micro-batch's; what is still a tensor is read when the step is over, so that nobody waits for the device before
+# sums of a micro-batch; tensors are read when the step is over, so that no step waits for the device
 Shares = Mapping[str, float | Tensor]
 
 
 class Objective(Protocol):
-    """What a stage gives to the loop."""
+    """Losses and metrics of a method.
 
-    unit: str  # what throughput counts: "tokens" or "pairs"
-    guard: OomRetry  # has the plan, and a smaller one where memory runs out
+    Attributes:
+        unit: what throughput counts: "tokens" or "pairs".
+        data: the training rows.
+        oom: holds the plan, and replaces it by a smaller one where memory runs out.
+        collapse: looks at every step's metrics, or None.
+    """
 
-    def follow(self, plan: Plan) -> None:
-        """Split and compute as this plan says, from the next micro-batch on."""
+    unit: str
+    data: TokenizedDataset
+    oom: OomRetry
+    collapse: DpoCollapseMonitor | None
 
-    def rows(self) -> Sequence[Sequence[int]]:
-        """The recipe's rows, each a list of examples' indices."""
-
-    def lengths(self) -> Lengths:
-        """Tokens of each example."""
-
-    def count(self, examples: Sequence[int]) -> int:
-        """What a step's loss is normalized by: supervised tokens, or pairs."""
+    def num_targets(self, examples: Sequence[int]) -> int:
+        """What a step's loss is divided by: supervised tokens, or pairs."""
 
     def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Shares]:
-        """A micro-batch's share of the step's loss, with a graph, and metrics that sum up over micro-batches. Tells the
-        guard what runs."""
+        """A micro-batch's share of the step's loss, differentiable, and sums for the metrics.
 
-    def summarize(self, sums: Metrics, total: int) -> Metrics:
-        """The step's metrics from the sums over its micro-batches."""
+        Args:
+            examples: indices of the micro-batch.
+            step: from 0; decides dropout.
+            total: ``num_targets`` of the whole step.
+        """
 
-    def where(self, example: int) -> str:
-        """An example's place in its source."""
+    def metrics(self, sums: Metrics, total: int) -> Metrics:
+        """The step's metrics from the sums over its micro-batches and processes."""
 
-    def measure(self) -> Metrics:
+    def evaluate(self) -> Metrics:
         """Sums over this process's share of the held-out rows; empty where there are none."""
 
-    def evaluation(self, sums: Metrics) -> Metrics:
-        """Metrics on the held-out rows, with ``eval_loss`` among them, from the sums over all of them; empty of empty ones."""
+    def eval_metrics(self, sums: Metrics) -> Metrics:
+        """``eval_loss`` and other metrics from the sums over all held-out rows; empty if these are."""
 
 
 @dataclass
 class Outcome:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
         step: optimizer steps done.
-        metrics: the last step's.
+        metrics: of the last step.
         best: the lowest eval_loss and its step, or None.
         seconds: of training in this process.
-        skipped: steps left out because loss or gradients were not finite, of the whole run.
+        skipped: steps skipped because loss or gradients were not finite, of the whole run.
         evaluations: of the whole run.
-        warnings: what was said about its numbers.
-        stopped: the signal that came when nothing was left to stop; None: none did.
+        warnings: printed about the run's numbers.
+        stopped: the signal that came during the last step, or None.
     """
 
     step: int

@@ -102,11 +102,6 @@ def plan_stage(job: Workload, config: RunConfig) -> tuple[Plan, list[str]]:
     return plan, forecast_lines(job, machine, plan, config)
 
 
-def said_again(plan: Plan) -> list[str]:
-    """Of a plan that a resumed stage keeps."""
-    return ["the plan is the one that the stage was started with", *plan.lines()]
-
-
 def set_threads(plan: Plan) -> None:
     """The number of CPU threads decides the order of sums, a reference's to be kept on disk among them."""
     torch.set_num_threads(plan.threads)

@@ -15,12 +15,11 @@ from ..io.interrupts import Output, StopRequest
 from ..io.manifest import write_manifest
 from ..memory.machine import peak_memory
 from .checkpoint import MetricsLog
-from .monitors import IN_A_ROW, DpoCollapseMonitor
+from .monitors import IN_A_ROW, DpoCollapseMonitor, SkippedSteps
 from .objective import Metrics
 from .observer import Observer
 from .stage import Stage
 from .steps import rows_of_step, step_schedule
-from .trouble import SkippedSteps
 
 OnMetrics = Callable[[int, int, Metrics], None]
 
@@ -125,7 +124,7 @@ class Recorder(TrainerCallback):
             where = [data.examples[example].where for row in rows for example in data.rows[row]]
             named = self.left_out.add(step, logs, where, alone=None)
             if self.left_out.watch.in_a_row == IN_A_ROW:
-                raise self.left_out.end(step, named, "The last checkpoint is untouched.")
+                raise self.left_out.error(step, named, "The last checkpoint is untouched.")
         elif what == "applied" and self.collapse is not None and (warning := self.collapse.saw(step, logs)):
             self.say(warning)
             self.warnings.append(warning)

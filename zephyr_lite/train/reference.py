@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,8 +19,9 @@ from ..errors import UserError
 from ..io.safetensors import SafetensorsFile, tensor_bytes, write_stream
 from ..model.decoder import Decoder
 from .distributed import PeerEnded, world
+from .oom import Attempt
 
-# what was computed is on the disk after so long at most
+# the file is written so often
 SAVE_SECONDS = 60.0
 
 Say = Callable[[str], None]
@@ -32,15 +33,15 @@ def pair_sums(decoder: Decoder, batch: Batch, **options: Any) -> Tensor:
 
 
 class ReferenceCache:
-    """Reference sums by the pair's index, on disk under a key of everything they depend on.
+    """Reference log-probabilities of all pairs, kept in a file.
 
-    The file holds ``sums`` (float64 [pairs, 2], NaN where nothing was computed yet), its key and the hash of both, so that
-    a torn, damaged or foreign one is known for what it is.
+    The file holds ``sums`` (float64 [pairs, 2], NaN where not computed yet), the key and the hash of both, which tells a
+    damaged or foreign file.
 
     Args:
-        folder: where the file lies.
-        key: rows, template, base, its storage, and the adapters below (see ``cache_key``).
-        pairs: how many pairs the data set has.
+        folder: the file's folder.
+        key: hash of rows, template, base, its storage, and the adapters below (see ``cache_key``).
+        pairs: the number of pairs.
     """
 
     def __init__(self, folder: Path, key: str, pairs: int) -> None:
@@ -55,10 +56,10 @@ class ReferenceCache:
         return int((~self._known()).sum())
 
     def load(self, say: Say = print) -> bool:
-        """Read what the file has, if it is there and as it was written; whether that is all of it. One process reads.
+        """Read the file, in one process for all; returns whether every pair has its sums.
 
         Args:
-            say: is told of a file that is not used.
+            say: prints why a file is not used.
         """
         self.sums = world().lead(lambda: self._read(say))
         return not self.missing
@@ -75,7 +76,7 @@ class ReferenceCache:
             wrong = error.message.removeprefix(f"{self.path}: ").rstrip(".")
         except OSError as error:
             wrong = f"cannot be read ({error.strerror})"
-        say(f"{self.path}: {wrong}; it is computed anew")
+        say(f"{self.path}: {wrong}; it is computed again")
         return self.sums
 
     def _fault(self, file: SafetensorsFile) -> str | None:
@@ -92,35 +93,35 @@ class ReferenceCache:
         self,
         decoder: Decoder,
         collate: Callable[[list[int]], Batch],
-        over: Callable[[Callable[[list[int]], None]], None],
+        groups: Iterator[tuple[Attempt, list[int]]],
     ) -> None:
-        """Fill the cache with the live reference's values. What is there already is not computed again; what was computed
-        is written every minute and when the work is interrupted. Groups are whole: the same sums come out as if nothing
-        had happened.
+        """Fill the cache with the live reference's values. Known groups are not computed again; the file is written every
+        minute and when the work is interrupted.
 
         Args:
             collate: makes a batch of pairs.
-            over: calls its argument with groups of pairs until every pair was in one (``Guard.over``).
+            groups: all pairs (see ``OomRetry.groups``), split alike at every start, so that sums round alike.
+
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
-        saved = time.monotonic()
         here = world()
 
-        def fill(indices: list[int]) -> None:
-            nonlocal saved
-            if self._known()[indices].all():
-                return
-            batch = collate(indices).to(decoder.device)
-            self.sums[torch.tensor(batch.indices)] = pair_sums(decoder, batch, reference=True).double().cpu()
-            if here.writes and time.monotonic() - saved >= SAVE_SECONDS:
-                self._write()
-                saved = time.monotonic()
+        def fill() -> None:
+            saved = time.monotonic()
+            for attempt, indices in groups:
+                with attempt:
+                    if self._known()[indices].all():
+                        continue
+                    batch = collate(indices).to(decoder.device)
+                    self.sums[torch.tensor(batch.indices)] = pair_sums(decoder, batch, reference=True).double().cpu()
+                if here.writes and time.monotonic() - saved >= SAVE_SECONDS:
+                    self._write()
+                    saved = time.monotonic()
 
         try:
-            here.together(lambda: over(fill))
+            here.together(fill)
         except BaseException:
-            # the first error is the one to tell
             with suppress(PeerEnded, KeyboardInterrupt):
                 self._collect()
             if here.writes:
@@ -131,7 +132,7 @@ class ReferenceCache:
         here.together(self._write if here.writes else lambda: None)
 
     def _collect(self) -> None:
-        """Each process has computed its own share; from here on all have what any of them has."""
+        """Exchange the shares that each process has computed."""
         if world().size > 1:
             for other in world().gather(self.sums):
                 self.sums = torch.where(self.sums.isnan(), other, self.sums)
@@ -156,5 +157,5 @@ class ReferenceCache:
 
 
 def cache_key(**parts: Any) -> str:
-    """One hash of everything that the reference depends on."""
+    """The hash of everything that the reference depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

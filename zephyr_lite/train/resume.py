@@ -1,28 +1,35 @@
-"""A stage that goes on, and what is not as it was: what may differ is said, what may not is refused, old and new shown."""
+"""Resuming a stage: its stage.json and config.yaml compared with the configuration, files and machine of now.
+
+A change that gradients do not depend on is allowed and printed; any other is refused, with its old and new value.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config.load import DPO_DEFAULTS, DatasetSpec, MemorySpec, Method, RunConfig, read_dumped
+from .. import __version__
+from ..config.load import DPO_DEFAULTS, DatasetSpec, MemorySpec, Method, RunConfig
+from ..config.resolve import config_of_stage
 from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..io.manifest import MANIFEST, manifest_fault
-from ..io.run_dir import StageDir
-from ..io.stage_info import text_sha256, tokenizer_sha256
+from ..io.run_dir import STAGE_FILE, StageDir
+from ..io.stage_info import FORMAT, TO_GO_ON, checked, text_sha256, tokenizer_sha256
+from ..memory.plan import Plan
 from ..model.base import compute_device, fingerprint, is_fingerprint_of
 from ..model.peft_io import AdapterFile
 from .distributed import world
 
-# what may differ when a stage goes on: nothing that a gradient depends on
-MAY_CHANGE = {
+# keys that gradients do not depend on
+ALLOWED = {
     "output_dir",
     "eval_dataset",
     "eval_steps",
@@ -39,7 +46,7 @@ MAY_CHANGE = {
     "sync",
     "memory",
 }
-# where something lies, which may differ as long as it is the same thing
+# keys that name a place: key → the content that has to be the same
 PLACES = {
     "model_name_or_path": "base",
     "model_revision": "base",
@@ -47,47 +54,68 @@ PLACES = {
     "dataset": "data",
     "chat_template": "data",
 }
-# what rounds: another version of these may sum in another order
+# another version of these may sum in another order
 LIBRARIES = ("zephyr-lite", "python", "torch", "transformers", "peft", "bitsandbytes", "triton")
 OF_ENGINE = {"fused": (), "trl": ("trl",), "unsloth": ("trl", "unsloth")}
+# numbers of stage.json's "data", as a message names them
+COUNTS = {
+    "read": "rows read",
+    "kept": "kept",
+    "rows": "rows to train on",
+    "tokens": "tokens",
+    "supervised": "supervised tokens",
+    "longest": "tokens of the longest",
+}
+HASHES = {"template_sha256": "chat template", "tokenizer_sha256": "tokenizer"}
+
+
+class StageComplete(UserError):
+    """The stage is finished. The command line prints it and exits with 0."""
+
+    done = True
+
+
+def stage_complete(stage: StageDir, info: dict[str, Any]) -> StageComplete:
+    following = {"sft": "zephyr-lite dpo", "dpo": "zephyr-lite merge --out model/"}[info["method"]]
+    return StageComplete(f"{stage.path} is complete already.", f"Next: {following}")
 
 
 @dataclass
 class Changes:
-    """Lines of what is not as it was.
+    """Differences between a stage and what would resume it, one line each.
 
     Attributes:
-        refused: what a stage cannot go on with.
-        said: what it goes on with.
-        open: places that changed, by what decides whether that matters: base, adapters, data.
-        only_config: whether everything refused is a key of the configuration.
+        allowed: the stage continues with them.
+        refused: it does not.
+        places: changed paths, by the content that decides about them: base, adapters, data.
+        only_config: every refused difference is a key of the configuration.
     """
 
+    allowed: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
-    open: dict[str, list[str]] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
     only_config: bool = True
 
-    def settle(self, what: str, difference: str | None) -> None:
-        """Decide on places of one kind: with the same content they may differ.
+    def settle(self, content: str, difference: str | None) -> None:
+        """Decide about the changed paths of a content: allowed if it is the same.
 
         Args:
             difference: how the content differs; None: it does not.
         """
-        lines = self.open.pop(what, [])
+        lines = self.places.pop(content, [])
         if difference is None:
-            self.said += [f"{line} (the same content)" for line in lines]
+            self.allowed += [f"{line} (the same content)" for line in lines]
         else:
             self.refused += [*lines, difference]
             self.only_config = False
 
     def refuse(self, stage: StageDir, *, complete: bool) -> None:
         """Raises:
-        UserError: something was refused; names all of it.
+        UserError: something was refused; the message has all of it.
         """
-        lines = [*self.refused, *(line for lines in self.open.values() for line in lines)] if self.refused else []
-        if not lines:
+        if not self.refused:
             return
+        lines = [*self.refused, *(line for lines in self.places.values() for line in lines)]
         done = "finished" if complete else "started"
         what = f"{done} with another configuration" if self.only_config else f"{done} on something else than this"
         cure = "choose another output_dir or stage."
@@ -97,43 +125,45 @@ class Changes:
         )
 
 
-def config_then(stage: StageDir) -> dict[str, Any]:
-    """The configuration that the stage was started with, or last went on with.
+def started_before(stage: StageDir, config: RunConfig, method: Method) -> tuple[dict[str, Any] | None, Changes]:
+    """stage.json of a stage that can be resumed or is complete, and the changes of its configuration. None for a stage
+    without a checkpoint: it starts again, with any configuration.
 
     Raises:
-        UserError: the file is gone or broken.
+        UserError: it is a stage of another method, or the file is not one that a run writes.
     """
-    if not stage.config.is_file():
+    file = stage.path / STAGE_FILE
+    info = stage.info()
+    if info is None:
+        return None, Changes()
+    checked(info, file)
+    if info.get("method", method) != method:
         raise UserError(
-            f"{stage.config}: is missing, so nobody knows with which configuration the stage was started.",
-            "Restore the file, or choose another output_dir or stage.",
+            f"{stage.path}: is a {info['method']} stage; this is {method}.", "Choose another stage or output_dir."
         )
-    then = read_dumped(stage.config)
-    if missing := sorted({"model_name_or_path", "dataset", "seed"} - set(then)):
-        raise UserError(
-            f"{stage.config}: has no {missing[0]}, which every run writes: it is not the whole of the file.",
-            "Restore the file, or choose another output_dir or stage.",
-        )
-    return then
+    if info.get("status") != "complete" and not stage.checkpoints():
+        return None, Changes()
+    checked(info, file, needs=TO_GO_ON)
+    return info, config_changes(stage, config, method)
 
 
 def config_changes(stage: StageDir, config: RunConfig, method: Method) -> Changes:
-    """The configuration of now against that of then."""
-    old, new = config_then(stage), config.model_dump(mode="json")
+    """The changes from the stage's config.yaml to a configuration."""
+    old, new = config_of_stage(stage), config.model_dump(mode="json")
     defaults = {**RunConfig.model_construct().model_dump(mode="json"), **(DPO_DEFAULTS if method == "dpo" else {})}
     changes = Changes()
     for key, now in new.items():
-        # a key that an earlier version did not have means what its default does
+        # an earlier version may not have had the key: it did what the default does
         then = old.get(key, defaults.get(key))
         if key in ("dataset", "eval_dataset") and then:
             then = [{**DatasetSpec.model_construct(path="").model_dump(mode="json"), **spec} for spec in then]
         if then == now or key == "output_dir":
             continue
         line = f"{key}: {then!r} then, {now!r} now"
-        if key in MAY_CHANGE:
-            changes.said.append(line)
+        if key in ALLOWED:
+            changes.allowed.append(line)
         elif key in PLACES and (key != "dataset" or _but_for_paths(then) == _but_for_paths(now)):
-            changes.open.setdefault(PLACES[key], []).append(line)
+            changes.places.setdefault(PLACES[key], []).append(line)
         else:
             changes.refused.append(line)
     changes.refused += [f"{key}: {old[key]!r} then, no such key now" for key in sorted(set(old) - set(new))]
@@ -141,12 +171,7 @@ def config_changes(stage: StageDir, config: RunConfig, method: Method) -> Change
 
 
 def _but_for_paths(specs: Any) -> Any:
-    if not isinstance(specs, list):
-        return specs
-    return [
-        {k: v for k, v in spec.items() if k not in ("path", "revision")} if isinstance(spec, dict) else spec
-        for spec in specs
-    ]
+    return [{k: v for k, v in spec.items() if k not in ("path", "revision")} for spec in specs or []]
 
 
 def base_difference(before: dict[str, Any], folder: Path) -> str | None:
@@ -157,69 +182,102 @@ def base_difference(before: dict[str, Any], folder: Path) -> str | None:
     return f"other weights of {base['name_or_path']}: {base['fingerprint'][:12]} then, {fingerprint(folder)[:12]} now"
 
 
-def adapters_then(before: dict[str, Any]) -> list[dict[str, Any]]:
-    """The adapters below: a baseline counts those that it trains on as its own."""
-    return list((before.get("trl") or {}).get("continues") or before["adapters"])
-
-
 def adapters_difference(before: dict[str, Any], frozen: list[AdapterFile]) -> str | None:
     """How the adapters below differ from those that the stage was started on."""
-    then = [(str(link.get("path")), str(link.get("sha256"))) for link in adapters_then(before)]
+    # engine trl lists the adapters that it trains on separately
+    links = (before.get("trl") or {}).get("continues") or before["adapters"]
+    then = [(str(link.get("path")), str(link.get("sha256"))) for link in links]
     now = [(str(adapter.path), adapter.sha256) for adapter in frozen]
     if [sha for _, sha in then] == [sha for _, sha in now]:
         return None
-    return f"an adapter below it was changed or replaced: {_named(then)} then, {_named(now)} now"
+    named = [", ".join(f"{path} ({sha[:12]})" for path, sha in adapters) or "none" for adapters in (then, now)]
+    return f"an adapter below it was changed or replaced: {named[0]} then, {named[1]} now"
 
 
-def _named(adapters: list[tuple[str, str]]) -> str:
-    return ", ".join(f"{path} ({sha[:12]})" for path, sha in adapters) or "none"
-
-
-def data_prints(data: TokenizedDataset, template: ChatTemplate) -> dict[str, Any]:
-    """What tells the rows of a stage from others, each of its parts by itself."""
+def data_info(data: TokenizedDataset, template: ChatTemplate) -> dict[str, Any]:
+    """What stage.json keeps of the training rows: counts, and hashes of the rows, template and tokenizer."""
     return {
+        **data.report.as_dict(),
         "fingerprint": data.fingerprint,
         "template_sha256": text_sha256(template.text),
         "tokenizer_sha256": tokenizer_sha256(template.tokenizer),
     }
 
 
-def data_difference(before: dict[str, Any], data: TokenizedDataset, template: ChatTemplate) -> str | None:
-    """How the rows differ from those that the stage was started on; several lines."""
-    then, now = before["data"], {**data.report.as_dict(), **data_prints(data, template)}
+def data_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """How the rows (``data_info``) differ from those that the stage was started on; several lines."""
+    then = before["data"]
     if then["fingerprint"] == now["fingerprint"]:
         return None
-    names = {"read": "rows read", "kept": "kept", "rows": "rows to train on", "tokens": "tokens"}
-    names |= {"supervised": "supervised tokens", "longest": "tokens of the longest"}
-    lines = [f"{name}: {then[key]:,} then, {now[key]:,} now" for key, name in names.items() if _differ(then, now, key)]
-    for key, name in {"template_sha256": "chat template", "tokenizer_sha256": "tokenizer"}.items():
-        if key in then and then[key] != now[key]:
-            lines.append(f"{name}: {str(then[key])[:12]} then, {str(now[key])[:12]} now")
+    lines = [
+        f"{name}: {then[key]:,} then, {now[key]:,} now"
+        for key, name in COUNTS.items()
+        if isinstance(then.get(key), int) and then[key] != now[key]
+    ]
+    lines += [
+        f"{name}: {str(then[key])[:12]} then, {str(now[key])[:12]} now"
+        for key, name in HASHES.items()
+        if key in then and then[key] != now[key]
+    ]
     if not lines:
-        lines = [
-            f"as many rows and tokens, other content: {then['fingerprint'][:12]} then, {data.fingerprint[:12]} now"
-        ]
+        hashes = f"{then['fingerprint'][:12]} then, {now['fingerprint'][:12]} now"
+        lines = [f"as many rows and tokens, other content: {hashes}"]
     return "other rows than these:\n    " + "\n    ".join(lines)
-
-
-def _differ(then: dict[str, Any], now: dict[str, Any], key: str) -> bool:
-    return isinstance(then.get(key), int) and then[key] != now[key]
 
 
 def judged_on_other_rows(
     before: dict[str, Any], config: RunConfig, stage: StageDir, data: TokenizedDataset | None
 ) -> bool:
-    """Whether the evaluations so far were made on other held-out rows than those to come will be."""
-    now = None if data is None else data.fingerprint
+    """Whether the evaluations so far used other held-out rows than ``data``."""
     if "eval_data" in before:
         then = (before["eval_data"] or {}).get("fingerprint")
-        return then is not None and then != now
-    return bool(config_then(stage).get("eval_dataset") != config.model_dump(mode="json")["eval_dataset"])
+        return then is not None and then != (None if data is None else data.fingerprint)
+    return bool(config_of_stage(stage).get("eval_dataset") != config.model_dump(mode="json")["eval_dataset"])
 
 
-def memory_then(stage: StageDir) -> dict[str, Any]:
-    """What the user had fixed of the plan when the stage was started."""
-    return MemorySpec.model_validate(config_then(stage).get("memory") or {}).model_dump(mode="json")
+def same_plan(stage: StageDir, before: dict[str, Any], config: RunConfig, machine: dict[str, Any]) -> bool:
+    """Whether a resumed stage keeps its plan: the key ``memory`` and the kind of device are the same."""
+    then = MemorySpec.model_validate(config_of_stage(stage).get("memory") or {})
+    return then == config.memory and same_device(before, machine)
+
+
+def same_device(before: dict[str, Any], machine: dict[str, Any]) -> bool:
+    return bool(_last(before, "machine").get("device", machine["device"]) == machine["device"])
+
+
+def plan_of_stage(stage: StageDir, before: dict[str, Any], layers: int) -> Plan:
+    """The plan in stage.json.
+
+    Args:
+        layers: decoder layers of the base.
+
+    Raises:
+        UserError: this version has no such plan, or it is one of another model.
+    """
+    file = stage.path / STAGE_FILE
+    hint = "Go on with the version that began the stage (the file names it), or choose another output_dir or stage."
+    try:
+        plan = Plan(**before["plan"])
+        if min(plan.micro_tokens, plan.threads, plan.tile or 1) < 1 or plan.offload < 0:
+            raise ValueError("a number is too small")
+        if not set(plan.keep) <= {"input", "attention", "all"}:
+            raise ValueError(f"keep {plan.keep}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: its plan is none of this version's ({error}).", hint) from None
+    if len(plan.keep) not in (0, layers):
+        raise UserError(f"{file}: its plan is for {len(plan.keep)} layers, and the base has {layers}.", hint)
+    return plan
+
+
+def versions() -> dict[str, str]:
+    """Versions of this kit, Python and the libraries that compute."""
+    result = {"zephyr-lite": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl", "triton", "unsloth"):
+        try:
+            result[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return result
 
 
 def machine_now(dtype: torch.dtype) -> dict[str, Any]:
@@ -235,23 +293,25 @@ def machine_now(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, there // world().local_size)
+
+
 def _last(before: dict[str, Any], key: str) -> dict[str, Any]:
-    """What the latest process that worked on the stage was, or had."""
+    """``key`` of the latest process that worked on the stage."""
     for entry in reversed(before.get("resumed") or []):
         if isinstance(entry.get(key), dict):
             return dict(entry[key])
     return dict(before.get(key) or {})
 
 
-def same_device(before: dict[str, Any], machine: dict[str, Any]) -> bool:
-    return _last(before, "machine").get("device", machine["device"]) == machine["device"]
-
-
-def roundings(before: dict[str, Any], versions: dict[str, str], machine: dict[str, Any], engine: str) -> list[str]:
-    """What makes sums round otherwise than before, although everything that was asked for is the same."""
+def roundings(before: dict[str, Any], now: dict[str, str], machine: dict[str, Any], engine: str) -> list[str]:
+    """Versions and hardware that changed, so that sums may round otherwise."""
     then, lines = _last(before, "versions"), []
     for name in (*LIBRARIES, *OF_ENGINE.get(engine, ())):
-        old, new = then.get(name), versions.get(name)
+        old, new = then.get(name), now.get(name)
         if name == "python":
             old, new = (".".join(v.split(".")[:2]) if v else v for v in (old, new))
         if then and old != new:
@@ -263,31 +323,54 @@ def roundings(before: dict[str, Any], versions: dict[str, str], machine: dict[st
     return lines
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, there // world().local_size)
+def resumed_info(
+    before: dict[str, Any],
+    stage: StageDir,
+    base: dict[str, Any],
+    links: list[dict[str, str]],
+    resumed: dict[str, Any],
+) -> dict[str, Any]:
+    """stage.json of a resumed stage: the paths of base and adapters are those of now, and ``resumed`` has one more entry.
 
-
-def moved(info: dict[str, Any], base: dict[str, Any], frozen: list[AdapterFile], relative: Any) -> None:
-    """Write down where the same base and the same adapters are now: merge looks for them there."""
+    Args:
+        base: ``Base.describe``.
+        links: path and sha256 of the adapters below.
+        resumed: the new entry, but for its step.
+    """
+    info = {**before, "format": FORMAT, "resumed": list(before.get("resumed") or [])}
     info["base"] = {**info["base"], "name_or_path": base["name_or_path"], "revision": base["revision"]}
-    links = [{"path": relative(adapter.path), "sha256": adapter.sha256} for adapter in frozen]
     if (info.get("trl") or {}).get("continues"):
-        info["trl"]["continues"] = links
+        info["trl"] = {**info["trl"], "continues": links}
     else:
         info["adapters"] = links
-
-
-def resumed(
-    stage: StageDir, changes: Changes, versions: dict[str, str], machine: dict[str, Any], *, at: str
-) -> dict[str, Any]:
-    """What stage.json keeps of a start that went on: from which checkpoint, when, where, and what was not as it was."""
-    # sizes only: the loop looks at every byte, and says what it finds
+    # only sizes are compared here; the loop compares hashes
     whole = [
         path
         for path in stage.checkpoints()
         if not (path / MANIFEST).is_file() or manifest_fault(path, deep=False) is None
     ]
     step = int(whole[-1].name.split("-")[1]) if whole else 0
-    return {"step": step, "at": at, "machine": machine, "versions": versions, "changed": list(changes.said)}
+    info["resumed"].append({"step": step, **resumed})
+    return info
+
+
+def check_same_inputs(info: dict[str, Any], folder: Path, data: TokenizedDataset, machine: dict[str, Any]) -> None:
+    """Compare what this process found with stage.json, which the process that writes has just written.
+
+    Raises:
+        UserError: another base, other rows, or another dtype; names this machine.
+    """
+    host = machine["host"]
+    if not is_fingerprint_of(info["base"]["fingerprint"], folder):
+        raise UserError(f"{host}: has another base than the process that writes.", "Give all machines the same files.")
+    if data.fingerprint != info["data"]["fingerprint"]:
+        raise UserError(
+            f"{host}: reads other rows than the process that writes.",
+            "Give all machines the same data and the same versions of tokenizers and transformers.",
+        )
+    dtype = _last(info, "machine").get("dtype", machine["dtype"])
+    if machine["dtype"] != dtype:
+        raise UserError(
+            f"{host}: {machine['processor']} would compute in {machine['dtype']}, the first process in {dtype}.",
+            "Name one that all cards have: dtype=float16.",
+        )

@@ -1,22 +1,20 @@
-"""What both stages do before the first step and after the last: resolve, load, stack, plan; write what people load."""
+"""What a stage does before its first step and after its last: check, load, plan; write what people load."""
 
 from __future__ import annotations
 
 import datetime
-import platform
-from importlib.metadata import PackageNotFoundError, version
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
-
-from .. import __version__
-from ..config.load import Loaded, Method, RunConfig, dump_config, load_config
+from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.chat_template import ChatTemplate, Example, PairExample, resolve_template
 from ..data.dataset import TokenizedDataset, prepare
-from ..io.run_dir import StageDir, folder_aside, newest_run, write_text
-from ..io.stage_info import FORMAT
-from ..io.sync import newest_there, open_mirror, restore
+from ..errors import UserError
+from ..io.run_dir import STAGE_FILE, StageDir, folder_aside, stages_of, write_text
+from ..io.stage_info import FORMAT, check_rendering, checked
+from ..io.sync import catch_up, open_mirror
 from ..memory.machine import cap_allocator, keep_freed_pages, peak_memory
 from ..memory.plan import Plan
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
@@ -25,152 +23,78 @@ from ..model.base import (
     compute_device,
     compute_dtype,
     fetch_base,
-    fingerprint,
+    is_fingerprint_of,
     load_base,
     load_tokenizer,
     read_model_config,
 )
+from ..model.chain import chain_of_run, check_stack
 from ..model.check_weights import check_weights
 from ..model.compose import compose
 from ..model.decoder import Decoder
-from ..model.peft_io import AdapterFile, LoraWeights, adapter_sha256, read_adapter, write_adapter
+from ..model.overlap import CARD
+from ..model.peft_io import AdapterFile, LoraWeights, adapter_sha256, fetch_adapter, read_adapter, write_adapter
 from ..model.shape import Shape
-from ..model.tokenizer import save_tokenizer
+from ..model.tokenizer import check_vocabulary, save_tokenizer
 from ..model.weight_streaming import WeightStreamer
 from ..ops.dispatch import check_kernels
 from .callbacks import trackers
-from .ground import (
-    adapters_below,
-    finished,
-    may_go_on,
-    plan_then,
-    relative_to_run,
-    run_id,
-    same_base,
-    same_template,
-    vocabulary_fits,
-)
-from .leader import Leader
+from .distributed import world
 from .objective import Outcome
 from .optim import check_schedule
-from .planning import plan_stage, said_again, set_threads, stage_workload
+from .planning import plan_stage, set_threads, stage_workload
 from .publish import check_repo_name, push_adapter
 from .resume import (
     Changes,
     adapters_difference,
     base_difference,
-    config_then,
+    check_same_inputs,
     cores,
     data_difference,
-    data_prints,
+    data_info,
     judged_on_other_rows,
     machine_now,
-    memory_then,
-    moved,
-    resumed,
+    plan_of_stage,
+    resumed_info,
     roundings,
     same_device,
+    same_plan,
+    stage_complete,
+    started_before,
+    versions,
 )
 from .stage import Say, Stage
 from .steps import step_schedule
 
-# what a stage takes over from the one below it, unless the user says otherwise
-INHERITED = (
-    "model_name_or_path",
-    "model_revision",
-    "load_in_4bit",
-    "bnb_4bit_use_double_quant",
-    "dtype",
-    "system",
-    "sync",
-)
-DEFAULT_CONFIG = {"sft": "zephyr-7b/sft", "dpo": "zephyr-7b/dpo"}
 
-
-def resolve_run(
-    method: Method,
-    file: str | None,
-    overrides: list[str],
-    *,
-    runs_root: Path = Path("runs"),
-    say: Say = print,
-    fetch: bool = False,
-) -> Loaded:
-    """The configuration of a stage: the shipped recipe where none is named, on top of the stage before.
-
-    ``dpo`` without an output_dir continues the newest run whose stage ``sft`` is complete.
-
-    Args:
-        fetch: bring what ``sync`` has of the run first (see ``sync.restore``); not for what only reads.
-    """
-    loaded = load_config(method, file or DEFAULT_CONFIG[method], overrides)
-    extra: list[str] = []
-    if method == "dpo" and not (file and "output_dir" in loaded.given) and not _names(overrides, "output_dir"):
-        run, where = newest_run(runs_root, stage_complete="sft"), ""
-        if run is None and fetch and loaded.config.sync:
-            name = newest_there(loaded.config.sync, runs_root / "new", stage_complete="sft")
-            run, where = (runs_root / name if name else None), f" in {loaded.config.sync}"
-        if run is not None:
-            overrides = [*overrides, f"output_dir={run}"]
-            extra.append(f"continuing {run}, the newest run{where} whose stage sft is complete")
-        loaded = load_config(method, file or DEFAULT_CONFIG[method], overrides)
-    if fetch:
-        restore(loaded.config.sync, StageDir(Path(loaded.config.output_dir) / loaded.config.stage), say)
-    below = StageDir(Path(loaded.config.output_dir) / "sft")
-    if method == "dpo" and loaded.config.adapters == [] and below.complete():
-        inherited = config_then(below)  # with defaults in its place dpo would train on another base
-        # a shipped file spells its base out; only the user's own words count against the stage below
-        own = loaded.given if file else {k for k in loaded.given if _names(overrides, k)}
-        taken = {k: inherited[k] for k in INHERITED if k in inherited and k not in own}
-        loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **taken})
-    elif method == "dpo" and loaded.config.adapters == [] and (file or _names(overrides, "model_name_or_path")):
-        extra += _adapter_as_model(loaded)
-        if loaded.foreign and "model_name_or_path" in loaded.given and loaded.config.adapters == []:
-            loaded.config = loaded.config.model_copy(update={"adapters": "none"})
-            extra.append(
-                "adapters: none, as TRL's DPO begins from the model itself; name an SFT adapter to begin from that"
-            )
-    loaded.notes = [*loaded.notes, *extra]
-    return loaded
-
-
-def _adapter_as_model(loaded: Loaded) -> list[str]:
-    """A model that is an adapter, as in the handbook's QLoRA recipes, goes into ``adapters``; returns the note."""
-    name = loaded.config.model_name_or_path
-    try:
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    except ValueError:  # PEFT's answer to anything that is no adapter, or is out of reach
-        return []
-    if base is None or loaded.config.model_revision != "main":  # whose revision would that be
-        return []
-    moved = {"model_name_or_path": base, "adapters": [name]}
-    loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **moved})
-    return [f"{name} is an adapter: it is in adapters, and model_name_or_path is its base, {base}"]
-
-
-def _names(overrides: list[str], key: str) -> bool:
-    heads = [word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_") for word in overrides]
-    return key in heads
-
-
-def setup_stage(
-    method: Method, loaded: Loaded, *, say: Say = print, claim: bool = True, leader: Leader | None = None
-) -> Stage:
-    """Check, prepare the rows, load the base, stack the adapters, plan. What is cheap and can fail comes first.
+def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool = True) -> Stage:
+    """Make a stage ready to train. Cheap checks come first. Every process of a run calls it, the one that writes before the
+    others, which take its stage.json.
 
     Args:
         claim: make the stage's folder and write its configuration; False for a dry run.
-        leader: what the process that writes has found: this one follows it, and writes nothing.
 
     Raises:
         StageComplete: the stage is finished.
-        UserError: anything of the user's that does not fit.
+        UserError: a user's mistake.
     """
-    config = loaded.config
+    config, writer = loaded.config, world().writes
     for note in loaded.notes:
         say(note)
+
+    # a stage to resume
     stage = StageDir(Path(config.output_dir) / config.stage)
-    before, changes = may_go_on(stage, config, method, say, claim=claim) if leader is None else (None, Changes())
+    before, changes = started_before(stage, config, method) if writer else (stage.info(), Changes())
+    resumes = before if writer else None
+    complete = resumes is not None and resumes.get("status") == "complete"
+    if resumes is not None and complete and not (changes.refused or changes.places):
+        if claim and config.sync:
+            catch_up(config.sync, stage, say)
+        if claim:
+            push_adapter(config, stage, resumes, say)
+        raise stage_complete(stage, resumes)
+
+    # settings, adapters and base
     if config.engine == "fused":
         check_targets(config.lora_target_modules)
     check_schedule(config)
@@ -180,57 +104,66 @@ def setup_stage(
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
     check_weights(folder, base_config)
-    print_of_base = fingerprint(folder)
-    same_base(frozen, folder)
-    complete = before is not None and before.get("status") == "complete"
-    if before is not None:
-        changes.settle("base", base_difference(before, folder))
-        changes.settle("adapters", adapters_difference(before, frozen))
+    check_base_of(frozen, folder)
+    if resumes is not None:
+        changes.settle("base", base_difference(resumes, folder))
+        changes.settle("adapters", adapters_difference(resumes, frozen))
         changes.refuse(stage, complete=complete)
-    begun = before or (leader.info if leader is not None else {})
-    template = template_of(config, folder, frozen, begun.get("template_time"))
-    vocabulary_fits(template.tokenizer, base_config)
+
+    # tokenizer, template and rows
+    template = template_of(config, folder, frozen, (before or {}).get("template_time"))
+    check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
     if config.chat_template == "auto":
-        same_template(frozen, template)
+        check_template_of(frozen, template)
     data = prepare(config.dataset, method, config, template, what="training")
-    _tell(data, base_config, say)
+    _report_rows(data, base_config, say)
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
     if eval_data is not None:
-        _tell(eval_data, base_config, say)
-    machine = machine_now(compute_dtype(config.dtype, compute_device()))
-    now = versions()
+        _report_rows(eval_data, base_config, say)
+    machine, libraries = machine_now(compute_dtype(config.dtype, compute_device())), versions()
     forget_best = False
-    if before is not None:
-        changes.settle("data", data_difference(before, data, template))
+    if resumes is not None:
+        changes.settle("data", data_difference(resumes, data_info(data, template)))
         changes.refuse(stage, complete=complete)
         if complete:
-            raise finished(stage, before)
-        forget_best = judged_on_other_rows(before, config, stage, eval_data)
-        _tell_changes(before, changes, now, machine, config, forget_best, say)
-    if leader is not None:
-        leader.agrees(print_of_base, data, machine)
-        plan, said = plan_then(stage, leader.info, base_config.num_hidden_layers), []
-    elif (
-        before is not None
-        and memory_then(stage) == config.memory.model_dump(mode="json")
-        and same_device(before, machine)
-    ):
-        plan = plan_then(stage, before, base_config.num_hidden_layers)  # another split would change bits
-        said = said_again(plan)
+            raise stage_complete(stage, resumes)
+        if changes.allowed:
+            say(f"changed since this stage was last worked on: {'; '.join(changes.allowed)}")
+        if forget_best := judged_on_other_rows(resumes, config, stage, eval_data):
+            changes.allowed.append(
+                "the held-out rows are others than before: evaluations of before do not count for the best checkpoint"
+            )
+            say(changes.allowed[-1])
+        if rounding := roundings(resumes, libraries, machine, config.engine):
+            changes.allowed += rounding
+            say(
+                f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed "
+                "run"
+            )
+    elif before is not None:
+        check_same_inputs(before, folder, data, machine)
+
+    # plan: another split of the sums would change bits, so a resumed stage keeps its own
+    workload = stage_workload(method, config, base_config, folder, frozen, data, eval_data)
+    if before is not None and (not writer or same_plan(stage, before, config, machine)):
+        plan = plan_of_stage(stage, before, base_config.num_hidden_layers)
+        lines = ["the plan is the one that the stage was started with", *plan.lines()]
         if cores() < plan.threads:
-            said.append(
+            lines.append(
                 f"it computes with {plan.threads} threads, and there are {cores()} cores here: it will be slower"
             )
     else:
-        plan, said = plan_stage(stage_workload(method, config, base_config, folder, frozen, data, eval_data), config)
+        plan, lines = plan_stage(workload, config)
         if before is not None:
             why = "memory was changed" if same_device(before, machine) else "this is another kind of device"
             say(f"{why}: from here on sums are split otherwise, and round otherwise")
             before["plan"] = plan.as_dict()
-    for line in said:
+    for line in lines:
         say(line)
     set_threads(plan)
-    if claim:
+
+    # base and adapters
+    if claim and writer:
         stage.claim()
     say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
     cap_allocator(compute_device(), config.memory)
@@ -240,7 +173,7 @@ def setup_stage(
             say(note)
     stream = WeightStreamer(base.model, base.device) if base.streamed else None
     stack = AdapterStack(base.model, base.device)
-    if config.engine == "fused":  # the baselines attach theirs by themselves, to any architecture
+    if config.engine == "fused":  # the other engines attach theirs, to any architecture
         for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
             stack.add_frozen(name, adapter)
         stack.add_trainable(
@@ -252,93 +185,130 @@ def setup_stage(
     parameters = sum(p.numel() for p in stack.parameters().values())
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
     say(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all{trained}")
-    info = (
-        leader.info
-        if leader is not None
-        else before
-        or {
+    decoder = Decoder(stack, base.dtype, scratch=plan.scratch, stream=stream)
+    decoder.follow(plan)
+
+    # stage.json
+    links = [{"path": _relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen]
+    if before is None:
+        info = {
             "format": FORMAT,
-            "id": run_id(stage.run),
+            "id": _run_id(stage.run),
             "method": method,
             "stage": config.stage,
             "status": "running",
             "engine": config.engine,
             "base": base.describe(),
-            "adapters": [{"path": relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen],
+            "adapters": links,
             "chat_template": template.text,
             **({"template_time": template.now.isoformat()} if template.reads_clock else {}),
-            "versions": now,
+            "versions": libraries,
             "machine": machine,
             "plan": plan.as_dict(),
-            "data": {**data.report.as_dict(), **data_prints(data, template)},
+            "data": data_info(data, template),
             "created": _now(),
         }
-    )
-    if before is not None:
-        info.setdefault("id", run_id(stage.run))
-        info["format"] = FORMAT
-        moved(info, base.describe(), frozen, lambda path: relative_to_run(path, stage.run))
-        info.setdefault("resumed", []).append(resumed(stage, changes, now, machine, at=_now()))
-    if leader is None:
-        info["eval_data"] = {"fingerprint": eval_data.fingerprint} if eval_data is not None else None
-    if claim:
-        stage.write_info(info)  # first: a changed ``memory`` is told by the configuration that the file has
+    elif writer:
+        before.setdefault("id", _run_id(stage.run))
+        resumed = {"at": _now(), "machine": machine, "versions": libraries, "changed": changes.allowed}
+        info = resumed_info(before, stage, base.describe(), links, resumed)
+    else:
+        info = before
+    info["eval_data"] = {"fingerprint": eval_data.fingerprint} if eval_data is not None else None
+    if claim and writer:
+        stage.write_info(info)  # first: config.yaml tells a resumed run that ``memory`` was changed
         write_text(stage.config, dump_config(config))
-    decoder = Decoder(stack, base.dtype, scratch=plan.scratch, stream=stream)
-    decoder.follow(plan)
-    mirror = open_mirror(config.sync, stage, say) if claim else None
     return Stage(
-        method,
-        config,
-        stage,
-        base,
-        template,
-        stack,
-        decoder,
-        data,
-        eval_data,
-        plan,
-        frozen,
-        info,
-        mirror,
-        forget_best if leader is None else leader.forget_best,
-        claim,
+        method=method,
+        config=config,
+        dir=stage,
+        base=base,
+        template=template,
+        stack=stack,
+        decoder=decoder,
+        data=data,
+        eval_data=eval_data,
+        workload=workload,
+        plan=plan,
+        frozen=frozen,
+        info=info,
+        mirror=open_mirror(config.sync, stage, say) if claim and writer else None,
+        forget_best=forget_best,
+        writes=claim and writer,
     )
 
 
-def _tell_changes(
-    before: dict[str, Any],
-    changes: Changes,
-    now: dict[str, str],
-    machine: dict[str, Any],
-    config: RunConfig,
-    forget_best: bool,
-    say: Say,
-) -> None:
-    """Say what is not as it was when the stage was last worked on, and note it among what goes on."""
-    if changes.said:
-        say(f"changed since this stage was last worked on: {'; '.join(changes.said)}")
-    if forget_best:
-        line = "the held-out rows are others than before: evaluations of before do not count for the best checkpoint"
-        say(line)
-        changes.said.append(line)
-    if rounding := roundings(before, now, machine, config.engine):
-        say(
-            f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed run"
+def adapters_below(method: Method, config: RunConfig, stage: StageDir, say: Say) -> list[AdapterFile]:
+    """The adapters below this stage, read and verified: those of the key ``adapters``, or dpo's stage sft."""
+    if config.adapters == "none":
+        return []
+    if config.adapters:
+        adapters = [read_adapter(fetch_adapter(name, beside=[CARD])) for name in config.adapters]
+        for note in check_stack(adapters, config.model_name_or_path):
+            say(note)
+        return adapters
+    if method == "sft":
+        return []
+    info = StageDir(stage.run / "sft").info()
+    if info is None or info.get("status") != "complete":
+        state = "has no stage sft" if info is None else "has a stage sft that is not finished"
+        raise UserError(
+            f"{stage.run}: {state}, so there is nothing for dpo to start from.",
+            "Run `zephyr-lite sft` first, name an SFT adapter (adapters=[FOLDER]), or set adapters=none to train on the "
+            "base itself.",
         )
-        changes.said += rounding
+    adapters = chain_of_run(stage.run, stage="sft").adapters
+    say(f"the reference is the base with {', '.join(str(a.path) for a in adapters)}")
+    return adapters
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def _stage_of(adapter: AdapterFile) -> tuple[StageDir, dict[str, Any] | None]:
+    """The stage that wrote an adapter, and its stage.json; None for an adapter of another tool."""
+    stage = StageDir(adapter.path.parent)
+    return stage, stage.info() if adapter.path.name in ("adapter", "delta") else None
 
 
-def _load(config: RunConfig, plan: Plan, say: Say) -> Base:
-    if config.engine == "unsloth":
-        from ..engines.unsloth import load_unsloth
+def check_base_of(frozen: list[AdapterFile], folder: Path) -> None:
+    """Raises:
+    UserError: a stage's adapter was trained on another base.
+    """
+    for adapter in frozen:
+        stage, info = _stage_of(adapter)
+        if info is None:
+            continue
+        checked(info, stage.path / STAGE_FILE, needs=("base.fingerprint", "base.name_or_path"))
+        if not is_fingerprint_of(info["base"]["fingerprint"], folder):
+            raise UserError(
+                f"adapter {adapter.path}: was trained on {info['base']['name_or_path']}, and {folder} is another model "
+                "(other weights, or another architecture).",
+                "Give the folder of the model that it was trained on: model_name_or_path=FOLDER.",
+            )
 
-        return load_unsloth(config)
-    return load_base(config, stream=plan.stream, say=say)
+
+def check_template_of(frozen: list[AdapterFile], template: ChatTemplate) -> None:
+    """Raises:
+    UserError: the stage below was trained with another template or tokenizer.
+    """
+    if frozen:
+        stage, info = _stage_of(frozen[-1])
+        if info is not None:
+            check_rendering(info, stage.path, template.text, template.tokenizer)
+
+
+def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time: str | None = None) -> ChatTemplate:
+    """The chat template of a run. ``auto`` is that of the adapter below if it was saved with one, else the base's.
+
+    Args:
+        time: when the stage began, for a template that writes the date; None: now.
+    """
+    now = datetime.datetime.fromisoformat(time) if time else None
+    if config.chat_template == "auto":
+        for adapter in reversed(frozen):
+            # a stage keeps its tokenizer in adapter/, beside delta/
+            for candidate in (adapter.path, adapter.path.parent / "adapter"):
+                if (candidate / "tokenizer_config.json").is_file():
+                    return resolve_template("auto", load_tokenizer(candidate), now)
+    return resolve_template(config.chat_template, load_tokenizer(folder), now)
 
 
 def save_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[str, LoraWeights] | None = None) -> None:
@@ -379,39 +349,40 @@ def save_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[st
     push_adapter(stage.config, stage.dir, stage.info, say)
 
 
-def versions() -> dict[str, str]:
-    result = {"zephyr-lite": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl", "triton", "unsloth"):
-        try:
-            result[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return result
+def _load(config: RunConfig, plan: Plan, say: Say) -> Base:
+    if config.engine == "unsloth":
+        from ..engines.unsloth import load_unsloth
+
+        return load_unsloth(config)
+    return load_base(config, stream=plan.stream, say=say)
 
 
-def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time: str | None = None) -> ChatTemplate:
-    """``auto`` takes the template of the adapter below, where that was saved with one; then the base's own.
-
-    Args:
-        time: when the stage began, for a template that writes the date; None: now.
-    """
-    source, now = folder, datetime.datetime.fromisoformat(time) if time else None
-    if config.chat_template == "auto":
-        for adapter in reversed(frozen):
-            # delta/ lies beside adapter/, which is where a stage keeps its tokenizer
-            for candidate in (adapter.path, adapter.path.parent / "adapter"):
-                if (candidate / "tokenizer_config.json").is_file():
-                    return resolve_template("auto", load_tokenizer(candidate), now)
-    return resolve_template(config.chat_template, load_tokenizer(source), now)
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _tell(data: TokenizedDataset, base_config: Any, say: Say) -> None:
+def _run_id(run: Path) -> str:
+    """The id that a run's stages share."""
+    for stage in stages_of(run):
+        with suppress(UserError):  # a broken stage.json of another stage
+            found = (stage.info() or {}).get("id")
+            if isinstance(found, str) and found:
+                return found
+    return uuid.uuid4().hex
+
+
+def _relative_to_run(path: Path, run: Path) -> str:
+    path, run = path.resolve(), run.resolve()
+    return str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
+
+
+def _report_rows(data: TokenizedDataset, base_config: Any, say: Say) -> None:
     for line in data.report.lines():
         say(line)
     context = getattr(base_config, "max_position_embeddings", None)
     if context is None:
         return
-    long = (data.lengths > context).nonzero()[0].tolist()  # of a pair both responses
+    long = (data.lengths > context).nonzero()[0].tolist()  # of a pair: of both responses
     if longer := [data.examples[i].where for i in long if _positions(data.examples[i]) > context]:
         say(
             f"warning: {len(longer):,} rows are longer than the {context:,} tokens that the base was made for "

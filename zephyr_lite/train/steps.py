@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,11 +33,6 @@ def micro_batches(examples: Sequence[int], lengths: Lengths, tokens: int) -> lis
     """Split a step's examples into groups of at most ``tokens`` tokens (an example longer than that runs alone)."""
     sizes = [min(int(lengths[i]), tokens) for i in examples]
     return [[examples[place] for place in group] for group in best_fit(sizes, tokens)]
-
-
-def evaluation_batches(lengths: Lengths, tokens: int) -> Iterator[list[int]]:
-    """Every example once, in micro-batches of the plan's size."""
-    yield from micro_batches(list(range(len(lengths))), lengths, tokens)
 
 
 def largest_micro_batches(lengths: Lengths, tokens: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ from ...errors import UserError
 from ...io.lock import alone
 from ...io.run_dir import StageDir, write_json, write_text
 from ...train.dpo import run_dpo
-from ...train.ground import StageComplete
+from ...train.resume import StageComplete
 from ...train.sft import run_sft
 from .score import Score, Scores, held_out_config
 from .table import BASE, Table

@@ -1,0 +1,108 @@
+"""The configuration of a stage on top of what is on disk: the newest run, the stage below, the place of ``sync``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+
+from ..errors import UserError
+from ..io.run_dir import StageDir, newest_run
+from ..io.sync import newest_there, restore
+from .load import Loaded, Method, load_config, read_dumped
+from .schema import RunConfig
+
+# keys that a stage takes from the one below it, unless the user set them
+INHERITED = (
+    "model_name_or_path",
+    "model_revision",
+    "load_in_4bit",
+    "bnb_4bit_use_double_quant",
+    "dtype",
+    "system",
+    "sync",
+)
+
+
+def resolve_run(
+    method: Method,
+    file: str | None,
+    overrides: list[str],
+    *,
+    loaded: Loaded | None = None,
+    runs_root: Path = Path("runs"),
+    say: Callable[[str], None] = print,
+    fetch: bool = False,
+) -> Loaded:
+    """The configuration of a stage: the recipe's where no file is named, on top of the stage before.
+
+    ``dpo`` without an output_dir continues the newest run whose stage ``sft`` is complete.
+
+    Args:
+        file: of the configuration.
+        overrides: ``key=value`` words.
+        loaded: what ``load_config`` made of these, if it was called before; it is changed.
+        fetch: first copy what ``sync`` has of the run (see ``sync.restore``).
+    """
+    loaded = loaded or load_config(method, file or f"zephyr-7b/{method}", overrides)
+    named = {word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_") for word in overrides}
+    if method == "dpo" and "output_dir" not in named and not (file and "output_dir" in loaded.given):
+        run, where = newest_run(runs_root, stage_complete="sft"), ""
+        if run is None and fetch and loaded.config.sync:
+            name = newest_there(loaded.config.sync, runs_root / "new", stage_complete="sft")
+            run, where = (runs_root / name if name else None), f" in {loaded.config.sync}"
+        if run is not None:
+            _set(loaded, output_dir=str(run))
+            loaded.given.add("output_dir")
+            loaded.notes.append(f"continuing {run}, the newest run{where} whose stage sft is complete")
+    if fetch:
+        restore(loaded.config.sync, StageDir(Path(loaded.config.output_dir) / loaded.config.stage), say)
+    if method == "sft" or loaded.config.adapters != []:
+        return loaded
+    below = StageDir(Path(loaded.config.output_dir) / "sft")
+    if below.complete():
+        inherited = config_of_stage(below)  # the defaults would be another base
+        # without a file the recipe's values are no choice of the user
+        own = loaded.given if file else loaded.given & named
+        _set(loaded, **{key: inherited[key] for key in INHERITED if key in inherited and key not in own})
+    elif file or "model_name_or_path" in named:
+        _adapter_as_model(loaded)
+        if loaded.foreign and "model_name_or_path" in loaded.given and loaded.config.adapters == []:
+            _set(loaded, adapters="none")
+            loaded.notes.append(
+                "adapters: none, as TRL's DPO begins from the model itself; name an SFT adapter to begin from that"
+            )
+    return loaded
+
+
+def config_of_stage(stage: StageDir) -> dict[str, Any]:
+    """The keys of a stage's config.yaml.
+
+    Raises:
+        UserError: the file is gone or broken.
+    """
+    hint = "Restore the file, or choose another output_dir or stage."
+    if not stage.config.is_file():
+        raise UserError(f"{stage.config}: is missing; it has the configuration that the stage was started with.", hint)
+    found = read_dumped(stage.config)
+    if missing := sorted({"model_name_or_path", "dataset", "seed"} - set(found)):
+        raise UserError(f"{stage.config}: has no {missing[0]}, which every run writes: the file is incomplete.", hint)
+    return found
+
+
+def _set(loaded: Loaded, **values: Any) -> None:
+    loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **values})
+
+
+def _adapter_as_model(loaded: Loaded) -> None:
+    """A model that is an adapter, as in the handbook's QLoRA recipes, becomes ``adapters`` on its base."""
+    name = loaded.config.model_name_or_path
+    try:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except ValueError:  # PEFT's error for what is no adapter, or cannot be reached
+        return
+    if base is not None and loaded.config.model_revision == "main":  # a revision would be the adapter's
+        _set(loaded, model_name_or_path=base, adapters=[name])
+        loaded.notes.append(f"{name} is an adapter: it is in adapters, and model_name_or_path is its base, {base}")

@@ -1,0 +1,520 @@
+"""A model card: README.md in the folder of a merged model or a composed adapter, and its pictures."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from .. import __version__
+from ..config.load import RunConfig, read_dumped
+from ..errors import UserError
+from ..evaluate.plotting import have_matplotlib
+from ..io.atomic import bytes_aside, copy_file, make_folder, write_text
+from ..io.run_dir import StageDir, read_json
+from ..io.stage_info import checked
+from ..merge.weights import MARK
+from ..model.base import fingerprint
+from ..model.shards import local_folder
+from .vllm import serve_adapter, serve_model
+
+Say = Callable[[str], None]
+CARD = "README.md"
+PLOTS = "plots"
+OURS = "<!-- made by zephyr-lite; `zephyr-lite export card` replaces this file as long as this line stands here -->"
+BLUE, ORANGE, GREY = "#3b6ea8", "#d0722b", "#9aa5b1"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_METHODS = {"sft": "supervised fine-tuning on conversations", "dpo": "direct preference optimization"}
+_KEYS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "load_in_4bit",
+    "bnb_4bit_use_double_quant",
+    "max_length",
+    "batch_size",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "loss_on",
+    "seed",
+)
+_DPO_KEYS = ("max_prompt_length", "beta", "loss_type", "label_smoothing")
+_MEASURED = {
+    "kl": "KL(live ‖ merged), nats a token",
+    "top1_agreement": "same likeliest token",
+    "loss": "held-out loss, nats a token",
+    "loss_minus_live": "minus the live stack's",
+}
+_MERGED = {"live": "live stack", "base": "merged onto base", "nf4": "merged onto nf4"}
+_ONTO = {"base": "the base in its own precision", "nf4": "the base as NF4 rounded it, which is what training saw"}
+
+
+@dataclass
+class StageFacts:
+    """One stage of training.
+
+    Attributes:
+        name, method, engine: sft or dpo; fused, trl or unsloth.
+        config: its configuration.
+        info: its stage.json.
+        sha256: of its own adapter.
+        folder: its folder.
+    """
+
+    name: str
+    method: str
+    engine: str
+    config: RunConfig
+    info: dict[str, Any]
+    sha256: str
+    folder: Path
+
+
+@dataclass
+class Facts:
+    """What is known of a folder that ``merge`` made.
+
+    Attributes:
+        folder: the model, or the adapter (``adapter``).
+        mark: its zephyr_lite.json.
+        base: the base's name; of a local one the folder's name alone.
+        base_id: its hub id, or None.
+        stages: those that were found, from the bottom up.
+        lost: adapters without a stage.
+        results: kind → an evaluation's JSON.
+        pictures: kind → the evaluation's picture.
+        measure: the merge compared with the live stack (``measured`` in zephyr_lite.json).
+        license: of the base, if its files say.
+    """
+
+    folder: Path
+    mark: dict[str, Any]
+    base: str
+    base_id: str | None
+    adapter: bool
+    stages: list[StageFacts] = field(default_factory=list)
+    lost: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pictures: dict[str, Path] = field(default_factory=dict)
+    measure: dict[str, Any] = field(default_factory=dict)
+    license: str | None = None
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    run: Path | None = None,
+    license: str | None = None,
+    plots: bool | None = None,
+    overwrite: bool = False,
+    say: Say = lambda line: None,
+) -> Path:
+    """Write README.md into a folder that ``merge`` made.
+
+    Args:
+        folder: a merged model, or an adapter of ``merge --adapter-only``.
+        run: the run's folder, if it was moved since.
+        license: its SPDX name as the hub writes it; the base's by default, if its files say.
+        plots: draw the curves; None: if matplotlib is installed.
+        overwrite: replace a README.md that zephyr-lite did not write.
+
+    Returns:
+        the card.
+    Raises:
+        UserError: ``merge`` did not make the folder, or it has a README.md that zephyr-lite did not write.
+    """
+    folder = Path(folder).expanduser()
+    facts = gather(folder, run=run, say=say)
+    card = folder / CARD
+    if card.exists() and not overwrite and OURS not in card.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{card}: exists, and zephyr-lite did not write it.", "Add --overwrite to replace it.")
+    pictures = _pictures(facts, have_matplotlib() if plots is None else plots)
+    if plots is None and not pictures and not have_matplotlib():
+        say('the card has no curves: pip install "zephyr-lite[plots]" draws them')
+    write_text(card, card_text(facts, pictures, license or facts.license))
+    return card
+
+
+# What is known: from the folder, its run, and the evaluations
+
+
+def gather(folder: Path, *, run: Path | None = None, say: Say = lambda line: None) -> Facts:
+    """Read what a card says.
+
+    Args:
+        folder: as ``merge`` made it.
+        run: the run's folder or a stage's, if it was moved since.
+
+    Raises:
+        UserError: ``merge`` did not make the folder, or ``run`` is not the run that it was merged from.
+    """
+    mark = read_json(folder / MARK)
+    if mark is None or not isinstance(mark.get("adapters"), list) or not isinstance(mark.get("base"), dict):
+        raise UserError(
+            f"{folder}: is no folder that zephyr-lite merge made (it has no {MARK}), so nothing is known of it.",
+            "Make it: zephyr-lite merge --out model/",
+        )
+    if run is not None and (run / "stage.json").is_file():
+        run = run.resolve().parent
+    name = str(mark["base"].get("name_or_path", ""))
+    base_id = hub_id(name)
+    base = base_id or f"{Path(name).name} (a local folder)"
+    facts = Facts(folder, mark, base, base_id, "adapter" in str(mark["kind"]), measure=mark.get("measured") or {})
+    for link in mark["adapters"]:
+        stage = _stage(link, run)
+        if stage is None:
+            facts.lost.append(link)
+            hint = "" if run is not None else "; --run says where the run is now"
+            say(f"{link.get('path')}: no finished stage of this content there, so the card says only its hash{hint}")
+            continue
+        if stage.sha256 != (stage.info.get("own") or {}).get("sha256"):  # adapter/ holds the stages below too
+            for part in stage.info.get("adapters") or []:
+                below = _stage({**part, "path": str(stage.folder.parent / str(part.get("path")))}, None)
+                facts.stages += [below] if below is not None else []
+                facts.lost += [part] if below is None else []
+        facts.stages.append(stage)
+    if run is not None and not facts.stages:
+        raise UserError(
+            f"--run {run}: none of its stages is what {folder} was merged from.",
+            "Give the run that it was merged from; without --run the card says only hashes.",
+        )
+    _find_results(facts, say)
+    facts.license = _license(local_folder(name)) if name else None
+    return facts
+
+
+def hub_id(name: str) -> str | None:
+    """The name if it is a hub id and not a local folder; local paths are not published."""
+    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def _stage(link: Mapping[str, Any], run: Path | None) -> StageFacts | None:
+    place = Path(str(link.get("path", "")))
+    path = place.parent if run is None else run / place.parent.name
+    stage = StageDir(path)
+    info = stage.info()
+    if info is None or info.get("status") != "complete":
+        return None
+    checked(info, path / "stage.json")
+    if link.get("sha256") not in ((info.get("own") or {}).get("sha256"), info.get("adapter_sha256")):
+        return None
+    config = RunConfig.model_validate(read_dumped(stage.config))
+    engine = str(info.get("engine", "fused"))
+    return StageFacts(path.name, str(info.get("method", "sft")), engine, config, info, str(link["sha256"]), path)
+
+
+def _find_results(facts: Facts, say: Say) -> None:
+    """Evaluations of this very model: of the stage that it was merged from, and of the folder."""
+    wanted = [link.get("sha256") for link in facts.mark["adapters"]]
+    own = fingerprint(facts.folder) if (facts.folder / "config.json").is_file() else None
+    folders = [stage.folder / "eval" for stage in facts.stages[-1:]]
+    folders.append(facts.folder.with_name(f"{facts.folder.resolve().name}-eval"))
+    for path in (path for place in folders for path in sorted(place.glob("*.json"))):
+        told = read_json(path) or {}
+        if not isinstance(told.get("models"), dict) or path.stem.endswith("-partial"):
+            continue
+        found = [link.get("sha256") for link in told.get("adapters") or []]
+        if found != wanted and (found or (told.get("base") or {}).get("fingerprint") != own):
+            say(f"{path}: is of other adapters, and left out of the card")
+        elif re.search(r"-limit-\d+$", path.stem):
+            say(f"{path}: is a trial on a few rows, and left out of the card")
+        else:
+            facts.results[path.stem] = told
+            if (picture := path.with_suffix(".png")).is_file():
+                facts.pictures[path.stem] = picture
+
+
+def _license(folder: Path | None) -> str | None:
+    """The license in the front matter of the base's own card."""
+    card = folder / CARD if folder is not None else None
+    if card is None or not card.is_file():
+        return None
+    head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+    found = re.search(r"^license:\s*['\"]?([\w.-]+)['\"]?\s*$", head, re.MULTILINE) if head.startswith("---") else None
+    return found[1] if found else None
+
+
+# The text
+
+
+def card_text(facts: Facts, pictures: dict[str, str], license: str | None) -> str:
+    """The card's text (``model_card.md.j2``)."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(json=json.dumps, number=_number, text=_text)
+    template = environment.from_string(Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8"))
+    name, stages = facts.folder.resolve().name, facts.stages
+    served, not_served = _served(facts, name)
+    measured = {
+        title: dict(leaves(facts.measure[key]))
+        for key, title in _MERGED.items()
+        if isinstance(facts.measure.get(key), dict)
+    }
+    onto = str(facts.mark.get("onto"))
+    versions = (stages[-1].info.get("versions") or {}) if stages else {}
+    text = template.render(
+        facts=facts,
+        front=_front(facts, license),
+        ours=OURS,
+        name=name,
+        version=__version__,
+        methods=_METHODS,
+        in_four_bits=any(stage.config.load_in_4bit for stage in stages),
+        served=served,
+        not_served=not_served,
+        held_out=[found for stage in stages if (found := _held_out(stage))],
+        results=[_result(kind, told) for kind, told in facts.results.items()],
+        pictures=pictures,
+        stage_names=["", *(f"{stage.name} ({stage.method})" for stage in stages)],
+        settings=_settings(stages),
+        data=[_data(stage) for stage in stages],
+        onto=_ONTO.get(onto, onto),
+        measured_header=["", *measured],
+        measured_rows=[
+            [title, *(found.get(key, "-") for found in measured.values())]
+            for key, title in _MEASURED.items()
+            if measured
+        ],
+        lineage=_lineage(facts),
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+        license=license,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).lstrip().rstrip() + "\n"
+
+
+def _front(facts: Facts, license: str | None) -> dict[str, Any]:
+    """The front matter for the hub."""
+    datasets = list(dict.fromkeys(filter(None, (hub_id(d.path) for s in facts.stages for d in s.config.dataset))))
+    methods = dict.fromkeys(stage.method for stage in facts.stages)
+    front = {
+        "library_name": "peft" if facts.adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "license": license,
+        "base_model": facts.base_id,
+        "base_model_relation": ("adapter" if facts.adapter else "finetune") if facts.base_id else None,
+        "datasets": datasets,
+        "tags": ["zephyr-lite", "lora", *methods, "conversational"],
+    }
+    return {key: value for key, value in front.items() if value}
+
+
+def _served(facts: Facts, name: str) -> tuple[str, str]:
+    """(vLLM's command line, why there is none)."""
+    if not facts.adapter:
+        return serve_model(name), ""
+    try:
+        line = serve_adapter(facts.folder).replace(str(facts.folder), name)
+    except UserError as error:
+        return "", error.message
+    if facts.base_id is None:
+        line = line.replace(str(facts.mark["base"].get("name_or_path")), "PATH/TO/BASE")
+    return line, ""
+
+
+def _held_out(stage: StageFacts) -> tuple[StageFacts, Any, list[list[str]]] | None:
+    """(stage, step, rows of a table) of the stage's last evaluation."""
+    found = (stage.info.get("result") or {}).get("evaluations") or [{}]
+    rows = [
+        [key.removeprefix("eval_"), _number(value)]
+        for key, value in found[-1].items()
+        if isinstance(value, int | float) and key != "step" and "second" not in key and "runtime" not in key
+    ]
+    return (stage, found[-1].get("step", "?"), rows) if rows else None
+
+
+def _result(kind: str, told: dict[str, Any]) -> dict[str, Any]:
+    models = {str(name): dict(leaves(body)) for name, body in told["models"].items() if isinstance(body, dict)}
+    keys = dict.fromkeys(key for found in models.values() for key in found)
+    return {
+        "kind": kind,
+        "header": ["", *models],
+        "rows": [[key, *(found.get(key, "-") for found in models.values())] for key in keys],
+        "lines": list(_circumstances(told)),
+        "compared": [(names, "; ".join(f"{k} {v}" for k, v in leaves(entry))) for names, entry in _compared(told)],
+    }
+
+
+def _circumstances(told: dict[str, Any]) -> Iterator[str]:
+    """The rows, the judge, and the result's own notes."""
+    data, settings = told.get("data") or {}, told.get("settings") or {}
+    paths = [str(spec.get("path")) for spec in data.get("datasets") or [] if isinstance(spec, dict)]
+    names = ", ".join(hub_id(path) or Path(path).name for path in paths)
+    if isinstance(data.get("rows"), int) and names:
+        yield f"On {data['rows']:,} rows of {names}."
+    judge = settings.get("judge")
+    if isinstance(judge, dict) and isinstance(judge.get("model") or judge.get("name"), str):
+        yield f"Judge: {judge.get('model') or judge['name']}."
+    for note in told.get("notes") or []:
+        yield f"Note: {note}"
+
+
+def _compared(told: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(two models, their differences): a list of both names and the numbers, or the numbers by a text of both names."""
+    for pairs in (told.get("differences"), told.get("comparisons")):
+        if isinstance(pairs, dict):
+            yield from ((str(names), entry) for names, entry in pairs.items() if isinstance(entry, dict))
+        for entry in pairs if isinstance(pairs, list) else []:
+            yield " against ".join(str(value) for value in entry.values() if isinstance(value, str)), entry
+
+
+def leaves(body: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The numbers of a nested result: (path, text); a value with its interval is one of them."""
+    for key, value in body.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(value.get("value"), int | float):
+            low, high, error = value.get("low"), value.get("high"), value.get("stderr")
+            text = _number(value["value"])
+            if isinstance(low, int | float) and isinstance(high, int | float):
+                text += f" [{_number(low)}, {_number(high)}]"
+            elif isinstance(error, int | float):
+                text += f" ± {_number(error)}"
+            yield name, text
+        elif isinstance(value, dict):
+            yield from leaves(value, f"{name} ")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, _number(value)
+
+
+def _settings(stages: list[StageFacts]) -> list[list[str]]:
+    rows = []
+    for key in (*_KEYS, *(_DPO_KEYS if any(stage.method == "dpo" for stage in stages) else ())):
+        cells = ["-" if key in _DPO_KEYS and s.method != "dpo" else _value(getattr(s.config, key)) for s in stages]
+        rows.append([f"`{key}`", *cells])
+    rows.append(["steps", *(_number((stage.info.get("result") or {}).get("steps")) for stage in stages)])
+    rows.append(["engine", *(stage.engine for stage in stages)])
+    return rows
+
+
+def _data(stage: StageFacts) -> tuple[StageFacts, list[str], str]:
+    """(stage, its data sets as Markdown, what became of their rows)."""
+    sources = []
+    for spec in stage.config.dataset:
+        what = [f"{key} {_text(str(value))}" for key, value in (("split", spec.split), ("limit", spec.limit)) if value]
+        what += [f"weight {spec.weight:g}"] if spec.weight != 1 else []
+        place = hub_id(spec.path)
+        named = (
+            f"[{place}](https://huggingface.co/datasets/{place})" if place else f"{_text(Path(spec.path).name)} (local)"
+        )
+        sources.append(named + (f" ({', '.join(what)})" if what else ""))
+    data = stage.info.get("data") or {}
+    told = [f"{_number(data['cut'])} cut to max_length"] if data.get("cut") else []
+    for title, key in (("left out", "dropped"), ("changed", "changed")):
+        told += [f"{title}: {_number(found.get('count'))} ({why})" for why, found in (data.get(key) or {}).items()]
+    line = (
+        f"{_number(data.get('kept'))} of {_number(data.get('read'))} rows kept, {_number(data.get('tokens'))} tokens, "
+        f"{_number(data.get('supervised'))} of them supervised"
+    )
+    return stage, sources, "; ".join([line, *told]) + "."
+
+
+def _lineage(facts: Facts) -> list[list[str]]:
+    rows = [["base", facts.base, f"`{facts.mark['base'].get('fingerprint') or '-'}`"]]
+    rows += [[stage.method, stage.name, f"`{stage.sha256}`"] for stage in facts.stages]
+    rows += [["adapter", "its run is not here", f"`{link.get('sha256')}`"] for link in facts.lost]
+    for stage in facts.stages:
+        rows.append([f"rows of {stage.name}", "-", f"`{(stage.info.get('data') or {}).get('fingerprint', '-')}`"])
+    return rows
+
+
+def _text(text: str) -> str:
+    """A text as one line of Markdown: no HTML, no table cell that ends early."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("[!", "\\[!")
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: object) -> str:
+    if not isinstance(value, int | float):
+        return "-"
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 1000:  # counts are logged as floats
+        value = int(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1e6 else f"{value:,.0f}"
+
+
+# The pictures
+
+
+def _pictures(facts: Facts, curves: bool) -> dict[str, str]:
+    """Draw or copy the pictures: title → file, relative to the folder."""
+    place, made = facts.folder / PLOTS, dict[str, str]()
+    if curves or facts.pictures:
+        make_folder(place)
+    for stage in facts.stages if curves else []:
+        if _draw_stage(place / f"{stage.name}.png", stage):
+            made[f"{stage.name}: what training logged"] = f"{PLOTS}/{stage.name}.png"
+    for kind, picture in facts.pictures.items():
+        copy_file(picture, place / f"eval-{kind}.png")
+        made[f"eval {kind}"] = f"{PLOTS}/eval-{kind}.png"
+    return made
+
+
+def _draw_stage(path: Path, stage: StageFacts) -> bool:
+    """Draw a stage's loss with its held-out points, and of DPO the reward's accuracy and margin. False: no points."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    metrics = StageDir(stage.folder).metrics
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
+    panels = [("loss", "loss", "nats a token" if stage.method == "sft" else "DPO loss")]
+    if stage.method == "dpo":
+        panels += [
+            ("rewards/accuracies", "accuracy of the implicit reward", "share of pairs"),
+            ("rewards/margins", "reward margin", "β · nats"),
+        ]
+    panels = [panel for panel in panels if _points(lines, panel[0])[0] or _points(lines, f"eval_{panel[0]}")[0]]
+    if not panels:
+        return False
+    figure = Figure(figsize=(4.6 * len(panels) + 0.6, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (key, title, unit) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), place + 1)
+        steps, values = _points(lines, key)
+        if steps:
+            many = len(steps) > 20
+            axes.plot(steps, values, color=GREY if many else BLUE, linewidth=0.8 if many else 1.6, label="training")
+            if many:
+                axes.plot(steps, _smoothed(values), color=BLUE, linewidth=1.8, label="training, smoothed")
+        steps, values = _points(lines, f"eval_{key}")
+        if steps:
+            axes.plot(steps, values, color=ORANGE, marker="o", markersize=4, linewidth=1.4, label="held-out")
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if key == "rewards/accuracies":
+            axes.set_ylim(-0.03, 1.03)
+        axes.set_ylabel(unit)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    with bytes_aside(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    return True
+
+
+def _points(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    found = {line["step"]: float(line[key]) for line in lines if isinstance(line.get(key), int | float)}
+    return list(found), list(found.values())
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Mean over a window of a tenth of the run that ends at each step."""
+    width = max(5, len(values) // 10)
+    return [sum(part) / len(part) for part in (values[max(0, end - width) : end] for end in range(1, len(values) + 1))]
