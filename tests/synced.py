@@ -49,9 +49,9 @@ class AStage:
         self.info(status="complete")
 
 
-def mirror_of(place, stage, say=quiet, waits=(0.01,)):
+def mirror_of(place, stage, say=quiet):
     mirror = sync.open_mirror(str(place), stage.dir, say)
-    mirror.waits = waits
+    mirror.retry = 0.01
     return mirror
 
 

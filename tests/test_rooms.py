@@ -34,7 +34,6 @@ ROOMS = (
 # imports that run upwards, to be removed: (room, room)
 UPWARDS = {
     ("train", "engines"),
-    ("evaluate", "recipe"),
     ("audit", "demo"),
 }
 ONLY_IN = {

@@ -25,7 +25,7 @@ from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
-from zephyr_lite.export.gguf_file import write_gguf
+from zephyr_lite.export.gguf import write_gguf
 from zephyr_lite.export.gguf_vocab import _QWEN2
 from zephyr_lite.merge import chain_of_run, merge
 from zephyr_lite.model.base import load_base, read_model_config

@@ -12,7 +12,7 @@ from tests.contract.test_gguf import off, read_back
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
-from zephyr_lite.export.gguf_file import write_gguf
+from zephyr_lite.export.gguf import write_gguf
 from zephyr_lite.merge import merge
 from zephyr_lite.merge.command import run_merge
 from zephyr_lite.model.base import load_base

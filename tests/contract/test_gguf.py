@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tests.conftest import CONVERSATIONS, TEXT, make_model, make_tokenizer
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
-from zephyr_lite.export.gguf_file import write_gguf
+from zephyr_lite.export.gguf import write_gguf
 from zephyr_lite.export.llama import check_prompts, write_q4_k_m
 
 IDS = torch.arange(40).view(2, 20) % 300 + 10

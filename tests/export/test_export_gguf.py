@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 from tests.contract.test_gguf import fields, model_dir
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
-from zephyr_lite.export import gguf_file, llama
-from zephyr_lite.export.gguf_file import write_gguf
+from zephyr_lite.export import gguf as gguf_file
+from zephyr_lite.export import llama
+from zephyr_lite.export.gguf import write_gguf
 from zephyr_lite.export.gguf_vocab import _LLAMA3
 from zephyr_lite.export.llama import write_q4_k_m
 

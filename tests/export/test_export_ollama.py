@@ -13,7 +13,7 @@ from tests.contract.test_gguf import model_dir
 from zephyr_lite.cli.app import run
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
-from zephyr_lite.export.gguf_file import write_gguf
+from zephyr_lite.export.gguf import write_gguf
 from zephyr_lite.export.ollama import turns_of, write_modelfile
 
 SAID = [

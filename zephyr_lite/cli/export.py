@@ -44,7 +44,7 @@ def gguf(
     """The model as one GGUF file for llama.cpp, Ollama, LM Studio …: tokenizer and chat template in it."""
     if llama_quantize is not None and kind is not GgufType.q4_k_m:
         raise UserError("--llama-quantize goes with --type q4_k_m.", "Leave it out: F16 and Q8_0 are written here.")
-    from ..export.gguf_file import model_folder, write_gguf
+    from ..export.gguf import model_folder, write_gguf
     from ..export.llama import check_prompts, write_q4_k_m
 
     console = Console()

@@ -1,8 +1,7 @@
-"""A fast tokenizer as GGUF's metadata describes one, and what of it llama.cpp cannot do.
+"""A fast tokenizer as GGUF metadata, and where llama.cpp differs from it.
 
 llama.cpp splits a text by rules that it knows by name (``tokenizer.ggml.pre``), not by the expressions of a
-tokenizer.json. A name that only resembles them gives other ids than training saw, on digits or contractions, and says
-nothing. So a tokenizer whose rules are none of the known ones is refused.
+tokenizer.json. Similar rules give other ids without a warning, so a tokenizer with unknown rules is refused.
 
 Source: the GGUF specification (ggml-org/ggml, docs/gguf.md), and what llama.cpp's vocabulary reads.
 """
@@ -32,7 +31,7 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT2 = ("bytes",)  # the tokenizers library's ByteLevel brings GPT-2's expression with it
-# what is done before the merges, and whether a whole word of the vocabulary needs none → llama.cpp's name for it
+# (steps before the merges, ignore_merges) → llama.cpp's name
 _RULES: dict[tuple[tuple[str, ...], bool], str] = {
     (_GPT2, False): "gpt-2",
     (("digits", *_GPT2), False): "smollm",
@@ -50,14 +49,14 @@ class Vocabulary:
     Attributes:
         model: "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE).
         pre: llama.cpp's name for how a text is split; "default" for SentencePiece.
-        tokens, types: of every row of the embedding.
+        tokens, types: one per row of the embedding.
         merges: of byte-level BPE, in order.
         scores: of SentencePiece.
         special: bos, eos, eot, unknown, padding → id.
-        add_bos: whether a server puts BOS in front by itself.
-        add_space_prefix: of SentencePiece: whether a space goes before a text and after each special token.
+        add_bos: whether a server adds BOS itself.
+        add_space_prefix: SentencePiece: whether a space is added before a text and after each special token.
         template: the chat template.
-        notes: what llama.cpp does otherwise.
+        notes: where llama.cpp differs.
     """
 
     model: str
@@ -74,14 +73,14 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, vocab_size: int, ends: list[int]) -> Vocabulary:
-    """The tokenizer of a model's folder.
+    """Read the tokenizer of a model's folder.
 
     Args:
-        vocab_size: rows of the model's embedding; those without a token are filled with unused ones.
-        ends: the ids at which generation stops (generation_config.json), the chat template's end token first.
+        vocab_size: rows of the model's embedding; rows without a token become unused tokens.
+        ends: the ids at which generation stops, the chat template's end token first.
 
     Raises:
-        UserError: no tokenizer; one that llama.cpp would not repeat; ids beyond the embedding.
+        UserError: no tokenizer; one that llama.cpp does not reproduce; ids beyond the embedding.
     """
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, vocab_size, folder)
@@ -100,7 +99,7 @@ def read_vocabulary(folder: Path, vocab_size: int, ends: list[int]) -> Vocabular
     for added in told["added_tokens"]:
         index = added["id"]
         found[index], kinds[index] = added["content"], CONTROL if added["special"] else USER_DEFINED
-        # SentencePiece's own control tokens carry flags too, which never mattered: BOS stands first
+        # BOS is first anyway, so its flags have no effect
         if (added["lstrip"] or added["rstrip"] or added["single_word"]) and index != tokenizer.bos_token_id:
             vocabulary.notes.append(f"{added['content']} takes the white space beside it; in llama.cpp it does not")
     if vocabulary.model == "llama" and tokenizer.unk_token_id is not None:
@@ -125,16 +124,15 @@ def _byte_level(told: dict[str, Any], folder: Path) -> Vocabulary:
     if name is None or normalized not in ([], ["NFC"] if name == _COMPOSES else []):
         steps = ", ".join([*normalized, *rules]) or "nothing"
         raise UserError(
-            f"{folder}: before its merges the tokenizer does: {shown(steps, 300)}. No rule of llama.cpp that is known "
-            "here does the same, so the file would give other ids than training saw.",
-            f"Known are those of {', '.join(_RULES.values())} and SentencePiece's; llama.cpp's own converter knows more.",
+            f"{folder}: before its merges the tokenizer does: {shown(steps, 300)}. No known rule of llama.cpp does the "
+            "same, so the file would give other ids than training saw.",
+            f"Known: {', '.join(_RULES.values())} and SentencePiece; llama.cpp's own converter knows more.",
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     vocabulary = Vocabulary("gpt2", name, [], [], merges=merges)
     if normalized:
         vocabulary.notes.append(
-            "the tokenizer puts letters and their accents together first (NFC), llama.cpp takes a text as it comes: in "
-            "one that has them apart the ids differ"
+            "the tokenizer normalizes a text to NFC and llama.cpp does not: ids differ if accents are separate characters"
         )
     return vocabulary
 
@@ -146,7 +144,7 @@ def _steps(told: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _rule(step: dict[str, Any]) -> str:
-    """A step of a pre-tokenizer, by what it does; its own text where it is none that llama.cpp has."""
+    """A short name of a pre-tokenizer's step; its JSON if llama.cpp has no such step."""
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         return "bytes" if step["use_regex"] else "spelling"
     if step["type"] == "Digits" and step["individual_digits"]:
@@ -161,16 +159,16 @@ def _sentencepiece(tokenizer: Any, told: dict[str, Any], folder: Path) -> Vocabu
         plain = step["type"] == "Prepend" and step["prepend"] == _SPACE
         if not plain and not (step["type"] == "Replace" and step["content"] == _SPACE):
             raise UserError(
-                f"{folder}: its tokenizer rewrites a text first ({shown(step['type'])}), which llama.cpp does not.",
+                f"{folder}: its tokenizer normalizes a text ({shown(step['type'])}), which llama.cpp does not do.",
                 "Only tokenizers of the Llama, Mistral and Qwen2 kind can be exported.",
             )
-    # asked of the tokenizer rather than read: three ways of writing it down are about
+    # asked of the tokenizer: tokenizer.json has three ways to say it
     first = _begins_with_space(tokenizer, "")
     special = tokenizer.eos_token or tokenizer.bos_token or ""
     later = _begins_with_space(tokenizer, special)
     vocabulary = Vocabulary("llama", "default", [], [], add_space_prefix=first)
     if first != later:
-        # Nothing stands before BOS, so that after a template which writes it no space was put anywhere.
+        # a template that writes BOS first never had a space added
         vocabulary.add_space_prefix = not (tokenizer.chat_template and tokenizer.bos_token)
         vocabulary.notes.append(
             "the tokenizer puts a space before a text and none after special tokens, llama.cpp both or neither: "
@@ -185,7 +183,7 @@ def _begins_with_space(tokenizer: Any, special: str) -> bool:
 
 
 def _scores(model: dict[str, Any], vocabulary: Vocabulary) -> list[float]:
-    """SentencePiece's scores decide only which merge comes first; so the order of the merges gives them back."""
+    """Scores in the order of the merges: SentencePiece only compares them."""
     order: dict[str, int] = {}
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -198,18 +196,17 @@ def _scores(model: dict[str, Any], vocabulary: Vocabulary) -> list[float]:
 
 
 def _special(vocabulary: Vocabulary, tokenizer: Any, ends: list[int]) -> None:
-    """Special ids, the chat template, and who writes BOS."""
+    """Set the special ids, the chat template, and whether a server adds BOS."""
     names = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
     ids = {name: getattr(tokenizer, attribute) for name, attribute in names.items()}
     vocabulary.special = {name: int(index) for name, index in ids.items() if index is not None}
     template = tokenizer.chat_template
     vocabulary.template = template.get("default") if isinstance(template, dict) else template
-    # The template's end token is llama.cpp's "end of turn" where it is not the tokenizer's eos, which stays what the
-    # template is rendered with.
+    # the template's end token is llama.cpp's "end of turn" if it is not the tokenizer's eos
     if ends and ends[0] != tokenizer.eos_token_id:
         vocabulary.special["eot"] = ends[0]
     if vocabulary.template:
-        vocabulary.add_bos = False  # it writes BOS itself, or training saw none: a server must not add another
+        vocabulary.add_bos = False  # it writes BOS itself, or training saw none
     else:
         plain = tokenizer("a")["input_ids"]
         vocabulary.add_bos = bool(plain) and plain[0] == tokenizer.bos_token_id

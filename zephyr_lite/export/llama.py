@@ -1,4 +1,4 @@
-"""What llama.cpp does for an export, where it is there: Q4_K_M by its own quantizer, and the ids that it makes of a prompt."""
+"""llama.cpp: Q4_K_M files by its quantizer, and a comparison of its prompt ids with training's."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..data.formats import Message
 from ..errors import UserError
 from ..io.atomic import check_room, make_folder, remove_tree, rename, sweep, sync_file
 from ..model.tokenizer import load_tokenizer
-from .gguf_file import GgufReport, Say, check_place, gguf_package, model_folder, write_gguf
+from .gguf import GgufReport, Say, check_place, gguf_package, model_folder, write_gguf
 
 CHILD = [sys.executable, "-P", "-m", "zephyr_lite.export.llama_child"]
-# what tokenizers disagree on: contractions, digits, runs of spaces, line ends, other scripts, code
+# where tokenizers differ: contractions, digits, runs of spaces, line ends, other scripts, code
 PROBES: list[list[Message]] = [
     [{"role": "user", "content": "I'd say it's 12345.67 — isn't it?  Two  spaces,\n\nand a\ttab."}],
     [
@@ -33,10 +33,10 @@ PROBES: list[list[Message]] = [
 
 
 def find_quantizer(given: Path | None = None) -> list[str]:
-    """How llama.cpp's quantizer is started, without its arguments: the program given, llama-cpp-python, or one on PATH.
+    """The command of llama.cpp's quantizer: the program given, llama-cpp-python, or llama-quantize on PATH.
 
     Raises:
-        UserError: there is none; says how to get one.
+        UserError: there is none.
     """
     if given is not None:
         if (found := shutil.which(str(given.expanduser()))) is None:
@@ -56,7 +56,7 @@ def find_quantizer(given: Path | None = None) -> list[str]:
 def write_q4_k_m(
     folder: str | Path, out: str | Path, *, llama_quantize: Path | None = None, say: Say = lambda line: None
 ) -> GgufReport:
-    """Write a model's folder as a GGUF file in Q4_K_M: in F16 first, beside ``out``, and from that by llama.cpp.
+    """Write a model's folder as a GGUF file in Q4_K_M: in F16 beside ``out``, which llama.cpp quantizes.
 
     Raises:
         UserError: as ``write_gguf``; there is no quantizer, it fails, or the disk is too small for both files.
@@ -68,7 +68,7 @@ def write_q4_k_m(
     make_folder(out.parent)
     sweep(out.absolute().parent, out.name)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    check_room(out.absolute().parent, int(size * 1.3), "the file in F16 and the one in Q4_K_M", "Free some space.")
+    check_room(out.absolute().parent, int(size * 1.3), "the file in F16 and the one in Q4_K_M")
     half, aside = (out.with_name(f".{out.name}.{token_hex(4)}") for _ in range(2))
     try:
         report = write_gguf(folder, half, "f16", say=say)
@@ -94,13 +94,12 @@ def write_q4_k_m(
 
 
 def check_prompts(folder: Path, file: Path) -> str:
-    """A line on whether llama.cpp makes the same ids of a conversation as training did.
+    """Compare llama.cpp's ids of conversations with training's; returns a line for the console.
 
-    Of a model without a chat template plain texts are compared, and a difference is only told: llama.cpp does not know
-    every way of putting a space before a text.
+    Without a chat template plain texts are compared, and differences are only reported.
 
     Raises:
-        UserError: it does not, of conversations; names the text.
+        UserError: the ids of a conversation differ.
     """
     if find_spec("llama_cpp") is None:
         return "prompt ids not compared with llama.cpp's (pip install llama-cpp-python to have that done)"

@@ -1,4 +1,4 @@
-"""Runs llama.cpp in a process of its own: it ends a process where it does not like a file, and writes on standard error.
+"""llama.cpp in a child process: it aborts its process on some files, and writes to standard error.
 
 python -m zephyr_lite.export.llama_child quantize IN OUT TYPE
 python -m zephyr_lite.export.llama_child tokenize FILE     (texts as a JSON list on standard input, ids on output)
@@ -13,7 +13,7 @@ import sys
 
 
 def quantize(source: str, out: str, kind: str) -> int:
-    """As the ``llama-quantize`` program: 0 where it went well."""
+    """As the ``llama-quantize`` program: 0 on success."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
@@ -23,7 +23,7 @@ def quantize(source: str, out: str, kind: str) -> int:
 
 
 def tokenize(file: str, texts: list[str]) -> list[list[int]]:
-    """The ids that a server feeds: special tokens in the text are read as such, BOS is added where the file says so."""
+    """The ids that a server feeds: special tokens are parsed, BOS is added if the file says so."""
     import llama_cpp
 
     model = llama_cpp.Llama(file, vocab_only=True, verbose=False)

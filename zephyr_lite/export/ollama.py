@@ -1,7 +1,7 @@
-"""An Ollama Modelfile: the chat template in Go's language, where answers end, and which GGUF file it is for.
+"""Write an Ollama Modelfile: the GGUF file, the chat template as a Go template, and the stop tokens.
 
-Ollama does not read Jinja from a GGUF file. So the chat template is rendered with known turns, taken apart, put together
-again from its parts, and compared on other conversations; one that is not made of turns in a row is refused.
+Ollama does not read Jinja from a GGUF file. So the chat template is rendered with known turns, split into parts,
+rebuilt from them and compared on other conversations; a template that is not a sequence of turns is refused.
 
 Source: docs.ollama.com/modelfile and docs.ollama.com/template.
 """
@@ -25,7 +25,7 @@ from ..io.strict_json import shown
 from ..model.base import read_model_config
 from ..model.loaded import template_of_folder
 from ..model.tokenizer import load_tokenizer
-from .gguf_file import end_ids, gguf_package, model_folder
+from .gguf import end_ids, gguf_package, model_folder
 
 Render = Callable[[list[Message], bool], str]
 ROLES = ("system", "user", "assistant")
@@ -34,14 +34,14 @@ TEMPERATURE = 0.7
 
 @dataclass
 class Turns:
-    """A chat template taken apart: ``head``, then every turn between its role's texts, then ``prompt``.
+    """The parts of a chat template: ``head``, then every turn between its role's texts, then ``prompt``.
 
     Attributes:
-        head: what a conversation begins with: BOS, or nothing.
-        unsaid: what stands in place of a system turn where none comes first.
-        before, after: role → what stands around its text.
-        prompt: what the model is asked to go on from.
-        notes: what Go's template does otherwise.
+        head: BOS, or nothing.
+        unsaid: the text in place of a system turn if there is none.
+        before, after: role → the text around a turn's content.
+        prompt: the generation prompt.
+        notes: where the Go template differs.
     """
 
     head: str
@@ -52,14 +52,14 @@ class Turns:
     notes: list[str] = field(default_factory=list)
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        """The text of a conversation, from the parts."""
+        """Build the text of a conversation from the parts."""
         text = self.head + (self.unsaid if messages[0]["role"] != "system" else "")
         for message in messages:
             text += self.before[message["role"]] + message["content"] + self.after[message["role"]]
         return text + (self.prompt if add_generation_prompt else "")
 
     def go(self) -> str:
-        """The same as a Go template over ``.Messages``."""
+        """The Go template over ``.Messages``."""
         unsaid = (
             f'{{{{ if and (eq $i 0) (ne .Role "system") }}}}{_literal(self.unsaid)}{{{{ end }}}}' if self.unsaid else ""
         )
@@ -74,19 +74,19 @@ class Turns:
 
 
 def _literal(text: str) -> str:
-    """A text in a Go template, in a Modelfile's triple quotes: what either of them reads otherwise is a Go string."""
+    """A text in a Go template in a Modelfile's triple quotes; braces and quotes become Go strings."""
     return re.sub(r'\{\{|\}\}|"""', lambda found: "{{ " + json.dumps(found[0]) + " }}", text)
 
 
 def take_apart(render: Render, bos: str | None) -> Turns:
-    """The parts of a chat template.
+    """Split a chat template into its parts.
 
     Args:
         render: (messages, add_generation_prompt) → text.
         bos: the tokenizer's BOS.
 
     Raises:
-        UserError: the template is not made of turns in a row.
+        UserError: the template is not a sequence of turns.
     """
     asked, told, more, rule = "a question QAQ", "an answer WAW", "another question QBQ", "a rule SAS"
     user, again = ({"role": "user", "content": text} for text in (asked, more))
@@ -123,16 +123,16 @@ def take_apart(render: Render, bos: str | None) -> Turns:
     for messages in plain:
         for prompt in (False, True):
             if turns.render(messages, prompt) != render(messages, prompt):
-                raise _refused(f"{len(messages)} turns come out otherwise than one by one")
+                raise _refused(f"{len(messages)} turns differ from the same turns one by one")
     spaced: list[Message] = [{"role": "user", "content": " spaced \n"}]
     if turns.render(spaced, True) != render(spaced, True):
-        turns.notes.append("the chat template strips white space around a turn's text, Ollama leaves it")
+        turns.notes.append("the chat template strips white space around a turn's text, Ollama does not")
     return turns
 
 
 def _around(text: str, content: str) -> tuple[str, str]:
     if text.count(content) != 1:
-        raise _refused(f"a turn's text stands in it {text.count(content)} times")
+        raise _refused(f"a turn's text occurs {text.count(content)} times")
     before, _, after = text.partition(content)
     return before, after
 
@@ -156,7 +156,7 @@ def _without_end(text: str, end: str) -> str:
 def _refused(why: str) -> UserError:
     return UserError(
         f"the chat template is not made of turns in a row ({why}), so it cannot be written for Ollama.",
-        "zephyr, chatml and llama3 can. llama.cpp's llama-server reads the template of the GGUF file as it is.",
+        "zephyr, chatml and llama3 can. llama.cpp's llama-server reads the template of the GGUF file itself.",
     )
 
 
@@ -184,18 +184,18 @@ def write_modelfile(
     """Write a Modelfile for a GGUF file of a model's folder.
 
     Args:
-        folder: the model's, whose chat template it is.
+        folder: the model's.
         gguf: the file that it was exported to.
         out: the Modelfile.
-        temperature: what Ollama samples with by default.
+        temperature: Ollama's default for sampling.
         chat_template: instead of the folder's own, as the configuration's key.
-        overwrite: replace ``out`` where it says something else: it may have been edited.
+        overwrite: replace a different ``out``, which may have been edited.
 
     Returns:
         lines for the console.
     Raises:
         UserError: a missing file; a GGUF file with another template or tokenizer, or whose servers would add a BOS;
-            a template that cannot be written for Ollama; ``out`` is there and says something else.
+            a template that cannot be written for Ollama; ``out`` exists and differs.
     """
     folder, gguf, out = model_folder(folder), gguf.expanduser(), out.expanduser()
     if not gguf.is_file():
@@ -229,15 +229,15 @@ def write_modelfile(
 
 
 def _check_file(path: Path, folder: Path, tokenizer: Any, template: str | None, turns: Turns) -> list[str]:
-    """The GGUF file has this model's tokenizer and template, and nobody adds a BOS to what the template writes.
+    """Check that a GGUF file has this model's tokenizer and template, and that BOS is added once.
 
     Args:
-        template: what the file's has to be; None: Ollama reads the Modelfile's, and another was asked for.
+        template: the expected template; None: another one was asked for.
 
     Returns:
-        what to look at.
+        warnings.
     Raises:
-        UserError: it has not, or somebody does.
+        UserError: the file does not match.
     """
     try:
         fields = gguf_package().GGUFReader(path).fields

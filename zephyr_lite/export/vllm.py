@@ -1,4 +1,4 @@
-"""What vLLM asks of a folder that it serves: a whole model, or an adapter on a base.
+"""What vLLM needs of a folder: a whole model, or an adapter on a base.
 
 Source: docs.vllm.ai, engine arguments and LoRA adapters (its configuration's ``MaxLoRARanks``).
 """
@@ -15,14 +15,14 @@ from ..model.base import read_model_config
 from ..model.peft_io import read_adapter
 from ..model.shards import open_shards
 from ..model.tokenizer import check_vocabulary, load_tokenizer
-from .gguf_file import end_ids, model_folder
+from .gguf import end_ids, model_folder
 
 # the values that --max-lora-rank takes
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def check_model(folder: str | Path) -> list[str]:
-    """What would go wrong when vLLM serves a model's folder; empty where nothing would.
+    """Faults of a model's folder that vLLM would run into.
 
     Raises:
         UserError: the folder holds no model, or a file of it is broken.
@@ -32,7 +32,7 @@ def check_model(folder: str | Path) -> list[str]:
     open_shards(folder)
     faults = []
     if not config.architectures:
-        faults.append("config.json names no architectures: vLLM does not know which model to build")
+        faults.append("config.json names no architectures, which vLLM needs")
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size, folder)
     if not tokenizer.chat_template:
@@ -50,14 +50,13 @@ def serve_model(folder: str | Path) -> str:
 
 
 def lora_rank(rank: int) -> int:
-    """The least ``--max-lora-rank`` for an adapter of this rank.
+    """The smallest ``--max-lora-rank`` for an adapter of this rank.
 
     Raises:
-        UserError: vLLM takes none that large.
+        UserError: vLLM serves none that large.
     """
-    for allowed in LORA_RANKS:
-        if rank <= allowed:
-            return allowed
+    if rank <= LORA_RANKS[-1]:
+        return min(allowed for allowed in LORA_RANKS if rank <= allowed)
     raise UserError(
         f"the adapter's rank is {rank}, and vLLM serves adapters up to {LORA_RANKS[-1]}.",
         "Serve the merged model instead: zephyr-lite merge --out model/",
@@ -68,7 +67,7 @@ def serve_adapter(folder: str | Path) -> str:
     """The command line that serves a PEFT adapter (``merge --adapter-only``) on its base.
 
     Raises:
-        UserError: it is no adapter, or one that vLLM serves wrongly or not at all.
+        UserError: vLLM serves the adapter wrongly or not at all.
     """
     adapter = read_adapter(Path(folder))
     config: dict[str, Any] = read_object(adapter.path / "adapter_config.json")
@@ -77,8 +76,8 @@ def serve_adapter(folder: str | Path) -> str:
     other = sorted(n for n, weights in adapter.modules.items() if abs(weights.scale - whole) > 1e-6 * abs(whole))
     if other:
         raise UserError(
-            f"{folder}: scales {other[0]} by {adapter.modules[other[0]].scale:g} and others by {whole:g}; vLLM knows one "
-            "scale for an adapter.",
+            f"{folder}: scales {other[0]} by {adapter.modules[other[0]].scale:g} and others by {whole:g}; vLLM has one "
+            "scale per adapter.",
             "zephyr-lite merge --adapter-only writes the chain with the scale 1 everywhere.",
         )
     if any(name.rpartition(".")[2] in ("lm_head", "embed_tokens") for name in ranks):

@@ -16,11 +16,10 @@ import secrets
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
@@ -35,36 +34,14 @@ from .run_dir import STAGE_FILE, StageDir, stages_of
 
 Say = Callable[[str], None]
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-WAITS = (5.0, 15.0, 60.0, 300.0)  # seconds before another attempt
-TOLD_EVERY = 15.0  # seconds, while ``finish`` waits
-PATIENCE = 180.0  # seconds of nothing but failures that ``finish`` waits for: the machine may be rented
+RETRY = 15.0  # seconds between attempts
+ATTEMPTS = 12  # that ``finish`` waits for: the machine may be rented
 SQUASH_EVERY = 20  # commits: the history of deleted checkpoints counts towards the account's storage
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class Place(Protocol):
-    """Where copies are kept. Paths are relative, with ``/``. Methods raise OSError or huggingface_hub's HTTPError."""
-
-    name: str  # as it is shown
-
-    def prepare(self) -> None:
-        """Make the place ready for writing."""
-
-    def names(self, folder: str) -> list[str]:
-        """Names of the files and folders in a folder; empty if there is no such folder."""
-
-    def read(self, path: str) -> bytes | None:
-        """A small file's content, or None."""
-
-    def put(self, folder: str, add: Sequence[Path], delete: Sequence[str]) -> None:
-        """Add files and folders in this order, each complete or not at all; only then delete folders."""
-
-    def fetch(self, path: str, target: Path) -> None:
-        """Copy a file to a path, or a folder's content into an existing folder."""
-
-
 class FolderPlace:
-    """A folder as the place: another disk, a mounted drive, a network share."""
+    """A folder as the place: another disk, a mounted drive, a network share. Paths are relative to it, with ``/``."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.name = root, str(root)
@@ -73,14 +50,17 @@ class FolderPlace:
         make_folder(self.root)
 
     def names(self, folder: str) -> list[str]:
+        """Names of the files and folders in a folder; empty if there is no such folder."""
         here = self.root / folder
         return sorted(p.name for p in here.iterdir() if not p.name.startswith(".")) if here.is_dir() else []
 
     def read(self, path: str) -> bytes | None:
+        """A small file's content, or None."""
         file = self.root / path
         return file.read_bytes() if file.is_file() else None
 
     def put(self, folder: str, add: Sequence[Path], delete: Sequence[str]) -> None:
+        """Add files and folders in this order, each complete or not at all; only then delete folders."""
         here = self.root / folder
         make_folder(here)
         sweep(here)
@@ -98,6 +78,7 @@ class FolderPlace:
             remove_folder(here / name)
 
     def fetch(self, path: str, target: Path) -> None:
+        """Copy a file to a path, or a folder's content into an existing folder."""
         source = self.root / path
         if links := [p for p in (source, *source.rglob("*")) if p.is_symlink()]:
             raise UserError(
@@ -110,7 +91,7 @@ class FolderPlace:
 
 
 class HubPlace:
-    """A repository of the Hugging Face hub as the place, made private. A state of a stage is one commit.
+    """A repository of the Hugging Face hub as the place, made private; methods as ``FolderPlace``'s, ``put`` is one commit.
 
     Raises:
         UserError: ``repo`` is not OWNER/NAME, there is no token, or the hub is switched off.
@@ -180,6 +161,9 @@ class HubPlace:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+Place = FolderPlace | HubPlace
+
+
 def _copy_tree(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
@@ -209,19 +193,19 @@ class Mirror:
         place: where to.
         folder: the stage's folder there: NAME/STAGE.
         stage: the stage.
-        waits: seconds before the second, third, … attempt.
     """
 
-    def __init__(self, place: Place, folder: str, stage: StageDir, say: Say, waits: tuple[float, ...] = WAITS) -> None:
-        self.place, self.folder, self.stage, self.waits, self._say = place, folder, stage, waits, say
+    def __init__(self, place: Place, folder: str, stage: StageDir, say: Say) -> None:
+        self.place, self.folder, self.stage, self._say = place, folder, stage, say
+        self.retry = RETRY
         self._wanted: tuple[str, ...] | None = None  # checkpoints to be copied next
         self._at_work: tuple[str, ...] | None = None  # checkpoints being copied
         self._fault: str | None = None
-        self._failing_since: float | None = None
+        self._failures = 0
         self._sent: dict[str, object] = {}  # name → state of the copy there
         self._known: set[str] = set()  # checkpoints there that are ours, or were there before
         self._best: int | None = None
-        self._prepared = self._closed = self._finishing = False
+        self._prepared = self._closed = False
         self._turn = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -245,33 +229,22 @@ class Mirror:
         with self._turn:
             return frozenset((*(self._wanted or ()), *(self._at_work or ())))
 
-    def finish(self, timeout: float = 3600.0, *, patience: float = PATIENCE) -> bool:
-        """Copy the stage as it is now, and wait for it.
+    def finish(self, timeout: float = 3600.0, *, attempts: int = ATTEMPTS) -> bool:
+        """Copy the stage as it is now, and wait for it: ``timeout`` seconds, or until so many attempts failed.
 
-        Args:
-            timeout: seconds.
-            patience: seconds for which every attempt may fail.
         Returns:
             whether everything is there.
         """
         self.changed(self._best)
-        begun = told = time.monotonic()
         with self._turn:
-            self._finishing = True
-            self._turn.notify_all()
-            while (missing := self._wanted or self._at_work) is not None:
-                now = time.monotonic()
-                failing = 0.0 if self._failing_since is None else now - max(begun, self._failing_since)
-                if self._closed or now - begun >= timeout or failing >= patience:
-                    break
-                if now - told >= TOLD_EVERY:
-                    told = now
-                    self.say(f"sync: still copying to {self.place.name}{f' ({self._fault})' if self._fault else ''}")
-                self._turn.wait(min(TOLD_EVERY, patience, timeout - (now - begun)))
-            self._finishing = False
-        if missing is None:
+            most = self._failures + attempts
+            done = self._turn.wait_for(
+                lambda: (self._wanted or self._at_work) is None or self._closed or self._failures >= most, timeout
+            )
+            missing = self._wanted or self._at_work
+        if done and missing is None:
             return True
-        names = ", ".join(name for name in missing if name not in self._sent) or "the last state of the stage"
+        names = ", ".join(name for name in missing or () if name not in self._sent) or "the last state of the stage"
         self.say(
             f"sync: {self.place.name} does not have {names}{f': {self._fault}' if self._fault else ''}. It is here; the "
             "same command copies it there when it is started again."
@@ -291,7 +264,6 @@ class Mirror:
             self._say(redact(line))
 
     def _work(self) -> None:
-        failures = 0
         while True:
             with self._turn:
                 self._turn.wait_for(lambda: self._wanted is not None or self._closed)
@@ -300,29 +272,24 @@ class Mirror:
                 wanted, self._wanted = self._wanted, None
                 self._at_work = wanted
             assert wanted is not None
-            fault = None
+            before, fault = self._fault, None
             try:
                 self._send(wanted)
             except Exception as error:  # of whichever library: a copy is no reason to lose the run
                 fault = _line(error)
             with self._turn:
                 self._at_work, self._fault = None, fault
-                if fault is None:
-                    self._failing_since = None
-                else:
+                if fault is not None:
                     self._wanted = self._wanted or wanted
-                    self._failing_since = self._failing_since or time.monotonic()
+                    self._failures += 1
                 self._turn.notify_all()
-            if fault is None and failures:
+            if fault is None and before is not None:
                 self.say(f"sync: {self.place.name} is up to date again")
-            elif fault is not None and not failures:
+            elif fault is not None and before is None:
                 self.say(f"sync: {self.place.name}: {fault}; training continues, and the copy is tried again")
-            failures = failures + 1 if fault is not None else 0
-            if failures:
+            if fault is not None:
                 with self._turn:
-                    soon = self._finishing
-                    wait = self.waits[0] if soon else self.waits[min(failures, len(self.waits)) - 1]
-                    self._turn.wait_for(lambda soon=soon: self._closed or (self._finishing and not soon), wait)
+                    self._turn.wait_for(lambda: self._closed, self.retry)
 
     def _send(self, wanted: tuple[str, ...]) -> None:
         if not self._prepared:

@@ -380,14 +380,11 @@ def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, train
         job.live_reference and execution.reference == "together",
     )
     resident, managed = _resident(job, execution, device)
-    key = ("layer", tokens, execution.tile, device)
+    key = (tokens, execution.tile, execution.stream, together, device)
     if key not in memo:
-        memo[key] = layer_bytes(job, tokens, execution.tile, device)
-    layer: LayerBytes = memo[key]
-    key = ("head", tokens, execution.stream, together, device.cuda)
-    if key not in memo:
-        memo[key] = head_bytes(job, tokens, stream=execution.stream, together=together, cuda=device.cuda)
-    head, head_at = memo[key]
+        at_head = head_bytes(job, tokens, stream=execution.stream, together=together, cuda=device.cuda)
+        memo[key] = layer_bytes(job, tokens, execution.tile, device), *at_head
+    layer, head, head_at = memo[key]
 
     gradients, x = 4 * job.parameters, tokens * s.hidden * job.dtype.itemsize
     # gradients of a step's earlier micro-batches are there from the start

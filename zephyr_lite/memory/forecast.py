@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ..config.load import RunConfig
 from ..io.words import duration
+from ..model.layer_spec import Keep
 from .estimate import GIB, MIB, PAGED, in_words
 from .machine import Machine
 from .plan import Plan, kept_in_words
@@ -94,7 +95,8 @@ def _reasons(job: Workload, machine: Machine, plan: Plan) -> list[str]:
             f"{plan.micro_tokens:,} tokens at once, as memory.micro_tokens says; a {_example(job)} runs whole, so up to "
             f"{job.longest:,} do."
         ]
-    inputs_only = replace(plan, keep=("input",) * layers, offload=0)
+    least: Keep = "input"
+    inputs_only = replace(plan, keep=(least,) * layers, offload=0)
     slower = step_time(job, inputs_only, machine.card).step / time.step
     kept = f"A layer keeps {kept_in_words(plan.keep)}: {plan.bytes_per_token / MIB:.2f} MiB a token in all"
     said.append(kept + (f"; keeping inputs only would take {slower:.2f} times as long." if slower > 1.005 else "."))

@@ -1,7 +1,6 @@
-"""A model's folder becomes one GGUF file: F16 or Q8_0, tokenizer and chat template in it, streamed row by row.
+"""Write a model's folder as one GGUF file: F16 or Q8_0, with tokenizer and chat template, streamed row by row.
 
-Source: the GGUF specification (ggml-org/ggml, docs/gguf.md). The ``gguf`` package lays out the metadata and quantizes;
-what is written passes ``files``, so that a file appears whole or not at all.
+Source: the GGUF specification (ggml-org/ggml, docs/gguf.md). The ``gguf`` package lays out the metadata and quantizes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import UserError
-from ..io.atomic import bytes_aside, make_folder, sweep
+from ..io.atomic import bytes_aside, make_folder
 from ..io.safetensors import row_blocks
 from ..io.strict_json import is_whole, read_object, shown
 from ..merge.base_files import GENERATION, BaseFiles
@@ -31,11 +30,11 @@ from .gguf_vocab import Vocabulary, read_vocabulary
 
 Say = Callable[[str], None]
 Kind = Literal["f16", "q8_0"]
-BLOCK_BYTES = 64 * 2**20  # of float32 rows that are held at once
+BLOCK_BYTES = 64 * 2**20  # of float32 rows held at once
 QUANT_WIDTH = 32  # values that share a scale in Q8_0
-_F16_MOST = 65504.0
+_F16_MAX = 65504.0
 _MAGIC = b"GGUF"
-_IGNORED = ("rotary_emb.inv_freq",)
+_CONVERTER = "llama.cpp's own converter (convert_hf_to_gguf.py) knows the others."
 
 
 @dataclass
@@ -43,10 +42,10 @@ class GgufReport:
     """What a GGUF file holds.
 
     Attributes:
-        types: GGUF's name of a type → tensors in it.
-        error: ‖stored - original‖ / ‖original‖ over every weight; None where it was not computed.
+        types: GGUF's name of a type → number of tensors.
+        error: ‖stored - original‖ / ‖original‖ over every weight; None: not computed.
         pre: llama.cpp's name for how a text is split before the merges.
-        notes: what a server does otherwise than training did.
+        notes: what a server does differently from training.
     """
 
     out: Path
@@ -60,16 +59,16 @@ class GgufReport:
     def lines(self) -> list[str]:
         """For the console."""
         types = ", ".join(f"{count} in {name}" for name, count in self.types.most_common())
+        error = f"; relative error of the weights {self.error:.1e}" if self.error is not None else ""
         return [
-            f"{self.out}: {self.bytes / 1e9:.2f} GB in {self.seconds:.0f} s; tensors: {types}"
-            + (f"; relative error of the weights {self.error:.1e}" if self.error is not None else ""),
+            f"{self.out}: {self.bytes / 1e9:.2f} GB in {self.seconds:.0f} s; tensors: {types}{error}",
             *(f"note: {note}" for note in self.notes),
         ]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One tensor of the file: rows of a base's tensor, in an order; or values that are there already."""
+    """One tensor of the file: rows of a base's tensor, in an order; or given values."""
 
     name: str
     shape: tuple[int, ...]
@@ -98,15 +97,14 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16", *, say: 
     """Write a model's folder as a GGUF file.
 
     Args:
-        folder: as ``merge`` makes it: safetensors, config.json, tokenizer, chat template; a family of ``model.family``.
-        out: the file; an earlier GGUF file is replaced as a whole.
-        kind: what matrices are stored in; vectors (the norms) stay float32.
-        say: of a large model, how far it is.
+        folder: as ``merge`` makes it: safetensors, config.json, tokenizer, chat template.
+        out: the file; an existing GGUF file is replaced.
+        kind: type of the matrices; vectors (the norms) stay float32.
+        say: progress of a large model.
 
     Raises:
-        UserError: the gguf package is missing; no such folder; another family; a tokenizer that llama.cpp would not
-            repeat; values that float16 cannot hold; weights that are missing or of another shape; ``out`` is something
-            else than a GGUF file.
+        UserError: the gguf package is missing; no such folder; an unsupported family or tokenizer; values beyond
+            float16; missing or misshaped weights; ``out`` is not a GGUF file.
     """
     start = time.monotonic()
     gguf = gguf_package()
@@ -115,7 +113,7 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16", *, say: 
     config = read_model_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
-            f"{folder}: is stored quantized, and what is stored twice rounded is worse than it need be.",
+            f"{folder}: is stored quantized, and would be rounded twice.",
             "Export the 16-bit model; a merged folder is one.",
         )
     files = BaseFiles(str(folder), folder)
@@ -130,12 +128,10 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16", *, say: 
     for part in parts:
         _announce(writer, gguf, part)
     make_folder(out.parent)
-    sweep(out.absolute().parent, out.name)
     with bytes_aside(out) as file:
         writer.begin(file)
-        squares, told = torch.zeros(2, dtype=torch.float64), 0
-        total = sum(math.prod(part.shape) for part in parts)
-        done = 0
+        squares = torch.zeros(2, dtype=torch.float64)
+        done, told, total = 0, 0, sum(math.prod(part.shape) for part in parts)
         for part in parts:
             squares += _write(gguf, file, files, part)
             report.types[part.type] += 1
@@ -151,16 +147,14 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16", *, say: 
 
 
 def model_folder(folder: str | Path) -> Path:
-    """A folder that holds a whole model.
+    """Check that a folder holds a whole model.
 
     Raises:
-        UserError: it is none; of a run, an adapter, how to make one of it.
+        UserError: it does not; names the command that makes one of a run or an adapter.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise UserError(
-            f"{path}: no such folder.", "Give a model's folder, as `zephyr-lite merge --out model/` makes it."
-        )
+        raise UserError(f"{path}: no such folder.", "Give a folder that `zephyr-lite merge --out model/` made.")
     if (path / "config.json").is_file():
         return path
     if (path / "adapter_config.json").is_file():
@@ -177,33 +171,29 @@ def model_folder(folder: str | Path) -> Path:
 
 
 def check_place(out: Path, folder: Path) -> None:
-    """Raises:
-    UserError: ``out`` is a folder, or a file that is no GGUF file and would be lost.
-    """
+    """Raise a UserError if ``out`` is a folder, or a file other than a GGUF file."""
     if out.is_dir():
         raise UserError(f"{out}: is a folder.", f"Name the file: --out {out / (folder.resolve().name + '.gguf')}")
-    if not out.exists():
-        return
-    start = b""
-    if out.is_file():
+    if out.exists():
         with out.open("rb") as file:
-            start = file.read(len(_MAGIC))
-    if start != _MAGIC:
-        raise UserError(f"{out}: is there already, and no GGUF file.", "Name another file with --out.")
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise UserError(f"{out}: is there already, and no GGUF file.", "Name another file with --out.")
 
 
 def end_ids(folder: Path, config: Any) -> list[int]:
     """The ids at which generation stops: of generation_config.json, or else of config.json.
 
     Raises:
-        UserError: they are no token's numbers.
+        UserError: they are not ids of tokens.
     """
     path = folder / GENERATION
     told: Any = read_object(path, strict=False).get("eos_token_id") if path.is_file() else None
     told = config.eos_token_id if told is None else told
     ids = told if isinstance(told, list) else [] if told is None else [told]
     if not all(is_whole(index) and 0 <= index < config.vocab_size for index in ids):
-        raise UserError(f"{path}: eos_token_id is {shown(ids)}; it is a token's number, or a list of them.", "Mend it.")
+        raise UserError(
+            f"{path}: eos_token_id is {shown(ids)}, not the id of a token, or a list of them.", "Correct it."
+        )
     return list(ids)
 
 
@@ -216,7 +206,7 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
     if config.model_type not in FAMILIES:
         raise UserError(
             f"{folder}: a {config.model_type} model; GGUF files are made of the families {NAMES}.",
-            "llama.cpp's own converter (convert_hf_to_gguf.py) knows the others.",
+            _CONVERTER,
         )
     wanted = dict(empty_model(folder, config).state_dict())
     if files.tied:
@@ -224,7 +214,7 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
     family, head = FAMILIES[config.model_type], head_width(config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.gguf.upper()], config.num_hidden_layers)
     for source, entry in files.entries.items():
-        if source.endswith(_IGNORED) or (source == "lm_head.weight" and files.tied):
+        if source.endswith("rotary_emb.inv_freq") or (source == "lm_head.weight" and files.tied):
             continue
         if source not in wanted:
             raise UserError(
@@ -249,9 +239,9 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
     if (factors := rope_factors(config)) is not None:
         if not family.rope_factors:
             raise UserError(
-                f"{folder}: rotary embeddings of type {shown(config.rope_parameters['rope_type'])}; of the {config.model_type} "
-                "family this export writes down the plain ones.",
-                "llama.cpp's own converter (convert_hf_to_gguf.py) knows more.",
+                f"{folder}: rotary embeddings of type {shown(config.rope_parameters['rope_type'])}; in the "
+                f"{config.model_type} family only plain ones are exported.",
+                _CONVERTER,
             )
         yield _Part("rope_freqs.weight", tuple(factors.shape), "F32", values=factors)
 
@@ -265,10 +255,10 @@ def _interleaved(rows: int, head: int) -> Tensor:
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """What the rotary frequencies are divided by, float32 [head / 2]; None where they are the plain ones.
+    """Divisors of the rotary frequencies, float32 [head / 2]; None: plain rotary embeddings.
 
     Raises:
-        UserError: the type scales attention too, which a GGUF file of this family cannot say.
+        UserError: the type scales attention too, which a GGUF file cannot express.
     """
     told = config.rope_parameters or {}
     if (name := told.get("rope_type", "default")) == "default":
@@ -278,8 +268,8 @@ def rope_factors(config: Any) -> Tensor | None:
     frequencies, attention = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"))
     if attention != 1.0:
         raise UserError(
-            f"rotary embeddings of type {name} scale attention by {attention:.3g}, which this export cannot write down.",
-            "llama.cpp's own converter (convert_hf_to_gguf.py) knows that type.",
+            f"rotary embeddings of type {name} scale attention by {attention:.3g}, which this export does not support.",
+            _CONVERTER,
         )
     head = head_width(config)
     plain = 1.0 / told["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
@@ -288,7 +278,7 @@ def rope_factors(config: Any) -> Tensor | None:
 
 def _writer(gguf: Any, out: Path, architecture: str) -> Any:
     class Writer(gguf.GGUFWriter):  # type: ignore[misc, name-defined]
-        """Writes header and metadata into an open file, where the package would open one by name."""
+        """Writes header and metadata into an open file; the package's own would open one by name."""
 
         def begin(self, file: BinaryIO) -> None:
             self.fout = [file]
@@ -323,8 +313,7 @@ def _describe(
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(float((config.rope_parameters or {})["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    windows = {window for window in layer_windows(config) if window is not None}
-    for window in windows:  # one, in the layers that have any
+    for window in {window for window in layer_windows(config) if window is not None}:  # one at most
         writer.add_sliding_window(window)
         if window < config.max_position_embeddings:
             report.notes.append(
@@ -374,9 +363,9 @@ def _write(gguf: Any, file: BinaryIO, files: BaseFiles, part: _Part) -> Tensor:
         if part.type == "F32":
             stored = block.numpy()
         elif part.type == "F16":
-            if not bool((block.abs() <= _F16_MOST).all()):
+            if not bool((block.abs() <= _F16_MAX).all()):
                 raise UserError(
-                    f"{part.source}: holds {float(block.abs().max()):.3g}, and float16 reaches {_F16_MOST:.0f}.",
+                    f"{part.source}: holds {float(block.abs().max()):.3g}, and float16 reaches {_F16_MAX:.0f}.",
                     "Use the model as it is (transformers, vLLM); a GGUF file of it needs another type.",
                 )
             stored = block.numpy().astype(np.float16)
