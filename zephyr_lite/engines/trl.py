@@ -98,7 +98,7 @@ def run_baseline(
     recorder.go_on(done)
     recorder.observers = observers
     for observer in observers:
-        observer.begins(stage, recorder.unit, recorder.total, done)
+        observer.on_train_begin(stage, recorder.unit, recorder.total, done)
     if found is not None:
         say(f"going on from {found.name}")
     started = time.perf_counter()
@@ -127,7 +127,7 @@ def run_baseline(
         )
         save_stage(stage, outcome, say=say, own=AdapterStack(trainer.model).weights(ADAPTER))
         for observer in observers:
-            observer.ends(stage, outcome)
+            observer.on_train_end(stage, outcome)
         stopped_at_the_end(stage, outcome)
     return outcome
 

@@ -71,7 +71,7 @@ def run(
         outcome = train(state)
         here.together(lambda: save_stage(stage, outcome, say=say) if here.writes else None)
         for observer in observers:
-            observer.ends(stage, outcome)
+            observer.on_train_end(stage, outcome)
         stopped_at_the_end(stage, outcome)
         return outcome
 
