@@ -49,11 +49,11 @@ from ..train.main import stopped_at_the_end
 from ..train.objective import Outcome
 from ..train.observer import Observer
 from ..train.optim import make_optimizer, make_scheduler
-from ..train.recorder import OnMetrics, Order, Recorder
 from ..train.setup import save_stage, setup_stage
 from ..train.stage import Say, Stage
 from ..train.steps import step_schedule
 from . import unsloth
+from .recorder import OnMetrics, Order, Recorder
 
 ADAPTER = "default"  # the name that TRL looks for
 REFERENCE = "ref"  # TRL's name of its frozen copy of it
@@ -95,7 +95,7 @@ def run_baseline(
     trainer, recorder = make_trainer(stage, say=say, on_metrics=on_metrics)
     found = _resume_point(stage, say)
     done = 0 if found is None else int(found.name.split("-")[1])
-    recorder.go_on(done)
+    recorder.resume(done)
     recorder.observers = observers
     for observer in observers:
         observer.on_train_begin(stage, recorder.unit, recorder.total, done)
@@ -402,7 +402,7 @@ def sees_only_itself(model: Any, *, with_lengths: bool = False) -> bool:
 
 
 class _OurRows:
-    """The changes of both trainers: rows come as they are, in our order, and nothing is sent or written beside the run."""
+    """The changes of both trainers: rows come as they are, in our order, and nothing is sent or written outside the run."""
 
     order: Order
 

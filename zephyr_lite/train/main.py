@@ -55,7 +55,7 @@ def run(
     with ExitStack() as held:
         here.together(lambda: held.enter_context(alone(Path(config.output_dir))) if here.writes else None)
         if config.engine != "fused":
-            from ..engines import run_baseline
+            from ..engines.trl import run_baseline
 
             return run_baseline(method, loaded, say=say, on_metrics=on_metrics, observers=observers)
         if here.size > 1:
