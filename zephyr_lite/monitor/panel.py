@@ -37,6 +37,7 @@ _TAGS = re.compile(
 )
 _MARKS = {"good": ("✓ ", "* ", "green"), "bad": ("! ", "! ", "bold yellow"), "open": ("· ", "- ", "dim")}
 GIB = 2**30
+STOPPING = Verdict("open", "stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
 
 class LiveScreen(Screen):
@@ -47,15 +48,14 @@ class LiveScreen(Screen):
         self.progress: Progress | None = None
         self._live: Live | None = None
 
-    def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
+    def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
         self.close()
         progress = self.progress = Progress(stage, unit, total, step)
         published = published_of(stage)
 
         def panel() -> RenderableType:
             with progress.lock:
-                verdict = Verdict("open", "stopping after this step; a checkpoint will be written")
-                verdict = verdict if _stopping() else judge(progress, published)
+                verdict = STOPPING if _stopping() else judge(progress, published)
                 ascii_only = not self.console.out.encoding.startswith("utf")
                 return render(progress, verdict, self.console.out.width, ascii_only=ascii_only)
 
@@ -69,19 +69,19 @@ class LiveScreen(Screen):
         )
         self._live.start()
 
-    def stepped(self, step: int, metrics: Metrics) -> None:
+    def on_step_end(self, step: int, metrics: Metrics) -> None:
         if self.progress is not None:
             self.progress.stepped(step, metrics)
 
-    def evaluated(self, step: int, metrics: Metrics) -> None:
+    def on_evaluate(self, step: int, metrics: Metrics) -> None:
         if self.progress is not None:
             self.progress.evaluated(step, metrics)
 
-    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+    def on_sample(self, step: int, samples: Sequence[Sample]) -> None:
         if self.progress is not None:
             self.progress.sampled(samples)
 
-    def ends(self, stage: Stage, outcome: Outcome) -> None:
+    def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         self.close()
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
