@@ -277,18 +277,17 @@ class Mirror:
                 self._send(wanted)
             except Exception as error:  # of whichever library: a copy is no reason to lose the run
                 fault = _line(error)
+            if fault is None and before is not None:
+                self.say(f"sync: {self.place.name} is up to date again")
+            elif fault is not None and before is None:
+                self.say(f"sync: {self.place.name}: {fault}; training continues, and the copy is tried again")
             with self._turn:
                 self._at_work, self._fault = None, fault
                 if fault is not None:
                     self._wanted = self._wanted or wanted
                     self._failures += 1
                 self._turn.notify_all()
-            if fault is None and before is not None:
-                self.say(f"sync: {self.place.name} is up to date again")
-            elif fault is not None and before is None:
-                self.say(f"sync: {self.place.name}: {fault}; training continues, and the copy is tried again")
-            if fault is not None:
-                with self._turn:
+                if fault is not None:
                     self._turn.wait_for(lambda: self._closed, self.retry)
 
     def _send(self, wanted: tuple[str, ...]) -> None:
