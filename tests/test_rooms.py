@@ -36,7 +36,6 @@ UPWARDS = {
     ("memory", "train"),
     ("model", "memory"),
     ("train", "engines"),
-    ("evaluate", "recipe"),
     ("audit", "demo"),
 }
 ONLY_IN = {

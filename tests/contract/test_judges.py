@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from zephyr_lite.evaluate.alpaca.score import length_controlled, win_rate
-from zephyr_lite.evaluate.mt_bench.prompts import read_grade
-from zephyr_lite.evaluate.mt_bench.scores import Grade, difference, model_scores
+from zephyr_lite.evaluate.alpaca_scores import length_controlled, win_rate
+from zephyr_lite.evaluate.mt_bench import read_grade
+from zephyr_lite.evaluate.mt_bench_scores import Grade, difference, model_scores
 
 NAN = math.nan
 

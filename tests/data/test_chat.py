@@ -189,7 +189,7 @@ def test_a_plain_text_begins_with_one_bos(mistral, smol):
     plain, rendered = (template.text_ids(text) for text in ("Hi", "<s>Hi</s>"))
     assert plain[0] == mistral.bos_token_id and (plain == mistral.bos_token_id).sum() == 1
     assert rendered.tolist() == mistral("<s>Hi</s>", add_special_tokens=False)["input_ids"]
-    with pytest.raises(RowError, match="BOS stands 2 times"):
+    with pytest.raises(RowError, match="BOS occurs 2 times"):
         template.text_ids("Hi<s>")
     # a tokenizer that leaves BOS to the template
     template = resolve_template("zephyr", smol)

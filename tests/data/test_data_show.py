@@ -19,9 +19,9 @@ from zephyr_lite.cli import app as cli
 from zephyr_lite.cli.row_view import segments_of_row, view_lines
 from zephyr_lite.cli.trained_rows import open_rows
 from zephyr_lite.config.load import DatasetSpec, RunConfig
-from zephyr_lite.data.chat_template import Example, PairExample, resolve_template
+from zephyr_lite.data.chat_template import Example, resolve_template
 from zephyr_lite.data.dataset import prepare
-from zephyr_lite.data.preview import conversation_segment, pair_segments, text_runs, token_reader
+from zephyr_lite.data.preview import conversation_segment, text_runs, token_reader
 from zephyr_lite.data.templates import CHATML
 
 TABLE = re.compile(r"^ *(\d+) +(\d+) +(\d+)  (\S+) +(yes|no) +(yes|no) +(\d+)  (.*)$")
@@ -312,19 +312,3 @@ def test_a_template_that_refuses_a_system_turn_alone_joins_it_with_the_user(tmp_
     ids, mask = template.encode(turns)
     segment = conversation_segment(template, Example(ids, mask, "x row 1", 0), turns)
     assert list(dict.fromkeys(token.role for token in segment.tokens)) == ["system+user", "assistant"]
-
-
-def test_turns_that_are_not_the_examples_are_refused(tmp_path):
-    template = resolve_template("zephyr", make_tokenizer(tmp_path))
-    prompt, a, b = (
-        [{"role": "user", "content": "q"}],
-        [{"role": "assistant", "content": "a"}],
-        [{"role": "assistant", "content": "b"}],
-    )
-    ids, mask = template.encode(prompt + a)
-    with pytest.raises(ValueError, match="x row 1: its turns give other ids"):
-        conversation_segment(template, Example(ids, mask, "x row 1", 0), prompt + b)
-    pair = PairExample(*template.encode_pair(prompt, a, b), where="x row 1", index=0)
-    assert [s.part for s in pair_segments(template, pair, prompt, a, b)] == ["prompt", "chosen", "rejected"]
-    with pytest.raises(ValueError, match="other ids"):
-        pair_segments(template, pair, prompt, b, a)

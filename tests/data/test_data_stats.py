@@ -11,8 +11,7 @@ import pytest
 
 from tests.conftest import CONVERSATIONS
 from zephyr_lite.cli import app as cli
-from zephyr_lite.cli.row_stats import RowStats, histogram, measure
-from zephyr_lite.cli.row_stats_view import stats_lines
+from zephyr_lite.cli.row_stats import RowStats, histogram, measure, stats_lines
 from zephyr_lite.cli.trained_rows import TrainedRows, open_rows
 from zephyr_lite.train.steps import step_schedule
 
@@ -47,10 +46,10 @@ def test_the_figures_are_the_runs(tiny_base, long_rows):
     rows = opened("sft", tiny_base, f"dataset={long_rows}", "max_length=128", "batch_size=2", "num_train_epochs=3")
     stats = measure(rows)
     report = rows.data.report
-    assert (stats.rows, stats.per_epoch, stats.steps) == (len(rows.data.rows), *step_schedule(rows.config, stats.rows))
+    assert (stats.per_epoch, stats.steps) == step_schedule(rows.config, len(rows.data.rows))
     text = "\n".join(plain(stats))
     assert f"{report.tokens:,} tokens, {report.supervised:,} of them supervised" in text
-    assert f"{stats.rows:,} packed rows of 128 tokens, {report.fill:.1%} full" in text
+    assert f"{report.rows:,} packed rows of 128 tokens, {report.fill:.1%} full" in text
     assert f"in all: {stats.steps} steps (num_train_epochs 3)" in text
     assert f"left out, no assistant turn: 1 ({long_rows} row 5)" in text
     assert f"left out, no supervised token within max_length 128: 1 ({long_rows} row 3)" in text
@@ -60,7 +59,7 @@ def test_the_figures_are_the_runs(tiny_base, long_rows):
 def test_lengths_are_those_before_cutting_and_every_cut_row_is_named(tiny_base, long_rows):
     whole = opened("sft", tiny_base, f"dataset={long_rows}", "max_length=4096")
     stats = measure(opened("sft", tiny_base, f"dataset={long_rows}", "max_length=128"))
-    assert sorted(stats.whole.values) == sorted(whole.data.lengths) and stats.whole.values.max() > 128
+    assert sorted(stats.whole) == sorted(whole.data.lengths) and stats.whole.max() > 128
     masks = {e.where: np.asarray(e.mask) for e in whole.data.examples}
     expected = [(w, int(m[128:].sum())) for w, m in masks.items() if len(m) > 128 and m[:128].any()]
     assert len(expected) > 3 and sorted(stats.cut_places) == sorted(expected)
@@ -115,12 +114,12 @@ def test_pairs(tiny_base, pair_rows):
     stats = measure(rows)
     whole = opened("dpo", tiny_base, f"dataset={pair_rows}")
     examples = list(whole.data.examples)
-    prompt, chosen, rejected = stats.parts
-    assert prompt.values.tolist() == [len(e.prompt_ids) for e in examples]
-    assert chosen.values.tolist() == [len(e.chosen_ids) for e in examples]
-    assert rejected.values.tolist() == [len(e.rejected_ids) for e in examples]
+    prompt, chosen, rejected = stats.parts.values()
+    assert prompt.tolist() == [len(e.prompt_ids) for e in examples]
+    assert chosen.tolist() == [len(e.chosen_ids) for e in examples]
+    assert rejected.tolist() == [len(e.rejected_ids) for e in examples]
     bounded = [len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in examples]
-    assert stats.whole.values.tolist() == bounded
+    assert stats.whole.tolist() == bounded
     assert len(stats.cut_places) == sum(b > 60 for b in bounded) > 0
     assert stats.chosen_longer == np.mean([len(e.chosen_ids) > len(e.rejected_ids) for e in examples])
     assert not stats.budgets and stats.steps == stats.per_epoch == 3

@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 from tests.conftest import make_tokenizer
 from zephyr_lite.config.compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
 from zephyr_lite.config.load import DatasetSpec, Loaded, RunConfig, dump_config, load_config
-from zephyr_lite.data.chat_template import ChatTemplate, Pair, resolve_template
+from zephyr_lite.data.chat_template import ChatTemplate, resolve_template
 from zephyr_lite.data.formats import RowError, normalise
 from zephyr_lite.data.load import Rows, load_rows
-from zephyr_lite.data.packing import best_fit, cut_pair
 from zephyr_lite.errors import UserError
 
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
@@ -283,57 +282,3 @@ def test_conversations_of_any_text(messages, loss_on, templates):
     wanted = "".join(text[span.start : span.end] for span in (spans[-1:] if loss_on == "last" else spans))
     found = tokenizer.decode(ids[mask], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert found == wanted
-
-
-def is_scattered_in(part: str, whole: str) -> bool:
-    """Whether all letters of one text stand in the other in this order."""
-    letters = iter(whole)
-    return all(letter in letters for letter in part.replace("\ufffd", ""))
-
-
-# -- lengths -----------------------------------------------------------------------------------------------------------
-
-
-@examples(150)
-@given(capacity=st.integers(1, 60), data=st.data())
-def test_every_example_is_packed_once_and_no_row_is_too_long(capacity, data):
-    lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
-    rows = best_fit(lengths, capacity)
-    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
-    totals = [sum(lengths[item] for item in row) for row in rows]
-    assert all(total <= capacity for total in totals) and rows == best_fit(
-        np.asarray(lengths, dtype=np.int32), capacity
-    )
-    # best fit: no two rows would have fitted into one half as full
-    assert sum(total * 2 <= capacity for total in totals) <= 1
-
-
-@examples(50)
-@given(capacity=st.integers(1, 20), lengths=st.lists(st.integers(-2, 30), min_size=1, max_size=10))
-def test_a_length_that_fits_no_row_is_refused(capacity, lengths):
-    if all(1 <= length <= capacity for length in lengths):
-        assert best_fit(lengths, capacity)
-    else:
-        with pytest.raises(ValueError, match=f"a bin holds 1 to {capacity}"):
-            best_fit(lengths, capacity)
-
-
-@examples(150)
-@given(
-    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40)),
-    max_length=st.integers(2, 50),
-    max_prompt_length=st.integers(1, 50),
-    keeps_first=st.booleans(),
-)
-def test_a_pair_within_its_budget(sizes, max_length, max_prompt_length, keeps_first):
-    prompt, chosen, rejected = (np.arange(size, dtype=np.int32) for size in sizes)
-    masks = [np.ones(size, dtype=bool) for size in sizes]
-    pair = cut_pair(Pair(prompt, chosen, masks[1], rejected, masks[2]), max_length, max_prompt_length, keeps_first)
-    if pair is None:
-        assert min(sizes[0], max_prompt_length) >= max_length
-        return
-    assert len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length
-    assert len(pair.chosen_ids) == len(pair.chosen_mask) > 0 and len(pair.rejected_ids) == len(pair.rejected_mask) > 0
-    assert pair.prompt_ids[-1] == prompt[-1] or max_prompt_length == 1
-    assert not keeps_first or pair.prompt_ids[0] == prompt[0]
-    assert np.array_equal(pair.chosen_ids, chosen[: len(pair.chosen_ids)])

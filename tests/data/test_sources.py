@@ -230,28 +230,6 @@ def test_columns_are_renamed(tmp_path):
         load(path, columns={"colour": "q"})
 
 
-def test_files_by_suffix(tmp_path):
-    rows = [{"prompt": "Hi", "completion": "NA"}, {"prompt": "Zwei", "completion": "2"}]
-    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "a.csv").write_text('prompt,completion\nHi,NA\n"Zwei",2\n')
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
-    for name in ("a.json", "a.csv", "a.parquet"):
-        assert messages(load(tmp_path / name)) == [turns("Hi", "NA"), turns("Zwei", "2")], name
-    (tmp_path / "n.csv").write_text("prompt,completion\n1,2\n")
-    assert messages(load(tmp_path / "n.csv")) == [turns("1", "2")]
-    (tmp_path / "m.csv").write_text(
-        'messages\n"[{""role"": ""user"", ""content"": ""Hi""}, {""role"": ""assistant"", ""content"": ""Ho""}]"\n'
-    )
-    assert messages(load(tmp_path / "m.csv")) == [turns("Hi", "Ho")]
-
-
-@pytest.mark.parametrize("name", ["a.pkl", "a.py", "a.arrow", "noend"])
-def test_other_files_are_not_read(tmp_path, name):
-    (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(UserError, match="is not read"):
-        load(tmp_path / name)
-
-
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match=r"none\.jsonl: there is no such file"):
         load(tmp_path / "none.jsonl")
@@ -267,29 +245,6 @@ def test_missing_and_empty_files(tmp_path):
     datasets.Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}).select([]).to_parquet(tmp_path / "no.parquet")
     with pytest.raises(UserError, match=r"no\.parquet: empty"):
         load(tmp_path / "no.parquet")
-
-
-@pytest.mark.parametrize("line", ["{broken", "[1, 2]", '{"messages": [{"role": "us', '{"messages": "\\ud83d"}'])
-def test_broken_json_names_the_line(tmp_path, line):
-    good = {"messages": turns("Hi", "Hello")}
-    path = write(tmp_path / "a.jsonl", [good, "", good, line, good])
-    with pytest.raises(UserError, match=r"a\.jsonl line 4: "):
-        load(path)
-
-
-def test_broken_files_of_other_kinds_name_the_file(tmp_path):
-    (tmp_path / "a.json").write_text('[{"messages": []},\n{bad]')
-    with pytest.raises(UserError, match=r"a\.json line 2"):
-        load(tmp_path / "a.json")
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(UserError, match=r"a\.parquet: not readable as Parquet: .*magic bytes not found in footer"):
-        load(tmp_path / "a.parquet")
-    (tmp_path / "a.csv").write_text("prompt,completion\na,b\na,b,c,d\n")
-    with pytest.raises(UserError, match=r"a\.csv line 3: not readable as CSV: expected 2 cells, found 4"):
-        load(tmp_path / "a.csv")
-    (tmp_path / "l.jsonl").write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff", "completion": "b"}\n')
-    with pytest.raises(UserError, match=r"l\.jsonl line 2: not UTF-8"):
-        load(tmp_path / "l.jsonl")
 
 
 def test_a_folder_in_the_hubs_layout(tmp_path):

@@ -13,10 +13,9 @@ import pytest
 from tests.chat_server import Act, ChatServer, Seen, error, ok
 from zephyr_lite.cli import app as cli
 from zephyr_lite.errors import UserError
-from zephyr_lite.evaluate.alpaca.files import read_annotations, read_difficulty, read_outputs
-from zephyr_lite.evaluate.alpaca.judge import is_swapped, judge_messages, read_verdict
-from zephyr_lite.evaluate.alpaca.rates import rates
-from zephyr_lite.evaluate.alpaca.score import win_rate
+from zephyr_lite.evaluate.alpaca_eval import is_swapped, judge_messages, read_verdict
+from zephyr_lite.evaluate.alpaca_files import read_annotations, read_difficulty, read_outputs
+from zephyr_lite.evaluate.alpaca_scores import rates, win_rate
 
 
 def run(*arguments: Any) -> int:

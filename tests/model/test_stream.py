@@ -33,7 +33,7 @@ from zephyr_lite.data.chat_template import Example
 from zephyr_lite.errors import UserError
 from zephyr_lite.model import activation_offload as offload_file
 from zephyr_lite.model import weight_streaming as stream_file
-from zephyr_lite.model.activation_offload import Offload, Ring
+from zephyr_lite.model.activation_offload import ActivationOffload, Ring
 from zephyr_lite.model.weight_streaming import WeightStreamer
 
 
@@ -114,13 +114,13 @@ def test_what_is_offloaded_is_not_kept_on_the_device(deep_base, keep):
 def test_two_layers_kept_tensors_are_on_the_device_at_most(monkeypatch, deep_base):
     decoder = decoder_over(quantized(deep_base), plan=plan_of(offload=LAYERS))
     most = []
-    fetch = Offload._fetch
+    fetch = ActivationOffload._fetch
 
     def counting(self, kept):
         fetch(self, kept)
         most.append(sum(bool(k._device) for k in self._now.values()))
 
-    monkeypatch.setattr(Offload, "_fetch", counting)
+    monkeypatch.setattr(ActivationOffload, "_fetch", counting)
     decoder.token_logps(collate_conversations([conversation(0, 20)]), keep="all").sum().backward()
     assert len(most) == LAYERS and max(most) <= 2
     assert not decoder.offload._leaving and not decoder.offload._now
@@ -140,7 +140,7 @@ def test_after_a_pass_that_failed_the_next_is_right(copies, deep_base, monkeypat
     plan = plan_of(offload=LAYERS)
     decoder = decoder_over(quantized(deep_base), stream=True, plan=plan)
     logps = decoder.token_logps(collate_conversations([conversation(3, 50)]), keep="all")
-    get, calls = Offload.get, []
+    get, calls = ActivationOffload.get, []
 
     def failing(self, kept):
         calls.append(kept.layer)
@@ -148,10 +148,10 @@ def test_after_a_pass_that_failed_the_next_is_right(copies, deep_base, monkeypat
             raise torch.OutOfMemoryError("no room")
         return get(self, kept)
 
-    monkeypatch.setattr(Offload, "get", failing)
+    monkeypatch.setattr(ActivationOffload, "get", failing)
     with pytest.raises(torch.OutOfMemoryError):
         logps.sum().backward()
-    monkeypatch.setattr(Offload, "get", get)
+    monkeypatch.setattr(ActivationOffload, "get", get)
     decoder.follow(plan)
     assert_bits(sft_steps(decoder, "all", None), want)
 

@@ -15,16 +15,14 @@ import pytest
 from tests.chat_server import Act, ChatServer, Seen, error, ok
 from tests.recipe.test_feedback import NoMeter
 from zephyr_lite.cli import app as cli
+from zephyr_lite.client.jobs import load_settings
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe.feedback.distill import NEAR, Distilled, plan_distill, run_distill
-from zephyr_lite.recipe.feedback.estimate import distill_bounds
-from zephyr_lite.recipe.feedback.grid import read_grid, spread
-from zephyr_lite.recipe.feedback.grow import NotUsable, read_message, repeats
-from zephyr_lite.recipe.feedback.near import Openings
+from zephyr_lite.recipe.feedback.config import DistillConfig
+from zephyr_lite.recipe.feedback.dialogue import NotUsable, read_grid, read_message, repeats, spread
+from zephyr_lite.recipe.feedback.distill import NEAR, Distilled, Openings, distill_bounds, plan_distill, run_distill
 from zephyr_lite.recipe.feedback.prompts import read_prompts
-from zephyr_lite.recipe.feedback.specs import DistillConfig, load_settings
 
 GRID = """
 topics: {tides: [spring tides, neap tides], bread: [sourdough], clocks: []}

@@ -18,17 +18,17 @@ from typing import Any
 import pytest
 
 from tests.chat_server import Act, ChatServer, Seen, by_hash, error, ok
+from tests.client.test_client import records
 from tests.conftest import make_model, make_tokenizer
 from zephyr_lite.cli import app as cli
+from zephyr_lite.client.jobs import load_settings
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe.feedback.draw import read_principles
-from zephyr_lite.recipe.feedback.estimate import feedback_bounds
+from zephyr_lite.recipe.feedback.config import FeedbackConfig
+from zephyr_lite.recipe.feedback.feedback import feedback_bounds, make_pair_folder, read_principles, run_feedback
 from zephyr_lite.recipe.feedback.judge import ASPECTS
 from zephyr_lite.recipe.feedback.prompts import read_prompts
-from zephyr_lite.recipe.feedback.run import make_pair_folder, run_feedback
-from zephyr_lite.recipe.feedback.specs import FeedbackConfig, load_settings
 
 COLUMNS = ["source", "instruction", "models", "completions", "correct_answers", "incorrect_answers"]
 ANSWERS = re.compile(r"\[Answer \d+\]\n(.*?)\n\[End of answer", re.DOTALL)
@@ -254,7 +254,7 @@ def test_a_judge_that_rates_nothing_makes_no_row_and_leaves_no_file(tmp_path: Pa
     assert "judge, helpfulness: 2" in raised.value.message
     assert sorted(p.name for p in Path(config.out).iterdir() if not p.name.startswith(".")) == [
         "config.yaml",
-        "journal.jsonl",
+        "requests.sqlite",
     ]
 
 
@@ -421,7 +421,7 @@ def test_a_killed_command_goes_on(tmp_path: Path, stop: signal.Signals) -> None:
         if stop == signal.SIGINT:
             assert process.returncode == 130, said
             assert "the same command goes on" in said
-        answered = Path(config.out, "journal.jsonl").read_text().count('"event": "reply"')
+        answered = len(records(Path(config.out), "replied"))
         if stop == signal.SIGINT:
             assert answered == len(before)  # what had left was waited for
         server.seen.clear()

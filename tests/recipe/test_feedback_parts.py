@@ -14,13 +14,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
-from zephyr_lite.client.budget import Totals
-from zephyr_lite.client.types import BudgetSpent, EndpointSpec, RequestFailed
+from zephyr_lite.client import cost
+from zephyr_lite.client.client import BudgetSpent, RequestFailed
+from zephyr_lite.client.cost import Meter
+from zephyr_lite.client.endpoints import EndpointSpec, parse_endpoint
+from zephyr_lite.client.jobs import claim_folder, in_order, json_line, load_settings, together
+from zephyr_lite.client.request_log import Totals
 from zephyr_lite.config.presets import preset_configs
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.run_dir import file_aside
-from zephyr_lite.recipe.feedback.draw import draw_slots, read_principles
-from zephyr_lite.recipe.feedback.files import Spool, claim, line_of
+from zephyr_lite.io.atomic import file_aside
+from zephyr_lite.recipe.feedback.config import DistillConfig, FeedbackConfig, PromptsSpec
+from zephyr_lite.recipe.feedback.feedback import draw_slots, read_principles
 from zephyr_lite.recipe.feedback.judge import (
     ASPECTS,
     aspect_messages,
@@ -29,17 +33,7 @@ from zephyr_lite.recipe.feedback.judge import (
     parse_ratings,
     shown_order,
 )
-from zephyr_lite.recipe.feedback.meter import Meter
-from zephyr_lite.recipe.feedback.pool import Turns, in_order
 from zephyr_lite.recipe.feedback.prompts import read_prompts
-from zephyr_lite.recipe.feedback.rate import together
-from zephyr_lite.recipe.feedback.specs import (
-    DistillConfig,
-    FeedbackConfig,
-    PromptsSpec,
-    endpoint_from_word,
-    load_settings,
-)
 
 URL = "http://127.0.0.1:9/v1"
 
@@ -273,12 +267,12 @@ def test_the_order_shown_to_the_judge_is_drawn_for_each_aspect() -> None:
 
 
 def test_an_endpoint_in_a_word_with_settings() -> None:
-    spec = endpoint_from_word(f"{URL}#llama3:8b,concurrency=8,temperature=0.7,api_key_env=MY_KEY,name=big")
+    spec = parse_endpoint(f"{URL}#llama3:8b,concurrency=8,temperature=0.7,api_key_env=MY_KEY,name=big")
     assert (spec.url, spec.model, spec.concurrency, spec.temperature) == (URL, "llama3:8b", 8, 0.7)
     assert (spec.api_key_env, spec.name) == ("MY_KEY", "big")
     for word in (f"{URL}#m,api_key=sk-secret", f"{URL}#m,sk-secret", f"{URL}#m,concurrency=sk-secret"):
         with pytest.raises(UserError) as raised:
-            endpoint_from_word(word)
+            parse_endpoint(word)
         assert "sk-secret" not in str(raised.value)
 
 
@@ -383,7 +377,7 @@ def test_an_error_ends_the_others_and_does_not_wait_for_a_slow_first() -> None:
     assert sorted(ended) == [0, 1, 2, 3]
 
 
-def test_together_waits_for_failures_but_not_for_what_is_hopeless() -> None:
+def test_together_waits_for_all() -> None:
     ended: list[str] = []
 
     async def one(seconds: float, error: Exception | None = None) -> str:
@@ -402,28 +396,8 @@ def test_together_waits_for_failures_but_not_for_what_is_hopeless() -> None:
     assert asyncio.run(some(one(0.02), one(0, failed))) == ["there", failed]
     with pytest.raises(BudgetSpent):
         asyncio.run(some(one(0, BudgetSpent("spent")), one(0.02), one(0, failed)))
-    ended.clear()
     with pytest.raises(UserError, match="wrong key"):
-        asyncio.run(some(one(30), one(0, BudgetSpent("spent")), one(0.01, UserError("wrong key"))))
-    assert sorted(ended) == ["BudgetSpent", "NoneType", "UserError"]
-
-
-def test_turns_pass_over_what_was_done_early() -> None:
-    seen: list[int] = []
-
-    async def one(turns: Turns, number: int) -> None:
-        if number % 3:
-            await asyncio.sleep(random.Random(number).random() * 0.01)
-            await turns.wait(number)
-            seen.append(number)
-        turns.done(number)
-
-    async def everybody() -> None:
-        turns = Turns()
-        await asyncio.gather(*(one(turns, number) for number in reversed(range(12))))
-
-    asyncio.run(asyncio.wait_for(everybody(), 5))
-    assert seen == [1, 2, 4, 5, 7, 8, 10, 11]
+        asyncio.run(some(one(0.02), one(0.01, UserError("wrong key"))))
 
 
 # -- files and the meter ---------------------------------------------------------------------------------------------
@@ -434,14 +408,14 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match=r"holds thesis.txt"):
-        claim(tmp_path / "a", "feedback", config)
+        claim_folder(tmp_path / "a", "feedback", config)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / ".config.yaml.01234567").write_text("of a process that was killed at its first write")
-    claim(tmp_path / "b", "feedback", config)
-    claim(tmp_path / "b", "feedback", config)
+    claim_folder(tmp_path / "b", "feedback", config)
+    claim_folder(tmp_path / "b", "feedback", config)
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["config.yaml"]
     with pytest.raises(UserError, match="one of zephyr-lite feedback"):
-        claim(tmp_path / "b", "distill", config)
+        claim_folder(tmp_path / "b", "distill", config)
     # what is written there is taken again as it is
     assert load_settings(FeedbackConfig, str(tmp_path / "b" / "config.yaml"), {}) == config
 
@@ -449,46 +423,24 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
 def test_a_file_aside_leaves_the_old_file_when_something_fails(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     with file_aside(path) as file:
-        file.write(line_of({"text": "café \ud800"}))
-    assert path.read_text(encoding="utf-8") == '{"text": "café ?"}\n'
+        file.write(json_line({"text": "café"}))
+    assert path.read_text(encoding="utf-8") == '{"text": "café"}\n'
     with contextlib.suppress(RuntimeError), file_aside(path) as file:
         file.write("half")
         raise RuntimeError
-    assert path.read_text(encoding="utf-8") == '{"text": "café ?"}\n'
+    assert path.read_text(encoding="utf-8") == '{"text": "café"}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_a_spool_gives_rows_by_number(tmp_path: Path) -> None:
-    spool = Spool(tmp_path)
-    for number in (3, 1, 2, 1):
-        spool.put(number, {"n": number, "text": "ü\n"})
-    assert [n for n, _ in spool.rows()] == [1, 2, 3] and len(spool) == 3
-    spool.close()
-
-
-def test_the_meter_says_what_is_spent_and_what_is_left() -> None:
-    out, now = io.StringIO(), [0.0]
-    meter = Meter(RichConsole(file=out, width=120), 10, "prompts", priced=True, clock=lambda: now[0])
-    totals = Totals(replies=40)  # of an earlier run
+def test_the_meter_shows_what_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    meter = Meter(RichConsole(file=out, width=120), 10, "prompts", priced=True)
     with meter:
-        meter.totals(totals)
-        for _ in range(4):  # from the journal: no time is told from these
-            totals.from_journal += 8
-            meter.totals(totals)
-            meter.advance()
-        assert "left" not in meter.said() and meter.done == 4
-        for _ in range(3):
-            now[0] += 20
-            totals.replies += 1
-            totals.requests += 1
-            totals.prompt_tokens += 1000
-            totals.dollars += 0.01
-            meter.totals(totals)
-            meter.advance()
-    assert meter.said() == "3 requests  3,000 tokens  $0.0300  60 s left"
-    lines = out.getvalue().splitlines()
-    assert lines and all(line.startswith("prompts ") for line in lines)
-    assert len(lines) == 1  # 60 seconds in steps of 20: one line after each 30
+        meter.totals(Totals(requests=3, prompt_tokens=3000, dollars=0.03, held=500))
+        assert meter.spent() == "3 requests  3,000 tokens  $0.0300" and not out.getvalue()
+        monkeypatch.setattr(cost, "PIPE_SECONDS", 0.0)
+        meter.advance()
+    assert out.getvalue().startswith("prompts 1/10  3 requests  3,000 tokens  $0.0300")
 
 
 def test_a_quoted_object_is_not_taken_for_the_judges_own() -> None:

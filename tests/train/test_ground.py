@@ -19,7 +19,7 @@ from zephyr_lite.merge.command import run_merge
 from zephyr_lite.model import base as load
 from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.model.peft_io import read_adapter
-from zephyr_lite.train import setup
+from zephyr_lite.train import resume, setup
 from zephyr_lite.train.resume import StageComplete
 from zephyr_lite.train.sft import run_sft
 
@@ -258,7 +258,7 @@ def test_fewer_cores_than_threads_are_said_and_the_plan_stays(place, monkeypatch
     info = StageDir(place / "run" / "sft").info()
     info["plan"]["threads"] = 3
     StageDir(place / "run" / "sft").write_info(info)
-    monkeypatch.setattr(setup, "cores", lambda: 2)
+    monkeypatch.setattr(resume, "cores", lambda: 2)
     said = []
     threads = torch.get_num_threads()
     try:

@@ -10,7 +10,6 @@ from tests.train.test_train import killed_at, quiet, words
 from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.train import optim as optim_file
 from zephyr_lite.train.checkpoint import Checkpoint
 from zephyr_lite.train.loop import init_state
 from zephyr_lite.train.optim import make_optimizer, make_scheduler, restore_state
@@ -222,13 +221,3 @@ def test_a_state_that_does_not_fit_is_said_before_anything_runs():
         pytest.raises(UserError, match=r"optim adamw_torch: its state for 13,715 trained.*\n.*paged_adamw_8bit"),
     ):
         make_optimizer(RunConfig(), parameters())
-
-
-def test_managed_state_that_neither_card_nor_host_can_hold_is_said(monkeypatch):
-    """bitsandbytes would end the process."""
-    monkeypatch.setattr(optim_file, "main_memory", lambda: 2**30)
-    optim_file._room_for_managed("paged_adamw_32bit", [2**27], free=0)
-    with pytest.raises(UserError, match=r"takes 1.25 GiB, and the card has 0.12 GiB free, main memory 1.00"):
-        optim_file._room_for_managed("paged_adamw_32bit", [2**27, 2**25], free=2**27)
-    optim_file._room_for_managed("paged_adamw_8bit", [2**27, 2**25], free=2**27)
-    optim_file._room_for_managed("adamw_torch", [2**40], free=0)  # not managed: its allocation fails by itself

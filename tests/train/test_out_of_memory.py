@@ -20,7 +20,7 @@ from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory.plan import Plan
-from zephyr_lite.model.activation_offload import LockRefused, Offload
+from zephyr_lite.model.activation_offload import LockRefused, ActivationOffload
 from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.train.dpo import DpoObjective
@@ -479,14 +479,14 @@ def test_locked_memory_that_is_refused_is_done_without(opened, monkeypatch, aske
     accumulate_gradients(state, 0)
     want = {n: p.grad.clone() for n, p in state.parameters.items()}
     state.objective.oom.follow(replace(state.stage.plan, offload=2))
-    plain = Offload.put
+    plain = ActivationOffload.put
 
     def refused(self, layer, tensors):
         if layer == 1:
             raise LockRefused("0.00 GiB of main memory could not be locked")
         return plain(self, layer, tensors)
 
-    monkeypatch.setattr(Offload, "put", refused)
+    monkeypatch.setattr(ActivationOffload, "put", refused)
     state.stage.config.max_grad_norm = 1e9
     if asked_for:
         with pytest.raises(LockRefused):
@@ -518,7 +518,7 @@ def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkey
     accumulate_gradients(state, 0)
     want = {n: p.grad.clone() for n, p in state.parameters.items()}
     monkeypatch.setattr(OomRetry, "_lends", lambda self, count: self._lockable)
-    plain, room, failed = SftObjective.loss, WeightStreamer._make_room, []
+    plain, room, failed = SftObjective.loss, WeightStreamer._allocate, []
 
     def full(self, examples, step, total):
         if not self.stage.plan.stream and (len(examples) > 1 or refuses != "the lock"):
@@ -538,7 +538,7 @@ def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkey
     if refuses == "the lock":
         monkeypatch.setattr("zephyr_lite.model.weight_streaming.host_bytes", refused)
     else:
-        monkeypatch.setattr(WeightStreamer, "_make_room", no_room)
+        monkeypatch.setattr(WeightStreamer, "_allocate", no_room)
         with pytest.raises(UserError, match="tokens do not fit into memory, alone"):
             accumulate_gradients(state, 0)  # there is nothing left to try; and everything is whole
     accumulate_gradients(state, 0)

@@ -87,7 +87,7 @@ def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_pat
         with pytest.raises(UserError, match=r"three times in a row; rows of the last: .*row \d") as stopped:
             run_sft(loaded(save_steps=100, eval_steps=100), say=quiet)
     stage = tmp_path / "run" / "sft"
-    assert "checkpoint-3 is from before" in str(stopped.value) and "left_out.jsonl" in stopped.value.hint
+    assert "checkpoint-3 has the adapter from before" in str(stopped.value) and "left_out.jsonl" in stopped.value.hint
     assert [p.name for p in StageDir(stage).checkpoints()] == ["checkpoint-3"]
     assert [r["step"] for r in left_out(stage)] == [4, 5, 6]
     # what goes on from it, the cause being gone, is the run that never had the trouble
@@ -181,10 +181,10 @@ def test_the_checkpoint_from_before_outlives_what_follows_it(loaded, tmp_path, m
     options = {"save_steps": 1, "save_total_limit": 1, "eval_steps": 3, "load_best_model_at_end": True}
     with monkeypatch.context() as patch:
         patch.setattr(SftObjective, "loss", loss)
-        with pytest.raises(UserError, match=r"three times in a row.* checkpoint-2 is from before"):
+        with pytest.raises(UserError, match=r"three times in a row.* checkpoint-2 has the adapter from before"):
             run_sft(loaded(**options), say=quiet)
         assert "checkpoint-2" in [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()]
-        with pytest.raises(UserError, match="checkpoint-3 has the adapter of before"):  # the best, of a step left out
+        with pytest.raises(UserError, match="checkpoint-3 has the adapter from before"):  # the best, of a step left out
             run_sft(loaded(**options), say=quiet)
 
 

@@ -20,7 +20,7 @@ from ..io.interrupts import just_interrupted
 from ..io.launcher import alone, launched, speaks
 from ..model.allocator import set_allocator
 from ..ops.hub_kernels import no_hub_kernels
-from ..train.distributed import PeerEnded, World, everywhere, joined, nothing
+from ..train.distributed import PeerEnded, everywhere, joined, nothing
 from .ablate import ablate
 from .check import check
 from .console import Console
@@ -94,8 +94,14 @@ def _root(
     alone()
 
 
-@app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")
-def sft(
+TRAIN: dict[str, Any] = {"context_settings": OPEN, "epilog": KEYS, "options_metavar": "[OPTIONS] [KEY=VALUE]..."}
+SFT = "Stage 1: train the base on conversations. Without arguments: Mistral-7B on UltraChat-200k."
+DPO = "Stage 2: train on preference pairs, on top of stage 1. Without arguments: continue the newest run."
+
+
+@app.command("dpo", help=DPO, **TRAIN)
+@app.command("sft", help=SFT, **TRAIN)
+def train(
     context: typer.Context,
     config: StageConfig = None,
     dry_run: DryRun = False,
@@ -104,27 +110,9 @@ def sft(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Stage 1: train the base on conversations. Without arguments: Mistral-7B on UltraChat-200k."""
-    _train("sft", config, context.args, dry_run=dry_run, smoke=smoke, quiet=quiet, as_json=as_json)
-
-
-@app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[OPTIONS] [KEY=VALUE]...")
-def dpo(
-    context: typer.Context,
-    config: StageConfig = None,
-    dry_run: DryRun = False,
-    smoke: Smoke = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-) -> None:
-    """Stage 2: train on preference pairs, on top of stage 1. Without arguments: continue the newest run."""
-    _train("dpo", config, context.args, dry_run=dry_run, smoke=smoke, quiet=quiet, as_json=as_json)
-
-
-def _train(
-    method: Any, config: str | None, overrides: list[str], *, dry_run: bool, smoke: bool, quiet: bool, as_json: bool
-) -> None:
+    """Train the stage that the command is named after."""
+    method: Any = context.info_name
+    overrides = list(context.args)
     from ..config.load import load_config
 
     if launched() > 1 and (dry_run or smoke):
@@ -155,15 +143,17 @@ def _train(
     from ..memory.needs import needs_lines
     from ..monitor.report_writer import ReportWriter
     from ..monitor.screens import open_screen
-    from ..train.dpo import run_dpo
+    from ..train.dpo import DpoObjective
     from ..train.dry_run import run_dry
+    from ..train.main import run as train_stage
     from ..train.resume import StageComplete
-    from ..train.sft import run_sft
+    from ..train.sft import SftObjective
 
+    objective: Any = SftObjective if method == "sft" else DpoObjective
     with joined() as here:
         if not here.writes:
-            with redirect_stdout(sys.stderr):  # what libraries print there is none of the writer's events
-                _follow(method, here)
+            with redirect_stdout(sys.stderr):  # libraries' output must not mix with the events of --json
+                train_stage(method, here.lead(nothing), objective, say=nothing)
             return
         with open_screen(console, quiet=quiet, as_json=as_json) as screen:
 
@@ -178,20 +168,13 @@ def _train(
                 if dry_run:
                     run_dry(method, loaded, say=screen.say, show=console.row)
                 else:
-                    run = run_sft if method == "sft" else run_dpo
-                    run(loaded, say=screen.say, on_metrics=screen.metrics, observers=[screen, ReportWriter(screen.say)])
+                    watching = [screen, ReportWriter(screen.say)]
+                    train_stage(
+                        method, loaded, objective, say=screen.say, on_metrics=screen.metrics, observers=watching
+                    )
                     screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
             except StageComplete as done:
                 screen.say(f"{done.message} {done.hint}")
-
-
-def _follow(method: Any, here: World) -> None:
-    """One of several processes, but not the one that resolves, prints and writes."""
-    from ..train.dpo import run_dpo
-    from ..train.sft import run_sft
-
-    loaded = here.lead(nothing)
-    (run_sft if method == "sft" else run_dpo)(loaded, say=nothing)
 
 
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo|both] [OPTIONS] [KEY=VALUE]...")

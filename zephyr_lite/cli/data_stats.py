@@ -16,13 +16,12 @@ def stats(
     context: typer.Context,
     config: StageConfig = None,
     places: Annotated[
-        int, typer.Option("--places", min=0, help="How many rows to name for each reason to leave out or cut; 0: all.")
+        int, typer.Option("--places", min=0, help="Rows to name for each reason to leave out or cut; 0: all.")
     ] = 5,
     verbose: Verbose = False,
 ) -> None:
-    """Lengths, what is cut and left out, how full rows are, tokens and steps; needs no weights."""
-    from .row_stats import measure
-    from .row_stats_view import stats_lines
+    """Lengths, cut and left out rows, packing, tokens and steps; needs no weights."""
+    from .row_stats import measure, stats_lines
     from .trained_rows import held_out_rows, open_rows, stage_of_words
 
     method, words = stage_of_words(list(context.args), config)

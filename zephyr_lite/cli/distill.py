@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from .console import Console
-from .feedback import ENDPOINT, say_budget
+from .feedback import ENDPOINT, job_kept, say_all, text
 from .options import JobConfig, JobDryRun, JobOut, JobSeed, MaxRequests, MaxTokens, Verbose
 
 console = Console()
 
 
 class From(StrEnum):
-    """Where first questions come from."""
+    """The source of first questions."""
 
     grid = "grid"
     seeds = "seeds"
@@ -59,7 +59,8 @@ def distill(
     verbose: Verbose = False,
 ) -> None:
     """Dialogues from a teacher: it asks, answers, and refines the question, evenly over topics and kinds of text."""
-    from ..recipe.feedback.specs import DistillConfig, load_settings
+    from ..client.jobs import load_settings
+    from ..recipe.feedback.config import DistillConfig
 
     settings = load_settings(
         DistillConfig,
@@ -67,10 +68,10 @@ def distill(
         {
             "teacher": teacher,
             "user": user,
-            "out": None if out is None else str(out),
+            "out": text(out),
             "count": count,
             "rounds": rounds,
-            "grid": None if grid is None else str(grid),
+            "grid": text(grid),
             "seeds.path": seeds,
             "seeds.split": split,
             "seeds.column": column,
@@ -83,28 +84,20 @@ def distill(
             "budget.tokens": max_tokens,
         },
     )
-    from ..recipe.feedback.distill import TRAIN, plan_distill, run_distill
-    from ..recipe.feedback.estimate import bound_lines, distill_bounds, priced
-    from ..recipe.feedback.meter import Meter
+    from ..client.cost import Meter, bound_lines, budget_lines, has_prices
+    from ..recipe.feedback.distill import TRAIN, distill_bounds, plan_distill, run_distill
     from ..recipe.feedback.prompts import read_prompts
 
     read = None if settings.seeds is None else read_prompts(settings.seeds, seed=settings.seed)
     if read is not None:
         console.say(read.note())
-    plan = plan_distill(settings, read)
-    costs = priced(settings.endpoints().values())
+    plan, specs = plan_distill(settings, read), settings.endpoints().values()
     if dry_run:
-        for line in bound_lines(distill_bounds(settings, plan), costs):
-            console.say(line)
-        say_budget(settings.budget.requests, settings.budget.tokens, plan.out)
+        say_all(bound_lines(distill_bounds(settings, plan), specs))
+        say_all(budget_lines(settings.budget, plan.out))
         return
-    try:
-        with Meter(console.out, plan.wanted, "dialogues", costs) as meter:
-            result = run_distill(settings, plan, meter, say=console.say)
-    except KeyboardInterrupt:
-        console.complain(f"{plan.out}: every answer is in the journal; the same command goes on, and asks none twice.")
-        raise
-    for line in result.lines():
-        console.say(line)
+    with job_kept(plan.out), Meter(console.out, plan.wanted, "dialogues", has_prices(specs)) as meter:
+        result = run_distill(settings, plan, meter, say=console.say)
+    say_all(result.lines())
     if result.train:
         console.say(f"Next: zephyr-lite sft dataset.path={plan.out / TRAIN}")

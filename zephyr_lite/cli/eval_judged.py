@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import UserError
 from .console import Console
-from .feedback import say_budget
+from .feedback import job_kept, say_all, text
 from .options import (
     AdapterBase,
     Adapters,
@@ -24,9 +24,6 @@ from .options import (
     StageName,
     Verbose,
 )
-
-if TYPE_CHECKING:
-    from ..evaluate.judged import JudgedConfig
 
 console = Console()
 
@@ -81,29 +78,37 @@ def mt_bench(
     verbose: Verbose = False,
 ) -> None:
     """MT-Bench: 80 questions of two turns in 8 categories; a judge grades every answer from 1 to 10."""
-    from ..evaluate.mt_bench.run import KIND, MtBenchConfig
-    from ..recipe.feedback.specs import load_settings
+    from ..client.cost import Meter, budget_lines, has_prices
+    from ..client.jobs import load_settings
+    from ..evaluate.mt_bench import KIND, MtBenchConfig, dry_run_lines, notes, prepare, run_mt_bench
+    from ..evaluate.mt_bench_files import read_questions
+    from ..evaluate.mt_bench_scores import table
 
-    common = _common(
-        source, stage, adapters, base, chat_template, model, judge, out, seed, max_requests, max_tokens, max_new_tokens
-    )
     settings = load_settings(
         MtBenchConfig,
         config,
         {
-            **common,
-            "concurrency": concurrency,
+            "source": text(source),
+            "stage": stage,
+            "adapters": adapters or None,
+            "base": base,
+            "chat_template": chat_template,
+            "models": model or None,
+            "judge": judge,
             "questions": questions,
-            "references": None if references is None else str(references),
-            "judge_prompts": None if judge_prompts is None else str(judge_prompts),
+            "references": text(references),
+            "judge_prompts": text(judge_prompts),
             "categories": category or None,
             "limit": limit,
+            "max_new_tokens": max_new_tokens,
+            "concurrency": concurrency,
+            "out": text(out),
             "plot": plot,
+            "seed": seed,
+            "budget.requests": max_requests,
+            "budget.tokens": max_tokens,
         },
     )
-    from ..evaluate.mt_bench.questions import read_questions
-    from ..evaluate.mt_bench.run import dry_run_lines, notes, prepare, run_mt_bench
-
     read = read_questions(
         settings.questions,
         references=settings.references,
@@ -112,31 +117,19 @@ def mt_bench(
         limit=settings.limit,
     )
     answering, folder = prepare(settings)
+    job = folder / KIND
     console.say(read.note())
     _say_who(answering)
-    for line in notes(settings, read):
-        console.say(f"note: {line}")
+    say_all([f"note: {line}" for line in notes(read)])
     if dry_run:
-        _say_bounds(dry_run_lines(settings, read, answering), settings, folder / KIND)
+        say_all([*dry_run_lines(read, answering), *budget_lines(settings.budget, job)])
         return
-    from ..evaluate.mt_bench.scores import table
-    from ..recipe.feedback.estimate import priced
-    from ..recipe.feedback.meter import Meter
-
-    with (
-        _kept(folder / KIND),
-        Meter(
-            console.out, len(read.questions) * len(answering.specs), "questions", priced(answering.endpoints())
-        ) as meter,
-    ):
+    total, priced = len(read.questions) * len(answering.specs), has_prices(answering.endpoints())
+    with job_kept(job), Meter(console.out, total, "questions", priced) as meter:
         result = run_mt_bench(settings, read, answering, folder, meter, say=console.say)
     console.table(*table(result.models))
     console.say("mean grade of both turns (turn 1 / turn 2), 1 to 10")
-    for what, told in result.body["differences"].items():
-        _say_difference(what, told["difference"], told["standard_error"], f"{told['questions']} questions")
-    _say_lost(result.body, "why_not_graded", "turns")
-    _say_cut(result.body, 2 * len(read.questions))
-    _say_end(result.unfinished, result.files, folder / KIND)
+    _say_result(result, "questions", ("why_not_graded", "turns"), 2 * len(read.questions), job)
 
 
 def alpaca(
@@ -204,55 +197,56 @@ def alpaca(
             )
         _score(annotations, outputs, difficulty, out)
         return
-    from ..evaluate.alpaca.run import KIND, NOTE, AlpacaConfig
-    from ..recipe.feedback.specs import load_settings
+    from ..client.cost import Meter, budget_lines, has_prices
+    from ..client.jobs import load_settings
+    from ..evaluate.alpaca_eval import KIND, NOTE, AlpacaConfig, dry_run_lines, prepare, run_alpaca
+    from ..evaluate.alpaca_scores import table
 
-    common = _common(
-        source, stage, adapters, base, chat_template, model, judge, out, seed, max_requests, max_tokens, max_new_tokens
-    )
     settings = load_settings(
         AlpacaConfig,
         config,
         {
-            **common,
-            "concurrency": concurrency,
+            "source": text(source),
+            "stage": stage,
+            "adapters": adapters or None,
+            "base": base,
+            "chat_template": chat_template,
+            "models": model or None,
+            "judge": judge,
             "instructions": instructions,
-            "outputs": None if outputs is None else str(outputs),
-            "difficulty": None if difficulty is None else str(difficulty),
+            "outputs": text(outputs),
+            "difficulty": text(difficulty),
             "limit": limit,
             "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+            "concurrency": concurrency,
+            "out": text(out),
+            "seed": seed,
+            "budget.requests": max_requests,
+            "budget.tokens": max_tokens,
         },
     )
-    from ..evaluate.alpaca.rates import table
-    from ..evaluate.alpaca.run import dry_run_lines, prepare, run_alpaca
-
     baseline, answering, folder = prepare(settings)
+    job = folder / KIND
     console.say(baseline.note())
     _say_who(answering, list(baseline.given))
     console.say(f"note: {NOTE}")
     if dry_run:
-        _say_bounds(dry_run_lines(baseline, answering), settings, folder / KIND)
+        say_all([*dry_run_lines(baseline, answering), *budget_lines(settings.budget, job)])
         return
-    from ..recipe.feedback.estimate import priced
-    from ..recipe.feedback.meter import Meter
-
     total = len(baseline.rows) * (len(answering.specs) + len(baseline.given))
-    with _kept(folder / KIND), Meter(console.out, total, "comparisons", priced(answering.endpoints())) as meter:
+    with job_kept(job), Meter(console.out, total, "comparisons", has_prices(answering.endpoints())) as meter:
         result = run_alpaca(settings, baseline, answering, folder, meter, say=console.say)
     console.table(*table(result.models))
-    for what, told in result.body["differences"].items():
-        _say_difference(what, told["difference"], told["standard_error"], f"{told['instructions']} instructions")
-    _say_lost(result.body, "why_left_out", "instructions")
-    _say_cut(result.body, len(baseline.rows))
-    _say_end(result.unfinished, result.files, folder / KIND)
+    _say_result(result, "instructions", ("why_left_out", "instructions"), len(baseline.rows), job)
 
 
 def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out: Path | None) -> None:
-    """Files that AlpacaEval published, or that an earlier run of ours made."""
-    from ..evaluate.alpaca.files import check_belongs, read_annotations, read_outputs
-    from ..evaluate.alpaca.rates import score_files, table
-    from ..evaluate.alpaca.run import KIND
-    from ..evaluate.judged import write_judged
+    """Score existing annotations: AlpacaEval's published ones, or those of an earlier run."""
+    from ..evaluate.alpaca_eval import KIND
+    from ..evaluate.alpaca_files import check_belongs, read_annotations, read_outputs
+    from ..evaluate.alpaca_scores import score_files, table
+    from ..evaluate.judge import write_judged
 
     rows = read_annotations(annotations)
     if outputs is not None:
@@ -263,43 +257,12 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
             console.say(f"note: {missing} annotated instructions are not among the outputs; their verdicts count too")
     result = score_files(rows, difficulty, annotations)
     console.table(*table(result.models))
-    for note in result.body["notes"]:
-        console.say(f"note: {note}")
+    say_all([f"note: {note}" for note in result.body["notes"]])
     if out is not None:
         console.say(f"written: {write_judged(out, KIND, result.body, None)}")
 
 
-# -- what both say ---------------------------------------------------------------------------------------------------
-
-
-def _common(
-    source: Path | None,
-    stage: str | None,
-    adapters: list[str] | None,
-    base: str | None,
-    chat_template: str | None,
-    model: list[str] | None,
-    judge: str | None,
-    out: Path | None,
-    seed: int | None,
-    max_requests: int | None,
-    max_tokens: int | None,
-    max_new_tokens: int | None,
-) -> dict[str, Any]:
-    return {
-        "source": None if source is None else str(source),
-        "stage": stage,
-        "adapters": adapters or None,
-        "base": base,
-        "chat_template": chat_template,
-        "models": model or None,
-        "judge": judge,
-        "out": None if out is None else str(out),
-        "seed": seed,
-        "budget.requests": max_requests,
-        "budget.tokens": max_tokens,
-        "max_new_tokens": max_new_tokens,
-    }
+# -- what both print -------------------------------------------------------------------------------------------------
 
 
 def _say_who(answering: Any, given: list[str] | None = None) -> None:
@@ -307,55 +270,30 @@ def _say_who(answering: Any, given: list[str] | None = None) -> None:
     judge = f"; judge: {answering.judge.name}" if answering.judge is not None else ""
     console.say(f"models: {', '.join([*answering.specs, *(given or [])])}{where}{judge}")
     if answering.weights is not None and answering.weights.chain is not None:
-        for note in answering.weights.chain.notes:
-            console.say(f"note: {note}")
+        say_all([f"note: {note}" for note in answering.weights.chain.notes])
 
 
-def _say_bounds(lines: list[str], settings: JudgedConfig, job: Path) -> None:
-    for line in lines:
-        console.say(line)
-    say_budget(settings.budget.requests, settings.budget.tokens, job)
-
-
-def _say_difference(what: str, value: float | None, error: float | None, over: str) -> None:
-    if value is not None:
-        console.say(f"{what}: {value:+.2f}" + (f" ± {error:.2f} (standard error, {over})" if error is not None else ""))
-
-
-def _say_lost(body: dict[str, Any], key: str, unit: str) -> None:
-    """Why something has no grade or verdict."""
-    for name, told in body["models"].items():
-        if reasons := told[key]:
+def _say_result(result: Any, unit: str, lost: tuple[str, str], answers: int, job: Path) -> None:
+    """
+    Args:
+        unit: of the differences: the key that counts them.
+        lost: the key of the reasons why something has no score, and its unit.
+        answers: of each model.
+    """
+    for what, told in result.body["differences"].items():
+        value, error = told["difference"], told["standard_error"]
+        if value is not None:
+            spread = "" if error is None else f" ± {error:.2f} (standard error, {told[unit]} {unit})"
+            console.say(f"{what}: {value:+.2f}{spread}")
+    for name, told in result.body["models"].items():
+        if reasons := told[lost[0]]:
             why = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
-            console.say(f"note: {name}: {unit} left out: {why}")
-
-
-def _say_cut(body: dict[str, Any], of: int) -> None:
-    """Answers that were cut off are judged as they are; a model that never ends looks worse for it."""
-    for name, told in body["models"].items():
+            console.say(f"note: {name}: {lost[1]} left out: {why}")
+    for name, told in result.body["models"].items():
         if cut := told["answers_cut_at_max_tokens"]:
-            console.say(f"note: {name}: {cut:,} of {of:,} answers were cut off at their most tokens (--max-new-tokens)")
-
-
-def _say_end(unfinished: str, files: list[Path], job: Path) -> None:
-    if unfinished:
-        console.complain(unfinished)
-    for path in files:
+            console.say(f"note: {name}: {cut:,} of {answers:,} answers were cut off at --max-new-tokens")
+    if result.unfinished:
+        console.complain(result.unfinished)
+    for path in result.files:
         console.say(f"written: {path}")
     console.say(f"all answers and judgments: {job}")
-
-
-class _kept:
-    """At an interrupt, say what is not lost."""
-
-    def __init__(self, job: Path) -> None:
-        self._job = job
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            console.complain(
-                f"{self._job}: every answer is in the journal; the same command goes on, and asks none twice."
-            )

@@ -1,7 +1,9 @@
-"""``zephyr-lite feedback``."""
+"""``zephyr-lite feedback``, and what all commands that ask models print."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +19,7 @@ ENDPOINT = "URL#MODEL of a server, or a folder (runs/NAME); key=value settings m
 
 
 class Principles(StrEnum):
-    """Which completions are made under a system prompt that asks for one virtue."""
+    """Which completions get a system prompt that asks for one virtue."""
 
     auto = "auto"
     all = "all"
@@ -59,7 +61,8 @@ def feedback(
     verbose: Verbose = False,
 ) -> None:
     """AI feedback from scratch: several models answer, a judge rates; rows as UltraFeedback's, and pairs for dpo."""
-    from ..recipe.feedback.specs import FeedbackConfig, load_settings
+    from ..client.jobs import load_settings
+    from ..recipe.feedback.config import FeedbackConfig
 
     settings = load_settings(
         FeedbackConfig,
@@ -71,55 +74,52 @@ def feedback(
             "prompts.limit": limit,
             "models": model or None,
             "judge": judge,
-            "out": None if out is None else str(out),
+            "out": text(out),
             "completions": completions,
             "principles": None if principles is None else principles.value,
-            "principles_file": None if principles_file is None else str(principles_file),
+            "principles_file": text(principles_file),
             "overall": overall,
             "seed": seed,
             "budget.requests": max_requests,
             "budget.tokens": max_tokens,
         },
     )
-    from ..recipe.feedback.estimate import bound_lines, feedback_bounds, priced
-    from ..recipe.feedback.meter import Meter
+    from ..client.cost import Meter, bound_lines, budget_lines, has_prices
+    from ..recipe.feedback.feedback import feedback_bounds, make_pair_folder, read_principles, run_feedback
     from ..recipe.feedback.prompts import read_prompts
 
     read = read_prompts(settings.prompts, seed=settings.seed)
     console.say(read.note())
-    costs = priced(settings.endpoints().values())
+    out_folder, specs = Path(settings.out), settings.endpoints().values()
     if dry_run:
-        from ..recipe.feedback.draw import read_principles
-
         texts = read_principles(Path(settings.principles_file) if settings.principles_file else None)
-        for line in bound_lines(feedback_bounds(settings, read.prompts, texts), costs):
-            console.say(line)
-        say_budget(settings.budget.requests, settings.budget.tokens, Path(settings.out))
+        say_all(bound_lines(feedback_bounds(settings, read.prompts, texts), specs))
+        say_all(budget_lines(settings.budget, out_folder))
         return
-    from ..recipe.feedback.report import ratings_table
-    from ..recipe.feedback.run import make_pair_folder, run_feedback
+    with job_kept(out_folder), Meter(console.out, len(read.prompts), "prompts", has_prices(specs)) as meter:
+        result = run_feedback(settings, read, meter, say=console.say)
+    console.table(*result.ratings_table())
+    say_all(result.lines())
+    if pairs:
+        say_all(make_pair_folder(settings, say=console.say))
 
+
+def text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def say_all(lines: list[str]) -> None:
+    for line in lines:
+        console.say(line)
+
+
+@contextmanager
+def job_kept(folder: Path) -> Iterator[None]:
+    """At an interrupt, say that no reply is lost."""
     try:
-        with Meter(console.out, len(read.prompts), "prompts", costs) as meter:
-            result = run_feedback(settings, read, meter, say=console.say)
+        yield
     except KeyboardInterrupt:
         console.complain(
-            f"{settings.out}: every answer is in the journal; the same command goes on, and asks none twice."
+            f"{folder}: every reply is in the request log; the same command goes on, and sends no answered request again."
         )
         raise
-    console.table(*ratings_table(result.tally))
-    for line in result.lines():
-        console.say(line)
-    if pairs:
-        for line in make_pair_folder(settings, say=console.say):
-            console.say(line)
-
-
-def say_budget(requests: int | None, tokens: int | None, out: Path) -> None:
-    """What limits a job, and what of it is paid for already."""
-    limits = [f"{value:,} {unit}" for value, unit in ((requests, "requests"), (tokens, "tokens")) if value is not None]
-    console.say(
-        f"budget: {' and '.join(limits)}, never exceeded" if limits else "no budget (--max-requests, --max-tokens)"
-    )
-    if (out / "journal.jsonl").is_file():
-        console.say(f"what {out / 'journal.jsonl'} holds is not asked again; it is not taken off here")

@@ -1,12 +1,14 @@
-"""``zephyr-lite data stats``: how long rows are, what is cut and left out, how full rows are packed, tokens and steps."""
+"""``zephyr-lite data stats``: lengths of rows, what is cut and left out, packing, tokens and steps."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow.compute as pc
+from rich.text import Text
 
 from ..config.load import RunConfig
 from ..data.dataset import DataReport, TokenizedDataset, prepare
@@ -14,38 +16,21 @@ from ..data.packing import best_fit
 from ..train.steps import step_schedule
 from .trained_rows import TrainedRows, example_column, example_places
 
-# no example is as long
-_UNCUT = 2**30
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of one part of the examples.
-
-    Attributes:
-        name: of the part.
-        values: [n] int64, one for each example.
-    """
-
-    name: str
-    values: np.ndarray
-
-    def summary(self) -> tuple[float, int, int, int, int]:
-        """Mean, median, 90th and 99th percentile, and the longest."""
-        quantiles = np.quantile(self.values, [0.5, 0.9, 0.99], method="inverted_cdf")
-        return (float(self.values.mean()), *(int(q) for q in quantiles), int(self.values.max()))  # type: ignore[return-value]
+_UNCUT = 2**30  # longer than any example
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_BAR, _BINS = 40, 16
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What another ``max_length`` would do to conversations.
+    """The effect of another ``max_length`` on conversations.
 
     Attributes:
-        max_length: of a packed row.
-        left_out: conversations whose first supervised token lies beyond it.
-        cut: others that are longer than it.
-        lost: their supervised tokens beyond it.
-        rows: packed rows; fill: how full they are; steps: in all, at the configuration's batch size.
+        max_length: tokens of a packed row.
+        left_out: conversations without a supervised token within it.
+        cut: other conversations that are longer.
+        lost: supervised tokens of these beyond it.
+        rows: packed rows; fill: their fill; steps: optimizer steps of the run.
     """
 
     max_length: int
@@ -59,7 +44,7 @@ class Budget:
 
 @dataclass
 class SourceStats:
-    """One source of a mixture: examples kept, rows left out, and tokens (cut to the budget) in an epoch."""
+    """Counts of one source of a mixture: examples, rows left out, and tokens of an epoch after cutting."""
 
     kept: int = 0
     left_out: int = 0
@@ -70,89 +55,67 @@ class SourceStats:
 
 @dataclass
 class RowStats:
-    """What ``data stats`` says.
+    """Statistics of a stage's rows.
 
     Attributes:
         method, config: of the run.
-        report: of the rows as training gets them.
-        whole: lengths before anything is cut. The first is what ``max_length`` bounds: conversations, or a pair's prompt
-            with its longer response.
-        parts: of pairs: prompts, chosen and rejected responses, before cutting.
-        budgets: half, double … of ``max_length`` (of an sft stage's training rows).
-        cut_places: places of examples that were cut, in order, and how many supervised tokens each lost.
+        report: of the preparation for training.
+        whole: [n] tokens that ``max_length`` bounds, before cutting: of conversations, or of prompts with the longer
+            response.
+        parts: for pairs, [n] tokens of prompts, chosen and rejected responses, before cutting.
+        budgets: a quarter to four times ``max_length`` (sft, training rows).
+        cut_places: places of cut examples, in order, and the supervised tokens that each lost.
         sources: by name.
-        rows: packed rows, or pairs; per_epoch, steps: of ``step_schedule``.
-        chosen_longer: of pairs, the share whose chosen response has more tokens.
+        per_epoch, steps: of ``step_schedule``.
+        chosen_longer: the share of pairs whose chosen response has more tokens.
     """
 
     method: str
     config: RunConfig
     report: DataReport
-    whole: Lengths
-    parts: list[Lengths] = field(default_factory=list)
+    whole: np.ndarray
+    per_epoch: int
+    steps: int
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
     budgets: list[Budget] = field(default_factory=list)
     cut_places: list[tuple[str, int]] = field(default_factory=list)
     sources: dict[str, SourceStats] = field(default_factory=dict)
-    rows: int = 0
-    per_epoch: int = 0
-    steps: int = 0
     chosen_longer: float = 0.0
 
 
 def measure(opened: TrainedRows) -> RowStats:
-    """Count. Where something was cut, the rows are tokenized once more without a budget, to know how long they are."""
+    """Count. If anything was cut, the rows are tokenized again without a limit, for their lengths."""
     data, config = opened.data, opened.config
     uncut = data
     if data.report.cut or any("max_length" in reason for reason in data.report.dropped):
         free = config.model_copy(update={"max_length": _UNCUT, "max_prompt_length": _UNCUT})
         uncut = prepare(opened.specs, opened.method, free, opened.template, what=data.report.what)
-    per_epoch, steps = step_schedule(config, len(data.rows))
-    stats = RowStats(
-        opened.method,
-        config,
-        data.report,
-        Lengths("conversation", uncut.lengths),
-        rows=len(data.rows),
-        per_epoch=per_epoch,
-        steps=steps,
-        sources=_sources(data),
-        cut_places=_cut_places(data),
-    )
+    stats = RowStats(opened.method, config, data.report, uncut.lengths, *step_schedule(config, len(data.rows)))
+    _count_examples(data, stats)
     if opened.method == "sft":
         stats.budgets = _budgets(uncut, config) if data.report.what == "training" else []
         return stats
-    prompt, chosen, rejected = (_list_lengths(uncut, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    stats.whole = Lengths("prompt + longer response", prompt + np.maximum(chosen, rejected))
-    stats.parts = [Lengths("prompt", prompt), Lengths("chosen", chosen), Lengths("rejected", rejected)]
+    for name in ("prompt", "chosen", "rejected"):
+        stats.parts[name] = pc.list_value_length(example_column(uncut, f"{name}_ids")).to_numpy().astype(np.int64)
+    prompt, chosen, rejected = stats.parts.values()
+    stats.whole = prompt + np.maximum(chosen, rejected)
     stats.chosen_longer = float((chosen > rejected).mean())
     return stats
 
 
-def _list_lengths(data: TokenizedDataset, name: str) -> np.ndarray:
-    return pc.list_value_length(example_column(data, name)).to_numpy().astype(np.int64)
-
-
-def _cut_places(data: TokenizedDataset) -> list[tuple[str, int]]:
-    if not data.report.cut:
-        return []
-    cut = example_column(data, "cut").to_numpy() > 0
-    lost, places = example_column(data, "lost").to_numpy(), example_places(data)
-    return [(places[index], int(lost[index])) for index in np.flatnonzero(cut)]
-
-
-def _sources(data: TokenizedDataset) -> dict[str, SourceStats]:
-    """By what stands before "row N" in each place, in the order of appearance."""
-    result: dict[str, SourceStats] = {}
-    columns = [example_column(data, name).to_numpy() for name in ("length", "supervised", "cut")]
-    for place, length, supervised, cut in zip(example_places(data), *columns):
-        source = result.setdefault(_source(place), SourceStats())
+def _count_examples(data: TokenizedDataset, stats: RowStats) -> None:
+    """Fill in ``sources``, in the order of their first rows, and ``cut_places``."""
+    columns = [example_column(data, name).to_numpy() for name in ("length", "supervised", "cut", "lost")]
+    for place, length, supervised, cut, lost in zip(example_places(data), *columns):
+        source = stats.sources.setdefault(_source(place), SourceStats())
         source.kept += 1
-        source.cut += int(cut > 0)
         source.tokens += int(length)
         source.supervised += int(supervised)
+        if cut:
+            source.cut += 1
+            stats.cut_places.append((place, int(lost)))
     for name, count in Counter(_source(p) for where in data.report.dropped.values() for p in where).items():
-        result.setdefault(name, SourceStats()).left_out = count
-    return result
+        stats.sources.setdefault(name, SourceStats()).left_out = count
 
 
 def _source(place: str) -> str:
@@ -164,7 +127,7 @@ def _budgets(uncut: TokenizedDataset, config: RunConfig) -> list[Budget]:
     own, lengths = config.max_length, uncut.lengths
     sizes = [size for size in (own // 4, own // 2, own, own * 2, own * 4) if size >= 2]
     within, first = _supervised_within(uncut, sizes)
-    found = []
+    budgets = []
     for max_length, inside in zip(sizes, within):
         kept = first < max_length
         if not kept.any():
@@ -172,53 +135,39 @@ def _budgets(uncut: TokenizedDataset, config: RunConfig) -> list[Budget]:
         short = np.minimum(lengths[kept], max_length)
         rows = len(best_fit(short, max_length))
         cut = kept & (lengths > max_length)
-        found.append(
-            Budget(
-                max_length,
-                int((~kept).sum()),
-                int(cut.sum()),
-                int((within[-1] - inside)[cut].sum()),
-                rows,
-                float(short.sum() / (rows * max_length)),
-                step_schedule(config, rows)[1],
-            )
-        )
+        lost = int((within[-1] - inside)[cut].sum())
+        fill, steps = float(short.sum() / (rows * max_length)), step_schedule(config, rows)[1]
+        budgets.append(Budget(max_length, int((~kept).sum()), int(cut.sum()), lost, rows, fill, steps))
         if not cut.any() and kept.all() and max_length >= own:
             break
-    return found
+    return budgets
 
 
 def _supervised_within(data: TokenizedDataset, sizes: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """[n] int64 for each size and, last, for the whole: supervised tokens among an example's first ones. And [n] int64:
-    the place of its first supervised token."""
+    """[n] supervised tokens among an example's first tokens, for each size and, last, for the whole example; and [n]
+    positions of the first supervised token."""
     masks = data.examples.columns("mask")
     counts: list[list[np.ndarray]] = [[] for _ in [*sizes, None]]
     firsts = []
     for start in range(0, len(masks), 1000):
         column = masks[start : start + 1000].column("mask").combine_chunks()
         lengths = column.value_lengths().to_numpy().astype(np.int64)
-        ends = np.cumsum(lengths)
+        starts = np.cumsum(lengths) - lengths
         total = np.concatenate([[0], np.cumsum(column.flatten().to_numpy(zero_copy_only=False))])
-        begun = total[ends - lengths]
+        before = total[starts]
         for size, into in zip([*sizes, _UNCUT], counts):
-            into.append(total[ends - lengths + np.minimum(lengths, size)] - begun)
+            into.append(total[starts + np.minimum(lengths, size)] - before)
         # the running total is one more right after the first supervised token
-        firsts.append(np.searchsorted(total, begun + 1) - 1 - (ends - lengths))
+        firsts.append(np.searchsorted(total, before + 1) - 1 - starts)
     return [np.concatenate(each) for each in counts], np.concatenate(firsts)
 
 
-# -- histogram -----------------------------------------------------------------------------------------------------------
-
-_BINS = 16
-
-
 def histogram(values: np.ndarray, mark: int) -> list[tuple[int, int | None, int]]:
-    """(from, to, how many) of bins whose width is a power of two, so that ``mark`` falls between two of them where it is
-    one too; the last, open one (to None) takes what is rare and long.
+    """(from, to, count) of bins with a width of a power of two; rare long values share the last bin, which has no end.
 
     Args:
         values: [n] int64, each at least 1.
-        mark: a bin begins right after it, where there are values beyond.
+        mark: a bin begins right after it, if there are larger values.
     """
     longest = int(values.max())
     rare = max(int(np.quantile(values, 0.99, method="inverted_cdf")), min(mark, longest))
@@ -236,3 +185,152 @@ def histogram(values: np.ndarray, mark: int) -> list[tuple[int, int | None, int]
         bins.append((edges[-1] + 1, None, int((values > edges[-1]).sum())))
     first = next(place for place, each in enumerate(bins) if each[2])
     return bins[first:]
+
+
+# -- lines ---------------------------------------------------------------------------------------------------------------
+
+
+def stats_lines(stats: RowStats, *, width: int, colour: bool, places: int = 5) -> Iterator[Text]:
+    """The statistics as lines.
+
+    Args:
+        width: in cells.
+        colour: bars of blocks in colour, for a terminal; else of ``#``.
+        places: the number of places to name for each reason; 0: all.
+    """
+    yield Text(f"{stats.report.what} data, {stats.method}", style="bold")
+    for note in stats.report.notes:
+        yield Text(f"  {note}")
+    yield from _left_out_lines(stats, places)
+    yield Text()
+    yield from _length_lines(stats, width, colour)
+    if stats.budgets:
+        yield Text()
+        yield from _budget_lines(stats)
+    if len(stats.sources) > 1:
+        total = max(1, sum(source.tokens for source in stats.sources.values()))
+        yield Text()
+        yield from _table(
+            ["source", "kept", "left out", "cut", "tokens", "share", "supervised"],
+            [
+                [name, *_numbers(s.kept, s.left_out, s.cut, s.tokens), f"{s.tokens / total:.1%}", f"{s.supervised:,}"]
+                for name, s in stats.sources.items()
+            ],
+        )
+    yield Text()
+    yield from _training_lines(stats)
+
+
+def _left_out_lines(stats: RowStats, places: int) -> Iterator[Text]:
+    report = stats.report
+    for reasons, style, before in ((report.dropped, "red", "left out, "), (report.changed, "yellow", "changed, ")):
+        for reason, where in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
+            yield Text.assemble(("  " + before, style), f"{reason}: {len(where):,} ({_named(where, places)})")
+    if stats.cut_places:
+        unit = "conversations" if stats.method == "sft" else "pairs"
+        prompts = f" ({report.prompts_cut:,} of them on the prompt's left)" if report.prompts_cut else ""
+        lost = [f"{place} −{count:,}" if count else place for place, count in stats.cut_places]
+        yield Text.assemble(
+            (f"  cut to max_length {stats.config.max_length:,}", "yellow"),
+            f": {len(stats.cut_places):,} {unit}{prompts}, −{report.supervised_lost:,} supervised tokens "
+            f"({_named(lost, places)})",
+        )
+    if not (report.dropped or report.changed or stats.cut_places):
+        yield Text("  nothing is left out, changed or cut")
+
+
+def _named(where: Sequence[str], places: int) -> str:
+    """The first places, each source named once: ``train.jsonl row 3, 7, 12, …``."""
+    words: list[str] = []
+    before = ""
+    for place in where[: places or None]:
+        source, row, number = place.rpartition(" row ")
+        words.append(number if source == before else f"{source}{row}{number}")
+        before = source
+    return ", ".join(words) + (", …" if len(words) < len(where) else "")
+
+
+def _length_lines(stats: RowStats, width: int, colour: bool) -> Iterator[Text]:
+    """A histogram, and a table of averages and quantiles."""
+    limit = stats.config.max_length
+    what = "conversation" if stats.method == "sft" else "prompt with its longer response"
+    yield Text.assemble((f"tokens of a {what}, before cutting", "bold"), f" (max_length {limit:,})")
+    bins = histogram(stats.whole, limit)
+    labels = [f"{low:,}–{high:,}" if high is not None else f"{low:,} and more" for low, high, _ in bins]
+    room, most = max(map(len, labels)), max(count for _, _, count in bins)
+    size = max(10, min(_BAR, width - room - 36))
+    unit = "rows" if stats.method == "sft" else "pairs"
+    yield Text(f"  {'':>{room}}  {'':<{size}}  {unit:>9}  {'share':>6}  {'so far':>6}")
+    seen, total = 0, len(stats.whole)
+    for label, (low, _, count) in zip(labels, bins):
+        seen += count
+        beyond = low > limit
+        yield Text.assemble(
+            f"  {label:>{room}}  ",
+            (f"{_bar(count / most * size, colour):<{size}}", "yellow" if beyond else "green"),
+            f"  {count:>9,}  {count / total:>6.1%}  {seen / total:>6.1%}" + ("  cut" if beyond else ""),
+        )
+    yield Text()
+    rows = []
+    whole = "conversation" if stats.method == "sft" else "prompt + longer response"
+    for name, values in {whole: stats.whole, **stats.parts}.items():
+        quantiles = np.quantile(values, [0.5, 0.9, 0.99, 1], method="inverted_cdf")
+        rows.append([name, f"{values.mean():,.0f}", *_numbers(*quantiles)])
+    yield from _table(["tokens of", "mean", "median", "90 % ≤", "99 % ≤", "longest"], rows)
+    if stats.parts:
+        yield Text(f"  the chosen response is the longer one in {stats.chosen_longer:.1%} of the pairs")
+
+
+def _bar(cells: float, colour: bool) -> str:
+    if not colour:
+        return "#" * max(round(cells), int(cells > 0))
+    whole, eighth = divmod(max(round(cells * 8), int(cells > 0)), 8)
+    return "█" * whole + (_EIGHTHS[eighth] if eighth else "")
+
+
+def _budget_lines(stats: RowStats) -> Iterator[Text]:
+    rows = []
+    for b in stats.budgets:
+        own = " ←" if b.max_length == stats.config.max_length else ""
+        share = f"{b.cut / len(stats.whole):.1%}"
+        start = [f"{b.max_length:,}{own}", *_numbers(b.left_out, b.cut), share]
+        rows.append([*start, *_numbers(b.lost, b.rows), f"{b.fill:.1%}", f"{b.steps:,}"])
+    head = ["max_length", "left out", "cut", "share", "supervised lost", "packed rows", "full", "steps"]
+    yield from _table(head, rows)
+
+
+def _numbers(*values: int) -> list[str]:
+    return [f"{value:,}" for value in values]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[Text]:
+    """The first column to the left, numbers to the right."""
+    sizes = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
+    for place, row in enumerate([head, *rows]):
+        cells = [f"{row[0]:<{sizes[0]}}", *(f"{cell:>{size}}" for cell, size in zip(row[1:], sizes[1:]))]
+        yield Text(("  " + "  ".join(cells)).rstrip(), style="bold" if place == 0 else "")
+
+
+def _training_lines(stats: RowStats) -> Iterator[Text]:
+    report, config = stats.report, stats.config
+    yield Text("an epoch" if report.what == "training" else "an evaluation", style="bold")
+    share = report.supervised / max(1, report.tokens)
+    yield Text(
+        f"  {report.tokens:,} tokens, {report.supervised:,} of them supervised ({share:.1%}, loss_on {config.loss_on})"
+    )
+    if report.fill is not None:
+        yield Text(
+            f"  {report.rows:,} packed rows of {config.max_length:,} tokens, {report.fill:.1%} full; "
+            f"{report.kept / report.rows:.1f} conversations in a row"
+        )
+    else:
+        yield Text(f"  {report.rows:,} pairs; a pair's prompt is computed once")
+    if report.what != "training":
+        return
+    unit = "rows" if stats.method == "sft" else "pairs"
+    tokens, supervised = report.tokens / stats.per_epoch, report.supervised / stats.per_epoch
+    yield Text(
+        f"  {stats.per_epoch:,} steps of {config.batch_size} {unit}, {tokens:,.0f} tokens ({supervised:,.0f} supervised) each"
+    )
+    why = f"max_steps {config.max_steps}" if config.max_steps else f"num_train_epochs {config.num_train_epochs:g}"
+    yield Text(f"in all: {stats.steps:,} steps ({why}), about {tokens * stats.steps:,.0f} tokens", style="bold")

@@ -1,4 +1,4 @@
-"""``zephyr-lite data show``: which row, and how it is laid out in lines."""
+"""``zephyr-lite data show``: find a row, and lay it out in lines."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from ..data.preview import Segment, Token, conversation_segment, pair_segments
 from ..errors import UserError
 from .trained_rows import TrainedRows, example_places
 
-# what stands left of a line of tokens: the turn's role, and the position of the line's first token
+# columns left of a line of tokens: the turn's role, and the position of the line's first token
 _ROLE, _POSITION = 11, 6
-# the colour says whether a token is supervised; so what is special cannot be a colour
 _SUPERVISED, _SPECIAL = "green", "reverse"
 
 
 def segments_of_row(rows: TrainedRows, number: int) -> list[Segment]:
-    """Everything in row ``number`` (from 1): the conversations packed into it, or a pair's prompt and responses.
+    """The conversations packed into row ``number`` (from 1), or a pair's prompt and responses.
 
     Raises:
         UserError: there is no such row.
@@ -30,20 +29,19 @@ def segments_of_row(rows: TrainedRows, number: int) -> list[Segment]:
     data = rows.data
     if not 1 <= number <= len(data.rows):
         what, count = "packed row" if rows.method == "sft" else "pair", len(data.rows)
-        if count == 1:
-            raise UserError(f"row {number}: there is 1 {what}.", "Say --row 1.")
-        raise UserError(f"row {number}: there are {count:,} {what}s.", f"Say --row 1 to --row {count}.")
+        there, hint = (f"is 1 {what}", "") if count == 1 else (f"are {count:,} {what}s", f" to --row {count}")
+        raise UserError(f"row {number}: there {there}.", f"Say --row 1{hint}.")
     return [s for index in data.rows[number - 1] for s in _segments(rows, index)]
 
 
 def segments_from(rows: TrainedRows, place: str) -> tuple[int, list[Segment]]:
-    """What was made of one row of the source, and the number of the row that it is in.
+    """The segments made of one row of the source, and the number of the row that holds them.
 
     Args:
         place: "train.jsonl row 17", or its end, such as 17.
 
     Raises:
-        UserError: no row is called so, several are, or it was left out; the message says why.
+        UserError: no row or several have this place, or the row was left out; the message gives the reason.
     """
     wanted = place.strip()
     end = f"row {wanted}" if wanted.isdigit() else wanted
@@ -82,14 +80,14 @@ def _segments(rows: TrainedRows, index: int) -> list[Segment]:
 
 
 def view_lines(rows: TrainedRows, number: int, segments: list[Segment], width: int, *, colour: bool) -> Iterator[Text]:
-    """A row with every token above its id, in lines of at most so many cells (a longer token alone has a longer one).
+    """A row with every token above its id, in lines of at most ``width`` cells (a longer token has a line of its own).
 
     Args:
         number: the row's.
         width: in cells.
-        colour: what is supervised is green; without colour it stands in ⟦ ⟧, which are closed in every line.
+        colour: supervised tokens are green; without colour they are in ⟦ ⟧, closed in every line.
     """
-    yield from _heading(rows, number, segments)
+    yield _heading(rows, number, segments)
     supervised = Text("green" if colour else "⟦ ⟧", style=_SUPERVISED if colour else "")
     eos = Text(rows.template.tokenizer.eos_token, style=_SPECIAL if colour else "")
     yield Text.assemble(
@@ -105,17 +103,17 @@ def view_lines(rows: TrainedRows, number: int, segments: list[Segment], width: i
             shown = role
 
 
-def _heading(rows: TrainedRows, number: int, segments: list[Segment]) -> Iterator[Text]:
+def _heading(rows: TrainedRows, number: int, segments: list[Segment]) -> Text:
     data, config = rows.data, rows.config
     tokens = sum(len(s.tokens) for s in segments)
     supervised = sum(s.supervised for s in segments)
-    what = f"{data.report.what} row {number:,} of {len(data.rows):,}"
     if rows.method == "sft":
         count = f"{len(segments)} conversation{'s' if len(segments) > 1 else ''}"
         whole = f"{tokens:,} of {config.max_length:,} tokens"
     else:
         count, whole = "a pair, the prompt computed once", f"{tokens:,} tokens"
-    yield Text(f"{what}: {count}, {whole}, {supervised:,} supervised (loss_on {config.loss_on})", style="bold")
+    what = f"{data.report.what} row {number:,} of {len(data.rows):,}"
+    return Text(f"{what}: {count}, {whole}, {supervised:,} supervised (loss_on {config.loss_on})", style="bold")
 
 
 def _segment_title(
@@ -131,20 +129,18 @@ def _segment_title(
     if segment.part in ("chosen", "rejected"):
         positions += ", from the prompt's end"
     facts = [positions, f"{len(segment.tokens):,} tokens", f"{segment.supervised:,} supervised"]
-    if segment.cut_left:
-        facts.append(f"{segment.cut_left:,} tokens cut on the left")
-    if segment.cut_right:
-        facts.append(f"{segment.cut_right:,} tokens cut at the end")
+    facts += [f"{segment.cut_left:,} tokens cut on the left"] if segment.cut_left else []
+    facts += [f"{segment.cut_right:,} tokens cut at the end"] if segment.cut_right else []
     yield Text("   " + "; ".join(facts))
 
 
 def _lines(tokens: Sequence[Token], room: int) -> Iterator[list[Token]]:
-    """Tokens that stand in one line: of one role, as many as there is room for; the last newline in a row ends it."""
+    """The tokens of each line: of one role, as many as fit; the last of several newlines ends a line."""
     line: list[Token] = []
     used = 0
     for token in tokens:
         bare = max(cell_len(token.text), len(str(token.id))) + 1
-        # a bracket is an additional cell where supervision begins or ends
+        # brackets take additional cells where supervision begins or ends
         size = bare + 2 * (not line or token.supervised != line[-1].supervised)
         ended = bool(line) and line[-1].raw.endswith(b"\n") and token.raw.strip(b"\n") != b""
         if line and (token.role != line[0].role or used + size > room or ended):
@@ -157,18 +153,18 @@ def _lines(tokens: Sequence[Token], room: int) -> Iterator[list[Token]]:
 
 
 def _interlinear(line: list[Token], role: str, colour: bool) -> Iterator[Text]:
+    """Two lines: texts, and ids below them."""
     above = Text()
     above.append(f"{role:<{_ROLE}}", style="bold" if colour else "")
     above.append(f"{line[0].position:>{_POSITION}}  ", style="dim" if colour else "")
     below = Text(" " * (_ROLE + _POSITION + 2))
     for place, token in enumerate(line):
-        opens = not colour and token.supervised and (place == 0 or not line[place - 1].supervised)
-        closes = not colour and token.supervised and (place + 1 == len(line) or not line[place + 1].supervised)
-        cell, number = token_text(token, colour), str(token.id)
-        if opens:
-            cell, number = Text.assemble("⟦", cell), " " + number
-        if closes:
-            cell.append("⟧")
+        cell, number = _token_text(token, colour), str(token.id)
+        if not colour and token.supervised:
+            if place == 0 or not line[place - 1].supervised:
+                cell, number = Text.assemble("⟦", cell), " " + number
+            if place + 1 == len(line) or not line[place + 1].supervised:
+                cell.append("⟧")
         size = max(cell.cell_len, len(number)) + 1
         above.append_text(cell)
         above.append(" " * (size - cell.cell_len))
@@ -179,37 +175,30 @@ def _interlinear(line: list[Token], role: str, colour: bool) -> Iterator[Text]:
     yield below
 
 
-def token_text(token: Token, colour: bool) -> Text:
-    """A token in visible characters, in colour perhaps: green where it is supervised, reversed where it is special; the signs
-    for spaces step back."""
+def _token_text(token: Token, colour: bool) -> Text:
+    """A token in visible characters; with colour green if supervised, reversed if special, signs for spaces dimmed."""
     if not colour:
         return Text(token.text)
+    style = f"{_SUPERVISED if token.supervised else ''} {_SPECIAL if token.special else ''}".strip()
     text = Text()
-    text.append(
-        token.text, style=f"{_SUPERVISED if token.supervised else ''} {_SPECIAL if token.special else ''}".strip()
-    )
+    text.append(token.text, style=style)
     text.highlight_regex("[␣⏎⇥␍]", "dim")
     return text
 
 
 def table_lines(rows: TrainedRows, number: int, segments: list[Segment], *, colour: bool) -> Iterator[Text]:
-    """A row with one token a line: place in the row, segment, position, role, whether it is supervised, id, text."""
-    yield from _heading(rows, number, segments)
+    """A row with one token a line: number in the row, segment, position, role, supervised, special, id, text."""
+    yield _heading(rows, number, segments)
     for place, segment in enumerate(segments, 1):
         yield Text(f"segment {place}: {segment.part}, {segment.where}")
-    yield Text(
+    head = (
         f"{'token':>6} {'segment':>7} {'position':>8}  {'role':<10} {'supervised':<10} {'special':<7} {'id':>7}  text"
     )
-    count = 0
-    for place, segment in enumerate(segments, 1):
-        for token in segment.tokens:
-            line = Text(
-                f"{count:>6} {place:>7} {token.position:>8}  {token.role:<10} {'yes' if token.supervised else 'no':<10} "
-                f"{'yes' if token.special else 'no':<7} {token.id:>7}  "
-            )
-            style = _SPECIAL if token.special else ""
-            line.append(
-                token.text, style=f"{_SUPERVISED if token.supervised else ''} {style}".strip() if colour else ""
-            )
-            yield line
-            count += 1
+    yield Text(head)
+    tokens = [(place, token) for place, segment in enumerate(segments, 1) for token in segment.tokens]
+    for count, (place, token) in enumerate(tokens):
+        supervised, special = ("yes" if mark else "no" for mark in (token.supervised, token.special))
+        line = Text(
+            f"{count:>6} {place:>7} {token.position:>8}  {token.role:<10} {supervised:<10} {special:<7} {token.id:>7}  "
+        )
+        yield line.append_text(_token_text(token, colour))

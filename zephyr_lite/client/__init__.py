@@ -1,8 +1,7 @@
-"""Chat models that answer requests: servers that speak the OpenAI chat API, or a local folder; journal and budget.
+"""Chat models that answer requests, behind an OpenAI-compatible server or in a local folder.
 
-types.py    what is asked, what comes back, what goes wrong      desk.py     where requests are handed in
-client.py   one try over HTTP                                    line.py     an endpoint, and what a failure means
-local.py    a local folder, in batches                           weights.py  its models, from one loaded base
-keys.py     keys, which appear nowhere                           pace.py     how fast it is asked
-journal.py  what was sent and what came back                     budget.py   what is spent, and what may be
+endpoints.py      which model, where, with which settings      client.py       requests: concurrency, retries, budget
+openai_client.py  a server, through the ``openai`` package     request_log.py  requests and replies in sqlite3
+local_model.py    a run's or a model's folder                  jobs.py         configuration and folder of a job
+cost.py           upper bounds and progress
 """

@@ -1,251 +1,500 @@
-"""One try at a server that speaks the OpenAI chat API: what is sent, and what each way of failing means."""
+"""Requests to several models: concurrency, rate limits, retries and a budget, around one request log.
+
+A request whose reply the log holds costs nothing. Otherwise it waits for a slot of its endpoint, for the budget and for
+the rate limit, is recorded as sent, and leaves; its reply is recorded before it is returned.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
-import logging
-import re
-from typing import Any
-from urllib.parse import urlsplit
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import httpx2
-
-from .. import __version__
 from ..errors import UserError
-from .keys import Key
-from .pace import retry_after
-from .types import Answer, EndpointSpec, Fault, Question
+from .endpoints import EndpointSpec, Message
+from .request_log import Reply, RequestLog, Totals
 
-LONGEST_REPLY = 64 * 2**20  # bytes
-LONGEST_COMPLAINT = 300  # letters of a server's text that an error repeats
-CONNECT = 10.0  # seconds
-MOST_TOKENS = 10**9  # of one request; a count above it is none
-# Shorter than what servers grant an idle connection (uvicorn's 5 s), so that none is closed under a request's feet.
-KEEP_ALIVE = 2.5
-OLLAMA = 11434  # its port
-PASSING = {408, 425, 429}
-BUSY = {429, 503, 529}  # the last one is not in the standard, and used
+if TYPE_CHECKING:
+    from .local_model import Weights
 
-# At level DEBUG a server's headers would be logged, and a key that it echoes there.
-for _name in ("httpcore2.http11", "httpcore2.http2"):
-    logging.getLogger(_name).addFilter(lambda record: not record.getMessage().startswith("receive_response"))
+T = TypeVar("T")
+# A tokenizer makes at most one token of a byte. The chat template's own tokens are not known here.
+TOKENS_OF_A_TURN = 16
+TOKENS_OF_A_TEMPLATE = 128
+MAX_BACK_OFF = 60.0  # seconds
+MAX_SPACING = 5.0  # seconds between two requests to a busy server
+MAX_FAILED_IN_A_ROW = 8  # requests of an endpoint; then the job stops
+RETRY_TEMPERATURE = 0.5  # at least, where an unparsable reply is asked for again
+MAX_SERVER_WAIT = 600.0  # seconds that a server may ask to wait before the job stops instead
+GRACE = 20.0  # seconds that requests in flight get when a job is interrupted
 
 
-class HttpEndpoint:
-    """A server.
+@dataclass(frozen=True)
+class Request:
+    """One question to one endpoint.
 
-    Redirects are not followed: a POST does not survive most of them, and the key must not go elsewhere.
+    Attributes:
+        key: names the question within the job ("completion/PROMPT_ID/2").
+        endpoint: the endpoint's name.
+        messages: the conversation; the endpoint's ``system`` is put before it unless it begins with a system turn.
+        temperature, max_tokens: override the endpoint's.
+        seed: for sampling, if the server takes one.
     """
 
-    def __init__(self, spec: EndpointSpec, key: Key | None) -> None:
-        assert spec.url is not None
-        self.spec, self._key = spec, key
-        # what the server has shown to be so
-        self._reached = self._answered = self._newer_limit = self._no_seed = False
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE)
-        timeout = httpx2.Timeout(spec.timeout, connect=min(CONNECT, spec.timeout))
-        try:
-            self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False)
-        except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
-            # what the error says is not repeated: a proxy's password may stand in it
-            raise UserError(
-                f"endpoint {spec.name}: the proxy or the certificates that the environment names cannot be used "
-                f"({type(error).__name__}).",
-                "Look at HTTP_PROXY, HTTPS_PROXY and ALL_PROXY (http:// or https://, no SOCKS; NO_PROXY=localhost leaves this "
-                "machine out), SSL_CERT_FILE and SSL_CERT_DIR.",
-            ) from None
+    key: str
+    endpoint: str
+    messages: tuple[Message, ...]
+    temperature: float | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request with all settings resolved, as it is sent; ``max_tokens`` limits the reply."""
+
+    messages: tuple[Message, ...]
+    max_tokens: int
+    temperature: float
+    top_p: float | None
+    seed: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {"messages": list(self.messages), "max_tokens": self.max_tokens, "temperature": self.temperature}
+        return values | {k: v for k, v in (("top_p", self.top_p), ("seed", self.seed)) if v is not None}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer; the tokens are None where the server did not count them."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+class BudgetSpent(Exception):
+    """The next request could exceed the budget, and was not sent."""
+
+
+class RequestFailed(Exception):
+    """One request has no reply: all tries failed, the server refuses it, or no reply could be parsed.
+
+    Attributes:
+        reason: the same few words for requests that failed alike ("HTTP 500"), for counting.
+    """
+
+    def __init__(self, message: str, reason: str = "failed") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class TryFailed(Exception):
+    """One try failed.
+
+    Attributes:
+        reason, detail: see ``RequestFailed``; what was found, without keys.
+        retry: whether another try can help.
+        charged: whether the tokens may have been paid for.
+        reached: whether a server got the request.
+        no_reply: whether no server answered.
+        busy: whether the server has too much to do, so that all requests have to wait.
+        wait: seconds that the server asks to wait.
+        other_settings: whether the next try will be sent with other settings, and counts as the first.
+        fatal: the error if no request to this endpoint can succeed.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        detail: str,
+        *,
+        retry: bool = True,
+        charged: bool = False,
+        reached: bool = True,
+        no_reply: bool = False,
+        busy: bool = False,
+        wait: float | None = None,
+        other_settings: bool = False,
+        fatal: UserError | None = None,
+    ) -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail, self.retry, self.charged, self.reached = reason, detail, retry, charged, reached
+        self.no_reply, self.busy, self.wait = no_reply, busy, wait
+        self.other_settings, self.fatal = other_settings, fatal
+
+
+class Model(Protocol):
+    """A model that answers: ``OpenAIModel`` or ``LocalModel``."""
+
+    spec: EndpointSpec
 
     def identity(self) -> str:
-        """The model. Where it is served is not part of it: a server that moves has not forgotten anything."""
-        return f"model {self.spec.model}"
-
-    async def close(self) -> None:
-        await self._client.aclose()
+        """Tells this model from others in the request log."""
+        ...
 
     async def ask(self, question: Question) -> Answer:
-        """One try. Raises Fault, and nothing that holds a header."""
-        body = {"model": self.spec.model, **question.as_dict(), "stream": False}
-        if self._newer_limit:
-            body["max_completion_tokens"] = body.pop("max_tokens")
-        if self._no_seed:
-            body.pop("seed", None)
-        try:
-            async with asyncio.timeout(self.spec.timeout):  # for all of it: a server may drip
-                status, headers, content = await self._post(json.dumps(body).encode())
-        except TimeoutError:
-            fault = self._no_reply()
-        except httpx2.HTTPError as error:
-            fault = self._broken(error)
-        except BaseException as error:
-            # the frames below hold the headers: they end here
-            error.__context__ = error.__cause__ = None
-            raise error.with_traceback(None) from None
-        else:
-            self._reached = True
-            return self._read(body, status, headers, content)
-        raise fault
+        """One try. Raises TryFailed."""
+        ...
 
-    async def _post(self, content: bytes) -> tuple[int, dict[str, str], bytes]:
-        headers = {"Content-Type": "application/json", "User-Agent": f"zephyr-lite/{__version__}"}
-        request = self._client.build_request(
-            "POST", f"{self.spec.url}/chat/completions", content=content, headers=headers
+    async def close(self) -> None:
+        """Release the connection or the weights; tries in flight end."""
+        ...
+
+
+class RateLimiter:
+    """When an endpoint's next request may leave.
+
+    Args:
+        requests_per_minute: evenly spaced.
+        slow_down: seconds of extra space after a server was busy for the first time; it doubles from time to time and
+            shrinks with every answer.
+    """
+
+    def __init__(self, requests_per_minute: float | None, slow_down: float) -> None:
+        self._spacing = 60.0 / requests_per_minute if requests_per_minute else 0.0
+        self._slow_down = slow_down
+        self._extra = self._paused_until = self._next = 0.0  # the last two on the monotonic clock
+
+    def delay(self) -> float:
+        """Seconds until a request may leave; 0: now."""
+        return max(0.0, self._next - time.monotonic())
+
+    def leave(self) -> None:
+        """A request leaves."""
+        self._next = time.monotonic() + self._spacing + self._extra
+
+    def pause(self, seconds: float) -> None:
+        """No request leaves for this time."""
+        now = time.monotonic()
+        if now >= self._paused_until:  # requests that were turned away together count once
+            self._extra = min(MAX_SPACING, max(2 * self._extra, self._slow_down))
+        self._paused_until = max(self._paused_until, now + seconds)
+        self._next = max(self._next, self._paused_until)
+
+    def answered(self) -> None:
+        """A request was answered."""
+        self._extra = 0.8 * self._extra if self._extra > 1e-3 else 0.0
+
+
+class _Endpoint:
+    """A model's state within a job."""
+
+    def __init__(self, model: Model, back_off: float, answers: int) -> None:
+        self.model, self.spec, self.answers = model, model.spec, answers
+        # a server's first try is made alone: it shows whether the key, the model and the settings are right
+        self.untried = self.spec.url is not None
+        self.slots = asyncio.Semaphore(1 if self.untried else self.spec.concurrency)
+        self.limiter = RateLimiter(self.spec.requests_per_minute, back_off / self.spec.concurrency)
+        self.failed_in_a_row = 0
+        self.excess = 0  # tokens by which the server's count exceeded the bound so far
+        self.fatal: UserError | None = None
+
+
+class ModelClient:
+    """Asks the endpoints of a job; see ``open_client``.
+
+    Attributes:
+        totals: what the job has spent, live.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[Model],
+        log: RequestLog,
+        *,
+        max_requests: int | None,
+        max_tokens: int | None,
+        on_progress: Callable[[Totals], None],
+        back_off: float,
+    ) -> None:
+        self.totals = log.totals
+        self._log, self._max_requests, self._max_tokens = log, max_requests, max_tokens
+        self._on_progress, self._back_off = on_progress, back_off
+        self._endpoints = {m.spec.name: _Endpoint(m, back_off, log.answers[m.spec.name]) for m in models}
+        self._in_flight: set[asyncio.Task[Reply]] = set()
+        self._budget_spent = ""
+        self._failed_before = frozenset(self.totals.given_up)
+
+    async def ask(self, request: Request) -> Reply:
+        """The reply to a request.
+
+        Cancelling the caller does not stop a try that has left: it is paid for, and its reply is recorded.
+
+        Raises:
+            BudgetSpent: the next try does not fit into the budget.
+            RequestFailed: all tries failed, or the server refuses this request.
+            UserError: no request to this endpoint can succeed (a wrong key or model, no server), or the disk is full.
+        """
+        endpoint = self._endpoints[request.endpoint]
+        question = _resolve(request, endpoint.spec)
+        digest = _digest(request, endpoint.model, question)
+        reply = self._log.reply(digest)
+        if reply is not None:
+            self.totals.from_log += 1
+            self._on_progress(self.totals)
+            return reply
+        async with endpoint.slots:
+            failures, answers = 0, endpoint.answers
+            while True:
+                number = await self._send(endpoint, digest, request.key, question)
+                task = asyncio.create_task(self._try(endpoint, number, question))
+                self._in_flight.add(task)
+                task.add_done_callback(self._ended)
+                try:
+                    return await asyncio.shield(task)
+                except TryFailed as error:
+                    if error.busy and endpoint.answers > answers:  # the endpoint answers others
+                        failures, answers = 0, endpoint.answers
+                    failures += not error.other_settings
+                    wait = self._wait_after(endpoint, error, failures, digest)
+                    if isinstance(wait, Exception):
+                        self._log.give_up(number)
+                        raise wait from None
+                finally:
+                    if endpoint.untried:
+                        endpoint.untried = False
+                        for _ in range(endpoint.spec.concurrency - 1):
+                            endpoint.slots.release()
+                await asyncio.sleep(wait)
+
+    async def ask_parsed(self, request: Request, parse: Callable[[str], T], tries: int = 3) -> T:
+        """Ask until ``parse`` accepts the reply's text.
+
+        A further draw is a request of its own (key + "/again1") with the next seed and a temperature of at least
+        ``RETRY_TEMPERATURE``, since a greedy server would repeat itself.
+
+        Args:
+            parse: raises ValueError for a text that it cannot parse.
+
+        Raises:
+            RequestFailed: no reply of ``tries`` could be parsed; or as ``ask``.
+        """
+        usual = (
+            self._endpoints[request.endpoint].spec.temperature if request.temperature is None else request.temperature
         )
-        if self._key is not None:
-            request.headers.update(self._key.header())
-        response = await self._client.send(request, stream=True)
+        problem: ValueError | None = None
+        for draw in range(tries):
+            asked = request
+            if draw:
+                self.totals.asked_again += 1
+                asked = Request(
+                    key=f"{request.key}/again{draw}",
+                    endpoint=request.endpoint,
+                    messages=request.messages,
+                    temperature=max(usual, RETRY_TEMPERATURE),
+                    max_tokens=request.max_tokens,
+                    seed=None if request.seed is None else request.seed + draw,
+                )
+            reply = await self.ask(asked)
+            try:
+                return parse(reply.text)
+            except ValueError as error:
+                problem = error
+        self.totals.given_up[request.key] = "unreadable reply"
+        raise RequestFailed(f"{request.key}: no reply of {tries} could be read: {problem}", "unreadable reply")
+
+    async def _send(self, endpoint: _Endpoint, digest: str, key: str, question: Question) -> int:
+        """Wait for the budget and the rate limit, record the request as sent, and return its number in the log."""
+        while True:
+            if endpoint.fatal is not None:
+                raise UserError(endpoint.fatal.message, endpoint.fatal.hint)
+            prompt = prompt_token_bound(question.messages) + endpoint.excess
+            bound = prompt + question.max_tokens
+            problem = self._budget_spent or self._over_budget(bound)
+            if problem and (self._budget_spent or not self._in_flight):
+                self._budget_spent = problem
+                raise BudgetSpent(problem)
+            if problem:  # requests in flight usually take less than their bound
+                await asyncio.wait(self._in_flight, return_when=asyncio.FIRST_COMPLETED)
+            elif (delay := endpoint.limiter.delay()) > 0:
+                await asyncio.sleep(delay)
+            else:
+                break
+        endpoint.limiter.leave()
+        dollars = endpoint.spec.dollars(prompt, question.max_tokens)
+        number = self._log.sent(digest, key, endpoint.spec.name, bound, dollars)
+        self._on_progress(self.totals)
+        return number
+
+    async def _try(self, endpoint: _Endpoint, number: int, question: Question) -> Reply:
         try:
-            parts, size = [], 0
-            async for part in response.aiter_bytes():
-                parts.append(part)
-                size += len(part)
-                if size > LONGEST_REPLY:
-                    raise httpx2.ReadError(f"more than {LONGEST_REPLY:,} bytes")
+            answer = await endpoint.model.ask(question)
+        except TryFailed as error:
+            self._log.failed(number, error.reason, error.detail, charged=error.charged, reached=error.reached)
+            self._on_progress(self.totals)
+            raise
+        bound = (prompt_token_bound(question.messages), question.max_tokens)
+        used, counted = bound, False
+        if answer.prompt_tokens is not None and answer.completion_tokens is not None:
+            used, counted = (answer.prompt_tokens, answer.completion_tokens), True
+            endpoint.excess = max(endpoint.excess, sum(used) - sum(bound))
+        # a server may send half of a surrogate pair (a reply cut within an emoji), which UTF-8 cannot encode
+        reply = Reply(answer.text.encode("utf-8", "replace").decode(), answer.finish_reason, *used)
+        self._log.replied(number, reply, endpoint.spec.dollars(*used), counted)
+        endpoint.answers += 1
+        endpoint.failed_in_a_row = 0
+        endpoint.limiter.answered()
+        self._on_progress(self.totals)
+        return reply
+
+    def _ended(self, task: asyncio.Task[Reply]) -> None:
+        self._in_flight.discard(task)
+        if not task.cancelled():
+            task.exception()  # its caller may have been cancelled
+
+    def _wait_after(self, endpoint: _Endpoint, error: TryFailed, failures: int, digest: str) -> float | Exception:
+        """Seconds until the next try; or the error that ends the request, or the job.
+
+        Args:
+            failures: tries of this request that failed.
+        """
+        spec, name = endpoint.spec, endpoint.spec.name
+        again = error.retry and failures <= spec.retries
+        if error.wait is not None and error.wait > MAX_SERVER_WAIT:
+            endpoint.fatal = UserError(
+                f"endpoint {name}: the server asks to wait {error.wait:,.0f} s ({error}).",
+                "Run the same command then: it continues the job.",
+            )
+        elif again:
+            wait = min(MAX_BACK_OFF, self._back_off * 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
+            if error.wait is not None:
+                wait = error.wait + 0.1 * wait
+            if error.busy:
+                endpoint.limiter.pause(wait)
+            return 0.0 if error.busy or error.other_settings else wait
+        elif error.fatal is not None:
+            endpoint.fatal = error.fatal
+        elif error.busy:
+            endpoint.fatal = UserError(
+                f"endpoint {name}: turned away {failures} times in a row ({error}).",
+                "Lower `concurrency` or `requests_per_minute`, or wait: the same command continues the job.",
+            )
+        elif digest not in self._failed_before and (error.retry or not endpoint.answers):
+            endpoint.failed_in_a_row += 1
+            most = 1 if error.no_reply and not endpoint.answers else MAX_FAILED_IN_A_ROW
+            if endpoint.failed_in_a_row >= most:
+                endpoint.fatal = UserError(
+                    f"endpoint {name}: no answer in {failures} tries, {most} requests in a row ({error}).",
+                    "Is the model loaded, and `timeout` long enough? The same command continues the job.",
+                )
+        if endpoint.fatal is not None:
+            return UserError(endpoint.fatal.message, endpoint.fatal.hint)
+        tries = "try" if failures == 1 else "tries"
+        return RequestFailed(f"{error} ({failures} {tries} at {name})", error.reason)
+
+    def _over_budget(self, tokens: int) -> str:
+        """Why a request of at most this many tokens does not fit into the budget; "" if it does."""
+        totals = self.totals
+        if self._max_requests is not None and totals.requests + 1 > self._max_requests:
+            return f"the budget of {self._max_requests:,} requests is spent."
+        if self._max_tokens is not None and totals.tokens + tokens > self._max_tokens:
+            return (
+                f"the next request may take {tokens:,} tokens, and {max(0, self._max_tokens - totals.tokens):,} of the "
+                f"budget of {self._max_tokens:,} are left."
+            )
+        return ""
+
+    async def close(self, grace: float) -> None:
+        """Wait up to ``grace`` seconds for the requests in flight, which are paid for; then cancel them."""
+        tasks = list(self._in_flight)
+        try:
+            if tasks:
+                await asyncio.wait(tasks, timeout=grace)
         finally:
-            await response.aclose()
-        return response.status_code, {k.lower(): v for k, v in response.headers.items()}, b"".join(parts)
-
-    # What went wrong
-
-    def _no_reply(self) -> Fault:
-        return Fault(
-            "no reply in time", f"nothing within {self.spec.timeout:g} s", again=True, charged=True, answered=False
-        )
-
-    def _broken(self, error: httpx2.HTTPError) -> Fault:
-        text = self._clean(str(error))
-        if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
-            hopeless = UserError(f"endpoint {self.spec.name}: {self.spec.url} cannot be reached: {text}.", self._hint())
-            # a server that was there may come back; one that never was is a mistake in the command
-            return Fault("cannot be reached", text, again=self._reached, sent=False, answered=False, hopeless=hopeless)
-        if isinstance(error, httpx2.TimeoutException):
-            return self._no_reply()
-        reason = "reply cannot be decoded" if isinstance(error, httpx2.DecodingError) else "connection broken"
-        return Fault(reason, text, again=True, charged=True, answered=False)
-
-    def _hint(self) -> str:
-        parts = urlsplit(self.spec.url or "")
-        if parts.hostname not in ("localhost", "127.0.0.1", "::1", "0.0.0.0"):
-            return "Check the URL and the network."
-        if parts.port == OLLAMA:
-            return "Is Ollama running? `ollama serve` starts it."
-        return f"Is the server running there? (Ollama listens on port {OLLAMA}, llama.cpp on 8080, vLLM on 8000.)"
-
-    def _read(self, asked: dict[str, Any], status: int, headers: dict[str, str], content: bytes) -> Answer:
-        text = content.decode("utf-8", "replace")
-        try:
-            body = json.loads(text)
-        except (ValueError, RecursionError):
-            body = None
-        inner = _code(body)
-        if status == 200 and isinstance(inner, int) and 400 <= inner < 600 and not body.get("choices"):
-            status = inner  # a gateway's answer that holds the refusal of the server behind it
-        if not 200 <= status < 300:
-            raise self._another_way(asked, status, body, text) or self._refusal(status, headers, body, text)
-        answer = self._answer(body, text)
-        self._answered = True
-        return answer
-
-    def _another_way(self, asked: dict[str, Any], status: int, body: Any, text: str) -> Fault | None:
-        """A setting that this server does not take, and there is another way to ask."""
-        told = self._complaint(body, text)
-        if status not in (400, 422):
-            return None
-        if "max_tokens" in asked and "max_completion_tokens" in told:  # OpenAI's newer models know only that name
-            self._newer_limit = True
-        elif "seed" in asked and re.search(r"\bseed\b", told):
-            self._no_seed = True
-        else:
-            return None
-        return Fault(f"HTTP {status}", told, again=True, other_way=True)
-
-    def _answer(self, body: Any, text: str) -> Answer:
-        if body is None:
-            raise Fault("reply is not JSON", self._clean(text), again=True, charged=True)
-        try:
-            choice = body["choices"][0]
-            content = choice["message"].get("content")
-            if isinstance(content, list):  # parts, as some servers send them
-                content = "".join(part.get("text", "") for part in content if part.get("type") == "text")
-            if content is None:
-                content = choice["message"].get("refusal") or ""
-            if not isinstance(content, str):
-                raise TypeError
-        except (KeyError, IndexError, TypeError, AttributeError):
-            told = self._complaint(body, text)
-            raise Fault("reply holds no answer", told, again=True, charged=True) from None
-        prompt_tokens, completion_tokens = _usage(body.get("usage"), content)
-        reason = choice.get("finish_reason")
-        reason = reason if isinstance(reason, str) else "stop"
-        if self._key is not None:
-            content, reason = self._key.redact(content), self._key.redact(reason)
-        return Answer(content, reason, prompt_tokens, completion_tokens)
-
-    def _refusal(self, status: int, headers: dict[str, str], body: Any, text: str) -> Fault:
-        told, where = self._complaint(body, text), f"endpoint {self.spec.name}"
-        reason = f"HTTP {status}"
-        said = f" and says: {told}" if told else ""
-        if 300 <= status < 400:
-            target = self._clean(headers.get("location", "nowhere"))
-            hint = "Give that URL, if it is the right one: keys are not sent on to other places."
-            hopeless = UserError(f"{where}: {self.spec.url} redirects to {target}.", hint)
-            return Fault(reason, told, again=False, hopeless=hopeless)
-        # a server that has answered before refuses this one conversation (moderation)
-        if status == 401 or (status == 403 and not self._answered):
-            hint = (
-                f"The key comes from the environment variable {self.spec.api_key_env}: is it the right one, and for this server?"
-                if self._key is not None
-                else "It wants a key: put it into an environment variable, and name that in api_key_env."
-            )
-            hopeless = UserError(f"{where}: the server refuses the key (HTTP {status}){said}.", hint)
-            return Fault(reason, told, again=False, hopeless=hopeless)
-        if status == 402 or (status == 429 and _code(body) == "insufficient_quota"):
-            hopeless = UserError(
-                f"{where}: nothing is left to pay with (HTTP {status}){said}.", "The same command goes on later."
-            )
-            return Fault(reason, told, again=False, hopeless=hopeless)
-        if status in (404, 405, 410, 501):
-            hint = "Check the model's name and the URL (it usually ends with /v1)."
-            if urlsplit(self.spec.url or "").port == OLLAMA:
-                hint += f" Ollama fetches a model with `ollama pull {self.spec.model}`."
-            what = f"no model {self.spec.model} at {self.spec.url}"
-            return Fault(reason, told, again=False, hopeless=UserError(f"{where}: {what} (HTTP {status}){said}.", hint))
-        if status < 500 and status not in PASSING:
-            return Fault(reason, told, again=False)
-        busy = status in BUSY
-        # a gateway that gives up (502, 504) or a server that breaks (500) may have generated before
-        return Fault(reason, told, again=True, charged=status >= 500 and not busy, wait=retry_after(headers), busy=busy)
-
-    def _complaint(self, body: Any, text: str) -> str:
-        error = body.get("error", body) if isinstance(body, dict) else body
-        if isinstance(error, dict):
-            error = error.get("message") or error.get("detail") or error
-        if error is not None:
-            text = error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)
-        return self._clean(text)
-
-    def _clean(self, text: str) -> str:
-        text = " ".join(text.split())[: 20 * LONGEST_COMPLAINT]
-        if self._key is not None:
-            text = self._key.redact_error(text)
-        return text if len(text) <= LONGEST_COMPLAINT else text[:LONGEST_COMPLAINT] + "…"
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for endpoint in self._endpoints.values():
+                await endpoint.model.close()
 
 
-def _code(body: Any) -> Any:
-    error = body.get("error") if isinstance(body, dict) else None
-    return error.get("code") or error.get("type") if isinstance(error, dict) else None
-
-
-def _usage(usage: Any, text: str) -> tuple[int | None, int | None]:
-    """Tokens as the server counted them, or None where it did not, or cannot have."""
-    if not isinstance(usage, dict):
-        return None, None
-    counted = [usage.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
-    prompt, completion, total = (
-        n if isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST_TOKENS else None for n in counted
+def prompt_token_bound(messages: Iterable[Mapping[str, str]]) -> int:
+    """An upper bound of a conversation's tokens for any tokenizer: its UTF-8 bytes, and the template's own tokens."""
+    return TOKENS_OF_A_TEMPLATE + sum(
+        TOKENS_OF_A_TURN + len(m["content"].encode("utf-8", "surrogatepass")) for m in messages
     )
-    if prompt is None or completion is None or prompt == 0 or (completion == 0 and text):
-        return None, None
-    if total is not None:
-        completion = max(completion, total - prompt)  # some count what was thought, and not shown, in the total alone
-    return prompt, completion
+
+
+def seed_of(*parts: object) -> int:
+    """A seed below 2³¹ derived from these values."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+@asynccontextmanager
+async def open_client(
+    specs: Sequence[EndpointSpec],
+    folder: Path,
+    *,
+    weights: Mapping[str, Weights] | None = None,
+    max_requests: int | None = None,
+    max_tokens: int | None = None,
+    on_progress: Callable[[Totals], None] = lambda totals: None,
+    back_off: float = 1.0,
+    grace: float = GRACE,
+) -> AsyncIterator[ModelClient]:
+    """The client of a job whose request log is in ``folder``.
+
+    Args:
+        specs: endpoints with different names. Endpoints of one folder share one loaded base.
+        weights: ``path`` of an endpoint → its weights, where they are open already.
+        max_requests, max_tokens: the job's budget over all its starts; None: no limit. Every try counts as a request.
+            The upper bound of a request's tokens is reserved while it is in flight.
+        on_progress: called with the totals whenever they change.
+        back_off: seconds to wait after a first failure; doubled after each further one.
+        grace: seconds that requests in flight get when the block is left.
+
+    Raises:
+        UserError: two endpoints of one name, a key that is not set, a folder that another process works in.
+    """
+    from .local_model import open_local_models
+    from .openai_client import OpenAIModel
+
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two endpoints are called {name}.", "Give each a `name` of its own.")
+    models: list[Model] = [OpenAIModel(spec) for spec in specs if spec.url is not None]
+    models += open_local_models([spec for spec in specs if spec.path is not None], weights or {})
+    log = RequestLog(folder)
+    try:
+        client = ModelClient(
+            models,
+            log,
+            max_requests=max_requests,
+            max_tokens=max_tokens,
+            on_progress=on_progress,
+            back_off=back_off,
+        )
+        try:
+            yield client
+        finally:
+            await client.close(grace)
+    finally:
+        log.close()
+
+
+def _resolve(request: Request, spec: EndpointSpec) -> Question:
+    messages = tuple({"role": m["role"], "content": m["content"]} for m in request.messages)
+    if spec.system is not None and (not messages or messages[0]["role"] != "system"):
+        messages = ({"role": "system", "content": spec.system}, *messages)
+    return Question(
+        messages=messages,
+        max_tokens=spec.max_tokens if request.max_tokens is None else request.max_tokens,
+        temperature=spec.temperature if request.temperature is None else request.temperature,
+        top_p=spec.top_p,
+        seed=request.seed,
+    )
+
+
+def _digest(request: Request, model: Model, question: Question) -> str:
+    parts: list[Any] = [request.key, request.endpoint, model.identity(), question.as_dict()]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,15 +1,14 @@
 """Conversation → token ids and the mask of supervised tokens.
 
-A conversation is rendered as a whole by the chat template, and each answer is rendered as inference sees it: the
-generation prompt of the turns before it, and the text that the template writes for it. An answer is supervised where
-the whole text holds the same answer at the same place. The text is tokenized once; the mask follows from the tokens'
-character offsets. Tokenizing turn by turn gives other ids (SentencePiece's differ on every conversation).
+``rendering`` gives the text and the spans of its answers. The text is tokenized once, and the mask follows from the
+tokens' character offsets. Tokenizing turn by turn gives other ids (SentencePiece's differ on every conversation).
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ import numpy as np
 from jinja2.exceptions import TemplateSyntaxError
 
 from ..errors import UserError
+from ..io.reading import is_file, read_text
 from ..io.strict_json import shown
 from .formats import TEXT, Message, RowError
 from .rendering import PROBE, Rendered, Renderer, common_length
@@ -39,7 +39,7 @@ class Example:
         ids: [T] int32.
         mask: [T] bool, the token is supervised, i.e. a target; never the first.
         where: "train.jsonl row 17".
-        index: its position in the data set, its identity wherever it is batched.
+        index: its position in the data set, which identifies it in any batch.
     """
 
     ids: np.ndarray
@@ -50,9 +50,9 @@ class Example:
 
 @dataclass
 class PairExample:
-    """One preference pair: prompt + chosen and prompt + rejected, the prompt held once.
+    """One preference pair: prompt + chosen and prompt + rejected, with one copy of the prompt.
 
-    ``prompt_ids`` are the tokens that are equal in both texts and end before the first answer begins.
+    ``prompt_ids`` are the equal tokens of both texts that end before the first answer begins.
 
     Attributes:
         prompt_ids: [P] int32, P ≥ 1, never supervised.
@@ -81,14 +81,13 @@ class Pair(NamedTuple):
 
 
 class ChatTemplate(Renderer):
-    """A tokenizer and the chat template that it is saved with.
+    """A tokenizer and the chat template that it is saved with, checked by ``resolve_template``.
 
-    Made by ``resolve_template``, which also checks it. Public methods raise ``RowError`` where one row cannot be
-    rendered or encoded faithfully.
+    Public methods raise ``RowError`` for a row that cannot be rendered or encoded faithfully.
 
     Attributes:
         name: "zephyr", "the tokenizer's own", a file's name.
-        bos_token_id: the token that every sequence starts with; None where the model has none.
+        bos_token_id: the first token of every sequence; None if the model has none.
         repeats_bos: the template writes BOS before later turns too.
         notes: decisions on the way.
     """
@@ -109,20 +108,18 @@ class ChatTemplate(Renderer):
 
     @cached_property
     def end_token_ids(self) -> list[int]:
-        """The tokens that end an answer: generation stops at them, beside the tokenizer's own eos."""
+        """The tokens that end an answer; generation stops at them and at the tokenizer's eos."""
         ids, mask = self.encode(PROBE)
         return sorted({int(ids[i]) for i in range(len(ids)) if mask[i] and not mask[i + 1 : i + 2].any()})
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the template and of the tokenizer: equal fingerprints give equal ids."""
+        """Hash of the template and the tokenizer; equal fingerprints give equal ids."""
         parts = [self.text, self.tokenizer.backend_tokenizer.to_str(), str(self.bos_token_id)]
         parts += [f"{key}={value}" for key, value in sorted(self.tokenizer.special_tokens_map.items())]
         if self.reads_clock:
             parts.append(self.now.isoformat())
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-    # -- ids -----------------------------------------------------------------------------------------------------
 
     def encode(
         self,
@@ -131,21 +128,20 @@ class ChatTemplate(Renderer):
         tools: list[Any] | None = None,
         notes: list[str] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The conversation's ids and which of them are supervised.
+        """The conversation's ids and the mask of supervised ones.
 
         Args:
-            messages: turns; those of the assistant are supervised, unless they have ``train: False``. Or one plain text,
-                which is supervised whole.
+            messages: turns; the assistant's are supervised, unless they have ``train: False``. Or one plain text, which
+                is supervised whole.
             loss_on: every answer, the last one, or every token but the first.
             tools: as for ``render``.
-            notes: gets those of the rendering.
+            notes: the notes of the rendering are added to it.
 
         Returns:
             ids [T] int32, mask [T] bool.
 
         Raises:
-            RowError: as ``render``; a turn's text contains a control token, which would become a real one; or BOS
-                does not occur exactly once.
+            RowError: as ``render``; a turn's text contains a control token; or BOS does not occur exactly once.
         """
         if messages[0]["role"] == TEXT:
             ids = self.text_ids(messages[0]["content"])
@@ -159,17 +155,17 @@ class ChatTemplate(Renderer):
         return ids, self._mask(rendered, messages, starts, loss_on, tools)
 
     def text_ids(self, text: str) -> np.ndarray:
-        """The ids of a plain text as TRL makes them, [T] int32: BOS once, first, and eos at the end. A text that was
-        rendered already may hold both, and other control tokens.
+        """The ids of a plain text as TRL makes them, [T] int32: with BOS first and eos last, unless the text has them. It
+        may contain other control tokens.
 
         Raises:
-            RowError: BOS is not there exactly once.
+            RowError: BOS does not occur exactly once.
         """
         eos, bos = self.tokenizer.eos_token, self.tokenizer.bos_token if self.bos_token_id is not None else None
         text = text if text.endswith(eos) else text + eos
         begun = bos is not None and text.startswith(bos)
         ids = np.asarray(self.tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"], dtype=np.int32)
-        if bos is not None and ids[0] != self.bos_token_id:  # tokenizers that leave BOS to the template
+        if bos is not None and ids[0] != self.bos_token_id:  # the tokenizer leaves BOS to the template
             ids = np.concatenate([np.asarray([self.bos_token_id], dtype=np.int32), ids])
         self._check_bos(ids)
         return ids
@@ -183,10 +179,10 @@ class ChatTemplate(Renderer):
         tools: list[Any] | None = None,
         notes: list[str] | None = None,
     ) -> Pair:
-        """The ids of a preference pair; the prompt's own answers are never supervised.
+        """The ids of a preference pair; answers in the prompt are never supervised.
 
         Args:
-            notes: gets those of both renderings.
+            notes: the notes of both renderings are added to it.
 
         Raises:
             RowError: as ``encode``.
@@ -215,15 +211,15 @@ class ChatTemplate(Renderer):
         return Pair(a[:length], a[length:], a_mask[length:], b[length:], b_mask[length:])
 
     def prompt_ids(self, messages: Sequence[Message], tools: list[Any] | None = None) -> np.ndarray:
-        """The ids that generation starts from: the turns and the generation prompt, [P] int32."""
+        """The ids of the turns and the generation prompt, [P] int32."""
         self._refuse_control_tokens(messages)
         return self.tokenize(Rendered(self.text_of(messages, True, tools)))[0]
 
     def tokenize(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids [T] int32 and the characters [T] at which each token starts and ends.
 
-        The prompt of each answer has the ids that inference feeds: a token that would hold its end and the answer's
-        beginning (a space and a word) is two.
+        The prompt of each answer has the same ids as at inference: a token over its end and the answer's beginning (a
+        space and a word) is split.
         """
         text = rendered.text
         ids, starts, ends = self._offsets(text)
@@ -231,7 +227,7 @@ class ChatTemplate(Renderer):
             border
             for border, _ in rendered.spans.values()
             if ((starts < border) & (ends > border)).any()
-            # byte-level tokenizers may count a space to a word without saying so in the offsets
+            # byte-level tokenizers may join a space to a word without showing it in the offsets
             or (
                 text[border - 1 : border] == " "
                 and not np.array_equal(self._offsets(text[:border])[0], ids[ends <= border])
@@ -248,23 +244,22 @@ class ChatTemplate(Renderer):
         return ids, starts, ends
 
     def _offsets(self, text: str, continued: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        # the template writes BOS itself
-        try:
+        try:  # without special tokens: the template writes BOS
             encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         except BaseException as error:
-            # a panic in Rust is no Exception: a regex of tokenizer.json that backtracks too far
+            # a panic in Rust is not an Exception: a regular expression of tokenizer.json that backtracks too far
             if type(error).__name__ != "PanicException":
                 raise
             raise RowError(f"the tokenizer fails on it: {' '.join(str(error).split())[:200]}") from None
         ids = np.asarray(encoding["input_ids"], dtype=np.int32)
-        # a third of the time that an array of the pairs takes
+        # three times as fast as an array of the pairs
         offsets = np.fromiter(chain.from_iterable(encoding["offset_mapping"]), dtype=np.int64, count=2 * len(ids))
         starts, ends = offsets[::2], offsets[1::2]
         spaced = (
             continued and text[:1] != " " and len(ids) and self.tokenizer.convert_ids_to_tokens(int(ids[0]))[0] == "▁"
         )
         if spaced:
-            # SentencePiece puts a space before a first word, which this is not: behind a newline there is none
+            # SentencePiece puts a space before the first word of a text, but not after a newline
             ids, starts, ends = self._offsets("\n" + text)
             inside = ends > 1
             return ids[inside], starts[inside] - 1, ends[inside] - 1
@@ -276,11 +271,11 @@ class ChatTemplate(Renderer):
         count = int((ids == self.bos_token_id).sum())
         doubled = len(ids) > 1 and ids[1] == self.bos_token_id
         if len(ids) == 0 or ids[0] != self.bos_token_id or doubled or (count > 1 and not self.repeats_bos):
-            raise RowError(f"BOS stands {count} times in the row, not once at its beginning")
+            raise RowError(f"BOS occurs {count} times in the row, not once at its beginning")
 
     @staticmethod
     def _keep_supervised(rendered: Rendered, messages: Sequence[Message], loss_on: LossOn, first: int = 0) -> None:
-        """Take away the spans of answers that are context: their tokens are those of the whole text, as at inference."""
+        """Remove the spans of answers that are not supervised; they are tokenized as part of the context."""
         turns = list(rendered.spans)[-1:] if loss_on == "last" else list(rendered.spans)
         kept = {turn for turn in turns if turn >= first and messages[turn].get("train", True)}
         rendered.spans = {turn: span for turn, span in rendered.spans.items() if turn in kept}
@@ -313,15 +308,15 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
     """Choose a chat template, set it on the tokenizer, and check that it can be trained on.
 
     Args:
-        choice: ``auto`` (the tokenizer's own, Zephyr's where it has none), ``zephyr``, ``chatml``, ``llama3``, or a
+        choice: ``auto`` (the tokenizer's own, or Zephyr's if it has none), ``zephyr``, ``chatml``, ``llama3``, or a
             Jinja file.
         tokenizer: a fast tokenizer with an eos token.
-        now: the time that the template is given, where it asks for it; default: the current one.
+        now: the time for templates that write it; default: the current one.
 
     Raises:
-        UserError: no such template; a tokenizer without offsets or without the tokens that the template writes; a
-            template that cannot be rendered, does not write a plain conversation, has no end token after an answer,
-            ignores ``add_generation_prompt``, or writes BOS twice at the beginning.
+        UserError: no such template; a tokenizer without offsets or without the template's tokens; a template that fails
+            on a plain conversation, has no end token after an answer, ignores ``add_generation_prompt``, or writes BOS
+            twice at the beginning.
     """
     name, text = _choose(choice, tokenizer)
     what = f"chat template {name}"
@@ -351,16 +346,16 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
     probe = _probe(template, what)
     bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
     if not adds_bos:
-        # tokenizers such as Llama 3's leave BOS to the template; one that ChatML writes before each turn is a turn's tag
+        # Llama 3's tokenizer leaves BOS to the template; a BOS before each turn, as ChatML's, is a turn's tag
         adds_bos = bool(bos) and probe.startswith(bos) and probe.count(bos) == 1
     elif not probe.startswith(bos):
-        # the tokenizer begins every text with BOS, and a server takes the template's word for it
+        # the tokenizer writes BOS, and servers that render the template do not
         parts = template.content_parts
         template = ChatTemplate(tokenizer, BOS + text, name, now=now)
         template.content_parts = parts
         probe = _probe(template, what)
         notes.append(f"{what} writes no BOS, the tokenizer does: {BOS} was put in front")
-    if adds_bos and bos_id != tokenizer.eos_token_id:  # OPT's is the same token, which cannot be counted
+    if adds_bos and bos_id != tokenizer.eos_token_id:  # OPT has one token for both
         ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
         if ids[:2] == [bos_id, bos_id]:
             raise UserError(f"{what}: writes BOS twice at the beginning.", "It must be written once, first.")
@@ -381,23 +376,15 @@ def _choose(choice: str, tokenizer: Any) -> tuple[str, Any]:
         return ("the tokenizer's own", own) if own else ("zephyr", TEMPLATES["zephyr"])
     if choice in TEMPLATES:
         return choice, TEMPLATES[choice]
-    if "{%" in choice or "{{" in choice:  # the alignment handbook's YAML files spell it out
+    if "{%" in choice or "{{" in choice:  # in the alignment handbook's YAML files
         return "of the configuration", choice
-    path = Path(choice)
-    try:
-        path = path.expanduser()
-        found = path.is_file()
-    except (OSError, RuntimeError):  # no name that a file or a user can have
-        found = False
-    if not found:
+    path = Path(os.path.expanduser(choice))
+    if not is_file(path):
         raise UserError(
             f"chat_template {shown(repr(choice), 200)}: neither a template's name nor a file.",
             f"Choose auto, {', '.join(TEMPLATES)}, or a .jinja file.",
         )
-    try:
-        return str(choice), path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template {choice}: cannot be read: {error}.", "Save the template in UTF-8.") from None
+    return choice, read_text(path, name=f"chat_template {choice}")
 
 
 def _adds_bos(tokenizer: Any) -> bool:
@@ -406,19 +393,18 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 
 def _probe(template: ChatTemplate, what: str) -> str:
-    """The text of a plain conversation, after the checks that need no real rows."""
+    """The text of a plain conversation, after the checks that need no rows."""
     try:
         try:
             rendered = template.render(PROBE)
-        except RowError:
+        except RowError as error:
             if template.content_parts:
                 raise
             template.content_parts = True  # templates of vision models read lists of parts only
             try:
                 rendered = template.render(PROBE)
             except RowError:
-                template.content_parts = False
-                rendered = template.render(PROBE)
+                raise error from None
         plain, prompt = (template.text_of(PROBE[:1], add) for add in (False, True))
     except TemplateSyntaxError as error:
         raise UserError(f"{what} line {error.lineno}: {error.message}.") from None

@@ -1,12 +1,11 @@
-"""Which shapes rows come in, and how each becomes messages.
+"""The formats of rows, and their conversion to messages.
 
-Every function here works on one row. A fault of one row is a ``RowError`` with a reason; the caller drops the row,
-counts it and names its place. What a row holds beside its turns is either read or listed as not read.
+Every function works on one row. A faulty row is a ``RowError`` with a reason; the caller leaves the row out, counts it
+and names its place. Columns and keys beside the turns are either read or listed as not read.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from ..errors import UserError
 from ..io.strict_json import shown
 from .messages import Message as Message
 from .messages import RowError as RowError
-from .messages import as_messages, as_text, as_tools, message, truth
+from .messages import as_messages, as_text, as_tools, listed, message, truth
 
 Method = Literal["sft", "dpo"]
 
@@ -42,11 +41,11 @@ COLUMNS = (
     "text",
 )
 
-# the role of a row that is no conversation: its text is trained on as it is
+# the role of a plain text, which is trained on without a template
 TEXT = "text"
 PLAIN = "plain text (no chat template, loss over all tokens)"
 
-# columns of other names that probably hold the same, for hints
+# likely other names of columns, for hints
 _LIKELY = {
     "prompt": ("question", "q", "query", "instruction", "input", "user", "human", "problem", "request", "prompts"),
     "completion": ("answer", "a", "response", "output", "assistant", "solution", "target", "reply", "completions"),
@@ -65,13 +64,13 @@ _NEEDS = {
 
 @dataclass
 class Row:
-    """One row, normalised.
+    """A normalised row.
 
     Attributes:
-        value: {"messages": …} for sft, {"prompt": …, "chosen": …, "rejected": …} for dpo, and "tools" where it has some.
+        value: {"messages": …} for sft, {"prompt": …, "chosen": …, "rejected": …} for dpo, and "tools" if it has any.
         kind: the name of its format.
-        changes: what was changed, in words.
-        unread_columns, unread_keys: columns, and keys of turns, that hold something and were not read.
+        changes: changes to the row, in words.
+        unread_columns, unread_keys: columns, and keys of turns, that have a value and were not read.
     """
 
     value: dict[str, Any]
@@ -82,7 +81,7 @@ class Row:
 
 
 class _Reading:
-    """A raw row and what has been read of it."""
+    """A raw row, and the columns and keys read so far."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
@@ -94,7 +93,7 @@ class _Reading:
         return self.values.get(column) is not None
 
     def take(self, *columns: str) -> Any:
-        """The value of the first of these columns that holds something, else None."""
+        """The value of the first of these columns with one, else None."""
         column = next((c for c in columns if _holds(self.values.get(c))), None)
         if column is None:
             return None
@@ -113,11 +112,11 @@ def normalise(values: Mapping[str, Any], method: Method) -> Row:
     """A raw row as the messages that a stage trains on.
 
     Args:
-        values: column → value, after ``columns:`` has renamed them.
-        method: the stage that asks; a preference set may hold ``messages`` too, and serves both.
+        values: column → value, after the renaming by ``columns:``.
+        method: the stage; a preference row with ``messages`` serves both.
 
     Raises:
-        RowError: it is of no format of this method, or cannot be trained on.
+        RowError: it has no format of this method, or cannot be trained on.
     """
     found = _format({c for c, value in values.items() if _holds(value)}, method) or _format(set(values), method)
     if found is None:
@@ -135,10 +134,10 @@ def normalise(values: Mapping[str, Any], method: Method) -> Row:
 
 
 def detect(columns: list[str], method: Method, where: str) -> str:
-    """The name of the format that a data set with these columns has.
+    """The name of the format of a data set with these columns.
 
     Raises:
-        UserError: no format of this method fits; says what was found, what is needed, and what to type.
+        UserError: no format of this method fits; names what was found, what is needed, and what to type.
     """
     have = set(columns)
     if found := _format(have, method):
@@ -158,7 +157,7 @@ def detect(columns: list[str], method: Method, where: str) -> str:
 
 
 def mapping_hint(columns: list[str], method: Method) -> str:
-    """The words that map a data set's columns, with the most probable ones filled in."""
+    """The command-line words that map a data set's columns, with likely names filled in."""
     wanted = {}
     lower = {column.lower(): column for column in columns}
     for ours in ("prompt", "completion") if method == "sft" else ("prompt", "chosen", "rejected"):
@@ -239,8 +238,8 @@ def _conversation(row: _Reading, messages: list[Message], *system_columns: str) 
 
 
 def _refuse_labelled_false(row: _Reading, kind: str) -> None:
-    """KTO's label: whether the answer is a good one. Numbers are one beside prompt and completion only: elsewhere they
-    may be classes."""
+    """Refuse an answer with KTO's label false. A number is such a label beside prompt and completion only; elsewhere it
+    may be a class."""
     label = row.values.get("label")
     is_text = isinstance(label, str) and label.strip().lower() in ("true", "false")
     if not (isinstance(label, bool) or is_text or kind == "prompt and completion"):
@@ -249,7 +248,7 @@ def _refuse_labelled_false(row: _Reading, kind: str) -> None:
     if good is not None:
         row.read.add("label")
     if good is False:
-        raise RowError("label is false: an answer that is not to be learned")
+        raise RowError("label is false: a rejected answer")
 
 
 # -- pairs ---------------------------------------------------------------------------------------------------------------
@@ -261,8 +260,8 @@ def _read_pair(row: _Reading) -> dict[str, Any]:
     )
     repeated = _repeats_transcript(row)
     chosen, rejected = (_answer(row, c, transcript=repeated or not explicit) for c in ("chosen", "rejected"))
-    # Sets such as ultrafeedback_binarized repeat the whole conversation in both columns; the prompt column is then
-    # its first user turn only, and must not be read as the prompt.
+    # ultrafeedback_binarized and others repeat the conversation in both columns; the prompt column is then only its
+    # first user turn
     if _is_whole(chosen) != _is_whole(rejected):
         raise RowError("one of chosen and rejected repeats the prompt, the other does not")
     if _is_whole(chosen):
@@ -286,7 +285,7 @@ def _read_pair(row: _Reading) -> dict[str, Any]:
         raise RowError("chosen and rejected differ in the order of their turns")
     if common < shorter and chosen[common]["role"] != "assistant":
         raise RowError("chosen and rejected answer different prompts")
-    # one may be the other's beginning: the last answer both still have in front of them starts the responses
+    # one may be the beginning of the other: the responses begin with an answer
     while common > 0 and not (common < shorter and chosen[common]["role"] == rejected[common]["role"] == "assistant"):
         common -= 1
     if common == 0:
@@ -298,13 +297,13 @@ def _read_pair(row: _Reading) -> dict[str, Any]:
 
 
 def _refuse_answered(prompt: list[Message]) -> None:
-    """An answer would be rendered behind another one; as the beginning of the answer it cannot be rendered."""
+    """Refuse a prompt that ends with an answer: templates render neither two in a row nor the beginning of one."""
     if prompt and prompt[-1]["role"] == "assistant":
         raise RowError("the prompt ends with an assistant turn, which an answer cannot follow")
 
 
 def _is_whole(turns: list[Message]) -> bool:
-    """Whether a chosen or rejected column repeats the prompt: its first turn is not an answer."""
+    """Whether a chosen or rejected column repeats the prompt: it does not begin with an answer."""
     return bool(turns) and turns[0]["role"] != "assistant"
 
 
@@ -318,7 +317,7 @@ def _repeats_transcript(row: _Reading) -> bool:
 
 
 def _only_in_prompt(row: _Reading, turns: list[Message]) -> list[Message]:
-    """What only the prompt column has before the turns that another column repeats of it: system turns, history."""
+    """The turns of the prompt column (a system turn, history) that come before those repeated in another column."""
     if not _holds(row.values.get("prompt")):
         return []
     prompt = _prompt(row)
@@ -326,7 +325,7 @@ def _only_in_prompt(row: _Reading, turns: list[Message]) -> list[Message]:
     for shared in range(min(len(prompt), len(turns)), 0, -1):
         if plain[0][len(prompt) - shared :] == plain[1][:shared]:
             return prompt[: len(prompt) - shared]
-    if plain[0][0] in plain[1]:  # the first user turn, after a system turn that only the other column has
+    if plain[0][0] in plain[1]:  # after a system turn of the other column
         return []
     if all(role == "system" for role, _ in plain[0]) and plain[1][0][0] != "system":
         return prompt
@@ -338,7 +337,7 @@ def _only_in_prompt(row: _Reading, turns: list[Message]) -> list[Message]:
 
 
 def _prompt(row: _Reading) -> list[Message]:
-    """The turns before the answer, from whichever column holds them; none where no column does."""
+    """The turns before the answer, from the first column that has them; [] if none has."""
     named = [column for column in ("prompt", "question", "instruction") if row.has(column)]
     source = next((column for column in named if _holds(row.values[column])), named[0] if named else None)
     if source is None:
@@ -358,14 +357,8 @@ def _prompt(row: _Reading) -> list[Message]:
 
 def _history(row: _Reading) -> list[Message]:
     """Alpaca's column of earlier [question, answer] pairs."""
-    value = row.take("history")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RowError("history is text, not a list of [question, answer] pairs") from None
     turns = []
-    for pair in value or []:
+    for pair in listed(row.take("history"), "history pairs"):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError("history is not a list of [question, answer] pairs")
         turns += [message("user", as_text(pair[0], "history")), message("assistant", as_text(pair[1], "history"))]
@@ -384,7 +377,7 @@ def _answer(row: _Reading, column: str, *, transcript: bool = False) -> list[Mes
 
 
 def _is_open_transcript(value: Any) -> bool:
-    """Whether a prompt is Human: … Assistant:, with the answer to come."""
+    """Whether a prompt is a transcript, Human: … Assistant:, without the last answer."""
     if not isinstance(value, str) or not value.rstrip().endswith("\n\nAssistant:"):
         return False
     match = _TRANSCRIPT.search(value)
@@ -392,7 +385,7 @@ def _is_open_transcript(value: Any) -> bool:
 
 
 def _transcript(text: str) -> list[Message]:
-    """``\\n\\nHuman: … \\n\\nAssistant: …`` as turns; an empty last turn is where the answer goes."""
+    """``\\n\\nHuman: … \\n\\nAssistant: …`` as turns, without an empty last one."""
     as_text(text, "a transcript")
     parts = _TRANSCRIPT.split(text)[1:]
     turns = [
@@ -405,7 +398,7 @@ def _transcript(text: str) -> list[Message]:
 
 
 def _with_system(row: _Reading, messages: list[Message], *more_columns: str) -> list[Message]:
-    """The turns behind the row's system column, where they have no system turn themselves."""
+    """The turns, after one of the row's system column if they have no system turn."""
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
     if any(m["role"] == "system" for m in messages):
         return messages

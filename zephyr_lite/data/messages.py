@@ -1,4 +1,4 @@
-"""Turns as other tools write them (OpenAI, ShareGPT, Hermes, LLaMA-Factory, Capybara) as messages of one form."""
+"""Turns of other tools (OpenAI, ShareGPT, Hermes, LLaMA-Factory, Capybara) as messages of one form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# role and content, and only where the row has them tool_calls, reasoning_content, name, tool_call_id, and train: False
+# role and content; if the row has them, tool_calls, reasoning_content, name, tool_call_id; and train: False
 Message = dict[str, Any]
 
 ROLES = {
@@ -25,14 +25,14 @@ ROLES = {
     "function": "tool",
     "tool_response": "tool",
     "function_response": "tool",
-    # the turn is a call, written as JSON
+    # turns that are a call, as JSON
     "function_call": "assistant",
     "tool_call": "assistant",
 }
 _CALLS = ("function_call", "tool_call")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# whether a turn is supervised, in OpenAI's, Axolotl's, ms-swift's and torchtune's words
+# keys for whether a turn is supervised, of OpenAI, Axolotl, ms-swift and torchtune
 _TRAINED = {"weight", "train", "trained", "training", "trainable", "trainonturn", "supervise", "supervised", "loss"}
 _TRAINED |= {"lossweight", "lossscale", "lossmask"}
 _MASKED = ("masked", "mask", "ignore", "ignored")
@@ -40,7 +40,7 @@ _TRUE, _FALSE = ("true", "yes", "on", "1", "1.0"), ("false", "no", "off", "0", "
 
 
 class RowError(Exception):
-    """One row cannot be trained on; ``str(error)`` is the reason under which it is counted."""
+    """A row that cannot be trained on; ``str(error)`` is the reason that it is counted under."""
 
 
 def message(role: str, content: str) -> Message:
@@ -53,16 +53,13 @@ def as_messages(value: Any, column: str, unread: set[str] | None = None) -> list
     Args:
         value: turns of {role, content}, {from, value} or {input, output}; a list of them may be JSON text.
         column: its name, for messages.
-        unread: is given the keys of turns that hold something and are not read.
+        unread: the keys of turns that have a value and are not read are added to it.
 
     Raises:
-        RowError: it is nothing of the kind, or a turn cannot be read.
+        RowError: it is something else, or a turn cannot be read.
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RowError(f"{column} is a text that is not JSON") from None
+        value = _parsed(value, f"{column} is")
     if isinstance(value, Mapping):
         value = [value]
     if value is None or (isinstance(value, list) and not value):
@@ -88,7 +85,7 @@ def as_messages(value: Any, column: str, unread: set[str] | None = None) -> list
 
 
 def _turn(turn: Mapping[str, Any], column: str, keys: set[str]) -> Message:
-    """One message; what is read of the turn is taken out of ``keys``."""
+    """One message; the keys that are read are removed from ``keys``."""
     name = turn.get("role") if turn.get("role") is not None else turn.get("from")
     if name is None:
         raise RowError(f"a turn of {column} has no role")
@@ -103,10 +100,10 @@ def _turn(turn: Mapping[str, Any], column: str, keys: set[str]) -> Message:
     if said in _CALLS and not calls:
         calls, content = content, None
     elif role == "tool" and (isinstance(content, Mapping) or (isinstance(content, list) and not _are_texts(content))):
-        # a result that is not text yet
+        # a result as JSON
         content = json.dumps(content, ensure_ascii=False)
     result = message(role, as_text(content, f"the content of a turn of {column}"))
-    if calls := _listed(calls, "tool calls"):
+    if calls := listed(calls, "tool calls"):
         if role != "assistant":
             raise RowError(f"a {role} turn with tool calls")
         result["tool_calls"] = [_call(call) for call in calls]
@@ -126,7 +123,7 @@ def _turn(turn: Mapping[str, Any], column: str, keys: set[str]) -> Message:
 
 
 def _is_masked(turn: Mapping[str, Any], role: str, keys: set[str]) -> bool:
-    """Whether a mark on the turn says that it must not be supervised."""
+    """Whether a key of the turn excludes it from the loss."""
     masked = False
     for key in sorted(keys):
         plain = _plain(key)
@@ -139,13 +136,13 @@ def _is_masked(turn: Mapping[str, Any], role: str, keys: set[str]) -> bool:
             )
         trained = marked if plain in _TRAINED else not marked
         masked = masked or not trained
-        if role == "assistant" or not trained:  # that others than the assistant should be trained is not done
+        if role == "assistant" or not trained:  # other roles are never trained
             keys.discard(key)
     return masked and role == "assistant"
 
 
 def with_reason(key: str) -> str:
-    """A message key that was not read; one that would train another's turn than the assistant's says so."""
+    """A message key that was not read, with the reason if it would train a turn of another role."""
     plain = _plain(key)
     return f"{key} (of turns that are not the assistant's)" if plain in (*_TRAINED, *_MASKED) else key
 
@@ -155,7 +152,7 @@ def _plain(key: str) -> str:
 
 
 def truth(value: Any) -> bool | None:
-    """A truth value in any spelling; None if it is none."""
+    """A truth value in any spelling; None for other values."""
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
     text = value.strip().lower() if isinstance(value, str) else ""
@@ -163,7 +160,7 @@ def truth(value: Any) -> bool | None:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    """{type, function: {name, arguments}}, with the id where there is one."""
+    """{type, function: {name, arguments}}, and the id if there is one."""
     function = call.get("function") if isinstance(call, Mapping) else None
     function = call if function is None else function
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
@@ -180,27 +177,25 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def as_tools(value: Any) -> list[dict[str, Any]]:
-    """A tools or functions column in OpenAI's form; the functions alone, or all of it as JSON text, mean the same.
+    """A tools or functions column in OpenAI's form; it may hold the functions alone, or be JSON text.
 
     Raises:
-        RowError: it is no list of functions with names.
+        RowError: it is not a list of functions with names.
     """
     tools = []
-    for tool in _listed(value, "tools") if value else []:
+    for tool in listed(value, "tools") if value else []:
         if isinstance(tool, str):
             tool = _parsed(tool, "a tool is")
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError("tools is not a list of functions with names")
-        tools.append(dict(tool) if function is not tool else {"type": "function", "function": _without_type(tool)})
+        if function is tool:
+            tool = {"type": "function", "function": {k: v for k, v in tool.items() if (k, v) != ("type", "function")}}
+        tools.append(dict(tool))
     return tools
 
 
-def _without_type(tool: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in tool.items() if (key, value) != ("type", "function")}
-
-
-def _listed(value: Any, what: str) -> list[Any]:
+def listed(value: Any, what: str) -> list[Any]:
     value = _parsed(value, f"{what} are") if isinstance(value, str) else value
     return value if isinstance(value, list) else [] if value is None else [value]
 
@@ -213,10 +208,10 @@ def _parsed(text: str, what: str) -> Any:
 
 
 def as_text(value: Any, what: str) -> str:
-    """A text, or the texts of a list of parts; "" for null.
+    """A text, or the joined texts of a list of parts; "" for null.
 
     Raises:
-        RowError: it is something else, or no valid Unicode.
+        RowError: it is something else, or not valid Unicode.
     """
     if value is None:
         return ""

@@ -1,4 +1,4 @@
-"""The folder that a data command makes: whether it may be made there, checked before any work."""
+"""Checks of a data command's output folder and options, before any work."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ REPORT, DROPPED = "report.json", "dropped.tsv"
 
 
 def request_of(out: Path, sources: Sequence[str], **options: Any) -> str:
-    """A hash of what a command was asked for, kept as ``request`` in ``report.json``.
+    """A hash of a command's input and options, saved as ``request`` in ``report.json``.
 
     Args:
-        out: the folder that is made; it may lie in a source's.
-        sources: what is read: hub ids, or paths (``PATH#SPLIT`` too), whose files' sizes and dates are part of the hash.
-        options: whatever else the result depends on.
+        out: the output folder; it may be inside a source's folder.
+        sources: hub ids, or paths (``PATH#SPLIT`` too), whose files' sizes and dates are part of the hash.
+        options: all other options that the result depends on.
     """
     files = []
     for source in sources:
         path = Path(source if Path(source).expanduser().exists() else source.partition("#")[0]).expanduser()
         found = [path] if path.is_file() else sorted(path.rglob("[!.]*")) if path.is_dir() else []
         read = [file for file in found if file.is_file() and out.resolve() not in file.resolve().parents]
-        files.append([(str(file), (told := file.stat()).st_size, told.st_mtime_ns) for file in read])
+        files.append([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in read])
     return hashlib.sha256(repr((list(sources), sorted(options.items()), files)).encode()).hexdigest()
 
 
 def check_output(out: Path, sources: Sequence[str], made_by: str, overwrite: bool, request: str) -> bool:
-    """Refuse a folder that cannot be made, that holds a source, or that holds anything but an earlier result to replace.
+    """Refuse an output folder that cannot be made, or contains a source or anything but an earlier result.
 
     Args:
-        sources: paths of what is read (hub ids are none).
-        made_by: what ``report.json`` says of an earlier result.
-        overwrite: whether that may be replaced.
+        sources: paths (or hub ids) that are read.
+        made_by: the field of ``report.json`` in an earlier result.
+        overwrite: an earlier result may be replaced.
         request: of ``request_of``.
 
     Returns:
-        whether the folder holds the result of this very request already.
+        Whether the folder has the result of the same request already.
 
     Raises:
-        UserError: as above.
+        UserError: the folder is refused.
     """
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; a folder is to be made there.", "Choose another --out.")
+        raise UserError(f"{out} is a file, not a folder.", "Choose another --out.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
@@ -76,7 +76,7 @@ def check_output(out: Path, sources: Sequence[str], made_by: str, overwrite: boo
 
 
 def check_held_out(test: float | None, num_proc: int | None) -> None:
-    """Refuse a ``--test`` that is neither a share nor a number of rows, and a number of processes below 1."""
+    """Refuse a ``--test`` that is neither a share nor a number of rows, and a ``--num-proc`` below 1."""
     if test is not None and not (0 <= test < 1 or (test >= 1 and float(test).is_integer())):
         raise UserError(f"test {test:g}: is neither a share below 1 nor a number of rows.", "Write --test 0.1.")
     if num_proc is not None and num_proc < 1:

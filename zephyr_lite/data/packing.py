@@ -1,4 +1,4 @@
-"""How rows get their length: what is cut, and which conversations share a row."""
+"""Cutting of examples to their budget, and packing of conversations into rows."""
 
 from __future__ import annotations
 
@@ -11,28 +11,21 @@ from .chat_template import Pair
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: each item, longest first, goes where it leaves the least room.
+    """Best-fit decreasing: each item, longest first, goes into the bin that it leaves the least room in.
 
     Args:
         lengths: of the items; each between 1 and ``capacity``.
-        capacity: what one bin holds.
+        capacity: of a bin.
 
     Returns:
-        Bins of item indices, ascending in each, bins ordered by their first item. The same lengths always give the
-        same bins.
-
-    Raises:
-        ValueError: an item is longer than a bin, or shorter than 1.
+        Bins of item indices, ascending in each, bins ordered by their first item; a function of the arguments alone.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if sizes.size == 0:
         return []
-    if sizes.min() < 1 or sizes.max() > capacity:
-        worst = int(np.argmax(sizes)) if sizes.max() > capacity else int(np.argmin(sizes))
-        raise ValueError(f"item {worst} has length {int(sizes[worst])}; a bin holds 1 to {capacity}")
+    assert sizes.min() >= 1 and sizes.max() <= capacity, (sizes.min(), sizes.max(), capacity)
     bins: list[list[int]] = []
-    # Open bins by the room they have left. There are at most `capacity` different rooms, so that finding one is a
-    # bisection, and inserting one moves a few kilobytes.
+    # open bins by their room: at most `capacity` different ones, so a search is a bisection and an insertion is cheap
     rooms: list[int] = []
     by_room: dict[int, list[int]] = {}
     for item in np.argsort(-sizes, kind="stable").tolist():
@@ -62,7 +55,7 @@ def cut_conversation(ids: np.ndarray, mask: np.ndarray, max_length: int) -> tupl
         ids, mask: [T].
 
     Returns:
-        ids and mask [≤ max_length], and how many supervised tokens were lost.
+        ids and mask [≤ max_length], and the number of supervised tokens lost.
     """
     return ids[:max_length], mask[:max_length], int(mask[max_length:].sum())
 
@@ -70,19 +63,18 @@ def cut_conversation(ids: np.ndarray, mask: np.ndarray, max_length: int) -> tupl
 def cut_pair(pair: Pair, max_length: int, max_prompt_length: int, keeps_first: bool) -> Pair | None:
     """A pair within the budget of prompt + one response.
 
-    A pair that fits is left alone, however long its prompt. Otherwise the prompt is cut on its left to
-    ``max_prompt_length``, where it is longer, and then each response by itself on its right. BOS, where the model
-    has one, stays the first token: a model that was never trained without it gives the first token of a sequence a
-    role of its own.
+    A pair that fits is not changed, however long its prompt. Otherwise the prompt is cut on its left to
+    ``max_prompt_length``, and then each response on its right. BOS, if the model has one, stays the first token: models
+    that were trained with it give the first token of a sequence a role of its own.
 
     Args:
-        pair: as ``ChatTemplate.encode_pair`` gives it.
-        max_length: of the prompt and one response.
-        max_prompt_length: of a prompt that is cut.
+        pair: of ``ChatTemplate.encode_pair``.
+        max_length: tokens of the prompt and one response.
+        max_prompt_length: tokens of a cut prompt.
         keeps_first: the prompt's first token is BOS.
 
     Returns:
-        The pair, or None where the prompt leaves no room for a response.
+        The pair, or None if the prompt leaves no room for a response.
     """
     prompt, chosen, chosen_mask, rejected, rejected_mask = pair
     if len(prompt) + max(len(chosen), len(rejected)) <= max_length:

@@ -1,7 +1,6 @@
-"""Examples as people look at them: token by token, with each one's text, position, role, and whether it is supervised.
+"""Examples token by token, for people: each token's text, position, role, and whether it is supervised.
 
-Ids and masks are those of the prepared example; the messages only say which turn a token belongs to, and rendering them
-again has to give the same ids.
+Ids and masks are those of the prepared example; its messages are rendered again only for the roles.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ class Token:
 
     Attributes:
         id: in the vocabulary.
-        raw: the bytes that it stands for; a character may be spread over several tokens.
-        position: what the model is told, from 0 in each conversation; a response's continue its prompt's.
-        role: of the turn it belongs to, tags and end tokens included; ``template`` for what the template writes by
-            itself before the first turn; several roles joined by "+" where the template does not tell turns apart.
+        raw: its bytes; the bytes of a character may be in several tokens.
+        position: the model's position, from 0 in each conversation; a response continues its prompt.
+        role: of its turn, tags and end tokens included; ``template`` for the template's own text before the first turn;
+            roles joined by "+" if the template does not separate the turns.
         supervised: it is a target.
-        special: a control token, or another that the tokenizer takes out of the text as a whole.
-        completes: the character whose last bytes these are, where its first ones are in tokens before.
+        special: a control token, or another added token.
+        completes: the character that these bytes complete, if it begins in an earlier token.
     """
 
     id: int
@@ -50,21 +49,21 @@ class Token:
 
     @property
     def text(self) -> str:
-        """In visible characters: ␣ ⏎ ⇥ for space, newline and tab, \\x… for bytes that are no whole character, "=" and the
-        character after its last ones, and \\u… for what cannot be seen."""
+        """In visible characters: ␣ ⏎ ⇥ for space, newline and tab, \\x… for bytes of an incomplete character, "=" and the
+        character after its last bytes, and \\u… for invisible characters."""
         text = "".join(_visible(char) for char in self.raw.decode("utf-8", "backslashreplace"))
         return text + (f"={_visible(self.completes)}" if self.completes else "")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens that a row holds in one run.
+    """Consecutive tokens of a row.
 
     Attributes:
         part: conversation, prompt, chosen or rejected.
-        where: the place of the data row that it was made of.
+        where: the place of the data row.
         tokens: in order.
-        cut_left, cut_right: how many tokens were cut to fit the budget.
+        cut_left, cut_right: tokens cut to fit the budget.
     """
 
     part: str
@@ -85,18 +84,15 @@ def conversation_segment(
 
     Args:
         template: the one that it was encoded with.
-        example: as prepared, cut on its right perhaps.
-        messages: the turns that it was made of.
-
-    Raises:
-        ValueError: these turns give other ids.
+        example: as prepared, perhaps cut on its right.
+        messages: its turns.
     """
     if messages[0]["role"] == TEXT:
         ids = template.text_ids(messages[0]["content"])
         roles = [TEXT] * len(ids)
     else:
         ids, roles = _ids_and_roles(template, messages, tools)
-    _same(ids[: len(example.ids)], example.ids, example.where)
+    assert np.array_equal(ids[: len(example.ids)], example.ids), example.where
     tokens = _tokens(template, example.ids, example.mask, roles, 0)
     return Segment("conversation", example.where, tokens, cut_right=len(ids) - len(example.ids))
 
@@ -110,59 +106,41 @@ def pair_segments(
     loss_on: LossOn = "assistant",
     tools: list[Any] | None = None,
 ) -> list[Segment]:
-    """A preference pair: the prompt once, then both responses.
-
-    Raises:
-        ValueError: these turns give other ids.
-    """
-    whole = template.encode_pair(prompt, chosen, rejected, loss_on, tools)
-    before, after = len(whole.prompt_ids), len(example.prompt_ids)
+    """A preference pair: the prompt once, then both responses."""
+    before = len(template.encode_pair(prompt, chosen, rejected, loss_on, tools).prompt_ids)
+    after = len(example.prompt_ids)
     kept = np.arange(before)
-    if after < before:  # cut on its left; BOS stays
+    if after < before:  # cut on its left, except BOS
         first = 1 if template.bos_token_id is not None else 0
         kept = np.concatenate([kept[:first], kept[before - (after - first) :]])
-    _same(whole.prompt_ids[kept], example.prompt_ids, example.where)
     segments: list[Segment] = []
     sides = (
         ("chosen", chosen, example.chosen_ids, example.chosen_mask),
         ("rejected", rejected, example.rejected_ids, example.rejected_mask),
     )
     for part, response, own_ids, mask in sides:
-        turns = [*prompt, *response]
-        ids, roles = _ids_and_roles(template, turns, tools)
-        _same(ids[before : before + len(own_ids)], own_ids, example.where)
+        ids, roles = _ids_and_roles(template, [*prompt, *response], tools)
+        assert np.array_equal(ids[kept], example.prompt_ids), example.where
+        assert np.array_equal(ids[before : before + len(own_ids)], own_ids), example.where
         if not segments:
-            nothing = np.zeros(after, dtype=bool)
-            head = _tokens(template, example.prompt_ids, nothing, [roles[i] for i in kept], 0)
-            segments.append(Segment("prompt", example.where, head, cut_left=before - after))
+            unsupervised = np.zeros(after, dtype=bool)
+            tokens = _tokens(template, example.prompt_ids, unsupervised, [roles[i] for i in kept], 0)
+            segments.append(Segment("prompt", example.where, tokens, cut_left=before - after))
         tokens = _tokens(template, own_ids, mask, roles[before:], after)
         segments.append(Segment(part, example.where, tokens, cut_right=len(ids) - before - len(own_ids)))
     return segments
 
 
-def _same(ids: np.ndarray, prepared: np.ndarray, where: str) -> None:
-    if not np.array_equal(ids, prepared):
-        raise ValueError(f"{where}: its turns give other ids than it was prepared with")
-
-
 def _tokens(template: ChatTemplate, ids: np.ndarray, mask: np.ndarray, roles: Sequence[str], first: int) -> list[Token]:
     read = token_reader(template.tokenizer)
-    tokens = []
-    begun = b""
-    for place, (token, target, role) in enumerate(zip(ids, mask, roles)):
-        raw, special = read(int(token))
-        completes, begun = _continued(begun, raw)
-        tokens.append(Token(int(token), raw, first + place, role, bool(target), special, completes))
-    return tokens
-
-
-def _continued(begun: bytes, raw: bytes) -> tuple[str, bytes]:
-    """(the character that these bytes complete, or "", and the bytes of one that they leave unfinished)."""
-    text = (begun + raw).decode("utf-8", "ignore")
-    completes = text[:1] if begun and text and not raw.decode("utf-8", "ignore").startswith(text[:1]) else ""
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-    decoder.decode(begun + raw)
-    return completes, decoder.getstate()[0]
+    tokens = []
+    for position, (token, target, role) in enumerate(zip(ids, mask, roles), first):
+        raw, special = read(int(token))
+        begun, text = decoder.getstate()[0], decoder.decode(raw)
+        completes = text[:1] if begun and text and not raw.decode("utf-8", "ignore").startswith(text[:1]) else ""
+        tokens.append(Token(int(token), raw, position, role, bool(target), special, completes))
+    return tokens
 
 
 # -- roles ---------------------------------------------------------------------------------------------------------------
@@ -171,7 +149,7 @@ def _continued(begun: bytes, raw: bytes) -> tuple[str, bytes]:
 def _ids_and_roles(
     template: ChatTemplate, messages: list[Message], tools: list[Any] | None
 ) -> tuple[np.ndarray, list[str]]:
-    """ids [T] and each token's role, by the turn in which the token begins."""
+    """ids [T] and each token's role: that of the turn in which the token begins."""
     rendered = template.render(messages, tools)
     ids, starts, _ = template.tokenize(rendered)
     ends, names = _turn_ends(template, messages, tools, rendered.text)
@@ -181,8 +159,8 @@ def _ids_and_roles(
 def _turn_ends(
     template: ChatTemplate, messages: list[Message], tools: list[Any] | None, text: str
 ) -> tuple[list[int], list[str]]:
-    """Up to which character each turn goes, and its role. A turn whose end the template does not show (it refuses the
-    turns up to there, or writes them otherwise) is one with the next."""
+    """The character at which each turn ends, and its role. A turn is joined with the next one if the template refuses the
+    turns up to its end, or writes them differently."""
     ends, names, waiting = [], [], []
     if own := _own_prefix(template, messages, text):
         ends, names = [own], [TEMPLATE_ROLE]
@@ -200,8 +178,8 @@ def _turn_ends(
 
 
 def _own_prefix(template: ChatTemplate, messages: list[Message], text: str) -> int:
-    """How many characters the template writes by itself before the first turn: BOS, and a system turn that no row asked
-    for. A user turn later on has only its own: what the first one has beyond that is the template's."""
+    """The number of characters that the template writes before the first turn: BOS and a default system turn. They are
+    the text that the first user turn has and the same turn further on does not."""
     bos = template.tokenizer.bos_token if template.bos_token_id is not None else ""
     own = len(bos) if bos and text.startswith(bos) else 0
     first = messages[0]
@@ -223,10 +201,10 @@ def _own_prefix(template: ChatTemplate, messages: list[Message], text: str) -> i
 
 
 def token_reader(tokenizer: Any) -> Callable[[int], tuple[bytes, bool]]:
-    """A function from an id to the bytes that it stands for, and whether it is special.
+    """A function from an id to its bytes, and whether it is special.
 
-    Decoding tokens one by one with the tokenizer would lose SentencePiece's spaces and parts of characters. Bytes of all
-    tokens in a row are the text, but for a space that SentencePiece puts before the first word.
+    A tokenizer that decodes tokens one by one loses SentencePiece's spaces and parts of characters. The bytes of a text's
+    tokens are the text, after a space that SentencePiece puts before the first word.
     """
     backend = tokenizer.backend_tokenizer.to_str()
     decoders = set(re.findall(r'"type":\s*"(\w+)"', json.dumps(json.loads(backend).get("decoder"))))
@@ -252,7 +230,7 @@ def token_reader(tokenizer: Any) -> Callable[[int], tuple[bytes, bool]]:
 def text_runs(
     tokenizer: Any, ids: Sequence[int] | np.ndarray, mask: Sequence[bool] | np.ndarray
 ) -> list[tuple[str, bool]]:
-    """The text of tokens in runs of equal supervision; together they are the row's text."""
+    """The text of tokens as runs of equal supervision."""
     read = token_reader(tokenizer)
     runs: list[tuple[bytes, bool]] = []
     for token, supervised in zip(map(int, ids), map(bool, mask)):
@@ -265,8 +243,8 @@ def text_runs(
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The characters that byte-level tokenizers write for bytes: Latin-1's visible ones stand for themselves, the others
-    follow from U+0100 on."""
+    """The characters that byte-level tokenizers write for bytes: Latin-1's visible ones for themselves, then U+0100 and up
+    for the others."""
     visible = [b for b in range(256) if 33 <= b <= 126 or (b >= 161 and b != 173)]
     hidden = [b for b in range(256) if b not in visible]
     return {**{chr(b): b for b in visible}, **{chr(256 + place): b for place, b in enumerate(hidden)}}
@@ -275,7 +253,7 @@ def _byte_level_alphabet() -> dict[str, int]:
 def _visible(char: str) -> str:
     if char in _SIGNS:
         return _SIGNS[char]
-    # control characters would move the cursor, and those of format turn the direction or hide
+    # control and format characters would move the cursor or change the direction
     if unicodedata.category(char)[0] in "CZ":
         return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}"
     return char

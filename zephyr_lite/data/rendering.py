@@ -1,8 +1,8 @@
-"""Conversation → text, and the answers in it, by a chat template.
+"""Conversation → text and the spans of its answers, by a chat template.
 
-A conversation is rendered as a whole, and each answer as inference sees it: the generation prompt of the turns before
-it, and the text that the template writes for it as the last turn. An answer is supervised where the whole text holds
-the same answer at the same place.
+A conversation is rendered as a whole, and each answer as at inference: the generation prompt of the turns before it, and
+the template's text for it as the last turn. An answer is supervised if the whole text has the same answer at the same
+place.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from ..io.strict_json import shown
 from .formats import Message, RowError
 
-# Characters of a conversation; a tokenizer takes some 350 bytes a character in the worst case.
-LONGEST_ROW = 2**21
-
-# What a template must render before any row is read.
+# a conversation that every template must render
 PROBE: list[Message] = [
     {"role": "user", "content": "question one"},
     {"role": "assistant", "content": "answer one"},
@@ -34,12 +31,12 @@ PROBE: list[Message] = [
 
 _THINKING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _TAG = re.compile(r"(</?think>)")
-# of which the generation prompt may have written the beginning
+# its beginning may be in the generation prompt
 _EMPTY_THINKING = re.compile(r"\s*(<think>\s*)?</think>\n*")
 
 
 class Span(NamedTuple):
-    """Characters ``start:end`` of a text: an answer and its end token, without the generation prompt."""
+    """Characters ``start:end`` of a text: an answer with its end token, after the generation prompt."""
 
     start: int
     end: int
@@ -50,9 +47,9 @@ class Rendered:
     """The text of a conversation.
 
     Attributes:
-        text: as the chat template writes it.
+        text: of the chat template.
         spans: turn → its answer, for each answer that can be supervised; in order.
-        notes: what the template leaves out or writes otherwise than at inference.
+        notes: what the template leaves out, or writes differently at inference.
     """
 
     text: str
@@ -66,8 +63,8 @@ class Renderer:
     Attributes:
         tokenizer: a fast tokenizer; its ``chat_template`` is ``text``.
         text: the Jinja template.
-        now: the time that a template which asks for it is given; the same for all rows of a run.
-        content_parts: the template reads a content as a list of parts.
+        now: the time for templates that write it; the same for all rows of a run.
+        content_parts: the template reads contents as lists of parts.
     """
 
     def __init__(self, tokenizer: Any, text: str, now: datetime.datetime | None = None) -> None:
@@ -85,7 +82,7 @@ class Renderer:
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
-        """Texts that the tokenizer turns into a control token, wherever they occur."""
+        """Texts that the tokenizer reads as control tokens."""
         added = self.tokenizer.added_tokens_decoder.values()
         scaffold = self.text_of(PROBE)
         words = set(self.tokenizer.all_special_tokens)
@@ -96,7 +93,7 @@ class Renderer:
     def text_of(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
     ) -> str:
-        """The text that the template writes, as transformers' ``apply_chat_template`` gives it.
+        """The template's text of the turns, equal to transformers' ``apply_chat_template``.
 
         Raises:
             RowError: the template refuses the turns.
@@ -106,18 +103,18 @@ class Renderer:
     def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
         """The conversation's text and the answers in it.
 
-        An answer begins where the generation prompt of the turns before it ends and includes its end token. A greeting
-        before the first user turn answers nothing; a system turn alone may be answered. Earlier answers that the
-        template writes otherwise once later turns follow (it cuts their reasoning, or moves the system turn) are
-        context: they have no span.
+        An answer begins at the end of the generation prompt of the turns before it, and includes its end token. A
+        greeting before the first user turn is not an answer; the answer to a system turn alone is one. Earlier answers
+        that the template changes once later turns follow (it cuts their reasoning, or moves the system turn) are context
+        and have no span.
 
         Args:
-            messages: turns with ``role``, ``content`` and, where they have them, ``tool_calls``, ``reasoning_content``.
+            messages: turns with ``role``, ``content`` and, if they have them, ``tool_calls``, ``reasoning_content``.
             tools: JSON schemas of the functions that may be called.
 
         Raises:
-            RowError: the template refuses the turns, does not write one of them, gives the last answer another prompt
-                than inference does, or an answer no end token.
+            RowError: the template refuses the turns, leaves one out, gives the last answer another prompt than at
+                inference, or writes no end token after it.
         """
         form = self._form(messages, tools)
         rendered = Rendered(self._render(form, False, tools))
@@ -133,24 +130,24 @@ class Renderer:
     def _find_answer(
         self, messages: Sequence[Message], form: list[Any], turn: int, tools: list[Any] | None, rendered: Rendered
     ) -> None:
-        """Add the span of one answer: the text at its place equals what the template writes when it is the last turn."""
+        """Add the span of one answer, if the text has it at the same place as a text that ends with it."""
         text, last = rendered.text, turn == len(messages) - 1
         before = self._render(form[:turn], True, tools)
         upto = text if last else self._render(form[: turn + 1], False, tools)
         content = _written(messages[turn], upto) or ""
         start = common_length(before, upto)
-        if start < len(before):  # the generation prompt ends in something that the template does not write there
+        if start < len(before):  # the generation prompt ends in a text that does not come before an answer
             history = common_length(before, self._render(form[:turn], False, tools))
             if start < history:
                 raise RowError(
                     "the chat template rewrites earlier turns when an answer is added: "
                     f"{_excerpt(before, start)} becomes {_excerpt(upto, start)}"
                 )
-            # equal first characters may belong to the answer, or to its first token
+            # equal characters may belong to the answer or to its first control token
             begins = [
                 match.start() for match in self._control.finditer(upto, history) if match.start() < start < match.end()
             ]
-            # behind the tags: "A" is no part of <|Assistant|>
+            # search behind control tokens: "A" is also a part of <|Assistant|>
             tags = [match.end() for match in self._control.finditer(upto, history) if match.end() <= start]
             if content and (place := upto.find(content, max([history, *tags]))) >= 0:
                 begins.append(place)
@@ -158,7 +155,7 @@ class Renderer:
             rendered.notes.append(
                 f"the generation prompt ends in {before[start:]!r}, which the template does not write before an answer"
             )
-        # an empty block is the template's, and in history it may be missing, unless the row writes it and has it everywhere
+        # an empty block of reasoning is the template's, unless the row has one that the template always writes
         skipped, found = (start + _empty_thinking(part[start:]) for part in (upto, text))
         own = _empty_thinking(content)
         if own and found > start and upto[start:].lstrip().startswith(content):
@@ -177,7 +174,7 @@ class Renderer:
         elif (
             content in answer and same == len(answer) and (tag := self._next_tag(form, tools, last, text, found + same))
         ):
-            # GLM's answers end with the tag of the next turn
+            # as in GLM's templates
             rendered.text += tag if last else ""
             rendered.spans[turn] = Span(found, found + same + len(tag))
         elif last and content not in answer:
@@ -194,13 +191,13 @@ class Renderer:
             )
 
     def _next_tag(self, form: list[Any], tools: list[Any] | None, last: bool, text: str, end: int) -> str:
-        """The control token with which the next turn begins, right behind an answer; "" where there is none."""
+        """The control token of the next turn right after an answer, or ""."""
         following = text
         if last:
             role = "tool" if form[-1].get("tool_calls") else "user"
             following = self._render([*form, {"role": role, "content": "?"}], False, tools)
         match = self._control.match(following, end) if following.startswith(text) else None
-        if match is None and last:  # the answer's reasoning is cut once a turn follows: look behind its last line
+        if match is None and last:  # a following turn removes the answer's reasoning: search after its last line
             line = text[text.rfind("\n") + 1 :]
             tags = [m for m in self._control.finditer(following) if following[: m.start()].endswith(line)]
             match = tags[-1] if line and tags else None
@@ -209,7 +206,7 @@ class Renderer:
     def _check_written(
         self, messages: Sequence[Message], form: list[Any], tools: list[Any] | None, rendered: Rendered
     ) -> None:
-        """Compare every turn with the text: a template leaves out what it has no place for, without an error."""
+        """Search every turn in the text: templates omit roles, tools and calls that they do not know."""
         text, position = rendered.text, 0
         if tools and self._same_without(form, text, tools=None):
             raise RowError("the chat template does not write the tools")
@@ -224,9 +221,9 @@ class Renderer:
                 position = text.index(said, position) + len(said)
 
     def _form(self, messages: Sequence[Message], tools: list[Any] | None) -> list[Any]:
-        """The messages as this template reads them.
+        """The messages in the form that this template reads.
 
-        Templates differ in what they take for a call: an empty content or none, arguments as an object or as JSON text.
+        Templates with tool calls read an empty content or null, and arguments as an object or as JSON text.
         """
         form: list[Any] = []
         for message in messages:
@@ -256,15 +253,13 @@ class Renderer:
         return not (calls and self._same_without(without, text, tools))
 
     def _same_without(self, form: list[Any], text: str, tools: list[Any] | None) -> bool:
-        """Whether the template writes the same text without what was left out."""
+        """Whether the template writes the same text for ``form``, from which something was left out."""
         try:
             return self._render(form, False, tools) == text
-        except RowError:  # it asks for what was left out
+        except RowError:
             return False
 
     def _render(self, form: list[Any], add_generation_prompt: bool, tools: list[Any] | None) -> str:
-        if sum(len(str(turn["content"])) for turn in form) > LONGEST_ROW:
-            raise RowError(f"longer than {LONGEST_ROW:,} characters, the most that a row may have")
         try:
             return _compile_jinja_template(self.text).render(
                 messages=form,
@@ -276,7 +271,7 @@ class Renderer:
             )
         except (MemoryError, TemplateSyntaxError):
             raise
-        except Exception as error:  # templates raise on purpose, add numbers to text, or ask a list for a key
+        except Exception as error:  # a template's own errors, or of an expression in it
             message = error.message if isinstance(error, TemplateError) else None
             reason = message or f"{type(error).__name__}: {error}"
             raise RowError(f"the chat template refuses the row: {shown(reason.rstrip('.'), 300)}") from None
@@ -304,19 +299,18 @@ def _call_form(turn: dict[str, Any], none: bool, as_text: bool) -> dict[str, Any
 
 
 def _written(message: Message, text: str, position: int = 0) -> str | None:
-    """The turn's content as a text holds it from ``position`` on: trimmed, or without its reasoning; None where it is not
-    there."""
+    """The turn's content as it occurs in a text from ``position`` on: trimmed, or without its reasoning; or None."""
     whole = message["content"].strip()
     forms = [whole]
     if message["role"] == "assistant":
         forms += [_THINKING.sub("", whole).strip(), whole.split("</think>")[-1].strip()]
-    if message["role"] == "tool" and (words := re.findall(r"\w+", whole)):  # as JSON in a form of its own
+    if message["role"] == "tool" and (words := re.findall(r"\w+", whole)):  # templates reformat its JSON
         forms.append(max(words, key=len))
     return next((form for form in forms if text.find(form, position) >= 0), None)
 
 
 def _parts(message: Message) -> tuple[list[str], list[str]]:
-    """The texts of an answer that are reasoning, and those that are not."""
+    """The texts of an answer's reasoning, and the others."""
     texts = _TAG.split(message["content"])
     reasoning, rest = [message.get("reasoning_content", "")], [texts[-1]]
     for text, tag in zip(texts[:-1:2], texts[1::2]):
@@ -325,14 +319,13 @@ def _parts(message: Message) -> tuple[list[str], list[str]]:
 
 
 def _empty_thinking(text: str) -> int:
-    """The length of an empty block of reasoning at the beginning."""
+    """The length of an empty block of reasoning at the beginning of a text."""
     match = _EMPTY_THINKING.match(text)
     return match.end() if match else 0
 
 
-def _moved(text: str, alone: str, whole: str) -> bool:
-    """Whether a text is at another place in ``whole``."""
-    return bool(text) and alone.find(text) != whole.find(text)
+def _moved(part: str, before: str, after: str) -> bool:
+    return before.find(part) != after.find(part)
 
 
 def common_length(a: str, b: str) -> int:
@@ -344,5 +337,5 @@ def common_length(a: str, b: str) -> int:
     return low
 
 
-def _excerpt(text: str, place: int) -> str:
-    return repr(text[max(0, place - 20) : place + 40])
+def _excerpt(text: str, position: int) -> str:
+    return repr(text[max(0, position - 20) : position + 40])

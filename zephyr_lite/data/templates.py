@@ -1,13 +1,13 @@
-"""The chat templates that travel with the package, as the text that tokenizers save.
+"""The shipped chat templates, as the text that tokenizers save.
 
-Each starts with BOS; ``chat.resolve_template`` leaves it out where the tokenizer has none. None relies on Jinja's
-``trim_blocks``, so that servers with another Jinja read the same.
+Each starts with BOS, which ``resolve_template`` removes for a tokenizer without one. None relies on Jinja's
+``trim_blocks``, so that servers with another Jinja write the same text.
 """
 
 BOS = "{{ bos_token }}"
 
-# A system turn always comes first, empty if there is none: the published models saw that, and a server that adds no
-# system turn then gets the ids that training saw.
+# A system turn always comes first, empty if there is none: the published models were trained so, and a server that adds
+# no system turn gets the same ids.
 ZEPHYR = (
     BOS + "{% if not messages or messages[0]['role'] != 'system' %}{{ '<|system|>\\n' + eos_token + '\\n' }}{% endif %}"
     "{% for message in messages %}"
@@ -36,7 +36,7 @@ LLAMA3 = (
 
 TEMPLATES = {"zephyr": ZEPHYR, "chatml": CHATML, "llama3": LLAMA3}
 
-# what a template writes besides eos_token, and a tokenizer must therefore know as one token each
+# tokens besides eos_token that a template writes, each of which the tokenizer must have
 NEEDED_TOKENS = {
     "zephyr": (),
     "chatml": ("<|im_start|>", "<|im_end|>"),

@@ -1,4 +1,4 @@
-"""Rows → the files of a data set in the hub's layout: ``SPLIT.parquet`` (in shards where it is large) or ``SPLIT.jsonl``."""
+"""Rows → the files of a data set in the hub's layout: ``SPLIT.parquet`` (in shards if it is large) or ``SPLIT.jsonl``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BATCH = 1000
 
 
 def write_split(folder: Path, split: str, rows: datasets.Dataset, file_format: FileFormat) -> list[Path]:
-    """Write a split in batches; memory does not grow with it, and the same rows always give the same bytes.
+    """Write a split in batches, so that memory does not grow with it; the same rows always give the same bytes.
 
     Args:
         folder: exists.
@@ -37,7 +37,7 @@ def write_split(folder: Path, split: str, rows: datasets.Dataset, file_format: F
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
         return [path]
     schema = rows.features.arrow_schema
-    # a first pass over the sizes: the number of shards stands in their names
+    # the names of shards need their number, so sizes come first
     size = sum(arrow[start : start + _BATCH].combine_chunks().nbytes for start in range(0, len(rows), _BATCH))
     shards = max(1, math.ceil(size / SHARD_BYTES))
     per_shard = math.ceil(len(rows) / shards)
@@ -49,7 +49,7 @@ def write_split(folder: Path, split: str, rows: datasets.Dataset, file_format: F
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for start in range(shard * per_shard, end, _BATCH):
                 table: pa.Table = arrow[start : min(end, start + _BATCH)]
-                # rows that come from several processes' files lie in chunks of other sizes
+                # the chunks of rows from several processes' files have other sizes
                 writer.write_table(table.cast(schema).combine_chunks())
         paths.append(path)
     return paths

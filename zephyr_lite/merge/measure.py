@@ -202,13 +202,10 @@ def measure(
         ratios["between"] = (sums["nf4"]["logp"] - sums["base"]["logp"], tokens)
     bootstrap = bootstrap or Bootstrap()
     intervals = bootstrap.intervals(ratios)
-    ways = {
-        name: Way(
-            *(intervals[f"{name} {key}"] for key in ("kl", "same", "loss", "gap")),
-            logps=compare_logps(of["live"], of["logp"]),
-        )
-        for name, of in found.items()
-    }
+    ways = {}
+    for name, of in found.items():
+        kl, same, loss, gap = (intervals[f"{name} {key}"] for key in ("kl", "same", "loss", "gap"))
+        ways[name] = Way(kl, same, loss, gap, compare_logps(of["live"], of["logp"]))
     between = intervals.get("between")
     return MergeMeasure(origin, len(tokens), int(tokens.sum()), intervals["live"], bootstrap, ways, between)
 

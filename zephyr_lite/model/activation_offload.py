@@ -1,8 +1,7 @@
-"""What layers keep for their backward pass, on the host in the meantime.
+"""Activation offload: tensors that layers keep for their backward pass, moved to the host in the meantime.
 
-A layer's tensors are copied out on a stream of their own while the next layer computes, and come back while the layer
-after it goes backward: one layer's are on their way at any time, so that two layers' are on the device in either pass.
-A CPU stands in for the accelerator through the same code; nothing runs beside anything else there.
+A layer's tensors are copied to the host on a side stream while the next layer computes, and copied back while the layer after
+it runs backward, so that the device holds two layers' tensors in either pass. On a CPU the same code runs without overlap.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ from .allocator import is_wsl
 
 
 class LockRefused(UserError):
-    """The system does not lock as much main memory as was asked for."""
+    """The system refuses to lock the requested amount of main memory."""
 
 
-CHUNK = 32 * 2**20  # of the ring through which memory that cannot be locked is copied
+CHUNK = 32 * 2**20  # of the ring through which unlocked memory is copied
 PROBE = 256 * 2**20  # what ``lockable`` locks at a time
-ALIGNMENT = 256  # what a device's memory is aligned to; views of 16-byte types need no more
+ALIGNMENT = 256  # of device memory
 PAGE = 4096
 
 
 class SideStream:
-    """A CUDA stream for copies beside the computing one; on a CPU, where copies are done when they return, nothing."""
+    """A CUDA stream for copies that overlap with computation; on a CPU copies are synchronous."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
-        """Copy each (target, source) after everything that was given to the computing stream so far.
+        """Copy each (target, source) after everything enqueued on the computing stream so far.
 
         Returns:
-            what ``wait`` takes.
+            an event for ``wait``.
         """
         if self._stream is None:
             for target, source in pairs:
@@ -62,7 +61,7 @@ class SideStream:
         return done
 
     def wait(self, done: Any) -> None:
-        """What is given to the computing stream from here on runs after the copy. The processor does not wait."""
+        """Let later work on the computing stream run after the copy; the CPU does not wait."""
         if done is not None:
             torch.cuda.current_stream(self.device).wait_event(done)
 
@@ -73,18 +72,18 @@ class SideStream:
 
 
 def host_bytes(count: int, device: torch.device) -> Tensor:
-    """uint8 [count] on the host, locked in place where a GPU copies from or to it.
+    """uint8 [count] on the host, page-locked for copies to and from a GPU.
 
-    Where the system does not lock so much (WSL2: from 0.5 GiB to half of the main memory), it is ordinary memory, and
-    ``SideStream`` copies it through a ring of locked chunks: right, but slower, and the processor waits.
+    Where the system refuses the lock (WSL2: from 0.5 GiB to half of the main memory) it is pageable memory, which
+    ``SideStream`` copies through a ring of locked chunks: slower, and the CPU waits.
 
     Raises:
-        LockRefused: there is not so much memory, or the system does not lock the ring either.
+        LockRefused: there is not enough memory, or the ring cannot be locked either.
     """
     if device.type != "cuda" or not count:
         return torch.empty(count, dtype=torch.uint8)
     if is_wsl() and device not in _rings:
-        _rings[device] = Ring(device)  # first: when a lock is refused, there may be no room for it left
+        _rings[device] = Ring(device)  # first: after a refusal there may be no room left for it
     memory, code = _locked(count, device)
     if code and device not in _rings:
         _rings[device] = Ring(device)
@@ -92,8 +91,8 @@ def host_bytes(count: int, device: torch.device) -> Tensor:
 
 
 def lockable(wanted: int, device: torch.device) -> int:
-    """How many bytes of main memory the system locks for copies, of as many as are wanted: pieces are locked until one is
-    refused, and released again. One piece less than that is left to others."""
+    """How many of the wanted bytes of main memory the system locks: pieces are locked until one is refused, then released.
+    One piece of these is left to other programs."""
     pieces: list[Tensor] = []
     while len(pieces) * PROBE < wanted:
         piece, code = _locked(PROBE, device)
@@ -104,19 +103,19 @@ def lockable(wanted: int, device: torch.device) -> int:
 
 
 def _locked(count: int, device: torch.device) -> tuple[Tensor, int]:
-    """uint8 [count] on the host, locked for as long as it exists; and 0, or CUDA's error where the system refuses the lock.
+    """uint8 [count] on the host, locked while it exists; and 0, or CUDA's error code where the system refuses the lock.
 
-    PyTorch's own pinned memory comes in powers of two: up to twice what is needed. So ordinary memory is registered.
+    Pageable memory is registered, because PyTorch's pinned allocator rounds up to powers of two.
 
     Raises:
-        LockRefused: there is not so much memory.
+        LockRefused: there is not enough memory.
     """
     try:
         owner = np.empty(count + PAGE, dtype=np.uint8)
     except MemoryError:
         raise LockRefused(
-            f"main memory has no {count / 2**30:.2f} GiB for what is offloaded or streamed.",
-            "Close what fills it, or set memory.offload=false and memory.stream=false.",
+            f"main memory has no {count / 2**30:.2f} GiB for activation offload or weight streaming.",
+            "Close other programs, or set memory.offload=false and memory.stream=false.",
         ) from None
     start = -owner.ctypes.data % PAGE  # a page belongs to one registration
     memory = torch.from_numpy(owner[start : start + count])
@@ -125,33 +124,26 @@ def _locked(count: int, device: torch.device) -> tuple[Tensor, int]:
     if code:
         _clear_last_error()
     else:
-        # tensors keep their owner alive; its end is told before its memory goes
-        weakref.finalize(
-            owner, _unlock, runtime, memory.data_ptr(), device
-        ).atexit = False  # the process takes it along
+        # tensors keep their owner alive; unlock before its memory is freed (at exit the process frees it)
+        weakref.finalize(owner, _unlock, runtime, memory.data_ptr(), device).atexit = False
     return memory, code
 
 
 def _clear_last_error() -> None:
-    """Take CUDA's pending error, which the next kernel launch would report as its own. PyTorch's binding of the runtime has no
-    cudaGetLastError, but torch loads the library with its symbols global (libtorch_global_deps)."""
-    last_error = getattr(
-        ctypes.CDLL(None), "cudaGetLastError", None
-    )  # None: the runtime is linked into torch statically
+    """Clear CUDA's pending error, which the next kernel launch would report. PyTorch does not expose cudaGetLastError, but it
+    loads the runtime with global symbols (libtorch_global_deps); None where torch links it statically."""
+    last_error = getattr(ctypes.CDLL(None), "cudaGetLastError", None)
     if last_error is not None:
         last_error()
 
 
 def _unlock(runtime: Any, start: int, device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # a pass that failed may have left a copy on its way
+    torch.cuda.synchronize(device)  # a failed pass may have left a copy running
     runtime.cudaHostUnregister(start)
 
 
 class Ring:
-    """Two locked chunks through which ordinary memory is copied to and from a card.
-
-    Args:
-        device: the card.
+    """Two locked chunks through which pageable memory is copied to and from a GPU.
 
     Raises:
         LockRefused: the system does not lock the chunks either.
@@ -171,14 +163,14 @@ class Ring:
             self._slots.append((chunk, torch.cuda.Event()))
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Copy a contiguous tensor on the current stream; returns when ordinary memory has been read or written."""
+        """Copy a contiguous tensor on the current stream; returns when the pageable memory has been read or written."""
         to_host = not target.is_cuda
         arriving: list[tuple[Tensor, Tensor, Any]] = []
         pieces = zip(*(t.view(-1).view(torch.uint8).split(CHUNK) for t in (target, source)), cycle(self._slots))
         for there, here, (chunk, event) in pieces:
             if len(arriving) == len(self._slots):
                 self._take(*arriving.pop(0))
-            event.synchronize()  # what was copied by way of this chunk before, on whichever stream
+            event.synchronize()  # the chunk's previous copy, on any stream
             chunk = chunk[: here.numel()]
             if to_host:
                 self._enqueue(chunk, here)
@@ -198,17 +190,17 @@ class Ring:
         target.copy_(chunk)
 
 
-_rings: dict[torch.device, Ring] = {}  # of devices for which a lock was refused
+_rings: dict[torch.device, Ring] = {}  # for devices with a refused lock
 
 
 @dataclass
 class Kept:
-    """One layer's kept tensors, while they are on the host.
+    """One layer's kept tensors on the host.
 
     Attributes:
         layer: its index.
-        turn: the number of the forward pass that kept them; a later one takes the place on the host over.
-        host: where each lies: views of the layer's place.
+        turn: number of the forward pass that kept them; a later one overwrites the host buffer.
+        host: views of the layer's host buffer, one a tensor.
     """
 
     layer: int
@@ -218,11 +210,10 @@ class Kept:
     _done: Any = None
 
 
-class Offload:
-    """The place on the host for what the first `layers` layers keep.
+class ActivationOffload:
+    """Host buffers for the tensors that the first `layers` layers keep, one a layer.
 
-    One place a layer, as large as it ever had to be. A graph's backward pass must have run (or never run) before the
-    next forward pass that keeps something: training is like that, and anything else is an error.
+    A graph's backward pass must run (or be dropped) before the next forward pass that keeps tensors.
     """
 
     def __init__(self, device: torch.device, layers: int) -> None:
@@ -240,24 +231,24 @@ class Offload:
         return sum(place.numel() for place in self._places.values())
 
     def put(self, layer: int, tensors: Sequence[Tensor]) -> Kept:
-        """Send a layer's tensors to the host. The caller drops its references; they stay until they have left."""
+        """Start copying a layer's tensors to the host. They stay alive until the copy is done."""
         tensors = [t.detach().contiguous() for t in tensors]  # nothing here may hold a graph
         kept = Kept(layer, self._turn.get(layer, 0) + 1, self._views(layer, tensors))
         self._turn[layer] = kept.turn
         done = self._side.copy(list(zip(kept.host, tensors)))
-        self.settle()  # the layer before has had this layer's time to leave
+        self.wait_pending()  # the copies of the layer before had this layer's time
         self._leaving.append((done, tensors))
         self._now[layer] = kept
         return kept
 
-    def settle(self) -> None:
-        """Let go of what has left: later work takes its memory only after it did."""
+    def wait_pending(self) -> None:
+        """Release the tensors of pending copies; later work reuses their memory only after the copies."""
         for done, _ in self._leaving:
             self._side.wait(done)
         self._leaving.clear()
 
-    def ahead(self, layer: int) -> None:
-        """Start bringing a layer's tensors back, if it has any here."""
+    def prefetch(self, layer: int) -> None:
+        """Start copying a layer's tensors back, if it has any on the host."""
         kept = self._now.get(layer)
         if kept is not None and not kept._device:
             self._fetch(kept)
@@ -266,7 +257,7 @@ class Offload:
         """A layer's tensors on the device.
 
         Raises:
-            RuntimeError: another forward pass took their place.
+            RuntimeError: another forward pass has overwritten them.
         """
         if self._turn.get(kept.layer) != kept.turn:
             raise RuntimeError(
@@ -278,11 +269,11 @@ class Offload:
         self._side.wait(kept._done)
         tensors, kept._device, kept._done = kept._device, [], None
         if self._now.get(kept.layer) is kept:
-            del self._now[kept.layer]  # nothing may bring it back a second time by itself
+            del self._now[kept.layer]  # so that nothing copies it back a second time
         return tensors
 
     def clear(self) -> None:
-        """Drop what a pass that failed left on its way; the places on the host stay."""
+        """Drop the tensors of a failed pass; the host buffers stay."""
         self._side.finish()
         for kept in self._now.values():
             kept._device = []
@@ -294,14 +285,14 @@ class Offload:
         kept._device = tensors
 
     def _views(self, layer: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A place for each tensor in the layer's place."""
+        """A view of the layer's host buffer for each tensor."""
         starts, end = [], 0
         for tensor in tensors:
             starts.append(end)
             end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         place = self._places.get(layer)
         if place is None or place.numel() < end:
-            self._side.finish()  # nothing may be on its way to or from the place that goes
+            self._side.finish()  # no copy may use the buffer that is freed
             self._places.pop(layer, None)
             place = self._places[layer] = host_bytes(end, self._device)
         return [place[start : start + t.nbytes].view(t.dtype).view(t.shape) for start, t in zip(starts, tensors)]

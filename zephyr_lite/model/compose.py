@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
 from ..errors import UserError
-from .peft_io import AdapterFile, LoraWeights
-
-
-class _Composed(Mapping[str, LoraWeights]):
-    """The chain as one adapter; a module is concatenated when it is read."""
-
-    def __init__(self, parts: dict[str, list[Mapping[str, LoraWeights]]]) -> None:
-        self._parts = parts
-
-    def __getitem__(self, module: str) -> LoraWeights:
-        weights = [part[module] for part in self._parts[module]]
-        a = torch.cat([w.a for w in weights], dim=0)
-        b = torch.cat([w.b * w.scale for w in weights], dim=1)
-        return LoraWeights(a, b, 1.0)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
+from .peft_io import AdapterFile, LazyModules, LoraWeights
 
 
 def compose(adapters: Sequence[AdapterFile]) -> Mapping[str, LoraWeights]:
@@ -40,15 +21,21 @@ def compose(adapters: Sequence[AdapterFile]) -> Mapping[str, LoraWeights]:
     Raises:
         UserError: two adapters change the same module with different shapes.
     """
-    parts: dict[str, list[Mapping[str, LoraWeights]]] = defaultdict(list)
-    shapes: dict[str, tuple[tuple[int, int], Path]] = {}
+    parts: dict[str, list[AdapterFile]] = defaultdict(list)
     for adapter in adapters:
         for module, weights in adapter.modules.items():
-            shape, first = shapes.setdefault(module, (weights.shape, adapter.path))
-            if shape != weights.shape:
-                raise UserError(
-                    f"{adapter.path}: {module} is {list(weights.shape)}, in {first} it is {list(shape)}.",
-                    "The adapters were trained on different bases and cannot be stacked.",
-                )
-            parts[module].append(adapter.modules)
-    return _Composed({module: parts[module] for module in sorted(parts)})
+            for first in parts[module][:1]:
+                if (shape := first.modules[module].shape) != weights.shape:
+                    raise UserError(
+                        f"{adapter.path}: {module} is {list(weights.shape)}, in {first.path} it is {list(shape)}.",
+                        "The adapters were trained on different bases and cannot be stacked.",
+                    )
+            parts[module].append(adapter)
+    return LazyModules({module: partial(_concatenate, module, parts[module]) for module in sorted(parts)})
+
+
+def _concatenate(module: str, adapters: Sequence[AdapterFile]) -> LoraWeights:
+    weights = [adapter.modules[module] for adapter in adapters]
+    a = torch.cat([w.a for w in weights], dim=0)
+    b = torch.cat([w.b * w.scale for w in weights], dim=1)
+    return LoraWeights(a, b, 1.0)

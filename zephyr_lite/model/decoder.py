@@ -1,4 +1,4 @@
-"""Batch → log-probabilities, over the Hugging Face model's own parameters (the families of ``family``)."""
+"""Batch → log-probabilities, over the Hugging Face model's own parameters (the families of ``families``)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
 from ..ops.rms_norm import rms_norm
 from ..ops.token_logps import TokenStats, token_logps
-from .activation_offload import Offload
+from .activation_offload import ActivationOffload
 from .adapters import AdapterStack
 from .dequant_buffer import DequantBuffer, ScratchMode
 from .families import layer_windows
@@ -31,7 +31,7 @@ Keeps = Keep | Sequence[Keep]
 
 @dataclass(frozen=True)
 class Dropout:
-    """LoRA dropout of one forward pass: on the trainable adapter only."""
+    """LoRA dropout of one forward pass, on the trainable adapter only."""
 
     p: float
     seed: int
@@ -44,9 +44,9 @@ class Decoder:
     Args:
         stack: base and adapters; read at every call, so switching or loading adapters needs no new decoder.
         dtype: the compute dtype of the hidden states.
-        names: the adapters that take part, from the bottom up; None: all of the stack.
-        scratch: how much room dequantized weights get (see ``memory``).
-        stream: where the base's layers come from, if they lie on the host.
+        names: the adapters that are on, from the bottom up; None: all of the stack.
+        scratch: size of the buffer for dequantized weights (see ``dequant_buffer``).
+        stream: holds the base's layers, if they are on the host.
 
     Raises:
         UserError: an adapter reaches the output head.
@@ -65,7 +65,7 @@ class Decoder:
         self.names = names
         self.scratch = DequantBuffer(scratch)
         self.stream = stream
-        self.offload: Offload | None = None
+        self.offload: ActivationOffload | None = None
         self.tile: int | None = None
         if isinstance(getattr(stack.base, "lm_head", None), LoraLayer):
             raise UserError(
@@ -91,10 +91,10 @@ class Decoder:
         if self.offload is not None:
             self.offload.clear()
         if self.offload is None or self.offload.layers != plan.offload:
-            self.offload = Offload(self.device, plan.offload) if plan.offload else None
+            self.offload = ActivationOffload(self.device, plan.offload) if plan.offload else None
 
     def release(self) -> None:
-        """Give back what a pass that failed left behind, and what is only held to be used again."""
+        """Free the dequantization buffer and what a failed pass left behind."""
         self.scratch.free()
         if self.offload is not None:
             self.offload.clear()
@@ -106,10 +106,10 @@ class Decoder:
 
         Args:
             batch: on the decoder's device.
-            reference: with the trainable adapter off and without a graph: its columns are there, and zero. Given the
-                policy's ``dropout`` it runs the products that the policy runs, so that both round alike.
-            keep: what a layer keeps for its backward pass (see ``layer``): one word for all, or one a layer.
-            dropout: for the trainable adapter, in training.
+            reference: with the trainable adapter's columns zero and without a graph. With the policy's ``dropout`` it runs
+                the same products as the policy, so that both round alike.
+            keep: tensors that a layer keeps for its backward pass (see ``layer``): one value for all, or one a layer.
+            dropout: of the trainable adapter, in training.
         Returns:
             [N] float32, in the order of ``batch.target_ids``; differentiable unless ``reference``.
         """
@@ -123,8 +123,8 @@ class Decoder:
     def policy_and_reference(
         self, batch: Batch, *, keep: Keeps = "all", dropout: Dropout | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Both in one pass, layer by layer, so that each weight is dequantized once for the two: what two calls of
-        ``token_logps`` return, bit for bit. The reference's half keeps nothing, and takes the room of one layer."""
+        """Policy and reference in one pass, layer by layer, so that each weight is dequantized once: bit for bit the results of
+        two calls of ``token_logps``. The reference's half keeps nothing and needs the memory of one layer."""
         policy, reference = self._run(batch, dropout, keep, (None, self.stack.trainable))
         head = self._head()
         with torch.no_grad():
@@ -142,12 +142,12 @@ class Decoder:
         return token_logps(rows, self._head() if head is None else head, batch.target_ids)
 
     def _head(self) -> Tensor:
-        """[V, D] on the device: of a streamed base a copy, which goes when the log-probabilities are there."""
+        """[V, D] on the device; of a streamed base a temporary copy."""
         weight = self.stack.base.lm_head.weight.detach()
         return weight.to(self.device, non_blocking=True)
 
     def _embedded(self, batch: Batch) -> Tensor:
-        """[T, D]; from an embedding on the host the rows come over."""
+        """[T, D]; rows of an embedding on the host are copied to the device."""
         embedding = self.stack.base.model.embed_tokens
         if self.stream is None:
             return embedding(batch.tokens).detach().to(self.dtype)
@@ -155,8 +155,8 @@ class Decoder:
         return self.stream.embedded(embedding.weight, tokens).to(self.dtype)
 
     def _run(self, batch: Batch, dropout: Dropout | None, keep: Keeps, off: Sequence[str | None]) -> list[Tensor]:
-        """The hidden states that predict, after the final norm: [N, D] (a row that predicts two targets stands there
-        twice), once for each of ``off``: the name of an adapter that is switched off (no graph is kept then), or None."""
+        """The hidden states that predict the targets, after the final norm: [N, D] (a row that predicts two targets occurs
+        twice), once for each of ``off``: the name of an adapter that is switched off (without a graph), or None."""
         model = self.stack.base.model
         x = self._embedded(batch)
         cos, sin = model.rotary_emb(x, batch.positions[None])
@@ -166,7 +166,7 @@ class Decoder:
             table=tables[windows[0]],
             cos=cos[0].to(self.dtype),
             sin=sin[0].to(self.dtype),
-            tile=self.tile,
+            mlp_chunk=self.tile,
             offload=self.offload,
             stream=self.stream,
         )
@@ -176,19 +176,19 @@ class Decoder:
             key = DropoutKey(dropout.p, dropout.seed, dropout.step, batch.streams, batch.positions)
         keeps = [keep] * len(model.layers) if isinstance(keep, str) else keep
         streams = [x for _ in off]
-        del x  # the first layer's alone from here on
+        del x  # so that the first layer frees it
         for index, module in enumerate(model.layers):
             for place, name in enumerate(off):
                 layer = self._layer(module, index, name, key)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and name is None):
                     streams[place] = run_layer(streams[place], layer, states[index], self.scratch, keeps[index])
         if self.offload is not None:
-            self.offload.settle()
+            self.offload.wait_pending()
         rows = [stream[batch.target_rows] for stream in streams]
         return [rms_norm(r, model.norm.weight, model.norm.variance_epsilon) for r in rows]
 
     def _layer(self, module: Any, index: int, off: str | None, key: DropoutKey | None) -> Layer:
-        """A layer's weights with the stack of adapters."""
+        """A layer's weights with its adapters."""
 
         def pairs(linear: Any, projection: int) -> list[LoraPair]:
             if not isinstance(linear, LoraLayer):

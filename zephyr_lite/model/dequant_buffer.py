@@ -1,10 +1,9 @@
 """The dequantized weights of one decoder layer, in a buffer that all layers share.
 
-layer   [qkv | o | gate_up | down], 416 MiB for Mistral-7B in 16 bits: one dequantization a weight and pass, one matrix
-        product for q, k, v and one for gate, up. What the forward pass left there is used again by a backward pass
-        that begins with the same layer, and the other way round.
-small   two buffers of 112 MiB: [qkv | o], and one that gate, up and down take in turn. The backward pass dequantizes
-        gate and up twice.
+layer   [qkv | o | gate_up | down], 416 MiB for Mistral-7B in 16 bits: one dequantization per weight and pass, one matrix
+        product for q, k, v and one for gate, up. A pass that begins with the layer that the last pass ended with reuses it.
+small   two buffers of 112 MiB: [qkv | o], and one that gate, up and down use in turn. The backward pass dequantizes gate and
+        up twice.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ ScratchMode = Literal["layer", "small"]
 class DequantBuffer:
     """Frozen matrices, dense, in the compute dtype.
 
-    A plain weight of that dtype is handed out as it is; only quantized ones take room here. A matrix is valid until
-    another layer's is asked for (``small``: until another one of the MLP is).
+    Only quantized weights use the buffer. A matrix is valid until another layer's is requested (``small``: until another one
+    of the MLP is).
     """
 
     def __init__(self, mode: ScratchMode = "layer") -> None:
         self.mode = mode
         self._buffers: list[Tensor] = []
         self._layout: list[tuple[tuple[int, ...], int]] = []
-        # what lies where: start of the place → the storage that was dequantized into it, and its version
+        # (buffer, offset) → the weight that was dequantized there, and its version
         self._held: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
     def parts(self, sites: Sequence[LinearGroup], index: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -48,7 +47,7 @@ class DequantBuffer:
             for weight, columns in zip(site.weights, site.slices):
                 yield columns.start, dequantize(weight, dtype)
             return
-        self._make_room(sites, dtype)
+        self._allocate(sites, dtype)
         if self.mode == "layer" or index < 2:
             start = sum(_elements(s) for s in sites[:index])
             yield 0, self._fill((0, start), site, range(len(site.weights)), dtype)
@@ -57,13 +56,13 @@ class DequantBuffer:
             yield columns.start, self._fill((1, 0), site, [projection], dtype)
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._buffers, self._layout, self._held = [], [], {}
 
     def _fill(
         self, place: tuple[int, int], site: LinearGroup, projections: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
-        """Projections of a site beside each other, dequantized unless they lie there already."""
+        """Projections of a site next to each other, dequantized unless the buffer holds them already."""
         buffer, start = place
         width = _width(site)
         rows = [site.outs[p] for p in projections]
@@ -77,9 +76,9 @@ class DequantBuffer:
                 self._held[at] = (weight, weight._version)
         return whole
 
-    def _make_room(self, sites: Sequence[LinearGroup], dtype: torch.dtype) -> None:
+    def _allocate(self, sites: Sequence[LinearGroup], dtype: torch.dtype) -> None:
         layout = [(site.outs, _width(site)) for site in sites]
-        if layout != self._layout:  # other shapes lie elsewhere
+        if layout != self._layout:  # other shapes have other offsets
             self._layout, self._held = layout, {}
         sizes = scratch_elements(sites, self.mode)
         device = sites[0].weights[0].device

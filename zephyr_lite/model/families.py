@@ -1,8 +1,7 @@
-"""The families of decoders that the fused engine knows, and in what they differ.
+"""The decoder families that the fused engine knows, and their differences.
 
-All of them are one layer (``layer``): RMSNorm, q, k and v, rotary embeddings, grouped queries, a gated MLP with SiLU.
-What a family says by keys of its own stands here, and is read by the decoder, the planner and the GGUF export.
-docs/extending.md goes through it step by step.
+All are one layer (``layer``): RMSNorm, q, k and v, rotary embeddings, grouped queries, a gated MLP with SiLU. The decoder, the
+planner and the GGUF export read the differences here. docs/extending.md shows how to add a family.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ class Family:
     """One ``model_type`` of transformers.
 
     Attributes:
-        windows: configuration → how many keys back a query of each layer sees; None: all. Raises ValueError, in words,
-            where a layer is of a kind that the decoder does not know.
+        windows: configuration → sliding window of each layer, in keys; None: all keys. Raises ValueError for a kind of layer
+            that the decoder does not know.
         biases: configuration → the projections that have a bias.
         gguf: llama.cpp's name of the architecture.
-        neighbours: llama.cpp turns channel i of a head together with i + 1, transformers with i + head_dim / 2: the rows
-            of q and k are put in that order.
+        neighbours: llama.cpp rotates channel i of a head with i + 1, transformers with i + head_dim / 2: the export permutes
+            the rows of q and k.
         rope_factors: llama.cpp reads factors for the rotary frequencies from a file of this architecture.
     """
 
@@ -36,7 +35,7 @@ class Family:
 
 
 def _everything(config: Any) -> tuple[int | None, ...]:
-    """A Llama ignores ``sliding_window``, wherever its configuration has it from."""
+    """Llama ignores ``sliding_window``."""
     return (None,) * config.num_hidden_layers
 
 
@@ -45,7 +44,7 @@ def _one_window(config: Any) -> tuple[int | None, ...]:
 
 
 def _by_layer_type(config: Any) -> tuple[int | None, ...]:
-    """``layer_types`` names each layer's; transformers fills it in from use_sliding_window and max_window_layers."""
+    """From ``layer_types``, which transformers derives from use_sliding_window and max_window_layers."""
     known = {"full_attention": None, "sliding_attention": config.sliding_window}
     if others := set(config.layer_types) - set(known):
         raise ValueError(f"layer_types has {', '.join(sorted(others))}; known are {' and '.join(known)}")
@@ -76,15 +75,15 @@ NAMES = " and ".join((", ".join([*FAMILIES][:-1]), [*FAMILIES][-1]))
 
 
 def family_of(config: Any) -> Family:
-    """The family of a configuration; of a model that the decoder does not know, what most have (engine ``trl`` takes any)."""
+    """The family of a configuration; a default for models that the decoder does not know (engine ``trl`` takes any)."""
     return FAMILIES.get(getattr(config, "model_type", ""), Family(windows=_everything, biases=_by_keys))
 
 
 def layer_windows(config: Any) -> tuple[int | None, ...]:
-    """How many keys back a query sees, layer by layer; None: all of its segment."""
+    """Sliding window of each layer, in keys; None: all of the segment."""
     return family_of(config).windows(config)
 
 
 def head_width(config: Any) -> int:
-    """Channels of a head: ``head_dim``, which some families' configurations do not have."""
+    """Channels of a head; some configurations have no ``head_dim``."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

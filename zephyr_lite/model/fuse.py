@@ -1,4 +1,4 @@
-"""The hand-written layer inside somebody else's trainer: ``fuse(model)``, one line before TRL's."""
+"""``fuse(model)``: the hand-written decoder layer inside other trainers, such as TRL's."""
 
 from __future__ import annotations
 
@@ -33,28 +33,26 @@ from .layer_spec import ForwardContext, Keep, layer_of
 
 
 def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer") -> Any:
-    """Let a Mistral, Llama or Qwen2 model run its decoder layers as this project does, inside any trainer.
+    """Run the decoder layers of a Mistral, Llama or Qwen2 model with the hand-written layer, inside any trainer.
 
-    The base may be in 4 bits (bitsandbytes) or plain; the adapters are PEFT's LoRA, attached before or after this call,
-    and PEFT decides which are on and which is trained. Padding is taken out before the first layer and put back (as
-    zeros) after the last; conversations packed into a row stay apart where positions start again. LoRA dropout is
-    a hash under a seed drawn from torch's generator, not PEFT's own. Generation with a cache, and a forward pass that
-    asks for attention weights or all hidden states, run as before. A place of padding has no state here (zeros): a
-    token right after it is predicted from nothing, where a plain model predicts it from whatever it made of the padding.
+    The base may be in 4 bits (bitsandbytes) or plain; adapters are PEFT's LoRA, attached before or after this call, and PEFT
+    decides which are on and which is trained. Padding is removed before the first layer and put back as zeros after the last;
+    rows packed into one stay apart where positions start again. LoRA dropout is a hash under a seed drawn from torch's
+    generator. Generation with a cache, and forward passes that return attention weights or all hidden states, run as before.
 
     Args:
         model: a PeftModel, or a Hugging Face causal language model; changed in place.
-        keep: what a layer keeps for its backward pass (see ``layer``); None: ``input`` where the trainer has switched
-            gradient checkpointing on, else ``all``.
-        scratch: how much room dequantized weights get (see ``memory``).
+        keep: tensors that a layer keeps for its backward pass (see ``layer``); None: ``input`` with gradient checkpointing,
+            else ``all``.
+        scratch: size of the buffer for dequantized weights (see ``dequant_buffer``).
     Returns:
         model.
 
     Raises:
-        UserError: another family, or a variant that the layer does not know; in a forward pass: something in
-            the layers is to be trained that is not LoRA, somebody's hook waits in them (a batch of mixed adapters is
-            one), weights are stored in another way than plain or 4 bits, adapters are merged and switched off, or an
-            attention mask has another form than [B, T] or, with a sliding window, holes.
+        UserError: another family, or a variant that the layer does not know; in a forward pass: weights of the layers that are
+            no LoRA adapter's are trained, a hook is attached to them (as for a batch of mixed adapters), they are stored
+            otherwise than plain or in 4 bits, adapters are merged and switched off, or an attention mask is not [B, T] or,
+            with a sliding window, has holes.
     """
     if keep not in (None, *get_args(Keep)) or scratch not in get_args(ScratchMode):
         raise UserError(
@@ -67,14 +65,14 @@ def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer"
     inner = getattr(causal, "model", None)
     if not isinstance(inner, nn.Module) or not hasattr(causal, "config"):
         raise UserError(
-            f"fuse: a {type(model).__name__}; a PeftModel or a causal language model of transformers is wanted.",
+            f"fuse: expected a PeftModel or a causal language model of transformers, got a {type(model).__name__}.",
             "Load it with AutoModelForCausalLM.from_pretrained.",
         )
     if isinstance(getattr(inner.forward, "__self__", None), _Fused):
         raise UserError("fuse: this model is fused already.")
     for module in inner.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack the weight in place at the first evaluation, and this layer would read noise
+            # bitsandbytes would repack the weight in place at the first evaluation, and the layer would read noise
             module.support_avx512bf16_for_cpu = False
         if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
             raise UserError(
@@ -87,7 +85,7 @@ def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer"
 
 
 class _Fused:
-    """Stands in for the forward method of the model's decoder (embeddings to final norm)."""
+    """Replacement of the forward method of the model's decoder (embeddings to final norm)."""
 
     def __init__(self, inner: Any, keep: Keep | None, scratch: ScratchMode) -> None:
         self.inner = inner
@@ -109,13 +107,9 @@ class _Fused:
         inner = self.inner
         if use_cache is None:
             use_cache = inner.config.use_cache and not torch.is_grad_enabled()
-        if (
-            use_cache
-            or past_key_values is not None
-            or any(
-                kwargs.get(k) or getattr(inner.config, k, None) for k in ("output_attentions", "output_hidden_states")
-            )
-        ):
+        wants = ("output_attentions", "output_hidden_states")
+        more = any(kwargs.get(k) or getattr(inner.config, k, None) for k in wants)
+        if use_cache or past_key_values is not None or more:
             return self.plain(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -128,12 +122,12 @@ class _Fused:
         if inputs_embeds is None:
             x = inner.embed_tokens(input_ids)
             if not any(p.requires_grad for p in inner.embed_tokens.parameters()):
-                x = x.detach()  # trainers let it require a gradient for the sake of checkpointing; nothing reads that
+                x = x.detach()  # trainers let it require a gradient for checkpointing
         else:
             x = inputs_embeds
         if x.device.type != inner.norm.weight.device.type or x.device != inner.layers[-1].mlp.down_proj.weight.device:
             raise UserError(
-                "fuse: the model's layers lie on more than one device.",
+                "fuse: the model's layers are on more than one device.",
                 'Load it with device_map={"": 0} or on the CPU.',
             )
         kind = x.device.type
@@ -166,7 +160,7 @@ class _Fused:
             raise UserError(f"fuse: attention_dropout is {config.attention_dropout}; only 0 is known.")
         _no_hooks(inner.layers)
         p = _dropout_of(inner)
-        # one draw a forward pass, from the generator that the trainer seeds
+        # one draw per forward pass, from the generator that the trainer seeds
         key = DropoutKey(p, int(torch.randint(2**31 - 1, ())), 0, *_names(x)) if p else None
         for index, module in enumerate(inner.layers):
             layer = layer_of(module, _active_pairs, lambda site, i=index: None if key is None else key.at(i, site))
@@ -180,12 +174,12 @@ class _Fused:
                 )
             x = run_layer(x, layer, states[index], self.scratch, keep)
         if isinstance(inner.norm, ModulesToSaveWrapper) or inner.norm.weight.requires_grad:
-            return inner.norm(x)  # ours gives its weight no gradient
+            return inner.norm(x)  # rms_norm gives its weight no gradient
         return rms_norm(x, inner.norm.weight, inner.norm.variance_epsilon)
 
 
 def _names(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What dropout knows tokens by: their place in the flat row."""
+    """The tokens' dropout keys: their place in the flat row."""
     places = torch.arange(x.shape[0], device=x.device)
     return places, torch.zeros_like(places)
 
@@ -193,15 +187,13 @@ def _names(x: Tensor) -> tuple[Tensor, Tensor]:
 def _without_padding(
     x: Tensor, mask: Tensor | None, positions: Tensor | None, windowed: bool
 ) -> tuple[Tensor | None, Tensor, list[Segment]]:
-    """Which places of the flattened batch hold a token (None: all), their positions, and the segments among them."""
+    """Places of the flattened batch that hold a token (None: all), their positions, and their segments."""
     rows, length = x.shape[:2]
-    if mask is not None and mask.ndim != 2:
+    if mask is not None and mask.shape != (rows, length):
         raise UserError(
-            f"fuse: an attention mask of {mask.ndim} dimensions; only [batch, tokens] is known.",
+            f"fuse: an attention mask of {list(mask.shape)} for tokens of {[rows, length]}; only [batch, tokens] is known.",
             'Load the model with attn_implementation="sdpa" and let the trainer\'s collator make the mask.',
         )
-    if mask is not None and mask.shape != (rows, length):
-        raise UserError(f"fuse: an attention mask of {list(mask.shape)} beside tokens of {[rows, length]}.")
     packed = mask is None and positions is not None  # as in transformers: positions alone tell packed rows apart
     if positions is None:
         positions = torch.arange(length, device=x.device)[None]
@@ -219,20 +211,18 @@ def _without_padding(
                 "fuse: an attention mask with holes, which this model's sliding window would count.",
                 "Take out what it hides instead.",
             )
-        # a row's first token, wherever it stands
+        # the first token of each row
         starts = (kept & (kept.cumsum(1) == 1)).reshape(-1)
         where = kept.reshape(-1).nonzero()[:, 0]
         flat, starts = flat[where], starts[where]
         if where.numel() == rows * length:
             where = None
-        if flat.numel() == 0:
-            raise UserError("fuse: a batch without a single token: its attention mask is zero everywhere.")
     borders = [*starts.nonzero()[:, 0].tolist(), flat.numel()]
     return where, flat, [Segment(a, b) for a, b in pairwise(borders)]
 
 
 def _active_pairs(linear: Any, projection: int) -> list[LoraPair]:
-    """PEFT's adapters that are on, as its own forward pass takes them."""
+    """PEFT's active adapters, as in its own forward pass."""
     base = linear.get_base_layer() if isinstance(linear, LoraLayer) else linear
     if isinstance(base, BaseTunerLayer):
         raise UserError(f"fuse: a projection has an adapter of {type(base).__module__}; of PEFT's only LoRA is known.")
@@ -265,8 +255,7 @@ def _active_pairs(linear: Any, projection: int) -> list[LoraPair]:
 
 
 def _no_hooks(layers: nn.Module) -> None:
-    """The layers' own forward methods do not run, so what hangs on them would not either. (Those of transformers only
-    collect outputs that nobody asked for here.)"""
+    """Refuse hooks on the layers, whose own forward methods do not run. (Those of transformers only collect outputs.)"""
     for name, module in layers.named_modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if not (getattr(hook, "__module__", None) or "").startswith("transformers."):
@@ -277,14 +266,14 @@ def _no_hooks(layers: nn.Module) -> None:
 
 
 def _dropout_of(inner: nn.Module) -> float:
-    """The one probability of all active adapters that have dropout; 0 where there is none."""
-    found = {
+    """The dropout probability of the active adapters; 0 where there is none."""
+    values = {
         module.lora_dropout[name].p
         for module in inner.modules()
         if isinstance(module, LoraLayer) and not module.disable_adapters
         for name in module.active_adapters
         if name in module.lora_dropout and isinstance(module.lora_dropout[name], nn.Dropout) and module.training
     } - {0.0}
-    if len(found) > 1:
-        raise UserError(f"fuse: adapters with different dropout ({', '.join(map(str, sorted(found)))}); one is known.")
-    return found.pop() if found else 0.0
+    if len(values) > 1:
+        raise UserError(f"fuse: active adapters have different dropout: {', '.join(map(str, sorted(values)))}.")
+    return values.pop() if values else 0.0

@@ -1,4 +1,4 @@
-"""What a decoder layer (the families of ``family``) computes with, read from the Hugging Face module."""
+"""The weights and settings of a decoder layer, read from the Hugging Face module (the families of ``families``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.attention import SegmentTable
 from ..ops.lora import LinearGroup
-from .activation_offload import Offload
+from .activation_offload import ActivationOffload
 from .weight_streaming import WeightStreamer
 
 Keep = Literal["input", "attention", "all"]
@@ -27,14 +27,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer computes with.
+    """A decoder layer's weights.
 
     Attributes:
-        sites: q, k, v; o; gate, up; down.
+        sites: linear layers that read the same input: q, k, v; o; gate, up; down.
         norms: before the attention, before the MLP.
         heads, kv_heads, head_dim: of the attention.
-        scale: what its scores are multiplied with.
-        index: its place among the layers.
+        scale: factor of the attention scores.
+        index: of the layer.
     """
 
     sites: tuple[LinearGroup, LinearGroup, LinearGroup, LinearGroup]
@@ -50,27 +50,27 @@ class Layer:
         return [tensor for site in self.sites for tensor in site.trained]
 
     def with_sites(self, sites: Sequence[LinearGroup]) -> Layer:
-        """The same layer with other sites of the same shapes."""
+        """A copy with other sites."""
         return replace(self, sites=(sites[0], sites[1], sites[2], sites[3]))
 
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What the layers of one forward pass read.
+    """Inputs that the layers of one forward pass share.
 
     Attributes:
-        table: who sees whom; layers with another sliding window have another one.
+        table: which queries see which keys; one for each sliding window.
         cos, sin: [T, head_dim], in the compute dtype.
-        tile: tokens that the MLP takes at a time; None: all.
-        offload: where what is kept goes until the backward pass; None: it stays on the device.
-        stream: brings the layers' weights to the device; None: they are there.
+        mlp_chunk: tokens that the MLP takes at a time; None: all.
+        offload: moves kept tensors to the host; None: they stay on the device.
+        stream: copies the layers' weights to the device; None: they are there.
     """
 
     table: SegmentTable
     cos: Tensor
     sin: Tensor
-    tile: int | None = None
-    offload: Offload | None = None
+    mlp_chunk: int | None = None
+    offload: ActivationOffload | None = None
     stream: WeightStreamer | None = None
 
 
@@ -80,11 +80,11 @@ def layer_of(
     """Read a Hugging Face decoder layer.
 
     Args:
-        module: a MistralDecoderLayer, LlamaDecoderLayer or Qwen2DecoderLayer, its linear layers plain, 4-bit, or wrapped by PEFT.
+        module: a MistralDecoderLayer, LlamaDecoderLayer or Qwen2DecoderLayer; linear layers plain, 4-bit, or wrapped by PEFT.
         stack_of: (linear layer, index of the projection within its site) → the LoraPairs that are on.
         dropout_of: index of the site → its DropoutKey, or None.
-        index: its place among the layers.
-        stream: where its matrices are read, if they come to the device from the host.
+        index: of the layer.
+        stream: holds its matrices, if they are streamed from the host.
     """
     attention, mlp = module.self_attn, module.mlp
     modules: Sequence[tuple[Any, ...]] = (

@@ -79,34 +79,20 @@ class LoraWeights:
         return self.b.shape[0], self.a.shape[1]
 
 
-class _FileModules(Mapping[str, LoraWeights]):
-    """Module name → LoraWeights, mapped from the file at each access."""
+class LazyModules(Mapping[str, LoraWeights]):
+    """Module name → LoraWeights, read or computed at each access."""
 
-    def __init__(self, file: SafetensorsFile, names: dict[str, dict[str, str]], scales: dict[str, float]) -> None:
-        self._file = file
-        self._names = names
-        self._scales = scales
-        self._finite: set[str] = set()
+    def __init__(self, readers: Mapping[str, Callable[[], LoraWeights]]) -> None:
+        self._readers = readers
 
     def __getitem__(self, module: str) -> LoraWeights:
-        """Raises UserError where a value is not finite."""
-        scale = self._scales[module]
-        a, b = (self._file.tensor(self._names[module][side]) for side in "AB")
-        if module not in self._finite:
-            for side, matrix in (("A", a), ("B", b)):
-                if not bool(torch.isfinite(matrix).all()):
-                    raise UserError(
-                        f"{self._file.path}: lora_{side} of {shown(module)} holds NaN or infinite values.",
-                        "Its training had gone wrong; take an earlier checkpoint of it.",
-                    )
-            self._finite.add(module)
-        return LoraWeights(a.float(), b.float(), scale)
+        return self._readers[module]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._scales)
+        return iter(self._readers)
 
     def __len__(self) -> int:
-        return len(self._scales)
+        return len(self._readers)
 
 
 @dataclass
@@ -141,18 +127,16 @@ class AdapterFile:
         """
         for name, read in self.copies.items():
             mine, own = read(), of_base(name)
-            if own is None or own.shape != mine.shape or not _equal(mine.to(own.device), own):
-                found = "the base has none" if own is None else f"the base's is {list(own.shape)} with other values"
-                raise UserError(
-                    f"{self.path}: holds a whole {shown(name)} {list(mine.shape)} beside its LoRA; {found}, so it was trained "
-                    "too.",
-                    by_peft(self.path),
-                )
-
-
-def _equal(mine: Tensor, own: Tensor) -> bool:
-    """Whether two tensors are equal in the dtype of one of them."""
-    return torch.equal(mine.to(own.dtype), own) or torch.equal(own.to(mine.dtype), mine)
+            if own is not None:
+                mine = mine.to(own.device)
+                # equal, or rounded to the other's dtype
+                if torch.equal(mine.to(own.dtype), own) or torch.equal(own.to(mine.dtype), mine):
+                    continue
+            found = "the base has none" if own is None else f"the base's is {list(own.shape)} with other values"
+            raise UserError(
+                f"{self.path}: holds a whole {shown(name)} {list(mine.shape)} beside its LoRA; {found}, so it was trained too.",
+                by_peft(self.path),
+            )
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
@@ -193,8 +177,23 @@ def read_adapter(path: str | Path) -> AdapterFile:
         names[module][side] = name
     if not names:
         raise UserError(f"{file.path}: holds no LoRA weights.", "Save the adapter again with PEFT's save_pretrained.")
-    scales = {module: _scale(file, config, module, found) for module, found in sorted(names.items())}
-    return AdapterFile(folder, config, _FileModules(file, names, scales), copies)
+    readers = {
+        module: partial(_read_module, file, module, names[module], _scale(file, config, module, names[module]))
+        for module in sorted(names)
+    }
+    return AdapterFile(folder, config, LazyModules(readers), copies)
+
+
+def _read_module(file: SafetensorsFile, module: str, names: dict[str, str], scale: float) -> LoraWeights:
+    """Raises UserError where a value is not finite."""
+    a, b = (file.tensor(names[side]) for side in "AB")
+    for side, matrix in (("A", a), ("B", b)):
+        if not bool(torch.isfinite(matrix).all()):
+            raise UserError(
+                f"{file.path}: lora_{side} of {shown(module)} holds NaN or infinite values.",
+                "Its training had gone wrong; take an earlier checkpoint of it.",
+            )
+    return LoraWeights(a.float(), b.float(), scale)
 
 
 def _scale(file: SafetensorsFile, config: dict[str, Any], module: str, names: dict[str, str]) -> float:

@@ -1,10 +1,9 @@
-"""A base whose decoder layers lie on the host and come to the device one layer ahead of the computation.
+"""Weight streaming: decoder layers on the host, copied to the device one layer ahead of the computation.
 
-Every layer's frozen matrices, with all that their quantization needs, lie in one block of locked memory (a slab). Two
-buffers on the device take the slabs in turn, the even layers' and the odd ones', so that a slab is one copy, and a
-matrix is a view of a buffer, made once: no quantization state is ever moved. Where the forward pass ends the backward
-pass begins, with both buffers filled. The embedding stays on the host, where its rows are gathered; the head comes
-over for as long as log-probabilities are computed. Norms and adapters are small, and stay on the device.
+The frozen matrices of a layer, with their quantization state, are in one block of page-locked memory (a slab). Two buffers on
+the device take the slabs of even and odd layers in turn, so that a slab is one copy and a matrix is a view of a buffer, made
+once. The backward pass begins with both buffers filled. The embedding stays on the host, where its rows are gathered; the head
+is copied while log-probabilities are computed. Norms and adapters stay on the device.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class WeightStreamer:
-    """The layers of a model on the host, and its buffers on the device.
+    """The layers of a model on the host, and two buffers on the device.
 
-    Takes over the weights of `model` (a causal language model of ``family``): they become views of the
-    slabs, layer by layer, so that nothing is held twice. Embedding and head move to the host, the rest to `device`.
+    The weights of `model` become views of the slabs, layer by layer, so that nothing is held twice. Embedding and head move to
+    the host, everything else to `device`.
 
     Args:
-        model: its linear layers plain or 4-bit, on the host or on the device, with adapters around them or without.
+        model: a causal language model of ``families``; linear layers plain or 4-bit, on the host or on the device, with
+            adapters or without.
         device: where the run computes.
     """
 
@@ -37,7 +37,7 @@ class WeightStreamer:
         self._side = SideStream(device)
         layers, head = list(model.model.layers), model.lm_head.weight
         self._layers = [(_linears(layer), *_layout(_linears(layer))) for layer in layers]
-        # all that may be refused comes before anything is moved
+        # allocations that may be refused come before anything is moved
         self.slabs = [host_bytes(size, device) for _, _, size in self._layers]
         locked = host_bytes(head.nbytes, device).view(head.dtype).view(head.shape)
         for layer, (linears, places, _), slab in zip(layers, self._layers, self.slabs):
@@ -60,13 +60,13 @@ class WeightStreamer:
         return sum(slab.numel() for slab in self.slabs)
 
     def on_device(self, weight: Tensor) -> Tensor:
-        """The view through which a layer's matrix is read while the layer is there (see ``begin``)."""
+        """The view of a device buffer that holds the matrix while its layer is loaded (see ``begin``)."""
         if not self.buffers:
-            self._make_room()
+            self._allocate()
         return self._views[weight]
 
-    def _make_room(self) -> None:
-        """The buffers and the views of them: made when the first pass begins, which may find no room and be tried again."""
+    def _allocate(self) -> None:
+        """Allocate the buffers when the first pass begins, which may run out of memory and be retried."""
         sizes = [max((slab.numel() for slab in self.slabs[slot::2]), default=0) for slot in range(2)]
         buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
         self._views = {
@@ -77,9 +77,9 @@ class WeightStreamer:
         self.buffers = buffers
 
     def begin(self, layer: int, step: int) -> None:
-        """What is computed from here on may read this layer; the next one (`layer + step`) starts to come over.
+        """Let later work read this layer, and start copying the next one (`layer + step`).
 
-        Called when all that reads the layer before has been given to the device.
+        Called when all work on the layer before has been enqueued.
         """
         slot = layer % 2
         self._load(layer)
@@ -88,17 +88,14 @@ class WeightStreamer:
             self._load(layer + step)
 
     def embedded(self, weight: Tensor, tokens: Tensor) -> Tensor:
-        """Rows of the embedding [V, D], gathered on the host: [T, D] on the device.
-
-        They go by way of locked memory: a copy from other memory would keep the processor until the card comes to it.
-        """
+        """Rows of the embedding [V, D], gathered on the host into page-locked memory: [T, D] on the device."""
         count, width = tokens.numel(), weight.shape[1]
         if self._gathered is None or self._gathered.shape[0] < count:
             self._gathered = (
                 host_bytes(count * width * weight.element_size(), self.device).view(weight.dtype).view(-1, width)
             )
         if self._gone is not None:
-            self._gone.synchronize()  # the micro-batch before has long taken its rows
+            self._gone.synchronize()  # the copy of the micro-batch before
         rows = torch.index_select(weight.detach(), 0, tokens, out=self._gathered[:count])
         if self.device.type != "cuda":
             return rows.clone()
@@ -112,12 +109,12 @@ class WeightStreamer:
         if self._holds[slot] == layer:
             return
         slab = self.slabs[layer]
-        self._holds[slot] = None  # if the copy fails, neither layer is there
+        self._holds[slot] = None  # if the copy fails, no layer is loaded
         self._ready[slot] = self._side.copy([(self.buffers[slot][: slab.numel()], slab)])
         self._holds[slot] = layer
 
     def _move(self, linears: Sequence[Any], places: Sequence[dict[str, int]], slab: Tensor) -> None:
-        """Let a layer's matrices be views of its slab."""
+        """Move a layer's matrices into its slab; they become views of it."""
         for linear, starts in zip(linears, places):
             on_host = _views(linear.weight, starts, slab)
             for name, tensor in stored_tensors(linear.weight).items():
@@ -128,7 +125,7 @@ class WeightStreamer:
 
 
 def _views(weight: Tensor, starts: dict[str, int], memory: Tensor) -> dict[str, Tensor]:
-    """What a matrix is read from, over other memory."""
+    """The tensors of a matrix as views of other memory."""
     return {
         name: memory[starts[name] : starts[name] + t.nbytes].view(t.dtype).view(t.shape)
         for name, t in stored_tensors(weight).items()
@@ -141,7 +138,7 @@ def _linears(layer: Any) -> list[Any]:
 
 
 def _layout(linears: Sequence[Any]) -> tuple[list[dict[str, int]], int]:
-    """Where each tensor of each matrix begins in the layer's slab, and how long that is."""
+    """Offset of each tensor of each matrix in the layer's slab, and the slab's size."""
     places, end = [], 0
     for linear in linears:
         starts = {}

@@ -171,7 +171,7 @@ def make_pairs(
     questions = Questions([*listed, *(text for raw, _ in opened for text in own_questions(raw))])
     report = PairsReport([f"{raw.label}: {len(raw):,} rows" for raw, _ in opened], rules, questions=len(questions))
     parts = []
-    for raw, spec in opened:
+    for raw, _ in opened:
         say(f"choosing pairs in {raw.label}")
         parts.append(_map(raw, rules, questions, num_proc))
     table = datasets.concatenate_datasets(parts)

@@ -58,8 +58,7 @@ class TrainState:
         sampled: steps at which samples were drawn.
         best, stale: the lowest eval_loss with its step, and evaluations since.
         warnings: printed about the run's numbers.
-        before_skips: while steps are being skipped, the step before the first of them, and ``_schedule_state`` of it (None:
-            in its checkpoint).
+        before_skips: while steps are being skipped, the step of the checkpoint from before the first of them.
         gradients: with several processes, all gradients in one tensor, which one all-reduce sums in place.
     """
 
@@ -86,7 +85,7 @@ class TrainState:
     best: tuple[float, int] | None = None
     stale: int = 0
     warnings: list[str] = field(default_factory=list)
-    before_skips: tuple[int, dict[str, Any] | None] | None = None
+    before_skips: int | None = None
     gradients: Tensor | None = None
 
     @property
@@ -171,11 +170,10 @@ def train(state: TrainState) -> Outcome:
                 break
             begun = time.perf_counter()
             callbacks("on_step_begin")
-            before = _schedule_state(state)
             state.metrics = accumulate_gradients(state, state.step)
-            applied = update(state, state.metrics)
+            _check_numbers(state)
+            update(state, state.metrics)
             state.step += 1
-            _check_numbers(state, applied, before)
             callbacks.state.global_step, callbacks.state.epoch = state.step, state.step / state.per_epoch
             callbacks("on_step_end")
             state.metrics["epoch"] = round(state.step / state.per_epoch, 4)
@@ -362,43 +360,37 @@ def _raise(error: BaseException) -> None:
 # What follows a step: numbers, logs, evaluation, checkpoints
 
 
-def _schedule_state(state: TrainState) -> dict[str, Any]:
-    """What a skipped step changes although the adapter stays: schedule, loss scale, counts."""
-    return {
-        "scheduler": state.scheduler.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        "finite": state.skipped.watch.state(),
-        "logged": state.log.count,
-    }
-
-
-def _check_numbers(state: TrainState, applied: bool, before: dict[str, Any]) -> None:
-    """Warn of a collapse; record a skipped step; end the run after three in a row.
-
-    Args:
-        before: ``_schedule_state`` before the step.
+def _check_numbers(state: TrainState) -> None:
+    """Look at a step's metrics before its update: warn of a collapse; if it will be skipped, record it, and end the run after
+    three in a row. A checkpoint from before the first skipped step is kept.
 
     Raises:
-        UserError: three skipped steps in a row; there is a checkpoint from before the first of them.
+        UserError: three skipped steps in a row.
     """
-    step, watch, metrics = state.step, state.skipped.watch, state.metrics
-    scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
-    kind = watch.saw(applied=applied, finite_loss=math.isfinite(metrics["loss"]), scale=scale)
+    step, watch, metrics = state.step + 1, state.skipped.watch, state.metrics
+    finite = math.isfinite(metrics["loss"])
+    applied = finite and math.isfinite(metrics["grad_norm"])
+    # the scale after the overflow
+    scale = state.scaler.get_scale() * state.scaler.get_backoff_factor() if state.scaler.is_enabled() else None
+    kind = watch.kind(applied=applied, finite_loss=finite, scale=scale)
+    if kind == "bad" and state.before_skips is None:
+        state.before_skips = state.step
+        if state.step and not _is_saved(state, state.step):
+            _save(state)
+    watch.count_step(kind)
     if kind == "applied":
         state.before_skips = None
         if state.objective.collapse is not None and (warning := state.objective.collapse.saw(step, metrics)):
             state.say(warning)
             state.warnings.append(warning)
-        return
-    if kind == "searching":
+    elif kind == "searching":
         state.say(f"step {step}: a gradient was too large for the loss scale, which is now {scale:g}: step left out.")
-        return
-    if state.before_skips is None:
-        state.before_skips = step - 1, before
-    rows, alone = world().lead(lambda: _rows_not_finite(state, step - 1))
-    named = state.skipped.add(step, metrics, rows, alone=alone)
-    if watch.in_a_row == IN_A_ROW:
-        raise everywhere(state.skipped.error(step, named, _step_back(state)))
+    else:
+        rows, alone = world().lead(lambda: _rows_not_finite(state, state.step))
+        named = state.skipped.add(step, metrics, rows, alone=alone)
+        if watch.in_a_row == IN_A_ROW:
+            kept = f"checkpoint-{state.before_skips} has the adapter from before." if state.before_skips else ""
+            raise everywhere(state.skipped.error(step, named, kept or "Nothing had been trained before."))
 
 
 def _rows_not_finite(state: TrainState, step: int) -> tuple[list[str], bool]:
@@ -418,25 +410,6 @@ def _rows_not_finite(state: TrainState, step: int) -> tuple[list[str], bool]:
             found = [example for example in examples if not finite(example)]
     zero_gradients(state)
     return [objective.data.examples[example].where for example in found or examples], bool(found)
-
-
-def _step_back(state: TrainState) -> str:
-    """Make sure of a checkpoint from before the skipped steps, which did not change the adapter; returns a sentence on it."""
-    assert state.before_skips is not None
-    step, before = state.before_skips
-    if step == 0:
-        return "Nothing had been trained before."
-    if before is None:
-        return f"checkpoint-{step} has the adapter of before: none of these steps changed it."
-    if not _is_saved(state, step):
-        state.scheduler.load_state_dict(before["scheduler"])
-        for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr()):
-            group["lr"] = rate
-        state.scaler.load_state_dict(before["scaler"])
-        state.skipped.watch.load(before["finite"])
-        state.step = step
-        _save(state, logged=before["logged"])
-    return f"checkpoint-{step} is from before."
 
 
 def _throughput(state: TrainState, seconds: float) -> Metrics:
@@ -544,12 +517,11 @@ def _is_saved(state: TrainState, step: int) -> bool:
     return world().lead((state.stage.dir.path / f"checkpoint-{step}").is_dir)
 
 
-def _save(state: TrainState, *, pending: bool = False, logged: int | None = None) -> None:
+def _save(state: TrainState, *, pending: bool = False) -> None:
     """Write a checkpoint, then delete older ones. The logs are on the disk before it is.
 
     Args:
         pending: this step's evaluation was not finished.
-        logged: records in the metrics log up to this step; None: all.
     """
 
     def write() -> None:
@@ -567,7 +539,7 @@ def _save(state: TrainState, *, pending: bool = False, logged: int | None = None
                 "finite": state.skipped.watch.state(),
                 "collapse": collapse.state() if collapse is not None else None,
                 "warnings": state.warnings,
-                "logged": state.log.count if logged is None else logged,
+                "logged": state.log.count,
             },
         )
         _prune(state)
@@ -580,7 +552,7 @@ def _save(state: TrainState, *, pending: bool = False, logged: int | None = None
 def _prune(state: TrainState) -> None:
     busy = state.stage.mirror.busy() if state.stage.mirror is not None else frozenset()
     if state.before_skips is not None:
-        busy |= {f"checkpoint-{state.before_skips[0]}"}
+        busy |= {f"checkpoint-{state.before_skips}"}
     best = state.best[1] if state.best else None
     prune(state.stage.dir, keep=state.stage.config.save_total_limit, best=best, busy=busy)
 
@@ -607,7 +579,7 @@ def _resume(state: TrainState) -> bool:
         state.step = extra["step"]
         state.skipped.watch.load(extra.get("finite") or {})
         if state.skipped.watch.in_a_row:  # it was stopped among skipped steps
-            state.before_skips = state.step, None
+            state.before_skips = state.step
         if state.objective.collapse is not None:
             state.objective.collapse.load(extra.get("collapse") or {})
         state.warnings = list(extra.get("warnings") or [])

@@ -23,8 +23,8 @@ def run(
     loaded: Loaded,
     objective: Callable[[Stage, Say], Objective],
     *,
-    say: Say,
-    on_metrics: OnMetrics,
+    say: Say = print,
+    on_metrics: OnMetrics = lambda step, total, metrics: None,
     observers: Sequence[Observer] = (),
 ) -> Outcome:
     """Train the stage of a configuration, from its last checkpoint if there is one, and write its adapter.

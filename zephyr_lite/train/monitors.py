@@ -12,6 +12,7 @@ from .checkpoint import MetricsLog
 
 # a run ends after so many steps in a row that are not finite
 IN_A_ROW = 3
+Kind = Literal["applied", "searching", "bad"]
 # in the stage's folder: the skipped steps and their rows
 LEFT_OUT = "left_out.jsonl"
 
@@ -32,7 +33,7 @@ class NonFiniteMonitor:
         self.count = self.in_a_row = 0
         self.settled = False
 
-    def saw(self, *, applied: bool, finite_loss: bool, scale: float | None) -> Literal["applied", "searching", "bad"]:
+    def kind(self, *, applied: bool, finite_loss: bool, scale: float | None) -> Kind:
         """Classify a step.
 
         Args:
@@ -41,13 +42,22 @@ class NonFiniteMonitor:
             scale: the loss scale after the step, or None without a scaler; a search below 1 has failed.
         """
         if applied:
-            self.settled, self.in_a_row = True, 0
             return "applied"
+        searching = finite_loss and scale is not None and scale >= 1 and not self.settled
+        return "searching" if searching else "bad"
+
+    def count_step(self, kind: Kind) -> None:
+        if kind == "applied":
+            self.settled, self.in_a_row = True, 0
+            return
         self.count += 1
-        if finite_loss and scale is not None and scale >= 1 and not self.settled:
-            return "searching"
-        self.in_a_row += 1
-        return "bad"
+        self.in_a_row += kind == "bad"
+
+    def saw(self, *, applied: bool, finite_loss: bool, scale: float | None) -> Kind:
+        """Classify and count a step (see ``kind``)."""
+        kind = self.kind(applied=applied, finite_loss=finite_loss, scale=scale)
+        self.count_step(kind)
+        return kind
 
     def state(self) -> dict[str, Any]:
         return {"count": self.count, "in_a_row": self.in_a_row, "settled": self.settled}

@@ -1,4 +1,4 @@
-"""Whoever watches a stage being trained: the console's panel, the report."""
+"""Observers of a stage under training: the console's panel, the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model under training answered.
+    """An answer of the model under training.
 
     Attributes:
         step: optimizer steps done; 0 is before the first.
@@ -33,26 +33,26 @@ class Sample:
 
 
 class Observer:
-    """Is told what happens in a stage, on the process that writes; by itself it does nothing."""
+    """Called during training, in the process that writes; every method does nothing by default."""
 
     def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
-        """Training begins, or goes on after ``step`` steps of ``total``; ``unit``: "tokens" or "pairs"."""
+        """Training begins, or is resumed after ``step`` steps of ``total``; ``unit``: "tokens" or "pairs"."""
 
     def stepped(self, step: int, metrics: Metrics) -> None:
-        """A step is done, logged or not; the names are those of ``metrics.jsonl``. Called in the loop: must be cheap."""
+        """A step is done, logged or not; ``metrics`` has the names of ``metrics.jsonl``. Must be cheap."""
 
     def evaluated(self, step: int, metrics: Metrics) -> None:
-        """The held-out rows were evaluated, and ``metrics.jsonl`` has it."""
+        """The held-out rows were evaluated and logged."""
 
     def sampled(self, step: int, samples: Sequence[Sample]) -> None:
-        """Answers were drawn, and ``samples.jsonl`` has them."""
+        """Samples were drawn and logged."""
 
     def ends(self, stage: Stage, outcome: Outcome) -> None:
         """The stage is complete and its adapter written."""
 
 
 class Observers(Observer):
-    """Several of them, told one after the other."""
+    """Several observers, called in order."""
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self.observers = list(observers)

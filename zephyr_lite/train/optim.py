@@ -12,20 +12,18 @@ from transformers import get_scheduler
 
 from ..config.load import RunConfig
 from ..errors import UserError
-from ..memory.account import optimizer_bytes
-from ..memory.machine import main_memory
 from .oom import is_out_of_memory
 
-# Which implementation computes, and no part of what is computed: a checkpoint does not decide that.
+# keys of a parameter group that a checkpoint does not restore: they choose the implementation
 IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable", "maximize"}
 
 
 def make_optimizer(config: RunConfig, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over the adapter's float32 master weights, with its state allocated: what does
-    not fit must show before the first step.
+    """AdamW (Loshchilov & Hutter 2019) over the adapter's float32 weights, with its state allocated, so that what does not
+    fit shows before the first step.
 
-    ``adamw_8bit`` keeps both moments in 8 bits (Dettmers et al. 2022; tensors under 4,096 elements stay in 32);
-    the paged ones let CUDA move the state to the host when the card is full.
+    ``adamw_8bit`` keeps both moments in 8 bits (Dettmers et al. 2022; tensors under 4,096 elements stay in 32); the paged
+    ones let CUDA move the state to the host when the card is full.
 
     Raises:
         UserError: the state does not fit into memory.
@@ -37,10 +35,7 @@ def make_optimizer(config: RunConfig, parameters: dict[str, nn.Parameter]) -> to
         "weight_decay": config.weight_decay,
     }
     groups = list(parameters.values())
-    if groups[0].is_cuda:
-        _room_for_managed(config.optim, [p.numel() for p in groups], torch.cuda.mem_get_info(groups[0].device)[0])
-    # Fused: it needs no memory of its own during a step, where torch's default on a GPU (foreach) takes several copies
-    # of all parameters. On a CPU its numbers are 3e-9 from the plain loop's after 50 steps, for any number of threads.
+    # The fused one needs no memory during a step; torch's default on a GPU (foreach) takes several copies of all parameters.
     if config.optim == "adamw_torch":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **settings, fused=True)
     elif config.optim == "adamw_8bit":
@@ -50,7 +45,7 @@ def make_optimizer(config: RunConfig, parameters: dict[str, nn.Parameter]) -> to
     elif groups[0].is_cuda:
         optimizer = bnb.optim.PagedAdamW32bit(groups, **settings)
     else:
-        # bitsandbytes' 32-bit AdamW exists for GPUs; without one there is nothing to page out of either
+        # bitsandbytes has no 32-bit AdamW for CPUs
         optimizer = torch.optim.AdamW(groups, **settings, fused=True)
     try:
         allocate_state(optimizer)
@@ -65,27 +60,8 @@ def make_optimizer(config: RunConfig, parameters: dict[str, nn.Parameter]) -> to
     return optimizer
 
 
-def _room_for_managed(optim: str, tensors: Sequence[int], free: int) -> None:
-    """Managed memory that neither the card nor the host has ends the process, without an error that could be caught.
-
-    Args:
-        tensors: numbers in each trained tensor.
-        free: bytes of the card's memory.
-    Raises:
-        UserError: there is too little of both.
-    """
-    _, managed = optimizer_bytes(optim, tensors)
-    room = main_memory()
-    if managed > free + room:
-        raise UserError(
-            f"optim {optim}: its state takes {managed / 2**30:.2f} GiB, and the card has {free / 2**30:.2f} GiB free, main "
-            f"memory {room / 2**30:.2f}.",
-            "Set optim=paged_adamw_8bit, or lower lora_r." if optim != "paged_adamw_8bit" else "Lower lora_r.",
-        )
-
-
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """What the first step would allocate: the moments, zero, and the number of steps."""
+    """Allocate what the first step would: moments of zero, and the number of steps."""
     for index, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
             state = optimizer.state[parameter]
@@ -103,15 +79,15 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 def restore_state(
     optimizer: torch.optim.Optimizer, states: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]
 ) -> None:
-    """Copy a checkpoint's state into the allocated one, so that nothing is there twice and paged state stays paged.
+    """Copy a checkpoint's state into the allocated one, which may be paged.
 
     Args:
-        states: one a parameter, in the optimizer's order; tensors lie on the CPU. An empty one (a parameter that had
-            had no gradient when the checkpoint was written) leaves the fresh state.
+        states: one per parameter, in the optimizer's order, on the CPU. An empty one (its parameter had no gradient yet)
+            leaves the fresh state.
         groups: ``param_groups`` of ``state_dict()``, possibly from JSON.
 
     Raises:
-        ValueError: it is another optimizer's.
+        ValueError: it is another optimizer's state.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if len(groups) != len(optimizer.param_groups) or len(states) != len(parameters):
@@ -135,16 +111,12 @@ def restore_state(
 
 
 def check_schedule(config: RunConfig) -> None:
-    """Refuse a schedule before anything is loaded.
-
-    Raises:
-        UserError: as ``make_scheduler``.
-    """
+    """Check the schedule before anything is loaded; raises as ``make_scheduler``."""
     make_scheduler(config, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), 10)
 
 
 def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """transformers' schedule of that name, with warm-up over ``warmup_steps``, or the first ``warmup_ratio`` of the steps.
+    """transformers' schedule, with warm-up over ``warmup_steps``, or the first ``warmup_ratio`` of the steps.
 
     Raises:
         UserError: there is no schedule of that name, or it needs more than a name.

@@ -1,4 +1,4 @@
-"""The plan of a stage, from its configuration, its rows and the base's configuration: before any weight is loaded."""
+"""The plan of a stage, made from its configuration, its rows and the base's config.json before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..config.load import Method, RunConfig
 from ..data.dataset import TokenizedDataset
@@ -16,6 +15,7 @@ from ..memory.plan import Plan, make_plan, this_machine
 from ..memory.workload import Storage, Workload, make_workload
 from ..model.base import compute_device, compute_dtype, quantization_of
 from ..model.peft_io import AdapterFile
+from .stage import Say
 from .steps import step_schedule
 
 
@@ -28,7 +28,7 @@ def stage_workload(
     data: TokenizedDataset,
     eval_data: TokenizedDataset | None,
 ) -> Workload:
-    """What the stage will compute.
+    """The workload of a stage.
 
     Raises:
         UserError: the base is stored quantized in another way than NF4.
@@ -51,7 +51,7 @@ def stage_workload(
 def of_rows(
     method: Method, config: RunConfig, data: TokenizedDataset, eval_data: TokenizedDataset | None
 ) -> dict[str, Any]:
-    """What memory and time depend on of the rows (see ``Job``)."""
+    """The fields of ``Workload`` that depend on the rows."""
     rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
     _, steps = step_schedule(config, len(rows))
     in_a_step = config.batch_size * rows.mean()
@@ -76,8 +76,8 @@ def of_rows(
 
 
 def _share(parts: Sequence[TokenizedDataset], longest: int, count: Callable[[Any], int]) -> float:
-    """What share of a micro-batch's tokens is counted: of all examples, which is that of many at once, or the most in a
-    long one, which may run alone."""
+    """The share of a micro-batch's tokens that is counted: of all examples together, or of a long one, which may run alone,
+    whichever is larger."""
     counted = tokens = 0
     most = 0.0
     for part in parts:
@@ -89,8 +89,8 @@ def _share(parts: Sequence[TokenizedDataset], longest: int, count: Callable[[Any
     return max(most, counted / max(1, tokens))
 
 
-def plan_stage(job: Workload, config: RunConfig) -> tuple[Plan, list[str]]:
-    """The plan on this machine, and what to say of it.
+def plan_stage(job: Workload, config: RunConfig, say: Say) -> Plan:
+    """Make the plan for this machine, and print it.
 
     Raises:
         UserError: nothing fits.
@@ -100,10 +100,9 @@ def plan_stage(job: Workload, config: RunConfig) -> tuple[Plan, list[str]]:
     if config.engine != "fused":
         free = f"; {plan.free_bytes / 2**30:.1f} GiB free" if plan.free_bytes else ""
         first, *rest = plan.lines()
-        return plan, [first + free, *rest]
-    return plan, forecast_lines(job, machine, plan, config)
-
-
-def set_threads(plan: Plan) -> None:
-    """The number of CPU threads decides the order of sums, a reference's to be kept on disk among them."""
-    torch.set_num_threads(plan.threads)
+        lines = [first + free, *rest]
+    else:
+        lines = forecast_lines(job, machine, plan, config)
+    for line in lines:
+        say(line)
+    return plan

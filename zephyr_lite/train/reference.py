@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..errors import UserError
-from ..io.safetensors import SafetensorsFile, tensor_bytes, write_stream
+from ..io.safetensors import tensor_bytes, write_stream
 from ..model.decoder import Decoder
 from .distributed import PeerEnded, world
-from .oom import Attempt
 
 # the file is written so often
 SAVE_SECONDS = 60.0
@@ -68,24 +67,22 @@ class ReferenceCache:
         if not self.path.exists():
             return self.sums
         try:
-            file = SafetensorsFile(self.path)
-            wrong = self._fault(file)
-            if wrong is None:
-                return file.tensor("sums").clone()
-        except UserError as error:
-            wrong = error.message.removeprefix(f"{self.path}: ").rstrip(".")
-        except OSError as error:
-            wrong = f"cannot be read ({error.strerror})"
+            with safe_open(self.path, "pt") as file:
+                metadata, sums = file.metadata() or {}, file.get_tensor("sums")
+            wrong = self._fault(metadata, sums)
+        except (OSError, SafetensorError) as error:
+            wrong = f"cannot be read ({error})"
+        if wrong is None:
+            return sums
         say(f"{self.path}: {wrong}; it is computed again")
         return self.sums
 
-    def _fault(self, file: SafetensorsFile) -> str | None:
-        entry = file.entries.get("sums")
-        if entry is None or (entry.dtype, entry.shape) != ("F64", (self.pairs, 2)):
+    def _fault(self, metadata: Mapping[str, str], sums: Tensor) -> str | None:
+        if (sums.dtype, tuple(sums.shape)) != (torch.float64, (self.pairs, 2)):
             return f"does not hold the sums of {self.pairs:,} pairs"
-        if file.metadata.get("key") != self.key:
+        if metadata.get("key") != self.key:
             return "belongs to other rows, another base or other adapters"
-        if file.metadata.get("sha256") != self._sha256(file.tensor("sums")):
+        if metadata.get("sha256") != self._sha256(sums):
             return "has another hash than was written"
         return None
 
@@ -93,7 +90,7 @@ class ReferenceCache:
         self,
         decoder: Decoder,
         collate: Callable[[list[int]], Batch],
-        groups: Iterator[tuple[Attempt, list[int]]],
+        groups: Iterable[tuple[AbstractContextManager[Any], list[int]]],
     ) -> None:
         """Fill the cache with the live reference's values. Known groups are not computed again; the file is written every
         minute and when the work is interrupted.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,12 +90,14 @@ class Changes:
         refused: it does not.
         places: changed paths, by the content that decides about them: base, adapters, data.
         only_config: every refused difference is a key of the configuration.
+        complete: the stage is finished.
     """
 
     allowed: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     places: dict[str, list[str]] = field(default_factory=dict)
     only_config: bool = True
+    complete: bool = False
 
     def settle(self, content: str, difference: str | None) -> None:
         """Decide about the changed paths of a content: allowed if it is the same.
@@ -109,33 +112,39 @@ class Changes:
             self.refused += [*lines, difference]
             self.only_config = False
 
-    def refuse(self, stage: StageDir, *, complete: bool) -> None:
+    def refuse(self, stage: StageDir) -> None:
         """Raises:
         UserError: something was refused; the message has all of it.
         """
         if not self.refused:
             return
+        if not world().writes:  # the process that writes has resumed the stage: this machine has other files
+            raise UserError(
+                f"{platform.node()}: has other files than the process that writes:\n  " + "\n  ".join(self.refused),
+                "Give all machines the same base, data and versions of tokenizers and transformers.",
+            )
         lines = [*self.refused, *(line for lines in self.places.values() for line in lines)]
-        done = "finished" if complete else "started"
+        done = "finished" if self.complete else "started"
         what = f"{done} with another configuration" if self.only_config else f"{done} on something else than this"
         cure = "choose another output_dir or stage."
         raise UserError(
             f"{stage.path}: was {what}:\n  " + "\n  ".join(lines),
-            f"To train with this one, {cure}" if complete else f"Go back to what it was to go on, or {cure}",
+            f"To train with this one, {cure}" if self.complete else f"Go back to what it was to go on, or {cure}",
         )
 
 
 def started_before(stage: StageDir, config: RunConfig, method: Method) -> tuple[dict[str, Any] | None, Changes]:
     """stage.json of a stage that can be resumed or is complete, and the changes of its configuration. None for a stage
-    without a checkpoint: it starts again, with any configuration.
+    without a checkpoint: it starts again, with any configuration. Processes that do not write resume what the first has
+    written just now.
 
     Raises:
         UserError: it is a stage of another method, or the file is not one that a run writes.
     """
     file = stage.path / STAGE_FILE
     info = stage.info()
-    if info is None:
-        return None, Changes()
+    if info is None or not world().writes:
+        return info, Changes()
     checked(info, file)
     if info.get("method", method) != method:
         raise UserError(
@@ -144,7 +153,9 @@ def started_before(stage: StageDir, config: RunConfig, method: Method) -> tuple[
     if info.get("status") != "complete" and not stage.checkpoints():
         return None, Changes()
     checked(info, file, needs=TO_GO_ON)
-    return info, config_changes(stage, config, method)
+    changes = config_changes(stage, config, method)
+    changes.complete = info.get("status") == "complete"
+    return info, changes
 
 
 def config_changes(stage: StageDir, config: RunConfig, method: Method) -> Changes:
@@ -245,8 +256,8 @@ def same_device(before: dict[str, Any], machine: dict[str, Any]) -> bool:
     return bool(_last(before, "machine").get("device", machine["device"]) == machine["device"])
 
 
-def plan_of_stage(stage: StageDir, before: dict[str, Any], layers: int) -> Plan:
-    """The plan in stage.json.
+def plan_of_stage(stage: StageDir, before: dict[str, Any], layers: int, say: Callable[[str], None]) -> Plan:
+    """The plan in stage.json; prints it.
 
     Args:
         layers: decoder layers of the base.
@@ -266,6 +277,10 @@ def plan_of_stage(stage: StageDir, before: dict[str, Any], layers: int) -> Plan:
         raise UserError(f"{file}: its plan is none of this version's ({error}).", hint) from None
     if len(plan.keep) not in (0, layers):
         raise UserError(f"{file}: its plan is for {len(plan.keep)} layers, and the base has {layers}.", hint)
+    for line in ("the plan is the one that the stage was started with", *plan.lines()):
+        say(line)
+    if cores() < plan.threads:
+        say(f"it computes with {plan.threads} threads, and there are {cores()} cores here: it will be slower")
     return plan
 
 
@@ -307,20 +322,52 @@ def _last(before: dict[str, Any], key: str) -> dict[str, Any]:
     return dict(before.get(key) or {})
 
 
-def roundings(before: dict[str, Any], now: dict[str, str], machine: dict[str, Any], engine: str) -> list[str]:
-    """Versions and hardware that changed, so that sums may round otherwise."""
-    then, lines = _last(before, "versions"), []
+def report_changes(
+    changes: Changes,
+    before: dict[str, Any],
+    libraries: dict[str, str],
+    machine: dict[str, Any],
+    engine: str,
+    forget_best: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Print what changed since the stage was last worked on, and add libraries and machine to ``changes.allowed``.
+
+    Args:
+        libraries, machine: ``versions`` and ``machine_now``.
+        forget_best: ``judged_on_other_rows``.
+
+    Raises:
+        UserError: this process would compute in another dtype than the one that writes.
+    """
+    if changes.allowed:
+        say(f"changed since this stage was last worked on: {'; '.join(changes.allowed)}")
+    if forget_best:
+        line = "the held-out rows are others than before: evaluations of before do not count for the best checkpoint"
+        changes.allowed.append(line)
+        say(line)
+    rounding, then = [], _last(before, "versions")
     for name in (*LIBRARIES, *OF_ENGINE.get(engine, ())):
-        old, new = then.get(name), now.get(name)
+        old, new = then.get(name), libraries.get(name)
         if name == "python":
             old, new = (".".join(v.split(".")[:2]) if v else v for v in (old, new))
         if then and old != new:
-            lines.append(f"{name} {old or 'absent'} then, {new or 'absent'} now")
-    before_machine = _last(before, "machine")
+            rounding.append(f"{name} {old or 'absent'} then, {new or 'absent'} now")
+    then = _last(before, "machine")
     for key in ("device", "processor", "dtype", "processes"):
-        if key in before_machine and before_machine[key] != machine[key]:
-            lines.append(f"{key} {before_machine[key]} then, {machine[key]} now")
-    return lines
+        if key in then and then[key] != machine[key]:
+            rounding.append(f"{key} {then[key]} then, {machine[key]} now")
+    if not world().writes and then.get("dtype") != machine["dtype"]:
+        raise UserError(
+            f"{machine['host']}: {machine['processor']} would compute in {machine['dtype']}, the first process in "
+            f"{then.get('dtype')}.",
+            "Name one that all cards have: dtype=float16.",
+        )
+    if rounding:
+        changes.allowed += rounding
+        say(
+            f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed run"
+        )
 
 
 def resumed_info(
@@ -352,25 +399,3 @@ def resumed_info(
     step = int(whole[-1].name.split("-")[1]) if whole else 0
     info["resumed"].append({"step": step, **resumed})
     return info
-
-
-def check_same_inputs(info: dict[str, Any], folder: Path, data: TokenizedDataset, machine: dict[str, Any]) -> None:
-    """Compare what this process found with stage.json, which the process that writes has just written.
-
-    Raises:
-        UserError: another base, other rows, or another dtype; names this machine.
-    """
-    host = machine["host"]
-    if not is_fingerprint_of(info["base"]["fingerprint"], folder):
-        raise UserError(f"{host}: has another base than the process that writes.", "Give all machines the same files.")
-    if data.fingerprint != info["data"]["fingerprint"]:
-        raise UserError(
-            f"{host}: reads other rows than the process that writes.",
-            "Give all machines the same data and the same versions of tokenizers and transformers.",
-        )
-    dtype = _last(info, "machine").get("dtype", machine["dtype"])
-    if machine["dtype"] != dtype:
-        raise UserError(
-            f"{host}: {machine['processor']} would compute in {machine['dtype']}, the first process in {dtype}.",
-            "Name one that all cards have: dtype=float16.",
-        )

@@ -1,8 +1,7 @@
 """Answers of the model under training to held-out prompts, at the start and at every evaluation.
 
-They are drawn as ``chat`` draws them, with the live stack through the Hugging Face model, and change nothing of
-training: no random number is taken, modes and gradients are left as they were, the adapters are on as before.
-Supports the fused engine with a resident base; a streamed base lies on the host, where ``generate`` would take minutes.
+They are generated as ``chat`` does, with the live adapters, and do not disturb training: no random number is drawn, and
+modes, gradients and adapters stay as they were. A streamed base is not supported: generation would take minutes.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .observer import Sample
 if TYPE_CHECKING:
     from .stage import Stage
 
-# Folders of stages that no samples are drawn of any more; why was said once.
+# folders of stages that draw no more samples; the reason was printed
 _given_up: set[Path] = set()
 
 
@@ -32,21 +31,19 @@ def _complain(text: str) -> None:
 
 
 def draw_samples(stage: Stage, step: int, say: Callable[[str], None] = _complain) -> list[Sample]:
-    """Answer the first ``config.samples`` held-out prompts greedily with the policy as it is now.
-
-    An answer ends where the model ends it, or after ``config.sample_tokens`` tokens. Whatever keeps samples from being
-    drawn (no memory, logits that are no numbers) is said once, and training goes on without them.
+    """Greedy answers of at most ``config.sample_tokens`` tokens to the first ``config.samples`` held-out prompts. If they
+    cannot be generated (no memory, logits that are not finite), the reason is printed once, and training continues.
 
     Args:
-        stage: its policy is base + frozen adapters + the adapter under training.
+        stage: its policy answers.
         step: optimizer steps done.
-        say: told why there are none.
+        say: prints the reason.
     """
     wanted = stage.config.samples
     if wanted == 0 or stage.eval_data is None or stage.dir.path in _given_up:
         return []
     if stage.plan.stream or stage.decoder.stream is not None:
-        return _give_up(stage, "the base lies in main memory, where answers would take minutes", say)
+        return _give_up(stage, "the base is in main memory, where answers would take minutes", say)
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for example in stage.eval_data.examples[: 4 * wanted]:  # some may have no prompt
         if (parts := _prompt_and_reference(stage, example)) is not None:
@@ -59,7 +56,7 @@ def draw_samples(stage: Stage, step: int, say: Callable[[str], None] = _complain
     try:
         answers = _answers(stage, [prompt for prompt, _ in found])
     except torch.OutOfMemoryError:
-        answers = None  # what the error holds on to is let go of before anything is freed
+        answers = None  # the cache is emptied after the error is gone
     except UserError as error:
         return _give_up(stage, error.message, say)
     if answers is None:
@@ -78,11 +75,10 @@ def _give_up(stage: Stage, why: str, say: Callable[[str], None]) -> list[Sample]
 
 
 def _answers(stage: Stage, prompts: list[np.ndarray]) -> list[str]:
-    """One answer a prompt.
+    """One answer per prompt.
 
     Raises:
-        UserError: the model computes no numbers.
-        OutOfMemoryError: as told.
+        UserError: the model's logits are not finite.
     """
     from ..chat.generate import Chat, Streamer
     from ..model.loaded import LoadedModel
@@ -107,7 +103,7 @@ def _answers(stage: Stage, prompts: list[np.ndarray]) -> list[str]:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Within, every module is in evaluation mode; after, in the mode it was in."""
+    """A context with every module in evaluation mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -119,10 +115,10 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _prompt_and_reference(stage: Stage, example: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ids of the conversation up to an answer, and of the answer that the row has; None where the row has no such place."""
+    """Ids of the conversation up to its first answer, and of that answer; None if the row has none."""
     if not isinstance(example, Example):
         return example.prompt_ids, example.chosen_ids
-    if stage.config.loss_on == "all":  # the mask does not say where an answer begins
+    if stage.config.loss_on == "all":  # the mask does not mark answers
         first = _first_answer(stage, example.ids)
         if first is None:
             return None
@@ -137,7 +133,7 @@ def _prompt_and_reference(stage: Stage, example: Any) -> tuple[np.ndarray, np.nd
 
 
 def _first_answer(stage: Stage, ids: np.ndarray) -> int | None:
-    """How many ids stand before the first answer: those that the template's opening of an answer ends with."""
+    """The number of ids before the first answer: up to the template's opening of an answer."""
     decode = stage.template.tokenizer.decode
     asked = [{"role": "user", "content": "?"}]
     before, opened = stage.template.text_of(asked), stage.template.text_of(asked, True)

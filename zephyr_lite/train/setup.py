@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.chat_template import ChatTemplate, Example, PairExample, resolve_template
 from ..data.dataset import TokenizedDataset, prepare
@@ -42,21 +44,18 @@ from .callbacks import trackers
 from .distributed import world
 from .objective import Outcome
 from .optim import check_schedule
-from .planning import plan_stage, set_threads, stage_workload
+from .planning import plan_stage, stage_workload
 from .publish import check_repo_name, push_adapter
 from .resume import (
-    Changes,
     adapters_difference,
     base_difference,
-    check_same_inputs,
-    cores,
     data_difference,
     data_info,
     judged_on_other_rows,
     machine_now,
     plan_of_stage,
+    report_changes,
     resumed_info,
-    roundings,
     same_device,
     same_plan,
     stage_complete,
@@ -69,7 +68,7 @@ from .steps import step_schedule
 
 def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool = True) -> Stage:
     """Make a stage ready to train. Cheap checks come first. Every process of a run calls it, the one that writes before the
-    others, which take its stage.json.
+    others, which then resume what it has written to stage.json.
 
     Args:
         claim: make the stage's folder and write its configuration; False for a dry run.
@@ -78,23 +77,20 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
         StageComplete: the stage is finished.
         UserError: a user's mistake.
     """
-    config, writer = loaded.config, world().writes
+    config, writes = loaded.config, claim and world().writes
     for note in loaded.notes:
         say(note)
 
-    # a stage to resume
+    # what is on the disk
     stage = StageDir(Path(config.output_dir) / config.stage)
-    before, changes = started_before(stage, config, method) if writer else (stage.info(), Changes())
-    resumes = before if writer else None
-    complete = resumes is not None and resumes.get("status") == "complete"
-    if resumes is not None and complete and not (changes.refused or changes.places):
-        if claim and config.sync:
+    before, changes = started_before(stage, config, method)
+    if before is not None and changes.complete and not (changes.refused or changes.places):
+        if writes:
             catch_up(config.sync, stage, say)
-        if claim:
-            push_adapter(config, stage, resumes, say)
-        raise stage_complete(stage, resumes)
+            push_adapter(config, stage, before, say)
+        raise stage_complete(stage, before)
 
-    # settings, adapters and base
+    # settings, adapters below, base
     if config.engine == "fused":
         check_targets(config.lora_target_modules)
     check_schedule(config)
@@ -105,12 +101,12 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
     base_config = read_model_config(folder, any_family=config.engine != "fused")
     check_weights(folder, base_config)
     check_base_of(frozen, folder)
-    if resumes is not None:
-        changes.settle("base", base_difference(resumes, folder))
-        changes.settle("adapters", adapters_difference(resumes, frozen))
-        changes.refuse(stage, complete=complete)
+    if before is not None:
+        changes.settle("base", base_difference(before, folder))
+        changes.settle("adapters", adapters_difference(before, frozen))
+        changes.refuse(stage)
 
-    # tokenizer, template and rows
+    # tokenizer, template, rows
     template = template_of(config, folder, frozen, (before or {}).get("template_time"))
     check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
     if config.chat_template == "auto":
@@ -120,102 +116,62 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
     if eval_data is not None:
         _report_rows(eval_data, base_config, say)
+    rows = data_info(data, template)
     machine, libraries = machine_now(compute_dtype(config.dtype, compute_device())), versions()
     forget_best = False
-    if resumes is not None:
-        changes.settle("data", data_difference(resumes, data_info(data, template)))
-        changes.refuse(stage, complete=complete)
-        if complete:
-            raise stage_complete(stage, resumes)
-        if changes.allowed:
-            say(f"changed since this stage was last worked on: {'; '.join(changes.allowed)}")
-        if forget_best := judged_on_other_rows(resumes, config, stage, eval_data):
-            changes.allowed.append(
-                "the held-out rows are others than before: evaluations of before do not count for the best checkpoint"
-            )
-            say(changes.allowed[-1])
-        if rounding := roundings(resumes, libraries, machine, config.engine):
-            changes.allowed += rounding
-            say(
-                f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed "
-                "run"
-            )
-    elif before is not None:
-        check_same_inputs(before, folder, data, machine)
+    if before is not None:
+        changes.settle("data", data_difference(before, rows))
+        changes.refuse(stage)
+        if changes.complete:
+            raise stage_complete(stage, before)
+        forget_best = judged_on_other_rows(before, config, stage, eval_data)
+        report_changes(changes, before, libraries, machine, config.engine, forget_best, say)
 
-    # plan: another split of the sums would change bits, so a resumed stage keeps its own
-    if before is not None and (not writer or same_plan(stage, before, config, machine)):
-        plan = plan_of_stage(stage, before, base_config.num_hidden_layers)
-        lines = ["the plan is the one that the stage was started with", *plan.lines()]
-        if cores() < plan.threads:
-            lines.append(
-                f"it computes with {plan.threads} threads, and there are {cores()} cores here: it will be slower"
-            )
+    # plan
+    keeps_plan = before is not None and same_plan(stage, before, config, machine)
+    if before is not None and keeps_plan:  # another split of the sums would change bits
+        plan = plan_of_stage(stage, before, base_config.num_hidden_layers, say)
     else:
-        workload = stage_workload(method, config, base_config, folder, frozen, data, eval_data)
-        plan, lines = plan_stage(workload, config)
-        if before is not None:
-            why = "memory was changed" if same_device(before, machine) else "this is another kind of device"
-            say(f"{why}: from here on sums are split otherwise, and round otherwise")
-            before["plan"] = plan.as_dict()
-    for line in lines:
-        say(line)
-    set_threads(plan)
+        plan = plan_stage(stage_workload(method, config, base_config, folder, frozen, data, eval_data), config, say)
+    if before is not None and not keeps_plan:
+        why = "memory was changed" if same_device(before, machine) else "this is another kind of device"
+        say(f"{why}: from here on sums are split otherwise, and round otherwise")
+        before["plan"] = plan.as_dict()
+    torch.set_num_threads(plan.threads)
 
-    # base and adapters
-    if claim and writer:
+    # base, adapters
+    if writes:
         stage.claim()
-    say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
-    cap_allocator(compute_device(), config.memory)
-    base = _load(config, plan, say)
-    if config.engine == "fused":
-        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
-            say(note)
-    stream = WeightStreamer(base.model, base.device) if base.streamed else None
-    stack = AdapterStack(base.model, base.device)
-    if config.engine == "fused":  # the other engines attach theirs, to any architecture
-        for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
-            stack.add_frozen(name, adapter)
-        stack.add_trainable(
-            config.stage, r=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules, seed=config.seed
-        )
-    if base.device.type == "cpu":
-        keep_freed_pages()
+    base, stack, decoder = _load(config, plan, frozen, say)
     per_epoch, total = step_schedule(config, len(data.rows))
     parameters = sum(p.numel() for p in stack.parameters().values())
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
     say(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all{trained}")
-    decoder = Decoder(stack, base.dtype, scratch=plan.scratch, stream=stream)
-    decoder.follow(plan)
 
     # stage.json
     links = [{"path": _relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen]
-    if before is None:
-        info = {
-            "format": FORMAT,
-            "id": _run_id(stage.run),
-            "method": method,
-            "stage": config.stage,
-            "status": "running",
-            "engine": config.engine,
-            "base": base.describe(),
-            "adapters": links,
-            "chat_template": template.text,
-            **({"template_time": template.now.isoformat()} if template.reads_clock else {}),
-            "versions": libraries,
-            "machine": machine,
-            "plan": plan.as_dict(),
-            "data": data_info(data, template),
-            "created": _now(),
-        }
-    elif writer:
-        before.setdefault("id", _run_id(stage.run))
+    info: dict[str, Any] = {
+        "format": FORMAT,
+        "id": _run_id(stage.run),
+        "method": method,
+        "stage": config.stage,
+        "status": "running",
+        "engine": config.engine,
+        "base": base.describe(),
+        "adapters": links,
+        "chat_template": template.text,
+        **({"template_time": template.now.isoformat()} if template.reads_clock else {}),
+        "versions": libraries,
+        "machine": machine,
+        "plan": plan.as_dict(),
+        "data": rows,
+        "created": _now(),
+    }
+    if before is not None:
         resumed = {"at": _now(), "machine": machine, "versions": libraries, "changed": changes.allowed}
-        info = resumed_info(before, stage, base.describe(), links, resumed)
-    else:
-        info = before
+        info = {"id": info["id"], **resumed_info(before, stage, base.describe(), links, resumed)}
     info["eval_data"] = {"fingerprint": eval_data.fingerprint} if eval_data is not None else None
-    if claim and writer:
+    if writes:
         stage.write_info(info)  # first: config.yaml tells a resumed run that ``memory`` was changed
         write_text(stage.config, dump_config(config))
     return Stage(
@@ -231,10 +187,38 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
         plan=plan,
         frozen=frozen,
         info=info,
-        mirror=open_mirror(config.sync, stage, say) if claim and writer else None,
+        mirror=open_mirror(config.sync, stage, say) if writes else None,
         forget_best=forget_best,
-        writes=claim and writer,
+        writes=writes,
     )
+
+
+def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile], say: Say) -> tuple[Base, AdapterStack, Decoder]:
+    """The base with its adapters, and the decoder that runs them under the plan."""
+    say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
+    cap_allocator(compute_device(), config.memory)
+    if config.engine == "unsloth":
+        from ..engines.unsloth import load_unsloth
+
+        base = load_unsloth(config)
+    else:
+        base = load_base(config, stream=plan.stream, say=say)
+    if config.engine == "fused":
+        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
+            say(note)
+    stream = WeightStreamer(base.model, base.device) if base.streamed else None
+    stack = AdapterStack(base.model, base.device)
+    if config.engine == "fused":  # the other engines attach theirs, to any architecture
+        for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
+            stack.add_frozen(name, adapter)
+        stack.add_trainable(
+            config.stage, r=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules, seed=config.seed
+        )
+    if base.device.type == "cpu":
+        keep_freed_pages()
+    decoder = Decoder(stack, base.dtype, scratch=plan.scratch, stream=stream)
+    decoder.follow(plan)
+    return base, stack, decoder
 
 
 def adapters_below(method: Method, config: RunConfig, stage: StageDir, say: Say) -> list[AdapterFile]:
@@ -346,14 +330,6 @@ def save_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[st
     stage.dir.write_info(stage.info)
     say(f"{stage.dir.adapter} holds the adapter" + (" (the whole chain in one)" if stage.frozen else ""))
     push_adapter(stage.config, stage.dir, stage.info, say)
-
-
-def _load(config: RunConfig, plan: Plan, say: Say) -> Base:
-    if config.engine == "unsloth":
-        from ..engines.unsloth import load_unsloth
-
-        return load_unsloth(config)
-    return load_base(config, stream=plan.stream, say=say)
 
 
 def _now() -> str:

@@ -35,10 +35,10 @@ class Stage:
         data, eval_data: rows to train on, and held-out ones (or None).
         plan: how a step is split.
         frozen: the adapters below, from the bottom up.
-        info: what stage.json says.
-        mirror: where checkpoints are copied to, or None.
-        forget_best: what was the best checkpoint so far was judged on other rows than those of now.
-        writes: False in all but one of a run's processes: the folder is only read.
+        info: the content of stage.json.
+        mirror: copies checkpoints to ``sync``, or None.
+        forget_best: the best checkpoint so far was judged on other held-out rows.
+        writes: this process writes the folder: not in a dry run, and in one of several processes.
     """
 
     method: Method

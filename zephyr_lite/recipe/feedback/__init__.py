@@ -1,1 +1,1 @@
-"""AI feedback from scratch: completions by several models, ratings by a judge; and dialogues distilled from a teacher."""
+"""AI feedback and dialogues made by other models, as UltraFeedback and UltraChat were made."""

@@ -1,56 +1,107 @@
-"""``zephyr-lite distill``: dialogues that a teacher writes, over a grid of topics and kinds that is filled evenly.
+"""``zephyr-lite distill``: dialogues that a teacher writes, spread evenly over a grid of topics and kinds.
 
-Dialogues are numbered, and a number belongs to a cell. In a first pass every number gets an opening; those that are
-turned down (too near to an earlier one, unusable, or without a first answer) get another in the next pass, up to
-``tries`` times. Openings are asked for many at a time, and judged in the order of their numbers: so what is taken does not
-depend on which reply came first, and a job that was interrupted ends like one that was not.
+Dialogues are numbered, and each number belongs to a cell. In a first pass every number gets an opening; a number whose
+opening is turned down (too similar to an earlier one, unusable, without a first answer) gets another in the next pass, up to
+``tries`` times. Openings are asked for in parallel and compared in the order of their numbers, so that the result does not
+depend on which reply came first, nor on interruptions.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...client.budget import Totals
-from ...client.desk import open_desk
-from ...client.types import BudgetSpent, Desk, RequestFailed
+from ...client.client import (
+    TOKENS_OF_A_TEMPLATE,
+    TOKENS_OF_A_TURN,
+    BudgetSpent,
+    ModelClient,
+    RequestFailed,
+    open_client,
+)
+from ...client.cost import Bound, Meter, prompt_bound
+from ...client.jobs import claim_folder, in_order, json_line, run_job
+from ...client.request_log import Totals
 from ...errors import UserError
-from ...io.interrupts import pythons_ctrl_c
-from ...io.run_dir import file_aside, write_json
-from .files import Spool, claim, line_of, write_config
-from .grid import Grid, read_grid
-from .grow import Dialogue, NotUsable, ask_message, grow, opening_request
-from .meter import Meter
-from .near import Openings
-from .pool import Turns, grace_said, in_order
+from ...io.atomic import file_aside, write_json
+from .config import DistillConfig
+from .dialogue import (
+    QUESTION_TOKENS,
+    Dialogue,
+    Grid,
+    NotUsable,
+    ask_message,
+    follow_up_request,
+    grow,
+    opening_request,
+    read_grid,
+    shingles,
+)
 from .prompts import Prompts
-from .specs import DistillConfig
 
 COMMAND = "distill"
 TRAIN, TEST, REPORT = "train_sft.jsonl", "test_sft.jsonl", "report.json"
 NEAR = "too near to an earlier opening or to a seed"
 NO_ANSWER = "no first answer"
 BUDGET = "the budget"
-_EXAMPLES = 5  # of near-duplicates, in the report
+EXAMPLES = 5  # near-duplicates in the report
+SAMPLE = 2000  # openings whose length is measured for the upper bound
+
+
+class Openings:
+    """The openings taken so far, compared by the Jaccard similarity of their shingles.
+
+    Two sets of similarity s share one of the first ⌊(1 - s) n⌋ + 1 elements of each, in any fixed order (Chaudhuri et al.
+    2006); only openings that share such an element are compared.
+
+    Args:
+        similarity: from which a text is a near-duplicate.
+    """
+
+    def __init__(self, similarity: float) -> None:
+        self._similarity = similarity
+        self._texts: list[str] = []
+        self._sets: list[frozenset[int]] = []
+        self._index: defaultdict[int, list[int]] = defaultdict(list)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def take(self, text: str) -> str | None:
+        """Take a text that is new and return None; or return the earliest one that it is too similar to."""
+        # pairs of words are rarer than words, and come first
+        ordered = sorted(shingles(text), key=lambda s: (" " not in s, s))
+        hashes = [int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest()) for s in ordered]
+        mine, prefix = frozenset(hashes), hashes[: len(hashes) - math.ceil(self._similarity * len(hashes) - 1e-9) + 1]
+        for number in sorted({number for each in prefix for number in self._index[each]}):
+            shared = len(mine & self._sets[number])
+            if shared >= self._similarity * (len(mine) + len(self._sets[number]) - shared):
+                return self._texts[number]
+        for each in prefix:
+            self._index[each].append(len(self._texts))
+        self._texts.append(text[:500])
+        self._sets.append(mine)
+        return None
 
 
 @dataclass
 class Distilled:
-    """What a run made.
+    """The result of a run.
 
     Attributes:
-        wanted, train, test: dialogues.
+        wanted, train, test: numbers of dialogues.
         openings: asked for; turned_down: of these, by reason; near: examples (the opening, the earlier one).
-        ended: dialogues that are shorter than was asked for, by reason; rounds: how many have so many.
-        cells: dialogues for each (topic, kind), those without any included; none where the openings are seeds.
-        unreached: dialogues that the budget did not reach; why: what it said.
+        ended: dialogues that are shorter than was asked for, by reason; rounds: how many have this many.
+        cells: dialogues of each (topic, kind), empty ones included; none where the openings are seeds.
+        unreached: dialogues that the budget did not reach; budget_message: why, or "".
     """
 
     out: Path
@@ -66,7 +117,7 @@ class Distilled:
     rounds: Counter[int] = field(default_factory=Counter)
     cells: Counter[tuple[str, str]] = field(default_factory=Counter)
     unreached: int = 0
-    why: str = ""
+    budget_message: str = ""
     totals: Totals = field(default_factory=Totals)
 
     @property
@@ -100,7 +151,7 @@ class Distilled:
         }
 
     def lines(self) -> list[str]:
-        """One fact a line."""
+        """The result, one fact a line."""
         test = f", {self.test:,} in {TEST}" if self.test else ""
         rounds = ", ".join(f"{count:,} of {n}" for n, count in sorted(self.rounds.items(), reverse=True))
         result = [f"{self.out}: {self.made:,} of {self.wanted:,} dialogues: {self.train:,} in {TRAIN}{test}"]
@@ -112,20 +163,16 @@ class Distilled:
         for title, counts in (("openings turned down", self.turned_down), ("ended early", self.ended)):
             if counts:
                 result.append(f"{title}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common()))
-        if self.why:
+        if self.budget_message:
             result.append(
-                f"{self.unreached:,} dialogues are not there, {self.ended[BUDGET]:,} are shorter: {self.why} "
-                "The same command with a larger budget goes on; what the journal holds is not asked again."
+                f"{self.unreached:,} dialogues are missing, {self.ended[BUDGET]:,} are shorter: {self.budget_message} "
+                "The same command with a larger budget continues the job and sends no answered request again."
             )
         return result
 
 
 def plan_distill(config: DistillConfig, seeds: Prompts | None) -> Distilled:
-    """What is to be made; nothing is asked yet.
-
-    Raises:
-        UserError: a grid that cannot be read.
-    """
+    """What a run is to make. Raises UserError if the grid cannot be read."""
     grid = read_grid(Path(config.grid) if config.grid else None, config.seed)
     most = len(seeds.prompts) if seeds is not None and config.openings == "seeds" else None
     wanted = config.count or most or len(grid.cells)
@@ -133,209 +180,196 @@ def plan_distill(config: DistillConfig, seeds: Prompts | None) -> Distilled:
 
 
 def run_distill(
-    config: DistillConfig,
-    result: Distilled,
-    meter: Meter,
-    *,
-    say: Callable[[str], None],
-    back_off: float = 1.0,
+    config: DistillConfig, result: Distilled, meter: Meter, *, say: Callable[[str], None], back_off: float = 1.0
 ) -> Distilled:
-    """Make the set in ``config.out``: train_sft.jsonl, test_sft.jsonl, report.json, journal.jsonl, config.yaml.
+    """Make the data set in ``config.out``: train_sft.jsonl, test_sft.jsonl, report.json, requests.sqlite, config.yaml.
 
     The columns are ultrachat_200k's (prompt, prompt_id, messages), and topic and kind.
 
     Args:
         result: of ``plan_distill``; filled in.
-        back_off: of ``open_desk``.
+        back_off: of ``open_client``.
 
     Raises:
-        UserError: the folder holds something else, an endpoint cannot answer at all, or no dialogue came out. What was
-            answered is in the journal in each case.
+        UserError: the folder holds something else, an endpoint cannot answer at all, or no dialogue came out. All replies
+            are in the request log in each case.
     """
-    claim(result.out, COMMAND, config)
-    with pythons_ctrl_c():
-        asyncio.run(_run(config, result, meter, say, back_off))
+    claim_folder(result.out, COMMAND, config)
+    run_job(_run(config, result, meter, back_off), say)
     write_json(result.out / REPORT, result.report())
     return result
 
 
-async def _run(
-    config: DistillConfig, result: Distilled, meter: Meter, say: Callable[[str], None], back_off: float
-) -> None:
-    async with open_desk(
+async def _run(config: DistillConfig, result: Distilled, meter: Meter, back_off: float) -> None:
+    async with open_client(
         list(config.endpoints().values()),
         result.out,
         max_requests=config.budget.requests,
         max_tokens=config.budget.tokens,
         on_progress=meter.totals,
         back_off=back_off,
-    ) as desk:
-        result.totals = desk.totals
-        write_config(result.out, COMMAND, config)
-        meter.totals(desk.totals)
-        spool = Spool(result.out)
-        try:
-            with grace_said(say):
-                await Passes(desk, config, result, meter, spool).run()
-            _write(config, result, spool)
-        finally:
-            spool.close()
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """Of one number in one pass: a dialogue; or the reason why there is none; or neither, where the budget ended it."""
-
-    dialogue: Dialogue | None = None
-    reason: str = ""
-    final: bool = False  # another pass cannot help
-
-
-class Passes:
-    """Pass after pass over the dialogues that are not there yet."""
-
-    def __init__(self, desk: Desk, config: DistillConfig, result: Distilled, meter: Meter, spool: Spool) -> None:
-        self.desk, self.config, self.result, self.meter, self.spool = desk, config, result, meter, spool
-        self.taken = Openings(config.similarity)
-        if result.seeds is not None and config.openings == "grid":
-            for prompt in result.seeds.prompts:  # an example handed back is no opening
-                self.taken.take(prompt.text)
-        self.avoid: dict[int, str] = {}  # the opening that a number's last one was too near to
-        ends = config.endpoints().values()
-        # a number waits for those before it: twice as many as can be asked at once
-        self.window = 2 * sum(spec.concurrency for spec in ends)
-
-    async def run(self) -> None:
-        """Fill ``spool``, and count in ``result``."""
-        missing = list(range(self.result.wanted))
-        for attempt in range(self.config.tries):
-            missing = await self._pass(missing, attempt)
-            if not missing or self.result.why:
+    ) as client:
+        result.totals = client.totals
+        passes = _Passes(client, config, result, meter)
+        missing = list(range(result.wanted))
+        for attempt in range(config.tries):
+            missing = await passes.run(missing, attempt)
+            if not missing or result.budget_message:
                 break
-        self.result.unreached = len(missing) if self.result.why else 0
+        result.unreached = len(missing) if result.budget_message else 0
+        _write(config, result, passes.dialogues)
 
-    async def _pass(self, numbers: list[int], attempt: int) -> list[int]:
-        """The numbers that need another."""
-        turns = Turns()
-        stop = len(numbers)
+
+class _Passes:
+    """Passes over the dialogues that are missing.
+
+    Attributes:
+        dialogues: by number.
+    """
+
+    def __init__(self, client: ModelClient, config: DistillConfig, result: Distilled, meter: Meter) -> None:
+        self.client, self.config, self.result, self.meter = client, config, result, meter
+        self.dialogues: dict[int, Dialogue] = {}
+        self.openings = Openings(config.similarity)
+        if result.seeds is not None and config.openings == "grid":
+            for prompt in result.seeds.prompts:  # an example that is handed back is no opening
+                self.openings.take(prompt.text)
+        self.avoid: dict[int, str] = {}  # the opening that a number's last one was too similar to
+        # a number waits for those before it: twice as many as can be asked at once
+        self.window = 2 * sum(spec.concurrency for spec in config.endpoints().values())
+
+    async def run(self, numbers: list[int], attempt: int) -> list[int]:
+        """One pass; returns the numbers that need another."""
+        config, result = self.config, self.result
+        compared = [asyncio.Event() for _ in numbers]
         again = []
 
-        async def work(place: int) -> _Outcome:
-            nonlocal stop
+        async def dialogue_of(place: int) -> Dialogue | NotUsable | RequestFailed | BudgetSpent | None:
+            """The dialogue; why there is none; or None for a seed that is too similar to an earlier one."""
+            number = numbers[place]
+            opening: str | Exception
             try:
-                if place >= stop:
-                    return _Outcome()
-                number = numbers[place]
                 opening = await self._opening(number, attempt)
-                await turns.wait(place)
-                is_kept = self.config.openings == "seeds" and attempt > 0  # the seed was taken in the first pass
-                earlier = None if is_kept else self.taken.take(opening)
-            except BudgetSpent as spent:
-                # what an earlier run finished beyond this one lies within a window of it
-                stop = min(stop, place + self.window)
-                self.result.why = self.result.why or str(spent)
-                return _Outcome()
-            except RequestFailed as failed:
-                return _Outcome(reason=failed.reason)
-            except NotUsable as reason:
-                return _Outcome(reason=str(reason))
-            finally:
-                turns.done(place)
+            except (NotUsable, RequestFailed, BudgetSpent) as problem:
+                opening = problem
+            result.openings += not isinstance(opening, BudgetSpent)
+            if place:
+                await compared[place - 1].wait()
+            earlier = None
+            is_seed = config.openings == "seeds"
+            if isinstance(opening, str) and not (is_seed and attempt):  # a seed is compared in the first pass
+                earlier = self.openings.take(opening)
+            compared[place].set()
+            if not isinstance(opening, str):
+                return opening  # type: ignore[return-value]
             if earlier is not None:
-                return self._too_near(number, opening, earlier)
+                if len(result.near) < EXAMPLES:
+                    result.near.append((opening[:300], earlier[:300]))
+                self.avoid[number] = earlier
+                return None if is_seed else NotUsable(NEAR)
+            user = config.user_endpoint
             dialogue = await grow(
-                self.desk,
-                self.config.teacher,
-                self.config.endpoints()[self._user],
-                self.result.grid,
-                number,
-                attempt,
-                opening,
-                self.config.rounds,
-                self.config.seed,
+                self.client, config.teacher, user, result.grid, number, attempt, opening, config.rounds, config.seed
             )
             if dialogue.by_budget:
-                stop = min(stop, place + self.window)
-                self.result.why = self.result.why or dialogue.ended
+                result.budget_message = dialogue.ended
             if not dialogue.messages:
-                return _Outcome() if dialogue.by_budget else _Outcome(reason=f"{NO_ANSWER}: {dialogue.ended}")
-            return _Outcome(dialogue)
+                return BudgetSpent() if dialogue.by_budget else NotUsable(f"{NO_ANSWER}: {dialogue.ended}")
+            return dialogue
 
-        async for place, outcome in in_order(range(len(numbers)), work, self.window):
-            number = numbers[place]
-            if outcome.dialogue is not None:
-                self._keep(number, outcome.dialogue)
+        async for place, found in in_order(range(len(numbers)), dialogue_of, self.window):
+            if isinstance(found, Dialogue):
+                self._keep(numbers[place], found)
+            elif found is None:
+                result.turned_down[NEAR] += 1
             else:
-                if outcome.reason:
-                    self.result.turned_down[outcome.reason] += 1
-                if not outcome.final:
-                    again.append(number)
+                again.append(numbers[place])
+                if isinstance(found, BudgetSpent):
+                    result.budget_message = result.budget_message or str(found)
+                else:
+                    result.turned_down[found.reason if isinstance(found, RequestFailed) else str(found)] += 1
         return again
-
-    @property
-    def _user(self) -> str:
-        assert self.config.user is not None
-        return self.config.user.name
 
     async def _opening(self, number: int, attempt: int) -> str:
         """Raises NotUsable, RequestFailed, BudgetSpent."""
-        self.result.openings += 1
-        seeds = self.result.seeds
-        if self.config.openings == "seeds":
+        config, seeds = self.config, self.result.seeds
+        if config.openings == "seeds":
             assert seeds is not None
             return seeds.prompts[number].text
         examples = []
         if seeds is not None:
-            rng = random.Random(f"examples {self.config.seed} {number} {attempt}")
-            chosen = rng.sample(seeds.prompts, min(self.config.examples, len(seeds.prompts)))
+            rng = random.Random(f"examples {config.seed} {number} {attempt}")
+            chosen = rng.sample(seeds.prompts, min(config.examples, len(seeds.prompts)))
             examples = [prompt.text for prompt in chosen]
-        user = self.config.endpoints()[self._user]
         avoid = self.avoid.get(number)
-        request = opening_request(user, self.result.grid, number, attempt, self.config.seed, examples, avoid)
-        return await ask_message(self.desk, request, quoted=[*examples, *([] if avoid is None else [avoid])])
-
-    def _too_near(self, number: int, opening: str, earlier: str) -> _Outcome:
-        if len(self.result.near) < _EXAMPLES:
-            self.result.near.append((opening[:300], earlier[:300]))
-        self.avoid[number] = earlier
-        return _Outcome(reason=NEAR, final=self.config.openings == "seeds")  # a seed stays as it is
+        request = opening_request(config.user_endpoint, self.result.grid, number, attempt, config.seed, examples, avoid)
+        return await ask_message(self.client, request, quoted=[*examples, *([] if avoid is None else [avoid])])
 
     def _keep(self, number: int, dialogue: Dialogue) -> None:
-        cell = self.result.grid.cell(number) if self.config.openings == "grid" else None
-        prompt = dialogue.messages[0]["content"]
-        row = {
-            "prompt": prompt,
-            "prompt_id": hashlib.sha256(prompt.encode("utf-8")).hexdigest(),
-            "messages": dialogue.messages,
-            "topic": cell.topic if cell else "",
-            "kind": cell.kind if cell else "",
-        }
-        self.spool.put(number, row)
+        self.dialogues[number] = dialogue
         self.result.rounds[dialogue.rounds] += 1
         if dialogue.ended:
             self.result.ended[BUDGET if dialogue.by_budget else dialogue.ended] += 1
         self.meter.advance()
 
 
-def _write(config: DistillConfig, result: Distilled, spool: Spool) -> None:
-    if not len(spool):
-        why = [", ".join(f"{reason}: {count:,}" for reason, count in result.turned_down.most_common()), result.why]
+def _write(config: DistillConfig, result: Distilled, dialogues: dict[int, Dialogue]) -> None:
+    if not dialogues:
+        reasons = [
+            ", ".join(f"{reason}: {n:,}" for reason, n in result.turned_down.most_common()),
+            result.budget_message,
+        ]
         raise UserError(
-            f"{result.out}: no dialogue came out of {result.wanted:,}: {'; '.join(part for part in why if part)}",
-            "What was answered is in the journal there. "
-            + ("Give a larger budget" if result.why else "Look at the reasons")
-            + "; the same command goes on.",
+            f"{result.out}: no dialogue came out of {result.wanted:,}: {'; '.join(filter(None, reasons))}",
+            ("Give a larger budget" if result.budget_message else "Look at the reasons")
+            + "; the same command continues the job, and all replies so far are kept.",
         )
-    if config.openings == "grid":
+    has_cells = config.openings == "grid"
+    if has_cells:
         result.cells.update({(cell.topic, cell.kind): 0 for cell in result.grid.cells})
     with file_aside(result.out / TRAIN) as train, file_aside(result.out / TEST) as test:
-        for _, row in spool.rows():
-            held_out = int(row["prompt_id"][:8], 16) < config.test_share * 2**32
-            (test if held_out else train).write(line_of(row))
+        for number, dialogue in sorted(dialogues.items()):
+            prompt = dialogue.messages[0]["content"]
+            prompt_id = hashlib.sha256(prompt.encode("utf-8")).hexdigest()
+            row = {"prompt": prompt, "prompt_id": prompt_id, "messages": dialogue.messages, "topic": "", "kind": ""}
+            if has_cells:
+                cell = result.grid.cell(number)
+                row |= {"topic": cell.topic, "kind": cell.kind}
+                result.cells[cell.topic, cell.kind] += 1
+            held_out = int(prompt_id[:8], 16) < config.test_share * 2**32
+            (test if held_out else train).write(json_line(row))
             result.test += held_out
             result.train += not held_out
-            if config.openings == "grid":
-                result.cells[row["topic"], row["kind"]] += 1
     for count, name in ((result.train, TRAIN), (result.test, TEST)):
-        if not count:  # a file without rows is refused as broken by whoever reads it
+        if not count:  # readers refuse a file without rows
             (result.out / name).unlink()
+
+
+def distill_bounds(config: DistillConfig, plan: Distilled) -> dict[str, Bound]:
+    """{endpoint: upper bounds of what a job costs}, with all openings as long as the longest of the first ``SAMPLE``."""
+    teacher, user, grid = config.teacher, config.user_endpoint, plan.grid
+    bounds = {name: Bound() for name in config.endpoints()}
+    question = min(QUESTION_TOKENS, user.max_tokens)
+    texts = [] if plan.seeds is None else [prompt.text for prompt in plan.seeds.prompts]
+    if config.openings == "seeds":
+        opening = max(len(text.encode()) for text in texts)
+    else:
+        opening = question
+        longest = sorted(texts, key=len)[-config.examples :]
+        asked = max(
+            prompt_bound(user, opening_request(user, grid, number, 0, config.seed, longest, None).messages)
+            for number in range(min(plan.wanted, SAMPLE))
+        )
+        bounds[user.name].add(user, asked, question, times=plan.wanted, tries=config.tries)
+    empty = follow_up_request(user, grid, 0, 0, [{"role": "user", "content": ""}] * 2, 0)
+    told = prompt_bound(user, empty.messages) + max(len(move.encode()) for move in grid.moves)  # whichever is drawn
+    system = 0 if teacher.system is None else TOKENS_OF_A_TURN + len(teacher.system.encode())
+    for round_ in range(config.rounds):
+        # before this round's answer: the opening, and an answer and a question for each earlier round
+        said = opening + round_ * (teacher.max_tokens + question)
+        turns = TOKENS_OF_A_TEMPLATE + TOKENS_OF_A_TURN * (2 * round_ + 1)
+        tries = 1 if round_ else config.tries
+        bounds[teacher.name].add(teacher, said + turns + system, teacher.max_tokens, times=plan.wanted, tries=tries)
+        if round_:
+            bounds[user.name].add(user, told + said - question + 32 * round_, question, times=plan.wanted)
+    return bounds

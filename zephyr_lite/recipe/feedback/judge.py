@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...client.types import Message
+from ...client.endpoints import Message
 
 NOT_RATED = "N/A"
 _RATIONALE, _CRITIQUE = "one or two sentences", "two to six sentences"

@@ -16,7 +16,7 @@ from ...data.messages import RowError, as_messages
 from ...data.opening import Source, kind_of, open_source, stem_of
 from ...errors import UserError
 from ...io.reading import read_text
-from .specs import PromptsSpec
+from .config import PromptsSpec
 
 # columns that hold a prompt, the surest first; "data" is raw UltraChat's, "turns" MT-Bench's
 COLUMNS = ("prompt", "instruction", "messages", "conversations", "data", "question", "turns", "text")

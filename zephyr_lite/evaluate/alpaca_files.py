@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
-from ...io.reading import is_file, read_text
-from ...io.strict_json import shown
+from ..errors import UserError
+from ..io.reading import is_file, read_text
+from ..io.strict_json import shown
 
 HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
-MOST_BYTES = 2**30
+MAX_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Output:
     """One answer of a file.
 
     Attributes:
-        key: tells the instruction from others in the file; an instruction that stands twice has two.
+        key: identifies the instruction in the file; a repeated instruction gets a key of its own.
         index: the row's place in the file.
     """
 
@@ -57,7 +57,10 @@ class Annotation:
 
 
 def read_outputs(place: str | None) -> tuple[list[Output], Path]:
-    """A file of outputs; a hub id, or OWNER/NAME/FILE.json; None: AlpacaEval's instructions with their baseline.
+    """A file of one model's outputs, and its path.
+
+    Args:
+        place: a JSON file, a hub id or OWNER/NAME/FILE.json; None: AlpacaEval's instructions with their baseline.
 
     Raises:
         UserError: there is none, or a row is wrong.
@@ -77,59 +80,49 @@ def read_outputs(place: str | None) -> tuple[list[Output], Path]:
         key = digest if seen[instruction] == 1 else f"{digest}/{seen[instruction]}"
         generator, dataset = _text(row, "generator") or path.stem, _text(row, "dataset") or ""
         outputs.append(Output(key, number - 1, instruction, output, generator, dataset))
-    generators = sorted({o.generator for o in outputs})
-    if len(generators) > 1:
-        raise UserError(
-            f"{path}: outputs of {len(generators)} models ({', '.join(generators[:3])}).", "Give one model's file."
-        )
+    _refuse_several({o.generator for o in outputs}, path, "outputs of")
     return outputs, path
 
 
 def read_annotations(path: Path) -> list[Annotation]:
-    """A file of annotations.
+    """A file of annotations of one model.
 
     Raises:
-        UserError: there is none, a row is wrong, a preference is no number, or several models were compared.
+        UserError: there is none, or a row is wrong.
     """
     result = []
     for number, row in enumerate(read_rows(path), 1):
+        where = f"{path} row {number}"
         if "preference" not in row:
             raise UserError(
-                f"{path} row {number}: has no preference; found {shown(sorted(row))}.",
+                f"{where}: has no preference; found {shown(sorted(row))}.",
                 "Annotations have the form of AlpacaEval's annotations.json.",
             )
-        texts = {name: _text(row, name) for name in ("instruction", "output_1", "output_2")}
-        missing = [name for name, text in texts.items() if text is None]
+        missing = [name for name in ("instruction", "output_1", "output_2") if _text(row, name) is None]
         if missing:
-            raise UserError(f"{path} row {number}: {missing[0]} is missing.", "AlpacaEval's annotations have it.")
-        names = {k: _text(row, k) or "" for k in ("generator_1", "generator_2", "annotator")}
-        preference = _preference(row["preference"], f"{path} row {number}")
-        result.append(
-            Annotation(
-                index=number - 1,
-                instruction=str(texts["instruction"]),
-                output_1=str(texts["output_1"]),
-                output_2=str(texts["output_2"]),
-                preference=preference,
-                **names,
-            )
-        )
-    models = sorted({a.generator_2 for a in result})
-    if len(models) > 1:
-        raise UserError(
-            f"{path}: verdicts on {len(models)} models ({', '.join(models[:3])}).", "Give one model's annotations."
-        )
+            raise UserError(f"{where}: {missing[0]} is missing.", "AlpacaEval's annotations have it.")
+        texts = [row[name] for name in ("instruction", "output_1", "output_2")]
+        names = [_text(row, name) or "" for name in ("generator_1", "generator_2", "annotator")]
+        result.append(Annotation(number - 1, *texts, *names, _preference(row["preference"], where)))
+    _refuse_several({a.generator_2 for a in result}, path, "verdicts on")
     return result
 
 
+def _refuse_several(models: set[str], path: Path, what: str) -> None:
+    if len(models) > 1:
+        raise UserError(
+            f"{path}: {what} {len(models)} models ({', '.join(sorted(models)[:3])}).", "Give one model's file."
+        )
+
+
 def check_belongs(annotations: list[Annotation], outputs: list[Output], where: str) -> int:
-    """Whether the annotations are verdicts on these outputs. Published folders lack some outputs that were annotated.
+    """Check that annotations are verdicts on these outputs. Published folders lack some annotated outputs.
 
     Returns:
-        how many annotations are of instructions that the outputs do not have.
+        the number of annotations whose instruction the outputs lack.
 
     Raises:
-        UserError: most are, or an annotation's output_2 is not what the outputs have for its instruction.
+        UserError: most of them, or an annotation's output_2 is not the output to its instruction.
     """
     known: dict[str, set[str]] = {}
     for output in outputs:
@@ -151,13 +144,14 @@ def check_belongs(annotations: list[Annotation], outputs: list[Output], where: s
 
 
 def read_difficulty(path: Path) -> dict[int, float]:
-    """{instruction's place: difficulty}: AlpacaEval's instruction_difficulty.csv (an index and a value), or a table with
-    the columns index and instruction_difficulty (df_gamed.csv).
+    """{instruction's index: difficulty} of AlpacaEval's instruction_difficulty.csv (an index and a value), or of a table
+    with the columns index and instruction_difficulty (df_gamed.csv).
 
     Raises:
         UserError: it is neither.
     """
-    rows = list(csv.reader(io.StringIO(read_text(path, limit=MOST_BYTES))))
+    hint = "AlpacaEval's instruction_difficulty.csv has them."
+    rows = list(csv.reader(io.StringIO(read_text(path, limit=MAX_BYTES))))
     header = rows[0] if rows else []
     place, value = 0, 1
     if "index" in header and "instruction_difficulty" in header:
@@ -167,22 +161,21 @@ def read_difficulty(path: Path) -> dict[int, float]:
         try:
             result.setdefault(int(row[place]), float(row[value]))
         except (IndexError, ValueError):
-            raise UserError(
-                f"{path} line {number}: expected an index and a difficulty, found {shown(row)}.",
-                "AlpacaEval's instruction_difficulty.csv has them.",
-            ) from None
+            message = f"{path} line {number}: expected an index and a difficulty, found {shown(row)}."
+            raise UserError(message, hint) from None
     if not result or not all(map(math.isfinite, result.values())):
-        raise UserError(f"{path}: no difficulties in it.", "AlpacaEval's instruction_difficulty.csv has them.")
+        raise UserError(f"{path}: no difficulties in it.", hint)
     return result
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """A JSON list of objects, or one a line.
+    """The rows of a JSON list of objects, or of JSONL.
 
     Raises:
         UserError: it is neither.
     """
-    text = read_text(path, limit=MOST_BYTES)
+    text = read_text(path, limit=MAX_BYTES)
+    hint = "Give a JSON list of objects, or JSONL."
     try:
         if text.lstrip().startswith("["):
             rows = json.loads(text)
@@ -190,9 +183,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             # not splitlines(): a text may hold U+2028 or U+0085, which end no line of JSONL
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}).", "Give a JSON list of objects, or JSONL.") from None
+        raise UserError(f"{path}: not valid JSON ({error}).", hint) from None
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: expected a list of objects.", "Give a JSON list of objects, or JSONL.")
+        raise UserError(f"{path}: expected a list of objects.", hint)
     return list(rows)
 
 
@@ -211,10 +204,10 @@ def _find(place: str | None) -> Path:
     file = found[2] or HUB_FILE
     try:
         return Path(hf_hub_download(found[1], file, repo_type="dataset"))
-    except Exception as error:  # of many kinds: no network, no such data set, no access
+    except Exception as error:  # no network, no such data set, no access
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"{found[1]}/{file}: no such file here, and not to be had from the hub: {why}",
+            f"{found[1]}/{file}: no such file here, and it cannot be fetched from the hub: {why}",
             "Check the name and the network (HF_HUB_OFFLINE?), or give a file with --instructions.",
         ) from None
 
@@ -224,12 +217,10 @@ def _text(row: dict[str, Any], key: str) -> str | None:
 
 
 def _preference(value: Any, where: str) -> float:
-    """As pandas reads it there: null is nan, a number in quotes is a number."""
-    if value is None:
-        return math.nan
+    """As pandas reads it: null is nan, a number in quotes is a number."""
     try:
-        if isinstance(value, int | float | str):
-            return float(value)
+        if value is None or isinstance(value, int | float | str):
+            return math.nan if value is None else float(value)
     except ValueError:
         pass
     raise UserError(f"{where}: preference: expected a number or null, found {shown(value)}.", "1, 2, or between.")

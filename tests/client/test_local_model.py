@@ -1,4 +1,4 @@
-"""A local folder as an endpoint: batches, seeds of their own, and the same journal and budget."""
+"""A local folder as an endpoint: batches, a seed for each request, and the same request log and budget."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.client.test_endpoints import ask_all, records, run
+from tests.client.test_client import ask_all, records, run
 from zephyr_lite import chat as chat_module
 from zephyr_lite.chat import Chat, load_chat
-from zephyr_lite.client.desk import open_desk
-from zephyr_lite.client.types import BudgetSpent, EndpointSpec, Reply, Request, RequestFailed
+from zephyr_lite.client.client import BudgetSpent, Request, RequestFailed, open_client
+from zephyr_lite.client.endpoints import EndpointSpec
+from zephyr_lite.client.request_log import Reply
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.sampling import RowSampler, Sampling
 
@@ -40,9 +41,9 @@ def ask(text: str, **settings: Any) -> Request:
     return Request(f"key/{text}", "m", ({"role": "user", "content": text},), **settings)
 
 
-async def ask_with_seeds(desk: Any) -> list[Any]:
+async def ask_with_seeds(client: Any) -> list[Any]:
     asked = [ask(text, seed=place, max_tokens=6 + 3 * place) for place, text in enumerate(QUESTIONS)]
-    return await asyncio.gather(*(desk.ask(request) for request in asked), return_exceptions=True)
+    return await asyncio.gather(*(client.ask(request) for request in asked), return_exceptions=True)
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_answers_do_not_depend_on_the_batch_and_are_paid_for_once(tmp_path, tiny
     assert len({reply.text for reply in together}) > 1
     resumed, totals_after = run([local(tiny_base)], tmp_path / "together", ask_with_seeds)
     assert resumed == together and len(batches) == 6
-    assert totals_after.requests == totals.requests == 5 and totals_after.from_journal == 5
+    assert totals_after.requests == totals.requests == 5 and totals_after.from_log == 5
 
 
 def test_tokens_are_counted_as_they_are(tmp_path, tiny_base):
@@ -101,10 +102,10 @@ def test_why_an_answer_ended(tiny_base, monkeypatch):
 
 
 def test_a_seed_decides_and_another_one_decides_otherwise(tmp_path, tiny_base):
-    async def work(desk):
+    async def work(client):
         return await asyncio.gather(
             *(
-                desk.ask(Request(f"k{i}", "m", ({"role": "user", "content": "Hi"},), seed=seed))
+                client.ask(Request(f"k{i}", "m", ({"role": "user", "content": "Hi"},), seed=seed))
                 for i, seed in enumerate((1, 1, 2, 3))
             )
         )
@@ -130,19 +131,19 @@ def test_weights_that_change_are_asked_anew(tmp_path, tiny_base):
         model.lm_head.weight.mul_(-1)
     model.save_pretrained(folder)
     _, totals = run([local(folder)], tmp_path / "job", lambda d: ask_all(d, QUESTIONS[:2]))
-    assert totals.requests == 4 and totals.from_journal == 0
+    assert totals.requests == 4 and totals.from_log == 0
 
 
 def test_conversations_that_cannot_be_asked_are_gone_past(tmp_path, tiny_base):
     context = json.loads((tiny_base / "config.json").read_text())["max_position_embeddings"]
 
-    async def work(desk):
+    async def work(client):
         turns = [
             ({"role": "user", "content": "Hi"},),
             ({"role": "user", "content": "</s> Hi"},),
             ({"role": "user", "content": "fox " * context},),
         ]
-        asked = (desk.ask(Request(f"k{i}", "m", t)) for i, t in enumerate(turns))
+        asked = (client.ask(Request(f"k{i}", "m", t)) for i, t in enumerate(turns))
         return await asyncio.gather(*asked, return_exceptions=True)
 
     replies, totals = run([local(tiny_base)], tmp_path, work)
@@ -210,15 +211,15 @@ def test_stopping_ends_a_generation_at_its_next_token_and_keeps_no_half_answer(t
     monkeypatch.setattr(RowSampler, "choose", slow)
 
     async def main() -> None:
-        async with open_desk([local(tiny_base, max_tokens=400, temperature=3.0)], tmp_path, grace=0.1) as desk:
-            task = asyncio.create_task(desk.ask(ask("Hi")))
+        async with open_client([local(tiny_base, max_tokens=400, temperature=3.0)], tmp_path, grace=0.1) as client:
+            task = asyncio.create_task(client.ask(ask("Hi")))
             await asyncio.to_thread(begun.wait)
             assert not task.done()
 
     before = time.monotonic()
     asyncio.run(main())
     assert time.monotonic() - before < 10  # of 20 s and more
-    assert records(tmp_path, "reply") == []
+    assert records(tmp_path, "replied") == []
     monkeypatch.undo()
     _, totals = run([local(tiny_base)], tmp_path, lambda d: ask_all(d, ["Hi"]))
     assert totals.replies == 1
@@ -265,9 +266,9 @@ def test_a_stage_of_a_run_answers_with_its_adapter_on(tmp_path, tiny_base, chat_
         local(run_folder / "sft", name="stage", temperature=0.0),
     ]
 
-    async def work(desk):
+    async def work(client):
         turns = ({"role": "user", "content": "Who are you?"},)
-        return [(await desk.ask(Request("k", spec.name, turns))).text for spec in specs]
+        return [(await client.ask(Request("k", spec.name, turns))).text for spec in specs]
 
     (base, run_text, stage), totals = run(specs, tmp_path / "job", work)
     assert run_text == stage != base and totals.requests == 3

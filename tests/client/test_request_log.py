@@ -1,0 +1,367 @@
+"""No answered request is sent twice: the request log through kills, interrupts, a second process, older journals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chat_server import Act, ChatServer, Seen, answer_json, by_hash, disconnect, error, hang, not_json, ok
+from tests.client.test_client import ask_all, one, records, request, run, spec
+from zephyr_lite.client.client import BudgetSpent, prompt_token_bound
+from zephyr_lite.client.request_log import NAME, Reply, RequestLog
+from zephyr_lite.errors import UserError
+
+# A job in a process of its own: sends ``count`` requests, and prints the replies in order.
+JOB = """
+import asyncio, json, sys
+from pathlib import Path
+from zephyr_lite.client.client import Request, open_client
+from zephyr_lite.client.endpoints import EndpointSpec
+from zephyr_lite.client.jobs import run_job
+url, folder, count, concurrency = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+async def main():
+    spec = EndpointSpec(url=url, model="m", concurrency=concurrency, max_tokens=50)
+    async with open_client([spec], Path(folder), back_off=0.01, grace=5.0) as client:
+        print("open", flush=True)
+        asked = [Request(f"k{i}", "m", ({"role": "user", "content": f"q{i}"},), seed=i) for i in range(count)]
+        replies = await asyncio.gather(*(client.ask(r) for r in asked))
+        print(json.dumps({"replies": [r.text for r in replies], "totals": client.totals.as_dict()}), flush=True)
+run_job(main(), lambda line: None)
+"""
+
+
+def job(server: ChatServer, folder: Path, count: int = 40, concurrency: int = 8) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", JOB, server.url, str(folder), str(count), str(concurrency)]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder.parent
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def wait_for(condition: Any) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def slow_hash(seen: Seen) -> Any:
+    act = by_hash(seen)
+    act.sleep = 0.01 * (1 + seen.number % 5)
+    return act
+
+
+def test_a_job_killed_in_the_middle_goes_on_and_pays_for_no_reply_twice(tmp_path):
+    when = 13
+    with ChatServer(by_hash) as server:
+        whole = finish(job(server, tmp_path / "whole"))
+    with ChatServer(slow_hash) as server:
+        process = job(server, tmp_path / "killed")
+        wait_for(lambda: len(server.seen) >= when)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        time.sleep(0.1)  # what had left arrives
+        there = records(tmp_path / "killed")
+        replied = {record["digest"]: record["key"] for record in there if record["state"] == "replied"}
+        sent = {record["digest"] for record in there}
+        before = len(server.seen)
+        assert len(sent) >= before >= when  # nothing leaves that is not written down
+        resumed = finish(job(server, tmp_path / "killed"))
+    again = [f"k{seen.question[1:]}" for seen in server.seen[before:]]
+    assert not set(again) & set(replied.values()) and len(again) == 40 - len(replied) == len(set(again))
+    assert resumed["replies"] == whole["replies"]
+    totals = resumed["totals"]
+    assert totals["requests"] == len(sent) + len(again) and totals["replies"] == 40
+    assert totals["sent_and_never_answered"] == len(sent) - len(replied)
+    assert totals["replies_from_journal"] == len(replied)
+
+
+def test_what_was_under_way_at_a_kill_counts_against_the_budget(tmp_path):
+    bound = prompt_token_bound([{"role": "user", "content": "q0"}]) + 50
+    folder = tmp_path / "job"
+    with ChatServer(lambda seen: ok("late", sleep=30) if seen.number >= 1 else by_hash(seen)) as server:
+        process = job(server, folder, count=6, concurrency=4)
+        wait_for(lambda: len(server.seen) == 5)
+        process.kill()
+        process.communicate()
+        server.script = by_hash
+
+        async def nothing(client):
+            return client.totals.tokens
+
+        tokens, totals = run([spec(server)], folder, nothing)
+        assert tokens == 12 + 4 * bound and totals.requests == 5 and totals.unanswered == 4
+        limit = tokens + bound + 5
+        replies, totals = run(
+            [spec(server, concurrency=1)], folder, lambda d: ask_all(d, list("abcdefg")), max_tokens=limit
+        )
+        assert totals.tokens <= limit and sum(isinstance(r, Reply) for r in replies) == 1
+        replies, totals = run([spec(server)], folder, lambda d: ask_all(d, list("hij")), max_requests=7)
+    assert totals.requests == 7 and sum(isinstance(r, BudgetSpent) for r in replies) == 2
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    folder = tmp_path / "job"
+    with ChatServer(lambda seen: ok("x", sleep=0.2)) as server:
+        process = job(server, folder, count=12, concurrency=1)
+        assert process.stdout.readline() == "open\n"
+        with pytest.raises(UserError, match="another process is working on it"):
+            one(server, folder)
+        process.kill()
+        process.communicate()
+        reply, _ = one(server, folder)  # the lock went with its holder
+        assert reply.text == "x"
+        first = RequestLog(folder)  # nor do two clients of one process
+        with pytest.raises(UserError, match="another process"):
+            RequestLog(folder)
+        first.close()
+
+
+def test_ctrl_c_lets_what_is_paid_for_come_back(tmp_path):
+    folder = tmp_path / "job"
+    with ChatServer(lambda seen: ok(f"slow {seen.question}", sleep=0.5 if seen.number else 0.0)) as server:
+        process = job(server, folder, count=40, concurrency=4)
+        wait_for(lambda: len(server.seen) == 5)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert len(server.seen) == 5  # nothing new has left
+        assert [row["state"] for row in records(folder)] == ["replied"] * 5
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    folder = tmp_path / "job"
+    with ChatServer(lambda seen: ok("x", sleep=20 if seen.number else 0.0)) as server:
+        process = job(server, folder, count=10, concurrency=4)
+        wait_for(lambda: len(server.seen) == 5)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+        assert time.monotonic() - started < 4
+        server.script = by_hash
+        _, totals = one(server, folder)
+    assert totals.unanswered == 4 and totals.replies == 2
+
+
+def test_a_cancelled_caller_does_not_lose_the_reply(tmp_path):
+    with ChatServer(lambda seen: ok("late", sleep=0.3)) as server:
+
+        async def work(client):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await client.ask(request("a"))
+            await asyncio.sleep(0.4)
+            return await client.ask(request("a"))
+
+        reply, totals = run([spec(server)], tmp_path, work)
+    assert reply.text == "late" and len(server.seen) == 1 and totals.requests == 1
+
+
+def test_who_gives_up_while_waiting_is_not_sent(tmp_path):
+    with ChatServer(lambda seen: ok("x", sleep=0.2)) as server:
+
+        async def work(client):
+            first = asyncio.create_task(client.ask(request("a")))
+            second = asyncio.create_task(client.ask(request("b")))
+            await asyncio.sleep(0.05)
+            second.cancel()
+            await first
+            await asyncio.sleep(0.1)
+            return await client.ask(request("c"))
+
+        run([spec(server, concurrency=1)], tmp_path, work)
+    assert [seen.question for seen in server.seen] == ["a", "c"]
+
+
+# Kills, failures and a budget at once
+
+STORM = """
+import asyncio, json, sys
+from pathlib import Path
+from zephyr_lite.client.client import Request, open_client
+from zephyr_lite.client.endpoints import EndpointSpec
+url, folder, tokens, requests = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+def check(totals):
+    assert totals.tokens <= tokens and totals.requests <= requests, totals
+async def main():
+    settings = {"url": url, "model": "m", "max_tokens": 30, "timeout": 0.2, "retries": 4}
+    specs = [EndpointSpec(name=name, concurrency=n, **settings) for name, n in (("a", 16), ("b", 3))]
+    limits = {"max_tokens": tokens, "max_requests": requests, "on_progress": check}
+    async with open_client(specs, Path(folder), back_off=0.005, grace=1.0, **limits) as client:
+        asked = [Request(f"k{i}", "ab"[i % 2], ({"role": "user", "content": f"q{i}"},), seed=i) for i in range(60)]
+        found = await asyncio.gather(*(client.ask(r) for r in asked), return_exceptions=True)
+        print(json.dumps([type(f).__name__ for f in found]))
+asyncio.run(main())
+"""
+KILLS = int(os.environ.get("ZEPHYR_LITE_KILLS", "6"))
+
+
+@pytest.mark.parametrize(("seed", "share", "tokens", "requests"), [(1, 0.3, 10**6, 10**6), (3, 0.1, 3_000, 100)])
+def test_a_job_that_is_killed_again_and_again_pays_once_and_keeps_its_budget(tmp_path, seed, share, tokens, requests):
+    draws = random.Random(seed)
+    spent: list[int] = []
+
+    def script(seen: Seen) -> Act:
+        prompt, completion = draws.randrange(20, 120), draws.randrange(1, 31)
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+        fails = draws.random() < share
+        kind = draws.randrange(8)
+        if fails and kind < 2:
+            return [error(429), error(503, retry_after="0.05")][kind]
+        spent.append(prompt + completion)  # generated, whether or not it arrives
+        if fails:
+            acts = [error(500), disconnect(0), disconnect(5), hang(0.4), not_json(), ok("x", usage=None)]
+            return acts[kind - 2]
+        return ok("x" * draws.randrange(40), usage=usage, sleep=0.03 * draws.random())
+
+    folder = tmp_path / "job"
+    with ChatServer(script) as server:
+        for session in range(KILLS + 1):
+            paid = {row["key"] for row in records(folder, "replied")} if (folder / NAME).exists() else set()
+            before = len(server.seen)
+            words = [sys.executable, "-c", STORM, server.url, str(folder), str(tokens), str(requests)]
+            process = subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+            )
+            if session < KILLS:
+                target = before + draws.randrange(1, 15)
+                deadline = time.monotonic() + 3  # of a budget that is spent, nothing more comes
+                while len(server.seen) < target and process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.002)
+                process.kill()
+            out, err = process.communicate(timeout=60)
+            time.sleep(0.1)  # requests that had left arrive
+            assert not {f"k{seen.question[1:]}" for seen in server.seen[before:]} & paid
+            assert sum(spent) <= tokens and len(server.seen) <= requests
+            assert "AssertionError" not in err + out
+        assert process.returncode == 0, err
+    kinds = json.loads(out)
+    assert set(kinds) <= {"Reply", "BudgetSpent", "RequestFailed"}
+    assert kinds.count("Reply") > (40 if tokens > 5_000 else 0)
+
+
+# The file
+
+
+def test_a_request_is_recorded_before_it_leaves(tmp_path):
+    sizes = []
+
+    def script(seen):
+        sizes.append((tmp_path / f"{NAME}-wal").read_bytes().count(b"key/hello"))
+        return by_hash(seen)
+
+    with ChatServer(script) as server:
+        one(server, tmp_path)
+    (row,) = records(tmp_path)
+    assert sizes[0] and row["state"] == "replied" and row["key"] == "key/hello" and row["counted"]
+
+
+def test_failures_are_recorded_with_the_servers_message(tmp_path):
+    with ChatServer(lambda seen: error(400, "x" * 5000)) as server:
+        run([spec(server)], tmp_path, lambda client: ask_all(client, ["a"]))
+    (failed,) = records(tmp_path, "failed")
+    assert failed["given_up"] and failed["reason"] == "HTTP 400" and 300 <= len(failed["detail"]) <= 301
+
+
+def test_a_reply_of_many_lines_and_odd_letters_comes_back_as_it_was(tmp_path):
+    text = 'line\nline\r\n\u2028 \0 \x85 ünï 漢 🦊 \t"quoted" \\u0041'
+    with ChatServer(lambda seen: answer_json({"choices": [{"message": {"content": text}}]})) as server:
+        assert one(server, tmp_path)[0].text == text
+        assert one(server, tmp_path)[0].text == text
+        assert len(server.seen) == 1
+
+
+def test_a_file_that_is_no_log_and_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / NAME).write_text("my notes, which are long enough to be no empty database " * 20)
+    with ChatServer() as server:
+        with pytest.raises(UserError, match="is no request log"):
+            one(server, tmp_path)
+        with pytest.raises(UserError, match="cannot be"):
+            one(server, tmp_path / NAME / "job")
+
+
+def test_a_full_disk_is_named_and_nothing_leaves_that_cannot_be_recorded(tmp_path, monkeypatch):
+    with ChatServer() as server:
+
+        async def work(client):
+            await client.ask(request("a"))
+            client._log._db.execute("PRAGMA max_page_count = 1")  # no page can be added
+            return await ask_all(client, ["b" * 5000, "c"])
+
+        replies, _ = run([spec(server)], tmp_path, work)
+        assert all(isinstance(r, UserError) and "cannot be written" in r.message for r in replies[:1]), replies
+        left = len(server.seen)
+        _, totals = run([spec(server)], tmp_path, lambda client: ask_all(client, ["a", "c"]))
+    assert left <= 2 and totals.replies == 2
+
+
+# Jobs of earlier versions
+
+
+def journal_line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def old_journal(folder: Path, server: ChatServer) -> list[str]:
+    """The journal.jsonl that an earlier version wrote for the requests "a", "b" and "c": a reply, a failure, a kill."""
+    run([spec(server, concurrency=1)], folder, lambda client: ask_all(client, ["a", "b", "c"]))
+    rows = records(folder)
+    for path in folder.iterdir():
+        path.unlink()
+    lines = [journal_line({"event": "journal", "version": 1})]
+    for row in rows:
+        head = {name: row[name] for name in ("id", "digest", "key", "endpoint")}
+        lines.append(journal_line({"event": "sent", **head, "tokens": row["bound"], "dollars": 0.0}))
+        if row["key"] == "key/a":
+            texts = {name: row[name] for name in ("text", "finish_reason", "prompt_tokens", "completion_tokens")}
+            spent = {"counted_by": "server", "tokens": row["tokens"], "dollars": 0.0}
+            lines.append(journal_line({"event": "reply", **head, **texts, **spent}))
+        elif row["key"] == "key/b":
+            told = {"reason": "HTTP 500", "detail": "boom", "sent": True, "final": True}
+            lines.append(journal_line({"event": "failed", **head, **told, "tokens": row["bound"], "dollars": 0.0}))
+    return lines
+
+
+def test_an_older_versions_journal_is_imported_once(tmp_path):
+    with ChatServer() as server:
+        lines = old_journal(tmp_path, server)
+        (tmp_path / "journal.jsonl").write_text("".join(lines) + '{"event": "rep')  # the process died while it wrote
+        server.seen.clear()
+        replies, totals = run([spec(server)], tmp_path, lambda client: ask_all(client, ["a", "b", "c"]))
+        assert [seen.question for seen in server.seen] == ["b", "c"] and all(isinstance(r, Reply) for r in replies)
+        bound = prompt_token_bound([{"role": "user", "content": "b"}]) + 50
+        assert totals.requests == 5 and totals.from_log == 1 and totals.unanswered == 1
+        assert totals.lost_tokens == 2 * bound and totals.failed_tries == {"HTTP 500": 1} and totals.failures == {}
+        _, totals = run([spec(server)], tmp_path, lambda client: ask_all(client, ["a", "b", "c"]))
+        assert totals.requests == 5 and totals.from_log == 3 and len(server.seen) == 2
+
+
+@pytest.mark.parametrize("line", ["{torn", "[]", '{"event": "reply"}', '{"event": "paid", "id": 1}'])
+def test_a_damaged_journal_is_named_and_nothing_is_sent(tmp_path, line):
+    with ChatServer() as server:
+        lines = old_journal(tmp_path, server)
+        (tmp_path / "journal.jsonl").write_text("".join([*lines[:3], line + "\n", *lines[3:]]))
+        server.seen.clear()
+        with pytest.raises(UserError, match=r"journal\.jsonl: line 4 "):
+            one(server, tmp_path)
+        assert not server.seen
+        (tmp_path / "journal.jsonl").write_text("".join(lines))  # restored
+        assert one(server, tmp_path, "a")[1].from_log == 1

@@ -1,0 +1,156 @@
+"""What a job can cost at most, and what it has cost while it runs.
+
+A prompt is counted by its bytes and a reply by its ``max_tokens``: upper bounds, usually three to five times what is
+spent. Only a budget limits a job exactly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from ..io.words import duration
+from .client import prompt_token_bound
+from .endpoints import EndpointSpec, Message
+from .jobs import Budget
+from .request_log import JOURNAL, NAME, Totals
+
+PIPE_SECONDS = 30.0  # between two lines where the output is no terminal
+
+
+@dataclass
+class Bound:
+    """Upper bounds for some requests.
+
+    ``worst_…``: every question is put as often as its replies may be unusable, and every try fails as often as the
+    endpoint's ``retries`` allow.
+    """
+
+    requests: int = 0
+    tokens: int = 0
+    dollars: float = 0.0
+    worst_requests: int = 0
+    worst_tokens: int = 0
+    worst_dollars: float = 0.0
+
+    def add(self, spec: EndpointSpec, prompt_tokens: int, reply_tokens: int, *, times: int = 1, tries: int = 1) -> None:
+        """Add ``times`` requests of this size, each put up to ``tries`` times."""
+        cost = spec.dollars(prompt_tokens, reply_tokens)
+        worst = times * (1 + spec.retries) * tries
+        self.requests += times
+        self.tokens += times * (prompt_tokens + reply_tokens)
+        self.dollars += times * cost
+        self.worst_requests += worst
+        self.worst_tokens += worst * (prompt_tokens + reply_tokens)
+        self.worst_dollars += worst * cost
+
+
+def prompt_bound(spec: EndpointSpec, messages: Sequence[Message], more_tokens: int = 0) -> int:
+    """Upper bound of a conversation's tokens, with the endpoint's own system turn."""
+    system = [] if spec.system is None or messages[0]["role"] == "system" else [{"content": spec.system}]
+    return prompt_token_bound([*system, *messages]) + more_tokens
+
+
+def bound_lines(bounds: Mapping[str, Bound], specs: Iterable[EndpointSpec]) -> list[str]:
+    """One line per endpoint, one for all of them, one for the worst case."""
+    priced = has_prices(specs)
+    every = bounds.values()
+    total = Bound(*(sum(getattr(b, name) for b in every) for name in Bound.__dataclass_fields__))
+    lines = [f"{name}: {_line(b.requests, b.tokens, b.dollars, priced)}" for name, b in bounds.items()]
+    lines.append(
+        "in all, every request answered at its first try: " + _line(total.requests, total.tokens, total.dollars, priced)
+    )
+    lines.append(
+        "in the worst case, every reply unusable and every try failing, as often as is allowed "
+        "(requests that a busy server turns away, 429, come on top): "
+        + _line(total.worst_requests, total.worst_tokens, total.worst_dollars, priced)
+    )
+    if not priced:
+        lines.append("no prices are given (input_price, output_price: US dollars per million tokens)")
+    return lines
+
+
+def _line(requests: int, tokens: int, dollars: float, priced: bool) -> str:
+    return f"{requests:,} requests, {tokens:,} tokens at most" + (f", ${dollars:,.2f} at most" if priced else "")
+
+
+def has_prices(specs: Iterable[EndpointSpec]) -> bool:
+    """Whether any endpoint has a price."""
+    return any(spec.input_price or spec.output_price for spec in specs)
+
+
+def budget_lines(budget: Budget, out: Path) -> list[str]:
+    """What limits a job, and whether its folder holds replies already."""
+    limits = [f"{value:,} {unit}" for unit, value in budget if value is not None]
+    lines = [
+        f"budget: {' and '.join(limits)}, never exceeded" if limits else "no budget (--max-requests, --max-tokens)"
+    ]
+    log = next((out / name for name in (NAME, JOURNAL) if (out / name).is_file()), None)
+    if log is not None:
+        lines.append(f"requests that {log} holds are not sent again; they are not deducted here")
+    return lines
+
+
+class Meter:
+    """``done/total``, requests, tokens, dollars and the time left: a bar in a terminal, a line now and then in a pipe.
+
+    Args:
+        total: number of items.
+        unit: their name: "prompts".
+        priced: whether any endpoint has a price; without one no dollars are shown.
+    """
+
+    def __init__(self, console: Console, total: int, unit: str, priced: bool) -> None:
+        self._console, self._unit, self._priced = console, unit, priced
+        self._totals = Totals()
+        self._last_line = time.monotonic()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[spent]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(unit, total=total, spent="")
+
+    def __enter__(self) -> Meter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def totals(self, totals: Totals) -> None:
+        """Show what has been spent; ``on_progress`` of ``open_client``."""
+        self._totals = totals
+        self._show(0)
+
+    def advance(self) -> None:
+        """Count one more item as done."""
+        self._show(1)
+
+    def spent(self) -> str:
+        """``412 requests  98,313 tokens  $0.0421  12 min left``."""
+        totals = self._totals
+        parts = [f"{totals.requests:,} requests", f"{totals.tokens - totals.held:,} tokens"]
+        if self._priced:
+            parts.append(f"${totals.dollars + totals.lost_dollars:,.4f}")
+        left = self._progress.tasks[self._task].time_remaining
+        return "  ".join([*parts, *([f"{duration(left)} left"] if left else [])])
+
+    def _show(self, steps: int) -> None:
+        self._progress.update(self._task, advance=steps, spent=self.spent())
+        if not self._console.is_terminal and time.monotonic() - self._last_line >= PIPE_SECONDS:
+            self._last_line = time.monotonic()
+            task = self._progress.tasks[self._task]
+            self._console.print(f"{self._unit} {task.completed:,.0f}/{task.total:,.0f}  {self.spent()}")

@@ -1,0 +1,156 @@
+"""Endpoints: which model answers, where it runs, and the settings of its requests."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..errors import UserError
+
+Message = dict[str, str]
+_EXAMPLE = "http://localhost:11434/v1#llama3.2"
+
+
+class EndpointSpec(BaseModel):
+    """One model: on a server that speaks the OpenAI chat API (``url``), or in a local folder (``path``).
+
+    Exactly one of ``url`` and ``path`` is set. ``name`` defaults to the model's or the folder's name.
+    """
+
+    # an error never repeats a value: it could be a key in the wrong place
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    name: str = ""  # in outputs
+    url: str | None = None  # http://localhost:11434/v1
+    model: str | None = None  # the server's name for it; of a run's folder: base, or a stage of its chain
+    path: str | None = None  # a run's folder, a stage's, or a model's
+    api_key_env: str | None = None  # the environment variable that holds the key
+    system: str | None = None  # a system turn for every request
+    temperature: float = Field(1.0, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    max_tokens: int = Field(1024, ge=1)  # of a reply
+    concurrency: int = Field(4, ge=1)  # requests in flight; a local model's batch size
+    requests_per_minute: float | None = Field(None, gt=0)
+    timeout: float = Field(120.0, gt=0)  # seconds for one try; not applied to a local model
+    retries: int = Field(5, ge=0)  # further tries after 429, 5xx, a timeout or a broken connection
+    input_price: float = Field(0.0, ge=0)  # US dollars per million tokens
+    output_price: float = Field(0.0, ge=0)
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _no_name(cls, value: Any) -> Any:
+        return "" if value is None else value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_variable(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            raise ValueError("expected the name of an environment variable that holds the key, not the key itself")
+        return value
+
+    @field_validator("url")
+    @classmethod
+    def _a_bare_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value.strip())
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            host = None
+        if not host or parts.scheme not in ("http", "https"):
+            raise ValueError("is not a URL such as http://localhost:11434/v1")
+        if parts.username is not None or parts.password is not None or parts.query:
+            raise ValueError("may hold no user, password or query: keys come from the variable named in api_key_env")
+        if parts.fragment:
+            raise ValueError("ends with #…: the model's name goes into `model`")
+        return value.strip().rstrip("/").removesuffix("/chat/completions")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> EndpointSpec:
+        if (self.url is None) == (self.path is None):
+            raise ValueError("give either url (and model) or path")
+        if self.url is not None and not self.model:
+            raise ValueError("give the model's name too, as the server calls it")
+        if self.path is not None and self.api_key_env is not None:
+            raise ValueError("a local folder (path) takes no api_key_env")
+        if not self.name and self.path is not None:
+            self.name = ("/".join(Path(self.path).parts[-2:]) or "local") + (f"#{self.model}" if self.model else "")
+        elif not self.name:
+            self.name = self.model or ""
+        return self
+
+    def dollars(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """The price of a request, in US dollars."""
+        return (prompt_tokens * self.input_price + completion_tokens * self.output_price) / 1e6
+
+
+_SETTINGS = [key for key in EndpointSpec.model_fields if key not in ("url", "model", "path", "system")]
+
+
+def parse_endpoint(text: str) -> EndpointSpec:
+    """An endpoint from one word: ``URL#MODEL``, ``FOLDER`` or ``FOLDER#MODEL``, then ``,key=value`` settings.
+
+    ``http://localhost:11434/v1#llama3.2,concurrency=8`` · ``https://…/v1#NAME,api_key_env=MY_KEY`` ·
+    ``runs/zephyr-7b,max_tokens=512``.
+
+    Raises:
+        UserError: the word is none of these, or a setting is unknown or wrong; its value is not repeated.
+    """
+    place, *words = [text] if Path(text).expanduser().exists() else text.split(",")
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in _SETTINGS:
+            raise UserError(
+                "endpoint: expected key=value after the comma.",
+                f"Known keys: {', '.join(_SETTINGS)}; as in {_EXAMPLE},concurrency=8.",
+            )
+        settings[key] = value
+    head, _, model = place.rpartition("#")
+    if re.match(r"https?://", place, re.IGNORECASE):
+        url, _, model = place.partition("#")
+        if not model:
+            raise UserError("the endpoint's URL names no model.", f"Write URL#MODEL, as in {_EXAMPLE}.")
+        settings |= {"url": url, "model": model}
+    elif Path(place).expanduser().is_dir():
+        settings["path"] = place
+    elif model and head and Path(head).expanduser().is_dir():
+        settings |= {"path": head, "model": model}
+    else:
+        raise UserError(
+            f"{place}: no such folder, and no URL.",
+            f"Give a run's or a model's folder (runs/NAME, runs/NAME#base), or URL#MODEL as in {_EXAMPLE}.",
+        )
+    return endpoint_spec(settings)
+
+
+def endpoint_spec(value: Any, where: str = "endpoint") -> EndpointSpec:
+    """An endpoint from a word (see ``parse_endpoint``) or from a mapping of a YAML file.
+
+    Args:
+        where: the key in the file, for errors.
+
+    Raises:
+        UserError: a key is unknown, missing or wrong; its value is not repeated.
+    """
+    if isinstance(value, EndpointSpec):
+        return value
+    if isinstance(value, str):
+        return parse_endpoint(value)
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{where}: expected an endpoint, found {type(value).__name__}.",
+            "Write URL#MODEL, a folder, or a mapping with url and model (or path).",
+        )
+    try:
+        return EndpointSpec.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        place = ".".join([where, *(str(part) for part in first["loc"])])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{place}: {message}.", f"An endpoint has {', '.join(EndpointSpec.model_fields)}.") from None

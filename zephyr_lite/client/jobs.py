@@ -1,0 +1,222 @@
+"""Jobs that ask models: their configuration, their folder, tasks in order, and how they end at an interrupt."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..config.presets import not_found, preset_configs
+from ..config.strict_yaml import dump_yaml, read_yaml
+from ..errors import UserError
+from ..io.atomic import sweep, write_text
+from ..io.interrupts import pythons_ctrl_c
+from ..io.reading import is_file, refuse_special
+from .client import RequestFailed
+from .endpoints import EndpointSpec
+
+T = TypeVar("T")
+R = TypeVar("R")
+Settings = TypeVar("Settings", bound="JobConfig")
+CONFIG = "config.yaml"
+INTERRUPTED = (
+    "interrupted: waiting a moment for replies in flight, which are paid for (interrupt again to stop at once)"
+)
+
+
+class Budget(BaseModel):
+    """What a job may spend over all its starts; None: no limit."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    requests: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1)
+
+
+class JobConfig(BaseModel):
+    """The keys that all jobs have."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    out: str
+    seed: int = Field(42, ge=0, lt=2**31)
+    budget: Budget = Budget()
+
+
+def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any]) -> Settings:
+    """A job's configuration: a YAML file with the options of the command line over it.
+
+    Args:
+        file: a path, or the name of a shipped file.
+        options: ``{"key": value}`` or ``{"key.nested": value}``; None leaves the file's value.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown (with the nearest one), a value does not fit.
+    """
+    path = _find(file) if file else None
+    where = str(path or "the command line")
+    values = read_yaml(path) if path else {}
+    for key, value in options.items():
+        head, _, nested = key.partition(".")
+        if value is None:
+            continue
+        if not nested:
+            values[head] = value
+            continue
+        inner = values.get(head) or {}
+        inner = {"path": inner} if isinstance(inner, str) else inner
+        if not isinstance(inner, dict):
+            message = f"{where}: {head}: expected `key: value` lines, found {type(inner).__name__}."
+            raise UserError(message, f"Write it as in `{head}: {{{nested}: …}}`.")
+        # another set's split and limit do not apply to a new path
+        values[head] = {"path": value} if nested == "path" and inner.get("path") != value else {**inner, nested: value}
+    missing = [key for key, field in kind.model_fields.items() if field.is_required() and key not in values]
+    if missing:
+        option = "model" if missing[0] == "models" else missing[0]
+        hint = f"Give --{option}, or {missing[0]}: in the file of --config."
+        raise UserError(f"{where}: {', '.join(missing)} missing.", hint)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "\n".join(_problem(item, kind) for item in error.errors())) from None
+    except UserError as error:  # of an endpoint
+        raise UserError(f"{path}: {error.message}" if path else error.message, error.hint) from None
+
+
+def _find(name: str) -> Path:
+    refuse_special(Path(name), name)
+    if is_file(Path(name)):
+        return Path(name)
+    shipped = preset_configs("feedback")
+    if name.removesuffix(".yaml") in shipped:
+        return shipped[name.removesuffix(".yaml")]
+    raise not_found(f"configuration {name[:300]}", Path(name), f"a shipped one: {', '.join(shipped)}")
+
+
+def _problem(item: Any, kind: type[BaseModel]) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        return f"{place}: {item['msg'].removeprefix('Value error, ')} (found {str(item['input'])[:60]!r})."
+    near = difflib.get_close_matches(str(item["loc"][-1]), kind.model_fields, n=1) if len(item["loc"]) == 1 else []
+    return f"there is no key {place!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+
+
+def distinct_name(spec: EndpointSpec, others: Sequence[EndpointSpec], role: str) -> EndpointSpec:
+    """An endpoint under a name that no other has: the other endpoint itself if both are equal, else "NAME (ROLE)"."""
+    if spec in others:
+        return others[list(others).index(spec)]
+    taken = any(other.name == spec.name for other in others)
+    return spec.model_copy(update={"name": f"{spec.name} ({role})"}) if taken else spec
+
+
+def refuse_equal_names(specs: Iterable[EndpointSpec]) -> None:
+    """Raise a UserError if two models have one name."""
+    names = [spec.name for spec in specs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two models are called {twice[0]!r}.", "Name each once, or add a name: …,name=OTHER.")
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------
+
+
+def claim_folder(out: Path, command: str, config: BaseModel) -> None:
+    """Create a job's folder with its config.yaml, or continue the job that is in it.
+
+    Raises:
+        UserError: the folder holds something else, or another command's job.
+    """
+    first_line = f"# zephyr-lite {command}"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; the job's folder cannot be created there.", "Choose another --out.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
+        there = sorted(path.name for path in out.iterdir())
+    except OSError as error:
+        raise UserError(f"{out}: cannot be created: {error.strerror}.", "Choose another --out.") from None
+    if there:
+        file = out / CONFIG
+        head = file.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].strip() if file.is_file() else ""
+        if head != first_line:
+            found = f"one of {head[2:]}" if head.startswith("# zephyr-lite ") else f"it holds {', '.join(there[:3])}"
+            raise UserError(
+                f"{out} exists and is not a job of zephyr-lite {command} ({found}).",
+                "Choose another --out, or move that folder away.",
+            )
+    values = config.model_dump(mode="json", exclude_unset=True)
+    write_text(out / CONFIG, f"{first_line}\n{dump_yaml(values)}")
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """A row of a JSONL file."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
+
+
+async def in_order(items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int) -> AsyncIterator[tuple[T, R]]:
+    """(item, result) in the items' order, with up to ``window`` items in progress or waiting for their turn."""
+    tasks: deque[tuple[T, asyncio.Future[R]]] = deque()
+    rest = iter(items)
+    try:
+        while True:
+            tasks.extend((item, asyncio.ensure_future(work(item))) for item in islice(rest, window - len(tasks)))
+            if not tasks:
+                return
+            while not tasks[0][1].done():
+                running = [task for _, task in tasks if not task.done()]
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # an error of a later item is raised at once
+            item, task = tasks.popleft()
+            yield item, task.result()
+    finally:
+        await _cancel(task for _, task in tasks)
+
+
+async def together(work: Iterable[Awaitable[R]]) -> list[R | RequestFailed]:
+    """All results, with RequestFailed in the place of those that failed by it; any other error is raised."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+    finally:
+        await _cancel(tasks)
+    for each in found:
+        if isinstance(each, BaseException) and not isinstance(each, RequestFailed):
+            raise each
+    return found  # type: ignore[return-value]
+
+
+async def _cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    running = list(tasks)
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+def run_job(main: Coroutine[Any, Any, R], say: Callable[[str], None]) -> R:
+    """``asyncio.run``, where an interrupt cancels ``main``, which waits for its replies in flight.
+
+    Raises:
+        KeyboardInterrupt: after an interrupt, when ``main`` has ended; at a second one, at once.
+    """
+
+    async def cancellable() -> R:
+        task = asyncio.ensure_future(main)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            say(INTERRUPTED)
+            task.cancel()
+            return await task
+
+    with pythons_ctrl_c():
+        return asyncio.run(cancellable())
