@@ -18,7 +18,7 @@ from ..config.strict_yaml import dump_yaml, read_yaml
 from ..errors import UserError
 from ..io.atomic import sweep, write_text
 from ..io.interrupts import pythons_ctrl_c
-from ..io.reading import is_file, refuse_special
+from ..io.text import is_file, refuse_special
 from .client import RequestFailed
 from .endpoints import EndpointSpec
 

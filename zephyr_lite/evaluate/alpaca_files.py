@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.reading import is_file, read_text
-from ..io.strict_json import shown
+from ..io.text import is_file, read_text, shown
 
 HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
 MAX_BYTES = 2**30

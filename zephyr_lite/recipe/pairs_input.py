@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config.load import DatasetSpec
 from ..data.opening import Source, kind_of, open_source
 from ..errors import UserError
-from ..io.strict_json import shown
+from ..io.text import shown
 from .questions import split_said_as
 from .ultrafeedback import TRUTHFUL_QA
 

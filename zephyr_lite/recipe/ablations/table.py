@@ -24,7 +24,7 @@ from ...config.load import DatasetSpec, Loaded, Method, RunConfig, load_config
 from ...config.presets import preset_configs
 from ...config.strict_yaml import read_yaml
 from ...errors import UserError
-from ...io.reading import is_file, refuse_special
+from ...io.text import is_file, refuse_special
 
 # what the table decides itself, by its arms, its ``output_dir`` and the stages' files
 PLACED = ("output_dir", "adapters", "stage")
