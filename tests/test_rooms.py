@@ -36,7 +36,6 @@ UPWARDS = {
     ("memory", "train"),
     ("model", "memory"),
     ("train", "engines"),
-    ("audit", "demo"),
 }
 ONLY_IN = {
     "bitsandbytes": {"ops/nf4.py", "train/optim.py", "memory/calibrate.py", "cli/environment.py"},
@@ -106,7 +105,6 @@ for package in (zephyr_lite.train, bench):
 OPTIONAL = (
     "httpx2",
     "trl",
-    "rensa",
     "gguf",
     "matplotlib",
     "openai",

@@ -29,7 +29,6 @@ CREATE TABLE requests (
     endpoint TEXT NOT NULL,
     state TEXT NOT NULL,              -- sent, replied, failed, lost
     bound INTEGER NOT NULL,           -- tokens of prompt and reply, at most
-    bound_dollars REAL NOT NULL,
     tokens INTEGER NOT NULL,          -- replied: counted; sent, lost: the bound; failed: the bound or 0
     dollars REAL NOT NULL,
     text TEXT,
@@ -271,9 +270,9 @@ class RequestLog:
         self.answers[row["endpoint"]] += row["state"] == "replied"
 
     def _insert(self, number: int | None, digest: str, key: str, endpoint: str, bound: int, dollars: float) -> int:
-        columns = "id, digest, key, endpoint, state, bound, bound_dollars, tokens, dollars"
-        values = (number, digest, key, endpoint, bound, dollars, bound, dollars)
-        done = self._db.execute(f"INSERT INTO requests ({columns}) VALUES (?, ?, ?, ?, 'sent', ?, ?, ?, ?)", values)
+        columns = "id, digest, key, endpoint, state, bound, tokens, dollars"
+        values = (number, digest, key, endpoint, bound, bound, dollars)
+        done = self._db.execute(f"INSERT INTO requests ({columns}) VALUES (?, ?, ?, ?, 'sent', ?, ?, ?)", values)
         assert done.lastrowid is not None
         return done.lastrowid
 

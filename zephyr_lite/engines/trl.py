@@ -47,7 +47,7 @@ from ..train.checkpoint import resume_point
 from ..train.loop import interrupted
 from ..train.main import stopped_at_the_end
 from ..train.objective import Outcome
-from ..train.observer import Observer, Observers
+from ..train.observer import Observer
 from ..train.optim import make_optimizer, make_scheduler
 from ..train.recorder import OnMetrics, Order, Recorder
 from ..train.setup import save_stage, setup_stage
@@ -96,8 +96,9 @@ def run_baseline(
     found = _resume_point(stage, say)
     done = 0 if found is None else int(found.name.split("-")[1])
     recorder.go_on(done)
-    recorder.observer = Observers(observers)
-    recorder.observer.begins(stage, recorder.unit, recorder.total, done)
+    recorder.observers = observers
+    for observer in observers:
+        observer.begins(stage, recorder.unit, recorder.total, done)
     if found is not None:
         say(f"going on from {found.name}")
     started = time.perf_counter()
@@ -125,7 +126,8 @@ def run_baseline(
             stop.name,
         )
         save_stage(stage, outcome, say=say, own=AdapterStack(trainer.model).weights(ADAPTER))
-        recorder.observer.ends(stage, outcome)
+        for observer in observers:
+            observer.ends(stage, outcome)
         stopped_at_the_end(stage, outcome)
     return outcome
 

@@ -100,9 +100,9 @@ def read_annotations(path: Path) -> list[Annotation]:
         missing = [name for name in ("instruction", "output_1", "output_2") if _text(row, name) is None]
         if missing:
             raise UserError(f"{where}: {missing[0]} is missing.", "AlpacaEval's annotations have it.")
-        texts = [row[name] for name in ("instruction", "output_1", "output_2")]
-        names = [_text(row, name) or "" for name in ("generator_1", "generator_2", "annotator")]
-        result.append(Annotation(number - 1, *texts, *names, _preference(row["preference"], where)))
+        names = {name: _text(row, name) or "" for name in ("generator_1", "generator_2", "annotator")}
+        texts = {name: row[name] for name in ("instruction", "output_1", "output_2")}
+        result.append(Annotation(index=number - 1, preference=_preference(row["preference"], where), **texts, **names))
     _refuse_several({a.generator_2 for a in result}, path, "verdicts on")
     return result
 

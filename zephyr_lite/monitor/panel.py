@@ -9,7 +9,6 @@ import textwrap
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from types import TracebackType
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -48,13 +47,8 @@ class LiveScreen(Screen):
         self.progress: Progress | None = None
         self._live: Live | None = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-
     def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
-        self._close()
+        self.close()
         progress = self.progress = Progress(stage, unit, total, step)
         published = published_of(stage)
 
@@ -88,13 +82,13 @@ class LiveScreen(Screen):
             self.progress.sampled(samples)
 
     def ends(self, stage: Stage, outcome: Outcome) -> None:
-        self._close()
+        self.close()
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         if self._live is None or is_evaluation(metrics):
             self.console.metrics(step, total, metrics)
 
-    def _close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Draw the panel a last time and release the terminal."""
         live, self._live = self._live, None
         if live is not None:

@@ -11,11 +11,12 @@ from ..errors import Interrupted, UserError
 from ..io.lock import alone
 from ..io.sync import kept_elsewhere
 from .distributed import everywhere, nothing, sees, world
-from .loop import OnMetrics, init_state, train
+from .loop import train
 from .objective import Objective, Outcome
 from .observer import Observer
 from .setup import save_stage, setup_stage
 from .stage import Say, Stage
+from .state import OnMetrics, init_state
 
 
 def run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class Recorder(TrainerCallback):
         self.begun = self.seconds = 0.0
         self.tokens = 0.0
         self.skips = False
-        self.observer = Observer()
+        self.observers: Sequence[Observer] = ()
         self.trainer: Any = None  # set when there is one
 
     def go_on(self, step: int) -> None:
@@ -104,7 +104,8 @@ class Recorder(TrainerCallback):
             found = {k: v for k, v in logs.items() if k.startswith("eval_") and k not in skip}
             self.evaluations.append({"step": step, **found})
             self._write(step, found)
-            self.observer.evaluated(step, found)
+            for observer in self.observers:
+                observer.evaluated(step, found)
         elif "loss" in logs:
             self._training(step, logs)
         ends = self.output.fault is not None or (self.stop is not None and self.stop.name is not None)
@@ -139,7 +140,8 @@ class Recorder(TrainerCallback):
         logs[f"{self.unit}_per_second"] = round(done / max(self.seconds, 1e-9), 3)
         logs["peak_memory_gib"] = round(peak_memory(self.stage.base.device) / 2**30, 3)
         self.last = logs
-        self.observer.stepped(step, logs)
+        for observer in self.observers:
+            observer.stepped(step, logs)
         if step % self.stage.config.logging_steps == 0 or step in (1, self.total):
             self._write(step, logs)
 
