@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tiny_base, chat_rows, tmp_
     stage = setup_stage("sft", loaded, say=quiet, claim=False)
     state = init_state(stage, SftObjective(stage, quiet), say=quiet)
     other = make_optimizer(stage.config.model_copy(update={"optim": "adamw_8bit"}), state.parameters)
-    checkpoint = Checkpoint(stage.stack, state.parameters, other, state.scheduler, state.scaler)
+    checkpoint = Checkpoint(state.parameters, other, state.scheduler, state.scaler)
     with pytest.raises(UserError, match="holds another optimizer's state"):
         checkpoint.read(stage.dir.checkpoints()[-1])
 

@@ -5,7 +5,6 @@ Nothing is executed or unpickled: ``training_args.bin`` is never opened.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ..io.text import read_object, read_text
 from ..model.overlap import CARD, tuned_from
 from ..model.peft_config import CONFIG_NAME
 from ..model.peft_io import AdapterFile, fetch_adapter, read_adapter
+from ..monitor.stage_record import json_lines
 
 LOG, TRAINER_LOG = "trainer_state.json", "trainer_log.jsonl"
 # files of a hub adapter that are fetched in addition to its weights and configuration
@@ -128,7 +128,7 @@ def _read_stage(evidence: Evidence, stage: StageDir, info: dict[str, Any]) -> No
         evidence.tokenizer_from = stage.adapter
     if stage.config.is_file():
         evidence.settings = read_dumped(stage.config)
-    evidence.log = _records(stage.metrics)
+    evidence.log = json_lines(stage.metrics)
 
 
 def _read_card(evidence: Evidence) -> None:
@@ -159,20 +159,7 @@ def _read_log(evidence: Evidence) -> None:
     if state is not None:
         evidence.log = read_object(state, strict=False).get("log_history") or []
     else:
-        evidence.log = _records(evidence.path / TRAINER_LOG)
+        evidence.log = json_lines(evidence.path / TRAINER_LOG)
     if evidence.method is None and evidence.log:
         rewards = any(str(key).endswith("rewards/accuracies") for record in evidence.log for key in record)
         evidence.method = "dpo" if rewards else "sft"
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a torn line is skipped."""
-    records = []
-    for line in read_text(path).splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records

@@ -151,7 +151,7 @@ def alpaca(
         allowed = ("annotations", "outputs", "difficulty", "out", "verbose")
         for option in ctx.command.params:
             if option.name not in allowed and ctx.params[option.name or ""] not in (None, False, (), []):
-                shown = option.opts[0] if option.param_type_name == "option" else option.human_readable_name
+                shown = option.opts[0] if option.opts[0].startswith("-") else option.opts[0].upper()
                 raise UserError(
                     f"--annotations are verdicts already: nothing is asked, and {shown} changes nothing.",
                     "With --annotations go --outputs, --difficulty and --out.",
@@ -217,17 +217,17 @@ def _say_result(result: Any, unit: str, lost: tuple[str, str], answers: int, job
         lost: the key of the reasons why something has no score, and its unit.
         answers: of each model.
     """
-    for what, told in result.body["differences"].items():
-        value, error = told["difference"], told["standard_error"]
+    for what, body in result.body["differences"].items():
+        value, error = body["difference"], body["standard_error"]
         if value is not None:
-            spread = "" if error is None else f" ± {error:.2f} (standard error, {told[unit]} {unit})"
+            spread = "" if error is None else f" ± {error:.2f} (standard error, {body[unit]} {unit})"
             console.say(f"{what}: {value:+.2f}{spread}")
-    for name, told in result.body["models"].items():
-        if reasons := told[lost[0]]:
+    for name, body in result.body["models"].items():
+        if reasons := body[lost[0]]:
             why = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
             console.say(f"note: {name}: {lost[1]} left out: {why}")
-    for name, told in result.body["models"].items():
-        if cut := told["answers_cut_at_max_tokens"]:
+    for name, body in result.body["models"].items():
+        if cut := body["answers_cut_at_max_tokens"]:
             console.say(f"note: {name}: {cut:,} of {answers:,} answers were cut off at --max-new-tokens")
     if result.unfinished:
         console.complain(result.unfinished)

@@ -126,6 +126,6 @@ def job_kept(folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         console.complain(
-            f"{folder}: every reply is in the request log; the same command goes on, and sends no answered request again."
+            f"{folder}: every reply is in the request log; the same command continues the job and sends no answered request again."
         )
         raise

@@ -214,9 +214,9 @@ class RequestLog:
             )
             self._update(record["id"], **_replied(reply, record["dollars"], known))
         elif event == "failed":
-            told = {"reason": record["reason"], "detail": record.get("detail", ""), "reached": record["sent"]}
+            failure = {"reason": record["reason"], "detail": record.get("detail", ""), "reached": record["sent"]}
             spent = {"tokens": record["tokens"], "dollars": record["dollars"], "given_up": record["final"]}
-            self._update(record["id"], state="failed", **told, **spent)
+            self._update(record["id"], state="failed", **failure, **spent)
         elif event != "journal":
             raise ValueError(event)
 

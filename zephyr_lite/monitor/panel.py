@@ -37,6 +37,7 @@ _TAGS = re.compile(
 )
 _MARKS = {"good": ("✓ ", "* ", "green"), "bad": ("! ", "! ", "bold yellow"), "open": ("· ", "- ", "dim")}
 GIB = 2**30
+STOPPING = Verdict("open", "stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
 
 class LiveScreen(Screen):
@@ -54,8 +55,7 @@ class LiveScreen(Screen):
 
         def panel() -> RenderableType:
             with progress.lock:
-                verdict = Verdict("open", "stopping after this step; a checkpoint will be written")
-                verdict = verdict if _stopping() else judge(progress, published)
+                verdict = STOPPING if _stopping() else judge(progress, published)
                 ascii_only = not self.console.out.encoding.startswith("utf")
                 return render(progress, verdict, self.console.out.width, ascii_only=ascii_only)
 

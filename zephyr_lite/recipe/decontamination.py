@@ -16,9 +16,8 @@ import numpy as np
 
 from ..config.load import DatasetSpec
 from ..data.messages import ROLES
-from ..data.opening import open_source
 from ..errors import UserError
-from .questions import split_said_as
+from .questions import open_rows
 from .words import Words, members, ngrams, whole, words_of
 
 NGRAM = 13
@@ -111,8 +110,7 @@ def _batches(name: str) -> Iterator[list[Any]]:
         return
     if not path:
         raise UserError(f"decontaminate {name!r}: names no set.", "Name a file or a hub id, with #SPLIT perhaps.")
-    with split_said_as(f"--decontaminate {path}#{{}}"):
-        rows = open_source(DatasetSpec(path=path, split=split or None))
+    rows = open_rows(DatasetSpec(path=path, split=split or None), f"--decontaminate {path}#{{}}")
     for start in range(0, len(rows), _BATCH):
         yield [list(row.values()) for row in rows[start : start + _BATCH]]
 

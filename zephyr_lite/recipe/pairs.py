@@ -17,14 +17,14 @@ import pyarrow as pa
 from ..config.load import DatasetSpec
 from ..data.load import summarise
 from ..data.messages import RowError
-from ..data.opening import Source, kind_of, open_source
+from ..data.opening import Source, kind_of
 from ..data.output import DROPPED, REPORT, check_held_out, check_output, request_of
 from ..data.writing import FileFormat, write_split
 from ..errors import UserError
 from ..io.run_dir import folder_aside, write_json, write_text
 from ..io.text import shown
 from .parallel import cores, in_processes
-from .questions import Questions, read_questions, split_said_as
+from .questions import Questions, open_rows, read_questions
 from .ultrafeedback import NOTES, TRUTHFUL_QA, UNRATED, PairRules, pair_of_row
 
 MADE_BY = "zephyr-lite data pairs"
@@ -201,10 +201,7 @@ def make_pairs(
 def _open(spec: DatasetSpec) -> Iterator[Source]:
     """The rows of an input, file by file if a folder is read whole."""
     for each in _files_by_source(spec):
-        with split_said_as("--split {}"):
-            raw = open_source(each)
-        if len(raw) == 0:
-            raise UserError(f"{raw.label}: empty; there is no row in it.")
+        raw = open_rows(each, "--split {}")
         _check_schema(raw.columns, raw.label, each)
         yield raw.select_columns(_COLUMNS)
 

@@ -73,7 +73,7 @@ KINDS: dict[str, tuple[str, str]] = {
     ),
 }
 
-_PATTERN = re.compile("|".join(f"(?P<{name}>{pattern})" for name, (pattern, *_) in KINDS.items()))
+_PATTERN = re.compile("|".join(f"(?P<{name}>{pattern})" for name, (pattern, _) in KINDS.items()))
 # kinds of several lines are searched in the whole text, the others in lines with one of their characters
 _BLOCKS = re.compile("|".join(f"(?P<{name}>{KINDS[name][0]})" for name in ("code_block", "formula")))
 _SIGN = re.compile(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,23 +67,31 @@ def read_questions(name: str) -> list[str]:
     if path.suffix.lower() == ".txt":
         found = [line for line in read_text(path, name=name).splitlines() if line.strip()]
     else:
-        with split_said_as(f"--exclude {name}:{{}}"):
-            rows = open_source(DatasetSpec(path=name) if path.exists() else _spec(name))
-        found = _column(rows, name)
+        spec = DatasetSpec(path=name) if path.exists() else _spec(name)
+        found = _column(open_rows(spec, f"--exclude {name}:{{}}"), name)
     if not any(_words(text) for text in found):
         raise UserError(f"{name}: no question in it.")
     return found
 
 
-@contextmanager
-def split_said_as(option: str) -> Iterator[None]:
-    """Rewrite the hint to name a split (``dataset.split=…``) with a command's own option; ``{}`` is the split."""
+def open_rows(spec: DatasetSpec, option: str) -> Source:
+    """Open a source of at least one row.
+
+    Args:
+        option: how the command line names a split, for hints; ``{}`` is the split.
+
+    Raises:
+        UserError: as ``open_source``; or there is no row.
+    """
     try:
-        yield
+        rows = open_source(spec)
     except UserError as error:
         if likely := re.search(r"dataset\.split=([^\s)]+)", error.hint):
             raise UserError(error.message, f"Say so: {option.format(likely[1])}.") from None
         raise
+    if len(rows) == 0:
+        raise UserError(f"{rows.label}: empty; there is no row in it.")
+    return rows
 
 
 def _spec(name: str) -> DatasetSpec:

@@ -13,10 +13,10 @@ import numpy as np
 from ..config.load import DatasetSpec
 from ..data.formats import COLUMNS, PLAIN, detect, normalise
 from ..data.messages import RowError
-from ..data.opening import Source, kind_of, open_source, stem_of
+from ..data.opening import Source, kind_of, stem_of
 from ..errors import UserError
 from ..io.text import shown
-from .questions import split_said_as
+from .questions import open_rows
 
 # raw UltraChat is one set in ten files, which the hub's layout would call ten splits
 _NUMBERED = re.compile(r"train_(\d+)$")
@@ -84,11 +84,8 @@ def open_raw(path: str, split: str | None = None) -> Raw:
         specs = [DatasetSpec(path=str(numbered[number])) for number in sorted(numbered)] or specs
     parts, labels, kinds = [], [], []
     for spec in specs:
-        with split_said_as("--split {}"):
-            part = open_source(spec)
+        part = open_rows(spec, "--split {}")
         label = part.label
-        if len(part) == 0:
-            raise UserError(f"{label}: empty; there is no row in it.")
         try:
             kinds.append(detect(part.columns, "sft", label))
         except UserError as error:

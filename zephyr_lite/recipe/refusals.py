@@ -97,10 +97,10 @@ _IS_TOO = re.compile(
 )
 _GATES = (_DENIES, _IS, _IS_TOO)
 _BEFORE, _AFTER = 60, 260  # characters around a gate
-_PATTERNS = {name: re.compile(pattern) for name, (pattern, *_) in REFUSALS.items()}
+_PATTERNS = {name: re.compile(pattern) for name, (pattern, _) in REFUSALS.items()}
 _QUOTED = re.compile(r"\"[^\"\n]{0,600}\"|“[^”\n]{0,600}”|```[\s\S]*?(?:```|\Z)|`[^`\n]*`|(?m:^>[^\n]*)")
 # rules whose sentences a person may say as well
-_ANYBODYS = frozenset(("no_emotions", "no_opinions", "no_experiences"))
+_OF_PEOPLE = frozenset(("no_emotions", "no_opinions", "no_experiences"))
 # "You could say:\n\n", "1. "
 _EXAMPLE_BEFORE = re.compile(r"(?::\s+|(?:^|\n)[ \t]*(?:\d{1,3}[.)]|[-*•])[ \t]*)$")
 _INSTEAD = re.compile(r"\b(?:but|however|ai|language model|i can|sorry|here(?:'s| is| are))\b")
@@ -167,13 +167,13 @@ def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
         return None
     other_voice = _OTHER_VOICE.search(asked) is not None
     for start, end, name in sorted(found):
-        anybodys = name in _ANYBODYS
-        if anybodys and _EXAMPLE_BEFORE.search(own, max(0, start - _BEFORE), start):
+        of_people = name in _OF_PEOPLE
+        if of_people and _EXAMPLE_BEFORE.search(own, max(0, start - _BEFORE), start):
             continue
         # a story may have a machine that says so; a refusal of the task is the first sentence, and an alternative follows
         if other_voice and (
             re.search(r"[.!?\n]", own[:start].lstrip())
-            or (anybodys and not _INSTEAD.search(own, max(0, start - _BEFORE), end + _AFTER))
+            or (of_people and not _INSTEAD.search(own, max(0, start - _BEFORE), end + _AFTER))
         ):
             continue
         return name, start, end

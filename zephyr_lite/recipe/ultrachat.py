@@ -20,6 +20,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data.output import DROPPED, REPORT, check_held_out, check_output, request_of
@@ -299,7 +300,7 @@ def find_duplicates(scanned: pa.Table, threshold: float | None) -> tuple[np.ndar
     Returns:
         (uint8 [rows]: KEPT, FAULTY, EXACT or NEAR; int64 [rows]: of a duplicate, the row that is kept).
     """
-    fate = np.where(np.array(scanned["fault"].to_pylist(), object) == "", KEPT, FAULTY).astype(np.uint8)
+    fate = np.where(pc.equal(scanned["fault"], "").to_numpy(), KEPT, FAULTY).astype(np.uint8)
     of = np.arange(len(fate))
     rows = np.flatnonzero(fate == KEPT)
     of[rows] = first_of_equal(scanned["content"].to_numpy(), rows)
@@ -352,29 +353,30 @@ def write_shard(raw: Raw, scanned: pa.Table, lexicon: Lexicon | None, shard: tup
     """
     path, rows = shard
     restored = Restored()
-    part = scanned.take(pa.array(rows))
-    found = dialogues(raw.rows, rows.tolist())
-    for row, dialogue, turns, broken in zip(
-        rows.tolist(), found, part["turns"].to_pylist(), part["broken"].to_pylist()
-    ):
-        dialogue.roles, dialogue.texts = dialogue.roles[:turns], dialogue.texts[:turns]
-        restored.turns += turns
-        if broken:
-            _restore(row, dialogue, broken, lexicon, restored)
-    records = [
-        {
-            "prompt": dialogue.prompt,
-            "prompt_id": hashlib.sha256(dialogue.prompt.encode()).hexdigest(),
-            "messages": [{"content": t, "role": r} for t, r in zip(dialogue.texts, dialogue.roles)],
-        }
-        for dialogue in found
-    ]
+    tables = []
+    for numbers in np.split(rows, range(BLOCK, len(rows), BLOCK)):
+        found = dialogues(raw.rows, numbers.tolist())
+        for row, dialogue, values in zip(numbers.tolist(), found, scanned.take(pa.array(numbers)).to_pylist()):
+            dialogue.roles, dialogue.texts = dialogue.roles[: values["turns"]], dialogue.texts[: values["turns"]]
+            restored.turns += values["turns"]
+            if values["broken"]:
+                _restore(row, dialogue, values["broken"], lexicon, restored)
+        records = [
+            {
+                "prompt": dialogue.prompt,
+                "prompt_id": hashlib.sha256(dialogue.prompt.encode()).hexdigest(),
+                "messages": [{"content": t, "role": r} for t, r in zip(dialogue.texts, dialogue.roles)],
+            }
+            for dialogue in found
+        ]
+        tables.append(pa.Table.from_pylist(records, _ROW))
     if path.suffix == ".jsonl":
         with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            for table in tables:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in table.to_pylist())
     else:
         schema = datasets.Features.from_arrow_schema(_ROW).arrow_schema
-        table = pa.Table.from_pylist(records, _ROW).cast(schema)
+        table = pa.concat_tables(tables).cast(schema).combine_chunks()
         pq.write_table(table, path, compression="zstd", compression_level=1)
     return restored
 

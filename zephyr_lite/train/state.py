@@ -80,7 +80,7 @@ class TrainState:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.stage.stack, self.parameters, self.optimizer, self.scheduler, self.scaler)
+        return Checkpoint(self.parameters, self.optimizer, self.scheduler, self.scaler)
 
 
 def init_state(
