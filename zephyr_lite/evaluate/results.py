@@ -9,8 +9,7 @@ from typing import Any
 from .. import __version__
 from ..errors import UserError
 from ..io.atomic import make_folder, write_json
-from ..io.run_dir import StageDir
-from ..io.stage_info import text_sha256
+from ..io.run_dir import StageDir, text_sha256
 from ..model.loaded import LoadedModel
 
 FOLDER = "eval"

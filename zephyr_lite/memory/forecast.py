@@ -9,7 +9,7 @@ import textwrap
 from dataclasses import replace
 
 from ..config.load import RunConfig
-from ..io.words import duration
+from ..io.text import duration
 from ..model.layer_spec import Keep
 from .estimate import GIB, MIB, PAGED, in_words
 from .machine import Machine

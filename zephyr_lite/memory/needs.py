@@ -18,7 +18,7 @@ import torch
 
 from ..config.load import Method, RunConfig
 from ..errors import UserError
-from ..io.words import duration
+from ..io.text import duration
 from ..model.base import compute_device, compute_dtype
 from ..model.config_file import check_config_file
 from ..model.quantized import quantized_dir

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..io.words import duration
+from ..io.text import duration
 from ..train.objective import Outcome
 from ..train.observer import Sample
 from ..train.stage import Stage

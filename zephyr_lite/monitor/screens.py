@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import Interrupted, UserError
 from ..io.redact import redact
-from ..io.words import duration
+from ..io.text import duration
 from ..train.distributed import PeerEnded
 from ..train.objective import Outcome
 from ..train.observer import Observer, Sample

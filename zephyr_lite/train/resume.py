@@ -22,8 +22,7 @@ from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..io.manifest import MANIFEST, manifest_fault
-from ..io.run_dir import STAGE_FILE, StageDir
-from ..io.stage_info import FORMAT, TO_GO_ON, checked, text_sha256, tokenizer_sha256
+from ..io.run_dir import FORMAT, STAGE_FILE, TO_GO_ON, StageDir, checked, text_sha256, tokenizer_sha256
 from ..memory.plan import Plan
 from ..model.base import compute_device, fingerprint, is_fingerprint_of
 from ..model.peft_io import AdapterFile
