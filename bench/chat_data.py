@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     result: dict[str, Any] = {
         "machine": machine(),
-        "versions": versions("rensa", "pyarrow"),
+        "versions": versions("numpy", "pyarrow"),
         "commit": commit(),
         "truecasing": {**score.table(), **counted},
     }

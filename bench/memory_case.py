@@ -173,9 +173,9 @@ def wait() -> None:
 def opened(case: Case, said: list[str], *callbacks: TrainerCallback) -> tuple[Any, Any]:
     """A stage and the state of its run."""
     from zephyr_lite.train.dpo import DpoObjective
-    from zephyr_lite.train.loop import init_state
     from zephyr_lite.train.setup import setup_stage
     from zephyr_lite.train.sft import SftObjective
+    from zephyr_lite.train.state import init_state
 
     config = RunConfig.model_validate(case.values)
     stage = setup_stage(case.method, Loaded(config, set(case.values), [], None), say=said.append)

@@ -16,14 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from zephyr_lite.recipe.ultrachat.casing import broken, restore
-from zephyr_lite.recipe.ultrachat.counting import count_words
-from zephyr_lite.recipe.ultrachat.english import is_english
-from zephyr_lite.recipe.ultrachat.lexicon import Lexicon
-from zephyr_lite.recipe.ultrachat.protect import spans
-from zephyr_lite.recipe.ultrachat.words import words_of
+from zephyr_lite.recipe.english import is_english
+from zephyr_lite.recipe.lexicon import Lexicon, count_words
+from zephyr_lite.recipe.protect import spans
+from zephyr_lite.recipe.truecase import is_broken, restore
 
 FOLDS = 5
 _WORD = re.compile(r"[^\W\d_]+")
@@ -159,11 +155,11 @@ def measure(rows: Iterable[list[dict[str, str]]], folds: int = FOLDS) -> tuple[S
                 if not texts:
                     continue
                 flags["sides"] += 1
-                flags["flagged, untouched"] += broken([texts])[0]
+                flags["flagged, untouched"] += is_broken(texts)
                 faulty = [fault(text) for text in texts]
                 if faulty != texts:
                     flags["sides with the fault of UltraChat"] += 1
-                    flagged = broken([faulty])[0]
+                    flagged = is_broken(faulty)
                     flags["flagged, with the fault of UltraChat"] += flagged
                     _end_to_end(texts, faulty, flagged, lexicon, flags)
             for turn in turns:
@@ -183,8 +179,7 @@ def _end_to_end(texts: list[str], faulty: list[str], flagged: bool, lexicon: Lex
 
 def learn(dialogues: list[list[str]]) -> Lexicon:
     """The lexicon of some dialogues, as the command learns it."""
-    words = words_of(["\n".join(turns) for turns in dialogues])
-    return Lexicon.of([count_words(words, np.ones(len(dialogues), bool))])
+    return Lexicon.learned([count_words("\n".join(turns) for turns in dialogues)])
 
 
 def fault(text: str) -> str:

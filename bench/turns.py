@@ -30,9 +30,10 @@ from transformers.utils import is_flash_attn_2_available
 from bench.process import begin
 from zephyr_lite.config.load import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
-from zephyr_lite.train.loop import init_state, train
+from zephyr_lite.train.loop import train
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.stage import Stage
+from zephyr_lite.train.state import init_state
 from zephyr_lite.train.steps import rows_of_step
 
 # Of a card's memory, what the CUDA context and loaded kernels take: PyTorch's allocator does not count it.

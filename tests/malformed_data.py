@@ -14,7 +14,6 @@ Make = Callable[[Path, Fixtures], list[str]]
 GOOD = row("a", "b")
 MEANING = "If the columns mean something else, add dataset.columns.OURS=THEIRS (found messages)."
 MEND = "Correct the line, or remove it; each line holds one row."
-SHALLOW = "Correct or remove the row."
 QUOTES = "Every row has as many cells as the header; a cell with separators, quotes or newlines is in double quotes."
 DAMAGED = "The file is damaged or was cut off: make or fetch it again."
 UTF8 = "Save the file as UTF-8."
@@ -68,12 +67,6 @@ CASES = [
     Case("rows: an empty file", rows_of(""), "rows.jsonl: empty; there is no row in it."),
     Case("rows: blank lines only", rows_of("\n\n \n" * 1000), "rows.jsonl: empty; there is no row in it."),
     Case(
-        "rows: a gigabyte line",
-        rows_of(GOOD + '{"messages": "' + "x" * 70_000_000),
-        "rows.jsonl line 2: longer than 67,108,864 bytes, the limit for one row.",
-        "Each row ends with a newline: split or remove this one.",
-    ),
-    Case(
         "rows: invalid UTF-8",
         rows_of(GOOD.encode() + b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}\n'),
         "rows.jsonl line 2: not UTF-8 (byte 44 is 0xff).",
@@ -87,45 +80,15 @@ CASES = [
         MEND,
     ),
     Case(
-        "rows: NUL bytes in a text",
-        rows_of(GOOD + GOOD.replace("a", "\0")),
-        "rows.jsonl line 2: NUL bytes; the file was not written to its end, or is not text.",
-        MEND,
-    ),
-    Case(
-        "rows: NUL bytes only",
-        rows_of(bytes(5000)),
-        "rows.jsonl line 1: NUL bytes; the file was not written to its end, or is not text.",
-        MEND,
-    ),
-    Case(
         "rows: nested a hundred thousand deep",
         rows_of(GOOD + '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}\n"),
         "rows.jsonl line 2: nested too deeply.",
         MEND,
     ),
     Case(
-        "rows: nested over many lines",
-        rows_of('{"x":\n' + "[\n" * 100_000),
-        "rows.jsonl: nested too deeply.",
-        SHALLOW,
-    ),
-    Case(
-        "rows: an array nested deep",
-        rows_of('[{"x": ' + "[" * 100_000 + "]" * 100_000 + "}]", "rows.json"),
-        "rows.json: nested too deeply.",
-        SHALLOW,
-    ),
-    Case(
         "rows: null",
         rows_of("null\n"),
         "rows.jsonl line 1: expected an object {…}, found 'null'.",
-        "Each row is one object.",
-    ),
-    Case(
-        "rows: texts",
-        rows_of('"hello"\n"world"\n'),
-        "rows.jsonl line 1: expected an object {…}, found '\"hello\"'.",
         "Each row is one object.",
     ),
     Case(
@@ -150,12 +113,6 @@ CASES = [
         "rows: a web page",
         rows_of("<html><body>404</body></html>\n"),
         "rows.jsonl line 1: broken JSON: Expecting value at character 1: '<html><body>404</body></html>'.",
-        MEND,
-    ),
-    Case(
-        "rows: a number of five thousand digits",
-        rows_of('{"messages": ' + "9" * 5000 + "}\n"),
-        "rows.jsonl line 1: broken JSON: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits: '{\"messages\": 99999999999999999999999999999999999999999999999'.",
         MEND,
     ),
     Case(
@@ -225,40 +182,10 @@ CASES = [
         "rows.csv line 3: not UTF-8 (byte 1 is 0xe4).",
         UTF8,
     ),
-    Case("csv: a header alone", rows_of("prompt,completion\n", "rows.csv"), "rows.csv: empty; there is no row in it."),
-    Case(
-        "csv: really Parquet",
-        rows_of(b"PAR1" + bytes(100), "rows.csv"),
-        "rows.csv: empty; there is no row in it.",
-    ),
-    Case(
-        "parquet: a footer of two gigabytes",
-        parquet(2**31 - 1),
-        "rows.parquet: not readable as Parquet: ArrowInvalid: Parquet file size is 100 bytes, smaller than the size reported by footer's (2147483647bytes).",
-        DAMAGED,
-    ),
-    Case(
-        "parquet: a footer of zero bytes",
-        parquet(0),
-        "rows.parquet: not readable as Parquet: OSError: Couldn't deserialize thrift: No more data to read.",
-        DAMAGED,
-    ),
-    Case(
-        "parquet: an encrypted footer",
-        parquet(20, b"PARE"),
-        "rows.parquet: not readable as Parquet: OSError: Could not read encrypted metadata, no decryption found in reader's properties.",
-        DAMAGED,
-    ),
     Case(
         "parquet: cut off",
         parquet(20, b"ding"),
         "rows.parquet: not readable as Parquet: ArrowInvalid: Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file.",
-        DAMAGED,
-    ),
-    Case(
-        "parquet: four bytes",
-        rows_of(b"PAR1", "rows.parquet"),
-        "rows.parquet: not readable as Parquet: ArrowInvalid: Parquet file size is 4 bytes, smaller than the minimum file footer (8 bytes).",
         DAMAGED,
     ),
     Case(
@@ -297,12 +224,6 @@ CASES = [
         keys(dataset="./nowhere.jsonl"),
         "./nowhere.jsonl: there is no such file or folder.",
         "The working directory is {tmp}.",
-    ),
-    Case(
-        "place: a name of five thousand letters",
-        keys(dataset="./" + "x" * 5000 + ".jsonl"),
-        "a name is longer than this file system allows: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx… (File name too long)",
-        "Choose a shorter one.",
     ),
     Case(
         "place: control characters in output_dir",

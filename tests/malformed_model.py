@@ -132,9 +132,8 @@ TEMPLATES = [
     (
         "a template in Latin 1",
         template("é".encode("latin-1")),
-        "chat_template t.jinja: cannot be read: 'utf-8' codec can't decode byte 0xe9 in "
-        "position 0: unexpected end of data.",
-        "Save the template in UTF-8.",
+        "chat_template t.jinja line 1: not UTF-8 (byte 0xe9).",
+        "Save the file as UTF-8.",
     ),
 ]
 CASES += [Case(*case) for case in TEMPLATES]

@@ -34,7 +34,6 @@ from zephyr_lite.train.dpo import DpoObjective, run_dpo
 from zephyr_lite.train.loop import (
     accumulate_gradients,
     forward_backward,
-    init_state,
     train,
     update,
     warmup_largest_batch,
@@ -43,6 +42,7 @@ from zephyr_lite.train.loop import (
 from zephyr_lite.train.optim import make_optimizer, make_scheduler
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
+from zephyr_lite.train.state import init_state
 
 
 @pytest.fixture(scope="module")

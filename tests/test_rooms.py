@@ -34,7 +34,6 @@ ROOMS = (
 # imports that run upwards, to be removed: (room, room)
 UPWARDS = {
     ("train", "engines"),
-    ("audit", "demo"),
 }
 ONLY_IN = {
     "bitsandbytes": {"ops/nf4.py", "train/optim.py", "memory/calibrate.py", "cli/environment.py"},
@@ -104,7 +103,6 @@ for package in (zephyr_lite.train, bench):
 OPTIONAL = (
     "httpx2",
     "trl",
-    "rensa",
     "gguf",
     "matplotlib",
     "openai",

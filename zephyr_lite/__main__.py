@@ -5,6 +5,7 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     sys.path.pop(0)  # the current folder: a random.py there would be imported for the library's
 
+import io
 import os
 import signal
 from typing import Any
@@ -32,6 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
     from .io.interrupts import take_signals
 
     take_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows ASCII only still gets the rest of a line
     app.leave(app.run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -13,7 +13,7 @@ from tests.train.test_train import dpo_words, quiet, words
 from zephyr_lite.audit.evidence import gather
 from zephyr_lite.audit.files import held_share, origin_distance, product_distance
 from zephyr_lite.audit.measured import with_bos
-from zephyr_lite.audit.questions import no_other_template
+from zephyr_lite.audit.measurements import no_other_template
 from zephyr_lite.audit.run import audit
 from zephyr_lite.audit.subject import Request
 from zephyr_lite.audit.verdict import Level
@@ -111,7 +111,7 @@ def test_a_delta_needs_what_lies_below_it(run, chat_rows, tmp_path):
         if not file.name.startswith("adapter_"):
             shutil.copy(file, tmp_path / "copy")
     lone = audit(Request(str(tmp_path / "copy"), rows=str(chat_rows), below=[str(run / "sft")], load_in_4bit=False))
-    assert any(f.level == Level.right and "does worse than on what lies below" in f.text for f in lone.findings)
+    assert any(f.level == Level.right and "does worse than on the adapters below it" in f.text for f in lone.findings)
     assert lone.numbers["rows"]["policy"]["loss"] == pytest.approx(rows["policy"]["loss"], rel=1e-6)
 
 
@@ -122,7 +122,7 @@ def test_an_adapter_that_is_not_the_chain_is_wrong(run, tmp_path):
     shutil.rmtree(tmp_path / "r/dpo/adapter")
     write_adapter(tmp_path / "r/dpo/adapter", changed, base_model_name=str(adapter.config["base_model_name_or_path"]))
     told = found(Request(str(tmp_path / "r/dpo/adapter"), files_only=True), "below")
-    assert told == [(Level.wrong, "it is not the chain that stage.json tells of")]
+    assert told == [(Level.wrong, "it is not the chain that its stage.json names")]
 
 
 # Of other tools
@@ -160,7 +160,7 @@ def test_an_adapter_of_the_same_seed_is_not_taken_for_a_continued_one(run, tmp_p
     told = found(Request(fresh, below=[below], files_only=True), "below")
     assert told[0][0] == Level.right and "drawn with the same seed: both can be on" in told[0][1]
     told = found(Request(fresh, start=below, files_only=True), "below")
-    assert told[0][0] == Level.wrong and "drawn anew with the same seed" in told[0][1]
+    assert told[0][0] == Level.wrong and "it was drawn with the same seed" in told[0][1]
 
 
 def test_a_stage_of_ours_holds_what_its_stage_json_says(run):
@@ -359,7 +359,7 @@ def test_a_bos_that_begins_every_turn_is_none(tiny_base, chat_rows, run, tmp_pat
     )
     tokenizer.save_pretrained(tmp_path / "a")
     request = Request(str(tmp_path / "a"), rows=str(chat_rows), load_in_4bit=False)
-    assert [f for f in found(request, "bos") if "beside the tokens of its turns" in f[1]]
+    assert [f for f in found(request, "bos") if "apart from the tokens of its turns" in f[1]]
 
 
 def test_a_lower_loss_under_another_template_is_not_denied() -> None:

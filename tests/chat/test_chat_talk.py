@@ -274,7 +274,7 @@ def test_votes_are_pairs_that_dpo_trains_on(chat, talk_run, tmp_path):
         assert ballot.best(prompt, ["base", "sft", "dpo"], answers, number) == 2
         talk.agree(number)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(rows) == 6 == ballot.tally.pairs and ballot.tally.votes == 3
+    assert len(rows) == 6 == ballot.pairs and ballot.votes == 3
     assert [(row["vote"]["chosen_model"], row["vote"]["rejected_model"]) for row in rows[2:4]] == [
         ("sft", "base"),
         ("sft", "dpo"),
@@ -294,7 +294,7 @@ def test_a_vote_makes_no_pair_of_equal_or_empty_answers(tmp_path):
     prompt = [{"role": "user", "content": "Hi"}]
     assert ballot.best(prompt, ["a", "b", "c"], [said("x"), said("x"), said("")], 0) == 0
     assert ballot.best(prompt, ["a", "b"], [said(""), said("y")], 0) == 0
-    assert not (tmp_path / "v.jsonl").exists() and ballot.tally.best["a"] == 2
+    assert not (tmp_path / "v.jsonl").exists() and ballot.likes["a"] == 2
     assert ballot.best(prompt, ["a", "b"], [said("x", "length"), said("y")], 1) == 1
     (row,) = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
     assert row["vote"]["rejected_finish"] == "length" and row["chosen"][-1]["content"] == "y"

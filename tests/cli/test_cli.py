@@ -24,10 +24,10 @@ from tests.contract.test_bad_input import (  # noqa: F401 (fixtures)
     sft_words,
     tiny_base,
 )
-from zephyr_lite.cli.console import Console, duration, metrics_line
 from zephyr_lite.errors import UserError
 from zephyr_lite.memory import needs
 from zephyr_lite.memory.needs import needs_lines
+from zephyr_lite.monitor.console import Console, duration, metrics_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +78,7 @@ def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
 
     monkeypatch.setattr("zephyr_lite.cli.environment.survey", interrupted)
     assert invoke("env")[::2] == (130, "interrupted\n")
-    monkeypatch.setattr("zephyr_lite.cli.app._train", lambda *_, **__: interrupted())
+    monkeypatch.setattr("zephyr_lite.config.load.load_config", lambda *_, **__: interrupted())
     code, _, err = invoke("sft")
     assert code == 130 and "resumes: from the last checkpoint" in err
 
@@ -167,7 +167,7 @@ def test_the_same_merge_again_makes_what_is_missing(invoke, runs, tmp_path):
     (tmp_path / ".model.01234567").mkdir()
     (model / ".README.md.01234567").write_text("half a card")
     code, out, err = invoke(*words)
-    assert code == 0 and "what is missing is the comparison" in out and "merged against live" in out, err
+    assert code == 0 and "the comparison is still to be made" in out and "merged against live" in out, err
     assert json.loads((model / "zephyr_lite.json").read_text()) == {**mark, "measured": measured}
     assert (
         (model / "README.md").is_file() and not list(model.glob(".*")) and not (tmp_path / ".model.01234567").exists()

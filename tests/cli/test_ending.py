@@ -60,7 +60,7 @@ def test_what_a_command_says_when_it_stopped_in_good_order(invoke, monkeypatch):
     def stopped(*_, **__):
         raise Interrupted("stopped after step 3; the same command goes on")
 
-    monkeypatch.setattr("zephyr_lite.cli.app._train", stopped)
+    monkeypatch.setattr("zephyr_lite.config.load.load_config", stopped)
     assert invoke("sft")[::2] == (130, "stopped after step 3; the same command goes on\n")
 
 

@@ -4,8 +4,9 @@ import torch
 
 from tests.train.test_train import dpo_words, quiet
 from zephyr_lite.config.load import load_config
-from zephyr_lite.train.loop import accumulate_gradients, init_state
+from zephyr_lite.train.loop import accumulate_gradients
 from zephyr_lite.train.setup import setup_stage
+from zephyr_lite.train.state import init_state
 
 PLAIN = {"load_in_4bit": "false"}  # float32, so that a merge rounds nothing
 

@@ -13,8 +13,9 @@ from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_pairs
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.train.dpo import DpoObjective, run_dpo
-from zephyr_lite.train.loop import init_state, train
+from zephyr_lite.train.loop import train
 from zephyr_lite.train.setup import setup_stage
+from zephyr_lite.train.state import init_state
 
 
 def test_reference_is_the_frozen_stack_and_equals_an_untrained_policy_bit_for_bit():

@@ -8,9 +8,10 @@ from tests.numeric import apart
 from tests.train.test_train import quiet, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.train.dpo import DpoObjective
-from zephyr_lite.train.loop import accumulate_gradients, init_state
+from zephyr_lite.train.loop import accumulate_gradients
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective
+from zephyr_lite.train.state import init_state
 from zephyr_lite.train.steps import rows_of_step
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import make_tokenizer
 from zephyr_lite.cli import app as cli
-from zephyr_lite.recipe.ultrachat.casing import restore
-from zephyr_lite.recipe.ultrachat.protect import spans
+from zephyr_lite.recipe.protect import spans
+from zephyr_lite.recipe.truecase import restore
 
 BACKTRACKS = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
 

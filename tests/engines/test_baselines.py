@@ -208,7 +208,7 @@ def test_killed_after_the_last_checkpoint_it_only_ends(run, monkeypatch, method,
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("zephyr_lite.engines.trl.save_stage", kill)
+        patched.setattr("zephyr_lite.train.main.save_stage", kill)
         with pytest.raises(Killed):
             run(method, **keys)
     resumed, undisturbed = run(method, **keys), run(method, run="whole", **keys)

@@ -100,15 +100,18 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path, capsys) -> No
             ["--annotations", write(tmp_path / "b.json", [annotation(1, 2)]), "--outputs", outputs],
             "not among the outputs",
         ),
-        (["--annotations", outputs], "row 1: has no preference"),
-        (["--annotations", write(tmp_path / "c.json", [annotation(0, "much")])], "expected a number or null"),
+        (["--annotations", outputs], "row 1: output_1: Field required"),
+        (
+            ["--annotations", write(tmp_path / "c.json", [annotation(0, "much")])],
+            "preference: Input should be a valid number",
+        ),
         (["--annotations", write(tmp_path / "d.json", [annotation(0, 3)])], "none of the 1 preferences"),
         (
             ["--annotations", write(tmp_path / "e.json", [annotation(0, 1), annotation(1, 1, generator_2="b")])],
             "2 models",
         ),
-        (["--annotations", write(tmp_path / "f.json", {"a": 1})], "row 1: has no preference"),
-        (["--annotations", write(tmp_path / "g.json", [])], "expected a list of objects"),
+        (["--annotations", write(tmp_path / "f.json", {"a": 1})], "row 1: instruction: Field required"),
+        (["--annotations", write(tmp_path / "g.json", [])], "is empty"),
         (["--annotations", tmp_path / "none.json"], "cannot be read"),
         (["--annotations", good, "--judge", "http://127.0.0.1:1/v1#j"], "--judge changes nothing"),
         (["--annotations", good, "--limit", 2], "--limit changes nothing"),
@@ -131,7 +134,7 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path, capsys) -> No
             "only endpoints answer: --chat-template changes nothing",
         ),
         (["--instructions", tmp_path / "none.json", "--judge", "http://127.0.0.1:1/v1#j"], "no such file"),
-        (["--instructions", good, "--judge", "http://127.0.0.1:1/v1#j"], "expected instruction and output"),
+        (["--instructions", good, "--judge", "http://127.0.0.1:1/v1#j"], "row 1: output: Field required"),
         (["--instructions", outputs], "no judge is given"),
     ]
     for arguments, found in cases:

@@ -125,11 +125,11 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
     assert [q.id for q in read_questions(str(tmp_path / "c"), categories=["math"], limit=1).questions] == ["82"]
     file = tmp_path / "question.jsonl"
     for text, found in (
-        ('{"question_id": 1, "category": "stem", "turns": ["a"]}\n', "row 1: turns: expected 2 texts"),
+        ('{"question_id": 1, "category": "stem", "turns": ["a"]}\n', "row 1: turns: List should have at least 2 items"),
         ('{"question_id": 1, "category": "stem", "turns": ["a", "b"]}\n' * 2, "question_id 1 is used twice"),
         ('{"question_id": 1,\n', "line 1: not valid JSON"),
         ("", "is empty"),
-        ('{"a": 1}\n', "row 1: expected question_id"),
+        ('{"a": 1}\n', "row 1: question_id: Field required"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=found):
@@ -286,7 +286,7 @@ def test_a_budget_that_ends_writes_no_result_and_goes_on(tmp_path: Path, capsys)
         assert "nothing was graded: the budget of 9 requests is spent" in " ".join(capsys.readouterr().err.split())
         assert run(*arguments, "--out", out, "--max-requests", 22) == 0
         assert len(server.seen) == 22 and not (out / "mt-bench.json").exists()
-        assert "a larger budget goes on" in " ".join(capsys.readouterr().err.split())
+        assert "a larger budget continues" in " ".join(capsys.readouterr().err.split())
         assert run(*arguments, "--out", out, "--max-requests", 24) == 0
         assert len(server.seen) == 24 and result(out)["models"]["m"]["graded"] == 12
 

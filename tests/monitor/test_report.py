@@ -296,7 +296,7 @@ def test_the_command_writes_where_it_says_and_over_its_own_only(run, monkeypatch
     notes = run.parent.parent / "notes.html"
     notes.write_text("mine")
     for words, complaint in (
-        (("--out", notes), "no report of ours"),
+        (("--out", notes), "not a report of zephyr-lite"),
         (("--out", "runs"), "is a folder"),
         (("nowhere",), "no such folder"),
         (("runs",), "neither a run's folder nor a stage's"),

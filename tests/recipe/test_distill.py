@@ -62,11 +62,11 @@ def test_a_grid_of_ones_own(tmp_path: Path) -> None:
     assert {(c.topic, c.parts, c.kind, c.meaning) for c in grid.cells} == {("a", (), "c", "c"), ("b", (), "c", "c")}
     assert grid.moves == ("go on",)
     for text, message in [
-        ("topics: [a]\n", "kinds missing"),
+        ("topics: [a]\n", "kinds: Field required"),
         ("topics: [a]\nkinds: [b]\nthemes: [c]\n", "no key 'themes'"),
-        ("topics: {a: b}\nkinds: [b]\n", "topics: a: expected a list"),
-        ("topics: [a]\nkinds: {b: [c]}\n", "kinds: b: expected a text"),
-        ("topics: 7\nkinds: [b]\n", "names, in a list"),
+        ("topics: {a: b}\nkinds: [b]\n", "topics.a: Input should be a valid list"),
+        ("topics: [a]\nkinds: {b: [c]}\n", "kinds.b: Input should be a valid string"),
+        ("topics: 7\nkinds: [b]\n", "topics: Input should be a valid dictionary"),
     ]:
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message):

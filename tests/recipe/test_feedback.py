@@ -420,7 +420,7 @@ def test_a_killed_command_goes_on(tmp_path: Path, stop: signal.Signals) -> None:
         assert 20 <= len(before) < 80, said
         if stop == signal.SIGINT:
             assert process.returncode == 130, said
-            assert "the same command goes on" in said
+            assert "the same command continues" in said
         answered = len(records(Path(config.out), "replied"))
         if stop == signal.SIGINT:
             assert answered == len(before)  # what had left was waited for

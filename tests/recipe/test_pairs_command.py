@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import datasets
-import multiprocess
 import pytest
 
 from tests.contract.test_ultrafeedback import completion, row
@@ -324,20 +323,6 @@ def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make_pairs([str(source)], tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["raw.jsonl"]
-
-
-def test_ctrl_c_among_several_processes_is_an_interruption(invoke, tmp_path, monkeypatch):
-    write(tmp_path / "raw.jsonl", raw_rows(10))
-
-    def hit(*args, **options):  # as its pool does, when the workers are interrupted too
-        try:
-            raise KeyboardInterrupt
-        finally:
-            raise multiprocess.TimeoutError
-
-    monkeypatch.setattr(datasets.Dataset, "map", hit)
-    code, _, err = invoke("raw.jsonl", "--out", "out")
-    assert code == 130 and "our fault" not in err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

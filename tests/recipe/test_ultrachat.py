@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,42 +20,14 @@ from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe.ultrachat import clean
-from zephyr_lite.recipe.ultrachat.clean import Options, clean_chat
-from zephyr_lite.recipe.ultrachat.lexicon import Lexicon
+from zephyr_lite.recipe import ultrachat
+from zephyr_lite.recipe.lexicon import Lexicon
+from zephyr_lite.recipe.ultrachat import Options, clean_chat
 
-WORDS = [
-    "river",
-    "stone",
-    "garden",
-    "window",
-    "music",
-    "letter",
-    "engine",
-    "winter",
-    "pepper",
-    "ladder",
-    "forest",
-    "market",
-    "planet",
-    "copper",
-    "silver",
-    "orange",
-    "velvet",
-    "meadow",
-    "harbor",
-    "bridge",
-    "kitchen",
-    "castle",
-    "shadow",
-    "thunder",
-    "pocket",
-    "basket",
-    "candle",
-    "mirror",
-    "button",
-    "carpet",
-]
+WORDS = """
+river stone garden window music letter engine winter pepper ladder forest market planet copper silver orange velvet
+meadow harbor bridge kitchen castle shadow thunder pocket basket candle mirror button carpet
+""".split()  # noqa: SIM905
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +129,7 @@ def test_the_whole_command(raw: Path, tmp_path: Path) -> None:
     )
     text = (out / "report.md").read_text()
     assert all(word in text for word in ("| as_an_ai |", "do I get", "an exact duplicate", "question.jsonl (1 rows)"))
-    assert Lexicon.load(out / "lexicon.txt").names()["ouagadougou"] == "Ouagadougou"
+    assert Lexicon.load(out / "lexicon.txt").names["ouagadougou"] == "Ouagadougou"
 
 
 def test_training_reads_it(raw: Path, tmp_path: Path) -> None:
@@ -178,15 +149,12 @@ def test_training_reads_it(raw: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_files_for_any_number_of_processes(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clean, "BLOCK", 7)
-    monkeypatch.setattr(clean, "LEG", 35)
-    monkeypatch.setattr("zephyr_lite.recipe.ultrachat.write.SHARD_ROWS", 10)
+    monkeypatch.setattr(ultrachat, "BLOCK", 7)
+    monkeypatch.setattr(ultrachat, "LEG", 35)
+    monkeypatch.setattr(ultrachat, "SHARD_ROWS", 10)
     seen = []
     for processes in (1, 2, 3):
-        # nothing of one run in the cache of the next
-        monkeypatch.setattr(
-            clean, "_key", lambda *v, p=processes: hashlib.sha256(repr((p, v)).encode()).hexdigest()[:32]
-        )
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / f"cache{processes}"))
         out = tmp_path / f"out{processes}"
         clean_chat(str(raw), out, Options(), num_proc=processes)
         seen.append({p.name: p.read_bytes() for p in out.iterdir()})
@@ -205,7 +173,7 @@ def test_interrupted_it_leaves_nothing_half_done_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(clean, "markdown", interrupt)
+        patch.setattr(ultrachat, "markdown", interrupt)
         with pytest.raises(KeyboardInterrupt):
             clean_chat(str(raw), out, Options(), overwrite=True)
         with pytest.raises(KeyboardInterrupt):
@@ -213,7 +181,7 @@ def test_interrupted_it_leaves_nothing_half_done_and_goes_on(
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
     # the first pass is in the cache
-    monkeypatch.setattr("zephyr_lite.recipe.ultrachat.scan.scan_block", interrupt)
+    monkeypatch.setattr(ultrachat, "scan", interrupt)
     clean_chat(str(raw), tmp_path / "new", Options())
     assert {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()} == before
 
@@ -307,14 +275,6 @@ def test_errors(raw: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cache_that_cannot_be_written(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    clean_chat(str(raw), tmp_path / "out", Options())
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="HF_DATASETS_CACHE"):
-        clean_chat(str(raw), tmp_path / "out2", Options())
-
-
 def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     arguments = ["data", "chat", str(raw), "--out", str(out), "--format", "jsonl", "--test", "5", "--near", "0.9"]
@@ -325,14 +285,6 @@ def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFi
     left = tmp_path / ".out.01234567"  # of a process that was killed
     left.mkdir()
     assert cli.run(arguments) == 0 and not left.exists()
-    unfinished = Path(datasets.config.HF_DATASETS_CACHE) / "zephyr-lite-chat" / "tmp0123abc"
-    unfinished.write_bytes(b"of a process that was killed")
-    assert cli.run([*arguments, "--out", str(tmp_path / "again")]) == 0 and not unfinished.exists()
-    unfinished.write_bytes(b"of a process that is at work")
-    handle = os.open(unfinished.parent, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_SH)
-    assert cli.run([*arguments, "--out", str(tmp_path / "beside")]) == 0 and unfinished.exists()
-    os.close(handle)
     capsys.readouterr()
     assert cli.run(arguments) == 0
     assert capsys.readouterr().out.startswith(f"{out} is complete already.")
@@ -394,8 +346,10 @@ def test_ctrl_c_among_workers(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
-    while len(list(cache.glob("zephyr-lite-chat/tmp*"))) < 2 and time.monotonic() < deadline and running.poll() is None:
-        time.sleep(0.05)
+    while time.monotonic() < deadline and running.poll() is None:
+        if any(file.stat().st_size > 10_000 for file in cache.glob("zephyr-lite-chat/*.tmp")):
+            break
+        time.sleep(0.02)
     os.killpg(running.pid, signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 130, said

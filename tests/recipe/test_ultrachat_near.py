@@ -1,4 +1,4 @@
-"""Words as arrays, near duplicates, and the join on disk, each against a plain Python twin."""
+"""Words as arrays and near duplicates, each against plain Python."""
 
 from __future__ import annotations
 
@@ -9,20 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zephyr_lite.recipe.ultrachat import near
-from zephyr_lite.recipe.ultrachat.casing import suspicious
-from zephyr_lite.recipe.ultrachat.contamination import read_eval_sets
-from zephyr_lite.recipe.ultrachat.near import (
-    NearIndex,
-    bands_of,
-    equal_groups,
-    join_near,
-    memmap,
-    roots,
-    signatures,
-    similarity,
-)
-from zephyr_lite.recipe.ultrachat.words import joined, members, ngrams, whole, words_of
+from zephyr_lite.recipe.decontamination import read_eval_sets
+from zephyr_lite.recipe.dedup import first_of_equal, join_near, signatures, similarity
+from zephyr_lite.recipe.words import members, ngrams, whole, words_of
 
 TEXTS = [
     "The cat sat on the mat.",
@@ -65,7 +54,7 @@ def test_ngrams_stay_inside_their_text(n: int) -> None:
     assert len(hashes) == len(expected)
     assert [tuple(plain_words(words.text(int(f), n))) for f in first] == expected
     assert len(set(hashes.tolist())) == len(set(expected))
-    assert len(ngrams(joined(words, np.array([0, len(TEXTS)])), n)[0]) == len(words.hashes) - n + 1
+    assert len(ngrams(words.joined(np.array([0, len(TEXTS)])), n)[0]) == len(words.hashes) - n + 1
 
 
 def test_whole_and_members() -> None:
@@ -96,66 +85,38 @@ def test_signatures_estimate_the_similarity_of_shingles() -> None:
         assert abs(similarity(marks[0], marks[1]) - true) < 0.13
     # groups of texts are one text; short ones and empty ones have a signature too
     halves = [base[:900], base[900:], "two words", "", "words two"]
-    marks = signatures(words_of(halves), np.array([0, 2, 3, 4, 5]))
+    marks = signatures(words_of(halves).joined(np.array([0, 2, 3, 4, 5])))
     assert marks.shape == (4, 128) and marks.dtype == np.uint16
     assert similarity(marks[1], marks[3]) == 1 and similarity(marks[0], marks[2]) < 0.1
 
 
-def test_near_index() -> None:
-    index = NearIndex(0.7)
-    draw = random.Random(2)
-    texts = [" ".join(f"word{draw.randrange(300)}" for _ in range(120)) for _ in range(20)]
-    assert [index.find(text) for text in texts[:1]] == [None]
-    assert [index.add(text) for text in texts] == list(range(20))
-    assert [index.find(text.upper() + "!") for text in texts] == list(range(20))
-    assert index.find(varied(texts[7], 0.01, draw)) == 7
-    assert index.find(varied(texts[7], 0.6, draw)) is None
-
-
-@pytest.mark.parametrize("rows_at_once", [7, 1000])
-def test_equal_groups_are_those_of_a_dictionary(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near, "PARTITION_ROWS", rows_at_once)
+def test_first_of_equal_is_that_of_a_dictionary() -> None:
     draw = np.random.default_rng(3)
-    keys, alive = draw.integers(0, 25, 60).astype(np.uint64), draw.random(60) < 0.8
-    expected: dict[int, list[int]] = {}
-    for row in np.flatnonzero(alive).tolist():
-        expected.setdefault(int(keys[row]), []).append(row)
-    found = [part.tolist() for rows, begins in equal_groups(keys, alive) for part in np.split(rows, begins[1:])]
-    assert sorted(found) == sorted(group for group in expected.values() if len(group) > 1)
-    assert list(equal_groups(keys[:0], alive[:0])) == []
+    keys, rows = draw.integers(0, 25, 60).astype(np.uint64), np.flatnonzero(draw.random(60) < 0.8)
+    first: dict[int, int] = {}
+    assert first_of_equal(keys, rows).tolist() == [first.setdefault(int(keys[row]), row) for row in rows.tolist()]
 
 
-@pytest.mark.parametrize("rows_at_once", [11, 1000])
-def test_join_is_that_of_all_pairs(rows_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near, "PARTITION_ROWS", rows_at_once)
-    monkeypatch.setattr(near, "PAIRS_AT_ONCE", 3)
+def test_join_is_that_of_all_pairs() -> None:
     draw = random.Random(4)
     bases = [" ".join(f"word{draw.randrange(400)}" for _ in range(150)) for _ in range(12)]
-    texts = [varied(draw.choice(bases), draw.choice((0, 0.005, 0.01, 0.5)), draw) for _ in range(60)]
+    texts = [varied(draw.choice(bases), draw.choice((0, 0.002, 0.004, 0.5)), draw) for _ in range(60)]
     marks = signatures(words_of(texts))
-    bands = bands_of(marks)
-    alive = np.array([draw.random() < 0.9 for _ in texts])
-    # all pairs that share a band and are similar, joined
+    alive = [row for row in range(len(texts)) if draw.random() < 0.9]
     group = list(range(len(texts)))
-    for b in range(len(texts)):
-        for a in range(b):
-            if alive[a] and alive[b] and (bands[a] == bands[b]).any() and similarity(marks[a], marks[b]) >= 0.8:
+    for b in alive:
+        for a in alive:
+            if a < b and similarity(marks[a], marks[b]) >= 0.8:
                 group = [group[a] if g == group[b] else g for g in group]
     firsts = [group.index(g) for g in group]
-    parent = memmap(tmp_path / "parent.npy", np.int64, (len(texts),))
-    parent[:] = np.arange(len(texts))
-    join_near(bands.T.copy(), marks, alive, parent, 0.8)
-    assert parent.tolist() == firsts
+    assert join_near(marks, np.array(alive), 0.8).tolist() == firsts
     assert sum(first != row for row, first in enumerate(firsts)) > 10
-    assert np.array_equal(roots(parent, np.arange(len(texts))), parent)
 
 
 def test_a_bucket_of_unlike_rows_finds_the_like_ones() -> None:
     rows = np.random.default_rng(5).integers(0, 2**16, (3, 128)).astype(np.uint16)
-    marks = rows[[0, 1, 2, 1, 0, 2, 2]]
-    parent = np.arange(7)
-    join_near(np.zeros((1, 7), np.uint64), marks, np.ones(7, bool), parent, 0.9)
-    assert parent.tolist() == [0, 1, 2, 1, 0, 2, 2]
+    rows[:, :8] = 1  # one band in common
+    assert join_near(rows[[0, 1, 2, 1, 0, 2, 2]], np.arange(7), 0.9).tolist() == [0, 1, 2, 1, 0, 2, 2]
 
 
 def test_contamination_says_which_words(tmp_path: Path) -> None:
@@ -169,10 +130,3 @@ def test_contamination_says_which_words(tmp_path: Path) -> None:
     assert set(found) == {1, 2}
     assert found[1] == (str(tmp_path / "set.txt"), " ".join(question.upper().split()[:13]))
     assert read_eval_sets([]).find(words) == {}
-
-
-def test_the_coarse_count() -> None:
-    turns = ["Hello. how are you? I am. (yes) it", "i'm. So i go", "", 'No faults. At all! "quoted." then I']
-    low, high = suspicious(turns).tolist()
-    assert low == [1, 2, 0, 1] and high == [1, 1, 0, 2]
-    assert suspicious([]).shape == (2, 0)

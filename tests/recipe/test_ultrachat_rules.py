@@ -1,49 +1,61 @@
-"""The cleaning's rules on their own examples, and what truecasing may never do."""
+"""The cleaning's rules on examples, and what truecasing may never do."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+import yaml
 
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe.ultrachat.casing import restore
-from zephyr_lite.recipe.ultrachat.casing_rules import CASING_RULES, DETECTION_RULES
-from zephyr_lite.recipe.ultrachat.counting import WordCounts, count_words
-from zephyr_lite.recipe.ultrachat.english import ALWAYS
-from zephyr_lite.recipe.ultrachat.lexicon import Lexicon
-from zephyr_lite.recipe.ultrachat.protect import PROTECT_RULES, spans
-from zephyr_lite.recipe.ultrachat.refusals import REFUSAL_RULES, first_refusal, refusal
-from zephyr_lite.recipe.ultrachat.rules import Rule
-from zephyr_lite.recipe.ultrachat.words import words_of
+from zephyr_lite.recipe import lexicon as lexicon_module
+from zephyr_lite.recipe import protect, refusals, truecase
+from zephyr_lite.recipe.english import ALWAYS, is_english
+from zephyr_lite.recipe.lexicon import Lexicon, count_words
+from zephyr_lite.recipe.protect import spans
+from zephyr_lite.recipe.refusals import first_refusal, refusal
+from zephyr_lite.recipe.truecase import changes, is_broken, restore
 
-TABLES: tuple[Rule[Any], ...] = (*PROTECT_RULES, *CASING_RULES, *DETECTION_RULES, *REFUSAL_RULES)
-POSITIVE = [pytest.param(rule, e, id=f"{rule.name}-{n}") for rule in TABLES for n, e in enumerate(rule.positive)]
-NEGATIVE = [pytest.param(rule, e, id=f"{rule.name}-{n}") for rule in TABLES for n, e in enumerate(rule.negative)]
+EXAMPLES = yaml.safe_load(Path(__file__).with_name("rule_examples.yaml").read_text(encoding="utf-8"))
+WORDS = ("Anna", "Toulouse", "PyTorch", "iPad", "bank", "white", "house", "may", "May", "rose", "Rose")
 
 
 def lexicon_of(*dialogues: str) -> Lexicon:
-    return Lexicon.of([count_words(words_of(dialogues), np.ones(len(dialogues), bool))])
+    return Lexicon.learned([count_words(dialogues)])
 
 
-@pytest.mark.parametrize(("rule", "example"), POSITIVE)
-def test_holds(rule: Rule[Any], example: Any) -> None:
-    assert rule.holds(example)
+def example_lexicon() -> Lexicon:
+    """Four dialogues with each of these."""
+    lexicon = Lexicon()
+    for _ in range(4):
+        lexicon.forms.update(WORDS)
+        lexicon.pairs.update(("White House", "Van Gogh"))
+        lexicon.both.update(("white house", "van gogh"))
+    return lexicon
 
 
-@pytest.mark.parametrize(("rule", "example"), NEGATIVE)
-def test_does_not_hold(rule: Rule[Any], example: Any) -> None:
-    assert not rule.holds(example)
+def applies(group: str, rule: str, example) -> bool:
+    if group == "protect":
+        return any(kind == rule for _, _, kind in spans(example))
+    if group == "truecase":
+        return any(change.rule == rule for change in changes(example, example_lexicon()))
+    if group == "refusals":
+        found = refusal(*example)
+        text = refusals._QUOTED.sub(" ", example[1].lower().replace("’", "'"))
+        return found is not None and refusals._PATTERNS[rule].search(text) is not None
+    return is_english(example) if rule == "english" else is_broken(example)
 
 
-def test_rules_are_named_once_and_have_examples() -> None:
-    assert len({rule.name for rule in TABLES}) == len(TABLES)
-    assert all(rule.positive and rule.negative and rule.does for rule in TABLES)
+@pytest.mark.parametrize(("group", "rule"), [(group, rule) for group in EXAMPLES for rule in EXAMPLES[group]])
+def test_rules_apply_to_their_examples_and_no_others(group, rule):
+    for example in EXAMPLES[group][rule]["positive"]:
+        assert applies(group, rule, example), example
+    for example in EXAMPLES[group][rule]["negative"]:
+        assert not applies(group, rule, example), example
+        assert group != "refusals" or refusal(*example) is None, example
 
 
-@pytest.mark.parametrize("rule", REFUSAL_RULES, ids=lambda rule: rule.name)
-def test_no_other_refusal_rule_takes_a_negative_example(rule: Rule[tuple[str, str]]) -> None:
-    assert [refusal(*example) for example in rule.negative] == [None] * len(rule.negative)
+def test_every_rule_has_examples():
+    tables = {"protect": protect.KINDS, "truecase": truecase.RULES, "refusals": refusals.REFUSALS}
+    assert {group: list(EXAMPLES[group]) for group in tables} == {group: list(table) for group, table in tables.items()}
 
 
 @pytest.mark.parametrize(
@@ -70,14 +82,14 @@ def test_no_other_refusal_rule_takes_a_negative_example(rule: Rule[tuple[str, st
         ),
     ],
 )
-def test_restores(before: str, after: str) -> None:
+def test_restores(before: str, after: str):
     assert restore(before, Lexicon())[0] == after
 
 
-def test_only_case_changes_and_nothing_in_protected_spans() -> None:
-    for rule in TABLES:
-        for example in (*rule.positive, *rule.negative):
-            for text in example if isinstance(example, tuple) else (example,):
+def test_only_case_changes_and_nothing_in_protected_spans():
+    for rule in (rule for group in EXAMPLES.values() for rule in group.values()):
+        for example in (*rule["positive"], *rule["negative"]):
+            for text in example if isinstance(example, list) else (example,):
                 after, changes = restore(text, Lexicon())
                 assert len(after) == len(text) and after.lower() == text.lower()
                 assert restore(after, Lexicon())[0] == after  # nothing is left to do
@@ -86,72 +98,65 @@ def test_only_case_changes_and_nothing_in_protected_spans() -> None:
                 assert all(after[change.start :].startswith(change.form) for change in changes)
 
 
-def test_lexicon_learns_names_inside_sentences_by_dialogue() -> None:
+def test_lexicon_learns_names_inside_sentences_by_dialogue():
     name = "We went to see Ouagadougou in the spring of the year."
     lexicon = lexicon_of(*[name] * 3, "It is the best Book of all in this library.", "She has a book in her old bag.")
-    assert lexicon.names()["ouagadougou"] == "Ouagadougou"
-    assert "book" not in lexicon.names()
+    assert lexicon.names["ouagadougou"] == "Ouagadougou"
+    assert "book" not in lexicon.names
     # ten times in one dialogue is one vote
-    assert "ouagadougou" not in lexicon_of("\n".join([name] * 10)).names()
+    assert "ouagadougou" not in lexicon_of("\n".join([name] * 10)).names
     # a sentence's first word, a heading and shouting say nothing
-    assert not set(lexicon_of(*["Rivers flow. My Great Long Title\nWE GO UP AND AWAY NOW"] * 5).names()) - set(ALWAYS)
+    assert not set(lexicon_of(*["Rivers flow. My Great Long Title\nWE GO UP AND AWAY NOW"] * 5).names) - set(ALWAYS)
 
 
-def test_lexicon_knows_pairs_where_the_words_alone_are_common() -> None:
+def test_lexicon_knows_pairs_where_the_words_alone_are_common():
     house = ["He was in the White House for the whole week."] * 4
     common = ["A white wall and a small house with a red roof."] * 6
     lexicon = lexicon_of(*house, *common)
-    assert "white" not in lexicon.names() and lexicon.phrases()["white house"] == "White House"
+    assert "white" not in lexicon.names and lexicon.phrases["white house"] == "White House"
     assert (
         restore("I saw the white house. the house is white.", lexicon)[0]
         == "I saw the White House. The house is white."
     )
     # the pair in lower case often enough
-    assert "white house" not in lexicon_of(*house, *["He has a white house in the small town."] * 6).phrases()
+    assert "white house" not in lexicon_of(*house, *["He has a white house in the small town."] * 6).phrases
 
 
-def test_the_corpus_overrules_the_built_in_names() -> None:
+def test_the_corpus_overrules_the_built_in_names():
     assert "lima" not in ALWAYS and ALWAYS["turkish"] == "Turkish"
     counted = lexicon_of(
         *["They sat on the turkish carpet all day long."] * 6, "She likes the Turkish coffee of this town."
     )
-    assert "turkish" not in counted.names()
+    assert "turkish" not in counted.names
 
 
-def test_lexicon_does_not_depend_on_the_blocks() -> None:
+def test_lexicon_does_not_depend_on_the_blocks():
     texts = [
         f"They met {name} in the old town of {place} today." for name in ("Anna", "Otto") for place in ("Bonn", "anna")
     ] * 3
-    parts = [
-        count_words(words_of(texts[s : s + 4]), np.ones(len(texts[s : s + 4]), bool)) for s in range(0, len(texts), 4)
-    ]
-    assert Lexicon.of(parts) == lexicon_of(*texts)
-    assert Lexicon.of([WordCounts.unpack(part.pack()) for part in parts]) == lexicon_of(*texts)
+    assert Lexicon.learned(count_words(texts[s : s + 4]) for s in range(0, len(texts), 4)) == lexicon_of(*texts)
 
 
-def test_lexicon_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zephyr_lite.recipe.ultrachat.lexicon.LIMIT", 20)
+def test_lexicon_is_bounded(monkeypatch):
+    monkeypatch.setattr(lexicon_module, "LIMIT", 20)
     blocks = [
-        count_words(
-            words_of([f"We have seen Xa{n:x}bc and the Common Thing there near q{n:x}z often."] * 2), np.ones(2, bool)
-        )
-        for n in (10, 11, 12, 13, 14, 15, 170, 171, 172, 173)
+        count_words([f"We have seen Xa{n:x}bc and the Common Thing there near q{n:x}z often."] * 2) for n in range(10)
     ]
-    found = Lexicon.of(blocks * 3)
+    found = Lexicon.learned(blocks * 3)
     assert max(map(len, (found.forms, found.pairs, found.both))) <= 20
 
 
-def test_lexicon_file(tmp_path: Path) -> None:
+def test_lexicon_file(tmp_path: Path):
     lexicon = lexicon_of(*["We went to see Ouagadougou in the White House."] * 3)
     lexicon.save(tmp_path / "lexicon.txt")
-    assert Lexicon.load(tmp_path / "lexicon.txt").names() == lexicon.names()
+    assert Lexicon.load(tmp_path / "lexicon.txt").names == lexicon.names
     (tmp_path / "bad.txt").write_text('{"format": "other"}')
     for name in ("bad.txt", "none.txt"):
         with pytest.raises(UserError, match=name):
             Lexicon.load(tmp_path / name)
 
 
-def test_first_refusal_looks_at_assistant_turns_only() -> None:
+def test_first_refusal_looks_at_assistant_turns_only():
     refused = "As an AI language model, I don't have opinions."
     assert first_refusal(["user", "assistant"], [refused, "Fine."]) is None
     found = first_refusal(["user", "assistant", "user", "assistant"], ["Hi.", "Hello.", "Which?", refused])

@@ -38,7 +38,7 @@ def made(kind="adamw_torch", seed=0):
     named = parameters(seed)
     optimizer = make_optimizer(config, named)
     scheduler = make_scheduler(config, optimizer, 12)
-    return Checkpoint(None, named, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
+    return Checkpoint(named, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
 
 
 def steps(of: Checkpoint, count: int, seed: int = 1) -> None:

@@ -11,10 +11,10 @@ from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train.checkpoint import Checkpoint
-from zephyr_lite.train.loop import init_state
 from zephyr_lite.train.optim import make_optimizer, make_scheduler, restore_state
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
+from zephyr_lite.train.state import init_state
 
 KINDS = ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tiny_base, chat_rows, tmp_
     stage = setup_stage("sft", loaded, say=quiet, claim=False)
     state = init_state(stage, SftObjective(stage, quiet), say=quiet)
     other = make_optimizer(stage.config.model_copy(update={"optim": "adamw_8bit"}), state.parameters)
-    checkpoint = Checkpoint(stage.stack, state.parameters, other, state.scheduler, state.scaler)
+    checkpoint = Checkpoint(state.parameters, other, state.scheduler, state.scaler)
     with pytest.raises(UserError, match="holds another optimizer's state"):
         checkpoint.read(stage.dir.checkpoints()[-1])
 

@@ -1,11 +1,10 @@
-"""What lies in an adapter's folder beside its weights: who wrote it, with which method, on what, and how it went.
+"""What the files of an adapter's folder say: who wrote it, by which method, on what base, and its training log.
 
-Nothing of it is executed or unpickled: a ``training_args.bin`` is never opened.
+Nothing is executed or unpickled: ``training_args.bin`` is never opened.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,19 @@ from typing import Any
 from ..config.load import read_dumped
 from ..config.strict_yaml import read_front_matter
 from ..errors import UserError
-from ..io.reading import is_file, read_text
+from ..io.reading import read_text
 from ..io.run_dir import STAGE_FILE, StageDir, stages_of
 from ..io.strict_json import read_object
 from ..model.overlap import CARD, tuned_from
 from ..model.peft_config import CONFIG_NAME
 from ..model.peft_io import AdapterFile, fetch_adapter, read_adapter
+from ..monitor.stage_record import json_lines
 
 LOG, TRAINER_LOG = "trainer_state.json", "trainer_log.jsonl"
-# what is fetched of a hub adapter, beside its two files
+# files of a hub adapter that are fetched in addition to its weights and configuration
 BESIDE = [CARD, LOG, TRAINER_LOG, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
 TOKENIZER = "tokenizer_config.json"
-_TOOLS = {  # words of a card's tags or text, the most particular first
+_TOOLS = {  # words of a card, the most specific tool first
     "LLaMA-Factory": ("llama-factory", "llamafactory"),
     "Axolotl": ("axolotl",),
     "Unsloth": ("unsloth",),
@@ -41,15 +41,14 @@ class Evidence:
 
     Attributes:
         adapter: its weights and adapter_config.json.
-        stage: the stage of ours that it lies in, and its stage.json ({} elsewhere).
-        tool: who wrote it.
-        method: sft or dpo; None where nothing says so.
-        method_because: what says so.
-        base: what it says it was trained on.
-        tuned_from: what its card says it is a fine-tuned version of; None where it says nothing.
-        settings: the configuration that it was trained with, where it lies in a stage of ours.
-        log: what its trainer logged, a record a step: loss, rewards/accuracies, …
-        tokenizer_from: the folder of its tokenizer; None where it has none.
+        stage, info: the stage of a run that it belongs to, and its stage.json (None and {} elsewhere).
+        tool: the program that wrote it.
+        method: sft or dpo; None if unknown.
+        base: the base that it names.
+        tuned_from: the model that its card says it was fine-tuned from.
+        settings: config.yaml of the stage.
+        log: records of its trainer: step, loss, rewards/accuracies, …
+        tokenizer_from: the folder of its tokenizer, or None.
     """
 
     adapter: AdapterFile
@@ -57,7 +56,6 @@ class Evidence:
     info: dict[str, Any] = field(default_factory=dict)
     tool: str = "an unknown tool (PEFT)"
     method: str | None = None
-    method_because: str = ""
     base: str | None = None
     tuned_from: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -68,18 +66,23 @@ class Evidence:
     def path(self) -> Path:
         return self.adapter.path
 
+    @property
     def links(self) -> list[dict[str, Any]]:
-        """The adapters that stage.json says lie below, path and sha256; [] elsewhere."""
-        found = self.info.get("adapters")
-        return [link for link in found if isinstance(link, dict)] if isinstance(found, list) else []
+        """The adapters below it (path, sha256) by stage.json."""
+        return self.info.get("adapters") or []
 
+    @property
     def is_delta(self) -> bool:
-        """Of ours: dpo's own part, which is right on top of others only."""
+        """Whether it is the own part of a stage, which needs the adapters below it."""
         return self.stage is not None and self.path.name == "delta"
+
+    def holds(self, adapter: AdapterFile) -> bool:
+        """Whether stage.json names another adapter as below this one."""
+        return any(link.get("sha256") == adapter.sha256 for link in self.links)
 
 
 def gather(name: str) -> Evidence:
-    """Look at an adapter: its folder, a stage's or a run's folder of ours, or a hub id.
+    """Read an adapter: its folder, a stage's or a run's folder, or a hub id.
 
     Raises:
         UserError: there is no adapter, or it cannot be read.
@@ -90,16 +93,17 @@ def gather(name: str) -> Evidence:
     if (folder / TOKENIZER).is_file():
         evidence.tokenizer_from = folder
     stage = StageDir(folder.parent)
-    if folder.name in ("adapter", "delta") and (info := stage.info()) is not None:
-        _ours(evidence, stage, info)
+    info = stage.info() if folder.name in ("adapter", "delta") else None
+    if info is not None:
+        _read_stage(evidence, stage, info)
     else:
-        _card(evidence)
-        _logs(evidence)
+        _read_card(evidence)
+        _read_log(evidence)
     return evidence
 
 
 def adapter_folder(name: str) -> Path:
-    """The folder of an adapter, of a stage's finished adapter, or of a run's only one; else a hub adapter's, fetched.
+    """The folder of an adapter, of a stage's adapter, or of the only stage of a run; a hub adapter is fetched.
 
     Raises:
         UserError: there is none, or the run has several stages.
@@ -109,38 +113,30 @@ def adapter_folder(name: str) -> Path:
         return path
     if (path / STAGE_FILE).is_file():
         return StageDir(path).adapter
-    if path.is_dir():
-        stages = [stage for stage in stages_of(path) if stage.complete()]
-        if len(stages) == 1:
-            return stages[0].adapter
-        if stages:
-            names = ", ".join(stage.path.name for stage in stages)
-            raise UserError(f"{path}: is a run with several stages ({names}).", f"Name one: {stages[-1].path}")
-    return fetch_adapter(name, beside=BESIDE)
+    stages = [stage for stage in stages_of(path) if stage.complete()] if path.is_dir() else []
+    if len(stages) > 1:
+        names = ", ".join(stage.path.name for stage in stages)
+        raise UserError(f"{path}: is a run with several stages ({names}).", f"Name one: {stages[-1].path}")
+    return stages[0].adapter if stages else fetch_adapter(name, beside=BESIDE)
 
 
-def _ours(evidence: Evidence, stage: StageDir, info: dict[str, Any]) -> None:
-    evidence.stage, evidence.info, evidence.tool = stage, info, "zephyr-lite"
-    engine = info.get("engine")
-    if engine not in (None, "fused"):
-        evidence.tool += f" (engine {engine})"
-    evidence.method, evidence.method_because = info.get("method"), f"{stage.path / STAGE_FILE}"
-    base = info.get("base")
-    if isinstance(base, dict) and isinstance(base.get("name_or_path"), str):
-        evidence.base = base["name_or_path"]
+def _read_stage(evidence: Evidence, stage: StageDir, info: dict[str, Any]) -> None:
+    evidence.stage, evidence.info, evidence.tool, evidence.method = stage, info, "zephyr-lite", info.get("method")
+    if info.get("engine", "fused") != "fused":
+        evidence.tool += f" (engine {info['engine']})"
+    evidence.base = (info.get("base") or {}).get("name_or_path") or evidence.base
     if evidence.tokenizer_from is None and (stage.adapter / TOKENIZER).is_file():
         evidence.tokenizer_from = stage.adapter
-    if is_file(stage.config):
+    if stage.config.is_file():
         evidence.settings = read_dumped(stage.config)
-    evidence.log = _lines(stage.metrics)
+    evidence.log = json_lines(stage.metrics)
 
 
-def _card(evidence: Evidence) -> None:
+def _read_card(evidence: Evidence) -> None:
     path = evidence.path / CARD
-    if not is_file(path):
+    if not path.is_file():
         return
-    text = read_text(path)
-    front, body = read_front_matter(text)
+    front, body = read_front_matter(read_text(path))
     tags = front.get("tags")
     words = [str(tag).lower() for tag in tags] if isinstance(tags, list) else []
     words += [str(front.get("library_name", "")).lower(), str(front.get("base_model", "")).lower()]
@@ -148,46 +144,23 @@ def _card(evidence: Evidence) -> None:
         if any(name in word for name in names for word in words) or any(f"/{name}" in body.lower() for name in names):
             evidence.tool = tool
             break
-    plain = [tag.removeprefix("trl-") for tag in words]
-    method = next((tag for tag in plain if tag in _PREFERENCE), None) or next((t for t in plain if t == "sft"), None)
-    if method is not None:
-        evidence.method = "sft" if method == "sft" else "dpo"
-        evidence.method_because = f"the tag {method} of its {CARD}"
+    methods = [word.removeprefix("trl-") for word in words]
+    if any(method in _PREFERENCE for method in methods):
+        evidence.method = "dpo"
+    elif "sft" in methods:
+        evidence.method = "sft"
     evidence.tuned_from = tuned_from(evidence.path)
 
 
-def _logs(evidence: Evidence) -> None:
-    """``trainer_state.json`` of transformers' Trainer, here or in the newest checkpoint; LLaMA-Factory's log."""
-    numbered = [
-        (int(p.parent.name.rpartition("-")[2]), p)
-        for p in evidence.path.glob(f"checkpoint-*/{LOG}")
-        if p.parent.name.rpartition("-")[2].isdigit()
-    ]
-    states = [evidence.path / LOG, *(path for _, path in sorted(numbered, reverse=True))]
-    for path in states:
-        if is_file(path):
-            history = read_object(path, strict=False).get("log_history")
-            evidence.log = (
-                [record for record in history if isinstance(record, dict)] if isinstance(history, list) else []
-            )
-            break
+def _read_log(evidence: Evidence) -> None:
+    """``trainer_state.json`` of transformers' Trainer, here or in the newest checkpoint, or LLaMA-Factory's log."""
+    checkpoints = [p for p in evidence.path.glob(f"checkpoint-*/{LOG}") if p.parent.name.split("-")[-1].isdigit()]
+    checkpoints.sort(key=lambda p: int(p.parent.name.split("-")[-1]), reverse=True)
+    state = next((path for path in (evidence.path / LOG, *checkpoints) if path.is_file()), None)
+    if state is not None:
+        evidence.log = read_object(state, strict=False).get("log_history") or []
     else:
-        evidence.log = _lines(evidence.path / TRAINER_LOG)
+        evidence.log = json_lines(evidence.path / TRAINER_LOG)
     if evidence.method is None and evidence.log:
         rewards = any(str(key).endswith("rewards/accuracies") for record in evidence.log for key in record)
         evidence.method = "dpo" if rewards else "sft"
-        evidence.method_because = f"its log {'has' if rewards else 'has no'} rewards/accuracies"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not is_file(path):
-        return []
-    records = []
-    for line in read_text(path).splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # the last line of a run that is under way
-        if isinstance(record, dict):
-            records.append(record)
-    return records

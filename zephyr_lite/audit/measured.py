@@ -1,8 +1,8 @@
-"""What a model says of an adapter: its log-probabilities on conversations and pairs under several suppositions.
+"""Measurements of an adapter: log-probabilities of conversations and pairs under several assumptions.
 
-Every question is a difference of differences, taken row by row: what doubling BOS (or another template) does to the
-model with the adapter, less what it does to the model below it. A base may well prefer one text to another; training
-shows in what the adapter changed.
+Every question is a difference of differences, row by row: the effect of a doubled BOS (or of another template) on the model with
+the adapter, minus its effect on the model below it. A base may prefer one text to another; training shows in what the adapter
+changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..model.decoder import Decoder
 
 Messages = list[dict[str, str]]
 MICRO_TOKENS = 2048
-MAX_TOKENS = 1024  # of a row: what comes later in a conversation answers no other question
+MAX_TOKENS = 1024  # of a row
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class RowSums:
     """Log-probabilities of conversations' answers, in nats.
 
     Attributes:
-        text: [R] float64, sums over the answers' own tokens.
-        tokens: [R] float64, how many those are.
-        ends: [E] float64, of every end token of every answer.
+        text: [R] float64, sums over the answers' tokens without end tokens.
+        tokens: [R] float64, their number.
+        ends: [E] float64, of every end token.
     """
 
     text: Tensor
@@ -44,17 +44,27 @@ class RowSums:
 
     @property
     def loss(self) -> float:
-        """Nats a token of the answers' own text."""
+        """Nats a token of the answers' text."""
         return float(-self.text.sum() / self.tokens.sum())
+
+    @property
+    def means(self) -> Tensor:
+        """[R] float64, of each row's answers."""
+        return self.text / self.tokens.clamp(min=1)
+
+    @property
+    def end_probability(self) -> float | None:
+        """The median probability of the end tokens; None if no answer ends within ``MAX_TOKENS``."""
+        return math.exp(float(self.ends.median())) if len(self.ends) else None
 
 
 def examples_of(template: ChatTemplate, rows: Sequence[Messages]) -> list[Example]:
-    """The rows under a template.
+    """The rows in a template's format.
 
     Raises:
         UserError: none of them can be rendered.
     """
-    found, why = [], ""
+    found, why = [], "no answers in them"
     for place, messages in enumerate(rows):
         try:
             ids, mask = template.encode(messages)
@@ -64,82 +74,75 @@ def examples_of(template: ChatTemplate, rows: Sequence[Messages]) -> list[Exampl
         if mask[:MAX_TOKENS].any():
             found.append(Example(ids[:MAX_TOKENS], mask[:MAX_TOKENS], "", place))
     if not found:
-        raise UserError(f"none of the {len(rows)} conversations can be rendered: {why or 'no answers in them'}.")
+        raise UserError(f"none of the {len(rows)} conversations can be rendered: {why}.")
     return found
 
 
 @torch.no_grad()
 def row_sums(decoder: Decoder, examples: Sequence[Example], end_ids: Sequence[int]) -> RowSums:
-    """Sums for each row, end tokens apart: templates end an answer with different ones."""
+    """Sums of each row; end tokens are separate, as templates have different ones."""
     text = torch.zeros(len(examples), dtype=torch.float64)
     tokens = torch.zeros(len(examples), dtype=torch.float64)
     ends: list[Tensor] = []
     for group in best_fit([min(len(e.ids), MICRO_TOKENS) for e in examples], MICRO_TOKENS):
         batch = collate_conversations([examples[i] for i in group]).to(decoder.device)
-        logps = decoder.token_logps(batch).double().cpu()
-        at = 0
-        for row in group:
-            example = examples[row]
-            targets = torch.from_numpy(example.ids[example.mask].astype(np.int64))
-            mine, at = logps[at : at + len(targets)], at + len(targets)
-            is_end = torch.isin(targets, torch.tensor(list(end_ids)))
-            text[row], tokens[row] = mine[~is_end].sum(), float((~is_end).sum())
-            ends.append(mine[is_end])
+        targets = [torch.from_numpy(examples[i].ids[examples[i].mask].astype(np.int64)) for i in group]
+        logps = decoder.token_logps(batch).double().cpu().split([len(each) for each in targets])
+        for row, own, ids in zip(group, logps, targets):
+            is_end = torch.isin(ids, torch.tensor(list(end_ids)))
+            text[row], tokens[row] = own[~is_end].sum(), float((~is_end).sum())
+            ends.append(own[is_end])
     return RowSums(text, tokens, torch.cat(ends))
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A mean difference over rows, nats a token, and its standard error (infinite for a single row)."""
+    """A mean difference over rows in nats a token, and its standard error (infinite for a single row)."""
 
     mean: float
     error: float
 
     @property
     def clear(self) -> bool:
-        """Above zero by three standard errors and by more than rounding."""
+        """Whether it is above zero by three standard errors and by more than rounding."""
         return self.mean > max(3 * self.error, 0.005)
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {self.error:.4f} nats a token"
 
 
-def gap(of: RowSums, against: RowSums) -> Gap:
-    """How much less the answers' text costs in ``of`` than in ``against``, row by row."""
-    return _gap(of.text / of.tokens.clamp(min=1) - against.text / against.tokens.clamp(min=1))
+def gap(of: RowSums, against: RowSums, below: tuple[RowSums, RowSums] | None = None) -> Gap:
+    """By how much the answers' text costs less in ``of`` than in ``against``.
 
-
-def _gap(differences: Tensor) -> Gap:
+    Args:
+        below: the same two without the adapter; their difference is subtracted.
+    """
+    differences = of.means - against.means
+    if below is not None:
+        differences = differences - (below[0].means - below[1].means)
     n = len(differences)
     return Gap(float(differences.mean()), float(differences.std() / math.sqrt(n)) if n > 1 else math.inf)
 
 
-def change_of_gap(of: RowSums, against: RowSums, below_of: RowSums, below_against: RowSums) -> Gap:
-    """The gap with the adapter, less the gap without it."""
-    with_it = of.text / of.tokens.clamp(min=1) - against.text / against.tokens.clamp(min=1)
-    without = below_of.text / below_of.tokens.clamp(min=1) - below_against.text / below_against.tokens.clamp(min=1)
-    return _gap(with_it - without)
-
-
 def with_bos(example: Example, bos: int, count: int) -> Example:
-    """The row with BOS at its beginning so many times; its supervised tokens are the same (the first never is)."""
+    """The row with this many BOS tokens at its start; the first token is never supervised."""
     ids, mask = example.ids, example.mask
     while len(ids) and ids[0] == bos:
         ids, mask = ids[1:], mask[1:]
     ids = np.concatenate([np.full(count, bos, dtype=np.int32), ids])
     mask = np.concatenate([np.zeros(count, dtype=bool), mask])
-    mask[:1] = False  # nothing predicts the first token
+    mask[:1] = False
     return replace(example, ids=ids, mask=mask)
 
 
 @dataclass(frozen=True)
 class StepZero:
-    """DPO's loss before its first step, and what training made of it.
+    """DPO's loss before its first step, and the trained policy's rewards.
 
     Attributes:
-        loss: mean over the pairs of -log σ(β h) with h of what the policy started from, against the reference.
-        accuracy, margin: of the trained policy against the same reference; the margin β h.
-        pairs: how many.
+        loss: mean over the pairs of -log σ(β h), with h of the policy's start against the reference.
+        accuracy, margin: of the trained policy against the same reference; the margin is β h.
+        pairs: their number.
     """
 
     loss: float
@@ -159,6 +162,5 @@ def step_zero(start: Tensor, policy: Tensor, reference: Tensor, beta: float) -> 
     trained = margins(policy)
     won = (trained > 0).double()
     error = float(won.std() / math.sqrt(len(won))) if len(won) > 1 else math.inf
-    return StepZero(
-        float(F.softplus(-margins(start)).mean()), float(won.mean()), error, float(trained.mean()), len(won)
-    )
+    loss = float(F.softplus(-margins(start)).mean())
+    return StepZero(loss, float(won.mean()), error, float(trained.mean()), len(won))

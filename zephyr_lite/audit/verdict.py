@@ -1,14 +1,15 @@
-"""What an audit found: one finding a question, each with its evidence."""
+"""The result of an audit: one finding a question, with its evidence."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
+from functools import partialmethod
 from typing import Any
 
 
 class Level(IntEnum):
-    """How bad a finding is; a verdict is its worst one's."""
+    """Severity of a finding; the verdict is that of the worst."""
 
     right = 0
     note = 1
@@ -18,12 +19,11 @@ class Level(IntEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """An answer to one question.
+    """The answer to one question.
 
     Attributes:
-        topic: what was asked: weights, base, below, reference, bos, end, template.
-        text: the answer.
-        evidence: what it follows from: numbers, files.
+        topic: weights, base, below, reference, bos, end or template.
+        evidence: numbers and files that it follows from.
         advice: what to do.
     """
 
@@ -39,10 +39,8 @@ class Audit:
     """All findings on an adapter.
 
     Attributes:
-        adapter: its folder.
-        tool: which program wrote it, as far as it shows.
-        method: sft, dpo, or None where nothing says so.
-        numbers: what was measured, for the JSON.
+        adapter: its folder; tool: the program that wrote it; method: sft, dpo, or None if unknown.
+        numbers: measurements, for the JSON.
     """
 
     adapter: str
@@ -51,8 +49,13 @@ class Audit:
     findings: list[Finding] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, topic: str, level: Level, text: str, *evidence: str, advice: str = "") -> None:
+    def add(self, level: Level, topic: str, text: str, *evidence: str, advice: str = "") -> None:
         self.findings.append(Finding(topic, level, text, evidence, advice))
+
+    right = partialmethod(add, Level.right)
+    note = partialmethod(add, Level.note)
+    doubtful = partialmethod(add, Level.doubtful)
+    wrong = partialmethod(add, Level.wrong)
 
     @property
     def level(self) -> Level:
@@ -60,12 +63,8 @@ class Audit:
 
     def verdict(self) -> str:
         """One line."""
-        found = {level: [f.topic for f in self.findings if f.level == level] for level in Level}
-        if wrong := found[Level.wrong]:
-            return f"WRONG ({', '.join(dict.fromkeys(wrong))})"
-        if doubtful := found[Level.doubtful]:
-            return f"doubtful ({', '.join(dict.fromkeys(doubtful))})"
-        return "sound"
+        topics = ", ".join(dict.fromkeys(f.topic for f in self.findings if f.level == self.level))
+        return {Level.wrong: f"WRONG ({topics})", Level.doubtful: f"doubtful ({topics})"}.get(self.level, "sound")
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -35,25 +35,27 @@ class Drawn:
     """One row's answer.
 
     Attributes:
+        text: without special tokens and surrounding white space.
         tokens: without the one that ends it.
         finish: "stop" (the model ended it), "length", or "interrupted".
         prompt_tokens, reused: the prompt's length, and how much of it was in the cache.
     """
 
+    text: str
     tokens: list[int]
     finish: str
     prompt_tokens: int
     reused: int
 
+    @property
+    def finish_reason(self) -> str:
+        """As the OpenAI API has it: "stop" or "length"."""
+        return "stop" if self.finish == "stop" else "length"
 
-@dataclass(frozen=True)
-class Sampled:
-    """An answer: its text, why it ended ("stop", "length"), its tokens (the end token included) and its prompt's."""
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
+    @property
+    def completion_tokens(self) -> int:
+        """Its tokens, the one that ends it included."""
+        return len(self.tokens) + (self.finish == "stop")
 
 
 class Chat:
@@ -123,26 +125,17 @@ class Chat:
         *,
         adapters: Sequence[str] | None = None,
         stop: Callable[[], bool] = lambda: False,
-    ) -> list[Sampled]:
+    ) -> list[Drawn]:
         """Answer all prompts in one batch, each with settings and a seed of its own.
 
         Args:
             prompt_ids: of each conversation (``template.prompt_ids``), [P_i].
             rows: how each answer is drawn. It does not depend on the others, but for rounding.
             adapters: which of the adapters are on; None: all, []: the base alone.
-            stop: called at every token; True ends all answers ("length").
+            stop: called at every token; True ends all answers.
         """
         names = self.adapters if adapters is None else adapters
-        drawn = Streamer(self, [names] * len(prompt_ids)).draw(prompt_ids, rows, stop=stop)
-        return [
-            Sampled(
-                self.text(row.tokens),
-                "stop" if row.finish == "stop" else "length",
-                row.prompt_tokens,
-                len(row.tokens) + (row.finish == "stop"),
-            )
-            for row in drawn
-        ]
+        return Streamer(self, [names] * len(prompt_ids)).draw(prompt_ids, rows, stop=stop)
 
     def decode(self, tokens: list[int]) -> str:
         """The text without special tokens."""
@@ -241,7 +234,8 @@ class Streamer:
         else:
             self._ids = ids[0] + answers[0][:-1]  # the last token was not fed back
         return [
-            Drawn(answer, end or "interrupted", len(prompt), kept) for answer, end, prompt in zip(answers, finish, ids)
+            Drawn(self._chat.text(answer), answer, end or "interrupted", len(prompt), kept)
+            for answer, end, prompt in zip(answers, finish, ids)
         ]
 
     def _begin(self, prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -52,7 +52,7 @@ NUMBERS: dict[str, tuple[str, Callable[[str], float]]] = {
     "/max-new-tokens": ("max_new_tokens", int),
     "/seed": ("seed", int),
 }
-# Columns of text that an answer needs to be read beside others; narrower terminals show them one under the other.
+# Minimum width of an answer shown side by side; narrower terminals show answers one below the other.
 NARROWEST = 32
 # Seconds between two pictures of answers that grow.
 REFRESH = 0.1
@@ -64,7 +64,7 @@ class Repl:
     Args:
         session: its models answer.
         console: ``cli.console.Console``.
-        compare: show their answers beside each other.
+        compare: show their answers side by side.
         ballot: hide the models' names, and keep the user's votes.
     """
 
@@ -230,12 +230,12 @@ class Repl:
             return
         choice = self._choice(len(order))
         if choice == "skip":
-            ballot.tally.skipped += 1
+            ballot.skipped += 1
             session.undo()
             self._note("skipped: the question is taken back")
             return
         if choice == "tie":
-            ballot.tally.ties += 1
+            ballot.ties += 1
             session.agree(order[0])
             self._note("a tie, which makes no pair; the conversation continues from answer 1")
             return
@@ -265,21 +265,21 @@ class Repl:
 
     def _show_votes(self) -> None:
         """The votes by model, and the command that trains on them."""
-        if self._ballot is None:
+        ballot = self._ballot
+        if ballot is None:
             return
-        tally, file = self._ballot.tally, self._ballot.path
-        if tally.votes:
-            counts = [*((column.model, tally.best[column.model]) for column in self.session.columns)]
+        if ballot.votes:
+            counts = [*((column.model, ballot.likes[column.model]) for column in self.session.columns)]
             rows = [
-                (name, str(count), f"{count / tally.votes:.0%}") for name, count in [*counts, ("(ties)", tally.ties)]
+                (name, str(count), f"{count / ballot.votes:.0%}") for name, count in [*counts, ("(ties)", ballot.ties)]
             ]
             self._console.table(["model", "liked best", "of the votes"], rows)
-        skipped = f", {tally.skipped} skipped" if tally.skipped else ""
-        votes, pairs = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((tally.votes, "vote"), (tally.pairs, "pair")))
-        self._console.say(f"{votes}{skipped}; {pairs} added to {file}.")
-        if not tally.pairs:
+        skipped = f", {ballot.skipped} skipped" if ballot.skipped else ""
+        votes, pairs = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((ballot.votes, "vote"), (ballot.pairs, "pair")))
+        self._console.say(f"{votes}{skipped}; {pairs} added to {ballot.path}.")
+        if not ballot.pairs:
             return
-        words = [f"dataset.path={file}"]
+        words = [f"dataset.path={ballot.path}"]
         chain = self.session.chat.live.chain
         if chain is not None and chain.run is not None:
             words.append(f"output_dir={chain.run}")
@@ -397,11 +397,11 @@ class Repl:
 def side_by_side(
     console: Any, titles: Sequence[str], texts: Sequence[str], notes: Sequence[str] = (), height: int | None = None
 ) -> RenderableType:
-    """Answers beside each other, or one under the other in a narrow terminal; with a height only their last lines."""
+    """Answers side by side, or one below the other in a narrow terminal; with a height only their last lines."""
     out, count = console.out, len(titles)
-    beside = out.width >= count * (NARROWEST + 3) + 1
-    inner = (out.width - 3 * count - 1) // count if beside else out.width - 4
-    lines = None if height is None else max(1, height - 4 if beside else height // count - 2)
+    wide = out.width >= count * (NARROWEST + 3) + 1
+    inner = (out.width - 3 * count - 1) // count if wide else out.width - 4
+    lines = None if height is None else max(1, height - 4 if wide else height // count - 2)
     cells = []
     for text in texts:
         # an answer's end is made of its last characters: a long one is not wrapped again for every picture
@@ -412,7 +412,7 @@ def side_by_side(
         if note:
             cell.append(f"\n({note})" if cell.plain else f"({note})", style="dim")
     headers = [Text(title, style="bold") for title in titles]
-    if not beside:
+    if not wide:
         return Group(*(Panel(cell, title=title, title_align="left") for title, cell in zip(headers, cells)))
     table = Table(width=out.width)
     for title in headers:
@@ -432,7 +432,7 @@ def ended(finish: str, tokens: int) -> str:
 
 @contextmanager
 def _no_echo() -> Iterator[None]:
-    """Within, the terminal does not write what is typed (^C above all) into the answers; it is there at the next prompt."""
+    """Within, the terminal does not echo typed keys (^C above all) into the answers."""
     before = None
     with suppress(termios.error, OSError, ValueError):  # not a terminal
         before = termios.tcgetattr(sys.stdin.fileno())

@@ -154,7 +154,7 @@ class Session:
             raise UserError(f"{what} cannot be sent to the model: {error}.", hint.strip()) from None
 
     def room(self, prompt: int) -> int:
-        """The maximum length of an answer to a prompt of so many tokens.
+        """The maximum length of an answer to a prompt of ``prompt`` tokens.
 
         Raises:
             UserError: the prompt fills the model's context.
@@ -216,7 +216,7 @@ class Session:
                 on_text(row, piece)
             full = found.finish == "length" and rooms[row] < how.max_new_tokens
             finish = "context" if full else found.finish
-            answers.append(Answer(self.chat.text(found.tokens), finish, len(found.tokens), seconds, found.reused))
+            answers.append(Answer(found.text, finish, len(found.tokens), seconds, found.reused))
         if not any(answer.finish == "interrupted" and not answer.text for answer in answers):
             for column, answer in zip(self.columns, answers):
                 column.turns.append((question, answer))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from .generate import Message
@@ -13,22 +12,12 @@ from .rows import append_rows, check_file
 from .session import Answer
 
 
-@dataclass
-class Tally:
-    """Counts: votes for each model, ties, questions without a vote, and pairs written."""
-
-    best: Counter[str] = field(default_factory=Counter)
-    ties: int = 0
-    skipped: int = 0
-    pairs: int = 0
-
-    @property
-    def votes(self) -> int:
-        return sum(self.best.values()) + self.ties
-
-
 class Ballot:
-    """A file of votes.
+    """A file of votes, and their counts in this session.
+
+    Attributes:
+        likes, ties, skipped: votes for each model, ties, and questions without a vote.
+        pairs: preference pairs written.
 
     Args:
         path: a JSONL file, new or with preference pairs in it.
@@ -42,7 +31,12 @@ class Ballot:
     def __init__(self, path: Path, seed: int, source: str) -> None:
         self.path, self._seed, self._source = path, seed, source
         self.before = check_file(path, "dpo", "--vote")
-        self.tally = Tally()
+        self.likes: Counter[str] = Counter()
+        self.ties = self.skipped = self.pairs = 0
+
+    @property
+    def votes(self) -> int:
+        return sum(self.likes.values()) + self.ties
 
     def order(self, question: str, turn: int, models: int) -> list[int]:
         """The model shown at each place: a function of the seed, the file's length, the turn and the question."""
@@ -80,6 +74,6 @@ class Ballot:
         ]
         if rows:
             append_rows(self.path, rows)
-        self.tally.best[models[liked]] += 1
-        self.tally.pairs += len(rows)
+        self.likes[models[liked]] += 1
+        self.pairs += len(rows)
         return len(rows)

@@ -15,19 +15,19 @@ console = Console()
 
 def ablate(
     context: typer.Context,
-    out: Annotated[str | None, typer.Option("--out", help="The folder of all stages; the table's by default.")] = None,
-    only: Annotated[list[str] | None, typer.Option("--only", help="One arm of the table; again for the next.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder of all stages; the table's by default.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="One arm of the table; repeatable.")] = None,
     chat: Annotated[
-        str | None, typer.Option("--chat", help="A folder or id that stands for HuggingFaceH4/ultrachat_200k.")
+        str | None, typer.Option("--chat", help="Folder or id to use for HuggingFaceH4/ultrachat_200k.")
     ] = None,
     preferences: Annotated[
         str | None,
-        typer.Option("--preferences", help="A folder or id that stands for HuggingFaceH4/ultrafeedback_binarized."),
+        typer.Option("--preferences", help="Folder or id to use for HuggingFaceH4/ultrafeedback_binarized."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print arms, stages and keys; train nothing.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Several ways through the recipe on one base, in one table: recipe (the default), alpha-beta, or a file."""
+    """Compare several ways through the recipe on one base: recipe (the default), alpha-beta, or a file."""
     from ..recipe.ablations.table import read_table
 
     words = list(context.args)

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Annotated, Any, NoReturn
 
@@ -18,9 +18,8 @@ from .. import __version__
 from ..errors import Interrupted, UserError
 from ..io.interrupts import just_interrupted
 from ..io.launcher import alone, launched, speaks
-from ..model.allocator import set_allocator
 from ..ops.hub_kernels import no_hub_kernels
-from ..train.distributed import PeerEnded, everywhere, joined, nothing
+from ..train.distributed import PeerEnded
 from .ablate import ablate
 from .check import check
 from .console import Console
@@ -40,6 +39,7 @@ from .options import StageConfig, Verbose, nameable
 from .report import report
 from .reproduce import reproduce
 from .talk import chat
+from .train import train
 
 app = typer.Typer(
     name="zephyr-lite",
@@ -65,17 +65,6 @@ _QUIET = {
 OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 KEYS = "Any key of the configuration may follow, as key=value, --key value or --key=value; docs/configuration.md lists them."
 
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Print the plan, the first row and the first step's time; keep nothing."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and the result, and nothing of the steps.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object a line, for programs.")]
-Smoke = Annotated[
-    bool,
-    typer.Option("--smoke", help="Rehearse in minutes: 20 steps, a kill, a resume, merge, a generation; then say so."),
-]
-
 
 @app.callback(invoke_without_command=True)
 def _root(
@@ -94,87 +83,11 @@ def _root(
     alone()
 
 
-TRAIN: dict[str, Any] = {"context_settings": OPEN, "epilog": KEYS, "options_metavar": "[OPTIONS] [KEY=VALUE]..."}
-SFT = "Stage 1: train the base on conversations. Without arguments: Mistral-7B on UltraChat-200k."
-DPO = "Stage 2: train on preference pairs, on top of stage 1. Without arguments: continue the newest run."
-
-
-@app.command("dpo", help=DPO, **TRAIN)
-@app.command("sft", help=SFT, **TRAIN)
-def train(
-    context: typer.Context,
-    config: StageConfig = None,
-    dry_run: DryRun = False,
-    smoke: Smoke = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-) -> None:
-    """Train the stage that the command is named after."""
-    method: Any = context.info_name
-    overrides = list(context.args)
-    from ..config.load import load_config
-
-    if launched() > 1 and (dry_run or smoke):
-        raise UserError(
-            f"{'--dry-run' if dry_run else '--smoke'} runs in one process; {launched()} were started.",
-            "Start it without torchrun.",
-        )
-    if smoke and (dry_run or quiet or as_json):
-        other = "--dry-run" if dry_run else "--quiet" if quiet else "--json"
-        raise UserError(f"--smoke and {other} do not go together.", "Take one of them.")
-    # a wrong key is said before torch is imported
-    try:
-        first = load_config(method, config or f"zephyr-7b/{method}", overrides)
-    except UserError as error:
-        raise everywhere(error, machine=True) from None
-    if smoke:
-        from ..demo.smoke import run_smoke
-
-        run_smoke(method, config, overrides, say=console.say)
-        return
-    if first.config.engine == "unsloth":
-        from ..engines import start_unsloth
-
-        start_unsloth()  # it replaces what is imported from here on
-    else:
-        set_allocator()
-    from ..config.resolve import resolve_run
-    from ..memory.needs import needs_lines
-    from ..monitor.report_writer import ReportWriter
-    from ..monitor.screens import open_screen
-    from ..train.dpo import DpoObjective
-    from ..train.dry_run import run_dry
-    from ..train.main import run as train_stage
-    from ..train.resume import StageComplete
-    from ..train.sft import SftObjective
-
-    objective: Any = SftObjective if method == "sft" else DpoObjective
-    with joined() as here:
-        if not here.writes:
-            with redirect_stdout(sys.stderr):  # libraries' output must not mix with the events of --json
-                train_stage(method, here.lead(nothing), objective, say=nothing)
-            return
-        with open_screen(console, quiet=quiet, as_json=as_json) as screen:
-
-            def resolve() -> Any:
-                found = resolve_run(method, config, overrides, loaded=first, say=screen.say, fetch=not dry_run)
-                for line in needs_lines(method, found.config):
-                    screen.say(line)
-                return found
-
-            try:
-                loaded = here.lead(resolve)
-                if dry_run:
-                    run_dry(method, loaded, say=screen.say, show=console.row)
-                else:
-                    watching = [screen, ReportWriter(screen.say)]
-                    train_stage(
-                        method, loaded, objective, say=screen.say, on_metrics=screen.metrics, observers=watching
-                    )
-                    screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
-            except StageComplete as done:
-                screen.say(f"{done.message} {done.hint}")
+_TRAIN: dict[str, Any] = {"context_settings": OPEN, "epilog": KEYS, "options_metavar": "[OPTIONS] [KEY=VALUE]..."}
+_SFT = "Stage 1: train the base on conversations. Without arguments: Mistral-7B on UltraChat-200k."
+_DPO = "Stage 2: train on preference pairs, on top of stage 1. Without arguments: continue the newest run."
+app.command("sft", help=_SFT, **_TRAIN)(train)
+app.command("dpo", help=_DPO, **_TRAIN)(train)
 
 
 @app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo|both] [OPTIONS] [KEY=VALUE]...")
@@ -186,9 +99,7 @@ def plan(
         str | None, typer.Option("--vram", help="So much memory: 8GiB. Alone: a plain card of that size.")
     ] = None,
     price: Annotated[float | None, typer.Option("--price", help="US dollars an hour for the card.")] = None,
-    ladder: Annotated[
-        bool, typer.Option("--ladder", help="Cards of 6 to 24 GB beside each other, as a Markdown table.")
-    ] = False,
+    ladder: Annotated[bool, typer.Option("--ladder", help="A Markdown table of cards from 6 to 24 GB.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """What a run will take and how fast it will be, on this machine or on any card; needs neither weights nor a GPU."""
@@ -266,14 +177,14 @@ def run(arguments: list[str]) -> int:
         os.environ.setdefault(name, value)
     with warnings.catch_warnings(), no_hub_kernels():
         if not verbose and not sys.warnoptions:
-            warnings.simplefilter("ignore")  # what libraries tell developers is not for users
+            warnings.simplefilter("ignore")  # libraries' warnings are for developers
         try:
             code = app(args=arguments, prog_name="zephyr-lite", standalone_mode=False)
             if code == 130:  # typer catches the interrupt itself
                 raise KeyboardInterrupt
             return code if isinstance(code, int) else 0
         except (Exception, KeyboardInterrupt, SystemExit) as error:
-            # typer prints help by a console of its own, which exits where nobody reads any more
+            # typer prints help by a console of its own, which exits when the pipe is closed
             if isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError):
                 _discard(sys.stdout)
                 return 128 + signal.SIGPIPE
@@ -355,8 +266,7 @@ def _discard(stream: IO[str] | None) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with the exit code, once what was printed is written. A signal from here on ends it at once, whatever
-    thread or connection Python would wait for."""
+    """Flush the output and end the process. From here on a signal ends it at once, instead of waiting for a thread."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: os._exit(code))

@@ -14,34 +14,36 @@ console = Console()
 
 
 def check(
-    adapter: Annotated[
-        str, typer.Argument(help="A PEFT adapter of any tool (a folder or hub id), or a stage's folder.")
-    ],
-    base: Annotated[str | None, typer.Option("--base", help="Its base, instead of the one that it names.")] = None,
+    adapter: Annotated[str, typer.Argument(help="A PEFT adapter of any tool (folder or hub id), or a stage's folder.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base model, instead of the one that the adapter names.")
+    ] = None,
     below: Annotated[
-        list[str] | None, typer.Option("--below", help="An adapter that lies below it; again for the next one up.")
+        list[str] | None, typer.Option("--below", help="Adapter below it; repeat for the next one up.")
     ] = None,
     start: Annotated[
-        str | None, typer.Option("--start", help="The adapter that it was continued from, and therefore holds.")
+        str | None, typer.Option("--start", help="Adapter that it was continued from, and therefore contains.")
     ] = None,
     reference: Annotated[
         str,
-        typer.Option("--reference", help="What DPO compared with: start (what it started from), base, or an adapter."),
+        typer.Option("--reference", help="DPO's reference: start (what it started from), base, or an adapter."),
     ] = "start",
-    rows: Annotated[str | None, typer.Option("--rows", help="Conversations to measure on: a file or hub id.")] = None,
+    rows: Annotated[
+        str | None, typer.Option("--rows", help="Conversations for the measurements: a file or hub id.")
+    ] = None,
     pairs: Annotated[
-        str | None, typer.Option("--pairs", help="Preference pairs: measures DPO's loss at step 0 on them.")
+        str | None, typer.Option("--pairs", help="Preference pairs, to measure DPO's loss at step 0.")
     ] = None,
     beta: Annotated[float | None, typer.Option("--beta", min=0, help="DPO's \\[its own, or 0.1].")] = None,
     chat_template: Annotated[
-        str | None, typer.Option("--chat-template", help="Instead of the one that it was saved with.")
+        str | None, typer.Option("--chat-template", help="Chat template, instead of the saved one.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=2, help="Rows, and pairs, to measure on.")] = 16,
+    limit: Annotated[int, typer.Option("--limit", min=2, help="Number of rows, and of pairs.")] = 16,
     load_in_4bit: Annotated[
-        bool | None, typer.Option("--4bit/--16bit", help="How the base is loaded \\[as in training; 4 bits].")
+        bool | None, typer.Option("--4bit/--16bit", help="Precision of the base \\[as in training; else 4 bits].")
     ] = None,
-    files_only: Annotated[bool, typer.Option("--files-only", help="Load no model.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the findings as JSON, too.")] = None,
+    files_only: Annotated[bool, typer.Option("--files-only", help="Check the files only; load no model.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the findings as JSON.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Audit an adapter: what belongs below it, its reference, BOS, the end token, its template. Exit code 2: wrong."""

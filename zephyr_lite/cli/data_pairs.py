@@ -14,33 +14,10 @@ from .options import Verbose, nameable
 console = Console()
 
 
-class ChosenBy(StrEnum):
-    """Which score the chosen completion has most of."""
-
-    mean = "mean"
-    overall = "overall"
-
-
-class Rejected(StrEnum):
-    """Which of the others is rejected."""
-
-    random = "random"
-    worst = "worst"
-    margin = "margin"
-
-
-class SystemPrompt(StrEnum):
-    """What becomes of the system prompts that the completions were made under."""
-
-    omit = "omit"
-    keep = "keep"
-
-
-class Format(StrEnum):
-    """The files' format."""
-
-    parquet = "parquet"
-    jsonl = "jsonl"
+ChosenBy = StrEnum("ChosenBy", ["mean", "overall"])
+Rejected = StrEnum("Rejected", ["random", "worst", "margin"])
+SystemPrompt = StrEnum("SystemPrompt", ["omit", "keep"])
+Format = StrEnum("Format", ["parquet", "jsonl"])
 
 
 def pairs(
@@ -57,32 +34,34 @@ def pairs(
     rejected: Annotated[
         Rejected,
         typer.Option(
-            "--rejected", help="A random one of the others, the worst, or a random one well below the chosen."
+            "--rejected", help="A random one of the others, the worst, or a random one at least --margin below."
         ),
     ] = Rejected.random,
     margin: Annotated[
         float | None,
-        typer.Option("--margin", help="With --rejected margin: so many points below the chosen one, at least [1]."),
+        typer.Option("--margin", help="With --rejected margin: points below the chosen one, at least [1]."),
     ] = None,
     system_prompt: Annotated[
         SystemPrompt,
-        typer.Option("--system-prompt", help="keep: the chosen one's as system turn, against one made under the same."),
+        typer.Option("--system-prompt", help="keep: the chosen one's as system turn; rejected has the same."),
     ] = SystemPrompt.omit,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
             "--exclude",
-            help="Questions that must not be trained on: a file or hub id (ID, ID:SPLIT, ID:NAME:SPLIT); again for more.",
+            help="Excluded questions: a file or hub id (ID, ID:SPLIT, ID:NAME:SPLIT); repeatable.",
         ),
     ] = None,
     test: Annotated[
         float | None, typer.Option("--test", help="Pairs to hold out: a number, or a share [2000, at most 5 %].")
     ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="The input's split, where it has several.")] = None,
-    file_format: Annotated[Format, typer.Option("--format", help="Of the files.")] = Format.parquet,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 42,
-    num_proc: Annotated[int | None, typer.Option("--num-proc", help="Processes; the result is the same.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pairs that were made there before.")] = False,
+    split: Annotated[str | None, typer.Option("--split", help="Split of the input, if it has several.")] = None,
+    file_format: Annotated[Format, typer.Option("--format", help="File format.")] = Format.parquet,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed.")] = 42,
+    num_proc: Annotated[
+        int | None, typer.Option("--num-proc", help="Number of processes; the result is the same.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Scored completions (UltraFeedback's raw schema) → preference pairs like ultrafeedback_binarized."""
@@ -112,5 +91,5 @@ def pairs(
     else:
         for line in report.lines():
             console.say(line)
-        console.say(f"{out} holds {', '.join(report.files)}, report.md, report.json and dropped.tsv")
+        console.say(f"wrote {out}: {', '.join(report.files)}, report.md, report.json and dropped.tsv")
     console.say(f"Next: zephyr-lite dpo dataset.path={out} dataset.split={TRAIN}")

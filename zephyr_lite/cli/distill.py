@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .console import Console
-from .feedback import ENDPOINT, job_kept, say_all, text
+from .feedback import ENDPOINT, job_kept, say_all, settings_of
 from .options import JobConfig, JobDryRun, JobOut, JobSeed, MaxRequests, MaxTokens, Verbose
 
 console = Console()
@@ -23,6 +23,7 @@ class From(StrEnum):
 
 
 def distill(
+    ctx: typer.Context,
     config: JobConfig = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help=f"Who answers: {ENDPOINT}.")] = None,
     user: Annotated[
@@ -59,31 +60,9 @@ def distill(
     verbose: Verbose = False,
 ) -> None:
     """Dialogues from a teacher: it asks, answers, and refines the question, evenly over topics and kinds of text."""
-    from ..client.jobs import load_settings
     from ..recipe.feedback.config import DistillConfig
 
-    settings = load_settings(
-        DistillConfig,
-        config,
-        {
-            "teacher": teacher,
-            "user": user,
-            "out": text(out),
-            "count": count,
-            "rounds": rounds,
-            "grid": text(grid),
-            "seeds.path": seeds,
-            "seeds.split": split,
-            "seeds.column": column,
-            "openings": None if openings is None else openings.value,
-            "similarity": similarity,
-            "tries": tries,
-            "test_share": test_share,
-            "seed": seed,
-            "budget.requests": max_requests,
-            "budget.tokens": max_tokens,
-        },
-    )
+    settings = settings_of(ctx, DistillConfig, seeds="seeds.path", split="seeds.split", column="seeds.column")
     from ..client.cost import Meter, bound_lines, budget_lines, has_prices
     from ..recipe.feedback.distill import TRAIN, distill_bounds, plan_distill, run_distill
     from ..recipe.feedback.prompts import read_prompts

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UserError
 from .console import Console
-from .feedback import job_kept, say_all, text
+from .feedback import job_kept, say_all, settings_of
 from .options import (
     AdapterBase,
     Adapters,
@@ -44,6 +44,7 @@ Concurrency = Annotated[int | None, typer.Option("--concurrency", help="The sour
 
 
 def mt_bench(
+    ctx: typer.Context,
     source: Source = None,
     stage: StageName = None,
     adapters: Adapters = None,
@@ -79,36 +80,11 @@ def mt_bench(
 ) -> None:
     """MT-Bench: 80 questions of two turns in 8 categories; a judge grades every answer from 1 to 10."""
     from ..client.cost import Meter, budget_lines, has_prices
-    from ..client.jobs import load_settings
     from ..evaluate.mt_bench import KIND, MtBenchConfig, dry_run_lines, notes, prepare, run_mt_bench
     from ..evaluate.mt_bench_files import read_questions
     from ..evaluate.mt_bench_scores import table
 
-    settings = load_settings(
-        MtBenchConfig,
-        config,
-        {
-            "source": text(source),
-            "stage": stage,
-            "adapters": adapters or None,
-            "base": base,
-            "chat_template": chat_template,
-            "models": model or None,
-            "judge": judge,
-            "questions": questions,
-            "references": text(references),
-            "judge_prompts": text(judge_prompts),
-            "categories": category or None,
-            "limit": limit,
-            "max_new_tokens": max_new_tokens,
-            "concurrency": concurrency,
-            "out": text(out),
-            "plot": plot,
-            "seed": seed,
-            "budget.requests": max_requests,
-            "budget.tokens": max_tokens,
-        },
-    )
+    settings = settings_of(ctx, MtBenchConfig, category="categories")
     read = read_questions(
         settings.questions,
         references=settings.references,
@@ -133,6 +109,7 @@ def mt_bench(
 
 
 def alpaca(
+    ctx: typer.Context,
     source: Source = None,
     stage: StageName = None,
     adapters: Adapters = None,
@@ -171,61 +148,21 @@ def alpaca(
 ) -> None:
     """AlpacaEval: a judge compares answers to 805 instructions with a baseline's; or score files of AlpacaEval's."""
     if annotations is not None:
-        given = {
-            "SOURCE": source,
-            "--stage": stage,
-            "--adapter": adapters,
-            "--base": base,
-            "--chat-template": chat_template,
-            "--config": config,
-            "--model": model,
-            "--judge": judge,
-            "--instructions": instructions,
-            "--limit": limit,
-            "--temperature": temperature,
-            "--max-new-tokens": max_new_tokens,
-            "--concurrency": concurrency,
-            "--seed": seed,
-            "--max-requests": max_requests,
-            "--max-tokens": max_tokens,
-            "--dry-run": dry_run or None,
-        }
-        if needless := [name for name, value in given.items() if value not in (None, [])]:
-            raise UserError(
-                f"--annotations are verdicts already: nothing is asked, and {needless[0]} changes nothing.",
-                "With --annotations go --outputs, --difficulty and --out.",
-            )
+        allowed = ("annotations", "outputs", "difficulty", "out", "verbose")
+        for option in ctx.command.params:
+            if option.name not in allowed and ctx.params[option.name or ""] not in (None, False, (), []):
+                shown = option.opts[0] if option.opts[0].startswith("-") else option.opts[0].upper()
+                raise UserError(
+                    f"--annotations are verdicts already: nothing is asked, and {shown} changes nothing.",
+                    "With --annotations go --outputs, --difficulty and --out.",
+                )
         _score(annotations, outputs, difficulty, out)
         return
     from ..client.cost import Meter, budget_lines, has_prices
-    from ..client.jobs import load_settings
     from ..evaluate.alpaca_eval import KIND, NOTE, AlpacaConfig, dry_run_lines, prepare, run_alpaca
     from ..evaluate.alpaca_scores import table
 
-    settings = load_settings(
-        AlpacaConfig,
-        config,
-        {
-            "source": text(source),
-            "stage": stage,
-            "adapters": adapters or None,
-            "base": base,
-            "chat_template": chat_template,
-            "models": model or None,
-            "judge": judge,
-            "instructions": instructions,
-            "outputs": text(outputs),
-            "difficulty": text(difficulty),
-            "limit": limit,
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-            "concurrency": concurrency,
-            "out": text(out),
-            "seed": seed,
-            "budget.requests": max_requests,
-            "budget.tokens": max_tokens,
-        },
-    )
+    settings = settings_of(ctx, AlpacaConfig)
     baseline, answering, folder = prepare(settings)
     job = folder / KIND
     console.say(baseline.note())
@@ -280,17 +217,17 @@ def _say_result(result: Any, unit: str, lost: tuple[str, str], answers: int, job
         lost: the key of the reasons why something has no score, and its unit.
         answers: of each model.
     """
-    for what, told in result.body["differences"].items():
-        value, error = told["difference"], told["standard_error"]
+    for what, body in result.body["differences"].items():
+        value, error = body["difference"], body["standard_error"]
         if value is not None:
-            spread = "" if error is None else f" ± {error:.2f} (standard error, {told[unit]} {unit})"
+            spread = "" if error is None else f" ± {error:.2f} (standard error, {body[unit]} {unit})"
             console.say(f"{what}: {value:+.2f}{spread}")
-    for name, told in result.body["models"].items():
-        if reasons := told[lost[0]]:
+    for name, body in result.body["models"].items():
+        if reasons := body[lost[0]]:
             why = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
             console.say(f"note: {name}: {lost[1]} left out: {why}")
-    for name, told in result.body["models"].items():
-        if cut := told["answers_cut_at_max_tokens"]:
+    for name, body in result.body["models"].items():
+        if cut := body["answers_cut_at_max_tokens"]:
             console.say(f"note: {name}: {cut:,} of {answers:,} answers were cut off at --max-new-tokens")
     if result.unfinished:
         console.complain(result.unfinished)

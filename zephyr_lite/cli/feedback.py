@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from .console import Console
 from .options import JobConfig, JobDryRun, JobOut, JobSeed, MaxRequests, MaxTokens, Verbose
 
+if TYPE_CHECKING:
+    from ..client.jobs import JobConfig as Configuration
+
+Settings = TypeVar("Settings", bound="Configuration")
 console = Console()
 
 ENDPOINT = "URL#MODEL of a server, or a folder (runs/NAME); key=value settings may follow, after commas"
@@ -27,6 +31,7 @@ class Principles(StrEnum):
 
 
 def feedback(
+    ctx: typer.Context,
     config: JobConfig = None,
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="A file (also .txt, one a line), folder or hub id with prompts.")
@@ -61,29 +66,10 @@ def feedback(
     verbose: Verbose = False,
 ) -> None:
     """AI feedback from scratch: several models answer, a judge rates; rows as UltraFeedback's, and pairs for dpo."""
-    from ..client.jobs import load_settings
     from ..recipe.feedback.config import FeedbackConfig
 
-    settings = load_settings(
-        FeedbackConfig,
-        config,
-        {
-            "prompts.path": prompts,
-            "prompts.split": split,
-            "prompts.column": column,
-            "prompts.limit": limit,
-            "models": model or None,
-            "judge": judge,
-            "out": text(out),
-            "completions": completions,
-            "principles": None if principles is None else principles.value,
-            "principles_file": text(principles_file),
-            "overall": overall,
-            "seed": seed,
-            "budget.requests": max_requests,
-            "budget.tokens": max_tokens,
-        },
-    )
+    names = {"prompts": "prompts.path", **{name: f"prompts.{name}" for name in ("split", "column", "limit")}}
+    settings = settings_of(ctx, FeedbackConfig, **names)
     from ..client.cost import Meter, bound_lines, budget_lines, has_prices
     from ..recipe.feedback.feedback import feedback_bounds, make_pair_folder, read_principles, run_feedback
     from ..recipe.feedback.prompts import read_prompts
@@ -104,8 +90,28 @@ def feedback(
         say_all(make_pair_folder(settings, say=console.say))
 
 
-def text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+NO_KEYS = ("config", "dry_run", "verbose", "pairs", "annotations")  # options that are no keys of a job's configuration
+KEYS = {"model": "models", "max_requests": "budget.requests", "max_tokens": "budget.tokens"}
+
+
+def settings_of(ctx: typer.Context, kind: type[Settings], **names: str) -> Settings:
+    """A job's configuration: the file of --config with the command's options over it.
+
+    Args:
+        names: option → key, where they differ (see ``KEYS`` too).
+    """
+    from ..client.jobs import load_settings
+
+    keys = {**KEYS, **names}
+    options = {keys.get(name, name): _plain(value) for name, value in ctx.params.items() if name not in NO_KEYS}
+    return load_settings(kind, ctx.params["config"], options)
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as a YAML file would hold it; None: not given."""
+    if isinstance(value, list | tuple):
+        return list(value) or None
+    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
 
 
 def say_all(lines: list[str]) -> None:
@@ -120,6 +126,6 @@ def job_kept(folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         console.complain(
-            f"{folder}: every reply is in the request log; the same command goes on, and sends no answered request again."
+            f"{folder}: every reply is in the request log; the same command continues the job and sends no answered request again."
         )
         raise

@@ -1,4 +1,4 @@
-"""``zephyr-lite report``: one file about a run, or about two side by side."""
+"""``zephyr-lite report``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def report(
         Path | None,
         typer.Argument(help="runs/NAME, or runs/NAME/STAGE for one stage of it; the newest run by default."),
     ] = None,
-    other: Annotated[Path | None, typer.Argument(help="Another one, to lay beside it.")] = None,
+    other: Annotated[Path | None, typer.Argument(help="A second one, to compare with.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -53,7 +53,7 @@ def report(
 
 
 def check_target(target: Path) -> None:
-    """A report replaces a report only.
+    """Refuse to overwrite anything but a report.
 
     Raises:
         UserError: a folder or another file is there.
@@ -65,7 +65,7 @@ def check_target(target: Path) -> None:
     if target.exists():
         with target.open("rb") as file:
             if MARK.encode() not in file.read(200):
-                raise UserError(f"{target}: is there already, and no report of ours.", "Choose another --out.")
+                raise UserError(f"{target}: exists and is not a report of zephyr-lite.", "Choose another --out.")
 
 
 def _name(place: Path) -> str:

@@ -70,10 +70,11 @@ def _segments(rows: TrainedRows, index: int) -> list[Segment]:
     raw = load_rows(rows.specs, rows.method, seed=rows.config.seed, system=rows.config.system).dataset
     places = raw.select_columns(["where"]).with_format("arrow")[:].column("where")
     turns: dict[str, Any] = json.loads(raw[pc.index(places, example.where).as_py()]["row"])
+    loss_on, tools = rows.config.loss_on, turns.get("tools")
     if rows.method == "sft":
-        return [conversation_segment(rows.template, example, turns["messages"], turns.get("tools"))]
+        return [conversation_segment(rows.template, example, turns["messages"], loss_on, tools)]
     prompt, chosen, rejected = (turns[part] for part in ("prompt", "chosen", "rejected"))
-    return pair_segments(rows.template, example, prompt, chosen, rejected, rows.config.loss_on, turns.get("tools"))
+    return pair_segments(rows.template, example, prompt, chosen, rejected, loss_on, tools)
 
 
 # -- lines ---------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def chat(
     seed: Annotated[int, typer.Option("--seed", help="Random seed.")] = 0,
     verbose: Verbose = False,
 ) -> None:
-    """Talk to what was trained. A prompt on stdin is answered on stdout."""
+    """Talk to a trained model. A prompt on stdin is answered on stdout."""
     terminal = in_terminal()
     _check_options(compare, vote, model or [], prompts, out, terminal)
     question = "" if terminal or prompts is not None else _prompt_on_stdin()
@@ -169,7 +169,7 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
 
     Raises:
         UserError: not one of the prompts can be asked.
-        Interrupted: Ctrl-C; what was answered is in the file.
+        Interrupted: Ctrl-C; the answers so far are in the file.
     """
     from ..chat.rows import append_rows
     from ..io.interrupts import StopRequest

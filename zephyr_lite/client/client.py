@@ -97,6 +97,7 @@ class RequestFailed(Exception):
         self.reason = reason
 
 
+@dataclass(eq=False)
 class TryFailed(Exception):
     """One try failed.
 
@@ -108,28 +109,23 @@ class TryFailed(Exception):
         no_reply: whether no server answered.
         busy: whether the server has too much to do, so that all requests have to wait.
         wait: seconds that the server asks to wait.
-        other_settings: whether the next try will be sent with other settings, and counts as the first.
+        other_settings: whether the next try is sent with other settings, so that this one does not count.
         fatal: the error if no request to this endpoint can succeed.
     """
 
-    def __init__(
-        self,
-        reason: str,
-        detail: str,
-        *,
-        retry: bool = True,
-        charged: bool = False,
-        reached: bool = True,
-        no_reply: bool = False,
-        busy: bool = False,
-        wait: float | None = None,
-        other_settings: bool = False,
-        fatal: UserError | None = None,
-    ) -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail, self.retry, self.charged, self.reached = reason, detail, retry, charged, reached
-        self.no_reply, self.busy, self.wait = no_reply, busy, wait
-        self.other_settings, self.fatal = other_settings, fatal
+    reason: str
+    detail: str
+    retry: bool = True
+    charged: bool = False
+    reached: bool = True
+    no_reply: bool = False
+    busy: bool = False
+    wait: float | None = None
+    other_settings: bool = False
+    fatal: UserError | None = None
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 class Model(Protocol):

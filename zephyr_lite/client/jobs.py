@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from ..config.presets import not_found, preset_configs
 from ..config.strict_yaml import dump_yaml, read_yaml
@@ -25,6 +25,8 @@ from .endpoints import EndpointSpec
 T = TypeVar("T")
 R = TypeVar("R")
 Settings = TypeVar("Settings", bound="JobConfig")
+Model = TypeVar("Model", bound=BaseModel)
+NotBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 CONFIG = "config.yaml"
 INTERRUPTED = (
     "interrupted: waiting a moment for replies in flight, which are paid for (interrupt again to stop at once)"
@@ -83,11 +85,22 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
         hint = f"Give --{option}, or {missing[0]}: in the file of --config."
         raise UserError(f"{where}: {', '.join(missing)} missing.", hint)
     try:
+        return validated(kind, values, where)
+    except UserError as error:  # of an endpoint
+        named = error.message if error.message.startswith(where) or not path else f"{path}: {error.message}"
+        raise UserError(named, error.hint) from None
+
+
+def validated(kind: type[Model], values: Any, where: str) -> Model:
+    """Values of a YAML file as a model.
+
+    Raises:
+        UserError: a key is unknown (with the nearest one) or missing, or a value does not fit.
+    """
+    try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{where}: " + "\n".join(_problem(item, kind) for item in error.errors())) from None
-    except UserError as error:  # of an endpoint
-        raise UserError(f"{path}: {error.message}" if path else error.message, error.hint) from None
 
 
 def _find(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Models of a local folder: told apart without loading them, loaded once, asked in batches."""
+"""Models of a local folder: detail apart without loading them, loaded once, asked in batches."""
 
 from __future__ import annotations
 
@@ -256,8 +256,10 @@ class LocalModel:
             sampled = None  # the halves are tried outside: the exception holds the batch's tensors
         if sampled is None:
             if len(rows) == 1:
-                told = f"{len(ids[0]):,} tokens and {settings[0].max_new_tokens:,} new ones do not fit into the memory"
-                return [TryFailed("out of memory", told, retry=False)]
+                detail = (
+                    f"{len(ids[0]):,} tokens and {settings[0].max_new_tokens:,} new ones do not fit into the memory"
+                )
+                return [TryFailed("out of memory", detail, retry=False)]
             half = len(rows) // 2
             return [*self._sample(chat, rows[:half]), *self._sample(chat, rows[half:])]
         if self._stop.is_set():  # an answer that was cut off is none
@@ -277,8 +279,8 @@ def _prepare(chat: Chat, question: Question) -> Any:
     context = getattr(chat.stack.base.config, "max_position_embeddings", None)
     room = question.max_tokens if context is None else min(question.max_tokens, context - len(ids))
     if room < 1:
-        told = f"{len(ids):,} tokens; the model has {context:,}"
-        return TryFailed("longer than the context", told, retry=False)
+        detail = f"{len(ids):,} tokens; the model has {context:,}"
+        return TryFailed("longer than the context", detail, retry=False)
     return ids, Sampling(room, question.temperature, question.top_p, question.seed or 0)
 
 

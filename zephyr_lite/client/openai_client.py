@@ -114,11 +114,11 @@ class OpenAIModel:
         code = error.get("code") or error.get("type") if isinstance(error, dict) else None
         if status == 200 and isinstance(code, int) and 400 <= code < 600 and not body.get("choices"):
             status = code  # a gateway wraps the error of the server behind it into a 200
-        told = self._shown(_error_text(body, text))
+        message = self._shown(_error_text(body, text))
         if not 200 <= status < 300:
-            raise self._other_settings(asked, status, told) or self._refused(status, code, headers, told)
+            raise self._other_settings(asked, status, message) or self._refused(status, code, headers, message)
         if body is None:
-            raise TryFailed("reply is not JSON", told, charged=True)
+            raise TryFailed("reply is not JSON", message, charged=True)
         try:
             choice = body["choices"][0]
             content = choice["message"].get("content")
@@ -129,34 +129,34 @@ class OpenAIModel:
             if not isinstance(content, str):
                 raise TypeError
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise TryFailed("reply holds no answer", told, charged=True) from None
+            raise TryFailed("reply holds no answer", message, charged=True) from None
         self._answered = True
         reason = choice.get("finish_reason")
         counts = _usage(body.get("usage"), content)
         return Answer(self._without_key(content), reason if isinstance(reason, str) else "stop", *counts)
 
-    def _other_settings(self, asked: dict[str, Any], status: int, told: str) -> TryFailed | None:
+    def _other_settings(self, asked: dict[str, Any], status: int, message: str) -> TryFailed | None:
         """For a server that does not know ``max_tokens`` or ``seed``: the next try goes without it."""
         if status not in (400, 422):
             return None
-        if "max_tokens" in asked and "max_completion_tokens" in told:  # OpenAI's newer models
+        if "max_tokens" in asked and "max_completion_tokens" in message:  # OpenAI's newer models
             self._newer_limit = True
-        elif "seed" in asked and re.search(r"\bseed\b", told):
+        elif "seed" in asked and re.search(r"\bseed\b", message):
             self._no_seed = True
         else:
             return None
-        return TryFailed(f"HTTP {status}", told, other_settings=True)
+        return TryFailed(f"HTTP {status}", message, other_settings=True)
 
-    def _refused(self, status: int, code: Any, headers: Mapping[str, str], told: str) -> TryFailed:
+    def _refused(self, status: int, code: Any, headers: Mapping[str, str], message: str) -> TryFailed:
         spec, reason = self.spec, f"HTTP {status}"
-        said = f" and says: {told}" if told else ""
+        said = f" and says: {message}" if message else ""
         problem = None
         if 300 <= status < 400:
             target = self._shown(headers.get("location", "nowhere"))
             problem = f"{spec.url} redirects to {target}.", "Give that URL, if it is the right one."
         elif status == 401 or (status == 403 and not self._answered):  # later it refuses one conversation
             if status == 401:  # servers repeat parts of the key here
-                said = told = ""
+                said = message = ""
             hint = (
                 f"The key comes from the environment variable {spec.api_key_env}: is it the right one, for this server?"
                 if self._key is not None
@@ -172,12 +172,12 @@ class OpenAIModel:
             problem = f"no model {spec.model} at {spec.url} ({reason}){said}.", hint
         if problem is not None:
             fatal = UserError(f"endpoint {spec.name}: {problem[0]}", problem[1])
-            return TryFailed(reason, told, retry=False, fatal=fatal)
+            return TryFailed(reason, message, retry=False, fatal=fatal)
         if status < 500 and status not in (408, 425, 429):
-            return TryFailed(reason, told, retry=False)
+            return TryFailed(reason, message, retry=False)
         busy = status in BUSY
         # a server that breaks (500), or a gateway that stops waiting (502, 504), may have generated the reply
-        return TryFailed(reason, told, charged=status >= 500 and not busy, busy=busy, wait=retry_after(headers))
+        return TryFailed(reason, message, charged=status >= 500 and not busy, busy=busy, wait=retry_after(headers))
 
     def _without_key(self, text: str) -> str:
         if self._key is None or len(self._key) < SHORT_KEY:

@@ -29,7 +29,6 @@ CREATE TABLE requests (
     endpoint TEXT NOT NULL,
     state TEXT NOT NULL,              -- sent, replied, failed, lost
     bound INTEGER NOT NULL,           -- tokens of prompt and reply, at most
-    bound_dollars REAL NOT NULL,
     tokens INTEGER NOT NULL,          -- replied: counted; sent, lost: the bound; failed: the bound or 0
     dollars REAL NOT NULL,
     text TEXT,
@@ -215,9 +214,9 @@ class RequestLog:
             )
             self._update(record["id"], **_replied(reply, record["dollars"], known))
         elif event == "failed":
-            told = {"reason": record["reason"], "detail": record.get("detail", ""), "reached": record["sent"]}
+            failure = {"reason": record["reason"], "detail": record.get("detail", ""), "reached": record["sent"]}
             spent = {"tokens": record["tokens"], "dollars": record["dollars"], "given_up": record["final"]}
-            self._update(record["id"], state="failed", **told, **spent)
+            self._update(record["id"], state="failed", **failure, **spent)
         elif event != "journal":
             raise ValueError(event)
 
@@ -271,9 +270,9 @@ class RequestLog:
         self.answers[row["endpoint"]] += row["state"] == "replied"
 
     def _insert(self, number: int | None, digest: str, key: str, endpoint: str, bound: int, dollars: float) -> int:
-        columns = "id, digest, key, endpoint, state, bound, bound_dollars, tokens, dollars"
-        values = (number, digest, key, endpoint, bound, dollars, bound, dollars)
-        done = self._db.execute(f"INSERT INTO requests ({columns}) VALUES (?, ?, ?, ?, 'sent', ?, ?, ?, ?)", values)
+        columns = "id, digest, key, endpoint, state, bound, tokens, dollars"
+        values = (number, digest, key, endpoint, bound, bound, dollars)
+        done = self._db.execute(f"INSERT INTO requests ({columns}) VALUES (?, ?, ?, ?, 'sent', ?, ?, ?)", values)
         assert done.lastrowid is not None
         return done.lastrowid
 

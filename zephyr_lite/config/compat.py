@@ -226,7 +226,7 @@ def rename(
     elif chosen not in (None, "steps"):
         faults.append(f"eval_strategy: {short(chosen)} is none of no, steps and epoch.")
     hub_id = taken.pop("hub_model_id", None)
-    if taken.get("push_to_hub") is True:  # transformers' way: a switch, and a name beside it
+    if taken.get("push_to_hub") is True:  # transformers has a switch and a name
         if not hub_id:
             faults.append("push_to_hub: true needs a repository. Set push_to_hub=OWNER/NAME.")
         taken["push_to_hub"] = hub_id
@@ -262,7 +262,7 @@ def rename(
     for key in _UNSET:
         if result.get(key, key) is None:
             del result[key]
-    # TRL's DPO turns every dropout off, unless told otherwise; so what the handbook's recipes say of it has no effect
+    # TRL's DPO disables every dropout by default, so the handbook's lora_dropout has no effect there
     if no_dropout or (no_dropout is None and dpo and file and theirs and result.get("lora_dropout")):
         notes.append("lora_dropout is 0 here: disable_dropout is on, TRL's default for DPO")
         result["lora_dropout"] = 0

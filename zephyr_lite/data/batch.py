@@ -54,7 +54,7 @@ class Batch:
         group_sizes: [G] int64, how many targets each response has, in order: one group an example (SFT), chosen and
             rejected in turn (DPO).
         indices: the examples' indices in the data set, in order.
-        host_tokens: the tokens on the host, for an embedding that lies there; None while ``tokens`` do themselves.
+        host_tokens: the tokens on the host, for an embedding there; None while ``tokens`` are on the host.
     """
 
     tokens: Tensor
@@ -86,7 +86,7 @@ class Batch:
 def collate_conversations(examples: Sequence[Example]) -> Batch:
     """Conversations side by side, each a segment that sees only itself.
 
-    A token is a target where its mask is set and something stands before it.
+    A token with its mask set is a target, except the first.
     """
     segments, rows, ids, sizes = [], [], [], []
     offset = 0

@@ -80,6 +80,25 @@ class Pair(NamedTuple):
     rejected_mask: np.ndarray
 
 
+class Encoding(NamedTuple):
+    """An encoded conversation.
+
+    Attributes:
+        text: of the template.
+        ids: [T] int32.
+        mask: [T] bool, supervised tokens.
+        starts, ends: [T] int64, characters at which each token starts and ends.
+        first: the character at which the first answer after the prompt begins; 0 if there is none.
+    """
+
+    text: str
+    ids: np.ndarray
+    mask: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    first: int
+
+
 class ChatTemplate(Renderer):
     """A tokenizer and the chat template that it is saved with, checked by ``resolve_template``.
 
@@ -146,13 +165,8 @@ class ChatTemplate(Renderer):
         if messages[0]["role"] == TEXT:
             ids = self.text_ids(messages[0]["content"])
             return ids, np.arange(len(ids)) > 0
-        self._refuse_control_tokens(messages)
-        rendered = self.render(messages, tools)
-        if notes is not None:
-            notes += rendered.notes
-        self._keep_supervised(rendered, messages, loss_on)
-        ids, starts, _ = self.tokenize(rendered)
-        return ids, self._mask(rendered, messages, starts, loss_on, tools)
+        encoding = self.encoding(messages, loss_on, tools, notes)
+        return encoding.ids, encoding.mask
 
     def text_ids(self, text: str) -> np.ndarray:
         """The ids of a plain text as TRL makes them, [T] int32: with BOS first and eos last, unless the text has them. It
@@ -187,28 +201,52 @@ class ChatTemplate(Renderer):
         Raises:
             RowError: as ``encode``.
         """
-        self._refuse_control_tokens([*prompt, *chosen, *rejected])
-        sides, heads = [], []
-        for response in (chosen, rejected):
-            messages = [*prompt, *response]
-            rendered = self.render(messages, tools)
-            if notes is not None:
-                notes += rendered.notes
-            answers = [span.start for turn, span in rendered.spans.items() if turn >= len(prompt)]
-            if not answers:
-                raise RowError("no supervised token")
-            self._keep_supervised(rendered, messages, loss_on, len(prompt))
-            ids, starts, ends = self.tokenize(rendered)
-            mask = self._mask(rendered, messages, starts, loss_on, tools) & (starts >= answers[0])
-            sides.append((ids, mask, ends))
-            heads.append(answers[0])
-        (a, a_mask, a_ends), (b, b_mask, _) = sides
-        shorter = min(len(a), len(b))
-        shared = (a[:shorter] == b[:shorter]) & (a_ends[:shorter] <= min(heads))
+        a, b = (
+            self.encoding([*prompt, *response], loss_on, tools, notes, len(prompt)) for response in (chosen, rejected)
+        )
+        shorter = min(len(a.ids), len(b.ids))
+        shared = (a.ids[:shorter] == b.ids[:shorter]) & (a.ends[:shorter] <= min(a.first, b.first))
         length = int(np.argmin(shared)) if not shared.all() else shorter
         if length == 0:
             raise RowError("no token of the prompt is the same before both answers")
-        return Pair(a[:length], a[length:], a_mask[length:], b[length:], b_mask[length:])
+        return Pair(a.ids[:length], a.ids[length:], a.mask[length:], b.ids[length:], b.mask[length:])
+
+    def encoding(
+        self,
+        messages: Sequence[Message],
+        loss_on: LossOn = "assistant",
+        tools: list[Any] | None = None,
+        notes: list[str] | None = None,
+        prompt: int = 0,
+    ) -> Encoding:
+        """The encoding of turns, of which the first ``prompt`` are not supervised.
+
+        Answers without supervision are tokenized as part of the context, as at inference.
+
+        Raises:
+            RowError: as ``encode``; or no turn after the prompt is an answer.
+        """
+        self._refuse_control_tokens(messages)
+        rendered = self.render(messages, tools)
+        if notes is not None:
+            notes += rendered.notes
+        first = min((span.start for turn, span in rendered.spans.items() if turn >= prompt), default=0)
+        if prompt and not first:
+            raise RowError("no supervised token")
+        turns = list(rendered.spans)[-1:] if loss_on == "last" else list(rendered.spans)
+        turns = [turn for turn in turns if turn >= prompt and messages[turn].get("train", True)]
+        rendered.spans = {turn: rendered.spans[turn] for turn in turns}
+        ids, starts, ends = self.tokenize(rendered)
+        mask = np.full(len(ids), loss_on == "all")
+        for span in rendered.spans.values():
+            mask |= (starts >= span.start) & (starts < span.end)
+        for turn in [i for i, message in enumerate(messages) if loss_on == "all" and not message.get("train", True)]:
+            begin, end = (
+                common_length(rendered.text, self.text_of(messages[:count], tools=tools)) for count in (turn, turn + 1)
+            )
+            mask[(starts >= begin) & (starts < end)] = False
+        mask &= starts >= first if prompt else np.arange(len(ids)) > 0  # nothing predicts the first token
+        return Encoding(rendered.text, ids, mask, starts, ends, first)
 
     def prompt_ids(self, messages: Sequence[Message], tools: list[Any] | None = None) -> np.ndarray:
         """The ids of the turns and the generation prompt, [P] int32."""
@@ -272,36 +310,6 @@ class ChatTemplate(Renderer):
         doubled = len(ids) > 1 and ids[1] == self.bos_token_id
         if len(ids) == 0 or ids[0] != self.bos_token_id or doubled or (count > 1 and not self.repeats_bos):
             raise RowError(f"BOS occurs {count} times in the row, not once at its beginning")
-
-    @staticmethod
-    def _keep_supervised(rendered: Rendered, messages: Sequence[Message], loss_on: LossOn, first: int = 0) -> None:
-        """Remove the spans of answers that are not supervised; they are tokenized as part of the context."""
-        turns = list(rendered.spans)[-1:] if loss_on == "last" else list(rendered.spans)
-        kept = {turn for turn in turns if turn >= first and messages[turn].get("train", True)}
-        rendered.spans = {turn: span for turn, span in rendered.spans.items() if turn in kept}
-
-    def _mask(
-        self,
-        rendered: Rendered,
-        messages: Sequence[Message],
-        starts: np.ndarray,
-        loss_on: LossOn,
-        tools: list[Any] | None,
-    ) -> np.ndarray:
-        mask = np.full(len(starts), loss_on == "all")
-        if loss_on == "all":
-            for turn, message in enumerate(messages):
-                if not message.get("train", True):
-                    first, end = (
-                        common_length(rendered.text, self.text_of(messages[:count], tools=tools))
-                        for count in (turn, turn + 1)
-                    )
-                    mask[(starts >= first) & (starts < end)] = False
-        else:
-            for span in rendered.spans.values():
-                mask |= (starts >= span.start) & (starts < span.end)
-        mask[:1] = False  # nothing predicts the first token
-        return mask
 
 
 def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None = None) -> ChatTemplate:

@@ -65,8 +65,7 @@ class DataReport:
         result = [f"{self.what} data: {note}" for note in self.notes]
         for reasons, before in ((self.dropped, "left out, "), (self.changed, "")):
             for reason, where in sorted(reasons.items(), key=lambda item: -len(item[1])):
-                places = f"{', '.join(where[:_PLACES])}{', …' if len(where) > _PLACES else ''}"
-                result.append(f"{before}{reason}: {len(where):,} ({places})")
+                result.append(before + summarise({reason: where}, _PLACES))
         if self.cut:
             extra = f", {self.prompts_cut:,} of them on the prompt's left" if self.prompts_cut else ""
             result.append(
@@ -238,14 +237,13 @@ def _encode(
 ) -> dict[str, list[Any]]:
     """A batch of normalised rows as ``_features``."""
     names = _ARRAYS[method]
-    nothing = tuple(np.zeros(0, bool if name.endswith("mask") else np.int32) for name in names)
     result: dict[str, list[Any]] = {name: [] for name in _features(method)}
-    for position, where in enumerate(batch["where"]):
-        arrays: tuple[np.ndarray, ...] = nothing
+    for where, text in zip(batch["where"], batch["row"]):
+        arrays = tuple(np.zeros(0, bool if name.endswith("mask") else np.int32) for name in names)
         lost = cut = 0
         fault = ""
         notes: list[str] = []
-        row = json.loads(batch["row"][position])
+        row = json.loads(text)
         try:
             if method == "sft":
                 ids, mask = template.encode(row["messages"], loss_on, row.get("tools"), notes)
@@ -255,16 +253,20 @@ def _encode(
                 pair = template.encode_pair(prompt, chosen, rejected, loss_on, row.get("tools"), notes)
                 arrays, lost, cut = _fit_pair(pair, max_length, max_prompt_length, template.bos_token_id is not None)
         except RowError as error:
-            fault, arrays = str(error), nothing
-        for name, array in zip(names, arrays):
-            result[name].append(array)
-        result["length"].append(sum(len(a) for name, a in zip(names, arrays) if not name.endswith("mask")))
-        result["supervised"].append(sum(int(a.sum()) for name, a in zip(names, arrays) if name.endswith("mask")))
-        result["lost"].append(lost)
-        result["cut"].append(cut)
-        result["where"].append(where)
-        result["fault"].append(fault)
-        result["note"].append("\n".join(dict.fromkeys(notes)))
+            fault = str(error)
+        masks = [array for name, array in zip(names, arrays) if name.endswith("mask")]
+        cells = {
+            **dict(zip(names, arrays)),
+            "length": sum(map(len, arrays)) - sum(map(len, masks)),
+            "supervised": sum(int(mask.sum()) for mask in masks),
+            "lost": lost,
+            "cut": cut,
+            "where": where,
+            "fault": fault,
+            "note": "\n".join(dict.fromkeys(notes)),
+        }
+        for name, cell in cells.items():
+            result[name].append(cell)
     return result
 
 

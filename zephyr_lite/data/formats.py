@@ -1,7 +1,7 @@
 """The formats of rows, and their conversion to messages.
 
 Every function works on one row. A faulty row is a ``RowError`` with a reason; the caller leaves the row out, counts it
-and names its place. Columns and keys beside the turns are either read or listed as not read.
+and names its place. All other columns and keys are either read or listed as not read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from ..errors import UserError
@@ -19,27 +20,11 @@ from .messages import as_messages, as_text, as_tools, listed, message, truth
 
 Method = Literal["sft", "dpo"]
 
-COLUMNS = (
-    "messages",
-    "conversations",
-    "conversation",
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "output",
-    "question",
-    "chosen",
-    "rejected",
-    "system",
-    "system_prompt",
-    "history",
-    "tools",
-    "functions",
-    "label",
-    "data",
-    "text",
-)
+# column of turns → the name of its format
+TURNS = {"messages": "messages", "conversations": "ShareGPT", "conversation": "conversation turns"}
+_ANSWERS = ("prompt", "completion", "instruction", "input", "output", "question", "chosen", "rejected")
+_BESIDE = ("system", "system_prompt", "history", "tools", "functions", "label")
+COLUMNS = (*TURNS, *_ANSWERS, *_BESIDE, "data", "text")
 
 # the role of a plain text, which is trained on without a template
 TEXT = "text"
@@ -54,6 +39,7 @@ _LIKELY = {
 }
 
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)[ \t]*(Human|Assistant):")
+_OPEN_TRANSCRIPT = re.compile(r"(\s*\n\n)?[ \t]*Human:.*\n\nAssistant:\s*", re.DOTALL)
 
 _NEEDS = {
     "sft": "sft needs conversations: a column messages, conversations (ShareGPT), instruction and output (Alpaca), "
@@ -175,13 +161,9 @@ def _format(have: set[str], method: Method) -> tuple[str, Callable[[_Reading], d
         if {"chosen", "rejected"} <= have:
             return "preference pairs" + (" with a prompt column" if "prompt" in have else ""), _read_pair
         return None
-    for column, name in (
-        ("messages", "messages"),
-        ("conversations", "ShareGPT"),
-        ("conversation", "conversation turns"),
-    ):
+    for column, name in TURNS.items():
         if column in have:
-            return name, _messages_reader(column)
+            return name, partial(_read_messages, column=column)
     if {"instruction", "output"} <= have:
         return "Alpaca", lambda row: _conversation(row, [*_prompt(row), *_answer(row, "output")])
     if {"prompt", "completion"} <= have:
@@ -196,14 +178,11 @@ def _format(have: set[str], method: Method) -> tuple[str, Callable[[_Reading], d
 # -- conversations -------------------------------------------------------------------------------------------------------
 
 
-def _messages_reader(column: str) -> Callable[[_Reading], dict[str, Any]]:
-    def read(row: _Reading) -> dict[str, Any]:
-        messages = row.messages(column)
-        if isinstance(row.values.get("prompt"), (str, list)):
-            messages = [*_only_in_prompt(row, messages), *messages]
-        return _conversation(row, messages, "instruction")
-
-    return read
+def _read_messages(row: _Reading, column: str) -> dict[str, Any]:
+    messages = row.messages(column)
+    if isinstance(row.values.get("prompt"), (str, list)):
+        messages = [*_only_in_prompt(row, messages), *messages]
+    return _conversation(row, messages, "instruction")
 
 
 def _read_turns(row: _Reading) -> dict[str, Any]:
@@ -238,8 +217,8 @@ def _conversation(row: _Reading, messages: list[Message], *system_columns: str) 
 
 
 def _refuse_labelled_false(row: _Reading, kind: str) -> None:
-    """Refuse an answer with KTO's label false. A number is such a label beside prompt and completion only; elsewhere it
-    may be a class."""
+    """Refuse an answer with KTO's label false. A number is such a label in rows of prompt and completion only;
+    elsewhere it may be a class."""
     label = row.values.get("label")
     is_text = isinstance(label, str) and label.strip().lower() in ("true", "false")
     if not (isinstance(label, bool) or is_text or kind == "prompt and completion"):
@@ -274,13 +253,11 @@ def _read_pair(row: _Reading) -> dict[str, Any]:
         _refuse_answered(prompt)
         chosen, rejected = [*prompt, *chosen], [*prompt, *rejected]
     chosen, rejected = (_checked(row, _with_system(row, turns)) for turns in (chosen, rejected))
-    said = [
-        [{key: item for key, item in turn.items() if key != "train"} for turn in turns] for turns in (chosen, rejected)
-    ]
-    if said[0] == said[1]:
+    plain = [[{**turn, "train": None} for turn in turns] for turns in (chosen, rejected)]
+    if plain[0] == plain[1]:
         raise RowError("chosen equals rejected")
     shorter = min(len(chosen), len(rejected))
-    common = next((i for i, (a, b) in enumerate(zip(*said)) if a != b), shorter)
+    common = next((i for i, (a, b) in enumerate(zip(*plain)) if a != b), shorter)
     if common < shorter and chosen[common]["role"] != rejected[common]["role"]:
         raise RowError("chosen and rejected differ in the order of their turns")
     if common < shorter and chosen[common]["role"] != "assistant":
@@ -378,10 +355,7 @@ def _answer(row: _Reading, column: str, *, transcript: bool = False) -> list[Mes
 
 def _is_open_transcript(value: Any) -> bool:
     """Whether a prompt is a transcript, Human: … Assistant:, without the last answer."""
-    if not isinstance(value, str) or not value.rstrip().endswith("\n\nAssistant:"):
-        return False
-    match = _TRANSCRIPT.search(value)
-    return match is not None and match[1] == "Human" and not value[: match.start()].strip()
+    return isinstance(value, str) and _OPEN_TRANSCRIPT.fullmatch(value) is not None
 
 
 def _transcript(text: str) -> list[Message]:

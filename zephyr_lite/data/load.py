@@ -18,7 +18,7 @@ import numpy as np
 from ..config.load import DatasetSpec
 from ..errors import UserError
 from ..io.strict_json import shown
-from .formats import COLUMNS, PLAIN, TEXT, Method, detect, mapping_hint, normalise
+from .formats import COLUMNS, PLAIN, TEXT, TURNS, Method, detect, mapping_hint, normalise
 from .messages import RowError, message, with_reason
 from .opening import Source, decoded, is_text, open_source
 from .workers import map_rows
@@ -59,7 +59,7 @@ def load_rows(specs: Sequence[DatasetSpec], method: Method, *, seed: int, system
     Args:
         specs: the sources, at least one.
         method: ``sft`` gives conversations, ``dpo`` preference pairs.
-        seed: of the draws.
+        seed: of ``limit`` and ``weight``.
         system: a system turn for rows without one.
 
     Raises:
@@ -228,7 +228,7 @@ def _renamed(values: dict[str, Any], mapping: dict[str, str], only: list[str] | 
     values = values if only is None else {column: value for column, value in values.items() if column in only}
     hidden = {*mapping, *mapping.values()}
     if {"completion", "output"} & set(mapping):  # the mapped format, not another one that the row has too
-        hidden |= {"messages", "conversations", "conversation"} | ({"output"} if "completion" in mapping else set())
+        hidden |= {*TURNS} | ({"output"} if "completion" in mapping else set())
     rest = {column: value for column, value in values.items() if column not in hidden}
     return {**rest, **{ours: values[theirs] for ours, theirs in mapping.items() if theirs in values}}
 

@@ -30,7 +30,7 @@ _SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})(-[0-9a-f]+)?$")
 _NUMBER = re.compile(r"^(?:(.*?)[-_.])?(\d+)$")
 _SPLIT_FOLDER = re.compile(r"(train|test|valid|val|dev|eval)", re.IGNORECASE)
-# JSON files beside the data in the hub's layout and in this package's folders
+# JSON files without rows, in the hub's layout and in this package's folders
 _NO_DATA = ("dataset_info", "dataset_infos", "dataset_dict", "state", "report", "journal")
 
 

@@ -78,7 +78,11 @@ class Segment:
 
 
 def conversation_segment(
-    template: ChatTemplate, example: Example, messages: list[Message], tools: list[Any] | None = None
+    template: ChatTemplate,
+    example: Example,
+    messages: list[Message],
+    loss_on: LossOn = "assistant",
+    tools: list[Any] | None = None,
 ) -> Segment:
     """An SFT example.
 
@@ -91,7 +95,7 @@ def conversation_segment(
         ids = template.text_ids(messages[0]["content"])
         roles = [TEXT] * len(ids)
     else:
-        ids, roles = _ids_and_roles(template, messages, tools)
+        ids, roles = _ids_and_roles(template, messages, loss_on, tools)
     assert np.array_equal(ids[: len(example.ids)], example.ids), example.where
     tokens = _tokens(template, example.ids, example.mask, roles, 0)
     return Segment("conversation", example.where, tokens, cut_right=len(ids) - len(example.ids))
@@ -119,7 +123,7 @@ def pair_segments(
         ("rejected", rejected, example.rejected_ids, example.rejected_mask),
     )
     for part, response, own_ids, mask in sides:
-        ids, roles = _ids_and_roles(template, [*prompt, *response], tools)
+        ids, roles = _ids_and_roles(template, [*prompt, *response], loss_on, tools, len(prompt))
         assert np.array_equal(ids[kept], example.prompt_ids), example.where
         assert np.array_equal(ids[before : before + len(own_ids)], own_ids), example.where
         if not segments:
@@ -147,13 +151,12 @@ def _tokens(template: ChatTemplate, ids: np.ndarray, mask: np.ndarray, roles: Se
 
 
 def _ids_and_roles(
-    template: ChatTemplate, messages: list[Message], tools: list[Any] | None
+    template: ChatTemplate, messages: list[Message], loss_on: LossOn, tools: list[Any] | None, prompt: int = 0
 ) -> tuple[np.ndarray, list[str]]:
     """ids [T] and each token's role: that of the turn in which the token begins."""
-    rendered = template.render(messages, tools)
-    ids, starts, _ = template.tokenize(rendered)
-    ends, names = _turn_ends(template, messages, tools, rendered.text)
-    return ids, [names[min(bisect_right(ends, start), len(names) - 1)] for start in starts]
+    encoding = template.encoding(messages, loss_on, tools, prompt=prompt)
+    ends, names = _turn_ends(template, messages, tools, encoding.text)
+    return encoding.ids, [names[min(bisect_right(ends, start), len(names) - 1)] for start in encoding.starts]
 
 
 def _turn_ends(

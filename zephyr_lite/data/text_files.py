@@ -21,9 +21,8 @@ import pyarrow.parquet
 
 from ..errors import UserError
 from ..io.strict_json import shown
-from .formats import COLUMNS
+from .formats import COLUMNS, TURNS
 
-ROW_BYTES = 64 * 2**20
 FEATURES = datasets.Features(
     {"json": datasets.Value("large_string"), "file": datasets.Value("string"), "line": datasets.Value("int64")}
 )
@@ -100,7 +99,7 @@ def _decoded(data: bytes, file: Path, number: int = 1) -> str:
 def _json_rows(file: Path, kind: str) -> Iterator[Row]:
     with _opened(file) as opened:
         empty = True
-        for number, line in enumerate(iter(lambda: opened.readline(ROW_BYTES + 1), b""), 1):
+        for number, line in enumerate(opened, 1):
             if number == 1:
                 line = line.removeprefix(_BOM)
             if not line.strip():
@@ -108,11 +107,6 @@ def _json_rows(file: Path, kind: str) -> Iterator[Row]:
             if empty and _is_document(line):
                 break
             empty = False
-            if len(line) > ROW_BYTES:
-                raise UserError(
-                    f"{file} line {number}: longer than {ROW_BYTES:,} bytes, the limit for one row.",
-                    "Each row ends with a newline: split or remove this one.",
-                )
             yield number, _decoded(line, file, number).strip()
         else:
             return
@@ -121,7 +115,7 @@ def _json_rows(file: Path, kind: str) -> Iterator[Row]:
 
 def _is_document(line: bytes) -> bool:
     """Whether a file with this first line holds one array, or objects over several lines, instead of a row a line."""
-    if line.lstrip().startswith(b"[") or len(line) > ROW_BYTES:
+    if line.lstrip().startswith(b"["):
         return True
     try:
         return _wrapped(json.loads(line)) is not None
@@ -133,7 +127,7 @@ def _is_document(line: bytes) -> bool:
 
 def _wrapped(value: Any) -> list[Any] | None:
     """The rows of ``{"version": 1, "data": [{…}, …]}``; None for any other value."""
-    own = set(COLUMNS) - {"data", "messages", "conversations", "conversation"}
+    own = set(COLUMNS) - {"data", *TURNS}
     if not isinstance(value, dict) or set(value) & own:
         return None
     lists = [item for item in value.values() if isinstance(item, list)]
@@ -239,9 +233,9 @@ def without_nulls(value: Any) -> Any:
 
 def _csv_rows(file: Path, kind: str) -> Iterator[Row]:
     """Every cell is text, except lists of turns, which a CSV can only hold as JSON."""
-    csv.field_size_limit(ROW_BYTES)
+    csv.field_size_limit(2**31 - 1)
     with _opened(file) as opened:
-        first = opened.readline(ROW_BYTES).removeprefix(_BOM)
+        first = opened.readline().removeprefix(_BOM)
         numbered = enumerate(chain([first] if first else [], opened), 1)
         lines = (_decoded(line, file, number) for number, line in numbered)
         reader = csv.reader(lines, delimiter=_delimiter(first, kind), strict=True)

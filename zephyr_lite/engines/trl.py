@@ -30,30 +30,27 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..config.load import Loaded, Method, RunConfig
+from ..config.load import Method, RunConfig
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..io.atomic import remove_folder
 from ..io.interrupts import StopRequest
 from ..io.manifest import MANIFEST, manifest_fault
-from ..io.sync import kept_elsewhere
 from ..memory.machine import reset_peak_memory
 from ..memory.plan import SHARE
 from ..model.adapters import AdapterStack
 from ..model.compose import compose
-from ..model.peft_io import read_adapter, write_adapter
+from ..model.peft_io import LoraWeights, read_adapter, write_adapter
 from ..train.callbacks import open_wandb, trackers
 from ..train.checkpoint import resume_point
 from ..train.loop import interrupted
-from ..train.main import stopped_at_the_end
 from ..train.objective import Outcome
-from ..train.observer import Observer, Observers
+from ..train.observer import Observer
 from ..train.optim import make_optimizer, make_scheduler
-from ..train.recorder import OnMetrics, Order, Recorder
-from ..train.setup import save_stage, setup_stage
 from ..train.stage import Say, Stage
 from ..train.steps import step_schedule
 from . import unsloth
+from .recorder import OnMetrics, Order, Recorder
 
 ADAPTER = "default"  # the name that TRL looks for
 REFERENCE = "ref"  # TRL's name of its frozen copy of it
@@ -62,24 +59,12 @@ START_TOLERANCE = {True: 1e-4, False: 5e-2}
 LENGTHS = "packed_seq_lengths"  # Unsloth's name of the lengths of a packed row's sequences
 
 
-def run_baseline(
-    method: Method,
-    loaded: Loaded,
-    *,
-    say: Say = print,
-    on_metrics: OnMetrics = lambda step, total, metrics: None,
-    observers: Sequence[Observer] = (),
-) -> Outcome:
-    """Train the stage that the configuration describes on TRL, from its last checkpoint if there is one.
-
-    ``metrics.jsonl`` has the fused engine's names. TRL adds ``entropy`` and ``mean_token_accuracy`` (means over
-    micro-batches), and its ``num_tokens`` counts a pair's prompt twice, because it computes it twice.
+def check_supported(method: Method, config: RunConfig) -> None:
+    """Import Unsloth, where it is the engine, before anything is loaded.
 
     Raises:
-        UserError: as ``setup_stage``; Unsloth cannot run here; TRL has no such loss; the loss is not finite.
-        StageComplete: the stage is finished.
+        UserError: Unsloth cannot run here, or TRL has no such loss.
     """
-    config = loaded.config
     if config.engine == "unsloth":
         unsloth.start_unsloth()
     if method == "dpo" and config.loss_type == "ipo_sum":
@@ -89,45 +74,55 @@ def run_baseline(
             f"label_smoothing {config.label_smoothing}: TRL ignores it with loss_type sigmoid.",
             "Set loss_type=robust, or engine=fused.",
         )
-    stage = setup_stage(method, loaded, say=say)
+
+
+def train_on_trl(
+    stage: Stage, *, say: Say, on_metrics: OnMetrics, observers: Sequence[Observer]
+) -> tuple[Outcome, dict[str, LoraWeights]]:
+    """Train a stage on TRL, from its last checkpoint if there is one; the outcome and the trained adapter's weights.
+
+    ``metrics.jsonl`` has the fused engine's names. TRL adds ``entropy`` and ``mean_token_accuracy`` (means over
+    micro-batches), and its ``num_tokens`` counts a pair's prompt twice, because it computes it twice.
+
+    Raises:
+        UserError: Unsloth cannot load the base, or loss or gradients are not finite three steps in a row.
+        Interrupted: a signal came; there is a checkpoint.
+    """
     torch.set_num_threads(stage.plan.threads)
     reset_peak_memory(stage.base.device)
     trainer, recorder = make_trainer(stage, say=say, on_metrics=on_metrics)
     found = _resume_point(stage, say)
     done = 0 if found is None else int(found.name.split("-")[1])
-    recorder.go_on(done)
-    recorder.observer = Observers(observers)
-    recorder.observer.begins(stage, recorder.unit, recorder.total, done)
+    recorder.resume(done)
+    recorder.observers = observers
+    for observer in observers:
+        observer.begins(stage, recorder.unit, recorder.total, done)
     if found is not None:
         say(f"going on from {found.name}")
     started = time.perf_counter()
-    with kept_elsewhere(stage.mirror):
-        with StopRequest("the step is finished and a checkpoint written") as stop:
-            recorder.stop = stop
-            if found is None or not _restore_last(trainer, found, recorder.total, config):
-                trainer.train(resume_from_checkpoint=str(found) if found else None)
-        state = trainer.state
-        if stop.name is not None and state.global_step < recorder.total:
-            raise interrupted(stop.name, stage.dir, state.global_step, recorder.total)
-        if recorder.output.fault is not None and state.global_step < recorder.total:
-            raise recorder.output.fault
-        best = None
-        if state.best_metric is not None and state.best_global_step:
-            best = (float(state.best_metric), int(state.best_global_step))
-        outcome = Outcome(
-            state.global_step,
-            recorder.last,
-            best,
-            time.perf_counter() - started,
-            recorder.left_out.watch.count,
-            recorder.evaluations,
-            recorder.warnings,
-            stop.name,
-        )
-        save_stage(stage, outcome, say=say, own=AdapterStack(trainer.model).weights(ADAPTER))
-        recorder.observer.ends(stage, outcome)
-        stopped_at_the_end(stage, outcome)
-    return outcome
+    with StopRequest("the step is finished and a checkpoint written") as stop:
+        recorder.stop = stop
+        if found is None or not _restore_last(trainer, found, recorder.total, stage.config):
+            trainer.train(resume_from_checkpoint=str(found) if found else None)
+    state = trainer.state
+    if stop.name is not None and state.global_step < recorder.total:
+        raise interrupted(stop.name, stage.dir, state.global_step, recorder.total)
+    if recorder.output.fault is not None and state.global_step < recorder.total:
+        raise recorder.output.fault
+    best = None
+    if state.best_metric is not None and state.best_global_step:
+        best = (float(state.best_metric), int(state.best_global_step))
+    outcome = Outcome(
+        state.global_step,
+        recorder.last,
+        best,
+        time.perf_counter() - started,
+        recorder.left_out.watch.count,
+        recorder.evaluations,
+        recorder.warnings,
+        stop.name,
+    )
+    return outcome, AdapterStack(trainer.model).weights(ADAPTER)
 
 
 def make_trainer(stage: Stage, *, say: Say, on_metrics: OnMetrics) -> tuple[Any, Recorder]:
@@ -400,7 +395,7 @@ def sees_only_itself(model: Any, *, with_lengths: bool = False) -> bool:
 
 
 class _OurRows:
-    """The changes of both trainers: rows come as they are, in our order, and nothing is sent or written beside the run."""
+    """The changes of both trainers: rows come as they are, in our order, and nothing is sent or written outside the run."""
 
     order: Order
 

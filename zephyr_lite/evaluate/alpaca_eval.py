@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -270,9 +271,16 @@ async def _compare(
 
 
 def _annotation(row: Output, model: str, one: Compared, annotator: str) -> Annotation:
-    preference = float("nan") if one.preference is None else one.preference
-    texts = row.instruction, row.output, str(one.output)
-    return Annotation(row.index, *texts, row.generator, model, annotator, preference)
+    return Annotation(
+        index=row.index,
+        instruction=row.instruction,
+        output_1=row.output,
+        output_2=str(one.output),
+        generator_1=row.generator,
+        generator_2=model,
+        annotator=annotator,
+        preference=math.nan if one.preference is None else one.preference,
+    )
 
 
 def dry_run_lines(baseline: Baseline, answering: Answering) -> list[str]:

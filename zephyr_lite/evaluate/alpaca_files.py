@@ -5,24 +5,24 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from ..client.jobs import NotBlank
 from ..errors import UserError
 from ..io.reading import is_file, read_text
 from ..io.strict_json import shown
+from .files import MAX_BYTES, OptionalText, from_hub, json_rows, parse_rows
 
 HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
-MAX_BYTES = 2**30
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(BaseModel):
     """One answer of a file.
 
     Attributes:
@@ -30,30 +30,35 @@ class Output:
         index: the row's place in the file.
     """
 
-    key: str
-    index: int
-    instruction: str
+    model_config = ConfigDict(frozen=True)
+
+    key: str = ""
+    index: int = 0
+    instruction: NotBlank
     output: str
-    generator: str
-    dataset: str
+    generator: OptionalText = ""
+    dataset: OptionalText = ""
 
 
-@dataclass(frozen=True)
-class Annotation:
+class Annotation(BaseModel):
     """One verdict of a file.
 
     Attributes:
-        preference: 1: the baseline's (output_1), 2: the model's (output_2); nan: none.
+        index: the row's place in the file.
+        preference: 1: the baseline's (output_1), 2: the model's (output_2); nan: none. As pandas reads it: null is nan, a
+            number in quotes is a number.
     """
 
-    index: int
+    model_config = ConfigDict(frozen=True)
+
+    index: int = 0
     instruction: str
     output_1: str
     output_2: str
-    generator_1: str
-    generator_2: str
-    annotator: str
-    preference: float
+    generator_1: OptionalText = ""
+    generator_2: OptionalText = ""
+    annotator: OptionalText = ""
+    preference: Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 def read_outputs(place: str | None) -> tuple[list[Output], Path]:
@@ -68,18 +73,13 @@ def read_outputs(place: str | None) -> tuple[list[Output], Path]:
     path = _find(place)
     outputs: list[Output] = []
     seen: Counter[str] = Counter()
-    for number, row in enumerate(read_rows(path), 1):
-        instruction, output = _text(row, "instruction"), _text(row, "output")
-        if instruction is None or output is None or not instruction.strip():
-            raise UserError(
-                f"{path} row {number}: expected instruction and output, found {shown(sorted(row))}.",
-                "Outputs have the form of AlpacaEval's model_outputs.json.",
-            )
-        seen[instruction] += 1
-        digest = hashlib.sha256(instruction.encode("utf-8", "replace")).hexdigest()[:16]
-        key = digest if seen[instruction] == 1 else f"{digest}/{seen[instruction]}"
-        generator, dataset = _text(row, "generator") or path.stem, _text(row, "dataset") or ""
-        outputs.append(Output(key, number - 1, instruction, output, generator, dataset))
+    hint = "Outputs have the form of AlpacaEval's model_outputs.json."
+    for index, row in enumerate(parse_rows(json_rows(path), Output, str(path), hint)):
+        seen[row.instruction] += 1
+        key = hashlib.sha256(row.instruction.encode("utf-8", "replace")).hexdigest()[:16]
+        if seen[row.instruction] > 1:
+            key += f"/{seen[row.instruction]}"
+        outputs.append(row.model_copy(update={"key": key, "index": index, "generator": row.generator or path.stem}))
     _refuse_several({o.generator for o in outputs}, path, "outputs of")
     return outputs, path
 
@@ -90,22 +90,10 @@ def read_annotations(path: Path) -> list[Annotation]:
     Raises:
         UserError: there is none, or a row is wrong.
     """
-    result = []
-    for number, row in enumerate(read_rows(path), 1):
-        where = f"{path} row {number}"
-        if "preference" not in row:
-            raise UserError(
-                f"{where}: has no preference; found {shown(sorted(row))}.",
-                "Annotations have the form of AlpacaEval's annotations.json.",
-            )
-        missing = [name for name in ("instruction", "output_1", "output_2") if _text(row, name) is None]
-        if missing:
-            raise UserError(f"{where}: {missing[0]} is missing.", "AlpacaEval's annotations have it.")
-        texts = [row[name] for name in ("instruction", "output_1", "output_2")]
-        names = [_text(row, name) or "" for name in ("generator_1", "generator_2", "annotator")]
-        result.append(Annotation(number - 1, *texts, *names, _preference(row["preference"], where)))
-    _refuse_several({a.generator_2 for a in result}, path, "verdicts on")
-    return result
+    hint = "Annotations have the form of AlpacaEval's annotations.json."
+    rows = parse_rows(json_rows(path), Annotation, str(path), hint)
+    _refuse_several({a.generator_2 for a in rows}, path, "verdicts on")
+    return [row.model_copy(update={"index": index}) for index, row in enumerate(rows)]
 
 
 def _refuse_several(models: set[str], path: Path, what: str) -> None:
@@ -168,27 +156,6 @@ def read_difficulty(path: Path) -> dict[int, float]:
     return result
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON list of objects, or of JSONL.
-
-    Raises:
-        UserError: it is neither.
-    """
-    text = read_text(path, limit=MAX_BYTES)
-    hint = "Give a JSON list of objects, or JSONL."
-    try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            # not splitlines(): a text may hold U+2028 or U+0085, which end no line of JSONL
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}).", hint) from None
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: expected a list of objects.", hint)
-    return list(rows)
-
-
 def _find(place: str | None) -> Path:
     name = HUB if place is None else place
     path = Path(name).expanduser()
@@ -201,26 +168,4 @@ def _find(place: str | None) -> Path:
         )
     from huggingface_hub import hf_hub_download
 
-    file = found[2] or HUB_FILE
-    try:
-        return Path(hf_hub_download(found[1], file, repo_type="dataset"))
-    except Exception as error:  # no network, no such data set, no access
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"{found[1]}/{file}: no such file here, and it cannot be fetched from the hub: {why}",
-            "Check the name and the network (HF_HUB_OFFLINE?), or give a file with --instructions.",
-        ) from None
-
-
-def _text(row: dict[str, Any], key: str) -> str | None:
-    return row[key] if isinstance(row.get(key), str) else None
-
-
-def _preference(value: Any, where: str) -> float:
-    """As pandas reads it: null is nan, a number in quotes is a number."""
-    try:
-        if value is None or isinstance(value, int | float | str):
-            return math.nan if value is None else float(value)
-    except ValueError:
-        pass
-    raise UserError(f"{where}: preference: expected a number or null, found {shown(value)}.", "1, 2, or between.")
+    return from_hub(hf_hub_download, found[1], found[2] or HUB_FILE)

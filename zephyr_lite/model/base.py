@@ -393,6 +393,23 @@ def is_fingerprint_of(known: str, folder: Path) -> bool:
     return known in (fingerprint(folder), _fingerprint_of_files(folder))
 
 
+def check_fingerprint(known: str | None, folder: Path, trained: str) -> None:
+    """Refuse a folder that is not the base that something was trained on.
+
+    Args:
+        known: the base's fingerprint in stage.json; None: unknown, nothing is compared.
+        trained: what was trained on the base, for the message.
+
+    Raises:
+        UserError: the fingerprints differ.
+    """
+    if known is not None and not is_fingerprint_of(known, folder):
+        raise UserError(
+            f"{folder}: is not the model that {trained} was trained on (its files changed since, or it is another one).",
+            "Restore it, or give the folder of that model with --base.",
+        )
+
+
 def _fingerprint_of_files(folder: Path) -> str:
     """The fingerprint of earlier versions: config.json, and of every safetensors file 1 MiB and 64 KiB at 16 places."""
     config = read_object(folder / "config.json", strict=False, hint=again(folder / "config.json"))

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, newest_run
 from ..io.stage_info import check_rendering
 from .adapters import AdapterStack, resolve_frozen_names
-from .base import Base, is_fingerprint_of, load_base, load_tokenizer
+from .base import Base, check_fingerprint, load_base, load_tokenizer
 from .chain import Chain, chain_of_adapters, chain_of_run
 from .decoder import Decoder
 from .tokenizer import check_vocabulary
@@ -126,12 +126,7 @@ def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda
         say(note)
     base = load_base(base_config(chain), say=say)
     where = f"{chain.run / chain.stage}" if chain.run is not None and chain.stage else "the adapters"
-    known = chain.base.get("fingerprint")
-    if known is not None and not is_fingerprint_of(known, base.path):
-        raise UserError(
-            f"{base.path}: is not the model that {where} was trained on (its files changed since, or it is another one).",
-            "Restore it, or give the folder of that model with --base.",
-        )
+    check_fingerprint(chain.base.get("fingerprint"), base.path, where)
     tokenizer = load_tokenizer(chain.tokenizer_from or base.path)
     check_vocabulary(tokenizer, base.model.get_input_embeddings().weight.shape[0], chain.tokenizer_from or base.path)
     template = template_of_folder(chain.tokenizer_from or base.path, tokenizer, chat_template)

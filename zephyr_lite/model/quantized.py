@@ -104,8 +104,8 @@ def load_quantized(copy: QuantizedCopy, load: Callable[[Path, bool], Any], say: 
     try:
         make_folder(quantized_dir())
         lock = FileLock(quantized_dir() / f".lock-{copy.suffix}").acquire()
-    except OSError as error:
-        say(failed.format(place=quantized_dir(), error=error.strerror or error))
+    except (OSError, NotImplementedError) as error:  # a file system without locks, too
+        say(failed.format(place=quantized_dir(), error=getattr(error, "strerror", None) or error))
         return load(copy.source, True)
     with lock:
         if not copy.is_current():

@@ -1,7 +1,7 @@
 """Sampling in which each row of a batch has settings and a seed of its own.
 
 torch's generator draws for a whole batch, so an answer would depend on the others in it. Here a row's draws depend on its own
-seed and on the position in its answer; what is left of the other rows is rounding.
+seed and on the position in its answer; the other rows change it by rounding only.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import textwrap
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from types import TracebackType
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -38,6 +37,7 @@ _TAGS = re.compile(
 )
 _MARKS = {"good": ("✓ ", "* ", "green"), "bad": ("! ", "! ", "bold yellow"), "open": ("· ", "- ", "dim")}
 GIB = 2**30
+STOPPING = Verdict("open", "stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
 
 class LiveScreen(Screen):
@@ -48,20 +48,14 @@ class LiveScreen(Screen):
         self.progress: Progress | None = None
         self._live: Live | None = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-
     def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
-        self._close()
+        self.close()
         progress = self.progress = Progress(stage, unit, total, step)
         published = published_of(stage)
 
         def panel() -> RenderableType:
             with progress.lock:
-                verdict = Verdict("open", "stopping after this step; a checkpoint will be written")
-                verdict = verdict if _stopping() else judge(progress, published)
+                verdict = STOPPING if _stopping() else judge(progress, published)
                 ascii_only = not self.console.out.encoding.startswith("utf")
                 return render(progress, verdict, self.console.out.width, ascii_only=ascii_only)
 
@@ -88,13 +82,13 @@ class LiveScreen(Screen):
             self.progress.sampled(samples)
 
     def ends(self, stage: Stage, outcome: Outcome) -> None:
-        self._close()
+        self.close()
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         if self._live is None or is_evaluation(metrics):
             self.console.metrics(step, total, metrics)
 
-    def _close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Draw the panel a last time and release the terminal."""
         live, self._live = self._live, None
         if live is not None:

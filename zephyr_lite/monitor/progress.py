@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..train.observer import Sample
 from ..train.stage import Stage
+from .stage_record import json_lines
 
 RECENT = 20  # steps of a recent mean
 FIRST = 10  # first steps that it is compared with
@@ -47,7 +47,9 @@ class Progress:
         self.begun = time.monotonic()
         self._stepped_at: float | None = None
         self._evaluation_seconds: deque[float] = deque(maxlen=5)
-        for record in _logged(stage, step):
+        for record in json_lines(stage.dir.metrics) if step else []:
+            if not isinstance(record.get("step"), int) or record["step"] > step:
+                continue
             if "eval_loss" in record:
                 self.evaluations.append(record)
             elif "loss" in record:
@@ -104,18 +106,3 @@ class Progress:
         cost = sum(self._evaluation_seconds) / len(self._evaluation_seconds) if self._evaluation_seconds else 0.0
         evaluations = self.total // every - self.step // every + bool(self.total % every) if every else 1
         return pace * steps + cost * evaluations
-
-
-def _logged(stage: Stage, step: int) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl up to a step; a torn line is skipped."""
-    if step == 0 or not stage.dir.metrics.is_file():
-        return []
-    found = []
-    for line in stage.dir.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            if int(record["step"]) <= step:
-                found.append(record)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found

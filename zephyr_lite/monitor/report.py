@@ -12,7 +12,8 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,17 @@ REPORT = "report.html"
 MARK = Markup("<!-- a report of zephyr-lite -->")  # by which a report is recognized
 _METHODS = {"sft": "supervised fine-tuning", "dpo": "direct preference optimization"}
 _OF_THE_RUN = ("output_dir", "stage")  # keys that differ between any two runs
+COUNTS = {  # keys of the data report
+    "read": "rows read",
+    "kept": "kept",
+    "rows": "packed rows",
+    "tokens": "tokens",
+    "supervised": "supervised tokens",
+    "cut": "cut to max_length",
+    "prompts_cut": "of them prompts",
+    "supervised_lost": "supervised tokens lost by cutting",
+    "longest": "longest, tokens",
+}
 SAMPLES, BETWEEN = 6, 8  # prompts; answers between the first and the last of each
 _PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+=-]+){2,}/?")  # absolute, of two parts or more
 Records = Sequence[StageRecord]
@@ -71,9 +83,6 @@ class Group:
         """Each record with a prefix for sentences about it."""
         for place, record in enumerate(self.records):
             yield record, f"{self.labels[place]}: " if self.labels else ""
-
-    def row(self, name: str, value: Callable[[StageRecord], Any]) -> list[Any]:
-        return [name, *(value(record) for record in self.records)]
 
 
 def run_page(records: Records) -> str:
@@ -127,9 +136,9 @@ def _labels(one: StageRecord, other: StageRecord) -> list[str]:
 def _page(title: str, groups: Sequence[Group]) -> str:
     script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__, ""), autoescape=True)
-    environment.filters["cut"] = lambda text: (
-        text if len(text) <= 2000 else f"{text[:2000]} … ({len(text):,} characters)"
-    )
+    for function in (number, share, gib, moment, without_paths, shortened, value_text, places):
+        environment.filters[function.__name__] = function
+    environment.filters["counted"] = lambda values: Counter(values).items()
     page = environment.get_template("report.html.j2").render(
         mark=MARK,
         title=title,
@@ -147,8 +156,9 @@ def _stage(group: Group) -> dict[str, Any]:
     prompts = _samples(group)
     return {
         "name": group.name,
-        "method": _METHODS.get(group.records[0].method, ""),
+        "records": group.records,
         "labels": group.labels,
+        "method": _METHODS.get(group.records[0].method, ""),
         "states": [who + _state(record) for record, who in group.named()],
         "overview": _overview(group),
         "warnings": list(_warnings(group)),
@@ -157,12 +167,22 @@ def _stage(group: Group) -> dict[str, Any]:
         "samples": prompts[:SAMPLES],
         "more_samples": len(prompts) - SAMPLES,
         "results": list(_results(group)),
+        "counts": COUNTS,
+        "reasons": [
+            (key, title, list(dict.fromkeys(name for record in group.records for name in record.data_part(key))))
+            for key, title in (("dropped", "left out"), ("changed", "changed"))
+        ],
+        "data_notes": list(
+            dict.fromkeys(
+                without_paths(line) for record in group.records for line in as_list(record.part("data").get("notes"))
+            )
+        ),
         "lengths": list(_lengths(group)),
-        **_data(group),
-        **_memory(group),
+        "parts": _memory_parts(group),
+        "most": max((value for record in group.records for value in record.planned.values()), default=0) or 1,
         **_configuration(group),
-        "lineage": _lineage(group),
-        **_environment(group),
+        "below": max(len(record.links) for record in group.records),
+        "versions": list(dict.fromkeys(name for record in group.records for name in record.part("versions"))),
     }
 
 
@@ -203,7 +223,9 @@ def _facts(record: StageRecord) -> Iterator[tuple[str, Any]]:
             yield f"{unit} a second", number(float(f"{statistics.median(speeds):.3g}"))
     if is_number(result.get("seconds")) and math.isfinite(result["seconds"]):
         yield "time, last start" if record.info.get("resumed") else "time", duration(result["seconds"])
-    elif not finished and record.step < total and (seconds := _finite(record.points("seconds")[1])):
+    elif (
+        total is not None and not finished and record.step < total and (seconds := _finite(record.points("seconds")[1]))
+    ):
         yield "left, at this speed", duration(statistics.median(seconds) * (total - record.step))
     peak, planned = result.get("peak_memory_bytes"), record.planned.get("peak")
     if not is_number(peak) and (measured := _finite(record.points("peak_memory_gib")[1])):
@@ -268,32 +290,7 @@ def _samples(group: Group) -> list[dict[str, Any]]:
     return samples
 
 
-def _data(group: Group) -> dict[str, Any]:
-    reports = [record.part("data") for record in group.records]
-    rows = []
-    for title, key in (
-        ("rows read", "read"),
-        ("kept", "kept"),
-        ("packed rows", "rows"),
-        ("tokens", "tokens"),
-        ("supervised tokens", "supervised"),
-        ("cut to max_length", "cut"),
-        ("of them prompts", "prompts_cut"),
-        ("supervised tokens lost by cutting", "supervised_lost"),
-        ("longest, tokens", "longest"),
-    ):
-        if any(report.get(key) for report in reports):
-            rows.append([title, *(number(report.get(key)) for report in reports)])
-    if any(is_number(report.get("fill")) for report in reports):
-        rows.append(["tokens of the packed rows' capacity", *(share(report.get("fill")) for report in reports)])
-    for key, title in (("dropped", "left out"), ("changed", "changed")):
-        for reason in dict.fromkeys(reason for report in reports for reason in as_dict(report.get(key))):
-            rows.append([f"{title}: {reason}", *(_places(as_dict(report.get(key)).get(reason)) for report in reports)])
-    lines = dict.fromkeys(without_paths(line) for report in reports for line in as_list(report.get("notes")))
-    return {"data": Table(group.head, rows), "data_notes": list(lines)}
-
-
-def _places(entry: Any) -> str:
+def places(entry: Any) -> str:
     count, first = as_dict(entry).get("count", 0), [without_paths(p) for p in as_list(as_dict(entry).get("first"))]
     more = ", …" if is_number(count) and count > len(first) else ""
     return number(count) + (f" ({', '.join(first)}{more})" if first else "")
@@ -316,35 +313,12 @@ def _lengths(group: Group) -> Iterator[Markup]:
                 yield histogram(f"{who}{title}" if len(shown) > 1 else title, said, counts["edges"], stacks)
 
 
-def _memory(group: Group) -> dict[str, Any]:
-    """The plan's memory as bars of one scale."""
+def _memory_parts(group: Group) -> list[str]:
+    """The names of the plan's parts, the largest first, ``peak`` last."""
     accounts = [record.planned for record in group.records]
-    most = max((value for account in accounts for value in account.values()), default=0) or 1
-    names = [name for name in dict.fromkeys(n for a in accounts for n in a) if name != "peak"]
-    names.sort(key=lambda name: -max(account.get(name, 0) for account in accounts))
-    bar = Markup(
-        '<span class=track><span class="bar fill{}" style="width:{:.1f}%"></span></span><span class=amount>{}</span>'
-    )
-    rows = [
-        [
-            "total, at the peak" if name == "peak" else name,
-            *(bar.format(hue, 100 * a.get(name, 0) / most, gib(a.get(name))) for hue, a in enumerate(accounts)),
-        ]
-        for name in ([*names, "peak"] if names else [])
-    ]
-    lines = []
-    for record, who in group.named():
-        plan = record.part("plan")
-        keep = [str(k) for k in as_list(plan.get("keep"))]
-        counts = ", ".join(f"{k} in {keep.count(k)} layers" for k in dict.fromkeys(keep))
-        free = f"{gib(plan['free_bytes'])} were free; " if is_number(plan.get("free_bytes")) else ""
-        at = f"the peak is at: {plan['at']}; " if isinstance(plan.get("at"), str) else ""
-        line = (
-            f"{who}{free}{at}{number(plan.get('micro_tokens'))} tokens at once; kept for the backward pass: {counts}."
-        )
-        cpu = " On a CPU the measured memory is that of the whole process, libraries and rows included."
-        lines.append(line + (cpu if record.on_cpu else ""))
-    return {"memory": Table(group.head, rows, "bars"), "memory_notes": lines}
+    names = dict.fromkeys(name for account in accounts for name in account if name != "peak")
+    ordered = sorted(names, key=lambda name: -max(account.get(name, 0) for account in accounts))
+    return [*ordered, "peak"] if ordered else []
 
 
 def _results(group: Group) -> Iterator[dict[str, Any]]:
@@ -399,8 +373,8 @@ def _configuration(group: Group) -> dict[str, Any]:
     sides = configs if group.labels else [configs[0], group.records[0].recipe()]
     head = group.head or ["", "here", "published recipe"]
     differ = [key for key in keys if len({_comparable(side[key]) for side in sides if key in side}) > 1]
-    rows = [[key, *(_value(side.get(key)) for side in sides)] for key in differ]
-    every = [[key, *(_value(config.get(key)) for config in configs)] for key in keys]
+    rows = [[key, *(value_text(side.get(key)) for side in sides)] for key in differ]
+    every = [[key, *(value_text(config.get(key)) for config in configs)] for key in keys]
     marked = [place for place, key in enumerate(keys) if key in differ]
     return {"differences": Table(head, rows), "all_keys": Table(group.head, every, marked=marked) if keys else None}
 
@@ -413,14 +387,14 @@ def _comparable(value: Any) -> str:
     return json.dumps(float(value) if is_number(value) else value, sort_keys=True)
 
 
-def _value(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A configuration value in short: data sets without defaults, of absolute paths the name."""
     if isinstance(value, str):
         return f"…/{Path(value).name}" if Path(value).is_absolute() or value.startswith("~") else value
     if isinstance(value, list):
-        return ", ".join(_value(each) for each in value) or "none"
+        return ", ".join(value_text(each) for each in value) or "none"
     if isinstance(value, dict):
-        parts = {k: _value(v) for k, v in value.items() if v not in (None, {}) and not (k == "weight" and v == 1)}
+        parts = {k: value_text(v) for k, v in value.items() if v not in (None, {}) and not (k == "weight" and v == 1)}
         path = parts.pop("path", "")
         rest = ", ".join(f"{k} {v}" for k, v in parts.items())
         return f"{path} ({rest})" if path and rest else path or rest or "auto"
@@ -429,77 +403,9 @@ def _value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else number(value)
 
 
-def _lineage(group: Group) -> Table:
-    """Base, adapters below, rows: by content hash."""
-    rows = [group.row("base", lambda record: _base(record.part("base")))]
-    for place in range(max(len(as_list(record.info.get("adapters"))) for record in group.records)):
-        title = f"adapter below, {place + 1}" if place else "adapter below"
-        rows.append(group.row(title, lambda record, place=place: _below(record, place)))  # type: ignore[misc]
-    for title, part, key in (
-        ("its own adapter", "own", "sha256"),
-        ("rows", "data", "fingerprint"),
-        ("held-out rows", "eval_data", "fingerprint"),
-        ("chat template", "data", "template_sha256"),
-        ("tokenizer", "data", "tokenizer_sha256"),
-    ):
-        found = [record.part(part).get(key) for record in group.records]
-        if any(found):
-            rows.append([title, *map(_code, found)])
-    if any(record.complete for record in group.records):
-        rows.append(group.row("composed adapter", lambda record: _code(record.info.get("adapter_sha256"))))
-    return Table(group.head, rows, "facts hashes")
-
-
-def _code(value: Any) -> Markup:
-    return Markup("<code>{}</code>").format(value) if value else Markup("–")
-
-
-def _base(base: dict[str, Any]) -> Markup:
-    name = str(base.get("name_or_path", "–"))
-    local = Path(name).is_absolute() or name.startswith(("~", "."))
-    shown = f"{Path(name).name} (a local folder)" if local else f"{name} ({base.get('revision', 'main')})"
-    how = "NF4, " if base.get("load_in_4bit") else ""
-    line = Markup("{}, {}computed in {}<br>{}")
-    return line.format(shown, how, base.get("dtype", "–"), _code(base.get("fingerprint")))
-
-
-def _below(record: StageRecord, place: int) -> Markup:
-    links = as_list(record.info.get("adapters"))
-    if place >= len(links):
-        return Markup("–")
-    name, sha = str(as_dict(links[place]).get("path", "")), as_dict(links[place]).get("sha256")
-    stage = Path(name).parts[0] if name and not Path(name).is_absolute() else ""
-    known = ""
-    if stage in record.own:
-        same = record.own[stage] == sha
-        known = (
-            ", unchanged in this run"
-            if same
-            else ": NOT the adapter that is there now; it was trained or replaced since"
-        )
-    return Markup("{}{}<br>{}").format(_value(name), known, _code(sha))
-
-
-def _environment(group: Group) -> dict[str, Any]:
-    rows = []
-    for key in ("device", "processor", "dtype"):
-        rows.append(group.row(key, lambda record, key=key: str(record.part("machine").get(key, "–"))))  # type: ignore[misc]
-    rows.append(group.row("threads", lambda record: number(record.part("plan").get("threads"))))
-    rows.append(group.row("engine", lambda record: str(record.info.get("engine", "–"))))
-    for name in dict.fromkeys(name for record in group.records for name in record.part("versions")):
-        rows.append(group.row(name, lambda record, name=name: str(record.part("versions").get(name, "–"))))  # type: ignore[misc]
-    rows.append(group.row("started", lambda record: moment(record.info.get("created", "–"))))
-    rows.append(group.row("finished", lambda record: moment(record.info.get("finished", "not yet"))))
-    marked = [place for place, row in enumerate(rows) if len(set(row[1:])) > 1]
-    resumed = []
-    for record, who in group.named():
-        lines = []
-        for entry in map(as_dict, as_list(record.info.get("resumed"))):
-            changed = "; ".join(without_paths(each) for each in as_list(entry.get("changed"))) or "nothing was changed"
-            lines.append(f"{moment(entry.get('at'))}: resumed from step {entry.get('step')}; {changed}")
-        if lines:
-            resumed.append((f"{who}Resumed", lines))
-    return {"environment": Table(group.head, rows, marked=marked), "resumed": resumed}
+def shortened(text: str) -> str:
+    """A text of at most 2,000 characters."""
+    return text if len(text) <= 2000 else f"{text[:2000]} … ({len(text) - 2000:,} more characters)"
 
 
 def share(value: Any) -> str:

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
-from types import TracebackType
 from typing import Any
 
 from ..errors import Interrupted, UserError
@@ -43,10 +42,11 @@ class Screen(Observer):
     def __enter__(self) -> Screen:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Release the output; ``error`` ended the command."""
 
     def say(self, text: str = "") -> None:
         """Print a message."""
@@ -76,9 +76,7 @@ class QuietScreen(Screen):
         self._before: list[str] = []
         self._begun = False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         if not self._begun and error is None:
             for text in self._before:
                 self.console.say(text)
@@ -119,14 +117,14 @@ class JsonScreen(Screen):
         self._redirected.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._redirected.__exit__(kind, error, trace)
+    def close(self, error: BaseException | None = None) -> None:
+        self._redirected.__exit__(None, None, None)
         if error is None or isinstance(error, SystemExit | BrokenPipeError):
             return
-        known = isinstance(error, UserError | Interrupted | PeerEnded)
-        message = error.message if known else f"{type(error).__name__}: {error}"  # type: ignore[union-attr]
+        if isinstance(error, UserError | Interrupted | PeerEnded):
+            message = error.message
+        else:
+            message = f"{type(error).__name__}: {error}"
         with suppress(OSError):
             self._emit("error", kind=_kind(error), message=message, hint=getattr(error, "hint", "") or "")
 

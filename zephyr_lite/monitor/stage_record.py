@@ -90,6 +90,35 @@ class StageRecord:
         """An object of stage.json; {} if there is none."""
         return as_dict(self.info.get(key))
 
+    def data_part(self, key: str) -> dict[str, Any]:
+        """An object of the data report."""
+        return as_dict(self.part("data").get(key))
+
+    @property
+    def links(self) -> list[dict[str, Any]]:
+        """The adapters below (path, sha256)."""
+        return [as_dict(link) for link in as_list(self.info.get("adapters"))]
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The base, with ``label``: its hub id, or the name of a local folder."""
+        base = self.part("base")
+        name = str(base.get("name_or_path", "–"))
+        if Path(name).is_absolute() or name.startswith(("~", ".")):
+            return {**base, "label": f"{Path(name).name} (a local folder)"}
+        return {**base, "label": f"{name} ({base.get('revision', 'main')})"}
+
+    def adapter_state(self, link: dict[str, Any]) -> str:
+        """Whether an adapter below is the one that the run's folder has now."""
+        own = self.own.get(str(link.get("path", "")).split("/")[0])
+        if own is None:
+            return ""
+        return (
+            ", unchanged in this run"
+            if own == link.get("sha256")
+            else (": NOT the adapter that is there now; it was trained or replaced since")
+        )
+
     def total(self) -> int | None:
         """Number of steps of the whole stage; None if unknown."""
         if self.complete and isinstance(steps := self.part("result").get("steps"), int):

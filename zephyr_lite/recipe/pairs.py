@@ -1,11 +1,12 @@
-"""Sets of scored completions (raw UltraFeedback's schema) → a folder of preference pairs like ultrafeedback_binarized."""
+"""``zephyr-lite data pairs``: scored completions (raw UltraFeedback's schema) → preference pairs like ultrafeedback_binarized."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,26 @@ import pyarrow as pa
 from ..config.load import DatasetSpec
 from ..data.load import summarise
 from ..data.messages import RowError
-from ..data.opening import Source, decoded
+from ..data.opening import Source, kind_of
 from ..data.output import DROPPED, REPORT, check_held_out, check_output, request_of
-from ..data.workers import map_rows
 from ..data.writing import FileFormat, write_split
 from ..errors import UserError
 from ..io.run_dir import folder_aside, write_json, write_text
-from .pairs_input import open_input, own_questions
-from .questions import Questions, read_questions
-from .ultrafeedback import NOTES, UNRATED, PairRules, pair_of_row
+from ..io.strict_json import shown
+from .parallel import cores, in_processes
+from .questions import Questions, open_rows, read_questions
+from .ultrafeedback import NOTES, TRUTHFUL_QA, UNRATED, PairRules, pair_of_row
 
 MADE_BY = "zephyr-lite data pairs"
 TRAIN, TEST = "train_prefs", "test_prefs"
-# As many rows as the published set holds out, but no more than a share that a small set can spare.
-TEST_ROWS, TEST_SHARE = 2000, 0.05
-_PLACES = 5
+TEST_ROWS, TEST_SHARE = 2000, 0.05  # held out by default: as many as in the published set, but at most this share
+BLOCK = 1000  # rows
+_PLACES = 5  # of a reason in the report
+_COLUMNS = ("source", "instruction", "completions")
 FEWER = "pairs fewer held out than asked for: those of one prompt stay together"
 
 _TURNS = [{"content": datasets.Value("string"), "role": datasets.Value("string")}]
-# the published columns, in their order
-SCHEMA = datasets.Features(
+SCHEMA = datasets.Features(  # the published columns, in their order
     {
         "prompt": datasets.Value("string"),
         "prompt_id": datasets.Value("string"),
@@ -46,36 +47,28 @@ SCHEMA = datasets.Features(
         "score_rejected": datasets.Value("float64"),
     }
 )
-_BESIDE = datasets.Features(
-    {
-        "fault": datasets.Value("string"),
-        "source": datasets.Value("string"),
-        "place": datasets.Value("int64"),
-        "longer": datasets.Value("bool"),
-        "notes": datasets.Sequence(datasets.Value("int32")),
-    }
-)
 
 
 @dataclass
 class PairsReport:
-    """What became of the rows; ``report.json`` has the same.
+    """The result; ``report.json`` has the same.
 
     Attributes:
-        inputs: what was read, with how many rows.
+        inputs: what was read, with the number of rows.
         rules: how pairs were chosen.
+        questions: number of excluded questions.
         rows, pairs: read and made; train, test: pairs in each split.
-        dropped: reason → the places ("flan.jsonl row 17") of rows without a pair.
-        notes: ``ultrafeedback.NOTES`` and ``FEWER`` where they occur, with their numbers.
+        dropped: reason → places ("flan.jsonl row 17") of rows without a pair.
+        notes: ``ultrafeedback.NOTES`` and ``FEWER`` that occurred, with their numbers.
         sources: ``source`` → (rows, pairs).
-        questions: how many excluded questions were looked for.
         score_chosen, score_rejected: means over the pairs.
         chosen_longer: share of the pairs whose chosen response has more characters than the rejected one.
-        files: written, beside the report.
+        files: written, in addition to the report.
     """
 
     inputs: list[str]
     rules: PairRules
+    questions: int
     rows: int = 0
     pairs: int = 0
     train: int = 0
@@ -83,14 +76,13 @@ class PairsReport:
     dropped: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     sources: dict[str, tuple[int, int]] = field(default_factory=dict)
-    questions: int = 0
     score_chosen: float = 0.0
     score_rejected: float = 0.0
     chosen_longer: float = 0.0
     files: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """One fact a line."""
+        """For the terminal."""
         result = [f"read {text}" for text in self.inputs]
         for reason, where in sorted(self.dropped.items(), key=lambda item: (-len(item[1]), item[0])):
             result.append(f"left out, {summarise({reason: where}, _PLACES)}")
@@ -108,7 +100,7 @@ class PairsReport:
         return result
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the first places of each reason only; ``dropped.tsv`` has all."""
+        """For report.json: the first places of each reason; ``dropped.tsv`` has all."""
         values = asdict(self)
         values["dropped"] = {
             reason: {"count": len(where), "first": where[:_PLACES]} for reason, where in sorted(self.dropped.items())
@@ -129,10 +121,10 @@ def make_pairs(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> PairsReport | None:
-    """Read, choose, split, write; the folder appears whole or not at all.
+    """Read scored completions, choose pairs, split and write them; the folder appears complete or not at all.
 
-    Rows keep their order. The held-out ones are those of the smallest hashes of seed and prompt: equal prompts are on the
-    same side. The same arguments and rows give the same bytes, whatever the number of processes.
+    Rows keep their order. The pairs with the smallest hashes of seed and prompt are held out, so that equal prompts are in the
+    same split. The same arguments and rows give the same bytes for any number of processes.
 
     Args:
         inputs: files, folders or hub ids in the schema of ``openbmb/UltraFeedback``. A folder whose files are named by
@@ -140,24 +132,22 @@ def make_pairs(
         out: the folder to make: train_prefs and test_prefs, report.json, report.md, dropped.tsv (reason and place of each
             row without a pair).
         rules: how to choose; None: ``PairRules()``.
-        exclude: what ``questions.read_questions`` takes. The prompts of the inputs' own truthful_qa rows are always
-            excluded, from every source.
-        test: pairs to hold out: a share below 1, or a number. None: 2,000, and no more than 5 %.
-        file_format: parquet or jsonl.
-        num_proc: processes; None: as many as there are cores, one for a small set.
-        overwrite: replace a folder of pairs that an earlier run made.
-        say: is told what takes long.
+        exclude: names for ``questions.read_questions``. The prompts of the inputs' own truthful_qa rows are always excluded.
+        test: pairs to hold out: a share below 1, or a number. None: 2,000, and at most 5 %.
+        num_proc: processes; None: one for each core, one for a small set.
+        overwrite: replace a folder of an earlier run.
+        say: prints a line.
 
     Returns:
-        None: ``out`` holds these very pairs already.
+        None: ``out`` is the result of this very request already.
 
     Raises:
-        UserError: an input is missing, unreadable or of another schema; no pair is left, or none to train on; ``out``
-            holds something else.
+        UserError: an input is missing, unreadable or of another schema; no pair is left, or none to train on; ``out`` has other
+            contents.
     """
     rules = rules or PairRules()
     if not rules.margin > 0:
-        raise UserError(f"margin {rules.margin:g}: has to be above 0.", "Half a point is --margin 0.5.")
+        raise UserError(f"margin {rules.margin:g}: must be above 0.", "Half a point is --margin 0.5.")
     check_held_out(test, num_proc)
     specs = [DatasetSpec(path=item) if isinstance(item, str) else item for item in inputs]
     if not specs:
@@ -167,144 +157,164 @@ def make_pairs(
     if check_output(out, paths, MADE_BY, overwrite, request):
         return None
     listed = [text for name in exclude for text in read_questions(name)]
-    opened = [part for spec in specs for part in open_input(spec)]
-    questions = Questions([*listed, *(text for raw, _ in opened for text in own_questions(raw))])
-    report = PairsReport([f"{raw.label}: {len(raw):,} rows" for raw, _ in opened], rules, questions=len(questions))
-    parts = []
-    for raw, _ in opened:
+    opened = [raw for spec in specs for raw in _open(spec)]
+    own = [
+        str(row["instruction"])
+        for raw in opened
+        for row in raw.select_columns(["source", "instruction"])
+        if row.get("source") == TRUTHFUL_QA and row.get("instruction")
+    ]
+    questions = Questions([*listed, *own])
+    report = PairsReport([f"{raw.label}: {len(raw):,} rows" for raw in opened], rules, len(questions))
+    chosen: list[Chosen] = []
+    for raw in opened:
         say(f"choosing pairs in {raw.label}")
-        parts.append(_map(raw, rules, questions, num_proc))
-    table = datasets.concatenate_datasets(parts)
-    kept = _account(table, [raw.label for raw, _ in opened], [len(part) for part in parts], report)
-    if len(kept) == 0:
-        hint = "Mend the rows, or choose other rules (--chosen-by, --rejected, --margin, --system-prompt)."
+        blocks = [range(start, min(start + BLOCK, len(raw))) for start in range(0, len(raw), BLOCK)]
+        processes = num_proc or (cores() if len(blocks) > 2 else 1)
+        chosen += in_processes(
+            partial(choose, raw, rules, questions), blocks, processes, f"choosing pairs in {raw.label}"
+        )
+    table = _count(chosen, report)
+    if not report.pairs:
+        hint = "Correct the rows, or choose other rules (--chosen-by, --rejected, --margin, --system-prompt)."
         if rules.chosen_by == "overall" and report.notes.get(UNRATED):
-            hint = "Where completions have no overall_score, choose by the mean of their ratings: --chosen-by mean."
+            hint = "If completions have no overall_score, choose by the mean of their ratings: --chosen-by mean."
         raise UserError(f"no pair is left of {report.rows:,} rows: {summarise(report.dropped)}.", hint)
-    held_out = _held_out(table, kept, rules.seed, test)
-    splits = {TRAIN: kept[~held_out], TEST: kept[held_out]}
-    report.train, report.test = len(splits[TRAIN]), len(splits[TEST])
+    held_out = _held_out(table["prompt_id"].to_pylist(), rules.seed, test)
+    report.train, report.test = int((~held_out).sum()), int(held_out.sum())
     if test is not None and test >= 1 and report.test < test:
         report.notes[FEWER] = int(test) - report.test
-    columns = table.select_columns(list(SCHEMA))
+    pairs = datasets.Dataset(table, fingerprint=request)
     with folder_aside(out) as folder:
-        for split, rows in splits.items():
+        for split, rows in ((TRAIN, np.flatnonzero(~held_out)), (TEST, np.flatnonzero(held_out))):
             if len(rows):
-                written = write_split(folder, split, columns.select(rows), file_format)
-                report.files += [path.name for path in written]
+                report.files += [path.name for path in write_split(folder, split, pairs.select(rows), file_format)]
         write_text(folder / DROPPED, "".join(f"{r}\t{p}\n" for r, where in report.dropped.items() for p in where))
         write_text(folder / "report.md", _markdown(report))
         write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, **report.as_dict()})
     return report
 
 
+# -- inputs --------------------------------------------------------------------------------------------------------------
+
+
+def _open(spec: DatasetSpec) -> Iterator[Source]:
+    """The rows of an input, file by file if a folder is read whole."""
+    for each in _files_by_source(spec):
+        raw = open_rows(each, "--split {}")
+        _check_schema(raw.columns, raw.label, each)
+        yield raw.select_columns(_COLUMNS)
+
+
+def _files_by_source(spec: DatasetSpec) -> list[DatasetSpec]:
+    folder = Path(spec.path).expanduser()
+    if not folder.is_dir() or spec.split is not None or (folder / "data").is_dir():
+        return [spec]
+    files = sorted(p for p in folder.iterdir() if p.is_file() and kind_of(p))
+    splits = [file for file in files if file.stem.lower().startswith(("train", "test", "valid", "eval", "dev"))]
+    if len(splits) == 1:  # next to a report, as `zephyr-lite feedback` writes it
+        files = splits
+    elif splits or len(files) < 2:
+        return [spec]
+    return [spec.model_copy(update={"path": str(Path(spec.path) / file.name)}) for file in files]
+
+
+def _check_schema(columns: Sequence[str], label: str, spec: DatasetSpec) -> None:
+    if {"instruction", "completions"} <= set(columns):
+        return
+    found = f"{label}: found columns {shown(', '.join(columns), 500)}; "
+    needs = "scored completions are needed: columns instruction and completions, as in openbmb/UltraFeedback"
+    if {"chosen", "rejected"} <= set(columns):
+        raise UserError(
+            found + "these are preference pairs already.",
+            f"Train on them as they are: zephyr-lite dpo dataset.path={spec.path}"
+            + (f" dataset.split={spec.split}" if spec.split else ""),
+        )
+    if {"messages", "conversations", "prompt", "data"} & set(columns):
+        raise UserError(
+            found + needs + ".", "Conversations have no scores; `zephyr-lite feedback` makes some for their prompts."
+        )
+    raise UserError(found + needs + ".", "Name another file, or rename the columns.")
+
+
 # -- rows ----------------------------------------------------------------------------------------------------------------
 
 
-def _map(raw: Source, rules: PairRules, questions: Questions, num_proc: int | None) -> datasets.Dataset:
-    options = {"rules": tuple(asdict(rules).items()), "questions": questions.fingerprint}
-    return map_rows(
-        raw.table,
-        _choose,
-        datasets.Features({**SCHEMA, **_BESIDE}),
-        options={"label": raw.label, "rules": rules, "questions": questions},
-        key=options,
-        desc=f"choosing pairs in {raw.label}",
-        with_indices=True,
-        batch_size=200,
-        num_proc=num_proc,
-    )
+@dataclass
+class Chosen:
+    """The pairs of a block of rows.
+
+    Attributes:
+        pairs: of ``SCHEMA``.
+        dropped: (reason, place) of the other rows.
+        rows_by, pairs_by: by source.
+        notes: see ``ultrafeedback.NOTES``.
+        longer: pairs whose chosen response is the longer one.
+    """
+
+    pairs: pa.Table
+    dropped: list[tuple[str, str]]
+    rows_by: Counter[str]
+    pairs_by: Counter[str]
+    notes: Counter[str]
+    longer: int
 
 
-_NOTHING: dict[str, Any] = {
-    "prompt": "",
-    "prompt_id": "",
-    "chosen": [],
-    "rejected": [],
-    "messages": [],
-    "score_chosen": 0.0,
-    "score_rejected": 0.0,
-}
-
-
-def _choose(
-    batch: dict[str, list[Any]], indices: list[int], *, label: str, rules: PairRules, questions: Questions
-) -> dict[str, list[Any]]:
-    result: dict[str, list[Any]] = {name: [] for name in (*SCHEMA, *_BESIDE)}
-    for row, index in zip(decoded(batch, label), indices):
-        counts: Counter[str] = Counter()
-        fault, pair = "", _NOTHING
+def choose(raw: Source, rules: PairRules, questions: Questions, block: range) -> Chosen:
+    """Choose the pairs of some rows."""
+    pairs: list[dict[str, Any]] = []
+    found = Chosen(pa.table({}), [], Counter(), Counter(), Counter(), 0)
+    for index, row in zip(block, raw[block.start : block.stop]):
+        named = row.get("source")
+        source = named if isinstance(named, str) else ""
+        found.rows_by[source] += 1
         try:
-            pair = pair_of_row(row, rules, counts, questions)
+            pair = pair_of_row(row, rules, found.notes, questions)
         except RowError as reason:
-            fault = str(reason)
-        for name in SCHEMA:
-            result[name].append(pair[name])
-        source = row.get("source")
-        result["fault"].append(fault)
-        result["source"].append(source if isinstance(source, str) else "")
-        result["place"].append(index)
-        result["longer"].append(not fault and _characters(pair["chosen"]) > _characters(pair["rejected"]))
-        result["notes"].append([counts[note] for note in NOTES])
-    return result
+            found.dropped.append((str(reason), f"{raw.label} row {index + 1}"))
+            continue
+        pairs.append(pair)
+        found.pairs_by[source] += 1
+        found.longer += len(pair["chosen"][-1]["content"]) > len(pair["rejected"][-1]["content"])
+    found.pairs = pa.Table.from_pylist(pairs, SCHEMA.arrow_schema)
+    return found
 
 
-def _characters(turns: list[dict[str, str]]) -> int:
-    return len(turns[-1]["content"])
-
-
-def _account(table: datasets.Dataset, labels: list[str], sizes: list[int], report: PairsReport) -> np.ndarray:
-    """Fill in the report; the indices of the rows that have a pair."""
-    small = table.select_columns([*_BESIDE, "score_chosen", "score_rejected"]).with_format("arrow")
-    ends = np.cumsum(sizes)
-    kept: list[np.ndarray] = []
-    notes = np.zeros(len(NOTES), dtype=np.int64)
-    rows_by, pairs_by = Counter[str](), Counter[str]()
-    scores = np.zeros(2)
-    longer = 0
-    for start in range(0, len(table), 10_000):
-        batch = small[start : start + 10_000]
-        faults = batch.column("fault").to_pylist()
-        sources, places = batch.column("source").to_pylist(), batch.column("place").to_pylist()
-        good = np.asarray([fault == "" for fault in faults])
-        kept.append(start + np.flatnonzero(good))
-        notes += np.asarray(batch.column("notes").to_pylist(), dtype=np.int64).reshape(-1, len(NOTES)).sum(0)
-        rows_by.update(sources)
-        pairs_by.update(source for source, fault in zip(sources, faults) if not fault)
-        for name, at in (("score_chosen", 0), ("score_rejected", 1)):
-            scores[at] += batch.column(name).to_numpy()[good].sum()
-        longer += int(pa.compute.sum(batch.column("longer")).as_py() or 0)
-        for offset in np.flatnonzero(~good):
-            label = labels[int(np.searchsorted(ends, start + offset, side="right"))]
-            report.dropped.setdefault(faults[offset], []).append(f"{label} row {places[offset] + 1}")
-    result = np.concatenate(kept)
-    report.rows, report.pairs = len(table), len(result)
-    report.notes = {note: int(count) for note, count in zip(NOTES, notes) if count}
+def _count(chosen: Sequence[Chosen], report: PairsReport) -> pa.Table:
+    """Fill in the report; returns all pairs."""
+    table = pa.concat_tables([block.pairs for block in chosen])
+    rows_by, pairs_by, notes = Counter[str](), Counter[str](), Counter[str]()
+    for block in chosen:
+        rows_by += block.rows_by
+        pairs_by += block.pairs_by
+        notes += block.notes
+        for reason, place in block.dropped:
+            report.dropped.setdefault(reason, []).append(place)
+    report.rows, report.pairs = rows_by.total(), len(table)
+    report.notes = {note: notes[note] for note in NOTES if notes[note]}
     report.sources = {name: (rows_by[name], pairs_by[name]) for name in sorted(rows_by)}
-    if len(result):
-        report.score_chosen, report.score_rejected = (float(value) for value in scores / len(result))
-        report.chosen_longer = longer / len(result)
-    return result
+    if report.pairs:
+        report.score_chosen = float(table["score_chosen"].to_numpy().mean())
+        report.score_rejected = float(table["score_rejected"].to_numpy().mean())
+        report.chosen_longer = sum(block.longer for block in chosen) / report.pairs
+    return table
 
 
-def _held_out(table: datasets.Dataset, kept: np.ndarray, seed: int, test: float | None) -> np.ndarray:
-    """[n] bool: which of the kept rows are held out. Rows of one prompt stay together."""
-    ids = table.select_columns(["prompt_id"]).with_format("arrow")
-    keys = np.empty(len(kept), dtype=np.uint64)
-    for start in range(0, len(kept), 10_000):
-        for at, prompt_id in enumerate(ids[kept[start : start + 10_000]].column("prompt_id").to_pylist(), start):
-            keys[at] = int.from_bytes(hashlib.sha256(f"{seed} test {prompt_id}".encode()).digest()[:8])
+def _held_out(prompt_ids: Sequence[str], seed: int, test: float | None) -> np.ndarray:
+    """bool [pairs]: which are held out. Pairs of one prompt stay together."""
+    hashes = [hashlib.sha256(f"{seed} test {prompt_id}".encode()).digest()[:8] for prompt_id in prompt_ids]
+    keys = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64)
     if test is not None and test < 1:
         held_out = keys < np.uint64(min(int(test * 2**64), 2**64 - 1))
         if held_out.all():
-            raise UserError(f"test {test:g}: that holds out all {len(kept):,} pairs.", "Hold out fewer (--test 0.05).")
+            raise UserError(f"test {test:g}: that holds out all {len(keys):,} pairs.", "Hold out fewer (--test 0.05).")
         return held_out
-    wanted = min(TEST_ROWS, int(len(kept) * TEST_SHARE)) if test is None else int(test)
-    if wanted >= len(kept):
-        raise UserError(f"test {wanted:,}: there are {len(kept):,} pairs.", "Hold out fewer (--test 0.05, a share).")
+    wanted = min(TEST_ROWS, int(len(keys) * TEST_SHARE)) if test is None else int(test)
+    if wanted >= len(keys):
+        raise UserError(f"test {wanted:,}: there are {len(keys):,} pairs.", "Hold out fewer (--test 0.05, a share).")
     unique, counts = np.unique(keys, return_counts=True)
     held, room = [], wanted
-    for key, count in zip(unique, counts):  # a prompt that has more pairs than there is room for is passed over
+    for key, count in zip(unique, counts):  # a prompt with more pairs than there is room for is skipped
         if count <= room:
             held.append(key)
             room -= count

@@ -1,12 +1,10 @@
-"""Prompts that must not be trained on, such as the questions of TruthfulQA, found in the rows that repeat them."""
+"""Excluded questions, such as those of TruthfulQA, and the prompts that repeat them."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,15 @@ from ..errors import UserError
 from ..io.reading import read_text
 from ..io.strict_json import shown
 
-# Columns that hold a question in the sets that people name, in the order of preference.
+# columns of questions, in the order of preference
 COLUMNS = ("question", "instruction", "prompt", "turns", "text")
 _WORD = re.compile(r"\w+")
-# A shorter question may be a part of any text; it has to be the whole prompt.
+# a shorter question may be part of any text: it has to be the whole prompt
 _CONTAINED_WORDS, _KEY_WORDS = 6, 4
 
 
 class Questions:
-    """A set of questions, compared by their words alone: case, punctuation and spaces do not count.
-
-    Args:
-        texts: the questions; those without a word are left out.
-    """
+    """A set of questions, compared by their words: case, punctuation and spaces do not matter."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._whole = {words for text in texts if (words := _words(text))}
@@ -40,14 +34,9 @@ class Questions:
     def __len__(self) -> int:
         return len(self._whole)
 
-    @property
-    def fingerprint(self) -> str:
-        """Equal for equal questions."""
-        return hashlib.sha256(repr(sorted(self._whole)).encode("utf-8", "surrogatepass")).hexdigest()
-
     def found_in(self, prompt: str) -> str:
-        """Why a prompt is one of them: it is a question, or it contains one of at least six words (as the prompts of FLAN
-        do, within a template). Empty if it is none."""
+        """Why a prompt is excluded: it is a question, or contains one of at least six words (as the prompts of FLAN do, within
+        a template). "" if it is not."""
         if not self._whole:
             return ""
         words = _words(prompt)
@@ -68,9 +57,9 @@ def read_questions(name: str) -> list[str]:
     """The questions of a file or of a data set on the hub.
 
     Args:
-        name: a text file with one a line; or JSONL, JSON, CSV, Parquet, a folder or a hub id with a column question,
-            instruction, prompt, turns or text. One of several splits is named ID:SPLIT, in one of several configurations
-            ID:NAME:SPLIT (truthfulqa/truthful_qa:generation:validation).
+        name: a text file with one question a line; or JSONL, JSON, CSV, Parquet, a folder or a hub id with a column
+            question, instruction, prompt, turns or text. ID:SPLIT is one of several splits, ID:NAME:SPLIT that of one of
+            several configurations (truthfulqa/truthful_qa:generation:validation).
 
     Raises:
         UserError: it cannot be read, or has no such column or no question.
@@ -79,23 +68,31 @@ def read_questions(name: str) -> list[str]:
     if path.suffix.lower() == ".txt":
         found = [line for line in read_text(path, name=name).splitlines() if line.strip()]
     else:
-        with split_said_as(f"--exclude {name}:{{}}"):
-            rows = open_source(DatasetSpec(path=name) if path.exists() else _spec(name))
-        found = _column(rows, name)
+        spec = DatasetSpec(path=name) if path.exists() else _spec(name)
+        found = _column(open_rows(spec, f"--exclude {name}:{{}}"), name)
     if not any(_words(text) for text in found):
         raise UserError(f"{name}: no question in it.")
     return found
 
 
-@contextmanager
-def split_said_as(option: str) -> Iterator[None]:
-    """A split that has to be named is named by this command's own option; ``{}`` stands for the split."""
+def open_rows(spec: DatasetSpec, option: str) -> Source:
+    """Open a source of at least one row.
+
+    Args:
+        option: how the command line names a split, for hints; ``{}`` is the split.
+
+    Raises:
+        UserError: as ``open_source``; or there is no row.
+    """
     try:
-        yield
+        rows = open_source(spec)
     except UserError as error:
         if likely := re.search(r"dataset\.split=([^\s)]+)", error.hint):
             raise UserError(error.message, f"Say so: {option.format(likely[1])}.") from None
         raise
+    if len(rows) == 0:
+        raise UserError(f"{rows.label}: empty; there is no row in it.")
+    return rows
 
 
 def _spec(name: str) -> DatasetSpec:

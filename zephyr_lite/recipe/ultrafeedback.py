@@ -1,8 +1,7 @@
 """One row of raw UltraFeedback (a prompt with four scored completions) → a preference pair, or the reason why not.
 
-The paper (Tunstall et al. 2023, arXiv 2310.16944) takes the completion with the highest mean of the four aspects'
-ratings and a random one of the other three; the published script takes the highest ``overall_score``. Whole sets are
-made by ``pairs.make_pairs``.
+The paper (Tunstall et al. 2023, arXiv 2310.16944) takes the completion with the highest mean of the four aspects' ratings
+and a random one of the other three; the published script takes the highest ``overall_score``.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ TRUTHFUL_QA = "truthful_qa"
 _WRONG_OVERALL, _RIGHT_OVERALL, _LOW_MEAN, _HIGH_MEAN = 10.0, 1.0, 2.0, 4.0
 _CORRECTED = "fine-grained_score"
 _RATINGS, _OVERALLS = (1.0, 5.0), (0.0, 10.0)
-# means of thirds and quarters: as floats, 4⅓ − 1 is less than 3⅓
+# as floats, 4⅓ − 1 is less than 3⅓
 _ROUNDING = 1e-9
 
-# What is counted a completion, beside what becomes of its row.
+# notes, counted per completion
 REPAIRED = "overall score repaired"
 DOUBTFUL = "overall score of 10 not used: nothing confirms it"
 PARTLY = "completions rated in some aspects only"
@@ -44,21 +43,19 @@ NOTES = (REPAIRED, DOUBTFUL, PARTLY, UNRATED, ODD, EMPTY)
 
 @dataclass(frozen=True)
 class PairRules:
-    """Which two of a prompt's completions become a pair.
+    """How the two completions of a pair are chosen.
 
     Attributes:
-        chosen_by: ``mean`` of the aspects that have a rating ("N/A" is none, and counts neither as 0 nor as a reason to
-            leave the completion aside while another aspect has one), or ``overall`` score. Of equal scores the first is
-            chosen.
-        rejected: a ``random`` one of the others (a row whose draw scores the same is dropped), the ``worst``, or
-            ``margin``: a random one of those that score at least ``margin`` below the chosen one (a row without any is
-            dropped; a small margin thus draws among all that are worse at all).
+        chosen_by: ``mean`` of the aspects that have a rating ("N/A" is none), or ``overall`` score. Of equal scores the first
+            is chosen.
+        rejected: a ``random`` one of the others (a row whose draw has the same score is dropped), the ``worst``, or
+            ``margin``: a random one of those at least ``margin`` below the chosen one (a row without any is dropped).
         margin: in points of ``chosen_by``'s scale: 1 to 5 for the mean, 1 to 10 for the overall score.
-        system_prompt: the completions were made under system prompts, another one each. ``omit`` leaves them out, as the
-            published pairs do; ``keep`` makes the chosen one's the system turn, and rejects only among completions
-            that were made under the same, so that both answer the same prompt.
-        seed: of the draw. Each row draws by itself, from the seed and its instruction: neither the order of the rows
-            nor how they are split over processes changes a pair.
+        system_prompt: each completion was made under a system prompt of its own. ``omit`` leaves them out, as the
+            published pairs do; ``keep`` makes the chosen one's the system turn, and rejects only completions made under the
+            same.
+        seed: of the draws. Each row draws from the seed and its instruction, so that neither the order of the rows nor the
+            number of processes changes a pair.
     """
 
     chosen_by: ChosenBy = "mean"
@@ -83,14 +80,14 @@ def pair_of_row(
     Args:
         row: in the schema of ``openbmb/UltraFeedback``: ``source``, ``instruction``, ``completions`` of {response,
             custom_system_prompt, annotations: {aspect: {Rating}}, overall_score}. Ratings are text, or numbers, or "N/A".
-        counts: ``NOTES`` are added to.
-        questions: prompts that must not be trained on; rows of the source truthful_qa never are.
+        counts: ``NOTES`` are counted here.
+        questions: excluded prompts; rows of the source truthful_qa are always excluded.
 
     Returns:
         {prompt, prompt_id (SHA-256 of the prompt), chosen, rejected, messages, score_chosen, score_rejected}.
 
     Raises:
-        RowError: there is no pair in it; the reason is one of a few, to be counted.
+        RowError: the row has no pair; the message is one of a few, to be counted.
     """
     if row.get("source") == TRUTHFUL_QA:
         raise RowError("source is truthful_qa")
@@ -193,7 +190,7 @@ def _scored(completions: Any, rules: PairRules, counts: Counter[str]) -> list[_S
         doubtful = counts[DOUBTFUL]
         score = _score(completion, rules.chosen_by, counts)
         if score is None:
-            if counts[DOUBTFUL] == doubtful:  # which has a score
+            if counts[DOUBTFUL] == doubtful:  # which are counted already
                 counts[UNRATED] += 1
             continue
         system = completion.get("custom_system_prompt")
@@ -203,7 +200,7 @@ def _scored(completions: Any, rules: PairRules, counts: Counter[str]) -> list[_S
 
 def _score(completion: Mapping[str, Any], chosen_by: ChosenBy, counts: Counter[str]) -> float | None:
     by_mean = chosen_by == "mean"
-    # what is said of ratings concerns those who go by them
+    # notes on ratings matter only if they decide
     mean = _mean_rating(completion, counts if by_mean else Counter())
     if by_mean:
         return mean
@@ -223,7 +220,7 @@ def _mean_rating(completion: Mapping[str, Any], counts: Counter[str]) -> float |
     annotations = completion.get("annotations")
     if not isinstance(annotations, Mapping):
         return None
-    # an aspect that no row of a file lacks is null in the rows that lack it
+    # Arrow adds aspects that a row lacks as null
     aspects = [aspect for aspect in annotations.values() if isinstance(aspect, Mapping)]
     ratings = [r for aspect in aspects if (r := _number(aspect.get("Rating"), _RATINGS, counts)) is not None]
     if not ratings:
@@ -234,7 +231,7 @@ def _mean_rating(completion: Mapping[str, Any], counts: Counter[str]) -> float |
 
 
 def _number(value: Any, scale: tuple[float, float], counts: Counter[str]) -> float | None:
-    """A rating as a number; None for "N/A" and nothing at all, and, counted, for what its scale does not have."""
+    """A rating as a number; None for "N/A" and null, and, counted in ``ODD``, for a value that is not of the scale."""
     if value is None or (isinstance(value, str) and value.strip().upper() in ("", "N/A", "NA", "NONE", "NULL")):
         return None
     try:

@@ -26,7 +26,7 @@ EXTRAS = {
 }
 
 
-def trackers(config: RunConfig) -> list[type[TrainerCallback]]:
+def trackers(config: RunConfig) -> list[TrainerCallback]:
     """transformers' callbacks for the trackers of ``report_to``; none in processes that do not write.
 
     Raises:
@@ -40,7 +40,7 @@ def trackers(config: RunConfig) -> list[type[TrainerCallback]]:
                 f"report_to: {name} is not installed.", f'Run: pip install "zephyr-lite[{extra}]", or leave it out.'
             )
     try:
-        return list(get_reporting_integration_callbacks(names))
+        return [cls() for cls in get_reporting_integration_callbacks(names)]
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(f"report_to {names}: {error}", "Install the tracker, or leave it out.") from None
 
@@ -51,10 +51,10 @@ def _installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def open_wandb(reporting: Sequence[type[TrainerCallback]], stage: StageDir) -> None:
+def open_wandb(reporting: Sequence[TrainerCallback], stage: StageDir) -> None:
     """Open the stage's W&B run, or continue it under the id in stage.json; transformers' callback uses the open run."""
     info = stage.info()
-    if not any(cls.__name__ == "WandbCallback" for cls in reporting) or not info:
+    if not any(type(callback).__name__ == "WandbCallback" for callback in reporting) or not info:
         return
     import wandb
 
@@ -115,12 +115,8 @@ class Callbacks:
             save_strategy="no",  # the loop saves and evaluates by itself
             eval_strategy="no",
         )
-        try:
-            found = trackers(config)
-            open_wandb(found, stage)
-            reporting = [cls() for cls in found]
-        except (ImportError, RuntimeError) as error:  # some look for their library only now
-            raise UserError(f"report_to {config.report_to}: {error}", "Install the tracker, or leave it out.") from None
+        reporting = trackers(config)
+        open_wandb(reporting, stage)
         self.handler = CallbackHandler(
             [DefaultFlowCallback(), *reporting, *callbacks], model, None, optimizer, scheduler
         )

@@ -29,7 +29,6 @@ from ..io.manifest import MANIFEST, manifest_fault, write_manifest
 from ..io.redact import redact
 from ..io.run_dir import StageDir, read_json
 from ..io.safetensors import DTYPE_NAMES, SafetensorsFile, tensor_bytes, write_stream
-from ..model.adapters import AdapterStack
 from .optim import restore_state
 
 TENSORS = "state.safetensors"
@@ -45,7 +44,6 @@ class Checkpoint:
     Dropout and the order of rows are functions of (seed, step), so there is no state of a generator to keep.
     """
 
-    stack: AdapterStack
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     scheduler: Any

@@ -24,13 +24,14 @@ from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..model.decoder import Dropout
 from .losses import Preference, preference_loss
-from .main import OnMetrics, run
+from .main import run
 from .monitors import DpoCollapseMonitor
 from .objective import Metrics, Outcome, Shares
 from .observer import Observer
 from .oom import OomRetry
 from .reference import ReferenceCache, cache_key, pair_sums
 from .stage import Say, Stage
+from .state import OnMetrics
 
 # Allowed difference of policy and reference at step 0, where both are the same function, in nats per token. A live
 # reference runs the same products in the same order; a cached one ran in other micro-batches and rounds differently.
@@ -58,7 +59,7 @@ class DpoObjective:
         self.data = stage.data
         self.decoder = stage.decoder
         self.oom = OomRetry(stage, say)
-        self.collapse = DpoCollapseMonitor()
+        self.collapse: DpoCollapseMonitor | None = DpoCollapseMonitor()
         self.cache = self._fill_cache(say) if stage.config.precompute_ref_log_probs else None
 
     def num_targets(self, examples: Sequence[int]) -> int:

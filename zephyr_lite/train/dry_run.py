@@ -14,11 +14,12 @@ from ..data.preview import text_runs
 from ..errors import UserError
 from ..memory.machine import peak_memory, reset_peak_memory
 from .dpo import DpoObjective
-from .loop import accumulate_gradients, init_state, update, warmup_largest_batch
+from .loop import accumulate_gradients, update, warmup_largest_batch
 from .objective import Objective
 from .setup import setup_stage
 from .sft import SftObjective
 from .stage import Say, Stage
+from .state import init_state
 from .steps import rows_of_step
 
 Spans = list[tuple[str, bool]]

@@ -8,128 +8,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch import Tensor
 
 from ..errors import Interrupted, UserError
-from ..io.interrupts import Output, StopRequest
+from ..io.interrupts import StopRequest
 from ..io.run_dir import StageDir
 from ..memory.machine import peak_memory, reset_peak_memory
 from ..model.adapters import total_norm
 from .callbacks import Callbacks
-from .checkpoint import Checkpoint, MetricsLog, checkpoint_fault, prune, resume_point
 from .distributed import PeerEnded, everywhere, world
-from .monitors import IN_A_ROW, SkippedSteps
-from .objective import Metrics, Objective, Outcome
-from .observer import Observer
+from .monitors import IN_A_ROW
+from .objective import Metrics, Outcome
 from .oom import is_out_of_memory
-from .optim import make_optimizer, make_scheduler
 from .samples import draw_samples
-from .stage import Stage
-from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
-
-OnMetrics = Callable[[int, int, Metrics], None]
-
-
-@dataclass
-class TrainState:
-    """A run in progress.
-
-    Attributes:
-        stage, objective: what is trained.
-        parameters: the adapter's float32 weights, by name.
-        optimizer, scheduler, scaler: of these weights; the scaler is disabled but for float16.
-        per_epoch, total: steps of an epoch, and of the run.
-        say, on_metrics: print a line, and a logged step.
-        observers: are told of steps, evaluations and samples.
-        callbacks: transformers' callbacks beside the trackers of ``report_to``.
-        output: knows whether anything can still be printed.
-        log, sample_log, skipped: the stage's JSON lines.
-        step: optimizer steps done.
-        metrics: of the last step.
-        evaluations: metrics of every evaluation so far.
-        sampled: steps at which samples were drawn.
-        best, stale: the lowest eval_loss with its step, and evaluations since.
-        warnings: printed about the run's numbers.
-        before_skips: while steps are being skipped, the step of the checkpoint from before the first of them.
-        gradients: with several processes, all gradients in one tensor, which one all-reduce sums in place.
-    """
-
-    stage: Stage
-    objective: Objective
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    scaler: torch.amp.GradScaler
-    per_epoch: int
-    total: int
-    say: Callable[[str], None]
-    on_metrics: OnMetrics
-    observers: Sequence[Observer]
-    callbacks: Sequence[TrainerCallback]
-    output: Output
-    log: MetricsLog
-    sample_log: MetricsLog
-    skipped: SkippedSteps
-    step: int = 0
-    metrics: Metrics = field(default_factory=dict)
-    evaluations: list[Metrics] = field(default_factory=list)
-    sampled: set[int] = field(default_factory=set)
-    best: tuple[float, int] | None = None
-    stale: int = 0
-    warnings: list[str] = field(default_factory=list)
-    before_skips: int | None = None
-    gradients: Tensor | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.stage.base.device
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.stage.stack, self.parameters, self.optimizer, self.scheduler, self.scaler)
-
-
-def init_state(
-    stage: Stage,
-    objective: Objective,
-    *,
-    say: Callable[[str], None] = print,
-    on_metrics: OnMetrics = lambda step, total, metrics: None,
-    observers: Sequence[Observer] = (),
-    callbacks: Sequence[TrainerCallback] = (),
-) -> TrainState:
-    """The state before the first step, with the optimizer's state allocated (see ``TrainState`` for the arguments)."""
-    output = Output()
-    say = output.of(say)
-    parameters = stage.stack.parameters()
-    optimizer = make_optimizer(stage.config, parameters)
-    per_epoch, total = step_schedule(stage.config, len(stage.data.rows))
-    return TrainState(
-        stage=stage,
-        objective=objective,
-        parameters=parameters,
-        optimizer=optimizer,
-        scheduler=make_scheduler(stage.config, optimizer, total),
-        scaler=torch.amp.GradScaler(stage.base.device.type, enabled=stage.base.dtype == torch.float16),
-        per_epoch=per_epoch,
-        total=total,
-        say=say,
-        on_metrics=output.of(on_metrics),
-        observers=observers,
-        callbacks=callbacks,
-        output=output,
-        log=MetricsLog(stage.dir.metrics, writes=stage.writes),
-        sample_log=MetricsLog(stage.dir.samples, writes=stage.writes),
-        skipped=SkippedSteps(stage.dir.path, say, writes=stage.writes),
-    )
+from .state import TrainState, is_saved, restore_best, resume, save
+from .steps import largest_micro_batches, micro_batches, rows_of_step, tokens_of_largest_step
 
 
 def train(state: TrainState) -> Outcome:
@@ -149,7 +48,7 @@ def train(state: TrainState) -> Outcome:
     )
     with StopRequest("the step is finished and a checkpoint written") as stop:
         with stop.at_once():
-            evaluation_due = _resume(state)
+            evaluation_due = resume(state)
             callbacks.state.global_step, callbacks.state.epoch = state.step, state.step / state.per_epoch
             if state.device.type == "cuda":
                 warmup_largest_batch(state)
@@ -165,8 +64,8 @@ def train(state: TrainState) -> Outcome:
         while state.step < state.total and not callbacks.control.should_training_stop:
             if patience is not None and state.stale >= patience:
                 state.say(f"step {state.step}: eval_loss has not improved for {patience} evaluations; stopping early.")
-                if not _is_saved(state, state.step):
-                    _save(state)
+                if not is_saved(state, state.step):
+                    save(state)
                 break
             begun = time.perf_counter()
             callbacks("on_step_begin")
@@ -186,7 +85,7 @@ def train(state: TrainState) -> Outcome:
             _save_if_due(state, callbacks, stop)
         callbacks("on_train_end")
         if config.load_best_model_at_end and state.best is not None and state.best[1] != state.step:
-            _restore_best(state)
+            restore_best(state)
         return Outcome(
             state.step,
             state.metrics,
@@ -375,8 +274,8 @@ def _check_numbers(state: TrainState) -> None:
     kind = watch.kind(applied=applied, finite_loss=finite, scale=scale)
     if kind == "bad" and state.before_skips is None:
         state.before_skips = state.step
-        if state.step and not _is_saved(state, state.step):
-            _save(state)
+        if state.step and not is_saved(state, state.step):
+            save(state)
     watch.count_step(kind)
     if kind == "applied":
         state.before_skips = None
@@ -449,7 +348,7 @@ def _evaluate(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> Non
         if isinstance(error, PeerEnded) and not error.interrupted:
             raise
         name, _ = _asked_to_stop(state, stop)
-        _save(state, pending=True)
+        save(state, pending=True)
         raise interrupted(name, state.stage.dir, step, state.total) from None
     if not found:
         return
@@ -505,7 +404,7 @@ def _save_if_due(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> 
     is_best = state.best is not None and state.best[1] == step and config.load_best_model_at_end
     name, mute = _asked_to_stop(state, stop)
     if last or periodic or is_best or callbacks.control.should_save or name is not None or mute:
-        _save(state)
+        save(state)
         callbacks("on_save")
     if name is not None and not last:  # after the last step the stage is completed first
         raise interrupted(name, state.stage.dir, step, state.total)
@@ -513,104 +412,9 @@ def _save_if_due(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> 
         raise state.output.fault or PeerEnded("the process that prints cannot do so any more", 2)
 
 
-def _is_saved(state: TrainState, step: int) -> bool:
-    return world().lead((state.stage.dir.path / f"checkpoint-{step}").is_dir)
-
-
-def _save(state: TrainState, *, pending: bool = False) -> None:
-    """Write a checkpoint, then delete older ones. The logs are on the disk before it is.
-
-    Args:
-        pending: this step's evaluation was not finished.
-    """
-
-    def write() -> None:
-        for log in (state.log, state.skipped.log, state.sample_log):
-            log.flush()
-        collapse = state.objective.collapse
-        state.checkpoint.write(
-            state.stage.dir,
-            state.step,
-            {
-                "best": state.best,
-                "stale": state.stale,
-                "total": state.total,
-                "pending": pending,
-                "finite": state.skipped.watch.state(),
-                "collapse": collapse.state() if collapse is not None else None,
-                "warnings": state.warnings,
-                "logged": state.log.count,
-            },
-        )
-        _prune(state)
-        if state.stage.mirror is not None:
-            state.stage.mirror.changed(state.best[1] if state.best else None)
-
-    world().together(write if state.stage.writes else lambda: None)
-
-
-def _prune(state: TrainState) -> None:
-    busy = state.stage.mirror.busy() if state.stage.mirror is not None else frozenset()
-    if state.before_skips is not None:
-        busy |= {f"checkpoint-{state.before_skips}"}
-    best = state.best[1] if state.best else None
-    prune(state.stage.dir, keep=state.stage.config.save_total_limit, best=best, busy=busy)
-
-
-def _resume(state: TrainState) -> bool:
-    """Restore the newest checkpoint, if there is one, and what was logged up to it; returns whether its evaluation is due."""
-    stage, here = state.stage, world()
-    found = here.lead(lambda: resume_point(stage.dir, state.say))
-    forget_best = here.lead(lambda: stage.forget_best)
-    extra: dict[str, Any] = {}
-    if found is not None:
-        extra = here.together(lambda: state.checkpoint.read(found))
-        if extra["total"] != state.total:
-            raise everywhere(
-                UserError(
-                    f"{found}: was written by a run of {extra['total']} steps; this one has {state.total}.",
-                    "Go back to the configuration that the run was started with, or choose another output_dir.",
-                )
-            )
-        if not forget_best:
-            best = extra["best"]
-            state.best = (float(best[0]), int(best[1])) if best else None
-            state.stale = extra["stale"]
-        state.step = extra["step"]
-        state.skipped.watch.load(extra.get("finite") or {})
-        if state.skipped.watch.in_a_row:  # it was stopped among skipped steps
-            state.before_skips = state.step
-        if state.objective.collapse is not None:
-            state.objective.collapse.load(extra.get("collapse") or {})
-        state.warnings = list(extra.get("warnings") or [])
-        state.say(f"going on from {found.name}")
-        if stage.writes:
-            _prune(state)  # the last process may have been killed between a checkpoint and this
-    pending = bool(extra.get("pending"))
-    state.skipped.log.truncate(state.step)
-    state.sampled = {record["step"] for record in state.sample_log.truncate(state.step)}
-    records = state.log.truncate(state.step, logged=extra.get("logged"), pending=pending, say=state.say)
-    state.evaluations = [record for record in records if "eval_loss" in record]
-    trained = [record for record in records if "loss" in record]
-    state.metrics = {k: v for k, v in trained[-1].items() if k != "step"} if trained else {}
-    return pending
-
-
-def _restore_best(state: TrainState) -> None:
-    assert state.best is not None
-    folder = state.stage.dir.path / f"checkpoint-{state.best[1]}"
-    if (fault := checkpoint_fault(folder)) is not None:
-        warning = f"{folder.name}, the best, cannot be taken ({fault}); the adapter is the last step's."
-        state.say(warning)
-        state.warnings.append(warning)
-        return
-    state.checkpoint.read_adapter(folder)
-    state.say(f"took the adapter of step {state.best[1]}, eval_loss {state.best[0]:.4f}")
-
-
 def interrupted(signal: str | None, stage: StageDir, step: int, total: int) -> Interrupted:
     """The exception that ends a run after a signal."""
     return Interrupted(
         f"{signal}: stopped after step {step} of {total}; {stage.path / f'checkpoint-{step}'} holds everything. "
-        "The same command goes on from there."
+        "The same command continues from there."
     )

@@ -11,11 +11,12 @@ from ..errors import Interrupted, UserError
 from ..io.lock import alone
 from ..io.sync import kept_elsewhere
 from .distributed import everywhere, nothing, sees, world
-from .loop import OnMetrics, init_state, train
+from .loop import train
 from .objective import Objective, Outcome
 from .observer import Observer
 from .setup import save_stage, setup_stage
 from .stage import Say, Stage
+from .state import OnMetrics, init_state
 
 
 def run(
@@ -54,9 +55,9 @@ def run(
     with ExitStack() as held:
         here.together(lambda: held.enter_context(alone(Path(config.output_dir))) if here.writes else None)
         if config.engine != "fused":
-            from ..engines import run_baseline
+            from ..engines.trl import check_supported, train_on_trl
 
-            return run_baseline(method, loaded, say=say, on_metrics=on_metrics, observers=observers)
+            check_supported(method, config)
         if here.size > 1:
             say(
                 f"{here.size} processes, {here.local_size} of them on this machine: each takes its share of every step "
@@ -66,9 +67,12 @@ def run(
         # the writer first: it checks, writes stage.json and fills the caches that the others read
         stage = here.in_turn(lambda: setup_stage(method, loaded, say=say))
         held.enter_context(kept_elsewhere(stage.mirror))
-        state = init_state(stage, objective(stage, say), say=say, on_metrics=on_metrics, observers=observers)
-        outcome = train(state)
-        here.together(lambda: save_stage(stage, outcome, say=say) if here.writes else None)
+        if config.engine != "fused":
+            outcome, own = train_on_trl(stage, say=say, on_metrics=on_metrics, observers=observers)
+        else:
+            state = init_state(stage, objective(stage, say), say=say, on_metrics=on_metrics, observers=observers)
+            outcome, own = train(state), None
+        here.together(lambda: save_stage(stage, outcome, say=say, own=own) if here.writes else None)
         for observer in observers:
             observer.ends(stage, outcome)
         stopped_at_the_end(stage, outcome)

@@ -49,30 +49,3 @@ class Observer:
 
     def ends(self, stage: Stage, outcome: Outcome) -> None:
         """The stage is complete and its adapter written."""
-
-
-class Observers(Observer):
-    """Several observers, called in order."""
-
-    def __init__(self, observers: Sequence[Observer] = ()) -> None:
-        self.observers = list(observers)
-
-    def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
-        for observer in self.observers:
-            observer.begins(stage, unit, total, step)
-
-    def stepped(self, step: int, metrics: Metrics) -> None:
-        for observer in self.observers:
-            observer.stepped(step, metrics)
-
-    def evaluated(self, step: int, metrics: Metrics) -> None:
-        for observer in self.observers:
-            observer.evaluated(step, metrics)
-
-    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
-        for observer in self.observers:
-            observer.sampled(step, samples)
-
-    def ends(self, stage: Stage, outcome: Outcome) -> None:
-        for observer in self.observers:
-            observer.ends(stage, outcome)

@@ -18,11 +18,13 @@ from ..data.batch import Batch, collate_conversations
 from ..data.dataset import TokenizedDataset
 from ..model.decoder import Dropout
 from .losses import sft_loss
-from .main import OnMetrics, run
+from .main import run
+from .monitors import DpoCollapseMonitor
 from .objective import Metrics, Outcome, Shares
 from .observer import Observer
 from .oom import OomRetry
 from .stage import Say, Stage
+from .state import OnMetrics
 
 
 def run_sft(
@@ -40,7 +42,7 @@ class SftObjective:
     """Loss and metrics of supervised fine-tuning (see ``Objective``)."""
 
     unit = "tokens"
-    collapse = None
+    collapse: DpoCollapseMonitor | None = None
 
     def __init__(self, stage: Stage, say: Say = print) -> None:
         self.stage = stage

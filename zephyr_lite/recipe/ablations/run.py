@@ -1,4 +1,4 @@
-"""Train the arms of a table, one stage after another, and compare them on the same held-out rows."""
+"""Training of a table's arms, and their comparison on the same held-out rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...config.load import DatasetSpec, Method
+from ...config.load import Method
 from ...data.load import load_rows
 from ...errors import UserError
 from ...io.lock import alone
@@ -22,17 +22,16 @@ from .score import Score, Scores, held_out_config
 from .table import BASE, Table
 
 Say = Callable[[str], None]
+OnMetrics = Callable[[int, int, dict[str, float]], None]
 
 
 @dataclass
 class Ablation:
-    """What a table came out as.
+    """The result of a table.
 
     Attributes:
-        table: what was compared.
-        base: the bare base's score.
-        scores: arm → its score.
-        conversations, pairs: how many rows were held out.
+        base: the bare base's score; scores: arm → its score.
+        conversations, pairs: numbers of held-out rows.
     """
 
     table: Table
@@ -51,34 +50,30 @@ class Ablation:
 
 
 def run_ablation(
-    table: Table,
-    *,
-    say: Say = print,
-    on_metrics: Callable[[int, int, dict[str, float]], None] = lambda step, total, metrics: None,
+    table: Table, *, say: Say = print, on_metrics: OnMetrics = lambda step, total, metrics: None
 ) -> Ablation:
-    """Train what is not trained yet, then score every arm and the bare base.
+    """Train the stages that are not finished, then score every arm and the bare base.
 
-    A stage that is finished is taken as it is, one that was interrupted goes on. ``NAME.json`` and ``NAME.md`` in the
-    table's folder hold the result (``NAME-some`` where arms of the file were left out). Every data set is opened before
-    anything is trained: one that is missing would otherwise be found out after hours.
+    Interrupted stages are resumed. The result is written to ``NAME.json`` and ``NAME.md`` in the table's folder (``NAME-some``
+    if arms of the file were left out).
 
     Raises:
-        UserError: as the stages' own commands; a stage stands on another base than the others.
+        UserError: as the stages' own commands; or stages have different bases.
     """
-    _same_base(table)
+    _check_bases(table)
     try:
         with alone(table.run):
             return _run(table, say, on_metrics)
-    except UserError as error:  # which folder and which stage is not the command line's to say here
+    except UserError as error:  # the command line has --out in place of these keys
         hint = re.sub(
             "another (output_dir or stage|stage or output_dir|output_dir)", "another folder with --out", error.hint
         )
         raise UserError(error.message, hint) from None
 
 
-def _run(table: Table, say: Say, on_metrics: Callable[[int, int, dict[str, float]], None]) -> Ablation:
+def _run(table: Table, say: Say, on_metrics: OnMetrics) -> Ablation:
     stages = table.stages()
-    _rows_are_there(table)
+    _check_rows(table)
     for number, stage in enumerate(stages, 1):
         arms = ", ".join(arm for arm, chain in table.arms.items() if any(s.name == stage.name for s in chain))
         say(f"[{number}/{len(stages)}] {stage.name} ({stage.method}), for {arms}")
@@ -86,7 +81,7 @@ def _run(table: Table, say: Say, on_metrics: Callable[[int, int, dict[str, float
             (run_sft if stage.method == "sft" else run_dpo)(stage.loaded, say=say, on_metrics=on_metrics)
         except StageComplete as done:
             say(done.message)
-        gc.collect()  # one stage's base must be gone before the next one's comes
+        gc.collect()  # free one stage's base before the next one is loaded
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     scores = Scores(table, say)
@@ -94,29 +89,29 @@ def _run(table: Table, say: Say, on_metrics: Callable[[int, int, dict[str, float
     result = Ablation(table, base, {arm: scores.arm(arm) for arm in table.arms}, scores.conversations, scores.pairs)
     write_json(table.run / f"{table.result.name}.json", result.as_dict())
     write_text(table.run / f"{table.result.name}.md", "\n".join(table_lines(result)) + "\n")
-    say(f"{table.result}.json and .md hold the table")
+    say(f"wrote {table.result}.json and .md")
     return result
 
 
-def _rows_are_there(table: Table) -> None:
+def _check_rows(table: Table) -> None:
+    """Open every data set before hours of training."""
     for stage in table.stages():
         if not StageDir(table.run / stage.name).complete():
             config = stage.loaded.config
             for specs in (config.dataset, config.eval_dataset):
                 if specs:
                     load_rows(specs, stage.method, seed=config.seed, system=config.system)
-    held_out: tuple[tuple[DatasetSpec, Method], ...] = ((table.chat, "sft"), (table.preferences, "dpo"))
-    for spec, method in held_out:
+    method: Method
+    for spec, method in ((table.chat, "sft"), (table.preferences, "dpo")):
         config = held_out_config(table.stages(), method)
         load_rows([spec], method, seed=config.seed, system=config.system)
 
 
-def _same_base(table: Table) -> None:
-    """One base under all arms: otherwise the table would compare bases."""
-    keys = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype")
+def _check_bases(table: Table) -> None:
+    """All arms have to be trained on one base: otherwise the table would compare bases."""
     first, *others = table.stages()
     for stage in others:
-        for key in keys:
+        for key in ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype"):
             ours, theirs = getattr(first.loaded.config, key), getattr(stage.loaded.config, key)
             if ours != theirs:
                 raise UserError(
@@ -138,37 +133,37 @@ HEADER = (
 
 def table_rows(result: Ablation) -> list[tuple[str, ...]]:
     """The table's cells, the bare base first."""
-    return [row(BASE, result.base), *(row(arm, score) for arm, score in result.scores.items())]
+    return [_row(arm, score) for arm, score in {BASE: result.base, **result.scores}.items()]
 
 
-def row(name: str, score: Score) -> tuple[str, ...]:
-    def with_error(value: float | None, error: float | None, form: str) -> str:
-        return "" if value is None else f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+def _row(arm: str, score: Score) -> tuple[str, ...]:
+    def cell(value: float | None, form: str, error: float | None = None) -> str:
+        return "" if value is None else f"{value:{form}}" + ("" if error is None else f" ± {error:.3f}")
 
     return (
-        name,
+        arm,
         f"{score.chat_loss:.4f}",
-        with_error(score.accuracy, score.accuracy_error, ".3f"),
-        with_error(score.margin, score.margin_error, "+.3f"),
+        cell(score.accuracy, ".3f", score.accuracy_error),
+        cell(score.margin, "+.3f", score.margin_error),
         f"{score.likelier:.3f}",
-        "" if score.own_accuracy is None else f"{score.own_accuracy:.3f}",
-        "" if score.own_margin is None else f"{score.own_margin:+.4f}",
+        cell(score.own_accuracy, ".3f"),
+        cell(score.own_margin, "+.4f"),
     )
 
 
 def legend(result: Ablation) -> list[str]:
-    """What the columns mean."""
+    """The meaning of the columns."""
     return [
         f"Chat loss: nats a supervised token over {result.conversations:,} held-out conversations.",
         f"Preference accuracy and margin: over {result.pairs:,} held-out pairs, by how much likelier the arm made each response "
         "than the bare base (log-ratio, summed over the response); ± is one standard error.",
         "Likelier a token: share of pairs whose chosen response has the higher mean log-probability; needs no reference.",
-        "Own accuracy and margin: what the arm's DPO stage measured at its end against its own reference (the margin times beta).",
+        "Own accuracy and margin: the last evaluation of the arm's DPO stage against its own reference (the margin times beta).",
     ]
 
 
 def table_lines(result: Ablation) -> list[str]:
-    """As Markdown."""
-    rows = [tuple(cell.replace("|", "\\|") for cell in each) for each in table_rows(result)]
+    """The table in Markdown."""
+    rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in table_rows(result)]
     cells = [HEADER, tuple("---" for _ in HEADER), *rows]
     return [f"# {result.table.name}", "", *(f"| {' | '.join(c)} |" for c in cells), "", *legend(result)]

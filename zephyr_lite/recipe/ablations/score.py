@@ -1,4 +1,4 @@
-"""How an arm does on the held-out rows: one loaded base, and the adapters of whichever arm is asked for."""
+"""Scores of the arms on the held-out rows: one base in memory, the arms' adapters switched on and off."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .table import ArmStage, Table
 
 @dataclass(frozen=True)
 class Score:
-    """Where a model stands on the held-out rows.
+    """A model's scores on the held-out rows.
 
     Attributes:
         chat_loss: nats a supervised token.
-        accuracy: share of pairs whose chosen response gained more log-probability over the bare base than the rejected
-            one (a tie is no success), and its standard error; None for the base itself.
-        margin: mean over the pairs of that difference, in nats, and its standard error.
         likelier: share of pairs whose chosen response has the higher mean log-probability a token.
-        own_accuracy, own_margin: a DPO stage's own last evaluation, against its own reference.
+        accuracy: share of pairs whose chosen response gained more log-probability over the bare base than the rejected one
+            (a tie does not count), with its standard error; None for the base.
+        margin: mean of that difference in nats, with its standard error.
+        own_accuracy, own_margin: a DPO stage's last evaluation against its own reference.
     """
 
     chat_loss: float
@@ -47,6 +47,15 @@ class Score:
         return asdict(self)
 
 
+@dataclass
+class _HeldOut:
+    """The held-out rows in one template's format, and the base's log-probabilities of the pairs."""
+
+    conversations: TokenizedDataset
+    pairs: TokenizedDataset
+    reference: PairLogps
+
+
 class Scores:
     """Scores the arms of a table whose stages are finished.
 
@@ -57,51 +66,42 @@ class Scores:
     def __init__(self, table: Table, say: Callable[[str], None]) -> None:
         self.table, self.say = table, say
         self.chains = {arm: chain_of_run(table.run, stage=stages[-1].name) for arm, stages in table.arms.items()}
-        first = next(iter(self.chains.values()))
-        config = next(iter(table.arms.values()))[0].loaded.config
-        base = load_base(config, say=say)
+        base = load_base(table.stages()[0].loaded.config, say=say)
         for arm, chain in self.chains.items():
             if not is_fingerprint_of(chain.base["fingerprint"], base.path):
                 raise UserError(
-                    f"arm {arm!r} was trained on other weights of {chain.base['name_or_path']} than {base.path} holds.",
+                    f"arm {arm!r} was trained on other weights of {chain.base['name_or_path']} than those in {base.path}.",
                     "Restore them, or choose another folder with --out.",
                 )
         self.dtype = base.dtype
         self.stack = AdapterStack(base.model)
-        self.names: dict[str, str] = {}  # an adapter's hash → its name in the stack
-        self._data: dict[str, tuple[TokenizedDataset, TokenizedDataset]] = {}
-        self._base_logps: dict[str, PairLogps] = {}
-        self.template = self._template(first)
-        conversations, pairs = self._held_out(self.template)
-        self.conversations, self.pairs = len(conversations.lengths), len(pairs.lengths)
+        self._names: dict[str, str] = {}  # an adapter's hash → its name in the stack
+        self._rows: dict[str, _HeldOut] = {}  # by template
+        self._first = self._held_out(next(iter(self.chains.values())))
+        self.conversations, self.pairs = len(self._first.conversations.lengths), len(self._first.pairs.lengths)
 
     def base(self) -> Score:
         """The bare base, with the first arm's template."""
-        conversations, _ = self._held_out(self.template)
         self.say("scoring the base")
-        logps = self._reference(self.template)
-        return Score(chat_loss(self._decoder([]), conversations), _likelier(logps))
+        return Score(chat_loss(self._decoder([]), self._first.conversations), _likelier(self._first.reference))
 
     def arm(self, arm: str) -> Score:
-        """One arm: everything that its chain of adapters changed."""
+        """One arm, with all adapters of its chain."""
         chain = self.chains[arm]
-        template = self._template(chain)
-        conversations, pairs = self._held_out(template)
-        reference = self._reference(template)
+        rows = self._held_out(chain)
         self.say(f"scoring {arm}")
-        for place, adapter in enumerate(chain.adapters):
-            if adapter.sha256 not in self.names:
-                name = f"{len(self.names)}-{arm if place == len(chain.adapters) - 1 else 'below'}"
-                self.names[adapter.sha256] = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-                self.stack.add_frozen(self.names[adapter.sha256], adapter)
-        decoder = self._decoder([self.names[adapter.sha256] for adapter in chain.adapters])
-        logps = pair_logps(decoder, pairs)
-        gained = logps.sums - reference.sums
+        for adapter in chain.adapters:
+            if adapter.sha256 not in self._names:
+                self._names[adapter.sha256] = f"adapter{len(self._names)}"
+                self.stack.add_frozen(self._names[adapter.sha256], adapter)
+        decoder = self._decoder([self._names[adapter.sha256] for adapter in chain.adapters])
+        logps = pair_logps(decoder, rows.pairs)
+        gained = logps.sums - rows.reference.sums
         margins = gained[:, 0] - gained[:, 1]
         won = (margins > 0).double()
-        evaluation = own_evaluation(self.table.arms[arm][-1], StageDir(self.table.run / self.table.arms[arm][-1].name))
+        evaluation = self._own_evaluation(self.table.arms[arm][-1])
         return Score(
-            chat_loss=chat_loss(decoder, conversations),
+            chat_loss=chat_loss(decoder, rows.conversations),
             likelier=_likelier(logps),
             accuracy=won.mean().item(),
             accuracy_error=_standard_error(won),
@@ -114,37 +114,30 @@ class Scores:
     def _decoder(self, names: list[str]) -> Decoder:
         return Decoder(self.stack, self.dtype, names)
 
-    def _reference(self, template: ChatTemplate) -> PairLogps:
-        if template.text not in self._base_logps:
-            self._base_logps[template.text] = pair_logps(self._decoder([]), self._held_out(template)[1])
-        return self._base_logps[template.text]
+    def _held_out(self, chain: Chain) -> _HeldOut:
+        assert chain.tokenizer_from is not None  # every stage saves its tokenizer
+        template = resolve_template("auto", load_tokenizer(chain.tokenizer_from))
+        if template.text not in self._rows:
+            conversations, pairs = self._prepare("sft", template), self._prepare("dpo", template)
+            self._rows[template.text] = _HeldOut(conversations, pairs, pair_logps(self._decoder([]), pairs))
+        return self._rows[template.text]
 
-    def _held_out(self, template: ChatTemplate) -> tuple[TokenizedDataset, TokenizedDataset]:
-        """Conversations and pairs; with the lengths that the stages trained on."""
-        if template.text not in self._data:
-            stages = self.table.stages()
-            self._data[template.text] = (
-                prepare([self.table.chat], "sft", held_out_config(stages, "sft"), template, what="held-out"),
-                prepare([self.table.preferences], "dpo", held_out_config(stages, "dpo"), template, what="held-out"),
-            )
-            for data in self._data[template.text]:
-                for line in data.report.lines():
-                    self.say(line)
-        return self._data[template.text]
+    def _prepare(self, method: Method, template: ChatTemplate) -> TokenizedDataset:
+        spec = self.table.chat if method == "sft" else self.table.preferences
+        data = prepare([spec], method, held_out_config(self.table.stages(), method), template, what="held-out")
+        for line in data.report.lines():
+            self.say(line)
+        return data
 
-    def _template(self, chain: Chain) -> ChatTemplate:
-        assert chain.tokenizer_from is not None  # every stage of ours saves its tokenizer
-        return resolve_template("auto", load_tokenizer(chain.tokenizer_from))
-
-
-def own_evaluation(stage: ArmStage, folder: StageDir) -> dict[str, float]:
-    """The last evaluation of a stage; {} where it held nothing out."""
-    evaluations = ((folder.info() or {}).get("result") or {}).get("evaluations") or [{}]
-    return evaluations[-1] if stage.method == "dpo" else {}
+    def _own_evaluation(self, stage: ArmStage) -> dict[str, float]:
+        """The last evaluation of a DPO stage; {} without held-out rows."""
+        info = StageDir(self.table.run / stage.name).info() or {}
+        evaluations = (info.get("result") or {}).get("evaluations") or [{}]
+        return evaluations[-1] if stage.method == "dpo" else {}
 
 
 def held_out_config(stages: list[ArmStage], method: Method) -> RunConfig:
-    """The configuration that held-out rows are read with: the first stage's of this method, or the recipe's."""
+    """The configuration to read held-out rows with: the first stage's of this method, or the recipe's."""
     found = next((stage.loaded.config for stage in stages if stage.method == method), None)
     return found or RunConfig(max_length=2048 if method == "sft" else 1024)
 
@@ -155,6 +148,4 @@ def _likelier(logps: PairLogps) -> float:
 
 
 def _standard_error(values: Tensor) -> float | None:
-    if len(values) < 2:
-        return None
-    return (torch.std(values) / len(values) ** 0.5).item()
+    return (torch.std(values) / len(values) ** 0.5).item() if len(values) > 1 else None

@@ -14,13 +14,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
 from ...client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
 from ...client.endpoints import EndpointSpec, Message
+from ...client.jobs import NotBlank, validated
 from ...config.strict_yaml import read_yaml
-from ...errors import UserError
 
 GRID = Path(__file__).parent / "grid.yaml"
-_KEYS = ("topics", "kinds", "manners", "moves")
 QUESTION_TOKENS = 512  # of a user's message, at most
 MAX_CHARACTERS = 6000
 USER = (
@@ -65,9 +66,24 @@ class Grid:
         return self.cells[number % len(self.cells)]
 
 
+class GridFile(BaseModel):
+    """The keys of a grid's YAML file: topics {name: parts} and kinds {name: meaning}, or lists of names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    topics: dict[NotBlank, list[NotBlank] | None] = Field(min_length=1)
+    kinds: dict[NotBlank, str | None] = Field(min_length=1)
+    manners: list[NotBlank] | None = None
+    moves: list[NotBlank] | None = None
+
+    @field_validator("topics", "kinds", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return dict.fromkeys(value) if isinstance(value, list) else value
+
+
 def read_grid(path: Path | None, seed: int) -> Grid:
-    """A grid from YAML: topics {name: [parts]} (or a list of names), kinds {name: meaning} (or a list), manners and
-    moves (lists of sentences; optional).
+    """A grid from YAML; manners and moves that it lacks are the built-in ones.
 
     Args:
         path: a file; None: the built-in grid.
@@ -76,26 +92,13 @@ def read_grid(path: Path | None, seed: int) -> Grid:
     Raises:
         UserError: the file cannot be read, or has another form.
     """
-    values, where = read_yaml(path or GRID), str(path or GRID)
-    if unknown := [key for key in values if key not in _KEYS]:
-        raise UserError(f"{where}: there is no key {unknown[0]!r}.", f"A grid has {', '.join(_KEYS)}.")
-    if missing := [key for key in ("topics", "kinds") if not values.get(key)]:
-        raise UserError(f"{where}: {missing[0]} missing.", f"A grid has {', '.join(_KEYS)}; the last two are optional.")
-    topics = {
-        name: _texts(parts, f"{where}: topics: {name}") for name, parts in _names(values["topics"], where).items()
-    }
-    kinds = _names(values["kinds"], where)
-    for name, meaning in kinds.items():
-        if meaning is not None and not isinstance(meaning, str):
-            raise UserError(f"{where}: kinds: {name}: expected a text, found {str(meaning)[:60]!r}.")
-    built_in = values if path is None else read_yaml(GRID)
-    manners, moves = (
-        _texts(values.get(key), f"{where}: {key}") or tuple(built_in[key]) for key in ("manners", "moves")
-    )
+    own, built_in = (validated(GridFile, read_yaml(file), str(file)) for file in (path or GRID, GRID))
     cells = [
-        Cell(topic, topics[topic], kind, kinds[kind] or kind) for topic, kind in spread(list(topics), list(kinds), seed)
+        Cell(topic, tuple(own.topics[topic] or ()), kind, own.kinds[kind] or kind)
+        for topic, kind in spread(list(own.topics), list(own.kinds), seed)
     ]
-    return Grid(tuple(cells), manners, moves)
+    manners, moves = own.manners or built_in.manners, own.moves or built_in.moves
+    return Grid(tuple(cells), tuple(manners or ()), tuple(moves or ()))
 
 
 def spread(topics: list[str], kinds: list[str], seed: int) -> list[tuple[str, str]]:
@@ -107,22 +110,6 @@ def spread(topics: list[str], kinds: list[str], seed: int) -> list[tuple[str, st
         (topics[place % len(topics)], kinds[(place + place // period) % len(kinds)])
         for place in range(len(topics) * len(kinds))
     ]
-
-
-def _names(value: Any, where: str) -> dict[str, Any]:
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        value = dict.fromkeys(value)
-    if not isinstance(value, dict) or not all(isinstance(key, str) and key.strip() for key in value):
-        raise UserError(f"{where}: topics and kinds are names, in a list or before a colon; found {str(value)[:60]!r}.")
-    return value
-
-
-def _texts(value: Any, where: str) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
-        raise UserError(f"{where}: expected a list of texts, found {str(value)[:60]!r}.")
-    return tuple(value)
 
 
 # -- requests --------------------------------------------------------------------------------------------------------
@@ -191,9 +178,9 @@ def follow_up_request(
     """The request for the user's next message, which refines or extends what was asked."""
     round_ = len(turns) // 2
     move = random.Random(f"move {seed} {number} {attempt} {round_}").choice(grid.moves).strip().rstrip(".")
-    told = "\n\n".join(f"[{'You' if t['role'] == 'user' else 'The assistant'}]\n{t['content']}" for t in turns)
+    history = "\n\n".join(f"[{'You' if t['role'] == 'user' else 'The assistant'}]\n{t['content']}" for t in turns)
     asked = (
-        f"This is your conversation with an assistant so far.\n\n{told}\n\n[End]\n\n"
+        f"This is your conversation with an assistant so far.\n\n{history}\n\n[End]\n\n"
         f"Write your next message, in the same language. In it you {move}. It builds on the "
         "last answer and can be understood from the conversation alone. No thanks, no praise, no goodbye."
     )

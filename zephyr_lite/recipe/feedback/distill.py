@@ -362,7 +362,7 @@ def distill_bounds(config: DistillConfig, plan: Distilled) -> dict[str, Bound]:
         )
         bounds[user.name].add(user, asked, question, times=plan.wanted, tries=config.tries)
     empty = follow_up_request(user, grid, 0, 0, [{"role": "user", "content": ""}] * 2, 0)
-    told = prompt_bound(user, empty.messages) + max(len(move.encode()) for move in grid.moves)  # whichever is drawn
+    asked = prompt_bound(user, empty.messages) + max(len(move.encode()) for move in grid.moves)  # whichever is drawn
     system = 0 if teacher.system is None else TOKENS_OF_A_TURN + len(teacher.system.encode())
     for round_ in range(config.rounds):
         # before this round's answer: the opening, and an answer and a question for each earlier round
@@ -371,5 +371,5 @@ def distill_bounds(config: DistillConfig, plan: Distilled) -> dict[str, Bound]:
         tries = 1 if round_ else config.tries
         bounds[teacher.name].add(teacher, said + turns + system, teacher.max_tokens, times=plan.wanted, tries=tries)
         if round_:
-            bounds[user.name].add(user, told + said - question + 32 * round_, question, times=plan.wanted)
+            bounds[user.name].add(user, asked + said - question + 32 * round_, question, times=plan.wanted)
     return bounds

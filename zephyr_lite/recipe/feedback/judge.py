@@ -1,8 +1,8 @@
-"""What the judge is asked, and how its JSON is read.
+"""The judge's prompts, and the parsing of its JSON.
 
-One request rates all completions of a prompt on one aspect: beside each other they are told apart better than alone.
-Their order is drawn anew for every aspect, because judges favour places. The rationale comes before the rating in the
-reply, so that the rating can follow from it.
+One request rates all completions of a prompt on one aspect, since a judge distinguishes them better side by side. Their order
+is drawn for every aspect, because judges favour places. The rationale precedes the rating in the reply, so that the rating
+can follow from it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SYSTEM = (
 
 @dataclass(frozen=True)
 class Aspect:
-    """One of UltraFeedback's four scales: what is rated, what 1 to 5 mean, and when it does not apply."""
+    """One of UltraFeedback's four scales: the question, the meaning of 1 to 5, and when it does not apply."""
 
     name: str
     question: str
     scale: tuple[str, str, str, str, str]
-    not_rated: str = ""  # when NOT_RATED is the right reply
+    not_rated: str = ""  # when the reply is NOT_RATED
 
 
 ASPECTS = (
@@ -99,28 +99,28 @@ class Rating:
 
 @dataclass(frozen=True)
 class Overall:
-    """A score from 1 to 10, and what was said for and against."""
+    """A score from 1 to 10, and a critique."""
 
     score: float
     critique: str
 
 
 def shown_order(prompt_id: str, aspect: str, count: int, seed: int) -> list[int]:
-    """Which completion stands at each place of the judge's list."""
+    """The completion at each place of the judge's list, by a seeded draw."""
     order = list(range(count))
     random.Random(f"order {seed} {aspect} {prompt_id}").shuffle(order)
     return order
 
 
 def aspect_messages(aspect: Aspect, instruction: str, texts: Sequence[str]) -> tuple[Message, ...]:
-    """The request that rates ``texts``, in the order in which they are shown."""
+    """The request that rates ``texts``, in the order shown."""
     lines = [f"{number}: {meaning}" for number, meaning in enumerate(aspect.scale, 1)]
     if aspect.not_rated:
         lines.append(f'"{NOT_RATED}": {aspect.not_rated}')
     shown = "\n\n".join(
         f"[Answer {number}]\n{_within(text)}\n[End of answer {number}]" for number, text in enumerate(texts, 1)
     )
-    # a form with a rating on the scale would be handed back by a model that only copies
+    # a rating of 0 is off the scale: a model that only copies the form gives no rating
     form = ", ".join(f'{{"id": {n}, "rationale": "{_RATIONALE}", "rating": 0}}' for n in range(1, len(texts) + 1))
     return (
         {"role": "system", "content": SYSTEM},
@@ -157,15 +157,14 @@ def overall_messages(instruction: str, text: str) -> tuple[Message, ...]:
 
 
 def _within(text: str) -> str:
-    """A text that cannot end its own place in the list, or open another's: a backslash stands before such a mark."""
+    """The text with a backslash before any mark that begins or ends an answer."""
     return _MARK.sub(r"\\\g<0>", text)
 
 
 def parse_ratings(text: str, count: int, may_be_na: bool) -> list[Rating]:
     """The ratings of the answers 1 to ``count``, in that order.
 
-    A code fence, words around the object, or a passage of thought before it are looked past; the object itself must be
-    what was asked for.
+    A code fence, words around the object, and reasoning before it are ignored.
 
     Raises:
         ValueError: there is no such object, an id is missing, twice or unknown, or a rating is off the scale.
@@ -204,12 +203,12 @@ def parse_overall(text: str) -> Overall:
 
 
 def _object(text: str, key: str) -> dict[str, Any]:
-    """The JSON object in a text that has the key, after a passage of thought where there is one.
+    """The JSON object with the key in a text, after reasoning if there is any.
 
     Raises:
-        ValueError: there is none; or there are two that differ: one may be quoted out of an answer that asks for it.
+        ValueError: there is none, or two that differ: one may be quoted from an answer.
     """
-    for part in (text.rpartition("</think>")[2], text):  # the second: the tag may stand within the object
+    for part in (text.rpartition("</think>")[2], text):  # the second: the tag may be within the object
         found = [value for value in _objects(part) if key in value]
         if found:
             if any(value != found[0] for value in found):
@@ -220,7 +219,7 @@ def _object(text: str, key: str) -> dict[str, Any]:
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
     decoder, place = json.JSONDecoder(), text.find("{")
-    for _ in range(64):  # a reply that opens more braces in vain is no JSON
+    for _ in range(64):  # attempts
         if place < 0:
             return
         end = place + 1
@@ -249,7 +248,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    """A number, also as text; None for everything else, NaN and infinity included."""
+    """A number, also as text; None for anything else, NaN and infinity included."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:

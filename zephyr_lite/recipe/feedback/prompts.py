@@ -1,4 +1,4 @@
-"""Prompts out of whatever holds some: conversations, pairs, instructions, a text file with one a line."""
+"""Prompts of a data set: conversations, pairs, instructions, or a text file with one prompt a line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...errors import UserError
 from ...io.reading import read_text
 from .config import PromptsSpec
 
-# columns that hold a prompt, the surest first; "data" is raw UltraChat's, "turns" MT-Bench's
+# columns that may hold a prompt, in this order; "data" is raw UltraChat's, "turns" MT-Bench's
 COLUMNS = ("prompt", "instruction", "messages", "conversations", "data", "question", "turns", "text")
 _CONVERSATIONS = ("messages", "conversations", "data", "turns")
 _BESIDE = ("input", "source", "correct_answers", "incorrect_answers")
@@ -26,13 +26,13 @@ _BESIDE = ("input", "source", "correct_answers", "incorrect_answers")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to ask.
+    """One prompt.
 
     Attributes:
-        text: the user's words. id: their SHA-256, in hex.
+        id: SHA-256 of the text, in hex.
         where: "prompts.jsonl row 17", counted from 1.
-        source: the row's own ``source`` column, or else the name of the set.
-        correct, incorrect: answers that UltraFeedback's rows carry for questions of TruthfulQA and the like.
+        source: the row's ``source`` column, or the name of the set.
+        correct, incorrect: reference answers that UltraFeedback's rows have for some questions.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass
 class Prompts:
-    """What was read. ``dropped`` is reason → the places of the rows that were left out; ``read`` counts all rows."""
+    """The prompts of a set. ``read``: number of rows; ``dropped``: reason → the places of the rows that were left out."""
 
     prompts: list[Prompt]
     label: str
@@ -58,17 +58,15 @@ class Prompts:
 
 
 def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
-    """The prompts of a set, in its order, each once.
+    """The prompts of a set, in its order, without repetitions.
 
-    Of a conversation the first user turn is the prompt (a system turn is not: each completion has its own). An
-    ``input`` beside an ``instruction`` is appended to it, as Alpaca means it.
+    The prompt of a conversation is its first user turn. An ``input`` beside an ``instruction`` is appended, as in Alpaca.
 
     Args:
-        spec: the set. ``limit`` takes rows by a seeded draw, as it does for training.
-        seed: of that draw.
+        seed: of the draw of ``spec.limit`` rows.
 
     Raises:
-        UserError: nothing of the kind is there, no column holds prompts, or no row can be used.
+        UserError: there is no such set, no column holds prompts, or no row can be used.
     """
     if Path(spec.path).expanduser().is_file() and Path(spec.path).suffix.lower() == ".txt":
         rows: Source | list[dict[str, Any]] = _text_lines(spec)
@@ -111,9 +109,8 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
             )
         )
     if not found.prompts:
-        raise UserError(
-            f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped)}.", _column_hint(columns)
-        )
+        hint = f"Another column may hold them: --column NAME, one of {', '.join(columns)}." if columns else ""
+        raise UserError(f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped)}.", hint)
     return found
 
 
@@ -142,22 +139,18 @@ def _column(spec: PromptsSpec, columns: list[str], label: str) -> str:
     return column
 
 
-def _column_hint(columns: list[str]) -> str:
-    return f"Another column may hold them: --column NAME, one of {', '.join(columns)}." if columns else ""
-
-
 def _prompt_of(row: Mapping[str, Any], column: str) -> str:
     """Raises RowError."""
     value = row.get(column)
     if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
-        text = value[0]  # raw UltraChat, MT-Bench: the turns alone, the user's first
+        text = value[0]  # raw UltraChat, MT-Bench: turns without roles
     elif isinstance(value, (list, Mapping)) or (isinstance(value, str) and value.lstrip()[:2] == "[{"):
         try:
             text = next((m["content"] for m in as_messages(value, column) if m["role"] == "user"), "")
         except RowError:
             if not isinstance(value, str) or column in _CONVERSATIONS:
                 raise
-            text = value  # a prompt that begins with data
+            text = value  # a prompt that begins like JSON
     elif isinstance(value, str):
         text = value
     elif value is None:
@@ -195,7 +188,6 @@ def _text_lines(spec: PromptsSpec) -> list[dict[str, Any]]:
     if spec.split or spec.column:
         raise UserError(f"{spec.path}: a text file has no split and no column.", "Leave them out.")
     text = read_text(path)
-    # blank lines divide; the others are prompts, each named by its line
     return [
         {"text": line, "where": f"{spec.path} line {number}"}
         for number, line in enumerate(text.split("\n"), 1)

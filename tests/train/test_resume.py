@@ -1,4 +1,4 @@
-"""Changed under one's feet: what a stage that goes on takes, what it refuses, and what it says of either."""
+"""Resuming a stage: which changes it accepts, which it refuses, and what it prints of both."""
 
 import json
 import re
@@ -98,12 +98,6 @@ def test_every_difference_is_shown_with_old_and_new(place):
     assert re.fullmatch(rf"  other weights of {place / 'base'}: [0-9a-f]{{12}} then, [0-9a-f]{{12}} now", lines[4])
     assert lines[5] == "  an adapter below it was changed or replaced: zero/adapter (abababababab) then, none now"
     assert len(lines) == 6  # eval_steps may change
-
-
-def test_other_weights_in_the_same_place(place):
-    weights = load_file(place / "base" / "model.safetensors")
-    save_file({k: v + 1 for k, v in weights.items()}, place / "base" / "model.safetensors", metadata={"format": "pt"})
-    assert re.search(r"other weights of .*/base: [0-9a-f]{12} then, [0-9a-f]{12} now", refused(place))
 
 
 def test_rows_that_were_removed(place):
@@ -297,28 +291,12 @@ def test_the_stages_of_a_run_share_its_id(place, pair_rows):
     ("key", "value", "message"),
     [
         ("base", None, "has no 'base.name_or_path'"),
-        ("base", [], "'base' is []: Input should be a valid dictionary"),
-        ("base", {"name_or_path": "x"}, "has no 'base.fingerprint'"),
-        ("base", {"name_or_path": "x", "fingerprint": 7}, "'base.fingerprint' is 7: Input should be a valid string"),
-        (
-            "adapters",
-            {"path": "x"},
-            "'adapters' is {'path': 'x'}: Input should be a valid list",
-        ),
         ("adapters", ["x"], "'adapters.0' is 'x': Input should be a valid dictionary"),
-        ("data", 3, "'data' is 3: Input should be a valid dictionary"),
         ("data", {}, "has no 'data.fingerprint'"),
-        ("plan", "auto", "'plan' is 'auto': Input should be a valid dictionary"),
         ("plan", {"micro_tokens": 5}, "its plan is none of this version's"),
-        ("plan", {"micro_tokens": "5", "keep": ["all", "all"]}, "its plan is none of this version's"),
-        ("plan", {"micro_tokens": 64, "keep": 5}, "its plan is none of this version's"),
         ("plan", {"micro_tokens": 64, "keep": ["all"]}, "its plan is for 1 layers, and the base has 2"),
         ("method", "ppo", "'method' is 'ppo': Input should be 'sft' or 'dpo'"),
-        ("versions", {"torch": 2.1}, "'versions.torch' is 2.1: Input should be a valid string"),
-        ("resumed", [1], "'resumed.0' is 1: Input should be a valid dictionary"),
-        ("format", "1", "'format' is '1': Input should be a valid integer"),
         ("format", 2, "has format 2; this version reads formats up to 1 (written by zephyr-lite"),
-        ("status", 1, "'status' is 1: Input should be a valid string"),
     ],
 )
 def test_what_no_run_writes_is_named(place, key, value, message):
@@ -345,7 +323,6 @@ def test_a_broken_file_of_another_run_is_in_nobodys_way(place):
     [
         ("own", None, "has no 'own'"),
         ("adapters", None, "has no 'adapters'"),
-        ("base", {}, "has no 'base.name_or_path'"),
     ],
 )
 def test_a_chain_of_what_no_run_writes(place, key, value, message):

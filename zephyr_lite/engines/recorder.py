@@ -1,10 +1,10 @@
-"""What a trainer of transformers needs to run like the loop: the order of rows, the metrics file, signals, manifests."""
+"""What a trainer of transformers needs to run like our loop: the order of rows, the metrics file, signals, manifests."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,16 @@ from ..config.load import RunConfig
 from ..io.interrupts import Output, StopRequest
 from ..io.manifest import write_manifest
 from ..memory.machine import peak_memory
-from .checkpoint import MetricsLog
-from .monitors import IN_A_ROW, DpoCollapseMonitor, SkippedSteps
-from .objective import Metrics
-from .observer import Observer
-from .stage import Stage
-from .steps import rows_of_step, step_schedule
+from ..train.checkpoint import MetricsLog
+from ..train.monitors import IN_A_ROW, DpoCollapseMonitor, SkippedSteps
+from ..train.objective import Metrics
+from ..train.observer import Observer
+from ..train.stage import Stage
+from ..train.state import OnMetrics
+from ..train.steps import rows_of_step, step_schedule
 
-OnMetrics = Callable[[int, int, Metrics], None]
+# transformers' own, which metrics.jsonl has under other names or not at all
+_LEFT_OUT = ("eval_runtime", "eval_num_tokens", "eval_samples_per_second", "eval_steps_per_second")
 
 
 class Order(torch.utils.data.Sampler[int]):
@@ -43,26 +45,26 @@ class Order(torch.utils.data.Sampler[int]):
 
 
 class Recorder(TrainerCallback):
-    """Writes ``metrics.jsonl`` under the fused engine's names; evaluates and saves at the last step; leaves out a step whose
-    gradients are not finite, and stops after three in a row; ends in good order when a signal came."""
+    """Writes ``metrics.jsonl`` under the fused engine's names; evaluates and saves at the last step; skips a step whose
+    gradients are not finite, and stops after three in a row; stops with a checkpoint when a signal came."""
 
     def __init__(self, stage: Stage, unit: str, total: int, on_metrics: OnMetrics, say: Callable[[str], None]) -> None:
         self.stage, self.unit, self.total, self.output = stage, unit, total, Output()
         self.on_metrics, self.say = self.output.of(on_metrics), self.output.of(say)
         self.log, self.left_out = MetricsLog(stage.dir.metrics), SkippedSteps(stage.dir.path, self.say)
+        self.per_epoch, _ = step_schedule(stage.config, len(stage.data.rows))
         self.stop: StopRequest | None = None
         self.last: Metrics = {}
         self.evaluations: list[Metrics] = []
         self.warnings: list[str] = []
         self.collapse = DpoCollapseMonitor() if unit == "pairs" else None
-        self.begun = self.seconds = 0.0
-        self.tokens = 0.0
+        self.begun = self.seconds = self.tokens = 0.0
         self.skips = False
-        self.observer = Observer()
+        self.observers: Sequence[Observer] = ()
         self.trainer: Any = None  # set when there is one
 
-    def go_on(self, step: int) -> None:
-        """From a checkpoint of that step: what was logged up to it is the run's too."""
+    def resume(self, step: int) -> None:
+        """Take over what was logged up to a checkpoint's step."""
         for record in self.log.truncate(step):
             if "eval_loss" in record:
                 self.evaluations.append(record)
@@ -76,11 +78,11 @@ class Recorder(TrainerCallback):
         self.begun = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if args.fp16:  # the loss scaler looks for itself
+        if args.fp16:  # the loss scaler skips by itself
             return
         trained = [p for p in model.parameters() if p.grad is not None]
         self.skips = not all(bool(torch.isfinite(p.grad).all()) for p in trained)
-        if self.skips:  # the optimizer passes over what has no gradient
+        if self.skips:  # the optimizer passes over parameters without gradient
             for parameter in trained:
                 parameter.grad = None
 
@@ -91,20 +93,20 @@ class Recorder(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = self.stage.dir.path / f"checkpoint-{state.global_step}"
         self.log.flush()
-        write_manifest(folder)  # transformers writes in place: without this it is not complete
+        # transformers writes in place: without a manifest the checkpoint is not complete
+        write_manifest(self.stage.dir.path / f"checkpoint-{state.global_step}")
         if self.stage.mirror is not None:
             self.stage.mirror.changed(state.best_global_step or None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         step, logs = state.global_step, dict(logs or {})
         if "eval_loss" in logs:
-            skip = ("eval_runtime", "eval_num_tokens", "eval_samples_per_second", "eval_steps_per_second")
-            found = {k: v for k, v in logs.items() if k.startswith("eval_") and k not in skip}
+            found = {k: v for k, v in logs.items() if k.startswith("eval_") and k not in _LEFT_OUT}
             self.evaluations.append({"step": step, **found})
             self._write(step, found)
-            self.observer.evaluated(step, found)
+            for observer in self.observers:
+                observer.evaluated(step, found)
         elif "loss" in logs:
             self._training(step, logs)
         ends = self.output.fault is not None or (self.stop is not None and self.stop.name is not None)
@@ -112,34 +114,35 @@ class Recorder(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _training(self, step: int, logs: Metrics) -> None:
-        rows = rows_of_step(self.stage.config, len(self.stage.data.rows), step - 1)
-        finite = math.isfinite(logs["loss"]) and not self.skips and math.isfinite(logs.get("grad_norm", 0.0))
-        # a scaler of accelerate's tells nobody its scale: every step before the first update counts as its search
+        data = self.stage.data
+        rows = rows_of_step(self.stage.config, len(data.rows), step - 1)
+        finite_loss = math.isfinite(logs["loss"])
+        finite = finite_loss and not self.skips and math.isfinite(logs.get("grad_norm", 0.0))
+        # accelerate's scaler does not tell its scale: every step before the first update counts as its search
         scale = 1.0 if self.stage.base.dtype == torch.float16 else None
-        what = self.left_out.watch.saw(applied=finite, finite_loss=math.isfinite(logs["loss"]), scale=scale)
-        if not math.isfinite(logs["loss"]):
-            self.trainer._tr_loss.zero_()  # it goes on from what was logged minus itself, which is not a number
-        if what == "bad":
-            data = self.stage.data
+        outcome = self.left_out.watch.saw(applied=finite, finite_loss=finite_loss, scale=scale)
+        if not finite_loss:
+            self.trainer._tr_loss.zero_()  # transformers subtracts what was logged, which is not a number
+        if outcome == "bad":
             where = [data.examples[example].where for row in rows for example in data.rows[row]]
             named = self.left_out.add(step, logs, where, alone=None)
             if self.left_out.watch.in_a_row == IN_A_ROW:
                 raise self.left_out.error(step, named, "The last checkpoint is untouched.")
-        elif what == "applied" and self.collapse is not None and (warning := self.collapse.saw(step, logs)):
+        elif outcome == "applied" and self.collapse is not None and (warning := self.collapse.saw(step, logs)):
             self.say(warning)
             self.warnings.append(warning)
         self.tokens, before = logs.pop("num_tokens", self.tokens), self.tokens
         logs["num_tokens"] = self.tokens - before
         if self.unit == "pairs":
             logs["num_pairs"] = float(len(rows))
-        done = logs["num_tokens" if self.unit == "tokens" else "num_pairs"]
-        per_epoch, _ = step_schedule(self.stage.config, len(self.stage.data.rows))
-        logs["epoch"] = round(step / per_epoch, 4)
+        done = logs[f"num_{self.unit}"]
+        logs["epoch"] = round(step / self.per_epoch, 4)
         logs["seconds"] = round(self.seconds, 4)
         logs[f"{self.unit}_per_second"] = round(done / max(self.seconds, 1e-9), 3)
         logs["peak_memory_gib"] = round(peak_memory(self.stage.base.device) / 2**30, 3)
         self.last = logs
-        self.observer.stepped(step, logs)
+        for observer in self.observers:
+            observer.stepped(step, logs)
         if step % self.stage.config.logging_steps == 0 or step in (1, self.total):
             self._write(step, logs)
 

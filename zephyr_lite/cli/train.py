@@ -1,0 +1,101 @@
+"""``zephyr-lite sft`` and ``zephyr-lite dpo``."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from ..io.launcher import launched
+from ..model.allocator import set_allocator
+from ..train.distributed import everywhere, joined, nothing
+from .console import Console
+from .options import StageConfig, Verbose
+
+console = Console()
+
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the plan, the first row and the first step's time; keep nothing."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and the result, and nothing of the steps.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object a line, for programs.")]
+Smoke = Annotated[
+    bool,
+    typer.Option("--smoke", help="Smoke test in minutes: 20 steps, a kill, a resume, merge, a generation."),
+]
+
+
+def train(
+    context: typer.Context,
+    config: StageConfig = None,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a stage by the method that the command is named after."""
+    from ..config.load import load_config
+
+    method: Any = context.info_name
+    if launched() > 1 and (dry_run or smoke):
+        raise UserError(
+            f"{'--dry-run' if dry_run else '--smoke'} runs in one process; {launched()} were started.",
+            "Start it without torchrun.",
+        )
+    if smoke and (dry_run or quiet or as_json):
+        other = "--dry-run" if dry_run else "--quiet" if quiet else "--json"
+        raise UserError(f"--smoke and {other} do not go together.", "Take one of them.")
+    # a wrong key is said before torch is imported
+    try:
+        given = load_config(method, config or f"zephyr-7b/{method}", context.args)
+    except UserError as error:
+        raise everywhere(error, machine=True) from None
+    if smoke:
+        from ..demo.smoke import run_smoke
+
+        run_smoke(method, config, context.args, say=console.say)
+        return
+    if given.config.engine == "unsloth":
+        from ..engines import start_unsloth
+
+        start_unsloth()  # it replaces what is imported from here on
+    else:
+        set_allocator()
+    from ..config.resolve import resolve_run
+    from ..memory.needs import needs_lines
+    from ..monitor.report_writer import ReportWriter
+    from ..monitor.screens import open_screen
+    from ..train.dpo import DpoObjective
+    from ..train.dry_run import run_dry
+    from ..train.main import run
+    from ..train.resume import StageComplete
+    from ..train.sft import SftObjective
+
+    def resolve() -> Any:
+        found = resolve_run(method, config, context.args, loaded=given, say=screen.say, fetch=not dry_run)
+        for line in needs_lines(method, found.config):
+            screen.say(line)
+        return found
+
+    objective: Any = SftObjective if method == "sft" else DpoObjective
+    with joined() as here:
+        if not here.writes:
+            with redirect_stdout(sys.stderr):  # libraries' output must not mix with the events of --json
+                run(method, here.lead(nothing), objective, say=nothing)
+            return
+        with open_screen(console, quiet=quiet, as_json=as_json) as screen:
+            try:
+                loaded = here.lead(resolve)
+                if dry_run:
+                    run_dry(method, loaded, say=screen.say, show=console.row)
+                    return
+                observers = [screen, ReportWriter(screen.say)]
+                run(method, loaded, objective, say=screen.say, on_metrics=screen.metrics, observers=observers)
+                screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
+            except StageComplete as done:
+                screen.say(f"{done.message} {done.hint}")

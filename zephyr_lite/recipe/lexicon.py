@@ -1,0 +1,172 @@
+"""How words are written in the middle of a sentence, learned from text with correct capitals.
+
+For each word, the number of dialogues that write it with a capital in the middle of a sentence, by form, and in lower
+case; for each pair of neighbors with two capitals ("White House"), in how many dialogues it occurs so, and in any case. A
+dialogue counts once: a title repeated ten times in one story is one vote.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+from ..errors import UserError
+from ..io.run_dir import write_text
+from .english import ALWAYS
+from .words import SIGNS
+
+FORMAT = "zephyr-lite lexicon 1"
+# a word is a name if (with capital + ½) / (all + _PRIOR) reaches _NAME: 3 of 3, 11 of 12, not 2 of 2
+_NAME, _PRIOR = 0.75, 1.5
+_PAIR, _PAIR_TIMES = 0.6, 2
+LIMIT = 1_000_000  # entries of a kind; beyond it the rarest are removed, which bounds the memory
+_WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
+_RUN = re.compile(rf"{_WORD.pattern}(?:,? {_WORD.pattern})+")  # words separated by a space, or a comma and a space
+_CAPITAL = re.compile(r"[A-Z]")
+_LEAST_WORDS = 3  # a shorter run may be a heading
+
+
+@dataclass
+class Lexicon:
+    """Counts of words and pairs, and the names decided by them.
+
+    Attributes:
+        forms: a word as it is written in the middle of a sentence → number of dialogues.
+        pairs: two neighbors with capitals, joined by a space → number of dialogues.
+        both: the same in lower case → number of dialogues that have them in any case.
+    """
+
+    forms: Counter[str] = field(default_factory=Counter)
+    pairs: Counter[str] = field(default_factory=Counter)
+    both: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def learned(cls, blocks: Iterable[Sequence[Mapping[str, int]]]) -> Lexicon:
+        """The sum of blocks' counts (``count_words``). Lower-case words without a form with a capital are removed."""
+        lexicon = cls()
+        for block in blocks:
+            for mine, theirs in zip((lexicon.forms, lexicon.pairs, lexicon.both), block):
+                mine.update(theirs)
+                _prune(mine)
+        written = {form.lower() for form in lexicon.forms if _CAPITAL.search(form)}
+        for form in [form for form in lexicon.forms if form not in written and not _CAPITAL.search(form)]:
+            del lexicon.forms[form]
+        return lexicon
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Lower case → the form of every word that is a name by the counts, or by ``english.ALWAYS``."""
+        total: Counter[str] = Counter()
+        capital: Counter[str] = Counter()
+        best: dict[str, tuple[int, str]] = {}
+        for form, count in self.forms.items():
+            lower = form.lower()
+            total[lower] += count
+            if form != lower:
+                capital[lower] += count
+                best[lower] = max(best.get(lower, (0, "")), (count, form))
+        names = dict(ALWAYS)
+        for lower, (_, form) in best.items():
+            if (capital[lower] + 0.5) / (total[lower] + _PRIOR) >= _NAME and len(lower) > 1:
+                names[lower] = form
+            elif lower in names and total[lower] >= 4 and capital[lower] * 2 < total[lower]:
+                del names[lower]  # the corpus overrules the list
+        return names
+
+    @cached_property
+    def phrases(self) -> dict[str, str]:
+        """Lower-case pair → its form, for pairs such as "White House"."""
+        written: dict[str, tuple[int, str]] = {}
+        times: Counter[str] = Counter()
+        for pair, count in self.pairs.items():
+            lower = pair.lower()
+            times[lower] += count
+            written[lower] = max(written.get(lower, (0, "")), (count, pair))
+        return {
+            lower: pair
+            for lower, (_, pair) in written.items()
+            if times[lower] >= _PAIR_TIMES and (times[lower] + 0.5) / (max(times[lower], self.both[lower]) + 1) >= _PAIR
+        }
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Every lower-case word of the names and phrases."""
+        return frozenset(self.names).union(*(pair.split(" ") for pair in self.phrases))
+
+    def save(self, path: Path) -> None:
+        """Write the counts as JSON, sorted."""
+        counts = {name: dict(sorted(getattr(self, name).items())) for name in ("forms", "pairs", "both")}
+        text = json.dumps({"format": FORMAT, **counts}, ensure_ascii=False, indent=0, separators=(",", ":"))
+        write_text(path, text + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Lexicon:
+        """Read a file written by ``save``.
+
+        Raises:
+            UserError: the file cannot be read, or is not a lexicon.
+        """
+        hint = "Name a lexicon.txt of an earlier run."
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}.", hint) from None
+        except ValueError:
+            value = None
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise UserError(f"{path}: not a lexicon ({FORMAT!r}).", hint)
+        return cls(Counter(value["forms"]), Counter(value["pairs"]), Counter(value["both"]))
+
+
+def count_words(dialogues: Iterable[str]) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """Count how words are written inside sentences: (forms, pairs, both) of ``Lexicon``, lower-case words included.
+
+    A word is inside a sentence if a space, or a comma and a space, separates it from the word before. Runs of fewer than
+    four words, and runs of mostly capitals, are skipped: they may be headings.
+    """
+    forms: Counter[str] = Counter()
+    pairs: Counter[str] = Counter()
+    spellings: list[list[str]] = []
+    for text in dialogues:
+        text = SIGNS.sub(" ", text)
+        plain: list[str] = []  # words of runs without capitals, the most frequent case
+        own_forms: set[str] = set()
+        own_pairs: dict[str, str] = {}
+        for run in _RUN.finditer(text):
+            rest = run.group().partition(" ")[2]
+            words = rest.split(" ")
+            if len(words) < _LEAST_WORDS:
+                continue
+            if _CAPITAL.search(rest) is None:
+                plain += words
+                continue
+            if sum(_CAPITAL.search(word) is not None for word in words) * 2 > len(words):
+                continue
+            own_forms.update(words)
+            for before, word in pairwise(words):
+                if "A" <= before[0] <= "Z" and "A" <= word[0] <= "Z" and before[-1] != ",":
+                    pair = f"{before} {word.rstrip(',')}"
+                    own_pairs.setdefault(pair.lower(), pair)
+        own_forms = {word.rstrip(",") for word in own_forms.union(plain) if not "0" <= word[0] <= "9"}
+        forms.update(own_forms)
+        pairs.update(own_pairs.values())
+        spellings.append(_WORD.findall(text.lower()))
+    wanted = {tuple(pair.lower().split(" ")) for pair in pairs}
+    both: Counter[str] = Counter()
+    for words in spellings:
+        both.update(" ".join(pair) for pair in wanted.intersection(pairwise(words)))
+    return forms, pairs, both
+
+
+def _prune(counts: Counter[str]) -> None:
+    least = 1
+    while len(counts) > LIMIT:
+        for key in [key for key, count in counts.items() if count <= least]:
+            del counts[key]
+        least += 1
