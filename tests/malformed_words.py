@@ -131,7 +131,7 @@ CASES = [
         "yaml: a table without arms",
         table_of("arms: 5\n"),
         "table.yaml: arms: Input should be a valid dictionary.",
-        "The shipped tables show what one holds: {root}/zephyr_lite/configs/tables/alpha-beta.yaml, {root}/zephyr_lite/configs/tables/recipe.yaml.",
+        "Shipped tables are examples: {root}/zephyr_lite/configs/tables/alpha-beta.yaml, {root}/zephyr_lite/configs/tables/recipe.yaml.",
     ),
     Case(
         "yaml: a job with an unknown key",

@@ -463,20 +463,13 @@ def test_an_unknown_card_lists_the_known_ones():
     assert all(name in caught.value.hint for name in CARDS)
 
 
-def test_a_rate_is_what_is_done_a_second(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    clock, done = iter(range(100)), []
-    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(clock) * 0.1)
-    # looks at the clock at 0.1, 0.2 and 0.3: two rounds of four, after one to warm up
-    assert calibrate._rate(torch.device("cpu"), lambda: done.append(1), 3.0) == pytest.approx(3.0 * 8 / 0.3)
-    assert len(done) == 9
-
-
 def test_a_rate_on_a_cpu_is_that_of_the_fastest_call(monkeypatch):
-    clock, done = iter([0.0, 2 / 64, 3 / 64, *range(1, 99)]), []
+    durations = iter([5, 3, 2, *[4] * 100])
+    clock = iter([t for now, d in enumerate(durations) for t in (10 * now, 10 * now + d)])
     monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(clock))
-    assert calibrate._best(lambda: done.append(1), 3.0) == 3.0 * 64
-    assert len(done) == 1 + calibrate.CPU_CALLS  # one to warm up
+    done = []
+    assert calibrate._rate(torch.device("cpu"), lambda: done.append(1), 3.0) == 3.0 / 2
+    assert len(done) == calibrate.CALLS + 1  # one to warm up
 
 
 @pytest.fixture
@@ -485,7 +478,7 @@ def processor(monkeypatch):
 
     def measured(*rates: float) -> Machine:
         found = iter(rates)
-        monkeypatch.setattr(calibrate, "_best", lambda run, amount: run() is None or next(found))
+        monkeypatch.setattr(calibrate, "_rate", lambda device, run, amount: run() is None or next(found))
         calibrate._processor.cache_clear()
         return this_machine(torch.device("cpu"), torch.float32, FREE)
 

@@ -183,25 +183,19 @@ def _resident(job: Workload, execution: ExecutionConfig, device: Device) -> tupl
 # -- activations -------------------------------------------------------------------------------------------------------
 
 
-def kept_widths(shape: Shape, keep: Keep, ranks: int) -> tuple[int, int]:
-    """Numbers a token that a layer keeps for its backward pass: of the hidden states' dtype, and of at least 32 bits.
+def kept_bytes(shape: Shape, itemsize: int, keep: Keep, ranks: int = 0) -> int:
+    """Bytes a token that one layer keeps for its backward pass, exactly.
 
     Args:
         ranks: of all adapters on all projections of the layer, summed.
     """
-    narrow = shape.hidden  # the layer's input
+    width = shape.hidden  # the layer's input
     if keep == "input":
-        return narrow, 0
-    narrow += shape.queries + shape.hidden  # the attention's output, and the residual after it
+        return width * itemsize
+    width += shape.queries + shape.hidden  # the attention's output, and the residual after it
     if keep == "all":
-        narrow += shape.queries + 2 * shape.keys + 2 * shape.inner + ranks
-    return narrow, shape.heads  # its log-sum-exp
-
-
-def kept_bytes(shape: Shape, itemsize: int, keep: Keep, ranks: int = 0) -> int:
-    """Bytes a token that one layer keeps, exactly."""
-    narrow, wide = kept_widths(shape, keep, ranks)
-    return narrow * itemsize + wide * max(4, itemsize)
+        width += shape.queries + 2 * shape.keys + 2 * shape.inner + ranks
+    return width * itemsize + shape.heads * max(4, itemsize)  # with the log-sum-exp
 
 
 def kept_per_token(job: Workload, keep: Sequence[Keep]) -> int:

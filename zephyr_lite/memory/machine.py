@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
 from ..config.load import MemorySpec
@@ -126,12 +127,7 @@ def keep_freed_pages() -> bool:
 def main_memory() -> int:
     """Bytes of main memory that are available to the machine and to its container; of these, the share of one of the run's
     processes here."""
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-        there = int(re.search(r"^MemAvailable:\s*(\d+)", meminfo, re.MULTILINE)[1]) * 1024  # type: ignore[index]
-    except OSError:  # not Linux
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 8 * GIB
-    room = container_room()
+    there, room = psutil.virtual_memory().available, container_room()
     # torchrun and accelerate launch set it
     return (there if room is None else min(there, room)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
@@ -180,13 +176,21 @@ def process_memory(device: torch.device) -> int:
         return 0
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return _resident("VmRSS")
+    return psutil.Process().memory_info().rss
 
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: on a GPU what its allocator reserved at most, on a CPU the largest resident set of the process since
     ``reset_peak_memory``. What a plan's ``peak`` counts, too."""
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _resident("VmHWM")
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
+    if found is not None:
+        return int(found[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -194,16 +198,3 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cpu":
         with suppress(OSError):  # not Linux, or a sandbox without this file
             Path("/proc/self/clear_refs").write_text("5")
-
-
-def _resident(name: Literal["VmRSS", "VmHWM"]) -> int:
-    """Bytes of the resident set, now or at its largest; without Linux's ``/proc`` always at its largest."""
-    try:
-        found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    if found is not None:
-        return int(found[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
