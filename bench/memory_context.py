@@ -136,9 +136,9 @@ def plan_context(
         host: GiB of main memory to spare.
         step, most: tokens; multiples of the one up to the other are tried.
     """
-    from zephyr_lite.memory.account import GIB, Device
+    from zephyr_lite.memory.estimate import GIB, Device
     from zephyr_lite.memory.gpus import gpu_of_size
-    from zephyr_lite.memory.search import Limits, longest_context
+    from zephyr_lite.memory.plan import Limits, longest_context
     from zephyr_lite.memory.workload import make_workload
     from zephyr_lite.model.base import read_model_config
 

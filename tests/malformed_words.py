@@ -131,7 +131,7 @@ CASES = [
         "yaml: a table without arms",
         table_of("arms: 5\n"),
         "table.yaml: arms: Input should be a valid dictionary.",
-        "The shipped tables show what one holds: {root}/zephyr_lite/configs/tables/alpha-beta.yaml, {root}/zephyr_lite/configs/tables/recipe.yaml.",
+        "Shipped tables are examples: {root}/zephyr_lite/configs/tables/alpha-beta.yaml, {root}/zephyr_lite/configs/tables/recipe.yaml.",
     ),
     Case(
         "yaml: a job with an unknown key",
@@ -187,18 +187,19 @@ CASES = [
     Case(
         "run: a stage.json that was cut off",
         broken_stage('{"format": 1, "status": "compl'),
-        "runs/t/sft/stage.json: not readable as JSON: Unterminated string starting at: line 1 column 25 (char 24).",
+        "runs/t/sft/stage.json: not valid JSON (Unterminated string starting at: line 1 column 25 (char 24)).",
         "Restore the file, or start in another folder.",
     ),
     Case(
         "run: a stage.json that is a list",
         broken_stage("[]"),
-        "runs/t/sft/stage.json: expected a JSON object, found list.",
+        "runs/t/sft/stage.json: expected a JSON object, found a list.",
+        "Restore the file, or start in another folder.",
     ),
     Case(
         "run: a stage.json of bytes",
         broken_stage(b"\xff\xfe\x00"),
-        "runs/t/sft/stage.json: not readable as JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte.",
+        "runs/t/sft/stage.json: not valid JSON (not UTF-8 at byte 0).",
         "Restore the file, or start in another folder.",
     ),
 ]

@@ -22,7 +22,8 @@ from zephyr_lite.config.load import MemorySpec, RunConfig, load_config, read_dum
 from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.memory.plan import keep_freed_pages, make_plan, this_machine
+from zephyr_lite.memory.machine import keep_freed_pages, this_machine
+from zephyr_lite.memory.plan import make_plan
 from zephyr_lite.memory.workload import AdapterSpec, Shape, Workload
 from zephyr_lite.merge import chain_of_run
 from zephyr_lite.model.adapters import AdapterStack
@@ -97,7 +98,7 @@ def test_memory_may_be_changed_to_go_on(windowed, chat_rows, tmp_path, monkeypat
     with killed_at(1):
         run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)), say=quiet)
     first = StageDir(tmp_path / "r" / "sft").info()["plan"]
-    monkeypatch.setattr("zephyr_lite.memory.plan.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("zephyr_lite.memory.machine.free_memory", lambda device: 2**20)
     for memory, keep in ((None, first["keep"]), ("input", ["input"] * len(first["keep"]))):
         changes = {} if memory is None else {"memory.keep": memory}
         loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings, **changes))
@@ -253,11 +254,11 @@ def test_float16_scales_the_loss_and_gives_up_when_no_scale_helps(windowed, chat
 
 def test_the_plan_leaves_room_for_gradients_and_moments(monkeypatch):
     """A rank of 128 on a 7B model: 335 million parameters, 4 GB that are not there yet when the plan is made."""
-    monkeypatch.setattr("zephyr_lite.memory.plan.free_memory", lambda device: 10**9)
+    monkeypatch.setattr("zephyr_lite.memory.machine.free_memory", lambda device: 10**9)
     shape, cpu, spec = Shape.of(make_model().config), torch.device("cpu"), MemorySpec()
 
     def plan(optim, r):
-        adapter = AdapterSpec.fresh(shape, r, r, "all-linear")
+        adapter = AdapterSpec.fresh(shape, r)
         job = Workload(shape, torch.float32, "dense", (adapter,), optim, False, "sft", longest=10)
         return job.parameters, make_plan(job, this_machine(cpu, job.dtype, spec), spec)
 

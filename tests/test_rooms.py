@@ -33,8 +33,6 @@ ROOMS = (
 )
 # imports that run upwards, to be removed: (room, room)
 UPWARDS = {
-    ("memory", "train"),
-    ("model", "memory"),
     ("train", "engines"),
 }
 ONLY_IN = {

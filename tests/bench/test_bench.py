@@ -20,7 +20,7 @@ from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.data.dataset import prepare
 from zephyr_lite.errors import UserError
-from zephyr_lite.memory.plan import free_memory
+from zephyr_lite.memory.machine import free_memory
 from zephyr_lite.model.base import load_tokenizer
 from zephyr_lite.train.steps import rows_of_step
 

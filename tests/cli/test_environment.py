@@ -15,7 +15,7 @@ from zephyr_lite.cli import environment
 from zephyr_lite.cli.app import run
 from zephyr_lite.config.load import MemorySpec
 from zephyr_lite.errors import UserError
-from zephyr_lite.memory import plan
+from zephyr_lite.memory import machine as machine_file
 from zephyr_lite.model.allocator import is_wsl, set_allocator
 from zephyr_lite.model.base import compute_device
 
@@ -148,10 +148,10 @@ def test_windows_is_refused_before_anything_is_imported(monkeypatch, capsys):
 def test_under_wsl_the_plan_has_what_can_be_locked_and_the_allocator_no_more_than_is_free(monkeypatch):
     device, gib = torch.device("cuda", 0), 2**30
     for module, name, value in (
-        (plan, "main_memory", 32 * gib),
-        (plan, "lockable", 3 * gib),
-        (plan, "is_wsl", True),
-        (plan, "free_memory", 10 * gib),
+        (machine_file, "main_memory", 32 * gib),
+        (machine_file, "lockable", 3 * gib),
+        (machine_file, "is_wsl", True),
+        (machine_file, "free_memory", 10 * gib),
         (torch.cuda, "get_device_capability", (8, 6)),
         (torch.cuda, "get_device_name", "A card"),
         (torch.cuda, "memory_allocated", 2 * gib),
@@ -160,13 +160,13 @@ def test_under_wsl_the_plan_has_what_can_be_locked_and_the_allocator_no_more_tha
         monkeypatch.setattr(module, name, lambda *a, value=value: value)
     fractions = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: fractions.append(given))
-    machine = plan.this_machine(device, torch.float16, MemorySpec(), measure=False)
+    machine = machine_file.this_machine(device, torch.float16, MemorySpec(), measure=False)
     assert (machine.free, machine.host) == (10 * gib, 3 * gib)
-    plan.cap_allocator(device, MemorySpec())
-    plan.cap_allocator(device, MemorySpec(vram="6.75GiB"))  # of which the context takes 0.75
+    machine_file.cap_allocator(device, MemorySpec())
+    machine_file.cap_allocator(device, MemorySpec(vram="6.75GiB"))  # of which the context takes 0.75
     assert fractions == [(12 / 16, device), (8 / 16, device)]
-    monkeypatch.setattr(plan, "is_wsl", lambda: False)
-    assert plan.this_machine(device, torch.float16, MemorySpec(), measure=False).host == 16 * gib
-    plan.cap_allocator(device, MemorySpec())
-    plan.cap_allocator(torch.device("cpu"), MemorySpec())
+    monkeypatch.setattr(machine_file, "is_wsl", lambda: False)
+    assert machine_file.this_machine(device, torch.float16, MemorySpec(), measure=False).host == 16 * gib
+    machine_file.cap_allocator(device, MemorySpec())
+    machine_file.cap_allocator(torch.device("cpu"), MemorySpec())
     assert len(fractions) == 2

@@ -6,6 +6,7 @@ import asyncio
 import email.utils
 import socket
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -558,3 +559,10 @@ def test_endpoints_have_a_pace_of_their_own(tmp_path):
 
         took, totals = run(specs, tmp_path, work)
     assert took < 1.5 and totals.replies == 6
+
+
+def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with ChatServer() as server, pytest.raises(UserError) as caught:
+        one(server, tmp_path)
+    assert 'pip install "zephyr-lite[feedback]"' in caught.value.hint and not server.seen

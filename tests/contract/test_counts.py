@@ -13,10 +13,11 @@ from tests.contract.test_layer import KEEPS
 from tests.numeric import conversation, live_stack, loss_and_gradients, pair
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
-from zephyr_lite.memory.plan import kept_bytes, scratch_bytes
+from zephyr_lite.memory.estimate import kept_bytes, scratch_bytes
 from zephyr_lite.model import dequant_buffer as memory
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
+from zephyr_lite.model.shape import Shape
 from zephyr_lite.ops import token_logps as token_logps_file
 
 MISTRAL = SimpleNamespace(
@@ -65,12 +66,12 @@ def test_bytes_kept_for_the_backward_pass(dtype, keep, p):
     # of the last hidden states: what the gather and the final norm keep, and the head's slope
     head = targets * (hidden * size + 4 + hidden * size + 8)
     assert found.bytes == 2 * len(batch) * a_layer + head
-    assert kept_bytes(model.config, dtype, keep, ranks=ranks) == 2 * a_layer
+    assert kept_bytes(Shape.of(model.config), size, keep, ranks) == a_layer
 
 
 def test_bytes_kept_a_token_of_mistral():
     """8 KB, 24 KB and 92 KB a token and layer in 16 bits, as the design says."""
-    found = [kept_bytes(MISTRAL, torch.bfloat16, keep) for keep in KEEPS]
+    found = [kept_bytes(Shape.of(MISTRAL), 2, keep) for keep in KEEPS]
     assert found == [8 * 1024, 24 * 1024 + 128, 92 * 1024 + 128]
 
 
@@ -134,7 +135,7 @@ def test_the_scratch_is_as_large_as_the_design_says(mode):
     ]
     sizes = [2 * n / 2**20 for n in memory.scratch_elements(sites, mode)]
     assert sizes == {"layer": [416.0], "small": [80.0, 112.0]}[mode]
-    assert scratch_bytes(MISTRAL, torch.bfloat16, mode) == sum(sizes) * 2**20  # what the planner counts with
+    assert scratch_bytes(Shape.of(MISTRAL), 2, mode) == sum(sizes) * 2**20  # what the planner counts with
 
 
 def test_the_head_multiplies_target_rows_only(monkeypatch):

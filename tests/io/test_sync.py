@@ -186,47 +186,6 @@ def test_a_checkpoint_that_rots_here_does_not_replace_a_good_copy(tmp_path):
     mirror.close()
 
 
-def test_two_machines_on_one_run_do_not_delete_each_others_copies(tmp_path):
-    stage = AStage(tmp_path / "a")
-    said = []
-    mirror = mirror_of(tmp_path / "drive", stage, said.append)
-    stage.checkpoint(2)
-    mirror.changed(None)
-    assert mirror.finish(10)
-    shutil.copytree(
-        tmp_path / "a", tmp_path / "elsewhere" / "a"
-    )  # the other machine, which had taken this one for lost
-    other = AStage.__new__(AStage)
-    other.dir = StageDir(tmp_path / "elsewhere" / "a" / "sft")
-    theirs = mirror_of(tmp_path / "drive", other)
-    other.checkpoint(8)
-    theirs.changed(None)
-    assert theirs.finish(10)
-    stage.checkpoint(4)
-    mirror.changed(None)
-    assert not mirror.finish(0.3) and "a/sft/checkpoint-8 was not copied from here" in said[0]
-    assert "checkpoint-8" in there(tmp_path / "drive" / "a" / "sft")
-    assert len((tmp_path / "drive" / "a" / "sft" / "metrics.jsonl").read_text().splitlines()) == 2  # theirs
-    mirror.close(), theirs.close()
-
-
-def test_a_run_that_began_at_the_same_time_elsewhere_is_not_written_over(tmp_path):
-    first = AStage(tmp_path / "a")
-    first.checkpoint(2)
-    mirror = mirror_of(tmp_path / "drive", first)
-    mirror.changed(None)
-    assert mirror.finish(10)
-    second = AStage(tmp_path / "elsewhere" / "a", id="two")
-    second.info(created="2026-01-02")
-    second.checkpoint(2)
-    said = []
-    late = mirror_of(tmp_path / "drive", second, said.append)
-    late.changed(None)
-    assert not late.finish(0.2) and "a/sft there is another run, begun 2026-01-01" in said[0]
-    assert json.loads((tmp_path / "drive" / "a" / "sft" / "stage.json").read_text())["id"] == "one"
-    mirror.close(), late.close()
-
-
 def test_a_stage_whose_end_was_not_copied_is_copied_by_the_same_command(tmp_path):
     stage = AStage(tmp_path / "a")
     stage.checkpoint(2)

@@ -10,7 +10,7 @@ from tests.contract import test_families
 from tests.contract.test_families import MIXED, qwen2, save_tokenizer
 from tests.train.test_train import quiet
 from zephyr_lite.config.load import RunConfig
-from zephyr_lite.memory.account import base_bytes, slab_bytes
+from zephyr_lite.memory.estimate import base_bytes, slab_bytes
 from zephyr_lite.memory.speed import attention_operations
 from zephyr_lite.memory.workload import make_workload
 from zephyr_lite.model.base import load_base

@@ -392,8 +392,8 @@ def trained(tiny_base, chat_rows, tmp_path_factory):
     out, said, pages = tmp_path_factory.mktemp("runs") / "tiny", [], []
 
     class Watched(ReportWriter):
-        def evaluated(self, step, metrics):
-            super().evaluated(step, metrics)
+        def on_evaluate(self, step, metrics):
+            super().on_evaluate(step, metrics)
             pages.append((step, (self.folder / "report.html").read_text()))
 
     settings = {"max_length": 40, "max_steps": 4, "samples": 1, "sample_tokens": 2, "load_in_4bit": "false"}
@@ -431,10 +431,10 @@ def test_a_report_that_cannot_be_written_ends_nothing(run, monkeypatch):
     writer.folder = run / "sft"
     monkeypatch.setattr(report_writer.time, "monotonic", lambda: now[0])
     writer.due, now[0] = 1.0, 0.5
-    writer.stepped(3, {})
+    writer.on_step_end(3, {})
     assert not (run / "sft" / "report.html").exists()
     now[0] = 2.0  # too long ago
-    writer.stepped(4, {})
+    writer.on_step_end(4, {})
     before = (run / "sft" / "report.html").read_text()
     plain = report_writer.write_text
 
@@ -442,12 +442,12 @@ def test_a_report_that_cannot_be_written_ends_nothing(run, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(report_writer, "write_text", full)
-    writer.evaluated(4, {})
-    writer.sampled(4, [])
+    writer.on_evaluate(4, {})
+    writer.on_sample(4, [])
     assert len(said) == 1 and "No space left on device" in said[0] and "training continues" in said[0]
     assert (run / "sft" / "report.html").read_text() == before
     monkeypatch.setattr(report_writer, "write_text", plain)
-    writer.evaluated(4, {})  # there is room again
+    writer.on_evaluate(4, {})  # there is room again
     assert (len(said) == 1 and (run / "sft" / "report.html").read_text() != before) or before
 
 

@@ -106,9 +106,9 @@ def settled(screen):
 
 
 def ran(screen, stage, steps=3, total=10, metrics=STEP):
-    screen.begins(stage, "tokens", total, 0)
+    screen.on_train_begin(stage, "tokens", total, 0)
     for step in range(1, steps + 1):
-        screen.stepped(step, metrics)
+        screen.on_step_end(step, metrics)
         screen.metrics(step, total, metrics)
 
 
@@ -162,14 +162,14 @@ def test_the_panel_stays_at_the_bottom_and_lines_go_above(terminal, tmp_path):
     with LiveScreen(Console(out=terminal)) as screen:
         screen.say("loading the base")
         ran(screen, stage)
-        screen.sampled(0, [SAMPLE])
+        screen.on_sample(0, [SAMPLE])
         settled(screen)
         screen.say("step 3: something happened")
-        screen.evaluated(3, {"eval_loss": 1.1})
+        screen.on_evaluate(3, {"eval_loss": 1.1})
         screen.metrics(3, 10, {"eval_loss": 1.1})
         settled(screen)
         shown = terminal.lines()
-        screen.ends(stage, Outcome(10, {}, None, 1.0))
+        screen.on_train_end(stage, Outcome(10, {}, None, 1.0))
         screen.say("Next: zephyr-lite dpo")
     assert shown[:3] == ["loading the base", "step 3: something happened", "step  3/10  held-out  loss 1.1000"]
     assert shown[3].startswith("╭─ sft · ") and shown[-1].startswith("╰")
@@ -323,7 +323,7 @@ def test_quiet_says_warnings_and_the_result(tmp_path):
         screen.say("left out, no assistant turn: 3 rows")
         ran(screen, stage)
         screen.say("step 3: the numbers look odd")
-        screen.ends(stage, Outcome(10, {}, (1.0, 5), 60.0, 2, [{"eval_loss": 1.25}]))
+        screen.on_train_end(stage, Outcome(10, {}, (1.0, 5), 60.0, 2, [{"eval_loss": 1.25}]))
         screen.say("Next: zephyr-lite dpo")
     assert out.getvalue().splitlines() == [
         "left out, no assistant turn: 3 rows",
@@ -346,8 +346,8 @@ def test_json_is_one_object_a_line_and_nothing_else(tmp_path, capsys):
         print("a library's line")
         ran(screen, stage, steps=1)
         screen.metrics(1, 10, {"eval_loss": math.nan})
-        screen.sampled(1, [SAMPLE])
-        screen.ends(stage, Outcome(10, {}, (1.0, 5), 60.0))
+        screen.on_sample(1, [SAMPLE])
+        screen.on_train_end(stage, Outcome(10, {}, (1.0, 5), 60.0))
         raise UserError("no room", "make some")
     captured = capsys.readouterr()
     events = [json.loads(line) for line in captured.out.splitlines()]

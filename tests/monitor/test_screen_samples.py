@@ -33,7 +33,7 @@ class Seen(Observer):
     def __init__(self):
         self.samples = []
 
-    def sampled(self, step, samples):
+    def on_sample(self, step, samples):
         self.samples += samples
 
 

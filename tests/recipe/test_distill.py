@@ -431,7 +431,7 @@ def repeating(seen: Seen) -> Act:
     return teacher(seen)
 
 
-@pytest.mark.parametrize("after", [0, 1, 9, 25, 40])
+@pytest.mark.parametrize("after", [1, 25])
 def test_an_interrupted_job_ends_like_one_that_was_not(tmp_path: Path, after: int) -> None:
     with ChatServer(repeating) as server:
         whole = run(tmp_path, server.url, "whole")

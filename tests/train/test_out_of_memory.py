@@ -19,13 +19,15 @@ from tests.train.test_train import dpo_words, killed_at, metrics, quiet, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.memory.plan import Plan
+from zephyr_lite.memory.estimate import Device
+from zephyr_lite.memory.gpus import CARDS
+from zephyr_lite.memory.plan import Limits, Plan
 from zephyr_lite.model.activation_offload import ActivationOffload, LockRefused
 from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.train.dpo import DpoObjective
 from zephyr_lite.train.loop import accumulate_gradients, update, warmup_largest_batch
-from zephyr_lite.train.oom import OomRetry
+from zephyr_lite.train.oom import OomRetry, is_out_of_memory
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
 from zephyr_lite.train.state import init_state
@@ -192,15 +194,17 @@ def test_what_fails_again_gets_ever_smaller_and_drops_the_same(opened, at_once, 
 @pytest.mark.parametrize(("load_in_4bit", "plan"), [("false", {"offload": 2, "tile": 16}), ("true", {"stream": True})])
 def test_what_was_on_its_way_from_the_host_or_to_it_is_redone_too(opened, at_once, load_in_4bit, plan):
     """A pass that failed leaves layers' tensors on their way, and weights in half of a buffer; the next must not meet them."""
-    state = opened("sft", 60, ("input", "all"), load_in_4bit=load_in_4bit)
+    asked = {f"memory.{name}": True for name in plan if name != "tile"}
+    state = opened("sft", 160, ("all", "all"), load_in_4bit=load_in_4bit, **asked)
     state.objective.oom.follow(replace(state.stage.plan, **plan))
     again = Again(state)
     count = Fails()
     wanted = again.run(count)
-    for n in range(3, count.count, count.count // 8):
+    for n in range(3, count.count * 3 // 4, count.count // 8):
         fails = Fails(n, times=2)
         assert_equal(again.run(fails), wanted)
-        assert fails.failed and all(getattr(state.stage.plan, name) == value for name, value in plan.items())
+        kept = {name: value for name, value in plan.items() if name != "tile"}
+        assert fails.failed and all(getattr(state.stage.plan, name) == value for name, value in kept.items())
 
 
 def test_float16_unscales_a_redone_step_once(opened, at_once):
@@ -315,7 +319,7 @@ def test_an_example_that_fits_under_no_plan_is_named_and_nothing_is_changed(base
     assert stage.plan == plan  # the next start begins with it
     kept = words(base, tmp_path / "other", chat_rows, **settings, **{"memory.keep": "input"})
     planned = setup_stage("sft", load_config("sft", None, kept), say=quiet, claim=False).plan
-    assert plan.bytes_per_token == planned.bytes_per_token < planned.free_bytes and not plan.account
+    assert plan.bytes_per_token == planned.bytes_per_token < planned.free_bytes
 
 
 @pytest.mark.parametrize("held", [False, True])
@@ -395,6 +399,7 @@ def test_a_reference_that_does_not_fit_is_computed_in_smaller_groups(opened, at_
     state = opened("dpo", 250, ("all", "all"))
     stage, task, plan = state.stage, state.objective, state.stage.plan
     stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": True})
+    stage.workload = stage.workload.at(live_reference=False)
     with Fails() as count:
         cache = task._fill_cache(quiet)
     for n in range(2, count.count, count.count // 8):  # the first is the result's own, on the host
@@ -412,7 +417,7 @@ def test_the_rehearsal_is_guarded_too(opened):
     with Fails(40, times=3):
         groups = warmup_largest_batch(state)
     lengths = state.stage.data.lengths
-    assert groups[0] == [int(np.argmax(lengths))] and state.stage.plan.micro_tokens < 250
+    assert int(np.argmax(lengths)) in groups[0] and state.stage.plan.micro_tokens < 250
     assert all(p.grad is None for p in state.parameters.values())
 
 
@@ -484,18 +489,6 @@ def test_locked_memory_that_is_refused_is_done_without(opened, monkeypatch, aske
         assert apart(parameter.grad, want[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize(("host", "offloads"), [("10MiB", True), ("1MiB", False), (None, True)])
-def test_what_the_host_cannot_spare_is_not_put_there(opened, monkeypatch, host, offloads):
-    state = opened("sft", 50, ("input", "input"), **({"memory.host": host} if host else {}))
-    guard, stage = state.objective.oom, state.stage
-    assert not guard._lends(1)  # a CPU has no host beside it
-    object.__setattr__(stage.base, "device", torch.device("cuda"))
-    monkeypatch.setattr("zephyr_lite.train.oom.main_memory", lambda: 12 * 2**20)
-    assert guard._lends(5 * 2**20) == offloads
-    guard._lockable = False
-    assert not guard._lends(1)
-
-
 @pytest.mark.parametrize("refuses", ["the lock", "the first buffers"])
 def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkeypatch, refuses):
     """The rescue itself fails: in the middle of a step either the next smaller plan runs, or the example is named."""
@@ -503,7 +496,8 @@ def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkey
     state.stage.config.max_grad_norm = 1e9
     accumulate_gradients(state, 0)
     want = {n: p.grad.clone() for n, p in state.parameters.items()}
-    monkeypatch.setattr(OomRetry, "_lends", lambda self, count: self._lockable)
+    limits = Limits(2**40, 2**40, CARDS["3060"], Device())
+    monkeypatch.setattr(OomRetry, "_limits", lambda self: replace(limits, host=limits.host * self._lockable))
     plain, room, failed = SftObjective.loss, WeightStreamer._allocate, []
 
     def full(self, examples, step, total):
@@ -531,3 +525,30 @@ def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkey
     assert state.stage.plan.stream == (refuses != "the lock")
     for name, parameter in state.parameters.items():
         assert apart(parameter.grad, want[name]) < 1e-5, name
+
+
+def test_what_is_out_of_memory():
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(real.value) and is_out_of_memory(torch.OutOfMemoryError("x"))
+    for text in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "Triton Error [CUDA]: out of memory",
+    ):
+        assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(ValueError(text))
+    for text in ("CUDA error: an illegal memory access was encountered", "main memory could not be locked"):
+        assert not is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError(NO_HANDLE))  # there is no card
+    assert not is_out_of_memory(UserError("CUDA out of memory")) and not is_out_of_memory(MemoryError())
+
+
+NO_HANDLE = "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+
+
+@pytest.mark.parametrize(("free", "expected"), [(100 * 2**20, True), (2**32, False)])
+def test_cublas_without_a_handle_is_out_of_memory_on_a_nearly_full_card(free, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2**34))
+    assert is_out_of_memory(RuntimeError(NO_HANDLE)) is expected

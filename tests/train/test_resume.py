@@ -314,7 +314,7 @@ def test_a_broken_file_of_another_run_is_in_nobodys_way(place):
     (place / "finished" / "dpo").mkdir()
     (place / "finished" / "dpo" / "stage.json").write_text("{")
     assert chain_of_run(place / "finished", stage="sft").stage == "sft"
-    with pytest.raises(UserError, match=r"dpo/stage.json: not readable as JSON"):  # it may be the one that is meant
+    with pytest.raises(UserError, match=r"dpo/stage.json: not valid JSON"):  # it may be the one that is meant
         chain_of_run(place / "finished")
 
 

@@ -12,9 +12,8 @@ from typing import Any
 from ..config.load import read_dumped
 from ..config.strict_yaml import read_front_matter
 from ..errors import UserError
-from ..io.reading import read_text
 from ..io.run_dir import STAGE_FILE, StageDir, stages_of
-from ..io.strict_json import read_object
+from ..io.text import read_object, read_text
 from ..model.overlap import CARD, tuned_from
 from ..model.peft_config import CONFIG_NAME
 from ..model.peft_io import AdapterFile, fetch_adapter, read_adapter

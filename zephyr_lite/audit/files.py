@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..io.strict_json import shown
+from ..io.text import shown
 from ..model.chain import chain_of_run
 from ..model.compose import compose
 from ..model.overlap import CARD, HELD, SAME_ORIGIN, held, held_share, holds, inner, origin_distance, same_name

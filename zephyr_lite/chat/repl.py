@@ -22,7 +22,7 @@ from rich.text import Text
 
 from ..errors import Interrupted, UserError
 from ..io.interrupts import StopRequest
-from ..io.words import short
+from ..io.text import short
 from .rows import append_rows, check_file
 from .session import Answer, Session
 from .vote import Ballot

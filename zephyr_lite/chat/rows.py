@@ -11,7 +11,7 @@ from ..data.formats import Method, detect, normalise
 from ..data.messages import RowError
 from ..errors import UserError
 from ..io.atomic import append_line, sync_file
-from ..io.strict_json import shown
+from ..io.text import shown
 
 
 def check_file(path: Path, method: Method, option: str) -> int:

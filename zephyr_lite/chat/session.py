@@ -14,7 +14,7 @@ import torch
 from ..data.formats import RowError
 from ..errors import UserError
 from ..io.run_dir import StageDir
-from ..io.strict_json import shown
+from ..io.text import shown
 from ..model.sampling import Sampling
 from .generate import Chat, Message, Streamer, TextStream
 

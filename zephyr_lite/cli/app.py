@@ -103,6 +103,7 @@ def plan(
     verbose: Verbose = False,
 ) -> None:
     """What a run will take and how fast it will be, on this machine or on any card; needs neither weights nor a GPU."""
+    from ..config.resolve import resolve_run
     from ..memory.planned import ladder_lines, planned_lines, stages_of
 
     methods, words = stages_of(list(context.args), config)
@@ -112,7 +113,7 @@ def plan(
         console.plan(ladder_lines(words, others))
         return
     for method in methods:
-        console.plan(planned_lines(method, config, words, gpu=gpu, vram=vram, price=price))
+        console.plan(planned_lines(method, resolve_run(method, config, words), gpu=gpu, vram=vram, price=price))
 
 
 @app.command()

@@ -14,7 +14,9 @@ from .options import Verbose, nameable
 console = Console()
 
 
-Format = StrEnum("Format", ["parquet", "jsonl"])
+class Format(StrEnum):
+    parquet = "parquet"
+    jsonl = "jsonl"
 
 
 def chat(

@@ -14,10 +14,25 @@ from .options import Verbose, nameable
 console = Console()
 
 
-ChosenBy = StrEnum("ChosenBy", ["mean", "overall"])
-Rejected = StrEnum("Rejected", ["random", "worst", "margin"])
-SystemPrompt = StrEnum("SystemPrompt", ["omit", "keep"])
-Format = StrEnum("Format", ["parquet", "jsonl"])
+class ChosenBy(StrEnum):
+    mean = "mean"
+    overall = "overall"
+
+
+class Rejected(StrEnum):
+    random = "random"
+    worst = "worst"
+    margin = "margin"
+
+
+class SystemPrompt(StrEnum):
+    omit = "omit"
+    keep = "keep"
+
+
+class Format(StrEnum):
+    parquet = "parquet"
+    jsonl = "jsonl"
 
 
 def pairs(

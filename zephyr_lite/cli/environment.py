@@ -179,8 +179,8 @@ def _attention() -> Finding:
 
 
 def _kernels() -> Finding:
-    from ..memory.workload import Shape
     from ..model.base import compute_device, compute_dtype
+    from ..model.shape import Shape
     from ..ops.dispatch import check_kernels
 
     device, triton = compute_device(), _installed("triton")
@@ -271,8 +271,7 @@ def _quantized() -> Finding:
 def _memory() -> Finding:
     import torch
 
-    from ..memory.machine import HOST_SHARE, main_memory
-    from ..memory.plan import free_memory
+    from ..memory.machine import HOST_SHARE, free_memory, main_memory
     from ..model.activation_offload import lockable
     from ..model.base import compute_device
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..io.reading import place
+from ..io.text import place
 
 
 def nameable(value: Path | None) -> Path | None:

@@ -173,7 +173,7 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
     """
     from ..chat.rows import append_rows
     from ..io.interrupts import StopRequest
-    from ..io.words import short
+    from ..io.text import short
     from ..model.sampling import Sampling
 
     how = session.settings

@@ -15,7 +15,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ..io.words import duration
+from ..io.text import duration
 from .client import prompt_token_bound
 from .endpoints import EndpointSpec, Message
 from .jobs import Budget

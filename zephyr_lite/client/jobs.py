@@ -18,7 +18,8 @@ from ..config.strict_yaml import dump_yaml, read_yaml
 from ..errors import UserError
 from ..io.atomic import sweep, write_text
 from ..io.interrupts import pythons_ctrl_c
-from ..io.reading import is_file, refuse_special
+from ..io.redact import refuse_secrets
+from ..io.text import is_file, refuse_special
 from .client import RequestFailed
 from .endpoints import EndpointSpec
 
@@ -143,9 +144,11 @@ def claim_folder(out: Path, command: str, config: BaseModel) -> None:
     """Create a job's folder with its config.yaml, or continue the job that is in it.
 
     Raises:
-        UserError: the folder holds something else, or another command's job.
+        UserError: the folder holds something else, or another command's job; the configuration holds a secret.
     """
     first_line = f"# zephyr-lite {command}"
+    values = config.model_dump(mode="json", exclude_unset=True)
+    refuse_secrets(values, "the job's configuration")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; the job's folder cannot be created there.", "Choose another --out.")
     try:
@@ -163,7 +166,6 @@ def claim_folder(out: Path, command: str, config: BaseModel) -> None:
                 f"{out} exists and is not a job of zephyr-lite {command} ({found}).",
                 "Choose another --out, or move that folder away.",
             )
-    values = config.model_dump(mode="json", exclude_unset=True)
     write_text(out / CONFIG, f"{first_line}\n{dump_yaml(values)}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import UserError
+from ..io.redact import remember
 from .client import Answer, Question, TryFailed
 from .endpoints import EndpointSpec
 
@@ -213,6 +214,7 @@ def read_key(spec: EndpointSpec) -> str | None:
             f"endpoint {spec.name}: the environment variable {shown} holds a space or a non-ASCII character.",
             "Set it to the key alone.",
         )
+    remember(key)
     return key
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..errors import UserError
-from ..io.words import short
+from ..io.text import short
 from .compat_datasets import number, take, translate_datasets
 
 # other tools' name -> ours, the value as it is

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..io.words import short
+from ..io.text import short
 
 # keys of a data set in a mixture: the handbook's and TRL's -> ours
 _ENTRY = {"id": "path", "config": "name"}

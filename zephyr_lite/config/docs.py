@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from ..errors import UserError
 from ..io.atomic import write_text
-from ..io.reading import read_text
+from ..io.text import read_text
 from .compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
 from .load import load_config
 from .schema import DPO_DEFAULTS, PARTS, DatasetSpec, MemorySpec, RunConfig

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ..errors import UserError
 from ..io.redact import refuse_secrets
-from ..io.words import short
+from ..io.text import short
 from .compat import ALIASES, BATCH_PARTS, of_others, rename, unknown_key
 from .presets import find_config
 from .schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import UserError
-from ..io.reading import is_file, is_folder, refuse_special
+from ..io.text import is_file, is_folder, refuse_special
 
 # folders of shipped files that do not configure a stage
 OTHER_CONFIGS = ("tables", "feedback")

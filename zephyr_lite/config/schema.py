@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from ..io.reading import place
+from ..io.text import place
 
 
 class DatasetSpec(BaseModel):

@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from ..io.reading import read_text
-from ..io.words import short
+from ..io.text import read_text, short
 
 FILE_BYTES = 2**20
 

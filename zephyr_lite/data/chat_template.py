@@ -20,8 +20,7 @@ import numpy as np
 from jinja2.exceptions import TemplateSyntaxError
 
 from ..errors import UserError
-from ..io.reading import is_file, read_text
-from ..io.strict_json import shown
+from ..io.text import is_file, read_text, shown
 from .formats import TEXT, Message, RowError
 from .rendering import PROBE, Rendered, Renderer, common_length
 from .templates import BOS, NEEDED_TOKENS, TEMPLATES

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from ..errors import UserError
-from ..io.strict_json import shown
+from ..io.text import shown
 from .messages import Message as Message
 from .messages import RowError as RowError
 from .messages import as_messages, as_text, as_tools, listed, message, truth

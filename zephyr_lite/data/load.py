@@ -17,7 +17,7 @@ import numpy as np
 
 from ..config.load import DatasetSpec
 from ..errors import UserError
-from ..io.strict_json import shown
+from ..io.text import shown
 from .formats import COLUMNS, PLAIN, TEXT, TURNS, Method, detect, mapping_hint, normalise
 from .messages import RowError, message, with_reason
 from .opening import Source, decoded, is_text, open_source

@@ -17,8 +17,7 @@ import pyarrow.parquet
 from ..config.load import DatasetSpec
 from ..config.strict_yaml import read_front_matter
 from ..errors import UserError
-from ..io.reading import is_file, is_folder, refuse_special
-from ..io.strict_json import shown
+from ..io.text import is_file, is_folder, refuse_special, shown
 from . import text_files
 from .workers import interruptible, quiet
 

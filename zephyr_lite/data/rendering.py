@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from ..io.strict_json import shown
+from ..io.text import shown
 from .formats import Message, RowError
 
 # a conversation that every template must render

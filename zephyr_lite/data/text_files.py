@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ..errors import UserError
-from ..io.strict_json import shown
+from ..io.text import shown
 from .formats import COLUMNS, TURNS
 
 FEATURES = datasets.Features(

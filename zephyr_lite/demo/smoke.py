@@ -25,7 +25,7 @@ from ..evaluate.rows import stage_config
 from ..io.atomic import file_aside, make_folder, remove_tree, write_json, write_text
 from ..io.lock import LOCK_FILE, alone
 from ..io.run_dir import StageDir, read_json
-from ..io.words import duration
+from ..io.text import duration
 from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
 from ..model.fetch import fetch_base

@@ -106,7 +106,7 @@ class Recorder(TrainerCallback):
             self.evaluations.append({"step": step, **found})
             self._write(step, found)
             for observer in self.observers:
-                observer.evaluated(step, found)
+                observer.on_evaluate(step, found)
         elif "loss" in logs:
             self._training(step, logs)
         ends = self.output.fault is not None or (self.stop is not None and self.stop.name is not None)
@@ -142,7 +142,7 @@ class Recorder(TrainerCallback):
         logs["peak_memory_gib"] = round(peak_memory(self.stage.base.device) / 2**30, 3)
         self.last = logs
         for observer in self.observers:
-            observer.stepped(step, logs)
+            observer.on_step_end(step, logs)
         if step % self.stage.config.logging_steps == 0 or step in (1, self.total):
             self._write(step, logs)
 

@@ -96,7 +96,7 @@ def train_on_trl(
     recorder.resume(done)
     recorder.observers = observers
     for observer in observers:
-        observer.begins(stage, recorder.unit, recorder.total, done)
+        observer.on_train_begin(stage, recorder.unit, recorder.total, done)
     if found is not None:
         say(f"going on from {found.name}")
     started = time.perf_counter()

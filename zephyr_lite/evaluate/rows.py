@@ -16,7 +16,7 @@ from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
 from ..io.redact import refuse_secrets
 from ..io.run_dir import StageDir, stages_of
-from ..io.words import short
+from ..io.text import short
 from ..model.chain import Chain
 from ..model.loaded import Say
 

@@ -21,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..errors import UserError
 from ..io.atomic import bytes_aside, make_folder
 from ..io.safetensors import row_blocks
-from ..io.strict_json import is_whole, read_object, shown
+from ..io.text import is_whole, read_object, shown
 from ..merge.base_files import GENERATION, BaseFiles
 from ..model.base import read_model_config
 from ..model.check_weights import empty_model

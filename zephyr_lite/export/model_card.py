@@ -17,8 +17,7 @@ from ..config.load import RunConfig, read_dumped
 from ..errors import UserError
 from ..evaluate.plotting import have_matplotlib
 from ..io.atomic import bytes_aside, copy_file, make_folder, write_text
-from ..io.run_dir import StageDir, read_json
-from ..io.stage_info import checked
+from ..io.run_dir import StageDir, checked, read_json
 from ..merge.weights import MARK
 from ..model.base import fingerprint
 from ..model.shards import local_folder

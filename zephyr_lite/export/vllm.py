@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.strict_json import read_object
+from ..io.text import read_object
 from ..merge.base_files import GENERATION
 from ..model.base import read_model_config
 from ..model.peft_io import read_adapter

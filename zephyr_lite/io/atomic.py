@@ -267,7 +267,8 @@ def _named(path: Path, aside: Path) -> Iterator[None]:
         yield
     except OSError as error:
         found = "" if error.filename is None else str(error.filename)
-        if error.errno is None or (found and str(aside) not in found):
+        ours = str(aside) in found if found else error.errno in _DISK_ERRORS
+        if not ours:
             raise
         name = found.replace(str(aside), str(path)) or str(path)
         raise OSError(error.errno, error.strerror, name) from error

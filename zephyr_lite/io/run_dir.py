@@ -1,4 +1,4 @@
-"""The layout of a run's folder.
+"""The layout of a run's folder, and its ``stage.json``.
 
     runs/NAME/STAGE/  config.yaml  stage.json  metrics.jsonl  checkpoint-N/  adapter/  delta/
 
@@ -8,20 +8,28 @@ one PEFT adapter, and ``delta/`` is the stage's own part; otherwise it is the st
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
 from .atomic import file_aside as file_aside
 from .atomic import folder_aside as folder_aside
 from .atomic import make_folder, sweep, write_json
 from .atomic import write_text as write_text
+from .text import read_object, short
 
 STAGE_FILE = "stage.json"
+# of stage.json's layout; files of a later format are refused
+FORMAT = 1
+# keys without which a stage cannot be resumed
+TO_GO_ON = ("method", "base.name_or_path", "base.fingerprint", "adapters", "data.fingerprint")
 
 
 @dataclass(frozen=True)
@@ -117,24 +125,14 @@ def stages_of(run: Path) -> list[StageDir]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file.
+    """Read a JSON object, or None if there is no such file.
 
     Raises:
-        UserError: the file is there but holds something else.
+        UserError: the file holds something else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.", "Choose another folder.") from None
-    except ValueError as error:
-        raise UserError(
-            f"{path}: not readable as JSON: {error}.", "Restore the file, or start in another folder."
-        ) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}.")
-    return value
+    return read_object(path, strict=False, hint="Restore the file, or start in another folder.")
 
 
 def cache_dir() -> Path:
@@ -143,3 +141,108 @@ def cache_dir() -> Path:
         return Path(own).expanduser()
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "zephyr-lite"
+
+
+# stage.json: people edit and copy this file, so it is validated
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Base(_Part):
+    name_or_path: str | None = None
+    fingerprint: str | None = None
+
+
+class _Data(_Part):
+    fingerprint: str | None = None
+
+
+class _Trl(_Part):
+    arguments: dict[str, Any] | None = None
+    continues: list[dict[str, Any]] | None = None
+
+
+class StageMetadata(_Part):
+    """The keys of stage.json that are read again; files of older versions lack some, and others may be added."""
+
+    format: int | None = None
+    id: str | None = None
+    method: Literal["sft", "dpo"] | None = None
+    stage: str | None = None
+    status: str | None = None
+    base: _Base | None = None
+    adapters: list[dict[str, Any]] | None = None
+    own: dict[str, Any] | None = None
+    chat_template: str | None = None
+    template_time: str | None = None
+    versions: dict[str, str] | None = None
+    machine: dict[str, Any] | None = None
+    plan: dict[str, Any] | None = None
+    data: _Data | None = None
+    eval_data: dict[str, Any] | None = None
+    trl: _Trl | None = None
+    resumed: list[dict[str, Any]] | None = None
+    result: dict[str, Any] | None = None
+
+
+def checked(info: dict[str, Any], file: Path, *, needs: Sequence[str] = ()) -> dict[str, Any]:
+    """Validate the content of a stage.json, and return it unchanged.
+
+    Args:
+        needs: keys (``base.fingerprint``) that must be there.
+
+    Raises:
+        UserError: it has a later format, a value of the wrong type, or lacks a key.
+    """
+    hint = "Restore the file, or choose another output_dir or stage."
+    try:
+        told = StageMetadata.model_validate(info)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}: {key!r} is {short(first['input'], 40)}: {first['msg']}.", hint) from None
+    if (told.format or 0) > FORMAT:
+        wrote = (told.versions or {}).get("zephyr-lite")
+        raise UserError(
+            f"{file}: has format {told.format}; this version reads formats up to {FORMAT}"
+            + (f" (written by zephyr-lite {wrote})." if wrote else "."),
+            "Update zephyr-lite, or choose another output_dir.",
+        )
+    for key in needs:
+        value: Any = info
+        for part in key.split("."):
+            value = (value or {}).get(part)
+        if value is None:
+            raise UserError(f"{file}: has no {key!r}.", hint)
+    return info
+
+
+def check_rendering(info: dict[str, Any], stage: Path, template: str, tokenizer: Any) -> None:
+    """Compare the template and tokenizer in a finished stage's ``adapter/`` with those that it was trained with.
+
+    Args:
+        info: of the stage.
+        stage: its folder.
+
+    Raises:
+        UserError: they differ.
+    """
+    then = {"chat_template": info.get("chat_template"), **(info.get("data") or {})}
+    now = {"chat_template": template, "tokenizer_sha256": tokenizer_sha256(tokenizer)}
+    for key, name in (("chat_template", "chat template"), ("tokenizer_sha256", "tokenizer")):
+        if isinstance(then.get(key), str) and then[key] != now[key]:
+            raise UserError(
+                f"{stage / 'adapter'}: the {name} there is not the one that {stage.name} was trained with.",
+                "The files beside the adapter have changed. Restore them (stage.json has the template's text).",
+            )
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """SHA-256 of the fast tokenizer's JSON."""
+    return text_sha256(tokenizer.backend_tokenizer.to_str())
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

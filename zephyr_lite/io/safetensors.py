@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .atomic import bytes_aside
-from .strict_json import shown
+from .text import shown
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

@@ -203,7 +203,6 @@ class Mirror:
         self._fault: str | None = None
         self._failures = 0
         self._sent: dict[str, object] = {}  # name → state of the copy there
-        self._known: set[str] = set()  # checkpoints there that are ours, or were there before
         self._best: int | None = None
         self._prepared = self._closed = False
         self._turn = threading.Condition()
@@ -277,34 +276,26 @@ class Mirror:
                 self._send(wanted)
             except Exception as error:  # of whichever library: a copy is no reason to lose the run
                 fault = _line(error)
+            if fault is None and before is not None:
+                self.say(f"sync: {self.place.name} is up to date again")
+            elif fault is not None and before is None:
+                self.say(f"sync: {self.place.name}: {fault}; training continues, and the copy is tried again")
             with self._turn:
                 self._at_work, self._fault = None, fault
                 if fault is not None:
                     self._wanted = self._wanted or wanted
                     self._failures += 1
                 self._turn.notify_all()
-            if fault is None and before is not None:
-                self.say(f"sync: {self.place.name} is up to date again")
-            elif fault is not None and before is None:
-                self.say(f"sync: {self.place.name}: {fault}; training continues, and the copy is tried again")
-            if fault is not None:
-                with self._turn:
+                if fault is not None:
                     self._turn.wait_for(lambda: self._closed, self.retry)
 
     def _send(self, wanted: tuple[str, ...]) -> None:
         if not self._prepared:
             self.place.prepare()
-            self._check_is_ours()
             self._send_other_stages()
-            self._known.update(self.place.names(self.folder))
             self._prepared = True
         there = self.place.names(self.folder)
         checkpoints = [name for name in there if CHECKPOINT.fullmatch(name)]
-        if strangers := [name for name in checkpoints if name not in self._known]:
-            raise OSError(
-                f"{self.folder}/{strangers[-1]} was not copied from here: another machine trains this run too; end one"
-            )
-        self._known.update(wanted)
         states: dict[Path, object] = {path: _state(path) for path in _files(self.stage)}
         for name in wanted:
             manifest = self.stage.path / name / MANIFEST
@@ -322,14 +313,6 @@ class Mirror:
         self._sent.update({path.name: states[path] for path in add})
         for name in old:
             self._sent.pop(name, None)
-
-    def _check_is_ours(self) -> None:
-        theirs, ours = _info_there(self.place, self.folder), self.stage.info() or {}
-        name = self.stage.path.name
-        if theirs is None or _marks(name, theirs) & _marks(name, ours):
-            return
-        if theirs.get("status") == "complete" or any(map(CHECKPOINT.fullmatch, self.place.names(self.folder))):
-            raise OSError(f"{self.folder} there is another run, begun {theirs.get('created', '?')}")
 
     def _send_other_stages(self) -> None:
         """Copy the run's complete stages, which may have been trained without ``sync``."""

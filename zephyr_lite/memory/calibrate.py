@@ -1,5 +1,5 @@
-"""How fast this machine is: on a card a matrix product of a layer's size and copies, in about two seconds; on a CPU a matrix
-product, an exponential and the dequantization of a weight, in less than one."""
+"""Measured speed of this machine: matrix products and copies on a card, in about two seconds; a matrix product, an exponential
+and the dequantization of a weight on a CPU, in less than one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
 
 import torch
 from bitsandbytes.nn import Params4bit
@@ -16,15 +15,14 @@ from ..model.activation_offload import host_bytes
 from ..ops.nf4 import dequantize
 from .gpus import PROCESSOR, Gpu
 
-SECONDS = 0.25  # of each measurement, at least
+SECONDS, CALLS = 0.15, 25  # of each measurement, at least
 COPY_BYTES = 128 * 2**20
 # of a CPU's measurements: each takes a millisecond or two, which other processes seldom interrupt
 TOKENS, WIDTH, ELEMENTS = 256, 512, 2**20
-CPU_SECONDS, CPU_CALLS = 0.1, 25  # of each, at least
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Gpu:
-    """The device as ``cards`` describes a card; what was measured is rounded to two digits, so that two starts plan alike.
+    """The speed of a device, rounded to two digits, so that two starts plan alike.
 
     Args:
         device: a CUDA device, or the CPU with as many threads as training will use.
@@ -35,7 +33,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
     free, _ = torch.cuda.mem_get_info(device)
     rows, width = (4096, 4096) if free > 2**30 else (1024, 2048)
-    products, memory, pcie = _rates(device, dtype, rows, width, min(COPY_BYTES, free // 8))
+    products, memory, pcie = _card_rates(device, dtype, rows, width, min(COPY_BYTES, free // 8))
     # autograd's thread has a handle and a workspace of its own, which are to be there when free memory is asked for
     weight = torch.randn(64, 64, device=device, dtype=dtype, requires_grad=True)
     (weight @ weight).sum().backward()
@@ -53,21 +51,37 @@ def measure(device: torch.device, dtype: torch.dtype) -> Gpu:
     )
 
 
+def _card_rates(
+    device: torch.device, dtype: torch.dtype, rows: int, width: int, size: int
+) -> tuple[float, float, float]:
+    """(operations of a product, bytes through the card's memory, bytes between it and locked memory) a second."""
+    a, b = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty(rows, rows, device=device, dtype=dtype)
+    products = _rate(device, lambda: torch.mm(a, b.T, out=out), 2 * rows * rows * width)
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    memory = _rate(device, lambda: target.copy_(source), 2 * size)
+    host, there = host_bytes(size // 2, device), source[: size // 2]
+    up = _rate(device, lambda: there.copy_(host, non_blocking=True), size // 2)
+    down = _rate(device, lambda: host.copy_(there, non_blocking=True), size // 2)
+    return products, memory, min(up, down)
+
+
 @cache
 def _processor(dtype: torch.dtype, threads: int) -> Gpu:
     """The CPU with this number of threads, measured once in a process."""
+    cpu = torch.device("cpu")
     # no random numbers: the generators are the run's
     a, b = torch.ones(TOKENS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
     out = torch.empty(TOKENS, WIDTH, dtype=dtype)
-    products = _best(lambda: torch.mm(a, b.T, out=out), 2 * TOKENS * WIDTH * WIDTH)
+    products = _rate(cpu, lambda: torch.mm(a, b.T, out=out), 2 * TOKENS * WIDTH * WIDTH)
     # not a copy: what only moves bytes on a card is bound by its arithmetic here, SiLU and softmax most of all
     logits = torch.ones(ELEMENTS, dtype=dtype)
     weights = torch.empty_like(logits)
-    memory = _best(lambda: torch.exp(logits, out=weights), 2 * ELEMENTS * dtype.itemsize)
+    memory = _rate(cpu, lambda: torch.exp(logits, out=weights), 2 * ELEMENTS * dtype.itemsize)
     values = b if dtype.itemsize <= 4 else b.float()  # bitsandbytes knows no float64
     weight = Params4bit(values, quant_type="nf4", compress_statistics=True, requires_grad=False).to("cpu")
     buffer = torch.empty(WIDTH, WIDTH, dtype=dtype)
-    unpacked = _best(lambda: dequantize(weight, dtype, out=buffer), WIDTH * WIDTH)
+    unpacked = _rate(cpu, lambda: dequantize(weight, dtype, out=buffer), WIDTH * WIDTH)
     return replace(
         PROCESSOR,
         tflops=_rounded(products / 1e12),
@@ -78,42 +92,24 @@ def _processor(dtype: torch.dtype, threads: int) -> Gpu:
     )
 
 
-def _best(run: Callable[[], object], amount: float) -> float:
-    """What `run` does a second at its fastest: other processes only make it slower."""
-    run()
-    times = [time.perf_counter()]
-    # where other processes hold a core, most calls wait for a thread
-    while times[-1] - times[0] < CPU_SECONDS or len(times) <= CPU_CALLS:
-        run()
-        times.append(time.perf_counter())
-    return amount / min(after - before for before, after in pairwise(times))
-
-
-def _rates(device: torch.device, dtype: torch.dtype, rows: int, width: int, size: int) -> tuple[float, float, float]:
-    """Operations a second of a product; bytes a second through the card's memory, and between it and locked memory."""
-    a, b = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty(rows, rows, device=device, dtype=dtype)
-    products = _rate(device, lambda: torch.mm(a, b.T, out=out), 2 * rows * rows * width)
-    one, two = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    memory = _rate(device, lambda: two.copy_(one), 2 * size)
-    host = host_bytes(size // 2, device)
-    there = one[: size // 2]
-    up = _rate(device, lambda: there.copy_(host, non_blocking=True), size // 2)
-    down = _rate(device, lambda: host.copy_(there, non_blocking=True), size // 2)
-    return products, memory, min(up, down)
-
-
 def _rate(device: torch.device, run: Callable[[], object], amount: float) -> float:
-    """What `run` does a second."""
-    run()
-    torch.cuda.synchronize(device)
-    count, started = 0, time.perf_counter()
-    while (passed := time.perf_counter() - started) < SECONDS:
-        for _ in range(4):
+    """What `run` does a second at its fastest: other processes only make it slower."""
+    repeat = 4 if device.type == "cuda" else 1
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        for _ in range(repeat):
             run()
-        torch.cuda.synchronize(device)
-        count += 4
-    return amount * count / passed
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - started) / repeat
+
+    seconds()
+    times = [seconds()]
+    # where other processes hold a core, most calls wait for a thread
+    while repeat * sum(times) < SECONDS or len(times) < CALLS:
+        times.append(seconds())
+    return amount / min(times)
 
 
 def _rounded(value: float) -> float:

@@ -1,4 +1,4 @@
-"""Graphics cards by name, from their data sheets, so that a run can be planned for one that is not here."""
+"""Graphics cards by name, from their data sheets, to plan a run for a card of another machine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a plan needs to know of a card.
+    """A card's memory and speed.
 
     Attributes:
-        name: as people say it.
+        name: its common name.
         memory: GiB that its driver reports, which is less than the box says where memory checks itself (T4, L4, A10G).
         tflops: dense products of 16-bit matrices with 32-bit sums, 10^12 operations a second.
         bandwidth: of its memory, 10^9 bytes a second.
@@ -100,17 +100,17 @@ def find_gpu(name: str) -> Gpu:
     """
     plain = "".join(c for c in name.lower() if c.isalnum()).replace("nvidia", "").replace("geforce", "")
     plain = plain.removesuffix("gb").removesuffix("gib")
-    names = {card.replace("-", ""): card for card in CARDS}
-    for candidate in (plain, plain.removeprefix("rtx"), f"rtx{plain}"):
-        if candidate in names:
-            return CARDS[names[candidate]]
+    known: dict[str, Gpu] = {}
+    for card in _CARDS:
+        whole = card.name.replace("-", "")
         # "3060 12GB" is the 3060; "a100" the smaller one of two
-        several = [c for c in _CARDS if c.name.replace("-", "").startswith(candidate) and "-" in c.name]
-        sized = [c for c in _CARDS if candidate == f"{c.name.replace('-', '')}{math.ceil(c.memory)}"]
-        if sized or (several and candidate == several[0].name.split("-")[0]):
-            return (sized or several)[0]
-    near = difflib.get_close_matches(plain, names, n=1)
-    hint = f"Did you mean {names[near[0]]}? " if near else ""
+        for alias in (whole, f"{whole}{math.ceil(card.memory)}", card.name.split("-")[0]):
+            known.setdefault(alias, card)
+    for alias in (plain, plain.removeprefix("rtx"), f"rtx{plain}"):
+        if alias in known:
+            return known[alias]
+    near = difflib.get_close_matches(plain, known, n=1)
+    hint = f"Did you mean {known[near[0]].name}? " if near else ""
     raise UserError(f"--gpu {name}: no card of that name is known.", f"{hint}Known are: {', '.join(CARDS)}.")
 
 

@@ -1,7 +1,7 @@
-"""What a run will take, said before anything is downloaded: download and disk; and what the planner needs to know of the
-recipe's own models and data where they are not here yet.
+"""Download, disk, memory and time of a run, printed before anything is fetched; and the workload that is expected of models and
+data that are not here yet.
 
-Sizes are facts of their hub pages. Memory and time are the planner's (``model.plan``, ``model.cost``).
+Sizes are those of the hub's pages.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config.load import DatasetSpec, Method, RunConfig
+from ..config.load import Method, RunConfig
 from ..errors import UserError
-from ..io.words import duration
-from ..model.base import compute_device, compute_dtype, quantization_of
+from ..io.text import duration
+from ..model.base import compute_device, compute_dtype
 from ..model.config_file import check_config_file
 from ..model.quantized import quantized_dir
-from .account import base_bytes, optimizer_bytes
+from ..model.shape import Shape
+from .estimate import base_bytes, optimizer_bytes
 from .gpus import CARDS
-from .machine import of_card
-from .plan import make_plan, this_machine
-from .workload import AdapterSpec, Shape, Storage, Workload, longest_of, make_workload
+from .machine import of_card, this_machine
+from .plan import make_plan
+from .workload import AdapterSpec, Workload, longest_of, make_workload, storage_of
 
 GB = 1e9
 MISTRAL = "mistralai/Mistral-7B-v0.1"
@@ -68,50 +69,56 @@ KNOWN_DATA = {
     "HuggingFaceH4/ultrachat_200k": KnownData(1_624_000_000, 3_047_000_000, 207_865, 1375),
     "HuggingFaceH4/ultrafeedback_binarized": KnownData(650_000_000, 1_162_000_000, 61_135, 700),
 }
-# Of the cards whose hours are said before a run.
-SAID = ("3060", "t4", "3090", "4090", "a100-40", "h100")
-# Stage 2 stands on stage 1's adapter: rank 16 on every projection, unless there is a run that says otherwise.
+# Cards whose hours are printed before a run without a GPU.
+SHOWN = ("3060", "t4", "3090", "4090", "a100-40", "h100")
+# The rank of stage 1's adapter, on every projection, where it is not known.
 RANK_BELOW = 16
 QUANTIZED = "for the quantized base in the cache"
 
 
-def needs_lines(method: Method, config: RunConfig) -> list[str]:
-    """One fact a line; what is not known is said to be unknown.
-
-    Raises:
-        UserError: the base is still to be fetched, and the run will not fit this card.
-    """
-    lines = ["what this will take:"]
-    fetch, keep = _downloads(config)
-    if fetch:
-        lines.append("  download: " + ", ".join(f"{name} {size}" for name, size in fetch))
-    else:
-        lines.append("  download: nothing")
-    shape = _known_shape(config.model_name_or_path)
-    job = None if shape is None or config.engine != "fused" else expected_job(method, config, shape, _dtype(config))
-    run = Path(config.output_dir)
-    written = [Written(_hub_cache(), "in the hub's cache", keep)] if keep else []
-    for what, size in disk_bytes(job, config).items() if job is not None else ():
-        if what == QUANTIZED:
-            name = Path(config.model_name_or_path).name
-            written.append(Written(quantized_dir(), what, size, any(quantized_dir().glob(f"{glob.escape(name)}-*"))))
-        else:
-            written.append(Written(run, what, size, (run / config.stage).is_dir()))
-    lines += _disk(written)
-    if job is None:
-        return lines
-    fetched = not any(name == config.model_name_or_path for name, _ in fetch)
-    lines += _memory_and_time(job, config, fetched)
-    return lines
-
-
 class Written(NamedTuple):
-    """What a run writes: where, what, how many bytes, and whether some of it may be there already."""
+    """Files that a run writes: where, what, how many bytes, and whether some of them may be there already."""
 
     place: Path
     what: str
     size: int
     begun: bool = False
+
+
+def needs_lines(method: Method, config: RunConfig) -> list[str]:
+    """What a run takes: download and disk, and without a GPU memory and time; unknown sizes are marked.
+
+    Raises:
+        UserError: the base is still to be fetched, and the run will not fit this card.
+    """
+    fetch, cached = _downloads(config)
+    lines = ["what this will take:"]
+    lines.append("  download: " + (", ".join(f"{name} {size}" for name, size in fetch.items()) or "nothing"))
+    shape = _known_shape(config.model_name_or_path) if config.engine == "fused" else None
+    device = compute_device()
+    dtype = compute_dtype(config.dtype, device)
+    job = None if shape is None else expected_job(method, config, shape, dtype)
+    run = Path(config.output_dir)
+    written = []
+    if cached:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        written.append(Written(Path(HF_HUB_CACHE), "in the hub's cache", cached))
+    for what, size in {} if job is None else disk_bytes(job, config).items():
+        if what == QUANTIZED:
+            pattern = f"{glob.escape(Path(config.model_name_or_path).name)}-*"
+            written.append(Written(quantized_dir(), what, size, any(quantized_dir().glob(pattern))))
+        else:
+            written.append(Written(run, what, size, (run / config.stage).is_dir()))
+    lines += _disk(written)
+    if job is None:
+        return lines
+    if device.type == "cpu":
+        return [*lines, *_memory_and_time(job, config)]
+    if config.model_name_or_path in fetch:
+        # the plan is made and printed once the rows are there; but nothing is fetched for a run that does not fit
+        make_plan(job, this_machine(device, dtype, config.memory, measure=False), config.memory)
+    return lines
 
 
 def _disk(written: list[Written]) -> list[str]:
@@ -129,22 +136,19 @@ def _disk(written: list[Written]) -> list[str]:
     return lines
 
 
-def _memory_and_time(job: Workload, config: RunConfig, fetched: bool) -> list[str]:
-    device = compute_device()
-    if device.type == "cuda":
-        # the plan is made, and said, once the rows are there; but nothing is fetched for a run that cannot be
-        if not fetched:
-            make_plan(job, this_machine(device, job.dtype, config.memory, measure=False), config.memory)
-        return []
-    plan = make_plan(job, this_machine(device, job.dtype, config.memory), config.memory)
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def _memory_and_time(job: Workload, config: RunConfig) -> list[str]:
+    plan = make_plan(job, this_machine(compute_device(), job.dtype, config.memory), config.memory)
     lines = [f"  memory: about {plan.peak / GB:.1f} GB (no GPU here: it runs on the CPU, in main memory)"]
     if job.run_tokens and job.shape.layer_weights * job.shape.layers > 10**9:
         hours = []
-        for name in SAID:
-            there = job.at(dtype=CARDS[name].dtype)
+        for name in SHOWN:
             try:
-                speed = make_plan(there, of_card(CARDS[name]), config.memory).tokens_per_second
-                hours.append(f"{name} {duration(job.run_tokens / speed)}")
+                there = make_plan(job.at(dtype=CARDS[name].dtype), of_card(CARDS[name]), config.memory)
+                hours.append(f"{name} {duration(job.run_tokens / there.tokens_per_second)}")
             except UserError:
                 hours.append(f"{name} does not fit")
         lines += [
@@ -155,13 +159,9 @@ def _memory_and_time(job: Workload, config: RunConfig, fetched: bool) -> list[st
     return lines
 
 
-def _dtype(config: RunConfig) -> torch.dtype:
-    return compute_dtype(config.dtype, compute_device())
-
-
 def assumed_below(config: RunConfig, shape: Shape) -> AdapterSpec:
     """An adapter that is not here."""
-    return AdapterSpec.fresh(shape, RANK_BELOW, RANK_BELOW, config.lora_target_modules).frozen()
+    return AdapterSpec.fresh(shape, RANK_BELOW, config.lora_target_modules).frozen()
 
 
 def expected_job(
@@ -171,42 +171,38 @@ def expected_job(
     dtype: torch.dtype,
     below: Sequence[AdapterSpec] | None = None,
 ) -> Workload:
-    """The job of a configuration whose rows are not at hand: as long as they may be, as many as are published.
+    """The workload of a configuration before its rows are read: each as long as it may be, as many as are published.
 
     Args:
-        below: the frozen adapters; None: what the configuration names is not here, and its rank is assumed.
+        below: the frozen adapters; None: they are not here, and their rank is assumed.
     """
-    rows: dict[str, Any] = {"longest": longest_of(config, method)}
-    known = [KNOWN_DATA.get(spec.path) for spec in config.dataset]
-    a_row = [k.tokens for k in known if k is not None]
-    mean = sum(a_row) / len(a_row) if a_row else config.max_length
-    rows["segment"] = int(min(mean, config.max_length) if method == "sft" else mean / 2)
-    in_a_step = config.batch_size * (config.max_length if method == "sft" else min(mean, rows["longest"]))
-    rows["step_tokens"] = int(in_a_step)
-    rows["step_most"] = config.batch_size * rows["longest"]
+    longest = longest_of(config, method)
+    means = [known.tokens for spec in config.dataset if (known := KNOWN_DATA.get(spec.path))]
+    mean = sum(means) / len(means) if means else config.max_length
+    in_a_step = config.batch_size * (config.max_length if method == "sft" else min(mean, longest))
+    rows: dict[str, Any] = {
+        "longest": longest,
+        "segment": int(min(mean, config.max_length) if method == "sft" else mean / 2),
+        "step_tokens": int(in_a_step),
+        "step_most": config.batch_size * longest,
+    }
     tokens = _tokens(config)
     if config.max_steps is not None:
         rows["run_tokens"], rows["steps"] = int(config.max_steps * in_a_step), config.max_steps
     elif tokens is not None:
         rows["run_tokens"], rows["steps"] = tokens, max(1, round(tokens / in_a_step))
     if method == "dpo":
-        rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / rows["longest"]
-    job = make_workload(config, method, base_config, dtype, storage=_storage(config, base_config, dtype), **rows)
+        rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / longest
+    storage = storage_of(config, base_config, Path(config.model_name_or_path), dtype)
+    job = make_workload(config, method, base_config, dtype, storage=storage, **rows)
     if below is None:
-        standing = config.adapters != "none" and (method == "dpo" or bool(config.adapters))
-        count = (len(config.adapters) or 1) if standing else 0
-        below = [assumed_below(config, job.shape)] * count
+        stacked = config.adapters != "none" and (method == "dpo" or bool(config.adapters))
+        below = [assumed_below(config, job.shape)] * ((len(config.adapters) or 1) if stacked else 0)
     return job.at(adapters=(*below, *job.adapters))
 
 
-def _storage(config: RunConfig, base_config: Any, dtype: torch.dtype) -> Storage:
-    stored = getattr(base_config, "quantization_config", None)
-    _, four_bit, nested = quantization_of(config, stored, Path(config.model_name_or_path), dtype)
-    return "dense" if not four_bit else "nf4 nested" if nested else "nf4"
-
-
 def disk_bytes(job: Workload, config: RunConfig) -> dict[str, int]:
-    """What is written: the quantized base in the user's cache, the checkpoints, the adapters."""
+    """Bytes that are written: the quantized base in the user's cache, the checkpoints, the adapters."""
     found = {}
     if config.load_in_4bit:
         found[QUANTIZED] = sum(base_bytes(job).values())
@@ -215,14 +211,13 @@ def disk_bytes(job: Workload, config: RunConfig) -> dict[str, int]:
     every = [n for n in (config.save_steps, config.eval_steps) if n]
     count = min(config.save_total_limit, (job.steps or 10**9) // min(every)) + 1 if every else 1
     found["for checkpoints (one more than save_total_limit while one is written)"] = count * checkpoint
-    found["for the adapter"] = 4 * sum(sum(a.tensors(job.shape)) for a in job.adapters) + weights * (
-        len(job.adapters) > 1
-    )
+    stack = 4 * sum(sum(a.tensors(job.shape)) for a in job.adapters)
+    found["for the adapter"] = stack + weights * (len(job.adapters) > 1)
     return found
 
 
 def base_shape(name: str, revision: str = "main") -> tuple[Any, str | None]:
-    """The base's configuration, from its folder, the hub's cache or the hub, and no weight of it; and what to say of it.
+    """(the base's configuration, from its folder, the hub's cache or the hub; a note about it). Reads no weight.
 
     Raises:
         UserError: there is none, or the hub cannot be reached.
@@ -236,16 +231,13 @@ def base_shape(name: str, revision: str = "main") -> tuple[Any, str | None]:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False), None
         except Exception as error:  # transformers' own checks raise whatever they like
             raise UserError(f"{folder}/config.json: not a configuration that transformers reads: {error}") from None
-    if name == MISTRAL:  # known, so that nobody has to be asked
-        try:
-            return AutoConfig.from_pretrained(
-                name, revision=revision, local_files_only=True, trust_remote_code=False
-            ), None
-        except (OSError, ValueError, KeyError):
-            return MISTRAL_SHAPE, "the base is not here yet: its published shape is taken"
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False), None
+        # Mistral's shape is known: the hub need not be asked
+        here = name == MISTRAL
+        return AutoConfig.from_pretrained(name, revision=revision, local_files_only=here, trust_remote_code=False), None
     except (OSError, ValueError, KeyError):
+        if name == MISTRAL:
+            return MISTRAL_SHAPE, "the base is not here yet: its published shape is taken"
         raise UserError(
             f"model {name}: its config.json is neither in a folder of that name nor in the hub's cache, and the hub does "
             "not have it or could not be reached.",
@@ -262,9 +254,9 @@ def _known_shape(name: str) -> Any | None:
     check_config_file(Path(name).expanduser())
     try:
         shape, _ = base_shape(name)
-        make_workload(RunConfig(), "sft", shape, torch.float16)
+        Shape.of(shape)
     except (UserError, ValueError, KeyError, OSError, AttributeError):
-        return None  # said properly when the base is read
+        return None  # reported when the base is read
     return shape
 
 
@@ -279,48 +271,34 @@ def _tokens(config: RunConfig) -> int | None:
     return int(total * config.num_train_epochs)
 
 
-def _downloads(config: RunConfig) -> tuple[list[tuple[str, str]], int]:
-    """What is still to be fetched, with its size as text, and the bytes of it on the disk."""
-    fetch, keep = [], 0
+def _downloads(config: RunConfig) -> tuple[dict[str, str], int]:
+    """(name → size in words of what is still to be fetched, its bytes on the disk)."""
+    import datasets
+
+    fetch: dict[str, str] = {}
+    keep = 0
     name = config.model_name_or_path
     if not Path(name).expanduser().is_dir() and not _cached(name):
-        fetch.append((name, f"{MISTRAL_BYTES / GB:.1f} GB" if name == MISTRAL else "(size not known)"))
+        fetch[name] = f"{MISTRAL_BYTES / GB:.1f} GB" if name == MISTRAL else "(size not known)"
         keep += MISTRAL_BYTES if name == MISTRAL else 0
-    specs: list[DatasetSpec] = [*config.dataset, *config.eval_dataset]
-    for path in dict.fromkeys(spec.path for spec in specs):
+    for path in dict.fromkeys(spec.path for spec in (*config.dataset, *config.eval_dataset)):
+        known = KNOWN_DATA.get(path)
         if Path(path).expanduser().exists() or path.startswith((".", "/", "~")):
             continue
-        known = KNOWN_DATA.get(path)
-        if known is None:
-            if path.count("/") == 1:
-                fetch.append((path, "(size not known)"))
-        elif not _data_cached(path):
-            fetch.append((path, f"{known.download / GB:.1f} GB"))
+        if known is None and path.count("/") == 1:
+            fetch[path] = "(size not known)"
+        elif known is not None and not (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")).is_dir():
+            fetch[path] = f"{known.download / GB:.1f} GB"
             keep += known.download + known.disk
     return fetch, keep
 
 
 def _cached(name: str) -> bool:
+    """Whether a model of the hub is in its cache (or the name is no hub id)."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = [try_to_load_from_cache(name, f) for f in ("model.safetensors", "model.safetensors.index.json")]
-    except ValueError:  # no hub id
+    except ValueError:
         return True
     return any(isinstance(path, str) for path in found)
-
-
-def _data_cached(path: str) -> bool:
-    import datasets
-
-    return (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")).is_dir()
-
-
-def _hub_cache() -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE)
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.absolute().parents) if p.exists())

@@ -1,72 +1,60 @@
-"""The plan of a run: how much runs at once, what each layer keeps, what lies on the host. Made before anything is loaded."""
+"""The plan of a run: the fastest execution settings that fit, chosen before anything is loaded."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from itertools import product
+from typing import Any
 
 import torch
 
 from ..config.load import MemorySpec
 from ..errors import UserError
-from ..model.activation_offload import lockable
-from ..model.allocator import is_wsl
 from ..model.dequant_buffer import ScratchMode
+from ..model.execution import ExecutionConfig, Reference
 from ..model.layer_spec import Keep
-from .account import (
-    CONTEXT_BYTES,
-    GIB,
-    Setting,
-    account,
-    in_words,
-    kept_per_token,
-    kept_widths,
-    scratch_widths,
-)
+from .estimate import CONTEXT_BYTES, GIB, Device, MemoryBreakdown, estimate, in_words, kept_per_token
 from .gpus import PROCESSOR, Gpu
-from .machine import HOST_SHARE, Machine, main_memory, parse_size, process_memory
-from .search import KEEPS, LEAST, Limits, cures, fixed_tokens, least_account, least_host, search
+from .machine import Machine, parse_size
 from .speed import step_time
-from .workload import Shape, Workload
+from .workload import Workload
 
-# At once on a CPU: enough for matrix products at full speed, little enough for its caches.
-CPU_TOKENS = 2048
-# Of the free memory, where the accounting is not exact: on a CPU, and for other engines' layers.
+KEEPS: tuple[Keep, ...] = ("all", "attention", "input")
+# (more, less): what layers keep where they do not keep alike
+MIXTURES: tuple[tuple[Keep, Keep], ...] = (("all", "attention"), ("all", "input"), ("attention", "input"))
+# Tokens of a micro-batch: enough for matrix products at full speed; on a CPU few enough for its caches.
+WANTED_TOKENS, CPU_TOKENS = 16384, 2048
+# Tokens that the MLP takes at a time; a longer tile is the faster one.
+TILES = (8192, 2048, 512)
+# Share of the free memory that a plan leaves alone: the prediction is meant to be right to 5 %.
+MARGIN = 0.03
+# Share of the free memory that is planned with on a CPU and for other engines, whose allocations are not counted exactly.
 SHARE = 0.7
+# Settings whose speeds differ by no more than this are equally fast: the simpler one comes first.
+TIE = 0.002
+# How much faster a setting must be to be worth locking main memory: that slows the rest of the machine, and the cost model is
+# from data sheets until a card was measured.
+WORTH_THE_HOST = 0.04
+# A smaller plan saves at least this share of the transient bytes of the one that did not fit.
+SAVING = 0.1
+SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 141)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The plan of a run; part of stage.json, so that a resumed run makes the same split and the same sums.
+class Plan(ExecutionConfig):
+    """Execution settings with their predicted numbers; part of stage.json, so that a resumed run makes the same sums.
 
     Attributes:
-        micro_tokens: a micro-batch holds at most so many tokens (one example at least).
-        keep: what each layer keeps for its backward pass, from the first layer to the last (see ``layer``).
-        offload: what the first so many layers keep lies on the host between the two passes (see ``offload``).
-        stream: the decoder layers' weights lie on the host, and come to the device one layer ahead (see ``stream``).
-        tile: the MLP runs over so many tokens at a time; None: over all of a micro-batch.
-        scratch: how much room dequantized weights get (see ``memory``).
-        reference: a live reference runs in the policy's pass (``together``), or in one of its own before it.
-        threads: the number of CPU threads, which decides the order of sums there.
-        bytes_per_token: of what all layers keep under this plan, wherever it lies.
-        free_bytes: what is left of the free memory when base, adapters, gradients and optimizer are there.
-        account: bytes of the device's memory by name, at the peak; the last entry is their sum (see ``account``).
+        bytes_per_token: of what all layers keep, on the device or on the host.
+        free_bytes: free memory less base, adapters, gradients and optimizer.
+        account: bytes of the device's memory by name, at the peak; the last entry is their sum.
         host: bytes of main memory that are locked, by name.
         managed: bytes of optimizer states that CUDA keeps on the host where the device is full.
-        at: where in a step the peak is.
-        seconds_per_step, tokens_per_second: what the cost model expects; 0: nothing is known.
+        at: the moment of the peak.
+        seconds_per_step, tokens_per_second: predicted speed; 0: unknown.
     """
 
-    micro_tokens: int
-    keep: tuple[Keep, ...]
-    offload: int = 0
-    stream: bool = False
-    tile: int | None = None
-    scratch: ScratchMode = "layer"
-    reference: Literal["together", "own"] = "together"
-    threads: int = 1
     bytes_per_token: int = 0
     free_bytes: int = 0
     account: dict[str, int] = field(default_factory=dict, hash=False)
@@ -77,7 +65,7 @@ class Plan:
     tokens_per_second: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(self.keep))  # JSON knows lists only
+        object.__setattr__(self, "keep", tuple(self.keep))  # a list in JSON
 
     @property
     def recomputes(self) -> bool:
@@ -86,23 +74,23 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes of the device's memory at the peak; 0: not counted."""
+        """Bytes of the device's memory at the peak; 0: unknown."""
         return self.account.get("peak", 0)
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "keep": list(self.keep)}
 
     def lines(self) -> list[str]:
-        """What was decided, in words."""
+        """The settings in words."""
         said = [
             f"{self.micro_tokens:,} tokens at once, {self.bytes_per_token / 2**20:.2f} MiB kept a token: "
             f"{kept_in_words(self.keep)}"
         ]
         if self.offload:
             which = "all layers" if self.offload == len(self.keep) else f"the first {self.offload} layers"
-            said.append(f"what {which} keep lies in main memory between the passes")
+            said.append(f"activations of {which} are in main memory between the two passes")
         if self.stream:
-            said.append("the base lies in main memory and is copied one layer ahead")
+            said.append("the base is in main memory and is copied one layer ahead")
         if self.tile is not None:
             said.append(f"the MLP takes {self.tile:,} tokens at a time")
         return said
@@ -119,245 +107,289 @@ def kept_in_words(keep: Sequence[Keep]) -> str:
     first, last = keep[0], keep[-1]
     if first == last:
         return _WORDS[first]
-    count = sum(k == first for k in keep)
+    count = keep.count(first)
     return f"{_WORDS[first]} (layers 1 to {count}); {_WORDS[last]} (the last {len(keep) - count})"
 
 
-def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *, measure: bool = True) -> Machine:
-    """The machine that we are on.
+@dataclass(frozen=True)
+class Limits:
+    """Memory and speed of the machine, as far as a run may use it.
+
+    Attributes:
+        free: bytes of the device's memory that the run may take, ``device.context`` included.
+        host: bytes of main memory that may be locked.
+        card: its speed.
+        device: how it allocates.
+        exact: the allocations are counted: the fused engine on a card. Then a plan uses all memory but ``MARGIN`` and a run
+            that does not fit is refused; else it uses ``SHARE``, and takes the smallest settings if nothing fits.
+    """
+
+    free: int
+    host: int
+    card: Gpu
+    device: Device
+    exact: bool = True
+
+    @classmethod
+    def of(cls, job: Workload, machine: Machine, memory: MemorySpec) -> Limits:
+        host = machine.host if memory.host is None else parse_size(memory.host, "memory.host")
+        device = machine.device(job.dtype)
+        if not device.cuda and memory.host is None:
+            host = machine.free  # offloaded bytes are in the memory that is planned with
+        return cls(machine.free, host, machine.card, device, device.cuda and job.engine == "fused")
+
+    @property
+    def budget(self) -> int:
+        """Bytes of the device's memory that a plan may take."""
+        if self.exact:
+            return int(self.free * (1 - MARGIN))
+        return self.device.context + int((self.free - self.device.context) * SHARE)
+
+
+# -- candidates --------------------------------------------------------------------------------------------------------
+
+
+def candidates(job: Workload, limits: Limits, memory: MemorySpec, *, least: bool = False) -> list[ExecutionConfig]:
+    """Execution settings by predicted speed, the fastest first, whatever memory they take.
 
     Args:
-        device: where the run will compute.
-        dtype: in what.
-        memory: ``vram`` caps what is free to what a card of that size would have (its context comes off; a CPU's process
-            does not).
-        measure: measure the speed; False: it does not matter.
-
-    Raises:
-        UserError: ``vram`` is no size.
+        memory: what the user fixed is the same in all of them.
+        least: only settings with the smallest peaks; if any setting fits, one of these does.
     """
-    host = int(main_memory() * HOST_SHARE)
-    if measure:
-        from .calibrate import measure as measured
-    if device.type == "cpu":
-        card = measured(device, dtype) if measure else PROCESSOR
-        # the process is a part of the measured peak, so of the plan too; it has taken its memory already
-        process = process_memory(device)
-        free = free_memory(device)
-        if memory.vram is not None:
-            free = min(free, parse_size(memory.vram, "memory.vram"))
-        return Machine("cpu", "the CPU", card, free + process, host, process)
-    limit = None if memory.vram is None else parse_size(memory.vram, "memory.vram") - CONTEXT_BYTES
-    if measure:
-        card = measured(device, dtype)  # first: the libraries that it loads take room too
-    if is_wsl():
-        host = lockable(host, device)
-    free = free_memory(device)
-    if not measure:
-        capability = torch.cuda.get_device_capability(device)
-        card = Gpu(torch.cuda.get_device_name(device), free / GIB, 50, 500, 12, capability)
-    return Machine("cuda", card.name, card, free if limit is None else min(free, limit), host)
+    fused, offloads = job.engine == "fused", _offloads(job, limits, memory)
+    streams = (False, True) if memory.stream is None and limits.exact else (bool(memory.stream) and fused,)
+    references: tuple[Reference, ...] = ("together", "own") if job.live_reference else ("together",)
+    scratches: tuple[ScratchMode, ...] = ("layer",) if job.storage == "dense" else ("layer", "small")
+    if least:
+        references, scratches = references[-1:], scratches[-1:]
+        fillings = [((memory.keep or "input",) * job.shape.layers, n) for n in offloads]
+    else:
+        fillings = list(_fillings(job, offloads, memory, mixed=limits.exact))
+    threads = torch.get_num_threads()
+    found = [
+        ExecutionConfig(tokens, keep, offload, stream, tile, scratch, reference, threads)
+        for tokens, stream, scratch, reference in product(
+            _tokens(job, limits, memory, least), streams, scratches, references
+        )
+        for tile in (None, *(t for t in TILES if fused and t < max(tokens, job.longest)))
+        for keep, offload in fillings
+    ]
+    # a CPU's order does not depend on how busy it was while it was measured: the same run is split alike every time
+    card = limits.card if limits.device.cuda else PROCESSOR
+
+    def cost(execution: ExecutionConfig) -> float:
+        host = (execution.offload > 0) + execution.stream
+        extra = (
+            execution.micro_tokens / WANTED_TOKENS
+            + (execution.tile is not None)
+            + execution.offload / len(execution.keep)
+        )
+        return (1 + WORTH_THE_HOST * host + TIE * extra) / step_time(job, execution, card).tokens_per_second
+
+    return sorted(found, key=cost)
+
+
+def _tokens(job: Workload, limits: Limits, memory: MemorySpec, least: bool) -> list[int]:
+    """Sizes of a micro-batch: the longest example at least, a whole step at most."""
+    if memory.micro_tokens is not None:
+        return [min(memory.micro_tokens, max(job.longest, job.step_most or memory.micro_tokens))]
+    if least:
+        # a step in one piece has its gradients come while activations go
+        whole = job.step_most if job.step_most is not None and job.longest < job.step_most < 2 * job.longest else None
+        return [job.longest] if whole is None else [job.longest, whole]
+    wanted = WANTED_TOKENS if limits.device.cuda else CPU_TOKENS
+    most = max(job.longest, min(wanted, job.step_most or job.step_tokens or wanted))
+    sizes = (*(1 << k for k in range(8, 15)), *(job.longest * n for n in (2, 3, 4, 6, 8)))
+    return sorted({job.longest, most, *(n for n in sizes if job.longest < n <= most)}, reverse=True)
+
+
+def _offloads(job: Workload, limits: Limits, memory: MemorySpec) -> Sequence[int]:
+    """Numbers of layers whose kept activations go to the host."""
+    if memory.offload is None and limits.exact and limits.host:
+        return range(job.shape.layers + 1)
+    return (job.shape.layers if memory.offload and job.engine == "fused" else 0,)
+
+
+def _fillings(
+    job: Workload, offloads: Sequence[int], memory: MemorySpec, *, mixed: bool
+) -> Iterator[tuple[tuple[Keep, ...], int]]:
+    """(what each layer keeps, layers that offload it)."""
+    layers = job.shape.layers
+    yield from product([(keep,) * layers for keep in (KEEPS if memory.keep is None else (memory.keep,))], offloads)
+    if memory.keep is None and mixed and not memory.offload:
+        for more, less in MIXTURES:
+            for n in range(1, layers):
+                yield (less,) * n + (more,) * (layers - n), 0  # the last layers' are there for a shorter time
+                if n in offloads:
+                    yield (more,) * n + (less,) * (layers - n), n
+
+
+def fits(job: Workload, execution: ExecutionConfig, limits: Limits) -> MemoryBreakdown | None:
+    """The predicted memory, if device and host have that much."""
+    found = estimate(job, execution, limits.device)
+    host = sum(found.host.values())
+    there = found.peak if limits.device.cuda else found.peak + host
+    return found if there <= limits.budget and host <= limits.host else None
+
+
+def feasible(job: Workload, limits: Limits, memory: MemorySpec) -> bool:
+    """Whether any settings fit."""
+    return any(fits(job, execution, limits) for execution in candidates(job, limits, memory, least=True))
 
 
 def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
-    """The fastest plan that fits: searched on a card under the fused engine; elsewhere the first policy that fits.
+    """The fastest plan that fits.
 
     Args:
-        job: what is computed.
-        machine: where.
-        memory: what the user fixed; ``host`` replaces the machine's.
+        memory: the user's settings; ``host`` replaces the machine's.
 
     Raises:
-        UserError: nothing fits the card; says how much is missing, and what would help. (A CPU's memory is no fixed
-            number, and another engine's layers are not ours to count: they are never refused.)
+        UserError: nothing fits; tells how much is missing, and what would help. (Only memory.host is refused on a CPU and for
+            other engines.)
     """
-    host = machine.host if memory.host is None else parse_size(memory.host, "memory.host")
-    limits = Limits(machine.free, host, machine.card, machine.device(job.dtype))
-    if machine.kind == "cpu" or job.engine != "fused":
-        return _simple(job, limits, memory, machine.name)
-    found = search(job, limits, memory)
-    if found is None:
-        raise _refusal(job, limits, memory, machine)
-    setting, fits = found.setting, found.account
-    resident = sum(fits.resident.values()) + 4 * job.parameters
-    return Plan(
-        # the user's own number where it is less than an example: of two that would fit, one runs
-        micro_tokens=min(setting.tokens, memory.micro_tokens or setting.tokens),
-        keep=setting.keep,
-        offload=setting.offload,
-        stream=setting.stream,
-        tile=setting.tile,
-        scratch=setting.scratch,
-        reference="together" if setting.together else "own",
-        threads=torch.get_num_threads(),
-        bytes_per_token=kept_per_token(job, setting.keep),
-        free_bytes=max(0, machine.free - resident),
-        account=fits.as_dict(),
-        host=fits.host,
-        managed=fits.managed,
-        at=fits.at,
-        seconds_per_step=round(found.time.step, 4),
-        tokens_per_second=round(found.time.tokens_per_second, 2),
-    )
+    limits = Limits.of(job, machine, memory)
+    for execution in candidates(job, limits, memory):
+        if fits(job, execution, limits):
+            return _plan(job, execution, limits)
+    if limits.exact:
+        raise _refusal(job, limits, memory, machine.name)
+    least = [(estimate(job, e, limits.device), e) for e in candidates(job, limits, memory, least=True)]
+    allowed = [(found.peak, n, e) for n, (found, e) in enumerate(least) if sum(found.host.values()) <= limits.host]
+    if not allowed:
+        raise _refusal(job, limits, memory, machine.name)
+    return _plan(job, min(allowed)[2], limits)
 
 
-def _simple(job: Workload, limits: Limits, memory: MemorySpec, name: str) -> Plan:
-    """The first policy of ``all``, ``attention``, ``input`` under which a micro-batch of useful size fits, and then as
-    many tokens as fit; a live reference in the policy's pass where that fits too. On a CPU what is offloaded or streamed
-    lies in the same memory.
+def smaller(
+    plan: Plan, job: Workload, limits: Limits, memory: MemorySpec, *, tokens: int, several: bool, training: bool
+) -> Plan | None:
+    """The next smaller plan after one that ran out of memory: of the same list, the fastest that takes clearly less.
 
-    Raises:
-        UserError: ``memory.host`` is less than what ``offload`` or ``stream`` take at least.
+    Args:
+        tokens: of the micro-batch that failed.
+        several: it had more than one example.
+        training: a backward pass follows.
+
+    Returns:
+        None where nothing is left to try.
     """
-    layers = job.shape.layers
-    wanted = CPU_TOKENS if limits.kind.backend == "cpu" else 16384
-    wanted = max(job.longest, min(wanted, job.step_most or wanted))
-    ours = job.engine == "fused"
-    setting = Setting(
-        job.longest,
-        (LEAST,) * layers,
-        layers if memory.offload and ours else 0,
-        bool(memory.stream) and ours,
-    )
-    there_already = limits.kind.context
-    budget = there_already + int((limits.device - there_already) * SHARE)
-    host = None if memory.host is None else limits.host
+    failed = replace(plan, micro_tokens=min(plan.micro_tokens, tokens))
+    now = estimate(job, failed, limits.device, training=training)
+    enough = now.peak - SAVING * sum(now.transient.values())
+    best: tuple[int, ExecutionConfig] | None = None
+    for execution in candidates(job, limits, memory):
+        if execution.micro_tokens > max(failed.micro_tokens, job.longest) or execution.stream < plan.stream:
+            continue  # a streamed base does not come back
+        found = estimate(job, execution, limits.device, training=training)
+        if sum(found.host.values()) > limits.host:
+            continue
+        if found.peak <= enough:
+            return _plan(job, execution, limits)
+        if found.peak < (now.peak if best is None else best[0]):
+            best = found.peak, execution
+    if best is not None:
+        return _plan(job, best[1], limits)
+    return replace(plan, micro_tokens=1) if several and plan.micro_tokens > 1 else None
 
-    def host_of(setting: Setting) -> int:
-        return sum(account(job, setting, limits.kind).host.values())
 
-    def fits(setting: Setting) -> bool:
-        found = account(job, setting, limits.kind)
-        there = sum(found.host.values())
-        return found.peak + there <= budget and (host is None or there <= host)
-
-    fixed = replace(
-        setting,
-        keep=(memory.keep or LEAST,) * layers,
-        tokens=job.longest if memory.micro_tokens is None else fixed_tokens(job, memory.micro_tokens),
-    )
-    if host is not None and host_of(fixed) > host:
-        said = " and ".join(f"memory.{key}=true" for key in ("offload", "stream") if getattr(memory, key))
-        raise UserError(
-            f"{name}: {said} takes {in_words(host_of(fixed))} of main memory at least, and memory.host allows "
-            f"{in_words(host)}.",
-            f"Allow {-(-host_of(fixed) // GIB)}GiB, or leave {said.replace('=true', '')} out.",
-        )
-    if job.storage != "dense" and not fits(setting):
-        setting = replace(setting, scratch="small")
-    keep = memory.keep
-    if keep is None:
-        keep = LEAST
-        useful = replace(setting, tokens=max(job.longest, min(wanted, 2048)))
-        for policy in KEEPS[:-1]:
-            if fits(replace(useful, keep=(policy,) * layers)):
-                keep = policy
-                break
-    setting = replace(setting, keep=(keep,) * layers)
-    together = fits(setting)
-    setting = replace(setting, together=together)
-    if memory.micro_tokens is not None:
-        tokens = min(memory.micro_tokens, fixed_tokens(job, memory.micro_tokens))
-    else:
-        low, high = job.longest, wanted
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(replace(setting, tokens=middle)) else (low, middle - 1)
-        tokens = low
-    setting = replace(setting, tokens=max(tokens, job.longest))
-    found = account(job, setting, limits.kind)
-    time = step_time(job, setting, limits.card)
-    resident = sum(found.resident.values()) + 4 * job.parameters
+def _plan(job: Workload, execution: ExecutionConfig, limits: Limits) -> Plan:
+    found, time = estimate(job, execution, limits.device), step_time(job, execution, limits.card)
+    fused = job.engine == "fused"
     return Plan(
-        micro_tokens=tokens,
-        keep=setting.keep,
-        offload=setting.offload,
-        stream=setting.stream,
-        scratch=setting.scratch,
-        reference="together" if together else "own",
-        threads=torch.get_num_threads(),
-        bytes_per_token=kept_per_token(job, setting.keep),
-        free_bytes=max(0, limits.device - resident),
-        account=found.as_dict() if ours else {},
+        **vars(execution),
+        bytes_per_token=kept_per_token(job, execution.keep),
+        free_bytes=max(0, limits.free - sum(found.resident.values()) - 4 * job.parameters),
+        account=found.as_dict() if fused else {},
         host=found.host,
         managed=found.managed,
         at=found.at,
-        seconds_per_step=round(time.step, 4) if ours else 0.0,
-        tokens_per_second=round(time.tokens_per_second, 2) if ours else 0.0,
+        seconds_per_step=round(time.step, 4) if fused else 0.0,
+        tokens_per_second=round(time.tokens_per_second, 2) if fused else 0.0,
     )
 
 
-def _refusal(job: Workload, limits: Limits, memory: MemorySpec, machine: Machine) -> UserError:
-    setting, least = least_account(job, limits, memory)
-    missing = least.peak - limits.budget
+# -- where nothing fits ------------------------------------------------------------------------------------------------
+
+
+def longest_context(job: Workload, limits: Limits, memory: MemorySpec, *, step: int = 1024, most: int = 2**20) -> int:
+    """The longest example that fits, in whole `step` tokens; 0: not even one step does."""
+    low, high = 0, most // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        tokens = middle * step
+        segment = min(job.segment or tokens, tokens)
+        longer = job.at(longest=tokens, segment=segment, step_tokens=None, step_most=None)
+        low, high = (middle, high) if feasible(longer, limits, memory) else (low, middle - 1)
+    return low * step
+
+
+def _least_host(job: Workload, limits: Limits, memory: MemorySpec) -> int | None:
+    """Bytes of main memory with which it would fit; None: the device is too small with any."""
+    anything = replace(limits, host=2**62)
+    found = (fits(job, execution, anything) for execution in candidates(job, anything, memory, least=True))
+    return min((sum(each.host.values()) for each in found if each is not None), default=None)
+
+
+def _refusal(job: Workload, limits: Limits, memory: MemorySpec, name: str) -> UserError:
+    least = [(estimate(job, e, limits.device), e.micro_tokens) for e in candidates(job, limits, memory, least=True)]
+    found, tokens = min(least, key=lambda pair: pair[0].peak)
     what = f"{'an example' if job.method == 'sft' else 'a pair'} of {job.longest:,} tokens"
-    if setting.tokens > job.longest:
-        what = f"a micro-batch of {setting.tokens:,} tokens"
-    host = least_host(job, limits, memory)
-    if missing > 0 or host is None:
-        parts = sorted(((n, name) for name, n in least.as_dict().items() if name != "peak"), reverse=True)[:3]
+    if tokens > job.longest:
+        what = f"a micro-batch of {tokens:,} tokens"
+    missing, host = found.peak - limits.budget, _least_host(job, limits, memory)
+    if host is None:
+        parts = sorted(((n, part) for part, n in found.as_dict().items() if part != "peak"), reverse=True)[:3]
         message = (
-            f"{machine.name}: {in_words(missing)} are missing. The most frugal plan for {what} takes {in_words(least.peak)} "
-            "of the card's memory ("
-            + ", ".join(f"{name} {in_words(n)}" for n, name in parts)
-            + f"); {in_words(limits.budget)} can be counted on of {in_words(limits.device)} free."
+            f"{name}: {in_words(missing)} are missing. The smallest plan for {what} takes {in_words(found.peak)} of the "
+            f"card's memory ({', '.join(f'{part} {in_words(n)}' for n, part in parts)}); {in_words(limits.budget)} can be "
+            f"counted on of {in_words(limits.free)} free."
         )
     else:
         message = (
-            f"{machine.name}: {what} fits only with {in_words(host)} in main memory, and {in_words(limits.host)} of it may "
-            "be taken."
+            f"{name}: {what} fits only with {in_words(host)} in main memory, and the run may take {in_words(limits.host)} "
+            "of it."
         )
-    found = cures(job, limits, memory)
-    if not found:
-        return UserError(message, "No single change would do.")
-    first = "This would do" if len(found) == 1 else "Any one of these would do"
-    return UserError(message, f"{first}: {'; '.join(found)}.")
+    helpful = suggestions(job, limits, memory)
+    if not helpful:
+        return UserError(message, "No single change is enough.")
+    first = "This is enough" if len(helpful) == 1 else "Any one of these is enough"
+    return UserError(message, f"{first}: {'; '.join(helpful)}.")
 
 
-def scratch_bytes(config: Any, dtype: torch.dtype, mode: ScratchMode) -> int:
-    """Of the dequantized weights of one decoder layer (``memory.scratch_elements``)."""
-    return dtype.itemsize * scratch_widths(Shape.of(config), mode)
+def suggestions(job: Workload, limits: Limits, memory: MemorySpec) -> list[str]:
+    """Single changes with which it fits."""
+    fixed = {key for key, value in memory if value is not None} - {"vram", "host"}
+    free = {key: memory.model_copy(update={key: None}) for key in sorted(fixed)}
+    found = [f"memory.{key} left to the plan" for key, spec in free.items() if feasible(job, limits, spec)]
+    host = _least_host(job, limits, memory)
+    if host is not None and host > limits.host:
+        found.append(f"memory.host={-(-host // GIB)}GiB (a machine with that much main memory to spare)")
+
+    def first(changes: dict[str, Workload]) -> list[str]:
+        return [word for word, changed in changes.items() if feasible(changed, limits, memory)][:1]
+
+    if job.optim in ("adamw_torch", "paged_adamw_32bit"):
+        found += first({f"optim={name}": job.at(optim=name) for name in ("adamw_8bit", "paged_adamw_8bit")})
+    if job.storage == "dense":
+        found += first({"load_in_4bit=true": job.at(storage="nf4 nested")})
+    rank = max((r for a in job.adapters if a.trained for layer in a.ranks for r in layer.values()), default=1)
+    found += first({f"lora_r={r}": with_rank(job, r) for r in _powers_below(rank, 4)})
+    per_example = 1 if job.method == "sft" else 2
+    lengths = _powers_below(-(-job.longest // per_example), 64)
+    found += first({f"max_length={n}": job.at(longest=n * per_example) for n in lengths})
+    context = limits.device.context or CONTEXT_BYTES
+    for size in SIZES:
+        larger = replace(limits, free=size * GIB, device=replace(limits.device, context=context))
+        if limits.exact and larger.free > limits.free and feasible(job, larger, memory):
+            return [*found, f"a card of {size} GB"]
+    return found
 
 
-def kept_bytes(config: Any, dtype: torch.dtype, keep: Keep, *, ranks: int = 0) -> int:
-    """Bytes a token that the decoder layers leave for the backward pass, exactly.
-
-    Args:
-        config: the Hugging Face configuration.
-        dtype: of the hidden states.
-        keep: the policy.
-        ranks: the sum of the ranks of all adapters on all projections of a layer.
-    """
-    narrow, wide = kept_widths(Shape.of(config), keep, ranks)
-    return config.num_hidden_layers * (narrow * dtype.itemsize + wide * max(4, dtype.itemsize))
+def _powers_below(value: int, least: int) -> list[int]:
+    """The powers of two below `value`, the largest first."""
+    return [1 << k for k in range(value.bit_length(), 1, -1) if least <= 1 << k < value]
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on the device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return main_memory()
-
-
-def cap_allocator(device: torch.device, memory: MemorySpec) -> None:
-    """Under WSL2, refuse PyTorch's allocator more than the plan was made for. The driver there moves what does not fit to main
-    memory, and the run would be ten times slower, where an allocation that fails lets it go on under a smaller plan."""
-    if device.type != "cuda" or not is_wsl():
-        return
-    free = free_memory(device)
-    if memory.vram is not None:
-        free = min(free, parse_size(memory.vram, "memory.vram") - CONTEXT_BYTES)
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (free + torch.cuda.memory_allocated(device)) / total), device)
-
-
-def keep_freed_pages() -> bool:
-    """Let glibc keep what a step frees for the next one: given back to the system, it costs a CPU run a twentieth of its
-    time to get every page again. Returns whether it was told to; there is nothing to tell elsewhere."""
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False  # not Linux, or another C library
-    return bool(mallopt(mmap_threshold, 32 * 2**20) and mallopt(trim_threshold, 2**31 - 1))
+def with_rank(job: Workload, r: int) -> Workload:
+    """The same workload with the trained adapter at another rank."""
+    return job.at(adapters=tuple(a.with_rank(r) if a.trained else a for a in job.adapters))

@@ -1,4 +1,4 @@
-"""``zephyr-lite plan``: a run planned from its configuration alone, and the ladder of cards in the README."""
+"""``zephyr-lite plan``: a run planned from its configuration alone, and the README's table of cards."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import get_args
 
 import torch
 
-from ..config.load import MemorySpec, Method, RunConfig, load_config
+from ..config.load import Loaded, MemorySpec, Method, RunConfig, load_config
 from ..config.presets import find_config
-from ..config.resolve import resolve_run
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import StageDir
@@ -19,26 +18,26 @@ from ..model.adapters import check_targets
 from ..model.base import check_family, compute_device, compute_dtype
 from ..model.chain import chain_of_run
 from ..model.peft_io import read_adapter
+from ..model.shape import Shape
+from .estimate import GIB
 from .forecast import forecast_lines
 from .gpus import find_gpu, gpu_of_size
-from .machine import GIB, Machine, of_card, parse_size
+from .machine import Machine, of_card, parse_size, this_machine
 from .needs import GB, MISTRAL_SHAPE, RANK_BELOW, assumed_below, base_shape, disk_bytes, expected_job
-from .plan import Plan, make_plan, this_machine
-from .search import Limits, longest_context
-from .workload import AdapterSpec, Shape
+from .plan import Limits, Plan, longest_context, make_plan
+from .workload import AdapterSpec
 
 LADDER = (6, 8, 12, 16, 24)
 
 
 def planned_lines(
-    method: Method, file: str | None, words: list[str], *, gpu: str | None, vram: str | None, price: float | None
+    method: Method, loaded: Loaded, *, gpu: str | None, vram: str | None, price: float | None
 ) -> list[str]:
-    """The plan of a configuration, on this machine, or on the card or the size that is named.
+    """The plan of a configuration, on this machine, or on a card by name or size.
 
     Raises:
-        UserError: a wrong key, an unknown card, a base that cannot be looked at; or nothing fits.
+        UserError: an unknown card, a base whose configuration cannot be read; or nothing fits.
     """
-    loaded = resolve_run(method, file, words)
     config = loaded.config
     if config.engine != "fused":
         raise UserError(f"engine {config.engine}: only the fused engine is planned.", "Add engine=fused.")
@@ -54,20 +53,23 @@ def planned_lines(
     notes = (
         *(n for n in loaded.notes if n.startswith("continuing")),
         note,
-        *_assumed(config),
+        f"rows are taken to be as long as max_length={config.max_length} lets them be",
         *from_where,
         *_of_card(machine, dtype, gpu, vram),
     )
-    lines = [f"note: {text}" for text in notes if text]
-    lines += forecast_lines(job, machine, plan, config, price=price)
     disk = disk_bytes(job, config)
     sizes = [f"{n / GB:.1f} GB {what}" if n >= GB / 10 else f"{n / 1e6:.1f} MB {what}" for what, n in disk.items()]
-    lines += ["disk: " + sizes[0], *(f"  {size}" for size in sizes[1:])]
-    return [*lines, ""]
+    return [
+        *(f"note: {text}" for text in notes if text),
+        *forecast_lines(job, machine, plan, config, price=price),
+        "disk: " + sizes[0],
+        *(f"  {size}" for size in sizes[1:]),
+        "",
+    ]
 
 
 def _machine(config: RunConfig, gpu: str | None, vram: str | None) -> tuple[Machine, torch.dtype, MemorySpec]:
-    """The card that is named, or one of the size that is; else this machine, whatever memory.vram says."""
+    """The card `gpu`, or one of the size `vram`; without both this machine, whatever memory.vram says."""
     here = compute_device()
     memory = config.memory if vram is None else config.memory.model_copy(update={"vram": vram})
     if gpu is None and (vram is None or here.type == "cuda"):
@@ -80,7 +82,7 @@ def _machine(config: RunConfig, gpu: str | None, vram: str | None) -> tuple[Mach
 
 
 def _of_card(machine: Machine, dtype: torch.dtype, gpu: str | None, vram: str | None) -> list[str]:
-    """What may surprise about the card."""
+    """Notes on the card."""
     card, said = machine.card, []
     if machine.kind == "cuda" and not card.measured:
         if gpu is None and vram is not None:
@@ -88,21 +90,17 @@ def _of_card(machine: Machine, dtype: torch.dtype, gpu: str | None, vram: str | 
         elif machine.free > card.memory * GIB:
             said.append(f"a {card.name} has {card.memory:g} GiB; it is planned with {machine.free / GIB:g}")
     if machine.kind == "cuda" and dtype == torch.bfloat16 and card.capability < (8, 0):
-        said.append(f"a {card.name} has no bfloat16 products, they are emulated: slower than is said here")
+        said.append(f"a {card.name} emulates bfloat16 products: it is slower than the plan says")
     return said
 
 
-def _assumed(config: RunConfig) -> list[str]:
-    return [f"rows are taken to be as long as max_length={config.max_length} lets them be"]
-
-
 def _below(method: Method, config: RunConfig, shape: Shape) -> tuple[list[AdapterSpec] | None, list[str]]:
-    """The adapters below, from folders and from the run's finished SFT stage; None: they are assumed. And what to say.
+    """(the adapters below, from folders and from the run's finished SFT stage, None: they are assumed; notes on them).
 
     Raises:
-        UserError: an adapter of one's own is not there, or is no plain LoRA.
+        UserError: an adapter's folder is not there, or holds no plain LoRA.
     """
-    if config.adapters == "none":
+    if config.adapters == "none" or (method == "sft" and not config.adapters):
         return [], []
     if config.adapters:
         found, notes = [], []
@@ -113,10 +111,7 @@ def _below(method: Method, config: RunConfig, shape: Shape) -> tuple[list[Adapte
             else:
                 found.append(AdapterSpec.read(shape, read_adapter(Path(name).expanduser()).modules))
         return found, notes
-    if method == "sft":
-        return [], []
-    info = StageDir(Path(config.output_dir) / "sft").info()
-    if info is None or info.get("status") != "complete":
+    if not StageDir(Path(config.output_dir) / "sft").complete():
         return None, [f"the SFT adapter below is taken to have rank {RANK_BELOW}"]
     adapters = chain_of_run(config.output_dir, stage="sft").adapters
     return [AdapterSpec.read(shape, a.modules) for a in adapters], [f"on {', '.join(str(a.path) for a in adapters)}"]
@@ -131,7 +126,9 @@ def ladder(words: list[str]) -> list[tuple[int, Method, Plan | UserError, int]]:
     for word in words:
         key = word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_")
         if key in ("model_name_or_path", "engine"):
-            raise UserError(f"plan --ladder: {key} has no say there.", "It is Mistral-7B's under the fused engine.")
+            raise UserError(
+                f"plan --ladder: {key} cannot be set.", "The table is of Mistral-7B under the fused engine."
+            )
     found: list[tuple[int, Method, Plan | UserError, int]] = []
     methods: tuple[Method, ...] = ("sft", "dpo")
     for size in LADDER:
@@ -140,23 +137,22 @@ def ladder(words: list[str]) -> list[tuple[int, Method, Plan | UserError, int]]:
         for method in methods:
             config = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit", *words]).config
             job = expected_job(method, config, MISTRAL_SHAPE, card.dtype)
-            host = machine.host if config.memory.host is None else parse_size(config.memory.host, "memory.host")
-            limits = Limits(machine.free, host, card, machine.device(job.dtype))
             result: Plan | UserError
             try:
                 result = make_plan(job, machine, config.memory)
             except UserError as error:
                 result = error
+            limits = Limits.of(job, machine, config.memory)
             longest = longest_context(job, limits, config.memory) if method == "sft" else 0
             found.append((size, method, result, longest))
     return found
 
 
 def stages_of(words: list[str], file: str | None = None) -> tuple[tuple[Method, ...], list[str]]:
-    """The stages that the first word names, or the configuration's file by its name or keys; and the other words.
+    """(the stages named by the first word, or by the configuration file's name or keys; the other words).
 
     Raises:
-        UserError: it is none of sft, dpo and both.
+        UserError: the first word is none of sft, dpo and both.
     """
     if not words or "=" in words[0] or words[0].startswith("-"):
         if file is not None:
@@ -170,22 +166,22 @@ def stages_of(words: list[str], file: str | None = None) -> tuple[tuple[Method, 
         return ("sft", "dpo"), words
     meant: dict[str, tuple[Method, ...]] = {"sft": ("sft",), "dpo": ("dpo",), "both": ("sft", "dpo")}
     if words[0].lower() not in meant:
-        raise UserError(f"plan {words[0]}: there is no such stage.", "Say sft, dpo or both (or key=value).")
+        raise UserError(f"plan {words[0]}: there is no such stage.", "Name sft, dpo or both (or key=value).")
     return meant[words[0].lower()], words[1:]
 
 
 def ladder_lines(words: list[str], others: Mapping[str, object] | None = None) -> list[str]:
-    """The ladder as a Markdown table.
+    """The table of cards in Markdown.
 
     Args:
-        others: options beside it, by name; those that are not None are refused.
+        others: other options of the command, by name; those that are not None are refused.
 
     Raises:
-        UserError: something that has no say there.
+        UserError: an option or key that the table fixes.
     """
     idle = [name for name, value in (others or {}).items() if value is not None]
     if idle:
-        raise UserError(f"plan --ladder: {', '.join(idle)} has no say there.", "It has cards and stages of its own.")
+        raise UserError(f"plan --ladder: {', '.join(idle)} cannot be set.", "The table has its own cards and stages.")
     lines = [
         "| card | stage | tokens at once | layers keep | base | peak GiB | host GiB | longest row |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,30 +1,31 @@
-"""How long a step takes: operations, bytes through the card's memory, bytes between main memory and card.
+"""Predicted time of a step: operations, bytes through the card's memory, bytes between main memory and card.
 
 A model, not a measurement: matrix products at a share of the data sheet's rate (or at the measured rate), everything that
-only moves bytes at the memory's rate, and copies to and from the host beside them. It is there to choose between settings,
-and to say what a run will roughly cost.
+only moves bytes at the memory's rate, and copies to and from the host beside them. It orders settings, and tells roughly what
+a run costs.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
+from ..model.execution import ExecutionConfig
 from ..model.layer_spec import Keep
-from .account import Setting, kept_per_token, optimizer_bytes, slab_bytes
+from ..model.shape import SITES
+from .estimate import kept_per_token, optimizer_bytes, segments, slab_bytes
 from .gpus import Gpu
-from .workload import SITES, Workload
+from .workload import Workload
 
-# Kernels that a layer launches in a pass, and what the processor takes for each (Python and driver), seconds.
+# Kernels that a layer launches in a pass, and the processor's time for each (Python and driver), in seconds.
 LAUNCHES = {"forward": 70, "backward": 130}
 LAUNCH = 7e-6
 # Attention's operations run at this share of the rate of matrix products.
 ATTENTION_SHARE = 0.6
-# Memory's rate that kernels reach.
+# Share of the memory's rate that kernels reach.
 BANDWIDTH_SHARE = 0.8
-# What a micro-batch of so many tokens loses to matrix products that do not fill the card: halved at this many.
+# Matrix products of so many tokens reach half of the card's rate.
 HALF_RATE_TOKENS = 96
-# Which sites' products the backward pass computes again, by what is kept (``layer``: never down_proj's).
+# Sites whose products the backward pass computes again, by what is kept (``layer``: never down_proj's).
 AGAIN: dict[Keep, tuple[int, ...]] = {"input": (0, 1, 2), "attention": (0, 2), "all": ()}
 
 
@@ -43,18 +44,17 @@ class Time:
     tokens_per_second: float
 
 
-def layer_operations(job: Workload, keep: Keep, layer: int = 0) -> tuple[float, float]:
-    """(forward, backward) operations a token of one layer, attention's scores aside."""
+def layer_operations(job: Workload, keep: Keep) -> tuple[float, float]:
+    """(forward, backward) operations a token of one layer on average, attention's scores aside."""
     s = job.shape
-    frozen = [2 * sum(s.matrices[n][0] * s.matrices[n][1] for n in site) for site in SITES]
-    narrow = [0] * 4  # of the adapters: forward, and the same again for the gradient of the input
-    trained = 0
+    frozen = [2.0 * sum(s.matrices[n][0] * s.matrices[n][1] for n in site) for site in SITES]
+    narrow = [0.0] * 4  # of the adapters: forward, and the same again for the gradient of the input
+    trained = 0.0
     for adapter in job.adapters:
-        ranks = dict(adapter.ranks[layer])
         for place, site in enumerate(SITES):
-            size = 2 * sum(ranks[n] * sum(s.matrices[n]) for n in site if n in ranks)
-            narrow[place] += size
-            trained += size if adapter.trained else 0
+            sizes = [ranks.get(n, 0) * sum(s.matrices[n]) for ranks in adapter.ranks for n in site]
+            narrow[place] += 2 * sum(sizes) / s.layers
+            trained += 2 * sum(sizes) / s.layers * adapter.trained
     forward = sum(frozen) + sum(narrow)
     again = sum(frozen[i] + narrow[i] for i in AGAIN[keep])
     return forward, forward + again + trained
@@ -80,88 +80,89 @@ def _bytes_moved(job: Workload) -> tuple[float, float]:
     return size * forward, size * backward
 
 
-def _kept_per_layer(job: Workload, keep: Keep) -> float:
-    """Bytes a token, of a layer on average."""
-    if ("kept", keep) not in job.memo:
-        job.memo["kept", keep] = kept_per_token(job, (keep,) * job.shape.layers) / job.shape.layers
-    return job.memo["kept", keep]
-
-
-def step_time(job: Workload, setting: Setting, card: Gpu) -> Time:
-    """One optimizer step, in micro-batches of the setting's tokens."""
-    s, tokens = job.shape, setting.tokens
+def _rates(job: Workload, tokens: int, card: Gpu) -> tuple[float, float, float]:
+    """(operations, bytes of the card's memory, bytes of the link to the host) a second."""
     rate = card.rate(job.dtype) * tokens / (tokens + HALF_RATE_TOKENS)
-    memory, link = card.bandwidth * 1e9 * BANDWIDTH_SHARE, card.pcie * 1e9
-    moved = _bytes_moved(job)
-    scores = attention_operations(job)
-    weights = s.layer_weights
-    unpacking = memory / (0.53 + job.dtype.itemsize) if card.unpacking is None else card.unpacking * 1e9
-    unpacked = 0.0 if job.storage == "dense" else weights / unpacking
-    gates = 2 * s.hidden * s.inner / weights  # the share of gate and up, which the small scratch takes twice
-    slab = slab_bytes(job) / link if setting.stream else 0.0
-    per_token = {keep: _kept_per_layer(job, keep) for keep in set(setting.keep)}
+    return rate, card.bandwidth * 1e9 * BANDWIDTH_SHARE, card.pcie * 1e9
 
-    def reading(passes: float) -> float:
-        """Products read their matrices at least once."""
-        return passes * weights * job.dtype.itemsize / memory
+
+def _layer_times(
+    job: Workload, tokens: int, execution: ExecutionConfig, card: Gpu
+) -> dict[tuple[Keep, bool], tuple[float, float]]:
+    """(computing, waiting) seconds of a layer in one micro-batch, by (policy, whether what it keeps goes to the host)."""
+    s, weights, size = job.shape, job.shape.layer_weights, job.dtype.itemsize
+    rate, memory, link = _rates(job, tokens, card)
+    moved_forward, moved_backward = _bytes_moved(job)
+    scores = attention_operations(job)
+    together, small = execution.reference == "together", execution.scratch == "small"
+    unpacking = memory / (0.53 + size) if card.unpacking is None else card.unpacking * 1e9
+    unpacked = 0.0 if job.storage == "dense" else weights / unpacking
+    gates = 2 * s.hidden * s.inner / weights  # the share of gate and up, which the small buffer takes twice
+    slab = slab_bytes(job) / link if execution.stream else 0.0
 
     def one_pass(
         operations: float, attention: float, moved: float, launches: int, passes: float, extra: float
     ) -> float:
-        products = max(tokens * operations / rate, reading(passes))
+        # products read their matrices at least once
+        products = max(tokens * operations / rate, passes * weights * size / memory)
         busy = products + tokens * attention / (rate * ATTENTION_SHARE) + tokens * moved / memory + extra
         return max(busy, launches * LAUNCH)
 
-    computing = waiting = 0.0
-    groups = Counter(
-        (job.kind_of[index], keep, index < setting.offload) for index, keep in enumerate(setting.keep)
-    )  # like layers take alike
-    for (kind, keep, leaves), count in groups.items():
-        forward_ops, backward_ops = layer_operations(job, keep, job.kinds[kind])
-        away = tokens * per_token[keep] / link if leaves else 0.0
-        forward = one_pass(forward_ops, scores, moved[0], LAUNCHES["forward"], 1, unpacked)
+    times: dict[tuple[Keep, bool], tuple[float, float]] = {}
+    for keep in AGAIN:
+        forward_ops, backward_ops = layer_operations(job, keep)
+        forward = one_pass(forward_ops, scores, moved_forward, LAUNCHES["forward"], 1, unpacked)
+        waiting = 0.0
         if job.live_reference:
-            shared = 0.0 if setting.together else unpacked
-            beside = one_pass(forward_ops, scores, moved[0], LAUNCHES["forward"], 1, shared)
+            beside = one_pass(forward_ops, scores, moved_forward, LAUNCHES["forward"], 1, 0.0 if together else unpacked)
             forward += beside
-            waiting += count * (0.0 if setting.together else max(0.0, slab - beside))
-        again = (1 if keep == "input" else 0) * scores
-        small = unpacked * gates if setting.scratch == "small" else 0.0
+            waiting = 0.0 if together else max(0.0, slab - beside)
         backward = one_pass(
             backward_ops,
-            2.5 * scores + again,
-            sum(moved) if keep != "all" else moved[1],
+            (3.5 if keep == "input" else 2.5) * scores,
+            moved_backward + moved_forward * (keep != "all"),
             LAUNCHES["backward"],
             backward_ops / forward_ops,
-            unpacked + small,
+            unpacked * (1 + gates * small),
         )
-        tiles = 1 if setting.tile is None else max(1, -(-tokens // setting.tile))
-        if tiles > 1 and setting.tile is not None:
+        if execution.tile is not None and execution.tile < tokens:
+            tiles = -(-tokens // execution.tile)
             share = 3 * s.hidden * s.inner / weights  # the MLP's, of all matrices
-            # smaller products are slower, and every tile launches the MLP's kernels anew
-            slower = share * tokens / rate * HALF_RATE_TOKENS * (1 / setting.tile - 1 / tokens)
+            # smaller products are slower, every tile launches the MLP's kernels, and with the small buffer it dequantizes gate,
+            # up and down; gate and up twice on the way back
+            slower = share * tokens / rate * HALF_RATE_TOKENS * (1 / execution.tile - 1 / tokens)
             launched = (tiles - 1) * LAUNCH * LAUNCHES["forward"] / 2
-            forward, backward = (
-                forward + forward_ops * slower + launched,
-                backward + backward_ops * slower + 2 * launched,
-            )
-            if setting.scratch == "small":  # and each dequantizes gate, up and down; gate and up twice on the way back
-                each = (tiles - 1) * unpacked * share
-                forward, backward = forward + each, backward + each * 5 / 3
-        computing += count * (forward + backward)
-        # to the host and from the host go beside each other, what goes the same way does not
-        waiting += count * (max(0.0, max(away, slab) - forward) + max(0.0, away + slab - backward))
-    targets = tokens * job.targets
-    head = s.head_weights * 2 * targets * (2 + job.live_reference) / rate
-    head += 6 * targets * (1 + job.live_reference) * s.vocabulary * job.dtype.itemsize / memory
-    if setting.stream:
-        waiting += s.head_weights * job.dtype.itemsize / link
-    micro = computing + waiting + head
+            again = (tiles - 1) * unpacked * share * small
+            forward += forward_ops * slower + launched + again
+            backward += backward_ops * slower + 2 * launched + again * 5 / 3
+        kept = kept_per_token(job, (keep,) * s.layers) / s.layers
+        for leaves in (False, True):
+            away = leaves * tokens * kept / link
+            # copies to the host and from the host run beside each other, those that go the same way do not
+            copies = max(0.0, max(away, slab) - forward) + max(0.0, away + slab - backward)
+            times[keep, leaves] = forward + backward, waiting + copies
+    return times
+
+
+def step_time(job: Workload, execution: ExecutionConfig, card: Gpu) -> Time:
+    """One optimizer step, in micro-batches of the execution's tokens."""
+    s, size, tokens = job.shape, job.dtype.itemsize, max(execution.micro_tokens, job.longest)
+    key = (tokens, execution.tile, execution.stream, execution.scratch, execution.reference, card)
+    if key not in job.memo:
+        rate, memory, link = _rates(job, tokens, card)
+        targets = tokens * job.targets
+        head = s.head_weights * 2 * targets * (2 + job.live_reference) / rate
+        head += 6 * targets * (1 + job.live_reference) * s.vocabulary * size / memory
+        copied = s.head_weights * size / link if execution.stream else 0.0
+        # AdamW reads and writes weights, gradients and states once; clipping reads and writes the gradients
+        state, managed = optimizer_bytes(job.optim, job.trained_tensors)
+        update = (job.parameters * 24 + 2 * state) / memory + 2 * managed / link
+        job.memo[key] = _layer_times(job, tokens, execution, card), head, copied, update
+    times, head, waiting, update = job.memo[key]
+    computing = head
+    for keep, away, _, count in segments(execution.keep, execution.offload):
+        computing += count * times[keep, away][0]
+        waiting += count * times[keep, away][1]
     batches = max(1.0, (job.step_tokens or tokens) / tokens)
-    # AdamW reads and writes weights, gradients and states once; clipping reads and writes the gradients
-    if "states" not in job.memo:
-        job.memo["states"] = optimizer_bytes(job.optim, job.trained_tensors)
-    state, managed = job.memo["states"]
-    update = (job.parameters * 24 + 2 * state) / memory + 2 * managed / link
-    step = batches * micro + update
+    step = batches * (computing + waiting) + update
     return Time(step, batches * waiting, batches * tokens / step)

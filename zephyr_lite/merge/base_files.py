@@ -15,7 +15,7 @@ from ..data.rendering import Renderer
 from ..errors import UserError
 from ..io.atomic import copy_file, make_folder, write_json
 from ..io.safetensors import DTYPE_NAMES, DTYPES, FLOATS, Entry, nbytes
-from ..io.strict_json import is_whole, read_object, shown
+from ..io.text import is_whole, read_object, shown
 from ..model.base import fetch_base, read_model_config
 from ..model.check_weights import NF4_STATE, empty_model, stored_settings
 from ..model.config_file import check_config_file

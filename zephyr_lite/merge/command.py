@@ -13,8 +13,7 @@ import torch
 from ..data.chat_template import resolve_template
 from ..errors import Interrupted, UserError
 from ..io.atomic import folder_aside, sweep, write_json
-from ..io.run_dir import read_json, stages_of
-from ..io.stage_info import check_rendering
+from ..io.run_dir import check_rendering, read_json, stages_of
 from ..model.base import (
     check_fingerprint,
     compute_device,

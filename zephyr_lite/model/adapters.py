@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..io.strict_json import shown
+from ..io.text import shown
 from .peft_config import PLAIN_NAME
 from .peft_io import AdapterFile, LoraWeights
 

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..config.load import RunConfig
 from ..errors import UserError
-from ..io.strict_json import read_object, shown
+from ..io.text import read_object, shown
 from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
 from .check_weights import check_weights, stored_settings
 from .config_file import check_config_file

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.run_dir import STAGE_FILE, StageDir, newest_run, stages_of
-from ..io.stage_info import checked
-from ..io.strict_json import shown
+from ..io.run_dir import STAGE_FILE, StageDir, checked, newest_run, stages_of
+from ..io.text import shown
 from .overlap import CARD, holds, same_name, tuned_from
 from .peft_config import other_base
 from .peft_io import AdapterFile, fetch_adapter, read_adapter

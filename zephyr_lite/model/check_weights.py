@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ..errors import UserError
-from ..io.strict_json import shown
+from ..io.text import shown
 from .families import FAMILIES
 from .shards import again, open_shards
 

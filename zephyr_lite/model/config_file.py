@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.strict_json import read_object, shown
+from ..io.text import read_object, shown
 from .shards import again
 
 NAME = "config.json"

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import UserError
-from ..memory.plan import Plan
 from ..ops.attention import SegmentTable
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
@@ -21,6 +20,7 @@ from ..ops.token_logps import TokenStats, token_logps
 from .activation_offload import ActivationOffload
 from .adapters import AdapterStack
 from .dequant_buffer import DequantBuffer, ScratchMode
+from .execution import ExecutionConfig
 from .families import layer_windows
 from .layer import run_layer
 from .layer_spec import ForwardContext, Keep, Layer, layer_of
@@ -77,21 +77,21 @@ class Decoder:
     def device(self) -> torch.device:
         return self.stack.base.model.embed_tokens.weight.device if self.stream is None else self.stream.device
 
-    def follow(self, plan: Plan) -> None:
-        """Compute as the plan says, from the next pass on; no pass may be under way, or wait for its backward pass. What
-        a pass that failed left behind is dropped. A resident base moves to the host where the plan streams it; none
-        comes back."""
-        if plan.stream and self.stream is None:
+    def follow(self, execution: ExecutionConfig) -> None:
+        """Compute with these settings from the next pass on; no pass may be under way, or wait for its backward pass. What
+        a failed pass left behind is dropped. A resident base moves to the host for ``stream``; a streamed one stays
+        there."""
+        if execution.stream and self.stream is None:
             device = self.device
             self.scratch.free()
             self.stream = WeightStreamer(self.stack.base, device)
-        if self.scratch.mode != plan.scratch:
-            self.scratch = DequantBuffer(plan.scratch)
-        self.tile = plan.tile
+        if self.scratch.mode != execution.scratch:
+            self.scratch = DequantBuffer(execution.scratch)
+        self.tile = execution.tile
         if self.offload is not None:
             self.offload.clear()
-        if self.offload is None or self.offload.layers != plan.offload:
-            self.offload = ActivationOffload(self.device, plan.offload) if plan.offload else None
+        if self.offload is None or self.offload.layers != execution.offload:
+            self.offload = ActivationOffload(self.device, execution.offload) if execution.offload else None
 
     def release(self) -> None:
         """Free the dequantization buffer and what a failed pass left behind."""

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import UserError
-from ..io.strict_json import shown
+from ..io.text import shown
 from .shards import local_folder, pickles
 
 # the files of a base

@@ -18,7 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..data.batch import Segment
 from ..errors import UserError
-from ..memory.workload import Shape
 from ..ops.attention import SegmentTable
 from ..ops.dispatch import check_kernels
 from ..ops.dropout import DropoutKey
@@ -30,6 +29,7 @@ from .dequant_buffer import DequantBuffer, ScratchMode
 from .families import layer_windows
 from .layer import run_layer
 from .layer_spec import ForwardContext, Keep, layer_of
+from .shape import Shape
 
 
 def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer") -> Any:

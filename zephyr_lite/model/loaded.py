@@ -12,8 +12,7 @@ import torch
 from ..config.load import RunConfig
 from ..data.chat_template import ChatTemplate, resolve_template
 from ..errors import UserError
-from ..io.run_dir import STAGE_FILE, newest_run
-from ..io.stage_info import check_rendering
+from ..io.run_dir import STAGE_FILE, check_rendering, newest_run
 from .adapters import AdapterStack, resolve_frozen_names
 from .base import Base, check_fingerprint, load_base, load_tokenizer
 from .chain import Chain, chain_of_adapters, chain_of_run

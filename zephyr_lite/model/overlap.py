@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config.strict_yaml import read_front_matter
-from ..io.reading import is_file, read_text
+from ..io.text import is_file, read_text
 from .peft_io import AdapterFile, LoraWeights
 from .shards import in_hub_cache
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.strict_json import is_whole, read_object, shown
+from ..io.text import is_whole, read_object, shown
 from .shards import checked_place, pickles
 
 CONFIG_NAME = "adapter_config.json"

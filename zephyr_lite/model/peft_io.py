@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, write_text
 from ..io.safetensors import FLOATS, SafetensorsFile, tensor_bytes, write_stream
-from ..io.strict_json import shown
+from ..io.text import shown
 from .fetch import download
 from .peft_config import (
     CONFIG_NAME,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..io.safetensors import SafetensorsFile
-from ..io.strict_json import read_object, shown
+from ..io.text import read_object, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..io.atomic import copy_file, write_json, write_text
-from ..io.strict_json import read_object, shown
+from ..io.text import read_object, shown
 from .shards import again, checked_place
 
 # a tokenizer's files except its configuration and chat template

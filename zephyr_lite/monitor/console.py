@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..errors import UserError
 from ..io.redact import redact
-from ..io.words import duration
+from ..io.text import duration
 
 Metrics = dict[str, float]
 Spans = Sequence[tuple[str, bool]]  # runs of text, and whether they are supervised

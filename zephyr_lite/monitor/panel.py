@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..io.words import duration
+from ..io.text import duration
 from ..train.objective import Outcome
 from ..train.observer import Sample
 from ..train.stage import Stage
@@ -48,7 +48,7 @@ class LiveScreen(Screen):
         self.progress: Progress | None = None
         self._live: Live | None = None
 
-    def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
+    def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
         self.close()
         progress = self.progress = Progress(stage, unit, total, step)
         published = published_of(stage)
@@ -69,19 +69,19 @@ class LiveScreen(Screen):
         )
         self._live.start()
 
-    def stepped(self, step: int, metrics: Metrics) -> None:
+    def on_step_end(self, step: int, metrics: Metrics) -> None:
         if self.progress is not None:
             self.progress.stepped(step, metrics)
 
-    def evaluated(self, step: int, metrics: Metrics) -> None:
+    def on_evaluate(self, step: int, metrics: Metrics) -> None:
         if self.progress is not None:
             self.progress.evaluated(step, metrics)
 
-    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+    def on_sample(self, step: int, samples: Sequence[Sample]) -> None:
         if self.progress is not None:
             self.progress.sampled(samples)
 
-    def ends(self, stage: Stage, outcome: Outcome) -> None:
+    def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         self.close()
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:

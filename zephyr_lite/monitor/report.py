@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..errors import UserError
-from ..io.words import duration
+from ..io.text import duration
 from .charts import chart, figures_of, histogram, number
 from .console import visible
 from .stage_record import StageRecord, as_dict, as_list, is_number

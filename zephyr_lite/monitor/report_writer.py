@@ -35,22 +35,22 @@ class ReportWriter(Observer):
         self.failed = False
         self.due = 0.0
 
-    def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
+    def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
         self.folder = stage.dir.path
         self._try(lambda: write_lengths(stage))
         self._write()
 
-    def stepped(self, step: int, metrics: Metrics) -> None:
+    def on_step_end(self, step: int, metrics: Metrics) -> None:
         if time.monotonic() >= self.due:
             self._write()
 
-    def evaluated(self, step: int, metrics: Metrics) -> None:
+    def on_evaluate(self, step: int, metrics: Metrics) -> None:
         self._write()
 
-    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+    def on_sample(self, step: int, samples: Sequence[Sample]) -> None:
         self._write()
 
-    def ends(self, stage: Stage, outcome: Outcome) -> None:
+    def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         self._write()
         run = stage.dir.run
 

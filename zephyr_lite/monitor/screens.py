@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import Interrupted, UserError
 from ..io.redact import redact
-from ..io.words import duration
+from ..io.text import duration
 from ..train.distributed import PeerEnded
 from ..train.objective import Outcome
 from ..train.observer import Observer, Sample
@@ -81,7 +81,7 @@ class QuietScreen(Screen):
             for text in self._before:
                 self.console.say(text)
 
-    def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
+    def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
         self._begun = True
 
     def say(self, text: str = "") -> None:
@@ -93,7 +93,7 @@ class QuietScreen(Screen):
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         return None
 
-    def ends(self, stage: Stage, outcome: Outcome) -> None:
+    def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         self.console.say(end_line(stage, outcome))
 
 
@@ -142,7 +142,7 @@ class JsonScreen(Screen):
 
     # An observer must not end a run in the middle of a step: a closed pipe is raised by the next ``say`` or ``metrics``.
 
-    def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
+    def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
         with suppress(OSError):
             self._emit(
                 "begin",
@@ -155,12 +155,12 @@ class JsonScreen(Screen):
                 planned_memory_gib=round(stage.plan.peak / 2**30, 3) or None,
             )
 
-    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+    def on_sample(self, step: int, samples: Sequence[Sample]) -> None:
         with suppress(OSError):
             for sample in samples:
                 self._emit("sample", **sample.as_dict())
 
-    def ends(self, stage: Stage, outcome: Outcome) -> None:
+    def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         with suppress(OSError):
             self._emit(
                 "end",

@@ -13,8 +13,7 @@ from typing import Any, TypeGuard
 from ..config.load import DPO_DEFAULTS, RunConfig, read_dumped
 from ..errors import UserError
 from ..io.redact import redact
-from ..io.run_dir import STAGE_FILE, StageDir, newest_run, read_json, stages_of
-from ..io.stage_info import checked
+from ..io.run_dir import STAGE_FILE, StageDir, checked, newest_run, read_json, stages_of
 
 LENGTHS = "lengths.json"
 Points = tuple[list[int], list[float]]

@@ -11,8 +11,7 @@ from typing import Any
 from ..config.load import DatasetSpec
 from ..data.opening import Source, open_source
 from ..errors import UserError
-from ..io.reading import read_text
-from ..io.strict_json import shown
+from ..io.text import read_text, shown
 
 # columns of questions, in the order of preference
 COLUMNS = ("question", "instruction", "prompt", "turns", "text")

@@ -15,7 +15,7 @@ from ..data.formats import COLUMNS, PLAIN, detect, normalise
 from ..data.messages import RowError
 from ..data.opening import Source, kind_of, stem_of
 from ..errors import UserError
-from ..io.strict_json import shown
+from ..io.text import shown
 from .questions import open_rows
 
 # raw UltraChat is one set in ten files, which the hub's layout would call ten splits

@@ -66,7 +66,7 @@ class DpoObjective:
         return len(examples)
 
     def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Shares]:
-        self.oom.begin(self.data, examples, training=True, together=self.cache is None)
+        self.oom.begin(self.data, examples, training=True)
         batch = self._batch(self.data, examples)
         config = self.stage.config
         dropout = Dropout(config.lora_dropout, config.seed, step)
@@ -88,7 +88,7 @@ class DpoObjective:
         if data is None:
             return {}
         sums: Metrics = {}
-        for attempt, group in self.oom.groups(data, together=True):
+        for attempt, group in self.oom.groups(data):
             with attempt:
                 batch = self._batch(data, group)
                 policy, reference = self._sums(batch)

@@ -55,7 +55,7 @@ def train(state: TrainState) -> Outcome:
             callbacks("on_train_begin")
         started, patience = time.perf_counter(), config.early_stopping_patience
         for observer in state.observers:
-            observer.begins(stage, state.objective.unit, state.total, state.step)
+            observer.on_train_begin(stage, state.objective.unit, state.total, state.step)
         if state.step == 0 or any(record["step"] == state.step for record in state.evaluations):
             _sample(state, stop)  # again, if a signal interrupted it
         if evaluation_due:
@@ -80,7 +80,7 @@ def train(state: TrainState) -> Outcome:
             if state.step % config.logging_steps == 0 or state.step in (1, state.total):
                 _log(state, callbacks, state.metrics)
             for observer in state.observers:
-                observer.stepped(state.step, state.metrics)
+                observer.on_step_end(state.step, state.metrics)
             _evaluate(state, callbacks, stop)
             _save_if_due(state, callbacks, stop)
         callbacks("on_train_end")
@@ -362,7 +362,7 @@ def _evaluate(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> Non
     else:
         state.stale += 1
     for observer in state.observers:
-        observer.evaluated(step, found)
+        observer.on_evaluate(step, found)
     _sample(state, stop)
     callbacks("on_evaluate", found)
 
@@ -381,7 +381,7 @@ def _sample(state: TrainState, stop: StopRequest) -> None:
     state.sampled.add(state.step)
     if samples:
         for observer in state.observers:
-            observer.sampled(state.step, samples)
+            observer.on_sample(state.step, samples)
 
 
 def _asked_to_stop(state: TrainState, stop: StopRequest) -> tuple[str | None, bool]:

@@ -74,7 +74,7 @@ def run(
             outcome, own = train(state), None
         here.together(lambda: save_stage(stage, outcome, say=say, own=own) if here.writes else None)
         for observer in observers:
-            observer.ends(stage, outcome)
+            observer.on_train_end(stage, outcome)
         stopped_at_the_end(stage, outcome)
         return outcome
 

@@ -35,17 +35,17 @@ class Sample:
 class Observer:
     """Called during training, in the process that writes; every method does nothing by default."""
 
-    def begins(self, stage: Stage, unit: str, total: int, step: int) -> None:
+    def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
         """Training begins, or is resumed after ``step`` steps of ``total``; ``unit``: "tokens" or "pairs"."""
 
-    def stepped(self, step: int, metrics: Metrics) -> None:
+    def on_step_end(self, step: int, metrics: Metrics) -> None:
         """A step is done, logged or not; ``metrics`` has the names of ``metrics.jsonl``. Must be cheap."""
 
-    def evaluated(self, step: int, metrics: Metrics) -> None:
+    def on_evaluate(self, step: int, metrics: Metrics) -> None:
         """The held-out rows were evaluated and logged."""
 
-    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+    def on_sample(self, step: int, samples: Sequence[Sample]) -> None:
         """Samples were drawn and logged."""
 
-    def ends(self, stage: Stage, outcome: Outcome) -> None:
+    def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         """The stage is complete and its adapter written."""

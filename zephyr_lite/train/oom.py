@@ -17,12 +17,9 @@ import torch
 
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
-from ..memory.account import kept_widths
-from ..memory.machine import HOST_SHARE, main_memory, parse_size
-from ..memory.plan import Plan
-from ..memory.workload import Shape
+from ..memory.machine import this_machine
+from ..memory.plan import Limits, Plan, kept_in_words, smaller
 from ..model.activation_offload import LockRefused
-from ..model.layer_spec import Keep
 from .distributed import world
 from .steps import micro_batches
 
@@ -41,8 +38,6 @@ WORDS = (
 )
 # cuBLAS could not create its handle: out of memory if less than a handle takes is free, else a broken installation.
 CUBLAS_UNINITIALIZED, CUBLAS_BYTES = "CUBLAS_STATUS_NOT_INITIALIZED", 512 * 2**20
-# The MLP's slices, in tokens. The first is still long enough for matrix products at full speed.
-TILES = (2048, 512)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -63,87 +58,34 @@ class Running:
     Attributes:
         data, examples: the rows, and which of them run at once.
         training: a backward pass follows, so that it matters what layers keep.
-        together: policy and live reference run in one pass, where the plan says so.
     """
 
     data: TokenizedDataset
     examples: Sequence[int]
     training: bool
-    together: bool
 
     @property
     def tokens(self) -> int:
         return sum(int(self.data.lengths[i]) for i in self.examples)
 
 
-def smaller(plan: Plan, running: Running, *, quantized: bool, may_offload: bool, may_stream: bool) -> Plan | None:
-    """The next plan for what did not fit; None where nothing is left to try.
-
-    What costs least time comes first:
-
-    1. Fewer tokens at once, half of what failed, down to the longest example of the data, which has to run anyway. The
-       matrix products are the same; weights are dequantized more often.
-    2. The MLP over 2048 tokens at a time: the same products, still large ones.
-    3. A live reference in its own pass: weights are dequantized twice.
-    4. The small scratch: gate and up are dequantized twice in a backward pass, and once a tile.
-    5. ``keep`` from ``all`` to ``attention`` (most products of the forward pass run again, about a third more time),
-       then to ``input`` (the attention does too).
-    6. The MLP over 512 tokens at a time: products too small for a card's full speed.
-    7. What is kept goes to the host: 8 KB a token and layer over PCIe, twice (of Mistral-7B's inputs).
-    8. The base goes to the host for good: its bytes over PCIe twice a micro-batch, and as many bytes of main memory.
-    9. Fewer tokens than the longest example has: where even that one fits alone, others need not run beside each other.
-
-    Args:
-        plan: under which it failed.
-        running: what failed.
-        quantized: the base is dequantized into the scratch.
-        may_offload, may_stream: there is a host beside the device, and the user has not ruled it out.
-    """
-    tokens, several = running.tokens, len(running.examples) > 1
-    longest = int(running.data.lengths.max())
-    room = min(plan.micro_tokens, tokens)  # a step may have far fewer tokens than the plan would let it have
-    if several and room > longest:
-        return replace(plan, micro_tokens=max(longest, room // 2))
-    if tokens > TILES[0] and (plan.tile is None or plan.tile > TILES[0]):
-        return replace(plan, tile=TILES[0])
-    if running.together and plan.reference == "together":
-        return replace(plan, reference="own")
-    if quantized and plan.scratch == "layer":
-        return replace(plan, scratch="small")
-    if running.training and "all" in plan.keep:
-        return replace(plan, keep=tuple("attention" if keep == "all" else keep for keep in plan.keep))
-    if running.training and "attention" in plan.keep:
-        least: Keep = "input"
-        return replace(plan, keep=(least,) * len(plan.keep))
-    if tokens > TILES[1] and (plan.tile is None or plan.tile > TILES[1]):
-        return replace(plan, tile=TILES[1])
-    if running.training and may_offload and plan.offload < len(plan.keep):
-        return replace(plan, offload=len(plan.keep))
-    if may_stream and not plan.stream:
-        return replace(plan, stream=True)
-    if several and room > 1:
-        return replace(plan, micro_tokens=room // 2)
-    return None
-
-
 def changes(old: Plan, new: Plan) -> str:
-    """What is different, in words."""
+    """The differences between two plans in words."""
     said = []
     if new.micro_tokens != old.micro_tokens:
         said.append(f"{new.micro_tokens:,} tokens at once instead of {old.micro_tokens:,}")
     if new.keep != old.keep:
-        kept = "its input and the attention's output" if "attention" in new.keep else "its input"
-        said.append(f"a layer keeps {kept} at most")
+        said.append(f"a layer keeps {kept_in_words(new.keep)}")
     if new.tile != old.tile:
-        said.append(f"the MLP takes {new.tile:,} tokens at a time")
+        said.append(f"the MLP takes {new.tile:,} tokens at a time" if new.tile else "the MLP takes all tokens at once")
     if new.offload != old.offload:
-        said.append("what layers keep lies in main memory between the passes")
+        said.append(f"{new.offload} of {len(new.keep)} layers keep it in main memory between the passes")
     if new.stream != old.stream:
-        said.append("the base lies in main memory and comes to the card one layer ahead")
+        said.append("the base is in main memory and is copied to the card one layer ahead")
     if new.scratch != old.scratch:
-        said.append("weights are dequantized into the small scratch")
+        said.append(f"the {new.scratch} buffer for dequantized weights")
     if new.reference != old.reference:
-        said.append("the reference has a pass of its own")
+        said.append("the reference in " + ("the policy's pass" if new.reference == "together" else "a pass of its own"))
     return ", ".join(said)
 
 
@@ -209,9 +151,9 @@ class OomRetry:
             self.stage.info["plan"] = self.plan.as_dict()
             self.stage.dir.write_info(self.stage.info)
 
-    def begin(self, data: TokenizedDataset, examples: Sequence[int], *, training: bool, together: bool = False) -> None:
+    def begin(self, data: TokenizedDataset, examples: Sequence[int], *, training: bool) -> None:
         """Note what runs next (see ``Running``): the next smaller plan depends on it."""
-        self._running = Running(data, examples, training, together)
+        self._running = Running(data, examples, training)
 
     def attempts(self, undo: Callable[[], None] = lambda: None) -> Iterator[Attempt]:
         """Contexts for the same work, until it has fit into memory once.
@@ -230,12 +172,9 @@ class OomRetry:
             undo()
             self._shrink(attempt.failure)
 
-    def groups(self, data: TokenizedDataset, *, together: bool = False) -> Iterator[tuple[Attempt, list[int]]]:
+    def groups(self, data: TokenizedDataset) -> Iterator[tuple[Attempt, list[int]]]:
         """Every example of this process's share once, for passes without gradients, in groups of the plan's size, each with
         the context to compute it in. A group that did not fit comes again, split; those that did are not repeated.
-
-        Args:
-            together: see ``Running``.
 
         Raises:
             UserError: as ``attempts``.
@@ -244,7 +183,7 @@ class OomRetry:
         while left:
             done: set[int] = set()
             for group in micro_batches(left, data.lengths, self.plan.micro_tokens):
-                self.begin(data, group, training=False, together=together)
+                self.begin(data, group, training=False)
                 attempt = Attempt(self)
                 yield attempt, group
                 if attempt.failure is not None:
@@ -260,12 +199,15 @@ class OomRetry:
             return True
         return not isinstance(error, LockRefused) and is_out_of_memory(error)
 
-    def _lends(self, count: int) -> bool:
-        """Whether the host can lend the device ``count`` bytes of locked memory."""
-        if self.stage.base.device.type == "cpu" or not self._lockable:
-            return False
-        limit = self.stage.config.memory.host
-        return count <= (int(main_memory() * HOST_SHARE) if limit is None else parse_size(limit, "memory.host"))
+    def _limits(self) -> Limits:
+        """The device's memory, and what the host may lend beside what it lends already."""
+        stage, memory = self.stage, self.stage.config.memory
+        machine = this_machine(stage.base.device, stage.base.dtype, memory, measure=False)
+        limits = Limits.of(stage.workload, machine, memory)
+        lent = sum(self.plan.host.values())
+        if not self._lockable:
+            return replace(limits, host=lent - self.plan.host.get("kept activations", 0))
+        return limits if memory.host is not None else replace(limits, host=limits.host + lent)
 
     def _shrink(self, failure: str) -> None:
         """Free what can be freed, and follow the next smaller plan."""
@@ -276,51 +218,32 @@ class OomRetry:
         gc.collect()  # an error that went through autograd may be part of a cycle
         size = f"{len(running.examples)} example{'s' * (len(running.examples) > 1)}, {running.tokens:,} tokens"
         what = f"memory ran out for {size} ({failure}); it is tried again"
-        refused: str | None = failure
-        while refused is not None:
-            plan = self._next(running, refused)
-            self.say(f"{what}, from here on with: {changes(self.plan, plan)}")
-            # the forecast of the plan before does not hold for this one
-            forecast = {"account": {}, "host": {}, "at": "", "seconds_per_step": 0.0, "tokens_per_second": 0.0}
-            adapted = replace(plan, bytes_per_token=_kept_per_token(stage, plan), **forecast)
+        failed, refused = self.plan, True
+        while refused:
             lockable = self._lockable
+            plan = smaller(
+                failed if lockable else replace(failed, offload=0),
+                stage.workload,
+                self._limits(),
+                stage.config.memory,
+                tokens=running.tokens,
+                several=len(running.examples) > 1,
+                training=running.training,
+            )
+            if plan is None:
+                raise _does_not_fit(stage, running, failure)
+            self.say(f"{what}, from here on with: {changes(self.plan, plan)}")
             with Attempt(self) as attempt:
-                self.follow(adapted)
-            refused = attempt.failure
-            what = f"that could not be had ({refused}); it is tried"
-            if refused is not None and not lockable:
-                raise _does_not_fit(stage, running, refused)
+                self.follow(plan)
+            refused = attempt.failure is not None
+            # without locked memory other plans come next, else ones that are smaller still
+            failed = plan if self._lockable == lockable else self.plan
+            failure = attempt.failure or failure
+            what = f"that plan did not fit ({failure}); it is tried"
         if stage.base.device.type == "cuda":
             torch.cuda.empty_cache()
         if self._recording:
             self.record()
-
-    def _next(self, running: Running, failure: str) -> Plan:
-        """The next smaller plan.
-
-        Raises:
-            UserError: there is none.
-        """
-        stage, shape = self.stage, self.stage.stack.base.config
-        inputs = shape.num_hidden_layers * shape.hidden_size * stage.base.dtype.itemsize * running.tokens
-        base = sum(p.nbytes for p in stage.stack.base.parameters() if not p.requires_grad)
-        plan = smaller(
-            self.plan if self._lockable else replace(self.plan, offload=0),
-            running,
-            quantized=stage.base.load_in_4bit,
-            may_offload=stage.config.memory.offload is not False and self._lends(inputs),
-            may_stream=stage.config.memory.stream is not False and self._lends(base),
-        )
-        if plan is None:
-            raise _does_not_fit(stage, running, failure)
-        return plan
-
-
-def _kept_per_token(stage: Stage, plan: Plan) -> int:
-    """Bytes per token that all layers keep under this plan."""
-    shape, size = Shape.of(stage.stack.base.config), stage.base.dtype.itemsize
-    widths = [kept_widths(shape, keep, stage.stack.ranks_per_layer()) for keep in plan.keep]
-    return sum(narrow * size + wide * max(4, size) for narrow, wide in widths)
 
 
 def _does_not_fit(stage: Stage, running: Running, failure: str) -> UserError:

@@ -11,9 +11,10 @@ import numpy as np
 from ..config.load import Method, RunConfig
 from ..data.dataset import TokenizedDataset
 from ..memory.forecast import forecast_lines
-from ..memory.plan import Plan, make_plan, this_machine
-from ..memory.workload import Storage, Workload, make_workload
-from ..model.base import compute_device, compute_dtype, quantization_of
+from ..memory.machine import this_machine
+from ..memory.plan import Plan, make_plan
+from ..memory.workload import Workload, make_workload, storage_of
+from ..model.base import compute_device, compute_dtype
 from ..model.peft_io import AdapterFile
 from .stage import Say
 from .steps import step_schedule
@@ -34,16 +35,13 @@ def stage_workload(
         UserError: the base is stored quantized in another way than NF4.
     """
     dtype = compute_dtype(config.dtype, compute_device())
-    stored = getattr(base_config, "quantization_config", None)
-    _, four_bit, nested = quantization_of(config, stored, folder, dtype)
-    storage: Storage = "dense" if not four_bit else "nf4 nested" if nested else "nf4"
     return make_workload(
         config,
         method,
         base_config,
         dtype,
         frozen=[adapter.modules for adapter in frozen],
-        storage=storage,
+        storage=storage_of(config, base_config, folder, dtype),
         **of_rows(method, config, data, eval_data),
     )
 

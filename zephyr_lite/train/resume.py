@@ -22,8 +22,7 @@ from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..io.manifest import MANIFEST, manifest_fault
-from ..io.run_dir import STAGE_FILE, StageDir
-from ..io.stage_info import FORMAT, TO_GO_ON, checked, text_sha256, tokenizer_sha256
+from ..io.run_dir import FORMAT, STAGE_FILE, TO_GO_ON, StageDir, checked, text_sha256, tokenizer_sha256
 from ..memory.plan import Plan
 from ..model.base import compute_device, fingerprint, is_fingerprint_of
 from ..model.peft_io import AdapterFile
@@ -57,6 +56,8 @@ PLACES = {
 }
 # another version of these may sum in another order
 LIBRARIES = ("zephyr-lite", "python", "torch", "transformers", "peft", "bitsandbytes", "triton")
+# of the machine
+ROUNDS = ("device", "processor", "dtype", "processes")
 OF_ENGINE = {"fused": (), "trl": ("trl",), "unsloth": ("trl", "unsloth")}
 # numbers of stage.json's "data", as a message names them
 COUNTS = {
@@ -346,28 +347,27 @@ def report_changes(
         line = "the held-out rows are others than before: evaluations of before do not count for the best checkpoint"
         changes.allowed.append(line)
         say(line)
-    rounding, then = [], _last(before, "versions")
-    for name in (*LIBRARIES, *OF_ENGINE.get(engine, ())):
-        old, new = then.get(name), libraries.get(name)
-        if name == "python":
-            old, new = (".".join(v.split(".")[:2]) if v else v for v in (old, new))
-        if then and old != new:
-            rounding.append(f"{name} {old or 'absent'} then, {new or 'absent'} now")
-    then = _last(before, "machine")
-    for key in ("device", "processor", "dtype", "processes"):
-        if key in then and then[key] != machine[key]:
-            rounding.append(f"{key} {then[key]} then, {machine[key]} now")
-    if not world().writes and then.get("dtype") != machine["dtype"]:
+    then, first = _last(before, "versions"), _last(before, "machine")
+    if not world().writes and first["dtype"] != machine["dtype"]:
         raise UserError(
             f"{machine['host']}: {machine['processor']} would compute in {machine['dtype']}, the first process in "
-            f"{then.get('dtype')}.",
+            f"{first['dtype']}.",
             "Name one that all cards have: dtype=float16.",
         )
-    if rounding:
+    names = (*LIBRARIES, *OF_ENGINE[engine]) if then else ()
+    pairs = [(name, _release(name, then), _release(name, libraries)) for name in names]
+    pairs += [(key, first[key], machine[key]) for key in ROUNDS if key in first]
+    if rounding := [f"{name} {old} then, {new} now" for name, old, new in pairs if old != new]:
         changes.allowed += rounding
         say(
             f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed run"
         )
+
+
+def _release(name: str, versions: dict[str, str]) -> str:
+    """The version of a library, as far as it matters for rounding."""
+    found = versions.get(name, "absent")
+    return ".".join(found.split(".")[:2]) if name == "python" else found
 
 
 def resumed_info(

@@ -14,12 +14,10 @@ from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.chat_template import ChatTemplate, Example, PairExample, resolve_template
 from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
-from ..io.run_dir import STAGE_FILE, StageDir, folder_aside, stages_of, write_text
-from ..io.stage_info import FORMAT, check_rendering, checked
+from ..io.run_dir import FORMAT, STAGE_FILE, StageDir, check_rendering, checked, folder_aside, stages_of, write_text
 from ..io.sync import catch_up, open_mirror
-from ..memory.machine import peak_memory
-from ..memory.plan import Plan, cap_allocator, keep_freed_pages
-from ..memory.workload import Shape
+from ..memory.machine import cap_allocator, keep_freed_pages, peak_memory
+from ..memory.plan import Plan
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.base import (
     Base,
@@ -37,6 +35,7 @@ from ..model.compose import compose
 from ..model.decoder import Decoder
 from ..model.overlap import CARD
 from ..model.peft_io import AdapterFile, LoraWeights, adapter_sha256, fetch_adapter, read_adapter, write_adapter
+from ..model.shape import Shape
 from ..model.tokenizer import check_vocabulary, save_tokenizer
 from ..model.weight_streaming import WeightStreamer
 from ..ops.dispatch import check_kernels
@@ -128,11 +127,12 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
         report_changes(changes, before, libraries, machine, config.engine, forget_best, say)
 
     # plan
+    workload = stage_workload(method, config, base_config, folder, frozen, data, eval_data)
     keeps_plan = before is not None and same_plan(stage, before, config, machine)
     if before is not None and keeps_plan:  # another split of the sums would change bits
         plan = plan_of_stage(stage, before, base_config.num_hidden_layers, say)
     else:
-        plan = plan_stage(stage_workload(method, config, base_config, folder, frozen, data, eval_data), config, say)
+        plan = plan_stage(workload, config, say)
     if before is not None and not keeps_plan:
         why = "memory was changed" if same_device(before, machine) else "this is another kind of device"
         say(f"{why}: from here on sums are split otherwise, and round otherwise")
@@ -184,6 +184,7 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
         decoder=decoder,
         data=data,
         eval_data=eval_data,
+        workload=workload,
         plan=plan,
         frozen=frozen,
         info=info,

@@ -12,6 +12,7 @@ from ..data.dataset import TokenizedDataset
 from ..io.run_dir import StageDir
 from ..io.sync import Mirror
 from ..memory.plan import Plan
+from ..memory.workload import Workload
 from ..model.adapters import AdapterStack
 from ..model.base import Base
 from ..model.decoder import Decoder
@@ -50,6 +51,7 @@ class Stage:
     decoder: Decoder
     data: TokenizedDataset
     eval_data: TokenizedDataset | None
+    workload: Workload
     plan: Plan
     frozen: list[AdapterFile]
     info: dict[str, Any] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from ...config.load import DatasetSpec, Loaded, Method, RunConfig, load_config
 from ...config.presets import preset_configs
 from ...config.strict_yaml import read_yaml
 from ...errors import UserError
-from ...io.reading import is_file, refuse_special
+from ...io.text import is_file, refuse_special
 
 PLACED = ("output_dir", "adapters", "stage")  # keys that the table sets, or the stages' files
 BASE = "base"  # name of the bare base's row in the result

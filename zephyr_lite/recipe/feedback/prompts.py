@@ -15,7 +15,7 @@ from ...data.load import summarise
 from ...data.messages import RowError, as_messages
 from ...data.opening import Source, kind_of, open_source, stem_of
 from ...errors import UserError
-from ...io.reading import read_text
+from ...io.text import read_text
 from .config import PromptsSpec
 
 # columns that may hold a prompt, in this order; "data" is raw UltraChat's, "turns" MT-Bench's

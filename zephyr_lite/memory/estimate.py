@@ -1,0 +1,429 @@
+"""Predicted bytes of a run on the device and in main memory, by name, before anything is allocated.
+
+Resident tensors and kept activations are exact counts. What a layer holds while it runs is the largest of a few moments, each
+a sum of tensor widths times tokens (``layer_bytes``). Two numbers are estimates: the CUDA context, and the allocator's slack.
+``tests/memory/test_estimate.py`` compares the prediction with recorded and with real allocations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby
+from typing import Literal
+
+from ..model.dequant_buffer import ScratchMode
+from ..model.execution import ExecutionConfig
+from ..model.layer_spec import Keep
+from ..model.shape import PROJECTIONS, Shape
+from ..ops.token_logps import CHUNK_BYTES
+from .workload import Workload
+
+MIB, GIB = 2**20, 2**30
+ALIGNMENT = 256  # of a tensor in a streamed layer's block (``weight_streaming``)
+NF4_BLOCK, NESTED_BLOCK = 64, 256  # numbers that share a scale; scales that share one of their own
+# A process's CUDA context, its kernels and the driver's own memory, outside the allocator: 0.4 to 0.8 GiB.
+CONTEXT_BYTES = 3 * GIB // 4
+# cuBLAS keeps a workspace (torch/cuda: CUBLAS_WORKSPACE_CONFIG's default :4096:2:16:8; 32 MiB from compute capability 9.0)
+CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8_519_680, 32 * MIB
+# The allocator's slack. Segments of large blocks grow by 20 MiB, those of small ones by 2, requests are rounded to 512 bytes,
+# and a freed block is not always where the next one fits: a share of the transient bytes, and two steps of growth.
+SLACK_SHARE, SLACK_BYTES = 0.03, 40 * MIB
+
+# of a streamed base; in main memory, but not locked there (a tied one is the output head, which is locked)
+PAGED = "embedding"
+
+
+@dataclass(frozen=True)
+class Device:
+    """How a device allocates.
+
+    Attributes:
+        backend: the attention's implementation.
+        workspace: bytes that its matrix products keep.
+        context: bytes that a process takes before its first tensor, where free memory was not measured without them.
+        slack: whether an allocator rounds.
+    """
+
+    backend: Literal["flash", "efficient", "cpu"] = "flash"
+    workspace: int = CUBLAS_BYTES
+    context: int = 0
+    slack: bool = True
+
+    @classmethod
+    def of(cls, capability: tuple[int, int], half: bool = True, *, context: int = CONTEXT_BYTES) -> Device:
+        """A CUDA card by its compute capability; `half`: it computes in 16 bits."""
+        return cls(
+            "flash" if half and capability >= (8, 0) else "efficient",
+            CUBLAS_BYTES_HOPPER if capability[0] == 9 else CUBLAS_BYTES,
+            context,
+        )
+
+    @property
+    def cuda(self) -> bool:
+        return self.backend != "cpu"
+
+
+CPU = Device("cpu", 0, 0, slack=False)
+
+
+@dataclass(frozen=True)
+class MemoryBreakdown:
+    """Bytes by name.
+
+    Attributes:
+        resident: on the device from the first step to the last.
+        transient: on the device at the peak, beside that.
+        at: the moment of the peak.
+        managed: optimizer states that CUDA moves to the host where the device is full.
+        host: in main memory, locked but for `PAGED`.
+    """
+
+    resident: dict[str, int]
+    transient: dict[str, int]
+    at: str
+    managed: int = 0
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        return sum(self.resident.values()) + sum(self.transient.values())
+
+    def as_dict(self) -> dict[str, int]:
+        return {**self.resident, **self.transient, "peak": self.peak}
+
+
+# -- resident ----------------------------------------------------------------------------------------------------------
+
+
+def stored_bytes(job: Workload, projection: str) -> list[int]:
+    """The tensors of one frozen projection, as bitsandbytes stores them: packed values, scales, their code; nested scales
+    add their own scales, offset and code."""
+    out, width = job.shape.matrices[projection]
+    numbers = out * width
+    if job.storage == "dense":
+        return [numbers * job.dtype.itemsize]
+    packed, scales, code = -(-numbers // 2), -(-numbers // NF4_BLOCK), 16 * 4
+    if job.storage == "nf4":
+        return [packed, 4 * scales, code]
+    return [packed, scales, code, 4, 4 * -(-scales // NESTED_BLOCK), 256 * 4]
+
+
+def slab_bytes(job: Workload) -> int:
+    """A streamed layer's projections in one block, each tensor aligned."""
+    if "slab" not in job.memo:
+        aligned = (-(-n // ALIGNMENT) * ALIGNMENT for name in PROJECTIONS for n in stored_bytes(job, name))
+        job.memo["slab"] = sum(aligned)
+    return job.memo["slab"]
+
+
+def base_bytes(job: Workload, *, stream: bool = False) -> dict[str, int]:
+    """The frozen base on the device."""
+    s, size = job.shape, job.dtype.itemsize
+    biases = sum(s.matrices[name][0] for name in s.biases)
+    small = {"norms": size * (s.layers * (2 * s.hidden + biases) + s.hidden)}
+    if stream:
+        return {"two layers' buffers": min(2, s.layers) * slab_bytes(job), **small}
+    layers = s.layers * sum(sum(stored_bytes(job, name)) for name in PROJECTIONS)
+    head = {} if s.tied else {"output head": size * s.head_weights}
+    return {"decoder layers": layers, "embedding": size * s.head_weights, **head, **small}
+
+
+def optimizer_bytes(optim: str, tensors: Sequence[int], *, cuda: bool = True) -> tuple[int, int]:
+    """(on the device, managed) bytes of the optimizer's state.
+
+    Two moments a number, of 4 bytes or of one with a scale for every 256 (bitsandbytes; tensors under 4,096 numbers: 4 bytes).
+    The paged optimizers' states of tensors from 100,000 numbers on are managed memory. torch keeps a float32 step number.
+
+    Args:
+        tensors: float32 numbers in each trained tensor.
+    """
+    if optim == "adamw_torch" or (optim == "paged_adamw_32bit" and not cuda):
+        return sum(8 * n + 4 for n in tensors), 0
+    device = managed = 0
+    for n in tensors:
+        small = optim == "paged_adamw_32bit" or n < 4096
+        states = 8 * n if small else 2 * n
+        device += 0 if small else 2 * 4 * -(-n // 256)
+        if optim.startswith("paged") and n >= 100_000 and cuda:
+            managed += states
+        else:
+            device += states
+    if optim != "paged_adamw_32bit" and any(n >= 4096 for n in tensors):
+        device += 2 * 4 * 256  # the two codes, shared by all
+    return device, managed
+
+
+def scratch_bytes(shape: Shape, itemsize: int, mode: ScratchMode) -> int:
+    """The buffer of dequantized weights: q, k, v, o beside all of gate, up, down (``layer``) or one of them (``small``)."""
+    attention = 2 * shape.hidden * (shape.queries + shape.keys)
+    return itemsize * (attention + (3 if mode == "layer" else 1) * shape.hidden * shape.inner)
+
+
+def _resident(job: Workload, execution: ExecutionConfig, device: Device) -> tuple[dict[str, int], int]:
+    """(bytes by name, managed bytes)."""
+    key = ("resident", execution.stream, execution.scratch, device)
+    if key not in job.memo:
+        on_device, managed = optimizer_bytes(job.optim, job.trained_tensors, cuda=device.cuda)
+        quantized = job.storage != "dense"
+        parts = {
+            **base_bytes(job, stream=execution.stream),
+            "dequantized weights": quantized * scratch_bytes(job.shape, job.dtype.itemsize, execution.scratch),
+            "adapters": 4 * sum(sum(a.tensors(job.shape)) for a in job.adapters),
+            "optimizer's state": on_device,
+            # the forward pass has one, and the backward pass, which runs in autograd's thread, another
+            "matrix products' workspace": 2 * device.workspace,
+            "CUDA context" if device.cuda else "process": device.context,
+        }
+        job.memo[key] = {name: n for name, n in parts.items() if n}, managed
+    return job.memo[key]
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+
+
+def kept_bytes(shape: Shape, itemsize: int, keep: Keep, ranks: int = 0) -> int:
+    """Bytes a token that one layer keeps for its backward pass, exactly.
+
+    Args:
+        ranks: of all adapters on all projections of the layer, summed.
+    """
+    width = shape.hidden  # the layer's input
+    if keep == "input":
+        return width * itemsize
+    width += shape.queries + shape.hidden  # the attention's output, and the residual after it
+    if keep == "all":
+        width += shape.queries + 2 * shape.keys + 2 * shape.inner + ranks
+    return width * itemsize + shape.heads * max(4, itemsize)  # with the log-sum-exp
+
+
+def kept_per_token(job: Workload, keep: Sequence[Keep]) -> int:
+    """Bytes a token that all layers keep, on the device or on the host."""
+    return sum(kept_bytes(job.shape, job.dtype.itemsize, each, r) for each, r in zip(keep, job.ranks, strict=True))
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one layer holds for a micro-batch.
+
+    Attributes:
+        kept: after its forward pass, by policy.
+        forward: at the forward pass's peak, its input aside, what it keeps included; None: nothing is kept.
+        backward: at the backward pass's peak, by (policy, whether what was kept was on the host), the output's gradient
+            aside, what was kept and the new gradients included.
+    """
+
+    kept: dict[Keep, int]
+    forward: dict[Keep | None, int]
+    backward: dict[tuple[Keep, bool], int]
+
+
+def layer_bytes(job: Workload, tokens: int, tile: int | None, device: Device) -> LayerBytes:
+    """What a layer holds: the largest of its attention's, its MLP's and its projections' moments.
+
+    Args:
+        tokens: of the micro-batch.
+        tile: tokens that the MLP takes at a time; None: all.
+    """
+    s, size = job.shape, job.dtype.itemsize
+    wide = max(4, size)
+    tiles = 1 if tile is None else -(-tokens // tile)
+    rows = tokens if tiles == 1 else tile or tokens
+    keys = tokens if job.method == "sft" else round(tokens * job.keys)
+    ranks = job.site_ranks
+    (qkv_rank, qkv_trained), (out_rank, out_trained), (mlp_rank, mlp_trained), (down_rank, down_trained) = ranks
+    qkv, both = s.queries + 2 * s.keys, 2 * s.inner
+
+    def of(width: int, count: int = tokens) -> int:
+        return width * count * size
+
+    # attention: its output with the log-sum-exp, keys and values as its kernel takes them, and the kernel's workspace
+    lse, d_kv, all_heads = tokens * s.heads * wide, of(s.keys, keys), of(s.queries, keys)
+    attended = of(s.queries) + lse
+    gathered = 2 * d_kv if keys != tokens else 0
+    expanded = 2 * all_heads if s.heads != s.kv_heads else 0
+    if device.backend == "flash":
+        # FlashAttention-2, variable lengths: a float32 sum of dq and a row sum, each sequence padded to 128
+        segments = max(1, -(-tokens // (job.segment or tokens))) + (job.method == "dpo")
+        head = -(-s.head_dim // 32) * 32
+        attention_forward = gathered
+        attention_backward = (
+            gathered + 4 * (tokens + 128 * segments) * s.heads * (1 + head) + of(s.queries) + 2 * d_kv + expanded
+        )
+    elif device.backend == "efficient":
+        attention_forward = gathered + expanded + attended
+        sums = 4 * (tokens + 2 * keys) * s.queries + 4 * tokens * s.heads  # float32, of the three gradients
+        attention_backward = gathered + expanded + 2 * d_kv + lse + of(s.queries) + 2 * all_heads + sums
+    else:
+        attention_forward = gathered + attended
+        attention_backward = gathered + bool(gathered) * 2 * d_kv + of(s.queries) + 2 * all_heads + d_kv
+
+    stacked = len(job.adapters) > 1
+
+    def cast(rank: int, width: int) -> int:
+        """An adapter's float32 matrix in the computation's dtype, beside its concatenation in float32."""
+        return rank * width * (size + 4 * stacked * (size < 4))
+
+    def gradients(trained: int, width: int, outs: int, projections: int) -> int:
+        """Of a site's adapters: all A, and the B of each projection."""
+        return wide * trained * width + wide * trained * outs // projections
+
+    def products(rank: int, trained: int, width: int, outs: int, projections: int, count: int) -> int:
+        """Beside the rest while a site's adapters are differentiated: the adapters' casts, or the gradients and the trained
+        adapter's columns; the dropped input; on a CPU 16-bit factors are copied to 32 bits."""
+        dropped = of(width, count) if job.dropout else 0
+        columns = of(trained, count) if stacked and not job.dropout else 0
+        copies = 4 * count * (max(width, outs // projections) + trained) if size < 4 and not device.cuda else 0
+        return dropped + max(cast(rank, width), columns + copies + gradients(trained, width, outs, projections))
+
+    of_mlp = gradients(mlp_trained, s.hidden, both, 2)
+    of_down = gradients(down_trained, s.inner, s.hidden, 1)
+    of_out = gradients(out_trained, s.queries, s.hidden, 1)
+
+    def forward(keep: Keep | None) -> int:
+        whole = keep == "all"
+        attention = of(s.hidden + qkv_rank + qkv) + attended + attention_forward
+        held = of(qkv_rank + out_rank + s.hidden) + wide * tokens
+        held += attended * (keep in ("attention", "all")) + of(qkv) * whole
+        if tiles > 1:
+            held += of(s.hidden) + of(s.hidden, rows)  # the output, and the residual of the tile before
+            held += of(both + mlp_rank + down_rank) * whole
+        gate_up = both if tiles == 1 or not whole else 0
+        activated = of(s.hidden + mlp_rank + gate_up, rows) + wide * rows
+        activated += max(of(s.inner, rows), of(s.hidden, rows) + cast(mlp_rank // 2, s.inner))
+        down = of(down_rank + max(s.inner * job.dropout, s.hidden * (tiles == 1)), rows)
+        down = max(down, cast(down_rank, s.inner)) - of(both, rows) * (not whole)
+        joined = of(mlp_rank + down_rank) * (whole and tiles > 1)  # the tiles' products, beside each other
+        return max(attention, held + max(activated + max(0, down), joined))
+
+    def backward(keep: Keep, owned: bool) -> int:
+        whole = keep == "all"
+        # after the recomputation the same activations are there under every policy
+        there = of(2 * s.hidden + s.queries + qkv + qkv_rank + out_rank) + lse
+        there += of(both + mlp_rank + down_rank) * whole
+        recompute = 0
+        if keep == "input":
+            recompute = of(2 * s.hidden + qkv_rank + qkv) + attended + attention_forward
+        gate_up = of(both, rows) * (not (whole and owned)) + of(mlp_rank, rows) * (not whole)
+        tiled = 0
+        if tiles > 1:  # the whole gradient, the one of the tile before, and its adapters' gradients and their sums
+            tiled = of(s.hidden) + of(s.hidden, rows) + min(2, tiles - 1) * (of_mlp + of_down)
+        down = of(down_rank + s.inner + down_rank * (not whole), rows)
+        down += products(down_rank, down_trained, s.inner, s.hidden, 1, rows)
+        up = of(mlp_rank + down_rank * (not whole) + 2 * s.hidden, rows) + of_down
+        up += products(mlp_rank, mlp_trained, s.hidden, both, 2, rows)
+        mlp = there + gate_up + tiled + max(down, up)
+        after = there - of(s.hidden) * (owned or keep == "input") - of(both) * (owned and whole)
+        after += of(s.hidden) + of_mlp + of_down
+        out = of(out_rank + s.queries) + products(out_rank, out_trained, s.queries, s.hidden, 1, tokens)
+        attention = of(out_rank + s.queries + qkv) + of_out + attention_backward
+        last = of(qkv + qkv_rank + s.hidden) + of_out
+        last += max(products(qkv_rank, qkv_trained, s.hidden, qkv, 3, tokens), of(2 * s.hidden))
+        return max(recompute, mlp, after + max(out, attention, last))
+
+    keeps: tuple[Keep, ...] = ("input", "attention", "all")
+    return LayerBytes(
+        {keep: tokens * kept_bytes(s, size, keep, max(job.ranks)) for keep in keeps},
+        {keep: forward(keep) for keep in (None, *keeps)},
+        {(keep, owned): backward(keep, owned) for keep in keeps for owned in (False, True)},
+    )
+
+
+def input_bytes(job: Workload, tokens: int) -> int:
+    """A micro-batch's ids, positions and streams; its rotary angles; rows and ids of its targets."""
+    return tokens * (3 * 8 + 2 * job.shape.head_dim * job.dtype.itemsize) + round(tokens * job.targets) * 16
+
+
+def head_bytes(job: Workload, tokens: int, *, stream: bool, together: bool, cuda: bool) -> tuple[int, str]:
+    """(bytes at most, where) of the final norm and the output head, beside what layers keep."""
+    size, wide = job.dtype.itemsize, max(4, job.dtype.itemsize)
+    s, targets = job.shape, round(tokens * job.targets)
+    rows, x, streams = targets * s.hidden * size, tokens * s.hidden * size, 1 + together
+    chunk = max(1, min(targets, (4 * CHUNK_BYTES if cuda else CHUNK_BYTES) // (max(1, s.vocabulary) * wide)))
+    if cuda and 128 < chunk < targets:
+        chunk -= chunk % 128
+    numbers = targets * (3 * wide + 1)  # the log-probabilities
+    logits = chunk * s.vocabulary * size + 2 * chunk * s.hidden * size + 5 * wide * chunk
+    copied = s.head_weights * size * stream
+    return max(
+        (streams * (x + 2 * rows) + 4 * targets, "final norm"),
+        ((streams + 2) * rows + 4 * targets + copied + logits + numbers, "pass through the output head"),
+        (3 * rows + 4 * targets + numbers, "backward pass of the output head"),
+        (2 * rows + 44 * targets + x, "backward pass of the final norm"),
+    )
+
+
+@lru_cache(maxsize=4096)
+def segments(keep: tuple[Keep, ...], offload: int) -> list[tuple[Keep, bool, int, int]]:
+    """Runs of layers that keep alike: (policy, whether it is on the host, first layer, number of layers)."""
+    runs = groupby(range(len(keep)), key=lambda i: (keep[i], i < offload))
+    found = [(policy, away, list(layers)) for (policy, away), layers in runs]
+    return [(policy, away, layers[0], len(layers)) for policy, away, layers in found]
+
+
+def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, training: bool = True) -> MemoryBreakdown:
+    """A run's memory.
+
+    Args:
+        training: with a backward pass; else an evaluation's.
+    """
+    s, memo = job.shape, job.memo
+    tokens, together = (
+        max(execution.micro_tokens, job.longest),
+        job.live_reference and execution.reference == "together",
+    )
+    resident, managed = _resident(job, execution, device)
+    key = (tokens, execution.tile, execution.stream, together, device)
+    if key not in memo:
+        at_head = head_bytes(job, tokens, stream=execution.stream, together=together, cuda=device.cuda)
+        memo[key] = layer_bytes(job, tokens, execution.tile, device), *at_head
+    layer, head, head_at = memo[key]
+
+    gradients, x = 4 * job.parameters, tokens * s.hidden * job.dtype.itemsize
+    # gradients of a step's earlier micro-batches are there from the start
+    earlier = gradients if job.step_most is None or job.step_most > tokens else 0
+    # (where, gradients, kept, reference, layer, head) at every moment that may be the peak
+    moments: list[tuple[str, int, int, int, int, int]] = []
+    resting = moving = away_bytes = (
+        0  # kept: by earlier layers; by the layer before, on its way to the host; on the host
+    )
+    for keep, away, first, count in segments(execution.keep, execution.offload) if training else ():
+        kept, backward = layer.kept[keep], layer.backward[keep, away]
+        for index in {0, 1, count - 1} & set(range(count)):
+            number, here = first + index + 1, 0 if away else resting + index * kept
+            there = here + (moving if index == 0 else kept if away else 0)
+            moments.append((f"forward pass of layer {number}", earlier, there, x * together, layer.forward[keep], 0))
+            if together:
+                at = f"reference's pass of layer {number}"
+                moments.append((at, earlier, here + kept, x, layer.forward[None], 0))
+            later = earlier or gradients * (s.layers - number) // s.layers
+            moments.append((f"backward pass of layer {number}", later, there, 0, backward, 0))
+        resting += 0 if away else count * kept
+        away_bytes += count * kept if away else 0
+        moving = kept if away else 0
+    if training:
+        moments.append((head_at, earlier, resting, 0, 0, head))
+        moments.append(("optimizer's step", gradients, 0, 0, 0, 0))
+    else:
+        moments.append(("evaluation", 0, 0, x * together, max(head, layer.forward[None]), 0))
+    at, *numbers = max(moments, key=lambda moment: sum(moment[1:]) + x * bool(moment[4]))
+    names = ("gradients", "kept activations", "reference's hidden states", "a layer at work", "the head at work")
+    transient = {name: n for name, n in zip(names, numbers) if n}
+    if at != "optimizer's step":
+        transient["inputs"] = input_bytes(job, tokens) + x * bool(numbers[3])
+    if device.slack:
+        passing = sum(transient.values()) - transient.get("gradients", 0)
+        transient["allocator's slack"] = SLACK_BYTES + round(SLACK_SHARE * passing)
+    host = {"kept activations": away_bytes} if away_bytes else {}
+    if execution.stream:
+        copied = s.head_weights * job.dtype.itemsize
+        host["streamed base"] = s.layers * slab_bytes(job) + copied
+        if not s.tied:
+            host[PAGED] = copied
+    return MemoryBreakdown(resident, transient, at, managed, host)
+
+
+def in_words(size: int) -> str:
+    """``3.35 GiB``; below a tenth of one ``12.3 MiB``."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.1f} MiB"
