@@ -13,13 +13,12 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ..config.presets import not_found, preset_configs
+from ..config.presets import find_config
 from ..config.strict_yaml import dump_yaml, read_yaml
 from ..errors import UserError
 from ..io.atomic import sweep, write_text
 from ..io.interrupts import pythons_ctrl_c
 from ..io.redact import refuse_secrets
-from ..io.text import is_file, refuse_special
 from .client import RequestFailed
 from .endpoints import EndpointSpec
 
@@ -63,7 +62,7 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
     Raises:
         UserError: the file cannot be read, a key is unknown (with the nearest one), a value does not fit.
     """
-    path = _find(file) if file else None
+    path = find_config(file, "feedback") if file else None
     where = str(path or "the command line")
     values = read_yaml(path) if path else {}
     for key, value in options.items():
@@ -102,16 +101,6 @@ def validated(kind: type[Model], values: Any, where: str) -> Model:
         return kind.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{where}: " + "\n".join(_problem(item, kind) for item in error.errors())) from None
-
-
-def _find(name: str) -> Path:
-    refuse_special(Path(name), name)
-    if is_file(Path(name)):
-        return Path(name)
-    shipped = preset_configs("feedback")
-    if name.removesuffix(".yaml") in shipped:
-        return shipped[name.removesuffix(".yaml")]
-    raise not_found(f"configuration {name[:300]}", Path(name), f"a shipped one: {', '.join(shipped)}")
 
 
 def _problem(item: Any, kind: type[BaseModel]) -> str:

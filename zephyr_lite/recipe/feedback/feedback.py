@@ -43,7 +43,7 @@ FAILED = Rating(NOT_RATED, "")
 PLACES = 20  # of left out prompts, in the report
 
 
-# -- who answers -----------------------------------------------------------------------------------------------------
+# -- the completions to ask for --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
