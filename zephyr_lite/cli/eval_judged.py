@@ -102,7 +102,7 @@ def mt_bench(
         return
     total, priced = len(read.questions) * len(answering.specs), has_prices(answering.endpoints())
     with job_kept(job), Meter(console.out, total, "questions", priced) as meter:
-        result = run_mt_bench(settings, read, answering, folder, meter, say=console.say)
+        result = run_mt_bench(settings, read, answering, folder, meter, console.say)
     console.table(*table(result.models))
     console.say("mean grade of both turns (turn 1 / turn 2), 1 to 10")
     _say_result(result, "questions", ("why_not_graded", "turns"), 2 * len(read.questions), job)
@@ -173,7 +173,7 @@ def alpaca(
         return
     total = len(baseline.rows) * (len(answering.specs) + len(baseline.given))
     with job_kept(job), Meter(console.out, total, "comparisons", has_prices(answering.endpoints())) as meter:
-        result = run_alpaca(settings, baseline, answering, folder, meter, say=console.say)
+        result = run_alpaca(settings, baseline, answering, folder, meter, console.say)
     console.table(*table(result.models))
     _say_result(result, "instructions", ("why_left_out", "instructions"), len(baseline.rows), job)
 
@@ -183,7 +183,7 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
     from ..evaluate.alpaca_eval import KIND
     from ..evaluate.alpaca_files import check_belongs, read_annotations, read_outputs
     from ..evaluate.alpaca_scores import score_files, table
-    from ..evaluate.judge import write_judged
+    from ..evaluate.results import write_result
 
     rows = read_annotations(annotations)
     if outputs is not None:
@@ -196,7 +196,7 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
     console.table(*table(result.models))
     say_all([f"note: {note}" for note in result.body["notes"]])
     if out is not None:
-        console.say(f"written: {write_judged(out, KIND, result.body, None)}")
+        console.say(f"written: {write_result(out, KIND, result.body, {})}")
 
 
 # -- what both print -------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
 
 def _say_who(answering: Any, given: list[str] | None = None) -> None:
     where = f" of {answering.weights.source}" if answering.weights is not None else ""
-    judge = f"; judge: {answering.judge.name}" if answering.judge is not None else ""
+    judge = f"; judge: {answering.judge.name}" if answering.judge else ""
     console.say(f"models: {', '.join([*answering.specs, *(given or [])])}{where}{judge}")
     if answering.weights is not None and answering.weights.chain is not None:
         say_all([f"note: {note}" for note in answering.weights.chain.notes])

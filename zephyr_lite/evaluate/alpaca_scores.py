@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import UserError
 from .alpaca_files import Annotation, read_difficulty
+from .judge import Judged
 from .mt_bench_scores import mean, standard_error
 
 TIE = 1.5
@@ -175,17 +176,7 @@ def _sigmoid(scores: np.ndarray) -> np.ndarray:
 # -- annotations -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Alpaca:
-    """A result: model → rates, the result's body, what is missing, and the files that were written."""
-
-    models: dict[str, dict[str, Any]]
-    body: dict[str, Any]
-    unfinished: str = ""
-    files: list[Path] = field(default_factory=list)
-
-
-def score_files(annotations: Sequence[Annotation], difficulty: Path | None, where: Path) -> Alpaca:
+def score_files(annotations: Sequence[Annotation], difficulty: Path | None, where: Path) -> Judged:
     """The rates of existing annotations; by annotator too, if there are several.
 
     Raises:
@@ -211,7 +202,7 @@ def score_files(annotations: Sequence[Annotation], difficulty: Path | None, wher
         "data": {"annotations": str(where)},
         "notes": notes_on(models, known is not None),
     }
-    return Alpaca(models, body)
+    return Judged(models, body)
 
 
 def notes_on(models: dict[str, dict[str, Any]], with_difficulty: bool) -> list[str]:

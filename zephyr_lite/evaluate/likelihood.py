@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -156,15 +156,31 @@ def logps_at(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+@dataclass
+class Evaluation:
+    """Result of an evaluation on held-out rows.
+
+    Attributes:
+        body: of the JSON file.
+        tables: (header, rows), to print.
+        missing: models that an interrupt left out.
+        notes: to print below the tables.
+    """
+
+    body: dict[str, Any]
+    tables: list[tuple[Sequence[str], list[list[str]]]]
+    missing: list[str]
+    notes: list[str] = field(default_factory=list)
+
+
 def score_each(
     live: LoadedModel,
-    names: Sequence[str],
     data: TokenizedDataset,
     unit: str,
     score: Callable[[Scorer, TokenizedDataset, Done], T],
     say: Say,
 ) -> dict[str, T]:
-    """{model: score}. Ctrl-C ends after the models that are done.
+    """{model: score} of every model. Ctrl-C ends after the models that are done.
 
     Args:
         unit: ``conversations`` or ``pairs``, for the progress lines.
@@ -175,7 +191,7 @@ def score_each(
     """
     found: dict[str, T] = {}
     try:
-        for name in names:
+        for name in live.models:
             found[name] = score(scorer_of(live, name), data, _progress(name, len(data.lengths), unit, say))
     except KeyboardInterrupt:
         if not found:
@@ -183,8 +199,24 @@ def score_each(
     return found
 
 
+def roles(live: LoadedModel) -> dict[str, str]:
+    """{model: its name in a table}, such as ``dpo (policy)``."""
+    names = {name: name for name in live.models}
+    if len(names) > 1:
+        names[live.reference] = f"{live.reference} (reference)"
+        names[live.policy] = f"{live.policy} (policy)"
+    return names
+
+
+def comparisons(live: LoadedModel, scored: Collection[str]) -> list[tuple[str, str]]:
+    """Pairs of models to compare: policy and reference, policy and base, reference and base."""
+    base = next(iter(live.models))
+    wanted = [(live.policy, live.reference), (live.policy, base), (live.reference, base)]
+    return list(dict.fromkeys(pair for pair in wanted if pair[0] != pair[1] and set(pair) <= set(scored)))
+
+
 def _progress(name: str, total: int, unit: str, say: Say) -> Done:
-    """Says now and then how many rows are done and how long the rest takes."""
+    """A callback that logs the progress and the time left, at most every ``PROGRESS_SECONDS``."""
     start = said = time.monotonic()
 
     def done(rows: int) -> None:
