@@ -140,7 +140,7 @@ def test_the_plain_forward_scores_as_the_decoder_does(live, conversations, pairs
         )
     monkeypatch.setattr(likelihood, "FAMILIES", ())
     assert isinstance(likelihood.scorer_of(live, "dpo"), likelihood.PlainScorer)
-    monkeypatch.setattr(likelihood, "LOGITS_BYTES", 1)  # a row of logits at a time
+    monkeypatch.setattr(likelihood, "LOGIT_ROWS", 1)  # a row of logits at a time
     torch.testing.assert_close(chat_logps(likelihood.scorer_of(live, "dpo"), conversations.data).sums, want.sums)
 
 

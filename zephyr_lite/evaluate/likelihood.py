@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from ..model.loaded import LoadedModel, Say
 
 T = TypeVar("T")
 MICRO_TOKENS = 2048
-LOGITS_BYTES = 64 * 2**20  # of a chunk of logits in float32
+LOGIT_ROWS = 256  # rows of logits in float32 at once
 PROGRESS_SECONDS = 15.0
 Done = Callable[[int], None]  # receives the number of finished rows
 
@@ -137,23 +138,13 @@ class PlainScorer:
                 ids = torch.cat([batch.tokens[start:end] for start, end in segment.key_runs()])
                 logits = self.stack.model(input_ids=ids[None], use_cache=False).logits[0]
                 rows = batch.target_rows[here] - segment.start + segment.keys - segment.queries
-                result[here] = logps_at(logits, rows, batch.target_ids[here])
+                result[here] = torch.cat(
+                    [
+                        -F.cross_entropy(logits[some].float(), ids, reduction="none")
+                        for some, ids in zip(rows.split(LOGIT_ROWS), batch.target_ids[here].split(LOGIT_ROWS))
+                    ]
+                )
         return result
-
-
-def logps_at(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits[row])[target] in float32, a chunk of rows at a time.
-
-    Args:
-        logits: [T, V], in any floating dtype.
-        rows, targets: [N] int64.
-    """
-    size = max(1, LOGITS_BYTES // (4 * logits.shape[1]))
-    parts = []
-    for some, ids in zip(rows.split(size), targets.split(size)):
-        wide = logits[some].float()
-        parts.append(wide.gather(1, ids[:, None])[:, 0] - wide.logsumexp(-1))
-    return torch.cat(parts)
 
 
 @dataclass
