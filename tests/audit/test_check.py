@@ -281,7 +281,7 @@ def test_what_the_user_got_wrong_is_said_before_anything_is_measured(run, chat_r
     (tmp_path / "file").write_text("")
     for given, told in (
         (["--out", str(tmp_path)], "is a folder"),
-        (["--out", str(tmp_path / "file" / "c.json")], "Choose another place"),
+        (["--out", str(tmp_path / "file" / "c.json")], "Choose another --out"),
         (["--pairs", str(tmp_path / "none.jsonl")], "there is no such file"),
         (["--reference", str(tmp_path)], "no adapter_config.json"),
         (["--beta", "0"], "DPO's beta is above 0"),
