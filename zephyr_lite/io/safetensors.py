@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -144,7 +144,6 @@ def write_stream(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     write: Callable[[str, BinaryIO], None],
     metadata: Mapping[str, str] | None = None,
-    digest: Digest | None = None,
 ) -> None:
     """Write a safetensors file tensor by tensor, as ``write`` produces them. It appears complete or not at all.
 
@@ -152,7 +151,6 @@ def write_stream(
         tensors: name → (safetensors dtype, shape), in the order of the bytes.
         write: called as write(name, file) for each tensor; it writes exactly that tensor's bytes.
         metadata: strings for the header.
-        digest: updated with the file's bytes as they are written (``hashlib.sha256()``).
 
     Raises:
         OSError: the file cannot be written.
@@ -166,30 +164,12 @@ def write_stream(
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     with bytes_aside(Path(path)) as out:
-        file = out if digest is None else cast(BinaryIO, _Hashed(out, digest))
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        out.write(struct.pack("<Q", len(raw)) + raw)
         position = out.tell()
         for name, (dtype, shape) in tensors.items():
-            write(name, file)
+            write(name, out)
             position += nbytes(dtype, shape)
             assert out.tell() == position, f"{path}: tensor {name}: {out.tell() - position:+d} bytes"
-
-
-class Digest(Protocol):
-    """A hash."""
-
-    def update(self, data: Any, /) -> None: ...
-
-
-class _Hashed:
-    """A file whose written bytes are hashed too."""
-
-    def __init__(self, out: BinaryIO, digest: Digest) -> None:
-        self.out, self.digest = out, digest
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self.out.write(data)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

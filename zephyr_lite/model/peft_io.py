@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, write_text
 from ..io.safetensors import FLOATS, SafetensorsFile, tensor_bytes, write_stream
 from ..io.text import shown
+from .fetch import download
 from .peft_config import (
     CONFIG_NAME,
     UNSUPPORTED,
@@ -368,18 +369,4 @@ def fetch_adapter(name_or_path: str | Path, revision: str | None = None, *, besi
     """
     if (local := local_folder(str(name_or_path))) is not None:
         return local
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        patterns = [CONFIG_NAME, WEIGHTS_NAME, *beside]
-        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise UserError(
-            f"{shown(name_or_path)}: no such folder.", "Give an adapter's folder, or a hub id (user/name)."
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{shown(name_or_path)}: no such folder, and the hub did not give it ({type(error).__name__}).",
-            "Check the name and the network; for a private or gated adapter, log in with `hf auth login`.",
-        ) from error
+    return download("adapter", str(name_or_path), revision, [CONFIG_NAME, WEIGHTS_NAME, *beside])
