@@ -12,11 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from zephyr_lite.cli.app import run
-from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.evaluate import likelihood
 from zephyr_lite.evaluate import loss as losses
-from zephyr_lite.evaluate import rows as rows_module
 from zephyr_lite.evaluate.bootstrap import Bootstrap
 from zephyr_lite.evaluate.likelihood import chat_logps, pair_logps
 from zephyr_lite.evaluate.loss import evaluate_loss
@@ -213,17 +211,6 @@ def test_other_rows_by_name(trained, capsys, chat_rows, pair_rows, tmp_path):
     assert code == 0 and "was trained on" in out
     # a result on other rows does not replace that on those held out, nor a trial a complete one
     assert (trained / "dpo" / "eval" / f"loss-{chat_rows.stem}.json").is_file()
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    (folder / "train_sft.jsonl").write_text(chat_rows.read_text())
-    pairs = [
-        (folder, "train_sft", folder / "train_sft.jsonl", None),
-        (chat_rows, None, chat_rows.parent / "." / chat_rows.name, None),
-    ]
-    for path, split, other, its in pairs:
-        one, two = DatasetSpec(path=str(path), split=split), DatasetSpec(path=str(other), split=its)
-        assert rows_module._same(one, two) and rows_module._same(two, one)
-        assert not rows_module._same(one, DatasetSpec(path=str(folder), split="test_sft"))
     rows = tmp_path / "mine.jsonl"
     rows.write_text(chat_rows.read_text().splitlines()[0] + "\n")
     adapter = trained / "dpo" / "adapter"

@@ -22,19 +22,15 @@ def harness(
     chat_template: ChatTemplateOption = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--tasks", help="NAME or NAME:SHOTS, apart by commas \\[the paper's four, with its shots]."),
+        typer.Option("--tasks", help="NAME or NAME:SHOTS, comma-separated \\[the paper's four, with its shots]."),
     ] = None,
-    model: Annotated[
-        list[str] | None, typer.Option("--model", help="One of base, sft, dpo …; again for the next \\[all].")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="So many questions of each task: a trial.")
-    ] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", help="base, sft, dpo …; repeatable \\[all].")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Number of questions of each task.")] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="\\[found on a GPU; 1 on a CPU]")
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option("--include-path", help="A folder with task files of your own; their code runs.")
+        Path | None, typer.Option("--include-path", help="Folder with your own task files; their code runs.")
     ] = None,
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Ask through the chat template; the paper did not.")

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 console = Console()
 
-Data = Annotated[
-    str | None, typer.Option("--data", help="A file, folder or hub id \\[the eval_dataset that the stage held out].")
+Data = Annotated[str | None, typer.Option("--data", help="A file, folder or hub id \\[the stage's eval_dataset].")]
+Split = Annotated[str | None, typer.Option("--split", help="Split of --data.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Number of rows of each data set, drawn at random.")]
+Resamples = Annotated[int, typer.Option("--resamples", min=100, max=1_000_000, help="Number of bootstrap resamples.")]
+Confidence = Annotated[
+    float, typer.Option("--confidence", min=0.5, max=0.999, help="Confidence level of the intervals.")
 ]
-Split = Annotated[str | None, typer.Option("--split", help="Of --data.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="So many rows of each data set, by a seeded draw.")]
-Resamples = Annotated[int, typer.Option("--resamples", min=100, max=1_000_000, help="Draws of the bootstrap.")]
-Confidence = Annotated[float, typer.Option("--confidence", min=0.5, max=0.999, help="Of the intervals.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap's draws.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed of the bootstrap.")]
 
 
 def loss(
@@ -62,7 +62,7 @@ def preference(
     data: Data = None,
     split: Split = None,
     limit: Limit = None,
-    beta: Annotated[float | None, typer.Option("--beta", min=1e-9, help="Of the margin \\[the DPO stage's].")] = None,
+    beta: Annotated[float | None, typer.Option("--beta", min=1e-9, help="β of the margin \\[the DPO stage's].")] = None,
     resamples: Resamples = 1000,
     confidence: Confidence = 0.95,
     seed: Seed = 0,

@@ -221,7 +221,7 @@ def results(chosen: Reproduction) -> dict[str, Any]:
     assert loss is not None and preference is not None
     against = preference["comparisons"][0]
     merged = chosen.run / "merged"
-    found = {
+    found: dict[str, Any] = {
         "format": FORMAT,
         "recipe": chosen.recipe,
         "changed": changed(chosen),
@@ -229,7 +229,8 @@ def results(chosen: Reproduction) -> dict[str, Any]:
         "machines": machines(list(infos.values())),
         "base": infos["sft"]["base"],
         "versions": infos["dpo"]["versions"],
-        **{name: _stage(stages[name], infos[name]) for name in STAGES},
+        "sft": _stage(stages["sft"], infos["sft"]),
+        "dpo": _stage(stages["dpo"], infos["dpo"]),
         "eval_loss": {
             "rows": loss["data"]["rows"],
             "models": {name: model["loss"] for name, model in loss["models"].items()},

@@ -166,7 +166,7 @@ def prepare(config: AlpacaConfig) -> tuple[Baseline, Answering, Path]:
         baseline.rows = [rows[place] for place in kept]
     if config.difficulty is not None:
         baseline.difficulty = read_difficulty(Path(config.difficulty))
-        difficulty_of(baseline.difficulty, [o.index for o in baseline.rows], config.difficulty)
+        difficulty_of(baseline.difficulty, [o.index for o in baseline.rows])
     if config.outputs is None:
         answering = who_answers(config, config.temperature)
         return baseline, answering, results_folder(config, answering)

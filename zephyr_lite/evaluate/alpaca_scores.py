@@ -186,8 +186,6 @@ def score_files(annotations: Sequence[Annotation], difficulty: Path | None, wher
         message = f"{where}: none of the {len(annotations)} preferences is between 1 and 2."
         raise UserError(message, "Look at the file.")
     known = None if difficulty is None else read_difficulty(difficulty)
-    if known is not None:
-        difficulty_of(known, [a.index for a in annotations], str(difficulty))
     name = annotations[0].generator_2 or "the model"
     models = {name: rates(annotations, known)}
     annotators = list(dict.fromkeys(a.annotator for a in annotations))
@@ -216,7 +214,7 @@ def rates(annotations: Sequence[Annotation], difficulty: dict[int, float] | None
     """One model's win rate, its standard error, ties, and the length-controlled rate."""
     preferences = [a.preference for a in annotations]
     lengths = [len(a.output_1) for a in annotations], [len(a.output_2) for a in annotations]
-    known = None if difficulty is None else difficulty_of(difficulty, [a.index for a in annotations], "difficulty")
+    known = None if difficulty is None else difficulty_of(difficulty, [a.index for a in annotations])
     controlled = length_controlled(preferences, *lengths, known)
     return {
         **win_rate(preferences).as_dict(),
@@ -257,12 +255,12 @@ def has_verdict(annotations: Sequence[Annotation]) -> bool:
     return any(a.preference == 0 or 1 <= a.preference <= 2 for a in annotations)
 
 
-def difficulty_of(known: dict[int, float], indices: Sequence[int], where: str) -> list[float]:
+def difficulty_of(known: dict[int, float], indices: Sequence[int]) -> list[float]:
     """The difficulties of the rows. Raises UserError if one is missing."""
     missing = [index for index in indices if index not in known]
     if missing:
         raise UserError(
-            f"{where}: has no difficulty for row {missing[0]} (counted from 0).",
+            f"--difficulty: the file has no difficulty for row {missing[0]} (counted from 0).",
             "It belongs to AlpacaEval's 805 instructions in their order.",
         )
     return [known[index] for index in indices]

@@ -159,7 +159,7 @@ class Evaluation:
     """
 
     body: dict[str, Any]
-    tables: list[tuple[Sequence[str], list[list[str]]]]
+    tables: Sequence[tuple[Sequence[str], list[list[str]]]]
     missing: list[str]
     notes: list[str] = field(default_factory=list)
 

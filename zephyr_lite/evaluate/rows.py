@@ -165,14 +165,9 @@ def _stage_of(chain: Chain | None, method: Method, *, rows_wanted: bool) -> tupl
 
 
 def _same(data: DatasetSpec, trained: DatasetSpec) -> bool:
-    """Whether both name the same rows: the same path and split, or a file and its folder with the split of that name."""
+    """Whether both name the same rows: the same path or hub id, and the same split."""
     one, other = (Path(spec.path).expanduser().resolve() for spec in (data, trained))
-    if data.path == trained.path or (one == other and one.exists()):
-        return data.split == trained.split
-    for file, folder, split in ((one, other, trained.split), (other, one, data.split)):
-        if split is not None and file.is_file() and folder in (file.parent, file.parent.parent):
-            return file.stem == split
-    return False
+    return one == other and data.split == trained.split
 
 
 def _spec(data: str, split: str | None) -> DatasetSpec:
