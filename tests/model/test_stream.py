@@ -131,7 +131,7 @@ def test_a_second_forward_pass_before_the_backward_pass_is_an_error(deep_base):
     batch = collate_conversations([conversation(0, 20)])
     first = decoder.token_logps(batch, keep="input")
     decoder.token_logps(batch, keep="input")
-    with pytest.raises(RuntimeError, match="taken the place"):
+    with pytest.raises(AssertionError, match="before the next forward pass"):
         first.sum().backward()
 
 

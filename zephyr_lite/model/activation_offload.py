@@ -199,12 +199,10 @@ class Kept:
 
     Attributes:
         layer: its index.
-        turn: number of the forward pass that kept them; a later one overwrites the host buffer.
-        host: views of the layer's host buffer, one a tensor.
+        host: views of the layer's host buffer, one a tensor; the next forward pass overwrites them.
     """
 
     layer: int
-    turn: int
     host: list[Tensor]
     _device: list[Tensor] = field(default_factory=list)
     _done: Any = None
@@ -223,7 +221,6 @@ class ActivationOffload:
         self._places: dict[int, Tensor] = {}
         self._now: dict[int, Kept] = {}
         self._leaving: list[tuple[Any, Sequence[Tensor]]] = []
-        self._turn: dict[int, int] = {}
 
     @property
     def nbytes(self) -> int:
@@ -233,8 +230,7 @@ class ActivationOffload:
     def put(self, layer: int, tensors: Sequence[Tensor]) -> Kept:
         """Start copying a layer's tensors to the host. They stay alive until the copy is done."""
         tensors = [t.detach().contiguous() for t in tensors]  # nothing here may hold a graph
-        kept = Kept(layer, self._turn.get(layer, 0) + 1, self._views(layer, tensors))
-        self._turn[layer] = kept.turn
+        kept = Kept(layer, self._views(layer, tensors))
         done = self._side.copy(list(zip(kept.host, tensors)))
         self.wait_pending()  # the copies of the layer before had this layer's time
         self._leaving.append((done, tensors))
@@ -254,22 +250,12 @@ class ActivationOffload:
             self._fetch(kept)
 
     def get(self, kept: Kept) -> list[Tensor]:
-        """A layer's tensors on the device.
-
-        Raises:
-            RuntimeError: another forward pass has overwritten them.
-        """
-        if self._turn.get(kept.layer) != kept.turn:
-            raise RuntimeError(
-                f"layer {kept.layer}: another forward pass has taken the place of what it kept on the host; "
-                "run each backward pass before the next forward pass"
-            )
+        """A layer's tensors on the device."""
+        assert self._now.pop(kept.layer, None) is kept, "run each backward pass before the next forward pass"
         if not kept._device:
             self._fetch(kept)
         self._side.wait(kept._done)
         tensors, kept._device, kept._done = kept._device, [], None
-        if self._now.get(kept.layer) is kept:
-            del self._now[kept.layer]  # so that nothing copies it back a second time
         return tensors
 
     def clear(self) -> None:

@@ -191,18 +191,21 @@ def load_base(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # unreadable in a log file
     check_weights(folder, model_config)
-    base_fingerprint = fingerprint(folder)
+    own_fingerprint = fingerprint(folder)
 
     def load(source: Path, quantize: bool) -> Any:
         own = copy.deepcopy(model_config)  # of the base, for its 4-bit copy too
         if settings is not None and not quantize:
             own.quantization_config = settings.to_dict()
-        where = device if quantize and _fits_in_4bit(folder, device) else place
+        where = place
+        if quantize and device.type == "cuda":  # for a streamed base, too: a card takes seconds, a CPU minutes
+            size = sum(path.stat().st_size for path in weight_files(folder))
+            where = device if torch.cuda.mem_get_info(device)[0] > size / 2 else place
         return _from_pretrained(source, own, dtype, where, settings if quantize else None)
 
     # other families may rename their tensors on loading
     if settings is not None and model_config.model_type in FAMILIES:
-        four_bit_copy = QuantizedCopy(folder, config.model_name_or_path, base_fingerprint, settings, dtype)
+        four_bit_copy = QuantizedCopy(folder, config.model_name_or_path, own_fingerprint, settings, dtype)
         model = load_quantized(four_bit_copy, load, say)
     else:
         model = load(folder, settings is not None)
@@ -230,14 +233,8 @@ def load_base(
         four_bit=four_bit,
         double_quant=double,
         streamed=stream,
-        known_fingerprint=base_fingerprint,
+        own_fingerprint=own_fingerprint,
     )
-
-
-def _fits_in_4bit(folder: Path, device: torch.device) -> bool:
-    """Whether a streamed base can be quantized on the card, which takes seconds where a CPU takes minutes."""
-    size = sum(path.stat().st_size for path in weight_files(folder))
-    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > size / 2
 
 
 def _from_pretrained(
@@ -248,7 +245,6 @@ def _from_pretrained(
     Raises:
         UserError: a file is broken, or its tensors are not those of the model of config.json.
     """
-    hint = "The files belong to different models; fetch the model again."
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             source,
@@ -262,17 +258,16 @@ def _from_pretrained(
         )
     except (OSError, SafetensorError) as error:
         raise UserError(f"{source}: its weights cannot be read: {error}", "Fetch the model again.") from None
-    except RuntimeError as error:  # families that check_weights does not compare
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise UserError(f"{source}: its weights have other shapes than its config.json says.", hint) from error
     for key, what in (
         ("missing_keys", "no tensor {} in its files"),  # transformers initialized them at random
         ("unexpected_keys", "holds tensor {}, for which the model of config.json has no place"),
     ):
         if names := sorted(loaded[key]):
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            raise UserError(f"{source}: {what.format(shown(names[0]) + more)}.", hint)
+            raise UserError(
+                f"{source}: {what.format(shown(names[0]) + more)}.",
+                "The files belong to different models; fetch the model again.",
+            )
     return model
 
 
@@ -318,7 +313,7 @@ def frozen_base(
     four_bit: bool,
     double_quant: bool,
     streamed: bool = False,
-    known_fingerprint: str | None = None,
+    own_fingerprint: str | None = None,
 ) -> Base:
     """A loaded model as the base of a run: parameters frozen, no key-value cache, the folder's tokenizer.
 
@@ -337,7 +332,7 @@ def frozen_base(
         revision=config.model_revision,
         dtype=dtype,
         device=device,
-        fingerprint=known_fingerprint or fingerprint(folder),
+        fingerprint=own_fingerprint or fingerprint(folder),
         load_in_4bit=four_bit,
         double_quant=double_quant,
         streamed=streamed,
