@@ -219,8 +219,7 @@ def test_old_torn_and_empty_files_are_read(tmp_path):
     folder = a_stage(tmp_path / "old", complete=False, plan={}, data={}, machine=None, versions={})
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "loss": NaN, "grad_norm": Infinity}\n[1]\n{"step": "x"}\n{"step": 14, "lo')
-    (folder / "samples.jsonl").write_text('{"step": 0}\nnot json\n{"step": 1, "prompt": 3, "answer": []}\n')
-    (folder / "lengths.json").write_text("{")
+    (folder / "samples.jsonl").write_text('{"step": 0, "prompt": "a", "answer": "b"}\n{"step": 1, "prompt": 3, "ans')
     for config in (None, "seed: 1\n"):
         if config is None:
             (folder / "config.yaml").unlink()
@@ -231,9 +230,7 @@ def test_old_torn_and_empty_files_are_read(tmp_path):
         assert "13" in page.text
     (folder / "metrics.jsonl").unlink()
     assert "No step was logged yet" in Page(run_page([read_stage(folder)])).text
-    (folder / "stage.json").write_text(
-        '{"method": "sft", "data": {"dropped": 5, "notes": "x"}, "plan": {"account": [1]}}'
-    )
+    (folder / "stage.json").write_text('{"method": "sft"}')
     Page(run_page([read_stage(folder)]))
     (folder / "stage.json").write_text('{"method": "rlhf"}')
     with pytest.raises(UserError, match="Input should be 'sft' or 'dpo'"):
