@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +173,7 @@ def load_base(
 
     Args:
         device: where to compute; None: the GPU where there is one.
-        stream: leave every parameter on the host. The decoder's projections may still be mapped from the file there.
+        stream: leave every parameter on the host, possibly mapped from the file.
         say: is told when the base is quantized, and why the copy cannot be saved.
 
     Raises:
@@ -221,9 +221,9 @@ def load_base(
                     "Set load_in_4bit=false, or run it on a GPU.",
                 )
     if stored is not None and model_config.model_type in FAMILIES:
-        _cast(model, dtype)
-    if place.type == "cpu":
-        _copy_from_file(model)
+        for parameter in model.parameters():  # transformers keeps a 4-bit checkpoint's own dtype for embedding, norms and head
+            if not hasattr(parameter, "quant_state"):
+                parameter.data = parameter.data.to(dtype)
     return frozen_base(
         model,
         config,
@@ -269,38 +269,6 @@ def _from_pretrained(
                 "The files belong to different models; fetch the model again.",
             )
     return model
-
-
-def _copy_from_file(model: Any) -> None:
-    """Copy tensors that transformers mapped from a file into memory of their own, except the decoder's projections.
-
-    A mapped tensor may have to be read again from the disk. The projections stay mapped until ``WeightStreamer`` copies them.
-    """
-    for parameter, projection in _parameters(model):
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            state.code = state.code.clone()
-            if state.nested:
-                state.state2.absmax, state.state2.code = state.state2.absmax.clone(), state.state2.code.clone()
-        elif not projection:
-            parameter.data = parameter.data.clone()
-
-
-def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Cast embedding, norms and head to the compute dtype; transformers keeps a stored 4-bit checkpoint's own."""
-    for parameter, _ in _parameters(model):
-        if not hasattr(parameter, "quant_state") and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
-
-
-def _parameters(model: Any) -> Iterator[tuple[torch.nn.Parameter, bool]]:
-    """Every parameter once, and whether it is the weight of one of the decoder's projections."""
-    head, seen = model.get_output_embeddings(), set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in seen:
-                seen.add(parameter)
-                yield parameter, isinstance(module, torch.nn.Linear) and module is not head and name == "weight"
 
 
 def frozen_base(
