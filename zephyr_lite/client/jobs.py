@@ -106,7 +106,8 @@ def validated(kind: type[Model], values: Any, where: str) -> Model:
 def _problem(item: Any, kind: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
-        return f"{place}: {item['msg'].removeprefix('Value error, ')} (found {str(item['input'])[:60]!r})."
+        message = f"{item['msg'].removeprefix('Value error, ')} (found {str(item['input'])[:60]!r})."
+        return f"{place}: {message}" if place else message
     near = difflib.get_close_matches(str(item["loc"][-1]), kind.model_fields, n=1) if len(item["loc"]) == 1 else []
     return f"there is no key {place!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
 
