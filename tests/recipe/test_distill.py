@@ -299,15 +299,6 @@ def test_a_dialogue_ends_with_its_last_whole_answer(
     assert result.ended == {reason: 4} and result.rounds == {3: 8, 1: 4}
 
 
-def test_half_a_character_from_a_server_is_written_as_a_question_mark(tmp_path: Path) -> None:
-    def broken(seen: Seen) -> Act:
-        return ok(f"{words_of(seen)} \ud83d wave")
-
-    with ChatServer(broken) as server:
-        rows = rows_of(run(tmp_path, server.url))
-    assert len(rows) == 12 and all("? wave" in turn["content"] for row in rows for turn in row["messages"])
-
-
 def test_a_question_that_repeats_a_turn_ends_a_dialogue(tmp_path: Path) -> None:
     def parrot(seen: Seen) -> Act:
         if role_of(seen) == "question":

@@ -268,16 +268,6 @@ def test_overall_scores_and_critiques(tmp_path: Path) -> None:
     }
 
 
-def test_half_a_character_from_a_server_is_written_as_a_question_mark(tmp_path: Path) -> None:
-    def broken(seen: Seen) -> Act:
-        return script(seen) if is_judge(seen) else ok(f"hello {seen.number} \ud83d")
-
-    with ChatServer(broken) as server:
-        config = settings(tmp_path, server.url, count=2)
-        run(config)
-    assert all(c["response"].endswith(" ?") for row in rows_of(config) for c in row["completions"])
-
-
 def test_answers_cut_at_max_tokens_are_counted(tmp_path: Path) -> None:
     def cut(seen: Seen) -> Act:
         return script(seen) if is_judge(seen) else ok("A long st", finish_reason="length")
