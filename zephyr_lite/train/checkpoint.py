@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from ..io.atomic import (
     folder_aside,
     remove_folder,
     remove_tree,
-    rename,
     sync_file,
     write_json,
 )
@@ -187,7 +187,7 @@ def resume_point(
             say(f"{other.name}: {what}; using {path.name}")
             aside = other.with_name(_TORN + other.name)
             remove_tree(aside)
-            rename(other, aside)  # or it would count as the newest
+            os.replace(other, aside)  # or it would count as the newest
         return path
     if torn:
         damage = "; ".join(f"{path.name}: {what}" for path, what in torn.items())
