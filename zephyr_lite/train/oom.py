@@ -180,14 +180,14 @@ class OomRetry:
         return not isinstance(error, LockRefused) and is_out_of_memory(error)
 
     def _limits(self) -> Limits:
-        """The device's memory, and what the host may lend beside what it lends already."""
+        """The device's memory, and the main memory that may be locked, with what the current plan has locked."""
         stage, memory = self.stage, self.stage.config.memory
         machine = this_machine(stage.base.device, stage.base.dtype, memory, measure=False)
         limits = Limits.of(stage.workload, machine, memory)
-        lent = sum(self.plan.host.values())
+        locked = sum(self.plan.host.values())
         if not self._lockable:
-            return replace(limits, host=lent - self.plan.host.get("kept activations", 0))
-        return limits if memory.host is not None else replace(limits, host=limits.host + lent)
+            return replace(limits, host=locked - self.plan.host.get("kept activations", 0))
+        return limits if memory.host is not None else replace(limits, host=limits.host + locked)
 
     def _shrink(self, failure: str) -> None:
         """Free what can be freed, and follow the next smaller plan."""
@@ -241,5 +241,5 @@ def _does_not_fit(stage: Stage, running: Running, failure: str) -> UserError:
     return UserError(
         f"{running.data.examples[index].where}: its {running.tokens:,} tokens do not fit into memory, alone and with "
         f"everything that saves memory in use ({failure}).",
-        f"To go on, {', '.join(cures)}. The last checkpoint is untouched.",
+        f"To continue, {', '.join(cures)}. The last checkpoint is intact.",
     )

@@ -130,7 +130,9 @@ class Changes:
         cure = "choose another output_dir or stage."
         raise UserError(
             f"{stage.path}: was {what}:\n  " + "\n  ".join(lines),
-            f"To train with this one, {cure}" if self.complete else f"Go back to what it was to go on, or {cure}",
+            f"To train with this one, {cure}"
+            if self.complete
+            else f"Restore what it was started with to resume it, or {cure}",
         )
 
 
@@ -268,10 +270,10 @@ def resumed_plan(
     same_device = _last(before, "machine").get("device", machine["device"]) == machine["device"]
     if not same_device or MemorySpec.model_validate(config_of_stage(stage).get("memory") or {}) != config.memory:
         why = "memory was changed" if same_device else "this is another kind of device"
-        say(f"{why}: from here on sums are split otherwise, and round otherwise")
+        say(f"{why}: from here on sums are split, and rounded, in another way")
         return None
     file = stage.path / STAGE_FILE
-    hint = "Go on with the version that began the stage (the file names it), or choose another output_dir or stage."
+    hint = "Resume with the version that began the stage (the file names it), or choose another output_dir or stage."
     try:
         plan = Plan(**before["plan"])
     except (KeyError, TypeError) as error:
@@ -297,7 +299,7 @@ def versions() -> dict[str, str]:
 
 
 def machine_now(dtype: torch.dtype) -> dict[str, Any]:
-    """What of this machine decides how sums round."""
+    """The properties of this machine that decide how sums are rounded."""
     device = compute_device()
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {

@@ -140,7 +140,7 @@ def save(state: TrainState, *, pending: bool = False) -> None:
                 "stale": state.stale,
                 "total": state.total,
                 "pending": pending,
-                "finite": state.skipped.watch.state(),
+                "finite": state.skipped.state(),
                 "collapse": collapse.state() if collapse is not None else None,
                 "warnings": state.warnings,
             },
@@ -174,8 +174,8 @@ def resume(state: TrainState) -> bool:
             state.best = (float(best[0]), int(best[1])) if best else None
             state.stale = extra["stale"]
         state.step = extra["step"]
-        state.skipped.watch.load(extra.get("finite") or {})
-        if state.skipped.watch.in_a_row:  # it was stopped among skipped steps
+        state.skipped.load(extra.get("finite") or {})
+        if state.skipped.in_a_row:  # it was stopped among skipped steps
             state.before_skips = state.step
         if state.objective.collapse is not None:
             state.objective.collapse.load(extra.get("collapse") or {})
