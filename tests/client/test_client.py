@@ -516,3 +516,19 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path, monkeyp
     with ChatServer() as server, pytest.raises(UserError) as caught:
         one(server, tmp_path)
     assert 'pip install "zephyr-lite[feedback]"' in caught.value.hint and not server.seen
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://u:secretword@localhost:1"),
+        ("HTTP_PROXY", "ftp://u:secretword@h:1"),
+        ("ALL_PROXY", "http://u:secretword@[::1"),
+        ("SSL_CERT_FILE", "no"),
+    ],
+)
+def test_an_environment_that_no_client_can_be_made_of_is_named(tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with ChatServer() as server, pytest.raises(UserError, match="proxy or the certificates") as caught:
+        run([spec(server)], tmp_path, lambda d: ask_all(d, ["a"]))
+    assert "secretword" not in str(caught.value) and not server.seen
