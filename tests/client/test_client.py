@@ -10,18 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.chat_server import Act, ChatServer, answer_json, by_hash, disconnect, error, hang, not_json, ok
-from zephyr_lite.client import client as client_module
 from zephyr_lite.client.client import (
     MAX_FAILED_IN_A_ROW,
     BudgetSpent,
     ModelClient,
-    RateLimiter,
     Request,
     RequestFailed,
     open_client,
@@ -518,30 +515,6 @@ def test_no_more_than_so_many_a_minute_tries_included(tmp_path):
     assert len(times) == 6
     for place, at in enumerate(times):  # 0.1 s apart: none comes before its time
         assert at - started >= 0.1 * place
-
-
-def test_who_was_turned_away_does_not_come_back_all_at_once(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    limiter = RateLimiter(None, 0.1)
-    assert limiter.delay() == 0
-    limiter.leave()
-    assert limiter.delay() == 0  # no space between requests so far
-    for _ in range(4):  # all four are turned away: it is one event
-        limiter.pause(5.0)
-    assert limiter.delay() == 5
-    now[0] += 5
-    limiter.leave()
-    assert limiter.delay() == pytest.approx(0.1)
-    limiter.pause(5.0)
-    now[0] += 5
-    limiter.leave()
-    assert limiter.delay() == pytest.approx(0.2)
-    for _ in range(40):
-        limiter.answered()
-    now[0] += 1
-    limiter.leave()
-    assert limiter.delay() == 0
 
 
 def test_endpoints_have_a_pace_of_their_own(tmp_path):

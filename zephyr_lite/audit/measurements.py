@@ -146,15 +146,11 @@ def _check_template(subject: Subject, templates: dict[str, ChatTemplate], rows: 
                 advice=f"Compare the two; --chat-template {best} measures everything under that one.",
             )
             return "own"
-    found.right("template", no_other_template(best), *facts)
+    text = "no other template fits it better than its own"
+    if best != "own":
+        text = f"nothing says that it was trained with another than its own, although {best} has the lower loss"
+    found.right("template", text, *facts)
     return "own"
-
-
-def no_other_template(best: str) -> str:
-    """The finding on an adapter that fits its own template, where ``best`` has the lowest loss."""
-    if best == "own":
-        return "no other template fits it better than its own"
-    return f"nothing says that it was trained with another than its own, although {best} has the lower loss"
 
 
 def _check_below(sums: dict[str, RowSums], found: Audit) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from ..model.loaded import LoadedModel, Say
 
 T = TypeVar("T")
 MICRO_TOKENS = 2048
-LOGITS_BYTES = 64 * 2**20  # of a chunk of logits in float32
+LOGIT_ROWS = 256  # rows of logits in float32 at once
 PROGRESS_SECONDS = 15.0
 Done = Callable[[int], None]  # receives the number of finished rows
 
@@ -137,34 +138,40 @@ class PlainScorer:
                 ids = torch.cat([batch.tokens[start:end] for start, end in segment.key_runs()])
                 logits = self.stack.model(input_ids=ids[None], use_cache=False).logits[0]
                 rows = batch.target_rows[here] - segment.start + segment.keys - segment.queries
-                result[here] = logps_at(logits, rows, batch.target_ids[here])
+                result[here] = torch.cat(
+                    [
+                        -F.cross_entropy(logits[some].float(), ids, reduction="none")
+                        for some, ids in zip(rows.split(LOGIT_ROWS), batch.target_ids[here].split(LOGIT_ROWS))
+                    ]
+                )
         return result
 
 
-def logps_at(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits[row])[target] in float32, a chunk of rows at a time.
+@dataclass
+class Evaluation:
+    """Result of an evaluation on held-out rows.
 
-    Args:
-        logits: [T, V], in any floating dtype.
-        rows, targets: [N] int64.
+    Attributes:
+        body: of the JSON file.
+        tables: (header, rows), to print.
+        missing: models that an interrupt left out.
+        notes: to print below the tables.
     """
-    size = max(1, LOGITS_BYTES // (4 * logits.shape[1]))
-    parts = []
-    for some, ids in zip(rows.split(size), targets.split(size)):
-        wide = logits[some].float()
-        parts.append(wide.gather(1, ids[:, None])[:, 0] - wide.logsumexp(-1))
-    return torch.cat(parts)
+
+    body: dict[str, Any]
+    tables: Sequence[tuple[Sequence[str], list[list[str]]]]
+    missing: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
 def score_each(
     live: LoadedModel,
-    names: Sequence[str],
     data: TokenizedDataset,
     unit: str,
     score: Callable[[Scorer, TokenizedDataset, Done], T],
     say: Say,
 ) -> dict[str, T]:
-    """{model: score}. Ctrl-C ends after the models that are done.
+    """{model: score} of every model. Ctrl-C ends after the models that are done.
 
     Args:
         unit: ``conversations`` or ``pairs``, for the progress lines.
@@ -175,7 +182,7 @@ def score_each(
     """
     found: dict[str, T] = {}
     try:
-        for name in names:
+        for name in live.models:
             found[name] = score(scorer_of(live, name), data, _progress(name, len(data.lengths), unit, say))
     except KeyboardInterrupt:
         if not found:
@@ -183,8 +190,24 @@ def score_each(
     return found
 
 
+def roles(live: LoadedModel) -> dict[str, str]:
+    """{model: its name in a table}, such as ``dpo (policy)``."""
+    names = {name: name for name in live.models}
+    if len(names) > 1:
+        names[live.reference] = f"{live.reference} (reference)"
+        names[live.policy] = f"{live.policy} (policy)"
+    return names
+
+
+def comparisons(live: LoadedModel, scored: Collection[str]) -> list[tuple[str, str]]:
+    """Pairs of models to compare: policy and reference, policy and base, reference and base."""
+    base = next(iter(live.models))
+    wanted = [(live.policy, live.reference), (live.policy, base), (live.reference, base)]
+    return list(dict.fromkeys(pair for pair in wanted if pair[0] != pair[1] and set(pair) <= set(scored)))
+
+
 def _progress(name: str, total: int, unit: str, say: Say) -> Done:
-    """Says now and then how many rows are done and how long the rest takes."""
+    """A callback that logs the progress and the time left, at most every ``PROGRESS_SECONDS``."""
     start = said = time.monotonic()
 
     def done(rows: int) -> None:

@@ -166,7 +166,7 @@ def stages_of(words: list[str], file: str | None = None) -> tuple[tuple[Method, 
         return ("sft", "dpo"), words
     meant: dict[str, tuple[Method, ...]] = {"sft": ("sft",), "dpo": ("dpo",), "both": ("sft", "dpo")}
     if words[0].lower() not in meant:
-        raise UserError(f"plan {words[0]}: there is no such stage.", "Name sft, dpo or both (or key=value).")
+        raise UserError(f"{words[0]}: there is no such stage.", "Name sft, dpo or both (or key=value).")
     return meant[words[0].lower()], words[1:]
 
 
