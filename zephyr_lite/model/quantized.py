@@ -55,10 +55,13 @@ def load_quantized(
     """
     double = "-double" if settings.bnb_4bit_use_double_quant else ""
     suffix = f"{fingerprint[:16]}-nf4{double}-{str(dtype).removeprefix('torch.')}-v{FORMAT}"
-    failed = (
-        f"{quantized_dir()}: the quantized base cannot be kept there ({{}}); make room, make it writable, or name another "
-        "folder in the environment variable ZEPHYR_LITE_CACHE. The base is quantized in memory, now and at every start."
-    )
+
+    def not_kept(error: Exception) -> None:
+        say(
+            f"{quantized_dir()}: the quantized base cannot be kept there ({getattr(error, 'strerror', None) or error}); make "
+            "room, make it writable, or name another folder in the environment variable ZEPHYR_LITE_CACHE. The base is "
+            "quantized in memory, now and at every start."
+        )
 
     def manifest(copy: Path) -> dict[str, Any]:
         stats = {path.name: path.stat() for path in weight_files(source)}
@@ -73,13 +76,12 @@ def load_quantized(
         make_folder(quantized_dir())
         lock = FileLock(quantized_dir() / f".lock-{suffix}").acquire()
     except (OSError, NotImplementedError) as error:  # a file system without locks, too
-        say(failed.format(getattr(error, "strerror", None) or error))
+        not_kept(error)
         return load(source, True)
     with lock:
         existing = sorted(quantized_dir().glob(f"[!.]*-{suffix}"))  # whatever name the base had when it was made
         folder = existing[0] if existing else quantized_dir() / f"{Path(name).name.lstrip('.')[:40] or 'base'}-{suffix}"
-        found = read_json(folder / MANIFEST)
-        if found is None or found != manifest(folder):
+        if read_json(folder / MANIFEST) != manifest(folder):
             remove_tree(folder)
             say(f"quantizing the base once; later starts read {folder}")
             model = load(source, True)
@@ -88,7 +90,7 @@ def load_quantized(
                     model.save_pretrained(aside, max_shard_size=SHARD_SIZE)
                     write_json(aside / MANIFEST, manifest(aside))
             except (OSError, SafetensorError) as error:
-                say(failed.format(getattr(error, "strerror", None) or error))
+                not_kept(error)
                 return model
             del model
     return load(folder, False)
