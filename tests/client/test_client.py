@@ -166,12 +166,6 @@ def test_a_failure_that_passes_is_tried_again(tmp_path, reason):
     assert totals.tokens == totals.lost_tokens + 12
 
 
-def test_a_connection_that_ends_in_the_middle_of_the_body(tmp_path):
-    with ChatServer(lambda seen: disconnect(10) if seen.number == 0 else ok("whole")) as server:
-        reply, totals = one(server, tmp_path)
-    assert reply.text == "whole" and totals.failed_tries == {"connection broken": 1}
-
-
 def test_a_server_that_drips_is_not_waited_for_forever(tmp_path):
     slow = Act(body=ok("slow").body, drip=0.05)
     with ChatServer(lambda seen: slow if seen.number == 0 else ok("quick")) as server:
@@ -517,25 +511,24 @@ def test_no_more_than_so_many_a_minute_tries_included(tmp_path):
         assert at - started >= 0.1 * place
 
 
-def test_endpoints_have_a_pace_of_their_own(tmp_path):
-    with ChatServer(lambda seen: ok("slow", sleep=1.5)) as slow, ChatServer() as quick:
-        specs = [spec(slow, name="slow", concurrency=1), spec(quick, name="quick", concurrency=1)]
-
-        async def work(client):
-            turns = ({"role": "user", "content": "x"},)
-            waiting = asyncio.gather(*(client.ask(Request(f"s{i}", "slow", turns)) for i in range(1)))
-            started = time.monotonic()
-            await asyncio.gather(*(client.ask(Request(f"q{i}", "quick", turns)) for i in range(5)))
-            took = time.monotonic() - started
-            await waiting
-            return took
-
-        took, totals = run(specs, tmp_path, work)
-    assert took < 1.5 and totals.replies == 6
-
-
 def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with ChatServer() as server, pytest.raises(UserError) as caught:
         one(server, tmp_path)
     assert 'pip install "zephyr-lite[feedback]"' in caught.value.hint and not server.seen
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://u:secretword@localhost:1"),
+        ("HTTP_PROXY", "ftp://u:secretword@h:1"),
+        ("ALL_PROXY", "http://u:secretword@[::1"),
+        ("SSL_CERT_FILE", "no"),
+    ],
+)
+def test_an_environment_that_no_client_can_be_made_of_is_named(tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with ChatServer() as server, pytest.raises(UserError, match="proxy or the certificates") as caught:
+        run([spec(server)], tmp_path, lambda d: ask_all(d, ["a"]))
+    assert "secretword" not in str(caught.value) and not server.seen

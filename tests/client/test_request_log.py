@@ -344,12 +344,14 @@ def test_an_older_versions_journal_is_imported_once(tmp_path):
     with ChatServer() as server:
         lines = old_journal(tmp_path, server)
         (tmp_path / "journal.jsonl").write_text("".join(lines) + '{"event": "rep')  # the process died while it wrote
+        (tmp_path / ".journal.spare").write_bytes(b"space that it reserved")
         server.seen.clear()
         replies, totals = run([spec(server)], tmp_path, lambda client: ask_all(client, ["a", "b", "c"]))
         assert [seen.question for seen in server.seen] == ["b", "c"] and all(isinstance(r, Reply) for r in replies)
         bound = prompt_token_bound([{"role": "user", "content": "b"}]) + 50
         assert totals.requests == 5 and totals.from_log == 1 and totals.unanswered == 1
         assert totals.lost_tokens == 2 * bound and totals.failed_tries == {"HTTP 500": 1} and totals.failures == {}
+        assert not (tmp_path / ".journal.spare").exists()
         _, totals = run([spec(server)], tmp_path, lambda client: ask_all(client, ["a", "b", "c"]))
         assert totals.requests == 5 and totals.from_log == 3 and len(server.seen) == 2
 

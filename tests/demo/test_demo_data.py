@@ -5,7 +5,6 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import pytest
@@ -14,8 +13,6 @@ from transformers import AutoConfig
 from zephyr_lite import demo
 from zephyr_lite.demo import base
 from zephyr_lite.errors import UserError
-
-ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -35,42 +32,25 @@ def questions(rows: list[dict[str, Any]]) -> set[str]:
     return {plain(m["content"]) for row in rows for m in row["messages"] if m["role"] == "user"}
 
 
-@pytest.mark.parametrize("row", CONVERSATIONS + CONVERSATIONS_TEST, ids=lambda row: row["prompt"][:30])
-def test_conversations_schema(row: dict[str, Any]) -> None:
-    assert set(row) == {"prompt", "prompt_id", "messages"}
-    assert row["prompt_id"] == hashlib.sha256(row["prompt"].encode()).hexdigest()
-    assert all(set(m) == {"role", "content"} and m["content"].strip() == m["content"] != "" for m in row["messages"])
-    turns = [m for m in row["messages"] if m["role"] != "system"]
-    assert row["messages"][-len(turns) :] == turns, "a system turn comes first"
-    assert turns[0]["content"] == row["prompt"]
-    assert [m["role"] for m in turns] == ["user", "assistant"] * (len(turns) // 2)
-    assert not any(demo.dodges(m["content"]) for m in turns if m["role"] == "assistant")
+def test_conversations_schema() -> None:
+    for row in CONVERSATIONS + CONVERSATIONS_TEST:
+        assert set(row) == {"prompt", "prompt_id", "messages"}
+        assert row["prompt_id"] == hashlib.sha256(row["prompt"].encode()).hexdigest()
+        assert all(set(m) == {"role", "content"} and m["content"].strip() for m in row["messages"])
+        turns = [m for m in row["messages"] if m["role"] != "system"]
+        assert row["messages"][-len(turns) :] == turns and turns[0]["content"] == row["prompt"]
+        assert [m["role"] for m in turns] == ["user", "assistant"] * (len(turns) // 2)
+        assert not any(demo.dodges(m["content"]) for m in turns if m["role"] == "assistant")
 
 
-@pytest.mark.parametrize("row", FEEDBACK + FEEDBACK_TEST, ids=lambda row: row["instruction"][:30])
-def test_feedback_schema(row: dict[str, Any]) -> None:
-    assert set(row) == {"source", "instruction", "models", "correct_answers", "incorrect_answers", "completions"}
-    assert [c["model"] for c in row["completions"]] == row["models"]
-    assert len(set(row["models"])) == 4
-    assert len({c["response"] for c in row["completions"]}) == 4
-    for completion in row["completions"]:
-        assert set(completion) == {
-            *("model", "principle", "custom_system_prompt", "response"),
-            *("annotations", "overall_score", "fine-grained_score", "critique"),
-        }
-        assert 1 <= completion["overall_score"] <= 10
-        assert set(completion["annotations"]) == set(ASPECTS)
-        ratings = [completion["annotations"][aspect]["Rating"] for aspect in ASPECTS]
-        assert set(ratings) <= {"1", "2", "3", "4", "5", "N/A"}
-        assert completion["fine-grained_score"] == round(mean(int(r) for r in ratings if r != "N/A"), 2)
-
-
-@pytest.mark.parametrize("score", ["overall_score", "fine-grained_score"])
-@pytest.mark.parametrize("row", FEEDBACK + FEEDBACK_TEST, ids=lambda row: row["instruction"][:30])
-def test_the_best_completion_does_not_dodge(row: dict[str, Any], score: str) -> None:
-    top = max(c[score] for c in row["completions"])
-    assert not any(demo.dodges(c["response"]) for c in row["completions"] if c[score] == top)
-    assert all(c[score] < top - 1 for c in row["completions"] if demo.dodges(c["response"]))
+def test_the_best_completion_does_not_dodge() -> None:
+    for row in FEEDBACK + FEEDBACK_TEST:
+        assert [c["model"] for c in row["completions"]] == row["models"] and len(set(row["models"])) == 4
+        assert len({c["response"] for c in row["completions"]}) == 4
+        for score in ("overall_score", "fine-grained_score"):
+            top = max(c[score] for c in row["completions"])
+            assert not any(demo.dodges(c["response"]) for c in row["completions"] if c[score] == top)
+            assert all(c[score] < top - 1 for c in row["completions"] if demo.dodges(c["response"]))
 
 
 def test_nothing_held_out_is_trained_on() -> None:

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM
 from zephyr_lite.cli.app import run
 from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.evaluate import likelihood
-from zephyr_lite.evaluate import loss as losses
 from zephyr_lite.evaluate.bootstrap import Bootstrap
-from zephyr_lite.evaluate.likelihood import chat_logps, pair_logps
+from zephyr_lite.evaluate.likelihood import row_logps
 from zephyr_lite.evaluate.loss import evaluate_loss
 from zephyr_lite.evaluate.preference import evaluate_preference
 from zephyr_lite.evaluate.rows import held_out
@@ -114,7 +113,7 @@ def test_preference_is_the_stages_own_last_evaluation(live, pairs, trained):
     assert 0.2 * found["chosen_nats"]["value"] == pytest.approx(own["eval_rewards/chosen"], abs=1e-5)
     assert result["models"]["dpo"]["logps/chosen"]["value"] == pytest.approx(own["eval_logps/chosen"], rel=1e-5)
     sums = {
-        name: pair_logps(likelihood.PlainScorer(live.stack, live.models[name]), pairs.data).sums for name in live.models
+        name: row_logps(likelihood.PlainScorer(live.stack, live.models[name]), pairs.data).sums for name in live.models
     }
     gained = sums["sft"] - sums["base"]
     won = [bool(chosen > rejected) for chosen, rejected in gained]
@@ -130,16 +129,16 @@ def test_the_plain_forward_scores_as_the_decoder_does(live, conversations, pairs
     """Prompts that two responses share, and every choice of adapters."""
     for name in ("base", "dpo"):
         fused, other = likelihood.scorer_of(live, name), likelihood.PlainScorer(live.stack, live.models[name])
-        want, got = chat_logps(fused, conversations.data), chat_logps(other, conversations.data)
+        want, got = row_logps(fused, conversations.data), row_logps(other, conversations.data)
         torch.testing.assert_close(got.sums, want.sums, rtol=1e-5, atol=1e-4)
         assert torch.equal(got.tokens, want.tokens)
         torch.testing.assert_close(
-            pair_logps(other, pairs.data).sums, pair_logps(fused, pairs.data).sums, rtol=1e-5, atol=1e-4
+            row_logps(other, pairs.data).sums, row_logps(fused, pairs.data).sums, rtol=1e-5, atol=1e-4
         )
     monkeypatch.setattr(likelihood, "FAMILIES", ())
     assert isinstance(likelihood.scorer_of(live, "dpo"), likelihood.PlainScorer)
     monkeypatch.setattr(likelihood, "LOGIT_ROWS", 1)  # a row of logits at a time
-    torch.testing.assert_close(chat_logps(likelihood.scorer_of(live, "dpo"), conversations.data).sums, want.sums)
+    torch.testing.assert_close(row_logps(likelihood.scorer_of(live, "dpo"), conversations.data).sums, want.sums)
 
 
 # ---- intervals ----------------------------------------------------------------------------------------------------
@@ -260,9 +259,9 @@ def test_an_interrupt_keeps_what_is_done(trained, monkeypatch, capsys, tmp_path)
         if scored:
             raise KeyboardInterrupt
         scored.append(scorer)
-        return chat_logps(scorer, data, done)
+        return row_logps(scorer, data, done)
 
-    monkeypatch.setattr(losses, "chat_logps", interrupted)
+    monkeypatch.setattr(likelihood, "row_logps", interrupted)
     code, out, err = said(capsys, "loss", trained, "--out", tmp_path / "o")
     assert code == 130 and "interrupted before sft and dpo" in err and "base" in out
     told = json.loads((tmp_path / "o" / "loss-partial.json").read_text())

@@ -8,7 +8,7 @@ from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset
 from ..data.formats import RowError
 from ..errors import UserError
-from ..evaluate.likelihood import pair_logps
+from ..evaluate.likelihood import row_logps
 from .files import LN2
 from .measured import Messages, RowSums, StepZero, examples_of, gap, row_sums, step_zero, with_bos
 from .subject import Subject
@@ -53,7 +53,7 @@ def check_pairs(subject: Subject, data: TokenizedDataset, beta: float, found: Au
     """Check on preference pairs: DPO's loss before its first step, against the claimed and other references."""
 
     def sums(names: list[str]) -> torch.Tensor:
-        return pair_logps(subject.decoder(names), data).sums
+        return row_logps(subject.decoder(names), data).sums
 
     policy, start = sums(subject.policy), sums(subject.start)
     results: dict[str, StepZero] = {}

@@ -194,14 +194,10 @@ def table_lines(rows: TrainedRows, number: int, segments: list[Segment], *, colo
     yield _heading(rows, number, segments)
     for place, segment in enumerate(segments, 1):
         yield Text(f"segment {place}: {segment.part}, {segment.where}")
-    head = (
-        f"{'token':>6} {'segment':>7} {'position':>8}  {'role':<10} {'supervised':<10} {'special':<7} {'id':>7}  text"
-    )
-    yield Text(head)
+    form = "{:>6} {:>7} {:>8}  {:<10} {:<10} {:<7} {:>7}  "
+    yield Text(form.format("token", "segment", "position", "role", "supervised", "special", "id") + "text")
     tokens = [(place, token) for place, segment in enumerate(segments, 1) for token in segment.tokens]
     for count, (place, token) in enumerate(tokens):
-        supervised, special = ("yes" if mark else "no" for mark in (token.supervised, token.special))
-        line = Text(
-            f"{count:>6} {place:>7} {token.position:>8}  {token.role:<10} {supervised:<10} {special:<7} {token.id:>7}  "
-        )
+        marks = ("yes" if mark else "no" for mark in (token.supervised, token.special))
+        line = Text(form.format(count, place, token.position, token.role, *marks, token.id))
         yield line.append_text(_token_text(token, colour))

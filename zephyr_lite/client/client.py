@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -229,12 +229,10 @@ class ModelClient:
             asked = request
             if draw:
                 self.totals.asked_again += 1
-                asked = Request(
+                asked = replace(
+                    request,
                     key=f"{request.key}/again{draw}",
-                    endpoint=request.endpoint,
-                    messages=request.messages,
                     temperature=max(usual, RETRY_TEMPERATURE),
-                    max_tokens=request.max_tokens,
                     seed=None if request.seed is None else request.seed + draw,
                 )
             reply = await self.ask(asked)

@@ -1,4 +1,4 @@
-"""Models of a local folder: detail apart without loading them, loaded once, asked in batches."""
+"""Models of a local folder: identified by their files, loaded once when one is asked, and asked in batches."""
 
 from __future__ import annotations
 

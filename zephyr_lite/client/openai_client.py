@@ -33,7 +33,7 @@ class OpenAIModel:
     against the budget before it leaves. Redirects are not followed: the key must not reach another server.
 
     Raises:
-        UserError: the package ``openai`` is missing, or the key is not set.
+        UserError: the package ``openai`` is missing, the key is not set, or the environment names an unusable proxy or certificate.
     """
 
     def __init__(self, spec: EndpointSpec) -> None:
@@ -48,12 +48,21 @@ class OpenAIModel:
         # the user's environment may name OpenAI's organization, which other servers need not know
         names = ["OpenAI-Organization", "OpenAI-Project", *(["Authorization"] if self._key is None else [])]
         self._headers: Any = {name: openai.Omit() for name in names}
+        try:
+            http_client = openai.DefaultAsyncHttpxClient(follow_redirects=False)
+        except Exception as error:  # of httpx or httpx2, ssl, or a missing package
+            raise UserError(  # the error's own text may hold a proxy's password
+                f"endpoint {spec.name}: the proxy or the certificates that the environment names cannot be used "
+                f"({type(error).__name__}).",
+                "Check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY (http:// or https://; SOCKS needs the package socksio; "
+                "NO_PROXY=localhost excludes this machine), SSL_CERT_FILE and SSL_CERT_DIR.",
+            ) from None
         self._client = openai.AsyncOpenAI(
             api_key=self._key or "none",
             base_url=spec.url,
             timeout=spec.timeout,
             max_retries=0,
-            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+            http_client=http_client,
         )
         # learned from the server's answers
         self._reached = self._answered = self._newer_limit = self._no_seed = False

@@ -21,6 +21,7 @@ from ..errors import UserError
 
 NAME = "requests.sqlite"
 JOURNAL = "journal.jsonl"  # written by earlier versions; imported when the log is created
+SPARE = ".journal.spare"  # space that earlier versions reserved; left behind by a killed job
 SCHEMA = """
 CREATE TABLE requests (
     id INTEGER PRIMARY KEY,
@@ -178,6 +179,7 @@ class RequestLog:
                 self._db.execute(statement)
             if journal.is_file():
                 self._import(journal)
+                journal.with_name(SPARE).unlink(missing_ok=True)
         self._db.execute("UPDATE requests SET state = 'lost' WHERE state = 'sent'")
         self._db.execute("COMMIT")
         for row in self._db.execute("SELECT * FROM requests ORDER BY id"):

@@ -15,7 +15,7 @@ from ..chat import load_chat
 from ..config.load import DatasetSpec, Method, RunConfig, load_config
 from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
-from ..evaluate.likelihood import chat_loss, pair_logps
+from ..evaluate.likelihood import chat_loss, row_logps
 from ..io.atomic import file_aside, make_folder, sweep, write_json
 from ..io.lock import alone
 from ..io.run_dir import StageDir
@@ -202,5 +202,5 @@ def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Stan
 
 
 def _preference_accuracy(decoder: Decoder, data: TokenizedDataset) -> float:
-    means = pair_logps(decoder, data).means()
+    means = row_logps(decoder, data).means()
     return (means[:, 0] > means[:, 1]).double().mean().item()

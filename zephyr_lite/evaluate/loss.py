@@ -6,7 +6,7 @@ from typing import Any
 
 from ..model.loaded import LoadedModel, Say
 from .bootstrap import Bootstrap, Ratio
-from .likelihood import Evaluation, chat_logps, comparisons, roles, score_each
+from .likelihood import Evaluation, comparisons, roles, score_each
 from .rows import HeldOut
 
 
@@ -24,11 +24,11 @@ def evaluate_loss(
     Raises:
         KeyboardInterrupt: before the first was done.
     """
-    logps = score_each(live, held_out.data, "conversations", chat_logps, say)
-    ratios: dict[Any, Ratio] = {name: (-of.sums.numpy(), of.tokens.numpy()) for name, of in logps.items()}
+    logps = score_each(live, held_out.data, say)
+    ratios: dict[Any, Ratio] = {name: (-of.sums[:, 0].numpy(), of.tokens[:, 0].numpy()) for name, of in logps.items()}
     pairs = comparisons(live, logps)
     for one, other in pairs:
-        ratios[one, other] = ((logps[other].sums - logps[one].sums).numpy(), logps[one].tokens.numpy())
+        ratios[one, other] = ((logps[other].sums - logps[one].sums)[:, 0].numpy(), logps[one].tokens[:, 0].numpy())
     found = bootstrap.intervals(ratios)
     body = {
         "settings": {"bootstrap": bootstrap.as_dict(), "unit": "nats per supervised token"},

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..model.loaded import LoadedModel, Say
 from .bootstrap import Bootstrap
-from .likelihood import Evaluation, comparisons, pair_logps, roles, score_each
+from .likelihood import Evaluation, comparisons, roles, score_each
 from .rows import HeldOut
 
 REWARDS = ("reward", "accuracy", "margin (nats)", "margin (× β)")
@@ -42,7 +42,7 @@ def evaluate_preference(
     Raises:
         KeyboardInterrupt: before the first was done.
     """
-    logps = score_each(live, held_out.data, "pairs", pair_logps, say)
+    logps = score_each(live, held_out.data, say)
     if beta is None and held_out.stage is not None:
         beta = held_out.config.beta
     values: dict[Any, np.ndarray] = {}

@@ -47,13 +47,11 @@ _PICKLES = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its dtype and shape, and the absolute offsets of its bytes."""
+    """One tensor of a file: its dtype and shape."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    end: int
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -61,7 +59,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.start
+        return nbytes(self.dtype, self.shape)
 
 
 def nbytes(dtype: str, shape: Iterable[int]) -> int:
@@ -75,7 +73,6 @@ class SafetensorsFile:
     Attributes:
         entries: name → Entry, in the order of their bytes in the file.
         metadata: the header's ``__metadata__``.
-        data_start: offset of the first tensor's first byte.
 
     Raises:
         UserError: the file is missing, cut short or a pickle, its header is broken, or a dtype is unknown.
@@ -88,25 +85,18 @@ class SafetensorsFile:
             found = ": is not a file" if self.path.exists() else " is missing"
             raise UserError(f"{self.path}{found}.", "Fetch it again.")
         try:
-            self.metadata: dict[str, str] = self._open().metadata() or {}
+            file = self._open()
         except SafetensorError as error:
             raise self._broken(str(error)) from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror or error}.", "Fetch it again.") from None
-        with self.path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        self.data_start = 8 + length
-        entries = []
-        for name, told in header.items():
-            if told["dtype"] not in DTYPES:
-                raise self._broken(f"tensor {shown(name)} has the unsupported dtype {told['dtype']}")
-            begin, end = (self.data_start + offset for offset in told["data_offsets"])
-            entries.append(Entry(name, told["dtype"], tuple(told["shape"]), begin, end))
-        self.entries: dict[str, Entry] = {
-            entry.name: entry for entry in sorted(entries, key=lambda entry: (entry.start, entry.end))
-        }
+        self.metadata: dict[str, str] = file.metadata() or {}
+        self.entries: dict[str, Entry] = {}
+        for name in file.offset_keys():
+            tensor = file.get_slice(name)
+            if tensor.get_dtype() not in DTYPES:
+                raise self._broken(f"tensor {shown(name)} has the unsupported dtype {tensor.get_dtype()}")
+            self.entries[name] = Entry(name, tensor.get_dtype(), tuple(tensor.get_shape()))
 
     def _open(self) -> Any:
         if self._file is None:

@@ -416,8 +416,9 @@ def bounds(
     resident, _ = _resident(job, execution, device)
     tokens = max(execution.micro_tokens, job.longest)
     x = tokens * job.shape.hidden * job.dtype.itemsize
-    kept = sum(count * layer.kept[keep] for (keep, away), count in counts.items() if not away)
-    host = sum(count * layer.kept[keep] for (keep, away), count in counts.items() if away)
+    table = np.stack([counts[kind] for kind in KINDS])
+    sizes, away = np.array([layer.kept[keep] for keep, _ in KINDS]), np.array([away for _, away in KINDS])
+    kept, host = (sizes * ~away) @ table, (sizes * away) @ table
     backward = np.array([layer.backward[keep, away] - layer.kept[keep] * (not away) for keep, away in KINDS])
     passing = kept + np.maximum(head, backward[last] + x) + input_bytes(job, tokens)
     slack = SLACK_BYTES + np.floor(SLACK_SHARE * passing) if device.slack else 0

@@ -104,6 +104,10 @@ class Plan(ExecutionConfig):
             said.append("the base is in main memory and is copied one layer ahead")
         if self.tile is not None:
             said.append(f"the MLP takes {self.tile:,} tokens at a time")
+        if self.scratch == "small":
+            said.append("gate and up are dequantized twice, in a smaller buffer")
+        if self.reference == "own":
+            said.append("the reference runs in a pass of its own")
         return said
 
 

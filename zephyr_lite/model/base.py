@@ -7,7 +7,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers.utils import logging
 
 from ..config.load import RunConfig
 from ..errors import UserError
+from ..io.safetensors import tensor_bytes
 from ..io.text import read_object, shown
 from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
 from .check_weights import check_weights, stored_settings
@@ -335,15 +335,13 @@ def fingerprint(folder: Path) -> str:
     if config.model_type in FAMILIES:
         told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
-    places = {name: (file.path, entry) for file in open_shards(folder).values() for name, entry in file.entries.items()}
-    with ExitStack() as stack:
-        opened = {path: stack.enter_context(path.open("rb")) for path in {path for path, _ in places.values()}}
-        for name, (path, entry) in sorted(places.items()):
-            digest.update(repr((name, entry.dtype, entry.shape)).encode())
-            for place in range(4):
-                start = entry.start + entry.nbytes * place // 4
-                opened[path].seek(start)
-                digest.update(opened[path].read(min(2**12, entry.end - start)))
+    holds = {name: file for file in open_shards(folder).values() for name in file.entries}
+    for name, file in sorted(holds.items(), key=lambda item: item[0]):
+        entry, data = file.entries[name], tensor_bytes(file.tensor(name))
+        digest.update(repr((name, entry.dtype, entry.shape)).encode())
+        for place in range(4):
+            start = len(data) * place // 4
+            digest.update(data[start : start + 2**12])
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..io.run_dir import write_text
+from ..io.text import read_object
 from .english import ALWAYS
 from .words import SIGNS
 
@@ -115,13 +116,8 @@ class Lexicon:
             UserError: the file cannot be read, or is not a lexicon.
         """
         hint = "Name a lexicon.txt of an earlier run."
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}.", hint) from None
-        except ValueError:
-            value = None
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
+        value = read_object(path, strict=False, hint=hint)
+        if value.get("format") != FORMAT:
             raise UserError(f"{path}: not a lexicon ({FORMAT!r}).", hint)
         return cls(Counter(value["forms"]), Counter(value["pairs"]), Counter(value["both"]))
 

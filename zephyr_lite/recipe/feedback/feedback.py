@@ -8,13 +8,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, RootModel
 
 from ... import __version__
 from ...client.client import BudgetSpent, ModelClient, Request, RequestFailed, open_client, seed_of
 from ...client.cost import Bound, Meter, has_prices, prompt_bound
 from ...client.endpoints import EndpointSpec, Message
-from ...client.jobs import claim_folder, in_order, json_line, run_job, together
+from ...client.jobs import NotBlank, claim_folder, in_order, json_line, run_job, together, validated
 from ...client.request_log import Reply, Totals
 from ...config.strict_yaml import read_yaml
 from ...data.load import summarise
@@ -43,7 +45,7 @@ FAILED = Rating(NOT_RATED, "")
 PLACES = 20  # of left out prompts, in the report
 
 
-# -- who answers -----------------------------------------------------------------------------------------------------
+# -- the completions to ask for --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,20 @@ class Slot:
     seed: int
 
 
+class PrinciplesFile(RootModel[dict[str, list[str]]]):
+    """A YAML file of principles: names, each with a list of system prompts."""
+
+    root: dict[str, Annotated[list[NotBlank], Field(min_length=1)]] = Field(min_length=1)
+
+
 def read_principles(path: Path | None = None) -> dict[str, list[str]]:
     """{principle: its system prompts}, from a YAML file or the built-in one.
 
     Raises:
         UserError: the file cannot be read, or has no list of texts under each name.
     """
-    values = read_yaml(path or PRINCIPLES)
-    for name, texts in values.items():
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise UserError(f"{path}: {name}: expected a list of system prompts, found {str(texts)[:60]!r}.")
-    if not values:
-        raise UserError(f"{path}: no principle in it.", "Write `name:` and under it a list of system prompts.")
-    return values
+    path = path or PRINCIPLES
+    return validated(PrinciplesFile, read_yaml(path), str(path)).root
 
 
 def draw_slots(
