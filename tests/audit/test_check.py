@@ -11,7 +11,7 @@ import torch
 from tests.conftest import CONVERSATIONS, make_model
 from tests.train.test_train import dpo_words, quiet, words
 from zephyr_lite.audit.evidence import gather
-from zephyr_lite.audit.files import held_share, origin_distance, product_distance
+from zephyr_lite.audit.files import product_distance
 from zephyr_lite.audit.measured import with_bos
 from zephyr_lite.audit.run import audit
 from zephyr_lite.audit.subject import Request
@@ -25,6 +25,7 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.base import load_tokenizer
 from zephyr_lite.model.decoder import Decoder
+from zephyr_lite.model.overlap import compare_origins
 from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
@@ -143,8 +144,8 @@ def test_what_was_continued_is_told_from_what_was_stacked(run, tmp_path):
         value = [below] if option == "below" else below
         told = found(Request(str(tmp_path / folder), **{option: value, name: True}), "below")
         assert [t[0] for t in told] == [level], (folder, option, told)
-    assert origin_distance(read_adapter(tmp_path / "on"), sft) < 0.2
-    assert origin_distance(read_adapter(tmp_path / "fresh"), sft) > 1
+    assert compare_origins(read_adapter(tmp_path / "on"), sft)[0] < 0.2
+    assert compare_origins(read_adapter(tmp_path / "fresh"), sft)[0] > 1
 
 
 def test_an_adapter_of_the_same_seed_is_not_taken_for_a_continued_one(run, tmp_path):
@@ -154,8 +155,8 @@ def test_an_adapter_of_the_same_seed_is_not_taken_for_a_continued_one(run, tmp_p
     drawn = {n: LoraWeights(w.a + 0.01, torch.randn_like(w.b) * w.b.std(), w.scale) for n, w in sft.modules.items()}
     write_adapter(tmp_path / "a", drawn, base_model_name="mistralai/Mistral-7B-v0.1")
     fresh, below = str(tmp_path / "a"), str(run / "sft")
-    assert origin_distance(read_adapter(fresh), sft) < 0.2 and abs(held_share(read_adapter(fresh), sft)) < 0.2
-    assert held_share(sft, sft) == pytest.approx(1)
+    distance, held = compare_origins(read_adapter(fresh), sft)
+    assert distance < 0.2 and abs(held) < 0.2 and compare_origins(sft, sft) == (0, pytest.approx(1))
     told = found(Request(fresh, below=[below], files_only=True), "below")
     assert told[0][0] == Level.right and "drawn with the same seed: both can be on" in told[0][1]
     told = found(Request(fresh, start=below, files_only=True), "below")

@@ -235,6 +235,13 @@ def test_an_error_finds_the_terminal_as_it_was(terminal, tmp_path):
     assert not console.out._render_hooks and screen._live is None
 
 
+def test_without_utf_8_the_signs_are_ascii():
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Console(out=out).say("✓ ▁█ done")
+    out.flush()
+    assert out.buffer.getvalue() == b"* _# done\n"
+
+
 def test_curves_keep_their_shape():
     assert spark([0.0, 1.0, 2.0, 7.0], 4) == "▁▂▃█" and spark([], 4) == "" and spark([3.0, 3.0], 4) == "▁▁"
     assert spark([0.0, math.nan, 1.0], 4) == "▁█" and len(spark(list(range(100)), 24)) == 24

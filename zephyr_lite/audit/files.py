@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..io.text import shown
 from ..model.chain import chain_of_run
 from ..model.compose import compose
-from ..model.overlap import CARD, HELD, SAME_ORIGIN, held, held_share, holds, inner, origin_distance, same_name
+from ..model.overlap import CARD, inner, overlap, same_name
 from ..model.peft_io import AdapterFile, LoraWeights
 from .evidence import Evidence
 from .verdict import Audit, Level
@@ -55,19 +55,17 @@ def check_below(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) 
             advice = f"Put that below it: --below {shown(tuned)}; and wherever it is loaded."
             audit.doubtful("below", text + "probably another, worse model", facts, advice=advice)
     for adapter in below:
-        contained, facts = holds(evidence.adapter, adapter)
-        distance = origin_distance(evidence.adapter, adapter)
-        if contained:
+        found = overlap(evidence.adapter, adapter)
+        if found.contains:
             audit.wrong(
                 "below",
                 f"it was continued from {adapter.path} and contains it already; below it, that adapter would count twice",
-                facts,
+                found.evidence,
                 advice=f"Give it as --start {adapter.path} instead of --below.",
             )
         else:
-            same_seed = distance is not None and distance < SAME_ORIGIN
-            seed = ", though both were drawn with the same seed" if same_seed else ""
-            audit.right("below", f"it does not contain {adapter.path}{seed}: both can be on", facts)
+            seed = ", though both were drawn with the same seed" if found.same_draw else ""
+            audit.right("below", f"it does not contain {adapter.path}{seed}: both can be on", found.evidence)
 
 
 def check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
@@ -80,18 +78,15 @@ def check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
             audit.right("below", f"it contains {start.path}, as its stage.json says")
         return
     advice = "If that one was below it in training, give it as --below."
-    distance = origin_distance(evidence.adapter, start)
-    if distance is None:
+    found = overlap(evidence.adapter, start)
+    if found.same_draw is None:
         text = f"it was not continued from {start.path}: other modules, or another rank"
         audit.wrong("below", text, advice=advice)
-        return
-    share = held_share(evidence.adapter, start)
-    facts = f"‖A − A'‖ / ‖A'‖ = {distance:.3f} (independent draws: 1.41); {held(share)}"
-    if distance < SAME_ORIGIN and share >= HELD:
-        audit.right("below", f"it was continued from {start.path}, and contains it", facts)
+    elif found.contains:
+        audit.right("below", f"it was continued from {start.path}, and contains it", found.evidence)
     else:
-        why = "it was drawn with the same seed" if distance < SAME_ORIGIN else "it has another initialization"
-        audit.wrong("below", f"it was not continued from {start.path}: {why}", facts, advice=advice)
+        why = "it was drawn with the same seed" if found.same_draw else "it has another initialization"
+        audit.wrong("below", f"it was not continued from {start.path}: {why}", found.evidence, advice=advice)
 
 
 def check_log(evidence: Evidence, audit: Audit) -> None:

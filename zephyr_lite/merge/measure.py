@@ -154,8 +154,6 @@ def measure(
     folders: Mapping[str, str | Path],
     *,
     rows: int = CHECK_ROWS,
-    max_tokens: int = MAX_TOKENS,
-    bootstrap: Bootstrap | None = None,
     say: Say = lambda line: None,
 ) -> MergeMeasure:
     """Compare merged folders with the live stack, one after the other: never two models in memory.
@@ -166,13 +164,12 @@ def measure(
     Args:
         folders: "base" and/or "nf4" → a folder merged that way.
         rows: most conversations.
-        max_tokens: of each.
 
     Raises:
         UserError: the base or an adapter is not the one that the chain's stage was trained with.
     """
     live = live_of(chain, chat_template="auto", say=say)
-    data, origin = _rows(chain, live.template, rows, max_tokens, say)
+    data, origin = _rows(chain, live.template, rows, say)
     examples = list(data.examples)
     targets = [torch.from_numpy(e.ids[1:][e.mask[1:]].astype(np.int64)) for e in examples]
     tokens = np.array([len(t) for t in targets], dtype=np.float64)
@@ -200,7 +197,7 @@ def measure(
         ratios |= {f"{name} loss": (-of["logp"], tokens), f"{name} gap": (live_logp - of["logp"], tokens)}
     if {"base", "nf4"} <= sums.keys():
         ratios["between"] = (sums["nf4"]["logp"] - sums["base"]["logp"], tokens)
-    bootstrap = bootstrap or Bootstrap()
+    bootstrap = Bootstrap()
     intervals = bootstrap.intervals(ratios)
     ways = {}
     for name, values in found.items():
@@ -210,14 +207,14 @@ def measure(
     return MergeMeasure(origin, len(tokens), int(tokens.sum()), intervals["live"], bootstrap, ways, between)
 
 
-def _rows(chain: Chain, template: ChatTemplate, limit: int, max_tokens: int, say: Say) -> tuple[TokenizedDataset, str]:
+def _rows(chain: Chain, template: ChatTemplate, limit: int, say: Say) -> tuple[TokenizedDataset, str]:
     try:
-        found = held_out(chain, template, "sft", limit=limit, max_length=max_tokens)
+        found = held_out(chain, template, "sft", limit=limit, max_length=MAX_TOKENS)
         return found.data, found.origin
     except (UserError, OSError) as error:
         say(f"no held-out conversations of the chain's own ({str(error).splitlines()[0]}); taking the demo's")
     specs = [DatasetSpec(path=str(DEMO_ROWS), limit=limit)]
-    data = prepare(specs, "sft", RunConfig(max_length=max_tokens), template, what="held-out")
+    data = prepare(specs, "sft", RunConfig(max_length=MAX_TOKENS), template, what="held-out")
     return data, "the demo's conversations"
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -25,7 +24,7 @@ from .check_weights import check_weights, stored_settings
 from .config_file import check_config_file
 from .families import FAMILIES, NAMES, family_of, head_width, layer_windows
 from .fetch import fetch_base
-from .quantized import QuantizedCopy, load_quantized
+from .quantized import load_quantized
 from .shards import again, open_shards, weight_files
 from .tokenizer import check_vocabulary, load_tokenizer
 
@@ -205,8 +204,7 @@ def load_base(
 
     # other families may rename their tensors on loading
     if settings is not None and model_config.model_type in FAMILIES:
-        four_bit_copy = QuantizedCopy(folder, config.model_name_or_path, own_fingerprint, settings, dtype)
-        model = load_quantized(four_bit_copy, load, say)
+        model = load_quantized(folder, config.model_name_or_path, own_fingerprint, settings, dtype, load, say)
     else:
         model = load(folder, settings is not None)
     model.config._name_or_path = model.name_or_path = str(folder)
@@ -221,9 +219,8 @@ def load_base(
                     "Set load_in_4bit=false, or run it on a GPU.",
                 )
     if stored is not None and model_config.model_type in FAMILIES:
-        for (
-            parameter
-        ) in model.parameters():  # transformers keeps a 4-bit checkpoint's own dtype for embedding, norms and head
+        # embedding, norms and head, of which transformers keeps a 4-bit checkpoint's own dtype
+        for parameter in model.parameters():
             if not hasattr(parameter, "quant_state"):
                 parameter.data = parameter.data.to(dtype)
     return frozen_base(
@@ -242,24 +239,21 @@ def load_base(
 def _from_pretrained(
     source: Path, model_config: Any, dtype: torch.dtype, place: torch.device, quantization: BitsAndBytesConfig | None
 ) -> Any:
-    """Load a folder with transformers.
+    """Load a folder whose files were checked (``check_weights``) with transformers.
 
     Raises:
-        UserError: a file is broken, or its tensors are not those of the model of config.json.
+        UserError: its tensors are not those of the model of config.json.
     """
-    try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            source,
-            output_loading_info=True,
-            trust_remote_code=False,
-            config=model_config,
-            dtype=dtype,
-            quantization_config=quantization,
-            device_map={"": str(place)},
-            use_safetensors=True,
-        )
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{source}: its weights cannot be read: {error}", "Fetch the model again.") from None
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        source,
+        output_loading_info=True,
+        trust_remote_code=False,
+        config=model_config,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": str(place)},
+        use_safetensors=True,
+    )
     for key, what in (
         ("missing_keys", "no tensor {} in its files"),  # transformers initialized them at random
         ("unexpected_keys", "holds tensor {}, for which the model of config.json has no place"),

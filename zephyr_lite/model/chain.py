@@ -1,5 +1,6 @@
 """The adapters that a stage was trained on: read from its stage.json, found, and checked against their hashes."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, StageDir, checked, newest_run, stages_of
 from ..io.text import shown
-from .overlap import CARD, holds, same_name, tuned_from
+from .overlap import CARD, overlap, same_name, tuned_from
 from .peft_config import other_base
 from .peft_io import AdapterFile, fetch_adapter, read_adapter
 
@@ -114,7 +115,9 @@ def check_stack(adapters: list[AdapterFile], base: str) -> list[str]:
                 f"adapter {adapter.path}: its stage.json says that it was trained on top of adapters that are not below it here"
             )
         for other in below:
-            if other.sha256 not in trained_on and (holds(adapter, other)[0] or holds(other, adapter)[0]):
+            if other.sha256 not in trained_on and (
+                overlap(adapter, other).contains or overlap(other, adapter).contains
+            ):
                 raise UserError(
                     f"{adapter.path}: contains {other.path}, or is contained in it (one's training continued from the "
                     "other); together they count what they share twice.",
@@ -161,17 +164,13 @@ def _check_stage(adapter: AdapterFile, below: list[AdapterFile]) -> set[str]:
 
 def _newest(root: Path) -> Path:
     """The run whose stage was completed last."""
-    done, broken = [], []
+    done = []
     for stage in (stage for run in root.glob("*") for stage in stages_of(run)):
-        try:
+        with suppress(UserError):  # a broken file of another run does not matter
             if stage.complete():
                 done.append(stage)
-        except UserError as error:  # a broken file of another run does not matter
-            broken.append(error)
-    if broken and not done:
-        raise broken[0]
     if not done:
-        running = newest_run(root) if root.is_dir() else None
+        running = newest_run(root)
         raise UserError(
             f"{root}: no run there has a complete stage" + (f" ({running} is not finished)." if running else "."),
             "Train one first (zephyr-lite sft), or name a run with --run.",

@@ -144,7 +144,7 @@ def _forward(
     if keep != "all":
         acts.qkv = None
     o_lora = low_rank(acts.attn_out, layer.sites[OUT])
-    out = project(acts.attn_out, _parts(layer, OUT, scratch, x), layer.sites[OUT], o_lora)
+    out = project(acts.attn_out, scratch.parts(layer.sites, OUT, x.dtype), layer.sites[OUT], o_lora)
     if keep in (None, "input"):
         acts.attn_out = acts.lse = None
     mlp = mlp_forward(out, x, layer, scratch, mlp_chunk=state.mlp_chunk, keep=keep == "all")
@@ -166,7 +166,7 @@ def _attend(
 ) -> LoraActivations:
     """From the normalized input to q, k, v and (``attend``) the attention's output; returns the adapters' products."""
     lora = low_rank(normed, layer.sites[QKV])
-    acts.qkv = project(normed, _parts(layer, QKV, scratch, normed), layer.sites[QKV], lora)
+    acts.qkv = project(normed, scratch.parts(layer.sites, QKV, normed.dtype), layer.sites[QKV], lora)
     q, k, v = _heads(acts.qkv, layer)
     rope_(_rotated(acts.qkv, layer), state.cos, state.sin)
     if attend:
@@ -186,7 +186,7 @@ def _recompute(acts: _Activations, layer: Layer, state: ForwardContext, scratch:
     if o_lora is None:
         o_lora = low_rank(acts.attn_out, layer.sites[OUT])
     if acts.residual is None:
-        out = project(acts.attn_out, _parts(layer, OUT, scratch, acts.x), layer.sites[OUT], o_lora)
+        out = project(acts.attn_out, scratch.parts(layer.sites, OUT, acts.x.dtype), layer.sites[OUT], o_lora)
         acts.residual = out.add_(acts.x)  # bit for bit the sum of the norm's kernel in the forward pass
     acts.lora = (qkv_lora, o_lora, *of_mlp)
 
@@ -225,7 +225,7 @@ def _backward(
 
     # residual = x + o(attention(q, k, v))
     d_lora = grad_low_rank(d_residual, sites[OUT])
-    d_attn_out = grad_input(d_residual, _parts(layer, OUT, scratch, grad), sites[OUT], d_lora)
+    d_attn_out = grad_input(d_residual, scratch.parts(layer.sites, OUT, grad.dtype), sites[OUT], d_lora)
     if sites[OUT].trained:
         lora = acts.lora[OUT]
         assert lora is not None
@@ -246,13 +246,9 @@ def _backward(
         grads[QKV] = grad_adapters(d_qkv, normed, sites[QKV], lora, d_lora)
     d_x = None
     if need_x:
-        d_normed = grad_input(d_qkv, _parts(layer, QKV, scratch, grad), sites[QKV], d_lora)
+        d_normed = grad_input(d_qkv, scratch.parts(layer.sites, QKV, grad.dtype), sites[QKV], d_lora)
         d_x = rms_norm_backward(d_normed, acts.x, layer.norms[0].weight, inverse, residual_grad=d_residual)
     return d_x, [g for of_site in grads for g in of_site]
-
-
-def _parts(layer: Layer, site: int, scratch: DequantBuffer, like: Tensor) -> Any:
-    return scratch.parts(layer.sites, site, like.dtype)
 
 
 def _heads(qkv: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:

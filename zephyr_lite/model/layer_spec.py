@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -48,10 +48,6 @@ class Layer:
     @property
     def trained(self) -> list[Tensor]:
         return [tensor for site in self.sites for tensor in site.trained]
-
-    def with_sites(self, sites: Sequence[LinearGroup]) -> Layer:
-        """A copy with other sites."""
-        return replace(self, sites=(sites[0], sites[1], sites[2], sites[3]))
 
 
 @dataclass(frozen=True)

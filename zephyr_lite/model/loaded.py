@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ class LoadedModel:
     template: ChatTemplate
     models: dict[str, list[str]]
     chain: Chain | None = None
-    notes: list[str] = field(default_factory=list)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,20 +147,21 @@ def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda
     for note in chain.notes:
         say(note)
     base = load_base(base_config(chain), say=say)
-    where = f"{chain.run / chain.stage}" if chain.run is not None and chain.stage else "the adapters"
-    check_fingerprint(chain.base.get("fingerprint"), base.path, where)
-    tokenizer = load_tokenizer(chain.tokenizer_from or base.path)
-    check_vocabulary(tokenizer, base.model.get_input_embeddings().weight.shape[0], chain.tokenizer_from or base.path)
-    template = template_of_folder(chain.tokenizer_from or base.path, tokenizer, chat_template)
-    if chain.info and chain.run is not None and chain.stage is not None and chat_template in (None, "auto"):
-        check_rendering(chain.info, chain.run / chain.stage, template.text, template.tokenizer)
+    source = source_of_chain(chain)
+    check_fingerprint(chain.base.get("fingerprint"), base.path, source)
+    folder = chain.tokenizer_from or base.path
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, base.model.get_input_embeddings().weight.shape[0], folder)
+    template = template_of_folder(folder, tokenizer, chat_template)
+    if chain.info and chat_template in (None, "auto"):
+        check_rendering(chain.info, Path(source), template.text, template.tokenizer)
     stack = AdapterStack(base.model)
     models: dict[str, list[str]] = {BASE: []}
     names = resolve_frozen_names([adapter.path for adapter in chain.adapters])
     for name, model, adapter in zip(names, model_names(chain), chain.adapters):
         stack.add_frozen(name, adapter)
         models[model] = list(stack.names)
-    return LoadedModel(source_of_chain(chain), base, stack, template, models, chain)
+    return LoadedModel(source, base, stack, template, models, chain)
 
 
 def base_config(chain: Chain) -> RunConfig:

@@ -8,7 +8,8 @@ Gradients of the adapters are summed over the chunks.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,13 +97,13 @@ def _chunk_forward(
     sites, norm = layer.sites, layer.norms[1]
     normed, residual, _ = rms_norm_forward(out, norm.weight, norm.eps, residual=x)
     gate_up_lora = low_rank(normed, sites[GATE_UP])
-    both = project(normed, _parts(layer, GATE_UP, scratch, x), sites[GATE_UP], gate_up_lora, out=gate_up)
+    both = project(normed, scratch.parts(sites, GATE_UP, x.dtype), sites[GATE_UP], gate_up_lora, out=gate_up)
     del normed
     act = swiglu_forward(*both.chunk(2, dim=1))
     if not keep:
         del both
     down_lora = low_rank(act, sites[DOWN])
-    y = project(act, _parts(layer, DOWN, scratch, x), sites[DOWN], down_lora, add=residual, out=y)
+    y = project(act, scratch.parts(sites, DOWN, x.dtype), sites[DOWN], down_lora, add=residual, out=y)
     return Mlp(y, residual, Kept(both, gate_up_lora, down_lora) if keep else None)
 
 
@@ -159,14 +160,14 @@ def _chunk_backward(
     if kept is None:
         normed, _, _ = rms_norm_forward(residual, norm.weight, norm.eps)
         gate_up_lora = low_rank(normed, sites[GATE_UP])
-        gate_up = project(normed, _parts(layer, GATE_UP, scratch, grad), sites[GATE_UP], gate_up_lora)
+        gate_up = project(normed, scratch.parts(sites, GATE_UP, grad.dtype), sites[GATE_UP], gate_up_lora)
         del normed
         down_lora = None
     else:
         gate_up, gate_up_lora, down_lora = kept
 
     d_lora = grad_low_rank(grad, sites[DOWN])
-    d_act = grad_input(grad, _parts(layer, DOWN, scratch, grad), sites[DOWN], d_lora)
+    d_act = grad_input(grad, scratch.parts(sites, DOWN, grad.dtype), sites[DOWN], d_lora)
     d_gate_up = gate_up if owned or kept is None else torch.empty_like(gate_up)
     (gate, up), (d_gate, d_up) = gate_up.chunk(2, dim=1), d_gate_up.chunk(2, dim=1)
     _, _, act = swiglu_backward(d_act, gate, up, d_gate, d_up, act=d_act)
@@ -176,7 +177,7 @@ def _chunk_backward(
     del act, d_act, gate, up, d_gate, d_up, gate_up, kept
 
     d_lora = grad_low_rank(d_gate_up, sites[GATE_UP])
-    d_normed = grad_input(d_gate_up, _parts(layer, GATE_UP, scratch, grad), sites[GATE_UP], d_lora)
+    d_normed = grad_input(d_gate_up, scratch.parts(sites, GATE_UP, grad.dtype), sites[GATE_UP], d_lora)
     normed, _, inverse = rms_norm_forward(residual, norm.weight, norm.eps)
     if sites[GATE_UP].trained:
         gate_up_grads = grad_adapters(d_gate_up, normed, sites[GATE_UP], gate_up_lora, d_lora)
@@ -185,10 +186,7 @@ def _chunk_backward(
     return d_residual, gate_up_grads, down_grads
 
 
-def _parts(layer: Layer, site: int, scratch: DequantBuffer, like: Tensor) -> Any:
-    return scratch.parts(layer.sites, site, like.dtype)
-
-
 def _rows(layer: Layer, rows: slice) -> Layer:
     """The layer for some of the tokens: dropout has to know which."""
-    return layer.with_sites(tuple(site.rows(rows) for site in layer.sites))
+    qkv, out, gate_up, down = (site.rows(rows) for site in layer.sites)
+    return replace(layer, sites=(qkv, out, gate_up, down))

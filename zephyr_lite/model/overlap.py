@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,63 +33,62 @@ _TUNED = re.compile(
 _NO_MODEL = {"none", "unknown", "an", "a", "the", "this", "model", ""}
 
 
-def holds(one: AdapterFile, other: AdapterFile) -> tuple[bool, str]:
-    """Whether the first adapter contains the other (continued from it, a copy, or composed of it), and the evidence."""
-    distance = origin_distance(one, other)
-    if distance is not None:
-        share = held_share(one, other)
-        told = f"‖A − A'‖ / ‖A'‖ = {distance:.3f} against {other.path} (independent draws: 1.41); {held(share)}"
-        return distance < SAME_ORIGIN and share >= HELD, told
-    common = [name for name in other.modules if name in one.modules]
+class Overlap(NamedTuple):
+    """Whether an adapter contains another one.
+
+    Attributes:
+        contains: continued from it, a copy of it, or composed of it.
+        evidence: the numbers that say so.
+        same_draw: whether both began as the same random A; None where their modules or ranks differ.
+    """
+
+    contains: bool
+    evidence: str
+    same_draw: bool | None
+
+
+def overlap(one: AdapterFile, other: AdapterFile) -> Overlap:
+    """Whether the first adapter contains the other."""
+    if (origin := compare_origins(one, other)) is not None:
+        distance, share = origin
+        told = (
+            f"‖A − A'‖ / ‖A'‖ = {distance:.3f} against {other.path} (independent draws: 1.41); {share:.2f} of its B is held "
+            "(continued: 1, newly drawn: near 0)"
+        )
+        return Overlap(distance < SAME_ORIGIN and share >= HELD, told, distance < SAME_ORIGIN)
     shared = total = 0.0
-    for name in other.modules:
-        weights = other.modules[name]
+    for name, weights in other.modules.items():
         total += inner(weights, weights)
-        if name in common:
-            mine = one.modules[name]
+        mine = one.modules.get(name)
+        if mine is not None:
             if _spanned(mine.a, weights.a) < SPANNED:
-                return False, f"the rows of its A are not those of {other.path}"
+                return Overlap(False, f"the rows of its A are not those of {other.path}", None)
             shared += inner(mine, weights)
     share = shared / total if total else 0.0
-    return (
-        share >= HELD,
-        f"⟨ΔW, ΔW'⟩ / ‖ΔW'‖² = {share:.2f} against {other.path} (composed of it: 1, independent: near 0)",
-    )
+    told = f"⟨ΔW, ΔW'⟩ / ‖ΔW'‖² = {share:.2f} against {other.path} (composed of it: 1, independent: near 0)"
+    return Overlap(share >= HELD, told, None)
 
 
-def held(share: float) -> str:
-    return f"{share:.2f} of its B is held (continued: 1, newly drawn: near 0)"
+def compare_origins(one: AdapterFile, other: AdapterFile) -> tuple[float, float] | None:
+    """‖A − A'‖ / ‖A'‖ and ⟨B, B'⟩ / ‖B'‖² over all modules of two adapters of the same shapes; None where the shapes differ.
 
-
-def origin_distance(one: AdapterFile, other: AdapterFile) -> float | None:
-    """‖A − A'‖ / ‖A'‖ over all modules of two adapters of the same shapes; None where the shapes differ.
-
-    A is random and moves little in training, so it identifies the draw.
+    A is random and moves little in training, so the first number identifies the draw. Equal A alone do not mean that one
+    continued the other: scripts that set the same seed for every stage draw the same A, and start from B = 0. The second
+    number, the share of the other's B in the first, tells them apart (1 where the other's B is 0).
     """
     if set(one.modules) != set(other.modules):
         return None
-    apart = total = 0.0
-    for name in one.modules:
-        a, b = one.modules[name].a, other.modules[name].a
-        if a.shape != b.shape:
+    apart = total = shared = squares = 0.0
+    for name, mine in one.modules.items():
+        theirs = other.modules[name]
+        if mine.a.shape != theirs.a.shape or mine.b.shape != theirs.b.shape:
             return None
-        apart += float((a.double() - b.double()).square().sum())
-        total += float(b.double().square().sum())
-    return math.sqrt(apart / total) if total else None
-
-
-def held_share(one: AdapterFile, other: AdapterFile) -> float:
-    """⟨B, B'⟩ / ‖B'‖² over all modules of two adapters of the same shapes: the share of the other's B in the first.
-
-    Equal A alone do not mean that one continued the other: scripts that set the same seed for every stage draw the same A,
-    and start from B = 0. 1 where the other's B is 0.
-    """
-    shared = total = 0.0
-    for name in one.modules:
-        b, mine = other.modules[name].b.double(), one.modules[name].b.double()
-        shared += float((mine * b).sum())
-        total += float(b.square().sum())
-    return shared / total if total else 1.0
+        a, b = theirs.a.double(), theirs.b.double()
+        apart += float((mine.a.double() - a).square().sum())
+        total += float(a.square().sum())
+        shared += float((mine.b.double() * b).sum())
+        squares += float(b.square().sum())
+    return math.sqrt(apart / total), shared / squares if squares else 1.0
 
 
 def inner(x: LoraWeights | None, y: LoraWeights | None) -> float:

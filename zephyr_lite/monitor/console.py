@@ -21,6 +21,8 @@ from ..io.text import duration
 Metrics = dict[str, float]
 Spans = Sequence[tuple[str, bool]]  # runs of text, and whether they are supervised
 PIPE_WIDTH = 120  # columns of a table that is not printed to a terminal
+# the signs of panels and lines, for terminals without UTF-8
+_ASCII = str.maketrans("▁▂▃▄▅▆▇█✓·–…", "_.-~=+*#*--.")
 # control characters, bidirectional overrides, and lone surrogates (bytes of a path that are not UTF-8)
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -37,7 +39,8 @@ class Standing(Protocol):
 class _Rich(RichConsole):
     def _render_buffer(self, buffer: Iterable[Segment]) -> str:
         """The one place that all output passes through, tables and live displays included."""
-        return redact(super()._render_buffer(buffer))
+        text = redact(super()._render_buffer(buffer))
+        return text if self.encoding.startswith("utf") else text.translate(_ASCII)
 
     def print(self, *objects: Any, **how: Any) -> None:
         """As rich's; an OSError names the stream."""
