@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from zephyr_lite.data.chat_template import Example, PairExample
+from zephyr_lite.merge.measure import open_folder
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.peft_io import AdapterFile
 
@@ -82,3 +83,15 @@ def hugging_face_logps(stack, ids, targets, names):
     with stack.only(names):
         logits = stack.model(torch.from_numpy(ids[None].astype(np.int64))).logits[0]
     return logits.log_softmax(-1)[torch.tensor(targets) - 1, torch.from_numpy(ids[targets].astype(np.int64))]
+
+
+@torch.no_grad()
+def folder_logps(folder, rows, *, memory=None):
+    """Log p of tokens 1 … T-1 of each row, by a model folder in float32 (``open_folder``): [T - 1] each."""
+    result = []
+    with open_folder(folder, memory=memory) as model:
+        for row in rows:
+            ids = torch.tensor([row])
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            result.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0])
+    return result

@@ -13,7 +13,6 @@ from tests.train.test_train import dpo_words, quiet, words
 from zephyr_lite.audit.evidence import gather
 from zephyr_lite.audit.files import held_share, origin_distance, product_distance
 from zephyr_lite.audit.measured import with_bos
-from zephyr_lite.audit.measurements import no_other_template
 from zephyr_lite.audit.run import audit
 from zephyr_lite.audit.subject import Request
 from zephyr_lite.audit.verdict import Level
@@ -281,7 +280,7 @@ def test_what_the_user_got_wrong_is_said_before_anything_is_measured(run, chat_r
     (tmp_path / "file").write_text("")
     for given, told in (
         (["--out", str(tmp_path)], "is a folder"),
-        (["--out", str(tmp_path / "file" / "c.json")], "Choose another place"),
+        (["--out", str(tmp_path / "file" / "c.json")], "Choose another --out"),
         (["--pairs", str(tmp_path / "none.jsonl")], "there is no such file"),
         (["--reference", str(tmp_path)], "no adapter_config.json"),
         (["--beta", "0"], "DPO's beta is above 0"),
@@ -360,8 +359,3 @@ def test_a_bos_that_begins_every_turn_is_none(tiny_base, chat_rows, run, tmp_pat
     tokenizer.save_pretrained(tmp_path / "a")
     request = Request(str(tmp_path / "a"), rows=str(chat_rows), load_in_4bit=False)
     assert [f for f in found(request, "bos") if "apart from the tokens of its turns" in f[1]]
-
-
-def test_a_lower_loss_under_another_template_is_not_denied() -> None:
-    assert no_other_template("own") == "no other template fits it better than its own"
-    assert "although zephyr has the lower loss" in no_other_template("zephyr")

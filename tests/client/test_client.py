@@ -10,18 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.chat_server import Act, ChatServer, answer_json, by_hash, disconnect, error, hang, not_json, ok
-from zephyr_lite.client import client as client_module
 from zephyr_lite.client.client import (
     MAX_FAILED_IN_A_ROW,
     BudgetSpent,
     ModelClient,
-    RateLimiter,
     Request,
     RequestFailed,
     open_client,
@@ -167,12 +164,6 @@ def test_a_failure_that_passes_is_tried_again(tmp_path, reason):
     bound = prompt_token_bound([{"role": "user", "content": "a"}]) + 50
     assert totals.lost_tokens == (2 * bound if reason in CHARGED else 0)
     assert totals.tokens == totals.lost_tokens + 12
-
-
-def test_a_connection_that_ends_in_the_middle_of_the_body(tmp_path):
-    with ChatServer(lambda seen: disconnect(10) if seen.number == 0 else ok("whole")) as server:
-        reply, totals = one(server, tmp_path)
-    assert reply.text == "whole" and totals.failed_tries == {"connection broken": 1}
 
 
 def test_a_server_that_drips_is_not_waited_for_forever(tmp_path):
@@ -518,47 +509,6 @@ def test_no_more_than_so_many_a_minute_tries_included(tmp_path):
     assert len(times) == 6
     for place, at in enumerate(times):  # 0.1 s apart: none comes before its time
         assert at - started >= 0.1 * place
-
-
-def test_who_was_turned_away_does_not_come_back_all_at_once(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    limiter = RateLimiter(None, 0.1)
-    assert limiter.delay() == 0
-    limiter.leave()
-    assert limiter.delay() == 0  # no space between requests so far
-    for _ in range(4):  # all four are turned away: it is one event
-        limiter.pause(5.0)
-    assert limiter.delay() == 5
-    now[0] += 5
-    limiter.leave()
-    assert limiter.delay() == pytest.approx(0.1)
-    limiter.pause(5.0)
-    now[0] += 5
-    limiter.leave()
-    assert limiter.delay() == pytest.approx(0.2)
-    for _ in range(40):
-        limiter.answered()
-    now[0] += 1
-    limiter.leave()
-    assert limiter.delay() == 0
-
-
-def test_endpoints_have_a_pace_of_their_own(tmp_path):
-    with ChatServer(lambda seen: ok("slow", sleep=1.5)) as slow, ChatServer() as quick:
-        specs = [spec(slow, name="slow", concurrency=1), spec(quick, name="quick", concurrency=1)]
-
-        async def work(client):
-            turns = ({"role": "user", "content": "x"},)
-            waiting = asyncio.gather(*(client.ask(Request(f"s{i}", "slow", turns)) for i in range(1)))
-            started = time.monotonic()
-            await asyncio.gather(*(client.ask(Request(f"q{i}", "quick", turns)) for i in range(5)))
-            took = time.monotonic() - started
-            await waiting
-            return took
-
-        took, totals = run(specs, tmp_path, work)
-    assert took < 1.5 and totals.replies == 6
 
 
 def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path, monkeypatch):

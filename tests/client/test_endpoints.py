@@ -50,11 +50,6 @@ def test_progress_is_told_at_every_change(tmp_path):
     assert told[0] == 1 and told[-1] == 2 and told == sorted(told) and len(told) == 4
 
 
-def test_endpoints_need_names_of_their_own(tmp_path):
-    with ChatServer() as server, pytest.raises(UserError, match="two endpoints are called m"):
-        run([spec(server), spec(server)], tmp_path, lambda d: ask_all(d, []))
-
-
 def test_an_endpoint_in_one_word(tmp_path):
     found = parse_endpoint("http://localhost:11434/v1/#llama3.2:3b,concurrency=2")
     assert (found.url, found.model, found.name) == ("http://localhost:11434/v1", "llama3.2:3b", "llama3.2:3b")

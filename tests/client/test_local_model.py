@@ -16,12 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.client.test_client import ask_all, records, run
-from zephyr_lite import chat as chat_module
 from zephyr_lite.chat import Chat, load_chat
 from zephyr_lite.client.client import BudgetSpent, Request, RequestFailed, open_client
 from zephyr_lite.client.endpoints import EndpointSpec
 from zephyr_lite.client.request_log import Reply
 from zephyr_lite.errors import UserError
+from zephyr_lite.model import loaded
 from zephyr_lite.model.sampling import RowSampler, Sampling
 
 QUESTIONS = [
@@ -191,10 +191,10 @@ def test_what_is_no_model_is_said_before_anything_is_asked(tmp_path):
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_job(tmp_path, tiny_base, monkeypatch):
-    def refuse(path: Any) -> Any:
+    def refuse(path: Any, **settings: Any) -> Any:
         raise UserError(f"{path}: cannot be loaded.", "Fetch it again.")
 
-    monkeypatch.setattr(chat_module, "load_chat", refuse)
+    monkeypatch.setattr(loaded, "open_live", refuse)
     replies, totals = run([local(tiny_base)], tmp_path, lambda d: ask_all(d, QUESTIONS))
     assert all(isinstance(r, UserError) and r.hint == "Fetch it again." for r in replies) and totals.requests == 0
 

@@ -22,12 +22,12 @@ from transformers import (
 )
 
 from tests.contract.steps import PLAIN
-from tests.numeric import apart, conversation
+from tests.numeric import apart, conversation, folder_logps
 from tests.train.test_train import dpo_words, quiet
 from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_conversations
 from zephyr_lite.errors import UserError
-from zephyr_lite.merge import adapter_only, chain_of_run, compare_logps, folder_logps, merge
+from zephyr_lite.merge import adapter_only, chain_of_run, compare_logps, merge
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.compose import compose
 from zephyr_lite.model.decoder import Decoder

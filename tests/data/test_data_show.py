@@ -208,9 +208,9 @@ def test_what_cannot_be_shown_is_said(show, tmp_path, chat_rows):
         says=("rows.jsonl row 3 was left out: a turn's text contains the control token </s>",),
     )
     refused("sft", data, "--from", "rows.jsonl row 4", says=("row 4 was left out: no assistant turn", "data stats"))
-    refused("sft", data, "--from", "30", says=("--from 30: no row is called so", "rows.jsonl row 1"))
+    refused("sft", data, "--from", "30", says=("--from 30: no row has this place", "rows.jsonl row 1"))
     refused(
-        "sft", data, "dataset.limit=3", "--from", "30", says=("no row is called so", "limit or weight did not draw")
+        "sft", data, "dataset.limit=3", "--from", "30", says=("no row has this place", "limit or weight did not draw")
     )
     refused("sft", data, "--row", "99", says=("row 99: there is 1 packed row.", "Say --row 1."))
     refused("sft", data, "--row", "0", says=("row 0",))

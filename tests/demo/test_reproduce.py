@@ -15,7 +15,6 @@ from zephyr_lite.demo.reproduce import (
     RECIPES,
     RULE,
     changed,
-    chosen_configs,
     plan_reproduction,
     row,
     run_reproduction,
@@ -57,7 +56,7 @@ def test_every_part_is_done_once(reproduced):
     # the stages' own commands know that they are complete, and with what keys
     assert [words[0] for words in again] == ["sft", "dpo", "report"]
     assert (chosen.run / "merged" / "model.safetensors").is_file()
-    assert "loss is there already" in said and second == first
+    assert "loss is done already" in said and second == first
     assert json.loads((chosen.run / "results.json").read_text()) == first
 
 
@@ -84,7 +83,7 @@ def test_the_row_is_what_the_files_say(reproduced):
 def test_a_part_that_fails_or_is_stopped_says_so(reproduced):
     chosen = reproduced[0]
     with pytest.raises(UserError, match="`zephyr-lite sft --config` ended with exit code 2"):
-        run_reproduction(chosen, say=lambda line: None, run=lambda words: Ended(2, 0.1))
+        run_reproduction(chosen, say=lambda line: None, run=lambda words: Ended(2))
 
     def stopped(words):
         raise KeyboardInterrupt
@@ -116,7 +115,7 @@ def test_a_recipe_that_is_none_is_refused():
 def test_a_recipe_changes_nothing_by_itself(recipe):
     chosen = plan_reproduction(recipe)
     assert changed(chosen) == {}
-    configs = chosen_configs(chosen)
+    configs = chosen.configs
     assert (configs["sft"].stage, configs["dpo"].stage) == ("sft", "dpo")
     assert {config.output_dir for config in configs.values()} == {str(chosen.run)}
 

@@ -42,7 +42,6 @@ from zephyr_lite.io.run_dir import StageDir, newest_run
 
 def forked(command, *, log=None, asked=None, answer=None, kill_when=None):
     """As ``child``, but of this process, which has imported everything: seconds less, and as killable."""
-    begun = time.monotonic()
     pid = os.fork()
     if not pid:
         code = 1
@@ -66,7 +65,7 @@ def forked(command, *, log=None, asked=None, answer=None, kill_when=None):
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             code = os.waitstatus_to_exitcode(status)
-            return Ended(code, time.monotonic() - begun, code == -signal.SIGKILL)
+            return Ended(code, code == -signal.SIGKILL)
         if kill_when is not None and kill_when():
             os.killpg(pid, signal.SIGKILL)
             kill_when = None
@@ -117,7 +116,7 @@ def test_a_dpo_stage_stands_on_what_the_run_has(tiny_base, chat_rows, pair_rows,
     def fails(command, log=None, **options):
         given.append(load_config("dpo", command[2]).config)
         log.write_text("error: the card fell out\n")
-        return Ended(2, 0.1)
+        return Ended(2)
 
     with pytest.raises(UserError, match=r"failed at: train, 10 steps.*exit code 2") as error:
         run_smoke("dpo", None, dpo_words(tiny_base, run, pair_rows, sync=tmp_path / "there"), say=quiet, run=fails)

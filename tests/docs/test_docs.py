@@ -107,7 +107,7 @@ def test_examples_are_in_the_help_and_parse(name, capsys):
     printed = command.get_help(typer.Context(command, info_name="zephyr-lite " + name)) or ""
     shown = " ".join((printed + capsys.readouterr().out).split())  # long lines are broken at the terminal's width
     assert "Example" in shown
-    for line in EXAMPLES[name]:
+    for line in (f"zephyr-lite {line}" for line in EXAMPLES[name]):
         assert line in shown and len(line) <= 100
         assert shlex.split(line)[1 : 1 + len(words)] == words
         parse(line)

@@ -5,12 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,6 @@ from typing import Any
 import pytest
 
 from tests.chat_server import Act, ChatServer, Seen, ok
-from tests.client.test_client import records
 from tests.train.test_train import dpo_words, quiet, words
 from zephyr_lite.chat import Chat
 from zephyr_lite.cli import app as cli
@@ -86,9 +81,6 @@ def run(*arguments: Any) -> int:
 
 def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "mt-bench.json").read_text())
-
-
-# -- grades ----------------------------------------------------------------------------------------------------------
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -289,33 +281,6 @@ def test_a_budget_that_ends_writes_no_result_and_goes_on(tmp_path: Path, capsys)
         assert "a larger budget continues" in " ".join(capsys.readouterr().err.split())
         assert run(*arguments, "--out", out, "--max-requests", 24) == 0
         assert len(server.seen) == 24 and result(out)["models"]["m"]["graded"] == 12
-
-
-def test_a_killed_job_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
-    questions, out = bench(tmp_path / "bench"), tmp_path / "out"
-    with ChatServer(lambda seen: (time.sleep(0.05), script(seen))[1]) as server:
-        arguments = ["--judge", f"{server.url}#judge,concurrency=1", "--model", f"{server.url}#m,concurrency=1"]
-        arguments += ["--questions", str(questions), "--out", str(out)]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "zephyr_lite", "eval", "mt-bench", *arguments],
-            cwd=Path(__file__).parents[2],
-            env=dict(os.environ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        deadline = time.monotonic() + 60
-        while len(server.seen) < 8 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        said, _ = process.communicate(timeout=60)
-        answered = len(records(out / "mt-bench", "replied"))
-        assert 4 <= answered < 24, said
-        before = len(server.seen)
-        assert run(*arguments) == 0
-        assert len(server.seen) - before == 24 - answered
-    asked = Counter(json.dumps(seen.body, sort_keys=True) for seen in server.seen)
-    assert sum(count - 1 for count in asked.values()) <= 2  # only what was under way at the kill, of two endpoints
-    assert result(out)["models"]["m"]["graded"] == 12
 
 
 def test_what_is_wrong_is_said_before_anything_is_asked(

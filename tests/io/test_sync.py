@@ -9,6 +9,7 @@ import time
 
 import pytest
 from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tests.fake_hub import Api, http_error
 from tests.synced import AStage, hub_in_memory, mirror_of, patient, quiet, there
@@ -330,6 +331,21 @@ def test_a_new_machine_and_the_hub_away(tmp_path, hub):
         restore("hub:me/copies", StageDir(tmp_path / "a" / "sft"), quiet)
     restore("hub:me/copies", StageDir(tmp_path / "a" / "sft"), quiet)  # no such repository yet
     assert not (tmp_path / "a").exists()
+
+
+def test_a_network_that_fails_in_the_middle_is_not_an_empty_place(tmp_path, hub, monkeypatch):
+    """The hub's library turns a failed download into "not in the cache", which is an entry that was not found too."""
+    stage = AStage(tmp_path / "a")
+    stage.checkpoint(2)
+    catch_up("hub:me/copies", stage.dir, quiet)
+    shutil.rmtree(tmp_path / "a")
+
+    def away(self, *arguments, **options):
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(Api, "hf_hub_download", away)
+    with pytest.raises(UserError, match="Whether it has the run is not known"):
+        restore("hub:me/copies", stage.dir, quiet)
 
 
 def test_without_a_token_or_offline_it_is_said_at_the_start(tmp_path, hub, monkeypatch):

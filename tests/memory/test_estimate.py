@@ -248,13 +248,13 @@ def test_optimizer_states(optim, r):
     spec = AdapterSpec.fresh(Shape.of(tiny_config()), r)
     sizes = spec.tensors(Shape.of(tiny_config()))
     assert sorted(sizes) == sorted(p.numel() for p in parameters.values())
-    found, managed = optimizer_bytes(optim, sizes, cuda=False)
+    found, managed = optimizer_bytes(optim, tuple(sizes), cuda=False)
     assert (found, managed) == (sum(tensors.values()), 0)
 
 
 def test_paged_states_are_managed():
     """Each moment of a tensor from 100,000 numbers on; the scales stay on the device."""
-    tensors = [99_999, 100_000]
+    tensors = (99_999, 100_000)
     assert optimizer_bytes("paged_adamw_32bit", tensors) == (8 * 99_999, 8 * 100_000)
     codes, scales = 2 * 4 * 256, 8 * (391 + 391)
     assert optimizer_bytes("paged_adamw_8bit", tensors) == (2 * 99_999 + codes + scales, 2 * 100_000)

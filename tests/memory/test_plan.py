@@ -142,10 +142,12 @@ def test_no_plan_is_slower_than_the_recorded_search_found(size, method, speed):
 def test_the_plan_is_the_first_candidate_that_fits():
     job, machine = mistral(), of_card(CARDS["3060"])
     limits = limits_of(job, machine)
-    found = candidates(job, limits, FREE)
+    found = list(candidates(job, limits, FREE))
     speeds = [step_time(job, e, limits.card).tokens_per_second for e in found]
     assert all(later <= earlier * (1 + 2 * WORTH_THE_HOST + 3 * TIE) for earlier, later in pairwise(speeds))
     chosen = next(e for e in found if fits(job, e, limits))
+    left = set(candidates(job, limits, FREE, fitting=True))
+    assert all(e in left or not fits(job, e, limits) for e in found[::7])
     plan = make_plan(job, machine, FREE)
     assert {name: getattr(plan, name) for name in vars(chosen)} == vars(chosen)
 
@@ -785,7 +787,9 @@ def test_the_plans_parameters_are_the_stages(tiny_base, chat_rows, tmp_path):
         stage = setup_stage("sft", config, say=lambda line: None, claim=False)
         job = make_workload(config.config, "sft", stage.base.model.config, stage.base.dtype)
         assert job.parameters == sum(p.numel() for p in stage.stack.parameters().values())
-        assert max(job.ranks) == stage.stack.ranks_per_layer()
+        layers = stage.base.model.model.layers
+        adapters = [[m.weight for n, m in layer.named_modules() if n.endswith("lora_A.sft")] for layer in layers]
+        assert max(job.ranks) == max(sum(a.shape[0] for a in of_layer) for of_layer in adapters)
 
 
 # -- the README --------------------------------------------------------------------------------------------------------

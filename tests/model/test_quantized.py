@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -26,7 +25,6 @@ from zephyr_lite.cli.environment import survey
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations
 from zephyr_lite.data.chat_template import Example
-from zephyr_lite.io.safetensors import SafetensorsFile
 from zephyr_lite.model import base as load
 from zephyr_lite.model import quantized
 from zephyr_lite.model.adapters import AdapterStack
@@ -132,10 +130,15 @@ def test_what_it_depends_on_is_in_its_name(base, cache):
     assert own.name.startswith("base-")
 
 
+def data_start(path):
+    """Offset of a safetensors file's first tensor."""
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
 def test_a_second_start_reads_no_16_bit_weights(base, cache, monkeypatch):
     first = load_base(config(base))
     for path in base.glob("*.safetensors"):  # nothing but the files' headers, sizes and dates is as it was
-        told, start = path.stat(), SafetensorsFile(path).data_start
+        told, start = path.stat(), data_start(path)
         path.write_bytes(path.read_bytes()[:start] + bytes(told.st_size - start))
         os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
     monkeypatch.setattr(load, "fingerprint", lambda folder: first.fingerprint)
@@ -143,7 +146,7 @@ def test_a_second_start_reads_no_16_bit_weights(base, cache, monkeypatch):
     second = load_base(config(base), say=said.append)
     assert_same(second.model, first.model)
     assert said == [] and second.path == base and second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
-    assert not any(any(path.read_bytes()[SafetensorsFile(path).data_start :]) for path in base.glob("*.safetensors"))
+    assert not any(any(path.read_bytes()[data_start(path) :]) for path in base.glob("*.safetensors"))
 
 
 def test_a_streamed_base_lies_on_the_host(base, cache):
@@ -162,20 +165,6 @@ def test_a_streamed_base_computes_on_another_device_than_it_lies_on(base, cache)
     found = load_base(config(kept, dtype="bfloat16"), device=torch.device("cuda", 0), stream=True)
     assert found.device == torch.device("cuda", 0) and found.dtype == torch.bfloat16
     assert {p.device.type for p in found.model.parameters()} == {"cpu"}
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_nothing_stays_mapped_once_the_projections_are_copied(base, cache):
-    for _ in range(2):
-        found = load_base(config(base), stream=True)
-    for module in found.model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            module.weight.data, state.absmax = module.weight.data.clone(), state.absmax.clone()
-    gc.collect()  # the model before
-    mapped = Path("/proc/self/maps").read_text()
-    assert str(cache) not in mapped and str(base) not in mapped
-    assert found.model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 def test_plain_bases_and_quantized_ones_are_not_kept(base, cache):

@@ -208,17 +208,6 @@ def test_rows_that_are_not_there_are_found_out_before_anything_is_trained(sets, 
         assert not said and not (tmp_path / "run").exists()
 
 
-def test_hints_name_the_options_of_this_command(ablation, sets, tiny_base, tmp_path):
-    """A finished stage with other values, and a folder that cannot be made."""
-    run = ablation[0].table.run
-    (tmp_path / "file").write_text("")
-    words = [f"model_name_or_path={tiny_base}", *SMALL]
-    for out, more in ((run, "seed=7"), (tmp_path / "file", "seed=42")):
-        with pytest.raises(UserError) as refused:
-            run_ablation(read_table("recipe", [*words, more], **options(sets, out)), say=lambda line: None)
-        assert "another folder with --out" in refused.value.hint and "output_dir" not in refused.value.hint
-
-
 def test_some_arms_do_not_replace_the_whole_table(ablation, sets, tiny_base):
     run = ablation[0].table.run
     before = (run / "recipe.json").read_bytes()

@@ -175,7 +175,7 @@ def test_principles_of_ones_own(tmp_path: Path) -> None:
     slots = draw_slots("id", specs("a"), 3, read_principles(path), "auto", 1)
     assert {(s.principle, s.system) for s in slots} == {("brevity", "Be brief.")}
     path.write_text("brevity: Be brief.\n", encoding="utf-8")
-    with pytest.raises(UserError, match="brevity: expected a list"):
+    with pytest.raises(UserError, match="brevity: Input should be a valid list"):
         read_principles(path)
 
 

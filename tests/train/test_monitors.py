@@ -13,7 +13,7 @@ from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.dpo import DpoObjective, run_dpo
-from zephyr_lite.train.monitors import DpoCollapseMonitor, NonFiniteMonitor
+from zephyr_lite.train.monitors import DpoCollapseMonitor, SkippedSteps
 from zephyr_lite.train.sft import SftObjective, run_sft
 
 
@@ -112,18 +112,22 @@ def test_pairs_that_are_not_finite_at_the_first_step_are_no_wrong_reference(
     assert not StageDir(tmp_path / "r" / "dpo").checkpoints()  # there is none from before the first step
 
 
-def test_the_loss_scalers_search_is_no_fault_until_it_has_settled():
-    watch = NonFiniteMonitor()
-    assert [watch.saw(applied=False, finite_loss=True, scale=2.0**n) for n in (15, 14, 13, 12)] == ["searching"] * 4
+def test_the_loss_scalers_search_is_no_fault_until_it_has_settled(tmp_path):
+    def saw(skipped, **step):
+        kind = skipped.kind(**step)
+        skipped.count_step(kind)
+        return kind
+
+    watch, again, fresh = (SkippedSteps(tmp_path, quiet) for _ in range(3))
+    assert [saw(watch, applied=False, finite_loss=True, scale=2.0**n) for n in (15, 14, 13, 12)] == ["searching"] * 4
     assert (watch.count, watch.in_a_row) == (4, 0)
-    assert watch.saw(applied=False, finite_loss=False, scale=2.0**11) == "bad"  # no scale mends a loss
-    assert watch.saw(applied=True, finite_loss=True, scale=2.0**11) == "applied"
-    again = NonFiniteMonitor()
+    assert saw(watch, applied=False, finite_loss=False, scale=2.0**11) == "bad"  # no scale repairs a loss
+    assert saw(watch, applied=True, finite_loss=True, scale=2.0**11) == "applied"
     again.load(json.loads(json.dumps(watch.state())))
-    assert [again.saw(applied=False, finite_loss=True, scale=2.0**n) for n in (10, 9)] == ["bad", "bad"]
+    assert [saw(again, applied=False, finite_loss=True, scale=2.0**n) for n in (10, 9)] == ["bad", "bad"]
     assert (again.count, again.in_a_row) == (7, 2)
-    assert NonFiniteMonitor().saw(applied=False, finite_loss=True, scale=0.5) == "bad"  # a search that went too far
-    assert NonFiniteMonitor().saw(applied=False, finite_loss=True, scale=None) == "bad"  # nothing is scaled
+    assert fresh.kind(applied=False, finite_loss=True, scale=0.5) == "bad"  # a search that went too far
+    assert fresh.kind(applied=False, finite_loss=True, scale=None) == "bad"  # nothing is scaled
 
 
 def steps(*, chosen, rejected, accuracy, n=40):

@@ -278,7 +278,12 @@ def test_a_run_goes_on_under_the_smaller_plan_and_so_does_a_resumed_one(base, ch
     with killed_at(3):
         run_sft(loaded, say=said.append)
     shrunk = [line for line in said if "memory ran out" in line]
-    assert shrunk and "tokens at once instead of" in shrunk[0] and "Tried to allocate" in shrunk[0]
+    assert (
+        shrunk
+        and "the plan is now:" in shrunk[0]
+        and "tokens at once" in shrunk[0]
+        and "Tried to allocate" in shrunk[0]
+    )
     plan = StageDir(tmp_path / "r" / "sft").info()["plan"]
     assert plan["micro_tokens"] <= most
     said.clear()

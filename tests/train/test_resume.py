@@ -1,6 +1,7 @@
 """Resuming a stage: which changes it accepts, which it refuses, and what it prints of both."""
 
 import json
+import platform
 import re
 import shutil
 
@@ -20,6 +21,7 @@ from zephyr_lite.model import base as load
 from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train import resume, setup
+from zephyr_lite.train.distributed import World
 from zephyr_lite.train.resume import StageComplete
 from zephyr_lite.train.sft import run_sft
 
@@ -261,6 +263,19 @@ def test_fewer_cores_than_threads_are_said_and_the_plan_stays(place, monkeypatch
     finally:
         torch.set_num_threads(threads)
     assert any("computes with 3 threads, and there are 2 cores here" in line for line in said)
+
+
+def test_another_machine_with_other_rows_is_named(place, monkeypatch):
+    """A process that does not write compares its files with stage.json, and writes nothing."""
+    for module in (resume, setup):
+        monkeypatch.setattr(module, "world", lambda: World(1, 2, 1, 2))
+    before = (place / "run" / "sft" / "stage.json").read_bytes()
+    assert not opened(place).writes
+    file = place / "chat.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    message = refused(place)
+    assert f"{platform.node()}: has other files than the process that writes" in message and "8 then, 7 now" in message
+    assert (place / "run" / "sft" / "stage.json").read_bytes() == before
 
 
 def test_a_stage_of_an_earlier_version_goes_on(place):

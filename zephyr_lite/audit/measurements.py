@@ -8,7 +8,7 @@ from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset
 from ..data.formats import RowError
 from ..errors import UserError
-from ..evaluate.likelihood import pair_logps
+from ..evaluate.likelihood import row_logps
 from .files import LN2
 from .measured import Messages, RowSums, StepZero, examples_of, gap, row_sums, step_zero, with_bos
 from .subject import Subject
@@ -53,7 +53,7 @@ def check_pairs(subject: Subject, data: TokenizedDataset, beta: float, found: Au
     """Check on preference pairs: DPO's loss before its first step, against the claimed and other references."""
 
     def sums(names: list[str]) -> torch.Tensor:
-        return pair_logps(subject.decoder(names), data).sums
+        return row_logps(subject.decoder(names), data).sums
 
     policy, start = sums(subject.policy), sums(subject.start)
     results: dict[str, StepZero] = {}
@@ -146,15 +146,11 @@ def _check_template(subject: Subject, templates: dict[str, ChatTemplate], rows: 
                 advice=f"Compare the two; --chat-template {best} measures everything under that one.",
             )
             return "own"
-    found.right("template", no_other_template(best), *facts)
+    text = "no other template fits it better than its own"
+    if best != "own":
+        text = f"nothing says that it was trained with another than its own, although {best} has the lower loss"
+    found.right("template", text, *facts)
     return "own"
-
-
-def no_other_template(best: str) -> str:
-    """The finding on an adapter that fits its own template, where ``best`` has the lowest loss."""
-    if best == "own":
-        return "no other template fits it better than its own"
-    return f"nothing says that it was trained with another than its own, although {best} has the lower loss"
 
 
 def _check_below(sums: dict[str, RowSums], found: Audit) -> None:

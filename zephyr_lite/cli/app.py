@@ -25,8 +25,7 @@ from .check import check
 from .console import Console
 from .data_chat import chat as data_chat
 from .data_pairs import pairs
-from .data_show import show
-from .data_stats import stats
+from .data_rows import show, stats
 from .distill import distill
 from .eval_harness import harness
 from .eval_judged import alpaca, mt_bench

@@ -51,17 +51,13 @@ def check(
     from ..audit.subject import Request
     from ..audit.verdict import Level
     from ..errors import UserError
-    from ..io.atomic import make_folder, write_json
+    from ..evaluate.results import claim_folder
+    from ..io.atomic import write_json
 
     if out is not None:  # before anything is measured
         if out.is_dir():
             raise UserError(f"--out {out}: is a folder.", "Name a file, such as check.json.")
-        try:
-            make_folder(out.parent)
-        except OSError as error:
-            raise UserError(f"--out {out}: {error.strerror}.", "Choose another place.") from None
-        if not out.parent.is_dir():
-            raise UserError(f"--out {out}: {out.parent} is a file.", "Choose another place.")
+        claim_folder(out.parent)
     request = Request(
         adapter, base, below or [], start, reference, rows, pairs, beta, chat_template, limit, load_in_4bit, files_only
     )

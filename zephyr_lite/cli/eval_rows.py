@@ -12,19 +12,21 @@ from .console import Console
 from .options import AdapterBase, Adapters, ChatTemplateOption, EvalOut, Source, StageName, Verbose
 
 if TYPE_CHECKING:
+    from ..evaluate.bootstrap import Bootstrap
+    from ..evaluate.likelihood import Evaluation
     from ..evaluate.rows import HeldOut
     from ..model.loaded import LoadedModel
 
 console = Console()
 
-Data = Annotated[
-    str | None, typer.Option("--data", help="A file, folder or hub id \\[the eval_dataset that the stage held out].")
+Data = Annotated[str | None, typer.Option("--data", help="A file, folder or hub id \\[the stage's eval_dataset].")]
+Split = Annotated[str | None, typer.Option("--split", help="Split of --data.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Number of rows of each data set, drawn at random.")]
+Resamples = Annotated[int, typer.Option("--resamples", min=100, max=1_000_000, help="Number of bootstrap resamples.")]
+Confidence = Annotated[
+    float, typer.Option("--confidence", min=0.5, max=0.999, help="Confidence level of the intervals.")
 ]
-Split = Annotated[str | None, typer.Option("--split", help="Of --data.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="So many rows of each data set, by a seeded draw.")]
-Resamples = Annotated[int, typer.Option("--resamples", min=100, max=1_000_000, help="Draws of the bootstrap.")]
-Confidence = Annotated[float, typer.Option("--confidence", min=0.5, max=0.999, help="Of the intervals.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap's draws.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed of the bootstrap.")]
 
 
 def loss(
@@ -45,14 +47,10 @@ def loss(
     """Loss and perplexity on held-out conversations: policy, reference and base, with confidence intervals."""
     live, rows, folder = _open("sft", source, stage, adapter, base, chat_template, data, split, limit, out)
     from ..evaluate.bootstrap import Bootstrap
-    from ..evaluate.loss import DIFFERENCES, HEADER, evaluate_loss
+    from ..evaluate.loss import evaluate_loss
 
-    result = evaluate_loss(live, rows, bootstrap=Bootstrap(resamples, confidence, seed), say=console.say)
-    console.table(HEADER, result.rows())
-    if result.differences:
-        console.table(DIFFERENCES, result.difference_rows())
-    _explain_intervals(rows, confidence, resamples)
-    _keep(folder, rows.kind("loss"), result, live)
+    bootstrap = Bootstrap(resamples, confidence, seed)
+    _show_and_write("loss", evaluate_loss(live, rows, bootstrap, say=console.say), live, rows, folder, bootstrap)
 
 
 def preference(
@@ -64,7 +62,7 @@ def preference(
     data: Data = None,
     split: Split = None,
     limit: Limit = None,
-    beta: Annotated[float | None, typer.Option("--beta", min=1e-9, help="Of the margin \\[the DPO stage's].")] = None,
+    beta: Annotated[float | None, typer.Option("--beta", min=1e-9, help="β of the margin \\[the DPO stage's].")] = None,
     resamples: Resamples = 1000,
     confidence: Confidence = 0.95,
     seed: Seed = 0,
@@ -74,18 +72,11 @@ def preference(
     """Accuracy and margin on held-out preference pairs: policy against reference and base, with confidence intervals."""
     live, rows, folder = _open("dpo", source, stage, adapter, base, chat_template, data, split, limit, out)
     from ..evaluate.bootstrap import Bootstrap
-    from ..evaluate.preference import HEADER, LIKELIER, evaluate_preference
+    from ..evaluate.preference import evaluate_preference
 
-    result = evaluate_preference(
-        live, rows, beta=beta, bootstrap=Bootstrap(resamples, confidence, seed), say=console.say
-    )
-    if result.comparisons:
-        console.table(HEADER, result.rows())
-    console.table(LIKELIER, result.likelier_rows())
-    _explain_intervals(rows, confidence, resamples)
-    if result.beta is None and result.comparisons:
-        console.say("margins are in nats alone: no DPO stage says what β is (--beta)")
-    _keep(folder, rows.kind("preference"), result, live)
+    bootstrap = Bootstrap(resamples, confidence, seed)
+    result = evaluate_preference(live, rows, bootstrap, beta=beta, say=console.say)
+    _show_and_write("preference", result, live, rows, folder, bootstrap)
 
 
 def _open(
@@ -100,7 +91,7 @@ def _open(
     limit: int | None,
     out: Path | None,
 ) -> tuple[LoadedModel, HeldOut, Path]:
-    """The models, the rows, and the folder of the result, which is known to be there before anything is computed."""
+    """The models, the rows, and the folder of the result, which is created before anything is computed."""
     from ..evaluate.results import claim_folder, result_folder
     from ..evaluate.rows import held_out
     from ..model.loaded import open_live
@@ -108,7 +99,7 @@ def _open(
     live = open_live(
         source, stage=stage, adapters=adapter or [], base=base, chat_template=chat_template, say=console.say
     )
-    folder = result_folder(live, out)
+    folder = result_folder(live.source, live.chain, out)
     console.say(f"{live.source}: {', '.join(live.models)}")
     rows = held_out(live.chain, live.template, method, data=data, split=split, limit=limit, say=console.say)
     for line in rows.data.report.lines():
@@ -117,24 +108,30 @@ def _open(
     return live, rows, folder
 
 
-def _explain_intervals(rows: HeldOut, confidence: float, resamples: int) -> None:
+def _show_and_write(
+    kind: str, result: Evaluation, live: LoadedModel, rows: HeldOut, folder: Path, bootstrap: Bootstrap
+) -> None:
+    """Print the tables and write the result. A result without some models is a file of its own.
+
+    Raises:
+        Interrupted: models are missing.
+    """
+    from ..evaluate.results import head_of_live, write_result
+
+    for header, lines in result.tables:
+        if lines:
+            console.table(header, lines)
     n, unit = len(rows.data.lengths), "conversation" if rows.method == "sft" else "pair"
     if n == 1:
         console.say(f"one {unit} has no interval")
     else:
-        console.say(f"in brackets: {confidence:.1%} intervals, {resamples:,} bootstrap draws over {n:,} {unit}s")
-
-
-def _keep(folder: Path, kind: str, result: Any, live: LoadedModel) -> None:
-    """Write the result; one that was interrupted lies beside, and replaces no complete one.
-
-    Raises:
-        Interrupted: it was.
-    """
-    from ..evaluate.results import write_result
-
+        level, draws = f"{bootstrap.level:.1%}", f"{bootstrap.resamples:,}"
+        console.say(f"in brackets: {level} intervals, {draws} bootstrap draws over {n:,} {unit}s")
+    for note in result.notes:
+        console.say(note)
+    name, head = rows.kind(kind), head_of_live(live)
     if not result.missing:
-        console.say(f"written to {write_result(folder, kind, result.body(), live)}")
+        console.say(f"written to {write_result(folder, name, result.body, head)}")
         return
-    path = write_result(folder, f"{kind}-partial", {**result.body(), "missing": result.missing}, live)
-    raise Interrupted(f"interrupted before {' and '.join(result.missing)}; what is there is in {path}")
+    path = write_result(folder, f"{name}-partial", {**result.body, "missing": result.missing}, head)
+    raise Interrupted(f"interrupted before {' and '.join(result.missing)}; the other models' results are in {path}")

@@ -1,89 +1,52 @@
-"""An example or two of every command, which its help ends with."""
+"""One or two examples of every command, at the end of its help."""
 
 from __future__ import annotations
 
 import typer
 
+# command → examples, without the program's name
 EXAMPLES: dict[str, tuple[str, ...]] = {
-    "": (
-        "zephyr-lite sft --config zephyr-7b/overnight-sft",
-        "zephyr-lite dpo --config zephyr-7b/overnight-dpo",
-        "zephyr-lite merge --out model/",
-    ),
-    "sft": (
-        "zephyr-lite sft --config zephyr-7b/overnight-sft",
-        "zephyr-lite sft dataset=my/chats.jsonl output_dir=runs/mine --smoke",
-    ),
-    "dpo": (
-        "zephyr-lite dpo --config zephyr-7b/overnight-dpo",
-        "zephyr-lite dpo dataset=my/pairs.jsonl output_dir=runs/mine beta=0.1",
-    ),
-    "plan": (
-        "zephyr-lite plan",
-        "zephyr-lite plan dpo --gpu 3060 --price 0.2 optim=adamw_8bit",
-    ),
-    "merge": (
-        "zephyr-lite merge --out model/",
-        "zephyr-lite merge --run runs/mine --stage sft --out model-sft/",
-    ),
-    "demo": ("zephyr-lite demo --out runs/demo",),
-    "env": ("zephyr-lite env",),
-    "ablate": (
-        "zephyr-lite ablate recipe --dry-run",
-        "zephyr-lite ablate recipe --only dsft --out runs/ablate max_steps=200 dpo.beta=0.1",
-    ),
+    "": ("sft --config zephyr-7b/overnight-sft", "dpo --config zephyr-7b/overnight-dpo", "merge --out model/"),
+    "sft": ("sft --config zephyr-7b/overnight-sft", "sft dataset=my/chats.jsonl output_dir=runs/mine --smoke"),
+    "dpo": ("dpo --config zephyr-7b/overnight-dpo", "dpo dataset=my/pairs.jsonl output_dir=runs/mine beta=0.1"),
+    "plan": ("plan", "plan dpo --gpu 3060 --price 0.2 optim=adamw_8bit"),
+    "merge": ("merge --out model/", "merge --run runs/mine --stage sft --out model-sft/"),
+    "demo": ("demo --out runs/demo",),
+    "env": ("env",),
+    "ablate": ("ablate recipe --dry-run", "ablate recipe --only dsft --out runs/ablate max_steps=200 dpo.beta=0.1"),
     "feedback": (
-        "zephyr-lite feedback --config on-policy --model runs/mine/sft --dry-run",
-        "zephyr-lite feedback --config local --prompts my/questions.txt --out data/rated",
+        "feedback --config on-policy --model runs/mine/sft --dry-run",
+        "feedback --config local --prompts my/questions.txt --out data/rated",
     ),
     "distill": (
-        "zephyr-lite distill --config distill --dry-run",
-        "zephyr-lite distill --teacher http://localhost:8000/v1#teacher --count 1000 --out data/grown",
+        "distill --config distill --dry-run",
+        "distill --teacher http://localhost:8000/v1#teacher --count 1000 --out data/grown",
     ),
-    "chat": (
-        "zephyr-lite chat",
-        "zephyr-lite chat runs/mine --compare --vote votes.jsonl",
-    ),
-    "report": (
-        "zephyr-lite report",
-        "zephyr-lite report runs/mine runs/other --out compared.html",
-    ),
-    "reproduce": (
-        "zephyr-lite reproduce overnight",
-        "zephyr-lite reproduce overnight sft.optim=adamw_8bit dpo.beta=0.1",
-    ),
-    "check": (
-        "zephyr-lite check runs/mine/dpo",
-        "zephyr-lite check their-dpo --below their-sft --pairs my/pairs.jsonl",
-    ),
-    "data chat": ("zephyr-lite data chat stingning/ultrachat --out data/ultrachat",),
-    "data pairs": ("zephyr-lite data pairs openbmb/UltraFeedback --out data/pairs --rejected worst",),
-    "data show": (
-        "zephyr-lite data show sft dataset=my/chats.jsonl",
-        "zephyr-lite data show dpo --row 3 --table",
-    ),
-    "data stats": ("zephyr-lite data stats sft dataset=my/chats.jsonl max_length=1024",),
-    "eval loss": ("zephyr-lite eval loss runs/mine --limit 200",),
-    "eval preference": ("zephyr-lite eval preference runs/mine --data my/pairs.jsonl",),
-    "eval mt-bench": ("zephyr-lite eval mt-bench --judge http://localhost:8000/v1#judge --limit 8",),
-    "eval alpaca": ("zephyr-lite eval alpaca --instructions my/baseline.json --judge http://localhost:8000/v1#judge",),
-    "eval harness": ("zephyr-lite eval harness model/ --tasks arc_challenge,hellaswag --limit 100",),
-    "export gguf": ("zephyr-lite export gguf model/ --type q8_0",),
-    "export ollama": ("zephyr-lite export ollama model/ --gguf model-q8_0.gguf",),
-    "export card": ("zephyr-lite export card model/ --license apache-2.0",),
-    "export push": ("zephyr-lite export push model/ me/my-zephyr --private --yes",),
-    "data": ("zephyr-lite data stats sft dataset=my/chats.jsonl",),
-    "eval": ("zephyr-lite eval loss runs/mine",),
-    "export": ("zephyr-lite export gguf model/",),
+    "chat": ("chat", "chat runs/mine --compare --vote votes.jsonl"),
+    "report": ("report", "report runs/mine runs/other --out compared.html"),
+    "reproduce": ("reproduce overnight", "reproduce overnight sft.optim=adamw_8bit dpo.beta=0.1"),
+    "check": ("check runs/mine/dpo", "check their-dpo --below their-sft --pairs my/pairs.jsonl"),
+    "data chat": ("data chat stingning/ultrachat --out data/ultrachat",),
+    "data pairs": ("data pairs openbmb/UltraFeedback --out data/pairs --rejected worst",),
+    "data show": ("data show sft dataset=my/chats.jsonl", "data show dpo --row 3 --table"),
+    "data stats": ("data stats sft dataset=my/chats.jsonl max_length=1024",),
+    "eval loss": ("eval loss runs/mine --limit 200",),
+    "eval preference": ("eval preference runs/mine --data my/pairs.jsonl",),
+    "eval mt-bench": ("eval mt-bench --judge http://localhost:8000/v1#judge --limit 8",),
+    "eval alpaca": ("eval alpaca --instructions my/baseline.json --judge http://localhost:8000/v1#judge",),
+    "eval harness": ("eval harness model/ --tasks arc_challenge,hellaswag --limit 100",),
+    "export gguf": ("export gguf model/ --type q8_0",),
+    "export ollama": ("export ollama model/ --gguf model-q8_0.gguf",),
+    "export card": ("export card model/ --license apache-2.0",),
+    "export push": ("export push model/ me/my-zephyr --private --yes",),
+    "data": ("data stats sft dataset=my/chats.jsonl",),
+    "eval": ("eval loss runs/mine",),
+    "export": ("export gguf model/",),
 }
 
 
 def add_examples(app: typer.Typer, prefix: str = "") -> None:
-    """Put the examples behind what the help of every command of ``app`` ends with, and of the groups of commands within.
-
-    Raises:
-        KeyError: a command without an example.
-    """
+    """Append the examples to the help of every command and group of ``app``."""
     app.info.epilog = _with(app.info.epilog, prefix.strip())
     for command in app.registered_commands:
         name = command.name or command.callback.__name__.strip("_").replace("_", "-")  # type: ignore[union-attr]
@@ -95,5 +58,5 @@ def add_examples(app: typer.Typer, prefix: str = "") -> None:
 def _with(epilog: str | None, name: str) -> str:
     lines = EXAMPLES[name]
     head = "Example:" if len(lines) == 1 else "Examples:"
-    # a paragraph a line: typer may join the lines of a paragraph
-    return "\n\n".join([*([epilog] if epilog else []), head, *lines])
+    # one paragraph per line: typer may join the lines of a paragraph
+    return "\n\n".join([*([epilog] if epilog else []), head, *(f"zephyr-lite {line}" for line in lines)])

@@ -34,14 +34,14 @@ def gguf(
         typer.Option("--type", help="f16: as it is. q8_0: half of that. q4_k_m: a third, by llama.cpp's quantizer."),
     ] = GgufType.q8_0,
     llama_quantize: Annotated[
-        Path | None, typer.Option("--llama-quantize", help="llama.cpp's program, where it is not on PATH.")
+        Path | None, typer.Option("--llama-quantize", help="llama.cpp's program, if it is not on PATH.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Compare prompt ids with llama.cpp's, where that is installed.")
+        bool, typer.Option("--check/--no-check", help="Compare prompt ids with llama.cpp's, if that is installed.")
     ] = True,
     verbose: Verbose = False,
 ) -> None:
-    """The model as one GGUF file for llama.cpp, Ollama, LM Studio …: tokenizer and chat template in it."""
+    """Write the model with tokenizer and chat template as one GGUF file for llama.cpp, Ollama, LM Studio …"""
     if llama_quantize is not None and kind is not GgufType.q4_k_m:
         raise UserError("--llama-quantize goes with --type q4_k_m.", "Leave it out: F16 and Q8_0 are written here.")
     from ..export.gguf import model_folder, write_gguf
@@ -63,14 +63,14 @@ def gguf(
 
 def ollama(
     model: Model,
-    gguf: Annotated[Path, typer.Option("--gguf", help="The GGUF file that was made of it.")],
+    gguf: Annotated[Path, typer.Option("--gguf", help="The model's GGUF file.")],
     out: Annotated[Path, typer.Option("--out", callback=nameable, help="The Modelfile.")] = Path("Modelfile"),
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=2.0, help="Ollama's default.")] = 0.7,
     chat_template: ChatTemplateOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that says something else.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing Modelfile.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """An Ollama Modelfile for a GGUF file: the chat template in Go's language, and where answers end."""
+    """Write an Ollama Modelfile for a GGUF file: the chat template in Go's language, and the stop tokens."""
     from ..export.ollama import write_modelfile
 
     console = Console()
@@ -85,22 +85,20 @@ def card(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A folder that merge made: a model, or an adapter (--adapter-only).")
     ],
-    run: Annotated[
-        Path | None, typer.Option("--run", help="The run it came from, where it is not any more where it was.")
-    ] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="The run's folder, if the run was moved.")] = None,
     license: Annotated[
         str | None,
-        typer.Option("--license", help="As the hub writes it (apache-2.0) \\[the base's, where its files say]."),
+        typer.Option("--license", help="License id of the hub, such as apache-2.0 \\[the base's]."),
     ] = None,
     plots: Annotated[
-        bool | None, typer.Option("--plots/--no-plots", help="Curves of training \\[where matplotlib is installed].")
+        bool | None, typer.Option("--plots/--no-plots", help="Training curves \\[if matplotlib is installed].")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a README.md that zephyr-lite did not write.")
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """A model card, README.md: base, data, lineage, settings, what was measured, and how to load it."""
+    """Write a model card, README.md: base, data, lineage, settings, evaluation results, and how to load it."""
     from ..evaluate.plotting import need_matplotlib
     from ..export.model_card import write_card
     from ..export.vllm import check_model
@@ -116,7 +114,7 @@ def card(
 
 def push(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that merge made.")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub; made where it is not there yet.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub; created if needed.")],
     private: Annotated[bool, typer.Option("--private", help="Make it a private repository.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Upload; without this the files are only listed.")] = False,
     verbose: Verbose = False,

@@ -23,20 +23,20 @@ class Onto(StrEnum):
 
 
 def merge(
-    out: Annotated[Path, typer.Option("--out", callback=nameable, help="The model folder to make.")],
+    out: Annotated[Path, typer.Option("--out", callback=nameable, help="Model folder to write.")],
     run: Annotated[Path | None, typer.Option("--run", help="A run's folder; the newest one by default.")] = None,
     stage: Annotated[
-        str | None, typer.Option("--stage", help="A stage of it; the last complete one by default.")
+        str | None, typer.Option("--stage", help="The run's stage; the last complete one by default.")
     ] = None,
     onto: Annotated[
-        Onto, typer.Option("--onto", help="base: in 16 bits. nf4: what 4-bit training saw of it.")
+        Onto, typer.Option("--onto", help="base: the 16-bit weights. nf4: the 4-bit weights of training, dequantized.")
     ] = Onto.base,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="Instead of a run: a folder or hub id; again for the next."),
+        typer.Option("--adapter", help="PEFT adapter, instead of a run; repeat it, from the bottom up."),
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="The base of the --adapter; or where a run's base is now.")
+        str | None, typer.Option("--base", help="Base model for --adapter, or of a run whose base was moved.")
     ] = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the chain as one PEFT adapter instead of a model.")

@@ -11,11 +11,7 @@ from ..io.text import place
 
 
 def nameable(value: Path | None) -> Path | None:
-    """A folder to be made bears a name that the libraries which write into it can take, as ``output_dir`` does.
-
-    Raises:
-        BadParameter: it is empty, or holds a control character or bytes that are no UTF-8.
-    """
+    """Check the name of a folder or file to be created, as ``output_dir`` is checked; raises BadParameter."""
     if value is not None:
         try:
             place(str(value))
@@ -26,21 +22,19 @@ def nameable(value: Path | None) -> Path | None:
 
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 StageConfig = Annotated[
-    str | None, typer.Option("--config", "-c", help="A YAML file, or a shipped one by name (zephyr-7b/overnight-sft).")
+    str | None, typer.Option("--config", "-c", help="A YAML file, or a preset such as zephyr-7b/overnight-sft.")
 ]
 # of jobs that ask models
 JobConfig = Annotated[
-    str | None, typer.Option("--config", "-c", help="A YAML file, or a shipped one by name; options go over it.")
+    str | None, typer.Option("--config", "-c", help="A YAML file, or a preset; options take precedence.")
 ]
-JobOut = Annotated[
-    Path | None, typer.Option("--out", callback=nameable, help="The job's folder; the same one goes on.")
-]
-JobSeed = Annotated[int | None, typer.Option("--seed", help="Of the draws [42].")]
+JobOut = Annotated[Path | None, typer.Option("--out", callback=nameable, help="Output folder; reuse it to resume.")]
+JobSeed = Annotated[int | None, typer.Option("--seed", help="Random seed [42].")]
 MaxRequests = Annotated[
-    int | None, typer.Option("--max-requests", help="The job's budget, over all starts; tries count.")
+    int | None, typer.Option("--max-requests", help="Maximum requests, retries and restarts included.")
 ]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="The same in tokens, prompts included.")]
-JobDryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it can cost at most; send nothing.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Maximum tokens, prompts included.")]
+JobDryRun = Annotated[bool, typer.Option("--dry-run", help="Show the maximum cost; send nothing.")]
 # of commands that take a trained model
 Source = Annotated[
     Path | None,
@@ -48,12 +42,10 @@ Source = Annotated[
 ]
 StageName = Annotated[str | None, typer.Option("--stage", help="The run's stage \\[the last complete one].")]
 Adapters = Annotated[
-    list[str] | None,
-    typer.Option("--adapter", help="Instead of a run: a PEFT adapter; repeat it, from the bottom up."),
+    list[str] | None, typer.Option("--adapter", help="PEFT adapter, instead of a run; repeat it, from the bottom up.")
 ]
 AdapterBase = Annotated[
-    str | None,
-    typer.Option("--base", help="What the --adapter belong on, or where a run's base is now: a hub id or a folder."),
+    str | None, typer.Option("--base", help="Base model for --adapter, or of a run whose base was moved.")
 ]
 ChatTemplateOption = Annotated[
     str | None,
@@ -61,7 +53,5 @@ ChatTemplateOption = Annotated[
 ]
 EvalOut = Annotated[
     Path | None,
-    typer.Option(
-        "--out", callback=nameable, help="The results' folder \\[eval/ in the stage's, NAME-eval beside a model's]."
-    ),
+    typer.Option("--out", callback=nameable, help="Results folder \\[eval/ in the stage's, or MODEL-eval]."),
 ]

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
-from ..io.launcher import launched
 from ..io.redact import refuse_secrets
 from .console import Console
 from .options import Verbose, nameable
@@ -29,11 +27,6 @@ def reproduce(
     verbose: Verbose = False,
 ) -> None:
     """Run a recipe, overnight (the default) or full: both stages, merge, evaluation, report, and its row of results."""
-    if launched() > 1:
-        raise UserError(
-            f"reproduce starts its commands by itself, in one process each; {launched()} were started.",
-            "Start it without torchrun.",
-        )
     words = list(context.args)
     named = bool(words) and "=" not in words[0] and not words[0].startswith("-")
     recipe = words.pop(0) if named else "overnight"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,10 +13,9 @@ from ..config.load import RunConfig
 from ..data.dataset import DataReport, TokenizedDataset, prepare
 from ..data.packing import best_fit
 from ..train.steps import step_schedule
-from .trained_rows import TrainedRows, example_column, example_places
+from .trained_rows import TrainedRows, example_column
 
 _UNCUT = 2**30  # longer than any example
-_EIGHTHS = " ▏▎▍▌▋▊▉"
 _BAR, _BINS = 40, 16
 
 
@@ -105,17 +103,17 @@ def measure(opened: TrainedRows) -> RowStats:
 
 def _count_examples(data: TokenizedDataset, stats: RowStats) -> None:
     """Fill in ``sources``, in the order of their first rows, and ``cut_places``."""
-    columns = [example_column(data, name).to_numpy() for name in ("length", "supervised", "cut", "lost")]
-    for place, length, supervised, cut, lost in zip(example_places(data), *columns):
+    columns = [example_column(data, name).to_pylist() for name in ("where", "length", "supervised", "cut", "lost")]
+    for place, length, supervised, cut, lost in zip(*columns):
         source = stats.sources.setdefault(_source(place), SourceStats())
         source.kept += 1
-        source.tokens += int(length)
-        source.supervised += int(supervised)
+        source.tokens += length
+        source.supervised += supervised
         if cut:
             source.cut += 1
-            stats.cut_places.append((place, int(lost)))
-    for name, count in Counter(_source(p) for where in data.report.dropped.values() for p in where).items():
-        stats.sources.setdefault(name, SourceStats()).left_out = count
+            stats.cut_places.append((place, lost))
+    for place in (place for where in data.report.dropped.values() for place in where):
+        stats.sources.setdefault(_source(place), SourceStats()).left_out += 1
 
 
 def _source(place: str) -> str:
@@ -126,40 +124,23 @@ def _budgets(uncut: TokenizedDataset, config: RunConfig) -> list[Budget]:
     """A quarter to four times ``max_length``, up to the first that cuts nothing."""
     own, lengths = config.max_length, uncut.lengths
     sizes = [size for size in (own // 4, own // 2, own, own * 2, own * 4) if size >= 2]
-    within, first = _supervised_within(uncut, sizes)
+    # [n, sizes + 1] supervised tokens among the first ones of each example; in the last column all of them
+    places = (np.flatnonzero(mask.values) for mask in example_column(uncut, "mask"))
+    within = np.array([np.searchsorted(supervised, [*sizes, _UNCUT]) for supervised in places])
     budgets = []
-    for max_length, inside in zip(sizes, within):
-        kept = first < max_length
+    for max_length, inside in zip(sizes, within.T):
+        kept = inside > 0
         if not kept.any():
             continue
         short = np.minimum(lengths[kept], max_length)
         rows = len(best_fit(short, max_length))
         cut = kept & (lengths > max_length)
-        lost = int((within[-1] - inside)[cut].sum())
+        lost = int((within[:, -1] - inside)[cut].sum())
         fill, steps = float(short.sum() / (rows * max_length)), step_schedule(config, rows)[1]
         budgets.append(Budget(max_length, int((~kept).sum()), int(cut.sum()), lost, rows, fill, steps))
         if not cut.any() and kept.all() and max_length >= own:
             break
     return budgets
-
-
-def _supervised_within(data: TokenizedDataset, sizes: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """[n] supervised tokens among an example's first tokens, for each size and, last, for the whole example; and [n]
-    positions of the first supervised token."""
-    masks = data.examples.columns("mask")
-    counts: list[list[np.ndarray]] = [[] for _ in [*sizes, None]]
-    firsts = []
-    for start in range(0, len(masks), 1000):
-        column = masks[start : start + 1000].column("mask").combine_chunks()
-        lengths = column.value_lengths().to_numpy().astype(np.int64)
-        starts = np.cumsum(lengths) - lengths
-        total = np.concatenate([[0], np.cumsum(column.flatten().to_numpy(zero_copy_only=False))])
-        before = total[starts]
-        for size, into in zip([*sizes, _UNCUT], counts):
-            into.append(total[starts + np.minimum(lengths, size)] - before)
-        # the running total is one more right after the first supervised token
-        firsts.append(np.searchsorted(total, before + 1) - 1 - starts)
-    return [np.concatenate(each) for each in counts], np.concatenate(firsts)
 
 
 def histogram(values: np.ndarray, mark: int) -> list[tuple[int, int | None, int]]:
@@ -265,9 +246,10 @@ def _length_lines(stats: RowStats, width: int, colour: bool) -> Iterator[Text]:
     for label, (low, _, count) in zip(labels, bins):
         seen += count
         beyond = low > limit
+        bar = ("█" if colour else "#") * max(round(count / most * size), int(count > 0))
         yield Text.assemble(
             f"  {label:>{room}}  ",
-            (f"{_bar(count / most * size, colour):<{size}}", "yellow" if beyond else "green"),
+            (f"{bar:<{size}}", "yellow" if beyond else "green"),
             f"  {count:>9,}  {count / total:>6.1%}  {seen / total:>6.1%}" + ("  cut" if beyond else ""),
         )
     yield Text()
@@ -279,13 +261,6 @@ def _length_lines(stats: RowStats, width: int, colour: bool) -> Iterator[Text]:
     yield from _table(["tokens of", "mean", "median", "90 % ≤", "99 % ≤", "longest"], rows)
     if stats.parts:
         yield Text(f"  the chosen response is the longer one in {stats.chosen_longer:.1%} of the pairs")
-
-
-def _bar(cells: float, colour: bool) -> str:
-    if not colour:
-        return "#" * max(round(cells), int(cells > 0))
-    whole, eighth = divmod(max(round(cells * 8), int(cells > 0)), 8)
-    return "█" * whole + (_EIGHTHS[eighth] if eighth else "")
 
 
 def _budget_lines(stats: RowStats) -> Iterator[Text]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from ..data.load import load_rows
 from ..data.preview import Segment, Token, conversation_segment, pair_segments
 from ..errors import UserError
-from .trained_rows import TrainedRows, example_places
+from .trained_rows import TrainedRows, example_column
 
 # columns left of a line of tokens: the turn's role, and the position of the line's first token
 _ROLE, _POSITION = 11, 6
@@ -26,12 +26,12 @@ def segments_of_row(rows: TrainedRows, number: int) -> list[Segment]:
     Raises:
         UserError: there is no such row.
     """
-    data = rows.data
-    if not 1 <= number <= len(data.rows):
-        what, count = "packed row" if rows.method == "sft" else "pair", len(data.rows)
+    count = len(rows.data.rows)
+    if not 1 <= number <= count:
+        what = "packed row" if rows.method == "sft" else "pair"
         there, hint = (f"is 1 {what}", "") if count == 1 else (f"are {count:,} {what}s", f" to --row {count}")
         raise UserError(f"row {number}: there {there}.", f"Say --row 1{hint}.")
-    return [s for index in data.rows[number - 1] for s in _segments(rows, index)]
+    return [s for index in rows.data.rows[number - 1] for s in _segments(rows, index)]
 
 
 def segments_from(rows: TrainedRows, place: str) -> tuple[int, list[Segment]]:
@@ -49,12 +49,14 @@ def segments_from(rows: TrainedRows, place: str) -> tuple[int, list[Segment]]:
         for each in where:
             if _is_called(each, end):
                 raise UserError(f"{each} was left out: {reason}.", "`zephyr-lite data stats` lists all such rows.")
-    names = example_places(rows.data)
+    names = example_column(rows.data, "where").to_pylist()
     found = {name: index for index, name in reversed(list(enumerate(names))) if _is_called(name, end)}
     if len(found) != 1:
-        some = f"{len(found)} are called so: {', '.join(sorted(found)[:3])}" if found else "no row is called so"
+        some = (
+            f"{len(found)} rows have this place: {', '.join(sorted(found)[:3])}" if found else "no row has this place"
+        )
         drawn = any(spec.limit is not None or spec.weight < 1 for spec in rows.specs)
-        there = " Rows that limit or weight did not draw are not there." if drawn and not found else ""
+        there = " Rows that limit or weight did not draw are not among them." if drawn and not found else ""
         raise UserError(f"--from {place}: {some}.", f"Places look like this: {names[0]}.{there}")
     (index,) = found.values()
     number = next(place for place, row in enumerate(rows.data.rows, 1) if index in row)
@@ -192,14 +194,10 @@ def table_lines(rows: TrainedRows, number: int, segments: list[Segment], *, colo
     yield _heading(rows, number, segments)
     for place, segment in enumerate(segments, 1):
         yield Text(f"segment {place}: {segment.part}, {segment.where}")
-    head = (
-        f"{'token':>6} {'segment':>7} {'position':>8}  {'role':<10} {'supervised':<10} {'special':<7} {'id':>7}  text"
-    )
-    yield Text(head)
+    form = "{:>6} {:>7} {:>8}  {:<10} {:<10} {:<7} {:>7}  "
+    yield Text(form.format("token", "segment", "position", "role", "supervised", "special", "id") + "text")
     tokens = [(place, token) for place, segment in enumerate(segments, 1) for token in segment.tokens]
     for count, (place, token) in enumerate(tokens):
-        supervised, special = ("yes" if mark else "no" for mark in (token.supervised, token.special))
-        line = Text(
-            f"{count:>6} {place:>7} {token.position:>8}  {token.role:<10} {supervised:<10} {special:<7} {token.id:>7}  "
-        )
+        marks = ("yes" if mark else "no" for mark in (token.supervised, token.special))
+        line = Text(form.format(count, place, token.position, token.role, *marks, token.id))
         yield line.append_text(_token_text(token, colour))

@@ -70,11 +70,10 @@ def train(
     from ..memory.needs import needs_lines
     from ..monitor.report_writer import ReportWriter
     from ..monitor.screens import open_screen
-    from ..train.dpo import DpoObjective
+    from ..train.dpo import run_dpo
     from ..train.dry_run import run_dry
-    from ..train.main import run
     from ..train.resume import StageComplete
-    from ..train.sft import SftObjective
+    from ..train.sft import run_sft
 
     def resolve() -> Any:
         found = resolve_run(method, config, context.args, loaded=given, say=screen.say, fetch=not dry_run)
@@ -82,11 +81,11 @@ def train(
             screen.say(line)
         return found
 
-    objective: Any = SftObjective if method == "sft" else DpoObjective
+    run = run_sft if method == "sft" else run_dpo
     with joined() as here:
         if not here.writes:
             with redirect_stdout(sys.stderr):  # libraries' output must not mix with the events of --json
-                run(method, here.lead(nothing), objective, say=nothing)
+                run(here.lead(nothing), say=nothing)
             return
         with open_screen(console, quiet=quiet, as_json=as_json) as screen:
             try:
@@ -95,7 +94,7 @@ def train(
                     run_dry(method, loaded, say=screen.say, show=console.row)
                     return
                 observers = [screen, ReportWriter(screen.say)]
-                run(method, loaded, objective, say=screen.say, on_metrics=screen.metrics, observers=observers)
+                run(loaded, say=screen.say, on_metrics=screen.metrics, observers=observers)
                 screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
             except StageComplete as done:
                 screen.say(f"{done.message} {done.hint}")

@@ -1,8 +1,8 @@
-"""The rows of a run as training gets them, without its weights: the tokenizer and ``config.json`` are enough."""
+"""The rows of a run as training gets them; needs the base's tokenizer and ``config.json``, no weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class TrainedRows:
         config, template: as the run resolves them.
         specs: the sources of ``data``.
         data: as the run prepares it.
-        notes: decisions on the way.
+        notes: for the user, on decisions that were taken.
     """
 
     method: Method
@@ -71,22 +71,15 @@ def open_rows(method: Method, file: str | None, words: list[str], *, held_out: b
     return TrainedRows(method, config, template, specs, prepare(specs, method, config, template, what=what), notes)
 
 
-def held_out_rows(rows: TrainedRows) -> TrainedRows | None:
-    """The rows of ``eval_dataset`` of the same run; None if it has none."""
-    specs, config = rows.config.eval_dataset, rows.config
-    if not specs:
-        return None
-    data = prepare(specs, rows.method, config, rows.template, what="held-out")
-    return TrainedRows(rows.method, config, rows.template, specs, data)
-
-
-def example_places(data: TokenizedDataset) -> list[str]:
-    """The place ("train.jsonl row 17") of each example's row."""
-    return example_column(data, "where").to_pylist()
+def held_out_rows(rows: TrainedRows) -> TrainedRows:
+    """The rows of ``eval_dataset`` of the same run, which has one."""
+    specs = rows.config.eval_dataset
+    data = prepare(specs, rows.method, rows.config, rows.template, what="held-out")
+    return replace(rows, specs=specs, data=data)
 
 
 def example_column(data: TokenizedDataset, name: str) -> pa.ChunkedArray:
-    """A column of the prepared table."""
+    """A column of the prepared table; ``where`` holds places such as "train.jsonl row 17"."""
     return data.examples.columns(name)[:].column(name)
 
 
@@ -96,11 +89,7 @@ def stage_of_words(words: list[str], file: str | None) -> tuple[Method, list[str
     Raises:
         UserError: neither names one.
     """
-    if words and "=" not in words[0] and not words[0].startswith("-"):
-        if words[0].lower() not in ("sft", "dpo"):
-            raise UserError(f"{words[0]}: there is no such stage.", "Say sft or dpo, then key=value.")
-        return ("sft" if words[0].lower() == "sft" else "dpo"), words[1:]
     methods, rest = stages_of(words, file)
     if len(methods) > 1:
-        raise UserError("which stage's rows?", "Say sft or dpo, then key=value: … sft dataset=FILE.")
+        raise UserError("which stage's rows?", "Name sft or dpo, then key=value: … sft dataset=FILE.")
     return methods[0], rest

@@ -13,23 +13,23 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
 from .endpoints import EndpointSpec, Message
 from .request_log import Reply, RequestLog, Totals
 
 if TYPE_CHECKING:
-    from .local_model import Weights
+    from .local_model import LocalModel, Weights
+    from .openai_client import OpenAIModel
 
 T = TypeVar("T")
 # A tokenizer makes at most one token of a byte. The chat template's own tokens are not known here.
 TOKENS_OF_A_TURN = 16
 TOKENS_OF_A_TEMPLATE = 128
 MAX_BACK_OFF = 60.0  # seconds
-MAX_SPACING = 5.0  # seconds between two requests to a busy server
 MAX_FAILED_IN_A_ROW = 8  # requests of an endpoint; then the job stops
 RETRY_TEMPERATURE = 0.5  # at least, where an unparsable reply is asked for again
 MAX_SERVER_WAIT = 600.0  # seconds that a server may ask to wait before the job stops instead
@@ -128,75 +128,23 @@ class TryFailed(Exception):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-class Model(Protocol):
-    """A model that answers: ``OpenAIModel`` or ``LocalModel``."""
-
-    spec: EndpointSpec
-
-    def identity(self) -> str:
-        """Tells this model from others in the request log."""
-        ...
-
-    async def ask(self, question: Question) -> Answer:
-        """One try. Raises TryFailed."""
-        ...
-
-    async def close(self) -> None:
-        """Release the connection or the weights; tries in flight end."""
-        ...
-
-
-class RateLimiter:
-    """When an endpoint's next request may leave.
-
-    Args:
-        requests_per_minute: evenly spaced.
-        slow_down: seconds of extra space after a server was busy for the first time; it doubles from time to time and
-            shrinks with every answer.
-    """
-
-    def __init__(self, requests_per_minute: float | None, slow_down: float) -> None:
-        self._spacing = 60.0 / requests_per_minute if requests_per_minute else 0.0
-        self._slow_down = slow_down
-        self._extra = self._paused_until = self._next = 0.0  # the last two on the monotonic clock
-
-    def delay(self) -> float:
-        """Seconds until a request may leave; 0: now."""
-        return max(0.0, self._next - time.monotonic())
-
-    def leave(self) -> None:
-        """A request leaves."""
-        self._next = time.monotonic() + self._spacing + self._extra
-
-    def pause(self, seconds: float) -> None:
-        """No request leaves for this time."""
-        now = time.monotonic()
-        if now >= self._paused_until:  # requests that were turned away together count once
-            self._extra = min(MAX_SPACING, max(2 * self._extra, self._slow_down))
-        self._paused_until = max(self._paused_until, now + seconds)
-        self._next = max(self._next, self._paused_until)
-
-    def answered(self) -> None:
-        """A request was answered."""
-        self._extra = 0.8 * self._extra if self._extra > 1e-3 else 0.0
-
-
 class _Endpoint:
     """A model's state within a job."""
 
-    def __init__(self, model: Model, back_off: float, answers: int) -> None:
+    def __init__(self, model: OpenAIModel | LocalModel, answers: int) -> None:
         self.model, self.spec, self.answers = model, model.spec, answers
         # a server's first try is made alone: it shows whether the key, the model and the settings are right
         self.untried = self.spec.url is not None
         self.slots = asyncio.Semaphore(1 if self.untried else self.spec.concurrency)
-        self.limiter = RateLimiter(self.spec.requests_per_minute, back_off / self.spec.concurrency)
+        self.spacing = 60.0 / self.spec.requests_per_minute if self.spec.requests_per_minute else 0.0
+        self.next_at = 0.0  # when the next request may leave, on the monotonic clock
         self.failed_in_a_row = 0
         self.excess = 0  # tokens by which the server's count exceeded the bound so far
         self.fatal: UserError | None = None
 
 
 class ModelClient:
-    """Asks the endpoints of a job; see ``open_client``.
+    """Asks the endpoints of a job; see ``open_client`` for the arguments.
 
     Attributes:
         totals: what the job has spent, live.
@@ -204,9 +152,8 @@ class ModelClient:
 
     def __init__(
         self,
-        models: Iterable[Model],
+        models: Iterable[OpenAIModel | LocalModel],
         log: RequestLog,
-        *,
         max_requests: int | None,
         max_tokens: int | None,
         on_progress: Callable[[Totals], None],
@@ -215,7 +162,7 @@ class ModelClient:
         self.totals = log.totals
         self._log, self._max_requests, self._max_tokens = log, max_requests, max_tokens
         self._on_progress, self._back_off = on_progress, back_off
-        self._endpoints = {m.spec.name: _Endpoint(m, back_off, log.answers[m.spec.name]) for m in models}
+        self._endpoints = {m.spec.name: _Endpoint(m, log.answers[m.spec.name]) for m in models}
         self._in_flight: set[asyncio.Task[Reply]] = set()
         self._budget_spent = ""
         self._failed_before = frozenset(self.totals.given_up)
@@ -251,10 +198,10 @@ class ModelClient:
                     if error.busy and endpoint.answers > answers:  # the endpoint answers others
                         failures, answers = 0, endpoint.answers
                     failures += not error.other_settings
-                    wait = self._wait_after(endpoint, error, failures, digest)
-                    if isinstance(wait, Exception):
+                    if not error.retry or failures > endpoint.spec.retries or (error.wait or 0) > MAX_SERVER_WAIT:
                         self._log.give_up(number)
-                        raise wait from None
+                        raise self._final_error(endpoint, error, failures, digest) from None
+                    wait = self._wait(endpoint, error, failures)
                 finally:
                     if endpoint.untried:
                         endpoint.untried = False
@@ -282,12 +229,10 @@ class ModelClient:
             asked = request
             if draw:
                 self.totals.asked_again += 1
-                asked = Request(
+                asked = replace(
+                    request,
                     key=f"{request.key}/again{draw}",
-                    endpoint=request.endpoint,
-                    messages=request.messages,
                     temperature=max(usual, RETRY_TEMPERATURE),
-                    max_tokens=request.max_tokens,
                     seed=None if request.seed is None else request.seed + draw,
                 )
             reply = await self.ask(asked)
@@ -302,7 +247,7 @@ class ModelClient:
         """Wait for the budget and the rate limit, record the request as sent, and return its number in the log."""
         while True:
             if endpoint.fatal is not None:
-                raise UserError(endpoint.fatal.message, endpoint.fatal.hint)
+                raise endpoint.fatal
             prompt = prompt_token_bound(question.messages) + endpoint.excess
             bound = prompt + question.max_tokens
             problem = self._budget_spent or self._over_budget(bound)
@@ -311,11 +256,11 @@ class ModelClient:
                 raise BudgetSpent(problem)
             if problem:  # requests in flight usually take less than their bound
                 await asyncio.wait(self._in_flight, return_when=asyncio.FIRST_COMPLETED)
-            elif (delay := endpoint.limiter.delay()) > 0:
+            elif (delay := endpoint.next_at - time.monotonic()) > 0:
                 await asyncio.sleep(delay)
             else:
                 break
-        endpoint.limiter.leave()
+        endpoint.next_at = time.monotonic() + endpoint.spacing
         dollars = endpoint.spec.dollars(prompt, question.max_tokens)
         number = self._log.sent(digest, key, endpoint.spec.name, bound, dollars)
         self._on_progress(self.totals)
@@ -338,7 +283,6 @@ class ModelClient:
         self._log.replied(number, reply, endpoint.spec.dollars(*used), counted)
         endpoint.answers += 1
         endpoint.failed_in_a_row = 0
-        endpoint.limiter.answered()
         self._on_progress(self.totals)
         return reply
 
@@ -347,26 +291,23 @@ class ModelClient:
         if not task.cancelled():
             task.exception()  # its caller may have been cancelled
 
-    def _wait_after(self, endpoint: _Endpoint, error: TryFailed, failures: int, digest: str) -> float | Exception:
-        """Seconds until the next try; or the error that ends the request, or the job.
+    def _wait(self, endpoint: _Endpoint, error: TryFailed, failures: int) -> float:
+        """Seconds until the next try; a busy server makes all requests to it wait."""
+        wait = min(MAX_BACK_OFF, self._back_off * 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
+        if error.wait is not None:
+            wait = error.wait + 0.1 * wait
+        if error.busy:
+            endpoint.next_at = max(endpoint.next_at, time.monotonic() + wait)
+        return 0.0 if error.busy or error.other_settings else wait
 
-        Args:
-            failures: tries of this request that failed.
-        """
-        spec, name = endpoint.spec, endpoint.spec.name
-        again = error.retry and failures <= spec.retries
+    def _final_error(self, endpoint: _Endpoint, error: TryFailed, failures: int, digest: str) -> Exception:
+        """The error of a request without further tries: UserError if the job has to end, else RequestFailed."""
+        name = endpoint.spec.name
         if error.wait is not None and error.wait > MAX_SERVER_WAIT:
             endpoint.fatal = UserError(
                 f"endpoint {name}: the server asks to wait {error.wait:,.0f} s ({error}).",
                 "Run the same command then: it continues the job.",
             )
-        elif again:
-            wait = min(MAX_BACK_OFF, self._back_off * 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
-            if error.wait is not None:
-                wait = error.wait + 0.1 * wait
-            if error.busy:
-                endpoint.limiter.pause(wait)
-            return 0.0 if error.busy or error.other_settings else wait
         elif error.fatal is not None:
             endpoint.fatal = error.fatal
         elif error.busy:
@@ -382,10 +323,8 @@ class ModelClient:
                     f"endpoint {name}: no answer in {failures} tries, {most} requests in a row ({error}).",
                     "Is the model loaded, and `timeout` long enough? The same command continues the job.",
                 )
-        if endpoint.fatal is not None:
-            return UserError(endpoint.fatal.message, endpoint.fatal.hint)
         tries = "try" if failures == 1 else "tries"
-        return RequestFailed(f"{error} ({failures} {tries} at {name})", error.reason)
+        return endpoint.fatal or RequestFailed(f"{error} ({failures} {tries} at {name})", error.reason)
 
     def _over_budget(self, tokens: int) -> str:
         """Why a request of at most this many tokens does not fit into the budget; "" if it does."""
@@ -449,27 +388,16 @@ async def open_client(
         grace: seconds that requests in flight get when the block is left.
 
     Raises:
-        UserError: two endpoints of one name, a key that is not set, a folder that another process works in.
+        UserError: a key is not set, or another process works in the folder.
     """
     from .local_model import open_local_models
     from .openai_client import OpenAIModel
 
-    names = [spec.name for spec in specs]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two endpoints are called {name}.", "Give each a `name` of its own.")
-    models: list[Model] = [OpenAIModel(spec) for spec in specs if spec.url is not None]
+    models: list[OpenAIModel | LocalModel] = [OpenAIModel(spec) for spec in specs if spec.url is not None]
     models += open_local_models([spec for spec in specs if spec.path is not None], weights or {})
     log = RequestLog(folder)
     try:
-        client = ModelClient(
-            models,
-            log,
-            max_requests=max_requests,
-            max_tokens=max_tokens,
-            on_progress=on_progress,
-            back_off=back_off,
-        )
+        client = ModelClient(models, log, max_requests, max_tokens, on_progress, back_off)
         try:
             yield client
         finally:
@@ -491,6 +419,6 @@ def _resolve(request: Request, spec: EndpointSpec) -> Question:
     )
 
 
-def _digest(request: Request, model: Model, question: Question) -> str:
+def _digest(request: Request, model: OpenAIModel | LocalModel, question: Question) -> str:
     parts: list[Any] = [request.key, request.endpoint, model.identity(), question.as_dict()]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

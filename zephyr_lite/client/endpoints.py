@@ -40,11 +40,6 @@ class EndpointSpec(BaseModel):
     input_price: float = Field(0.0, ge=0)  # US dollars per million tokens
     output_price: float = Field(0.0, ge=0)
 
-    @field_validator("name", mode="before")
-    @classmethod
-    def _no_name(cls, value: Any) -> Any:
-        return "" if value is None else value
-
     @field_validator("api_key_env")
     @classmethod
     def _a_variable(cls, value: str | None) -> str | None:

@@ -13,13 +13,12 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ..config.presets import not_found, preset_configs
+from ..config.presets import find_config
 from ..config.strict_yaml import dump_yaml, read_yaml
 from ..errors import UserError
 from ..io.atomic import sweep, write_text
 from ..io.interrupts import pythons_ctrl_c
 from ..io.redact import refuse_secrets
-from ..io.text import is_file, refuse_special
 from .client import RequestFailed
 from .endpoints import EndpointSpec
 
@@ -63,7 +62,7 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
     Raises:
         UserError: the file cannot be read, a key is unknown (with the nearest one), a value does not fit.
     """
-    path = _find(file) if file else None
+    path = find_config(file, "feedback") if file else None
     where = str(path or "the command line")
     values = read_yaml(path) if path else {}
     for key, value in options.items():
@@ -104,20 +103,11 @@ def validated(kind: type[Model], values: Any, where: str) -> Model:
         raise UserError(f"{where}: " + "\n".join(_problem(item, kind) for item in error.errors())) from None
 
 
-def _find(name: str) -> Path:
-    refuse_special(Path(name), name)
-    if is_file(Path(name)):
-        return Path(name)
-    shipped = preset_configs("feedback")
-    if name.removesuffix(".yaml") in shipped:
-        return shipped[name.removesuffix(".yaml")]
-    raise not_found(f"configuration {name[:300]}", Path(name), f"a shipped one: {', '.join(shipped)}")
-
-
 def _problem(item: Any, kind: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
-        return f"{place}: {item['msg'].removeprefix('Value error, ')} (found {str(item['input'])[:60]!r})."
+        message = f"{item['msg'].removeprefix('Value error, ')} (found {str(item['input'])[:60]!r})."
+        return f"{place}: {message}" if place else message
     near = difflib.get_close_matches(str(item["loc"][-1]), kind.model_fields, n=1) if len(item["loc"]) == 1 else []
     return f"there is no key {place!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
 

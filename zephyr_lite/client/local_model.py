@@ -1,4 +1,4 @@
-"""Models of a local folder: detail apart without loading them, loaded once, asked in batches."""
+"""Models of a local folder: identified by their files, loaded once when one is asked, and asked in batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .client import Answer, Model, Question, TryFailed
+from .client import Answer, Question, TryFailed
 from .endpoints import EndpointSpec
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Weights:
     Attributes:
         path: the folder; None: the newest run under ``runs/``, or explicit adapters.
         chain: the adapters; None for a model's folder.
+        source: as ``LoadedModel.source``.
         models: model → the hashes that identify it, its base's first. The names are those of ``LoadedModel.models``.
 
     Raises:
@@ -46,50 +47,20 @@ class Weights:
         chat_template: str | None = "auto",
     ) -> None:
         from ..model.base import fingerprint
-        from ..model.loaded import WHOLE
+        from ..model.loaded import WHOLE, find_chain, source_of_chain
 
         self.path = None if path is None else Path(path).expanduser()
-        self._stage, self._adapters, self._base, self._chat_template = stage, list(adapters), base, chat_template
+        self.chain = find_chain(self.path, stage=stage, adapters=adapters, base=base)
+        self._chat_template = chat_template
         self._chat: Chat | None = None
-        if self.path is not None and not self.path.is_dir():
-            raise UserError(
-                f"{self.path}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's."
-            )
-        if adapters and (path is not None or stage is not None):
-            raise UserError("--adapter cannot be combined with a run or a stage.", "Give one of the two.")
-        self.chain: Chain | None = None
-        if self.path is not None and (self.path / "config.json").is_file():
-            if stage is not None or base is not None:
-                option = "stages" if base is None else "base"
-                hint = "Leave --stage and --base out."
-                raise UserError(f"{self.path}: is a model's folder, which has no {option}.", hint)
-            self.models = {WHOLE: [fingerprint(self.path)]}
-        else:
-            self.chain = self._read_chain()
-            self.models = _identities(self.chain)
-
-    @property
-    def source(self) -> str:
-        """As ``LoadedModel.source``: a stage's folder, a model's, or the adapters."""
         if self.chain is None:
-            return str(self.path)
-        if self.chain.run is not None and self.chain.stage is not None:
-            return str(self.chain.run / self.chain.stage)
-        return " + ".join(str(adapter.path) for adapter in self.chain.adapters)
+            self.source, self.models = str(self.path), {WHOLE: [fingerprint(Path(str(self.path)))]}
+        else:
+            self.source, self.models = source_of_chain(self.chain), _identities(self.chain)
 
     def is_same(self, other: Weights) -> bool:
         """Whether both have the same models under the same names, with the same template."""
         return list(self.models.items()) == list(other.models.items()) and self.identity() == other.identity()
-
-    def _read_chain(self) -> Chain:
-        from ..io.run_dir import STAGE_FILE
-        from ..model.chain import chain_of_adapters, chain_of_run
-
-        if self._adapters:
-            return chain_of_adapters(self._adapters, self._base)
-        if self.path is not None and (self.path / STAGE_FILE).is_file():
-            return chain_of_run(self.path.parent, stage=self._stage or self.path.name, base=self._base)
-        return chain_of_run(self.path, stage=self._stage, base=self._base)
 
     @cached_property
     def tokenizer_from(self) -> Path:
@@ -132,21 +103,13 @@ class Weights:
             UserError: they cannot be loaded.
         """
         if self._chat is None:
-            from .. import chat
+            from ..chat import Chat
+            from ..model.loaded import live_of, open_live
 
-            if self._adapters:
-                from ..model.loaded import open_live
-
-                live = open_live(adapters=self._adapters, base=self._base, chat_template=self._chat_template)
-                self._chat = chat.Chat(live)
+            if self.chain is None:
+                self._chat = Chat(open_live(self.path, chat_template=self._chat_template))
             else:
-                settings: dict[str, Any] = {"base": self._base} if self._base is not None else {}
-                if self._chat_template != "auto":
-                    settings["chat_template"] = self._chat_template
-                path = self.path
-                if self.chain is not None:  # the stage whose hashes are known, even if a later one has finished since
-                    path, settings["stage"] = self.chain.run, self.chain.stage
-                self._chat = chat.load_chat(path, **settings)
+                self._chat = Chat(live_of(self.chain, chat_template=self._chat_template))
         return self._chat
 
     def forget(self) -> None:
@@ -155,10 +118,9 @@ class Weights:
 
 
 def _identities(chain: Chain) -> dict[str, list[str]]:
-    """``Weights.models`` of a chain, under the names that ``LoadedModel`` gives them."""
-    from ..model.adapters import resolve_frozen_names
+    """``Weights.models`` of a chain."""
     from ..model.base import fingerprint
-    from ..model.loaded import BASE
+    from ..model.loaded import BASE, model_names
 
     name = chain.base["name_or_path"]
     known = chain.base.get("fingerprint")
@@ -166,9 +128,9 @@ def _identities(chain: Chain) -> dict[str, list[str]]:
         known = fingerprint(Path(name).expanduser())
     parts = [str(known if known is not None or chain.run is not None else f"{name}@{chain.base.get('revision')}")]
     models = {BASE: list(parts)}
-    for place, adapter in zip(resolve_frozen_names([a.path for a in chain.adapters]), chain.adapters):
+    for model, adapter in zip(model_names(chain), chain.adapters):
         parts.append(str(adapter.sha256))
-        models[place if place != BASE else f"{place}_adapter"] = list(parts)
+        models[model] = list(parts)
     return models
 
 
@@ -284,14 +246,14 @@ def _prepare(chat: Chat, question: Question) -> Any:
     return ids, Sampling(room, question.temperature, question.top_p, question.seed or 0)
 
 
-def open_local_models(specs: Sequence[EndpointSpec], known: Mapping[str, Weights]) -> list[Model]:
+def open_local_models(specs: Sequence[EndpointSpec], known: Mapping[str, Weights]) -> list[LocalModel]:
     """The models of local endpoints; those of one folder, or of a run and its last stage, share their weights.
 
     Args:
         known: ``path`` of an endpoint → weights that are open already.
     """
     opened: dict[str, Weights] = dict(known)
-    models: list[Model] = []
+    models: list[LocalModel] = []
     for spec in specs:
         assert spec.path is not None
         try:

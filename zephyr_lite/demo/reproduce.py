@@ -1,7 +1,7 @@
 """``zephyr-lite reproduce``: a recipe from its first step to its row in the table of results.
 
-Every part is a command as a user gives it, in a process of its own. What is finished is not done again, so the same command
-goes on wherever it was stopped.
+Every part is a command as a user types it, in a process of its own. Finished parts are not repeated, so the same command
+resumes an interrupted reproduction.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config.load import RunConfig, load_config
+from ..config.load import Method, RunConfig, load_config
 from ..data.opening import open_source
 from ..errors import Interrupted, UserError
 from ..evaluate.rows import stage_config
@@ -27,28 +28,27 @@ from .smoke import DISK_RESERVE, merged_bytes
 
 Say = Callable[[str], None]
 # name → the configurations of its stages
-RECIPES = {
+RECIPES: dict[str, dict[Method, str]] = {
     "overnight": {"sft": "zephyr-7b/overnight-sft", "dpo": "zephyr-7b/overnight-dpo"},
     "full": {"sft": "zephyr-7b/sft", "dpo": "zephyr-7b/dpo"},
 }
-# what the recipe decides
-PLACED = ("output_dir", "adapters", "stage")
-
+PLACED = ("output_dir", "adapters", "stage")  # keys that the recipe decides
+# keys that do not change the result
+NEUTRAL = {*PLACED, "sync", "report_to", "push_to_hub", "samples", "sample_tokens", "save_steps", "save_total_limit"}
 FORMAT = 1
-# stands before the table in the README
-MARKER = "<!-- results -->"
+MARKER = "<!-- results -->"  # before the table in the README
 HEADER = (
     "| who | card | base | recipe | hours sft + dpo | tokens/s | pairs/s | peak GiB | eval loss base → sft → dpo "
     "| preference accuracy | version |"
 )
 RULE = "|" + "---|" * (HEADER.count("|") - 1)
-STAGES = ("sft", "dpo")
-KEYS_NAMED = 4  # of those that differ from the recipe
+STAGES: tuple[Method, ...] = ("sft", "dpo")
+KEYS_NAMED = 4  # number of changed keys that the row names
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reproduction:
-    """A recipe and where it goes.
+    """A recipe and its run.
 
     Attributes:
         recipe: its name in ``RECIPES``.
@@ -64,14 +64,19 @@ class Reproduction:
     judge: str | None = None
     who: str = "anonymous"
 
+    @cached_property
+    def configs(self) -> dict[Method, RunConfig]:
+        """Stage → its configuration; raises a UserError for a key that does not fit."""
+        place = f"output_dir={self.run}"
+        return {s: load_config(s, f, [place, *self.words[s]]).config for s, f in RECIPES[self.recipe].items()}
+
     def commands(self) -> list[tuple[str, list[str]]]:
-        """(part, command) in the order of their work."""
-        run, files = str(self.run), RECIPES[self.recipe]
-        found = [
+        """(part, command) in the order of their execution."""
+        run, dpo = str(self.run), str(self.run / "dpo")
+        found: list[tuple[str, list[str]]] = [
             (method, [method, "--config", file, f"output_dir={run}", *self.words[method]])
-            for method, file in files.items()
+            for method, file in RECIPES[self.recipe].items()
         ]
-        dpo = str(self.run / "dpo")
         found += [
             ("merge", ["merge", "--run", run, "--stage", "dpo", "--out", str(self.run / "merged"), "--overwrite"]),
             ("loss", ["eval", "loss", dpo]),
@@ -85,7 +90,7 @@ class Reproduction:
 def plan_reproduction(
     recipe: str, words: Sequence[str] = (), *, out: Path | None = None, judge: str | None = None, who: str = "anonymous"
 ) -> Reproduction:
-    """Read what was asked for.
+    """Parse the command line.
 
     Args:
         words: ``key=value`` or ``--key value`` for both stages; ``sft.key=value`` and ``dpo.key=value`` for one.
@@ -99,41 +104,22 @@ def plan_reproduction(
     scoped = scopes(words)
     run = out or Path(load_config("sft", RECIPES[recipe]["sft"]).config.output_dir)
     chosen = Reproduction(recipe, run, scoped, judge, who)
-    chosen_configs(chosen)
+    assert set(chosen.configs) == set(STAGES)  # reads the keys, too
     return chosen
 
 
-def chosen_configs(chosen: Reproduction) -> dict[str, RunConfig]:
-    """Stage → its configuration.
-
-    Raises:
-        UserError: a key that does not fit.
-    """
-    files = RECIPES[chosen.recipe]
-    return {
-        "sft": load_config("sft", files["sft"], [f"output_dir={chosen.run}", *chosen.words["sft"]]).config,
-        "dpo": load_config("dpo", files["dpo"], [f"output_dir={chosen.run}", *chosen.words["dpo"]]).config,
-    }
-
-
 def changed(chosen: Reproduction) -> dict[str, Any]:
-    """Keys that are not the recipe's, with their values; those of one stage as ``STAGE.key``."""
-    files = RECIPES[chosen.recipe]
-    ours = chosen_configs(chosen)
-    plain = {"sft": load_config("sft", files["sft"]).config, "dpo": load_config("dpo", files["dpo"]).config}
-    # where a run lies and what is told of it changes nothing in it
-    skip = {*PLACED, "sync", "report_to", "push_to_hub", "samples", "sample_tokens", "save_steps", "save_total_limit"}
-    now = {stage: config.model_dump(mode="json") for stage, config in ours.items()}
-    then = {stage: config.model_dump(mode="json") for stage, config in plain.items()}
+    """Keys that differ from the recipe's, with their values; those of one stage as ``STAGE.key``."""
+    now = {stage: config.model_dump(mode="json") for stage, config in chosen.configs.items()}
+    then = {s: load_config(s, file).config.model_dump(mode="json") for s, file in RECIPES[chosen.recipe].items()}
     found: dict[str, Any] = {}
-    for key in (key for key in RunConfig.model_fields if key not in skip):
+    for key in (key for key in RunConfig.model_fields if key not in NEUTRAL):
         values = {stage: now[stage][key] for stage in now if now[stage][key] != then[stage][key]}
         if len(values) == 2 and values["sft"] == values["dpo"]:
             found[key] = values["sft"]
         else:
             found.update({f"{stage}.{key}": value for stage, value in values.items()})
-    # the base of DPO is that of the stage below
-    found.pop("dpo.model_name_or_path", None)
+    found.pop("dpo.model_name_or_path", None)  # DPO has the base of the stage below
     return found
 
 
@@ -151,8 +137,7 @@ def scopes(words: Sequence[str]) -> dict[str, list[str]]:
             word = f"{word}={rest.pop(0)}"
         word = word.lstrip("-")
         stage, dot, own = word.partition(".")
-        # a key's dots come before the =, and so do a stage's
-        one = bool(dot) and stage in scoped and "=" not in stage
+        one = bool(dot) and stage in scoped
         word = own if one else word
         key = word.split("=")[0].split(".")[0].replace("-", "_")
         if key in PLACED:
@@ -163,21 +148,21 @@ def scopes(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def run_reproduction(chosen: Reproduction, *, say: Say, run: Callable[..., Ended] = child) -> dict[str, Any]:
-    """Do what is not done yet, and write ``results.json`` into the run's folder.
+    """Run the parts that are not done yet, and write ``results.json`` into the run's folder.
 
     Args:
-        run: starts a command and waits for it (``child.child``).
+        run: starts a command and waits for it.
 
     Returns:
-        what ``results.results`` found, with the row.
+        the content of results.json.
 
     Raises:
         UserError: a part failed.
-        Interrupted: a signal came.
+        Interrupted: by a signal.
     """
-    for config in chosen_configs(chosen).values():
+    for config in chosen.configs.values():
         for spec in [*config.dataset, *config.eval_dataset]:
-            open_source(spec)  # one that is missing would otherwise be found out after hours
+            open_source(spec)  # a missing one would otherwise be found hours later
     commands = chosen.commands()
     found: dict[str, Any] = {}
     for number, (part, words) in enumerate(commands, 1):
@@ -195,35 +180,26 @@ def run_reproduction(chosen: Reproduction, *, say: Say, run: Callable[..., Ended
                     f"`zephyr-lite {' '.join(words[:2])}` ended with exit code {ended.code}; see the error above.",
                     "After fixing it, the same command resumes from there.",
                 )
-        if part in ("preference", "mt-bench"):  # what follows may fail, and takes nothing of this away
-            found = write_results(chosen)
+        if part in ("preference", "mt-bench"):  # a later part may fail
+            found = results(chosen)
+            write_json(chosen.run / "results.json", found)
     say(f"{chosen.run / 'results.json'} holds the results; the row for the table in the README:")
     for line in (HEADER, RULE, found["row"]):
         say(line)
     return found
 
 
-def write_results(chosen: Reproduction) -> dict[str, Any]:
-    """``results.json`` of what is there."""
-    found = results(chosen.run, recipe=chosen.recipe, changed=changed(chosen), who=chosen.who)
-    merged = chosen.run / "merged"
-    found["merged"] = str(merged) if merged_from(merged, chosen.run) else None
-    found["row"] = row(found)
-    write_json(chosen.run / "results.json", found)
-    return found
-
-
 def done(chosen: Reproduction, part: str) -> str | None:
-    """Why a part has nothing to do, or None. The stages' own commands know whether they are complete, and with what keys."""
+    """Why a part has nothing to do, or None. The commands of the stages check by themselves whether they are complete."""
     stage = StageDir(chosen.run / "dpo")
     if part in ("loss", "preference", "mt-bench"):
-        return f"{part} is there already" if evaluation(stage, part) is not None else None
+        return f"{part} is done already" if evaluation(stage, part) is not None else None
     if part != "merge":
         return None
     merged = chosen.run / "merged"
     if merged_from(merged, chosen.run):
-        return f"{merged} is that already"
-    size, free = merged_bytes(chosen_configs(chosen)["sft"]), shutil.disk_usage(chosen.run).free
+        return f"{merged} is done already"
+    size, free = merged_bytes(chosen.configs["sft"]), shutil.disk_usage(chosen.run).free
     if free < size + DISK_RESERVE:
         return (
             f"left out: the model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free for {merged}; "
@@ -237,70 +213,54 @@ def command_line(words: Sequence[str]) -> str:
     return shlex.join(["zephyr-lite", *words])
 
 
-def results(run: Path, *, recipe: str, changed: dict[str, Any], who: str) -> dict[str, Any]:
-    """Everything that the run's files say of it.
-
-    Args:
-        run: with both stages complete and evaluated.
-        recipe: its name.
-        changed: keys that are not the recipe's, with their values.
-        who: ran it.
-
-    Raises:
-        UserError: a stage is not complete, or was not evaluated.
-    """
-    stages = {name: StageDir(run / name) for name in STAGES}
-    infos: dict[str, dict[str, Any]] = {}
-    for name, stage in stages.items():
-        if not stage.complete():
-            raise UserError(f"{stage.path} is not complete.", "Start the same command again.")
-        infos[name] = stage.info() or {}
-    evaluated = {kind: evaluation(stages["dpo"], kind) for kind in ("loss", "preference")}
-    for kind, found in evaluated.items():
-        if found is None:
-            raise UserError(f"{run}: there is no `eval {kind}` of its stage dpo.", "Start the same command again.")
-    assert evaluated["loss"] is not None and evaluated["preference"] is not None
-    losses = {name: model["loss"] for name, model in evaluated["loss"]["models"].items()}
-    against = evaluated["preference"]["comparisons"][0]
-    return {
+def results(chosen: Reproduction) -> dict[str, Any]:
+    """The content of results.json, from the files of a run whose stages are complete and evaluated."""
+    stages = {name: StageDir(chosen.run / name) for name in STAGES}
+    infos = {name: stage.info() or {} for name, stage in stages.items()}
+    loss, preference = (evaluation(stages["dpo"], kind) for kind in ("loss", "preference"))
+    assert loss is not None and preference is not None
+    against = preference["comparisons"][0]
+    merged = chosen.run / "merged"
+    found: dict[str, Any] = {
         "format": FORMAT,
-        "recipe": recipe,
-        "changed": changed,
-        "who": who,
+        "recipe": chosen.recipe,
+        "changed": changed(chosen),
+        "who": chosen.who,
         "machines": machines(list(infos.values())),
         "base": infos["sft"]["base"],
         "versions": infos["dpo"]["versions"],
-        **{name: _stage(stages[name], infos[name]) for name in STAGES},
-        "eval_loss": {"rows": evaluated["loss"]["data"]["rows"], "models": losses},
+        "sft": _stage(stages["sft"], infos["sft"]),
+        "dpo": _stage(stages["dpo"], infos["dpo"]),
+        "eval_loss": {
+            "rows": loss["data"]["rows"],
+            "models": {name: model["loss"] for name, model in loss["models"].items()},
+        },
         "preference": {
-            "rows": evaluated["preference"]["data"]["rows"],
+            "rows": preference["data"]["rows"],
             "against": against["against"],
             "accuracy": against["accuracy"],
             "margin_nats": against["margin_nats"],
         },
         "mt_bench": (evaluation(stages["dpo"], "mt-bench") or {}).get("models"),
+        "merged": str(merged) if merged_from(merged, chosen.run) else None,
     }
+    return {**found, "row": row(found)}
 
 
 def evaluation(stage: StageDir, kind: str) -> dict[str, Any] | None:
-    """What ``zephyr-lite eval KIND`` wrote of a stage; None where it did not, or of another adapter than is there now.
+    """The result of ``zephyr-lite eval KIND`` on a stage; None if there is none, or one of another adapter.
 
     Raises:
-        UserError: the file is no JSON object.
+        UserError: the file is not a JSON object.
     """
-    found = read_json(stage.path / "eval" / f"{kind}.json")
-    return found if found is not None and same_adapter(found, stage) else None
-
-
-def same_adapter(found: dict[str, Any], stage: StageDir) -> bool:
-    """Whether a result or a merged model (its ``adapters``) is of the stage as it is now."""
-    adapters = found.get("adapters")
+    found = read_json(stage.path / "eval" / f"{kind}.json") or {}
     own = ((stage.info() or {}).get("own") or {}).get("sha256")
-    return bool(own) and isinstance(adapters, list) and bool(adapters) and adapters[-1].get("sha256") == own
+    adapters = found.get("adapters") or [{}]
+    return found if own and adapters[-1].get("sha256") == own else None
 
 
 def machines(infos: list[dict[str, Any]]) -> list[str]:
-    """The cards that the stages were trained on; without one, how many threads of a CPU."""
+    """The cards that the stages were trained on; of a CPU, the number of threads."""
     found = []
     for info in infos:
         for machine in [info["machine"], *(start["machine"] for start in info.get("resumed", []))]:
@@ -317,8 +277,6 @@ def _stage(stage: StageDir, info: dict[str, Any]) -> dict[str, Any]:
     """Hours, speed and memory of a stage, over all processes that worked on it."""
     records = [json.loads(line) for line in stage.metrics.read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "loss" in record and record.get("seconds")]
-    if not steps:
-        raise UserError(f"{stage.metrics}: holds no step.", "Restore the file.")
     seconds = statistics.fmean(record["seconds"] for record in steps) * info["result"]["steps"]
     unit = "num_pairs" if any("num_pairs" in record for record in steps) else "num_tokens"
     rate = sum(record.get(unit, 0.0) for record in steps) / sum(record["seconds"] for record in steps)
@@ -337,26 +295,21 @@ def _stage(stage: StageDir, info: dict[str, Any]) -> dict[str, Any]:
 
 def row(found: dict[str, Any]) -> str:
     """The line for the README's table."""
-    hours = [_hours(found[name]["step_hours"]) for name in STAGES]
-    names = list(found["eval_loss"]["models"])
+    hours = [found[name]["step_hours"] for name in STAGES]
     cells = [
         found["who"],
         " + ".join(found["machines"]),
         found["base"]["name_or_path"].rstrip("/").rsplit("/", 1)[-1],
         _recipe(found["recipe"], list(found["changed"])),
-        " + ".join(hours),
+        " + ".join(f"{value:.1f}" if value >= 0.95 else f"{value:.2f}" for value in hours),
         f"{found['sft']['tokens_per_second']:,.0f}",
         f"{found['dpo']['pairs_per_second']:,.2f}",
         f"{max(found[name]['peak_gib'] for name in STAGES):.1f}",
-        " → ".join(f"{found['eval_loss']['models'][name]['value']:.3f}" for name in names),
+        " → ".join(f"{loss['value']:.3f}" for loss in found["eval_loss"]["models"].values()),
         f"{found['preference']['accuracy']['value']:.3f}",
         found["versions"]["zephyr-lite"],
     ]
     return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:.1f}" if hours >= 0.95 else f"{hours:.2f}"
 
 
 def _recipe(name: str, keys: list[str]) -> str:

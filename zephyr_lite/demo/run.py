@@ -5,20 +5,21 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..chat import load_chat
-from ..config.load import DatasetSpec, RunConfig, load_config
+from ..config.load import DatasetSpec, Method, RunConfig, load_config
 from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
-from ..evaluate.likelihood import chat_loss, pair_logps
+from ..evaluate.likelihood import chat_loss, row_logps
 from ..io.atomic import file_aside, make_folder, sweep, write_json
 from ..io.lock import alone
 from ..io.run_dir import StageDir
-from ..merge import MergeReport, merge
+from ..merge import merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
 from ..monitor.report_writer import ReportWriter
@@ -34,11 +35,11 @@ Say = Callable[[str], None]
 
 @dataclass
 class Standing:
-    """Where one model of the three stands on the held-out rows.
+    """Scores of one of the three models on the held-out rows.
 
     Attributes:
         loss: mean over the assistant's tokens of the held-out conversations.
-        preference_accuracy: share of held-out pairs whose better answer is the likelier one, by mean log-probability a
+        preference_accuracy: share of held-out pairs whose better answer is the likelier one, by mean log-probability per
             token (the sum would favour the shorter answer).
         dodging: share of its own answers to the held-out prompts that retreat behind being a machine.
         prefers_dodge: share of the held-out prompts on which a dodging completion is likelier than the best one.
@@ -54,11 +55,10 @@ class Standing:
 
 @dataclass
 class DemoResult:
-    """What the demo found: a standing a model, the implicit reward's held-out accuracy, seconds a part."""
+    """Scores of each model, the implicit reward's held-out accuracy, and the seconds of each part."""
 
     standings: dict[str, Standing]
     reward_accuracy: float
-    merged: MergeReport
     seconds: dict[str, float]
 
 
@@ -70,10 +70,10 @@ def run_demo(
     base: Path | None = None,
     overrides: Sequence[str] = (),
 ) -> DemoResult:
-    """dSFT, dDPO, merge, and what came of it.
+    """dSFT, dDPO, merge, and the scores of the three models, which are also written to ``out/demo.json``.
 
     Args:
-        out: the run's folder; ``out/merged`` is the model. What is finished there already is not done again.
+        out: the run's folder; ``out/merged`` is the model. Finished stages are not repeated.
         base: another base than SmolLM2-135M.
         overrides: ``key=value`` words for both stages.
 
@@ -90,14 +90,25 @@ def _demo(
 ) -> DemoResult:
     seconds: dict[str, float] = {}
 
-    def timed(name: str, work: Callable[[], Any]) -> Any:
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
         begun = time.perf_counter()
-        try:
-            return work()
-        finally:
-            seconds[name] = round(time.perf_counter() - begun, 1)
+        yield
+        seconds[name] = round(time.perf_counter() - begun, 1)
 
-    folder = timed("base", lambda: base or demo_base())
+    def train(run: Callable[..., Any], method: Method, rows: Path, held_out: Path) -> None:
+        data = [f"dataset.path={rows}", f"eval_dataset.path={held_out}"]
+        words = [f"model_name_or_path={folder}", f"output_dir={out}", *data, *overrides]
+        loaded = load_config(method, str(Path(__file__).with_name(f"{method}.yaml")), words)
+        with timed(method):
+            try:
+                run(loaded, say=say, on_metrics=on_metrics, observers=[ReportWriter(say)])
+            except StageComplete as done:
+                say(done.message)
+        gc.collect()  # the stage's base must be freed before the next one is planned and loaded
+
+    with timed("base"):
+        folder = base or demo_base()
     sweep(out)
     if (
         any(not path.name.startswith(".") for path in out.iterdir())
@@ -107,74 +118,30 @@ def _demo(
         raise UserError(f"{out} exists and is not a run of the demo.", "Choose another folder with --out.")
     train_pairs, test_pairs = _write_pairs(out / "data", say)
     dodge_pairs = _write_dodges(out / "data")
-    common = [f"model_name_or_path={folder}", f"output_dir={out}"]
     say("[1/4] dSFT: conversations")
-    _stage(
-        run_sft,
-        load_config(
-            "sft",
-            str(Path(__file__).with_name("sft.yaml")),
-            [*common, f"dataset.path={CONVERSATIONS}", f"eval_dataset.path={CONVERSATIONS_TEST}", *overrides],
-        ),
-        timed,
-        say,
-        on_metrics,
-    )
+    train(run_sft, "sft", CONVERSATIONS, CONVERSATIONS_TEST)
     say("[2/4] dDPO: preferences")
-    _stage(
-        run_dpo,
-        load_config(
-            "dpo",
-            str(Path(__file__).with_name("dpo.yaml")),
-            [*common, f"dataset.path={train_pairs}", f"eval_dataset.path={test_pairs}", *overrides],
-        ),
-        timed,
-        say,
-        on_metrics,
-    )
+    train(run_dpo, "dpo", train_pairs, test_pairs)
     say("[3/4] merge")
     chain = chain_of_run(out)
-    merged = timed(
-        "merge",
-        lambda: merge(
+    with timed("merge"):
+        merged = merge(
             folder,
             chain.adapters,
             out / "merged",
             tokenizer_from=chain.tokenizer_from,
             lineage=chain.lineage(),
             overwrite=True,
-        ),
-    )
+        )
     for line in merged.lines():
         say(line)
     say("[4/4] answers and held-out rows: base, SFT, DPO")
-    standings = timed("answers", lambda: _standings(out, test_pairs, dodge_pairs))
+    with timed("answers"):
+        standings = _standings(out, test_pairs, dodge_pairs)
     info = StageDir(out / "dpo").info() or {}
-    reward_accuracy = info["result"]["evaluations"][-1]["eval_rewards/accuracies"]
-    result = DemoResult(standings, reward_accuracy, merged, seconds)
-    write_json(
-        out / "demo.json",
-        {
-            "standings": {k: asdict(v) for k, v in standings.items()},
-            "questions": list(QUESTIONS),
-            "reward_accuracy": reward_accuracy,
-            "seconds": seconds,
-        },
-    )
+    result = DemoResult(standings, info["result"]["evaluations"][-1]["eval_rewards/accuracies"], seconds)
+    write_json(out / "demo.json", {**asdict(result), "questions": list(QUESTIONS)})
     return result
-
-
-def _stage(run: Callable[..., Any], loaded: Any, timed: Callable[..., Any], say: Say, on_metrics: Any) -> None:
-    """Train a stage; one that an earlier demo finished is taken as it is."""
-
-    def work() -> None:
-        try:
-            run(loaded, say=say, on_metrics=on_metrics, observers=[ReportWriter(say)])
-        except StageComplete as done:
-            say(done.message)
-
-    timed(loaded.config.stage, work)
-    gc.collect()  # the stage's base must be gone before the next one is planned and loaded
 
 
 def _write_pairs(folder: Path, say: Say) -> tuple[Path, Path]:
@@ -195,18 +162,16 @@ def _write_pairs(folder: Path, say: Say) -> tuple[Path, Path]:
 
 
 def _write_dodges(folder: Path) -> Path:
-    """Of the held-out prompts, the best completion against each one that dodges."""
+    """Pairs of the held-out prompts: the best completion against each one that dodges."""
     path = folder / "test_dodges.jsonl"
-    lines = []
-    for line in FEEDBACK_TEST.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        best = max(row["completions"], key=lambda c: c["overall_score"])
-        for other in row["completions"]:
-            if dodges(other["response"]):
-                pair = {"prompt": row["instruction"], "chosen": best["response"], "rejected": other["response"]}
-                lines.append(json.dumps(pair) + "\n")
     with file_aside(path) as file:
-        file.writelines(lines)
+        for line in FEEDBACK_TEST.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            best = max(row["completions"], key=lambda c: c["overall_score"])
+            for other in row["completions"]:
+                if dodges(other["response"]):
+                    pair = {"prompt": row["instruction"], "chosen": best["response"], "rejected": other["response"]}
+                    file.write(json.dumps(pair) + "\n")
     return path
 
 
@@ -214,9 +179,12 @@ def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Stan
     """Base, SFT and DPO from one loaded base, by its adapters."""
     chat = load_chat(out / "dpo")
     config = RunConfig(max_length=1024)
-    conversations = prepare([DatasetSpec(path=str(CONVERSATIONS_TEST))], "sft", config, chat.template, what="held-out")
-    pairs = prepare([DatasetSpec(path=str(test_pairs))], "dpo", config, chat.template, what="held-out")
-    dodging = prepare([DatasetSpec(path=str(dodge_pairs))], "dpo", config, chat.template, what="held-out")
+
+    def rows(file: Path, method: Method) -> TokenizedDataset:
+        return prepare([DatasetSpec(path=str(file))], method, config, chat.template, what="held-out")
+
+    conversations = rows(CONVERSATIONS_TEST, "sft")
+    pairs, dodging = rows(test_pairs, "dpo"), rows(dodge_pairs, "dpo")
     prompts = [json.loads(line)["prompt"] for line in test_pairs.read_text(encoding="utf-8").splitlines()]
     result = {}
     for name, adapters in (("base", []), ("SFT", chat.adapters[:1]), ("DPO", chat.adapters)):
@@ -234,5 +202,5 @@ def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Stan
 
 
 def _preference_accuracy(decoder: Decoder, data: TokenizedDataset) -> float:
-    means = pair_logps(decoder, data).means()
+    means = row_logps(decoder, data).means()
     return (means[:, 0] > means[:, 1]).double().mean().item()

@@ -1,7 +1,7 @@
 """``--smoke``: twenty steps, a kill, a resume, a merge and an answer with the user's configuration, in minutes.
 
-Everything is written to ``NAME-smoke`` beside the run, which is not touched. Every part is a command as a user types it, in
-its own process, and the kill is a real SIGKILL.
+Everything is written to ``NAME-smoke`` next to the run, which is not touched. Every part is a command as a user types it,
+in its own process, and the kill is a SIGKILL.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ..errors import Interrupted, UserError
 from ..evaluate.rows import stage_config
 from ..io.atomic import file_aside, make_folder, remove_tree, write_json, write_text
 from ..io.lock import LOCK_FILE, alone
-from ..io.run_dir import StageDir, read_json
+from ..io.run_dir import StageDir
 from ..io.text import duration
 from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
@@ -130,51 +129,40 @@ class SmokeTest:
         self.parts: list[Part] = []
 
     def perform(self) -> list[Part]:
-        """All parts, then the outlook on the real run."""
+        """All parts, then the time and memory of the real run."""
         begun = time.monotonic()
         config, needs_sft = (self.loaded.config, False) if self.method == "sft" else on_what(self.loaded)
         if needs_sft:
-            with self._part("an SFT stage below") as (log, found):
-                below = stage_below(config, self.run, self.folder / "chosen.jsonl")
-                self._command(log, *self._training("sft", below))
-                found.append("on chosen answers; the run has none yet")
+            self._part("an SFT stage below", lambda log: self._train_below(log, config))
         words = self._training(self.method, small_stage(config, self.method, self.run))
-        with self._part(f"train, {KILLED_AFTER} steps") as (log, found):
-            first = self.stage.path / f"checkpoint-{KILLED_AFTER}"
-            ended = self.start(words, log=log, kill_when=first.is_dir)
-            if not ended.killed:
-                raise UserError(f"`zephyr-lite {words[0]}` ended with {_code(ended.code)}{_log_end(log)}")
-            found.append("killed there (SIGKILL), as by a power cut")
-        with self._part(f"resume to step {STEPS}") as (log, found):
-            self._command(log, *words)
-            found.append(self._resumed())
-        with self._part("merge") as (log, found):
-            found.append(self._merge(log, config))
-        with self._part("answer") as (log, found):
-            found.append(self._answer(log, config))
-        took = time.monotonic() - begun
-        verdict = [f"smoke test passed in {duration(took)}: everything works", *self._outlook(config)]
+        self._part(f"train, {KILLED_AFTER} steps", lambda log: self._train_and_kill(log, words))
+        self._part(f"resume to step {STEPS}", lambda log: self._resume(log, words))
+        self._part("merge", lambda log: self._merge(log, config))
+        self._part("answer", lambda log: self._answer(log, config))
+        took = duration(time.monotonic() - begun)
+        verdict = [f"smoke test passed in {took}: everything works", *self._outlook(config)]
         parts = [asdict(part) for part in self.parts]
         write_json(self.folder / MARK, {"status": "passed", "method": self.method, "parts": parts, "verdict": verdict})
-        remove_tree(self.folder / "merged")
-        for checkpoint in self.stage.checkpoints():
-            remove_tree(checkpoint)
+        for path in (self.folder / "merged", *self.stage.checkpoints()):
+            remove_tree(path)
         for line in [*table(self.parts), *verdict]:
             self.say(line)
         return self.parts
 
-    @contextmanager
-    def _part(self, name: str) -> Iterator[tuple[Path, list[str]]]:
-        """One part: the path of its log, and a list for its results.
+    def _part(self, name: str, work: Callable[[Path], str]) -> None:
+        """Run one part.
+
+        Args:
+            work: gets the path of the part's log, and returns its result in words.
 
         Raises:
-            UserError: what went wrong, with the part's name.
+            UserError: the part's error, with the part's name.
         """
         log = self.folder / "logs" / f"{len(self.parts) + 1}-{name.split(',')[0].replace(' ', '-')}.log"
         self.say(f"{name} …")
-        begun, found = time.monotonic(), list[str]()
+        begun = time.monotonic()
         try:
-            yield log, found
+            found = work(log)
         except UserError as error:
             for line in table(self.parts):
                 self.say(line)
@@ -183,28 +171,43 @@ class SmokeTest:
             raise UserError(
                 f"the smoke test failed at: {name}. {error.message}", f"{error.hint} {where}".strip()
             ) from None
-        self.parts.append(Part(name, round(time.monotonic() - begun, 1), "; ".join(found)))
+        self.parts.append(Part(name, round(time.monotonic() - begun, 1), found))
 
     def _training(self, method: Method, config: RunConfig) -> list[str]:
         file = self.folder / f"{method}.yaml"
         write_text(file, dump_config(config))
         return [method, "--config", str(file)]
 
-    def _command(self, log: Path, *words: str, **files: Path) -> None:
-        ended = self.start(words, log=log, **files)
-        if ended.code != 0:
-            raise UserError(f"`zephyr-lite {words[0]}` ended with {_code(ended.code)}{_log_end(log)}")
+    def _command(self, log: Path, *words: str, **options: Any) -> Ended:
+        """Run a command, which has to succeed, or to be killed by ``kill_when``."""
+        ended = self.start(words, log=log, **options)
+        if ended.killed if "kill_when" in options else ended.code == 0:
+            return ended
+        code = f"exit code {ended.code}" if ended.code >= 0 else f"signal {-ended.code}"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+        shown = "".join(f"\n  {line}" for line in lines[-LOG_LINES:])
+        raise UserError(f"`zephyr-lite {words[0]}` ended with {code}{shown}")
 
-    def _resumed(self) -> str:
-        """Check that the second process resumed from the checkpoint of the first; its losses in words."""
+    def _train_below(self, log: Path, config: RunConfig) -> str:
+        below = stage_below(config, self.run, self.folder / "chosen.jsonl")
+        self._command(log, *self._training("sft", below))
+        return "on chosen answers; the run has none yet"
+
+    def _train_and_kill(self, log: Path, words: list[str]) -> str:
+        checkpoint = self.stage.path / f"checkpoint-{KILLED_AFTER}"
+        self._command(log, *words, kill_when=checkpoint.is_dir)
+        return "killed there (SIGKILL), as by a power cut"
+
+    def _resume(self, log: Path, words: list[str]) -> str:
+        """Resume, and check that the second process continued from the checkpoint of the first."""
+        self._command(log, *words)
         info, records = self.stage.info() or {}, self._metrics()
         steps = [record["step"] for record in records if "loss" in record]
         losses = [record["loss"] for record in records if "loss" in record]
         began = [start["step"] for start in info.get("resumed", [])]
         assert info.get("status") == "complete" and steps == list(range(1, STEPS + 1)), (info.get("status"), steps)
         assert began and began[-1] >= KILLED_AFTER, began
-        if not all(math.isfinite(loss) for loss in losses):
-            bad = [step for step, loss in zip(steps, losses) if not math.isfinite(loss)]
+        if bad := [step for step, loss in zip(steps, losses) if not math.isfinite(loss)]:
             raise UserError(
                 f"the loss is not finite at steps {bad}.",
                 "Look at the rows (zephyr-lite data show), or lower learning_rate.",
@@ -213,13 +216,8 @@ class SmokeTest:
         if self.method == "dpo" and config.loss_type == "sigmoid" and not config.label_smoothing:
             assert config.engine != "fused" or abs(losses[0] - LN2) < 1e-3, f"first DPO loss {losses[0]}, not ln 2"
         held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
-        return ", ".join(
-            [
-                f"from checkpoint-{began[-1]}",
-                f"loss {losses[0]:.3f}, at the end {losses[-1]:.3f}",
-                f"held out {held_out[-1]:.3f}" if held_out else "nothing is held out",
-            ]
-        )
+        told = f"held out {held_out[-1]:.3f}" if held_out else "nothing is held out"
+        return f"from checkpoint-{began[-1]}, loss {losses[0]:.3f}, at the end {losses[-1]:.3f}, {told}"
 
     def _merge(self, log: Path, config: RunConfig) -> str:
         out = self.folder / "merged"
@@ -244,7 +242,7 @@ class SmokeTest:
 
     def _outlook(self, config: RunConfig) -> list[str]:
         """Memory, and the time of the real run at the measured speed."""
-        info, records = read_json(self.stage.path / "stage.json") or {}, self._metrics()
+        info, records = self.stage.info() or {}, self._metrics()
         lines = []
         if peaks := [record["peak_memory_gib"] for record in records if record.get("peak_memory_gib")]:
             lines.append(f"memory: {max(peaks):.1f} GiB at most")
@@ -262,15 +260,6 @@ def table(parts: Sequence[Part]) -> list[str]:
     """The parts, with seconds."""
     width = max((len(part.name) for part in parts), default=0)
     return [f"  {part.name:<{width}}  {part.seconds:6.0f} s  {part.found}" for part in parts]
-
-
-def _code(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"signal {-code}"
-
-
-def _log_end(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:] if log.is_file() else []
-    return "".join(f"\n  {line}" for line in lines)
 
 
 def small_stage(config: RunConfig, method: Method, run: Path, *, steps: int = STEPS) -> RunConfig:
@@ -309,7 +298,7 @@ def _few(spec: DatasetSpec, rows: int) -> DatasetSpec:
 
 
 def on_what(loaded: Loaded) -> tuple[RunConfig, bool]:
-    """A DPO stage's configuration with the adapters below it, and whether an SFT stage has to be made for it first."""
+    """A DPO stage's configuration with the adapters below it, and whether an SFT stage has to be trained first."""
     config = loaded.config
     if config.adapters:
         return config, False

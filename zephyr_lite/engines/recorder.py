@@ -72,7 +72,7 @@ class Recorder(TrainerCallback):
                 self.last = {key: value for key, value in record.items() if key != "step"}
                 if self.collapse is not None:
                     self.collapse.saw(record["step"], record)
-        self.left_out.watch.count = len(self.left_out.log.truncate(step))
+        self.left_out.count = len(self.left_out.log.truncate(step))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begun = time.perf_counter()
@@ -120,13 +120,14 @@ class Recorder(TrainerCallback):
         finite = finite_loss and not self.skips and math.isfinite(logs.get("grad_norm", 0.0))
         # accelerate's scaler does not tell its scale: every step before the first update counts as its search
         scale = 1.0 if self.stage.base.dtype == torch.float16 else None
-        outcome = self.left_out.watch.saw(applied=finite, finite_loss=finite_loss, scale=scale)
+        outcome = self.left_out.kind(applied=finite, finite_loss=finite_loss, scale=scale)
+        self.left_out.count_step(outcome)
         if not finite_loss:
             self.trainer._tr_loss.zero_()  # transformers subtracts what was logged, which is not a number
         if outcome == "bad":
             where = [data.examples[example].where for row in rows for example in data.rows[row]]
             named = self.left_out.add(step, logs, where, alone=None)
-            if self.left_out.watch.in_a_row == IN_A_ROW:
+            if self.left_out.in_a_row == IN_A_ROW:
                 raise self.left_out.error(step, named, "The last checkpoint is untouched.")
         elif outcome == "applied" and self.collapse is not None and (warning := self.collapse.saw(step, logs)):
             self.say(warning)

@@ -117,7 +117,7 @@ def train_on_trl(
         recorder.last,
         best,
         time.perf_counter() - started,
-        recorder.left_out.watch.count,
+        recorder.left_out.count,
         recorder.evaluations,
         recorder.warnings,
         stop.name,

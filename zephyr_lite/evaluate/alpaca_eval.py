@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 import re
 from collections import Counter
@@ -22,25 +21,26 @@ from ..client.endpoints import Message
 from ..errors import UserError
 from ..io.atomic import make_folder, write_text
 from .alpaca_files import Annotation, Output, read_difficulty, read_outputs
-from .alpaca_scores import Alpaca, difference, difficulty_of, has_verdict, notes_on, rates
+from .alpaca_scores import difference, difficulty_of, has_verdict, notes_on, rates
 from .judge import (
     JUDGE_TRIES,
     Answering,
-    Asked,
     Bounds,
+    Judged,
     JudgedConfig,
     ask_all,
-    choose_judge,
     differences,
+    framed,
+    head_of_weights,
+    judge_of,
     judge_request,
     part_name,
-    refuse_no_judge,
     refuse_unused,
     results_folder,
     settings_of_result,
     who_answers,
-    write_judged,
 )
+from .results import write_result
 
 KIND = "alpaca"
 COMMAND = f"eval {KIND}"
@@ -82,12 +82,9 @@ def judge_messages(instruction: str, baseline: str, model: str, swapped: bool) -
     """The request that compares two answers."""
     first, second = (model, baseline) if swapped else (baseline, model)
     parts = (("instruction", instruction), ("answer A", first), ("answer B", second))
-    # an answer cannot forge the mark of its end, which depends on the answer
-    mark = hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=4).hexdigest()
-    shown = "\n\n".join(f"<<{mark} {title}>>\n{text}\n<<{mark} end>>" for title, text in parts)
     asked = (
         "Which of the two answers does better what the instruction asks? Weigh whether it follows the instruction, "
-        f"whether it is right, and whether it helps.\n\n{shown}\n\nFirst write one to three sentences that compare the "
+        f"whether it is right, and whether it helps.\n\n{framed(parts)}\n\nFirst write one to three sentences that compare the "
         "two. Then, on a line of its own, give your verdict between double square brackets: [[A]] or [[B]] for the "
         f"better answer, [[{_TIE}]] only if neither is better."
     )
@@ -121,7 +118,7 @@ class Baseline:
         whole: number of rows of the file.
         given: generator → {instruction's key: answer}, of --outputs.
         difficulty: {row's index: difficulty}, or None.
-        silent: instructions that --outputs have no answer to.
+        silent: number of instructions that --outputs has no answer to.
     """
 
     rows: list[Output]
@@ -161,7 +158,7 @@ def prepare(config: AlpacaConfig) -> tuple[Baseline, Answering, Path]:
     Raises:
         UserError: no judge, no file, no such model, no chat template, no place for the result.
     """
-    refuse_no_judge(config)
+    judge = judge_of(config)
     rows, path = read_outputs(config.instructions)
     baseline = Baseline(rows, len(rows), path)
     if config.limit is not None and config.limit < len(rows):
@@ -169,7 +166,7 @@ def prepare(config: AlpacaConfig) -> tuple[Baseline, Answering, Path]:
         baseline.rows = [rows[place] for place in kept]
     if config.difficulty is not None:
         baseline.difficulty = read_difficulty(Path(config.difficulty))
-        difficulty_of(baseline.difficulty, [o.index for o in baseline.rows], config.difficulty)
+        difficulty_of(baseline.difficulty, [o.index for o in baseline.rows])
     if config.outputs is None:
         answering = who_answers(config, config.temperature)
         return baseline, answering, results_folder(config, answering)
@@ -184,7 +181,7 @@ def prepare(config: AlpacaConfig) -> tuple[Baseline, Answering, Path]:
         raise UserError(f"{place}: answers none of the instructions of {path}.", "Are these AlpacaEval's outputs?")
     baseline.silent = len(baseline.rows) - len(answered)
     baseline.rows, baseline.given = answered, {given[0].generator: answers}
-    answering = Answering({}, None, choose_judge(config, ()))
+    answering = Answering({}, None, judge)
     return baseline, answering, results_folder(config, answering)
 
 
@@ -194,59 +191,68 @@ def run_alpaca(
     answering: Answering,
     folder: Path,
     meter: Meter,
-    *,
     say: Callable[[str], None],
-    back_off: float = 1.0,
-) -> Alpaca:
+) -> Judged:
     """Answer and compare: ``folder``/alpaca.json, and in ``folder``/alpaca the job, with each model's outputs and
     annotations in AlpacaEval's form.
 
     Args:
         baseline, answering, folder: of ``prepare``.
-        back_off: of ``open_client``.
 
     Raises:
         UserError: the job's folder holds something else, an endpoint cannot answer at all, or there is no verdict.
     """
-    assert answering.judge is not None
     job = folder / KIND
     names = [*answering.specs, *baseline.given]
-    items = [(model, row) for model in names for row in baseline.rows]
 
-    async def work(client: ModelClient, item: tuple[str, Output]) -> Compared:
-        return await _compare(client, config, answering, baseline, *item)
+    async def work(client: ModelClient, model: str, row: Output) -> Compared:
+        return await _compare(client, config, answering, baseline, model, row)
 
-    asked = ask_all(config, answering, job, COMMAND, items, work, meter, say, back_off)
-    done = {name: [(row, one) for (model, row), one in asked.results if model == name] for name in names}
-    annotations = {
-        name: [_annotation(row, name, one, answering.judge.name) for row, one in pairs if one.output is not None]
-        for name, pairs in done.items()
-    }
+    asked = ask_all(config, answering, job, COMMAND, names, baseline.rows, work, meter, say)
     ending = part_name(len(baseline.rows), baseline.whole)
-    _write_texts(job / ending[1:] if ending else job, done, answering.judge.name)
-    models = {
-        name: {
-            **rates(rows, baseline.difficulty),
-            "n_not_answered": sum(one.output is None for _, one in done[name]),
-        }
-        for name, rows in annotations.items()
-        if has_verdict(rows)
-    }
+    annotations: dict[str, list[Annotation]] = {}
+    models: dict[str, dict[str, Any]] = {}
+    for name, slug in slugs(names).items():
+        done = asked.results[name]
+        annotations[name] = _write_texts(job / ending[1:] / slug, name, done, answering.judge.name)
+        if has_verdict(annotations[name]):
+            models[name] = {
+                **rates(annotations[name], baseline.difficulty),
+                "n_not_answered": sum(one.output is None for _, one in done),
+                "answers_cut_at_max_tokens": sum(one.cut for _, one in done),
+                "why_left_out": dict(Counter(one.why for _, one in done if one.preference is None)),
+            }
     if not models:
-        why = Counter(one.why for _, one in asked.results if one.why).most_common(3)
-        reasons = [*(f"{reason} ({count})" for reason, count in why), asked.budget_message]
-        raise UserError(f"{job}: there is no verdict: {'; '.join(filter(None, reasons))}", asked.hint())
-    body = _body(config, baseline, answering, asked, models, done, annotations)
-    result = Alpaca(models, body, asked.unfinished("comparisons"))
+        reasons = [one.why for done in asked.results.values() for _, one in done]
+        raise asked.no_result(f"{job}: there is no verdict", reasons)
+    texts = json.dumps([[row.instruction, row.output] for row in baseline.rows])
+    body = {
+        "models": models,
+        "differences": differences(answering, models, lambda a, b: difference(annotations[a], annotations[b])),
+        "settings": {
+            **settings_of_result(answering, "this project's own", config.seed),
+            "baseline": baseline.rows[0].generator,
+            "temperature": {name: spec.temperature for name, spec in answering.specs.items()},
+        },
+        "data": {
+            "instructions": str(baseline.path),
+            "asked_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+            "asked": len(baseline.rows),
+            "of": baseline.whole,
+        },
+        "notes": [NOTE, *notes_on(models, baseline.difficulty is not None)],
+        "spent": asked.totals.as_dict(),
+    }
+    result = Judged(models, body, asked.unfinished("comparisons"))
     if not asked.unreached:
-        result.files.append(write_judged(folder, KIND + ending, body, answering, config.chat_template))
+        head = head_of_weights(answering.weights, config.chat_template)
+        result.files.append(write_result(folder, KIND + ending, body, head))
     return result
 
 
 async def _compare(
     client: ModelClient, config: AlpacaConfig, answering: Answering, baseline: Baseline, model: str, row: Output
 ) -> Compared:
-    assert answering.judge is not None
     cut = False
     if model in baseline.given:
         output = baseline.given[model][row.key]
@@ -270,22 +276,8 @@ async def _compare(
     return Compared(output, preference, text, cut)
 
 
-def _annotation(row: Output, model: str, one: Compared, annotator: str) -> Annotation:
-    return Annotation(
-        index=row.index,
-        instruction=row.instruction,
-        output_1=row.output,
-        output_2=str(one.output),
-        generator_1=row.generator,
-        generator_2=model,
-        annotator=annotator,
-        preference=math.nan if one.preference is None else one.preference,
-    )
-
-
 def dry_run_lines(baseline: Baseline, answering: Answering) -> list[str]:
     """Upper bounds of what a job costs."""
-    assert answering.judge is not None
     bounds = Bounds(answering)
     for row in baseline.rows:
         for model, spec in answering.specs.items():
@@ -298,35 +290,30 @@ def dry_run_lines(baseline: Baseline, answering: Answering) -> list[str]:
     return bound_lines(bounds.of, answering.endpoints())
 
 
-# -- files -----------------------------------------------------------------------------------------------------------
-
-Done = dict[str, list[tuple[Output, Compared]]]
-
-
-def _write_texts(job: Path, done: Done, annotator: str) -> None:
-    for model, slug in slugs(list(done)).items():
-        rows = [(row, one) for row, one in done[model] if one.output is not None]
-        outputs = [
-            {"dataset": row.dataset, "instruction": row.instruction, "output": one.output, "generator": model}
-            for row, one in rows
-        ]
-        annotations = [
-            {
-                "dataset": row.dataset,
-                "instruction": row.instruction,
-                "output_1": row.output,
-                "generator_1": row.generator,
-                "output_2": one.output,
-                "generator_2": model,
-                "annotator": annotator,
-                "preference": one.preference,
-                "raw_completion": one.why,
-            }
-            for row, one in rows
-        ]
-        make_folder(job / slug)
-        for name, value in ((OUTPUTS, outputs), (ANNOTATIONS, annotations)):
-            write_text(job / slug / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def _write_texts(folder: Path, model: str, done: Sequence[tuple[Output, Compared]], annotator: str) -> list[Annotation]:
+    """Write a model's outputs and annotations in AlpacaEval's form; returns the annotations."""
+    outputs, annotations, verdicts = [], [], []
+    for row, one in done:
+        if one.output is None:
+            continue
+        head = {"dataset": row.dataset, "instruction": row.instruction}
+        outputs.append({**head, "output": one.output, "generator": model})
+        verdict = {
+            **head,
+            "output_1": row.output,
+            "generator_1": row.generator,
+            "output_2": one.output,
+            "generator_2": model,
+            "annotator": annotator,
+            "preference": one.preference,
+            "raw_completion": one.why,
+        }
+        verdicts.append(verdict)
+        annotations.append(Annotation.model_validate({**verdict, "index": row.index}))
+    make_folder(folder)
+    for name, value in ((OUTPUTS, outputs), (ANNOTATIONS, verdicts)):
+        write_text(folder / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    return annotations
 
 
 def slugs(names: Sequence[str]) -> dict[str, str]:
@@ -339,39 +326,3 @@ def slugs(names: Sequence[str]) -> dict[str, str]:
             taken, number = f"{plain}-{number}", number + 1
         result[name] = taken
     return result
-
-
-def _body(
-    config: AlpacaConfig,
-    baseline: Baseline,
-    answering: Answering,
-    asked: Asked[tuple[str, Output], Compared],
-    models: dict[str, dict[str, Any]],
-    done: Done,
-    annotations: dict[str, list[Annotation]],
-) -> dict[str, Any]:
-    texts = json.dumps([[row.instruction, row.output] for row in baseline.rows])
-    return {
-        "models": {
-            name: {
-                **body,
-                "answers_cut_at_max_tokens": sum(one.cut for _, one in done[name]),
-                "why_left_out": dict(Counter(one.why for _, one in done[name] if one.preference is None)),
-            }
-            for name, body in models.items()
-        },
-        "differences": differences(answering, models, lambda a, b: difference(annotations[a], annotations[b])),
-        "settings": {
-            **settings_of_result(answering, "this project's own", config.seed),
-            "baseline": baseline.rows[0].generator,
-            "temperature": {name: spec.temperature for name, spec in answering.specs.items()},
-        },
-        "data": {
-            "instructions": str(baseline.path),
-            "asked_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-            "asked": len(baseline.rows),
-            "of": baseline.whole,
-        },
-        "notes": [NOTE, *notes_on(models, baseline.difficulty is not None)],
-        "spent": asked.totals.as_dict(),
-    }

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from ..client.jobs import NotBlank
 from ..errors import UserError
 from ..io.text import is_file, read_text, shown
-from .files import MAX_BYTES, OptionalText, from_hub, json_rows, parse_rows
+from .files import MAX_BYTES, OptionalText, from_hub, read_rows
 
 HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
 
@@ -73,7 +73,7 @@ def read_outputs(place: str | None) -> tuple[list[Output], Path]:
     outputs: list[Output] = []
     seen: Counter[str] = Counter()
     hint = "Outputs have the form of AlpacaEval's model_outputs.json."
-    for index, row in enumerate(parse_rows(json_rows(path), Output, str(path), hint)):
+    for index, row in enumerate(read_rows(path, Output, hint)):
         seen[row.instruction] += 1
         key = hashlib.sha256(row.instruction.encode("utf-8", "replace")).hexdigest()[:16]
         if seen[row.instruction] > 1:
@@ -89,8 +89,7 @@ def read_annotations(path: Path) -> list[Annotation]:
     Raises:
         UserError: there is none, or a row is wrong.
     """
-    hint = "Annotations have the form of AlpacaEval's annotations.json."
-    rows = parse_rows(json_rows(path), Annotation, str(path), hint)
+    rows = read_rows(path, Annotation, "Annotations have the form of AlpacaEval's annotations.json.")
     _refuse_several({a.generator_2 for a in rows}, path, "verdicts on")
     return [row.model_copy(update={"index": index}) for index, row in enumerate(rows)]
 
@@ -150,8 +149,6 @@ def read_difficulty(path: Path) -> dict[int, float]:
         except (IndexError, ValueError):
             message = f"{path} line {number}: expected an index and a difficulty, found {shown(row)}."
             raise UserError(message, hint) from None
-    if not result or not all(map(math.isfinite, result.values())):
-        raise UserError(f"{path}: no difficulties in it.", hint)
     return result
 
 

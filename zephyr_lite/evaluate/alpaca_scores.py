@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import UserError
 from .alpaca_files import Annotation, read_difficulty
+from .judge import Judged
 from .mt_bench_scores import mean, standard_error
 
 TIE = 1.5
@@ -175,17 +176,7 @@ def _sigmoid(scores: np.ndarray) -> np.ndarray:
 # -- annotations -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Alpaca:
-    """A result: model → rates, the result's body, what is missing, and the files that were written."""
-
-    models: dict[str, dict[str, Any]]
-    body: dict[str, Any]
-    unfinished: str = ""
-    files: list[Path] = field(default_factory=list)
-
-
-def score_files(annotations: Sequence[Annotation], difficulty: Path | None, where: Path) -> Alpaca:
+def score_files(annotations: Sequence[Annotation], difficulty: Path | None, where: Path) -> Judged:
     """The rates of existing annotations; by annotator too, if there are several.
 
     Raises:
@@ -195,8 +186,6 @@ def score_files(annotations: Sequence[Annotation], difficulty: Path | None, wher
         message = f"{where}: none of the {len(annotations)} preferences is between 1 and 2."
         raise UserError(message, "Look at the file.")
     known = None if difficulty is None else read_difficulty(difficulty)
-    if known is not None:
-        difficulty_of(known, [a.index for a in annotations], str(difficulty))
     name = annotations[0].generator_2 or "the model"
     models = {name: rates(annotations, known)}
     annotators = list(dict.fromkeys(a.annotator for a in annotations))
@@ -211,7 +200,7 @@ def score_files(annotations: Sequence[Annotation], difficulty: Path | None, wher
         "data": {"annotations": str(where)},
         "notes": notes_on(models, known is not None),
     }
-    return Alpaca(models, body)
+    return Judged(models, body)
 
 
 def notes_on(models: dict[str, dict[str, Any]], with_difficulty: bool) -> list[str]:
@@ -225,7 +214,7 @@ def rates(annotations: Sequence[Annotation], difficulty: dict[int, float] | None
     """One model's win rate, its standard error, ties, and the length-controlled rate."""
     preferences = [a.preference for a in annotations]
     lengths = [len(a.output_1) for a in annotations], [len(a.output_2) for a in annotations]
-    known = None if difficulty is None else difficulty_of(difficulty, [a.index for a in annotations], "difficulty")
+    known = None if difficulty is None else difficulty_of(difficulty, [a.index for a in annotations])
     controlled = length_controlled(preferences, *lengths, known)
     return {
         **win_rate(preferences).as_dict(),
@@ -266,12 +255,12 @@ def has_verdict(annotations: Sequence[Annotation]) -> bool:
     return any(a.preference == 0 or 1 <= a.preference <= 2 for a in annotations)
 
 
-def difficulty_of(known: dict[int, float], indices: Sequence[int], where: str) -> list[float]:
+def difficulty_of(known: dict[int, float], indices: Sequence[int]) -> list[float]:
     """The difficulties of the rows. Raises UserError if one is missing."""
     missing = [index for index in indices if index not in known]
     if missing:
         raise UserError(
-            f"{where}: has no difficulty for row {missing[0]} (counted from 0).",
+            f"--difficulty: the file has no difficulty for row {missing[0]} (counted from 0).",
             "It belongs to AlpacaEval's 805 instructions in their order.",
         )
     return [known[index] for index in indices]

@@ -1,23 +1,23 @@
 """Confidence intervals by the bootstrap over rows: how much would a number move with other rows of the same kind?
 
-The percentile interval of Efron (1979): rows are drawn with replacement as often as there are rows, and what is asked for is
-computed of each draw. Every statistic here is a ratio of sums over rows (a loss a token, a share of pairs), and all of them are
-computed of the same draws; a difference of two models is one of these ratios, so its interval is a paired one.
+The percentile interval of Efron (1979): each resample draws as many rows as there are, with replacement. Every statistic
+is a ratio of sums over rows (loss per token, share of pairs), and all of them are computed on the same resamples, so the
+interval of a difference between two models is a paired one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-# (numerators, denominators), [n] float64 each; the statistic is their sums' ratio
+# (numerators, denominators), [n] float64 each; the statistic is the ratio of their sums
 Ratio = tuple[np.ndarray, np.ndarray]
 Key = TypeVar("Key", bound=Hashable)
-_CHUNK = 4_000_000  # numbers drawn at once
+_CHUNK = 4_000_000  # random numbers drawn at once
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Interval:
 
     Attributes:
         value: of the rows as they are.
-        low, high: the interval's ends; None for a single row, of which nothing can be said.
+        low, high: the interval's ends; None if there is only one row.
     """
 
     value: float
@@ -34,35 +34,34 @@ class Interval:
     high: float | None
 
     def exp(self) -> Interval:
-        """Of a loss its perplexity: a monotone function takes the interval's ends along."""
-        return self._by(_exp)
+        """The interval of the perplexity, for a loss; capped at e^700."""
+        return Interval(*(None if x is None else math.exp(min(x, 700.0)) for x in self._ends()))  # type: ignore[arg-type]
 
     def scaled(self, factor: float) -> Interval:
-        """Times a positive factor."""
-        return self._by(lambda x: x * factor)
+        """The interval times a positive factor."""
+        return Interval(*(None if x is None else x * factor for x in self._ends()))  # type: ignore[arg-type]
 
-    def _by(self, change: Callable[[float], float]) -> Interval:
-        low, high = (None if end is None else change(end) for end in (self.low, self.high))
-        return Interval(change(self.value), low, high)
+    def _ends(self) -> tuple[float, float | None, float | None]:
+        return self.value, self.low, self.high
 
     def as_dict(self) -> dict[str, float | None]:
-        return {"value": self.value, "low": self.low, "high": self.high}
+        return asdict(self)
 
     def text(self, form: str = ".4f") -> str:
         """``1.2345 [1.2001, 1.2690]``."""
-        if self.low is None or self.high is None:
+        if self.low is None:
             return f"{self.value:{form}}"
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are made.
+    """Settings of the bootstrap.
 
     Attributes:
-        resamples: draws.
-        level: of confidence: 0.95 leaves 2.5 % of the draws out on either side.
-        seed: of the draws.
+        resamples: number of resamples.
+        level: of confidence; 0.95 cuts off 2.5 % of the resamples at either end.
+        seed: of the random draws.
     """
 
     resamples: int = 1000
@@ -70,36 +69,24 @@ class Bootstrap:
     seed: int = 0
 
     def intervals(self, ratios: Mapping[Key, Ratio]) -> dict[Key, Interval]:
-        """An interval for each ratio of sums, all of them over the same n rows and the same draws.
-
-        Raises:
-            ValueError: the arrays are not all [n], or n is 0.
-        """
-        shapes = {array.shape for ratio in ratios.values() for array in ratio}
-        if len(shapes) != 1 or len(shape := shapes.pop()) != 1 or shape[0] == 0:
-            raise ValueError("the ratios are not over the same rows, or over none")
-        (rows,) = shape
+        """An interval for each ratio of sums, all over the same n rows and the same resamples."""
         above = np.stack([ratio[0] for ratio in ratios.values()], axis=1).astype(np.float64)
         below = np.stack([ratio[1] for ratio in ratios.values()], axis=1).astype(np.float64)
+        rows = len(above)
         values = above.sum(0) / below.sum(0)
         if rows == 1:
             return {name: Interval(float(value), None, None) for name, value in zip(ratios, values)}
         generator = np.random.default_rng(self.seed)
+        size = max(1, _CHUNK // rows)
         drawn = []
-        left = self.resamples
-        while left:
-            some = min(left, max(1, _CHUNK // rows))
+        for start in range(0, self.resamples, size):
             # how often each row is drawn
-            counts = generator.multinomial(rows, np.full(rows, 1 / rows), size=some).astype(np.float64)
+            counts = generator.multinomial(rows, np.full(rows, 1 / rows), size=min(size, self.resamples - start))
+            counts = counts.astype(np.float64)
             drawn.append((counts @ above) / (counts @ below))
-            left -= some
         tail = (1 - self.level) / 2
         low, high = np.quantile(np.concatenate(drawn), [tail, 1 - tail], axis=0)
         return {name: Interval(*map(float, ends)) for name, *ends in zip(ratios, values, low, high)}
 
     def as_dict(self) -> dict[str, Any]:
-        return {"resamples": self.resamples, "level": self.level, "seed": self.seed, "over": "rows, percentile, paired"}
-
-
-def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))  # a loss of 700 nats: nobody can tell e^700 from what is beyond it
+        return {**asdict(self), "over": "rows, percentile, paired"}

@@ -24,16 +24,15 @@ def json_rows(path: Path) -> list[Any]:
         UserError: it is neither, or empty.
     """
     text = read_text(path, limit=MAX_BYTES)
-    # not splitlines(): a text may hold U+2028 or U+0085, which end no line of JSONL
     is_list = text.lstrip().startswith("[")
     rows: list[Any] = []
+    # not splitlines(): a text may hold U+2028 or U+0085, which do not end a line of JSONL
     for number, line in enumerate([text] if is_list else text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                where = path if is_list else f"{path} line {number}"
-                raise UserError(f"{where}: not valid JSON ({error}).", "Give a JSON list, or JSONL.") from None
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            where = path if is_list else f"{path} line {number}"
+            raise UserError(f"{where}: not valid JSON ({error}).", "Give a JSON list, or JSONL.") from None
     rows = rows[0] if is_list else rows
     if not rows:
         raise UserError(f"{path}: is empty.", "Give a JSON list of objects, or JSONL.")
@@ -56,6 +55,11 @@ def parse_rows(rows: Sequence[Any], kind: type[Row], label: str, hint: str) -> l
             found = "" if first["type"] == "missing" else f", found {shown(first['input'])}"
             raise UserError(f"{label} row {number}: {place}{first['msg']}{found}.", hint) from None
     return parsed
+
+
+def read_rows(path: str | Path, kind: type[Row], hint: str) -> list[Row]:
+    """``parse_rows`` of a file."""
+    return parse_rows(json_rows(Path(path)), kind, str(path), hint)
 
 
 def from_hub(fetch: Callable[..., str], name: str, *args: Any, **options: Any) -> Path:

@@ -1,7 +1,7 @@
-"""Benchmarks by EleutherAI's lm-evaluation-harness, on the live stack or a model's folder: one loaded base, a task at a time.
+"""Benchmarks by EleutherAI's lm-evaluation-harness, on the live stack or a model's folder.
 
 The paper's four tasks with the shots and metrics of the first Open LLM Leaderboard (Tunstall et al. 2023, arXiv 2310.16944,
-table 2). Every finished task of a model is written at once; the same command goes on with the others.
+table 2). Every finished task of a model is written at once; the same command continues with the others.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from ..io.run_dir import read_json, text_sha256
 from ..io.text import duration, short
 from ..model.loaded import LoadedModel, Say
 
+Models = dict[str, dict[str, Any]]  # model → {"identity", "tasks": {task's key: its result}}
 # task → shots and the metric that was published
 PAPER: dict[str, tuple[int, str]] = {
     "arc_challenge": (25, "acc_norm"),
@@ -37,15 +37,14 @@ PAPER: dict[str, tuple[int, str]] = {
     "mmlu": (5, "acc"),
     "truthfulqa_mc2": (0, "acc"),
 }
-_METRICS = ("acc_norm", "exact_match", "acc")  # the first that a task has, where nothing was published
+_METRICS = ("acc_norm", "exact_match", "acc")  # of other tasks the first that they have
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task of the harness.
+    """A task, or a group of tasks, of the harness.
 
     Attributes:
-        name: a task's, or a group's.
         shots: examples before each question; None: the task's own number.
     """
 
@@ -62,10 +61,10 @@ class HarnessSettings:
     """What changes the numbers, besides model and task.
 
     Attributes:
-        limit: so many questions of each task; None: all.
-        chat: questions as a user's turns through the chat template, which the paper did not do.
+        limit: number of questions of each task; None: all.
+        chat: ask through the chat template, which the paper did not.
         batch_size: None: the harness finds one on a GPU, and takes 1 on a CPU.
-        include: a folder with task files of the user's own.
+        include: a folder with the user's own task files.
     """
 
     limit: int | None = None
@@ -75,73 +74,59 @@ class HarnessSettings:
 
     @property
     def kind(self) -> str:
-        """The result's name: a trial with a limit does not lie where the complete result lies."""
+        """The result's name; a part of the questions does not replace the complete result."""
         return "harness" + ("-chat" if self.chat else "") + (f"-limit-{self.limit}" if self.limit else "")
 
+    def body(self, models: Models) -> dict[str, Any]:
+        """The body of the result."""
+        settings = {"limit": self.limit, "apply_chat_template": self.chat, "lm_eval": version("lm_eval")}
+        return {"settings": settings, "models": models}
 
-@dataclass
-class HarnessResult:
-    """Of some models.
 
-    Attributes:
-        tasks: the tasks that were asked for.
-        models: model → {"identity", "tasks": {task's key: what it came to}}.
-    """
+def table(tasks: Sequence[TaskSpec], models: Models, roles: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: percent, with the harness's standard error."""
+    rows = []
+    for name, found in models.items():
+        entries = [found["tasks"].get(task.key) for task in tasks]
+        cells = ["-" if entry is None else _cell(entry) for entry in entries]
+        mean = "-" if None in entries else f"{100 * sum(e['value'] for e in entries) / len(entries):.2f}"
+        rows.append([roles[name], *cells, mean])
+    return ["model", *(task.key for task in tasks), "mean"], rows
 
-    tasks: list[TaskSpec]
-    settings: HarnessSettings
-    models: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def body(self) -> dict[str, Any]:
-        """For ``results.write_result``."""
-        settings = {"limit": self.settings.limit, "apply_chat_template": self.settings.chat}
-        return {"settings": {**settings, "lm_eval": version("lm_eval")}, "models": self.models}
-
-    def header(self) -> list[str]:
-        return ["model", *(task.key for task in self.tasks), "mean"]
-
-    def rows(self, roles: dict[str, str]) -> list[list[str]]:
-        """Under ``header``; percent, with the harness's standard error."""
-        rows = []
-        for name, found in self.models.items():
-            entries = [found["tasks"].get(task.key) for task in self.tasks]
-            cells = ["-" if entry is None else _cell(entry) for entry in entries]
-            values = [entry["value"] for entry in entries if entry is not None]
-            whole = len(values) == len(self.tasks)
-            rows.append([roles.get(name, name), *cells, f"{100 * sum(values) / len(values):.2f}" if whole else "-"])
-        return rows
-
-    def metrics(self) -> str:
-        """``arc_challenge acc_norm, mmlu acc``."""
-        named = {key: entry["metric"] for found in self.models.values() for key, entry in found["tasks"].items()}
-        return ", ".join(f"{task.key} {named[task.key]}" for task in self.tasks if task.key in named)
+def metrics(tasks: Sequence[TaskSpec], models: Models) -> str:
+    """``arc_challenge acc_norm, mmlu acc``."""
+    named = {key: entry["metric"] for found in models.values() for key, entry in found["tasks"].items()}
+    return ", ".join(f"{task.key} {named[task.key]}" for task in tasks if task.key in named)
 
 
 def read_tasks(words: Sequence[str]) -> list[TaskSpec]:
-    """``NAME`` or ``NAME:SHOTS``, apart by commas or one a word; none: the paper's. A task of the paper's without a number
-    of shots gets the paper's.
+    """Tasks from ``NAME`` or ``NAME:SHOTS``, separated by commas; none: the paper's. The paper's tasks have its shots
+    unless given.
 
     Raises:
-        UserError: a number of shots is none; a task stands there twice.
+        UserError: a number of shots is not a number; a task is given twice.
     """
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
-    tasks = []
+    tasks: list[TaskSpec] = []
     for name in names or PAPER:
         plain, colon, shots = name.rpartition(":")
         if not colon:
-            tasks.append(TaskSpec(name, PAPER[name][0] if name in PAPER else None))
+            task = TaskSpec(name, PAPER[name][0] if name in PAPER else None)
         elif shots.isascii() and shots.isdigit() and len(shots) < 4:
-            tasks.append(TaskSpec(plain, int(shots)))
+            task = TaskSpec(plain, int(shots))
         else:
-            raise UserError(f"--tasks: {short(name)}: {short(shots)} is no number of shots.", "Write NAME or NAME:5.")
-    twice = [task.key for place, task in enumerate(tasks) if task in tasks[:place]]
-    if twice:
-        raise UserError(f"--tasks: {twice[0]} stands there twice.", "Name it once.")
+            raise UserError(
+                f"--tasks: {short(name)}: {short(shots)} is not a number of shots.", "Write NAME or NAME:5."
+            )
+        if task in tasks:
+            raise UserError(f"--tasks: {task.key} is given twice.", "Name it once.")
+        tasks.append(task)
     return tasks
 
 
 def open_harness(tasks: Sequence[TaskSpec], include: Path | None = None) -> Any:
-    """The harness's index of tasks; cheap, and knows whether all of them are there.
+    """The harness's index of tasks (``TaskManager``), without loading their data.
 
     Raises:
         UserError: lm-eval is not installed; there is no such task or folder.
@@ -155,32 +140,21 @@ def open_harness(tasks: Sequence[TaskSpec], include: Path | None = None) -> Any:
             f"the harness is not installed ({error}).", 'Install it: pip install "zephyr-lite[harness]"'
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-
-    names = {task.name for task in tasks}
     if include is not None:
-        # alone, if that is enough: reading the harness's own thousands of files takes seconds
+        # reading the harness's own thousands of files takes seconds
         manager = TaskManager(include_path=str(include), include_defaults=False)
-        if names <= set(manager.all_tasks):
+        if {task.name for task in tasks} <= set(manager.all_tasks):
             return manager
-        manager = TaskManager(include_path=str(include))
-    else:
-        manager = _own_tasks()
+    manager = TaskManager(include_path=None if include is None else str(include))
     known = list(manager.all_tasks)
     for task in tasks:
         if task.name not in known:
             near = difflib.get_close_matches(task.name, known, 3)
             raise UserError(
                 f"--tasks: the harness has no task {short(task.name)}.",
-                f"Near it: {', '.join(near)}." if near else "See lm-eval's own list: lm-eval ls tasks.",
+                f"Did you mean {', '.join(near)}?" if near else "See lm-eval's own list: lm-eval ls tasks.",
             )
     return manager
-
-
-@lru_cache(maxsize=1)
-def _own_tasks() -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
 
 
 def evaluate_harness(
@@ -190,42 +164,42 @@ def evaluate_harness(
     manager: Any,
     *,
     models: Sequence[str],
-    earlier: Path | None = None,
-    on_task: Callable[[HarnessResult], None] = lambda result: None,
-    say: Say = lambda line: None,
-) -> HarnessResult:
-    """Run every task on every model, but for what an earlier result of the same models and settings has.
+    earlier: Path,
+    on_task: Callable[[Models], None],
+    say: Say,
+) -> Models:
+    """Run every task on every model, except those in an earlier result of the same models and settings.
 
     Args:
         manager: of ``open_harness``.
         models: names in ``live.models``.
-        earlier: the file that an earlier start wrote.
-        on_task: told after each task, with all that is there.
+        earlier: the file that an earlier command wrote, if there is one.
+        on_task: receives all results after each task.
 
     Raises:
-        UserError: a task's data cannot be loaded; ``earlier`` is not readable.
+        UserError: a task's data cannot be loaded; ``earlier`` cannot be read.
     """
-    result = HarnessResult(list(tasks), settings)
-    kept = (read_json(earlier) or {}).get("models", {}) if earlier is not None else {}
+    kept = (read_json(earlier) or {}).get("models", {})
+    result: Models = {}
     for name in live.models:
-        identity = _identity(live, name, settings)
-        known = kept.get(name) or {}
+        identity, known = _identity(live, name, settings), kept.get(name) or {}
         same = known.get("identity") == identity
         if name in models or same:
-            result.models[name] = {"identity": identity, "tasks": dict(known["tasks"]) if same else {}}
+            result[name] = {"identity": identity, "tasks": dict(known["tasks"]) if same else {}}
     device = live.stack.base.get_input_embeddings().weight.device
     batch = settings.batch_size or ("auto" if device.type == "cuda" else 1)
     for name in (name for name in live.models if name in models):
-        done = result.models[name]["tasks"]
+        done = result[name]["tasks"]
         for task in tasks:
             if task.key in done:
                 say(f"{name}, {task.key}: kept from {done[task.key]['finished']}")
                 continue
             say(f"{name}, {task.key} …")
             start = time.monotonic()
-            with live.stack.only(live.models[name]), torch.inference_mode(), _bars_in_terminals_only():
-                loaded = _load(manager, task)
-                found = _run(live, loaded, settings, batch)
+            # the harness draws progress bars, which are noise in a log file
+            bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+            with live.stack.only(live.models[name]), torch.inference_mode(), bars:
+                found = _run(live, _load(manager, task), settings, batch)
             done[task.key] = _entry(task, found, time.monotonic() - start)
             say(f"{name}, {task.key}: {_cell(done[task.key])} in {duration(done[task.key]['seconds'])}")
             on_task(result)
@@ -233,28 +207,27 @@ def evaluate_harness(
 
 
 def _load(manager: Any, task: TaskSpec) -> Any:
-    """A task, or a group's tasks, with its rows and shots, as the harness's own command sets them."""
+    """A task, or a group's tasks, with rows and shots as the harness's own command sets them."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     try:
         loaded = manager.load([task.name])
-    except Exception as error:  # the hub's, the data sets' and a task's own code: anything
+    except Exception as error:  # of the hub, the data sets, or the task's own code
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
             f"task {task.name}: cannot be loaded: {what[:300]}",
-            "Rows of the harness's own tasks come from the hub the first time: connect, or take the hub's cache (HF_HOME) "
-            "along from where there is a connection.",
+            "The harness downloads its tasks' rows from the hub: connect, or copy the hub's cache (HF_HOME) from another machine.",
         ) from error
     for each in loaded["tasks"].values():
         own = each.get_config("num_fewshot")
-        if own != 0:  # a 0 belongs to the task: its prompt has examples of its own
+        if own != 0:  # a task with 0 has examples in its own prompt
             each.set_config(key="num_fewshot", value=task.shots if task.shots is not None else own or 0)
         each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return loaded
 
 
 def _run(live: LoadedModel, loaded: Any, settings: HarnessSettings, batch: int | str) -> Any:
-    """What ``lm_eval.simple_evaluate`` does, without its survey of the machine."""
+    """``lm_eval.simple_evaluate`` without its report on the machine."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -262,8 +235,7 @@ def _run(live: LoadedModel, loaded: Any, settings: HarnessSettings, batch: int |
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
-    # a tokenizer of its own: it sets the padding
-    tokenizer = copy.deepcopy(live.template.tokenizer)
+    tokenizer = copy.deepcopy(live.template.tokenizer)  # the harness changes its padding
     return evaluate(
         lm=HFLM(pretrained=live.stack.base, tokenizer=tokenizer, backend="causal", batch_size=batch),
         task_dict=loaded,
@@ -274,23 +246,13 @@ def _run(live: LoadedModel, loaded: Any, settings: HarnessSettings, batch: int |
     )
 
 
-@contextmanager
-def _bars_in_terminals_only() -> Iterator[None]:
-    """The harness draws progress bars; in a log file they are noise."""
-    if sys.stderr.isatty():
-        yield
-    else:
-        with redirect_stderr(io.StringIO()):
-            yield
-
-
 def _entry(task: TaskSpec, found: Any, seconds: float) -> dict[str, Any]:
     results = found["results"][task.name] if task.name in found["results"] else found["groups"][task.name]
     # "acc_norm,none": the metric and the filter of the answers that it was computed after
     numbers = {key: value for key, value in results.items() if isinstance(value, int | float) and "," in key}
     metrics = [key for key in numbers if "_stderr," not in key]
     if not metrics:
-        raise UserError(f"task {task.name}: gives no number.", "Choose another task.")
+        raise UserError(f"task {task.name}: has no numeric result.", "Choose another task.")
     wanted = [PAPER[task.name][1]] if task.name in PAPER else list(_METRICS)
     chosen = next((key for name in wanted for key in metrics if key.partition(",")[0] == name), metrics[0])
     metric, _, filtered = chosen.partition(",")
@@ -313,7 +275,7 @@ def _cell(entry: dict[str, Any]) -> str:
 
 
 def _identity(live: LoadedModel, model: str, settings: HarnessSettings) -> str:
-    """What the numbers depend on: other weights, another template or other task files, and none is kept."""
+    """Hash of everything that the numbers depend on: weights, template, task files."""
     parts = [live.base.fingerprint, str(live.base.load_in_4bit), str(live.dtype)]
     if live.chain is not None:
         parts += [adapter.sha256 for adapter in live.chain.adapters[: len(live.models[model])]]

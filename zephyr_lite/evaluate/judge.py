@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
+import hashlib
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 from pydantic import Field, field_validator
 
-from .. import __version__
 from ..client.client import BudgetSpent, ModelClient, Request, open_client
 from ..client.cost import Bound, Meter, prompt_bound
 from ..client.endpoints import EndpointSpec, Message, endpoint_spec, parse_endpoint
@@ -20,7 +19,7 @@ from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names,
 from ..client.local_model import Weights
 from ..client.request_log import Totals
 from ..errors import UserError
-from ..io.atomic import make_folder, write_json
+from .results import head_of, result_folder
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,7 +28,7 @@ JUDGE_TRIES = 2  # draws of a judgment that cannot be parsed
 
 
 class JudgedConfig(JobConfig):
-    """The keys of both evaluations. ``out`` is the results' folder; the job has a folder of its own in it."""
+    """The keys of both evaluations. ``out`` is the results' folder; the job has its own folder in it."""
 
     out: str = ""  # eval/ in the stage's folder by default
     source: str | None = None  # of the models: a run's folder, a stage's, a model's; the newest run by default
@@ -44,7 +43,7 @@ class JudgedConfig(JobConfig):
 
     @field_validator("judge", mode="before")
     @classmethod
-    def _word(cls, value: Any) -> Any:
+    def _parse_judge(cls, value: Any) -> Any:
         return value if value is None else endpoint_spec(value, "judge")
 
 
@@ -54,27 +53,61 @@ class Answering:
 
     Attributes:
         specs: name → endpoint, in the order of the tables; the first is compared with the others.
-        weights: of the source; None where only endpoints answer.
-        judge: under a name that no model has; None where nothing is judged.
+        weights: of the source; None if only endpoints answer.
+        judge: its name differs from those of all models.
     """
 
     specs: dict[str, EndpointSpec]
     weights: Weights | None
-    judge: EndpointSpec | None
+    judge: EndpointSpec
 
     def endpoints(self) -> list[EndpointSpec]:
-        return [*self.specs.values(), *([self.judge] if self.judge is not None else [])]
+        return [*self.specs.values(), self.judge]
+
+
+@dataclass
+class Judged:
+    """A result.
+
+    Attributes:
+        models: name → scores.
+        body: of the JSON file.
+        unfinished: what the budget did not reach, or "".
+        files: that were written; none if the result is not complete.
+    """
+
+    models: dict[str, dict[str, Any]]
+    body: dict[str, Any]
+    unfinished: str = ""
+    files: list[Path] = field(default_factory=list)
+
+
+def judge_of(config: JudgedConfig) -> EndpointSpec:
+    """The judge of a configuration.
+
+    Raises:
+        UserError: there is none.
+    """
+    judge = config.judge
+    if judge is None:
+        raise UserError(
+            "no judge is given.",
+            "Add --judge URL#MODEL, as in http://localhost:11434/v1#llama3.2 (or a folder with a model).",
+        )
+    return judge if "max_tokens" in judge.model_fields_set else judge.model_copy(update={"max_tokens": JUDGE_TOKENS})
 
 
 def who_answers(config: JudgedConfig, temperature: float) -> Answering:
-    """The models that answer; nothing is loaded yet. A name of the source's models takes precedence over a folder.
+    """The models that answer, and the judge; nothing is loaded yet. A name of the source's models takes precedence over a
+    folder.
 
     Args:
         temperature: of an endpoint that sets none, in requests that set none.
 
     Raises:
-        UserError: there is no such source or model, it has no chat template, or two models have one name.
+        UserError: there is no judge, no such source or model, no chat template, or two models have one name.
     """
+    judge = judge_of(config)
     words = [word for word in config.models if _is_endpoint(word)]
     weights = None
     if config.source or config.stage or config.adapters or len(words) < len(config.models) or not config.models:
@@ -88,31 +121,23 @@ def who_answers(config: JudgedConfig, temperature: float) -> Answering:
         _template(weights, config.chat_template)
     else:
         refuse_unused(config, "only endpoints answer")
+    usual = {"max_tokens": config.max_new_tokens, "temperature": temperature}
     specs = []
     for word in config.models or _default_models(weights):
-        usual = {"max_tokens": config.max_new_tokens, "temperature": temperature}
         if word in words and not (weights is not None and word in weights.models):
             spec = parse_endpoint(word)
             spec = spec.model_copy(update={k: v for k, v in usual.items() if k not in spec.model_fields_set})
         else:
             assert weights is not None
             weights.identity(word)  # raises for an unknown name
-            place: dict[str, Any] = {"name": word, "path": weights.source, "model": word}
-            spec = EndpointSpec(**place, **usual, concurrency=config.concurrency)
+            own = {"name": word, "path": weights.source, "model": word, "concurrency": config.concurrency}
+            spec = EndpointSpec.model_validate({**own, **usual})
         specs.append(spec)
     refuse_equal_names(specs)
     by_name = {spec.name: spec for spec in specs}
-    return Answering(by_name, weights, choose_judge(config, list(by_name)))
-
-
-def choose_judge(config: JudgedConfig, names: Sequence[str]) -> EndpointSpec | None:
-    """The judge, under a name that is none of ``names``."""
-    judge = config.judge
-    if judge is None:
-        return None
-    if "max_tokens" not in judge.model_fields_set:
-        judge = judge.model_copy(update={"max_tokens": JUDGE_TOKENS})
-    return judge.model_copy(update={"name": f"{judge.name} (judge)"}) if judge.name in names else judge
+    if judge.name in by_name:
+        judge = judge.model_copy(update={"name": f"{judge.name} (judge)"})
+    return Answering(by_name, weights, judge)
 
 
 def _default_models(weights: Weights | None) -> list[str]:
@@ -144,14 +169,6 @@ def refuse_unused(config: JudgedConfig, why: str, *also: str) -> None:
             )
 
 
-def refuse_no_judge(config: JudgedConfig) -> None:
-    if config.judge is None:
-        raise UserError(
-            "no judge is given.",
-            "Add --judge URL#MODEL, as in http://localhost:11434/v1#llama3.2 (or a folder with a model).",
-        )
-
-
 # -- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -165,41 +182,20 @@ def results_folder(config: JudgedConfig, answering: Answering) -> Path:
         return Path(config.out)
     if answering.weights is None:
         raise UserError("no model of a run answers, so there is no place for the result.", "Add --out FOLDER.")
-    from .results import result_folder
-
-    return result_folder(cast(Any, _described(answering.weights, None)))
+    return result_folder(answering.weights.source, answering.weights.chain)
 
 
-def write_judged(
-    folder: Path, kind: str, body: dict[str, Any], answering: Answering | None, chat_template: str | None = None
-) -> Path:
-    """Write ``folder/KIND.json`` with the head that every evaluation's result has."""
-    if answering is not None and answering.weights is not None:
-        from .results import write_result  # it imports torch
-
-        described = _described(answering.weights, _template(answering.weights, chat_template))
-        return write_result(folder, kind, body, cast(Any, described))
-    make_folder(folder)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write_json(folder / f"{kind}.json", {"kind": kind, "version": __version__, "created": now, **body})
-    return folder / f"{kind}.json"
-
-
-def _described(weights: Weights, template: Any) -> SimpleNamespace:
-    """What ``results`` reads of a ``LoadedModel``: nothing may be loaded where all answers are in the log."""
-    chain = weights.chain
-    base = chain.base["name_or_path"] if chain is not None else str(weights.path)
+def head_of_weights(weights: Weights | None, chat_template: str | None) -> dict[str, Any]:
+    """``results.head_of`` the source's models, which need not be loaded; {} if there is none."""
+    if weights is None:
+        return {}
     fingerprint = next(iter(weights.models.values()))[0]
-    return SimpleNamespace(
-        source=weights.source,
-        chain=chain,
-        base=SimpleNamespace(name_or_path=base, fingerprint=fingerprint),
-        template=template,
-    )
+    template = _template(weights, chat_template).text
+    return head_of(weights.source, weights.chain, str(weights.path), fingerprint, template)
 
 
 def part_name(asked: int, whole: int, names: Sequence[str] = ()) -> str:
-    """Suffix of the files of a run on a part of the data, which replace no complete result."""
+    """Suffix of the files of a run on a part of the data, which do not replace the complete result."""
     return "" if asked == whole else "".join(f"-{name}" for name in names) + f"-limit-{asked}"
 
 
@@ -207,10 +203,9 @@ def settings_of_result(answering: Answering, prompts: str, seed: int) -> dict[st
     """The settings that both results hold.
 
     Args:
-        prompts: whose wording the judge got.
+        prompts: origin of the judge's prompts.
     """
     judge = answering.judge
-    assert judge is not None
     return {
         "judge": {k: v for k, v in (("name", judge.name), ("model", judge.model)) if v},
         "judge_temperature": 0.0,
@@ -221,7 +216,7 @@ def settings_of_result(answering: Answering, prompts: str, seed: int) -> dict[st
 
 
 def differences(
-    answering: Answering, models: Mapping[str, Any], of: Callable[[str, str], dict[str, Any]]
+    answering: Answering, models: Iterable[str], of: Callable[[str, str], dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """``of(first, other)`` for the first model and each other one that has a result."""
     first, *others = [*answering.specs, ""]
@@ -236,20 +231,24 @@ class Asked(Generic[T, R]):
     """The outcome of a job.
 
     Attributes:
-        results: of the items that are done, in order.
-        unreached: items that the budget did not reach, or reached in part.
+        results: model → (item, result) of the items that are done, in order.
+        unreached: number of items that the budget did not reach, or reached in part.
         budget_message: why it did not, or "".
     """
 
-    results: list[tuple[T, R]] = field(default_factory=list)
+    results: dict[str, list[tuple[T, R]]]
     unreached: int = 0
     budget_message: str = ""
     totals: Totals = field(default_factory=Totals)
 
-    def hint(self) -> str:
-        """For an error where there is no result at all."""
+    def no_result(self, message: str, reasons: Iterable[str]) -> UserError:
+        """The error if nothing has a score, with the most frequent reasons."""
+        why = [f"{reason} ({count})" for reason, count in Counter(filter(None, reasons)).most_common(3)]
         what = "Give a larger budget" if self.unreached else "Look at the reasons"
-        return f"{what}; the same command continues the job, and all replies so far are kept."
+        return UserError(
+            f"{message}: {'; '.join(filter(None, [*why, self.budget_message]))}",
+            f"{what}; the same command continues the job, and all replies so far are kept.",
+        )
 
     def unfinished(self, unit: str) -> str:
         """What is missing, or ""."""
@@ -266,13 +265,13 @@ def ask_all(
     answering: Answering,
     job: Path,
     command: str,
+    models: Sequence[str],
     items: Sequence[T],
-    work: Callable[[ModelClient, T], Awaitable[R]],
+    work: Callable[[ModelClient, str, T], Awaitable[R]],
     meter: Meter,
     say: Callable[[str], None],
-    back_off: float = 1.0,
 ) -> Asked[T, R]:
-    """Do the work for every item with one client, whose request log is in ``job``.
+    """Do the work for every model and item with one client, whose request log is in ``job``.
 
     Args:
         command: "eval mt-bench", which the folder is marked with.
@@ -281,7 +280,7 @@ def ask_all(
         UserError: the folder holds something else, or an endpoint cannot answer at all.
     """
     claim_folder(job, command, config)
-    asked: Asked[T, R] = Asked()
+    asked: Asked[T, R] = Asked({model: [] for model in models})
     # enough items to keep every endpoint busy, and few enough that little is half done when a budget ends
     window = 2 * max(spec.concurrency for spec in answering.endpoints())
 
@@ -293,22 +292,22 @@ def ask_all(
             max_requests=config.budget.requests,
             max_tokens=config.budget.tokens,
             on_progress=meter.totals,
-            back_off=back_off,
         ) as client:
             asked.totals = client.totals
 
-            async def one(item: T) -> tuple[R] | None:
+            async def one(pair: tuple[str, T]) -> tuple[R] | None:
                 try:
-                    return (await work(client, item),)
+                    return (await work(client, *pair),)
                 except BudgetSpent as spent:
                     asked.budget_message = str(spent)
                     return None
 
-            async for item, done in in_order(items, one, window):
+            pairs = [(model, item) for model in models for item in items]
+            async for (model, item), done in in_order(pairs, one, window):
                 if done is None:
                     asked.unreached += 1
                 else:
-                    asked.results.append((item, done[0]))
+                    asked.results[model].append((item, done[0]))
                 meter.advance()
 
     run_job(main(), say)
@@ -323,7 +322,7 @@ class Bounds:
         self.of = {name: Bound() for name in self._specs}
 
     def add(self, name: str, messages: Sequence[Message], more_tokens: int = 0, tries: int = 1) -> None:
-        """Add one request, whose prompt has ``more_tokens`` beside the messages."""
+        """Add one request, whose prompt has ``more_tokens`` besides the messages."""
         spec = self._specs[name]
         self.of[name].add(spec, prompt_bound(spec, messages, more_tokens), spec.max_tokens, tries=tries)
 
@@ -331,3 +330,9 @@ class Bounds:
 def judge_request(key: str, judge: EndpointSpec, messages: Sequence[Message]) -> Request:
     """A judge's request, greedy at its first draw."""
     return Request(key, judge.name, tuple(messages), temperature=0.0)
+
+
+def framed(parts: Sequence[tuple[str, str]]) -> str:
+    """(title, text) pairs between marks that an answer cannot forge: they are a hash of all texts."""
+    mark = hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=4).hexdigest()
+    return "\n\n".join(f"<<{mark} {title}>>\n{text}\n<<{mark} end>>" for title, text in parts)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..data.batch import Batch, collate_conversations, collate_pairs
+from ..data.chat_template import PairExample
 from ..data.dataset import TokenizedDataset
 from ..data.packing import best_fit
 from ..io.text import duration
@@ -19,9 +21,8 @@ from ..model.adapters import AdapterStack
 from ..model.base import FAMILIES
 from ..model.loaded import LoadedModel, Say
 
-T = TypeVar("T")
 MICRO_TOKENS = 2048
-LOGITS_BYTES = 64 * 2**20  # of a chunk of logits in float32
+LOGIT_ROWS = 256  # rows of logits in float32 at once
 PROGRESS_SECONDS = 15.0
 Done = Callable[[int], None]  # receives the number of finished rows
 
@@ -37,60 +38,28 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
-class ChatLogps:
-    """Log-probabilities of the supervised tokens of each of n conversations, in the order of the data.
+class Logps:
+    """Log-probabilities of n conversations (g = 1) or of the chosen and rejected responses of n pairs (g = 2).
 
     Attributes:
-        sums: [n] float64, in nats.
-        tokens: [n] int64, the number of supervised tokens.
-    """
-
-    sums: Tensor
-    tokens: Tensor
-
-    def loss(self) -> float:
-        """Nats a token, over all tokens, each counted once."""
-        return float(-self.sums.sum() / self.tokens.sum())
-
-
-@dataclass(frozen=True)
-class PairLogps:
-    """Log-probabilities of the responses of P pairs, in the order of the data.
-
-    Attributes:
-        sums: [P, 2] float64, of chosen and rejected, in nats.
-        tokens: [P, 2] int64, the number of tokens.
+        sums: [n, g] float64, over the supervised tokens, in nats.
+        tokens: [n, g] int64, the number of supervised tokens.
     """
 
     sums: Tensor
     tokens: Tensor
 
     def means(self) -> Tensor:
-        """[P, 2] nats a token: comparable between a short response and a long one."""
+        """[n, g] nats per token: comparable between a short response and a long one."""
         return self.sums / self.tokens
 
 
-def chat_loss(scorer: Scorer, data: TokenizedDataset) -> float:
-    """Minus the mean log-probability, in nats, over all supervised tokens of the conversations, each counted once."""
-    return chat_logps(scorer, data).loss()
-
-
-def chat_logps(scorer: Scorer, data: TokenizedDataset, done: Done = lambda rows: None) -> ChatLogps:
-    """The log-probability of the supervised tokens of each conversation."""
-    sums, tokens = _sums(scorer, data, collate_conversations, 1, done)
-    return ChatLogps(sums[:, 0], tokens[:, 0])
-
-
-def pair_logps(scorer: Scorer, data: TokenizedDataset, done: Done = lambda rows: None) -> PairLogps:
-    """The log-probabilities of both responses of each pair, given their prompt."""
-    return PairLogps(*_sums(scorer, data, collate_pairs, 2, done))
-
-
 @torch.no_grad()
-def _sums(
-    scorer: Scorer, data: TokenizedDataset, collate: Callable[..., Batch], groups: int, done: Done
-) -> tuple[Tensor, Tensor]:
-    """[n, groups] summed log-probabilities (float64) and numbers of tokens (int64)."""
+def row_logps(scorer: Scorer, data: TokenizedDataset, done: Done = lambda rows: None) -> Logps:
+    """The log-probabilities of conversations, or of the responses of pairs given their prompt, in the order of the data."""
+    pairs = isinstance(data.examples[0], PairExample)
+    collate: Callable[..., Batch] = collate_pairs if pairs else collate_conversations
+    groups = 2 if pairs else 1
     sums = torch.zeros(len(data.lengths), groups, dtype=torch.float64)
     tokens = torch.zeros(len(data.lengths), groups, dtype=torch.int64)
     seen = 0
@@ -99,7 +68,13 @@ def _sums(
         sums[indices] = batch.sum_by_group(scorer.token_logps(batch).double()).view(-1, groups).cpu()
         tokens[indices] = batch.group_sizes.view(-1, groups).cpu()
         done(seen := seen + len(indices))
-    return sums, tokens
+    return Logps(sums, tokens)
+
+
+def chat_loss(scorer: Scorer, data: TokenizedDataset) -> float:
+    """Minus the mean log-probability, in nats, over all supervised tokens of the conversations, each counted once."""
+    logps = row_logps(scorer, data)
+    return float(-logps.sums.sum() / logps.tokens.sum())
 
 
 def scorer_of(live: LoadedModel, model: str) -> Scorer:
@@ -137,54 +112,66 @@ class PlainScorer:
                 ids = torch.cat([batch.tokens[start:end] for start, end in segment.key_runs()])
                 logits = self.stack.model(input_ids=ids[None], use_cache=False).logits[0]
                 rows = batch.target_rows[here] - segment.start + segment.keys - segment.queries
-                result[here] = logps_at(logits, rows, batch.target_ids[here])
+                result[here] = torch.cat(
+                    [
+                        -F.cross_entropy(logits[some].float(), ids, reduction="none")
+                        for some, ids in zip(rows.split(LOGIT_ROWS), batch.target_ids[here].split(LOGIT_ROWS))
+                    ]
+                )
         return result
 
 
-def logps_at(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits[row])[target] in float32, a chunk of rows at a time.
+@dataclass
+class Evaluation:
+    """Result of an evaluation on held-out rows.
 
-    Args:
-        logits: [T, V], in any floating dtype.
-        rows, targets: [N] int64.
+    Attributes:
+        body: of the JSON file.
+        tables: (header, rows), to print.
+        missing: models that an interrupt left out.
+        notes: to print below the tables.
     """
-    size = max(1, LOGITS_BYTES // (4 * logits.shape[1]))
-    parts = []
-    for some, ids in zip(rows.split(size), targets.split(size)):
-        wide = logits[some].float()
-        parts.append(wide.gather(1, ids[:, None])[:, 0] - wide.logsumexp(-1))
-    return torch.cat(parts)
+
+    body: dict[str, Any]
+    tables: Sequence[tuple[Sequence[str], list[list[str]]]]
+    missing: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
-def score_each(
-    live: LoadedModel,
-    names: Sequence[str],
-    data: TokenizedDataset,
-    unit: str,
-    score: Callable[[Scorer, TokenizedDataset, Done], T],
-    say: Say,
-) -> dict[str, T]:
-    """{model: score}. Ctrl-C ends after the models that are done.
-
-    Args:
-        unit: ``conversations`` or ``pairs``, for the progress lines.
-        score: ``chat_logps`` or ``pair_logps``.
+def score_each(live: LoadedModel, data: TokenizedDataset, say: Say) -> dict[str, Logps]:
+    """{model: ``row_logps``} of every model. Ctrl-C ends after the models that are done.
 
     Raises:
         KeyboardInterrupt: before the first was done.
     """
-    found: dict[str, T] = {}
+    found: dict[str, Logps] = {}
     try:
-        for name in names:
-            found[name] = score(scorer_of(live, name), data, _progress(name, len(data.lengths), unit, say))
+        for name in live.models:
+            found[name] = row_logps(scorer_of(live, name), data, _progress(name, len(data.lengths), say))
     except KeyboardInterrupt:
         if not found:
             raise
     return found
 
 
-def _progress(name: str, total: int, unit: str, say: Say) -> Done:
-    """Says now and then how many rows are done and how long the rest takes."""
+def roles(live: LoadedModel) -> dict[str, str]:
+    """{model: its name in a table}, such as ``dpo (policy)``."""
+    names = {name: name for name in live.models}
+    if len(names) > 1:
+        names[live.reference] = f"{live.reference} (reference)"
+        names[live.policy] = f"{live.policy} (policy)"
+    return names
+
+
+def comparisons(live: LoadedModel, scored: Collection[str]) -> list[tuple[str, str]]:
+    """Pairs of models to compare: policy and reference, policy and base, reference and base."""
+    base = next(iter(live.models))
+    wanted = [(live.policy, live.reference), (live.policy, base), (live.reference, base)]
+    return list(dict.fromkeys(pair for pair in wanted if pair[0] != pair[1] and set(pair) <= set(scored)))
+
+
+def _progress(name: str, total: int, say: Say) -> Done:
+    """A callback that logs the progress and the time left, at most every ``PROGRESS_SECONDS``."""
     start = said = time.monotonic()
 
     def done(rows: int) -> None:
@@ -193,6 +180,6 @@ def _progress(name: str, total: int, unit: str, say: Say) -> Done:
         if now - said >= PROGRESS_SECONDS and rows < total:
             said = now
             left = duration((now - start) / rows * (total - rows))
-            say(f"{name}: {rows:,} of {total:,} {unit}, {left} left")
+            say(f"{name}: {rows:,} of {total:,} rows, {left} left")
 
     return done

@@ -2,18 +2,16 @@
 grades from 1 to 10.
 
 FastChat's prompts for the judge, which the published scores were made with, are taken from its judge_prompts.jsonl if
-that file is there. Otherwise the wording below asks for the same; its grades are not comparable with published ones.
+that file exists. Otherwise the wording below asks for the same; its grades are not comparable with published ones.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -28,20 +26,23 @@ from .judge import (
     Answering,
     Asked,
     Bounds,
+    Judged,
     JudgedConfig,
     ask_all,
     differences,
+    framed,
+    head_of_weights,
+    judge_of,
     judge_request,
     part_name,
-    refuse_no_judge,
     results_folder,
     settings_of_result,
     who_answers,
-    write_judged,
 )
 from .mt_bench_files import TURNS, Question, Questions
 from .mt_bench_scores import HIGHEST, LOWEST, MIN_CATEGORIES, Grade, difference, draw_radar, model_scores
 from .plotting import need_matplotlib
+from .results import write_result
 
 KIND = "mt-bench"
 COMMAND = f"eval {KIND}"
@@ -142,11 +143,8 @@ def _own_messages(question: Question, answers: Sequence[str], turn: int) -> tupl
         if question.reference:
             parts.append((f"reference solution, turn {number + 1}", question.reference[number]))
         parts.append((f"assistant, turn {number + 1}", answers[number]))
-    # an answer cannot forge the mark of its end, which depends on the answer
-    mark = hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=4).hexdigest()
-    shown = "\n\n".join(f"<<{mark} {title}>>\n{text}\n<<{mark} end>>" for title, text in parts)
     what = "the assistant's answer" if turn == 1 else "the assistant's answer in turn 2, given what was said in turn 1"
-    asked = f"Grade {what}. {_OWN_RIGHT if question.reference else _OWN_GENERAL}\n\n{shown}\n\n{_OWN_FORM}"
+    asked = f"Grade {what}. {_OWN_RIGHT if question.reference else _OWN_GENERAL}\n\n{framed(parts)}\n\n{_OWN_FORM}"
     return ({"role": "system", "content": OWN_SYSTEM}, {"role": "user", "content": asked})
 
 
@@ -180,29 +178,13 @@ class Answered:
     grades: list[Grade] = field(default_factory=list)
 
 
-@dataclass
-class MtBench:
-    """A result.
-
-    Attributes:
-        models: name → ``model_scores``.
-        unfinished: what is missing, or "".
-        files: that were written; none if the budget ended before the questions.
-    """
-
-    models: dict[str, dict[str, Any]]
-    body: dict[str, Any]
-    unfinished: str
-    files: list[Path] = field(default_factory=list)
-
-
 def prepare(config: MtBenchConfig) -> tuple[Answering, Path]:
     """The models, and the results' folder; nothing is asked yet.
 
     Raises:
         UserError: no judge, no such model, no chat template, no place for the result, no matplotlib.
     """
-    refuse_no_judge(config)
+    judge_of(config)
     if config.plot:
         need_matplotlib("the radar plot", "--no-plot")
     answering = who_answers(config, OTHER_TEMPERATURE)
@@ -210,49 +192,37 @@ def prepare(config: MtBenchConfig) -> tuple[Answering, Path]:
 
 
 def run_mt_bench(
-    config: MtBenchConfig,
-    read: Questions,
-    answering: Answering,
-    folder: Path,
-    meter: Meter,
-    *,
-    say: Callable[[str], None],
-    back_off: float = 1.0,
-) -> MtBench:
+    config: MtBenchConfig, read: Questions, answering: Answering, folder: Path, meter: Meter, say: Callable[[str], None]
+) -> Judged:
     """Answer and grade: ``folder``/mt-bench.json and .png, and in ``folder``/mt-bench the job with all texts.
 
     Args:
         read: of ``read_questions``.
         answering, folder: of ``prepare``.
-        back_off: of ``open_client``.
 
     Raises:
         UserError: the job's folder holds something else, an endpoint cannot answer at all, or nothing was graded.
     """
-    assert answering.judge is not None
     job = folder / KIND
-    items = [(model, question) for model in answering.specs for question in read.questions]
 
-    async def work(client: ModelClient, item: tuple[str, Question]) -> Answered:
-        return await _answer(client, config, answering, read.prompts, *item)
+    async def work(client: ModelClient, model: str, question: Question) -> Answered:
+        return await _answer(client, config, answering, read.prompts, model, question)
 
-    asked = ask_all(config, answering, job, COMMAND, items, work, meter, say, back_off)
+    asked = ask_all(config, answering, job, COMMAND, list(answering.specs), read.questions, work, meter, say)
     categories = sorted({question.category for question in read.questions})
     chosen = [re.sub(r"\W+", "_", category) for category in categories] if config.categories else []
     ending = part_name(len(read.questions), read.whole, chosen)
-    _write_texts(job / ending[1:] if ending else job, asked)
-    done = {name: [one for (model, _), one in asked.results if model == name] for name in answering.specs}
-    grades = {name: [grade for one in found for grade in one.grades] for name, found in done.items()}
-    if not any(grade.score is not None for found in grades.values() for grade in found):
-        why = Counter(g.judgment for found in grades.values() for g in found).most_common(3)
-        reasons = [*(f"{reason} ({count})" for reason, count in why), asked.budget_message]
-        raise UserError(f"{job}: nothing was graded: {'; '.join(filter(None, reasons))}", asked.hint())
+    _write_texts(job / ending[1:], asked)
+    grades = {name: [grade for _, one in done for grade in one.grades] for name, done in asked.results.items()}
+    every = [grade for found in grades.values() for grade in found]
+    if all(grade.score is None for grade in every):
+        raise asked.no_result(f"{job}: nothing was graded", (grade.judgment for grade in every))
     models = {name: model_scores(found) for name, found in grades.items() if found}
     body = {
         "models": {
             name: {
                 **scores,
-                "answers_cut_at_max_tokens": sum(one.cut for one in done[name]),
+                "answers_cut_at_max_tokens": sum(one.cut for _, one in asked.results[name]),
                 "why_not_graded": dict(Counter(g.judgment for g in grades[name] if g.score is None)),
             }
             for name, scores in models.items()
@@ -266,9 +236,10 @@ def run_mt_bench(
         "notes": notes(read),
         "spent": asked.totals.as_dict(),
     }
-    result = MtBench(models, body, asked.unfinished("questions"))
+    result = Judged(models, body, asked.unfinished("questions"))
     if not asked.unreached:
-        result.files.append(write_judged(folder, KIND + ending, body, answering, config.chat_template))
+        head = head_of_weights(answering.weights, config.chat_template)
+        result.files.append(write_result(folder, KIND + ending, body, head))
         if config.plot and len(categories) < MIN_CATEGORIES:
             say(f"no radar plot: it takes {MIN_CATEGORIES} categories, and these are {len(categories)}")
         elif config.plot:
@@ -286,8 +257,7 @@ async def _answer(
     model: str,
     question: Question,
 ) -> Answered:
-    assert answering.judge is not None
-    judge, done, said = answering.judge, Answered(), list[Message]()
+    done, said = Answered(), list[Message]()
     lost = ""
     for turn, text in enumerate(question.turns, 1):
         said.append({"role": "user", "content": text})
@@ -306,34 +276,26 @@ async def _answer(
         done.answers.append(reply.text)
         done.cut += reply.finish_reason == "length"
         said.append({"role": "assistant", "content": reply.text})
-    outcomes: Sequence[tuple[float, str] | RequestFailed] = await together(
-        client.ask_parsed(
-            judge_request(
-                f"judge/{model}/{question.id}/{turn}",
-                judge,
-                judge_messages(question, done.answers[:turn], prompts, turn),
-            ),
-            lambda text: (read_grade(text), text),
-            tries=JUDGE_TRIES,
-        )
-        for turn in range(1, len(done.answers) + 1)
-    )
-    for turn in range(1, TURNS + 1):
-        score: float | None = None
-        judgment = lost
-        if turn <= len(outcomes):
-            outcome = outcomes[turn - 1]
-            if isinstance(outcome, RequestFailed):
-                judgment = f"no grade: {outcome.reason}"
-            else:
-                score, judgment = outcome
-        done.grades.append(Grade(question.id, question.category, model, turn, score, judgment))
+
+    def graded(turn: int) -> Awaitable[tuple[float, str]]:
+        messages = judge_messages(question, done.answers[:turn], prompts, turn)
+        request = judge_request(f"judge/{model}/{question.id}/{turn}", answering.judge, messages)
+        return client.ask_parsed(request, lambda text: (read_grade(text), text), tries=JUDGE_TRIES)
+
+    outcomes: list[tuple[float | None, str]] = [
+        (None, f"no grade: {found.reason}") if isinstance(found, RequestFailed) else found
+        for found in await together(graded(turn + 1) for turn in range(len(done.answers)))
+    ]
+    outcomes += [(None, lost)] * (TURNS - len(outcomes))
+    done.grades = [
+        Grade(question.id, question.category, model, turn, score, judgment)
+        for turn, (score, judgment) in enumerate(outcomes, 1)
+    ]
     return done
 
 
 def dry_run_lines(read: Questions, answering: Answering) -> list[str]:
     """Upper bounds of what a job costs, with every answer of ``max_tokens``."""
-    assert answering.judge is not None
     bounds = Bounds(answering)
     for model, spec in answering.specs.items():
         for question in read.questions:
@@ -360,14 +322,15 @@ def notes(read: Questions) -> list[str]:
     return found
 
 
-def _write_texts(job: Path, asked: Asked[tuple[str, Question], Answered]) -> None:
-    """Answers in FastChat's form, and the judge's replies beside them."""
+def _write_texts(job: Path, asked: Asked[Question, Answered]) -> None:
+    """Answers in FastChat's form, and the judge's replies in a second file."""
     make_folder(job)
     with file_aside(job / ANSWERS) as answers, file_aside(job / JUDGMENTS) as judgments:
-        for (model, question), done in asked.results:
-            number = int(question.id) if question.id.isdecimal() else question.id  # as FastChat's tools expect it
-            head = {"question_id": number, "category": question.category, "model_id": model}
-            answers.write(json_line({**head, "choices": [{"index": 0, "turns": done.answers}]}))
-            for g in done.grades:
-                row = {"question_id": g.question, "category": g.category, "model": g.model, "turn": g.turn}
-                judgments.write(json_line({**row, "score": g.score, "judgment": g.judgment}))
+        for model, results in asked.results.items():
+            for question, done in results:
+                number = int(question.id) if question.id.isdecimal() else question.id  # as FastChat's tools expect it
+                head = {"question_id": number, "category": question.category, "model_id": model}
+                answers.write(json_line({**head, "choices": [{"index": 0, "turns": done.answers}]}))
+                for g in done.grades:
+                    row = {"question_id": g.question, "category": g.category, "model": g.model, "turn": g.turn}
+                    judgments.write(json_line({**row, "score": g.score, "judgment": g.judgment}))

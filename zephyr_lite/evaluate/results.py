@@ -1,34 +1,38 @@
-"""Results of evaluations: one JSON file per kind, which names the evaluated models by hashes."""
+"""Results of evaluations: one JSON file per kind, which identifies the evaluated models by hashes."""
 
 from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import UserError
 from ..io.atomic import make_folder, write_json
-from ..io.run_dir import StageDir, text_sha256
-from ..model.loaded import LoadedModel
+from ..io.run_dir import text_sha256
+
+if TYPE_CHECKING:  # jobs that ask servers run without torch
+    from ..model.chain import Chain
+    from ..model.loaded import LoadedModel
 
 FOLDER = "eval"
 
 
-def result_folder(live: LoadedModel, out: Path | None = None) -> Path:
-    """``eval/`` in a stage's folder, ``NAME-eval`` beside a model's folder, or ``out``.
+def result_folder(source: str | Path, chain: Chain | None, out: Path | None = None) -> Path:
+    """``out``, or ``eval/`` in a stage's folder, or ``NAME-eval`` beside a model's folder.
 
     Raises:
         UserError: explicit adapters, and no ``out``.
     """
     if out is not None:
         return out
-    if live.chain is None:
-        folder = Path(live.source)
-        return folder.with_name(f"{folder.resolve().name}-{FOLDER}")
-    if live.chain.run is None or live.chain.stage is None:
-        raise UserError("explicit adapters belong to no run, so there is no folder for the result.", "Add --out FOLDER.")
-    return StageDir(live.chain.run / live.chain.stage).path / FOLDER
+    if chain is None:
+        return Path(source).with_name(f"{Path(source).resolve().name}-{FOLDER}")
+    if chain.run is None or chain.stage is None:
+        raise UserError(
+            "explicit adapters belong to no run, so there is no folder for the result.", "Add --out FOLDER."
+        )
+    return chain.run / chain.stage / FOLDER
 
 
 def claim_folder(folder: Path) -> None:
@@ -41,30 +45,34 @@ def claim_folder(folder: Path) -> None:
         make_folder(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be created: {error.strerror}.", "Choose another --out.") from None
-    if not folder.is_dir():
-        raise UserError(f"{folder}: is a file.", "Choose another --out.")
 
 
-def write_result(folder: Path, kind: str, body: dict[str, Any], live: LoadedModel) -> Path:
-    """Write ``folder/KIND.json``: hashes of the evaluated models, then the body; returns the file.
+def head_of(source: str, chain: Chain | None, base: str, fingerprint: str, template: str) -> dict[str, Any]:
+    """The part of a result that identifies the models.
 
-    Raises:
-        UserError, OSError: it cannot be written.
+    Args:
+        source: of the models: a folder, or the adapters.
+        base: the base's name or folder, used if there is no chain.
+        fingerprint: of the base's files.
+        template: text of the chat template.
     """
+    return {
+        "source": source,
+        "base": {**(chain.base if chain else {"name_or_path": base}), "fingerprint": fingerprint},
+        "adapters": [{"path": str(a.path), "sha256": a.sha256} for a in (chain.adapters if chain else [])],
+        "chat_template_sha256": text_sha256(template),
+    }
+
+
+def head_of_live(live: LoadedModel) -> dict[str, Any]:
+    """``head_of`` a loaded model."""
+    return head_of(live.source, live.chain, live.base.name_or_path, live.base.fingerprint, live.template.text)
+
+
+def write_result(folder: Path, kind: str, body: dict[str, Any], head: dict[str, Any]) -> Path:
+    """Write ``folder/KIND.json``: kind, version and time, then the head and the body; returns the file."""
     make_folder(folder)
     path = folder / f"{kind}.json"
-    chain = live.chain
-    head = {
-        "kind": kind,
-        "version": __version__,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "source": live.source,
-        "base": {
-            **(chain.base if chain else {"name_or_path": live.base.name_or_path}),
-            "fingerprint": live.base.fingerprint,
-        },
-        "adapters": [{"path": str(a.path), "sha256": a.sha256} for a in (chain.adapters if chain else [])],
-        "chat_template_sha256": text_sha256(live.template.text),
-    }
-    write_json(path, {**head, **body})
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_json(path, {"kind": kind, "version": __version__, "created": created, **head, **body})
     return path

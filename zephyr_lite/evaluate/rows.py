@@ -1,4 +1,4 @@
-"""The held-out rows that a trained model is judged on: a stage's own, or a file of the user's, prepared as training would."""
+"""The held-out rows of an evaluation: a stage's own or the user's, prepared as training prepares them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from ..io.text import short
 from ..model.chain import Chain
 from ..model.loaded import Say
 
-_WHAT = {"sft": "conversations", "dpo": "preference pairs"}
+_UNITS = {"sft": "conversations", "dpo": "preference pairs"}
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows, and where they come from.
+    """Held-out rows and their origin.
 
     Attributes:
         method: sft for conversations, dpo for pairs.
-        origin: in words: ``runs/a/sft's eval_dataset``, or the file.
-        config: what they were prepared with: the stage's, or the recipe's where no stage says.
-        stage: whose configuration that is; None: the recipe's.
-        data: prepared.
-        named: by ``--data``, and so not what the stage itself holds out.
-        limit: so many rows of each data set, or None: all.
+        origin: ``runs/a/sft's eval_dataset``, or the file.
+        specs: the data sets.
+        config: the configuration that they were prepared with: the stage's, or the recipe's if there is no stage.
+        stage: of that configuration; None: the recipe's.
+        data: the prepared rows.
+        named: the value of ``--data``; None: the stage's own held-out rows.
+        limit: number of rows of each data set; None: all.
     """
 
     method: Method
@@ -47,19 +48,17 @@ class HeldOut:
     limit: int | None = None
 
     def kind(self, name: str) -> str:
-        """What a result on these rows is called: ``loss``; ``loss-limit-8`` of a trial, which replaces no complete result;
-        ``loss-mine`` of other rows than those that a run holds out, ``--data my/mine.jsonl``."""
-        other = ""
+        """Name of a result: ``loss``; ``loss-limit-8`` for a part of the rows; ``loss-mine`` for ``--data mine.jsonl``, so
+        that neither replaces the complete result on the run's own rows."""
         if self.named is not None and self.stage is not None:
-            place = self.named.rstrip("/").rsplit("/", 1)[-1]
-            other = re.sub(r"[^\w-]+", "_", re.sub(r"\.(jsonl|json|csv|parquet)$", "", place)).strip("_") or "data"
-            other = f"-{other}" + (
-                f"-{split}" if (split := re.sub(r"\W+", "_", self.specs[0].split or "").strip("_")) else ""
-            )
-        return f"{name}{other}" + (f"-limit-{self.limit}" if self.limit is not None else "")
+            place = re.sub(r"\.(jsonl|json|csv|parquet)$", "", self.named.rstrip("/").rsplit("/", 1)[-1])
+            name += "-" + (re.sub(r"[^\w-]+", "_", place).strip("_") or "data")
+            if split := re.sub(r"\W+", "_", self.specs[0].split or "").strip("_"):
+                name += f"-{split}"
+        return name if self.limit is None else f"{name}-limit-{self.limit}"
 
     def as_dict(self) -> dict[str, Any]:
-        """What a result keeps of them: enough to read the same rows again."""
+        """The result's entry on its rows: enough to read the same rows again."""
         keys = ("max_length", "max_prompt_length", "loss_on", "system", "seed")
         return {
             "origin": self.origin,
@@ -82,7 +81,7 @@ def held_out(
     max_length: int | None = None,
     say: Say = lambda line: None,
 ) -> HeldOut:
-    """Rows to judge the models of a chain on.
+    """Prepare rows to evaluate the models of a chain on.
 
     Args:
         chain: its stages' configurations say how rows are prepared; None for a model's folder.
@@ -91,8 +90,8 @@ def held_out(
         data: a file, a folder or a hub id; None: the ``eval_dataset`` of the chain's topmost stage of this method, or
             of another stage of the same run.
         split: of ``data``.
-        limit: so many rows of each data set, by a draw seeded as the stage is.
-        max_length: shorter than the stage's.
+        limit: number of rows of each data set, drawn with the stage's seed.
+        max_length: upper limit on the stage's.
 
     Raises:
         UserError: nothing is held out and no data is given; the rows cannot be read.
@@ -103,11 +102,12 @@ def held_out(
     if data is not None:
         origin, specs = data, [_spec(data, split)]
         if config is not None and any(_same(specs[0], trained) for trained in config.dataset):
-            say(f"{data}: are the rows that {stage.path if stage else 'the stage'} was trained on, not held-out ones")
+            assert stage is not None
+            say(f"{data}: are the rows that {stage.path} was trained on, not held-out ones")
     elif stage is None or config is None:
         raise UserError(
-            f"no stage says which {_WHAT[method]} to judge on.",
-            f"Name {_WHAT[method]} that it was not trained on: --data FILE (or a hub id, with --split).",
+            f"no stage says which {_UNITS[method]} to evaluate on.",
+            f"Name {_UNITS[method]} that it was not trained on: --data FILE (or a hub id, with --split).",
         )
     else:
         origin, specs = f"{stage.path}'s eval_dataset", list(config.eval_dataset)
@@ -124,7 +124,7 @@ def stage_config(stage: StageDir) -> RunConfig:
     """The configuration that a stage was trained with.
 
     Raises:
-        UserError: config.yaml is gone, or not one that a run wrote.
+        UserError: config.yaml is missing, or not one that a run wrote.
     """
     try:
         return RunConfig.model_validate(read_dumped(stage.config))
@@ -133,26 +133,23 @@ def stage_config(stage: StageDir) -> RunConfig:
         raise UserError(f"{stage.config}: is not what a run writes: {short(what, 300)}.", "Restore the file.") from None
 
 
-def stages_below(chain: Chain) -> Iterator[StageDir]:
-    """The stages that a chain's adapters lie in, the topmost first; adapters that lie elsewhere are passed over."""
+def _stages(chain: Chain) -> Iterator[StageDir]:
+    """The stages that a chain's adapters are in, the topmost first, then the other stages of its run."""
+    seen = set()
     if chain.run is not None and chain.stage is not None:
+        seen.add((chain.run / chain.stage).resolve())
         yield StageDir(chain.run / chain.stage)
-    for adapter in reversed(chain.adapters):
-        stage = StageDir(adapter.path.parent)
-        own = chain.run is not None and chain.stage == stage.path.name and chain.run == stage.run
-        if adapter.path.name in ("adapter", "delta") and not own and stage.info() is not None:
+    below = [StageDir(a.path.parent) for a in reversed(chain.adapters) if a.path.name in ("adapter", "delta")]
+    for stage in [*below, *(stages_of(chain.run) if chain.run is not None else [])]:
+        if stage.path.resolve() not in seen:
+            seen.add(stage.path.resolve())
             yield stage
 
 
 def _stage_of(chain: Chain | None, method: Method, *, rows_wanted: bool) -> tuple[StageDir | None, RunConfig | None]:
-    """The stage whose settings prepare the rows; with ``rows_wanted`` it has to hold some out."""
-    if chain is None:
-        return None, None
-    stages = list(stages_below(chain))
-    if chain.run is not None:
-        stages += [stage for stage in stages_of(chain.run) if stage.path not in {s.path for s in stages}]
+    """The stage whose settings prepare the rows; with ``rows_wanted`` one that holds rows out."""
     empty: StageDir | None = None
-    for stage in stages:
+    for stage in _stages(chain) if chain is not None else ():
         if (stage.info() or {}).get("method") != method:
             continue
         config = stage_config(stage)
@@ -162,20 +159,15 @@ def _stage_of(chain: Chain | None, method: Method, *, rows_wanted: bool) -> tupl
     if empty is not None:
         raise UserError(
             f"{empty.path}: nothing was held out (its configuration has no eval_dataset).",
-            f"Name {_WHAT[method]} that it was not trained on: --data FILE (or a hub id, with --split).",
+            f"Name {_UNITS[method]} that it was not trained on: --data FILE (or a hub id, with --split).",
         )
     return None, None
 
 
 def _same(data: DatasetSpec, trained: DatasetSpec) -> bool:
-    """Whether both name the same rows: the same place and split, or the file that is the split in the other's folder."""
+    """Whether both name the same rows: the same path or hub id, and the same split."""
     one, other = (Path(spec.path).expanduser().resolve() for spec in (data, trained))
-    if data.path == trained.path or (one == other and one.exists()):
-        return data.split == trained.split
-    for file, folder, split in ((one, other, trained.split), (other, one, data.split)):
-        if split is not None and file.is_file() and folder in (file.parent, file.parent.parent):
-            return file.stem == split
-    return False
+    return one == other and data.split == trained.split
 
 
 def _spec(data: str, split: str | None) -> DatasetSpec:

@@ -154,11 +154,6 @@ def sync_file(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def rename(source: Path, target: Path) -> None:
-    with _named(target, source):
-        os.replace(source, target)
-
-
 def make_folder(path: Path) -> None:
     """Make a folder and its missing parents.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from .atomic import write_json
@@ -13,12 +12,9 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 
-def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None:
+def write_manifest(folder: Path) -> None:
     """Write ``manifest.json``: {"format": 1, "files": {name: {"bytes": …, "sha256": …}}} of every other file in a folder and
     below it.
-
-    Args:
-        known: name → sha256 of files that were hashed while they were written; the others are read.
 
     Raises:
         OSError: a file cannot be read, or the manifest not written.
@@ -27,7 +23,7 @@ def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST:
-            files[name] = {"bytes": path.stat().st_size, "sha256": (known or {}).get(name) or file_sha256(path)}
+            files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
 
 

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,13 +47,11 @@ _PICKLES = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its dtype and shape, and the absolute offsets of its bytes."""
+    """One tensor of a file: its dtype and shape."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    end: int
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -61,7 +59,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.start
+        return nbytes(self.dtype, self.shape)
 
 
 def nbytes(dtype: str, shape: Iterable[int]) -> int:
@@ -75,7 +73,6 @@ class SafetensorsFile:
     Attributes:
         entries: name → Entry, in the order of their bytes in the file.
         metadata: the header's ``__metadata__``.
-        data_start: offset of the first tensor's first byte.
 
     Raises:
         UserError: the file is missing, cut short or a pickle, its header is broken, or a dtype is unknown.
@@ -88,25 +85,18 @@ class SafetensorsFile:
             found = ": is not a file" if self.path.exists() else " is missing"
             raise UserError(f"{self.path}{found}.", "Fetch it again.")
         try:
-            self.metadata: dict[str, str] = self._open().metadata() or {}
+            file = self._open()
         except SafetensorError as error:
             raise self._broken(str(error)) from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror or error}.", "Fetch it again.") from None
-        with self.path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        self.data_start = 8 + length
-        entries = []
-        for name, told in header.items():
-            if told["dtype"] not in DTYPES:
-                raise self._broken(f"tensor {shown(name)} has the unsupported dtype {told['dtype']}")
-            begin, end = (self.data_start + offset for offset in told["data_offsets"])
-            entries.append(Entry(name, told["dtype"], tuple(told["shape"]), begin, end))
-        self.entries: dict[str, Entry] = {
-            entry.name: entry for entry in sorted(entries, key=lambda entry: (entry.start, entry.end))
-        }
+        self.metadata: dict[str, str] = file.metadata() or {}
+        self.entries: dict[str, Entry] = {}
+        for name in file.offset_keys():
+            tensor = file.get_slice(name)
+            if tensor.get_dtype() not in DTYPES:
+                raise self._broken(f"tensor {shown(name)} has the unsupported dtype {tensor.get_dtype()}")
+            self.entries[name] = Entry(name, tensor.get_dtype(), tuple(tensor.get_shape()))
 
     def _open(self) -> Any:
         if self._file is None:
@@ -144,7 +134,6 @@ def write_stream(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     write: Callable[[str, BinaryIO], None],
     metadata: Mapping[str, str] | None = None,
-    digest: Digest | None = None,
 ) -> None:
     """Write a safetensors file tensor by tensor, as ``write`` produces them. It appears complete or not at all.
 
@@ -152,7 +141,6 @@ def write_stream(
         tensors: name → (safetensors dtype, shape), in the order of the bytes.
         write: called as write(name, file) for each tensor; it writes exactly that tensor's bytes.
         metadata: strings for the header.
-        digest: updated with the file's bytes as they are written (``hashlib.sha256()``).
 
     Raises:
         OSError: the file cannot be written.
@@ -166,30 +154,12 @@ def write_stream(
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     with bytes_aside(Path(path)) as out:
-        file = out if digest is None else cast(BinaryIO, _Hashed(out, digest))
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        out.write(struct.pack("<Q", len(raw)) + raw)
         position = out.tell()
         for name, (dtype, shape) in tensors.items():
-            write(name, file)
+            write(name, out)
             position += nbytes(dtype, shape)
             assert out.tell() == position, f"{path}: tensor {name}: {out.tell() - position:+d} bytes"
-
-
-class Digest(Protocol):
-    """A hash."""
-
-    def update(self, data: Any, /) -> None: ...
-
-
-class _Hashed:
-    """A file whose written bytes are hashed too."""
-
-    def __init__(self, out: BinaryIO, digest: Digest) -> None:
-        self.out, self.digest = out, digest
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self.out.write(data)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
 from ..errors import Interrupted, UserError
@@ -117,7 +117,7 @@ class HubPlace:
     def names(self, folder: str) -> list[str]:
         try:
             found = {entry.path.rpartition("/")[2] for entry in self.api.list_repo_tree(self.repo, folder or None)}
-        except (EntryNotFoundError, RepositoryNotFoundError):
+        except (RemoteEntryNotFoundError, RepositoryNotFoundError):
             return []
         return sorted(name for name in found if not name.startswith("."))
 
@@ -125,7 +125,7 @@ class HubPlace:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 return Path(self.api.hf_hub_download(self.repo, path, local_dir=folder)).read_bytes()
-            except (EntryNotFoundError, RepositoryNotFoundError):
+            except (RemoteEntryNotFoundError, RepositoryNotFoundError):
                 return None
 
     def put(self, folder: str, add: Sequence[Path], delete: Sequence[str]) -> None:

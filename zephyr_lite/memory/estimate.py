@@ -13,6 +13,8 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Literal
 
+import numpy as np
+
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig
 from ..model.layer_spec import Keep
@@ -31,6 +33,9 @@ CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8_519_680, 32 * MIB
 # and a freed block is not always where the next one fits: a share of the transient bytes, and two steps of growth.
 SLACK_SHARE, SLACK_BYTES = 0.03, 40 * MIB
 
+# what a layer may keep, and whether that goes to the host
+Kind = tuple[Keep, bool]
+KINDS: tuple[Kind, ...] = tuple((keep, away) for away in (True, False) for keep in ("input", "attention", "all"))
 # of a streamed base; in main memory, but not locked there (a tied one is the output head, which is locked)
 PAGED = "embedding"
 
@@ -130,7 +135,8 @@ def base_bytes(job: Workload, *, stream: bool = False) -> dict[str, int]:
     return {"decoder layers": layers, "embedding": size * s.head_weights, **head, **small}
 
 
-def optimizer_bytes(optim: str, tensors: Sequence[int], *, cuda: bool = True) -> tuple[int, int]:
+@lru_cache(maxsize=16)
+def optimizer_bytes(optim: str, tensors: tuple[int, ...], *, cuda: bool = True) -> tuple[int, int]:
     """(on the device, managed) bytes of the optimizer's state.
 
     Two moments a number, of 4 bytes or of one with a scale for every 256 (bitsandbytes; tensors under 4,096 numbers: 4 bytes).
@@ -362,27 +368,76 @@ def segments(keep: tuple[Keep, ...], offload: int) -> list[tuple[Keep, bool, int
     return [(policy, away, layers[0], len(layers)) for policy, away, layers in found]
 
 
+def _working(job: Workload, execution: ExecutionConfig, device: Device) -> tuple[LayerBytes, int, str]:
+    """What a layer, and the output head, take at work; and the head's largest moment."""
+    tokens = max(execution.micro_tokens, job.longest)
+    together = job.live_reference and execution.reference == "together"
+    key = (tokens, execution.tile, execution.stream, together, device)
+    if key not in job.memo:
+        head, at = head_bytes(job, tokens, stream=execution.stream, together=together, cuda=device.cuda)
+        job.memo[key] = layer_bytes(job, tokens, execution.tile, device), head, at
+    return job.memo[key]
+
+
+def _earlier_gradients(job: Workload, tokens: int) -> int:
+    """Bytes of the gradients of a step's earlier micro-batches, which are there from the start."""
+    return 4 * job.parameters if job.step_most is None or job.step_most > tokens else 0
+
+
+def _streamed(job: Workload) -> dict[str, int]:
+    """A streamed base in main memory."""
+    copied = job.shape.head_weights * job.dtype.itemsize
+    base = {"streamed base": job.shape.layers * slab_bytes(job) + copied}
+    return base if job.shape.tied else {**base, PAGED: copied}
+
+
+def layer_counts(fillings: Sequence[tuple[tuple[Keep, ...], int]]) -> tuple[dict[Kind, np.ndarray], np.ndarray]:
+    """(number of layers of each kind, place of the last layer's kind among these) of many ``keep`` and ``offload``."""
+    counts = {kind: np.zeros(len(fillings), dtype=np.int64) for kind in KINDS}
+    last = np.zeros(len(fillings), dtype=np.int64)
+    for place, (keep, offload) in enumerate(fillings):
+        for policy, away, _, count in segments(keep, offload):
+            counts[policy, away][place] = count
+            last[place] = KINDS.index((policy, away))
+    return counts, last
+
+
+def bounds(
+    job: Workload, execution: ExecutionConfig, device: Device, counts: dict[Kind, np.ndarray], last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(at least so many bytes on the device, exactly so many on the host) with many splits of the layers at once: the peak of
+    ``estimate`` at the output head and in the last layer's backward pass only.
+
+    Args:
+        execution: whatever its layers keep.
+        counts, last: of ``layer_counts``.
+    """
+    layer, head, _ = _working(job, execution, device)
+    resident, _ = _resident(job, execution, device)
+    tokens = max(execution.micro_tokens, job.longest)
+    x = tokens * job.shape.hidden * job.dtype.itemsize
+    table = np.stack([counts[kind] for kind in KINDS])
+    sizes, away = np.array([layer.kept[keep] for keep, _ in KINDS]), np.array([away for _, away in KINDS])
+    kept, host = (sizes * ~away) @ table, (sizes * away) @ table
+    backward = np.array([layer.backward[keep, away] - layer.kept[keep] * (not away) for keep, away in KINDS])
+    passing = kept + np.maximum(head, backward[last] + x) + input_bytes(job, tokens)
+    slack = SLACK_BYTES + np.floor(SLACK_SHARE * passing) if device.slack else 0
+    streamed = sum(_streamed(job).values()) if execution.stream else 0
+    return sum(resident.values()) + _earlier_gradients(job, tokens) + passing + slack, host + streamed
+
+
 def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, training: bool = True) -> MemoryBreakdown:
     """A run's memory.
 
     Args:
         training: with a backward pass; else an evaluation's.
     """
-    s, memo = job.shape, job.memo
-    tokens, together = (
-        max(execution.micro_tokens, job.longest),
-        job.live_reference and execution.reference == "together",
-    )
+    s, tokens = job.shape, max(execution.micro_tokens, job.longest)
+    together = job.live_reference and execution.reference == "together"
     resident, managed = _resident(job, execution, device)
-    key = (tokens, execution.tile, execution.stream, together, device)
-    if key not in memo:
-        at_head = head_bytes(job, tokens, stream=execution.stream, together=together, cuda=device.cuda)
-        memo[key] = layer_bytes(job, tokens, execution.tile, device), *at_head
-    layer, head, head_at = memo[key]
-
+    layer, head, head_at = _working(job, execution, device)
     gradients, x = 4 * job.parameters, tokens * s.hidden * job.dtype.itemsize
-    # gradients of a step's earlier micro-batches are there from the start
-    earlier = gradients if job.step_most is None or job.step_most > tokens else 0
+    earlier = _earlier_gradients(job, tokens)
     # (where, gradients, kept, reference, layer, head) at every moment that may be the peak
     moments: list[tuple[str, int, int, int, int, int]] = []
     resting = moving = away_bytes = (
@@ -417,10 +472,7 @@ def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, train
         transient["allocator's slack"] = SLACK_BYTES + round(SLACK_SHARE * passing)
     host = {"kept activations": away_bytes} if away_bytes else {}
     if execution.stream:
-        copied = s.head_weights * job.dtype.itemsize
-        host["streamed base"] = s.layers * slab_bytes(job) + copied
-        if not s.tied:
-            host[PAGED] = copied
+        host.update(_streamed(job))
     return MemoryBreakdown(resident, transient, at, managed, host)
 
 

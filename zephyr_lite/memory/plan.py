@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..config.load import MemorySpec
@@ -14,10 +15,20 @@ from ..errors import UserError
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Reference
 from ..model.layer_spec import Keep
-from .estimate import CONTEXT_BYTES, GIB, Device, MemoryBreakdown, estimate, in_words, kept_per_token
+from .estimate import (
+    CONTEXT_BYTES,
+    GIB,
+    Device,
+    MemoryBreakdown,
+    bounds,
+    estimate,
+    in_words,
+    kept_per_token,
+    layer_counts,
+)
 from .gpus import PROCESSOR, Gpu
 from .machine import Machine, parse_size
-from .speed import step_time
+from .speed import step_time, time_of_layers
 from .workload import Workload
 
 KEEPS: tuple[Keep, ...] = ("all", "attention", "input")
@@ -93,6 +104,10 @@ class Plan(ExecutionConfig):
             said.append("the base is in main memory and is copied one layer ahead")
         if self.tile is not None:
             said.append(f"the MLP takes {self.tile:,} tokens at a time")
+        if self.scratch == "small":
+            said.append("gate and up are dequantized twice, in a smaller buffer")
+        if self.reference == "own":
+            said.append("the reference runs in a pass of its own")
         return said
 
 
@@ -145,48 +160,61 @@ class Limits:
             return int(self.free * (1 - MARGIN))
         return self.device.context + int((self.free - self.device.context) * SHARE)
 
+    def suffice(self, peak: Any, host: Any) -> Any:
+        """Whether there is memory for so many bytes on the device and on the host (numbers, or arrays of them)."""
+        there = peak if self.device.cuda else peak + host
+        return (there <= self.budget) & (host <= self.host)
+
 
 # -- candidates --------------------------------------------------------------------------------------------------------
 
 
-def candidates(job: Workload, limits: Limits, memory: MemorySpec, *, least: bool = False) -> list[ExecutionConfig]:
-    """Execution settings by predicted speed, the fastest first, whatever memory they take.
+def candidates(
+    job: Workload, limits: Limits, memory: MemorySpec, *, least: bool = False, fitting: bool = False
+) -> Iterator[ExecutionConfig]:
+    """Execution settings by predicted speed, the fastest first.
 
     Args:
         memory: what the user fixed is the same in all of them.
         least: only settings with the smallest peaks; if any setting fits, one of these does.
+        fitting: without most of those that do not fit (see ``bounds``).
     """
-    fused, offloads = job.engine == "fused", _offloads(job, limits, memory)
+    fused, layers = job.engine == "fused", job.shape.layers
     streams = (False, True) if memory.stream is None and limits.exact else (bool(memory.stream) and fused,)
     references: tuple[Reference, ...] = ("together", "own") if job.live_reference else ("together",)
     scratches: tuple[ScratchMode, ...] = ("layer",) if job.storage == "dense" else ("layer", "small")
     if least:
         references, scratches = references[-1:], scratches[-1:]
-        fillings = [((memory.keep or "input",) * job.shape.layers, n) for n in offloads]
-    else:
-        fillings = list(_fillings(job, offloads, memory, mixed=limits.exact))
     threads = torch.get_num_threads()
-    found = [
-        ExecutionConfig(tokens, keep, offload, stream, tile, scratch, reference, threads)
+    settings = [
+        ExecutionConfig(tokens, (), 0, stream, tile, scratch, reference, threads)
         for tokens, stream, scratch, reference in product(
             _tokens(job, limits, memory, least), streams, scratches, references
         )
         for tile in (None, *(t for t in TILES if fused and t < max(tokens, job.longest)))
-        for keep, offload in fillings
     ]
+    offloads = _offloads(job, limits, memory)
+    if least:
+        fillings = [((memory.keep or "input",) * layers, n) for n in offloads]
+    else:
+        fillings = list(_fillings(job, offloads, memory, mixed=limits.exact))
+    counts, last = layer_counts(fillings)
+    offload = np.array([n for _, n in fillings])
     # a CPU's order does not depend on how busy it was while it was measured: the same run is split alike every time
     card = limits.card if limits.device.cuda else PROCESSOR
-
-    def cost(execution: ExecutionConfig) -> float:
-        host = (execution.offload > 0) + execution.stream
-        extra = (
-            execution.micro_tokens / WANTED_TOKENS
-            + (execution.tile is not None)
-            + execution.offload / len(execution.keep)
-        )
-        return (1 + WORTH_THE_HOST * host + TIE * extra) / step_time(job, execution, card).tokens_per_second
-
-    return sorted(found, key=cost)
+    costs = np.empty((len(settings), len(fillings)))
+    for row, setting in zip(costs, settings):
+        host = np.sign(offload) + setting.stream
+        extra = setting.micro_tokens / WANTED_TOKENS + (setting.tile is not None) + offload / layers
+        time = time_of_layers(job, setting, card, counts)
+        row[:] = (1 + WORTH_THE_HOST * host + TIE * extra) / time.tokens_per_second
+        if fitting:
+            row[~limits.suffice(*bounds(job, setting, limits.device, counts, last))] = np.inf
+    for place in np.argsort(costs, axis=None, kind="stable").tolist():
+        setting, (keep, leaves) = settings[place // len(fillings)], fillings[place % len(fillings)]
+        if np.isinf(costs.flat[place]):
+            return
+        yield replace(setting, keep=keep, offload=leaves)
 
 
 def _tokens(job: Workload, limits: Limits, memory: MemorySpec, least: bool) -> list[int]:
@@ -227,9 +255,7 @@ def _fillings(
 def fits(job: Workload, execution: ExecutionConfig, limits: Limits) -> MemoryBreakdown | None:
     """The predicted memory, if device and host have that much."""
     found = estimate(job, execution, limits.device)
-    host = sum(found.host.values())
-    there = found.peak if limits.device.cuda else found.peak + host
-    return found if there <= limits.budget and host <= limits.host else None
+    return found if limits.suffice(found.peak, sum(found.host.values())) else None
 
 
 def feasible(job: Workload, limits: Limits, memory: MemorySpec) -> bool:
@@ -248,7 +274,7 @@ def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
             other engines.)
     """
     limits = Limits.of(job, machine, memory)
-    for execution in candidates(job, limits, memory):
+    for execution in candidates(job, limits, memory, fitting=True):
         if fits(job, execution, limits):
             return _plan(job, execution, limits)
     if limits.exact:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -117,37 +118,6 @@ def _below(method: Method, config: RunConfig, shape: Shape) -> tuple[list[Adapte
     return [AdapterSpec.read(shape, a.modules) for a in adapters], [f"on {', '.join(str(a.path) for a in adapters)}"]
 
 
-def ladder(words: list[str]) -> list[tuple[int, Method, Plan | UserError, int]]:
-    """(GB of the card, stage, plan or why there is none, longest example) of Mistral-7B with 8-bit AdamW.
-
-    Raises:
-        UserError: another model or engine is asked for, or something wrong.
-    """
-    for word in words:
-        key = word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_")
-        if key in ("model_name_or_path", "engine"):
-            raise UserError(
-                f"plan --ladder: {key} cannot be set.", "The table is of Mistral-7B under the fused engine."
-            )
-    found: list[tuple[int, Method, Plan | UserError, int]] = []
-    methods: tuple[Method, ...] = ("sft", "dpo")
-    for size in LADDER:
-        card = gpu_of_size(size)
-        machine = of_card(card, f"{size}GiB")
-        for method in methods:
-            config = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit", *words]).config
-            job = expected_job(method, config, MISTRAL_SHAPE, card.dtype)
-            result: Plan | UserError
-            try:
-                result = make_plan(job, machine, config.memory)
-            except UserError as error:
-                result = error
-            limits = Limits.of(job, machine, config.memory)
-            longest = longest_context(job, limits, config.memory) if method == "sft" else 0
-            found.append((size, method, result, longest))
-    return found
-
-
 def stages_of(words: list[str], file: str | None = None) -> tuple[tuple[Method, ...], list[str]]:
     """(the stages named by the first word, or by the configuration file's name or keys; the other words).
 
@@ -166,14 +136,15 @@ def stages_of(words: list[str], file: str | None = None) -> tuple[tuple[Method, 
         return ("sft", "dpo"), words
     meant: dict[str, tuple[Method, ...]] = {"sft": ("sft",), "dpo": ("dpo",), "both": ("sft", "dpo")}
     if words[0].lower() not in meant:
-        raise UserError(f"plan {words[0]}: there is no such stage.", "Name sft, dpo or both (or key=value).")
+        raise UserError(f"{words[0]}: there is no such stage.", "Name sft, dpo or both (or key=value).")
     return meant[words[0].lower()], words[1:]
 
 
 def ladder_lines(words: list[str], others: Mapping[str, object] | None = None) -> list[str]:
-    """The table of cards in Markdown.
+    """The table of cards, of Mistral-7B with 8-bit AdamW, in Markdown.
 
     Args:
+        words: key=value.
         others: other options of the command, by name; those that are not None are refused.
 
     Raises:
@@ -182,19 +153,33 @@ def ladder_lines(words: list[str], others: Mapping[str, object] | None = None) -
     idle = [name for name, value in (others or {}).items() if value is not None]
     if idle:
         raise UserError(f"plan --ladder: {', '.join(idle)} cannot be set.", "The table has its own cards and stages.")
+    for word in words:
+        key = word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_")
+        if key in ("model_name_or_path", "engine"):
+            raise UserError(
+                f"plan --ladder: {key} cannot be set.", "The table is of Mistral-7B under the fused engine."
+            )
     lines = [
         "| card | stage | tokens at once | layers keep | base | peak GiB | host GiB | longest row |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for size, method, plan, longest in ladder(words):
-        if isinstance(plan, UserError):
+    methods: tuple[Method, ...] = ("sft", "dpo")
+    for size, method in product(LADDER, methods):
+        card = gpu_of_size(size)
+        machine = of_card(card, f"{size}GiB")
+        config = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit", *words]).config
+        job = expected_job(method, config, MISTRAL_SHAPE, card.dtype)
+        try:
+            plan = make_plan(job, machine, config.memory)
+        except UserError:
             lines.append(f"| {size} GB | {method} | does not fit | | | | | |")
             continue
+        limits = Limits.of(job, machine, config.memory)
+        longest = f"{longest_context(job, limits, config.memory) // 1024}k" if method == "sft" else ""
         host = sum(plan.host.values()) / GIB
-        context = f"{longest // 1024}k" if longest else ""
         lines.append(
             f"| {size} GB | {method} | {plan.micro_tokens:,} | {_kept(plan)} | {'streamed' if plan.stream else 'resident'} "
-            f"| {plan.peak / GIB:.1f} | {host:.1f} | {context} |"
+            f"| {plan.peak / GIB:.1f} | {host:.1f} | {longest} |"
         )
     return lines
 

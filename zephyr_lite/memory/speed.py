@@ -7,12 +7,14 @@ a run costs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..model.execution import ExecutionConfig
 from ..model.layer_spec import Keep
 from ..model.shape import SITES
-from .estimate import kept_per_token, optimizer_bytes, segments, slab_bytes
+from .estimate import Kind, kept_bytes, optimizer_bytes, segments, slab_bytes
 from .gpus import Gpu
 from .workload import Workload
 
@@ -46,18 +48,26 @@ class Time:
 
 def layer_operations(job: Workload, keep: Keep) -> tuple[float, float]:
     """(forward, backward) operations a token of one layer on average, attention's scores aside."""
-    s = job.shape
-    frozen = [2.0 * sum(s.matrices[n][0] * s.matrices[n][1] for n in site) for site in SITES]
-    narrow = [0.0] * 4  # of the adapters: forward, and the same again for the gradient of the input
-    trained = 0.0
-    for adapter in job.adapters:
-        for place, site in enumerate(SITES):
-            sizes = [ranks.get(n, 0) * sum(s.matrices[n]) for ranks in adapter.ranks for n in site]
-            narrow[place] += 2 * sum(sizes) / s.layers
-            trained += 2 * sum(sizes) / s.layers * adapter.trained
+    frozen, narrow, trained = _site_operations(job)
     forward = sum(frozen) + sum(narrow)
     again = sum(frozen[i] + narrow[i] for i in AGAIN[keep])
     return forward, forward + again + trained
+
+
+def _site_operations(job: Workload) -> tuple[list[float], list[float], float]:
+    """Operations a token of one layer on average: of the base's matrices and of the adapters', by site (the same again for the
+    gradient of the input), and of the trained adapter's gradients."""
+    if "operations" not in job.memo:
+        s = job.shape
+        frozen = [2.0 * sum(s.matrices[n][0] * s.matrices[n][1] for n in site) for site in SITES]
+        narrow, trained = [0.0] * 4, 0.0
+        for adapter in job.adapters:
+            for place, site in enumerate(SITES):
+                sizes = [ranks.get(n, 0) * sum(s.matrices[n]) for ranks in adapter.ranks for n in site]
+                narrow[place] += 2 * sum(sizes) / s.layers
+                trained += 2 * sum(sizes) / s.layers * adapter.trained
+        job.memo["operations"] = frozen, narrow, trained
+    return job.memo["operations"]
 
 
 def attention_operations(job: Workload) -> float:
@@ -86,9 +96,7 @@ def _rates(job: Workload, tokens: int, card: Gpu) -> tuple[float, float, float]:
     return rate, card.bandwidth * 1e9 * BANDWIDTH_SHARE, card.pcie * 1e9
 
 
-def _layer_times(
-    job: Workload, tokens: int, execution: ExecutionConfig, card: Gpu
-) -> dict[tuple[Keep, bool], tuple[float, float]]:
+def _layer_times(job: Workload, tokens: int, execution: ExecutionConfig, card: Gpu) -> dict[Kind, tuple[float, float]]:
     """(computing, waiting) seconds of a layer in one micro-batch, by (policy, whether what it keeps goes to the host)."""
     s, weights, size = job.shape, job.shape.layer_weights, job.dtype.itemsize
     rate, memory, link = _rates(job, tokens, card)
@@ -108,7 +116,7 @@ def _layer_times(
         busy = products + tokens * attention / (rate * ATTENTION_SHARE) + tokens * moved / memory + extra
         return max(busy, launches * LAUNCH)
 
-    times: dict[tuple[Keep, bool], tuple[float, float]] = {}
+    times: dict[Kind, tuple[float, float]] = {}
     for keep in AGAIN:
         forward_ops, backward_ops = layer_operations(job, keep)
         forward = one_pass(forward_ops, scores, moved_forward, LAUNCHES["forward"], 1, unpacked)
@@ -135,7 +143,7 @@ def _layer_times(
             again = (tiles - 1) * unpacked * share * small
             forward += forward_ops * slower + launched + again
             backward += backward_ops * slower + 2 * launched + again * 5 / 3
-        kept = kept_per_token(job, (keep,) * s.layers) / s.layers
+        kept = sum(kept_bytes(s, size, keep, ranks) for ranks in job.ranks) / s.layers
         for leaves in (False, True):
             away = leaves * tokens * kept / link
             # copies to the host and from the host run beside each other, those that go the same way do not
@@ -146,6 +154,16 @@ def _layer_times(
 
 def step_time(job: Workload, execution: ExecutionConfig, card: Gpu) -> Time:
     """One optimizer step, in micro-batches of the execution's tokens."""
+    counts = {(keep, away): count for keep, away, _, count in segments(execution.keep, execution.offload)}
+    return time_of_layers(job, execution, card, counts)
+
+
+def time_of_layers(job: Workload, execution: ExecutionConfig, card: Gpu, counts: Mapping[Kind, Any]) -> Time:
+    """As ``step_time``, whatever the execution's layers keep.
+
+    Args:
+        counts: number of layers of each kind; arrays of numbers give arrays of times.
+    """
     s, size, tokens = job.shape, job.dtype.itemsize, max(execution.micro_tokens, job.longest)
     key = (tokens, execution.tile, execution.stream, execution.scratch, execution.reference, card)
     if key not in job.memo:
@@ -158,11 +176,10 @@ def step_time(job: Workload, execution: ExecutionConfig, card: Gpu) -> Time:
         state, managed = optimizer_bytes(job.optim, job.trained_tensors)
         update = (job.parameters * 24 + 2 * state) / memory + 2 * managed / link
         job.memo[key] = _layer_times(job, tokens, execution, card), head, copied, update
-    times, head, waiting, update = job.memo[key]
-    computing = head
-    for keep, away, _, count in segments(execution.keep, execution.offload):
-        computing += count * times[keep, away][0]
-        waiting += count * times[keep, away][1]
+    times, computing, waiting, update = job.memo[key]
+    for kind, count in counts.items():
+        computing = computing + count * times[kind][0]
+        waiting = waiting + count * times[kind][1]
     batches = max(1.0, (job.step_tokens or tokens) / tokens)
     step = batches * (computing + waiting) + update
     return Time(step, batches * waiting, batches * tokens / step)

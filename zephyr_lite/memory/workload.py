@@ -111,9 +111,9 @@ class Workload:
     engine: str = "fused"
 
     @cached_property
-    def trained_tensors(self) -> list[int]:
+    def trained_tensors(self) -> tuple[int, ...]:
         """Numbers in each trained tensor."""
-        return [n for adapter in self.adapters if adapter.trained for n in adapter.tensors(self.shape)]
+        return tuple(n for adapter in self.adapters if adapter.trained for n in adapter.tensors(self.shape))
 
     @cached_property
     def parameters(self) -> int:

@@ -1,7 +1,7 @@
 """Merging a chain of adapters into one model folder, streamed from file to file, and comparing it with the live stack."""
 
 from ..model.chain import Chain, chain_of_adapters, chain_of_run
-from .measure import LogpDifference, compare_logps, folder_logps
+from .measure import LogpDifference, compare_logps
 from .weights import MergeReport, adapter_only, merge
 
 __all__ = [
@@ -12,6 +12,5 @@ __all__ = [
     "chain_of_adapters",
     "chain_of_run",
     "compare_logps",
-    "folder_logps",
     "merge",
 ]

@@ -14,7 +14,7 @@ from ..data.formats import RowError
 from ..data.rendering import Renderer
 from ..errors import UserError
 from ..io.atomic import copy_file, make_folder, write_json
-from ..io.safetensors import DTYPE_NAMES, DTYPES, FLOATS, Entry, nbytes
+from ..io.safetensors import DTYPE_NAMES, DTYPES, FLOATS, Entry
 from ..io.text import is_whole, read_object, shown
 from ..model.base import fetch_base, read_model_config
 from ..model.check_weights import NF4_STATE, empty_model, stored_settings
@@ -64,7 +64,7 @@ class BaseFiles:
     def _dequantized(self, entry: Entry) -> Entry:
         dtype = self.nf4_output_dtype
         shape = tuple(json.loads(bytes(self.tensor(entry.name + NF4_STATE)))["shape"])
-        return Entry(entry.name, dtype, shape, 0, nbytes(dtype, shape))
+        return Entry(entry.name, dtype, shape)
 
     @cached_property
     def nf4_output_dtype(self) -> str:

@@ -346,30 +346,3 @@ def open_folder(
 
 def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
-@torch.no_grad()
-def folder_logps(
-    folder: str | Path,
-    rows: Sequence[Sequence[int]],
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    memory: int | None = None,
-) -> list[Tensor]:
-    """Per-token log-probabilities of a model folder (``open_folder``); the log-softmax is float32 whatever the dtype.
-
-    Args:
-        rows: token ids, at least 2 in each row.
-
-    Returns:
-        For each row float32 [T - 1] on the CPU: log p of tokens 1 … T-1.
-    """
-    result = []
-    with open_folder(folder, device, dtype, memory=memory) as model:
-        for row in rows:
-            ids = torch.tensor([list(row)], device=device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            chosen = logits.gather(1, ids[0, 1:, None].to(logits.device))[:, 0]
-            result.append((chosen - logits.logsumexp(dim=-1)).cpu())
-    return result

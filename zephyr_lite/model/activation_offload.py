@@ -10,7 +10,6 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .allocator import is_wsl
 
 
 class LockRefused(UserError):
-    """The system refuses to lock the requested amount of main memory."""
+    """The system does not give the requested amount of main memory."""
 
 
-CHUNK = 32 * 2**20  # of the ring through which unlocked memory is copied
 PROBE = 256 * 2**20  # what ``lockable`` locks at a time
 ALIGNMENT = 256  # of device memory
 PAGE = 4096
@@ -49,13 +46,9 @@ class SideStream:
                 target.copy_(source)
             return None
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        ring = _rings.get(self.device)
         with torch.cuda.stream(self._stream):
             for target, source in pairs:
-                if ring is None or (target if source.is_cuda else source).is_pinned():
-                    target.copy_(source, non_blocking=True)
-                else:
-                    ring.copy(target, source)
+                target.copy_(source, non_blocking=True)  # of pageable memory the driver makes it a blocking copy
             done = torch.cuda.Event()
             done.record(self._stream)
         return done
@@ -74,19 +67,15 @@ class SideStream:
 def host_bytes(count: int, device: torch.device) -> Tensor:
     """uint8 [count] on the host, page-locked for copies to and from a GPU.
 
-    Where the system refuses the lock (WSL2: from 0.5 GiB to half of the main memory) it is pageable memory, which
-    ``SideStream`` copies through a ring of locked chunks: slower, and the CPU waits.
+    Where the system refuses the lock (WSL2: from 0.5 GiB to half of the main memory) it is pageable memory: its copies are
+    slower, and the CPU waits for them.
 
     Raises:
-        LockRefused: there is not enough memory, or the ring cannot be locked either.
+        LockRefused: there is not enough memory.
     """
     if device.type != "cuda" or not count:
         return torch.empty(count, dtype=torch.uint8)
-    if is_wsl() and device not in _rings:
-        _rings[device] = Ring(device)  # first: after a refusal there may be no room left for it
-    memory, code = _locked(count, device)
-    if code and device not in _rings:
-        _rings[device] = Ring(device)
+    memory, _ = _locked(count, device)
     return memory
 
 
@@ -95,15 +84,15 @@ def lockable(wanted: int, device: torch.device) -> int:
     One piece of these is left to other programs."""
     pieces: list[Tensor] = []
     while len(pieces) * PROBE < wanted:
-        piece, code = _locked(PROBE, device)
-        if code:
+        piece, is_locked = _locked(PROBE, device)
+        if not is_locked:
             return max(0, len(pieces) - 1) * PROBE
         pieces.append(piece)
     return wanted
 
 
-def _locked(count: int, device: torch.device) -> tuple[Tensor, int]:
-    """uint8 [count] on the host, locked while it exists; and 0, or CUDA's error code where the system refuses the lock.
+def _locked(count: int, device: torch.device) -> tuple[Tensor, bool]:
+    """uint8 [count] on the host, locked while it exists; and whether the system did not refuse the lock.
 
     Pageable memory is registered, because PyTorch's pinned allocator rounds up to powers of two.
 
@@ -120,77 +109,18 @@ def _locked(count: int, device: torch.device) -> tuple[Tensor, int]:
     start = -owner.ctypes.data % PAGE  # a page belongs to one registration
     memory = torch.from_numpy(owner[start : start + count])
     runtime: Any = torch.cuda.cudart()
-    code = int(runtime.cudaHostRegister(memory.data_ptr(), count, 0))
-    if code:
-        _clear_last_error()
-    else:
-        # tensors keep their owner alive; unlock before its memory is freed (at exit the process frees it)
-        weakref.finalize(owner, _unlock, runtime, memory.data_ptr(), device).atexit = False
-    return memory, code
-
-
-def _clear_last_error() -> None:
-    """Clear CUDA's pending error, which the next kernel launch would report. PyTorch does not expose cudaGetLastError, but it
-    loads the runtime with global symbols (libtorch_global_deps); None where torch links it statically."""
-    last_error = getattr(ctypes.CDLL(None), "cudaGetLastError", None)
-    if last_error is not None:
-        last_error()
+    if int(runtime.cudaHostRegister(memory.data_ptr(), count, 0)):
+        # clear CUDA's pending error, which the next kernel launch would report; torch loads the runtime with global symbols
+        ctypes.CDLL(None).cudaGetLastError()
+        return memory, False
+    # tensors keep their owner alive; unlock before its memory is freed (at exit the process frees it)
+    weakref.finalize(owner, _unlock, runtime, memory.data_ptr(), device).atexit = False
+    return memory, True
 
 
 def _unlock(runtime: Any, start: int, device: torch.device) -> None:
     torch.cuda.synchronize(device)  # a failed pass may have left a copy running
     runtime.cudaHostUnregister(start)
-
-
-class Ring:
-    """Two locked chunks through which pageable memory is copied to and from a GPU.
-
-    Raises:
-        LockRefused: the system does not lock the chunks either.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._slots = []
-        for _ in range(2):
-            chunk, code = _locked(CHUNK, device)
-            if code:
-                raise LockRefused(
-                    f"main memory could not be locked for copies to the card, not even {CHUNK // 2**20} MiB (CUDA error "
-                    f"{code}).",
-                    "Raise the limit (`ulimit -l`, or the container's memlock), close what fills the main memory, or set "
-                    "memory.offload=false and memory.stream=false.",
-                )
-            self._slots.append((chunk, torch.cuda.Event()))
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """Copy a contiguous tensor on the current stream; returns when the pageable memory has been read or written."""
-        to_host = not target.is_cuda
-        arriving: list[tuple[Tensor, Tensor, Any]] = []
-        pieces = zip(*(t.view(-1).view(torch.uint8).split(CHUNK) for t in (target, source)), cycle(self._slots))
-        for there, here, (chunk, event) in pieces:
-            if len(arriving) == len(self._slots):
-                self._take(*arriving.pop(0))
-            event.synchronize()  # the chunk's previous copy, on any stream
-            chunk = chunk[: here.numel()]
-            if to_host:
-                self._enqueue(chunk, here)
-                arriving.append((there, chunk, event))
-            else:
-                chunk.copy_(here)
-                self._enqueue(there, chunk)
-            event.record()
-        for piece in arriving:
-            self._take(*piece)
-
-    def _enqueue(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source, non_blocking=True)
-
-    def _take(self, target: Tensor, chunk: Tensor, event: Any) -> None:
-        event.synchronize()
-        target.copy_(chunk)
-
-
-_rings: dict[torch.device, Ring] = {}  # for devices with a refused lock
 
 
 @dataclass
@@ -199,12 +129,10 @@ class Kept:
 
     Attributes:
         layer: its index.
-        turn: number of the forward pass that kept them; a later one overwrites the host buffer.
-        host: views of the layer's host buffer, one a tensor.
+        host: views of the layer's host buffer, one a tensor; the next forward pass overwrites them.
     """
 
     layer: int
-    turn: int
     host: list[Tensor]
     _device: list[Tensor] = field(default_factory=list)
     _done: Any = None
@@ -223,7 +151,6 @@ class ActivationOffload:
         self._places: dict[int, Tensor] = {}
         self._now: dict[int, Kept] = {}
         self._leaving: list[tuple[Any, Sequence[Tensor]]] = []
-        self._turn: dict[int, int] = {}
 
     @property
     def nbytes(self) -> int:
@@ -233,8 +160,7 @@ class ActivationOffload:
     def put(self, layer: int, tensors: Sequence[Tensor]) -> Kept:
         """Start copying a layer's tensors to the host. They stay alive until the copy is done."""
         tensors = [t.detach().contiguous() for t in tensors]  # nothing here may hold a graph
-        kept = Kept(layer, self._turn.get(layer, 0) + 1, self._views(layer, tensors))
-        self._turn[layer] = kept.turn
+        kept = Kept(layer, self._views(layer, tensors))
         done = self._side.copy(list(zip(kept.host, tensors)))
         self.wait_pending()  # the copies of the layer before had this layer's time
         self._leaving.append((done, tensors))
@@ -254,22 +180,12 @@ class ActivationOffload:
             self._fetch(kept)
 
     def get(self, kept: Kept) -> list[Tensor]:
-        """A layer's tensors on the device.
-
-        Raises:
-            RuntimeError: another forward pass has overwritten them.
-        """
-        if self._turn.get(kept.layer) != kept.turn:
-            raise RuntimeError(
-                f"layer {kept.layer}: another forward pass has taken the place of what it kept on the host; "
-                "run each backward pass before the next forward pass"
-            )
+        """A layer's tensors on the device."""
+        assert self._now.pop(kept.layer, None) is kept, "run each backward pass before the next forward pass"
         if not kept._device:
             self._fetch(kept)
         self._side.wait(kept._done)
         tensors, kept._device, kept._done = kept._device, [], None
-        if self._now.get(kept.layer) is kept:
-            del self._now[kept.layer]  # so that nothing copies it back a second time
         return tensors
 
     def clear(self) -> None:

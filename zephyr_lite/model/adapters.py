@@ -80,10 +80,12 @@ class AdapterStack:
         """
         assert self.trainable is None, "add frozen adapters before the trainable one"
         ranks = {module: w.a.shape[0] for module, w in adapter.modules.items()}
-        modules = dict(self.base.named_modules())
+        layers = {
+            module: layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+            for module, layer in self.base.named_modules()
+        }
         for module, weights in adapter.modules.items():
-            layer = modules.get(module)
-            layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+            layer = layers.get(module)
             if not isinstance(layer, nn.Linear):
                 raise UserError(
                     f"adapter {adapter.path}: changes {shown(module)}, which is no linear layer of this base.",
@@ -95,16 +97,11 @@ class AdapterStack:
                     f"adapter {adapter.path}: {module} is for a weight of {have[0]}×{have[1]}, this base's is {want[0]}×{want[1]}.",
                     "It was trained on another base; give that one as model_name_or_path.",
                 )
-        adapter.check_copies(lambda name: self._parameter(name, modules))
+        adapter.check_copies(lambda name: getattr(layers.get(name.removesuffix(".weight")), "weight", None))
         self._add(name, ranks)
         self.load(name, adapter.modules)
         self.frozen.append(name)
-        self._freeze()
-
-    @staticmethod
-    def _parameter(name: str, modules: Mapping[str, nn.Module]) -> Tensor | None:
-        layer = modules.get(name.removesuffix(".weight"))
-        return getattr(layer.get_base_layer() if isinstance(layer, LoraLayer) else layer, "weight", None)
+        self._activate(self.names)
 
     def add_trainable(
         self,
@@ -137,7 +134,7 @@ class AdapterStack:
                 weight.copy_(fresh)
                 layer.lora_B[name].weight.zero_()
         self.trainable = name
-        self._freeze()
+        self._activate(self.names)
 
     def load(self, name: str, modules: Mapping[str, LoraWeights]) -> None:
         """Overwrite an attached adapter's weights and scales."""
@@ -174,14 +171,6 @@ class AdapterStack:
                 result[f"{module}.lora_B"] = layer.lora_B[self.trainable].weight
         return result
 
-    def ranks_per_layer(self) -> int:
-        """The largest sum over the layers: of the ranks of all adapters on all projections of a layer."""
-        sums: dict[str, int] = {}
-        for module, layer in self.lora_layers():
-            place = module.split(".layers.")[-1].split(".")[0]
-            sums[place] = sums.get(place, 0) + sum(layer.lora_A[name].weight.shape[0] for name in layer.lora_A)
-        return max(sums.values(), default=0)
-
     @contextmanager
     def only(self, names: Sequence[str]) -> Iterator[None]:
         """Inside the block the Hugging Face model (``generate``, a plain forward) runs with these adapters only."""
@@ -196,7 +185,7 @@ class AdapterStack:
                 with self.model.disable_adapter():
                     yield
         finally:
-            self._freeze()
+            self._activate(self.names)
 
     @contextmanager
     def by_row(self, rows: Sequence[Sequence[str]]) -> Iterator[None]:
@@ -225,7 +214,7 @@ class AdapterStack:
         finally:
             for module, layer in self.lora_layers():
                 layer.scaling.update(scales.get(module, {}))
-            self._freeze()
+            self._activate(self.names)
 
     def _add(self, name: str, ranks: dict[str, int]) -> None:
         leaf_ranks = sorted(set(ranks.values()))
@@ -265,13 +254,8 @@ class AdapterStack:
                 )
         return found
 
-    def _freeze(self) -> None:
-        self._activate(self.names)
-
     def _activate(self, names: list[str]) -> None:
         """Switch adapters on; PEFT makes all of them trainable, only the trainable adapter may be."""
-        if not isinstance(self.model, PeftModel):
-            return
         self.model.base_model.set_adapter(names)
         for _, layer in self.lora_layers():
             for name in layer.lora_A:

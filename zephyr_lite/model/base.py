@@ -6,8 +6,7 @@ import copy
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers.utils import logging
 
 from ..config.load import RunConfig
 from ..errors import UserError
+from ..io.safetensors import tensor_bytes
 from ..io.text import read_object, shown
 from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
 from .check_weights import check_weights, stored_settings
@@ -173,7 +173,7 @@ def load_base(
 
     Args:
         device: where to compute; None: the GPU where there is one.
-        stream: leave every parameter on the host. The decoder's projections may still be mapped from the file there.
+        stream: leave every parameter on the host, possibly mapped from the file.
         say: is told when the base is quantized, and why the copy cannot be saved.
 
     Raises:
@@ -191,18 +191,21 @@ def load_base(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # unreadable in a log file
     check_weights(folder, model_config)
-    base_fingerprint = fingerprint(folder)
+    own_fingerprint = fingerprint(folder)
 
     def load(source: Path, quantize: bool) -> Any:
         own = copy.deepcopy(model_config)  # of the base, for its 4-bit copy too
         if settings is not None and not quantize:
             own.quantization_config = settings.to_dict()
-        where = device if quantize and _fits_in_4bit(folder, device) else place
+        where = place
+        if quantize and device.type == "cuda":  # for a streamed base, too: a card takes seconds, a CPU minutes
+            size = sum(path.stat().st_size for path in weight_files(folder))
+            where = device if torch.cuda.mem_get_info(device)[0] > size / 2 else place
         return _from_pretrained(source, own, dtype, where, settings if quantize else None)
 
     # other families may rename their tensors on loading
     if settings is not None and model_config.model_type in FAMILIES:
-        four_bit_copy = QuantizedCopy(folder, config.model_name_or_path, base_fingerprint, settings, dtype)
+        four_bit_copy = QuantizedCopy(folder, config.model_name_or_path, own_fingerprint, settings, dtype)
         model = load_quantized(four_bit_copy, load, say)
     else:
         model = load(folder, settings is not None)
@@ -218,9 +221,11 @@ def load_base(
                     "Set load_in_4bit=false, or run it on a GPU.",
                 )
     if stored is not None and model_config.model_type in FAMILIES:
-        _cast(model, dtype)
-    if place.type == "cpu":
-        _copy_from_file(model)
+        for (
+            parameter
+        ) in model.parameters():  # transformers keeps a 4-bit checkpoint's own dtype for embedding, norms and head
+            if not hasattr(parameter, "quant_state"):
+                parameter.data = parameter.data.to(dtype)
     return frozen_base(
         model,
         config,
@@ -230,14 +235,8 @@ def load_base(
         four_bit=four_bit,
         double_quant=double,
         streamed=stream,
-        known_fingerprint=base_fingerprint,
+        own_fingerprint=own_fingerprint,
     )
-
-
-def _fits_in_4bit(folder: Path, device: torch.device) -> bool:
-    """Whether a streamed base can be quantized on the card, which takes seconds where a CPU takes minutes."""
-    size = sum(path.stat().st_size for path in weight_files(folder))
-    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > size / 2
 
 
 def _from_pretrained(
@@ -248,7 +247,6 @@ def _from_pretrained(
     Raises:
         UserError: a file is broken, or its tensors are not those of the model of config.json.
     """
-    hint = "The files belong to different models; fetch the model again."
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             source,
@@ -262,50 +260,17 @@ def _from_pretrained(
         )
     except (OSError, SafetensorError) as error:
         raise UserError(f"{source}: its weights cannot be read: {error}", "Fetch the model again.") from None
-    except RuntimeError as error:  # families that check_weights does not compare
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise UserError(f"{source}: its weights have other shapes than its config.json says.", hint) from error
     for key, what in (
         ("missing_keys", "no tensor {} in its files"),  # transformers initialized them at random
         ("unexpected_keys", "holds tensor {}, for which the model of config.json has no place"),
     ):
         if names := sorted(loaded[key]):
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            raise UserError(f"{source}: {what.format(shown(names[0]) + more)}.", hint)
+            raise UserError(
+                f"{source}: {what.format(shown(names[0]) + more)}.",
+                "The files belong to different models; fetch the model again.",
+            )
     return model
-
-
-def _copy_from_file(model: Any) -> None:
-    """Copy tensors that transformers mapped from a file into memory of their own, except the decoder's projections.
-
-    A mapped tensor may have to be read again from the disk. The projections stay mapped until ``WeightStreamer`` copies them.
-    """
-    for parameter, projection in _parameters(model):
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            state.code = state.code.clone()
-            if state.nested:
-                state.state2.absmax, state.state2.code = state.state2.absmax.clone(), state.state2.code.clone()
-        elif not projection:
-            parameter.data = parameter.data.clone()
-
-
-def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Cast embedding, norms and head to the compute dtype; transformers keeps a stored 4-bit checkpoint's own."""
-    for parameter, _ in _parameters(model):
-        if not hasattr(parameter, "quant_state") and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
-
-
-def _parameters(model: Any) -> Iterator[tuple[torch.nn.Parameter, bool]]:
-    """Every parameter once, and whether it is the weight of one of the decoder's projections."""
-    head, seen = model.get_output_embeddings(), set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in seen:
-                seen.add(parameter)
-                yield parameter, isinstance(module, torch.nn.Linear) and module is not head and name == "weight"
 
 
 def frozen_base(
@@ -318,7 +283,7 @@ def frozen_base(
     four_bit: bool,
     double_quant: bool,
     streamed: bool = False,
-    known_fingerprint: str | None = None,
+    own_fingerprint: str | None = None,
 ) -> Base:
     """A loaded model as the base of a run: parameters frozen, no key-value cache, the folder's tokenizer.
 
@@ -337,7 +302,7 @@ def frozen_base(
         revision=config.model_revision,
         dtype=dtype,
         device=device,
-        fingerprint=known_fingerprint or fingerprint(folder),
+        fingerprint=own_fingerprint or fingerprint(folder),
         load_in_4bit=four_bit,
         double_quant=double_quant,
         streamed=streamed,
@@ -376,15 +341,13 @@ def fingerprint(folder: Path) -> str:
     if config.model_type in FAMILIES:
         told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
-    places = {name: (file.path, entry) for file in open_shards(folder).values() for name, entry in file.entries.items()}
-    with ExitStack() as stack:
-        opened = {path: stack.enter_context(path.open("rb")) for path in {path for path, _ in places.values()}}
-        for name, (path, entry) in sorted(places.items()):
-            digest.update(repr((name, entry.dtype, entry.shape)).encode())
-            for place in range(4):
-                start = entry.start + entry.nbytes * place // 4
-                opened[path].seek(start)
-                digest.update(opened[path].read(min(2**12, entry.end - start)))
+    holds = {name: file for file in open_shards(folder).values() for name in file.entries}
+    for name, file in sorted(holds.items(), key=lambda item: item[0]):
+        entry, data = file.entries[name], tensor_bytes(file.tensor(name))
+        digest.update(repr((name, entry.dtype, entry.shape)).encode())
+        for place in range(4):
+            start = len(data) * place // 4
+            digest.update(data[start : start + 2**12])
     return digest.hexdigest()
 
 

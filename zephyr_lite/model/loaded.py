@@ -90,10 +90,23 @@ def open_live(
         UserError: the source is none of these; a stage is not finished, its base or adapters have changed, or there is no
             chat template.
     """
+    chain = find_chain(source, stage=stage, adapters=adapters, base=base)
+    if chain is not None:
+        return live_of(chain, chat_template=chat_template, say=say)
+    path = Path(str(source)).expanduser()
+    loaded = load_base(RunConfig(model_name_or_path=str(path), load_in_4bit=False), say=say)
+    template = template_of_folder(path, loaded.tokenizer, chat_template)
+    return LoadedModel(str(path), loaded, AdapterStack(loaded.model), template, {WHOLE: []})
+
+
+def find_chain(
+    source: str | Path | None, *, stage: str | None = None, adapters: Sequence[str] = (), base: str | None = None
+) -> Chain | None:
+    """The adapters of a source, not yet loaded; None for a model's folder. Arguments and errors as of ``open_live``."""
     if adapters:
         if source is not None or stage is not None:
             raise UserError("--adapter names the chain itself; a run or a stage names one too.", "Give one of the two.")
-        return live_of(chain_of_adapters(list(adapters), base), chat_template=chat_template, say=say)
+        return chain_of_adapters(list(adapters), base)
     path = None if source is None else Path(source).expanduser()
     if path is not None and not path.is_dir():
         raise UserError(f"{path}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's.")
@@ -101,9 +114,7 @@ def open_live(
         if stage is not None or base is not None:
             option = "stages" if base is None else "base"
             raise UserError(f"{path}: is a model's folder, which has no {option}.", "Leave --stage and --base out.")
-        loaded = load_base(RunConfig(model_name_or_path=str(path), load_in_4bit=False), say=say)
-        template = template_of_folder(path, loaded.tokenizer, chat_template)
-        return LoadedModel(str(path), loaded, AdapterStack(loaded.model), template, {WHOLE: []})
+        return None
     if path is not None and (path / STAGE_FILE).is_file():
         if stage not in (None, path.name):
             raise UserError(
@@ -112,7 +123,20 @@ def open_live(
         path, stage = path.parent, path.name
     if path is None and stage is None and newest_run(Path("runs")) is None:
         raise UserError("there is no run under runs/.", "Run `zephyr-lite sft` first, or name a model's folder.")
-    return live_of(chain_of_run(path, stage=stage, base=base), chat_template=chat_template, say=say)
+    return chain_of_run(path, stage=stage, base=base)
+
+
+def source_of_chain(chain: Chain) -> str:
+    """``LoadedModel.source`` of a chain: the stage's folder, or the adapters."""
+    if chain.run is not None and chain.stage is not None:
+        return str(chain.run / chain.stage)
+    return " + ".join(str(adapter.path) for adapter in chain.adapters)
+
+
+def model_names(chain: Chain) -> list[str]:
+    """The names in ``LoadedModel.models`` of the chain's adapters; no adapter's model is called ``base``."""
+    names = resolve_frozen_names([adapter.path for adapter in chain.adapters])
+    return [name if name != BASE else f"{name}_adapter" for name in names]
 
 
 def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda line: None) -> LoadedModel:
@@ -133,11 +157,11 @@ def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda
         check_rendering(chain.info, chain.run / chain.stage, template.text, template.tokenizer)
     stack = AdapterStack(base.model)
     models: dict[str, list[str]] = {BASE: []}
-    for name, adapter in zip(resolve_frozen_names([a.path for a in chain.adapters]), chain.adapters):
+    names = resolve_frozen_names([adapter.path for adapter in chain.adapters])
+    for name, model, adapter in zip(names, model_names(chain), chain.adapters):
         stack.add_frozen(name, adapter)
-        models[name if name != BASE else f"{name}_adapter"] = list(stack.names)
-    source = where if chain.run is not None else " + ".join(str(adapter.path) for adapter in chain.adapters)
-    return LoadedModel(source, base, stack, template, models, chain)
+        models[model] = list(stack.names)
+    return LoadedModel(source_of_chain(chain), base, stack, template, models, chain)
 
 
 def base_config(chain: Chain) -> RunConfig:

@@ -21,9 +21,9 @@ from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, write_text
 from ..io.safetensors import FLOATS, SafetensorsFile, tensor_bytes, write_stream
 from ..io.text import shown
+from .fetch import download
 from .peft_config import (
     CONFIG_NAME,
-    UNSUPPORTED,
     WEIGHTS_NAME,
     by_peft,
     pattern_value,
@@ -37,22 +37,7 @@ PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _PREFIXES = re.compile(r"(?:base_model\.model\.|module\.)*")
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>\w+))?\.weight")
-_LAYER = re.compile(r"(?P<parent>.*\blayers)\.(?P<index>\d+)\.(?:.*\.)?(?P<leaf>[^.]+)")
-
-# keys that write_adapter sets itself
-_OWN_KEYS = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "base_model_name_or_path",
-    "bias",
-    "fan_in_fan_out",
-    *UNSUPPORTED,
-}
+_LAYER = re.compile(r"(?P<parent>.*\blayers)\.(?P<index>\d+)\.(?:.*\.)?[^.]+")
 
 
 @dataclass(frozen=True)
@@ -261,8 +246,7 @@ def write_adapter(
     Raises:
         OSError: it cannot be written.
     """
-    extra = dict(extra_config or {})
-    assert modules and not _OWN_KEYS & set(extra)
+    assert modules
     folder = Path(folder)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     ranks: dict[str, int] = {}
@@ -294,7 +278,7 @@ def write_adapter(
         "target_modules": _target_modules(list(ranks)),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        **extra,
+        **(extra_config or {}),
     }
 
     def write(name: str, file: BinaryIO) -> None:
@@ -337,24 +321,17 @@ def _target_modules(modules: Sequence[str]) -> list[str]:
 
     (PEFT gives a leaf name a LoRA in every layer.)
     """
-    layers: dict[str, set[int]] = defaultdict(set)
-    full: dict[str, list[str]] = defaultdict(list)
+    layers: dict[str, list[int | None]] = defaultdict(list)  # leaf → index of each module's layer, None outside of them
     parents: set[str] = set()
-    odd: list[str] = []
     for module in modules:
         match = _LAYER.fullmatch(module)
-        if match is None:
-            odd.append(module)
-            continue
-        parents.add(match["parent"])
-        layers[match["leaf"]].add(int(match["index"]))
-        full[match["leaf"]].append(module)
-    every = set(range(1 + max((max(seen) for seen in layers.values()), default=-1)))
-    targets = list(odd)
-    for leaf, seen in layers.items():
-        named = len(parents) == 1 and seen == every and len(full[leaf]) == len(every)
-        targets += [leaf] if named else full[leaf]
-    return sorted(targets)
+        layers[_leaf(module)].append(int(match["index"]) if match else None)
+        parents |= {match["parent"]} if match else set()
+    count = 1 + max((index for found in layers.values() for index in found if index is not None), default=-1)
+    everywhere = {leaf for leaf, found in layers.items() if set(found) == set(range(count)) and len(found) == count}
+    if len(parents) != 1:
+        everywhere = set()
+    return sorted({_leaf(module) if _leaf(module) in everywhere else module for module in modules})
 
 
 def fetch_adapter(name_or_path: str | Path, revision: str | None = None, *, beside: Sequence[str] = ()) -> Path:
@@ -368,18 +345,4 @@ def fetch_adapter(name_or_path: str | Path, revision: str | None = None, *, besi
     """
     if (local := local_folder(str(name_or_path))) is not None:
         return local
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        patterns = [CONFIG_NAME, WEIGHTS_NAME, *beside]
-        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise UserError(
-            f"{shown(name_or_path)}: no such folder.", "Give an adapter's folder, or a hub id (user/name)."
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{shown(name_or_path)}: no such folder, and the hub did not give it ({type(error).__name__}).",
-            "Check the name and the network; for a private or gated adapter, log in with `hf auth login`.",
-        ) from error
+    return download("adapter", str(name_or_path), revision, [CONFIG_NAME, WEIGHTS_NAME, *beside])

@@ -164,7 +164,7 @@ def chart(figure: Figure) -> Markup:
         down = TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
         return round(across, 1), round(min(max(down, TOP), HEIGHT - BOTTOM), 1)
 
-    parts = [_grid(at(low_x, tick)[1], _tick(tick, ticks[1] - ticks[0])) for tick in ticks]
+    parts = [_grid(at(low_x, tick)[1], f"{tick:,.6g}") for tick in ticks]
     for tick in _ticks(low_x, high_x, 5):
         if low_x <= tick <= high_x and float(tick).is_integer():
             parts.append(_label_below(at(tick, low)[0], number(int(tick))))
@@ -219,7 +219,7 @@ def histogram(title: str, unit: str, edges: Sequence[float], stacks: Sequence[tu
     wide = inner / len(sums)
     parts = []
     for tick in ticks:
-        label = _tick(tick, ticks[1] - ticks[0]) if float(tick).is_integer() else ""
+        label = f"{tick:,.6g}" if float(tick).is_integer() else ""
         parts.append(_grid(round(TOP + (1 - tick / high) * tall, 1), label))
     for place, total in enumerate(sums):
         if not total:
@@ -326,22 +326,6 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, max(last, first + 1) + 1)]
-
-
-def _tick(value: float, step: float) -> str:
-    """A tick's label with the decimals that its step needs, in about seven characters."""
-    if value == 0:
-        return "0"
-    if step >= 1e9:
-        return f"{value:.2g}"
-    if step >= 1e6:
-        return f"{value / 1e6:,.0f}M"
-    if step >= 1e4:
-        return f"{value / 1e3:,.0f}k"
-    if step < 1e-3 and abs(value) < 100 * step:  # 2e-4, 1.5e-4
-        digits, power = f"{value:.1e}".split("e")
-        return f"{digits.removesuffix('.0')}e{int(power)}"
-    return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
 def _thinned(s: Series) -> Series:

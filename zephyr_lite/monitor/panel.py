@@ -29,13 +29,13 @@ from .screens import Screen
 
 WIDTH = 100  # columns at most
 LABEL = 9
-BLOCKS, LETTERS = "▁▂▃▄▅▆▇█", "_.-~=+*#"  # eight heights of a curve; the second without UTF-8
+BLOCKS = "▁▂▃▄▅▆▇█"  # eight heights of a curve
 CURVE = 24
 # role tags and special tokens of the chat templates, removed from samples
 _TAGS = re.compile(
     r"<\|im_start\|>\s*\w*|<\|start_header_id\|>\s*\w*\s*<\|end_header_id\|>|<\|[\w ]{1,24}\|>|</?s>|\[/?INST\]"
 )
-_MARKS = {"good": ("✓ ", "* ", "green"), "bad": ("! ", "! ", "bold yellow"), "open": ("· ", "- ", "dim")}
+_MARKS = {"good": ("✓ ", "green"), "bad": ("! ", "bold yellow"), "open": ("· ", "dim")}
 GIB = 2**30
 STOPPING = Verdict("open", "stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
@@ -56,8 +56,7 @@ class LiveScreen(Screen):
         def panel() -> RenderableType:
             with progress.lock:
                 verdict = STOPPING if _stopping() else judge(progress, published)
-                ascii_only = not self.console.out.encoding.startswith("utf")
-                return render(progress, verdict, self.console.out.width, ascii_only=ascii_only)
+                return render(progress, verdict, self.console.out.width)
 
         self._live = Live(
             get_renderable=panel,
@@ -104,24 +103,19 @@ def _stopping() -> bool:
     return getattr(request, "name", None) is not None
 
 
-def render(progress: Progress, verdict: Verdict, width: int, *, ascii_only: bool = False) -> RenderableType:
-    """The panel, at most ``width`` columns wide.
-
-    Args:
-        ascii_only: the terminal's encoding is not UTF-8.
-    """
+def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
+    """The panel, at most ``width`` columns wide."""
     width = max(12, min(width, WIDTH))
     room = max(8, width - 4 - LABEL)
-    signs = LETTERS if ascii_only else BLOCKS
     grid = Table.grid(expand=True)
     grid.add_column(width=LABEL, style="dim", no_wrap=True, overflow="crop")
-    grid.add_column(no_wrap=True, overflow="crop" if ascii_only else "ellipsis", ratio=1)
+    grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     grid.add_row("step", _steps(progress, room))
-    grid.add_row("loss", _loss(progress, signs))
+    grid.add_row("loss", _loss(progress))
     if progress.evaluations:
         grid.add_row("held out", _held_out(progress))
     if "rewards/margins" in progress.last:
-        grid.add_row("pairs", _preferences(progress, signs))
+        grid.add_row("pairs", _preferences(progress))
     grid.add_row("speed", _speed(progress))
     if "learning_rate" in progress.last:
         grid.add_row("rate", _rate(progress))
@@ -131,8 +125,8 @@ def render(progress: Progress, verdict: Verdict, width: int, *, ascii_only: bool
         grid.add_row("asked", Text(cut if len(question) > room else question, style="dim"))
         for place, line in enumerate(textwrap.wrap(answer, room, max_lines=2, placeholder=" …")):
             grid.add_row("" if place else "answers", Text(line))
-    mark, plain_mark, style = _MARKS[verdict.kind]
-    said = Text((plain_mark if ascii_only else mark) + verdict.text, style=style, no_wrap=False, overflow="fold")
+    mark, style = _MARKS[verdict.kind]
+    said = Text(mark + verdict.text, style=style, no_wrap=False, overflow="fold")
     title = Text(visible(f"{progress.stage.config.stage} · {progress.stage.dir.run}"), style="bold")
     return Panel(Group(grid, said), title=title, title_align="left", border_style="dim", width=width)
 
@@ -150,10 +144,10 @@ def _steps(progress: Progress, room: int) -> RenderableType:
     return line
 
 
-def _loss(progress: Progress, signs: str) -> Text:
+def _loss(progress: Progress) -> Text:
     loss = progress.last.get("loss")
     line = Text("–" if loss is None else f"{float(loss):.4f}", style="bold")
-    line = Text.assemble(line, "  ", (spark(progress.losses, CURVE, signs), "cyan"))
+    line = Text.assemble(line, "  ", (spark(progress.losses, CURVE), "cyan"))
     if (mean := progress.mean("loss")) is not None and len(progress.recent) > 1:
         line.append(f"  mean of {len(progress.recent)} steps {mean:.4f}", style="dim")
     return line
@@ -171,12 +165,12 @@ def _held_out(progress: Progress) -> Text:
     return line
 
 
-def _preferences(progress: Progress, signs: str) -> Text:
+def _preferences(progress: Progress) -> Text:
     accuracy, margin = progress.mean("rewards/accuracies"), progress.mean("rewards/margins")
     line = Text()
     if accuracy is not None and margin is not None:
         line.append(f"accuracy {accuracy:.3f}  margin {margin:.4f}  ")
-    return line.append(spark(progress.margins, CURVE, signs), style="cyan")
+    return line.append(spark(progress.margins, CURVE), style="cyan")
 
 
 def _speed(progress: Progress) -> Text:
@@ -203,8 +197,8 @@ def _plain(text: str) -> str:
     return " ".join(visible(_TAGS.sub(" ", text)).split())
 
 
-def spark(values: Sequence[float], places: int, signs: str = BLOCKS) -> str:
-    """A curve in at most ``places`` characters, each the mean of an equal part; the lowest mean is the lowest sign."""
+def spark(values: Sequence[float], places: int) -> str:
+    """A curve in at most ``places`` characters, each the mean of an equal part; the lowest mean is the lowest block."""
     values = [value for value in values if value - value == 0]  # finite
     edges = (
         [round(i * len(values) / places) for i in range(places + 1)] if len(values) > places else range(len(values) + 1)
@@ -214,5 +208,5 @@ def spark(values: Sequence[float], places: int, signs: str = BLOCKS) -> str:
         return ""
     low, high = min(means), max(means)
     if high - low < 1e-9:
-        return signs[0] * len(means)
-    return "".join(signs[min(len(signs) - 1, int((m - low) / (high - low) * len(signs)))] for m in means)
+        return BLOCKS[0] * len(means)
+    return "".join(BLOCKS[min(len(BLOCKS) - 1, int((m - low) / (high - low) * len(BLOCKS)))] for m in means)

@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..io.text import duration
 from .charts import chart, figures_of, histogram, number
 from .console import visible
-from .stage_record import StageRecord, as_dict, as_list, is_number
+from .stage_record import StageRecord, is_number
 
 REPORT = "report.html"
 MARK = Markup("<!-- a report of zephyr-lite -->")  # by which a report is recognized
@@ -174,7 +174,7 @@ def _stage(group: Group) -> dict[str, Any]:
         ],
         "data_notes": list(
             dict.fromkeys(
-                without_paths(line) for record in group.records for line in as_list(record.part("data").get("notes"))
+                without_paths(line) for record in group.records for line in record.part("data").get("notes") or ()
             )
         ),
         "lengths": list(_lengths(group)),
@@ -188,7 +188,7 @@ def _stage(group: Group) -> dict[str, Any]:
 
 def _state(record: StageRecord) -> str:
     if record.complete:
-        times = len(as_list(record.info.get("resumed")))
+        times = len(record.info.get("resumed") or [])
         return "finished" + (f", after {times} {'interruption' if times == 1 else 'interruptions'}" if times else "")
     return f"not finished, step {number(record.step)}" + (f" of {number(t)}" if (t := record.total()) else "")
 
@@ -208,8 +208,8 @@ def _facts(record: StageRecord) -> Iterator[tuple[str, Any]]:
         yield "held-out loss", f"{number(losses[0])} → {number(losses[-1])}" if len(losses) > 1 else number(losses[0])
     if ys := record.points("loss")[1]:
         yield "training loss, start → end", f"{number(_end(ys, first=True))} → {number(_end(ys))}"
-    best = as_list(result.get("best"))
-    if len(losses) > 2 and len(best) == 2 and is_number(best[0]):
+    best = result.get("best")
+    if len(losses) > 2 and best:
         yield "best held-out loss", f"{number(best[0])} (step {number(best[1])})"
     if record.method == "dpo":
         for name, key, form in (("preference accuracy", "accuracies", share), ("margin", "margins", number)):
@@ -253,10 +253,10 @@ def _end(values: Sequence[float], *, first: bool = False) -> float | None:
 
 def _warnings(group: Group) -> Iterator[str]:
     for record, who in group.named():
-        for text in as_list(record.part("result").get("warnings")):
+        for text in record.part("result").get("warnings") or ():
             yield f"{who}{without_paths(text)}"
         for line in record.left_out[:20]:
-            rows = ", ".join(without_paths(row) for row in as_list(line.get("rows"))[:3]) or "unknown"
+            rows = ", ".join(without_paths(row) for row in (line.get("rows") or [])[:3]) or "unknown"
             loss = f"loss {number(line.get('loss'))}, gradient norm {number(line.get('grad_norm'))}"
             yield f"{who}step {line.get('step')} was left out ({loss}); rows: {rows}"
         if len(record.left_out) > 20:
@@ -266,14 +266,12 @@ def _warnings(group: Group) -> Iterator[str]:
 def _samples(group: Group) -> list[dict[str, Any]]:
     """Each prompt with the first and last answers, those between them (of one stage), and the held-out row's answer."""
     found: dict[str, list[dict[int, str]]] = {}
-    references: dict[str, str] = {}
+    references: dict[str, str | None] = {}
     for place, record in enumerate(group.records):
         for line in record.samples:
-            prompt, answer, step = line.get("prompt"), line.get("answer"), line.get("step")
-            if isinstance(prompt, str) and isinstance(answer, str) and isinstance(step, int):
-                found.setdefault(prompt, [{} for _ in group.records])[place][step] = answer
-                if isinstance(line.get("reference"), str):
-                    references[prompt] = line["reference"]
+            stages = found.setdefault(line["prompt"], [{} for _ in group.records])
+            stages[place][line["step"]] = line["answer"]
+            references[line["prompt"]] = line.get("reference")
     samples = []
     for prompt, stages in found.items():
         answers, between = [], []
@@ -286,13 +284,14 @@ def _samples(group: Group) -> list[dict[str, Any]]:
             if len(inner) > BETWEEN:
                 inner = [inner[round(i * (len(inner) - 1) / (BETWEEN - 1))] for i in range(BETWEEN)]
             between += [(f"step {step}", by_step[step]) for step in inner]
-        samples.append({"prompt": prompt, "answers": answers, "between": between, "reference": references.get(prompt)})
+        samples.append({"prompt": prompt, "answers": answers, "between": between, "reference": references[prompt]})
     return samples
 
 
 def places(entry: Any) -> str:
-    count, first = as_dict(entry).get("count", 0), [without_paths(p) for p in as_list(as_dict(entry).get("first"))]
-    more = ", …" if is_number(count) and count > len(first) else ""
+    entry = entry or {}
+    count, first = entry.get("count", 0), [without_paths(place) for place in entry.get("first", ())]
+    more = ", …" if count > len(first) else ""
     return number(count) + (f" ({', '.join(first)}{more})" if first else "")
 
 
@@ -306,7 +305,7 @@ def _lengths(group: Group) -> Iterator[Markup]:
             ("training", "supervised", f"Supervised tokens a {unit}"),
             ("held-out", "length", f"Tokens a {unit}"),
         ):
-            counts = as_dict(as_dict(record.lengths.get(part)).get(key))
+            counts = record.lengths.get(part, {}).get(key)
             if counts:
                 said = f"{part}; median {number(counts['median'])}, longest {number(counts['longest'])}"
                 stacks = [("as they were", counts["whole"]), ("cut", counts["cut"])]
@@ -325,13 +324,13 @@ def _results(group: Group) -> Iterator[dict[str, Any]]:
     """The results of ``zephyr-lite eval`` for these stages."""
     for record, who in group.named():
         for kind, result in record.results.items():
-            models = {name: dict(leaves(as_dict(body))) for name, body in result["models"].items()}
+            models = {name: dict(leaves(body)) for name, body in result["models"].items()}
             keys = dict.fromkeys(key for found in models.values() for key in found)
             if not keys:
                 continue
-            own, links = record.part("own").get("sha256"), as_list(result.get("adapters"))
-            other = own and links and as_dict(links[-1]).get("sha256") not in (None, own)
-            count = as_dict(result.get("data")).get("rows")
+            own, links = record.part("own").get("sha256"), result.get("adapters")
+            other = own and links and links[-1].get("sha256") not in (None, own)
+            count = (result.get("data") or {}).get("rows")
             rows = [[key, *(found.get(key, "–") for found in models.values())] for key in keys]
             yield {
                 "title": f"{who}{kind}" + (" (of another adapter than this stage has now)" if other else ""),
@@ -346,8 +345,8 @@ def _compared(result: dict[str, Any]) -> Iterator[str]:
     for key, between in (("differences", " minus "), ("comparisons", " against ")):
         entries = result.get(key)
         if isinstance(entries, dict):
-            entries = [{"": names, **as_dict(entry)} for names, entry in entries.items()]
-        for entry in map(as_dict, as_list(entries)):
+            entries = [{"": names, **entry} for names, entry in entries.items()]
+        for entry in entries or ():
             names = between.join(value for value in entry.values() if isinstance(value, str))
             if found := "; ".join(f"{name} {value}" for name, value in leaves(entry)):
                 yield f"{names}: {found}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,8 +61,7 @@ class StageRecord:
     @property
     def planned(self) -> dict[str, float]:
         """The plan's memory by part, in bytes; ``peak`` is the whole."""
-        account = as_dict(self.part("plan").get("account"))
-        return {name: v for name, v in account.items() if is_number(v) and 0 <= v < math.inf}
+        return self.part("plan").get("account") or {}
 
     @cached_property
     def columns(self) -> dict[str, Points]:
@@ -87,16 +85,16 @@ class StageRecord:
 
     def part(self, key: str) -> dict[str, Any]:
         """An object of stage.json; {} if there is none."""
-        return as_dict(self.info.get(key))
+        return self.info.get(key) or {}
 
     def data_part(self, key: str) -> dict[str, Any]:
         """An object of the data report."""
-        return as_dict(self.part("data").get(key))
+        return self.part("data").get(key) or {}
 
     @property
     def links(self) -> list[dict[str, Any]]:
         """The adapters below (path, sha256)."""
-        return [as_dict(link) for link in as_list(self.info.get("adapters"))]
+        return self.info.get("adapters") or []
 
     @property
     def base(self) -> dict[str, Any]:
@@ -120,12 +118,12 @@ class StageRecord:
 
     def total(self) -> int | None:
         """Number of steps of the whole stage; None if unknown."""
-        if self.complete and isinstance(steps := self.part("result").get("steps"), int):
-            return steps
-        if isinstance(most := self.config.get("max_steps"), int):
+        if self.complete and "steps" in self.part("result"):
+            return self.part("result")["steps"]
+        if most := self.config.get("max_steps"):
             return most
         rows, batch, epochs = self.part("data").get("rows"), *map(self.config.get, ("batch_size", "num_train_epochs"))
-        if not (is_number(rows) and is_number(batch) and is_number(epochs) and batch):
+        if not (rows and batch and epochs):
             return None
         return max(1, math.ceil(epochs * math.ceil(rows / batch)))
 
@@ -160,16 +158,16 @@ def read_stage(folder: Path) -> StageRecord:
         dict(sorted(history.items())),
         json_lines(stage.samples),
         json_lines(folder / "left_out.jsonl"),
-        _optional(folder / LENGTHS),
+        _redacted(read_json(folder / LENGTHS) or {}),
     )
     for path in sorted((folder / "eval").glob("*.json")):
-        result = _optional(path)
-        if isinstance(result.get("models"), dict) and not path.stem.endswith("-partial"):
+        result = _redacted(read_json(path) or {})
+        if "models" in result and not path.stem.endswith("-partial"):
             record.results[path.stem] = result
     for other in stages_of(whole.parent):
-        sha = as_dict(_optional(other.path / STAGE_FILE).get("own")).get("sha256")
-        if isinstance(sha, str):
-            record.own[other.path.name] = sha
+        own = (other.info() or {}).get("own")
+        if own is not None:
+            record.own[other.path.name] = own["sha256"]
     return record
 
 
@@ -196,7 +194,7 @@ def read_source(source: Path | None) -> list[StageRecord]:
             "Give runs/NAME or runs/NAME/STAGE.",
         )
     # a stage on top of more adapters was trained later
-    return sorted(found, key=lambda r: (len(as_list(r.info.get("adapters"))), str(r.info.get("created")), r.name))
+    return sorted(found, key=lambda r: (len(r.links), str(r.info.get("created")), r.name))
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
@@ -216,22 +214,6 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def as_dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def as_list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    """A JSON object; {} if the file is absent or broken, as the report can be written without it."""
-    try:
-        return _redacted(read_json(path) or {})
-    except UserError:
-        return {}
 
 
 def _redacted(value: dict[str, Any]) -> dict[str, Any]:

@@ -307,8 +307,3 @@ def read_stored(tensors: Mapping[str, Tensor]) -> StoredNf4:
     if state.nested:
         absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
     return StoredNf4(tensors[""].reshape(-1).view(torch.uint8), absmax.float(), tuple(state.shape), state.dtype)
-
-
-def nf4_round_trip(weight: Tensor, double_quant: bool, dtype: torch.dtype) -> Tensor:
-    """What 4-bit training saw of a weight: cast to `dtype`, quantized to NF4 and back; new, [out, in], of `dtype`."""
-    return quantize_stored(weight, double_quant=double_quant, dtype=dtype).rows(slice(0, weight.shape[0]))

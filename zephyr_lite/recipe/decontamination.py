@@ -17,6 +17,7 @@ import numpy as np
 from ..config.load import DatasetSpec
 from ..data.messages import ROLES
 from ..errors import UserError
+from ..io.text import read_text
 from .questions import open_rows
 from .words import Words, members, ngrams, whole, words_of
 
@@ -102,11 +103,7 @@ def _batches(name: str) -> Iterator[list[Any]]:
     path, _, split = name.partition("#")
     file = Path(path).expanduser()
     if file.is_file() and file.suffix.lower() in (".txt", ".md", ""):
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"{name}: not UTF-8.", "Save the file as UTF-8.") from None
-        yield [line for line in lines if line.strip()]
+        yield [line for line in read_text(file, name=name).splitlines() if line.strip()]
         return
     if not path:
         raise UserError(f"decontaminate {name!r}: names no set.", "Name a file or a hub id, with #SPLIT perhaps.")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..io.run_dir import write_text
+from ..io.text import read_object
 from .english import ALWAYS
 from .words import SIGNS
 
@@ -27,8 +28,10 @@ _NAME, _PRIOR = 0.75, 1.5
 _PAIR, _PAIR_TIMES = 0.6, 2
 LIMIT = 1_000_000  # entries of a kind; beyond it the rarest are removed, which bounds the memory
 _WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
-_RUN = re.compile(rf"{_WORD.pattern}(?:,? {_WORD.pattern})+")  # words separated by a space, or a comma and a space
+# what separates two runs of words: anything but a space, or a comma and a space
+_BREAK = re.compile(r"(?!,? [0-9A-Za-z\x80-\U0010ffff])[^0-9A-Za-z\x80-\U0010ffff]+")
 _CAPITAL = re.compile(r"[A-Z]")
+_CAPITAL_WORD = re.compile(r"[^A-Z ]*[A-Z][^ ]*")
 _LEAST_WORDS = 3  # a shorter run may be a heading
 
 
@@ -113,13 +116,8 @@ class Lexicon:
             UserError: the file cannot be read, or is not a lexicon.
         """
         hint = "Name a lexicon.txt of an earlier run."
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}.", hint) from None
-        except ValueError:
-            value = None
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
+        value = read_object(path, strict=False, hint=hint)
+        if value.get("format") != FORMAT:
             raise UserError(f"{path}: not a lexicon ({FORMAT!r}).", hint)
         return cls(Counter(value["forms"]), Counter(value["pairs"]), Counter(value["both"]))
 
@@ -138,15 +136,15 @@ def count_words(dialogues: Iterable[str]) -> tuple[Counter[str], Counter[str], C
         plain: list[str] = []  # words of runs without capitals, the most frequent case
         own_forms: set[str] = set()
         own_pairs: dict[str, str] = {}
-        for run in _RUN.finditer(text):
-            rest = run.group().partition(" ")[2]
+        for run in _BREAK.split(text):
+            rest = run.partition(" ")[2]
             words = rest.split(" ")
             if len(words) < _LEAST_WORDS:
                 continue
             if _CAPITAL.search(rest) is None:
                 plain += words
                 continue
-            if sum(_CAPITAL.search(word) is not None for word in words) * 2 > len(words):
+            if len(_CAPITAL_WORD.findall(rest)) * 2 > len(words):
                 continue
             own_forms.update(words)
             for before, word in pairwise(words):

@@ -19,11 +19,12 @@ from ..data.load import summarise
 from ..data.messages import RowError
 from ..data.opening import Source, kind_of
 from ..data.output import DROPPED, REPORT, check_held_out, check_output, request_of
+from ..data.workers import cores
 from ..data.writing import FileFormat, write_split
 from ..errors import UserError
 from ..io.run_dir import folder_aside, write_json, write_text
 from ..io.text import shown
-from .parallel import cores, in_processes
+from .parallel import in_processes
 from .questions import Questions, open_rows, read_questions
 from .ultrafeedback import NOTES, TRUTHFUL_QA, UNRATED, PairRules, pair_of_row
 
@@ -240,63 +241,45 @@ def _check_schema(columns: Sequence[str], label: str, spec: DatasetSpec) -> None
 # -- rows ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Chosen:
-    """The pairs of a block of rows.
-
-    Attributes:
-        pairs: of ``SCHEMA``.
-        dropped: (reason, place) of the other rows.
-        rows_by, pairs_by: by source.
-        notes: see ``ultrafeedback.NOTES``.
-        longer: pairs whose chosen response is the longer one.
-    """
-
-    pairs: pa.Table
-    dropped: list[tuple[str, str]]
-    rows_by: Counter[str]
-    pairs_by: Counter[str]
-    notes: Counter[str]
-    longer: int
+# (pairs of ``SCHEMA``; (reason, place) of the other rows; counts by source of rows, pairs, and pairs whose chosen response is
+# the longer one, and counts of ``ultrafeedback.NOTES``)
+Chosen = tuple[pa.Table, list[tuple[str, str]], dict[str, Counter[str]]]
 
 
 def choose(raw: Source, rules: PairRules, questions: Questions, block: range) -> Chosen:
     """Choose the pairs of some rows."""
     pairs: list[dict[str, Any]] = []
-    found = Chosen(pa.table({}), [], Counter(), Counter(), Counter(), 0)
+    dropped: list[tuple[str, str]] = []
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("rows", "pairs", "longer", "notes")}
     for index, row in zip(block, raw[block.start : block.stop]):
         named = row.get("source")
         source = named if isinstance(named, str) else ""
-        found.rows_by[source] += 1
+        counts["rows"][source] += 1
         try:
-            pair = pair_of_row(row, rules, found.notes, questions)
+            pair = pair_of_row(row, rules, counts["notes"], questions)
         except RowError as reason:
-            found.dropped.append((str(reason), f"{raw.label} row {index + 1}"))
+            dropped.append((str(reason), f"{raw.label} row {index + 1}"))
             continue
         pairs.append(pair)
-        found.pairs_by[source] += 1
-        found.longer += len(pair["chosen"][-1]["content"]) > len(pair["rejected"][-1]["content"])
-    found.pairs = pa.Table.from_pylist(pairs, SCHEMA.arrow_schema)
-    return found
+        counts["pairs"][source] += 1
+        counts["longer"][source] += len(pair["chosen"][-1]["content"]) > len(pair["rejected"][-1]["content"])
+    return pa.Table.from_pylist(pairs, SCHEMA.arrow_schema), dropped, counts
 
 
 def _count(chosen: Sequence[Chosen], report: PairsReport) -> pa.Table:
     """Fill in the report; returns all pairs."""
-    table = pa.concat_tables([block.pairs for block in chosen])
-    rows_by, pairs_by, notes = Counter[str](), Counter[str](), Counter[str]()
-    for block in chosen:
-        rows_by += block.rows_by
-        pairs_by += block.pairs_by
-        notes += block.notes
-        for reason, place in block.dropped:
+    table = pa.concat_tables([pairs for pairs, _, _ in chosen])
+    total = {name: sum((counts[name] for _, _, counts in chosen), Counter()) for name in chosen[0][2]}
+    for _, dropped, _ in chosen:
+        for reason, place in dropped:
             report.dropped.setdefault(reason, []).append(place)
-    report.rows, report.pairs = rows_by.total(), len(table)
-    report.notes = {note: notes[note] for note in NOTES if notes[note]}
-    report.sources = {name: (rows_by[name], pairs_by[name]) for name in sorted(rows_by)}
+    report.rows, report.pairs = total["rows"].total(), len(table)
+    report.notes = {note: total["notes"][note] for note in NOTES if total["notes"][note]}
+    report.sources = {name: (total["rows"][name], total["pairs"][name]) for name in sorted(total["rows"])}
     if report.pairs:
         report.score_chosen = float(table["score_chosen"].to_numpy().mean())
         report.score_rejected = float(table["score_rejected"].to_numpy().mean())
-        report.chosen_longer = sum(block.longer for block in chosen) / report.pairs
+        report.chosen_longer = total["longer"].total() / report.pairs
     return table
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
@@ -24,6 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data.output import DROPPED, REPORT, check_held_out, check_output, request_of
+from ..data.workers import cache_key, cores
+from ..data.writing import FileFormat
 from ..errors import UserError
 from ..io.run_dir import folder_aside, write_json, write_text
 from .chat_report import EXACT, FAULTY, KEPT, NEAR, ChatReport, Restored, markdown
@@ -31,7 +33,7 @@ from .decontamination import NGRAM, EvalSets, read_eval_sets
 from .dedup import PERMUTATIONS, first_of_equal, join_near, signatures
 from .english import is_english
 from .lexicon import Lexicon, count_words
-from .parallel import cores, in_processes
+from .parallel import in_processes
 from .raw_chat import Dialogue, Raw, dialogues, open_raw
 from .refusals import first_refusal
 from .truecase import is_broken, restore
@@ -43,7 +45,6 @@ BLOCK, LEG = 500, 100_000  # rows of a block, and of a file of the cache
 LEARN_ROWS = 100_000  # rows at most that the lexicon is learned from, spread evenly over the corpus
 SHARD_ROWS = 12_500  # rows of an output file
 SIDES = ("user", "assistant")  # bit 0 and bit 1 of the column ``broken``
-Format = Literal["parquet", "jsonl"]
 _CONTEXT = 40  # characters around an example's change
 _SCANNED = pa.schema(
     {
@@ -87,7 +88,7 @@ class Options:
     ngram: int = NGRAM
     test: float = 0.1
     lexicon: Path | None = None
-    file_format: Format = "parquet"
+    file_format: FileFormat = "parquet"
 
     def check(self) -> None:
         """Raises UserError for an invalid value."""
@@ -184,20 +185,15 @@ def _scan_all(raw: Raw, options: Options, sets: EvalSets, processes: int) -> pa.
     cache.mkdir(parents=True, exist_ok=True)
     total = len(raw.rows)
     every = max(1, -(-total // LEARN_ROWS))
-    code = [
-        file.read_bytes()
-        for folder in (".", "../data")
-        for file in sorted((Path(__file__).parent / folder).glob("*.py"))
-    ]
     rules = [getattr(options, name) for name in ("truecase", "refusals", "min_turns", "min_words", "max_words")]
     rules += [options.lexicon is None, options.near is not None, sets.n, sets.names, every]
-    key = hashlib.sha256(repr((raw.rows.table._fingerprint, rules, code)).encode())
-    for keys in sets.keys:
-        key.update(keys.tobytes())
+    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    grams, texts = sets.keys
+    key = cache_key(raw.rows.table, {"rules": rules, "code": code, "grams": grams, "texts": texts})
     tables = []
     for start in range(0, total, LEG):
         stop = min(total, start + LEG)
-        path = cache / f"{key.hexdigest()[:32]}-{start}-{stop}.arrow"
+        path = cache / f"{key}-{start}-{stop}.arrow"
         if not path.is_file():
             blocks = [range(first, min(first + BLOCK, stop)) for first in range(start, stop, BLOCK)]
             job = partial(scan, raw, options, sets, every)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ from ..io.atomic import (
     folder_aside,
     remove_folder,
     remove_tree,
-    rename,
     sync_file,
     write_json,
 )
@@ -77,8 +76,7 @@ class Checkpoint:
 
         target = stage.path / f"checkpoint-{step}"
         with folder_aside(target) as folder:
-            digest = hashlib.sha256()
-            write_stream(folder / TENSORS, header, put, digest=digest)
+            write_stream(folder / TENSORS, header, put)
             state = {
                 "step": step,
                 **extra,
@@ -87,7 +85,7 @@ class Checkpoint:
                 "scaler": self.scaler.state_dict(),
             }
             write_json(folder / STATE, state)
-            write_manifest(folder, {TENSORS: digest.hexdigest()})
+            write_manifest(folder)
         return target
 
     def read(self, folder: Path) -> dict[str, Any]:
@@ -189,7 +187,7 @@ def resume_point(
             say(f"{other.name}: {what}; using {path.name}")
             aside = other.with_name(_TORN + other.name)
             remove_tree(aside)
-            rename(other, aside)  # or it would count as the newest
+            os.replace(other, aside)  # or it would count as the newest
         return path
     if torn:
         damage = "; ".join(f"{path.name}: {what}" for path, what in torn.items())
@@ -222,15 +220,11 @@ class MetricsLog:
     """``metrics.jsonl``: one JSON object per logged step.
 
     Args:
-        writes: False in processes other than rank 0, which only count.
-
-    Attributes:
-        count: records in the file, as far as ``truncate`` and ``append`` of this process know.
+        writes: False in processes other than rank 0.
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self.writes = path, writes
-        self.count = 0
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record: one line, one write.
@@ -240,20 +234,16 @@ class MetricsLog:
         """
         if self.writes:
             append_line(self.path, redact(json.dumps({k: _finite(v) for k, v in record.items()})))
-        self.count += 1
 
     def flush(self) -> None:
         """Write the records to the disk, so that a checkpoint written next knows of no step that the log may lose."""
         if self.writes and self.path.exists():
             sync_file(self.path)
 
-    def truncate(
-        self, step: int, *, logged: int | None = None, pending: bool = False, say: Callable[[str], None] = print
-    ) -> list[dict[str, Any]]:
+    def truncate(self, step: int, *, pending: bool = False) -> list[dict[str, Any]]:
         """Keep the records up to this step, and return them; a resumed run repeats the rest.
 
         Args:
-            logged: the number of records when the checkpoint was written; fewer are reported.
             pending: this step's evaluation will be repeated, so one that is there is removed.
         """
         lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
@@ -266,11 +256,6 @@ class MetricsLog:
                     kept.append((text, record))
             except (ValueError, KeyError, TypeError):
                 continue  # the torn last line of a killed run, or of a power failure
-        self.count = len(kept)
-        if logged is not None and len(kept) < logged:
-            say(
-                f"{self.path}: {logged - len(kept)} of the {logged} records up to step {step} are missing: it is damaged"
-            )
         if lines and self.writes:
             with file_aside(self.path) as file:
                 file.writelines(text + "\n" for text, _ in kept)

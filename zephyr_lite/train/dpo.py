@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..config.load import Loaded
 from ..data.batch import Batch, collate_pairs
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
@@ -26,27 +26,14 @@ from ..model.decoder import Dropout
 from .losses import Preference, preference_loss
 from .main import run
 from .monitors import DpoCollapseMonitor
-from .objective import Metrics, Outcome, Shares
-from .observer import Observer
+from .objective import Metrics, Shares
 from .oom import OomRetry
 from .reference import ReferenceCache, cache_key, pair_sums
 from .stage import Say, Stage
-from .state import OnMetrics
 
 # Allowed difference of policy and reference at step 0, where both are the same function, in nats per token. A live
 # reference runs the same products in the same order; a cached one ran in other micro-batches and rounds differently.
 START_TOLERANCE = {"live": 1e-6, "cached": 5e-2}
-
-
-def run_dpo(
-    loaded: Loaded,
-    *,
-    say: Say = print,
-    on_metrics: OnMetrics = lambda step, total, metrics: None,
-    observers: Sequence[Observer] = (),
-) -> Outcome:
-    """Train the stage of a configuration, from its last checkpoint if there is one (see ``main.run``)."""
-    return run("dpo", loaded, DpoObjective, say=say, on_metrics=on_metrics, observers=observers)
 
 
 class DpoObjective:
@@ -177,3 +164,7 @@ def _sums(found: Preference, policy: Tensor) -> dict[str, Tensor]:
         "logps/chosen": policy[:, 0].sum(),
         "logps/rejected": policy[:, 1].sum(),
     }
+
+
+# Train the stage of a configuration, from its last checkpoint if there is one (see ``main.run``).
+run_dpo = partial(run, "dpo", DpoObjective)

@@ -91,7 +91,7 @@ def train(state: TrainState) -> Outcome:
             state.metrics,
             state.best,
             time.perf_counter() - started,
-            state.skipped.watch.count,
+            state.skipped.count,
             state.evaluations,
             state.warnings,
             _asked_to_stop(state, stop)[0],
@@ -266,17 +266,17 @@ def _check_numbers(state: TrainState) -> None:
     Raises:
         UserError: three skipped steps in a row.
     """
-    step, watch, metrics = state.step + 1, state.skipped.watch, state.metrics
+    step, skipped, metrics = state.step + 1, state.skipped, state.metrics
     finite = math.isfinite(metrics["loss"])
     applied = finite and math.isfinite(metrics["grad_norm"])
     # the scale after the overflow
     scale = state.scaler.get_scale() * state.scaler.get_backoff_factor() if state.scaler.is_enabled() else None
-    kind = watch.kind(applied=applied, finite_loss=finite, scale=scale)
+    kind = skipped.kind(applied=applied, finite_loss=finite, scale=scale)
     if kind == "bad" and state.before_skips is None:
         state.before_skips = state.step
         if state.step and not is_saved(state, state.step):
             save(state)
-    watch.count_step(kind)
+    skipped.count_step(kind)
     if kind == "applied":
         state.before_skips = None
         if state.objective.collapse is not None and (warning := state.objective.collapse.saw(step, metrics)):
@@ -286,10 +286,10 @@ def _check_numbers(state: TrainState) -> None:
         state.say(f"step {step}: a gradient was too large for the loss scale, which is now {scale:g}: step left out.")
     else:
         rows, alone = world().lead(lambda: _rows_not_finite(state, state.step))
-        named = state.skipped.add(step, metrics, rows, alone=alone)
-        if watch.in_a_row == IN_A_ROW:
+        named = skipped.add(step, metrics, rows, alone=alone)
+        if skipped.in_a_row == IN_A_ROW:
             kept = f"checkpoint-{state.before_skips} has the adapter from before." if state.before_skips else ""
-            raise everywhere(state.skipped.error(step, named, kept or "Nothing had been trained before."))
+            raise everywhere(skipped.error(step, named, kept or "Nothing had been trained before."))
 
 
 def _rows_not_finite(state: TrainState, step: int) -> tuple[list[str], bool]:

@@ -21,8 +21,8 @@ from .state import OnMetrics, init_state
 
 def run(
     method: Method,
-    loaded: Loaded,
     objective: Callable[[Stage, Say], Objective],
+    loaded: Loaded,
     *,
     say: Say = print,
     on_metrics: OnMetrics = lambda step, total, metrics: None,

@@ -17,19 +17,26 @@ Kind = Literal["applied", "searching", "bad"]
 LEFT_OUT = "left_out.jsonl"
 
 
-class NonFiniteMonitor:
-    """Counts the steps that were skipped because their loss or gradients were not finite.
+class SkippedSteps:
+    """Counts and records the steps that were skipped because their loss or gradients were not finite.
 
     float16 needs a loss scale at which no gradient overflows; the scaler finds it by halving from 65,536 after each overflow.
     Until the first update that search is no fault: the loss is finite, only the scaled gradients are not.
+
+    Args:
+        folder: of the stage.
+        say: prints a line.
 
     Attributes:
         count: skipped steps, those of the scaler's search included.
         in_a_row: skipped steps since the last update, without those of the search.
         settled: an update was applied, so the scaler has found its scale.
+        log: ``left_out.jsonl``: step, loss, grad_norm, rows, and not_finite_alone: true if these rows are not finite by
+            themselves, false if each of the step's rows is finite alone, null if that was not tested.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None], *, writes: bool = True) -> None:
+        self.log, self.say = MetricsLog(folder / LEFT_OUT, writes=writes), say
         self.count = self.in_a_row = 0
         self.settled = False
 
@@ -53,31 +60,12 @@ class NonFiniteMonitor:
         self.count += 1
         self.in_a_row += kind == "bad"
 
-    def saw(self, *, applied: bool, finite_loss: bool, scale: float | None) -> Kind:
-        """Classify and count a step (see ``kind``)."""
-        kind = self.kind(applied=applied, finite_loss=finite_loss, scale=scale)
-        self.count_step(kind)
-        return kind
-
     def state(self) -> dict[str, Any]:
         return {"count": self.count, "in_a_row": self.in_a_row, "settled": self.settled}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.count, self.in_a_row = int(state.get("count", 0)), int(state.get("in_a_row", 0))
         self.settled = bool(state.get("settled", False))
-
-
-class SkippedSteps:
-    """The record of a stage's skipped steps.
-
-    Attributes:
-        watch: counts them.
-        log: ``left_out.jsonl``: step, loss, grad_norm, rows, and not_finite_alone: true if these rows are not finite by
-            themselves, false if each of the step's rows is finite alone, null if that was not tested.
-    """
-
-    def __init__(self, folder: Path, say: Callable[[str], None], *, writes: bool = True) -> None:
-        self.watch, self.log, self.say = NonFiniteMonitor(), MetricsLog(folder / LEFT_OUT, writes=writes), say
 
     def add(self, step: int, metrics: Mapping[str, float], rows: Sequence[str], *, alone: bool | None) -> str:
         """Record and print a step (from 1); returns the names of its first rows."""

@@ -18,7 +18,7 @@ import torch
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..memory.machine import this_machine
-from ..memory.plan import Limits, Plan, kept_in_words, smaller
+from ..memory.plan import Limits, Plan, smaller
 from ..model.activation_offload import LockRefused
 from .distributed import world
 from .steps import micro_batches
@@ -67,26 +67,6 @@ class Running:
     @property
     def tokens(self) -> int:
         return sum(int(self.data.lengths[i]) for i in self.examples)
-
-
-def changes(old: Plan, new: Plan) -> str:
-    """The differences between two plans in words."""
-    said = []
-    if new.micro_tokens != old.micro_tokens:
-        said.append(f"{new.micro_tokens:,} tokens at once instead of {old.micro_tokens:,}")
-    if new.keep != old.keep:
-        said.append(f"a layer keeps {kept_in_words(new.keep)}")
-    if new.tile != old.tile:
-        said.append(f"the MLP takes {new.tile:,} tokens at a time" if new.tile else "the MLP takes all tokens at once")
-    if new.offload != old.offload:
-        said.append(f"{new.offload} of {len(new.keep)} layers keep it in main memory between the passes")
-    if new.stream != old.stream:
-        said.append("the base is in main memory and is copied to the card one layer ahead")
-    if new.scratch != old.scratch:
-        said.append(f"the {new.scratch} buffer for dequantized weights")
-    if new.reference != old.reference:
-        said.append("the reference in " + ("the policy's pass" if new.reference == "together" else "a pass of its own"))
-    return ", ".join(said)
 
 
 class Attempt:
@@ -200,14 +180,14 @@ class OomRetry:
         return not isinstance(error, LockRefused) and is_out_of_memory(error)
 
     def _limits(self) -> Limits:
-        """The device's memory, and what the host may lend beside what it lends already."""
+        """The device's memory, and the main memory that may be locked, with what the current plan has locked."""
         stage, memory = self.stage, self.stage.config.memory
         machine = this_machine(stage.base.device, stage.base.dtype, memory, measure=False)
         limits = Limits.of(stage.workload, machine, memory)
-        lent = sum(self.plan.host.values())
+        locked = sum(self.plan.host.values())
         if not self._lockable:
-            return replace(limits, host=lent - self.plan.host.get("kept activations", 0))
-        return limits if memory.host is not None else replace(limits, host=limits.host + lent)
+            return replace(limits, host=locked - self.plan.host.get("kept activations", 0))
+        return limits if memory.host is not None else replace(limits, host=limits.host + locked)
 
     def _shrink(self, failure: str) -> None:
         """Free what can be freed, and follow the next smaller plan."""
@@ -217,9 +197,8 @@ class OomRetry:
         stage.decoder.release()
         gc.collect()  # an error that went through autograd may be part of a cycle
         size = f"{len(running.examples)} example{'s' * (len(running.examples) > 1)}, {running.tokens:,} tokens"
-        what = f"memory ran out for {size} ({failure}); it is tried again"
-        failed, refused = self.plan, True
-        while refused:
+        failed = self.plan
+        while True:
             lockable = self._lockable
             plan = smaller(
                 failed if lockable else replace(failed, offload=0),
@@ -232,14 +211,14 @@ class OomRetry:
             )
             if plan is None:
                 raise _does_not_fit(stage, running, failure)
-            self.say(f"{what}, from here on with: {changes(self.plan, plan)}")
+            self.say(f"memory ran out for {size} ({failure}); the plan is now: {'; '.join(plan.lines())}")
             with Attempt(self) as attempt:
                 self.follow(plan)
-            refused = attempt.failure is not None
+            if attempt.failure is None:
+                break
             # without locked memory other plans come next, else ones that are smaller still
             failed = plan if self._lockable == lockable else self.plan
-            failure = attempt.failure or failure
-            what = f"that plan did not fit ({failure}); it is tried"
+            failure = attempt.failure
         if stage.base.device.type == "cuda":
             torch.cuda.empty_cache()
         if self._recording:
@@ -262,5 +241,5 @@ def _does_not_fit(stage: Stage, running: Running, failure: str) -> UserError:
     return UserError(
         f"{running.data.examples[index].where}: its {running.tokens:,} tokens do not fit into memory, alone and with "
         f"everything that saves memory in use ({failure}).",
-        f"To go on, {', '.join(cures)}. The last checkpoint is untouched.",
+        f"To continue, {', '.join(cures)}. The last checkpoint is intact.",
     )

@@ -21,11 +21,11 @@ from ..config.resolve import config_of_stage
 from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
-from ..io.manifest import MANIFEST, manifest_fault
 from ..io.run_dir import FORMAT, STAGE_FILE, TO_GO_ON, StageDir, checked, text_sha256, tokenizer_sha256
 from ..memory.plan import Plan
 from ..model.base import compute_device, fingerprint, is_fingerprint_of
 from ..model.peft_io import AdapterFile
+from .checkpoint import checkpoint_fault
 from .distributed import world
 
 # keys that gradients do not depend on
@@ -130,7 +130,9 @@ class Changes:
         cure = "choose another output_dir or stage."
         raise UserError(
             f"{stage.path}: was {what}:\n  " + "\n  ".join(lines),
-            f"To train with this one, {cure}" if self.complete else f"Go back to what it was to go on, or {cure}",
+            f"To train with this one, {cure}"
+            if self.complete
+            else f"Restore what it was started with to resume it, or {cure}",
         )
 
 
@@ -247,34 +249,34 @@ def judged_on_other_rows(
     return bool(config_of_stage(stage).get("eval_dataset") != config.model_dump(mode="json")["eval_dataset"])
 
 
-def same_plan(stage: StageDir, before: dict[str, Any], config: RunConfig, machine: dict[str, Any]) -> bool:
-    """Whether a resumed stage keeps its plan: the key ``memory`` and the kind of device are the same."""
-    then = MemorySpec.model_validate(config_of_stage(stage).get("memory") or {})
-    return then == config.memory and same_device(before, machine)
-
-
-def same_device(before: dict[str, Any], machine: dict[str, Any]) -> bool:
-    return bool(_last(before, "machine").get("device", machine["device"]) == machine["device"])
-
-
-def plan_of_stage(stage: StageDir, before: dict[str, Any], layers: int, say: Callable[[str], None]) -> Plan:
-    """The plan in stage.json; prints it.
+def resumed_plan(
+    stage: StageDir,
+    before: dict[str, Any],
+    config: RunConfig,
+    machine: dict[str, Any],
+    layers: int,
+    say: Callable[[str], None],
+) -> Plan | None:
+    """The plan in stage.json, which a resumed stage keeps: another split of its sums would change bits. None where the key
+    ``memory`` or the kind of device has changed.
 
     Args:
         layers: decoder layers of the base.
+        say: prints the plan, or why it is made again.
 
     Raises:
         UserError: this version has no such plan, or it is one of another model.
     """
+    same_device = _last(before, "machine").get("device", machine["device"]) == machine["device"]
+    if not same_device or MemorySpec.model_validate(config_of_stage(stage).get("memory") or {}) != config.memory:
+        why = "memory was changed" if same_device else "this is another kind of device"
+        say(f"{why}: from here on sums are split, and rounded, in another way")
+        return None
     file = stage.path / STAGE_FILE
-    hint = "Go on with the version that began the stage (the file names it), or choose another output_dir or stage."
+    hint = "Resume with the version that began the stage (the file names it), or choose another output_dir or stage."
     try:
         plan = Plan(**before["plan"])
-        if min(plan.micro_tokens, plan.threads, plan.tile or 1) < 1 or plan.offload < 0:
-            raise ValueError("a number is too small")
-        if not set(plan.keep) <= {"input", "attention", "all"}:
-            raise ValueError(f"keep {plan.keep}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{file}: its plan is none of this version's ({error}).", hint) from None
     if len(plan.keep) not in (0, layers):
         raise UserError(f"{file}: its plan is for {len(plan.keep)} layers, and the base has {layers}.", hint)
@@ -297,7 +299,7 @@ def versions() -> dict[str, str]:
 
 
 def machine_now(dtype: torch.dtype) -> dict[str, Any]:
-    """What of this machine decides how sums round."""
+    """The properties of this machine that decide how sums are rounded."""
     device = compute_device()
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
@@ -391,11 +393,7 @@ def resumed_info(
     else:
         info["adapters"] = links
     # only sizes are compared here; the loop compares hashes
-    whole = [
-        path
-        for path in stage.checkpoints()
-        if not (path / MANIFEST).is_file() or manifest_fault(path, deep=False) is None
-    ]
+    whole = [path for path in stage.checkpoints() if checkpoint_fault(path, deep=False) is None]
     step = int(whole[-1].name.split("-")[1]) if whole else 0
     info["resumed"].append({"step": step, **resumed})
     return info

@@ -6,10 +6,8 @@ modes, gradients and adapters stay as they were. A streamed base is not supporte
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,15 +20,8 @@ from .observer import Sample
 if TYPE_CHECKING:
     from .stage import Stage
 
-# folders of stages that draw no more samples; the reason was printed
-_given_up: set[Path] = set()
 
-
-def _complain(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def draw_samples(stage: Stage, step: int, say: Callable[[str], None] = _complain) -> list[Sample]:
+def draw_samples(stage: Stage, step: int, say: Callable[[str], None] = print) -> list[Sample]:
     """Greedy answers of at most ``config.sample_tokens`` tokens to the first ``config.samples`` held-out prompts. If they
     cannot be generated (no memory, logits that are not finite), the reason is printed once, and training continues.
 
@@ -40,7 +31,7 @@ def draw_samples(stage: Stage, step: int, say: Callable[[str], None] = _complain
         say: prints the reason.
     """
     wanted = stage.config.samples
-    if wanted == 0 or stage.eval_data is None or stage.dir.path in _given_up:
+    if wanted == 0 or stage.eval_data is None or not stage.draws_samples:
         return []
     if stage.plan.stream or stage.decoder.stream is not None:
         return _give_up(stage, "the base is in main memory, where answers would take minutes", say)
@@ -69,7 +60,7 @@ def draw_samples(stage: Stage, step: int, say: Callable[[str], None] = _complain
 
 
 def _give_up(stage: Stage, why: str, say: Callable[[str], None]) -> list[Sample]:
-    _given_up.add(stage.dir.path)
+    stage.draws_samples = False
     say(f"no samples are drawn: {why}. Training is not affected.")
     return []
 

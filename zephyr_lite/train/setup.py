@@ -52,11 +52,9 @@ from .resume import (
     data_info,
     judged_on_other_rows,
     machine_now,
-    plan_of_stage,
     report_changes,
     resumed_info,
-    same_device,
-    same_plan,
+    resumed_plan,
     stage_complete,
     started_before,
     versions,
@@ -90,11 +88,7 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
         raise stage_complete(stage, before)
 
     # settings, adapters below, base
-    if config.engine == "fused":
-        check_targets(config.lora_target_modules)
-    check_schedule(config)
-    trackers(config)
-    check_repo_name(config)
+    check_settings(config)
     frozen = adapters_below(method, config, stage, say)
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
@@ -115,11 +109,11 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
     if eval_data is not None:
         _report_rows(eval_data, base_config, say)
-    rows = data_info(data, template)
+    told = data_info(data, template)
     machine, libraries = machine_now(compute_dtype(config.dtype, compute_device())), versions()
     forget_best = False
     if before is not None:
-        changes.settle("data", data_difference(before, rows))
+        changes.settle("data", data_difference(before, told))
         changes.refuse(stage)
         if changes.complete:
             raise stage_complete(stage, before)
@@ -128,15 +122,8 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
 
     # plan
     workload = stage_workload(method, config, base_config, folder, frozen, data, eval_data)
-    keeps_plan = before is not None and same_plan(stage, before, config, machine)
-    if before is not None and keeps_plan:  # another split of the sums would change bits
-        plan = plan_of_stage(stage, before, base_config.num_hidden_layers, say)
-    else:
-        plan = plan_stage(workload, config, say)
-    if before is not None and not keeps_plan:
-        why = "memory was changed" if same_device(before, machine) else "this is another kind of device"
-        say(f"{why}: from here on sums are split otherwise, and round otherwise")
-        before["plan"] = plan.as_dict()
+    plan = resumed_plan(stage, before, config, machine, base_config.num_hidden_layers, say) if before else None
+    plan = plan or plan_stage(workload, config, say)
     torch.set_num_threads(plan.threads)
 
     # base, adapters
@@ -150,26 +137,13 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
 
     # stage.json
     links = [{"path": _relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen]
-    info: dict[str, Any] = {
-        "format": FORMAT,
-        "id": _run_id(stage.run),
-        "method": method,
-        "stage": config.stage,
-        "status": "running",
-        "engine": config.engine,
-        "base": base.describe(),
-        "adapters": links,
-        "chat_template": template.text,
-        **({"template_time": template.now.isoformat()} if template.reads_clock else {}),
-        "versions": libraries,
-        "machine": machine,
-        "plan": plan.as_dict(),
-        "data": rows,
-        "created": _now(),
-    }
-    if before is not None:
+    if before is None:
+        info = _new_info(method, stage, config, base, template) | {"adapters": links, "data": told}
+        info |= {"versions": libraries, "machine": machine, "created": _now()}
+    else:
         resumed = {"at": _now(), "machine": machine, "versions": libraries, "changed": changes.allowed}
-        info = {"id": info["id"], **resumed_info(before, stage, base.describe(), links, resumed)}
+        info = {"id": _run_id(stage.run), **resumed_info(before, stage, base.describe(), links, resumed)}
+    info["plan"] = plan.as_dict()
     info["eval_data"] = {"fingerprint": eval_data.fingerprint} if eval_data is not None else None
     if writes:
         stage.write_info(info)  # first: config.yaml tells a resumed run that ``memory`` was changed
@@ -192,6 +166,34 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
         forget_best=forget_best,
         writes=writes,
     )
+
+
+def _new_info(method: Method, stage: StageDir, config: RunConfig, base: Base, template: ChatTemplate) -> dict[str, Any]:
+    """What stage.json says of a new stage, but for its rows, adapters, machine and plan."""
+    return {
+        "format": FORMAT,
+        "id": _run_id(stage.run),
+        "method": method,
+        "stage": config.stage,
+        "status": "running",
+        "engine": config.engine,
+        "base": base.describe(),
+        "chat_template": template.text,
+        **({"template_time": template.now.isoformat()} if template.reads_clock else {}),
+    }
+
+
+def check_settings(config: RunConfig) -> None:
+    """Check settings before anything is loaded.
+
+    Raises:
+        UserError: no such projection, schedule, tracker or repository name.
+    """
+    if config.engine == "fused":
+        check_targets(config.lora_target_modules)
+    check_schedule(config)
+    trackers(config)
+    check_repo_name(config)
 
 
 def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile], say: Say) -> tuple[Base, AdapterStack, Decoder]:

@@ -9,33 +9,20 @@ Raises ``UserError`` for a user's mistake, and ``StageComplete`` for a finished 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..config.load import Loaded
 from ..data.batch import Batch, collate_conversations
 from ..data.dataset import TokenizedDataset
 from ..model.decoder import Dropout
 from .losses import sft_loss
 from .main import run
 from .monitors import DpoCollapseMonitor
-from .objective import Metrics, Outcome, Shares
-from .observer import Observer
+from .objective import Metrics, Shares
 from .oom import OomRetry
 from .stage import Say, Stage
-from .state import OnMetrics
-
-
-def run_sft(
-    loaded: Loaded,
-    *,
-    say: Say = print,
-    on_metrics: OnMetrics = lambda step, total, metrics: None,
-    observers: Sequence[Observer] = (),
-) -> Outcome:
-    """Train the stage of a configuration, from its last checkpoint if there is one (see ``main.run``)."""
-    return run("sft", loaded, SftObjective, say=say, on_metrics=on_metrics, observers=observers)
 
 
 class SftObjective:
@@ -94,3 +81,7 @@ class SftObjective:
 
     def _batch(self, data: TokenizedDataset, examples: Sequence[int]) -> Batch:
         return collate_conversations([data.examples[i] for i in examples]).to(self.decoder.device)
+
+
+# Train the stage of a configuration, from its last checkpoint if there is one (see ``main.run``).
+run_sft = partial(run, "sft", SftObjective)

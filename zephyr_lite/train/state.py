@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..errors import UserError
 from ..io.interrupts import Output
 from .checkpoint import Checkpoint, MetricsLog, checkpoint_fault, prune, resume_point
-from .distributed import everywhere, world
+from .distributed import world
 from .monitors import SkippedSteps
 from .objective import Metrics, Objective
 from .observer import Observer
@@ -141,10 +140,9 @@ def save(state: TrainState, *, pending: bool = False) -> None:
                 "stale": state.stale,
                 "total": state.total,
                 "pending": pending,
-                "finite": state.skipped.watch.state(),
+                "finite": state.skipped.state(),
                 "collapse": collapse.state() if collapse is not None else None,
                 "warnings": state.warnings,
-                "logged": state.log.count,
             },
         )
         _prune(state)
@@ -170,20 +168,14 @@ def resume(state: TrainState) -> bool:
     extra: dict[str, Any] = {}
     if found is not None:
         extra = here.together(lambda: state.checkpoint.read(found))
-        if extra["total"] != state.total:
-            raise everywhere(
-                UserError(
-                    f"{found}: was written by a run of {extra['total']} steps; this one has {state.total}.",
-                    "Go back to the configuration that the run was started with, or choose another output_dir.",
-                )
-            )
+        assert extra["total"] == state.total, f"{found}: written by a run of {extra['total']} steps, not {state.total}"
         if not forget_best:
             best = extra["best"]
             state.best = (float(best[0]), int(best[1])) if best else None
             state.stale = extra["stale"]
         state.step = extra["step"]
-        state.skipped.watch.load(extra.get("finite") or {})
-        if state.skipped.watch.in_a_row:  # it was stopped among skipped steps
+        state.skipped.load(extra.get("finite") or {})
+        if state.skipped.in_a_row:  # it was stopped among skipped steps
             state.before_skips = state.step
         if state.objective.collapse is not None:
             state.objective.collapse.load(extra.get("collapse") or {})
@@ -194,7 +186,7 @@ def resume(state: TrainState) -> bool:
     pending = bool(extra.get("pending"))
     state.skipped.log.truncate(state.step)
     state.sampled = {record["step"] for record in state.sample_log.truncate(state.step)}
-    records = state.log.truncate(state.step, logged=extra.get("logged"), pending=pending, say=state.say)
+    records = state.log.truncate(state.step, pending=pending)
     state.evaluations = [record for record in records if "eval_loss" in record]
     trained = [record for record in records if "loss" in record]
     state.metrics = {k: v for k, v in trained[-1].items() if k != "step"} if trained else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,14 +60,8 @@ def run_ablation(
         UserError: as the stages' own commands; or stages have different bases.
     """
     _check_bases(table)
-    try:
-        with alone(table.run):
-            return _run(table, say, on_metrics)
-    except UserError as error:  # the command line has --out in place of these keys
-        hint = re.sub(
-            "another (output_dir or stage|stage or output_dir|output_dir)", "another folder with --out", error.hint
-        )
-        raise UserError(error.message, hint) from None
+    with alone(table.run):
+        return _run(table, say, on_metrics)
 
 
 def _run(table: Table, say: Say, on_metrics: OnMetrics) -> Ablation:

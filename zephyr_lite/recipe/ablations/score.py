@@ -12,7 +12,7 @@ from ...config.load import Method, RunConfig
 from ...data.chat_template import ChatTemplate, resolve_template
 from ...data.dataset import TokenizedDataset, prepare
 from ...errors import UserError
-from ...evaluate.likelihood import PairLogps, chat_loss, pair_logps
+from ...evaluate.likelihood import Logps, chat_loss, row_logps
 from ...io.run_dir import StageDir
 from ...model.adapters import AdapterStack
 from ...model.base import is_fingerprint_of, load_base, load_tokenizer
@@ -53,7 +53,7 @@ class _HeldOut:
 
     conversations: TokenizedDataset
     pairs: TokenizedDataset
-    reference: PairLogps
+    reference: Logps
 
 
 class Scores:
@@ -95,7 +95,7 @@ class Scores:
                 self._names[adapter.sha256] = f"adapter{len(self._names)}"
                 self.stack.add_frozen(self._names[adapter.sha256], adapter)
         decoder = self._decoder([self._names[adapter.sha256] for adapter in chain.adapters])
-        logps = pair_logps(decoder, rows.pairs)
+        logps = row_logps(decoder, rows.pairs)
         gained = logps.sums - rows.reference.sums
         margins = gained[:, 0] - gained[:, 1]
         won = (margins > 0).double()
@@ -119,7 +119,7 @@ class Scores:
         template = resolve_template("auto", load_tokenizer(chain.tokenizer_from))
         if template.text not in self._rows:
             conversations, pairs = self._prepare("sft", template), self._prepare("dpo", template)
-            self._rows[template.text] = _HeldOut(conversations, pairs, pair_logps(self._decoder([]), pairs))
+            self._rows[template.text] = _HeldOut(conversations, pairs, row_logps(self._decoder([]), pairs))
         return self._rows[template.text]
 
     def _prepare(self, method: Method, template: ChatTemplate) -> TokenizedDataset:
@@ -142,7 +142,7 @@ def held_out_config(stages: list[ArmStage], method: Method) -> RunConfig:
     return found or RunConfig(max_length=2048 if method == "sft" else 1024)
 
 
-def _likelier(logps: PairLogps) -> float:
+def _likelier(logps: Logps) -> float:
     means = logps.means()
     return (means[:, 0] > means[:, 1]).double().mean().item()
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ...client.jobs import validated
 from ...config.load import DatasetSpec, Loaded, Method, RunConfig, load_config
-from ...config.presets import preset_configs
+from ...config.presets import find_config
 from ...config.strict_yaml import read_yaml
 from ...errors import UserError
-from ...io.text import is_file, refuse_special
 
 PLACED = ("output_dir", "adapters", "stage")  # keys that the table sets, or the stages' files
 BASE = "base"  # name of the bare base's row in the result
@@ -137,22 +137,8 @@ def read_table(
     Raises:
         UserError: there is no such table or arm, a key is invalid, or two different stages have one name.
     """
-    path = Path(name)
-    shipped = preset_configs("tables")
-    refuse_special(path, name)
-    if not is_file(path):
-        if name not in shipped:
-            raise UserError(
-                f"table {name}: there is no such file.", f"Give a YAML file, or a shipped table: {', '.join(shipped)}."
-            )
-        path = shipped[name]
-    try:
-        spec = TableSpec.model_validate(read_yaml(path))
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(
-            f"{path}: {faults}.", f"Shipped tables are examples: {', '.join(map(str, shipped.values()))}."
-        ) from None
+    path = find_config(name, "tables")
+    spec = validated(TableSpec, read_yaml(path), str(path))
     if unknown := [arm for arm in only if arm not in spec.arms]:
         raise UserError(f"{path}: there is no arm {unknown[0]!r}.", f"There are {', '.join(spec.arms)}.")
     run, scoped = Path(out or spec.output_dir), _scopes(words)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ...client.endpoints import EndpointSpec, endpoint_spec
 from ...client.jobs import JobConfig, distinct_name, refuse_equal_names
@@ -24,12 +32,24 @@ class PromptsSpec(BaseModel):
     column: str | None = None  # the prompt's column, if its name does not say so
 
 
+def _from_path(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _from_word(value: Any, info: ValidationInfo) -> EndpointSpec:
+    return endpoint_spec(value, str(info.field_name))
+
+
+PromptsKey = Annotated[PromptsSpec, BeforeValidator(_from_path)]
+EndpointKey = Annotated[EndpointSpec, BeforeValidator(_from_word)]
+
+
 class FeedbackConfig(JobConfig):
     """Completions of several models, rated by a judge."""
 
-    prompts: PromptsSpec
+    prompts: PromptsKey
     models: list[EndpointSpec] = Field(min_length=1)
-    judge: EndpointSpec
+    judge: EndpointKey
     completions: int = Field(4, ge=2, le=16)  # for each prompt
     # system prompts that ask for one virtue. auto: where a server's model answers a prompt more than once (a local folder
     # is sampled without, on-policy); all: always, as UltraFeedback did
@@ -37,21 +57,11 @@ class FeedbackConfig(JobConfig):
     principles_file: str | None = None  # YAML, {name: [system prompts]}, instead of the built-in ones
     overall: bool = False  # a critique and a score from 1 to 10 for each completion: one more request for each
 
-    @field_validator("prompts", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
     @field_validator("models", mode="before")
     @classmethod
     def _words(cls, value: Any) -> Any:
         values = value if isinstance(value, list) else [value]
         return [endpoint_spec(each, f"models[{number}]") for number, each in enumerate(values)]
-
-    @field_validator("judge", mode="before")
-    @classmethod
-    def _word(cls, value: Any) -> Any:
-        return endpoint_spec(value, "judge")
 
     @model_validator(mode="after")
     def _named(self) -> FeedbackConfig:
@@ -67,8 +77,8 @@ class FeedbackConfig(JobConfig):
 class DistillConfig(JobConfig):
     """Dialogues written by a teacher."""
 
-    teacher: EndpointSpec  # answers
-    user: EndpointSpec | None = None  # writes the user's turns; the teacher by default
+    teacher: EndpointKey  # answers
+    user: EndpointKey | None = None  # writes the user's turns; the teacher by default
     count: int | None = Field(None, ge=1)  # dialogues; one for each cell of the grid (600), or for each seed
     rounds: int = Field(3, ge=1, le=20)  # question and answer, at most, in a dialogue
     tries: int = Field(4, ge=1, le=20)  # openings asked for one dialogue before it is left out
@@ -76,19 +86,9 @@ class DistillConfig(JobConfig):
     grid: str | None = None  # YAML with topics, kinds, manners, moves, instead of the built-in one
     # grid: the first questions are written for the grid's cells; seeds: they are the seeds themselves, in order
     openings: Literal["grid", "seeds"] = "grid"
-    seeds: PromptsSpec | None = None  # one's own prompts: shown as examples, or taken as first questions
+    seeds: PromptsKey | None = None  # one's own prompts: shown as examples, or taken as first questions
     examples: int = Field(2, ge=1, le=8)  # number of seeds shown at a time
     test_share: float = Field(0.02, ge=0, lt=1)  # of the dialogues, by a hash of their first question
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-    @field_validator("teacher", "user", mode="before")
-    @classmethod
-    def _word(cls, value: Any, info: ValidationInfo) -> Any:
-        return None if value is None else endpoint_spec(value, str(info.field_name))
 
     @model_validator(mode="after")
     def _named(self) -> DistillConfig:

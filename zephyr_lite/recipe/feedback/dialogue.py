@@ -17,9 +17,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ...client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
-from ...client.endpoints import EndpointSpec, Message
+from ...client.endpoints import Message
 from ...client.jobs import NotBlank, validated
 from ...config.strict_yaml import read_yaml
+from .config import DistillConfig
 
 GRID = Path(__file__).parent / "grid.yaml"
 QUESTION_TOKENS = 512  # of a user's message, at most
@@ -116,24 +117,17 @@ def spread(topics: list[str], kinds: list[str], seed: int) -> list[tuple[str, st
 
 
 def opening_request(
-    user: EndpointSpec,
-    grid: Grid,
-    number: int,
-    attempt: int,
-    seed: int,
-    examples: Sequence[str],
-    avoid: str | None,
+    config: DistillConfig, grid: Grid, number: int, attempt: int, examples: Sequence[str], avoid: str | None
 ) -> Request:
     """The request for the first question of a dialogue.
 
     Args:
         number: the dialogue's; it determines the cell.
         attempt: number of openings of this dialogue that were turned down before.
-        seed: of the job.
         examples: prompts that show what messages look like.
         avoid: an earlier opening that the last attempt was too similar to.
     """
-    cell = grid.cell(number)
+    cell, user, seed = grid.cell(number), config.user_endpoint, config.seed
     rng = random.Random(f"opening {seed} {number} {attempt}")
     part = ""
     if cell.parts:  # the parts of a topic take turns from one visit of the cell to the next
@@ -161,22 +155,22 @@ def opening_request(
     )
 
 
-def answer_request(teacher: EndpointSpec, number: int, attempt: int, turns: Sequence[Message], seed: int) -> Request:
+def answer_request(config: DistillConfig, number: int, attempt: int, turns: Sequence[Message]) -> Request:
     """The request for the assistant's next answer: the dialogue so far."""
     round_ = len(turns) // 2
     return Request(
         key=f"answer/{number}/{attempt}/{round_}",
-        endpoint=teacher.name,
+        endpoint=config.teacher.name,
         messages=tuple({"role": turn["role"], "content": turn["content"]} for turn in turns),
-        seed=seed_of(seed, "answer", number, attempt, round_),
+        seed=seed_of(config.seed, "answer", number, attempt, round_),
     )
 
 
 def follow_up_request(
-    user: EndpointSpec, grid: Grid, number: int, attempt: int, turns: Sequence[Message], seed: int
+    config: DistillConfig, grid: Grid, number: int, attempt: int, turns: Sequence[Message]
 ) -> Request:
     """The request for the user's next message, which refines or extends what was asked."""
-    round_ = len(turns) // 2
+    user, seed, round_ = config.user_endpoint, config.seed, len(turns) // 2
     move = random.Random(f"move {seed} {number} {attempt} {round_}").choice(grid.moves).strip().rstrip(".")
     history = "\n\n".join(f"[{'You' if t['role'] == 'user' else 'The assistant'}]\n{t['content']}" for t in turns)
     asked = (
@@ -276,28 +270,20 @@ async def ask_answer(client: ModelClient, request: Request) -> str:
 
 
 async def grow(
-    client: ModelClient,
-    teacher: EndpointSpec,
-    user: EndpointSpec,
-    grid: Grid,
-    number: int,
-    attempt: int,
-    opening: str,
-    rounds: int,
-    seed: int,
+    client: ModelClient, config: DistillConfig, grid: Grid, number: int, attempt: int, opening: str
 ) -> Dialogue:
-    """A dialogue of up to ``rounds`` rounds. A failure ends it with its last whole answer; if the first answer fails, it
+    """A dialogue of up to ``config.rounds`` rounds. A failure ends it with its last whole answer; if the first answer fails, it
     has no round."""
     dialogue = Dialogue()
     question = opening
     try:
         while True:
             turns = [*dialogue.messages, {"content": question, "role": "user"}]
-            answer = await ask_answer(client, answer_request(teacher, number, attempt, turns, seed))
+            answer = await ask_answer(client, answer_request(config, number, attempt, turns))
             dialogue.messages = [*turns, {"content": answer, "role": "assistant"}]
-            if dialogue.rounds == rounds:
+            if dialogue.rounds == config.rounds:
                 return dialogue
-            request = follow_up_request(user, grid, number, attempt, dialogue.messages, seed)
+            request = follow_up_request(config, grid, number, attempt, dialogue.messages)
             question = await ask_message(client, request, turns=dialogue.messages)
     except BudgetSpent as spent:
         dialogue.ended, dialogue.by_budget = str(spent), True

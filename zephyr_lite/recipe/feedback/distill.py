@@ -267,10 +267,7 @@ class _Passes:
                     result.near.append((opening[:300], earlier[:300]))
                 self.avoid[number] = earlier
                 return None if is_seed else NotUsable(NEAR)
-            user = config.user_endpoint
-            dialogue = await grow(
-                self.client, config.teacher, user, result.grid, number, attempt, opening, config.rounds, config.seed
-            )
+            dialogue = await grow(self.client, config, result.grid, number, attempt, opening)
             if dialogue.by_budget:
                 result.budget_message = dialogue.ended
             if not dialogue.messages:
@@ -302,7 +299,7 @@ class _Passes:
             chosen = rng.sample(seeds.prompts, min(config.examples, len(seeds.prompts)))
             examples = [prompt.text for prompt in chosen]
         avoid = self.avoid.get(number)
-        request = opening_request(config.user_endpoint, self.result.grid, number, attempt, config.seed, examples, avoid)
+        request = opening_request(config, self.result.grid, number, attempt, examples, avoid)
         return await ask_message(self.client, request, quoted=[*examples, *([] if avoid is None else [avoid])])
 
     def _keep(self, number: int, dialogue: Dialogue) -> None:
@@ -357,11 +354,11 @@ def distill_bounds(config: DistillConfig, plan: Distilled) -> dict[str, Bound]:
         opening = question
         longest = sorted(texts, key=len)[-config.examples :]
         asked = max(
-            prompt_bound(user, opening_request(user, grid, number, 0, config.seed, longest, None).messages)
+            prompt_bound(user, opening_request(config, grid, number, 0, longest, None).messages)
             for number in range(min(plan.wanted, SAMPLE))
         )
         bounds[user.name].add(user, asked, question, times=plan.wanted, tries=config.tries)
-    empty = follow_up_request(user, grid, 0, 0, [{"role": "user", "content": ""}] * 2, 0)
+    empty = follow_up_request(config, grid, 0, 0, [{"role": "user", "content": ""}] * 2)
     asked = prompt_bound(user, empty.messages) + max(len(move.encode()) for move in grid.moves)  # whichever is drawn
     system = 0 if teacher.system is None else TOKENS_OF_A_TURN + len(teacher.system.encode())
     for round_ in range(config.rounds):

@@ -6,16 +6,18 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, RootModel
 
 from ... import __version__
 from ...client.client import BudgetSpent, ModelClient, Request, RequestFailed, open_client, seed_of
 from ...client.cost import Bound, Meter, has_prices, prompt_bound
 from ...client.endpoints import EndpointSpec, Message
-from ...client.jobs import claim_folder, in_order, json_line, run_job, together
-from ...client.request_log import Totals
+from ...client.jobs import NotBlank, claim_folder, in_order, json_line, run_job, together, validated
+from ...client.request_log import Reply, Totals
 from ...config.strict_yaml import read_yaml
 from ...data.load import summarise
 from ...errors import UserError
@@ -43,7 +45,7 @@ FAILED = Rating(NOT_RATED, "")
 PLACES = 20  # of left out prompts, in the report
 
 
-# -- who answers -----------------------------------------------------------------------------------------------------
+# -- the completions to ask for --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,20 @@ class Slot:
     seed: int
 
 
+class PrinciplesFile(RootModel[dict[str, list[str]]]):
+    """A YAML file of principles: names, each with a list of system prompts."""
+
+    root: dict[str, Annotated[list[NotBlank], Field(min_length=1)]] = Field(min_length=1)
+
+
 def read_principles(path: Path | None = None) -> dict[str, list[str]]:
     """{principle: its system prompts}, from a YAML file or the built-in one.
 
     Raises:
         UserError: the file cannot be read, or has no list of texts under each name.
     """
-    values = read_yaml(path or PRINCIPLES)
-    for name, texts in values.items():
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise UserError(f"{path}: {name}: expected a list of system prompts, found {str(texts)[:60]!r}.")
-    if not values:
-        raise UserError(f"{path}: no principle in it.", "Write `name:` and under it a list of system prompts.")
-    return values
+    path = path or PRINCIPLES
+    return validated(PrinciplesFile, read_yaml(path), str(path)).root
 
 
 def draw_slots(
@@ -146,18 +149,22 @@ class Tally:
     unread: Counter[str] = field(default_factory=Counter)  # the judge's failed requests, by aspect
     critiques: int = 0
 
+    def add(self, row: Mapping[str, Any], prompt_id: str, seed: int) -> None:
+        """Count a row."""
+        completions = row["completions"]
+        for completion in completions:
+            self.completions[completion["model"]] += 1
+            self.principles[completion["principle"] or "none"] += 1
+            self.critiques += completion["overall_score"] is not None
+            for name, annotation in completion["annotations"].items():
+                self.ratings[completion["model"], name][annotation["Rating"]] += 1
+        for aspect in ASPECTS:
+            for place, index in enumerate(shown_order(prompt_id, aspect.name, len(completions), seed)):
+                self.places[place][completions[index]["annotations"][aspect.name]["Rating"]] += 1
+
 
 class NoRow(Exception):
     """A prompt that gives no row; ``str(error)`` is the reason under which it is counted."""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A completion; ``cut``: it ended at max_tokens."""
-
-    slot: Slot
-    text: str
-    cut: bool
 
 
 async def rate_prompt(
@@ -174,44 +181,46 @@ async def rate_prompt(
         NoRow: fewer than two completions, or no rating. BudgetSpent, UserError: of the client.
     """
     slots = draw_slots(prompt.id, config.models, config.completions, principles, config.principles, config.seed)
-    answered = []
+    answered: list[tuple[Slot, Reply]] = []
     for slot, reply in zip(slots, await together(_complete(client, prompt, slot) for slot in slots)):
-        if isinstance(reply, Answered):
-            answered.append(reply)
-        else:
+        if isinstance(reply, RequestFailed):
             tally.failed[f"{slot.endpoint}: {reply.reason}"] += 1
+        else:
+            answered.append((slot, reply))
     if len(answered) < 2:
         raise NoRow("fewer than two completions")
-    texts = [one.text for one in answered]
+    texts = [reply.text for _, reply in answered]
     ratings: dict[str, list[Rating]] = {}
     for aspect, rated in zip(ASPECTS, await together(_rate(client, config, prompt, a, texts) for a in ASPECTS)):
         tally.unread[aspect.name] += isinstance(rated, RequestFailed)
         ratings[aspect.name] = [FAILED] * len(texts) if isinstance(rated, RequestFailed) else rated
-    overall: Sequence[Overall | RequestFailed | None] = [None] * len(texts)
+    scores: list[Overall | None] = [None] * len(texts)
     if config.overall:
-        overall = await together(_score(client, config, prompt, one) for one in answered)
+        scored = await together(_score(client, config, prompt, slot, reply.text) for slot, reply in answered)
+        tally.unread["overall"] += sum(isinstance(score, RequestFailed) for score in scored)
+        scores = [None if isinstance(score, RequestFailed) else score for score in scored]
     if all(r.rating == NOT_RATED for rated in ratings.values() for r in rated):
         raise NoRow("the judge rated nothing")
-    _count(tally, config, prompt, answered, ratings, overall)
+    for slot, reply in answered:
+        tally.cut[slot.endpoint] += reply.finish_reason == "length"
     return {
         "source": prompt.source,
         "instruction": prompt.text,
-        "models": [one.slot.endpoint for one in answered],
+        "models": [slot.endpoint for slot, _ in answered],
         "completions": [
-            _completion(one, {name: rated[place] for name, rated in ratings.items()}, overall[place])
-            for place, one in enumerate(answered)
+            _completion(slot, reply.text, {name: rated[place] for name, rated in ratings.items()}, scores[place])
+            for place, (slot, reply) in enumerate(answered)
         ],
         "correct_answers": list(prompt.correct),
         "incorrect_answers": list(prompt.incorrect),
     }
 
 
-async def _complete(client: ModelClient, prompt: Prompt, slot: Slot) -> Answered:
+async def _complete(client: ModelClient, prompt: Prompt, slot: Slot) -> Reply:
     reply = await client.ask(completion_request(prompt, slot))
-    text = reply.text.strip()
-    if not text:
+    if not reply.text.strip():
         raise RequestFailed("the answer is empty", "an empty answer")
-    return Answered(slot, text, reply.finish_reason == "length")
+    return replace(reply, text=reply.text.strip())
 
 
 def _judge_temperature(judge: EndpointSpec) -> float | None:
@@ -239,53 +248,29 @@ async def _rate(
     return ratings
 
 
-async def _score(client: ModelClient, config: FeedbackConfig, prompt: Prompt, one: Answered) -> Overall:
+async def _score(client: ModelClient, config: FeedbackConfig, prompt: Prompt, slot: Slot, text: str) -> Overall:
     request = Request(
-        key=f"overall/{prompt.id[:16]}/{one.slot.number}/{one.slot.endpoint}",
+        key=f"overall/{prompt.id[:16]}/{slot.number}/{slot.endpoint}",
         endpoint=config.judge.name,
-        messages=overall_messages(prompt.text, one.text),
+        messages=overall_messages(prompt.text, text),
         temperature=_judge_temperature(config.judge),
-        seed=seed_of(config.seed, prompt.id, "overall", one.slot.number),
+        seed=seed_of(config.seed, prompt.id, "overall", slot.number),
     )
     return await client.ask_parsed(request, parse_overall, PARSED_TRIES)
 
 
-def _completion(
-    one: Answered, ratings: Mapping[str, Rating], overall: Overall | RequestFailed | None
-) -> dict[str, Any]:
+def _completion(slot: Slot, text: str, ratings: Mapping[str, Rating], score: Overall | None) -> dict[str, Any]:
     given = [int(r.rating) for r in ratings.values() if r.rating != NOT_RATED]
-    scored = overall if isinstance(overall, Overall) else None
     return {
         "annotations": {name: {"Rating": r.rating, "Rationale": r.rationale} for name, r in ratings.items()},
-        "custom_system_prompt": one.slot.system,
-        "model": one.slot.endpoint,
-        "principle": one.slot.principle,
-        "response": one.text,
-        "critique": scored.critique if scored else "",
-        "overall_score": scored.score if scored else None,
+        "custom_system_prompt": slot.system,
+        "model": slot.endpoint,
+        "principle": slot.principle,
+        "response": text,
+        "critique": score.critique if score else "",
+        "overall_score": score.score if score else None,
         "fine-grained_score": sum(given) / len(given) if given else None,
     }
-
-
-def _count(
-    tally: Tally,
-    config: FeedbackConfig,
-    prompt: Prompt,
-    answered: Sequence[Answered],
-    ratings: Mapping[str, Sequence[Rating]],
-    overall: Sequence[Overall | RequestFailed | None],
-) -> None:
-    for one in answered:
-        tally.completions[one.slot.endpoint] += 1
-        tally.cut[one.slot.endpoint] += one.cut
-        tally.principles[one.slot.principle or "none"] += 1
-    for name, rated in ratings.items():
-        for one, rating in zip(answered, rated):
-            tally.ratings[one.slot.endpoint, name][rating.rating] += 1
-        for place, index in enumerate(shown_order(prompt.id, name, len(answered), config.seed)):
-            tally.places[place][rated[index].rating] += 1
-    tally.critiques += sum(isinstance(score, Overall) for score in overall)
-    tally.unread["overall"] += sum(isinstance(score, RequestFailed) for score in overall)
 
 
 # -- all prompts -----------------------------------------------------------------------------------------------------
@@ -435,6 +420,7 @@ async def _run(
                 elif isinstance(row, NoRow):
                     result.dropped.setdefault(str(row), []).append(prompt.where)
                 else:
+                    result.tally.add(row, prompt.id, config.seed)
                     file.write(json_line(row))
                     result.rows += 1
                 meter.advance()

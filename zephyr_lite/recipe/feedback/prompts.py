@@ -13,9 +13,10 @@ import numpy as np
 from ...config.load import DatasetSpec
 from ...data.load import summarise
 from ...data.messages import RowError, as_messages
-from ...data.opening import Source, kind_of, open_source, stem_of
+from ...data.opening import Source, kind_of, stem_of
 from ...errors import UserError
 from ...io.text import read_text
+from ..questions import open_rows
 from .config import PromptsSpec
 
 # columns that may hold a prompt, in this order; "data" is raw UltraChat's, "turns" MT-Bench's
@@ -72,12 +73,11 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
         rows: Source | list[dict[str, Any]] = _text_lines(spec)
         label, column, columns = spec.path, "text", list[str]()
     else:
-        source = _open(spec)
+        dataset = DatasetSpec(path=spec.path, name=spec.name, split=spec.split, revision=spec.revision)
+        source = open_rows(dataset, "--split {}")
         label, columns = source.label, source.columns
         column = _column(spec, columns, label)
         rows = source.select_columns([column, *_BESIDE])  # the rest may be large
-    if len(rows) == 0:
-        raise UserError(f"{label}: empty; there is no prompt in it.")
     numbers = np.arange(len(rows))
     if spec.limit is not None and spec.limit < len(rows):
         numbers = np.sort(np.random.default_rng([seed, 0]).permutation(len(rows))[: spec.limit])
@@ -110,19 +110,8 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
         )
     if not found.prompts:
         hint = f"Another column may hold them: --column NAME, one of {', '.join(columns)}." if columns else ""
-        raise UserError(f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped)}.", hint)
+        raise UserError(f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped) or 'empty'}.", hint)
     return found
-
-
-def _open(spec: PromptsSpec) -> Source:
-    path = Path(spec.path).expanduser()
-    if path.is_file() and not path.suffix:
-        raise UserError(f"{spec.path}: a file without suffix is not read.", "Give .jsonl, .csv, .parquet or .txt.")
-    try:
-        return open_source(DatasetSpec(path=spec.path, name=spec.name, split=spec.split, revision=spec.revision))
-    except UserError as error:
-        # the hint is written for the training commands
-        raise UserError(error.message, error.hint.replace("dataset.split=", "--split ")) from None
 
 
 def _column(spec: PromptsSpec, columns: list[str], label: str) -> str:

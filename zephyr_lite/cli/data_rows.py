@@ -1,4 +1,4 @@
-"""``zephyr-lite data show``."""
+"""``zephyr-lite data show`` and ``zephyr-lite data stats``."""
 
 from __future__ import annotations
 
@@ -43,10 +43,35 @@ def show(
     else:
         number = 1 if row is None else row
         segments = segments_of_row(rows, number)
-    colour = console.out.is_terminal and console.out.color_system is not None
     if table:
-        lines = table_lines(rows, number, segments, colour=colour)
+        lines = table_lines(rows, number, segments, colour=_has_colour())
     else:
-        lines = view_lines(rows, number, segments, console.out.width, colour=colour)
+        lines = view_lines(rows, number, segments, console.out.width, colour=_has_colour())
     for line in lines:
         console.out.print(line)
+
+
+def stats(
+    context: typer.Context,
+    config: StageConfig = None,
+    places: Annotated[
+        int, typer.Option("--places", min=0, help="Rows to name for each reason to leave out or cut; 0: all.")
+    ] = 5,
+    verbose: Verbose = False,
+) -> None:
+    """Lengths, cut and left out rows, packing, tokens and steps; needs no weights."""
+    from .row_stats import measure, stats_lines
+    from .trained_rows import held_out_rows, open_rows, stage_of_words
+
+    method, words = stage_of_words(list(context.args), config)
+    opened = open_rows(method, config, words)
+    for note in opened.notes:
+        console.say(f"note: {note}")
+    for each in (opened, held_out_rows(opened)) if opened.config.eval_dataset else (opened,):
+        console.say()
+        for line in stats_lines(measure(each), width=console.out.width, colour=_has_colour(), places=places):
+            console.out.print(line)
+
+
+def _has_colour() -> bool:
+    return console.out.is_terminal and console.out.color_system is not None
