@@ -230,7 +230,7 @@ def _check_bos(
         advice = "Train it again on rows with BOS once, or serve it as it was trained."
         found.doubtful("bos", f"it does better {times}: it was probably trained so", *facts, advice=advice)
     else:
-        found.right("bos", f"BOS is written {'once' if right else 'never'}, as in training", *facts)
+        found.right("bos", f"BOS is {'written once' if right else 'never written'}, as in training", *facts)
     if again > 1:
         text = f"its template writes BOS, and its tokenizer adds another: tokenizing the rendered text gives {again}"
         found.note("bos", text, advice="Use apply_chat_template(tokenize=True), or add_special_tokens=False.")
