@@ -255,7 +255,7 @@ def test_what_a_gguf_file_of_the_family_cannot_say_is_refused(base, tmp_path):
     told = json.loads((folder / "config.json").read_text())
     told["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     (folder / "config.json").write_text(json.dumps(told))
-    with pytest.raises(UserError, match="rotary embeddings of type linear; of the qwen2 family"):
+    with pytest.raises(UserError, match="rotary embeddings of type linear; in the qwen2 family"):
         write_gguf(folder, tmp_path / "m.gguf")
 
 
