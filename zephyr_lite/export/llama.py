@@ -15,7 +15,7 @@ from secrets import token_hex
 from ..data.chat_template import resolve_template
 from ..data.formats import Message
 from ..errors import UserError
-from ..io.atomic import check_room, make_folder, remove_tree, rename, sweep, sync_file
+from ..io.atomic import check_room, make_folder, remove_tree, sweep, sync_file
 from ..model.tokenizer import load_tokenizer
 from .gguf import GgufReport, Say, check_place, gguf_package, model_folder, write_gguf
 
@@ -82,7 +82,7 @@ def write_q4_k_m(
                 "Export F16 or Q8_0, or try another version of llama.cpp.",
             )
         sync_file(aside)
-        rename(aside, out)
+        aside.replace(out)
     finally:
         remove_tree(half)
         remove_tree(aside)
