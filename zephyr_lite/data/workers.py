@@ -98,9 +98,9 @@ def quiet(quiet: bool) -> Iterator[None]:
 def _in_child() -> None:
     """In a worker: leave a terminal's Ctrl-C to the parent, and end with the parent if that is killed."""
     if _in_map:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if _libc is not None:
+        if _libc is not None:  # first: a Ctrl-C just after the fork ends this function at signal.signal
             _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if hasattr(os, "register_at_fork"):
