@@ -65,7 +65,7 @@ def test_scales_by_row_are_the_numbers_of_before_afterwards(chat):
 
 @pytest.mark.parametrize("adapters", [[[], ["sft"], ["sft", "dpo"]], [["sft", "dpo"]]])
 def test_rows_of_different_lengths_and_a_kept_cache_change_no_logit(chat, monkeypatch, adapters):
-    """Conversations of different lengths that go on, shrink, and start anew; every row's logits at every step equal those
+    """Conversations of different lengths that continue, shrink, and restart; every row's logits at every step equal those
     of a plain forward over its whole sequence (sliding window of 24). A row alone keeps its cache."""
     streamer = Streamer(chat, adapters)
     seen: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""The commands from outside: exit codes, what is said, and what is printed."""
+"""The commands: exit codes, messages and output."""
 # ruff: noqa: F811
 
 from __future__ import annotations

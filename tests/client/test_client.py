@@ -394,7 +394,7 @@ def test_requests_never_exceed_their_budget_whatever_fails(tmp_path, limit):
         replies, totals = run([endpoint], tmp_path, lambda d: ask_all(d, texts), max_requests=limit)
         assert len(server.seen) == totals.requests == limit
         assert sum(isinstance(r, BudgetSpent) for r in replies) == 30 - totals.replies
-        # the same command with the same budget sends nothing more; a larger one goes on
+        # the same command with the same budget sends nothing more; a larger one continues
         _, totals = run([endpoint], tmp_path, lambda d: ask_all(d, texts), max_requests=limit)
         assert len(server.seen) == limit and totals.requests == limit
         _, totals = run([endpoint], tmp_path, lambda d: ask_all(d, texts), max_requests=limit + 2)

@@ -74,6 +74,10 @@ def test_published_files_are_scored(tmp_path: Path, capsys) -> None:
     table.write_text("index,instruction_difficulty\n0,1\n")
     assert run("--annotations", verdicts, "--difficulty", table) == 2
     assert "no difficulty for row 1" in capsys.readouterr().err
+    for content in ("", "index,instruction_difficulty\n0,nan\n1,inf\n"):
+        table.write_text(content)
+        assert run("--annotations", verdicts, "--difficulty", table) == 2
+        assert f"{table}: holds no difficulties, or one that is not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lacking", [0, 1, 4])

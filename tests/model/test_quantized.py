@@ -225,22 +225,30 @@ def shorter(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def inverted(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 255
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
         ("model.safetensors", shorter),
+        ("model.safetensors", inverted),
         ("model.safetensors", Path.unlink),
         (quantized.MANIFEST, Path.unlink),
         (quantized.MANIFEST, lambda path: path.write_text('{"format": 0}')),
     ],
 )
-def test_an_incomplete_folder_is_made_again(base, cache, file, damage):
+def test_an_incomplete_or_damaged_folder_is_made_again(base, cache, file, damage):
     load_base(config(base))
     (kept,) = entries(cache)
     damage(kept / file)
     said: list[str] = []
     assert_same(load_base(config(base), say=said.append).model, reference(base, torch.float32, True))
-    assert "quantizing the base once" in said[0] and str(kept) in said[0] and entries(cache) == [kept]
+    assert f"{kept}: incomplete, damaged, or made of other files" in said[0] and entries(cache) == [kept]
+    assert "quantizing the base once" in said[1]
     said.clear()
     load_base(config(base), say=said.append)
     assert said == []
@@ -256,7 +264,7 @@ def test_a_base_that_was_changed_in_place_is_quantized_again(base, cache, monkey
         save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     said: list[str] = []
     assert_same(load_base(config(base), say=said.append).model, reference(base, torch.float32, True))
-    assert len(said) == 1 and entries(cache) == [kept]
+    assert len(said) == 2 and entries(cache) == [kept]
 
 
 def test_a_moved_base_keeps_its_copy(base, cache):

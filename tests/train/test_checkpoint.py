@@ -317,6 +317,7 @@ def other_key(path):
     ("damage", "what"),
     [
         (other_key, "belongs to other rows, another base or other adapters"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1] + b"\x40"), "has another hash than was written"),
         (cut, "cannot be read ("),
         (lambda p: p.write_bytes(b""), "cannot be read ("),
         (lambda p: (p.unlink(), p.mkdir()), ""),

@@ -149,6 +149,8 @@ def read_difficulty(path: Path) -> dict[int, float]:
         except (IndexError, ValueError):
             message = f"{path} line {number}: expected an index and a difficulty, found {shown(row)}."
             raise UserError(message, hint) from None
+    if not result or not all(map(math.isfinite, result.values())):
+        raise UserError(f"{path}: holds no difficulties, or one that is not finite.", hint)
     return result
 
 

@@ -7,7 +7,7 @@ The first start quantizes a base with transformers and bitsandbytes, tensor by t
         config.json  model-00001-of-00008.safetensors …  zephyr_lite.json
 
 The environment variable ``ZEPHYR_LITE_CACHE`` replaces ``~/.cache/zephyr-lite``. A copy is used as long as the base's files
-have the names, sizes and modification times that they had when it was made.
+have the names, sizes and modification times that they had when it was made, and its own files the hashes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
@@ -68,7 +69,7 @@ def load_quantized(
         return {
             "format": FORMAT,
             "fingerprint": fingerprint,
-            "files": {path.name: path.stat().st_size for path in sorted(copy.glob("*.safetensors"))},
+            "files": {path.name: _hash(path) for path in sorted(copy.glob("*.safetensors"))},
             "sources": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         }
 
@@ -82,7 +83,9 @@ def load_quantized(
         existing = sorted(quantized_dir().glob(f"[!.]*-{suffix}"))  # whatever name the base had when it was made
         folder = existing[0] if existing else quantized_dir() / f"{Path(name).name.lstrip('.')[:40] or 'base'}-{suffix}"
         if read_json(folder / MANIFEST) != manifest(folder):
-            remove_tree(folder)
+            if folder.exists():
+                say(f"{folder}: incomplete, damaged, or made of other files of the base; it is made again")
+                remove_tree(folder)
             say(f"quantizing the base once; later starts read {folder}")
             model = load(source, True)
             try:
@@ -94,6 +97,15 @@ def load_quantized(
                 return model
             del model
     return load(folder, False)
+
+
+def _hash(path: Path) -> str:
+    """Hexadecimal XXH3 of a file: one inverted bit would train on silently. SHA-256 would take several times as long."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def quantized_dir() -> Path:

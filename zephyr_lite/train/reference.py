@@ -34,7 +34,7 @@ def pair_sums(decoder: Decoder, batch: Batch, **options: Any) -> Tensor:
 class ReferenceCache:
     """Reference log-probabilities of all pairs, kept in a file.
 
-    The file holds ``sums`` (float64 [pairs, 2], NaN where not computed yet) and the key, which tells a foreign file.
+    The file holds ``sums`` (float64 [pairs, 2], NaN where not computed yet) the key, which tells a foreign file, and the hash of both.
 
     Args:
         folder: the file's folder.
@@ -81,6 +81,8 @@ class ReferenceCache:
             return f"does not hold the sums of {self.pairs:,} pairs"
         if metadata.get("key") != self.key:
             return "belongs to other rows, another base or other adapters"
+        if metadata.get("sha256") != self._sha256(sums):
+            return "has another hash than was written"
         return None
 
     def compute(
@@ -132,10 +134,15 @@ class ReferenceCache:
                 self.sums = torch.where(self.sums.isnan(), other, self.sums)
 
     def _write(self) -> None:
+        metadata = {"key": self.key, "sha256": self._sha256(self.sums)}
+
         def write(name: str, out: BinaryIO) -> None:
             out.write(tensor_bytes(self.sums))
 
-        write_stream(self.path, {"sums": ("F64", (self.pairs, 2))}, write, {"key": self.key})
+        write_stream(self.path, {"sums": ("F64", (self.pairs, 2))}, write, metadata)
+
+    def _sha256(self, sums: Tensor) -> str:
+        return hashlib.sha256(self.key.encode() + tensor_bytes(sums)).hexdigest()
 
     def _known(self) -> np.ndarray:
         return np.isfinite(self.sums.numpy()).all(axis=1)
