@@ -21,7 +21,7 @@ from zephyr_lite.chat.repl import side_by_side
 from zephyr_lite.chat.session import Answer, Session
 from zephyr_lite.cli import app as cli
 from zephyr_lite.cli import talk
-from zephyr_lite.cli.console import Console, visible
+from zephyr_lite.monitor.console import Console, visible
 
 SHORT = ["--max-new-tokens", "8", "--temperature", "0"]
 

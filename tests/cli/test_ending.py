@@ -14,8 +14,8 @@ import pytest
 
 from zephyr_lite.cli import app as cli
 from zephyr_lite.cli.app import interrupted_line
-from zephyr_lite.cli.console import Console
 from zephyr_lite.errors import Interrupted, UserError
+from zephyr_lite.monitor.console import Console
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,11 +8,11 @@ import pytest
 
 from tests.contract.test_safety import SECRETS, STORED, leaks
 from zephyr_lite.cli import app as cli
-from zephyr_lite.cli.console import Console
 from zephyr_lite.errors import UserError
 from zephyr_lite.io import redact
 from zephyr_lite.io.redact import HIDDEN
 from zephyr_lite.io.run_dir import write_json
+from zephyr_lite.monitor.console import Console
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from .. import __version__
 from ..errors import Interrupted, UserError
 from ..io.interrupts import just_interrupted
 from ..io.launcher import alone, launched, speaks
+from ..monitor.console import Console
 from ..ops.hub_kernels import no_hub_kernels
 from ..train.distributed import PeerEnded
 from .ablate import ablate
 from .check import check
-from .console import Console
 from .data_chat import chat as data_chat
 from .data_pairs import pairs
 from .data_rows import show, stats

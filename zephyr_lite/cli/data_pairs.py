@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import Console
+from ..monitor.console import Console
 from .options import Verbose, nameable
 
 console = Console()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import Console
+from ..monitor.console import Console
 from .feedback import ENDPOINT, job_kept, say_all, settings_of
 from .options import JobConfig, JobDryRun, JobOut, JobSeed, MaxRequests, MaxTokens, Verbose
 

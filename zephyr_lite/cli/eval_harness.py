@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import Interrupted, UserError
-from .console import Console
+from ..monitor.console import Console
 from .options import AdapterBase, Adapters, ChatTemplateOption, EvalOut, Source, StageName, Verbose
 
 console = Console()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .console import Console
+from ..monitor.console import Console
 from .feedback import job_kept, say_all, settings_of
 from .options import (
     AdapterBase,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Interrupted
-from .console import Console
+from ..monitor.console import Console
 from .options import AdapterBase, Adapters, ChatTemplateOption, EvalOut, Source, StageName, Verbose
 
 if TYPE_CHECKING:

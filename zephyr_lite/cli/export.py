@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .console import Console
+from ..monitor.console import Console
 from .options import ChatTemplateOption, Verbose, nameable
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The model's folder, as merge made it.")]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .console import Console
+from ..monitor.console import Console
 from .options import Verbose, nameable
 
 console = Console()

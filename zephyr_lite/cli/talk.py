@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Interrupted, UserError
-from .console import Console, visible
+from ..monitor.console import Console, visible
 from .options import AdapterBase, Adapters, ChatTemplateOption, Source, StageName, Verbose
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import typer
 from ..errors import UserError
 from ..io.launcher import launched
 from ..model.allocator import set_allocator
+from ..monitor.console import Console
 from ..train.distributed import everywhere, joined, nothing
-from .console import Console
 from .options import StageConfig, Verbose
 
 console = Console()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
-from .endpoints import EndpointSpec, Message
+from .endpoints import EndpointSpec, Message, Question, TryFailed
 from .request_log import Reply, RequestLog, Totals
 
 if TYPE_CHECKING:
@@ -56,31 +56,6 @@ class Request:
     seed: int | None = None
 
 
-@dataclass(frozen=True)
-class Question:
-    """A request with all settings resolved, as it is sent; ``max_tokens`` limits the reply."""
-
-    messages: tuple[Message, ...]
-    max_tokens: int
-    temperature: float
-    top_p: float | None
-    seed: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        values = {"messages": list(self.messages), "max_tokens": self.max_tokens, "temperature": self.temperature}
-        return values | {k: v for k, v in (("top_p", self.top_p), ("seed", self.seed)) if v is not None}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A model's answer; the tokens are None where the server did not count them."""
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
-
-
 class BudgetSpent(Exception):
     """The next request could exceed the budget, and was not sent."""
 
@@ -95,37 +70,6 @@ class RequestFailed(Exception):
     def __init__(self, message: str, reason: str = "failed") -> None:
         super().__init__(message)
         self.reason = reason
-
-
-@dataclass(eq=False)
-class TryFailed(Exception):
-    """One try failed.
-
-    Attributes:
-        reason, detail: see ``RequestFailed``; what was found, without keys.
-        retry: whether another try can help.
-        charged: whether the tokens may have been paid for.
-        reached: whether a server got the request.
-        no_reply: whether no server answered.
-        busy: whether the server has too much to do, so that all requests have to wait.
-        wait: seconds that the server asks to wait.
-        other_settings: whether the next try is sent with other settings, so that this one does not count.
-        fatal: the error if no request to this endpoint can succeed.
-    """
-
-    reason: str
-    detail: str
-    retry: bool = True
-    charged: bool = False
-    reached: bool = True
-    no_reply: bool = False
-    busy: bool = False
-    wait: float | None = None
-    other_settings: bool = False
-    fatal: UserError | None = None
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 class _Endpoint:

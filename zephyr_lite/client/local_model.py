@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .client import Answer, Question, TryFailed
-from .endpoints import EndpointSpec
+from .endpoints import Answer, EndpointSpec, Question, TryFailed
 
 if TYPE_CHECKING:
     from ..chat import Chat

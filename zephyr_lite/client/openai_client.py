@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 
 from ..errors import UserError
 from ..io.redact import remember
-from .client import Answer, Question, TryFailed
-from .endpoints import EndpointSpec
+from .endpoints import Answer, EndpointSpec, Question, TryFailed
 
 SHOWN_CHARACTERS = 300  # of a server's error message
 MAX_COUNT = 10**9  # tokens of one request; a larger count is ignored

@@ -25,7 +25,7 @@ from .console import Console, Metrics, is_evaluation, visible
 from .health import Verdict, judge
 from .progress import Progress
 from .reference_ranges import published_of
-from .screens import Screen
+from .screen import Screen
 
 WIDTH = 100  # columns at most
 LABEL = 9

@@ -18,9 +18,10 @@ from ..io.redact import redact
 from ..io.text import duration
 from ..train.distributed import PeerEnded
 from ..train.objective import Outcome
-from ..train.observer import Observer, Sample
+from ..train.observer import Sample
 from ..train.stage import Stage
 from .console import Console, Metrics, is_evaluation
+from .screen import Screen
 
 # Set by the kernels of Jupyter, Colab and Kaggle. `!command` gives its process a terminal there, but the cell only
 # appends: cursor movements would flood it.
@@ -31,30 +32,6 @@ _WARNS = re.compile(
     r"left out|cannot|could not|fail|missing|damaged|changed since|instead|too large|does not|warning|not finite|collapse",
     re.IGNORECASE,
 )
-
-
-class Screen(Observer):
-    """Plain lines. A context manager, so that subclasses can restore the terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def __enter__(self) -> Screen:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.close(error)
-
-    def close(self, error: BaseException | None = None) -> None:
-        """Release the output; ``error`` ended the command."""
-
-    def say(self, text: str = "") -> None:
-        """Print a message."""
-        self.console.say(text)
-
-    def metrics(self, step: int, total: int, metrics: Metrics) -> None:
-        """Print a logged step or an evaluation."""
-        self.console.metrics(step, total, metrics)
 
 
 class NotebookScreen(Screen):

@@ -34,7 +34,8 @@ def pair_sums(decoder: Decoder, batch: Batch, **options: Any) -> Tensor:
 class ReferenceCache:
     """Reference log-probabilities of all pairs, kept in a file.
 
-    The file holds ``sums`` (float64 [pairs, 2], NaN where not computed yet) the key, which tells a foreign file, and the hash of both.
+    The file holds ``sums`` (float64 [pairs, 2], NaN where not computed yet), the key, which tells a foreign file, and the hash
+    of both.
 
     Args:
         folder: the file's folder.
