@@ -15,7 +15,7 @@ from tests.faults import KINDS, Died, faulty, left_aside
 from tests.kill import Ground, _sft, standing
 from zephyr_lite.cli import app as cli
 from zephyr_lite.io import atomic
-from zephyr_lite.io.manifest import write_manifest
+from zephyr_lite.io.atomic import write_manifest
 
 
 def text(path: Path) -> None:

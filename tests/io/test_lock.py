@@ -8,12 +8,12 @@ import time
 import pytest
 
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.lock import alone
+from zephyr_lite.io.atomic import alone
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from zephyr_lite.io.lock import alone
+from zephyr_lite.io.atomic import alone
 with alone(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

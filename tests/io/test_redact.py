@@ -10,8 +10,8 @@ from tests.contract.test_safety import SECRETS, STORED, leaks
 from zephyr_lite.cli import app as cli
 from zephyr_lite.errors import UserError
 from zephyr_lite.io import redact
+from zephyr_lite.io.atomic import write_json
 from zephyr_lite.io.redact import HIDDEN
-from zephyr_lite.io.run_dir import write_json
 from zephyr_lite.monitor.console import Console
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..io.launcher import launched
+from ..io.interrupts import launched
 from ..model.allocator import set_allocator
 from ..monitor.console import Console
 from ..train.distributed import everywhere, joined, nothing

@@ -21,8 +21,7 @@ from ..data.load import load_rows
 from ..data.opening import open_source
 from ..errors import Interrupted, UserError
 from ..evaluate.rows import stage_config
-from ..io.atomic import file_aside, make_folder, remove_tree, write_json, write_text
-from ..io.lock import LOCK_FILE, alone
+from ..io.atomic import LOCK_FILE, alone, file_aside, make_folder, remove_tree, write_json, write_text
 from ..io.run_dir import StageDir
 from ..io.text import duration
 from ..merge.base_files import BaseFiles

@@ -22,7 +22,7 @@ from ..data.output import DROPPED, REPORT, check_held_out, check_output, request
 from ..data.workers import cores
 from ..data.writing import FileFormat, write_split
 from ..errors import UserError
-from ..io.run_dir import folder_aside, write_json, write_text
+from ..io.atomic import folder_aside, write_json, write_text
 from ..io.text import shown
 from .parallel import in_processes
 from .questions import Questions, open_rows, read_questions

@@ -27,7 +27,7 @@ from ..data.output import DROPPED, REPORT, check_held_out, check_output, request
 from ..data.workers import cache_key, cores
 from ..data.writing import FileFormat
 from ..errors import UserError
-from ..io.run_dir import folder_aside, write_json, write_text
+from ..io.atomic import folder_aside, write_json, write_text
 from .chat_report import EXACT, FAULTY, KEPT, NEAR, ChatReport, Restored, markdown
 from .decontamination import NGRAM, EvalSets, read_eval_sets
 from .dedup import PERMUTATIONS, first_of_equal, join_near, signatures

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config.load import Loaded, Method
 from ..errors import Interrupted, UserError
-from ..io.lock import alone
+from ..io.atomic import alone
 from ..io.sync import kept_elsewhere
 from .distributed import everywhere, nothing, sees, world
 from .loop import train

@@ -14,7 +14,8 @@ from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.chat_template import ChatTemplate, Example, PairExample, resolve_template
 from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
-from ..io.run_dir import FORMAT, STAGE_FILE, StageDir, check_rendering, checked, folder_aside, stages_of, write_text
+from ..io.atomic import folder_aside, write_text
+from ..io.run_dir import FORMAT, STAGE_FILE, StageDir, check_rendering, checked, stages_of
 from ..io.sync import catch_up, open_mirror
 from ..memory.machine import cap_allocator, keep_freed_pages, peak_memory
 from ..memory.plan import Plan
