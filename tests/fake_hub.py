@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import errors
-from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 # the library that the hub's own speaks through has changed its name more than once
 httpx: Any = importlib.import_module(errors.HTTPError.__module__.split(".")[0])

@@ -50,4 +50,3 @@ def mirror_of(place, stage):
 
 def there(folder):
     return sorted(p.name for p in folder.iterdir())
-

@@ -116,8 +116,9 @@ def folder_aside(target: Path) -> Iterator[Path]:
                 if replaces:
                     os.replace(old, target)
                 raise
-            remove_tree(old)
             _flush_folder(target.parent)
+            if replaces:
+                remove_tree(old)
         finally:
             os.close(handle)
             remove_tree(aside)
@@ -320,6 +321,8 @@ def manifest_fault(folder: Path, *, deep: bool = True) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         files = [(folder / name, told["bytes"], told["sha256"]) for name, told in manifest["files"].items()]
+        if manifest["format"] != MANIFEST_FORMAT:
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is missing or damaged"
     for path, size, digest in files:

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from .logging import output_fault
+
 RANK, SIZE, LOCAL_RANK, LOCAL_SIZE = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 _LAUNCHERS = (
     *(RANK, SIZE, LOCAL_RANK, LOCAL_SIZE, "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "NODE_RANK"),
@@ -117,11 +119,15 @@ class Output:
     """Printing that does not end a run in the middle of a step. With ``sft | tee log``, Ctrl-C ends the reader too.
 
     Attributes:
-        fault: the error of the first print that failed; nothing is printed after it.
+        fault: the error of the first print or message that failed; nothing is printed after it.
     """
 
     def __init__(self) -> None:
-        self.fault: OSError | None = None
+        self._fault: OSError | None = None
+
+    @property
+    def fault(self) -> OSError | None:
+        return self._fault or output_fault()
 
     def of(self, write: Callable[..., None]) -> Callable[..., None]:
         """The function, without its OSErrors."""
@@ -131,7 +137,7 @@ class Output:
                 try:
                     write(*args)
                 except OSError as error:
-                    self.fault = error
+                    self._fault = error
 
         return printed
 

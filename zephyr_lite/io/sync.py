@@ -208,11 +208,10 @@ class Mirror:
                 break
         if not self._thread.is_alive() and self._fault is None:
             return True
+        fault = f": {self._fault}" if self._fault else ""
         logger.warning(
-            "sync: %s does not have the last state of the stage%s. It is here; the same command copies it there when it is "
-            "started again.",
-            self.place.name,
-            f": {self._fault}" if self._fault else "",
+            f"sync: {self.place.name} does not have the last state of the stage{fault}. It is here; the same command copies "
+            "it there when it is started again."
         )
         return False
 
@@ -235,11 +234,9 @@ class Mirror:
                 self._fault = _line(error)
             self._running = ()
         if self._fault is None and before is not None:
-            logger.info("sync: %s is up to date again", self.place.name)
+            logger.info(f"sync: {self.place.name} is up to date again")
         elif self._fault is not None and before is None:
-            logger.warning(
-                "sync: %s: %s; training continues, and the copy is tried again", self.place.name, self._fault
-            )
+            logger.warning(f"sync: {self.place.name}: {self._fault}; training continues, and the copy is tried again")
 
     def _push_other_stages(self) -> None:
         """Copy the run's complete stages, which may have been trained without ``sync``."""
@@ -305,7 +302,7 @@ def restore(sync: str | None, stage: StageDir) -> None:
         except (OSError, HTTPError) as error:
             if not _worth_keeping(stage):
                 raise _unreadable(place, error) from None
-            logger.warning("sync: %s: %s; continuing with the files here", place.name, _line(error))
+            logger.warning(f"sync: {place.name}: {_line(error)}; continuing with the files here")
 
 
 def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
@@ -342,9 +339,7 @@ def _missing(place: Place, there: Path, stage: StageDir) -> dict[str, list[str]]
     kept = [each for each in stages_of(stage.run) if _worth_keeping(each)]
     if not copies and not _worth_keeping(stage):  # also the case if a drive is not mounted
         logger.info(
-            "sync: %s has nothing of %s yet, so it starts here. If it should, is that place mounted?",
-            place.name,
-            there.name,
+            f"sync: {place.name} has nothing of {there.name} yet, so it starts here. If it should, is that place mounted?"
         )
     if kept and copies and not _marks(kept) & _marks(copies):
         raise UserError(
@@ -388,7 +383,7 @@ def _fetch(place: Place, copy: StageDir, here: StageDir, folders: list[str]) -> 
                 if complete:
                     (target / folder.name / MANIFEST).unlink(missing_ok=True)
                 continue
-            logger.warning("sync %s: %s/%s: %s; not taken", place.name, copy.path.name, folder.name, fault)
+            logger.warning(f"sync {place.name}: {copy.path.name}/{folder.name}: {fault}; not taken")
             if complete:
                 brought.clear()
                 break
@@ -397,7 +392,7 @@ def _fetch(place: Place, copy: StageDir, here: StageDir, folders: list[str]) -> 
                 f"sync {place.name}: {here.run.name}/{here.path.name} is damaged there.",
                 "Delete that folder there to start again or to continue with the files here, or leave sync out.",
             )
-    logger.info("%s was fetched from %s, %s", here.path, place.name, "complete" if complete else f"at {brought[0]}")
+    logger.info(f"{here.path} was fetched from {place.name}, {'complete' if complete else f'at {brought[0]}'}")
 
 
 def _worth_keeping(stage: StageDir) -> bool:
