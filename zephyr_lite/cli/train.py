@@ -68,7 +68,7 @@ def train(
     else:
         set_allocator()
     from ..config.resolve import resolve_run
-    from ..memory.needs import needs_lines
+    from ..memory.forecast import needs_lines
     from ..monitor.report_writer import ReportWriter
     from ..monitor.screens import open_screen
     from ..train.dpo import run_dpo

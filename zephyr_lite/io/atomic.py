@@ -116,9 +116,9 @@ def folder_aside(target: Path) -> Iterator[Path]:
                 if replaces:
                     os.replace(old, target)
                 raise
-            _flush_folder(target.parent)
             if replaces:
                 remove_tree(old)
+            _flush_folder(target.parent)
         finally:
             os.close(handle)
             remove_tree(aside)

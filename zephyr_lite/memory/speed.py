@@ -7,9 +7,7 @@ a run costs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..model.execution import ExecutionConfig
 from ..model.layer_spec import Keep
@@ -154,16 +152,6 @@ def _layer_times(job: Workload, tokens: int, execution: ExecutionConfig, card: G
 
 def step_time(job: Workload, execution: ExecutionConfig, card: Gpu) -> Time:
     """One optimizer step, in micro-batches of the execution's tokens."""
-    counts = {(keep, away): count for keep, away, _, count in segments(execution.keep, execution.offload)}
-    return time_of_layers(job, execution, card, counts)
-
-
-def time_of_layers(job: Workload, execution: ExecutionConfig, card: Gpu, counts: Mapping[Kind, Any]) -> Time:
-    """As ``step_time``, whatever the execution's layers keep.
-
-    Args:
-        counts: number of layers of each kind; arrays of numbers give arrays of times.
-    """
     s, size, tokens = job.shape, job.dtype.itemsize, max(execution.micro_tokens, job.longest)
     key = (tokens, execution.tile, execution.stream, execution.scratch, execution.reference, card)
     if key not in job.memo:
@@ -177,9 +165,9 @@ def time_of_layers(job: Workload, execution: ExecutionConfig, card: Gpu, counts:
         update = (job.parameters * 24 + 2 * state) / memory + 2 * managed / link
         job.memo[key] = _layer_times(job, tokens, execution, card), head, copied, update
     times, computing, waiting, update = job.memo[key]
-    for kind, count in counts.items():
-        computing = computing + count * times[kind][0]
-        waiting = waiting + count * times[kind][1]
+    for keep, away, _, count in segments(execution.keep, execution.offload):
+        computing += count * times[keep, away][0]
+        waiting += count * times[keep, away][1]
     batches = max(1.0, (job.step_tokens or tokens) / tokens)
     step = batches * (computing + waiting) + update
     return Time(step, batches * waiting, batches * tokens / step)
