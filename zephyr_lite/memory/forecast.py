@@ -414,7 +414,7 @@ def disk_bytes(job: Workload, config: RunConfig) -> dict[str, int]:
     checkpoint = weights + sum(optimizer_bytes(job.optim, job.trained_tensors))
     every = [n for n in (config.save_steps, config.eval_steps) if n]
     count = min(config.save_total_limit, (job.steps or 10**9) // min(every)) + 1 if every else 1
-    found["for checkpoints (one more than save_total_limit while one is written)"] = count * checkpoint
+    found["for checkpoints (save_total_limit and one more)"] = count * checkpoint
     stack = 4 * sum(sum(a.tensors(job.shape)) for a in job.adapters)
     found["for the adapter"] = stack + weights * (len(job.adapters) > 1)
     return found
