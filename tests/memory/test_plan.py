@@ -19,7 +19,7 @@ from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import MemorySpec, RunConfig, dump_config, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.memory import calibrate, forecast
+from zephyr_lite.memory import forecast
 from zephyr_lite.memory import machine as machine_file
 from zephyr_lite.memory.estimate import CONTEXT_BYTES, GIB, estimate
 from zephyr_lite.memory.forecast import MISTRAL_SHAPE, expected_job
@@ -422,12 +422,12 @@ def processor(monkeypatch):
 
     def measured(*rates: float) -> Machine:
         found = iter(rates)
-        monkeypatch.setattr(calibrate, "_rate", lambda device, run, amount: run() is None or next(found))
-        calibrate._processor.cache_clear()
+        monkeypatch.setattr(machine_file, "_rate", lambda device, run, amount: run() is None or next(found))
+        machine_file._processor.cache_clear()
         return this_machine(torch.device("cpu"), torch.float32, FREE)
 
     yield measured
-    calibrate._processor.cache_clear()
+    machine_file._processor.cache_clear()
 
 
 def test_a_cpu_is_measured_and_planned_for(processor):

@@ -364,7 +364,7 @@ def _decimal(size: int) -> str:
 
 def _assumed_below(config: RunConfig, shape: Shape) -> AdapterSpec:
     """An adapter that is not here."""
-    return AdapterSpec.fresh(shape, RANK_BELOW, config.lora_target_modules).frozen()
+    return AdapterSpec.fresh(shape, RANK_BELOW, config.lora_target_modules, trained=False)
 
 
 def expected_job(
