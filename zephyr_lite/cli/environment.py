@@ -180,7 +180,7 @@ def _attention() -> Finding:
 
 def _kernels() -> Finding:
     from ..model.base import compute_device, compute_dtype
-    from ..model.shape import Shape
+    from ..model.families import Shape
     from ..ops.dispatch import check_kernels
 
     device, triton = compute_device(), _installed("triton")

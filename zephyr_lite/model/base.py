@@ -21,11 +21,9 @@ from ..io.safetensors import tensor_bytes
 from ..io.text import read_object, shown
 from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
 from .check_weights import check_weights, stored_settings
-from .config_file import check_config_file
 from .families import FAMILIES, NAMES, family_of, head_width, layer_windows
-from .fetch import fetch_base
+from .files import again, check_config_file, fetch_base, open_shards, weight_files
 from .quantized import load_quantized
-from .shards import again, open_shards, weight_files
 from .tokenizer import check_vocabulary, load_tokenizer
 
 # the configuration keys that a model's output depends on; ``fingerprint`` adds head_dim and the layers' windows

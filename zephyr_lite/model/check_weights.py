@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from ..errors import UserError
 from ..io.text import shown
 from .families import FAMILIES
-from .shards import again, open_shards
+from .files import again, open_shards
 
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 _OTHER_MODEL = "The files belong to different models; fetch the model again."

@@ -24,7 +24,7 @@ from transformers import BitsAndBytesConfig
 
 from ..io.atomic import folder_aside, make_folder, remove_tree, write_json
 from ..io.run_dir import cache_dir, read_json
-from .shards import weight_files
+from .files import weight_files
 
 FORMAT = 2  # part of the folder's name: a copy of another format is made again
 MANIFEST = "zephyr_lite.json"
