@@ -51,11 +51,11 @@ def test_what_cannot_be_opened_is_refused_with_what_to_do(run, tiny_base, tmp_pa
     for given, words_of_it in (
         ({"source": tmp_path / "none"}, "no such folder"),
         ({"source": run / "sft", "stage": "dpo"}, "is the stage sft, and --stage says dpo"),
-        ({"source": tiny_base, "stage": "dpo"}, "has no stages"),
+        ({"source": tiny_base, "stage": "dpo"}, "without stages"),
         ({"source": tiny_base}, "no chat template"),
         ({"source": run, "adapters": ["x"]}, "--adapter names the chain itself"),
         ({"source": run, "base": "x"}, "model x: there is no such folder"),
-        ({"source": tiny_base, "base": "x"}, "has no base"),
+        ({"source": tiny_base, "base": "x"}, "without stages or a base"),
         ({"source": run, "stage": "dpo2"}, "no complete stage dpo2"),
     ):
         with pytest.raises(UserError, match=words_of_it) as refused:

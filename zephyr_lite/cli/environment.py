@@ -257,7 +257,7 @@ def _disk() -> Finding:
 
 
 def _quantized() -> Finding:
-    from ..model.quantized import kept_bases, quantized_dir
+    from ..model.base import kept_bases, quantized_dir
 
     bases = kept_bases()
     if not bases:

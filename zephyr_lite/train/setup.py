@@ -22,6 +22,7 @@ from ..memory.plan import Plan
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.base import (
     Base,
+    check_weights,
     compute_device,
     compute_dtype,
     fetch_base,
@@ -31,7 +32,6 @@ from ..model.base import (
     read_model_config,
 )
 from ..model.chain import chain_of_run, check_stack
-from ..model.check_weights import check_weights
 from ..model.compose import compose
 from ..model.decoder import Decoder
 from ..model.families import Shape
