@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.malformed import Case, Fixtures
-from zephyr_lite.config.presets import preset_configs
+from zephyr_lite.config.load import preset_configs
 
 Make = Callable[[Path, Fixtures], list[str]]
 UTF8 = "Save the file as UTF-8."

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from zephyr_lite.config.load import RunConfig, dump_config, load_config
-from zephyr_lite.config.presets import preset_configs
+from zephyr_lite.config.load import RunConfig, dump_config, load_config, preset_configs
 from zephyr_lite.errors import UserError
 
 

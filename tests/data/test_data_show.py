@@ -19,10 +19,9 @@ from zephyr_lite.cli import app as cli
 from zephyr_lite.cli.row_view import segments_of_row, view_lines
 from zephyr_lite.cli.trained_rows import open_rows
 from zephyr_lite.config.load import DatasetSpec, RunConfig
-from zephyr_lite.data.chat_template import Example, resolve_template
+from zephyr_lite.data.chat_template import CHATML, Example, resolve_template
 from zephyr_lite.data.dataset import prepare
 from zephyr_lite.data.preview import conversation_segment, text_runs, token_reader
-from zephyr_lite.data.templates import CHATML
 
 TABLE = re.compile(r"^ *(\d+) +(\d+) +(\d+)  (\S+) +(yes|no) +(yes|no) +(\d+)  (.*)$")
 
