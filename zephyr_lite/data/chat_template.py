@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jinja2.exceptions import TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ..errors import UserError
@@ -561,7 +562,9 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except Exception as error:  # a template's own errors, or of an expression in it
-            raise RowError(f"the chat template refuses the row: {shown(' '.join(str(error).split()), 300)}") from None
+            line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+            reason = shown(" ".join(str(error).split()).rstrip("."), 300)
+            raise RowError(f"the chat template refuses the row: {line}{reason}") from None
 
 
 def _call_form(turn: dict[str, Any], empty: str | None, as_text: bool) -> dict[str, Any]:
