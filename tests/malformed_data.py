@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ GOOD = row("a", "b")
 MEANING = "If the columns mean something else, add dataset.columns.OURS=THEIRS (found messages)."
 MEND = "Correct the line, or remove it; each line holds one row."
 QUOTES = "Every row has as many cells as the header; a cell with separators, quotes or newlines is in double quotes."
-DAMAGED = "The file is damaged or was cut off: make or fetch it again."
+DAMAGED = "The file is damaged, was cut off or is a Git LFS pointer: make it or fetch it again."
 UTF8 = "Save the file as UTF-8."
 SAVED = "Save its content to a file first, and name that."
 
@@ -41,11 +40,6 @@ def pairs_of(*rows: object) -> Make:
 def parquet(footer: int, end: bytes = b"PAR1") -> Make:
     """A file of 100 bytes that would be Parquet, were it not for its end."""
     return rows_of(b"PAR1" + bytes(88) + footer.to_bytes(4, "little") + end, "rows.parquet")
-
-
-def pipe(tmp: Path, fixtures: Fixtures) -> list[str]:
-    os.mkfifo(tmp / "rows.jsonl")
-    return show(fixtures, dataset="rows.jsonl")
 
 
 def folder(**files: str) -> Make:
@@ -80,7 +74,7 @@ CASES = [
     Case(
         "rows: cut off in the last line",
         rows_of(GOOD + GOOD[:30]),
-        'rows.jsonl line 2: broken JSON: Expecting property name enclosed in double quotes at character 31: \'{"messages": [{"role": "user",\'.',
+        'rows.jsonl line 2: broken JSON: Expecting property name enclosed in double quotes: \'{"messages": [{"role": "user",\'.',
         MEND,
     ),
     Case(
@@ -98,14 +92,14 @@ CASES = [
     Case(
         "rows: a broken array",
         rows_of('[{"messages": [}]', "rows.json"),
-        "rows.json line 1: broken JSON: Expecting value at character 16.",
+        "rows.json line 1: broken JSON: Expecting value: '}]'.",
         "Correct the line, or remove it.",
     ),
     Case(
         "rows: a pointer of Git LFS",
         rows_of("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"),
-        "rows.jsonl: holds a Git LFS pointer, not the data.",
-        "Fetch the file itself: `git lfs pull`, or `hf download`.",
+        "rows.jsonl line 1: broken JSON: Expecting value: 'version https://git-lfs.github.com/spec/v1\\noid sha256:ab\\nsiz'.",
+        "Correct the line, or remove it.",
     ),
     Case(
         "rows: pairs that are equal",
@@ -135,7 +129,7 @@ CASES = [
     Case(
         "parquet: cut off",
         parquet(20, b"ding"),
-        "rows.parquet: not readable as Parquet: ArrowInvalid: Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file.",
+        "rows.parquet: cannot be read: ArrowInvalid: Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file.",
         DAMAGED,
     ),
     # -- places

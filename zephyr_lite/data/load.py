@@ -432,10 +432,10 @@ def _document_rows(file: Path) -> Iterator[tuple[str, str]]:
             position = end
         if text[position:].strip() != ("]" if is_array else ""):
             raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-    except (ValueError, RecursionError) as error:
-        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+    except json.JSONDecodeError as error:
+        excerpt = text[error.pos : error.pos + 60]
         raise UserError(
-            f"{file}{line}: broken JSON: {getattr(error, 'msg', error)}.", "Correct the line, or remove it."
+            f"{file} line {error.lineno}: broken JSON: {error.msg}: {excerpt!r}.", "Correct the line, or remove it."
         ) from None
 
 
