@@ -18,19 +18,17 @@ from typing import Any, get_args
 
 import torch
 
-from ..config.load import Loaded, Method, RunConfig, load_config
-from ..config.presets import find_config
+from ..config.load import Loaded, Method, RunConfig, find_config, load_config
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..io.text import duration
 from ..model.adapters import check_targets
-from ..model.base import check_family, compute_device, compute_dtype
+from ..model.base import check_family, compute_device, compute_dtype, quantized_dir
 from ..model.chain import chain_of_run
-from ..model.config_file import check_config_file
+from ..model.families import Shape
+from ..model.files import check_config_file
 from ..model.peft_io import read_adapter
-from ..model.quantized import quantized_dir
-from ..model.shape import Shape
 from .estimate import GIB, MIB, PAGED, base_bytes, in_words, optimizer_bytes
 from .gpus import find_gpu, gpu_of_size
 from .machine import Machine, of_card, parse_size, this_machine

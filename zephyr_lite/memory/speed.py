@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..model.execution import ExecutionConfig
-from ..model.layer_spec import Keep
-from ..model.shape import SITES
+from ..model.execution import ExecutionConfig, Keep
+from ..model.families import SITES
 from .estimate import Kind, kept_bytes, optimizer_bytes, segments, slab_bytes
 from .gpus import Gpu
 from .workload import Workload
