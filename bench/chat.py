@@ -114,7 +114,7 @@ def first_tokens(chat: Chat, names: list[str], turns: int, tokens: int) -> list[
             row[f"seconds_{name}"] = round(first[0] - started, 4)
         row["reused"] = drawn.reused
         found.append(row)
-        messages += [{"role": "assistant", "content": chat.text(drawn.tokens)}, {"role": "user", "content": FOLLOWING}]
+        messages += [{"role": "assistant", "content": drawn.text}, {"role": "user", "content": FOLLOWING}]
     return found
 
 

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.conftest import make_tokenizer
 from zephyr_lite.cli import app as cli
-from zephyr_lite.cli.row_view import segments_of_row, view_lines
-from zephyr_lite.cli.trained_rows import open_rows
+from zephyr_lite.cli.rows import segments_of_row, view_lines
+from zephyr_lite.cli.rows import open_rows
 from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.data.chat_template import Example, resolve_template
 from zephyr_lite.data.dataset import prepare

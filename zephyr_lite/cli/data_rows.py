@@ -29,8 +29,7 @@ def show(
 ) -> None:
     """A row as training sees it, token by token; needs the base's tokenizer and config.json, no weights."""
     from ..errors import UserError
-    from .row_view import segments_from, segments_of_row, table_lines, view_lines
-    from .trained_rows import open_rows, stage_of_words
+    from .rows import open_rows, segments_from, segments_of_row, stage_of_words, table_lines, view_lines
 
     if row is not None and place is not None:
         raise UserError("--row and --from: both name a row.", "Leave one out.")
@@ -61,7 +60,7 @@ def stats(
 ) -> None:
     """Lengths, cut and left out rows, packing, tokens and steps; needs no weights."""
     from .row_stats import measure, stats_lines
-    from .trained_rows import held_out_rows, open_rows, stage_of_words
+    from .rows import held_out_rows, open_rows, stage_of_words
 
     method, words = stage_of_words(list(context.args), config)
     opened = open_rows(method, config, words)

@@ -92,7 +92,7 @@ def chat(
         _answer_once(session, question)
     else:
         from ..chat.repl import Repl
-        from ..chat.vote import Ballot
+        from ..chat.rows import Ballot
 
         Repl(session, console, compare, Ballot(vote, seed, live.source) if vote is not None else None).run()
 
@@ -154,7 +154,7 @@ def _answer_once(session: Session, question: str) -> None:
         answers = session.ask(question, on_text, lambda: stop.name is not None)
     for column, answer in zip(session.columns, answers):
         write("\n" if alone else f"## {column.model}\n\n{visible(answer.text)}\n\n")
-        if (how := ended(answer.finish, answer.tokens)) and stop.name is None:
+        if (how := ended(answer)) and stop.name is None:
             console.complain(f"note: {'' if alone else column.model + ': '}{how}")
     console.out.file.flush()
     if stop.name is not None:
