@@ -17,8 +17,8 @@ import pytest
 import zephyr_lite
 from tests.conftest import make_model
 from zephyr_lite.chat import Chat, load_chat, repl
-from zephyr_lite.chat.repl import side_by_side
 from zephyr_lite.chat.generate import Drawn
+from zephyr_lite.chat.repl import side_by_side
 from zephyr_lite.chat.session import Session
 from zephyr_lite.cli import app as cli
 from zephyr_lite.cli import talk

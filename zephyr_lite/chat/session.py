@@ -190,7 +190,8 @@ class Session:
         """Take back the last question, which is returned, and its answers; raises UserError if there is none."""
         if not self.turns:
             raise UserError("there is nothing to take back.")
-        return [column.turns.pop()[0] for column in self.columns][0]
+        questions = [column.turns.pop()[0] for column in self.columns]
+        return questions[0]
 
     def retry(
         self, on_text: OnText = lambda column, piece: None, stop: Callable[[], bool] = lambda: False

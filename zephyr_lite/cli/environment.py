@@ -16,7 +16,18 @@ from ..errors import UserError
 from ..memory.needs import GB, MISTRAL, MISTRAL_SHAPE
 from ..model.allocator import is_wsl
 
-_PACKAGES = "torch transformers peft bitsandbytes datasets accelerate safetensors trl triton unsloth".split()
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "trl",
+    "triton",
+    "unsloth",
+)
 # Mistral in 16 bits, both data sets as they come and converted, and a merged model
 _RECIPE_DISK = 40 * GB
 _HUB_SECONDS = 15
