@@ -31,6 +31,7 @@ from bench.turns import Stop, frozen_adapter, imitate_card
 from zephyr_lite.config.load import Loaded, Method, RunConfig
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
+from zephyr_lite.io.logging import messages_to
 from zephyr_lite.memory.plan import Plan
 from zephyr_lite.model.base import compute_device, compute_dtype, load_tokenizer
 
@@ -183,9 +184,10 @@ def opened(case: Case, said: list[str], *callbacks: TrainerCallback) -> tuple[An
     from zephyr_lite.train.state import init_state
 
     config = RunConfig.model_validate(case.values)
-    stage = setup_stage(case.method, Loaded(config, set(case.values), [], None), say=said.append)
-    task = (SftObjective if case.method == "sft" else DpoObjective)(stage, said.append)
-    return stage, init_state(stage, task, callbacks=callbacks, say=said.append)
+    with messages_to(lambda record: said.append(record.getMessage())):
+        stage = setup_stage(case.method, Loaded(config, set(case.values), [], None))
+        task = (SftObjective if case.method == "sft" else DpoObjective)(stage)
+        return stage, init_state(stage, task, callbacks=callbacks)
 
 
 def predicted(plan: Plan) -> dict[str, Any]:
