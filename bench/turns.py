@@ -240,7 +240,7 @@ def fused(stage: Stage, turns: Turns) -> Any:
     from zephyr_lite.train.dpo import DpoObjective
     from zephyr_lite.train.sft import SftObjective
 
-    task: Any = SftObjective(stage) if stage.method == "sft" else DpoObjective(stage, lambda line: None)
+    task: Any = SftObjective(stage) if stage.method == "sft" else DpoObjective(stage)
     return partial(train, init_state(stage, task, callbacks=[turns]))
 
 

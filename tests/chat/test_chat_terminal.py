@@ -212,7 +212,7 @@ def test_what_a_vote_saves_is_one_answer_a_turn(typed, tmp_path, monkeypatch):
     [
         (["--vote", "v.jsonl"], "--vote needs answers"),
         (["--model", "sft", "--model", "dpo"], "more than once"),
-        (["--model", "sft", "--model", "sft", "--compare"], "the same model twice"),
+        (["--model", "sft", "--model", "sft", "--compare"], "is one model, sft"),
         (["--model", "rlhf"], "no model 'rlhf'"),
         (["--compare", "--model", "sft"], "is one model, sft"),
         (["--prompts", "p.txt"], "go together"),

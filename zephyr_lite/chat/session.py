@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,8 @@ from ..io.run_dir import StageDir
 from ..io.text import shown
 from ..model.sampling import Sampling
 from .generate import Chat, Drawn, Message, Streamer, TextStream
+
+logger = logging.getLogger(__name__)
 
 MAKE_ROOM = "Ask less; in a session /undo, /reset or a shorter /system make room."
 OnText = Callable[[int, str], None]  # (column, piece of text)
