@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..config.load import read_dumped
+from ..config.strict_yaml import read_yaml
 from ..data.formats import RowError
 from ..errors import UserError
 from ..io.run_dir import StageDir
@@ -253,5 +253,5 @@ def trained_system(chat: Chat) -> str | None:
     chain = chat.live.chain
     if chain is None or chain.run is None or chain.stage is None:
         return None
-    system = read_dumped(StageDir(chain.run / chain.stage).config).get("system")
+    system = read_yaml(StageDir(chain.run / chain.stage).config).get("system")
     return system if isinstance(system, str) and system.strip() else None

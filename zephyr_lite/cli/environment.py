@@ -157,7 +157,7 @@ def attention() -> Finding:
 
 def kernels() -> Finding:
     from ..model.base import compute_device, compute_dtype
-    from ..model.shape import Shape
+    from ..model.families import Shape
     from ..ops.dispatch import check_kernels
 
     device, triton = compute_device(), _installed("triton")
@@ -228,7 +228,7 @@ def disk() -> Finding:
 
 
 def quantized() -> Finding:
-    from ..model.quantized import kept_bases, quantized_dir
+    from ..model.base import kept_bases, quantized_dir
 
     bases = kept_bases()
     if not bases:
