@@ -17,7 +17,7 @@ from ..io.text import read_object, read_text
 from ..model.overlap import CARD, tuned_from
 from ..model.peft_config import CONFIG_NAME
 from ..model.peft_io import AdapterFile, fetch_adapter, read_adapter
-from ..monitor.stage_record import json_lines
+from ..monitor.report import json_lines
 
 LOG, TRAINER_LOG = "trainer_state.json", "trainer_log.jsonl"
 # files of a hub adapter that are fetched in addition to its weights and configuration

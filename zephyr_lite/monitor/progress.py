@@ -11,7 +11,7 @@ from typing import Any
 
 from ..train.observer import Sample
 from ..train.stage import Stage
-from .stage_record import json_lines
+from .report import json_lines
 
 RECENT = 20  # steps of a recent mean
 FIRST = 10  # first steps that it is compared with
