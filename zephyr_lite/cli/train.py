@@ -93,7 +93,7 @@ def train(
                 if dry_run:
                     run_dry(method, loaded, say=screen.say, show=console.row)
                     return
-                observers = [screen, ReportWriter(screen.say)]
+                observers = [screen, ReportWriter()]
                 run(loaded, say=screen.say, on_metrics=screen.metrics, observers=observers)
                 screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
             except StageComplete as done:

@@ -102,7 +102,7 @@ def _demo(
         loaded = load_config(method, str(Path(__file__).with_name(f"{method}.yaml")), words)
         with timed(method):
             try:
-                run(loaded, say=say, on_metrics=on_metrics, observers=[ReportWriter(say)])
+                run(loaded, say=say, on_metrics=on_metrics, observers=[ReportWriter()])
             except StageComplete as done:
                 say(done.message)
         gc.collect()  # the stage's base must be freed before the next one is planned and loaded
