@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import re
 import signal
@@ -14,13 +15,12 @@ from rich.cells import cell_len
 from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.interrupts import StopRequest
+from zephyr_lite.io.logging import messages_to
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.monitor import screens
 from zephyr_lite.monitor.console import Console
-from zephyr_lite.monitor.health import judge
+from zephyr_lite.monitor.health import DPO, Progress, judge, published_of
 from zephyr_lite.monitor.panel import LiveScreen, render, spark
-from zephyr_lite.monitor.progress import Progress
-from zephyr_lite.monitor.reference_ranges import DPO, published_of
 from zephyr_lite.monitor.screens import JsonScreen, open_screen
 from zephyr_lite.train.distributed import PeerEnded
 from zephyr_lite.train.objective import Outcome
@@ -122,7 +122,7 @@ def test_each_place_has_its_screen(terminal, monkeypatch):
     assert type(open_screen(pipe, as_json=True)) is JsonScreen
     assert type(open_screen(Console(out=terminal))) is LiveScreen
     monkeypatch.setenv("JPY_PARENT_PID", "7")  # `!zephyr-lite sft` in a cell has a terminal that only appends
-    assert type(open_screen(Console(out=terminal))) is screens.NotebookScreen
+    assert open_screen(Console(out=terminal)).most == screens.NOTEBOOK_LINES
     monkeypatch.delenv("JPY_PARENT_PID")
     monkeypatch.setenv("TERM", "dumb")
     assert type(open_screen(Console(out=terminal))) is screens.Screen
@@ -145,7 +145,7 @@ def test_a_pipe_gets_the_lines_of_before(tmp_path):
 
 def test_a_notebook_is_not_flooded(tmp_path):
     out = io.StringIO()
-    screen = screens.NotebookScreen(Console(out=out))
+    screen = screens.Screen(Console(out=out), most=screens.NOTEBOOK_LINES)
     for step in range(1, 1001):
         screen.metrics(step, 1000, STEP)
     screen.metrics(1000, 1000, {"eval_loss": 1.0})
@@ -195,7 +195,7 @@ def test_the_panel_stays_at_the_bottom_and_lines_go_above(terminal, tmp_path):
 @pytest.mark.parametrize("width", [20, 41, 80, 200])
 def test_the_panel_fits_every_width(tmp_path, width):
     progress = Progress(stage_of(tmp_path, "dpo"), "pairs", 3000, 0)
-    progress.sampled([Sample(0, "語" * 500 + " x " * 90, "文 " * 90 + "word" * 99, "")])
+    progress.sample = Sample(0, "語" * 500 + " x " * 90, "文 " * 90 + "word" * 99, "")
     for step in range(1, 300):
         progress.stepped(step, {**PAIRS, "loss": LN2 - step / 1000, "learning_rate": 1e-6})
     progress.evaluated(299, {"eval_loss": 0.5, "eval_rewards/accuracies": 0.7, "eval_rewards/margins": 1.0})
@@ -325,8 +325,10 @@ def test_quiet_says_warnings_and_the_result(tmp_path):
     out = io.StringIO()
     stage = stage_of(tmp_path)
     with screens.QuietScreen(Console(out=out)) as screen:
-        screen.say("loading the base")
-        screen.say("left out, no assistant turn: 3 rows")
+        with messages_to(screen.log):
+            logger = logging.getLogger("zephyr_lite.data")
+            logger.info("loading the base")
+            logger.warning("left out, no assistant turn: 3 rows")
         ran(screen, stage)
         screen.say("step 3: the numbers look odd")
         screen.on_train_end(stage, Outcome(10, {}, (1.0, 5), 60.0, 2, [{"eval_loss": 1.25}]))

@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import Interrupted, UserError
 from ..io.interrupts import just_interrupted
 from ..io.launcher import alone, launched, speaks
+from ..io.logging import messages_to
 from ..monitor.console import Console
 from ..ops.hub_kernels import no_hub_kernels
 from ..train.distributed import PeerEnded
@@ -123,11 +124,10 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """The whole recipe in three minutes on a CPU: a small real model, before and after."""
-    from ..demo import QUESTIONS
-    from ..demo.run import run_demo
+    from ..demo.run import print_standings, run_demo
 
-    result = run_demo(out, say=console.say, on_metrics=console.metrics)
-    console.side_by_side(QUESTIONS, result.standings)
+    result = run_demo(out, on_metrics=console.metrics)
+    print_standings(console, result.standings)
     console.say(f"accuracy of the DPO model's implicit reward on held-out pairs: {result.reward_accuracy:.2f}")
     console.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items()))
     console.say(f"The model is in {out / 'merged'}; it loads with transformers' AutoModelForCausalLM.")
@@ -174,7 +174,7 @@ def run(arguments: list[str]) -> int:
     verbose = "--verbose" in arguments
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    with warnings.catch_warnings(), no_hub_kernels():
+    with warnings.catch_warnings(), no_hub_kernels(), messages_to(console.log):
         if not verbose and not sys.warnoptions:
             warnings.simplefilter("ignore")  # libraries' warnings are for developers
         try:

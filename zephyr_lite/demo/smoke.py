@@ -107,7 +107,12 @@ def claim(folder: Path) -> None:
 
 def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ended]) -> list[Part]:
     begun, out, config = time.monotonic(), folder / "run", loaded.config
-    stage, merged, asked, answer = StageDir(out / method), folder / "merged", folder / "asked.txt", folder / "answer.txt"
+    stage, merged, asked, answer = (
+        StageDir(out / method),
+        folder / "merged",
+        folder / "asked.txt",
+        folder / "answer.txt",
+    )
     write_text(folder / f"{method}.yaml", dump_config(small_stage(config, method, out)))
     # (name, command, how it is run, its result in words)
     commands: list[tuple[str, list[str], dict[str, Any], Callable[[], str]]] = []
@@ -122,8 +127,7 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
     kill = {"kill_when": (stage.path / f"checkpoint-{KILLED_AFTER}").is_dir}
     commands.append((f"train, {KILLED_AFTER} steps", words, kill, lambda: "killed there (SIGKILL), as by a power cut"))
     commands.append((f"resume to step {STEPS}", words, {}, lambda: _resumed(stage, method, config)))
-    files = BaseFiles(config.model_name_or_path, fetch_base(config.model_name_or_path, config.model_revision))
-    size, free = sum(entry.nbytes for entry in files.entries.values()), shutil.disk_usage(folder).free
+    size, free = merged_bytes(config), shutil.disk_usage(folder).free
     said = f"{size / 1e9:.1f} GB, removed again"
     rows = ["--rows", "2"]
     if free < size + DISK_RESERVE:
@@ -174,7 +178,8 @@ def _resumed(stage: StageDir, method: Method, config: RunConfig) -> str:
     assert began and began[-1] >= KILLED_AFTER, began
     if bad := [step for step, loss in zip(steps, losses) if not math.isfinite(loss)]:
         raise UserError(
-            f"the loss is not finite at steps {bad}.", "Look at the rows (zephyr-lite data show), or lower learning_rate."
+            f"the loss is not finite at steps {bad}.",
+            "Look at the rows (zephyr-lite data show), or lower learning_rate.",
         )
     if method == "dpo" and config.engine == "fused" and config.loss_type == "sigmoid" and not config.label_smoothing:
         assert abs(losses[0] - LN2) < 1e-3, f"first DPO loss {losses[0]}, not ln 2"
@@ -240,9 +245,7 @@ def on_what(loaded: Loaded) -> tuple[RunConfig, bool]:
         return config.model_copy(update={"adapters": [str(adapter.path) for adapter in chain.adapters]}), False
     if below.config.is_file():  # SFT is still being trained: DPO will use its base
         theirs = stage_config(below)
-        config = config.model_copy(
-            update={key: getattr(theirs, key) for key in INHERITED if key not in loaded.given}
-        )
+        config = config.model_copy(update={key: getattr(theirs, key) for key in INHERITED if key not in loaded.given})
     return config, True
 
 
@@ -265,6 +268,12 @@ def first_prompt(config: RunConfig, method: Method) -> str:
     row = next(load_rows(_few(config.dataset[:1], 1), method, seed=config.seed).values())
     turns = row["messages" if method == "sft" else "prompt"]
     return next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"])
+
+
+def merged_bytes(config: RunConfig) -> int:
+    """Bytes of the merged model on the disk."""
+    files = BaseFiles(config.model_name_or_path, fetch_base(config.model_name_or_path, config.model_revision))
+    return sum(entry.nbytes for entry in files.entries.values())
 
 
 def outlook(config: RunConfig, stage: StageDir) -> list[str]:

@@ -25,7 +25,7 @@ from ..train.observer import Sample
 from ..train.stage import Stage
 from .console import Console, Metrics, is_evaluation, visible
 from .health import Progress, Verdict, judge, published_of
-from .screen import Screen
+from .screens import Screen
 
 WIDTH = 100  # columns at most
 LABEL = 9
