@@ -38,10 +38,21 @@ class Published:
 SFT = Published(loss=(0.944, 0.952))
 DPO = Published(loss=(0.475, 0.490), accuracy=(0.74, 0.755), at_100=(0.681, 0.688))
 # keys that must be the recipe's
-_KEYS = (
-    "model_name_or_path load_in_4bit dataset eval_dataset max_length batch_size num_train_epochs max_steps learning_rate "
-    "lr_scheduler_type lora_r lora_alpha lora_target_modules"
-).split()
+_KEYS = [
+    "model_name_or_path",
+    "load_in_4bit",
+    "dataset",
+    "eval_dataset",
+    "max_length",
+    "batch_size",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+]
 _OWN_KEYS = {"sft": ["loss_on"], "dpo": ["loss_type", "label_smoothing", "beta", "max_prompt_length", "lora_dropout"]}
 
 
