@@ -17,7 +17,6 @@ from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_conversations
 from zephyr_lite.data.chat_template import Example, resolve_template
-from zephyr_lite.data.templates import ZEPHYR
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.base import load_tokenizer
@@ -54,7 +53,7 @@ def save(folder, modules, base="mistralai/Mistral-7B-v0.1"):
     return folder
 
 
-def by_hand(base, folder, change=lambda example, tokenizer: example, *, template=ZEPHYR, saved=None, steps=40):
+def by_hand(base, folder, change=lambda example, tokenizer: example, *, saved=None, steps=40):
     """An adapter trained on the conversations, each changed as told, and saved with tokenizer and template."""
     tokenizer = load_tokenizer(base)
     chosen = resolve_template("zephyr", tokenizer)

@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 
-from ..config.load import read_dumped
-from ..config.strict_yaml import read_front_matter
+from ..config.strict_yaml import read_front_matter, read_yaml
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, StageDir, stages_of
 from ..io.text import read_object, read_text, shown
 from ..model.chain import chain_of_run
 from ..model.compose import compose
-from ..model.overlap import CARD, inner, overlap, same_name, tuned_from
-from ..model.peft_config import CONFIG_NAME
-from ..model.peft_io import AdapterFile, LoraWeights, fetch_adapter, read_adapter
+from ..model.overlap import inner, overlap, same_name, tuned_from
+from ..model.peft_io import CARD, CONFIG_NAME, AdapterFile, LoraWeights, fetch_adapter, read_adapter
 from ..monitor.charts import is_number
 from ..monitor.report import json_lines
 
@@ -165,7 +163,7 @@ def gather(name: str) -> Evidence:
         if info.get("engine", "fused") != "fused":
             found.tool += f" (engine {info['engine']})"
         found.base = (info.get("base") or {}).get("name_or_path") or found.base
-        found.settings = read_dumped(stage.config) if stage.config.is_file() else {}
+        found.settings = read_yaml(stage.config) if stage.config.is_file() else {}
         found.log = json_lines(stage.metrics)
     else:
         with_tokenizer = [folder]

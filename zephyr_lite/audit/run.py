@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from ..config.load import DatasetSpec, RunConfig
-from ..data.chat_template import ChatTemplate, resolve_template
+from ..data.chat_template import NEEDED_TOKENS, TEMPLATES, ChatTemplate, resolve_template
 from ..data.dataset import prepare
 from ..data.load import load_rows
-from ..data.templates import NEEDED_TOKENS, TEMPLATES
 from ..demo import CONVERSATIONS_TEST
 from ..errors import UserError
 from ..model.adapters import AdapterStack
@@ -18,8 +17,7 @@ from ..model.base import Base, is_fingerprint_of, load_base, load_tokenizer
 from ..model.chain import chain_of_run
 from ..model.families import FAMILIES, NAMES
 from ..model.loaded import LoadedModel
-from ..model.peft_config import other_base
-from ..model.peft_io import read_adapter
+from ..model.peft_io import other_base, read_adapter
 from ..model.tokenizer import check_vocabulary
 from .files import Audit, Evidence, adapter_folder, check_files, gather
 from .measure import Messages, check_pairs, check_rows

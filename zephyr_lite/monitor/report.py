@@ -24,7 +24,8 @@ import jinja2
 from markupsafe import Markup
 
 from .. import __version__
-from ..config.load import DPO_DEFAULTS, RunConfig, read_dumped
+from ..config.load import DPO_DEFAULTS, RunConfig
+from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.redact import redact
 from ..io.run_dir import STAGE_FILE, StageDir, checked, newest_run, read_json, stages_of
@@ -98,7 +99,7 @@ def read_stage(folder: Path) -> StageRecord:
     checked(info, folder / STAGE_FILE)
     files = {
         "info": {key: value for key, value in info.items() if value is not None},
-        "config": read_dumped(stage.config) if stage.config.is_file() else {},
+        "config": read_yaml(stage.config) if stage.config.is_file() else {},
         "metrics": json_lines(stage.metrics),
         "samples": json_lines(stage.samples),
         "left_out": json_lines(folder / "left_out.jsonl"),
