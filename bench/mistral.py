@@ -76,7 +76,7 @@ def ensure_base(folder: Path, shape: dict[str, Any], device: torch.device, dtype
         return folder, False
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: is no model and not empty.", "Give another folder, or delete this one.")
-    from zephyr_lite.io.run_dir import folder_aside
+    from zephyr_lite.io.atomic import folder_aside
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(folder) as aside:
@@ -167,7 +167,7 @@ def make_tokenizer(entries: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from zephyr_lite.data.templates import TEMPLATES
+    from zephyr_lite.data.chat_template import TEMPLATES
 
     words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     words += [f"<unused {place}>" for place in range(len(words), entries)]

@@ -66,7 +66,7 @@ class Weights:
     @cached_property
     def tokenizer_from(self) -> Path:
         """The folder of the tokenizer and the chat template."""
-        from ..model.fetch import fetch_base
+        from ..model.files import fetch_base
 
         if self.chain is None:
             assert self.path is not None

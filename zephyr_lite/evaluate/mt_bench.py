@@ -228,7 +228,7 @@ def _find(place: str | None) -> Path | list[Any]:
         wanted = [f"*{QUESTIONS}", f"*{REFERENCES}", f"*{PROMPTS}"]
         folder = from_hub(snapshot_download, place, allow_patterns=wanted)
         if not any(folder.rglob(QUESTIONS)):
-            from ..data.opening import open_source
+            from ..data.load import open_source
 
             return list(open_source(DatasetSpec(path=place)))
     else:

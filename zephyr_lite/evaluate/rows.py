@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..config.load import DPO_DEFAULTS, DatasetSpec, Method, RunConfig, read_dumped
+from ..config.load import DPO_DEFAULTS, DatasetSpec, Method, RunConfig
+from ..config.strict_yaml import read_yaml
 from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
@@ -119,7 +120,7 @@ def stage_config(stage: StageDir) -> RunConfig:
         UserError: config.yaml is missing, or not one that a run wrote.
     """
     try:
-        return RunConfig.model_validate(read_dumped(stage.config))
+        return RunConfig.model_validate(read_yaml(stage.config))
     except ValidationError as error:
         raise UserError(f"{stage.config}: not as a run writes it: {error.errors()[0]['msg']}.", "Restore it.") from None
 
