@@ -14,8 +14,7 @@ import pytest
 
 # what the commands would import, each in a process of its own
 import zephyr_lite.chat.session
-import zephyr_lite.evaluate.loss
-import zephyr_lite.evaluate.preference
+import zephyr_lite.evaluate.likelihood
 import zephyr_lite.memory.forecast
 import zephyr_lite.merge.command
 import zephyr_lite.monitor.report_writer
