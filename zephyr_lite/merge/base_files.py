@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..data.rendering import Renderer
+from ..data.chat_template import ChatTemplate
 from ..errors import UserError
 from ..io.atomic import copy_file, write_json
 from ..io.safetensors import DTYPE_NAMES, DTYPES, FLOATS, Entry
@@ -194,9 +194,8 @@ def _end_tokens(tokenizer: Any) -> list[int]:
     template = template.get("default") if isinstance(template, dict) else template
     if template:
         said = "ZQX"
-        text = Renderer(tokenizer, template).text_of(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
-        )
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+        text = ChatTemplate(tokenizer, template, "the tokenizer's own").text_of(turns)
         tail = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
         special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
         ids += [token for token in tail if token in special][:1]
