@@ -267,7 +267,7 @@ def test_a_folder_in_the_hubs_layout(tmp_path):
         load(tmp_path / "lines", split="train")
     with pytest.raises(UserError, match=r"which split\? There are test_sft, train_sft"):
         load(tmp_path / "lines")
-    with pytest.raises(UserError, match="no splits"):
+    with pytest.raises(UserError, match="no split 'test'"):
         load(tmp_path / "lines" / "train_sft.jsonl", split="test")
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="no data in this folder"):
