@@ -27,7 +27,7 @@ from ..io.run_dir import StageDir
 from ..io.text import duration
 from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
-from ..model.fetch import fetch_base
+from ..model.files import fetch_base
 from .child import Ended, child
 
 logger = logging.getLogger(__name__)

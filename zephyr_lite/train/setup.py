@@ -22,6 +22,7 @@ from ..memory.plan import Plan
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.base import (
     Base,
+    check_weights,
     compute_device,
     compute_dtype,
     fetch_base,
@@ -31,12 +32,10 @@ from ..model.base import (
     read_model_config,
 )
 from ..model.chain import chain_of_run, check_stack
-from ..model.check_weights import check_weights
 from ..model.compose import compose
 from ..model.decoder import Decoder
-from ..model.overlap import CARD
-from ..model.peft_io import AdapterFile, LoraWeights, adapter_sha256, fetch_adapter, read_adapter, write_adapter
-from ..model.shape import Shape
+from ..model.families import Shape
+from ..model.peft_io import CARD, AdapterFile, LoraWeights, adapter_sha256, fetch_adapter, read_adapter, write_adapter
 from ..model.tokenizer import check_vocabulary, save_tokenizer
 from ..model.weight_streaming import WeightStreamer
 from ..ops.dispatch import check_kernels
