@@ -15,8 +15,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, UserError
-from ..io.interrupts import just_interrupted
-from ..io.launcher import alone, launched, speaks
+from ..io.interrupts import alone, just_interrupted, launched, speaks
 from ..io.logging import messages_to
 from ..ops.hub_kernels import no_hub_kernels
 from ..train.distributed import PeerEnded

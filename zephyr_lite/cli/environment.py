@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from .. import __version__
 from ..errors import UserError
-from ..memory.needs import GB, MISTRAL, MISTRAL_SHAPE
+from ..memory.forecast import GB, MISTRAL, MISTRAL_SHAPE
 from ..model.allocator import is_wsl
 
 _PACKAGES = (

@@ -20,7 +20,7 @@ def plan(
 ) -> None:
     """What a run will take and how fast it will be, on this machine or on any card; needs neither weights nor a GPU."""
     from ..config.resolve import resolve_run
-    from ..memory.planned import ladder_lines, planned_lines, stages_of
+    from ..memory.forecast import ladder_lines, planned_lines, stages_of
 
     methods, words = stages_of(list(context.args), config)
     if ladder:

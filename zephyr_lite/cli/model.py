@@ -118,8 +118,9 @@ def ollama(
     """Write an Ollama Modelfile for a GGUF file: the chat template in Go's language, and the stop tokens."""
     from ..export.ollama import write_modelfile
 
-    options = {"temperature": temperature, "chat_template": chat_template, "overwrite": overwrite}
-    say_all(write_modelfile(model, gguf, out, **options))
+    say_all(
+        write_modelfile(model, gguf, out, temperature=temperature, chat_template=chat_template, overwrite=overwrite)
+    )
 
 
 def card(
@@ -187,9 +188,8 @@ def check(
     verbose: Verbose = False,
 ) -> None:
     """Audit an adapter: what belongs below it, its reference, BOS, the end token, its template. Exit code 2: wrong."""
+    from ..audit.files import Level
     from ..audit.run import audit
-    from ..audit.subject import Request
-    from ..audit.verdict import Level
     from ..evaluate.results import claim_folder
     from ..io.atomic import write_json
 
@@ -197,10 +197,20 @@ def check(
         if out.is_dir():
             raise UserError(f"--out {out}: is a folder.", "Name a file, such as check.json.")
         claim_folder(out.parent)
-    request = Request(
-        adapter, base, below or [], start, reference, rows, pairs, beta, chat_template, limit, load_in_4bit, files_only
+    found = audit(
+        adapter,
+        base=base,
+        below=below or [],
+        start=start,
+        reference=reference,
+        rows=rows,
+        pairs=pairs,
+        beta=beta,
+        chat_template=chat_template,
+        limit=limit,
+        load_in_4bit=load_in_4bit,
+        files_only=files_only,
     )
-    found = audit(request)
     signs = {Level.right: "ok", Level.note: "note", Level.doubtful: "DOUBTFUL", Level.wrong: "WRONG"}
     console.heading(f"{found.adapter}: by {found.tool}, {found.method or 'method unknown'}")
     for finding in found.findings:
@@ -233,8 +243,7 @@ def report(
 ) -> None:
     """Write report.html of a run, or of two runs side by side: curves, answers, rows, memory, configuration, lineage."""
     from ..io.atomic import make_folder, write_text
-    from ..monitor.report import MARK, REPORT, run_page, side_by_side
-    from ..monitor.stage_record import read_source
+    from ..monitor.report import MARK, REPORT, read_source, run_page, side_by_side
 
     def name(place: Path | None) -> str:
         whole = (place or Path()).expanduser().absolute()

@@ -21,7 +21,7 @@ from ..data.load import load_rows
 from ..data.preview import Segment, Token, example_segments
 from ..errors import UserError
 from ..io.run_dir import StageDir
-from ..memory.planned import stages_of
+from ..memory.forecast import stages_of
 from ..model.base import fetch_base, read_model_config
 from ..model.peft_io import AdapterFile
 from ..model.tokenizer import check_vocabulary

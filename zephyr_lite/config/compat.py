@@ -292,17 +292,22 @@ def of_others(values: Collection[str], own: Collection[str]) -> bool:
 
 
 def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
-    parts = {key: value for key in BATCH_PARTS if (value := values.pop(key, None)) is not None}
+    parts = {}
+    for key in BATCH_PARTS:
+        if (value := values.pop(key, None)) is not None:
+            parts[key] = value
+    if not parts:
+        return
     sizes = [number(value) for value in parts.values()]
     if any(size is None or not size.is_integer() for size in sizes):
         faults.append(f"{', '.join(f'{key} {short(value)}' for key, value in parts.items())}: must be whole numbers.")
-    elif parts and ("batch_size" in values or "train_batch_size" in values):
+    elif "batch_size" in values or "train_batch_size" in values:
         faults.append(f"batch_size and {', '.join(parts)}: the batch size is set twice. Keep one.")
-    elif parts and BATCH_PARTS[0] not in parts:
+    elif BATCH_PARTS[0] not in parts:
         faults.append(
             f"{BATCH_PARTS[1]}: of what micro-batch? Name {BATCH_PARTS[0]} too (TRL's default is 8), or batch_size alone."
         )
-    elif parts:
+    else:
         result["batch_size"] = math.prod(int(size) for size in sizes if size is not None)
         notes.append(f"batch_size = {result['batch_size']} (micro-batch × accumulation); the plan splits it")
 
