@@ -162,9 +162,10 @@ def check_family(config: Any, where: str) -> None:
         UserError: another family, or a variant of the family that the fused engine does not know.
     """
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    problem = ""
+    problem, hint = "", "Set engine=trl, which trains any architecture."
     if config.model_type not in FAMILIES:
         problem = f"a {config.model_type} model; the fused engine knows the families {NAMES}"
+        hint += " docs/extending.md shows how a family is added."
     elif rope in ("dynamic", "longrope"):
         problem = f"rotary embeddings of type {rope}, which depend on the length of a sequence"
     elif config.hidden_act != "silu":
@@ -175,10 +176,7 @@ def check_family(config: Any, where: str) -> None:
         except ValueError as error:
             problem = str(error)
     if problem:
-        raise UserError(
-            f"{where}: {problem}.",
-            "Set engine=trl, which trains any architecture; docs/extending.md shows how a family is added.",
-        )
+        raise UserError(f"{where}: {problem}.", hint)
 
 
 def check_weights(folder: Path, config: Any) -> None:
