@@ -87,7 +87,7 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path):
         ("max_seq_length: 4096\nmax_length: 1024", "max_seq_length: 4096, but max_length: 1024: two names of one key"),
         ("batch_size: 64\nper_device_train_batch_size: 4", "the batch size is set twice"),
         ("gradient_accumulation_steps: 16", "gradient_accumulation_steps: of what micro-batch?"),
-        ("per_device_train_batch_size: 2.5", "per_device_train_batch_size 2.5: must be whole numbers"),
+        ("per_device_train_batch_size: 2.5", "per_device_train_batch_size: must be whole numbers"),
         ("dataset: a/b\ndataset_name: c/d", "dataset, dataset_name: the data sets are named more than once"),
         ("dataset_name: a/b\neval_strategy: stpes", "eval_strategy: 'stpes' is none of no, steps and epoch"),
         ("dataset_mixer: {a/b: 1}\ndataset_splits: [train_sft, train_gen, test_sft]", "is not one split of training"),

@@ -580,7 +580,23 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
             on a plain conversation, has no end token after an answer, ignores ``add_generation_prompt``, or writes BOS
             twice at the beginning.
     """
-    name, text = _choose(choice, tokenizer)
+    own = tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    path = Path(os.path.expanduser(choice))
+    if choice == "auto" and own:
+        name, text = "the tokenizer's own", own
+    elif choice == "auto" or choice in TEMPLATES:
+        name = choice if choice in TEMPLATES else "zephyr"
+        text = TEMPLATES[name]
+    elif "{%" in choice or "{{" in choice:  # in the alignment handbook's YAML files
+        name, text = "of the configuration", choice
+    elif is_file(path):
+        name, text = choice, read_text(path, name=f"chat_template {choice}")
+    else:
+        raise UserError(
+            f"chat_template {shown(repr(choice), 200)}: neither a template's name nor a file.",
+            f"Choose auto, {', '.join(TEMPLATES)}, or a .jinja file.",
+        )
     what = f"chat template {name}"
     if not tokenizer.is_fast or tokenizer.eos_token is None:
         raise UserError(
@@ -618,26 +634,6 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
             f"{what}: answers end with {words}, which is not the tokenizer's eos {tokenizer.eos_token}"
         )
     return template
-
-
-def _choose(choice: str, tokenizer: Any) -> tuple[str, str]:
-    """The name and the text of a template."""
-    if choice == "auto":
-        own = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
-        return ("the tokenizer's own", own) if own else ("zephyr", ZEPHYR)
-    if choice in TEMPLATES:
-        return choice, TEMPLATES[choice]
-    if "{%" in choice or "{{" in choice:  # in the alignment handbook's YAML files
-        return "of the configuration", choice
-    path = Path(os.path.expanduser(choice))
-    if not is_file(path):
-        raise UserError(
-            f"chat_template {shown(repr(choice), 200)}: neither a template's name nor a file.",
-            f"Choose auto, {', '.join(TEMPLATES)}, or a .jinja file.",
-        )
-    return choice, read_text(path, name=f"chat_template {choice}")
 
 
 def _probe(template: ChatTemplate) -> str:
