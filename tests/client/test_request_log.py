@@ -175,22 +175,6 @@ def test_a_cancelled_caller_does_not_lose_the_reply(tmp_path):
     assert reply.text == "late" and len(server.seen) == 1 and totals.requests == 1
 
 
-def test_who_gives_up_while_waiting_is_not_sent(tmp_path):
-    with ChatServer(lambda seen: ok("x", sleep=0.2)) as server:
-
-        async def work(client):
-            first = asyncio.create_task(client.ask(request("a")))
-            second = asyncio.create_task(client.ask(request("b")))
-            await asyncio.sleep(0.05)
-            second.cancel()
-            await first
-            await asyncio.sleep(0.1)
-            return await client.ask(request("c"))
-
-        run([spec(server, concurrency=1)], tmp_path, work)
-    assert [seen.question for seen in server.seen] == ["a", "c"]
-
-
 # Kills, failures and a budget at once
 
 STORM = """
@@ -265,21 +249,6 @@ def test_a_file_that_is_no_log(tmp_path):
     (tmp_path / NAME).write_text("my notes, which are long enough to be no empty database " * 20)
     with ChatServer() as server, pytest.raises(UserError, match="cannot be read or written"):
         one(server, tmp_path)
-
-
-def test_a_full_disk_is_named_and_nothing_leaves_that_cannot_be_recorded(tmp_path, monkeypatch):
-    with ChatServer() as server:
-
-        async def work(client):
-            await client.ask(request("a"))
-            client._log._db.execute("PRAGMA max_page_count = 1")  # no page can be added
-            return await ask_all(client, ["b" * 5000, "c"])
-
-        replies, _ = run([spec(server)], tmp_path, work)
-        assert all(isinstance(r, UserError) and "cannot be read or written" in r.message for r in replies[:1]), replies
-        left = len(server.seen)
-        _, totals = run([spec(server)], tmp_path, lambda client: ask_all(client, ["a", "c"]))
-    assert left <= 2 and totals.replies == 2
 
 
 # Jobs of earlier versions

@@ -35,10 +35,6 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path):
     assert (config.lora_r, config.batch_size) == (64, 4)
 
 
-def test_numbers_of_yaml_files_that_yaml_reads_as_words(tmp_path):
-    assert load(file=write(tmp_path, "learning_rate: 5e-7\n")).config.learning_rate == 5e-7
-
-
 def test_the_stages_differ_in_their_defaults():
     sft, dpo = load().config, load(method="dpo").config
     assert (sft.stage, sft.lora_r, sft.max_length, sft.batch_size, sft.learning_rate) == ("sft", 16, 2048, 8, 2e-4)
@@ -139,66 +135,6 @@ def test_several_data_sets(tmp_path):
     assert [(spec.path, spec.weight) for spec in config.dataset] == [("a.jsonl", 1.0), ("b.jsonl", 0.5)]
     with pytest.raises(UserError, match="2 entries"):
         load("dataset.limit=3", file=file)
-
-
-def test_a_trl_file_runs_as_it_is(tmp_path):
-    file = write(
-        tmp_path,
-        """
-model_name_or_path: some/model
-torch_dtype: bf16
-dataset_name: some/rows
-dataset_train_split: train
-dataset_test_split: test
-eval_strategy: steps
-per_device_train_batch_size: 2
-gradient_accumulation_steps: 4
-gradient_checkpointing: true
-bf16: true
-use_peft: true
-packing: true
-max_steps: -1
-warmup_steps: 0.05
-report_to: none
-push_to_hub: false
-""",
-    )
-    loaded = load(file=file)
-    config = loaded.config
-    assert (config.batch_size, config.max_steps, config.warmup_ratio, config.dtype) == (8, None, 0.05, "bfloat16")
-    assert (config.dataset[0].path, config.dataset[0].split) == ("some/rows", "train")
-    assert config.eval_dataset[0].split == "test"
-    assert (config.report_to, config.push_to_hub) == ([], None)
-    said = "\n".join(loaded.notes)
-    assert "gradient_checkpointing changes nothing here" in said and "use_peft changes nothing" in said
-
-
-def test_a_handbook_file_runs_as_it_is(tmp_path):
-    file = write(
-        tmp_path,
-        """
-dataset_mixer: {a/x: 1.0, b/y: 0.5}
-dataset_splits: [train_prefs, test_prefs]
-adapter_name_or_path: some/adapter
-max_seq_length: 1024
-""",
-    )
-    config = load(file=file, method="dpo").config
-    assert [(s.path, s.split, s.weight) for s in config.dataset] == [
-        ("a/x", "train_prefs", 1.0),
-        ("b/y", "train_prefs", 0.5),
-    ]
-    assert [s.split for s in config.eval_dataset] == ["test_prefs", "test_prefs"]
-    assert config.adapters == ["some/adapter"] and config.max_length == 1024
-
-
-def test_micro_batch_and_accumulation_of_the_command_line_are_multiplied():
-    assert load("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "8").config.batch_size == 16
-
-
-def test_a_second_model_is_refused_with_the_reason():
-    with pytest.raises(UserError, match="no second model"):
-        load("ref_model_name_or_path=x", method="dpo")
 
 
 def test_adapters_none_is_not_adapters_empty():

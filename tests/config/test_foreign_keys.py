@@ -57,11 +57,6 @@ def test_a_refused_field_is_taken_at_its_default_only(name, tmp_path):
     assert f"{name}: 'something else': " in message and "Remove the key" in message
 
 
-def test_numbers_that_yaml_reads_as_texts_are_numbers(tmp_path):
-    load(tmp_path, "adam_epsilon: 1e-8\nadam_beta2: 0.999\nlabel_smoothing_factor: 0\n")
-    assert "adam_beta2: 0.95" in refused(tmp_path, "adam_beta2: 0.95\n")
-
-
 def test_all_faults_of_a_file_are_told_at_once(tmp_path):
     message = refused(tmp_path, "sequence_len: 1\nmicro_batch_size: 2\nuse_dora: true\nneftune_noise_alpha: 5\n")
     assert len(message.splitlines()) == 4
@@ -71,17 +66,11 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("dataset_mixture: [a]", "dataset_mixture: ['a'] is not keys and values"),
         ("datasets: a/b", "datasets: 'a/b' is not a list"),
         ("datasets: [a/b]", "datasets: 'a/b' is not keys and values such as"),
-        ("dataset_mixer: a/b", "dataset_mixer: 'a/b' is not keys and values"),
         ("dataset_mixer: {a/b: 1, c/d: 1}\ndataset_configs: [x]", "dataset_configs: 1 names for 2 data sets"),
         ("dataset_mixture: {datasets: [{id: a/b}], shuffle: true}", "there is no key 'dataset_mixture.shuffle'"),
-        ("dataset_name: 5", "dataset_name: 5 is not a text"),
         ("dataset: a/b\ntest_split_size: many", "test_split_size: 'many' is neither a share below 1 nor a number"),
-        ("dataset: a/b\ntest_split_size: 1.5", "test_split_size: 1.5 is neither"),
-        ("dataset: a/b\ntest_split_size: .inf", "test_split_size: inf is neither"),
-        ("dataset: a/b\ntest_split_size: .nan", "test_split_size: nan is neither"),
         ("test_split_size: 100", "test_split_size: holds rows of dataset out, which is not there"),
         ("dataset_text_field: content", "dataset_text_field: names a column of dataset, which is not there"),
         ("datasets: [{path: a/b, fraction: 0.5}]", "Write weight"),
@@ -98,12 +87,10 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path):
         ("max_seq_length: 4096\nmax_length: 1024", "max_seq_length: 4096, but max_length: 1024: two names of one key"),
         ("batch_size: 64\nper_device_train_batch_size: 4", "the batch size is set twice"),
         ("gradient_accumulation_steps: 16", "gradient_accumulation_steps: of what micro-batch?"),
-        ("per_device_train_batch_size: 2.5", "per_device_train_batch_size 2.5: must be whole numbers"),
-        ("per_device_train_batch_size: .inf", "must be whole numbers"),
+        ("per_device_train_batch_size: 2.5", "per_device_train_batch_size: must be whole numbers"),
         ("dataset: a/b\ndataset_name: c/d", "dataset, dataset_name: the data sets are named more than once"),
         ("dataset_name: a/b\neval_strategy: stpes", "eval_strategy: 'stpes' is none of no, steps and epoch"),
         ("dataset_mixer: {a/b: 1}\ndataset_splits: [train_sft, train_gen, test_sft]", "is not one split of training"),
-        ("dataset_mixer: {a/b: 1}\ndataset_splits: [training, validation]", "is not one split of training"),
     ],
 )
 def test_what_cannot_be_translated_names_the_key(text, says, tmp_path):
@@ -153,11 +140,6 @@ streaming: false
     ]
     assert [s.part for s in config.eval_dataset] == ["test"] * 3
     assert load(tmp_path, "datasets: [{path: a/x}]").config.eval_dataset == []
-
-
-def test_rows_are_held_out_of_a_data_set_of_the_command_line():
-    config = load_config("sft", None, ["dataset=rows.jsonl", "test_split_size=0.05"]).config
-    assert (config.dataset[0].test_size, config.eval_dataset[0].part) == (0.05, "test")
 
 
 def test_trl_evaluates_on_the_split_test_where_it_evaluates(tmp_path):
@@ -390,25 +372,12 @@ MISTRAL = "mistralai/Mistral-7B-v0.1"
 
 # name -> (method, keys and values, what it resolves to)
 RECIPES = {
-    "zephyr-7b-beta/sft/config_full": (
-        "sft",
-        recipe(SFT, (16, 1), model_name_or_path=MISTRAL, max_seq_length=2048, chat_template=TEMPLATE)
-        | mixture(*ULTRACHAT, columns=["messages"], size=1000),
-        {"batch_size": 16, "learning_rate": 2e-5, "max_length": 2048, "held_out": [500, 500]},
-    ),
     "zephyr-7b-beta/sft/config_qlora": (
         "sft",
         recipe(SFT + LORA, (4, 2), model_name_or_path=MISTRAL, max_length=2048, chat_template=TEMPLATE)
         | {"learning_rate": 2e-4, "model_revision": "main"}
         | mixture(*ULTRACHAT, columns=["messages"], size=1000),
         {"batch_size": 8, "learning_rate": 2e-4, "lora_r": 16, "lora_dropout": 0.05, "held_out": [500, 500]},
-    ),
-    "zephyr-7b-beta/dpo/config_full": (
-        "dpo",
-        recipe(DPO, (8, 2), model_name_or_path="alignment-handbook/zephyr-7b-sft-full", beta=0.01, torch_dtype=None)
-        | {"learning_rate": 5e-7}
-        | mixture(*PREFS, columns=PAIR, size=2000),
-        {"batch_size": 16, "beta": 0.01, "dtype": "auto", "optim": "adamw_torch", "held_out": [1000, 1000]},
     ),
     "zephyr-7b-beta/dpo/config_qlora": (
         "dpo",
@@ -424,27 +393,10 @@ RECIPES = {
         | {"dataset_splits": ["train_prefs", "test_prefs"]},
         {"batch_size": 16, "lora_dropout": 0, "held_out": [None]},
     ),
-    "zephyr-7b-gemma/dpo/config_full": (
-        "dpo",
-        recipe(DPO, (2, 8), model_name_or_path="HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", beta=0.05)
-        | mixture(("argilla/dpo-mix-7k", "train", 1.0), ("argilla/dpo-mix-7k", "test", 1.0), columns=PAIR, size=500),
-        {"batch_size": 16, "beta": 0.05, "held_out": [250, 250]},
-    ),
     "zephyr-141b-A35b/orpo/config_full": (
         "dpo",
         recipe(ORPO, (1, 1), model_name_or_path="mistral-community/Mixtral-8x22B-v0.1", chat_template=TEMPLATE),
         {"warmup_steps": 100, "optim": "adamw_8bit", "lr_scheduler_type": "inverse_sqrt", "held_out": []},
-    ),
-    "constitutional-ai/sft/config_anthropic": (
-        "sft",
-        recipe(SFT, (8, 4), model_name_or_path=MISTRAL, max_seq_length=2048, chat_template=TEMPLATE, do_train=True)
-        | mixture(
-            ("HuggingFaceH4/cai-conversation-harmless", "train_sft", 1.0),
-            ("HuggingFaceH4/ultrachat_200k", "test_sft", 1.0),
-            columns=["messages"],
-            size=1000,
-        ),
-        {"batch_size": 32, "held_out": [500, 500]},
     ),
     "smollm/sft/config": (
         "sft",
@@ -465,12 +417,6 @@ RECIPES = {
         | {"dataset_train_split": "train", "dataset_test_split": "test"},
         {"batch_size": 16, "max_length": 8192, "held_out": [None]},
     ),
-    "smollm2/dpo/config": (
-        "dpo",
-        recipe(DPO, (2, 8), model_name_or_path="loubnabnl/smollm2-1.7B-sft", beta=0.5, hub_private_repo=True)
-        | mixture(*PREFS, columns=PAIR, size=2000),
-        {"batch_size": 16, "beta": 0.5, "hub_private_repo": True, "held_out": [1000, 1000]},
-    ),
 }
 # name -> (method, keys and values, what is said of each fault)
 REFUSED_RECIPES = {
@@ -481,26 +427,6 @@ REFUSED_RECIPES = {
         | {"dataset_kwargs": {"add_special_tokens": False, "append_concat_token": False}}
         | {"dataset_mixer": {"HuggingFaceH4/deita-10k-v0-sft": 1.0}, "dataset_splits": ["train_sft", "test_sft"]},
         ["tokenizer_name_or_path"],
-    ),
-    "constitutional-ai/dpo/config_anthropic": (
-        "dpo",
-        recipe(DPO, (2, 1), model_name_or_path="alignment-handbook/mistral-7b-sft-constitutional-ai", optim="rmsprop")
-        | mixture(*PREFS, columns=PAIR),
-        ["optim"],
-    ),
-    "smollm3/dpo/apo": (
-        "dpo",
-        recipe(DPO, (1, 2), model_name_or_path="HuggingFaceTB/SmolLM3-3B-checkpoints", **SMOLLM3)
-        | {"loss_type": "apo_zero", "save_strategy": "steps", "save_steps": 0.5}
-        | mixture(("HuggingFaceTB/smoltalk2", "x", 0.5), columns=[*PAIR, "prompt", "chat_template_kwargs"]),
-        ["lr_scheduler_kwargs", "chat_template_kwargs"],
-    ),
-    "smollm3/sft/mid": (
-        "sft",
-        recipe(SFT, (1, 2), model_name_or_path="HuggingFaceTB/SmolLM3-3B-Base", max_length=32768, **SMOLLM3)
-        | {"eos_token": "<|im_end|>", "packing": True, "ddp_timeout": 14400, "average_tokens_across_devices": True}
-        | mixture(("HuggingFaceTB/smoltalk2", "x", 1.0), columns=["messages"]),
-        ["lr_scheduler_kwargs", "eos_token"],
     ),
     "smollm3/sft/sft": (
         "sft",

@@ -20,7 +20,7 @@ from ..data.formats import RowError
 from ..data.load import Source, kind_of, summarise
 from ..data.workers import cores
 from ..errors import UserError
-from ..io.run_dir import folder_aside, write_json, write_text
+from ..io.atomic import folder_aside, write_json, write_text
 from ..io.text import shown
 from .output import DROPPED, REPORT, check_held_out, check_output, request_of
 from .parallel import in_processes

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from ..data.workers import cache_key, cores
 from ..errors import UserError
-from ..io.run_dir import folder_aside, write_json, write_text
+from ..io.atomic import folder_aside, write_json, write_text
 from .chat_report import EXACT, FAULTY, KEPT, NEAR, ChatReport, Restored, markdown
 from .decontamination import NGRAM, EvalSets, read_eval_sets
 from .dedup import PERMUTATIONS, first_of_equal, join_near, signatures

@@ -13,8 +13,8 @@ import torch
 from ...config.load import Method
 from ...data.load import load_rows
 from ...errors import UserError
-from ...io.lock import alone
-from ...io.run_dir import StageDir, write_json, write_text
+from ...io.atomic import alone, write_json, write_text
+from ...io.run_dir import StageDir
 from ...train.dpo import run_dpo
 from ...train.resume import StageComplete
 from ...train.sft import run_sft
