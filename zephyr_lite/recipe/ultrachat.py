@@ -29,15 +29,13 @@ from ..data.writing import FileFormat
 from ..errors import UserError
 from ..io.run_dir import folder_aside, write_json, write_text
 from .chat_report import EXACT, FAULTY, KEPT, NEAR, ChatReport, Restored, markdown
-from .decontamination import NGRAM, EvalSets, read_eval_sets
-from .dedup import PERMUTATIONS, first_of_equal, join_near, signatures
+from .dedup import NGRAM, PERMUTATIONS, EvalSets, first_of_equal, join_near, read_eval_sets, signatures, words_of
 from .english import is_english
 from .lexicon import Lexicon, count_words
 from .parallel import in_processes
 from .raw_chat import Dialogue, Raw, dialogues, open_raw
 from .refusals import first_refusal
 from .truecase import is_broken, restore
-from .words import words_of
 
 MADE_BY = "zephyr-lite data chat"
 LEXICON = "lexicon.txt"
@@ -145,7 +143,7 @@ def clean_chat(
     sets = read_eval_sets(options.decontaminate, options.ngram)
     processes = num_proc or cores()
     scanned = _scan_all(raw, options, sets, processes)
-    report = ChatReport(raw, eval_sets=dict(zip(sets.names, sets.rows)))
+    report = ChatReport(raw, eval_sets=sets.rows)
     fate, duplicate_of = find_duplicates(scanned, options.near)
     with folder_aside(out) as folder:
         report.count(scanned, fate, duplicate_of, folder / DROPPED)
@@ -186,9 +184,9 @@ def _scan_all(raw: Raw, options: Options, sets: EvalSets, processes: int) -> pa.
     total = len(raw.rows)
     every = max(1, -(-total // LEARN_ROWS))
     rules = [getattr(options, name) for name in ("truecase", "refusals", "min_turns", "min_words", "max_words")]
-    rules += [options.lexicon is None, options.near is not None, sets.n, sets.names, every]
+    rules += [options.lexicon is None, options.near is not None, sets.n, list(sets.rows), every]
     code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    grams, texts = sets.keys
+    grams, texts = sorted(sets.grams), sorted(sets.texts)
     key = cache_key(raw.rows.table, {"rules": rules, "code": code, "grams": grams, "texts": texts})
     tables = []
     for start in range(0, total, LEG):
