@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from bench.turns import Stop, imitate_card
 from zephyr_lite.config.load import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
+from zephyr_lite.io.logging import messages_to
 from zephyr_lite.memory.plan import Plan
 
 # Of a card's memory, what the CUDA context and loaded kernels take, which PyTorch's allocator does not count
@@ -178,9 +179,11 @@ def opened(case: Case, said: list[str], *callbacks: TrainerCallback) -> tuple[An
     from zephyr_lite.train.state import init_state
 
     config = RunConfig.model_validate(case.values)
-    stage = setup_stage(case.method, Loaded(config, set(case.values), [], None), say=said.append)
-    task = (SftObjective if case.method == "sft" else DpoObjective)(stage, said.append)
-    return stage, init_state(stage, task, callbacks=callbacks, say=said.append)
+    with messages_to(lambda record: said.append(record.getMessage())):
+        stage = setup_stage(case.method, Loaded(config, set(case.values), [], None))
+    task = (SftObjective if case.method == "sft" else DpoObjective)(stage)
+    with messages_to(lambda record: said.append(record.getMessage())):
+        return stage, init_state(stage, task, callbacks=callbacks)
 
 
 def predicted(plan: Plan) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from transformers.utils import is_flash_attn_2_available
 from bench.process import begin
 from zephyr_lite.config.load import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
+from zephyr_lite.io.logging import messages_to
 from zephyr_lite.train.loop import train
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.stage import Stage
@@ -171,7 +172,8 @@ def worker(pipe: Connection, variant: Variant, values: dict[str, Any], cap: floa
             imitate_card(cap)
         config = RunConfig.model_validate(values)
         said: list[str] = []
-        stage = setup_stage(variant.method, Loaded(config, set(values), [], None), say=said.append)
+        with messages_to(lambda record: said.append(record.getMessage())):
+            stage = setup_stage(variant.method, Loaded(config, set(values), [], None))
         turns = Turns(pipe, stage)
         run = fused(stage, turns) if variant.engine == "fused" else baseline(stage, turns, variant)
         replaced = [line for line in said if line.startswith("The Triton kernel")]
@@ -224,7 +226,7 @@ def fused(stage: Stage, turns: Turns) -> Any:
     from zephyr_lite.train.sft import SftObjective
 
     task: Any = SftObjective(stage) if stage.method == "sft" else DpoObjective(stage, lambda line: None)
-    return partial(train, init_state(stage, task, callbacks=[turns], say=lambda line: None))
+    return partial(train, init_state(stage, task, callbacks=[turns]))
 
 
 def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
@@ -251,7 +253,7 @@ def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
             **({"use_liger_kernel": True} if variant.liger else {}),
         }
     }
-    trainer, _ = baselines.make_trainer(stage, say=lambda line: None, on_metrics=lambda step, total, found: None)
+    trainer, _ = baselines.make_trainer(stage, on_metrics=lambda step, total, found: None)
     if variant.engine == "unsloth" and "unsloth" not in sys.modules:
         raise UserError("engine unsloth: its trainer was made without importing unsloth, so it is another's.")
     if variant.padded:

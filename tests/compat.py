@@ -55,8 +55,8 @@ def make(root: Path) -> None:
             "load_in_4bit": "false",
             "samples": 0,
         }
-        run_sft(load_config("sft", None, [f"{key}={value}" for key, value in words.items()]), say=lambda line: None)
-        run_merge(root / part / "merged", run=run, check=False, say=lambda line: None)
+        run_sft(load_config("sft", None, [f"{key}={value}" for key, value in words.items()]))
+        run_merge(root / part / "merged", run=run, check=False)
         live = open_live(run)
         with torch.no_grad():
             logits = live.stack.model(input_ids=IDS).logits

@@ -22,6 +22,8 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from tests.messages import messages_to
+
 TEXT = [
     "The quick brown fox jumps over the lazy dog, and the dog answers with a question of its own.",
     "What do you like to cook on a rainy evening? I would make a pot of tomato soup and bread with cheese.",
@@ -144,7 +146,7 @@ def _messages(question: str, answer: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="session")
 def talk_run(tmp_path_factory, chat_rows, pair_rows):
     """A run of two stages whose adapters matter, on a base with a sliding window smaller than a conversation."""
-    from tests.train.test_train import dpo_words, quiet, words
+    from tests.train.test_train import dpo_words, words
     from zephyr_lite.config.load import load_config
     from zephyr_lite.train.dpo import run_dpo
     from zephyr_lite.train.sft import run_sft
@@ -153,6 +155,14 @@ def talk_run(tmp_path_factory, chat_rows, pair_rows):
     make_model(sliding_window=24, max_position_embeddings=256).save_pretrained(base)
     make_tokenizer(base)
     small = {"load_in_4bit": "false", "max_steps": 4, "learning_rate": 0.02}
-    run_sft(load_config("sft", None, words(base, out, chat_rows, **small)), say=quiet)
-    run_dpo(load_config("dpo", None, dpo_words(base, out, pair_rows, **small)), say=quiet)
+    run_sft(load_config("sft", None, words(base, out, chat_rows, **small)))
+    run_dpo(load_config("dpo", None, dpo_words(base, out, pair_rows, **small)))
     return out
+
+
+@pytest.fixture
+def said():
+    """The package's messages, as text."""
+    lines = []
+    with messages_to(lines.append):
+        yield lines

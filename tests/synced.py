@@ -18,10 +18,6 @@ def hub_in_memory(monkeypatch):
     return fake
 
 
-def quiet(line):
-    pass
-
-
 class AStage:
     """A stage's folder without a model: what the mirror sees of it."""
 
@@ -49,8 +45,8 @@ class AStage:
         self.info(status="complete")
 
 
-def mirror_of(place, stage, say=quiet):
-    mirror = sync.open_mirror(str(place), stage.dir, say)
+def mirror_of(place, stage):
+    mirror = sync.open_mirror(str(place), stage.dir)
     mirror.retry = 0.01
     return mirror
 

@@ -10,7 +10,7 @@ from tests.contract.test_fuse import IDS, RIGHT, both, peft_model
 from tests.contract.test_fuse import assert_same as assert_same_hidden
 from tests.numeric import apart, conversation, live_stack, loss_and_gradients, pair
 from tests.ops.test_ops import UnderAutograd
-from tests.train.test_train import LN2, metrics, quiet, words
+from tests.train.test_train import LN2, metrics, words
 from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.data.batch import Segment, collate_conversations, collate_pairs
 from zephyr_lite.model.base import load_base
@@ -151,9 +151,9 @@ def test_packed_equals_one_row_at_a_time_on_the_gpu():
 @pytest.mark.parametrize("dtype", ["auto", "float16"])
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
 def test_both_stages_in_nf4(tiny_base, chat_rows, pair_rows, tmp_path, dtype, optim):
-    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, dtype=dtype, optim=optim)), say=quiet)
+    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, dtype=dtype, optim=optim)))
     losses = metrics(tmp_path / "r" / "sft")
     assert all(map(math.isfinite, losses)) and min(losses) < losses[0]
     settings = words(tiny_base, tmp_path / "r", pair_rows, max_prompt_length=64, dtype=dtype, optim=optim, beta=0.1)
-    run_dpo(load_config("dpo", None, settings), say=quiet)
+    run_dpo(load_config("dpo", None, settings))
     assert metrics(tmp_path / "r" / "dpo")[0] == pytest.approx(LN2, abs=1e-6)

@@ -16,7 +16,7 @@ import zephyr_lite
 from tests.conftest import make_model
 from tests.contract.steps import PLAIN, moved, open_dpo
 from tests.numeric import apart
-from tests.train.test_train import LN2, Killed, dpo_words, killed_at, metrics, quiet, words
+from tests.train.test_train import LN2, Killed, dpo_words, killed_at, metrics, words
 from zephyr_lite.chat import load_chat
 from zephyr_lite.config.load import MemorySpec, RunConfig, load_config, read_dumped
 from zephyr_lite.config.resolve import resolve_run
@@ -59,7 +59,7 @@ def windowed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sft_run(windowed, chat_rows, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "a"
-    run_sft(load_config("sft", None, words(windowed, out, chat_rows, batch_size=1, **PLAIN)), say=quiet)
+    run_sft(load_config("sft", None, words(windowed, out, chat_rows, batch_size=1, **PLAIN)))
     return out
 
 
@@ -78,31 +78,31 @@ def test_a_stage_goes_on_from_its_own_base_and_adapters_only(windowed, run, pair
     shutil.copytree(run / "sft" / "adapter", below)
     settings = dpo_words(base, tmp_path / "r", pair_rows, adapters=f"[{below}]", save_steps=1, **PLAIN)
     with killed_at(1):
-        run_dpo(load_config("dpo", None, settings), say=quiet)
+        run_dpo(load_config("dpo", None, settings))
     adapter = read_adapter(below)
     changed = {m: LoraWeights(w.a.clone(), w.b.clone() * 1.01, w.scale) for m, w in adapter.modules.items()}
     kept = {p.name: p.read_bytes() for p in below.iterdir()}
     write_adapter(below, changed, base_model_name="x")
     with pytest.raises(UserError, match="an adapter below it was changed"):
-        run_dpo(load_config("dpo", None, settings), say=quiet)
+        run_dpo(load_config("dpo", None, settings))
     for name, content in kept.items():
         (below / name).write_bytes(content)
     make_model(seed=1, sliding_window=9).save_pretrained(base)
     with pytest.raises(UserError, match="other weights"):
-        run_dpo(load_config("dpo", None, settings), say=quiet)
+        run_dpo(load_config("dpo", None, settings))
 
 
 def test_memory_may_be_changed_to_go_on(windowed, chat_rows, tmp_path, monkeypatch):
     """A run that was too large for the card must be able to go on with a smaller plan, and only then has a new one."""
     settings = {"save_steps": 1, **PLAIN}
     with killed_at(1):
-        run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)), say=quiet)
+        run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)))
     first = StageDir(tmp_path / "r" / "sft").info()["plan"]
     monkeypatch.setattr("zephyr_lite.memory.machine.free_memory", lambda device: 2**20)
     for memory, keep in ((None, first["keep"]), ("input", ["input"] * len(first["keep"]))):
         changes = {} if memory is None else {"memory.keep": memory}
         loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings, **changes))
-        stage = setup_stage("sft", loaded, say=quiet)
+        stage = setup_stage("sft", loaded)
         assert list(stage.plan.keep) == keep and (stage.plan.as_dict() == first) == (memory is None)
     assert set(stage.dir.info()["plan"]["keep"]) == {"input"}
 
@@ -112,12 +112,12 @@ def test_a_plan_of_another_version_is_said(windowed, chat_rows, tmp_path, plan):
     settings = {"save_steps": 1, **PLAIN}
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
     with killed_at(1):
-        run_sft(loaded, say=quiet)
+        run_sft(loaded)
     stage = StageDir(tmp_path / "r" / "sft")
     info = stage.info()
     stage.write_info({**info, "plan": plan} if plan else {k: v for k, v in info.items() if k != "plan"})
     with pytest.raises(UserError, match=r"stage.json: its plan is none of this version's"):
-        run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)), say=quiet)
+        run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)))
 
 
 @pytest.mark.parametrize("where", ["early", "end"])
@@ -134,11 +134,11 @@ def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, mon
     close = run_file.save_stage
     monkeypatch.setattr(run_file, "save_stage", lambda *a, **k: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
-        run_sft(loaded, say=quiet)
+        run_sft(loaded)
     logged = (tmp_path / "r" / "sft" / "metrics.jsonl").read_text()
     monkeypatch.setattr(run_file, "save_stage", close)
     monkeypatch.setattr(loop_file, "accumulate_gradients", lambda *words: pytest.fail("trained again"))
-    outcome = run_sft(loaded, say=quiet)
+    outcome = run_sft(loaded)
     assert (tmp_path / "r" / "sft" / "metrics.jsonl").read_text() == logged
     result = StageDir(tmp_path / "r" / "sft").info()["result"]
     assert (
@@ -175,15 +175,14 @@ def test_the_system_turn_is_inherited_as_it_is(windowed, run, pair_rows, system)
 
 
 def test_a_second_sft_and_a_second_round_of_dpo_stand_on_the_stages_below(windowed, run, chat_rows, pair_rows):
-    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN)), say=quiet)
+    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN)))
     below = [run / "sft" / "adapter", run / "dpo" / "delta"]
     named = f"[{below[0]}, {below[1]}]"
     again = dpo_words(windowed, run, pair_rows, stage="dpo2", adapters=named, max_steps=3, warmup_ratio=0, **PLAIN)
-    run_dpo(load_config("dpo", None, again), say=quiet)
+    run_dpo(load_config("dpo", None, again))
     assert metrics(run / "dpo2")[0] == pytest.approx(LN2, abs=1e-6)
     run_sft(
         load_config("sft", None, words(windowed, run, chat_rows, stage="more", adapters=named, max_steps=2, **PLAIN)),
-        say=quiet,
     )
     for stage in ("dpo2", "more"):
         chain = chain_of_run(run, stage=stage)
@@ -199,9 +198,9 @@ def test_master_weights_gradients_and_moments_are_float32_in_16_bits(windowed, c
     """At a learning rate of 5e-6 half of the updates round away in bfloat16."""
     settings = {"dtype": "bfloat16", "learning_rate": 1e-7, "warmup_ratio": 0, **PLAIN}
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
-    stage = setup_stage("sft", loaded, say=quiet)
+    stage = setup_stage("sft", loaded)
     moved(stage)
-    state = init_state(stage, SftObjective(stage), say=quiet)
+    state = init_state(stage, SftObjective(stage))
     assert stage.base.model.lm_head.weight.dtype == torch.bfloat16
     found = accumulate_gradients(state, 0)
     assert {p.grad.dtype for p in state.parameters.values()} == {torch.float32}
@@ -220,7 +219,7 @@ def test_the_base_is_never_written_to(windowed, run, pair_rows):
     stage = open_dpo(windowed, run, pair_rows, load_in_4bit="true", max_steps=3)
     frozen = {n: p.detach().clone() for n, p in stage.stack.model.named_parameters() if not p.requires_grad}
     assert any(".sft." in n for n in frozen) and any(p.dtype == torch.uint8 for p in frozen.values())
-    train(init_state(stage, DpoObjective(stage, quiet), say=quiet))
+    train(init_state(stage, DpoObjective(stage)))
     after = dict(stage.stack.model.named_parameters())
     for name, value in frozen.items():
         assert torch.equal(after[name], value), name
@@ -229,9 +228,9 @@ def test_the_base_is_never_written_to(windowed, run, pair_rows):
 def test_float16_scales_the_loss_and_gives_up_when_no_scale_helps(windowed, chat_rows, tmp_path, monkeypatch):
     settings = {"dtype": "float16", "num_train_epochs": 12, "batch_size": 1, **PLAIN}
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
-    stage = setup_stage("sft", loaded, say=quiet)
+    stage = setup_stage("sft", loaded)
     objective = SftObjective(stage)
-    state = init_state(stage, objective, say=quiet)
+    state = init_state(stage, objective)
     total = objective.num_targets([0])
     sums = forward_backward(state, [0], 0, total)
     scale = state.scaler.get_scale()
@@ -243,7 +242,7 @@ def test_float16_scales_the_loss_and_gives_up_when_no_scale_helps(windowed, chat
     assert scale > 1 and math.isfinite(sums["loss"])
     assert apart(scaled[name] / scale, state.parameters[name].grad) < 2e-2
     # a gradient that no scale makes finite must not be skipped for days
-    state = init_state(stage, objective, say=quiet)
+    state = init_state(stage, objective)
     plain = loop_file.total_norm
     monkeypatch.setattr(loop_file, "total_norm", lambda grads: plain(grads) * float("nan"))
     real = state.scaler.update
@@ -284,13 +283,13 @@ def test_the_largest_micro_batch_is_tried_first_and_leaves_no_trace(windowed, ch
     """One outlier row must not run out of memory hours into a run."""
     settings = {"lora_dropout": 0.1, **PLAIN}
     loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
-    stage = setup_stage("sft", loaded, say=quiet, claim=False)
+    stage = setup_stage("sft", loaded, claim=False)
     lengths = stage.data.lengths
     for tokens in (1, int(lengths.max() + lengths.min()), 10_000):
         plan = type(stage.plan)(tokens, ("all",) * len(stage.plan.keep))
         task = SftObjective(stage)
         task.oom.follow(plan)
-        state = init_state(stage, task, say=quiet)
+        state = init_state(stage, task)
         before = {n: p.detach().clone() for n, p in state.parameters.items()}
         group, *others = warmup_largest_batch(state)
         assert all(lengths[other].sum() > lengths[group].sum() for other in others)

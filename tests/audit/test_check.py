@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import CONVERSATIONS, make_model
-from tests.train.test_train import dpo_words, quiet, words
+from tests.train.test_train import dpo_words, words
 from zephyr_lite.audit.evidence import gather
 from zephyr_lite.audit.files import product_distance
 from zephyr_lite.audit.measured import with_bos
@@ -40,9 +40,8 @@ def run(tiny_base, chat_rows, pair_rows, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "a"
     run_sft(
         load_config("sft", None, words(tiny_base, out, chat_rows, batch_size=1, num_train_epochs=12, **PLAIN)),
-        say=quiet,
     )
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out, pair_rows, **PLAIN)), say=quiet)
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out, pair_rows, **PLAIN)))
     return out
 
 

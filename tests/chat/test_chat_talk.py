@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from tests.train.test_train import dpo_words, quiet, words
+from tests.train.test_train import dpo_words, words
 from zephyr_lite.chat import Chat, load_chat
 from zephyr_lite.chat.generate import Streamer, TextStream
 from zephyr_lite.chat.rows import append_rows, check_file
@@ -249,9 +249,7 @@ def test_a_saved_conversation_is_trained_on(chat, talk_run, tmp_path):
     assert [row.get("model") for row in rows] == [None, "base", "dpo"]
     assert [turn["role"] for turn in rows[1]["messages"]] == ["system", *["user", "assistant"] * 2]
     base = json.loads((talk_run / "sft" / "stage.json").read_text())["base"]["name_or_path"]
-    outcome = run_sft(
-        load_config("sft", None, words(base, tmp_path / "r", file, load_in_4bit="false", max_steps=1)), say=quiet
-    )
+    outcome = run_sft(load_config("sft", None, words(base, tmp_path / "r", file, load_in_4bit="false", max_steps=1)))
     assert outcome.step == 1
     talk.columns[1].turns[0] = ("Who are you?", said(""))
     with pytest.raises(UserError, match="answer 1 of dpo is empty"):
@@ -285,7 +283,7 @@ def test_votes_are_pairs_that_dpo_trains_on(chat, talk_run, tmp_path):
     run = shutil.copytree(talk_run, tmp_path / "run")
     small = {"load_in_4bit": "false", "max_steps": 2, "max_prompt_length": 120, "max_length": 240}
     again = dpo_words(base, run, file, stage="voted", **small)
-    assert run_dpo(load_config("dpo", None, again), say=quiet).step == 2
+    assert run_dpo(load_config("dpo", None, again)).step == 2
     assert json.loads((run / "voted" / "stage.json").read_text())["status"] == "complete"
 
 

@@ -253,13 +253,13 @@ def test_successive_draws_of_a_row_differ():
 
 
 def test_a_stage_of_a_run_answers_with_its_adapter_on(tmp_path, tiny_base, chat_rows):
-    from tests.train.test_train import quiet, words
+    from tests.train.test_train import words
     from zephyr_lite.config.load import load_config
     from zephyr_lite.train.sft import run_sft
 
     run_folder = tmp_path / "run"
     settings = {"load_in_4bit": "false", "num_train_epochs": 3, "learning_rate": 0.05}
-    run_sft(load_config("sft", None, words(tiny_base, run_folder, chat_rows, **settings)), say=quiet)
+    run_sft(load_config("sft", None, words(tiny_base, run_folder, chat_rows, **settings)))
     specs = [
         local(tiny_base, name="base", temperature=0.0),
         local(run_folder, name="run", temperature=0.0),

@@ -123,7 +123,7 @@ def test_it_runs_in_small(name, tmp_path, tiny_base, chat_rows, pair_rows):
         *(["adapters=none"] if kind == "dpo" else []),
     ]
     loaded = load_config(kind, name, words)
-    outcome = (run_dpo if kind == "dpo" else run_sft)(loaded, say=lambda line: None)
+    outcome = (run_dpo if kind == "dpo" else run_sft)(loaded)
     assert outcome.step == 1
     assert StageDir(tmp_path / "run" / loaded.config.stage).complete()
 

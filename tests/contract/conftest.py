@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from tests.conftest import make_model, make_tokenizer
-from tests.train.test_train import quiet, words
+from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.train.sft import run_sft
 
@@ -23,7 +23,7 @@ def windowed(tmp_path_factory):
 def sft_run(windowed, chat_rows, tmp_path_factory):
     """A run whose SFT stage is complete, the base in float32, so that a merge rounds nothing."""
     out = tmp_path_factory.mktemp("runs") / "a"
-    run_sft(load_config("sft", None, words(windowed, out, chat_rows, batch_size=1, load_in_4bit="false")), say=quiet)
+    run_sft(load_config("sft", None, words(windowed, out, chat_rows, batch_size=1, load_in_4bit="false")))
     return out
 
 
@@ -38,7 +38,7 @@ def run(sft_run, tmp_path):
 def quantized_sft_run(tiny_base, chat_rows, tmp_path_factory):
     """A run whose SFT stage is complete, the base in 4 bits, with dropout."""
     out = tmp_path_factory.mktemp("runs") / "a"
-    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, batch_size=1, lora_dropout=0.1)), say=quiet)
+    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, batch_size=1, lora_dropout=0.1)))
     return out
 
 

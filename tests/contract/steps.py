@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.train.test_train import dpo_words, quiet
+from tests.train.test_train import dpo_words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.train.loop import accumulate_gradients
 from zephyr_lite.train.setup import setup_stage
@@ -13,7 +13,7 @@ PLAIN = {"load_in_4bit": "false"}  # float32, so that a merge rounds nothing
 
 def open_dpo(base, run, rows, **changes):
     loaded = load_config("dpo", None, dpo_words(base, run, rows, **{**PLAIN, **changes}))
-    return setup_stage("dpo", loaded, say=quiet)
+    return setup_stage("dpo", loaded)
 
 
 def moved(stage):
@@ -27,5 +27,5 @@ def step_of(stage, task, tokens, step):
     plan = type(stage.plan)(tokens, ("all",) * len(stage.plan.keep))
     task.oom.follow(plan)
     stage.config.max_grad_norm = 1e9  # unclipped
-    state = init_state(stage, task, say=quiet)
+    state = init_state(stage, task)
     return accumulate_gradients(state, step), {n: p.grad.clone() for n, p in state.parameters.items()}

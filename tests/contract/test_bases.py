@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.contract.test_folders import base_folder, change_json
-from tests.train.test_train import dpo_words, quiet, words
+from tests.train.test_train import dpo_words, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge.command import run_merge
@@ -101,7 +101,7 @@ def test_what_makes_another_base(base, change, same):
 
 def test_a_base_that_was_moved_is_given_with_base(base, chat_rows, pair_rows, tmp_path):
     run, settings = tmp_path / "run", {"load_in_4bit": "false", "max_steps": 2}
-    run_sft(load_config("sft", None, words(base, run, chat_rows, **settings)), say=quiet)
+    run_sft(load_config("sft", None, words(base, run, chat_rows, **settings)))
     new = tmp_path / "elsewhere"
     base.rename(new)
     consolidated(new)
@@ -112,12 +112,12 @@ def test_a_base_that_was_moved_is_given_with_base(base, chat_rows, pair_rows, tm
             way()
         assert "--base FOLDER" in caught.value.hint
     live = open_live(run, base=str(new))
-    run_merge(out, run=run, base=str(new), check=False, say=quiet)
+    run_merge(out, run=run, base=str(new), check=False)
     ids = torch.arange(20)[None] + 5
     with torch.no_grad():
         off = live.stack.model(input_ids=ids).logits - AutoModelForCausalLM.from_pretrained(out)(input_ids=ids).logits
     assert float(off.abs().max()) < 1e-4
-    run_dpo(load_config("dpo", None, dpo_words(new, run, pair_rows, **settings)), say=quiet)
+    run_dpo(load_config("dpo", None, dpo_words(new, run, pair_rows, **settings)))
     other = base_folder(tmp_path / "other", seed=1)
     for way in (lambda: open_live(run, base=str(other)), lambda: run_merge(tmp_path / "n", run=run, base=str(other))):
         with pytest.raises(UserError, match="is not the model that"):

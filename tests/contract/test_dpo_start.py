@@ -8,7 +8,7 @@ import torch
 from tests.conftest import make_model
 from tests.contract.steps import PLAIN
 from tests.numeric import apart, live_stack, pair
-from tests.train.test_train import LN2, dpo_words, metrics, quiet
+from tests.train.test_train import LN2, dpo_words, metrics
 from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_pairs
 from zephyr_lite.model.decoder import Decoder, Dropout
@@ -38,7 +38,7 @@ def test_step_0_is_ln_2_with_dropout_too(windowed, run, pair_rows, dtype, keep):
     if dtype == "bfloat16":  # the stage below was trained in float32, which does not matter here
         shutil.rmtree(run / "dpo", ignore_errors=True)
     settings = {"lora_dropout": 0.3, "lora_r": 64, "dtype": dtype, "memory.keep": keep, "max_steps": 3}
-    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN, **settings)), say=quiet)
+    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN, **settings)))
     losses = metrics(run / "dpo")
     assert losses[0] == pytest.approx(LN2, abs=1e-6) and losses[-1] != pytest.approx(LN2, abs=1e-6)
 
@@ -58,13 +58,13 @@ def test_the_reference_equals_an_untrained_policy_under_dropout():
 def test_dpo_starts_at_ln_2_moves_and_keeps_its_reference(tiny_base, quantized_run, pair_rows):
     """Invariant 1, live: step 0 is ln 2; after 3 steps the policy moved and the reference is still the SFT model."""
     loaded = load_config("dpo", None, dpo_words(tiny_base, quantized_run, pair_rows, max_steps=4, warmup_ratio=0))
-    stage = setup_stage("dpo", loaded, say=quiet)
-    batch = DpoObjective(stage, quiet)._batch(stage.data, [0, 1])
+    stage = setup_stage("dpo", loaded)
+    batch = DpoObjective(stage)._batch(stage.data, [0, 1])
     sft_alone = stage.decoder.token_logps(batch).detach()  # B is zero: the policy is the SFT model
     shutil.rmtree(stage.dir.path)
-    outcome_stage = setup_stage("dpo", loaded, say=quiet)
-    task = DpoObjective(outcome_stage, quiet)
-    train(init_state(outcome_stage, task, say=quiet))
+    outcome_stage = setup_stage("dpo", loaded)
+    task = DpoObjective(outcome_stage)
+    train(init_state(outcome_stage, task))
     losses = metrics(quantized_run / "dpo")
     assert losses[0] == pytest.approx(LN2, abs=1e-6)
     assert losses[-1] < LN2 - 1e-3

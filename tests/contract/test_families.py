@@ -18,7 +18,7 @@ from tests.contract.test_gguf import fields, off, read_back
 from tests.contract.test_layer import KEEPS, compare
 from tests.contract.test_streaming import assert_bits, decoder_over, dpo_steps, plan_of, sft_steps
 from tests.numeric import apart, conversation, hugging_face_logps, live_stack, pair
-from tests.train.test_train import LN2, dpo_words, metrics, quiet, words
+from tests.train.test_train import LN2, dpo_words, metrics, words
 from zephyr_lite.chat import load_chat
 from zephyr_lite.chat.generate import Streamer
 from zephyr_lite.config.load import RunConfig, load_config
@@ -106,8 +106,8 @@ def run(base, chat_rows, pair_rows, tmp_path_factory):
     """Both stages, the base unquantized, so that a merge rounds nothing."""
     out = tmp_path_factory.mktemp("runs") / "a"
     small = {"load_in_4bit": "false", "max_steps": 4, "learning_rate": 0.02}
-    run_sft(load_config("sft", None, words(base, out, chat_rows, **small)), say=quiet)
-    run_dpo(load_config("dpo", None, dpo_words(base, out, pair_rows, **small)), say=quiet)
+    run_sft(load_config("sft", None, words(base, out, chat_rows, **small)))
+    run_dpo(load_config("dpo", None, dpo_words(base, out, pair_rows, **small)))
     return out
 
 
@@ -120,13 +120,13 @@ def test_the_layer_equals_autograd_over_the_hugging_face_layer(keep, p):
 
 
 def test_the_layer_through_nf4_and_streamed(base):
-    model = load_base(RunConfig(model_name_or_path=str(base)), say=quiet).model
+    model = load_base(RunConfig(model_name_or_path=str(base))).model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.model.layers[0].self_attn.q_proj.bias.abs().max() > 0.1
     compare(Decoder(live_stack(model), torch.float32, scratch="small"), "attention", Dropout(0.3, seed=1, step=4), 1e-5)
 
     def fresh():
-        return load_base(RunConfig(model_name_or_path=str(base)), say=quiet).model
+        return load_base(RunConfig(model_name_or_path=str(base))).model
 
     plan = plan_of(keep=("attention", "input"), offload=1, tile=10, stream=True)
     want = decoder_over(fresh(), plan=plan_of(keep=("attention", "input"), tile=10))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_train import killed_at, metrics, quiet, words
+from tests.train.test_train import killed_at, metrics, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.sft import run_sft
@@ -34,11 +34,11 @@ def test_both_stages_and_the_merge_survive_being_stopped_anywhere():
 def test_a_killed_run_goes_on_to_the_same_adapter(tiny_base, chat_rows, tmp_path, at, optim):
     """Invariant 7 at the seams: the same bits, and metrics without gaps or doubles."""
     settings = {"lora_dropout": 0.1, "optim": optim, "batch_size": 1, "num_train_epochs": 1, "lora_r": 64}
-    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
+    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "whole", chat_rows, **settings)))
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "killed", chat_rows, **settings))
     with killed_at(at):
-        run_sft(loaded, say=quiet)
-    run_sft(loaded, say=quiet)
+        run_sft(loaded)
+    run_sft(loaded)
     whole, killed = (read_adapter(tmp_path / n / "sft" / "adapter") for n in ("whole", "killed"))
     assert whole.sha256 == killed.sha256
     assert metrics(tmp_path / "killed" / "sft") == metrics(tmp_path / "whole" / "sft")

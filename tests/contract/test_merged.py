@@ -23,7 +23,7 @@ from transformers import (
 
 from tests.contract.steps import PLAIN
 from tests.numeric import apart, conversation, folder_logps
-from tests.train.test_train import dpo_words, quiet
+from tests.train.test_train import dpo_words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_conversations
 from zephyr_lite.errors import UserError
@@ -37,7 +37,7 @@ from zephyr_lite.train.dpo import run_dpo
 
 def test_the_written_adapter_and_the_merged_folder_are_the_live_policy(windowed, run, pair_rows, tmp_path):
     """``dpo/adapter`` alone on the bare base, and the merge in plain transformers; ``delta`` alone is something else."""
-    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN)), say=quiet)
+    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN)))
     chain = chain_of_run(run)
     stack = AdapterStack(AutoModelForCausalLM.from_pretrained(windowed))
     for name, adapter in zip(("sft", "dpo"), chain.adapters, strict=True):

@@ -5,7 +5,7 @@ import torch
 
 from tests.contract.steps import moved, open_dpo, step_of
 from tests.numeric import apart
-from tests.train.test_train import quiet, words
+from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.train.dpo import DpoObjective
 from zephyr_lite.train.loop import accumulate_gradients
@@ -21,7 +21,7 @@ def test_micro_batches_do_not_change_a_step_of_pairs(windowed, run, pair_rows, t
     stage = open_dpo(windowed, run, pair_rows, lora_dropout=0.2)
     assert [len(rows_of_step(stage.config, len(stage.data.rows), n)) for n in (0, 2)] == [3, 2]
     moved(stage)
-    task = DpoObjective(stage, quiet)
+    task = DpoObjective(stage)
     whole, wanted = step_of(stage, task, 10_000, step + 3)  # not the first epoch, where B has to be zero
     split, grads = step_of(stage, task, tokens, step + 3)
     assert split == pytest.approx(whole, rel=1e-4, abs=1e-4) and split["loss"] == pytest.approx(whole["loss"], rel=1e-5)
@@ -34,7 +34,7 @@ def test_micro_batches_do_not_change_a_step_of_pairs(windowed, run, pair_rows, t
 def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, tokens, step):
     """Invariant 4: however a step is split, the last partial one included, dropout on."""
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, lora_dropout=0.2, max_length=80))
-    stage = setup_stage("sft", loaded, say=quiet, claim=False)
+    stage = setup_stage("sft", loaded, claim=False)
     torch.manual_seed(0)
     for parameter in stage.stack.parameters().values():
         parameter.data.normal_(0, 0.05)
@@ -44,7 +44,7 @@ def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, to
         plan = type(stage.plan)(size, ("all",) * len(stage.plan.keep))
         task = SftObjective(stage)
         task.oom.follow(plan)
-        state = init_state(stage, task, say=quiet)
+        state = init_state(stage, task)
         got = accumulate_gradients(state, step)
         found[size] = (got["loss"], got["num_targets"], [p.grad.clone() for p in state.parameters.values()])
     assert found[tokens][:2] == pytest.approx(found[128][:2], rel=1e-6)
@@ -54,9 +54,7 @@ def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, to
 
 def test_the_loss_is_normalized_by_tokens_and_not_by_micro_batch(tiny_base, chat_rows, tmp_path):
     """The fault of 2024: averaging per micro-batch weighs short rows too much."""
-    stage = setup_stage(
-        "sft", load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet, claim=False
-    )
+    stage = setup_stage("sft", load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), claim=False)
     task = SftObjective(stage)
     per_example = []
     for i in range(len(stage.data.lengths)):

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tests.train.test_train import metrics, quiet
+from tests.train.test_train import metrics
 from zephyr_lite.config.load import load_config
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.sft import run_sft
@@ -29,7 +29,7 @@ SETTINGS = {
 
 
 def sft(run):
-    run_sft(load_config("sft", None, [f"{k}={v}" for k, v in {**SETTINGS, "output_dir": run}.items()]), say=quiet)
+    run_sft(load_config("sft", None, [f"{k}={v}" for k, v in {**SETTINGS, "output_dir": run}.items()]))
 
 
 def test_a_run_of_an_older_version_is_resumed(tiny_base, chat_rows):

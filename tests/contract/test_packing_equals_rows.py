@@ -7,7 +7,7 @@ import torch
 from tests.conftest import make_model
 from tests.contract.steps import moved, open_dpo, step_of
 from tests.numeric import apart, assert_same, conversation, live_stack, loss_and_gradients, pair
-from tests.train.test_train import LN2, dpo_words, metrics, quiet
+from tests.train.test_train import LN2, dpo_words, metrics
 from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.data.chat_template import Example
@@ -69,7 +69,7 @@ def test_every_gradient_from_a_cached_reference_is_that_of_the_live_one(windowed
     found = {}
     for cached in (False, True):
         stage = open_dpo(windowed, run, pair_rows, stage=f"dpo{cached}", precompute_ref_log_probs=cached)
-        task = DpoObjective(stage, quiet)  # the cache is filled in other micro-batches than the step's
+        task = DpoObjective(stage)  # the cache is filled in other micro-batches than the step's
         moved(stage)
         found[cached] = step_of(stage, task, 200, 1)
     assert apart(torch.tensor(found[True][0]["loss"]), torch.tensor(found[False][0]["loss"])) < 1e-5
@@ -85,7 +85,6 @@ def test_cached_reference_equals_live(tiny_base, quantized_run, pair_rows):
             load_config(
                 "dpo", None, dpo_words(tiny_base, quantized_run, pair_rows, stage=name, precompute_ref_log_probs=cached)
             ),
-            say=quiet,
         )
     assert metrics(quantized_run / "cached") == pytest.approx(metrics(quantized_run / "live"), abs=1e-5)
     live, cached = (read_adapter(quantized_run / name / "delta").modules for name in ("live", "cached"))

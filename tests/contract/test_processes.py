@@ -11,16 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.messages import messages_to
 from zephyr_lite.config.load import load_config
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
 ROOT = Path(__file__).parents[2]
-
-
-def quiet(*args):
-    pass
 
 
 def words(base, out, rows, **changes):
@@ -118,9 +115,9 @@ def runs(tiny_base, chat_rows, pair_rows, tmp_path_factory):
     """Both stages in one process, and in two."""
     folder = tmp_path_factory.mktemp("world")
     sft = words(tiny_base, folder / "one", chat_rows, lora_dropout=0.1)
-    run_sft(load_config("sft", None, sft), say=quiet)
+    run_sft(load_config("sft", None, sft))
     dpo = words(tiny_base, folder / "one", pair_rows, precompute_ref_log_probs="true", beta=0.1)
-    run_dpo(load_config("dpo", None, dpo), say=quiet)
+    run_dpo(load_config("dpo", None, dpo))
     sft, dpo = ([word.replace(str(folder / "one"), str(folder / "two")) for word in line] for line in (sft, dpo))
     (folder / "both.py").write_text(BOTH)
     text = among_two(folder, str(folder / "both.py"), json.dumps([sft, dpo]))
@@ -153,7 +150,8 @@ def a_checkpoint_of_two_goes_on_with_one(runs, tiny_base, chat_rows, tmp_path):
     info = json.loads((stage / "stage.json").read_text())
     (stage / "stage.json").write_text(json.dumps({**info, "status": "running"}))
     said = []
-    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "run", chat_rows, lora_dropout=0.1)), say=said.append)
+    with messages_to(said.append):
+        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "run", chat_rows, lora_dropout=0.1)))
     assert "going on from checkpoint-2" in said and any("processes 2 then, 1 now" in line for line in said)
     close(stage, folder / "one" / "sft")
 

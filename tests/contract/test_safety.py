@@ -41,9 +41,7 @@ def base(tiny_base, tmp_path) -> Path:
 
 
 def loaded(base: Path, **changes: object):
-    return load_base(
-        RunConfig(model_name_or_path=str(base), **{"load_in_4bit": False, **changes}), say=lambda line: None
-    )
+    return load_base(RunConfig(model_name_or_path=str(base), **{"load_in_4bit": False, **changes}))
 
 
 def edit(path: Path, **keys: object) -> None:

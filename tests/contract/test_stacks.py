@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import make_tokenizer, tiny_config
+from tests.messages import messages_to
 from zephyr_lite.cli.eval_judged import _say_who
 from zephyr_lite.client.local_model import Weights
 from zephyr_lite.config.load import RunConfig
@@ -132,23 +133,24 @@ def base(tmp_path_factory):
     return folder
 
 
-def given_to(command, base, names, out, say):
+def given_to(command, base, names, out):
     if command == "merge":
-        run_merge(out, adapters=names, base=str(base), check=False, say=say)
+        run_merge(out, adapters=names, base=str(base), check=False)
     elif command == "chat and eval":
-        open_live(adapters=names, base=str(base), say=say)
+        open_live(adapters=names, base=str(base))
     else:
         config = RunConfig(model_name_or_path=str(base), adapters=names)
-        adapters_below("dpo", config, StageDir(out / "dpo"), say)
+        adapters_below("dpo", config, StageDir(out / "dpo"))
 
 
 @pytest.mark.parametrize("command", ["merge", "chat and eval", "dpo"])
 def test_every_command_says_it(adapters, base, command, tmp_path):
     said = []
     with pytest.raises(UserError, match="twice"):
-        given_to(command, base, [str(adapters / "sft"), str(adapters / "continued")], tmp_path / "a", said.append)
+        given_to(command, base, [str(adapters / "sft"), str(adapters / "continued")], tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    given_to(command, base, [str(adapters / "dpo-on-sft")], tmp_path / "b", said.append)
+    with messages_to(said.append):
+        given_to(command, base, [str(adapters / "dpo-on-sft")], tmp_path / "b")
     assert sum("its card says that it was trained from me/sft" in line for line in said) == 1
 
 

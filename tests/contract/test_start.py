@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from tests.train.test_train import quiet, words
+from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import Interrupted
 from zephyr_lite.io import launcher as world
@@ -88,9 +88,9 @@ def test_a_resumed_stage_continues_its_wandb_run(tiny_base, chat_rows, tmp_path,
         tiny_base, tmp_path / "r", chat_rows, max_steps=4, save_steps=1, report_to="[wandb]", load_in_4bit="false"
     )
     with pytest.raises((KeyboardInterrupt, Interrupted)):
-        run_sft(load_config("sft", None, given), say=quiet, on_metrics=interrupt)
+        run_sft(load_config("sft", None, given), on_metrics=interrupt)
     wandb.run = None  # another process
-    run_sft(load_config("sft", None, given), say=quiet)
+    run_sft(load_config("sft", None, given))
     first, second = wandb.begun
     assert first == second and first["resume"] == "allow" and first["name"] == "r-sft"
     assert first["id"] == f"{StageDir(tmp_path / 'r/sft').info()['id']}-sft"

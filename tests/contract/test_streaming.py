@@ -6,7 +6,7 @@ import torch
 from tests.conftest import make_model
 from tests.contract.test_layer import KEEPS
 from tests.numeric import conversation, live_stack, pair
-from tests.train.test_train import killed_at, metrics, quiet, words
+from tests.train.test_train import killed_at, metrics, words
 from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.io.run_dir import StageDir
@@ -176,8 +176,8 @@ def test_both_stages_streamed_and_offloaded_end_with_the_same_adapters(
             loaded = load_config(method, None, words(deep_base, tmp_path / name, rows, **settings, **more))
             if interrupted and memory:
                 with killed_at(3):
-                    run(loaded, say=quiet)
-            run(loaded, say=quiet)
+                    run(loaded)
+            run(loaded)
             plan = StageDir(tmp_path / name / method).info()["plan"]
             assert (plan["stream"], plan["offload"]) == ((True, LAYERS) if memory else (False, 0))
     for method in ("sft", "dpo"):

@@ -13,7 +13,7 @@ import pytest
 import trl
 
 from tests.conftest import make_tokenizer
-from tests.train.test_train import quiet, words
+from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.data import rendering
 from zephyr_lite.data.chat_template import ChatTemplate, resolve_template
@@ -428,10 +428,10 @@ def test_a_run_is_resumed_on_another_day(tiny_base, chat_rows, tmp_path, monkeyp
     clock.write_text(CLOCK)
     config = load_config("sft", None, words(tiny_base, tmp_path / "run", chat_rows, chat_template=clock, save_steps=1))
     with pytest.raises(Killed):
-        run_sft(config, say=quiet, on_metrics=kill)
+        run_sft(config, on_metrics=kill)
     time = json.loads((tmp_path / "run/sft/stage.json").read_text())["template_time"]
     later = datetime.datetime.fromisoformat(time) + datetime.timedelta(days=1, hours=1)
     monkeypatch.setattr(rendering, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: later)))
-    run_sft(config, say=quiet)
+    run_sft(config)
     info = json.loads((tmp_path / "run/sft/stage.json").read_text())
     assert info["status"] == "complete" and info["template_time"] == time

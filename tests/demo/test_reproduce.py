@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.demo.test_smoke import forked
+from tests.messages import messages_to
 from tests.train.test_train import metrics
 from zephyr_lite.cli.app import run as cli_run
 from zephyr_lite.demo.child import Ended
@@ -41,12 +42,14 @@ def reproduced(tmp_path_factory, tiny_base, chat_rows, pair_rows):
         return forked(command, log=out.parent / "log")
 
     try:
-        first = run_reproduction(chosen, say=said.append, run=run)
+        with messages_to(said.append):
+            first = run_reproduction(chosen, run=run)
     except UserError as error:
         raise AssertionError((out.parent / "log").read_text()) from error
     once = list(called)
     called.clear()
-    return chosen, first, once, said, run_reproduction(chosen, say=said.append, run=run), called
+    with messages_to(said.append):
+        return chosen, first, once, said, run_reproduction(chosen, run=run), called
 
 
 def test_every_part_is_done_once(reproduced):
@@ -83,13 +86,13 @@ def test_the_row_is_what_the_files_say(reproduced):
 def test_a_part_that_fails_or_is_stopped_says_so(reproduced):
     chosen = reproduced[0]
     with pytest.raises(UserError, match="`zephyr-lite sft --config` ended with exit code 2"):
-        run_reproduction(chosen, say=lambda line: None, run=lambda words: Ended(2))
+        run_reproduction(chosen, run=lambda words: Ended(2))
 
     def stopped(words):
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="interrupted at sft; the same command resumes"):
-        run_reproduction(chosen, say=lambda line: None, run=stopped)
+        run_reproduction(chosen, run=stopped)
 
 
 def test_keys_go_to_both_stages_or_to_one():

@@ -22,7 +22,8 @@ import zephyr_lite.monitor.report_writer
 import zephyr_lite.monitor.screens
 import zephyr_lite.train.dpo
 import zephyr_lite.train.sft  # noqa: F401
-from tests.train.test_train import dpo_words, quiet, words
+from tests.messages import messages_to
+from tests.train.test_train import dpo_words, words
 from zephyr_lite.__main__ import main
 from zephyr_lite.config.load import load_config
 from zephyr_lite.demo.child import Ended, child
@@ -79,7 +80,8 @@ def rehearsed(tmp_path_factory, tiny_base, pair_rows):
     said: list[str] = []
     small = {"load_in_4bit": "false", "max_length": 64, "max_prompt_length": 32, "samples": 0}
     keys = dpo_words(tiny_base, root / "mine", pair_rows, **small)
-    parts = run_smoke("dpo", None, keys, say=said.append, run=forked)
+    with messages_to(said.append):
+        parts = run_smoke("dpo", None, keys, run=forked)
     return root, parts, said
 
 
@@ -110,7 +112,7 @@ def test_a_dpo_stage_stands_on_what_the_run_has(tiny_base, chat_rows, pair_rows,
     from zephyr_lite.train.sft import run_sft
 
     run = tmp_path / "mine"
-    run_sft(load_config("sft", None, words(tiny_base, run, chat_rows, max_steps=1, samples=0)), say=quiet)
+    run_sft(load_config("sft", None, words(tiny_base, run, chat_rows, max_steps=1, samples=0)))
     given = []
 
     def fails(command, log=None, **options):
@@ -119,7 +121,7 @@ def test_a_dpo_stage_stands_on_what_the_run_has(tiny_base, chat_rows, pair_rows,
         return Ended(2)
 
     with pytest.raises(UserError, match=r"failed at: train, 10 steps.*exit code 2") as error:
-        run_smoke("dpo", None, dpo_words(tiny_base, run, pair_rows, sync=tmp_path / "there"), say=quiet, run=fails)
+        run_smoke("dpo", None, dpo_words(tiny_base, run, pair_rows, sync=tmp_path / "there"), run=fails)
     assert "the card fell out" in error.value.message and "1-train.log" in error.value.hint
     assert given[0].adapters == [str(run / "sft" / "adapter")] and given[0].sync is None
     assert given[0].output_dir == str(tmp_path / "mine-smoke" / "run")

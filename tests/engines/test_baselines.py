@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import make_model, make_tokenizer
+from tests.messages import messages_to
 from zephyr_lite.config.load import load_config
 from zephyr_lite.engines.trl import REFERENCE, Start, sees_only_itself
 from zephyr_lite.errors import UserError
@@ -51,9 +52,8 @@ def run(tiny_base, chat_rows, pair_rows, tmp_path):
         file = tmp_path / f"{method}.yaml"
         file.write_text(json.dumps(values))
         options = {"on_metrics": on_metrics} if on_metrics else {}
-        RUN[method](
-            load_config(method, str(file), []), say=(said.append if said is not None else lambda _: None), **options
-        )
+        with messages_to(said.append if said is not None else lambda _: None):
+            RUN[method](load_config(method, str(file), []), **options)
         return tmp_path / run / method
 
     return go

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.chat_server import Act, ChatServer, Seen, ok
-from tests.train.test_train import dpo_words, quiet, words
+from tests.train.test_train import dpo_words, words
 from zephyr_lite.chat import Chat
 from zephyr_lite.cli import app as cli
 from zephyr_lite.client.endpoints import parse_endpoint
@@ -37,8 +37,8 @@ def trained(tiny_base: Path, chat_rows: Path, pair_rows: Path, tmp_path_factory:
     """A run of two stages."""
     out = tmp_path_factory.mktemp("runs") / "a"
     settings = {"num_train_epochs": 2, "learning_rate": 0.05}
-    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, **settings)), say=quiet)
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out, pair_rows, learning_rate=0.05)), say=quiet)
+    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, **settings)))
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out, pair_rows, learning_rate=0.05)))
     return out
 
 

@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.fake_hub import Api, FakeHub, RepositoryNotFoundError, http_error
+from tests.messages import messages_to
 from zephyr_lite.cli.app import run
 from zephyr_lite.config.strict_yaml import read_yaml
 from zephyr_lite.errors import UserError
@@ -115,7 +116,8 @@ def test_a_card_claims_nothing_that_was_not_found(place, tmp_path, monkeypatch, 
     (model / "zephyr_lite.json").write_text(json.dumps(mark))
     monkeypatch.setattr(card, "have_matplotlib", lambda: False)
     lost: list[str] = []
-    text = write_card(model, say=lost.append).read_text()
+    with messages_to(lost.append):
+        text = write_card(model).read_text()
     assert sum("--run says where" in line for line in lost) == 2
     assert "## Training" not in text and "its run is not here" in text and mark["adapters"][0]["sha256"] in text
     assert "Nothing was measured on held-out rows." in text and "![" not in text
@@ -124,7 +126,8 @@ def test_a_card_claims_nothing_that_was_not_found(place, tmp_path, monkeypatch, 
     told["adapters"] = told["adapters"][:1]
     (moved / "dpo" / "eval" / "loss-chat.json").write_text(json.dumps(told))
     said: list[str] = []
-    text = write_card(model, run=moved, license="mit", say=said.append).read_text()
+    with messages_to(said.append):
+        text = write_card(model, run=moved, license="mit").read_text()
     assert "## Training" in text and front(text)["license"] == "mit" and "### loss-chat" not in text
     assert "of other adapters" in said[0] and 'pip install "zephyr-lite[plots]"' in said[1]
     # a stage that was trained anew is another one
@@ -336,7 +339,8 @@ def test_a_judged_result_keeps_its_judge_and_its_reservations_and_trials_stay_ou
     (folder / "mt-bench.json").write_text(json.dumps(judged))
     (folder / "mt-bench-limit-8.json").write_text(json.dumps({**judged, "models": {"dpo": {"score": 9.75}}}))
     said = []
-    text = write_card(tmp_path / "m", run=tmp_path / "run", plots=False, say=said.append).read_text()
+    with messages_to(said.append):
+        text = write_card(tmp_path / "m", run=tmp_path / "run", plots=False).read_text()
     assert "- dpo - sft: difference 1.25; standard_error 0.3" in text and "Judge: some-judge." in text
     assert "Note: asked in this project's own words: not comparable with published scores" in text
     assert "9.75" not in text and any("mt-bench-limit-8.json: is a trial" in line for line in said)

@@ -12,7 +12,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tests.fake_hub import Api, http_error
-from tests.synced import AStage, hub_in_memory, mirror_of, patient, quiet, there
+from tests.messages import messages_to
+from tests.synced import AStage, hub_in_memory, mirror_of, patient, there
 from zephyr_lite.errors import UserError
 from zephyr_lite.io import sync as sync_file
 from zephyr_lite.io.manifest import manifest_fault
@@ -100,10 +101,9 @@ def test_a_slow_place_gets_the_latest_and_what_it_reads_is_not_deleted(tmp_path,
     mirror.close()
 
 
-def test_a_full_place_is_said_once_and_tried_again(tmp_path, monkeypatch):
+def test_a_full_place_is_said_once_and_tried_again(tmp_path, monkeypatch, said):
     stage = AStage(tmp_path / "a")
-    said = []
-    mirror = mirror_of(tmp_path / "drive", stage, said.append)
+    mirror = mirror_of(tmp_path / "drive", stage)
     full = [True]
     plain = sync_file._copy_tree
     attempts = []
@@ -149,20 +149,21 @@ def test_who_copies_goes_on_when_nothing_can_be_printed(tmp_path):
 
     stage, drive = AStage(tmp_path / "a"), tmp_path / "drive"
     drive.write_text("a file is in the way")
-    mirror = Mirror(FolderPlace(drive), "a/sft", stage.dir, gone)
+    mirror = Mirror(FolderPlace(drive), "a/sft", stage.dir)
     mirror.retry = 0.01
     stage.checkpoint(2)
-    mirror.changed(None)
-    patient(lambda: mirror._fault is not None)
-    drive.unlink()
-    assert mirror.finish(10) and "checkpoint-2" in there(drive / "a" / "sft")
-    mirror.close()
+    with pytest.raises(BrokenPipeError), messages_to(gone):  # it is raised at the end
+        mirror.changed(None)
+        patient(lambda: mirror._fault is not None)
+        drive.unlink()
+        assert mirror.finish(10) and "checkpoint-2" in there(drive / "a" / "sft")
+        mirror.close()
 
 
 def test_the_end_of_a_run_does_not_wait_for_a_place_that_always_fails(tmp_path):
     stage, drive = AStage(tmp_path / "a"), tmp_path / "drive"
     drive.write_text("a file is in the way")
-    mirror = Mirror(FolderPlace(drive), "a/sft", stage.dir, quiet)
+    mirror = Mirror(FolderPlace(drive), "a/sft", stage.dir)
     mirror.retry = 0.01
     stage.checkpoint(2)
     assert not mirror.finish(attempts=3)
@@ -171,10 +172,9 @@ def test_the_end_of_a_run_does_not_wait_for_a_place_that_always_fails(tmp_path):
     mirror.close()
 
 
-def test_a_checkpoint_that_rots_here_does_not_replace_a_good_copy(tmp_path):
+def test_a_checkpoint_that_rots_here_does_not_replace_a_good_copy(tmp_path, said):
     stage = AStage(tmp_path / "a")
-    said = []
-    mirror = mirror_of(tmp_path / "drive", stage, said.append)
+    mirror = mirror_of(tmp_path / "drive", stage)
     stage.checkpoint(2)
     mirror.changed(None)
     assert mirror.finish(10)
@@ -187,14 +187,13 @@ def test_a_checkpoint_that_rots_here_does_not_replace_a_good_copy(tmp_path):
     mirror.close()
 
 
-def test_a_stage_whose_end_was_not_copied_is_copied_by_the_same_command(tmp_path):
+def test_a_stage_whose_end_was_not_copied_is_copied_by_the_same_command(tmp_path, said):
     stage = AStage(tmp_path / "a")
     stage.checkpoint(2)
     stage.finish()
-    said = []
-    catch_up(str(tmp_path / "drive"), stage.dir, said.append)
+    catch_up(str(tmp_path / "drive"), stage.dir)
     assert "adapter" in there(tmp_path / "drive" / "a" / "sft") and len(said) == 1
-    catch_up(str(tmp_path / "drive"), stage.dir, said.append)
+    catch_up(str(tmp_path / "drive"), stage.dir)
     assert len(said) == 1
 
 
@@ -229,14 +228,14 @@ def test_the_stages_below_are_copied_too(tmp_path):
     mirror.close()
     assert there(tmp_path / "drive" / "a") == ["dpo", "sft"]
     shutil.rmtree(tmp_path / "a")
-    restore(str(tmp_path / "drive"), dpo.dir, quiet)
+    restore(str(tmp_path / "drive"), dpo.dir)
     assert StageDir(tmp_path / "a" / "sft").complete() and StageDir(tmp_path / "a" / "dpo").checkpoints()
 
 
 # The hub
 
 
-def test_the_hub_holds_whole_states_in_a_private_repository(tmp_path, hub):
+def test_the_hub_holds_whole_states_in_a_private_repository(tmp_path, hub, said):
     stage = AStage(tmp_path / "a")
     mirror = mirror_of("hub:me/copies", stage)
     for step in (2, 4, 6):
@@ -254,18 +253,16 @@ def test_the_hub_holds_whole_states_in_a_private_repository(tmp_path, hub):
     mirror.close()
     before = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     shutil.rmtree(tmp_path / "a")
-    said = []
-    restore("hub:me/copies", stage.dir, said.append)
+    restore("hub:me/copies", stage.dir)
     after = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     assert after == {path: data for path, data in before.items() if "checkpoint" not in str(path)}
     assert "complete" in said[0] and "hf_secret" not in str(said)
 
 
-def test_the_hub_fails_in_every_way_and_the_copy_comes_through(tmp_path, hub, monkeypatch):
+def test_the_hub_fails_in_every_way_and_the_copy_comes_through(tmp_path, hub, monkeypatch, said):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_tests")
     stage = AStage(tmp_path / "a")
-    said = []
-    mirror = mirror_of("hub:me/copies", stage, said.append)
+    mirror = mirror_of("hub:me/copies", stage)
     stage.checkpoint(2)
     mirror.changed(None)
     assert mirror.finish(10)
@@ -328,8 +325,8 @@ def test_the_calls_are_those_of_the_real_hub():
 def test_a_new_machine_and_the_hub_away(tmp_path, hub):
     hub.faults = [http_error(503)]
     with pytest.raises(UserError, match=r"503 of the server. Whether it has the run is not known"):
-        restore("hub:me/copies", StageDir(tmp_path / "a" / "sft"), quiet)
-    restore("hub:me/copies", StageDir(tmp_path / "a" / "sft"), quiet)  # no such repository yet
+        restore("hub:me/copies", StageDir(tmp_path / "a" / "sft"))
+    restore("hub:me/copies", StageDir(tmp_path / "a" / "sft"))  # no such repository yet
     assert not (tmp_path / "a").exists()
 
 
@@ -337,7 +334,7 @@ def test_a_network_that_fails_in_the_middle_is_not_an_empty_place(tmp_path, hub,
     """The hub's library turns a failed download into "not in the cache", which is an entry that was not found too."""
     stage = AStage(tmp_path / "a")
     stage.checkpoint(2)
-    catch_up("hub:me/copies", stage.dir, quiet)
+    catch_up("hub:me/copies", stage.dir)
     shutil.rmtree(tmp_path / "a")
 
     def away(self, *arguments, **options):
@@ -345,7 +342,7 @@ def test_a_network_that_fails_in_the_middle_is_not_an_empty_place(tmp_path, hub,
 
     monkeypatch.setattr(Api, "hf_hub_download", away)
     with pytest.raises(UserError, match="Whether it has the run is not known"):
-        restore("hub:me/copies", stage.dir, quiet)
+        restore("hub:me/copies", stage.dir)
 
 
 def test_without_a_token_or_offline_it_is_said_at_the_start(tmp_path, hub, monkeypatch):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.synced import AStage, hub_in_memory, mirror_of, quiet, there
+from tests.messages import messages_to
+from tests.synced import AStage, hub_in_memory, mirror_of, there
 from tests.train.test_train import dpo_words, killed_at, metrics, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.config.resolve import resolve_run
@@ -56,7 +57,8 @@ def synced(tmp_path):
 
 def brought(tmp_path):
     said = []
-    restore(str(tmp_path / "drive"), StageDir(tmp_path / "a" / "sft"), said.append)
+    with messages_to(said.append):
+        restore(str(tmp_path / "drive"), StageDir(tmp_path / "a" / "sft"))
     return said
 
 
@@ -172,8 +174,8 @@ def test_a_place_that_cannot_be_asked(tmp_path, synced, monkeypatch):
 @pytest.fixture(scope="module")
 def undisturbed(tiny_base, chat_rows, pair_rows, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "mine"
-    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, **SETTINGS)), say=quiet)
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out, pair_rows, precompute_ref_log_probs=True)), say=quiet)
+    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, **SETTINGS)))
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out, pair_rows, precompute_ref_log_probs=True)))
     return out
 
 
@@ -186,10 +188,10 @@ def test_both_stages_go_on_from_the_copy_bit_for_bit(
     said = []
 
     def sft():
-        loaded = resolve_run(
-            "sft", None, words(tiny_base, out, chat_rows, sync=sync, **SETTINGS), say=said.append, fetch=True
-        )
-        run_sft(loaded, say=said.append)
+        with messages_to(said.append):
+            loaded = resolve_run("sft", None, words(tiny_base, out, chat_rows, sync=sync, **SETTINGS), fetch=True)
+        with messages_to(said.append):
+            run_sft(loaded)
 
     def dpo():
         given = [
@@ -197,7 +199,8 @@ def test_both_stages_go_on_from_the_copy_bit_for_bit(
             for w in dpo_words(tiny_base, out, pair_rows, precompute_ref_log_probs=True, sync=sync)
             if "output_dir" not in w
         ]
-        run_dpo(resolve_run("dpo", None, given, say=said.append, fetch=True), say=said.append)
+        with messages_to(said.append):
+            run_dpo(resolve_run("dpo", None, given, fetch=True))
 
     with killed_at(3):
         sft()

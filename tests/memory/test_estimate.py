@@ -263,7 +263,7 @@ def test_paged_states_are_managed():
 @pytest.mark.parametrize("nested", [True, False])
 def test_the_base_as_bitsandbytes_stores_it(tiny_base, nested):
     config = RunConfig(model_name_or_path=str(tiny_base), bnb_4bit_use_double_quant=nested)
-    base = load_base(config, say=lambda line: None)
+    base = load_base(config)
     layer = base.model.model.layers[1]
     stored = [
         t for name, m in layer.named_modules() if name.endswith("_proj") for t in stored_tensors(m.weight).values()

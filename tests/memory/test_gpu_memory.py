@@ -14,9 +14,10 @@ import torch
 from bench.memory_case import predicted
 from tests.conftest import TEXT, make_model, make_tokenizer
 from tests.contract.test_streaming import LAYERS, assert_bits, dpo_steps, plan_of, sft_steps
+from tests.messages import messages_to
 from tests.numeric import apart, conversation, live_stack
 from tests.train.test_optim import KINDS, tensors
-from tests.train.test_train import killed_at, metrics, quiet, words
+from tests.train.test_train import killed_at, metrics, words
 from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.data.batch import collate_conversations
 from zephyr_lite.model import activation_offload as offload_file
@@ -87,7 +88,7 @@ class OnTheCard:
 
 
 def decoder_over(folder, *, stream=False, plan=None, **settings):
-    base = load_base(RunConfig(model_name_or_path=str(folder), **settings), device=CUDA, stream=stream, say=quiet)
+    base = load_base(RunConfig(model_name_or_path=str(folder), **settings), device=CUDA, stream=stream)
     streamed = WeightStreamer(base.model, CUDA) if stream else None
     stack = live_stack(base.model)
     for _, layer in stack.lora_layers():
@@ -170,7 +171,7 @@ def test_a_kept_base_is_what_transformers_quantizes_on_the_card(deep_base):
 
     for double in (True, False):
         config = RunConfig(model_name_or_path=str(deep_base), bnb_4bit_use_double_quant=double)
-        ours = load_base(config, device=CUDA, say=quiet)
+        ours = load_base(config, device=CUDA)
         settings = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -241,11 +242,11 @@ def test_a_state_on_the_card_or_managed_is_put_back_in_place(kind):
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit"])
 def test_a_killed_run_with_a_paged_state_goes_on(deep_base, chat_rows, tmp_path, optim):
     settings = {"optim": optim, "batch_size": 1, "num_train_epochs": 1, "lora_r": 1600}  # 1600 · 64 numbers are paged
-    run_sft(load_config("sft", None, words(deep_base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
+    run_sft(load_config("sft", None, words(deep_base, tmp_path / "whole", chat_rows, **settings)))
     loaded = load_config("sft", None, words(deep_base, tmp_path / "killed", chat_rows, **settings))
     with killed_at(3):
-        run_sft(loaded, say=quiet)
-    run_sft(loaded, say=quiet)
+        run_sft(loaded)
+    run_sft(loaded)
     whole, killed = (read_adapter(tmp_path / n / "sft" / "adapter") for n in ("whole", "killed"))
     for name, weights in whole.modules.items():
         assert apart(killed.modules[name].a, weights.a) < 1e-2 and apart(killed.modules[name].b, weights.b) < 1e-2
@@ -299,9 +300,9 @@ def opened(method, base, rows, folder, **changes):
     }
     if method == "sft":
         del settings["max_prompt_length"], settings["beta"]
-    stage = setup_stage(method, load_config(method, None, words(base, folder, rows[method], **settings)), say=quiet)
-    task = SftObjective(stage, quiet) if method == "sft" else DpoObjective(stage, quiet)
-    return stage, init_state(stage, task, say=quiet)
+    stage = setup_stage(method, load_config(method, None, words(base, folder, rows[method], **settings)))
+    task = SftObjective(stage) if method == "sft" else DpoObjective(stage)
+    return stage, init_state(stage, task)
 
 
 def emptied():
@@ -389,10 +390,8 @@ def test_a_whole_run_goes_on_under_a_cap(growing, wide_base, long_rows, tmp_path
     del stage, loop
     said = []
     settings = {"max_length": 1024, "max_steps": 2, "eval_steps": 1000, **changes}
-    with room_of(emptied() + resident + 2**28):
-        run_sft(
-            load_config("sft", None, words(wide_base, tmp_path / "r", long_rows["sft"], **settings)), say=said.append
-        )
+    with room_of(emptied() + resident + 2**28), messages_to(said.append):
+        run_sft(load_config("sft", None, words(wide_base, tmp_path / "r", long_rows["sft"], **settings)))
     assert any("memory ran out" in line for line in said)
     assert all(map(math.isfinite, metrics(tmp_path / "r" / "sft")))
     assert (tmp_path / "r" / "sft" / "adapter" / "adapter_model.safetensors").is_file()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
+from tests.messages import messages_to
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import MemorySpec, RunConfig, dump_config, load_config
 from zephyr_lite.errors import UserError
@@ -756,14 +757,15 @@ def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_b
     ]
     loaded = load_config("sft", None, words)
     lines: list[str] = []
-    stage = setup.setup_stage("sft", loaded, say=lines.append, claim=False)
+    with messages_to(lines.append):
+        stage = setup.setup_stage("sft", loaded, claim=False)
     wanted = [line for line in lines if line.startswith("plan of sft on the CPU")]
     assert wanted and lines.index(wanted[0]) < next(i for i, line in enumerate(lines) if line.startswith("loading"))
     assert stage.plan.peak > 0 and "  what was chosen" not in lines
     monkeypatch.setattr(planning, "this_machine", lambda *a, **k: of_card(CARDS["3060"], "0.78GiB"))
     monkeypatch.setattr(setup, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
-    with pytest.raises(UserError, match="iB are missing"):
-        setup.setup_stage("sft", load_config("sft", None, [*words, "memory.micro_tokens=9000000"]), say=lines.append)
+    with pytest.raises(UserError, match="iB are missing"), messages_to(lines.append):
+        setup.setup_stage("sft", load_config("sft", None, [*words, "memory.micro_tokens=9000000"]))
     assert not (tmp_path / "r").exists()
 
 
@@ -784,7 +786,7 @@ def test_the_plans_parameters_are_the_stages(tiny_base, chat_rows, tmp_path):
             ],
         )
         config.config = config.config.model_copy(update={"lora_target_modules": targets})
-        stage = setup_stage("sft", config, say=lambda line: None, claim=False)
+        stage = setup_stage("sft", config, claim=False)
         job = make_workload(config.config, "sft", stage.base.model.config, stage.base.dtype)
         assert job.parameters == sum(p.numel() for p in stage.stack.parameters().values())
         layers = stage.base.model.model.layers

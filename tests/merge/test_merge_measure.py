@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from tests.messages import messages_to
 from zephyr_lite.cli.app import run
 from zephyr_lite.data.dataset import prepare
 from zephyr_lite.errors import Interrupted, UserError
@@ -37,7 +38,8 @@ def merged(trained, tmp_path_factory):
     """Merged onto the base, both ways measured."""
     out = tmp_path_factory.mktemp("merged") / "model"
     lines: list[str] = []
-    found = run_merge(out, run=trained, both=True, say=lines.append)
+    with messages_to(lines.append):
+        found = run_merge(out, run=trained, both=True)
     return out, found, lines
 
 
@@ -90,7 +92,7 @@ def test_it_is_kept_in_the_folder_and_the_other_one_is_gone(merged):
 
 
 def test_a_plain_check_measures_what_was_merged(trained, tmp_path):
-    found = run_merge(tmp_path / "m", run=trained, onto="nf4", rows=2, say=lambda line: None)
+    found = run_merge(tmp_path / "m", run=trained, onto="nf4", rows=2)
     assert list(found.ways) == ["nf4"] and found.rows == 2 and found.between is None
     assert json.loads((tmp_path / "m" / "zephyr_lite.json").read_text())["measured"]["nf4"]["loss"]["value"] > 0
 
@@ -120,7 +122,8 @@ def test_without_rows_of_its_own_the_demos_are_taken(trained, tmp_path):
         (alone / path.name).write_bytes(path.read_bytes())
     out = tmp_path / "m"
     base = chain.base["name_or_path"]
-    found = run_merge(out, adapters=[str(alone)], base=base, onto="nf4", rows=3, say=lines.append)
+    with messages_to(lines.append):
+        found = run_merge(out, adapters=[str(alone)], base=base, onto="nf4", rows=3)
     assert found.origin == "the demo's conversations" and found.rows == 3
     assert any("taking the demo's" in line for line in lines)
     assert chain_of_adapters([str(alone)], base).base["name_or_path"] == base
@@ -141,7 +144,7 @@ def test_the_other_way_without_room_is_said(trained, tmp_path, monkeypatch):
 
     merge_really = command._merge
     monkeypatch.setattr(command, "_merge", no_room)
-    found = run_merge(tmp_path / "m", run=trained, both=True, rows=2, say=lambda line: None)
+    found = run_merge(tmp_path / "m", run=trained, both=True, rows=2)
     assert merges == ["base", "nf4"] and list(found.ways) == ["base"] and measuring.open_folder is real
     assert found.missing == {"nf4": "/there: 0.1 GB are free, the result takes 14.5 GB."}
     assert any("nf4: not measured" in line for line in found.lines())
@@ -155,7 +158,7 @@ def test_interrupted_while_measuring_the_merged_folder_stays(trained, tmp_path, 
 
     monkeypatch.setattr(command, "measure", interrupted)
     with pytest.raises(Interrupted, match="m is whole"):
-        run_merge(tmp_path / "m", run=trained, both=True, say=lambda line: None)
+        run_merge(tmp_path / "m", run=trained, both=True)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert (tmp_path / "m" / "model.safetensors").is_file()
 
@@ -165,9 +168,9 @@ def test_interrupted_while_measuring_the_merged_folder_stays(trained, tmp_path, 
 )
 def test_measuring_needs_a_merged_model(trained, tmp_path, options, told):
     with pytest.raises(UserError, match=told):
-        run_merge(tmp_path / "m", run=trained, both=True, say=lambda line: None, **options)
+        run_merge(tmp_path / "m", run=trained, both=True, **options)
     with pytest.raises(UserError, match=f"--rows are for the comparison; {told}"):
-        run_merge(tmp_path / "m", run=trained, rows=4, say=lambda line: None, **options)
+        run_merge(tmp_path / "m", run=trained, rows=4, **options)
     assert not (tmp_path / "m").exists()
 
 

@@ -8,7 +8,6 @@ import torch
 
 from tests.contract import test_families
 from tests.contract.test_families import MIXED, qwen2, save_tokenizer
-from tests.train.test_train import quiet
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.memory.estimate import base_bytes, slab_bytes
 from zephyr_lite.memory.speed import attention_operations
@@ -32,7 +31,7 @@ def test_the_account_knows_its_biases_and_the_time_its_windows(base):
     assert sum(base_bytes(job).values()) == sum(p.nbytes for p in model.parameters())  # the tied head once
     assert attention_operations(job) == 4 * 64 * (36 / 2 + 9 - 81 / 72) / 2
     settings = RunConfig(model_name_or_path=str(base))
-    loaded = load_base(settings, say=quiet)
+    loaded = load_base(settings)
     job = make_workload(settings, "sft", loaded.model.config, loaded.dtype)
     small = [p for n, p in loaded.model.named_parameters() if "norm" in n or n.endswith("bias")]
     assert len(small) == 11 and base_bytes(job)["norms"] == sum(p.nbytes for p in small)

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from tests.train.test_train import dpo_words, quiet, words
+from tests.messages import messages_to
+from tests.train.test_train import dpo_words, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
@@ -22,8 +23,8 @@ PLAIN = {"load_in_4bit": "false", "max_steps": 2}
 @pytest.fixture(scope="module")
 def run(tiny_base, chat_rows, pair_rows, tmp_path_factory):
     out = tmp_path_factory.mktemp("live") / "a"
-    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, **PLAIN)), say=quiet)
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out, pair_rows, **PLAIN)), say=quiet)
+    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, **PLAIN)))
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out, pair_rows, **PLAIN)))
     return out
 
 
@@ -72,6 +73,7 @@ def test_a_merge_says_which_stage_is_not_in_it(run, tmp_path):
     shutil.copytree(run, tmp_path / "r")
     stage, said = StageDir(tmp_path / "r" / "dpo"), []
     stage.write_info({**stage.info(), "status": "running"})
-    run_merge(tmp_path / "m", run=tmp_path / "r", check=False, say=said.append)
+    with messages_to(said.append):
+        run_merge(tmp_path / "m", run=tmp_path / "r", check=False)
     assert f"note: {stage.path} is not finished, and not in it" in said
     assert json.loads((tmp_path / "m/zephyr_lite.json").read_text())["stage"] == "sft"

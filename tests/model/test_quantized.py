@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from tests.conftest import make_model, make_tokenizer
+from tests.messages import messages_to
 from zephyr_lite.cli.environment import survey
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations
@@ -143,7 +144,8 @@ def test_a_second_start_reads_no_16_bit_weights(base, cache, monkeypatch):
         os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
     monkeypatch.setattr(load, "fingerprint", lambda folder: first.fingerprint)
     said: list[str] = []
-    second = load_base(config(base), say=said.append)
+    with messages_to(said.append):
+        second = load_base(config(base))
     assert_same(second.model, first.model)
     assert said == [] and second.path == base and second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
     assert not any(any(path.read_bytes()[data_start(path) :]) for path in base.glob("*.safetensors"))
@@ -211,13 +213,15 @@ def test_where_the_cache_cannot_be_written_the_base_is_quantized_in_memory(base,
 
     monkeypatch.setattr(quantized, "write_json", no_space)
     said: list[str] = []
-    assert_same(load_base(config(base), say=said.append).model, reference(base, torch.float32, True))
+    with messages_to(said.append):
+        assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
     assert entries(cache) == []
     assert "No space left" in said[-1] and "ZEPHYR_LITE_CACHE" in said[-1] and "in memory" in said[-1]
     shutil.rmtree(cache.parent)
     cache.parent.write_text("a file where the folder should be")
     said.clear()
-    assert_same(load_base(config(base), say=said.append).model, reference(base, torch.float32, True))
+    with messages_to(said.append):
+        assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
     assert "cannot be kept" in said[0] and str(cache) in said[0]
 
 
@@ -246,11 +250,13 @@ def test_an_incomplete_or_damaged_folder_is_made_again(base, cache, file, damage
     (kept,) = entries(cache)
     damage(kept / file)
     said: list[str] = []
-    assert_same(load_base(config(base), say=said.append).model, reference(base, torch.float32, True))
+    with messages_to(said.append):
+        assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
     assert f"{kept}: incomplete, damaged, or made of other files" in said[0] and entries(cache) == [kept]
     assert "quantizing the base once" in said[1]
     said.clear()
-    load_base(config(base), say=said.append)
+    with messages_to(said.append):
+        load_base(config(base))
     assert said == []
 
 
@@ -263,7 +269,8 @@ def test_a_base_that_was_changed_in_place_is_quantized_again(base, cache, monkey
     for path in base.glob("*.safetensors"):
         save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     said: list[str] = []
-    assert_same(load_base(config(base), say=said.append).model, reference(base, torch.float32, True))
+    with messages_to(said.append):
+        assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
     assert len(said) == 2 and entries(cache) == [kept]
 
 
@@ -271,7 +278,8 @@ def test_a_moved_base_keeps_its_copy(base, cache):
     load_base(config(base))
     moved = base.rename(base.parent / "moved")
     said: list[str] = []
-    load_base(config(moved), say=said.append)
+    with messages_to(said.append):
+        load_base(config(moved))
     assert said == [] and len(entries(cache)) == 1
 
 

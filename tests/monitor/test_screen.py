@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import re
 import signal
@@ -14,6 +15,7 @@ from rich.cells import cell_len
 from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.interrupts import StopRequest
+from zephyr_lite.io.logging import messages_to
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.monitor import screens
 from zephyr_lite.monitor.console import Console
@@ -325,8 +327,10 @@ def test_quiet_says_warnings_and_the_result(tmp_path):
     out = io.StringIO()
     stage = stage_of(tmp_path)
     with screens.QuietScreen(Console(out=out)) as screen:
-        screen.say("loading the base")
-        screen.say("left out, no assistant turn: 3 rows")
+        with messages_to(screen.log):
+            logger = logging.getLogger("zephyr_lite.data")
+            logger.info("loading the base")
+            logger.warning("left out, no assistant turn: 3 rows")
         ran(screen, stage)
         screen.say("step 3: the numbers look odd")
         screen.on_train_end(stage, Outcome(10, {}, (1.0, 5), 60.0, 2, [{"eval_loss": 1.25}]))

@@ -25,10 +25,6 @@ from zephyr_lite.train.sft import run_sft
 SHORT = {"sample_tokens": 6, "max_steps": 2, "lora_dropout": 0.1, "learning_rate": 0.02}
 
 
-def quiet(*args):
-    pass
-
-
 class Seen(Observer):
     def __init__(self):
         self.samples = []
@@ -47,7 +43,7 @@ def sampled(tiny_base, chat_rows, tmp_path_factory):
     out, seen = tmp_path_factory.mktemp("runs"), Seen()
     for name, number in (("with", 2), ("without", 0)):
         given = words(tiny_base, out / name, chat_rows, samples=number, **SHORT)
-        run_sft(load_config("sft", None, given), say=quiet, observers=[seen])
+        run_sft(load_config("sft", None, given), observers=[seen])
     return out, seen
 
 
@@ -73,16 +69,16 @@ def test_a_sample_is_what_chat_answers(sampled):
 
 def test_dpo_samples_what_follows_its_prompts(sampled, tiny_base, pair_rows):
     out, _ = sampled
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out / "with", pair_rows, samples=1, **SHORT)), say=quiet)
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out / "with", pair_rows, samples=1, **SHORT)))
     first, last = drawn(out / "with" / "dpo")
     assert first["prompt"].endswith("<|assistant|>\n") and first["reference"].startswith("Tomato soup.")
     # before its first step the policy is the model below, which answers the same
     assert first["answer"] == drawn(out / "with" / "sft")[2]["answer"] and last["step"] == 2
 
 
-def test_the_state_of_training_is_left_alone(tiny_base, chat_rows, tmp_path, monkeypatch):
+def test_the_state_of_training_is_left_alone(tiny_base, chat_rows, tmp_path, monkeypatch, said):
     given = words(tiny_base, tmp_path / "r", chat_rows, samples=1, loss_on="all", sample_tokens=3)
-    stage = setup_stage("sft", load_config("sft", None, given), say=quiet)
+    stage = setup_stage("sft", load_config("sft", None, given))
     model = stage.stack.model
     model.train()
     before = {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
@@ -93,13 +89,12 @@ def test_the_state_of_training_is_left_alone(tiny_base, chat_rows, tmp_path, mon
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == before[name][0] and torch.equal(parameter, before[name][1])
 
-    said = []
-
     def full(*args):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(samples, "_answers", full)
-    assert samples.draw_samples(stage, 4, said.append) == [] and samples.draw_samples(stage, 5, said.append) == []
+    said.clear()
+    assert samples.draw_samples(stage, 4) == [] and samples.draw_samples(stage, 5) == []
     assert said == ["no samples are drawn: the card's memory does not suffice for them. Training is not affected."]
 
 
@@ -123,7 +118,7 @@ def test_a_folder_of_a_trackers_name_is_not_the_tracker(tmp_path, monkeypatch):
 def test_tensorboard_gets_every_metric(tiny_base, chat_rows, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     given = words(tiny_base, tmp_path / "r", chat_rows, max_steps=2, report_to="[tensorboard]")
-    run_sft(load_config("sft", None, given), say=quiet)
+    run_sft(load_config("sft", None, given))
     (file,) = (tmp_path / "r").rglob("events.out.tfevents.*")
     found = events.EventAccumulator(str(file.parent))
     found.Reload()

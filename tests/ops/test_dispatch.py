@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tests.contract.test_kernels import DEVICE, DTYPES, _kernels, rand  # noqa: F401
-from tests.train.test_train import quiet, words
+from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
 from zephyr_lite.ops.dispatch import Widths, check_kernels, runs_triton
@@ -155,7 +155,7 @@ def test_a_stage_checks_the_kernels_at_its_models_widths(tiny_base, chat_rows, t
     given = []
     monkeypatch.setattr(setup, "check_kernels", lambda device, dtype, widths: given.append(widths) or [])
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "run", chat_rows))
-    shape = setup.setup_stage("sft", loaded, say=quiet).stack.base.config
+    shape = setup.setup_stage("sft", loaded).stack.base.config
     rotated = shape.num_attention_heads + shape.num_key_value_heads
     queries = shape.num_attention_heads * shape.head_dim
     assert given == [

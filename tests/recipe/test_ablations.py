@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.messages import messages_to
 from zephyr_lite.cli.app import run
 from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.config.presets import preset_configs
@@ -55,7 +56,8 @@ def ablation(tmp_path_factory, tiny_base, sets):
         **options(sets, tmp_path_factory.mktemp("ablation") / "run"),
     )
     said: list[str] = []
-    return run_ablation(table, say=said.append), said
+    with messages_to(said.append):
+        return run_ablation(table), said
 
 
 def test_every_stage_is_trained_once_and_stands_on_the_one_before(ablation):
@@ -129,7 +131,8 @@ def test_the_table_is_kept_and_a_second_start_trains_nothing(ablation):
     assert kept["scores"]["dSFT-1"]["chat_loss"] == result.scores["dSFT-1"].chat_loss
     assert (result.table.run / "recipe.md").read_text() == "\n".join(table_lines(result)) + "\n"
     said: list[str] = []
-    again = run_ablation(result.table, say=said.append)
+    with messages_to(said.append):
+        again = run_ablation(result.table)
     assert sum(line.endswith("is complete already.") for line in said) == 4
     assert table_rows(again) == table_rows(result)
 
@@ -193,7 +196,7 @@ def test_a_broken_table_names_what_is_wrong(tmp_path, text, says):
 def test_arms_on_different_bases_are_refused(sets, tmp_path, tiny_base):
     table = read_table("recipe", ["ddpo.model_name_or_path=other/base"], **options(sets, tmp_path / "run"))
     with pytest.raises(UserError, match="model_name_or_path is"):
-        run_ablation(table, say=lambda line: None)
+        run_ablation(table)
     assert not (tmp_path / "run").exists()
 
 
@@ -203,8 +206,8 @@ def test_rows_that_are_not_there_are_found_out_before_anything_is_trained(sets, 
     for missing, only in (("preferences", ["dSFT-1"]), ("chat", ["dDPO alone"]), ("preferences", [])):
         table = read_table("recipe", words, **{**where, missing: str(tmp_path / "nothing"), "only": only})
         said: list[str] = []
-        with pytest.raises(UserError, match="there is no such file or folder"):
-            run_ablation(table, say=said.append)
+        with pytest.raises(UserError, match="there is no such file or folder"), messages_to(said.append):
+            run_ablation(table)
         assert not said and not (tmp_path / "run").exists()
 
 
@@ -212,7 +215,7 @@ def test_some_arms_do_not_replace_the_whole_table(ablation, sets, tiny_base):
     run = ablation[0].table.run
     before = (run / "recipe.json").read_bytes()
     table = read_table("recipe", [f"model_name_or_path={tiny_base}", *SMALL], only=["dSFT-1"], **options(sets, run))
-    result = run_ablation(table, say=lambda line: None)
+    result = run_ablation(table)
     assert (run / "recipe.json").read_bytes() == before
     assert list(json.loads((run / "recipe-some.json").read_text())["scores"]) == ["base", "dSFT-1"]
     assert result.scores["dSFT-1"] == ablation[0].scores["dSFT-1"]

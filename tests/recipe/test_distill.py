@@ -161,7 +161,7 @@ def plan(folder: Path, url: str, out: str = "out", **changes: Any) -> tuple[Dist
 
 def run(folder: Path, url: str, out: str = "out", **changes: Any) -> Distilled:
     config, result = plan(folder, url, out, **changes)
-    return run_distill(config, result, NoMeter(), say=print, back_off=0.01)  # type: ignore[arg-type]
+    return run_distill(config, result, NoMeter(), back_off=0.01)  # type: ignore[arg-type]
 
 
 def rows_of(result: Distilled, split: str = "train_sft") -> list[dict[str, Any]]:

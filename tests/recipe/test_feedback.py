@@ -91,7 +91,7 @@ def settings(folder: Path, url: str, out: str = "out", count: int = 6, **changes
 
 def run(config: FeedbackConfig) -> Any:
     read = read_prompts(config.prompts, seed=config.seed)
-    return run_feedback(config, read, NoMeter(), say=print, back_off=0.01)  # type: ignore[arg-type]
+    return run_feedback(config, read, NoMeter(), back_off=0.01)  # type: ignore[arg-type]
 
 
 def rows_of(config: FeedbackConfig) -> list[dict[str, Any]]:
@@ -158,7 +158,7 @@ def test_pairs_are_ready_for_dpo(tmp_path: Path) -> None:
     with ChatServer(script) as server:
         config = settings(tmp_path, server.url)
         run(config)
-    lines = make_pair_folder(config, say=lambda line: None)
+    lines = make_pair_folder(config)
     assert lines[-1] == f"Next: zephyr-lite dpo dataset.path={config.out}/pairs dataset.split=train_prefs"
     pairs = load_rows([DatasetSpec(path=f"{config.out}/pairs", split="train_prefs")], "dpo", seed=1)
     rows = {row["instruction"]: row for row in rows_of(config)}
@@ -177,7 +177,7 @@ def test_no_pairs_is_no_error(tmp_path: Path) -> None:
     with ChatServer(all_the_same) as server:
         config = settings(tmp_path, server.url, count=2)
         run(config)
-    lines = make_pair_folder(config, say=lambda line: None)
+    lines = make_pair_folder(config)
     assert lines[0].startswith("no pairs: no pair is left of 2 rows: equal scores: 2")
     assert "data pairs" in lines[1]
 

@@ -108,10 +108,9 @@ def flip(path, place):
 
 @pytest.mark.parametrize("file", [TENSORS, STATE, MANIFEST])
 @pytest.mark.parametrize("place", [0, 3, 37, 61, 99])
-def test_a_flipped_bit_is_seen_wherever_it_is(stage, file, place):
+def test_a_flipped_bit_is_seen_wherever_it_is(stage, file, place, said):
     flip(stage.path / "checkpoint-12" / file, place)
-    said = []
-    assert resume_point(stage, said.append).name == "checkpoint-8"
+    assert resume_point(stage).name == "checkpoint-8"
     assert len(said) == 1 and said[0].startswith("checkpoint-12: ") and said[0].endswith("; using checkpoint-8")
     assert names(stage) == ["checkpoint-4", "checkpoint-8"]
 
@@ -138,18 +137,17 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("damage", "what"), DAMAGE)
-def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(stage, damage, what):
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(stage, damage, what, said):
     folder = stage.path / "checkpoint-12"
     size = (folder / TENSORS).stat().st_size
     damage(folder)
-    said = []
-    assert resume_point(stage, said.append).name == "checkpoint-8"
+    assert resume_point(stage).name == "checkpoint-8"
     assert said[0].startswith(f"checkpoint-12: {what.format(less=size - 1, size=size)}")
     # it is neither counted nor in the way of the one that is written in its place
     made().write(stage, 12, EXTRA)
     prune(stage, keep=2, best=None)
     assert names(stage) == ["checkpoint-8", "checkpoint-12"] and len(list(stage.path.iterdir())) == 2
-    assert resume_point(stage, said.append).name == "checkpoint-12" and len(said) == 1
+    assert resume_point(stage).name == "checkpoint-12" and len(said) == 1
 
 
 def test_all_damaged_is_an_error_not_a_start_from_the_beginning(stage):
@@ -163,13 +161,13 @@ def test_all_damaged_is_an_error_not_a_start_from_the_beginning(stage):
     assert len(names(stage)) == 3
 
 
-def test_what_an_earlier_version_wrote_is_taken(stage):
-    folder, said = stage.path / "checkpoint-12", []
+def test_what_an_earlier_version_wrote_is_taken(stage, said):
+    folder = stage.path / "checkpoint-12"
     (folder / MANIFEST).unlink()
-    assert resume_point(stage, said.append) == folder
+    assert resume_point(stage) == folder
     assert len(said) == 1 and said[0].startswith("checkpoint-12: has no manifest.json, an earlier version wrote it")
     cut(folder / TENSORS)
-    assert resume_point(stage, said.append).name == "checkpoint-8"
+    assert resume_point(stage).name == "checkpoint-8"
     assert said[1].startswith("checkpoint-12: state.safetensors: not a complete safetensors file")
 
 
@@ -278,17 +276,18 @@ def fill(cache):
     cache.compute(SimpleNamespace(device="cpu"), Rows, [(nullcontext(), group) for group in groups])
 
 
-def test_what_the_reference_computed_is_there_after_an_interrupt(tmp_path, sums):
+def test_what_the_reference_computed_is_there_after_an_interrupt(tmp_path, sums, said):
     whole = ReferenceCache(tmp_path, "k" * 64, 6)
     fill(whole)
     right = whole.path.read_bytes()
     whole.path.unlink()
     sums.groups.clear()
-    said, computed = [], []
+    said.clear()
+    computed = []
     for sums.dies_at in (1, 0, 2, None):
         sums.groups.clear()
         cache = ReferenceCache(tmp_path, "k" * 64, 6)
-        assert not cache.load(said.append)
+        assert not cache.load()
         if sums.dies_at is None:
             fill(cache)
         else:
@@ -298,7 +297,7 @@ def test_what_the_reference_computed_is_there_after_an_interrupt(tmp_path, sums)
     assert computed == [[0, 3], [1], [2, 4], [5]] and not said
     assert cache.path.read_bytes() == right and cache.missing == 0
     again = ReferenceCache(tmp_path, "k" * 64, 6)
-    assert again.load(said.append) and torch.equal(again.sums, whole.sums)
+    assert again.load() and torch.equal(again.sums, whole.sums)
 
 
 def test_the_references_progress_is_written_every_minute(tmp_path, sums, monkeypatch):
@@ -323,21 +322,20 @@ def other_key(path):
         (lambda p: (p.unlink(), p.mkdir()), ""),
     ],
 )
-def test_a_damaged_reference_is_said_and_computed_anew(tmp_path, sums, damage, what):
+def test_a_damaged_reference_is_said_and_computed_anew(tmp_path, sums, damage, what, said):
     fill(ReferenceCache(tmp_path, "k" * 64, 6))
     cache = ReferenceCache(tmp_path, "k" * 64, 6)
     damage(cache.path)
-    said = []
-    assert not cache.load(said.append) and cache.missing == 6
+    assert not cache.load() and cache.missing == 6
     assert len(said) == 1 and said[0].startswith(f"{cache.path}: {what}") and said[0].endswith("; it is computed again")
     if cache.path.is_dir():
         with pytest.raises(OSError, match="reference-"):
             fill(cache)
     else:
         fill(cache)
-        assert ReferenceCache(tmp_path, "k" * 64, 6).load(said.append) and len(said) == 1
+        assert ReferenceCache(tmp_path, "k" * 64, 6).load() and len(said) == 1
     wide = ReferenceCache(tmp_path, "k" * 64, 7)
-    assert not wide.load(said.append)
+    assert not wide.load()
 
 
 # Manifests

@@ -7,7 +7,8 @@ import signal
 import pytest
 import torch
 
-from tests.train.test_train import dpo_words, metrics, quiet, words
+from tests.messages import messages_to
+from tests.train.test_train import dpo_words, metrics, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.io.run_dir import StageDir
@@ -48,7 +49,8 @@ def loaded(tiny_base, chat_rows, tmp_path):
 def test_a_step_that_is_not_finite_is_left_out_and_its_row_named(loaded, tmp_path, monkeypatch):
     poisoned(monkeypatch, SftObjective, [3])
     said = []
-    outcome = run_sft(loaded(max_length=80), say=said.append)
+    with messages_to(said.append):
+        outcome = run_sft(loaded(max_length=80))
     records = left_out(tmp_path / "run" / "sft")
     assert outcome.skipped == len(records) == 2  # once an epoch
     for record in records:
@@ -69,7 +71,7 @@ def test_infinite_gradients_under_a_finite_loss_name_their_row_too(loaded, tmp_p
         return found, sums
 
     monkeypatch.setattr(SftObjective, "loss", loss)
-    run_sft(loaded(max_length=80), say=quiet)
+    run_sft(loaded(max_length=80))
     records = left_out(tmp_path / "run" / "sft")
     assert [r["rows"][0].endswith("row 4") for r in records] == [True, True]
     assert all(isinstance(r["loss"], float) for r in records)
@@ -85,16 +87,17 @@ def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_pat
 
         patch.setattr(SftObjective, "loss", loss)
         with pytest.raises(UserError, match=r"three times in a row; rows of the last: .*row \d") as stopped:
-            run_sft(loaded(save_steps=100, eval_steps=100), say=quiet)
+            run_sft(loaded(save_steps=100, eval_steps=100))
     stage = tmp_path / "run" / "sft"
     assert "checkpoint-3 has the adapter from before" in str(stopped.value) and "left_out.jsonl" in stopped.value.hint
     assert [p.name for p in StageDir(stage).checkpoints()] == ["checkpoint-3"]
     assert [r["step"] for r in left_out(stage)] == [4, 5, 6]
     # what goes on from it, the cause being gone, is the run that never had the trouble
     said = []
-    run_sft(loaded(save_steps=100, eval_steps=100), say=said.append)
+    with messages_to(said.append):
+        run_sft(loaded(save_steps=100, eval_steps=100))
     assert "going on from checkpoint-3" in said and "damaged" not in " ".join(said)
-    run_sft(loaded("other", save_steps=100, eval_steps=100), say=quiet)
+    run_sft(loaded("other", save_steps=100, eval_steps=100))
     assert same_adapter(stage / "adapter", tmp_path / "other" / "sft" / "adapter")
     assert left_out(stage) == []
 
@@ -107,7 +110,6 @@ def test_pairs_that_are_not_finite_at_the_first_step_are_no_wrong_reference(
     with pytest.raises(UserError, match="three times in a row"):
         run_dpo(
             load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", save_steps=100)),
-            say=quiet,
         )
     assert not StageDir(tmp_path / "r" / "dpo").checkpoints()  # there is none from before the first step
 
@@ -118,7 +120,7 @@ def test_the_loss_scalers_search_is_no_fault_until_it_has_settled(tmp_path):
         skipped.count_step(kind)
         return kind
 
-    watch, again, fresh = (SkippedSteps(tmp_path, quiet) for _ in range(3))
+    watch, again, fresh = (SkippedSteps(tmp_path) for _ in range(3))
     assert [saw(watch, applied=False, finite_loss=True, scale=2.0**n) for n in (15, 14, 13, 12)] == ["searching"] * 4
     assert (watch.count, watch.in_a_row) == (4, 0)
     assert saw(watch, applied=False, finite_loss=False, scale=2.0**11) == "bad"  # no scale repairs a loss
@@ -169,7 +171,6 @@ def test_the_warning_reaches_the_stage(tiny_base, pair_rows, tmp_path, monkeypat
     monkeypatch.setattr(DpoCollapseMonitor, "saw", lambda self, step, found: "careful" if step == 2 else None)
     run_dpo(
         load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", max_steps=3)),
-        say=quiet,
     )
     assert StageDir(tmp_path / "r" / "dpo").info()["result"]["warnings"] == ["careful"]
 
@@ -186,10 +187,10 @@ def test_the_checkpoint_from_before_outlives_what_follows_it(loaded, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(SftObjective, "loss", loss)
         with pytest.raises(UserError, match=r"three times in a row.* checkpoint-2 has the adapter from before"):
-            run_sft(loaded(**options), say=quiet)
+            run_sft(loaded(**options))
         assert "checkpoint-2" in [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()]
         with pytest.raises(UserError, match="checkpoint-3 has the adapter from before"):  # the best, of a step left out
-            run_sft(loaded(**options), say=quiet)
+            run_sft(loaded(**options))
 
 
 def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, monkeypatch):
@@ -198,7 +199,8 @@ def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, 
         SftObjective, "eval_metrics", lambda self, sums: {**plain(self, sums), "eval_loss": losses.pop(0)}
     )
     said = []
-    outcome = run_sft(loaded(eval_steps=2, load_best_model_at_end=True), say=said.append)
+    with messages_to(said.append):
+        outcome = run_sft(loaded(eval_steps=2, load_best_model_at_end=True))
     assert outcome.best == (7.0, 4) and sum("the held-out loss is not finite" in line for line in said) == 2
 
 
@@ -222,11 +224,11 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path
     with pytest.raises(
         Interrupted, match=rf"{number.name}: stopped after step 3 of 6; .*checkpoint-3 holds everything"
     ):
-        run_sft(loaded(**options), say=quiet, on_metrics=at_step(3, number))
+        run_sft(loaded(**options), on_metrics=at_step(3, number))
     assert signal.getsignal(number) is handler
     assert "the step is finished" in capfd.readouterr().err
-    run_sft(loaded(**options), say=quiet)
-    run_sft(loaded("other", **options), say=quiet)
+    run_sft(loaded(**options))
+    run_sft(loaded("other", **options))
     assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
     assert metrics(tmp_path / "run/sft") == metrics(tmp_path / "other/sft")
 
@@ -243,7 +245,7 @@ def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp
     with monkeypatch.context() as patch:
         patch.setattr(SftObjective, "evaluate", ended)
         with pytest.raises(Interrupted, match="after step 3"):
-            run_sft(loaded(**options), say=quiet)
+            run_sft(loaded(**options))
     assert evaluated and metrics(tmp_path / "run/sft", "eval_loss") == []
 
     def dies(step, total, logged):  # after the evaluation was logged, before a checkpoint knows of it
@@ -251,10 +253,10 @@ def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        run_sft(loaded(**options), say=quiet, on_metrics=dies)
+        run_sft(loaded(**options), on_metrics=dies)
     assert len(metrics(tmp_path / "run/sft", "eval_loss")) == 1
-    run_sft(loaded(**options), say=quiet)
-    run_sft(loaded("other", **options), say=quiet)
+    run_sft(loaded(**options))
+    run_sft(loaded("other", **options))
     for key in ("loss", "eval_loss"):
         assert metrics(tmp_path / "run/sft", key) == metrics(tmp_path / "other/sft", key)
     assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
@@ -271,7 +273,7 @@ def test_a_reader_that_is_gone_ends_the_run_after_its_step_with_a_checkpoint(loa
             raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError if also is None else Interrupted):
-        run_sft(loaded(save_steps=100, eval_steps=100), say=quiet, on_metrics=gone)
+        run_sft(loaded(save_steps=100, eval_steps=100), on_metrics=gone)
     assert [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()] == ["checkpoint-3"]
 
 
@@ -285,7 +287,7 @@ def test_a_signal_at_the_end_lets_nothing_else_begin(loaded, tmp_path, request):
             os.kill(os.getpid(), signal.SIGHUP)
 
     with pytest.raises(Interrupted, match=r"SIGHUP: it came at the end; .*sft is complete, and nothing else was begun"):
-        run_sft(loaded(), say=quiet, on_metrics=late)
+        run_sft(loaded(), on_metrics=late)
     assert StageDir(tmp_path / "run/sft").complete()
 
 
@@ -300,7 +302,7 @@ def test_a_second_signal_ends_at_once(loaded, tmp_path, monkeypatch):
 
     monkeypatch.setattr(SftObjective, "loss", twice)
     with pytest.raises(KeyboardInterrupt):
-        run_sft(loaded(save_steps=2), say=quiet)
+        run_sft(loaded(save_steps=2))
     assert [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()] == ["checkpoint-2"]
 
 
@@ -313,13 +315,14 @@ def test_trl_stops_after_a_step_too_and_goes_on(tiny_base, chat_rows, tmp_path):
         )
 
     with pytest.raises(Interrupted, match="after step 2 of 4"):
-        run_sft(load("run"), say=quiet, on_metrics=at_step(2, signal.SIGTERM))
+        run_sft(load("run"), on_metrics=at_step(2, signal.SIGTERM))
     checkpoint = tmp_path / "run/sft/checkpoint-2"
     assert (checkpoint / "manifest.json").is_file()
     said = []
-    run_sft(load("run"), say=said.append)
+    with messages_to(said.append):
+        run_sft(load("run"))
     assert "going on from checkpoint-2" in said
-    run_sft(load("other"), say=quiet)
+    run_sft(load("other"))
     assert metrics(tmp_path / "run/sft") == metrics(tmp_path / "other/sft")
     assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
 
@@ -327,13 +330,14 @@ def test_trl_stops_after_a_step_too_and_goes_on(tiny_base, chat_rows, tmp_path):
 def test_a_damaged_checkpoint_of_trls_is_passed_over(tiny_base, chat_rows, tmp_path):
     settings = words(tiny_base, tmp_path / "r", chat_rows, engine="trl", max_steps=4, save_steps=1, eval_steps=100)
     with pytest.raises(Interrupted):
-        run_sft(load_config("sft", None, settings), say=quiet, on_metrics=at_step(3, signal.SIGTERM))
+        run_sft(load_config("sft", None, settings), on_metrics=at_step(3, signal.SIGTERM))
     weights = tmp_path / "r/sft/checkpoint-3/adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-5] ^= 4
     weights.write_bytes(data)
     said = []
-    run_sft(load_config("sft", None, settings), say=said.append)
+    with messages_to(said.append):
+        run_sft(load_config("sft", None, settings))
     assert any("checkpoint-3: adapter_model.safetensors has another hash" in line for line in said)
     assert "going on from checkpoint-2" in said and metrics(tmp_path / "r/sft") == pytest.approx(
         metrics(tmp_path / "r/sft")
@@ -353,6 +357,6 @@ def test_trl_leaves_out_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path
 
     monkeypatch.setattr(trl.Sft, "compute_loss", loss)
     settings = words(tiny_base, tmp_path / "r", chat_rows, engine="trl", max_steps=4, eval_steps=100)
-    outcome = run_sft(load_config("sft", None, settings), say=quiet)
+    outcome = run_sft(load_config("sft", None, settings))
     assert outcome.skipped == 1 and [r["step"] for r in left_out(tmp_path / "r/sft")] == [2]
     assert all(w.b.isfinite().all() for w in read_adapter(tmp_path / "r/sft/adapter").modules.values())

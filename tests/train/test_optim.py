@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.train.test_train import killed_at, quiet, words
+from tests.train.test_train import killed_at, words
 from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
@@ -147,18 +147,18 @@ def test_a_parameter_that_the_checkpoint_knows_nothing_of_keeps_its_fresh_state(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_every_kind_goes_on_to_the_same_bits(tiny_base, chat_rows, tmp_path, kind):
     settings = {"optim": kind, "lora_r": 64, "lora_dropout": 0, "load_in_4bit": "false", "save_steps": 1}
-    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
+    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "whole", chat_rows, **settings)))
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **settings))
     with killed_at(2):
-        run_sft(loaded, say=quiet)
-    stage = setup_stage("sft", loaded, say=quiet, claim=False)
-    state = init_state(stage, SftObjective(stage, quiet), say=quiet)
+        run_sft(loaded)
+    stage = setup_stage("sft", loaded, claim=False)
+    state = init_state(stage, SftObjective(stage))
     places = tensors(state.optimizer)
     folder = stage.dir.checkpoints()[-1]
     state.checkpoint.read(folder)
     assert all(a is b for a, b in zip(tensors(state.optimizer), places, strict=True))
     assert {int(s["step"]) for s in state.optimizer.state.values()} == {2}
-    run_sft(loaded, say=quiet)
+    run_sft(loaded)
     shas = [StageDir(tmp_path / n / "sft").info()["adapter_sha256"] for n in ("whole", "r")]
     assert shas[0] == shas[1]
 
@@ -167,9 +167,9 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tiny_base, chat_rows, tmp_
     settings = {"load_in_4bit": "false", "save_steps": 1}
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **settings))
     with killed_at(1):
-        run_sft(loaded, say=quiet)
-    stage = setup_stage("sft", loaded, say=quiet, claim=False)
-    state = init_state(stage, SftObjective(stage, quiet), say=quiet)
+        run_sft(loaded)
+    stage = setup_stage("sft", loaded, claim=False)
+    state = init_state(stage, SftObjective(stage))
     other = make_optimizer(stage.config.model_copy(update={"optim": "adamw_8bit"}), state.parameters)
     checkpoint = Checkpoint(state.parameters, other, state.scheduler, state.scaler)
     with pytest.raises(UserError, match="holds another optimizer's state"):

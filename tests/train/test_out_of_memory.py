@@ -14,8 +14,9 @@ from bitsandbytes.optim.optimizer import Optimizer2State
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.conftest import make_model, make_tokenizer
+from tests.messages import messages_to
 from tests.numeric import apart
-from tests.train.test_train import dpo_words, killed_at, metrics, quiet, words
+from tests.train.test_train import dpo_words, killed_at, metrics, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
@@ -92,14 +93,14 @@ def opened(base, chat_rows, pair_rows, tmp_path):
         }
         named = words if method == "sft" else dpo_words
         rows = chat_rows if method == "sft" else pair_rows
-        stage = setup_stage(method, load_config(method, None, named(base, tmp_path / "r", rows, **settings)), say=quiet)
+        stage = setup_stage(method, load_config(method, None, named(base, tmp_path / "r", rows, **settings)))
         generator = torch.Generator().manual_seed(3)
         for parameter in stage.stack.parameters().values():
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-        task = SftObjective(stage, quiet) if method == "sft" else DpoObjective(stage, quiet)
+        task = SftObjective(stage) if method == "sft" else DpoObjective(stage)
         plan = Plan(tokens, keep, threads=torch.get_num_threads())
         task.oom.follow(plan)
-        return init_state(stage, task, say=quiet)
+        return init_state(stage, task)
 
     return make
 
@@ -235,7 +236,7 @@ def test_where_an_update_does_allocate_a_failure_in_it_ends_the_run_before_anyth
 ):
     """bitsandbytes' 8-bit AdamW on a CPU: half of the adapter may have changed, and must not be gone on with."""
     settings = {"optim": "adamw_8bit", "lora_r": 64, "load_in_4bit": "false", "save_steps": 1, "num_train_epochs": 1}
-    run_sft(load_config("sft", None, words(base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
+    run_sft(load_config("sft", None, words(base, tmp_path / "whole", chat_rows, **settings)))
     plain, changed = Optimizer2State.update_step, []
 
     def failing(self, group, parameter, gindex, pindex):
@@ -252,17 +253,17 @@ def test_where_an_update_does_allocate_a_failure_in_it_ends_the_run_before_anyth
         with pytest.raises(
             UserError, match=r"step 2: memory ran out while the adapter was being changed .*\n.*checkpoint"
         ):
-            run_sft(loaded, say=quiet)
+            run_sft(loaded)
     assert len(changed) == 5
     assert [p.name for p in StageDir(tmp_path / "r" / "sft").checkpoints()] == ["checkpoint-1"]
-    run_sft(loaded, say=quiet)
+    run_sft(loaded)
     shas = {n: StageDir(tmp_path / n / "sft").info()["adapter_sha256"] for n in ("whole", "r")}
     assert shas["whole"] == shas["r"]
 
 
 def test_a_run_goes_on_under_the_smaller_plan_and_so_does_a_resumed_one(base, chat_rows, tmp_path, monkeypatch):
     settings = {"load_in_4bit": "false", "save_steps": 1, "num_train_epochs": 2, "lora_dropout": 0.1}
-    run_sft(load_config("sft", None, words(base, tmp_path / "whole", chat_rows, **settings)), say=quiet)
+    run_sft(load_config("sft", None, words(base, tmp_path / "whole", chat_rows, **settings)))
     plain, said = SftObjective.loss, []
     most = 200
 
@@ -275,8 +276,8 @@ def test_a_run_goes_on_under_the_smaller_plan_and_so_does_a_resumed_one(base, ch
 
     monkeypatch.setattr(SftObjective, "loss", cramped)
     loaded = load_config("sft", None, words(base, tmp_path / "r", chat_rows, **settings))
-    with killed_at(3):
-        run_sft(loaded, say=said.append)
+    with killed_at(3), messages_to(said.append):
+        run_sft(loaded)
     shrunk = [line for line in said if "memory ran out" in line]
     assert (
         shrunk
@@ -287,7 +288,8 @@ def test_a_run_goes_on_under_the_smaller_plan_and_so_does_a_resumed_one(base, ch
     plan = StageDir(tmp_path / "r" / "sft").info()["plan"]
     assert plan["micro_tokens"] <= most
     said.clear()
-    run_sft(loaded, say=said.append)
+    with messages_to(said.append):
+        run_sft(loaded)
     assert not any("memory ran out" in line for line in said)
     info = StageDir(tmp_path / "r" / "sft").info()
     assert info["status"] == "complete" and info["plan"] == plan
@@ -311,11 +313,11 @@ def test_an_example_that_fits_under_no_plan_is_named_and_nothing_is_changed(base
     settings = {"save_steps": 1, "lora_r": 2}
     loaded = load_config("sft", None, words(base, tmp_path / "r", chat_rows, **settings))
     with pytest.raises(UserError) as error:
-        run_sft(loaded, say=quiet)
+        run_sft(loaded)
     last, plan = tried[-1]
     assert len(last) == 1 and plan.keep == ("input", "input") and plan.scratch == "small" and not plan.offload
     assert {len(examples) for examples, _ in tried} > {1}
-    stage = setup_stage("sft", loaded, say=quiet, claim=False)
+    stage = setup_stage("sft", loaded, claim=False)
     example = stage.data.examples[last[0]]
     assert error.value.message.startswith(f"{example.where}: its {len(example.ids)} tokens do not fit")
     assert "chat.jsonl" in example.where and "max_length (it is 128)" in error.value.hint
@@ -323,7 +325,7 @@ def test_an_example_that_fits_under_no_plan_is_named_and_nothing_is_changed(base
     assert [p.name for p in checkpoints] == ["checkpoint-1"]
     assert stage.plan == plan  # the next start begins with it
     kept = words(base, tmp_path / "other", chat_rows, **settings, **{"memory.keep": "input"})
-    planned = setup_stage("sft", load_config("sft", None, kept), say=quiet, claim=False).plan
+    planned = setup_stage("sft", load_config("sft", None, kept), claim=False).plan
     assert plan.bytes_per_token == planned.bytes_per_token < planned.free_bytes
 
 
@@ -406,12 +408,12 @@ def test_a_reference_that_does_not_fit_is_computed_in_smaller_groups(opened, at_
     stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": True})
     stage.workload = stage.workload.at(live_reference=False)
     with Fails() as count:
-        cache = task._fill_cache(quiet)
+        cache = task._fill_cache()
     for n in range(2, count.count, count.count // 8):  # the first is the result's own, on the host
         cache.path.unlink()
         task.oom.follow(plan)
         with Fails(n) as fails:
-            again = task._fill_cache(quiet)
+            again = task._fill_cache()
         assert fails.failed and stage.plan.micro_tokens < plan.micro_tokens and stage.plan.reference == "together"
         assert (again.sums - cache.sums).norm() <= 1e-5 * cache.sums.norm(), n
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from huggingface_hub import RepoUrl
 
-from tests.train.test_train import quiet, words
+from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
@@ -32,7 +32,7 @@ class Hub:
 def test_a_name_that_no_repository_has_is_refused_before_training(tiny_base, chat_rows, tmp_path, name):
     given = words(tiny_base, tmp_path / "r", chat_rows, max_steps=1, push_to_hub=name)
     with pytest.raises(UserError, match=f"push_to_hub {re.escape(name)}: "):
-        run_sft(load_config("sft", None, given), say=quiet)
+        run_sft(load_config("sft", None, given))
     assert not list((tmp_path / "r").rglob("*.safetensors"))
 
 
@@ -42,11 +42,11 @@ def test_a_failed_push_is_made_again_by_the_same_command(tiny_base, chat_rows, t
     more = {"max_steps": 1, "push_to_hub": "model", "hub_private_repo": "true"}
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **more))
     with pytest.raises(UserError, match="push_to_hub model: the network is away") as failed:
-        run_sft(loaded, say=quiet)
+        run_sft(loaded)
     assert "the same command then pushes it" in failed.value.hint and StageDir(tmp_path / "r/sft").complete()
     hub.away = False
     for _ in range(2):  # the second time there is nothing left to do
         with pytest.raises(StageComplete):
-            run_sft(loaded, say=quiet)
+            run_sft(loaded)
     assert len(hub.uploads) == 1 and hub.uploads[0][0] == "me/model" and hub.private is True
     assert {"adapter_model.safetensors", "tokenizer.json"} <= set(hub.uploads[0][1])

@@ -10,7 +10,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.train.test_train import dpo_words, killed_at, quiet, words
+from tests.messages import messages_to
+from tests.train.test_train import dpo_words, killed_at, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.data.templates import TEMPLATES
@@ -36,9 +37,9 @@ def places(tiny_base, chat_rows, tmp_path_factory):
     shutil.copy(chat_rows, root / "chat.jsonl")
     shutil.copy(chat_rows, root / "held.jsonl")
     with killed_at(2):
-        run_sft(load_config("sft", None, given(root)), say=quiet)
+        run_sft(load_config("sft", None, given(root)))
     shutil.copytree(root / "run", root / "killed")
-    run_sft(load_config("sft", None, given(root)), say=quiet)
+    run_sft(load_config("sft", None, given(root)))
     shutil.move(root / "run", root / "finished")
     return root
 
@@ -67,8 +68,8 @@ def given(root, **changes):
     )
 
 
-def opened(root, say=quiet, **changes):
-    return setup.setup_stage("sft", load_config("sft", None, given(root, **changes)), say=say)
+def opened(root, **changes):
+    return setup.setup_stage("sft", load_config("sft", None, given(root, **changes)))
 
 
 def refused(root, **changes):
@@ -162,7 +163,8 @@ def test_a_key_of_another_version(place):
 
 def test_what_may_change_is_said_in_one_line_and_kept(place):
     said = []
-    run_sft(load_config("sft", None, given(place, eval_steps=1, logging_steps=2)), say=said.append)
+    with messages_to(said.append):
+        run_sft(load_config("sft", None, given(place, eval_steps=1, logging_steps=2)))
     line = "eval_steps: 2 then, 1 now; logging_steps: 1 then, 2 now"
     assert f"changed since this stage was last worked on: {line}" in said
     (entry,) = StageDir(place / "run" / "sft").info()["resumed"]
@@ -183,7 +185,8 @@ def test_the_same_things_elsewhere_are_the_same(place):
         "dataset.path": place / "moved-chat.jsonl",
         "eval_dataset.path": place / "moved-held.jsonl",
     }
-    run_sft(load_config("sft", None, given(place, **moved)), say=said.append)
+    with messages_to(said.append):
+        run_sft(load_config("sft", None, given(place, **moved)))
     (line,) = [line for line in said if line.startswith("changed since")]
     assert f"model_name_or_path: '{place / 'base'}' then, '{place / 'moved-base'}' now (the same content)" in line
     assert "dataset: " in line and "do not count" not in str(said)
@@ -207,13 +210,12 @@ def test_a_finished_stage_with_other_rows_elsewhere_is_not_passed_over(place):
     assert "was finished on something else than this" in message and "rows read: 8 then, 6 now" in message
 
 
-def test_other_held_out_rows_forget_the_best(place):
+def test_other_held_out_rows_forget_the_best(place, said):
     stage = opened(place)
     assert not stage.forget_best
-    said = []
     held = place / "held.jsonl"
     held.write_text("".join(held.read_text().splitlines(keepends=True)[2:]))
-    assert opened(place, said.append).forget_best and any("do not count for the best" in line for line in said)
+    assert opened(place).forget_best and any("do not count for the best" in line for line in said)
     assert not opened(place).forget_best  # they are the rows of before now
     info = place / "run" / "sft" / "stage.json"
     told = json.loads(info.read_text())
@@ -225,40 +227,37 @@ def test_other_held_out_rows_forget_the_best(place):
     assert opened(place, **{"eval_dataset.path": place / "else.jsonl"}).forget_best
 
 
-def test_other_libraries_are_said_once(place, monkeypatch):
+def test_other_libraries_are_said_once(place, monkeypatch, said):
     plain = setup.versions()
     python = "3.99.1"
     monkeypatch.setattr(setup, "versions", lambda: {**plain, "torch": "9.9.0", "python": python, "datasets": "0.1"})
-    said = []
-    opened(place, said.append)
+    opened(place)
     (line,) = [line for line in said if "not bit for bit" in line]
     assert f"torch {plain['torch']} then, 9.9.0 now" in line and " then, 3.99 now" in line and "datasets" not in line
     said.clear()
     python = "3.99.2"
-    opened(place, said.append)
+    opened(place)
     assert not [line for line in said if "not bit for bit" in line]
     entries = StageDir(place / "run" / "sft").info()["resumed"]
     assert [entry["versions"]["torch"] for entry in entries] == ["9.9.0", "9.9.0"] and entries[1]["changed"] == []
 
 
-def test_another_device_is_planned_for_anew(place, monkeypatch):
+def test_another_device_is_planned_for_anew(place, monkeypatch, said):
     plain = setup.machine_now
     monkeypatch.setattr(setup, "machine_now", lambda dtype: {**plain(dtype), "device": "cuda", "processor": "a card"})
-    said = []
-    opened(place, said.append)
+    opened(place)
     assert any("this is another kind of device" in line for line in said)
     assert any("device cpu then, cuda now; processor" in line and "a card now" in line for line in said)
 
 
-def test_fewer_cores_than_threads_are_said_and_the_plan_stays(place, monkeypatch):
+def test_fewer_cores_than_threads_are_said_and_the_plan_stays(place, monkeypatch, said):
     info = StageDir(place / "run" / "sft").info()
     info["plan"]["threads"] = 3
     StageDir(place / "run" / "sft").write_info(info)
     monkeypatch.setattr(resume, "cores", lambda: 2)
-    said = []
     threads = torch.get_num_threads()
     try:
-        stage = opened(place, said.append)
+        stage = opened(place)
         assert stage.plan.threads == 3 and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
@@ -295,7 +294,7 @@ def test_the_stages_of_a_run_share_its_id(place, pair_rows):
     shutil.rmtree(place / "run")
     shutil.move(place / "finished", place / "run")
     loaded = load_config("dpo", None, dpo_words(place / "base", place / "run", pair_rows))
-    dpo = setup.setup_stage("dpo", loaded, say=quiet)
+    dpo = setup.setup_stage("dpo", loaded)
     assert dpo.info["id"] == StageDir(place / "run" / "sft").info()["id"]
 
 
@@ -366,10 +365,10 @@ def test_a_stage_is_rendered_as_the_one_below_it_was(place, pair_rows, what):
         file.write_text(file.read_text().replace("|>", ">"))
     message = f"{re.escape(str(adapter))}: the {what} there is not the one that sft was trained with"
     with pytest.raises(UserError, match=message):
-        run_merge(place / "out", run=place / "finished", check=False, say=quiet)
+        run_merge(place / "out", run=place / "finished", check=False)
     loaded = load_config("dpo", None, dpo_words(place / "base", place / "finished", pair_rows))
     with pytest.raises(UserError, match=message):
-        setup.setup_stage("dpo", loaded, say=quiet)
+        setup.setup_stage("dpo", loaded)
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "seed: 1"])
@@ -378,12 +377,12 @@ def test_what_a_stage_inherits_is_not_guessed(place, text):
     file = place / "finished" / "sft" / "config.yaml"
     file.unlink() if text is None else file.write_text(text)
     with pytest.raises(UserError, match=rf"{re.escape(str(file))}: (is missing|has no )"):
-        resolve_run("dpo", None, [f"output_dir={place / 'finished'}"], say=quiet)
+        resolve_run("dpo", None, [f"output_dir={place / 'finished'}"])
 
 
 @pytest.mark.parametrize("wrong", [{"lr_scheduler_type": "cosinus"}, {"report_to": "nobody"}])
 def test_what_is_wrong_is_said_before_the_base_is_read(tiny_base, chat_rows, tmp_path, monkeypatch, wrong):
     monkeypatch.setattr("zephyr_lite.train.setup.fetch_base", lambda *a, **k: pytest.fail("the base was looked for"))
     with pytest.raises(UserError, match=next(iter(wrong))):
-        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **wrong)), say=lambda line: None)
+        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **wrong)))
     assert not (tmp_path / "r").exists()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from tests.messages import messages_to
 from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config
 from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.errors import UserError
@@ -22,10 +23,6 @@ from zephyr_lite.train.sft import SftObjective, run_sft
 from zephyr_lite.train.steps import micro_batches, rows_of_step, step_schedule
 
 LN2 = 0.6931471805599453
-
-
-def quiet(*args):
-    pass
 
 
 def words(base, out, rows, **changes):
@@ -58,7 +55,7 @@ def metrics(stage, key="loss"):
 def sft_run(tiny_base, chat_rows, tmp_path_factory):
     """A run whose SFT stage is complete."""
     out = tmp_path_factory.mktemp("runs") / "a"
-    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, batch_size=1, lora_dropout=0.1)), say=quiet)
+    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, batch_size=1, lora_dropout=0.1)))
     return out
 
 
@@ -85,34 +82,34 @@ def test_sft_learns_and_leaves_a_complete_stage(sft_run):
 
 
 def test_dpo_writes_the_composed_chain_and_its_own_part(tiny_base, run, pair_rows):
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows)), say=quiet)
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows)))
     info = StageDir(run / "dpo").info()
     assert info["adapters"] == [{"path": "sft/adapter", "sha256": read_adapter(run / "sft" / "adapter").sha256}]
     whole, own = read_adapter(run / "dpo" / "adapter"), read_adapter(run / "dpo" / "delta")
     assert {w.a.shape[0] for w in own.modules.values()} == {4} and {w.a.shape[0] for w in whole.modules.values()} == {8}
     with pytest.raises(StageComplete):
-        run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows)), say=quiet)
+        run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows)))
 
 
-def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_rows, tmp_path):
+def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_rows, tmp_path, said):
     loaded = load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True))
-    said = []
-    stage = setup_stage("dpo", loaded, say=said.append)
-    first = DpoObjective(stage, said.append).cache
-    assert DpoObjective(stage, said.append).cache.path == first.path and "read from" in said[-1]
+    with messages_to(said.append):
+        stage = setup_stage("dpo", loaded)
+    first = DpoObjective(stage).cache
+    assert DpoObjective(stage).cache.path == first.path and "read from" in said[-1]
     first.path.write_bytes(first.path.read_bytes()[:-7])  # torn
-    DpoObjective(stage, said.append)
+    DpoObjective(stage)
     assert "computing" in said[-1]
     stage.frozen = []  # other adapters below
-    assert DpoObjective(stage, quiet).cache.path != first.path
+    assert DpoObjective(stage).cache.path != first.path
 
 
 def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(tiny_base, run, pair_rows):
     """A stale cache would give a loss that is not ln 2; TRL and LLaMA-Factory train on."""
     stage = setup_stage(
-        "dpo", load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True)), say=quiet
+        "dpo", load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True))
     )
-    task = DpoObjective(stage, quiet)
+    task = DpoObjective(stage)
     task.cache.sums += 40
     with pytest.raises(UserError, match="differ by"):
         task.loss([0, 1], 0, 2)
@@ -152,14 +149,14 @@ def test_a_start_that_left_no_checkpoint_does_not_bind_the_next(tiny_base, chat_
     """A typo that is found late must not lock the folder."""
     wrong = words(tiny_base, tmp_path / "r", chat_rows, lr_scheduler_type="foo")
     with pytest.raises(UserError, match="foo"):
-        run_sft(load_config("sft", None, wrong), say=quiet)
-    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet)
+        run_sft(load_config("sft", None, wrong))
+    run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)))
     assert StageDir(tmp_path / "r" / "sft").complete()
 
 
 def test_a_finished_stage_given_other_values_is_not_passed_over(tiny_base, chat_rows, run):
     with pytest.raises(UserError, match="finished with another configuration"):
-        run_sft(load_config("sft", None, words(tiny_base, run, chat_rows, batch_size=1, lora_dropout=0.2)), say=quiet)
+        run_sft(load_config("sft", None, words(tiny_base, run, chat_rows, batch_size=1, lora_dropout=0.2)))
 
 
 def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monkeypatch):
@@ -180,7 +177,7 @@ def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monk
             early_stopping_patience=2,
         ),
     )
-    outcome = run_sft(loaded, say=quiet)
+    outcome = run_sft(loaded)
     assert outcome.best == (2.0, 2) and outcome.step == 4
     assert {p.name for p in StageDir(tmp_path / "r" / "sft").checkpoints()} == {"checkpoint-2", "checkpoint-4"}
     from safetensors.torch import load_file
@@ -202,10 +199,9 @@ def test_metrics_log_drops_a_torn_line_and_what_is_repeated(tmp_path):
 
 def test_dpo_without_sft_is_refused_and_adapters_none_trains_on_the_base(tiny_base, pair_rows, tmp_path):
     with pytest.raises(UserError, match="adapters=none"):
-        run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows)), say=quiet)
+        run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows)))
     run_dpo(
         load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", max_steps=1)),
-        say=quiet,
     )
     assert metrics(tmp_path / "r" / "dpo")[0] == pytest.approx(LN2, abs=1e-6)
     assert not (tmp_path / "r" / "dpo" / "delta").exists()
@@ -215,8 +211,8 @@ def test_an_adapter_of_another_tool_is_frozen_and_left_on(tiny_base, run, pair_r
     """``adapters: [FOLDER]``: any PEFT adapter, outside of any run."""
     shutil.copytree(run / "sft" / "adapter", tmp_path / "elsewhere")
     settings = dpo_words(tiny_base, tmp_path / "other", pair_rows, adapters=f"[{tmp_path / 'elsewhere'}]", max_steps=2)
-    run_dpo(load_config("dpo", None, settings), say=quiet)
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, max_steps=2)), say=quiet)
+    run_dpo(load_config("dpo", None, settings))
+    run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, max_steps=2)))
     assert metrics(tmp_path / "other" / "dpo") == metrics(run / "dpo")
 
 
@@ -247,7 +243,7 @@ def test_plain_texts_are_trained_on_and_some_are_held_out(tiny_base, tmp_path):
     )
     settings = {"model_name_or_path": tiny_base, "output_dir": tmp_path / "r", "load_in_4bit": "false", "samples": 1}
     words = [f"{key}={value}" for key, value in settings.items()]
-    run_sft(load_config("sft", str(tmp_path / "theirs.yaml"), words), say=quiet)
+    run_sft(load_config("sft", str(tmp_path / "theirs.yaml"), words))
     stage = StageDir(tmp_path / "r" / "sft")
     info = stage.info()
     assert info["data"]["kept"] == 6 and info["eval_data"]["fingerprint"] != info["data"]["fingerprint"]
@@ -292,5 +288,5 @@ def test_the_folder_of_somebody_else_is_refused(tiny_base, chat_rows, tmp_path):
     (tmp_path / "r" / "sft").mkdir(parents=True)
     (tmp_path / "r" / "sft" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="is not a stage of a run"):
-        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)), say=quiet)
+        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)))
     assert [p.name for p in (tmp_path / "r" / "sft").iterdir()] == ["thesis.tex"]

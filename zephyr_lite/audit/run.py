@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,12 +23,13 @@ from .measurements import check_pairs, check_rows
 from .subject import Request, Subject, load_subject
 from .verdict import Audit
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 BETA = 0.1  # TRL's default
 DEMO_ROWS = Path(__file__).parents[1] / "demo" / "conversations_test.jsonl"
 
 
-def audit(request: Request, say: Say = lambda line: None) -> Audit:
+def audit(request: Request) -> Audit:
     """Check the files, then load the base and measure.
 
     Raises:
@@ -51,7 +52,7 @@ def audit(request: Request, say: Say = lambda line: None) -> Audit:
     if not request.files_only:  # before anything is loaded
         if request.reference not in ("start", "base"):
             read_adapter(adapter_folder(request.reference))
-        rows = _rows(request, evidence, say)
+        rows = _rows(request, evidence)
         if pairs:
             load_rows(pairs, "dpo", seed=0)
     check_weights(evidence, found)
@@ -68,12 +69,12 @@ def audit(request: Request, say: Say = lambda line: None) -> Audit:
     if request.files_only:
         found.note("base", "no model was loaded (--files-only): nothing was measured")
         return found
-    subject = load_subject(request, evidence, base, below, start, found, say)
+    subject = load_subject(request, evidence, base, below, start, found)
     if subject is None:
         return found
     templates = _templates(request, subject, found)
     if templates:
-        say(f"measuring {len(rows)} conversations under {len(templates)} templates")
+        logger.info(f"measuring {len(rows)} conversations under {len(templates)} templates")
         check_rows(subject, templates, rows, found)
     if pairs:
         template = templates.get("own") or next(iter(templates.values()), None)
@@ -86,7 +87,7 @@ def audit(request: Request, say: Say = lambda line: None) -> Audit:
         )
         beta = request.beta if request.beta is not None else float(evidence.settings.get("beta") or BETA)
         data = prepare(pairs, "dpo", config, template, what="pairs")
-        say(f"measuring {len(data.lengths)} pairs")
+        logger.info(f"measuring {len(data.lengths)} pairs")
         check_pairs(subject, data, beta, found)
     elif evidence.method == "dpo":
         found.note("reference", "no pairs were given, so step 0 was not measured", advice="Add --pairs FILE.")
@@ -125,7 +126,7 @@ def _templates(request: Request, subject: Subject, found: Audit) -> dict[str, Ch
     return result
 
 
-def _rows(request: Request, evidence: Evidence, say: Say) -> list[Messages]:
+def _rows(request: Request, evidence: Evidence) -> list[Messages]:
     """The named conversations; else the held-out ones of its SFT stage; else the demo's."""
     specs = [DatasetSpec(path=str(request.rows or DEMO_ROWS), limit=request.limit)]
     if request.rows is None and evidence.method == "sft" and evidence.settings.get("eval_dataset"):
@@ -133,7 +134,7 @@ def _rows(request: Request, evidence: Evidence, say: Say) -> list[Messages]:
             own = RunConfig.model_validate(evidence.settings).eval_dataset[:1]
             return _messages([spec.model_copy(update={"limit": request.limit}) for spec in own])
         except (UserError, OSError, ValueError) as error:
-            say(f"its own held-out rows cannot be read ({str(error).splitlines()[0]}); taking the demo's")
+            logger.warning(f"its own held-out rows cannot be read ({str(error).splitlines()[0]}); taking the demo's")
     return _messages(specs)
 
 

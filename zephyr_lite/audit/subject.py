@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config.load import RunConfig
@@ -81,13 +81,7 @@ class Subject:
 
 
 def load_subject(
-    request: Request,
-    evidence: Evidence,
-    base: str,
-    below: list[AdapterFile],
-    start: AdapterFile | None,
-    found: Audit,
-    say: Callable[[str], None],
+    request: Request, evidence: Evidence, base: str, below: list[AdapterFile], start: AdapterFile | None, found: Audit
 ) -> Subject | None:
     """Load the base and attach every adapter. A base that is missing or does not fit is a finding, and None is returned.
 
@@ -105,7 +99,7 @@ def load_subject(
     double_quant = bool(described.get("double_quant", True))
     config = RunConfig(model_name_or_path=base, load_in_4bit=in_4bit, bnb_4bit_use_double_quant=double_quant)
     try:
-        loaded = load_base(config, say=say)
+        loaded = load_base(config)
     except UserError as error:
         found.doubtful("base", f"nothing could be measured: {error.message}", advice=error.hint)
         return None

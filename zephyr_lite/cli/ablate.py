@@ -48,7 +48,7 @@ def ablate(
 
     if any(stage.loaded.config.engine == "unsloth" for stage in table.stages()):
         raise UserError("engine unsloth patches the libraries of its process.", "Use engine=fused or engine=trl here.")
-    result = run_ablation(table, say=console.say, on_metrics=console.metrics)
+    result = run_ablation(table, on_metrics=console.metrics)
     console.table(HEADER, table_rows(result))
     for line in legend(result):
         console.say(line)

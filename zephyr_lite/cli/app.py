@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import Interrupted, UserError
 from ..io.interrupts import just_interrupted
 from ..io.launcher import alone, launched, speaks
+from ..io.logging import messages_to
 from ..monitor.console import Console
 from ..ops.hub_kernels import no_hub_kernels
 from ..train.distributed import PeerEnded
@@ -126,7 +127,7 @@ def demo(
     from ..demo import QUESTIONS
     from ..demo.run import run_demo
 
-    result = run_demo(out, say=console.say, on_metrics=console.metrics)
+    result = run_demo(out, on_metrics=console.metrics)
     console.side_by_side(QUESTIONS, result.standings)
     console.say(f"accuracy of the DPO model's implicit reward on held-out pairs: {result.reward_accuracy:.2f}")
     console.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items()))
@@ -174,7 +175,7 @@ def run(arguments: list[str]) -> int:
     verbose = "--verbose" in arguments
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    with warnings.catch_warnings(), no_hub_kernels():
+    with warnings.catch_warnings(), no_hub_kernels(), messages_to(console.log):
         if not verbose and not sys.warnoptions:
             warnings.simplefilter("ignore")  # libraries' warnings are for developers
         try:

@@ -79,7 +79,7 @@ def chat(
         file_format=file_format.value,
     )
     with interruptible():
-        report = clean_chat(source, out, options, split=split, num_proc=num_proc, overwrite=overwrite, say=console.say)
+        report = clean_chat(source, out, options, split=split, num_proc=num_proc, overwrite=overwrite)
     if report is None:
         console.say(f"{out} is complete already.")
     else:

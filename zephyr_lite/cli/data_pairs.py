@@ -99,7 +99,6 @@ def pairs(
         file_format=file_format.value,
         num_proc=num_proc,
         overwrite=overwrite,
-        say=console.say,
     )
     if report is None:
         console.say(f"{out} is complete already.")

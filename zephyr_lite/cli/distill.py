@@ -76,7 +76,7 @@ def distill(
         say_all(budget_lines(settings.budget, plan.out))
         return
     with job_kept(plan.out), Meter(console.out, plan.wanted, "dialogues", has_prices(specs)) as meter:
-        result = run_distill(settings, plan, meter, say=console.say)
+        result = run_distill(settings, plan, meter)
     say_all(result.lines())
     if result.train:
         console.say(f"Next: zephyr-lite sft dataset.path={plan.out / TRAIN}")

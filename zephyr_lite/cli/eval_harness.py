@@ -47,9 +47,7 @@ def harness(
     from ..evaluate.results import claim_folder, head_of_live, result_folder, write_result
     from ..model.loaded import open_live
 
-    live = open_live(
-        source, stage=stage, adapters=adapter or [], base=base, chat_template=chat_template, say=console.say
-    )
+    live = open_live(source, stage=stage, adapters=adapter or [], base=base, chat_template=chat_template)
     names = list(dict.fromkeys(model or live.models))
     if unknown := [name for name in names if name not in live.models]:
         raise UserError(f"--model {unknown[0]}: {live.source} has no such model.", f"It has {', '.join(live.models)}.")
@@ -62,9 +60,7 @@ def harness(
         write_result(folder, settings.kind, settings.body(result), head_of_live(live))
 
     try:
-        result = evaluate_harness(
-            live, wanted, settings, manager, models=names, earlier=path, on_task=write, say=console.say
-        )
+        result = evaluate_harness(live, wanted, settings, manager, models=names, earlier=path, on_task=write)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; finished tasks are in {path}, and the same command continues.") from None
     console.table(*table(wanted, result, roles(live)))

@@ -50,7 +50,7 @@ def loss(
     from ..evaluate.loss import evaluate_loss
 
     bootstrap = Bootstrap(resamples, confidence, seed)
-    _show_and_write("loss", evaluate_loss(live, rows, bootstrap, say=console.say), live, rows, folder, bootstrap)
+    _show_and_write("loss", evaluate_loss(live, rows, bootstrap), live, rows, folder, bootstrap)
 
 
 def preference(
@@ -75,7 +75,7 @@ def preference(
     from ..evaluate.preference import evaluate_preference
 
     bootstrap = Bootstrap(resamples, confidence, seed)
-    result = evaluate_preference(live, rows, bootstrap, beta=beta, say=console.say)
+    result = evaluate_preference(live, rows, bootstrap, beta=beta)
     _show_and_write("preference", result, live, rows, folder, bootstrap)
 
 
@@ -96,12 +96,10 @@ def _open(
     from ..evaluate.rows import held_out
     from ..model.loaded import open_live
 
-    live = open_live(
-        source, stage=stage, adapters=adapter or [], base=base, chat_template=chat_template, say=console.say
-    )
+    live = open_live(source, stage=stage, adapters=adapter or [], base=base, chat_template=chat_template)
     folder = result_folder(live.source, live.chain, out)
     console.say(f"{live.source}: {', '.join(live.models)}")
-    rows = held_out(live.chain, live.template, method, data=data, split=split, limit=limit, say=console.say)
+    rows = held_out(live.chain, live.template, method, data=data, split=split, limit=limit)
     for line in rows.data.report.lines():
         console.say(line)
     claim_folder(folder)

@@ -51,9 +51,9 @@ def gguf(
     folder = model_folder(model)
     file = out or folder.resolve().with_name(f"{folder.resolve().name}-{kind}.gguf")
     if kind is GgufType.q4_k_m:
-        report = write_q4_k_m(folder, file, llama_quantize=llama_quantize, say=console.say)
+        report = write_q4_k_m(folder, file, llama_quantize=llama_quantize)
     else:
-        report = write_gguf(folder, file, "f16" if kind is GgufType.f16 else "q8_0", say=console.say)
+        report = write_gguf(folder, file, "f16" if kind is GgufType.f16 else "q8_0")
     for line in report.lines():
         console.say(line)
     if check:
@@ -106,7 +106,7 @@ def card(
     if plots:
         need_matplotlib("the curves", "--no-plots")
     console = Console()
-    written = write_card(model, run=run, license=license, plots=plots, overwrite=overwrite, say=console.say)
+    written = write_card(model, run=run, license=license, plots=plots, overwrite=overwrite)
     console.say(f"written to {written}")
     for fault in check_model(model) if (model / "config.json").is_file() else []:
         console.say(f"note: for servers: {fault}")
@@ -128,6 +128,6 @@ def push(
     for line in upload.lines():
         console.say(line)
     if yes:
-        upload_files(upload, private=private, say=console.say)
+        upload_files(upload, private=private)
     else:
         console.say("Nothing was uploaded. Add --yes to do it.")

@@ -83,11 +83,11 @@ def feedback(
         say_all(budget_lines(settings.budget, out_folder))
         return
     with job_kept(out_folder), Meter(console.out, len(read.prompts), "prompts", has_prices(specs)) as meter:
-        result = run_feedback(settings, read, meter, say=console.say)
+        result = run_feedback(settings, read, meter)
     console.table(*result.ratings_table())
     say_all(result.lines())
     if pairs:
-        say_all(make_pair_folder(settings, say=console.say))
+        say_all(make_pair_folder(settings))
 
 
 NO_KEYS = ("config", "dry_run", "verbose", "pairs", "annotations")  # options that are no keys of a job's configuration

@@ -87,15 +87,14 @@ def merge(
         check=check,
         both=measure,
         rows=rows,
-        say=console.say,
     )
     if model_card and not _is_newer(out / CARD, out / MARK):
-        console.say(f"model card: {write_card(out, say=console.say)}")
+        console.say(f"model card: {write_card(out)}")
     if push_to_hub is not None:
         chosen = prepare(out, push_to_hub)
         for line in chosen.lines():
             console.say(line)
-        upload(chosen, private=private, say=console.say)
+        upload(chosen, private=private)
 
 
 def _is_newer(file: Path, than: Path) -> bool:

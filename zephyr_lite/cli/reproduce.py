@@ -39,4 +39,4 @@ def reproduce(
         for _, command in chosen.commands():
             console.say(command_line(command))
         return
-    run_reproduction(chosen, say=console.say)
+    run_reproduction(chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Interrupted, UserError
+from ..io.logging import messages_to
 from ..monitor.console import Console, visible
 from .options import AdapterBase, Adapters, ChatTemplateOption, Source, StageName, Verbose
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ..chat.session import Session
@@ -61,40 +65,41 @@ def chat(
 
     settings = Settings(temperature, top_p, max_new_tokens, seed, system)
     settings.check()
-    say = console.say if terminal or prompts is not None else console.complain
-    if vote is not None:
-        check_file(vote, "dpo", "--vote")  # before anything is loaded
-    asked: list[str] = []
-    if prompts is not None:
-        from ..recipe.questions import read_questions
+    to_stdout = terminal or prompts is not None  # a single answer is alone on standard output
+    with messages_to(console.log if to_stdout else lambda record: console.complain(record.getMessage())):
+        if vote is not None:
+            check_file(vote, "dpo", "--vote")  # before anything is loaded
+        asked: list[str] = []
+        if prompts is not None:
+            from ..recipe.questions import read_questions
 
-        asked = read_questions(prompts)
+            asked = read_questions(prompts)
 
-    from ..chat import Chat
-    from ..model.loaded import open_live
+        from ..chat import Chat
+        from ..model.loaded import open_live
 
-    live = open_live(source, stage=stage, adapters=adapter or [], base=base, chat_template=chat_template, say=say)
-    talker = Chat(live)
-    if system is None:
-        settings.system = trained_system(talker)
-        if settings.system is not None:
-            say(f"note: the system turn of training is used: {settings.system}")
-    models = model or (list(live.models) if compare else [live.policy])
-    if compare and len(models) < 2:
-        raise UserError(
-            f"--compare: {live.source} is one model, {models[0]}; there is nothing to compare it with.",
-            "Give a run's folder (its base and stages are compared), or leave --compare out.",
-        )
-    session = Session(talker, models, settings)
-    if out is not None:
-        _answer_all(session, asked, out, batch_size)
-    elif not terminal:
-        _answer_once(session, question)
-    else:
-        from ..chat.repl import Repl
-        from ..chat.vote import Ballot
+        live = open_live(source, stage=stage, adapters=adapter or [], base=base, chat_template=chat_template)
+        talker = Chat(live)
+        if system is None:
+            settings.system = trained_system(talker)
+            if settings.system is not None:
+                logger.info(f"note: the system turn of training is used: {settings.system}")
+        models = model or (list(live.models) if compare else [live.policy])
+        if compare and len(models) < 2:
+            raise UserError(
+                f"--compare: {live.source} is one model, {models[0]}; there is nothing to compare it with.",
+                "Give a run's folder (its base and stages are compared), or leave --compare out.",
+            )
+        session = Session(talker, models, settings)
+        if out is not None:
+            _answer_all(session, asked, out, batch_size)
+        elif not terminal:
+            _answer_once(session, question)
+        else:
+            from ..chat.repl import Repl
+            from ..chat.vote import Ballot
 
-        Repl(session, console, compare, Ballot(vote, seed, live.source) if vote is not None else None).run()
+            Repl(session, console, compare, Ballot(vote, seed, live.source) if vote is not None else None).run()
 
 
 def in_terminal() -> bool:

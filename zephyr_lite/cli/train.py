@@ -10,6 +10,7 @@ import typer
 
 from ..errors import UserError
 from ..io.launcher import launched
+from ..io.logging import messages_to
 from ..model.allocator import set_allocator
 from ..monitor.console import Console
 from ..train.distributed import everywhere, joined, nothing
@@ -58,7 +59,7 @@ def train(
     if smoke:
         from ..demo.smoke import run_smoke
 
-        run_smoke(method, config, context.args, say=console.say)
+        run_smoke(method, config, context.args)
         return
     if given.config.engine == "unsloth":
         from ..engines import start_unsloth
@@ -76,7 +77,7 @@ def train(
     from ..train.sft import run_sft
 
     def resolve() -> Any:
-        found = resolve_run(method, config, context.args, loaded=given, say=screen.say, fetch=not dry_run)
+        found = resolve_run(method, config, context.args, loaded=given, fetch=not dry_run)
         for line in needs_lines(method, found.config):
             screen.say(line)
         return found
@@ -84,17 +85,18 @@ def train(
     run = run_sft if method == "sft" else run_dpo
     with joined() as here:
         if not here.writes:
-            with redirect_stdout(sys.stderr):  # libraries' output must not mix with the events of --json
-                run(here.lead(nothing), say=nothing)
+            # libraries' output must not mix with the events of --json
+            with redirect_stdout(sys.stderr), messages_to(None):
+                run(here.lead(nothing))
             return
-        with open_screen(console, quiet=quiet, as_json=as_json) as screen:
+        with open_screen(console, quiet=quiet, as_json=as_json) as screen, messages_to(screen.log):
             try:
                 loaded = here.lead(resolve)
                 if dry_run:
-                    run_dry(method, loaded, say=screen.say, show=console.row)
+                    run_dry(method, loaded, show=console.row)
                     return
-                observers = [screen, ReportWriter(screen.say)]
-                run(loaded, say=screen.say, on_metrics=screen.metrics, observers=observers)
+                observers = [screen, ReportWriter()]
+                run(loaded, on_metrics=screen.metrics, observers=observers)
                 screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
             except StageComplete as done:
                 screen.say(f"{done.message} {done.hint}")

@@ -62,7 +62,7 @@ def open_rows(method: Method, file: str | None, words: list[str], *, held_out: b
     if method == "dpo" and config.adapters == [] and not StageDir(stage.run / "sft").complete():
         notes.append(f"{stage.run} has no finished stage sft yet: chat_template auto is looked for in the base")
     else:
-        frozen = adapters_below(method, config, stage, notes.append)
+        frozen = adapters_below(method, config, stage)
     template = template_of(config, folder, frozen)
     check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
     if held_out and not config.eval_dataset:

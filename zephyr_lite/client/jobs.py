@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from itertools import islice
@@ -21,6 +22,8 @@ from ..io.interrupts import pythons_ctrl_c
 from ..io.redact import refuse_secrets
 from .client import RequestFailed
 from .endpoints import EndpointSpec
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -207,7 +210,7 @@ async def _cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
     await asyncio.gather(*running, return_exceptions=True)
 
 
-def run_job(main: Coroutine[Any, Any, R], say: Callable[[str], None]) -> R:
+def run_job(main: Coroutine[Any, Any, R]) -> R:
     """``asyncio.run``, where an interrupt cancels ``main``, which waits for its replies in flight.
 
     Raises:
@@ -219,7 +222,7 @@ def run_job(main: Coroutine[Any, Any, R], say: Callable[[str], None]) -> R:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            say(INTERRUPTED)
+            logger.info(INTERRUPTED)
             task.cancel()
             return await task
 

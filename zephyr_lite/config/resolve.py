@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ def resolve_run(
     *,
     loaded: Loaded | None = None,
     runs_root: Path = Path("runs"),
-    say: Callable[[str], None] = print,
     fetch: bool = False,
 ) -> Loaded:
     """The configuration of a stage: the recipe's where no file is named, on top of the stage before.
@@ -58,7 +56,7 @@ def resolve_run(
             loaded.given.add("output_dir")
             loaded.notes.append(f"continuing {run}, the newest run{where} whose stage sft is complete")
     if fetch:
-        restore(loaded.config.sync, StageDir(Path(loaded.config.output_dir) / loaded.config.stage), say)
+        restore(loaded.config.sync, StageDir(Path(loaded.config.output_dir) / loaded.config.stage))
     if method == "sft" or loaded.config.adapters != []:
         return loaded
     below = StageDir(Path(loaded.config.output_dir) / "sft")

@@ -7,6 +7,7 @@ resumes an interrupted reproduction.
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import shutil
 import statistics
@@ -26,7 +27,8 @@ from ..model.chain import chain_of_run
 from .child import Ended, child
 from .smoke import DISK_RESERVE, merged_bytes
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 # name → the configurations of its stages
 RECIPES: dict[str, dict[Method, str]] = {
     "overnight": {"sft": "zephyr-7b/overnight-sft", "dpo": "zephyr-7b/overnight-dpo"},
@@ -147,7 +149,7 @@ def scopes(words: Sequence[str]) -> dict[str, list[str]]:
     return scoped
 
 
-def run_reproduction(chosen: Reproduction, *, say: Say, run: Callable[..., Ended] = child) -> dict[str, Any]:
+def run_reproduction(chosen: Reproduction, *, run: Callable[..., Ended] = child) -> dict[str, Any]:
     """Run the parts that are not done yet, and write ``results.json`` into the run's folder.
 
     Args:
@@ -167,9 +169,9 @@ def run_reproduction(chosen: Reproduction, *, say: Say, run: Callable[..., Ended
     found: dict[str, Any] = {}
     for number, (part, words) in enumerate(commands, 1):
         reason = done(chosen, part)
-        say(f"[{number}/{len(commands)}] {command_line(words)}")
+        logger.info(f"[{number}/{len(commands)}] {command_line(words)}")
         if reason is not None:
-            say(reason)
+            logger.info(reason)
         else:
             try:
                 ended = run(words)
@@ -183,9 +185,9 @@ def run_reproduction(chosen: Reproduction, *, say: Say, run: Callable[..., Ended
         if part in ("preference", "mt-bench"):  # a later part may fail
             found = results(chosen)
             write_json(chosen.run / "results.json", found)
-    say(f"{chosen.run / 'results.json'} holds the results; the row for the table in the README:")
+    logger.info(f"{chosen.run / 'results.json'} holds the results; the row for the table in the README:")
     for line in (HEADER, RULE, found["row"]):
-        say(line)
+        logger.info(line)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from ..train.sft import run_sft
 from . import CONVERSATIONS, CONVERSATIONS_TEST, FEEDBACK, FEEDBACK_TEST, QUESTIONS, dodges
 from .base import demo_base
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,7 +66,6 @@ class DemoResult:
 def run_demo(
     out: Path,
     *,
-    say: Say = print,
     on_metrics: Callable[[int, int, dict[str, float]], None] = lambda step, total, metrics: None,
     base: Path | None = None,
     overrides: Sequence[str] = (),
@@ -82,12 +82,10 @@ def run_demo(
     """
     make_folder(out)
     with alone(out):
-        return _demo(out, say, on_metrics, base, overrides)
+        return _demo(out, on_metrics, base, overrides)
 
 
-def _demo(
-    out: Path, say: Say, on_metrics: Callable[..., None], base: Path | None, overrides: Sequence[str]
-) -> DemoResult:
+def _demo(out: Path, on_metrics: Callable[..., None], base: Path | None, overrides: Sequence[str]) -> DemoResult:
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -102,9 +100,9 @@ def _demo(
         loaded = load_config(method, str(Path(__file__).with_name(f"{method}.yaml")), words)
         with timed(method):
             try:
-                run(loaded, say=say, on_metrics=on_metrics, observers=[ReportWriter(say)])
+                run(loaded, on_metrics=on_metrics, observers=[ReportWriter()])
             except StageComplete as done:
-                say(done.message)
+                logger.info(done.message)
         gc.collect()  # the stage's base must be freed before the next one is planned and loaded
 
     with timed("base"):
@@ -116,13 +114,13 @@ def _demo(
         and not (out / "data").exists()
     ):
         raise UserError(f"{out} exists and is not a run of the demo.", "Choose another folder with --out.")
-    train_pairs, test_pairs = _write_pairs(out / "data", say)
+    train_pairs, test_pairs = _write_pairs(out / "data")
     dodge_pairs = _write_dodges(out / "data")
-    say("[1/4] dSFT: conversations")
+    logger.info("[1/4] dSFT: conversations")
     train(run_sft, "sft", CONVERSATIONS, CONVERSATIONS_TEST)
-    say("[2/4] dDPO: preferences")
+    logger.info("[2/4] dDPO: preferences")
     train(run_dpo, "dpo", train_pairs, test_pairs)
-    say("[3/4] merge")
+    logger.info("[3/4] merge")
     chain = chain_of_run(out)
     with timed("merge"):
         merged = merge(
@@ -134,8 +132,8 @@ def _demo(
             overwrite=True,
         )
     for line in merged.lines():
-        say(line)
-    say("[4/4] answers and held-out rows: base, SFT, DPO")
+        logger.info(line)
+    logger.info("[4/4] answers and held-out rows: base, SFT, DPO")
     with timed("answers"):
         standings = _standings(out, test_pairs, dodge_pairs)
     info = StageDir(out / "dpo").info() or {}
@@ -144,7 +142,7 @@ def _demo(
     return result
 
 
-def _write_pairs(folder: Path, say: Say) -> tuple[Path, Path]:
+def _write_pairs(folder: Path) -> tuple[Path, Path]:
     """The scored completions as preference pairs: best mean score against a random other one."""
     make_folder(folder)
     sweep(folder)
@@ -156,7 +154,9 @@ def _write_pairs(folder: Path, say: Say) -> tuple[Path, Path]:
         with file_aside(path) as file:
             file.writelines(json.dumps(pair) + "\n" for pair in pairs)
         left = {reason: n for reason, n in counts.items() if reason not in ("rows", "pairs") and n}
-        say(f"{name}: {counts['pairs']} pairs of {counts['rows']} scored prompts" + (f"; {left}" if left else ""))
+        logger.info(
+            f"{name}: {counts['pairs']} pairs of {counts['rows']} scored prompts" + (f"; {left}" if left else "")
+        )
         paths.append(path)
     return paths[0], paths[1]
 

@@ -7,6 +7,7 @@ in its own process, and the kill is a SIGKILL.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import time
@@ -30,7 +31,8 @@ from ..model.chain import chain_of_run
 from ..model.fetch import fetch_base
 from .child import Ended, child
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Metrics = dict[str, Any]
 MARK = "smoke.json"
 LN2 = math.log(2)
@@ -59,12 +61,7 @@ class Part:
 
 
 def run_smoke(
-    method: Method,
-    config: str | None,
-    overrides: Sequence[str],
-    *,
-    say: Say,
-    run: Callable[..., Ended] = child,
+    method: Method, config: str | None, overrides: Sequence[str], *, run: Callable[..., Ended] = child
 ) -> list[Part]:
     """Run the smoke test of a stage.
 
@@ -76,15 +73,15 @@ def run_smoke(
         UserError: a part failed; or as the stage itself.
         Interrupted: by a signal.
     """
-    loaded = resolve_run(method, config, list(overrides), say=say)
+    loaded = resolve_run(method, config, list(overrides))
     for note in loaded.notes:
-        say(note)
+        logger.info(note)
     folder = rehearsal_folder(Path(loaded.config.output_dir))
     with alone(folder):
         claim(folder)
-        say(f"smoke test of {method} in {folder}; {loaded.config.output_dir} is not touched")
+        logger.info(f"smoke test of {method} in {folder}; {loaded.config.output_dir} is not touched")
         try:
-            return SmokeTest(method, loaded, folder, say, run).perform()
+            return SmokeTest(method, loaded, folder, run).perform()
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; the next --smoke replaces {folder}.") from None
 
@@ -122,8 +119,8 @@ class SmokeTest:
         run: starts a command and waits for it.
     """
 
-    def __init__(self, method: Method, loaded: Loaded, folder: Path, say: Say, run: Callable[..., Ended]) -> None:
-        self.method, self.loaded, self.folder, self.say, self.start = method, loaded, folder, say, run
+    def __init__(self, method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ended]) -> None:
+        self.method, self.loaded, self.folder, self.start = method, loaded, folder, run
         self.run = folder / "run"
         self.stage = StageDir(self.run / method)
         self.parts: list[Part] = []
@@ -146,7 +143,7 @@ class SmokeTest:
         for path in (self.folder / "merged", *self.stage.checkpoints()):
             remove_tree(path)
         for line in [*table(self.parts), *verdict]:
-            self.say(line)
+            logger.info(line)
         return self.parts
 
     def _part(self, name: str, work: Callable[[Path], str]) -> None:
@@ -159,13 +156,13 @@ class SmokeTest:
             UserError: the part's error, with the part's name.
         """
         log = self.folder / "logs" / f"{len(self.parts) + 1}-{name.split(',')[0].replace(' ', '-')}.log"
-        self.say(f"{name} …")
+        logger.info(f"{name} …")
         begun = time.monotonic()
         try:
             found = work(log)
         except UserError as error:
             for line in table(self.parts):
-                self.say(line)
+                logger.info(line)
             write_json(self.folder / MARK, {"status": "failed", "at": name, "why": error.message})
             where = f"Its output is in {log}." if log.is_file() else ""
             raise UserError(

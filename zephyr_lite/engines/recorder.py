@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from ..train.observer import Observer
 from ..train.stage import Stage
 from ..train.state import OnMetrics
 from ..train.steps import rows_of_step, step_schedule
+
+logger = logging.getLogger(__name__)
 
 # transformers' own, which metrics.jsonl has under other names or not at all
 _LEFT_OUT = ("eval_runtime", "eval_num_tokens", "eval_samples_per_second", "eval_steps_per_second")
@@ -48,10 +51,10 @@ class Recorder(TrainerCallback):
     """Writes ``metrics.jsonl`` under the fused engine's names; evaluates and saves at the last step; skips a step whose
     gradients are not finite, and stops after three in a row; stops with a checkpoint when a signal came."""
 
-    def __init__(self, stage: Stage, unit: str, total: int, on_metrics: OnMetrics, say: Callable[[str], None]) -> None:
+    def __init__(self, stage: Stage, unit: str, total: int, on_metrics: OnMetrics) -> None:
         self.stage, self.unit, self.total, self.output = stage, unit, total, Output()
-        self.on_metrics, self.say = self.output.of(on_metrics), self.output.of(say)
-        self.log, self.left_out = MetricsLog(stage.dir.metrics), SkippedSteps(stage.dir.path, self.say)
+        self.on_metrics = self.output.of(on_metrics)
+        self.log, self.left_out = MetricsLog(stage.dir.metrics), SkippedSteps(stage.dir.path)
         self.per_epoch, _ = step_schedule(stage.config, len(stage.data.rows))
         self.stop: StopRequest | None = None
         self.last: Metrics = {}
@@ -130,7 +133,7 @@ class Recorder(TrainerCallback):
             if self.left_out.in_a_row == IN_A_ROW:
                 raise self.left_out.error(step, named, "The last checkpoint is untouched.")
         elif outcome == "applied" and self.collapse is not None and (warning := self.collapse.saw(step, logs)):
-            self.say(warning)
+            logger.warning(warning)
             self.warnings.append(warning)
         self.tokens, before = logs.pop("num_tokens", self.tokens), self.tokens
         logs["num_tokens"] = self.tokens - before

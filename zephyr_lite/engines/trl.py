@@ -13,6 +13,7 @@ Frozen adapters below the trained one: on a 16- or 32-bit base they are merged i
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import tempfile
 import time
@@ -47,10 +48,12 @@ from ..train.loop import interrupted
 from ..train.objective import Outcome
 from ..train.observer import Observer
 from ..train.optim import make_optimizer, make_scheduler
-from ..train.stage import Say, Stage
+from ..train.stage import Stage
 from ..train.steps import step_schedule
 from . import unsloth
 from .recorder import OnMetrics, Order, Recorder
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "default"  # the name that TRL looks for
 REFERENCE = "ref"  # TRL's name of its frozen copy of it
@@ -77,7 +80,7 @@ def check_supported(method: Method, config: RunConfig) -> None:
 
 
 def train_on_trl(
-    stage: Stage, *, say: Say, on_metrics: OnMetrics, observers: Sequence[Observer]
+    stage: Stage, *, on_metrics: OnMetrics, observers: Sequence[Observer]
 ) -> tuple[Outcome, dict[str, LoraWeights]]:
     """Train a stage on TRL, from its last checkpoint if there is one; the outcome and the trained adapter's weights.
 
@@ -90,15 +93,15 @@ def train_on_trl(
     """
     torch.set_num_threads(stage.plan.threads)
     reset_peak_memory(stage.base.device)
-    trainer, recorder = make_trainer(stage, say=say, on_metrics=on_metrics)
-    found = _resume_point(stage, say)
+    trainer, recorder = make_trainer(stage, on_metrics=on_metrics)
+    found = _resume_point(stage)
     done = 0 if found is None else int(found.name.split("-")[1])
     recorder.resume(done)
     recorder.observers = observers
     for observer in observers:
         observer.on_train_begin(stage, recorder.unit, recorder.total, done)
     if found is not None:
-        say(f"going on from {found.name}")
+        logger.info(f"going on from {found.name}")
     started = time.perf_counter()
     with StopRequest("the step is finished and a checkpoint written") as stop:
         recorder.stop = stop
@@ -125,20 +128,20 @@ def train_on_trl(
     return outcome, AdapterStack(trainer.model).weights(ADAPTER)
 
 
-def make_trainer(stage: Stage, *, say: Say, on_metrics: OnMetrics) -> tuple[Any, Recorder]:
+def make_trainer(stage: Stage, *, on_metrics: OnMetrics) -> tuple[Any, Recorder]:
     """TRL's trainer of an opened stage, ready to train, and the callback that writes its metrics."""
     config, sft, fast = stage.config, stage.method == "sft", stage.config.engine == "unsloth"
     stage.info.setdefault("trl", {})
     settings = stage.info["trl"].setdefault("arguments", _split(stage))  # a resumed run keeps the split
     if fast:
-        model, fresh = unsloth.attach(stage, say, checkpointing=settings["gradient_checkpointing"]), None
+        model, fresh = unsloth.attach(stage, checkpointing=settings["gradient_checkpointing"]), None
     else:
-        model, fresh = attach(stage, say)
+        model, fresh = attach(stage)
     kept = Start(model) if fresh is None else None
     if stage.dir.path.is_dir():
         stage.dir.write_info(stage.info)
     _, total = step_schedule(config, len(stage.data.rows))
-    recorder = Recorder(stage, "tokens" if sft else "pairs", total, on_metrics, say)
+    recorder = Recorder(stage, "tokens" if sft else "pairs", total, on_metrics)
     tokenizer = copy.deepcopy(stage.template.tokenizer)  # TRL sets its pad token
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     parts = [stage.data] if stage.eval_data is None else [stage.data, stage.eval_data]
@@ -156,7 +159,7 @@ def make_trainer(stage: Stage, *, say: Say, on_metrics: OnMetrics) -> tuple[Any,
         lengths = fast and stage.base.device.type == "cuda"  # where Unsloth's own attention runs
         packed = sees_only_itself(model, with_lengths=lengths)
         if not packed:
-            say("this architecture does not keep packed conversations apart: TRL gets them padded instead")
+            logger.warning("this architecture does not keep packed conversations apart: TRL gets them padded instead")
         if fast:
             common["loss_type"] = "nll"  # the one that Unsloth's own chunked loss replaces
         arguments = SFTConfig(**common, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
@@ -167,7 +170,7 @@ def make_trainer(stage: Stage, *, say: Say, on_metrics: OnMetrics) -> tuple[Any,
             trainer.eval_items = targets / len(stage.eval_data.rows)
     else:
         if config.lora_dropout:
-            say(f"lora_dropout {config.lora_dropout} is off: TRL's DPO would apply it to the reference too")
+            logger.info(f"lora_dropout {config.lora_dropout} is off: TRL's DPO would apply it to the reference too")
         arguments = DPOConfig(
             **common,
             max_length=None,
@@ -190,7 +193,7 @@ def make_trainer(stage: Stage, *, say: Say, on_metrics: OnMetrics) -> tuple[Any,
     if config.early_stopping_patience and stage.eval_data is not None:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     by = "TRL and Unsloth" if fast else "TRL"
-    say(f"{sum(p.numel() for p in parameters.values()):,} parameters are trained by {by}")
+    logger.info(f"{sum(p.numel() for p in parameters.values()):,} parameters are trained by {by}")
     return trainer, recorder
 
 
@@ -271,15 +274,13 @@ def longest_sequence(stage: Stage) -> int:
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def _resume_point(stage: Stage, say: Say) -> Path | None:
+def _resume_point(stage: Stage) -> Path | None:
     """The newest undamaged checkpoint. transformers writes in place, trainer_state.json last, and then the recorder writes
     the manifest: a folder without that state is what a killed process left."""
     for path in stage.dir.checkpoints():
         if not (path / "trainer_state.json").is_file():
             remove_folder(path)
-    return resume_point(
-        stage.dir, say, fault=lambda path: manifest_fault(path) if (path / MANIFEST).is_file() else None
-    )
+    return resume_point(stage.dir, fault=lambda path: manifest_fault(path) if (path / MANIFEST).is_file() else None)
 
 
 def _restore_last(trainer: Any, checkpoint: Path, total: int, config: RunConfig) -> bool:
@@ -451,7 +452,7 @@ class Dpo(_OurRows, DPOTrainer):
 # -- the adapter -------------------------------------------------------------------------------------------------------
 
 
-def attach(stage: Stage, say: Say) -> tuple[Any, LoraConfig | None]:
+def attach(stage: Stage) -> tuple[Any, LoraConfig | None]:
     """The model for TRL, and the adapter that TRL is to put on it; None where the model brings its own."""
     config = stage.config
     if stage.frozen and stage.base.load_in_4bit:
@@ -459,7 +460,7 @@ def attach(stage: Stage, say: Say) -> tuple[Any, LoraConfig | None]:
             whole = Path(folder) / "adapter"
             write_adapter(whole, compose(stage.frozen), base_model_name=str(stage.base.path))
             model = PeftModel.from_pretrained(stage.base.model, whole, is_trainable=True)
-        train_below(stage, model.peft_config[ADAPTER].r, say)
+        train_below(stage, model.peft_config[ADAPTER].r)
         return model, None
     fresh = LoraConfig(
         r=config.lora_r,
@@ -468,15 +469,15 @@ def attach(stage: Stage, say: Say) -> tuple[Any, LoraConfig | None]:
         target_modules=config.lora_target_modules,
         task_type="CAUSAL_LM",
     )
-    return merged_below(stage, say), fresh
+    return merged_below(stage), fresh
 
 
-def merged_below(stage: Stage, say: Say) -> Any:
+def merged_below(stage: Stage) -> Any:
     """The base with the adapters below merged into it (16 or 32 bits), or as it is where there are none."""
     model: Any = stage.base.model
     if stage.frozen:
         names = ", ".join(str(a.path) for a in stage.frozen)
-        say(
+        logger.info(
             f"TRL's reference is a plain model: {names} merged into the {stage.base.dtype} base, a fresh adapter on top"
         )
         for adapter in stage.frozen:
@@ -485,9 +486,9 @@ def merged_below(stage: Stage, say: Say) -> Any:
     return model
 
 
-def train_below(stage: Stage, rank: int, say: Say) -> None:
+def train_below(stage: Stage, rank: int) -> None:
     """Say that the adapters below are trained on, and make the stage the owner of the whole chain."""
-    say(
+    logger.warning(
         f"TRL cannot leave a frozen adapter on under another in 4 bits: it trains "
         f"{', '.join(str(a.path) for a in stage.frozen)} on, at rank {rank} instead of lora_r {stage.config.lora_r}"
         + (", against a frozen copy" if stage.method == "dpo" else "")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..config.load import RunConfig
     from ..model.base import Base
     from ..model.peft_io import LoraWeights
-    from ..train.stage import Say, Stage
+    from ..train.stage import Stage
 
 WANTED = ">=2026.10.7,<2026.11"  # as the extra in pyproject.toml
 INSTALL = 'pip install "zephyr-lite[unsloth]"'
@@ -154,7 +154,7 @@ def load_unsloth(config: RunConfig) -> Base:
     return frozen_base(model, config, folder, dtype, device, four_bit=four_bit, double_quant=double)
 
 
-def attach(stage: Stage, say: Say, *, checkpointing: bool) -> Any:
+def attach(stage: Stage, *, checkpointing: bool) -> Any:
     """Unsloth's PeftModel with the weights that the run starts from.
 
     Args:
@@ -174,9 +174,9 @@ def attach(stage: Stage, say: Say, *, checkpointing: bool) -> Any:
         below = compose(stage.frozen)
         model = _peft_model(stage.base.model, stage, checkpointing, below)
         AdapterStack(model).load(ADAPTER, below)
-        train_below(stage, max(w.a.shape[0] for w in below.values()), say)
+        train_below(stage, max(w.a.shape[0] for w in below.values()))
     else:
-        model = _peft_model(merged_below(stage, say), stage, checkpointing, None)
+        model = _peft_model(merged_below(stage), stage, checkpointing, None)
         start_as_fused(model, stage.config, stage.base.dtype)
     return model
 

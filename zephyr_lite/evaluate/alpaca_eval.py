@@ -8,7 +8,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,14 +185,7 @@ def prepare(config: AlpacaConfig) -> tuple[Baseline, Answering, Path]:
     return baseline, answering, results_folder(config, answering)
 
 
-def run_alpaca(
-    config: AlpacaConfig,
-    baseline: Baseline,
-    answering: Answering,
-    folder: Path,
-    meter: Meter,
-    say: Callable[[str], None],
-) -> Judged:
+def run_alpaca(config: AlpacaConfig, baseline: Baseline, answering: Answering, folder: Path, meter: Meter) -> Judged:
     """Answer and compare: ``folder``/alpaca.json, and in ``folder``/alpaca the job, with each model's outputs and
     annotations in AlpacaEval's form.
 
@@ -208,7 +201,7 @@ def run_alpaca(
     async def work(client: ModelClient, model: str, row: Output) -> Compared:
         return await _compare(client, config, answering, baseline, model, row)
 
-    asked = ask_all(config, answering, job, COMMAND, names, baseline.rows, work, meter, say)
+    asked = ask_all(config, answering, job, COMMAND, names, baseline.rows, work, meter)
     ending = part_name(len(baseline.rows), baseline.whole)
     annotations: dict[str, list[Annotation]] = {}
     models: dict[str, dict[str, Any]] = {}

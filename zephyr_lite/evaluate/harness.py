@@ -27,7 +27,9 @@ import torch
 from ..errors import UserError
 from ..io.run_dir import read_json, text_sha256
 from ..io.text import duration, short
-from ..model.loaded import LoadedModel, Say
+from ..model.loaded import LoadedModel
+
+logger = logging.getLogger(__name__)
 
 Models = dict[str, dict[str, Any]]  # model → {"identity", "tasks": {task's key: its result}}
 # task → shots and the metric that was published
@@ -166,7 +168,6 @@ def evaluate_harness(
     models: Sequence[str],
     earlier: Path,
     on_task: Callable[[Models], None],
-    say: Say,
 ) -> Models:
     """Run every task on every model, except those in an earlier result of the same models and settings.
 
@@ -192,16 +193,16 @@ def evaluate_harness(
         done = result[name]["tasks"]
         for task in tasks:
             if task.key in done:
-                say(f"{name}, {task.key}: kept from {done[task.key]['finished']}")
+                logger.info(f"{name}, {task.key}: kept from {done[task.key]['finished']}")
                 continue
-            say(f"{name}, {task.key} …")
+            logger.info(f"{name}, {task.key} …")
             start = time.monotonic()
             # the harness draws progress bars, which are noise in a log file
             bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
             with live.stack.only(live.models[name]), torch.inference_mode(), bars:
                 found = _run(live, _load(manager, task), settings, batch)
             done[task.key] = _entry(task, found, time.monotonic() - start)
-            say(f"{name}, {task.key}: {_cell(done[task.key])} in {duration(done[task.key]['seconds'])}")
+            logger.info(f"{name}, {task.key}: {_cell(done[task.key])} in {duration(done[task.key]['seconds'])}")
             on_task(result)
     return result
 

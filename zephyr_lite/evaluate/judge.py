@@ -269,7 +269,6 @@ def ask_all(
     items: Sequence[T],
     work: Callable[[ModelClient, str, T], Awaitable[R]],
     meter: Meter,
-    say: Callable[[str], None],
 ) -> Asked[T, R]:
     """Do the work for every model and item with one client, whose request log is in ``job``.
 
@@ -310,7 +309,7 @@ def ask_all(
                     asked.results[model].append((item, done[0]))
                 meter.advance()
 
-    run_job(main(), say)
+    run_job(main())
     return asked
 
 

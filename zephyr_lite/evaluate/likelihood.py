@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from ..data.packing import best_fit
 from ..io.text import duration
 from ..model.adapters import AdapterStack
 from ..model.base import FAMILIES
-from ..model.loaded import LoadedModel, Say
+from ..model.loaded import LoadedModel
+
+logger = logging.getLogger(__name__)
 
 MICRO_TOKENS = 2048
 LOGIT_ROWS = 256  # rows of logits in float32 at once
@@ -138,7 +141,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
 
-def score_each(live: LoadedModel, data: TokenizedDataset, say: Say) -> dict[str, Logps]:
+def score_each(live: LoadedModel, data: TokenizedDataset) -> dict[str, Logps]:
     """{model: ``row_logps``} of every model. Ctrl-C ends after the models that are done.
 
     Raises:
@@ -147,7 +150,7 @@ def score_each(live: LoadedModel, data: TokenizedDataset, say: Say) -> dict[str,
     found: dict[str, Logps] = {}
     try:
         for name in live.models:
-            found[name] = row_logps(scorer_of(live, name), data, _progress(name, len(data.lengths), say))
+            found[name] = row_logps(scorer_of(live, name), data, _progress(name, len(data.lengths)))
     except KeyboardInterrupt:
         if not found:
             raise
@@ -170,7 +173,7 @@ def comparisons(live: LoadedModel, scored: Collection[str]) -> list[tuple[str, s
     return list(dict.fromkeys(pair for pair in wanted if pair[0] != pair[1] and set(pair) <= set(scored)))
 
 
-def _progress(name: str, total: int, say: Say) -> Done:
+def _progress(name: str, total: int) -> Done:
     """A callback that logs the progress and the time left, at most every ``PROGRESS_SECONDS``."""
     start = said = time.monotonic()
 
@@ -180,6 +183,6 @@ def _progress(name: str, total: int, say: Say) -> Done:
         if now - said >= PROGRESS_SECONDS and rows < total:
             said = now
             left = duration((now - start) / rows * (total - rows))
-            say(f"{name}: {rows:,} of {total:,} rows, {left} left")
+            logger.info(f"{name}: {rows:,} of {total:,} rows, {left} left")
 
     return done

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..model.loaded import LoadedModel, Say
+from ..model.loaded import LoadedModel
 from .bootstrap import Bootstrap, Ratio
 from .likelihood import Evaluation, comparisons, roles, score_each
 from .rows import HeldOut
 
 
-def evaluate_loss(
-    live: LoadedModel, held_out: HeldOut, bootstrap: Bootstrap, *, say: Say = lambda line: None
-) -> Evaluation:
+def evaluate_loss(live: LoadedModel, held_out: HeldOut, bootstrap: Bootstrap) -> Evaluation:
     """Score the models one after the other; Ctrl-C ends after those that are done.
 
     Losses are in nats per supervised token, each token counted once. A difference is the loss of one model minus that of
@@ -24,7 +22,7 @@ def evaluate_loss(
     Raises:
         KeyboardInterrupt: before the first was done.
     """
-    logps = score_each(live, held_out.data, say)
+    logps = score_each(live, held_out.data)
     ratios: dict[Any, Ratio] = {name: (-of.sums[:, 0].numpy(), of.tokens[:, 0].numpy()) for name, of in logps.items()}
     pairs = comparisons(live, logps)
     for one, other in pairs:

@@ -7,9 +7,10 @@ that file exists. Otherwise the wording below asks for the same; its grades are 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +44,8 @@ from .mt_bench_files import TURNS, Question, Questions
 from .mt_bench_scores import HIGHEST, LOWEST, MIN_CATEGORIES, Grade, difference, draw_radar, model_scores
 from .plotting import need_matplotlib
 from .results import write_result
+
+logger = logging.getLogger(__name__)
 
 KIND = "mt-bench"
 COMMAND = f"eval {KIND}"
@@ -191,9 +194,7 @@ def prepare(config: MtBenchConfig) -> tuple[Answering, Path]:
     return answering, results_folder(config, answering)
 
 
-def run_mt_bench(
-    config: MtBenchConfig, read: Questions, answering: Answering, folder: Path, meter: Meter, say: Callable[[str], None]
-) -> Judged:
+def run_mt_bench(config: MtBenchConfig, read: Questions, answering: Answering, folder: Path, meter: Meter) -> Judged:
     """Answer and grade: ``folder``/mt-bench.json and .png, and in ``folder``/mt-bench the job with all texts.
 
     Args:
@@ -208,7 +209,7 @@ def run_mt_bench(
     async def work(client: ModelClient, model: str, question: Question) -> Answered:
         return await _answer(client, config, answering, read.prompts, model, question)
 
-    asked = ask_all(config, answering, job, COMMAND, list(answering.specs), read.questions, work, meter, say)
+    asked = ask_all(config, answering, job, COMMAND, list(answering.specs), read.questions, work, meter)
     categories = sorted({question.category for question in read.questions})
     chosen = [re.sub(r"\W+", "_", category) for category in categories] if config.categories else []
     ending = part_name(len(read.questions), read.whole, chosen)
@@ -241,7 +242,7 @@ def run_mt_bench(
         head = head_of_weights(answering.weights, config.chat_template)
         result.files.append(write_result(folder, KIND + ending, body, head))
         if config.plot and len(categories) < MIN_CATEGORIES:
-            say(f"no radar plot: it takes {MIN_CATEGORIES} categories, and these are {len(categories)}")
+            logger.info(f"no radar plot: it takes {MIN_CATEGORIES} categories, and these are {len(categories)}")
         elif config.plot:
             picture = folder / f"{KIND}{ending}.png"
             draw_radar(picture, models, f"MT-Bench, graded by {answering.judge.name}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..model.loaded import LoadedModel, Say
+from ..model.loaded import LoadedModel
 from .bootstrap import Bootstrap
 from .likelihood import Evaluation, comparisons, roles, score_each
 from .rows import HeldOut
@@ -22,12 +22,7 @@ RESPONSES = ("chosen", "rejected")
 
 
 def evaluate_preference(
-    live: LoadedModel,
-    held_out: HeldOut,
-    bootstrap: Bootstrap,
-    *,
-    beta: float | None = None,
-    say: Say = lambda line: None,
+    live: LoadedModel, held_out: HeldOut, bootstrap: Bootstrap, *, beta: float | None = None
 ) -> Evaluation:
     """Score the models one after the other; Ctrl-C ends after those that are done.
 
@@ -42,7 +37,7 @@ def evaluate_preference(
     Raises:
         KeyboardInterrupt: before the first was done.
     """
-    logps = score_each(live, held_out.data, say)
+    logps = score_each(live, held_out.data)
     if beta is None and held_out.stage is not None:
         beta = held_out.config.beta
     values: dict[Any, np.ndarray] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from ..io.redact import refuse_secrets
 from ..io.run_dir import StageDir, stages_of
 from ..io.text import short
 from ..model.chain import Chain
-from ..model.loaded import Say
+
+logger = logging.getLogger(__name__)
 
 _UNITS = {"sft": "conversations", "dpo": "preference pairs"}
 
@@ -79,7 +81,6 @@ def held_out(
     split: str | None = None,
     limit: int | None = None,
     max_length: int | None = None,
-    say: Say = lambda line: None,
 ) -> HeldOut:
     """Prepare rows to evaluate the models of a chain on.
 
@@ -103,7 +104,7 @@ def held_out(
         origin, specs = data, [_spec(data, split)]
         if config is not None and any(_same(specs[0], trained) for trained in config.dataset):
             assert stage is not None
-            say(f"{data}: are the rows that {stage.path} was trained on, not held-out ones")
+            logger.info(f"{data}: are the rows that {stage.path} was trained on, not held-out ones")
     elif stage is None or config is None:
         raise UserError(
             f"no stage says which {_UNITS[method]} to evaluate on.",

@@ -5,10 +5,11 @@ Source: the GGUF specification (ggml-org/ggml, docs/gguf.md). The ``gguf`` packa
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -28,7 +29,8 @@ from ..model.check_weights import empty_model
 from ..model.families import FAMILIES, NAMES, head_width, layer_windows
 from .gguf_vocab import Vocabulary, read_vocabulary
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Kind = Literal["f16", "q8_0"]
 BLOCK_BYTES = 64 * 2**20  # of float32 rows held at once
 QUANT_WIDTH = 32  # values that share a scale in Q8_0
@@ -93,14 +95,13 @@ def gguf_package() -> Any:
     return gguf
 
 
-def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16", *, say: Say = lambda line: None) -> GgufReport:
+def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufReport:
     """Write a model's folder as a GGUF file.
 
     Args:
         folder: as ``merge`` makes it: safetensors, config.json, tokenizer, chat template.
         out: the file; an existing GGUF file is replaced.
         kind: type of the matrices; vectors (the norms) stay float32.
-        say: progress of a large model.
 
     Raises:
         UserError: the gguf package is missing; no such folder; an unsupported family or tokenizer; values beyond
@@ -139,7 +140,7 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16", *, say: 
             done += math.prod(part.shape)
             if total > 1e9 and done * 10 // total > told:  # below that it takes seconds
                 told = done * 10 // total
-                say(f"written {done / 1e9:.1f} of {total / 1e9:.1f} billion weights")
+                logger.info(f"written {done / 1e9:.1f} of {total / 1e9:.1f} billion weights")
         report.bytes = file.tell()
     report.error = float((squares[0] / squares[1]).sqrt())
     report.seconds = time.monotonic() - start

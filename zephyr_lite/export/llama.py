@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from ..data.formats import Message
 from ..errors import UserError
 from ..io.atomic import check_room, make_folder, remove_tree, sweep, sync_file
 from ..model.tokenizer import load_tokenizer
-from .gguf import GgufReport, Say, check_place, gguf_package, model_folder, write_gguf
+from .gguf import GgufReport, check_place, gguf_package, model_folder, write_gguf
+
+logger = logging.getLogger(__name__)
 
 CHILD = [sys.executable, "-P", "-m", "zephyr_lite.export.llama_child"]
 # where tokenizers differ: contractions, digits, runs of spaces, line ends, other scripts, code
@@ -53,9 +56,7 @@ def find_quantizer(given: Path | None = None) -> list[str]:
     )
 
 
-def write_q4_k_m(
-    folder: str | Path, out: str | Path, *, llama_quantize: Path | None = None, say: Say = lambda line: None
-) -> GgufReport:
+def write_q4_k_m(folder: str | Path, out: str | Path, *, llama_quantize: Path | None = None) -> GgufReport:
     """Write a model's folder as a GGUF file in Q4_K_M: in F16 beside ``out``, which llama.cpp quantizes.
 
     Raises:
@@ -71,8 +72,8 @@ def write_q4_k_m(
     check_room(out.absolute().parent, int(size * 1.3), "the file in F16 and the one in Q4_K_M")
     half, aside = (out.with_name(f".{out.name}.{token_hex(4)}") for _ in range(2))
     try:
-        report = write_gguf(folder, half, "f16", say=say)
-        say("llama.cpp quantizes it")
+        report = write_gguf(folder, half, "f16")
+        logger.info("llama.cpp quantizes it")
         done = subprocess.run([*quantizer, str(half), str(aside), "Q4_K_M"], capture_output=True, check=False)
         if done.returncode or not aside.is_file():
             last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-3:]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from ..model.base import fingerprint
 from ..model.shards import local_folder
 from .vllm import serve_adapter, serve_model
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 CARD = "README.md"
 PLOTS = "plots"
 OURS = "<!-- made by zephyr-lite; `zephyr-lite export card` replaces this file as long as this line stands here -->"
@@ -120,7 +122,6 @@ def write_card(
     license: str | None = None,
     plots: bool | None = None,
     overwrite: bool = False,
-    say: Say = lambda line: None,
 ) -> Path:
     """Write README.md into a folder that ``merge`` made.
 
@@ -137,13 +138,13 @@ def write_card(
         UserError: ``merge`` did not make the folder, or it has a README.md that zephyr-lite did not write.
     """
     folder = Path(folder).expanduser()
-    facts = gather(folder, run=run, say=say)
+    facts = gather(folder, run=run)
     card = folder / CARD
     if card.exists() and not overwrite and OURS not in card.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{card}: exists, and zephyr-lite did not write it.", "Add --overwrite to replace it.")
     pictures = _pictures(facts, have_matplotlib() if plots is None else plots)
     if plots is None and not pictures and not have_matplotlib():
-        say('the card has no curves: pip install "zephyr-lite[plots]" draws them')
+        logger.info('the card has no curves: pip install "zephyr-lite[plots]" draws them')
     write_text(card, card_text(facts, pictures, license or facts.license))
     return card
 
@@ -151,7 +152,7 @@ def write_card(
 # What is known: from the folder, its run, and the evaluations
 
 
-def gather(folder: Path, *, run: Path | None = None, say: Say = lambda line: None) -> Facts:
+def gather(folder: Path, *, run: Path | None = None) -> Facts:
     """Read what a card says.
 
     Args:
@@ -178,7 +179,9 @@ def gather(folder: Path, *, run: Path | None = None, say: Say = lambda line: Non
         if stage is None:
             facts.lost.append(link)
             hint = "" if run is not None else "; --run says where the run is now"
-            say(f"{link.get('path')}: no finished stage of this content there, so the card says only its hash{hint}")
+            logger.info(
+                f"{link.get('path')}: no finished stage of this content there, so the card says only its hash{hint}"
+            )
             continue
         if stage.sha256 != (stage.info.get("own") or {}).get("sha256"):  # adapter/ holds the stages below too
             for part in stage.info.get("adapters") or []:
@@ -191,7 +194,7 @@ def gather(folder: Path, *, run: Path | None = None, say: Say = lambda line: Non
             f"--run {run}: none of its stages is what {folder} was merged from.",
             "Give the run that it was merged from; without --run the card says only hashes.",
         )
-    _find_results(facts, say)
+    _find_results(facts)
     facts.license = _license(local_folder(name)) if name else None
     return facts
 
@@ -216,7 +219,7 @@ def _stage(link: Mapping[str, Any], run: Path | None) -> StageFacts | None:
     return StageFacts(path.name, str(info.get("method", "sft")), engine, config, info, str(link["sha256"]), path)
 
 
-def _find_results(facts: Facts, say: Say) -> None:
+def _find_results(facts: Facts) -> None:
     """Evaluations of this very model: of the stage that it was merged from, and of the folder."""
     wanted = [link.get("sha256") for link in facts.mark["adapters"]]
     own = fingerprint(facts.folder) if (facts.folder / "config.json").is_file() else None
@@ -228,9 +231,9 @@ def _find_results(facts: Facts, say: Say) -> None:
             continue
         found = [link.get("sha256") for link in told.get("adapters") or []]
         if found != wanted and (found or (told.get("base") or {}).get("fingerprint") != own):
-            say(f"{path}: is of other adapters, and left out of the card")
+            logger.warning(f"{path}: is of other adapters, and left out of the card")
         elif re.search(r"-limit-\d+$", path.stem):
-            say(f"{path}: is a trial on a few rows, and left out of the card")
+            logger.warning(f"{path}: is a trial on a few rows, and left out of the card")
         else:
             facts.results[path.stem] = told
             if (picture := path.with_suffix(".png")).is_file():

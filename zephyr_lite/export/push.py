@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from ..merge.base_files import TOKENIZER_FILES
 from ..merge.weights import MARK
 from .model_card import CARD, PLOTS
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FOLDER = re.compile(r'"(?:path|name_or_path|base_model_name_or_path)":\s*"(?:/|~|[A-Za-z]:)')
 # everything else stays here: checkpoints, logs, and other files beside a model
@@ -132,7 +133,7 @@ def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and Path(name).match(pattern)
 
 
-def push(upload: Upload, *, private: bool = False, say: Say = lambda line: None) -> None:
+def push(upload: Upload, *, private: bool = False) -> None:
     """Upload in one commit; the repository is made if it does not exist.
 
     Args:
@@ -161,7 +162,7 @@ def push(upload: Upload, *, private: bool = False, say: Say = lambda line: None)
             f"{upload.repo}: {redact(' '.join(str(error).split())[:300]) or type(error).__name__}",
             "Nothing was published. Log in (hf auth login) or check the connection, and run the same command.",
         ) from None
-    say(f"{upload.repo}: uploaded{'' if public else ', private'}; https://huggingface.co/{upload.repo}")
+    logger.info(f"{upload.repo}: uploaded{'' if public else ', private'}; https://huggingface.co/{upload.repo}")
 
 
 def _size(size: int) -> str:

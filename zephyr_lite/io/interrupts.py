@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from .launcher import echoes, speaks
+from .logging import output_fault
 
 # Ctrl-C; sent by a batch system or a cloud before it kills; sent when a terminal or a connection is closed
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -74,11 +75,15 @@ class Output:
     """Printing that does not end a run in the middle of a step. With ``sft | tee log``, Ctrl-C ends the reader too.
 
     Attributes:
-        fault: the error of the first print that failed; nothing is printed after it.
+        fault: the error of the first print or message that failed; nothing is printed after it.
     """
 
     def __init__(self) -> None:
-        self.fault: OSError | None = None
+        self._fault: OSError | None = None
+
+    @property
+    def fault(self) -> OSError | None:
+        return self._fault or output_fault()
 
     def of(self, write: Callable[..., None]) -> Callable[..., None]:
         """The function, without its OSErrors."""
@@ -88,7 +93,7 @@ class Output:
                 try:
                     write(*args)
                 except OSError as error:
-                    self.fault = error
+                    self._fault = error
 
         return printed
 

@@ -10,13 +10,14 @@ with the newest and the best checkpoint. Every folder there has a manifest and a
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from .manifest import MANIFEST, manifest_fault, write_manifest
 from .redact import redact
 from .run_dir import STAGE_FILE, StageDir, stages_of
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 RETRY = 15.0  # seconds between attempts
 ATTEMPTS = 12  # that ``finish`` waits for: the machine may be rented
@@ -195,8 +197,8 @@ class Mirror:
         stage: the stage.
     """
 
-    def __init__(self, place: Place, folder: str, stage: StageDir, say: Say) -> None:
-        self.place, self.folder, self.stage, self._say = place, folder, stage, say
+    def __init__(self, place: Place, folder: str, stage: StageDir) -> None:
+        self.place, self.folder, self.stage = place, folder, stage
         self.retry = RETRY
         self._wanted: tuple[str, ...] | None = None  # checkpoints to be copied next
         self._at_work: tuple[str, ...] | None = None  # checkpoints being copied
@@ -244,7 +246,7 @@ class Mirror:
         if done and missing is None:
             return True
         names = ", ".join(name for name in missing or () if name not in self._sent) or "the last state of the stage"
-        self.say(
+        logger.warning(
             f"sync: {self.place.name} does not have {names}{f': {self._fault}' if self._fault else ''}. It is here; the "
             "same command copies it there when it is started again."
         )
@@ -257,10 +259,6 @@ class Mirror:
             self._turn.notify_all()
         if self._thread is not None:
             self._thread.join(timeout=2)
-
-    def say(self, line: str) -> None:
-        with suppress(OSError):  # nothing can be printed any more: copying continues
-            self._say(redact(line))
 
     def _work(self) -> None:
         while True:
@@ -277,9 +275,9 @@ class Mirror:
             except Exception as error:  # of whichever library: a copy is no reason to lose the run
                 fault = _line(error)
             if fault is None and before is not None:
-                self.say(f"sync: {self.place.name} is up to date again")
+                logger.info(f"sync: {self.place.name} is up to date again")
             elif fault is not None and before is None:
-                self.say(f"sync: {self.place.name}: {fault}; training continues, and the copy is tried again")
+                logger.warning(f"sync: {self.place.name}: {fault}; training continues, and the copy is tried again")
             with self._turn:
                 self._at_work, self._fault = None, fault
                 if fault is not None:
@@ -325,7 +323,7 @@ class Mirror:
                 self.place.put(folder, [*_files(other), *_adapters(other), info], [])
 
 
-def open_mirror(sync: str | None, stage: StageDir, say: Say) -> Mirror | None:
+def open_mirror(sync: str | None, stage: StageDir) -> Mirror | None:
     """The mirror of a stage at the place that ``sync`` names; None: no place.
 
     Raises:
@@ -333,21 +331,21 @@ def open_mirror(sync: str | None, stage: StageDir, say: Say) -> Mirror | None:
     """
     if sync is None:
         return None
-    return Mirror(place_of(sync, stage.run), f"{stage.run.resolve().name}/{stage.path.name}", stage, say)
+    return Mirror(place_of(sync, stage.run), f"{stage.run.resolve().name}/{stage.path.name}", stage)
 
 
-def catch_up(sync: str | None, stage: StageDir, say: Say) -> None:
+def catch_up(sync: str | None, stage: StageDir) -> None:
     """Copy a finished stage whose copy is not finished (the network was away at its end)."""
-    mirror = open_mirror(sync, stage, say)
+    mirror = open_mirror(sync, stage)
     if mirror is None:
         return
     try:
         there = mirror.place.read(f"{mirror.folder}/{STAGE_FILE}")
     except (OSError, HTTPError) as error:
-        say(f"sync: {mirror.place.name}: {_line(error)}")
+        logger.warning(f"sync: {mirror.place.name}: {_line(error)}")
         return
     if there != (stage.path / STAGE_FILE).read_bytes():
-        say(f"copying {stage.path} to {mirror.place.name}, which does not have all of it")
+        logger.info(f"copying {stage.path} to {mirror.place.name}, which does not have all of it")
         mirror.finish()
         mirror.close()
 
@@ -372,7 +370,7 @@ def kept_elsewhere(mirror: Mirror | None, *, after_interrupt: float = 60.0) -> I
         mirror.close()
 
 
-def restore(sync: str | None, stage: StageDir, say: Say) -> None:
+def restore(sync: str | None, stage: StageDir) -> None:
     """Fetch what the place has of a run and this machine lacks: complete stages, and of ``stage`` the newest and the
     best checkpoint. Does nothing without ``sync``, or if the files here are as new.
 
@@ -386,11 +384,11 @@ def restore(sync: str | None, stage: StageDir, say: Say) -> None:
     with alone(stage.run):
         sweep(stage.run)
         try:
-            _restore(place, stage, say)
+            _restore(place, stage)
         except (OSError, HTTPError) as error:
             if not _kept(stage):
                 raise _unreadable(place, error) from None
-            say(f"sync: {place.name}: {_line(error)}; continuing with the files here")
+            logger.warning(f"sync: {place.name}: {_line(error)}; continuing with the files here")
 
 
 def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
@@ -413,11 +411,13 @@ def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
     return max(found)[1] if found else None
 
 
-def _restore(place: Place, stage: StageDir, say: Say) -> None:
+def _restore(place: Place, stage: StageDir) -> None:
     run, name = stage.run, stage.run.resolve().name
     there = place.names(name)
     if not there and not _kept(stage):  # also the case if a drive is not mounted
-        say(f"sync: {place.name} has nothing of {name} yet, so it starts here. If it should, is that place mounted?")
+        logger.info(
+            f"sync: {place.name} has nothing of {name} yet, so it starts here. If it should, is that place mounted?"
+        )
     infos = {folder: info for folder in there if (info := _info_there(place, f"{name}/{folder}")) is not None}
     theirs = {mark for folder, info in infos.items() for mark in _marks(folder, info)}
     kept = [each for each in stages_of(run) if _kept(each)]
@@ -433,13 +433,13 @@ def _restore(place: Place, stage: StageDir, say: Say) -> None:
         if here.complete():
             continue
         if info.get("status") == "complete":
-            _bring(place, here, ["adapter", "delta"], [], say)
-            say(f"{here.path} was fetched from {place.name}, complete")
+            _bring(place, here, ["adapter", "delta"], [])
+            logger.info(f"{here.path} was fetched from {place.name}, complete")
         elif folder == stage.path.name:
-            _bring_checkpoints(place, here, say)
+            _bring_checkpoints(place, here)
 
 
-def _bring_checkpoints(place: Place, here: StageDir, say: Say) -> None:
+def _bring_checkpoints(place: Place, here: StageDir) -> None:
     """Fetch the checkpoints there if the newest is newer than those here."""
     source = f"{here.run.resolve().name}/{here.path.name}"
     good = {p.name for p in here.checkpoints() if not (p / MANIFEST).is_file() or manifest_fault(p) is None}
@@ -448,7 +448,7 @@ def _bring_checkpoints(place: Place, here: StageDir, say: Say) -> None:
     if not wanted or _step(wanted[0]) <= max(map(_step, good), default=-1):
         return
     try:
-        brought = _bring(place, here, [], wanted, say)
+        brought = _bring(place, here, [], wanted)
     except _Damaged:
         if good:  # an earlier checkpoint is here
             return
@@ -456,10 +456,10 @@ def _bring_checkpoints(place: Place, here: StageDir, say: Say) -> None:
             f"sync {place.name}: every checkpoint of {source} there is damaged.",
             "Delete that folder there to start again, or leave sync out.",
         ) from None
-    say(f"{here.path} was fetched from {place.name}, at {brought[0]}")
+    logger.info(f"{here.path} was fetched from {place.name}, at {brought[0]}")
 
 
-def _bring(place: Place, here: StageDir, folders: list[str], checkpoints: list[str], say: Say) -> list[str]:
+def _bring(place: Place, here: StageDir, folders: list[str], checkpoints: list[str]) -> list[str]:
     """Fetch a stage's files, folders and checkpoints; returns the checkpoints that are not damaged.
 
     Raises:
@@ -469,15 +469,13 @@ def _bring(place: Place, here: StageDir, folders: list[str], checkpoints: list[s
     if here.path.exists():
         here.claim()
     if _kept(here):
-        return _fill(place, here, here.path, folders, checkpoints, say)
+        return _fill(place, here, here.path, folders, checkpoints)
     make_folder(here.run)
     with folder_aside(here.path) as aside:  # replaces a stage without a checkpoint
-        return _fill(place, here, aside, folders, checkpoints, say)
+        return _fill(place, here, aside, folders, checkpoints)
 
 
-def _fill(
-    place: Place, here: StageDir, target: Path, folders: list[str], checkpoints: list[str], say: Say
-) -> list[str]:
+def _fill(place: Place, here: StageDir, target: Path, folders: list[str], checkpoints: list[str]) -> list[str]:
     source = f"{here.run.resolve().name}/{here.path.name}"
     there = place.names(source)
     # first the log, which may have more steps than a checkpoint, never fewer; last the file that makes it a stage
@@ -489,7 +487,7 @@ def _fill(
             _fetch_folder(place, f"{source}/{name}", target / name)
             brought.append(name)
         except _Damaged as damage:
-            say(f"sync {place.name}: {source}/{name}: {damage}; taking the one before")
+            logger.info(f"sync {place.name}: {source}/{name}: {damage}; taking the one before")
     if checkpoints and not brought:
         raise _Damaged
     for name in folders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +28,8 @@ from .base_files import open_base
 from .measure import CHECK_ROWS, MEASURE_ROWS, MergeMeasure, measure
 from .weights import COMPOSED, MARK, MERGED, MergeReport, adapter_only, merge
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Way = Literal["base", "nf4"]
 
 
@@ -44,7 +46,6 @@ def run_merge(
     check: bool = True,
     both: bool = False,
     rows: int | None = None,
-    say: Say = print,
 ) -> MergeMeasure | None:
     """Merge a run's chain, or explicit adapters, into ``out``.
 
@@ -76,10 +77,10 @@ def run_merge(
             why = "--adapter-only makes none" if as_adapter else "--no-check forbids it"
             raise UserError(f"{what}; {why}.", "Give one of the two.")
     chain = chain_of_adapters(list(adapters), base) if adapters else chain_of_run(run, stage=stage, base=base)
-    _say_chain(chain, stage is None, say)
+    _say_chain(chain, stage is None)
     name, revision = chain.base["name_or_path"], chain.base.get("revision", "main")
     if as_adapter:
-        _write_adapter(chain, out, overwrite, say)
+        _write_adapter(chain, out, overwrite)
         return None
     folder = fetch_base(name, revision)
     check_fingerprint(chain.base.get("fingerprint"), folder, "the stage")
@@ -87,55 +88,55 @@ def run_merge(
     lineage["base"] = {**chain.base, "fingerprint": fingerprint(folder)}
 
     def merged(where: Path, way: Way) -> MergeReport:
-        return _merge(chain, folder, where, way, lineage, overwrite, say)
+        return _merge(chain, folder, where, way, lineage, overwrite)
 
     earlier = None if overwrite else _earlier(out, {"kind": MERGED, "onto": onto, **lineage})
     if earlier is None:
         for line in merged(out, onto).lines():
-            say(line)
+            logger.info(line)
     elif not check or _is_measured(earlier, onto, both, rows):
-        say(f"{out} is complete already.")
+        logger.info(f"{out} is complete already.")
         return None
     else:
-        say(f"{out}: its weights are complete already; the comparison is still to be made")
+        logger.info(f"{out}: its weights are complete already; the comparison is still to be made")
     if not check:
         return None
     try:
-        found = _measure_both(chain, out, onto, merged, rows or MEASURE_ROWS, say) if both else None
+        found = _measure_both(chain, out, onto, merged, rows or MEASURE_ROWS) if both else None
         if found is None:
-            found = measure(chain, {onto: out}, rows=rows or CHECK_ROWS, say=say)
+            found = measure(chain, {onto: out}, rows=rows or CHECK_ROWS)
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted during the comparison: {out} is whole, only the numbers are missing. The same command makes them."
         ) from None
     write_json(out / MARK, {**(read_json(out / MARK) or {}), "measured": found.as_dict()})
     for line in (found.ways[onto].logps.line(), *found.lines()):
-        say(line)
+        logger.info(line)
     if onto == "base" and chain.base.get("load_in_4bit", True):
-        say(
+        logger.info(
             "(live is in 4 bits, merged is not: this is mostly the base's rounding; --onto nf4 keeps what training saw"
             + (")" if both else ", --measure compares the two)")
         )
     return found
 
 
-def _say_chain(chain: Chain, last_stage: bool, say: Say) -> None:
+def _say_chain(chain: Chain, last_stage: bool) -> None:
     where = f"{chain.run}, stage {chain.stage}" if chain.run is not None else "explicit adapters"
-    say(f"{where}: {' + '.join([chain.base['name_or_path'], *(str(a.path) for a in chain.adapters)])}")
+    logger.info(f"{where}: {' + '.join([chain.base['name_or_path'], *(str(a.path) for a in chain.adapters)])}")
     for other in stages_of(chain.run) if chain.run is not None and last_stage else ():
         if not other.complete():
-            say(f"note: {other.path} is not finished, and not in it")
+            logger.info(f"note: {other.path} is not finished, and not in it")
     if chain.run is not None and chain.stage is not None and chain.tokenizer_from is not None:
         template = resolve_template("auto", load_tokenizer(chain.tokenizer_from))
         check_rendering(chain.info, chain.run / chain.stage, template.text, template.tokenizer)
     for note in chain.notes:
-        say(note)
+        logger.info(note)
 
 
-def _write_adapter(chain: Chain, out: Path, overwrite: bool, say: Say) -> None:
+def _write_adapter(chain: Chain, out: Path, overwrite: bool) -> None:
     name = chain.base["name_or_path"]
     if not overwrite and _earlier(out, {"kind": COMPOSED, **chain.lineage()}) is not None:
-        say(f"{out} is complete already.")
+        logger.info(f"{out} is complete already.")
         return
     for adapter in chain.adapters:
         if adapter.copies:
@@ -148,7 +149,7 @@ def _write_adapter(chain: Chain, out: Path, overwrite: bool, say: Say) -> None:
         lineage=chain.lineage(),
         overwrite=overwrite,
     )
-    say(f"{out}: the whole chain as one PEFT adapter; it belongs on the bare {name}")
+    logger.info(f"{out}: the whole chain as one PEFT adapter; it belongs on the bare {name}")
 
 
 def _earlier(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -170,38 +171,36 @@ class _Done(Exception):
 
 
 def _measure_both(
-    chain: Chain, out: Path, onto: Way, merged: Callable[[Path, Way], MergeReport], rows: int, say: Say
+    chain: Chain, out: Path, onto: Way, merged: Callable[[Path, Way], MergeReport], rows: int
 ) -> MergeMeasure | None:
     """Merge the other way into a temporary folder beside ``out``, and measure both. None where the base was not trained in
     4 bits, so that there is one way only."""
     other: Way = "nf4" if onto == "base" else "base"
     if not chain.base.get("load_in_4bit", True):
-        say(f"trained on the base in 16 bits: --onto {other} would be another model, and is not measured")
+        logger.info(f"trained on the base in 16 bits: --onto {other} would be another model, and is not measured")
         return None
     found: MergeMeasure | None = None
     with suppress(_Done), folder_aside(out.with_name(f"{out.name}.measure")) as aside:
         try:
             merged(aside / other, other)
         except UserError as error:  # the disk is too small, or the base has no 16-bit weights
-            found = measure(chain, {onto: out}, rows=rows, say=say)
+            found = measure(chain, {onto: out}, rows=rows)
             found.missing[other] = error.message
         else:
             folders = {way: out if way == onto else aside / other for way in ("base", "nf4")}
-            found = measure(chain, folders, rows=rows, say=say)
+            found = measure(chain, folders, rows=rows)
         raise _Done
     return found
 
 
-def _merge(
-    chain: Chain, folder: Path, out: Path, onto: Way, lineage: dict[str, Any], overwrite: bool, say: Say
-) -> MergeReport:
+def _merge(chain: Chain, folder: Path, out: Path, onto: Way, lineage: dict[str, Any], overwrite: bool) -> MergeReport:
     told = 0
 
     def progress(done: int, total: int) -> None:
         nonlocal told
         if total > 2e9 and done * 10 // total > told:  # smaller models take seconds
             told = done * 10 // total
-            say(f"written {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+            logger.info(f"written {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     stored = chain.base.get("dtype")
     return merge(

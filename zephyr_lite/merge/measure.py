@@ -7,6 +7,7 @@ onto the 16-bit base it differs, since the base's own rounding is undone. The he
 from __future__ import annotations
 
 import gc
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,8 @@ from ..model.base import FAMILIES
 from ..model.chain import Chain
 from ..model.loaded import live_of
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 CHECK_ROWS, MEASURE_ROWS = 8, 64
 MAX_TOKENS = 512  # of each row
 MICRO_TOKENS = 2048  # run at once, padding included
@@ -149,13 +151,7 @@ class MergeMeasure:
 
 
 @torch.no_grad()
-def measure(
-    chain: Chain,
-    folders: Mapping[str, str | Path],
-    *,
-    rows: int = CHECK_ROWS,
-    say: Say = lambda line: None,
-) -> MergeMeasure:
+def measure(chain: Chain, folders: Mapping[str, str | Path], *, rows: int = CHECK_ROWS) -> MergeMeasure:
     """Compare merged folders with the live stack, one after the other: never two models in memory.
 
     The rows are the chain's held-out conversations, or the demo's if those cannot be read. Of the live stack only the last
@@ -168,8 +164,8 @@ def measure(
     Raises:
         UserError: the base or an adapter is not the one that the chain's stage was trained with.
     """
-    live = live_of(chain, chat_template="auto", say=say)
-    data, origin = _rows(chain, live.template, rows, say)
+    live = live_of(chain, chat_template="auto")
+    data, origin = _rows(chain, live.template, rows)
     examples = list(data.examples)
     targets = [torch.from_numpy(e.ids[1:][e.mask[1:]].astype(np.int64)) for e in examples]
     tokens = np.array([len(t) for t in targets], dtype=np.float64)
@@ -207,12 +203,12 @@ def measure(
     return MergeMeasure(origin, len(tokens), int(tokens.sum()), intervals["live"], bootstrap, ways, between)
 
 
-def _rows(chain: Chain, template: ChatTemplate, limit: int, say: Say) -> tuple[TokenizedDataset, str]:
+def _rows(chain: Chain, template: ChatTemplate, limit: int) -> tuple[TokenizedDataset, str]:
     try:
         found = held_out(chain, template, "sft", limit=limit, max_length=MAX_TOKENS)
         return found.data, found.origin
     except (UserError, OSError) as error:
-        say(f"no held-out conversations of the chain's own ({str(error).splitlines()[0]}); taking the demo's")
+        logger.info(f"no held-out conversations of the chain's own ({str(error).splitlines()[0]}); taking the demo's")
     specs = [DatasetSpec(path=str(DEMO_ROWS), limit=limit)]
     data = prepare(specs, "sft", RunConfig(max_length=MAX_TOKENS), template, what="held-out")
     return data, "the demo's conversations"

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,13 +158,7 @@ def check_family(config: Any, where: str) -> None:
         raise UserError(f"{where}: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl.")
 
 
-def load_base(
-    config: RunConfig,
-    *,
-    device: torch.device | None = None,
-    stream: bool = False,
-    say: Callable[[str], None] = print,
-) -> Base:
+def load_base(config: RunConfig, *, device: torch.device | None = None, stream: bool = False) -> Base:
     """Load the base of a run, frozen, onto the GPU where there is one.
 
     A 16-bit base is quantized to 4 bits once, and its 4-bit copy is read from the user's cache afterwards (``quantized``).
@@ -173,7 +166,6 @@ def load_base(
     Args:
         device: where to compute; None: the GPU where there is one.
         stream: leave every parameter on the host, possibly mapped from the file.
-        say: is told when the base is quantized, and why the copy cannot be saved.
 
     Raises:
         UserError: it cannot be found or read, is of another family, or is stored quantized in another format than NF4.
@@ -204,7 +196,7 @@ def load_base(
 
     # other families may rename their tensors on loading
     if settings is not None and model_config.model_type in FAMILIES:
-        model = load_quantized(folder, config.model_name_or_path, own_fingerprint, settings, dtype, load, say)
+        model = load_quantized(folder, config.model_name_or_path, own_fingerprint, settings, dtype, load)
     else:
         model = load(folder, settings is not None)
     model.config._name_or_path = model.name_or_path = str(folder)

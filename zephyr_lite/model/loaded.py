@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from .chain import Chain, chain_of_adapters, chain_of_run
 from .decoder import Decoder
 from .tokenizer import check_vocabulary
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 BASE = "base"
 WHOLE = "model"  # name of a model folder's only model
 
@@ -74,7 +76,6 @@ def open_live(
     adapters: Sequence[str] = (),
     base: str | None = None,
     chat_template: str | None = None,
-    say: Say = lambda line: None,
 ) -> LoadedModel:
     """Load a run's folder (its last complete stage), a stage's folder, a model's folder, or explicit adapters.
 
@@ -91,9 +92,9 @@ def open_live(
     """
     chain = find_chain(source, stage=stage, adapters=adapters, base=base)
     if chain is not None:
-        return live_of(chain, chat_template=chat_template, say=say)
+        return live_of(chain, chat_template=chat_template)
     path = Path(str(source)).expanduser()
-    loaded = load_base(RunConfig(model_name_or_path=str(path), load_in_4bit=False), say=say)
+    loaded = load_base(RunConfig(model_name_or_path=str(path), load_in_4bit=False))
     template = template_of_folder(path, loaded.tokenizer, chat_template)
     return LoadedModel(str(path), loaded, AdapterStack(loaded.model), template, {WHOLE: []})
 
@@ -138,15 +139,15 @@ def model_names(chain: Chain) -> list[str]:
     return [name if name != BASE else f"{name}_adapter" for name in names]
 
 
-def live_of(chain: Chain, *, chat_template: str | None = None, say: Say = lambda line: None) -> LoadedModel:
+def live_of(chain: Chain, *, chat_template: str | None = None) -> LoadedModel:
     """Load the base of a chain as its stage trained on it, and put every adapter on it, frozen.
 
     Raises:
         UserError: the base's files changed since the stage was trained; an adapter does not fit it.
     """
     for note in chain.notes:
-        say(note)
-    base = load_base(base_config(chain), say=say)
+        logger.info(note)
+    base = load_base(base_config(chain))
     source = source_of_chain(chain)
     check_fingerprint(chain.base.get("fingerprint"), base.path, source)
     folder = chain.tokenizer_from or base.path

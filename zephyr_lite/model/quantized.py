@@ -12,6 +12,7 @@ have the names, sizes and modification times that they had when it was made, and
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from ..io.atomic import folder_aside, make_folder, remove_tree, write_json
 from ..io.run_dir import cache_dir, read_json
 from .shards import weight_files
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 2  # part of the folder's name: a copy of another format is made again
 MANIFEST = "zephyr_lite.json"
 SHARD_SIZE = "512MB"  # a shard is copied to the host as a whole when it is written
-
-Say = Callable[[str], None]
 
 
 def load_quantized(
@@ -40,7 +41,6 @@ def load_quantized(
     settings: BitsAndBytesConfig,
     dtype: torch.dtype,
     load: Callable[[Path, bool], Any],
-    say: Say,
 ) -> Any:
     """The quantized model, from its copy in the cache, which is made first if there is none or the base's files have changed.
 
@@ -58,7 +58,7 @@ def load_quantized(
     suffix = f"{fingerprint[:16]}-nf4{double}-{str(dtype).removeprefix('torch.')}-v{FORMAT}"
 
     def not_kept(error: Exception) -> None:
-        say(
+        logger.warning(
             f"{quantized_dir()}: the quantized base cannot be kept there ({getattr(error, 'strerror', None) or error}); make "
             "room, make it writable, or name another folder in the environment variable ZEPHYR_LITE_CACHE. The base is "
             "quantized in memory, now and at every start."
@@ -84,9 +84,9 @@ def load_quantized(
         folder = existing[0] if existing else quantized_dir() / f"{Path(name).name.lstrip('.')[:40] or 'base'}-{suffix}"
         if read_json(folder / MANIFEST) != manifest(folder):
             if folder.exists():
-                say(f"{folder}: incomplete, damaged, or made of other files of the base; it is made again")
+                logger.warning(f"{folder}: incomplete, damaged, or made of other files of the base; it is made again")
                 remove_tree(folder)
-            say(f"quantizing the base once; later starts read {folder}")
+            logger.info(f"quantizing the base once; later starts read {folder}")
             model = load(source, True)
             try:
                 with folder_aside(folder) as aside:

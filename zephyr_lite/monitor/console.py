@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import traceback
@@ -87,6 +88,10 @@ class Console:
     def say(self, text: str = "") -> None:
         """Print plain text."""
         self.out.print(Text(visible(text)))
+
+    def log(self, record: logging.LogRecord) -> None:
+        """Print a message of the package's logger."""
+        self.say(record.getMessage())
 
     def text(self, text: str, style: str = "") -> Text:
         """Text for rich, with control characters escaped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from ..train.objective import Metrics, Outcome
 from ..train.observer import Observer, Sample
 from .report import REPORT, run_page
 from .stage_record import LENGTHS, read_source, read_stage
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ..data.dataset import TokenizedDataset
@@ -29,8 +32,7 @@ class ReportWriter(Observer):
     An error is printed once, and does not end training.
     """
 
-    def __init__(self, say: Callable[[str], None] = print) -> None:
-        self.say = say
+    def __init__(self) -> None:
         self.folder: Path | None = None
         self.failed = False
         self.due = 0.0
@@ -59,7 +61,7 @@ class ReportWriter(Observer):
             write_text(run / REPORT, run_page(read_source(run)))
 
         if self._try(write):
-            self.say(f"report: {run / REPORT}")
+            logger.info(f"report: {run / REPORT}")
 
     def _write(self) -> None:
         folder = self.folder
@@ -74,7 +76,7 @@ class ReportWriter(Observer):
             if not self.failed:
                 self.failed = True
                 why = str(error) or type(error).__name__
-                self.say(f"the report could not be written; training continues without it: {why}")
+                logger.warning(f"the report could not be written; training continues without it: {why}")
             return False
         return True
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from ..train.observer import Observer
 from .console import Console, Metrics
 
@@ -24,6 +26,10 @@ class Screen(Observer):
     def say(self, text: str = "") -> None:
         """Print a message."""
         self.console.say(text)
+
+    def log(self, record: logging.LogRecord) -> None:
+        """Print a message of the package's logger."""
+        self.say(record.getMessage())
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         """Print a logged step or an evaluation."""

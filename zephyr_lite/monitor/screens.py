@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-import re
 import sys
 import time
 from collections import deque
@@ -27,11 +27,6 @@ from .screen import Screen
 # appends: cursor movements would flood it.
 NOTEBOOKS = ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE")
 NOTEBOOK_LINES = 50  # steps printed of a whole run in a notebook
-# messages have no levels; these words mark those that ``--quiet`` prints
-_WARNS = re.compile(
-    r"left out|cannot|could not|fail|missing|damaged|changed since|instead|too large|does not|warning|not finite|collapse",
-    re.IGNORECASE,
-)
 
 
 class NotebookScreen(Screen):
@@ -62,10 +57,16 @@ class QuietScreen(Screen):
         self._begun = True
 
     def say(self, text: str = "") -> None:
-        if self._begun or _WARNS.search(text):
+        if self._begun:
             self.console.say(text)
         else:
             self._before.append(text)
+
+    def log(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self.console.say(record.getMessage())
+        else:
+            self.say(record.getMessage())
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from ..io.text import shown
 from .parallel import in_processes
 from .questions import Questions, open_rows, read_questions
 from .ultrafeedback import NOTES, TRUTHFUL_QA, UNRATED, PairRules, pair_of_row
+
+logger = logging.getLogger(__name__)
 
 MADE_BY = "zephyr-lite data pairs"
 TRAIN, TEST = "train_prefs", "test_prefs"
@@ -120,7 +123,6 @@ def make_pairs(
     file_format: FileFormat = "parquet",
     num_proc: int | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> PairsReport | None:
     """Read scored completions, choose pairs, split and write them; the folder appears complete or not at all.
 
@@ -137,7 +139,6 @@ def make_pairs(
         test: pairs to hold out: a share below 1, or a number. None: 2,000, and at most 5 %.
         num_proc: processes; None: one for each core, one for a small set.
         overwrite: replace a folder of an earlier run.
-        say: prints a line.
 
     Returns:
         None: ``out`` is the result of this very request already.
@@ -169,7 +170,7 @@ def make_pairs(
     report = PairsReport([f"{raw.label}: {len(raw):,} rows" for raw in opened], rules, len(questions))
     chosen: list[Chosen] = []
     for raw in opened:
-        say(f"choosing pairs in {raw.label}")
+        logger.info(f"choosing pairs in {raw.label}")
         blocks = [range(start, min(start + BLOCK, len(raw))) for start in range(0, len(raw), BLOCK)]
         processes = num_proc or (cores() if len(blocks) > 2 else 1)
         chosen += in_processes(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,8 @@ from .parallel import in_processes
 from .raw_chat import Dialogue, Raw, dialogues, open_raw
 from .refusals import first_refusal
 from .truecase import is_broken, restore
+
+logger = logging.getLogger(__name__)
 
 MADE_BY = "zephyr-lite data chat"
 LEXICON = "lexicon.txt"
@@ -113,7 +116,6 @@ def clean_chat(
     split: str | None = None,
     num_proc: int | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> ChatReport | None:
     """Clean a set of conversations.
 
@@ -123,7 +125,6 @@ def clean_chat(
         split: of the source.
         num_proc: processes; None for all cores.
         overwrite: replace the folder if this command made it.
-        say: prints a line.
 
     Returns:
         None: ``out`` is the result of this very request already.
@@ -139,7 +140,7 @@ def clean_chat(
         return None
     lexicon = Lexicon.load(options.lexicon) if options.lexicon is not None else None
     raw = open_raw(source, split)
-    say(f"{source}: read as {raw.kind}, {len(raw.rows):,} rows")
+    logger.info(f"{source}: read as {raw.kind}, {len(raw.rows):,} rows")
     sets = read_eval_sets(options.decontaminate, options.ngram)
     processes = num_proc or cores()
     scanned = _scan_all(raw, options, sets, processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ from ..io.redact import redact
 from ..io.run_dir import StageDir, read_json
 from ..io.safetensors import DTYPE_NAMES, SafetensorsFile, tensor_bytes, write_stream
 from .optim import restore_state
+
+logger = logging.getLogger(__name__)
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
@@ -165,9 +168,7 @@ def checkpoint_fault(folder: Path, *, deep: bool = True) -> str | None:
     return None if (folder / STATE).is_file() else f"{STATE} is missing"
 
 
-def resume_point(
-    stage: StageDir, say: Callable[[str], None] = print, *, fault: Callable[[Path], str | None] = checkpoint_fault
-) -> Path | None:
+def resume_point(stage: StageDir, *, fault: Callable[[Path], str | None] = checkpoint_fault) -> Path | None:
     """The newest undamaged checkpoint, or None where there is no checkpoint. Damaged ones are reported and moved aside.
 
     Args:
@@ -182,9 +183,11 @@ def resume_point(
             torn[path] = wrong
             continue
         if not (path / MANIFEST).exists():
-            say(f"{path.name}: has no {MANIFEST}, an earlier version wrote it; its files can be read, and are used")
+            logger.info(
+                f"{path.name}: has no {MANIFEST}, an earlier version wrote it; its files can be read, and are used"
+            )
         for other, what in torn.items():
-            say(f"{other.name}: {what}; using {path.name}")
+            logger.info(f"{other.name}: {what}; using {path.name}")
             aside = other.with_name(_TORN + other.name)
             remove_tree(aside)
             os.replace(other, aside)  # or it would count as the newest

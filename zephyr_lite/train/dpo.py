@@ -12,6 +12,7 @@ stage.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -29,7 +30,9 @@ from .monitors import DpoCollapseMonitor
 from .objective import Metrics, Shares
 from .oom import OomRetry
 from .reference import ReferenceCache, cache_key, pair_sums
-from .stage import Say, Stage
+from .stage import Stage
+
+logger = logging.getLogger(__name__)
 
 # Allowed difference of policy and reference at step 0, where both are the same function, in nats per token. A live
 # reference runs the same products in the same order; a cached one ran in other micro-batches and rounds differently.
@@ -41,13 +44,13 @@ class DpoObjective:
 
     unit = "pairs"
 
-    def __init__(self, stage: Stage, say: Say = print) -> None:
+    def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.data = stage.data
         self.decoder = stage.decoder
-        self.oom = OomRetry(stage, say)
+        self.oom = OomRetry(stage)
         self.collapse: DpoCollapseMonitor | None = DpoCollapseMonitor()
-        self.cache = self._fill_cache(say) if stage.config.precompute_ref_log_probs else None
+        self.cache = self._fill_cache() if stage.config.precompute_ref_log_probs else None
 
     def num_targets(self, examples: Sequence[int]) -> int:
         return len(examples)
@@ -131,7 +134,7 @@ class DpoObjective:
                 else "Please report this.",
             )
 
-    def _fill_cache(self, say: Say) -> ReferenceCache:
+    def _fill_cache(self) -> ReferenceCache:
         stage = self.stage
         key = cache_key(
             rows=stage.data.fingerprint,
@@ -140,11 +143,11 @@ class DpoObjective:
             adapters=[a.sha256 for a in stage.frozen],
         )
         cache = ReferenceCache(stage.dir.path, key, len(self.data.lengths))
-        if cache.load(say):
-            say(f"reference log-probabilities read from {cache.path}")
+        if cache.load():
+            logger.info(f"reference log-probabilities read from {cache.path}")
             return cache
         rest = f"the other {cache.missing:,} of " if cache.missing < cache.pairs else ""
-        say(f"computing the reference log-probabilities of {rest}{cache.pairs:,} pairs once")
+        logger.info(f"computing the reference log-probabilities of {rest}{cache.pairs:,} pairs once")
         cache.compute(
             self.decoder,
             lambda indices: collate_pairs([self.data.examples[i] for i in indices]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,9 +19,11 @@ from .loop import accumulate_gradients, update, warmup_largest_batch
 from .objective import Objective
 from .setup import setup_stage
 from .sft import SftObjective
-from .stage import Say, Stage
+from .stage import Stage
 from .state import init_state
 from .steps import rows_of_step
+
+logger = logging.getLogger(__name__)
 
 Spans = list[tuple[str, bool]]
 # of a packed row, which may hold dozens of conversations
@@ -28,13 +31,12 @@ SHOWN_EXAMPLES = 2
 SHOWN_TOKENS = 400
 
 
-def run_dry(method: Method, loaded: Loaded, *, say: Say, show: Callable[[str, Spans], None]) -> dict[str, float]:
+def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None]) -> dict[str, float]:
     """Print the resolved configuration, the plan, the first row with what is supervised, and the first step's time.
 
     Nothing is written but the libraries' caches: no run folder, no reference file, no tracker's run.
 
     Args:
-        say: prints a line.
         show: prints a title and runs of text, each with whether it is supervised.
 
     Returns:
@@ -49,14 +51,14 @@ def run_dry(method: Method, loaded: Loaded, *, say: Say, show: Callable[[str, Sp
             "Add engine=fused to look at the rows, or run it with max_steps=1 in an output_dir of its own.",
         )
     for line in dump_config(loaded.config).splitlines():
-        say(f"  {line}")
+        logger.info(f"  {line}")
     # the reference would be written to the stage's folder, and a tracker would start a run
     loaded.config = loaded.config.model_copy(update={"precompute_ref_log_probs": False, "report_to": []})
-    stage = setup_stage(method, loaded, say=say, claim=False)
+    stage = setup_stage(method, loaded, claim=False)
     for title, spans in first_row(stage):
         show(title, spans)
-    objective: Objective = SftObjective(stage, say) if method == "sft" else DpoObjective(stage, say)
-    state = init_state(stage, objective, say=say)
+    objective: Objective = SftObjective(stage) if method == "sft" else DpoObjective(stage)
+    state = init_state(stage, objective)
     if stage.base.device.type == "cuda":
         warmup_largest_batch(state)
     reset_peak_memory(stage.base.device)
@@ -64,13 +66,13 @@ def run_dry(method: Method, loaded: Loaded, *, say: Say, show: Callable[[str, Sp
     metrics = accumulate_gradients(state, 0)
     update(state, metrics)
     metrics["seconds"] = time.perf_counter() - started
-    say(
+    logger.info(
         f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4g}, "
         f"{metrics['seconds']:.2f} s (warm-up included), {peak_memory(stage.base.device) / 2**30:.2f} GiB at most"
         + f", {stage.plan.peak / 2**30:.2f} planned"
     )
     whole = timedelta(seconds=round(metrics["seconds"] * state.total))
-    say(
+    logger.info(
         f"at this pace {state.total:,} steps take {whole} at most, evaluations aside; "
         f"nothing was written to {loaded.config.output_dir}"
     )

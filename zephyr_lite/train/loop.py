@@ -6,6 +6,7 @@ are divided by the step's own number of targets, so neither the split nor a last
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,8 @@ from .oom import is_out_of_memory
 from .samples import draw_samples
 from .state import TrainState, is_saved, restore_best, resume, save
 from .steps import largest_micro_batches, micro_batches, rows_of_step, tokens_of_largest_step
+
+logger = logging.getLogger(__name__)
 
 
 def train(state: TrainState) -> Outcome:
@@ -63,7 +66,9 @@ def train(state: TrainState) -> Outcome:
             _save_if_due(state, callbacks, stop)
         while state.step < state.total and not callbacks.control.should_training_stop:
             if patience is not None and state.stale >= patience:
-                state.say(f"step {state.step}: eval_loss has not improved for {patience} evaluations; stopping early.")
+                logger.info(
+                    f"step {state.step}: eval_loss has not improved for {patience} evaluations; stopping early."
+                )
                 if not is_saved(state, state.step):
                     save(state)
                 break
@@ -280,10 +285,12 @@ def _check_numbers(state: TrainState) -> None:
     if kind == "applied":
         state.before_skips = None
         if state.objective.collapse is not None and (warning := state.objective.collapse.saw(step, metrics)):
-            state.say(warning)
+            logger.warning(warning)
             state.warnings.append(warning)
     elif kind == "searching":
-        state.say(f"step {step}: a gradient was too large for the loss scale, which is now {scale:g}: step left out.")
+        logger.warning(
+            f"step {step}: a gradient was too large for the loss scale, which is now {scale:g}: step left out."
+        )
     else:
         rows, alone = world().lead(lambda: _rows_not_finite(state, state.step))
         named = skipped.add(step, metrics, rows, alone=alone)
@@ -356,7 +363,7 @@ def _evaluate(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> Non
     _log(state, callbacks, found)
     loss = found["eval_loss"]
     if not math.isfinite(loss):
-        state.say(f"step {step}: the held-out loss is not finite; it counts as one that did not improve.")
+        logger.warning(f"step {step}: the held-out loss is not finite; it counts as one that did not improve.")
     if math.isfinite(loss) and (state.best is None or loss < state.best[0]):
         state.best, state.stale = (loss, step), 0
     else:
@@ -373,7 +380,7 @@ def _sample(state: TrainState, stop: StopRequest) -> None:
         return
     try:
         with stop.at_once():
-            samples = draw_samples(state.stage, state.step, state.say)
+            samples = draw_samples(state.stage, state.step)
     except KeyboardInterrupt:
         return  # ``stop`` remembers it
     for sample in samples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,21 +11,22 @@ from ..config.load import Loaded, Method
 from ..errors import Interrupted, UserError
 from ..io.lock import alone
 from ..io.sync import kept_elsewhere
-from .distributed import everywhere, nothing, sees, world
+from .distributed import everywhere, sees, world
 from .loop import train
 from .objective import Objective, Outcome
 from .observer import Observer
 from .setup import save_stage, setup_stage
-from .stage import Say, Stage
+from .stage import Stage
 from .state import OnMetrics, init_state
+
+logger = logging.getLogger(__name__)
 
 
 def run(
     method: Method,
-    objective: Callable[[Stage, Say], Objective],
+    objective: Callable[[Stage], Objective],
     loaded: Loaded,
     *,
-    say: Say = print,
     on_metrics: OnMetrics = lambda step, total, metrics: None,
     observers: Sequence[Observer] = (),
 ) -> Outcome:
@@ -32,7 +34,6 @@ def run(
 
     Args:
         objective: makes the method's objective of a stage.
-        say: prints a line.
         on_metrics: prints a logged step.
         observers: are told of steps, evaluations and samples. Only the process that writes prints and tells.
 
@@ -51,7 +52,7 @@ def run(
             )
         )
     if not here.writes:
-        say, on_metrics, observers = nothing, lambda step, total, metrics: None, ()
+        on_metrics, observers = lambda step, total, metrics: None, ()
     with ExitStack() as held:
         here.together(lambda: held.enter_context(alone(Path(config.output_dir))) if here.writes else None)
         if config.engine != "fused":
@@ -59,20 +60,20 @@ def run(
 
             check_supported(method, config)
         if here.size > 1:
-            say(
+            logger.info(
                 f"{here.size} processes, {here.local_size} of them on this machine: each takes its share of every step "
                 "(the plan and its hours are for one alone)"
             )
             sees(config.output_dir)
         # the writer first: it checks, writes stage.json and fills the caches that the others read
-        stage = here.in_turn(lambda: setup_stage(method, loaded, say=say))
+        stage = here.in_turn(lambda: setup_stage(method, loaded))
         held.enter_context(kept_elsewhere(stage.mirror))
         if config.engine != "fused":
-            outcome, own = train_on_trl(stage, say=say, on_metrics=on_metrics, observers=observers)
+            outcome, own = train_on_trl(stage, on_metrics=on_metrics, observers=observers)
         else:
-            state = init_state(stage, objective(stage, say), say=say, on_metrics=on_metrics, observers=observers)
+            state = init_state(stage, objective(stage), on_metrics=on_metrics, observers=observers)
             outcome, own = train(state), None
-        here.together(lambda: save_stage(stage, outcome, say=say, own=own) if here.writes else None)
+        here.together(lambda: save_stage(stage, outcome, own=own) if here.writes else None)
         for observer in observers:
             observer.on_train_end(stage, outcome)
         stopped_at_the_end(stage, outcome)

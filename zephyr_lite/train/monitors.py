@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
 from .checkpoint import MetricsLog
+
+logger = logging.getLogger(__name__)
 
 # a run ends after so many steps in a row that are not finite
 IN_A_ROW = 3
@@ -25,7 +28,6 @@ class SkippedSteps:
 
     Args:
         folder: of the stage.
-        say: prints a line.
 
     Attributes:
         count: skipped steps, those of the scaler's search included.
@@ -35,8 +37,8 @@ class SkippedSteps:
             themselves, false if each of the step's rows is finite alone, null if that was not tested.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None], *, writes: bool = True) -> None:
-        self.log, self.say = MetricsLog(folder / LEFT_OUT, writes=writes), say
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self.log = MetricsLog(folder / LEFT_OUT, writes=writes)
         self.count = self.in_a_row = 0
         self.settled = False
 
@@ -73,7 +75,7 @@ class SkippedSteps:
         self.log.append({"step": step, "loss": loss, "grad_norm": norm, "not_finite_alone": alone, "rows": list(rows)})
         named = f"{', '.join(rows[:3])}{', …' if len(rows) > 3 else ''}"
         which = {True: "Not finite", False: "Each of its rows is finite alone", None: "Its rows"}[alone]
-        self.say(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: step left out. {which}: {named}.")
+        logger.warning(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: step left out. {which}: {named}.")
         return named
 
     def error(self, step: int, named: str, kept: str) -> UserError:

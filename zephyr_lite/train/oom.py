@@ -7,6 +7,7 @@ same rows, normalization and dropout (a function of the step's number), so only 
 from __future__ import annotations
 
 import gc
+import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +24,10 @@ from ..model.activation_offload import LockRefused
 from .distributed import world
 from .steps import micro_batches
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
-    from .stage import Say, Stage
+    from .stage import Stage
 
 # Messages of RuntimeErrors that mean out of memory: the driver, cuBLAS' workspaces, Triton loading a kernel, the CPU's
 # allocator.
@@ -105,12 +108,10 @@ class OomRetry:
 
     Args:
         stage: its ``plan`` is replaced.
-        say: prints a line.
     """
 
-    def __init__(self, stage: Stage, say: Say) -> None:
+    def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.say = say
         self._running: Running | None = None
         self._recording = False
         self._lockable = True  # False once the system refused to lock main memory
@@ -211,7 +212,7 @@ class OomRetry:
             )
             if plan is None:
                 raise _does_not_fit(stage, running, failure)
-            self.say(f"memory ran out for {size} ({failure}); the plan is now: {'; '.join(plan.lines())}")
+            logger.info(f"memory ran out for {size} ({failure}); the plan is now: {'; '.join(plan.lines())}")
             with Attempt(self) as attempt:
                 self.follow(plan)
             if attempt.failure is None:

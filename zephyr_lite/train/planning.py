@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from ..memory.plan import Plan, make_plan
 from ..memory.workload import Workload, make_workload, storage_of
 from ..model.base import compute_device, compute_dtype
 from ..model.peft_io import AdapterFile
-from .stage import Say
 from .steps import step_schedule
+
+logger = logging.getLogger(__name__)
 
 
 def stage_workload(
@@ -87,7 +89,7 @@ def _share(parts: Sequence[TokenizedDataset], longest: int, count: Callable[[Any
     return max(most, counted / max(1, tokens))
 
 
-def plan_stage(job: Workload, config: RunConfig, say: Say) -> Plan:
+def plan_stage(job: Workload, config: RunConfig) -> Plan:
     """Make the plan for this machine, and print it.
 
     Raises:
@@ -102,5 +104,5 @@ def plan_stage(job: Workload, config: RunConfig, say: Say) -> Plan:
     else:
         lines = forecast_lines(job, machine, plan, config)
     for line in lines:
-        say(line)
+        logger.info(line)
     return plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -12,6 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 from ..config.load import RunConfig
 from ..errors import UserError
 from ..io.run_dir import StageDir
+
+logger = logging.getLogger(__name__)
 
 
 def check_repo_name(config: RunConfig) -> None:
@@ -23,7 +25,7 @@ def check_repo_name(config: RunConfig) -> None:
             raise UserError(f"push_to_hub {config.push_to_hub}: {error}", "Set push_to_hub=OWNER/NAME.") from None
 
 
-def push_adapter(config: RunConfig, stage: StageDir, info: dict[str, Any], say: Callable[[str], None]) -> None:
+def push_adapter(config: RunConfig, stage: StageDir, info: dict[str, Any]) -> None:
     """Upload ``adapter/`` of a complete stage, unless this adapter was pushed there before.
 
     Args:
@@ -51,4 +53,4 @@ def push_adapter(config: RunConfig, stage: StageDir, info: dict[str, Any], say: 
         ) from None
     info["pushed"] = pushed
     stage.write_info(info)
-    say(f"pushed to {config.push_to_hub}")
+    logger.info(f"pushed to {config.push_to_hub}")

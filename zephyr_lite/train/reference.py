@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -20,10 +21,10 @@ from ..io.safetensors import tensor_bytes, write_stream
 from ..model.decoder import Decoder
 from .distributed import PeerEnded, world
 
+logger = logging.getLogger(__name__)
+
 # the file is written so often
 SAVE_SECONDS = 60.0
-
-Say = Callable[[str], None]
 
 
 def pair_sums(decoder: Decoder, batch: Batch, **options: Any) -> Tensor:
@@ -54,16 +55,15 @@ class ReferenceCache:
         """Pairs that have no sums yet."""
         return int((~self._known()).sum())
 
-    def load(self, say: Say = print) -> bool:
+    def load(self) -> bool:
         """Read the file, in one process for all; returns whether every pair has its sums.
 
         Args:
-            say: prints why a file is not used.
         """
-        self.sums = world().lead(lambda: self._read(say))
+        self.sums = world().lead(lambda: self._read())
         return not self.missing
 
-    def _read(self, say: Say) -> Tensor:
+    def _read(self) -> Tensor:
         if not self.path.exists():
             return self.sums
         try:
@@ -74,7 +74,7 @@ class ReferenceCache:
             wrong = f"cannot be read ({error})"
         if wrong is None:
             return sums
-        say(f"{self.path}: {wrong}; it is computed again")
+        logger.info(f"{self.path}: {wrong}; it is computed again")
         return self.sums
 
     def _fault(self, metadata: Mapping[str, str], sums: Tensor) -> str | None:

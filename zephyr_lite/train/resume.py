@@ -5,9 +5,9 @@ A change that gradients do not depend on is allowed and printed; any other is re
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +27,8 @@ from ..model.base import compute_device, fingerprint, is_fingerprint_of
 from ..model.peft_io import AdapterFile
 from .checkpoint import checkpoint_fault
 from .distributed import world
+
+logger = logging.getLogger(__name__)
 
 # keys that gradients do not depend on
 ALLOWED = {
@@ -250,19 +252,13 @@ def judged_on_other_rows(
 
 
 def resumed_plan(
-    stage: StageDir,
-    before: dict[str, Any],
-    config: RunConfig,
-    machine: dict[str, Any],
-    layers: int,
-    say: Callable[[str], None],
+    stage: StageDir, before: dict[str, Any], config: RunConfig, machine: dict[str, Any], layers: int
 ) -> Plan | None:
     """The plan in stage.json, which a resumed stage keeps: another split of its sums would change bits. None where the key
     ``memory`` or the kind of device has changed.
 
     Args:
         layers: decoder layers of the base.
-        say: prints the plan, or why it is made again.
 
     Raises:
         UserError: this version has no such plan, or it is one of another model.
@@ -270,7 +266,7 @@ def resumed_plan(
     same_device = _last(before, "machine").get("device", machine["device"]) == machine["device"]
     if not same_device or MemorySpec.model_validate(config_of_stage(stage).get("memory") or {}) != config.memory:
         why = "memory was changed" if same_device else "this is another kind of device"
-        say(f"{why}: from here on sums are split, and rounded, in another way")
+        logger.info(f"{why}: from here on sums are split, and rounded, in another way")
         return None
     file = stage.path / STAGE_FILE
     hint = "Resume with the version that began the stage (the file names it), or choose another output_dir or stage."
@@ -281,9 +277,9 @@ def resumed_plan(
     if len(plan.keep) not in (0, layers):
         raise UserError(f"{file}: its plan is for {len(plan.keep)} layers, and the base has {layers}.", hint)
     for line in ("the plan is the one that the stage was started with", *plan.lines()):
-        say(line)
+        logger.info(line)
     if cores() < plan.threads:
-        say(f"it computes with {plan.threads} threads, and there are {cores()} cores here: it will be slower")
+        logger.info(f"it computes with {plan.threads} threads, and there are {cores()} cores here: it will be slower")
     return plan
 
 
@@ -332,7 +328,6 @@ def report_changes(
     machine: dict[str, Any],
     engine: str,
     forget_best: bool,
-    say: Callable[[str], None],
 ) -> None:
     """Print what changed since the stage was last worked on, and add libraries and machine to ``changes.allowed``.
 
@@ -344,11 +339,11 @@ def report_changes(
         UserError: this process would compute in another dtype than the one that writes.
     """
     if changes.allowed:
-        say(f"changed since this stage was last worked on: {'; '.join(changes.allowed)}")
+        logger.warning(f"changed since this stage was last worked on: {'; '.join(changes.allowed)}")
     if forget_best:
         line = "the held-out rows are others than before: evaluations of before do not count for the best checkpoint"
         changes.allowed.append(line)
-        say(line)
+        logger.info(line)
     then, first = _last(before, "versions"), _last(before, "machine")
     if not world().writes and first["dtype"] != machine["dtype"]:
         raise UserError(
@@ -361,7 +356,7 @@ def report_changes(
     pairs += [(key, first[key], machine[key]) for key in ROUNDS if key in first]
     if rounding := [f"{name} {old} then, {new} now" for name, old, new in pairs if old != new]:
         changes.allowed += rounding
-        say(
+        logger.info(
             f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed run"
         )
 

@@ -6,7 +6,8 @@ modes, gradients and adapters stay as they were. A streamed base is not supporte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,24 +18,25 @@ from ..data.chat_template import Example
 from ..errors import UserError
 from .observer import Sample
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from .stage import Stage
 
 
-def draw_samples(stage: Stage, step: int, say: Callable[[str], None] = print) -> list[Sample]:
+def draw_samples(stage: Stage, step: int) -> list[Sample]:
     """Greedy answers of at most ``config.sample_tokens`` tokens to the first ``config.samples`` held-out prompts. If they
     cannot be generated (no memory, logits that are not finite), the reason is printed once, and training continues.
 
     Args:
         stage: its policy answers.
         step: optimizer steps done.
-        say: prints the reason.
     """
     wanted = stage.config.samples
     if wanted == 0 or stage.eval_data is None or not stage.draws_samples:
         return []
     if stage.plan.stream or stage.decoder.stream is not None:
-        return _give_up(stage, "the base is in main memory, where answers would take minutes", say)
+        return _give_up(stage, "the base is in main memory, where answers would take minutes")
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for example in stage.eval_data.examples[: 4 * wanted]:  # some may have no prompt
         if (parts := _prompt_and_reference(stage, example)) is not None:
@@ -42,26 +44,26 @@ def draw_samples(stage: Stage, step: int, say: Callable[[str], None] = print) ->
         if len(found) == wanted:
             break
     if not found:
-        return _give_up(stage, "no held-out row has a prompt before its first answer", say)
+        return _give_up(stage, "no held-out row has a prompt before its first answer")
     decode = stage.template.tokenizer.decode
     try:
         answers = _answers(stage, [prompt for prompt, _ in found])
     except torch.OutOfMemoryError:
         answers = None  # the cache is emptied after the error is gone
     except UserError as error:
-        return _give_up(stage, error.message, say)
+        return _give_up(stage, error.message)
     if answers is None:
         torch.cuda.empty_cache()
-        return _give_up(stage, "the card's memory does not suffice for them", say)
+        return _give_up(stage, "the card's memory does not suffice for them")
     return [
         Sample(step, decode(prompt.tolist()), answer, decode(reference.tolist(), skip_special_tokens=True).strip())
         for (prompt, reference), answer in zip(found, answers)
     ]
 
 
-def _give_up(stage: Stage, why: str, say: Callable[[str], None]) -> list[Sample]:
+def _give_up(stage: Stage, why: str) -> list[Sample]:
     stage.draws_samples = False
-    say(f"no samples are drawn: {why}. Training is not affected.")
+    logger.info(f"no samples are drawn: {why}. Training is not affected.")
     return []
 
 

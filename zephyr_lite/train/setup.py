@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -59,11 +60,13 @@ from .resume import (
     started_before,
     versions,
 )
-from .stage import Say, Stage
+from .stage import Stage
 from .steps import step_schedule
 
+logger = logging.getLogger(__name__)
 
-def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool = True) -> Stage:
+
+def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     """Make a stage ready to train. Cheap checks come first. Every process of a run calls it, the one that writes before the
     others, which then resume what it has written to stage.json.
 
@@ -76,20 +79,20 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
     """
     config, writes = loaded.config, claim and world().writes
     for note in loaded.notes:
-        say(note)
+        logger.info(note)
 
     # what is on the disk
     stage = StageDir(Path(config.output_dir) / config.stage)
     before, changes = started_before(stage, config, method)
     if before is not None and changes.complete and not (changes.refused or changes.places):
         if writes:
-            catch_up(config.sync, stage, say)
-            push_adapter(config, stage, before, say)
+            catch_up(config.sync, stage)
+            push_adapter(config, stage, before)
         raise stage_complete(stage, before)
 
     # settings, adapters below, base
     check_settings(config)
-    frozen = adapters_below(method, config, stage, say)
+    frozen = adapters_below(method, config, stage)
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
     check_weights(folder, base_config)
@@ -105,10 +108,10 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
     if config.chat_template == "auto":
         check_template_of(frozen, template)
     data = prepare(config.dataset, method, config, template, what="training")
-    _report_rows(data, base_config, say)
+    _report_rows(data, base_config)
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
     if eval_data is not None:
-        _report_rows(eval_data, base_config, say)
+        _report_rows(eval_data, base_config)
     told = data_info(data, template)
     machine, libraries = machine_now(compute_dtype(config.dtype, compute_device())), versions()
     forget_best = False
@@ -118,22 +121,22 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
         if changes.complete:
             raise stage_complete(stage, before)
         forget_best = judged_on_other_rows(before, config, stage, eval_data)
-        report_changes(changes, before, libraries, machine, config.engine, forget_best, say)
+        report_changes(changes, before, libraries, machine, config.engine, forget_best)
 
     # plan
     workload = stage_workload(method, config, base_config, folder, frozen, data, eval_data)
-    plan = resumed_plan(stage, before, config, machine, base_config.num_hidden_layers, say) if before else None
-    plan = plan or plan_stage(workload, config, say)
+    plan = resumed_plan(stage, before, config, machine, base_config.num_hidden_layers) if before else None
+    plan = plan or plan_stage(workload, config)
     torch.set_num_threads(plan.threads)
 
     # base, adapters
     if writes:
         stage.claim()
-    base, stack, decoder = _load(config, plan, frozen, say)
+    base, stack, decoder = _load(config, plan, frozen)
     per_epoch, total = step_schedule(config, len(data.rows))
     parameters = sum(p.numel() for p in stack.parameters().values())
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
-    say(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all{trained}")
+    logger.info(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all{trained}")
 
     # stage.json
     links = [{"path": _relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen]
@@ -162,7 +165,7 @@ def setup_stage(method: Method, loaded: Loaded, *, say: Say = print, claim: bool
         plan=plan,
         frozen=frozen,
         info=info,
-        mirror=open_mirror(config.sync, stage, say) if writes else None,
+        mirror=open_mirror(config.sync, stage) if writes else None,
         forget_best=forget_best,
         writes=writes,
     )
@@ -196,19 +199,19 @@ def check_settings(config: RunConfig) -> None:
     check_repo_name(config)
 
 
-def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile], say: Say) -> tuple[Base, AdapterStack, Decoder]:
+def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile]) -> tuple[Base, AdapterStack, Decoder]:
     """The base with its adapters, and the decoder that runs them under the plan."""
-    say(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
+    logger.info(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
     cap_allocator(compute_device(), config.memory)
     if config.engine == "unsloth":
         from ..engines.unsloth import load_unsloth
 
         base = load_unsloth(config)
     else:
-        base = load_base(config, stream=plan.stream, say=say)
+        base = load_base(config, stream=plan.stream)
     if config.engine == "fused":
         for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
-            say(note)
+            logger.info(note)
     stream = WeightStreamer(base.model, base.device) if base.streamed else None
     stack = AdapterStack(base.model, base.device)
     if config.engine == "fused":  # the other engines attach theirs, to any architecture
@@ -224,14 +227,14 @@ def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile], say: Say) ->
     return base, stack, decoder
 
 
-def adapters_below(method: Method, config: RunConfig, stage: StageDir, say: Say) -> list[AdapterFile]:
+def adapters_below(method: Method, config: RunConfig, stage: StageDir) -> list[AdapterFile]:
     """The adapters below this stage, read and verified: those of the key ``adapters``, or dpo's stage sft."""
     if config.adapters == "none":
         return []
     if config.adapters:
         adapters = [read_adapter(fetch_adapter(name, beside=[CARD])) for name in config.adapters]
         for note in check_stack(adapters, config.model_name_or_path):
-            say(note)
+            logger.info(note)
         return adapters
     if method == "sft":
         return []
@@ -244,7 +247,7 @@ def adapters_below(method: Method, config: RunConfig, stage: StageDir, say: Say)
             "base itself.",
         )
     adapters = chain_of_run(stage.run, stage="sft").adapters
-    say(f"the reference is the base with {', '.join(str(a.path) for a in adapters)}")
+    logger.info(f"the reference is the base with {', '.join(str(a.path) for a in adapters)}")
     return adapters
 
 
@@ -297,7 +300,7 @@ def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time
     return resolve_template(config.chat_template, load_tokenizer(folder), now)
 
 
-def save_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[str, LoraWeights] | None = None) -> None:
+def save_stage(stage: Stage, outcome: Outcome, *, own: dict[str, LoraWeights] | None = None) -> None:
     """Write what people load: the stage's own adapter, the whole chain as one, the tokenizer; then mark it complete.
 
     Args:
@@ -331,8 +334,8 @@ def save_stage(stage: Stage, outcome: Outcome, *, say: Say = print, own: dict[st
         finished=_now(),
     )
     stage.dir.write_info(stage.info)
-    say(f"{stage.dir.adapter} holds the adapter" + (" (the whole chain in one)" if stage.frozen else ""))
-    push_adapter(stage.config, stage.dir, stage.info, say)
+    logger.info(f"{stage.dir.adapter} holds the adapter" + (" (the whole chain in one)" if stage.frozen else ""))
+    push_adapter(stage.config, stage.dir, stage.info)
 
 
 def _now() -> str:
@@ -354,15 +357,15 @@ def _relative_to_run(path: Path, run: Path) -> str:
     return str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
 
 
-def _report_rows(data: TokenizedDataset, base_config: Any, say: Say) -> None:
+def _report_rows(data: TokenizedDataset, base_config: Any) -> None:
     for line in data.report.lines():
-        say(line)
+        (logger.warning if line.startswith("left out") else logger.info)(line)
     context = getattr(base_config, "max_position_embeddings", None)
     if context is None:
         return
     long = (data.lengths > context).nonzero()[0].tolist()  # of a pair: of both responses
     if longer := [data.examples[i].where for i in long if _positions(data.examples[i]) > context]:
-        say(
+        logger.warning(
             f"warning: {len(longer):,} rows are longer than the {context:,} tokens that the base was made for "
             f"(max_position_embeddings), {longer[0]} first. Lower max_length to cut them."
         )

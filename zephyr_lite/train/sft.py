@@ -22,7 +22,7 @@ from .main import run
 from .monitors import DpoCollapseMonitor
 from .objective import Metrics, Shares
 from .oom import OomRetry
-from .stage import Say, Stage
+from .stage import Stage
 
 
 class SftObjective:
@@ -31,11 +31,11 @@ class SftObjective:
     unit = "tokens"
     collapse: DpoCollapseMonitor | None = None
 
-    def __init__(self, stage: Stage, say: Say = print) -> None:
+    def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.data = stage.data
         self.decoder = stage.decoder
-        self.oom = OomRetry(stage, say)
+        self.oom = OomRetry(stage)
 
     def num_targets(self, examples: Sequence[int]) -> int:
         return sum(int(self.data.examples[i].mask[1:].sum()) for i in examples)

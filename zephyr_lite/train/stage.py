@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +16,6 @@ from ..model.adapters import AdapterStack
 from ..model.base import Base
 from ..model.decoder import Decoder
 from ..model.peft_io import AdapterFile
-
-Say = Callable[[str], None]
 
 
 @dataclass

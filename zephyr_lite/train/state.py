@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from .optim import make_optimizer, make_scheduler
 from .stage import Stage
 from .steps import step_schedule
 
+logger = logging.getLogger(__name__)
+
 OnMetrics = Callable[[int, int, Metrics], None]
 
 
@@ -32,7 +35,7 @@ class TrainState:
         parameters: the adapter's float32 weights, by name.
         optimizer, scheduler, scaler: of these weights; the scaler is disabled but for float16.
         per_epoch, total: steps of an epoch, and of the run.
-        say, on_metrics: print a line, and a logged step.
+        on_metrics: prints a logged step.
         observers: are told of steps, evaluations and samples.
         callbacks: transformers' callbacks beside the trackers of ``report_to``.
         output: knows whether anything can still be printed.
@@ -55,7 +58,6 @@ class TrainState:
     scaler: torch.amp.GradScaler
     per_epoch: int
     total: int
-    say: Callable[[str], None]
     on_metrics: OnMetrics
     observers: Sequence[Observer]
     callbacks: Sequence[TrainerCallback]
@@ -86,14 +88,12 @@ def init_state(
     stage: Stage,
     objective: Objective,
     *,
-    say: Callable[[str], None] = print,
     on_metrics: OnMetrics = lambda step, total, metrics: None,
     observers: Sequence[Observer] = (),
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainState:
     """The state before the first step, with the optimizer's state allocated (see ``TrainState`` for the arguments)."""
     output = Output()
-    say = output.of(say)
     parameters = stage.stack.parameters()
     optimizer = make_optimizer(stage.config, parameters)
     per_epoch, total = step_schedule(stage.config, len(stage.data.rows))
@@ -106,14 +106,13 @@ def init_state(
         scaler=torch.amp.GradScaler(stage.base.device.type, enabled=stage.base.dtype == torch.float16),
         per_epoch=per_epoch,
         total=total,
-        say=say,
         on_metrics=output.of(on_metrics),
         observers=observers,
         callbacks=callbacks,
         output=output,
         log=MetricsLog(stage.dir.metrics, writes=stage.writes),
         sample_log=MetricsLog(stage.dir.samples, writes=stage.writes),
-        skipped=SkippedSteps(stage.dir.path, say, writes=stage.writes),
+        skipped=SkippedSteps(stage.dir.path, writes=stage.writes),
     )
 
 
@@ -163,7 +162,7 @@ def _prune(state: TrainState) -> None:
 def resume(state: TrainState) -> bool:
     """Restore the newest checkpoint, if there is one, and what was logged up to it; returns whether its evaluation is due."""
     stage, here = state.stage, world()
-    found = here.lead(lambda: resume_point(stage.dir, state.say))
+    found = here.lead(lambda: resume_point(stage.dir))
     forget_best = here.lead(lambda: stage.forget_best)
     extra: dict[str, Any] = {}
     if found is not None:
@@ -180,7 +179,7 @@ def resume(state: TrainState) -> bool:
         if state.objective.collapse is not None:
             state.objective.collapse.load(extra.get("collapse") or {})
         state.warnings = list(extra.get("warnings") or [])
-        state.say(f"going on from {found.name}")
+        logger.info(f"going on from {found.name}")
         if stage.writes:
             _prune(state)  # the last process may have been killed between a checkpoint and this
     pending = bool(extra.get("pending"))
@@ -198,8 +197,8 @@ def restore_best(state: TrainState) -> None:
     folder = state.stage.dir.path / f"checkpoint-{state.best[1]}"
     if (fault := checkpoint_fault(folder)) is not None:
         warning = f"{folder.name}, the best, cannot be taken ({fault}); the adapter is the last step's."
-        state.say(warning)
+        logger.warning(warning)
         state.warnings.append(warning)
         return
     state.checkpoint.read_adapter(folder)
-    state.say(f"took the adapter of step {state.best[1]}, eval_loss {state.best[0]:.4f}")
+    logger.info(f"took the adapter of step {state.best[1]}, eval_loss {state.best[0]:.4f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ from ...train.sft import run_sft
 from .score import Score, Scores, held_out_config
 from .table import BASE, Table
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 OnMetrics = Callable[[int, int, dict[str, float]], None]
 
 
@@ -48,9 +50,7 @@ class Ablation:
         }
 
 
-def run_ablation(
-    table: Table, *, say: Say = print, on_metrics: OnMetrics = lambda step, total, metrics: None
-) -> Ablation:
+def run_ablation(table: Table, *, on_metrics: OnMetrics = lambda step, total, metrics: None) -> Ablation:
     """Train the stages that are not finished, then score every arm and the bare base.
 
     Interrupted stages are resumed. The result is written to ``NAME.json`` and ``NAME.md`` in the table's folder (``NAME-some``
@@ -61,28 +61,28 @@ def run_ablation(
     """
     _check_bases(table)
     with alone(table.run):
-        return _run(table, say, on_metrics)
+        return _run(table, on_metrics)
 
 
-def _run(table: Table, say: Say, on_metrics: OnMetrics) -> Ablation:
+def _run(table: Table, on_metrics: OnMetrics) -> Ablation:
     stages = table.stages()
     _check_rows(table)
     for number, stage in enumerate(stages, 1):
         arms = ", ".join(arm for arm, chain in table.arms.items() if any(s.name == stage.name for s in chain))
-        say(f"[{number}/{len(stages)}] {stage.name} ({stage.method}), for {arms}")
+        logger.info(f"[{number}/{len(stages)}] {stage.name} ({stage.method}), for {arms}")
         try:
-            (run_sft if stage.method == "sft" else run_dpo)(stage.loaded, say=say, on_metrics=on_metrics)
+            (run_sft if stage.method == "sft" else run_dpo)(stage.loaded, on_metrics=on_metrics)
         except StageComplete as done:
-            say(done.message)
+            logger.info(done.message)
         gc.collect()  # free one stage's base before the next one is loaded
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    scores = Scores(table, say)
+    scores = Scores(table)
     base = scores.base()
     result = Ablation(table, base, {arm: scores.arm(arm) for arm in table.arms}, scores.conversations, scores.pairs)
     write_json(table.run / f"{table.result.name}.json", result.as_dict())
     write_text(table.run / f"{table.result.name}.md", "\n".join(table_lines(result)) + "\n")
-    say(f"wrote {table.result}.json and .md")
+    logger.info(f"wrote {table.result}.json and .md")
     return result
 
 

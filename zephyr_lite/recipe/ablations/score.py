@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,6 +19,8 @@ from ...model.base import is_fingerprint_of, load_base, load_tokenizer
 from ...model.chain import Chain, chain_of_run
 from ...model.decoder import Decoder
 from .table import ArmStage, Table
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ class Scores:
         UserError: a stage is not finished, its adapters were changed, or held-out rows cannot be read.
     """
 
-    def __init__(self, table: Table, say: Callable[[str], None]) -> None:
-        self.table, self.say = table, say
+    def __init__(self, table: Table) -> None:
+        self.table = table
         self.chains = {arm: chain_of_run(table.run, stage=stages[-1].name) for arm, stages in table.arms.items()}
-        base = load_base(table.stages()[0].loaded.config, say=say)
+        base = load_base(table.stages()[0].loaded.config)
         for arm, chain in self.chains.items():
             if not is_fingerprint_of(chain.base["fingerprint"], base.path):
                 raise UserError(
@@ -82,14 +84,14 @@ class Scores:
 
     def base(self) -> Score:
         """The bare base, with the first arm's template."""
-        self.say("scoring the base")
+        logger.info("scoring the base")
         return Score(chat_loss(self._decoder([]), self._first.conversations), _likelier(self._first.reference))
 
     def arm(self, arm: str) -> Score:
         """One arm, with all adapters of its chain."""
         chain = self.chains[arm]
         rows = self._held_out(chain)
-        self.say(f"scoring {arm}")
+        logger.info(f"scoring {arm}")
         for adapter in chain.adapters:
             if adapter.sha256 not in self._names:
                 self._names[adapter.sha256] = f"adapter{len(self._names)}"
@@ -126,7 +128,7 @@ class Scores:
         spec = self.table.chat if method == "sft" else self.table.preferences
         data = prepare([spec], method, held_out_config(self.table.stages(), method), template, what="held-out")
         for line in data.report.lines():
-            self.say(line)
+            logger.info(line)
         return data
 
     def _own_evaluation(self, stage: ArmStage) -> dict[str, float]:

@@ -13,7 +13,6 @@ import hashlib
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,9 +178,7 @@ def plan_distill(config: DistillConfig, seeds: Prompts | None) -> Distilled:
     return Distilled(Path(config.out), wanted if most is None else min(wanted, most), grid, seeds)
 
 
-def run_distill(
-    config: DistillConfig, result: Distilled, meter: Meter, *, say: Callable[[str], None], back_off: float = 1.0
-) -> Distilled:
+def run_distill(config: DistillConfig, result: Distilled, meter: Meter, *, back_off: float = 1.0) -> Distilled:
     """Make the data set in ``config.out``: train_sft.jsonl, test_sft.jsonl, report.json, requests.sqlite, config.yaml.
 
     The columns are ultrachat_200k's (prompt, prompt_id, messages), and topic and kind.
@@ -195,7 +192,7 @@ def run_distill(
             are in the request log in each case.
     """
     claim_folder(result.out, COMMAND, config)
-    run_job(_run(config, result, meter, back_off), say)
+    run_job(_run(config, result, meter, back_off))
     write_json(result.out / REPORT, result.report())
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -368,9 +368,7 @@ def _rating_report(ratings: Mapping[str, int]) -> dict[str, Any]:
     return {"mean": None if mean is None else round(mean, 4), "counts": dict(sorted(ratings.items()))}
 
 
-def run_feedback(
-    config: FeedbackConfig, read: Prompts, meter: Meter, *, say: Callable[[str], None], back_off: float = 1.0
-) -> Feedback:
+def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter, *, back_off: float = 1.0) -> Feedback:
     """Make the data set in ``config.out``: train.jsonl, report.json, requests.sqlite, config.yaml.
 
     The rows are in the prompts' order, and the same however many requests run at once and however often the job was
@@ -388,7 +386,7 @@ def run_feedback(
     principles = read_principles(Path(config.principles_file) if config.principles_file else None)
     claim_folder(out, COMMAND, config)
     result = Feedback(out, read)
-    run_job(_run(config, principles, result, meter, back_off), say)
+    run_job(_run(config, principles, result, meter, back_off))
     write_json(out / REPORT, result.report(config))
     return result
 
@@ -475,7 +473,7 @@ def feedback_bounds(
     return bounds
 
 
-def make_pair_folder(config: FeedbackConfig, say: Callable[[str], None]) -> list[str]:
+def make_pair_folder(config: FeedbackConfig) -> list[str]:
     """``OUT/pairs`` from ``OUT/train.jsonl``, as ``data pairs`` makes it by default; returns lines about the result.
 
     Rows without any pair are no error: the ratings are kept, and other rules may find pairs.
@@ -485,7 +483,7 @@ def make_pair_folder(config: FeedbackConfig, say: Callable[[str], None]) -> list
 
     rows, pairs = Path(config.out, ROWS), Path(config.out, PAIRS)
     try:
-        report = make_pairs([str(rows)], pairs, PairRules(seed=config.seed), overwrite=True, say=say)
+        report = make_pairs([str(rows)], pairs, PairRules(seed=config.seed), overwrite=True)
     except UserError as error:
         earlier = f" {pairs} is from an earlier run." if pairs.exists() else ""
         return [f"no pairs: {error.message}{earlier}", f"With other rules: zephyr-lite data pairs {rows} --out {pairs}"]
