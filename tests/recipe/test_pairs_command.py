@@ -13,9 +13,7 @@ import pytest
 from tests.contract.test_ultrafeedback import completion, row
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import DatasetSpec
-from zephyr_lite.data.load import load_rows
-from zephyr_lite.data.opening import Source, open_source
-from zephyr_lite.data.writing import write_split
+from zephyr_lite.data.load import Source, load_rows, open_source
 from zephyr_lite.errors import UserError
 from zephyr_lite.recipe.questions import read_questions
 from zephyr_lite.recipe.ultrafeedback import FEWER, SCHEMA, PairRules, make_pairs
@@ -284,12 +282,12 @@ def test_a_folder_with_one_split_beside_other_files(tmp_path):
 
 
 def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("zephyr_lite.data.writing.SHARD_BYTES", 2000)
-    rows = datasets.Dataset.from_dict({"text": [f"{i} " + "x" * 90 for i in range(50)]})
-    paths = write_split(tmp_path, "train_prefs", rows, "parquet")
-    assert [p.name for p in paths] == [f"train_prefs-{k:05d}-of-00003.parquet" for k in range(3)]
-    back = open_source(DatasetSpec(path=str(tmp_path), split="train_prefs"))
-    assert [row["text"] for row in back] == rows["text"][:]
+    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.SHARD_ROWS", 20)
+    report = make_pairs([str(write(tmp_path / "raw.jsonl", raw_rows(60)))], tmp_path / "out", test=0)
+    assert report.files == [f"train_prefs-{k:05d}-of-00003.parquet" for k in range(3)]
+    back = open_source(DatasetSpec(path=str(tmp_path / "out"), split="train_prefs"))
+    numbers = [int(row["prompt"].split()[1][:-1]) for row in back]
+    assert numbers == sorted(numbers) and len(numbers) == report.train
 
 
 def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(invoke, refused, tmp_path):
@@ -316,7 +314,7 @@ def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.write_split", interrupted)
+    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.write_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_pairs([str(source)], tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["raw.jsonl"]

@@ -7,10 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..config.load import DatasetSpec, RunConfig
-from ..data.chat_template import ChatTemplate, resolve_template
+from ..data.chat_template import NEEDED_TOKENS, TEMPLATES, ChatTemplate, resolve_template
 from ..data.dataset import prepare
 from ..data.load import load_rows
-from ..data.templates import NEEDED_TOKENS, TEMPLATES
 from ..errors import UserError
 from ..model.base import load_tokenizer
 from ..model.peft_config import other_base

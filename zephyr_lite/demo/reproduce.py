@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import Method, RunConfig, load_config
-from ..data.opening import open_source
+from ..data.load import open_source
 from ..errors import Interrupted, UserError
 from ..evaluate.rows import stage_config
 from ..io.atomic import write_json

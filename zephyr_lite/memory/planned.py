@@ -10,8 +10,7 @@ from typing import get_args
 
 import torch
 
-from ..config.load import Loaded, MemorySpec, Method, RunConfig, load_config
-from ..config.presets import find_config
+from ..config.load import Loaded, MemorySpec, Method, RunConfig, find_config, load_config
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import StageDir

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from ..data.chat_template import ChatTemplate
 from ..data.formats import RowError
-from ..data.rendering import Renderer
 from ..errors import UserError
 from ..io.atomic import copy_file, make_folder, write_json
 from ..io.safetensors import DTYPE_NAMES, DTYPES, FLOATS, Entry
@@ -248,7 +248,7 @@ def _end_tokens(folder: Path) -> list[int]:
         said = "ZQX"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
         try:
-            text = Renderer(tokenizer, template).text_of(turns)
+            text = ChatTemplate(tokenizer, template, "the tokenizer's own").text_of(turns)
         except RowError as error:
             raise UserError(
                 f"{folder}: on a plain exchange {error}.",

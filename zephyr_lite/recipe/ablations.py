@@ -25,8 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from ..client.jobs import validated
-from ..config.load import DatasetSpec, Loaded, Method, RunConfig, load_config
-from ..config.presets import find_config
+from ..config.load import DatasetSpec, Loaded, Method, RunConfig, find_config, load_config
 from ..config.strict_yaml import read_yaml
 from ..data.chat_template import ChatTemplate, resolve_template
 from ..data.dataset import TokenizedDataset, prepare

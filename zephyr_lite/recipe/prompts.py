@@ -12,9 +12,8 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..config.load import DatasetSpec
-from ..data.load import summarise
-from ..data.messages import RowError, as_messages
-from ..data.opening import kind_of, stem_of
+from ..data.formats import RowError, as_messages
+from ..data.load import kind_of, stem_of, summarise
 from ..errors import UserError
 from ..io.text import read_text
 from .questions import open_rows

@@ -22,15 +22,12 @@ import pyarrow as pa
 
 from ..config.load import DatasetSpec
 from ..data.formats import Message, RowError
-from ..data.load import summarise
-from ..data.opening import Source, kind_of
-from ..data.output import DROPPED, REPORT, check_held_out, check_output, request_of
+from ..data.load import Source, kind_of, summarise
 from ..data.workers import cores
-from ..data.writing import FileFormat, write_split
 from ..errors import UserError
 from ..io.run_dir import folder_aside, write_json, write_text
 from ..io.text import shown
-from .parallel import in_processes
+from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shard_names, write_rows
 from .questions import Questions, open_rows, read_questions
 
 logger = logging.getLogger(__name__)
@@ -39,6 +36,7 @@ MADE_BY = "zephyr-lite data pairs"
 TRAIN, TEST = "train_prefs", "test_prefs"
 TEST_ROWS, TEST_SHARE = 2000, 0.05  # held out by default: as many as in the published set, but at most this share
 BLOCK = 1000  # rows
+SHARD_ROWS = 100_000  # rows of an output file
 TRUTHFUL_QA = "truthful_qa"
 _PLACES = 5  # of a reason in the report
 # The first release gave 2,628 completions an overall score of 10, many of which the judge had meant as 1 (github
@@ -365,11 +363,10 @@ def make_pairs(
     rules = rules or PairRules()
     if not rules.margin > 0:
         raise UserError(f"margin {rules.margin:g}: must be above 0.", "Half a point is --margin 0.5.")
-    check_held_out(test, num_proc)
     specs = [DatasetSpec(path=item) if isinstance(item, str) else item for item in inputs]
     paths = [spec.path for spec in specs]
     request = request_of(out, [*paths, *exclude], rules=rules, specs=specs, test=test, file_format=file_format)
-    if check_output(out, paths, MADE_BY, overwrite, request):
+    if check_output(out, paths, MADE_BY, overwrite, request, test=test, num_proc=num_proc):
         return None
     listed = [text for name in exclude for text in read_questions(name)]
     opened = [_open(file) for spec in specs for file in _files_by_source(spec)]
@@ -411,11 +408,12 @@ def make_pairs(
     report.train, report.test = int((~held_out).sum()), int(held_out.sum())
     if test is not None and test >= 1 and report.test < test:
         report.notes[FEWER] = int(test) - report.test
-    pairs = datasets.Dataset(table, fingerprint=request)
     with folder_aside(out) as folder:
         for split, rows in ((TRAIN, np.flatnonzero(~held_out)), (TEST, np.flatnonzero(held_out))):
-            if len(rows):
-                report.files += [path.name for path in write_split(folder, split, pairs.select(rows), file_format)]
+            count = -(-len(rows) // SHARD_ROWS)
+            for name, part in zip(shard_names(split, count, file_format), np.array_split(rows, count) if count else []):
+                write_rows(folder / name, table.take(pa.array(part)))
+                report.files.append(name)
         write_text(folder / DROPPED, "".join(f"{r}\t{p}\n" for r, where in report.dropped.items() for p in where))
         write_text(folder / "report.md", report.markdown())
         write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, **report.as_dict()})

@@ -17,7 +17,7 @@ import torch
 
 from .. import __version__
 from ..config.load import DPO_DEFAULTS, DatasetSpec, MemorySpec, Method, RunConfig
-from ..config.resolve import config_of_stage
+from ..config.strict_yaml import read_yaml
 from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
@@ -165,7 +165,7 @@ def started_before(stage: StageDir, config: RunConfig, method: Method) -> tuple[
 
 def config_changes(stage: StageDir, config: RunConfig, method: Method) -> Changes:
     """The changes from the stage's config.yaml to a configuration."""
-    old, new = config_of_stage(stage), config.model_dump(mode="json")
+    old, new = read_yaml(stage.config), config.model_dump(mode="json")
     defaults = {**RunConfig.model_construct().model_dump(mode="json"), **(DPO_DEFAULTS if method == "dpo" else {})}
     changes = Changes()
     for key, now in new.items():
@@ -248,7 +248,7 @@ def judged_on_other_rows(
     if "eval_data" in before:
         then = (before["eval_data"] or {}).get("fingerprint")
         return then is not None and then != (None if data is None else data.fingerprint)
-    return bool(config_of_stage(stage).get("eval_dataset") != config.model_dump(mode="json")["eval_dataset"])
+    return bool(read_yaml(stage.config).get("eval_dataset") != config.model_dump(mode="json")["eval_dataset"])
 
 
 def resumed_plan(
@@ -264,7 +264,7 @@ def resumed_plan(
         UserError: this version has no such plan, or it is one of another model.
     """
     same_device = _last(before, "machine").get("device", machine["device"]) == machine["device"]
-    if not same_device or MemorySpec.model_validate(config_of_stage(stage).get("memory") or {}) != config.memory:
+    if not same_device or MemorySpec.model_validate(read_yaml(stage.config).get("memory") or {}) != config.memory:
         why = "memory was changed" if same_device else "this is another kind of device"
         logger.info(f"{why}: from here on sums are split, and rounded, in another way")
         return None
