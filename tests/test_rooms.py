@@ -36,7 +36,7 @@ UPWARDS = {
     ("train", "engines"),
 }
 ONLY_IN = {
-    "bitsandbytes": {"ops/nf4.py", "train/optim.py", "memory/calibrate.py", "cli/environment.py"},
+    "bitsandbytes": {"ops/nf4.py", "train/optim.py", "memory/machine.py", "cli/environment.py"},
     "triton": {"ops/", "cli/environment.py"},
     "trl": {"engines/"},
     "unsloth": {"engines/"},

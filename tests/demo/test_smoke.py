@@ -16,7 +16,7 @@ import pytest
 import zephyr_lite.chat.session
 import zephyr_lite.evaluate.loss
 import zephyr_lite.evaluate.preference
-import zephyr_lite.memory.needs
+import zephyr_lite.memory.forecast
 import zephyr_lite.merge.command
 import zephyr_lite.monitor.report_writer
 import zephyr_lite.monitor.screens

@@ -13,9 +13,8 @@ from ..config.strict_yaml import read_front_matter, read_yaml
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, StageDir, stages_of
 from ..io.text import read_object, read_text
-from ..model.overlap import CARD, tuned_from
-from ..model.peft_config import CONFIG_NAME
-from ..model.peft_io import AdapterFile, fetch_adapter, read_adapter
+from ..model.overlap import tuned_from
+from ..model.peft_io import CARD, CONFIG_NAME, AdapterFile, fetch_adapter, read_adapter
 from ..monitor.stage_record import json_lines
 
 LOG, TRAINER_LOG = "trainer_state.json", "trainer_log.jsonl"

@@ -12,8 +12,7 @@ from ..data.dataset import prepare
 from ..data.load import load_rows
 from ..errors import UserError
 from ..model.base import load_tokenizer
-from ..model.peft_config import other_base
-from ..model.peft_io import read_adapter
+from ..model.peft_io import other_base, read_adapter
 from ..model.tokenizer import check_vocabulary
 from .evidence import Evidence, adapter_folder, gather
 from .files import check_below, check_log, check_start, check_weights

@@ -16,8 +16,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, UserError
-from ..io.interrupts import just_interrupted
-from ..io.launcher import alone, launched, speaks
+from ..io.interrupts import alone, just_interrupted, launched, speaks
 from ..io.logging import messages_to
 from ..monitor.console import Console
 from ..ops.hub_kernels import no_hub_kernels
@@ -104,7 +103,7 @@ def plan(
 ) -> None:
     """What a run will take and how fast it will be, on this machine or on any card; needs neither weights nor a GPU."""
     from ..config.resolve import resolve_run
-    from ..memory.planned import ladder_lines, planned_lines, stages_of
+    from ..memory.forecast import ladder_lines, planned_lines, stages_of
 
     methods, words = stages_of(list(context.args), config)
     if ladder:

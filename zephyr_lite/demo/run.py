@@ -17,8 +17,7 @@ from ..config.load import DatasetSpec, Method, RunConfig, load_config
 from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
 from ..evaluate.likelihood import chat_loss, row_logps
-from ..io.atomic import file_aside, make_folder, sweep, write_json
-from ..io.lock import alone
+from ..io.atomic import alone, file_aside, make_folder, sweep, write_json
 from ..io.run_dir import StageDir
 from ..merge import merge
 from ..model.chain import chain_of_run

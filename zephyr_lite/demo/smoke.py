@@ -21,13 +21,12 @@ from ..config.resolve import INHERITED, resolve_run
 from ..data.load import load_rows, open_source
 from ..errors import Interrupted, UserError
 from ..evaluate.rows import stage_config
-from ..io.atomic import file_aside, make_folder, remove_tree, write_json, write_text
-from ..io.lock import LOCK_FILE, alone
+from ..io.atomic import LOCK_FILE, alone, file_aside, make_folder, remove_tree, write_json, write_text
 from ..io.run_dir import StageDir
 from ..io.text import duration
 from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
-from ..model.fetch import fetch_base
+from ..model.files import fetch_base
 from .child import Ended, child
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from ..io.atomic import bytes_aside, copy_file, make_folder, write_text
 from ..io.run_dir import StageDir, checked, read_json
 from ..merge.weights import MARK
 from ..model.base import fingerprint
-from ..model.shards import local_folder
+from ..model.files import local_folder
 from .vllm import serve_adapter, serve_model
 
 logger = logging.getLogger(__name__)

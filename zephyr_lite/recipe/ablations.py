@@ -32,8 +32,8 @@ from ..data.dataset import TokenizedDataset, prepare
 from ..data.load import load_rows
 from ..errors import UserError
 from ..evaluate.likelihood import Logps, chat_loss, row_logps
-from ..io.lock import alone
-from ..io.run_dir import StageDir, write_json, write_text
+from ..io.atomic import alone, write_json, write_text
+from ..io.run_dir import StageDir
 from ..model.adapters import AdapterStack
 from ..model.base import is_fingerprint_of, load_base, load_tokenizer
 from ..model.chain import chain_of_run

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..errors import UserError
-from ..io.run_dir import write_text
+from ..io.atomic import write_text
 from ..io.text import read_object
 from .dedup import SIGNS
 from .english import ALWAYS

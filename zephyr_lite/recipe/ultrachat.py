@@ -31,7 +31,7 @@ from ..data.formats import COLUMNS, PLAIN, RowError, detect, normalise
 from ..data.load import Source, kind_of, stem_of
 from ..data.workers import cache_key, cores
 from ..errors import UserError
-from ..io.run_dir import folder_aside, write_json, write_text
+from ..io.atomic import folder_aside, write_json, write_text
 from ..io.text import shown
 from .dedup import NGRAM, PERMUTATIONS, EvalSets, first_of_equal, join_near, read_eval_sets, signatures, words_of
 from .english import is_english

@@ -25,7 +25,7 @@ from ..data.formats import Message, RowError
 from ..data.load import Source, kind_of, summarise
 from ..data.workers import cores
 from ..errors import UserError
-from ..io.run_dir import folder_aside, write_json, write_text
+from ..io.atomic import folder_aside, write_json, write_text
 from ..io.text import shown
 from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shard_names, write_rows
 from .questions import Questions, open_rows, read_questions
