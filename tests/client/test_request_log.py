@@ -17,7 +17,7 @@ import pytest
 
 from tests.chat_server import Act, ChatServer, Seen, by_hash, disconnect, error, hang, not_json, ok
 from tests.client.test_client import ask_all, one, records, request, run, spec
-from zephyr_lite.client.client import BudgetSpent, prompt_token_bound
+from zephyr_lite.client.client import prompt_token_bound
 from zephyr_lite.client.request_log import NAME, Reply, RequestLog
 from zephyr_lite.errors import UserError
 
@@ -91,30 +91,6 @@ def test_a_job_killed_in_the_middle_goes_on_and_pays_for_no_reply_twice(tmp_path
     assert totals["requests"] == len(sent) + len(again) and totals["replies"] == 40
     assert totals["sent_and_never_answered"] == len(sent) - len(replied)
     assert totals["replies_from_journal"] == len(replied)
-
-
-def test_what_was_under_way_at_a_kill_counts_against_the_budget(tmp_path):
-    bound = prompt_token_bound([{"role": "user", "content": "q0"}]) + 50
-    folder = tmp_path / "job"
-    with ChatServer(lambda seen: ok("late", sleep=30) if seen.number >= 1 else by_hash(seen)) as server:
-        process = job(server, folder, count=6, concurrency=4)
-        wait_for(lambda: len(server.seen) == 5)
-        process.kill()
-        process.communicate()
-        server.script = by_hash
-
-        async def nothing(client):
-            return client.totals.tokens
-
-        tokens, totals = run([spec(server)], folder, nothing)
-        assert tokens == 12 + 4 * bound and totals.requests == 5 and totals.unanswered == 4
-        limit = tokens + bound + 5
-        replies, totals = run(
-            [spec(server, concurrency=1)], folder, lambda d: ask_all(d, list("abcdefg")), max_tokens=limit
-        )
-        assert totals.tokens <= limit and sum(isinstance(r, Reply) for r in replies) == 1
-        replies, totals = run([spec(server)], folder, lambda d: ask_all(d, list("hij")), max_requests=7)
-    assert totals.requests == 7 and sum(isinstance(r, BudgetSpent) for r in replies) == 2
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):

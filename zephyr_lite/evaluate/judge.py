@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ from pydantic import Field, field_validator
 from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, open_client, seed_of
 from ..client.cost import Bound, Meter, bound_lines, prompt_bound
 from ..client.endpoints import EndpointSpec, Message, endpoint_spec, parse_endpoint
-from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job
+from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job, together
 from ..client.local_model import Weights
 from ..errors import UserError
 from ..io.text import read_text, shown
@@ -419,10 +418,7 @@ class Benchmark(ABC, Generic[T]):
                 return found
             key = "/".join(map(str, ("judge", model, item.key, *parts[n])))
             request = Request(key, self.answering.judge.name, self.judge_messages(item, answers), temperature=0.0)
-            try:
-                return await client.ask_parsed(request, lambda t: (self.read_verdict(item, t), t), tries=JUDGE_TRIES)
-            except RequestFailed as failed:
-                return None, f"no verdict: {failed.reason}"
+            return await client.ask_parsed(request, lambda t: (self.read_verdict(item, t), t), tries=JUDGE_TRIES)
 
         try:
             for n, text in enumerate(turns):
@@ -440,11 +436,11 @@ class Benchmark(ABC, Generic[T]):
             lost = f"no answer: {failed.reason}"
         except BudgetSpent as error:
             return error
-        verdicts = await asyncio.gather(*(verdict(n) for n in range(len(turns))), return_exceptions=True)
-        for each in verdicts:
-            if isinstance(each, BudgetSpent):
-                return each
-            if isinstance(each, BaseException):
-                raise each
-            outcome.verdicts.append(each)
+        try:
+            found = await together(verdict(n) for n in range(len(turns)))
+        except BudgetSpent as error:
+            return error
+        outcome.verdicts = [
+            (None, f"no verdict: {each.reason}") if isinstance(each, RequestFailed) else each for each in found
+        ]
         return outcome

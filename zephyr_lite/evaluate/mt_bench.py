@@ -67,15 +67,6 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 OTHER_TEMPERATURE = 0.7  # of other categories
-# Okabe and Ito's colours, for colour-blind readers; a line style each, for prints in grey
-LOOKS = (
-    ("#0072B2", "-", "o"),
-    ("#E69F00", "--", "s"),
-    ("#555555", ":", "^"),
-    ("#009E73", "-.", "D"),
-    ("#CC79A7", "-", "v"),
-    ("#D55E00", "--", "P"),
-)
 # FastChat's names of prompts: (with references, second turn) → name
 NAMES = {
     (False, False): "single-v1",
@@ -387,30 +378,24 @@ def draw_radar(path: Path, models: dict[str, dict[str, Any]], title: str) -> Non
     from matplotlib.figure import Figure
 
     categories = list(next(iter(models.values()))["categories"])
-    angles = [2 * math.pi * place / len(categories) for place in range(len(categories))]
+    angles = [2 * math.pi * place / len(categories) for place in range(len(categories) + 1)]
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13)
-    lines: dict[str, Any] = {}
+    figure.suptitle(title)
     for turn in (1, 2):
         axes: Any = figure.add_subplot(1, 2, turn, projection="polar")
-        axes.set_theta_offset(math.pi / 2)
-        axes.set_theta_direction(-1)
+        axes.set_title(f"turn {turn}", pad=18)
         axes.set_ylim(0, HIGHEST)
-        axes.set_yticks(range(2, HIGHEST + 1, 2))
-        axes.tick_params(axis="y", labelsize=8, labelcolor="#666666")
-        axes.set_xticks(angles, categories, fontsize=11)
+        axes.set_xticks(angles[:-1], categories)
         axes.tick_params(axis="x", pad=16)
-        axes.set_title(f"turn {turn}", fontsize=12, pad=18)
-        for (name, body), (colour, style, marker) in zip(models.items(), LOOKS * (1 + len(models) // len(LOOKS))):
+        for (name, body), style in zip(
+            models.items(), ("-o", "--s", ":^", "-.D") * len(models)
+        ):  # also for prints in grey
             scores = [body["categories"][category][f"turn_{turn}"] for category in categories]
             points = [math.nan if score is None else score for score in scores]  # a gap, not a zero
-            how: dict[str, Any] = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4}
-            lines[name] = axes.plot([*angles, angles[0]], [*points, points[0]], linewidth=1.8, **how)[0]
-            if not any(map(math.isnan, points)):
-                axes.fill(angles, points, color=colour, alpha=0.08)
-    labels = [f"{n} ({'-' if b['score'] is None else format(b['score'], '.2f')})" for n, b in models.items()]
-    figure.legend(list(lines.values()), labels, loc="outside lower center", ncols=min(3, len(models)), frameon=False)
+            mean = "-" if body["score"] is None else f"{body['score']:.2f}"
+            axes.plot(angles, [*points, points[0]], style, label=f"{name} ({mean})")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(models)))
     with bytes_aside(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
