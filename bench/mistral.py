@@ -76,7 +76,7 @@ def ensure_base(folder: Path, shape: dict[str, Any], device: torch.device, dtype
         return folder, False
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: is no model and not empty.", "Give another folder, or delete this one.")
-    from zephyr_lite.io.run_dir import folder_aside
+    from zephyr_lite.io.atomic import folder_aside
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(folder) as aside:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.chat_server import Act, ChatServer, Seen, by_hash, disconnect, error, hang, not_json, ok
 from tests.client.test_client import ask_all, one, records, request, run, spec
-from zephyr_lite.client.client import BudgetSpent, prompt_token_bound
+from zephyr_lite.client.client import prompt_token_bound
 from zephyr_lite.client.request_log import NAME, Reply, RequestLog
 from zephyr_lite.errors import UserError
 
@@ -93,30 +93,6 @@ def test_a_job_killed_in_the_middle_goes_on_and_pays_for_no_reply_twice(tmp_path
     assert totals["replies_from_journal"] == len(replied)
 
 
-def test_what_was_under_way_at_a_kill_counts_against_the_budget(tmp_path):
-    bound = prompt_token_bound([{"role": "user", "content": "q0"}]) + 50
-    folder = tmp_path / "job"
-    with ChatServer(lambda seen: ok("late", sleep=30) if seen.number >= 1 else by_hash(seen)) as server:
-        process = job(server, folder, count=6, concurrency=4)
-        wait_for(lambda: len(server.seen) == 5)
-        process.kill()
-        process.communicate()
-        server.script = by_hash
-
-        async def nothing(client):
-            return client.totals.tokens
-
-        tokens, totals = run([spec(server)], folder, nothing)
-        assert tokens == 12 + 4 * bound and totals.requests == 5 and totals.unanswered == 4
-        limit = tokens + bound + 5
-        replies, totals = run(
-            [spec(server, concurrency=1)], folder, lambda d: ask_all(d, list("abcdefg")), max_tokens=limit
-        )
-        assert totals.tokens <= limit and sum(isinstance(r, Reply) for r in replies) == 1
-        replies, totals = run([spec(server)], folder, lambda d: ask_all(d, list("hij")), max_requests=7)
-    assert totals.requests == 7 and sum(isinstance(r, BudgetSpent) for r in replies) == 2
-
-
 def test_two_processes_do_not_share_a_folder(tmp_path):
     folder = tmp_path / "job"
     with ChatServer(lambda seen: ok("x", sleep=0.2)) as server:
@@ -173,22 +149,6 @@ def test_a_cancelled_caller_does_not_lose_the_reply(tmp_path):
 
         reply, totals = run([spec(server)], tmp_path, work)
     assert reply.text == "late" and len(server.seen) == 1 and totals.requests == 1
-
-
-def test_who_gives_up_while_waiting_is_not_sent(tmp_path):
-    with ChatServer(lambda seen: ok("x", sleep=0.2)) as server:
-
-        async def work(client):
-            first = asyncio.create_task(client.ask(request("a")))
-            second = asyncio.create_task(client.ask(request("b")))
-            await asyncio.sleep(0.05)
-            second.cancel()
-            await first
-            await asyncio.sleep(0.1)
-            return await client.ask(request("c"))
-
-        run([spec(server, concurrency=1)], tmp_path, work)
-    assert [seen.question for seen in server.seen] == ["a", "c"]
 
 
 # Kills, failures and a budget at once
@@ -265,21 +225,6 @@ def test_a_file_that_is_no_log(tmp_path):
     (tmp_path / NAME).write_text("my notes, which are long enough to be no empty database " * 20)
     with ChatServer() as server, pytest.raises(UserError, match="cannot be read or written"):
         one(server, tmp_path)
-
-
-def test_a_full_disk_is_named_and_nothing_leaves_that_cannot_be_recorded(tmp_path, monkeypatch):
-    with ChatServer() as server:
-
-        async def work(client):
-            await client.ask(request("a"))
-            client._log._db.execute("PRAGMA max_page_count = 1")  # no page can be added
-            return await ask_all(client, ["b" * 5000, "c"])
-
-        replies, _ = run([spec(server)], tmp_path, work)
-        assert all(isinstance(r, UserError) and "cannot be read or written" in r.message for r in replies[:1]), replies
-        left = len(server.seen)
-        _, totals = run([spec(server)], tmp_path, lambda client: ask_all(client, ["a", "c"]))
-    assert left <= 2 and totals.replies == 2
 
 
 # Jobs of earlier versions

@@ -13,7 +13,7 @@ from tests.faults import faulty
 from tests.train.test_optim import KINDS, parameters, train
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.manifest import MANIFEST, manifest_fault, write_manifest
+from zephyr_lite.io.atomic import MANIFEST, manifest_fault, write_manifest
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train import reference
 from zephyr_lite.train.checkpoint import (
@@ -125,10 +125,10 @@ DAMAGE = [
     (lambda f: (f / TENSORS).unlink(), "state.safetensors is missing"),
     (lambda f: (f / STATE).unlink(), "state.json is missing"),
     (lambda f: (f / STATE).write_text("{}"), "state.json has 2 bytes, "),
-    (lambda f: (f / MANIFEST).write_text("[]"), "manifest.json is damaged"),
-    (lambda f: (f / MANIFEST).write_bytes(b"\0" * 90), "manifest.json is damaged"),
-    (lambda f: (f / MANIFEST).write_text("[" * 100_000), "manifest.json is damaged"),
-    (lambda f: (f / MANIFEST).write_text('{"format": 7, "files": {}}'), "manifest.json has the format 7, this version"),
+    (lambda f: (f / MANIFEST).write_text("[]"), "manifest.json is missing or damaged"),
+    (lambda f: (f / MANIFEST).write_bytes(b"\0" * 90), "manifest.json is missing or damaged"),
+    (lambda f: (f / MANIFEST).write_text("[" * 100_000), "manifest.json is missing or damaged"),
+    (lambda f: (f / MANIFEST).write_text('{"format": 7, "files": {}}'), "manifest.json is missing or damaged"),
     (
         lambda f: (f / MANIFEST).write_text('{"format": 1, "files": {}}') and (f / STATE).unlink(),
         "state.json is missing",
@@ -354,5 +354,5 @@ def test_a_manifest_reaches_into_subfolders_and_leaves_out_what_is_not_its(tmp_p
     shutil.rmtree(tmp_path / "deep")
     assert manifest_fault(tmp_path, deep=False) == "deep/b is missing"
     (tmp_path / MANIFEST).unlink()
-    assert manifest_fault(tmp_path) == "manifest.json is missing"
+    assert manifest_fault(tmp_path) == "manifest.json is missing or damaged"
     assert checkpoint_fault(tmp_path).startswith("state.safetensors is missing")

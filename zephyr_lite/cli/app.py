@@ -16,8 +16,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, UserError
-from ..io.interrupts import just_interrupted
-from ..io.launcher import alone, launched, speaks
+from ..io.interrupts import alone, just_interrupted, launched, speaks
 from ..io.logging import messages_to
 from ..monitor.console import Console
 from ..ops.hub_kernels import no_hub_kernels
@@ -104,7 +103,7 @@ def plan(
 ) -> None:
     """What a run will take and how fast it will be, on this machine or on any card; needs neither weights nor a GPU."""
     from ..config.resolve import resolve_run
-    from ..memory.planned import ladder_lines, planned_lines, stages_of
+    from ..memory.forecast import ladder_lines, planned_lines, stages_of
 
     methods, words = stages_of(list(context.args), config)
     if ladder:
@@ -124,11 +123,10 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """The whole recipe in three minutes on a CPU: a small real model, before and after."""
-    from ..demo import QUESTIONS
-    from ..demo.run import run_demo
+    from ..demo.run import print_standings, run_demo
 
     result = run_demo(out, on_metrics=console.metrics)
-    console.side_by_side(QUESTIONS, result.standings)
+    print_standings(console, result.standings)
     console.say(f"accuracy of the DPO model's implicit reward on held-out pairs: {result.reward_accuracy:.2f}")
     console.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items()))
     console.say(f"The model is in {out / 'merged'}; it loads with transformers' AutoModelForCausalLM.")

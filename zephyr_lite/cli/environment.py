@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import UserError
-from ..memory.needs import GB, MISTRAL, MISTRAL_SHAPE
+from ..memory.forecast import GB, MISTRAL, MISTRAL_SHAPE
 from ..model.allocator import is_wsl
 
 PACKAGES = (

@@ -78,33 +78,10 @@ def mt_bench(
     verbose: Verbose = False,
 ) -> None:
     """MT-Bench: 80 questions of two turns in 8 categories; a judge grades every answer from 1 to 10."""
-    from ..client.cost import Meter, budget_lines, has_prices
-    from ..evaluate.mt_bench import KIND, MtBenchConfig, dry_run_lines, notes, prepare, run_mt_bench
-    from ..evaluate.mt_bench_files import read_questions
-    from ..evaluate.mt_bench_scores import table
+    from ..evaluate.mt_bench import MtBench, MtBenchConfig
 
-    settings = settings_of(ctx, MtBenchConfig, category="categories")
-    read = read_questions(
-        settings.questions,
-        references=settings.references,
-        prompts=settings.judge_prompts,
-        categories=settings.categories,
-        limit=settings.limit,
-    )
-    answering, folder = prepare(settings)
-    job = folder / KIND
-    console.say(read.note())
-    _say_who(answering)
-    say_all([f"note: {line}" for line in notes(read)])
-    if dry_run:
-        say_all([*dry_run_lines(read, answering), *budget_lines(settings.budget, job)])
-        return
-    total, priced = len(read.questions) * len(answering.specs), has_prices(answering.endpoints())
-    with job_kept(job), Meter(console.out, total, "questions", priced) as meter:
-        result = run_mt_bench(settings, read, answering, folder, meter, console.say)
-    console.table(*table(result.models))
-    console.say("mean grade of both turns (turn 1 / turn 2), 1 to 10")
-    _say_result(result, "questions", ("why_not_graded", "turns"), 2 * len(read.questions), job)
+    bench = MtBench(settings_of(ctx, MtBenchConfig, category="categories"))
+    _run(bench, dry_run, "mean grade of both turns (turn 1 / turn 2), 1 to 10")
 
 
 def alpaca(
@@ -155,31 +132,14 @@ def alpaca(
                 )
         _score(annotations, outputs, difficulty, out)
         return
-    from ..client.cost import Meter, budget_lines, has_prices
-    from ..evaluate.alpaca_eval import KIND, NOTE, AlpacaConfig, dry_run_lines, prepare, run_alpaca
-    from ..evaluate.alpaca_scores import table
+    from ..evaluate.alpaca_eval import AlpacaConfig, AlpacaEval
 
-    settings = settings_of(ctx, AlpacaConfig)
-    baseline, answering, folder = prepare(settings)
-    job = folder / KIND
-    console.say(baseline.note())
-    _say_who(answering, list(baseline.given))
-    console.say(f"note: {NOTE}")
-    if dry_run:
-        say_all([*dry_run_lines(baseline, answering), *budget_lines(settings.budget, job)])
-        return
-    total = len(baseline.rows) * (len(answering.specs) + len(baseline.given))
-    with job_kept(job), Meter(console.out, total, "comparisons", has_prices(answering.endpoints())) as meter:
-        result = run_alpaca(settings, baseline, answering, folder, meter, console.say)
-    console.table(*table(result.models))
-    _say_result(result, "instructions", ("why_left_out", "instructions"), len(baseline.rows), job)
+    _run(AlpacaEval(settings_of(ctx, AlpacaConfig)), dry_run)
 
 
 def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out: Path | None) -> None:
     """Score existing annotations: AlpacaEval's published ones, or those of an earlier run."""
-    from ..evaluate.alpaca_eval import KIND
-    from ..evaluate.alpaca_files import check_belongs, read_annotations, read_outputs
-    from ..evaluate.alpaca_scores import score_files, table
+    from ..evaluate.alpaca_eval import KIND, check_belongs, read_annotations, read_outputs, score_files, table
     from ..evaluate.results import write_result
 
     rows = read_annotations(annotations)
@@ -199,35 +159,40 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
 # -- what both print -------------------------------------------------------------------------------------------------
 
 
-def _say_who(answering: Any, given: list[str] | None = None) -> None:
-    where = f" of {answering.weights.source}" if answering.weights is not None else ""
-    judge = f"; judge: {answering.judge.name}" if answering.judge else ""
-    console.say(f"models: {', '.join([*answering.specs, *(given or [])])}{where}{judge}")
-    if answering.weights is not None and answering.weights.chain is not None:
-        say_all([f"note: {note}" for note in answering.weights.chain.notes])
+def _run(bench: Any, dry_run: bool, legend: str = "") -> None:
+    """Run a benchmark (``evaluate.judge.Benchmark``), or say what it can cost."""
+    from ..client.cost import Meter, budget_lines, has_prices
 
-
-def _say_result(result: Any, unit: str, lost: tuple[str, str], answers: int, job: Path) -> None:
-    """
-    Args:
-        unit: of the differences: the key that counts them.
-        lost: the key of the reasons why something has no score, and its unit.
-        answers: of each model.
-    """
+    console.say(bench.note())
+    _say_who(bench.answering, bench.models())
+    say_all([f"note: {line}" for line in bench.notes({})])
+    if dry_run:
+        say_all([*bench.dry_run_lines(), *budget_lines(bench.config.budget, bench.job)])
+        return
+    total, priced = len(bench.items) * len(bench.models()), has_prices(bench.answering.endpoints())
+    with job_kept(bench.job), Meter(console.out, total, bench.unit, priced) as meter:
+        result = bench.run(meter)
+    console.table(*bench.table(result.models))
+    say_all([legend] if legend else [])
     for what, body in result.body["differences"].items():
         value, error = body["difference"], body["standard_error"]
         if value is not None:
-            spread = "" if error is None else f" ± {error:.2f} (standard error, {body[unit]} {unit})"
+            spread = "" if error is None else f" ± {error:.2f} (standard error, {body[bench.unit]} {bench.unit})"
             console.say(f"{what}: {value:+.2f}{spread}")
-    for name, body in result.body["models"].items():
-        if reasons := body[lost[0]]:
+    for name, body in result.models.items():
+        if reasons := body[bench.why]:
             why = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
-            console.say(f"note: {name}: {lost[1]} left out: {why}")
-    for name, body in result.body["models"].items():
+            console.say(f"note: {name}: left out: {why}")
         if cut := body["answers_cut_at_max_tokens"]:
-            console.say(f"note: {name}: {cut:,} of {answers:,} answers were cut off at --max-new-tokens")
+            console.say(f"note: {name}: {cut:,} answers were cut off at --max-new-tokens")
     if result.unfinished:
         console.complain(result.unfinished)
-    for path in result.files:
-        console.say(f"written: {path}")
-    console.say(f"all answers and judgments: {job}")
+    say_all([*(f"written: {path}" for path in result.files), f"all answers and judgments: {bench.job}"])
+
+
+def _say_who(answering: Any, models: list[str] | None = None) -> None:
+    where = f" of {answering.weights.source}" if answering.weights is not None else ""
+    judge = f"; judge: {answering.judge.name}" if answering.judge else ""
+    console.say(f"models: {', '.join(models or answering.specs)}{where}{judge}")
+    if answering.weights is not None and answering.weights.chain is not None:
+        say_all([f"note: {note}" for note in answering.weights.chain.notes])

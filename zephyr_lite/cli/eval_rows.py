@@ -47,7 +47,7 @@ def loss(
     """Loss and perplexity on held-out conversations: policy, reference and base, with confidence intervals."""
     live, rows, folder = _open("sft", source, stage, adapter, base, chat_template, data, split, limit, out)
     from ..evaluate.bootstrap import Bootstrap
-    from ..evaluate.loss import evaluate_loss
+    from ..evaluate.likelihood import evaluate_loss
 
     bootstrap = Bootstrap(resamples, confidence, seed)
     _show_and_write("loss", evaluate_loss(live, rows, bootstrap), live, rows, folder, bootstrap)
@@ -72,7 +72,7 @@ def preference(
     """Accuracy and margin on held-out preference pairs: policy against reference and base, with confidence intervals."""
     live, rows, folder = _open("dpo", source, stage, adapter, base, chat_template, data, split, limit, out)
     from ..evaluate.bootstrap import Bootstrap
-    from ..evaluate.preference import evaluate_preference
+    from ..evaluate.likelihood import evaluate_preference
 
     bootstrap = Bootstrap(resamples, confidence, seed)
     result = evaluate_preference(live, rows, bootstrap, beta=beta)

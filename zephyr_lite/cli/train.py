@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..io.launcher import launched
+from ..io.interrupts import launched
 from ..io.logging import messages_to
 from ..model.allocator import set_allocator
 from ..monitor.console import Console
@@ -68,7 +68,7 @@ def train(
     else:
         set_allocator()
     from ..config.resolve import resolve_run
-    from ..memory.needs import needs_lines
+    from ..memory.forecast import needs_lines
     from ..monitor.report_writer import ReportWriter
     from ..monitor.screens import open_screen
     from ..train.dpo import run_dpo

@@ -14,7 +14,7 @@ from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
 from ..io.run_dir import StageDir
-from ..memory.planned import stages_of
+from ..memory.forecast import stages_of
 from ..model.base import fetch_base, read_model_config
 from ..model.peft_io import AdapterFile
 from ..model.tokenizer import check_vocabulary

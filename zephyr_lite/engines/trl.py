@@ -34,9 +34,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..config.load import Method, RunConfig
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
-from ..io.atomic import remove_folder
+from ..io.atomic import MANIFEST, manifest_fault, remove_folder
 from ..io.interrupts import StopRequest
-from ..io.manifest import MANIFEST, manifest_fault
 from ..memory.machine import reset_peak_memory
 from ..memory.plan import SHARE
 from ..model.adapters import AdapterStack

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..io.atomic import (
+    MANIFEST,
     append_line,
     file_aside,
     folder_aside,
+    manifest_fault,
     remove_folder,
     remove_tree,
     sync_file,
     write_json,
+    write_manifest,
 )
-from ..io.manifest import MANIFEST, manifest_fault, write_manifest
 from ..io.redact import redact
 from ..io.run_dir import StageDir, read_json
 from ..io.safetensors import DTYPE_NAMES, SafetensorsFile, tensor_bytes, write_stream

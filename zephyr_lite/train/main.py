@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config.load import Loaded, Method
 from ..errors import Interrupted, UserError
-from ..io.lock import alone
+from ..io.atomic import alone
 from ..io.sync import kept_elsewhere
 from .distributed import everywhere, sees, world
 from .loop import train

@@ -15,8 +15,9 @@ from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.chat_template import ChatTemplate, Example, PairExample, resolve_template
 from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
-from ..io.run_dir import FORMAT, STAGE_FILE, StageDir, check_rendering, checked, folder_aside, stages_of, write_text
-from ..io.sync import catch_up, open_mirror
+from ..io.atomic import folder_aside, write_text
+from ..io.run_dir import FORMAT, STAGE_FILE, StageDir, check_rendering, checked, stages_of
+from ..io.sync import open_mirror
 from ..memory.machine import cap_allocator, keep_freed_pages, peak_memory
 from ..memory.plan import Plan
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
@@ -85,7 +86,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     before, changes = started_before(stage, config, method)
     if before is not None and changes.complete and not (changes.refused or changes.places):
         if writes:
-            catch_up(config.sync, stage)
+            if (mirror := open_mirror(config.sync, stage)) is not None:
+                mirror.finish()  # the network may have been away at the stage's end
             push_adapter(config, stage, before)
         raise stage_complete(stage, before)
 
