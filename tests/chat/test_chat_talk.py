@@ -17,7 +17,7 @@ from zephyr_lite.chat.session import Answer, Session, Settings
 from zephyr_lite.chat.vote import Ballot
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.sampling import Sampling, _nucleus
+from zephyr_lite.model.sampling import Sampling
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
@@ -324,19 +324,6 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, name, content, match):
     with pytest.raises(UserError, match=match):
         Ballot(path, 0, "runs/a")
     assert content is None or path.stat().st_size == len(content)
-
-
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
-def test_the_likeliest_tokens_are_those_of_a_whole_sort(flat, top_p):
-    draw = torch.Generator().manual_seed(0)
-    for size in (5, 256, 2000):
-        logits = torch.randn(size, generator=draw, dtype=torch.float64) * (0.01 if flat else 4)
-        logits[: size // 2] = logits[: size // 2].round()  # many are equal
-        probabilities = logits.softmax(-1)
-        ranked, order = probabilities.sort(descending=True, stable=True)
-        expected = order[ranked.cumsum(-1) - ranked < top_p]
-        assert _nucleus(probabilities, top_p).tolist() == expected.tolist()
 
 
 def test_the_bench_measures_equal_work(talk_run):

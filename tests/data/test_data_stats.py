@@ -71,27 +71,6 @@ def test_lengths_are_those_before_cutting_and_every_cut_row_is_named(tiny_base, 
     assert len(re.findall(r"\d+ −\d+", short)) == 2 and short.endswith(", …)") and short.count(str(long_rows)) == 1
 
 
-def test_other_budgets_are_what_a_run_with_them_would_have(tiny_base, long_rows):
-    stats = measure(opened("sft", tiny_base, f"dataset={long_rows}", "max_length=128", "batch_size=2"))
-    # within a quarter of it no row has a supervised token
-    assert [b.max_length for b in stats.budgets] == [64, 128, 256, 512]
-    for budget in stats.budgets:
-        words = (f"dataset={long_rows}", f"max_length={budget.max_length}", "batch_size=2")
-        run = opened("sft", tiny_base, *words)
-        report = run.data.report
-        beyond = sum(len(w) for reason, w in report.dropped.items() if "within max_length" in reason)
-        assert (budget.left_out, budget.cut, budget.lost) == (beyond, report.cut, report.supervised_lost)
-        assert (budget.rows, budget.fill) == (report.rows, pytest.approx(report.fill))
-        assert budget.steps == step_schedule(run.config, report.rows)[1]
-    assert any("128 ←" in line for line in plain(stats))
-    # what cuts nothing ends the table
-    assert [b.max_length for b in measure(opened("sft", tiny_base, f"dataset={long_rows}")).budgets] == [
-        512,
-        1024,
-        2048,
-    ]
-
-
 def test_sources_are_counted_apart(tiny_base, long_rows, chat_rows, tmp_path):
     config = tmp_path / "mix.yaml"
     config.write_text(
@@ -127,19 +106,6 @@ def test_pairs(tiny_base, pair_rows):
     assert "on the prompt's left" in text and "3 steps of 3 pairs" in text and "packed" not in text
 
 
-def test_what_is_held_out_has_no_steps(tiny_base, chat_rows):
-    words = (f"dataset={chat_rows}", f"eval_dataset={chat_rows}", "max_length=64")
-    stats = measure(opened("sft", tiny_base, *words, held_out=True))
-    text = "\n".join(plain(stats))
-    assert text.startswith("held-out data, sft") and "an evaluation" in text and "steps" not in text
-
-
-def test_nothing_is_tokenized_twice_where_nothing_is_cut(tiny_base, chat_rows, monkeypatch):
-    rows = opened("sft", tiny_base, f"dataset={chat_rows}")
-    monkeypatch.setattr("zephyr_lite.cli.row_stats.prepare", None)
-    assert any("nothing is left out, changed or cut" in line for line in plain(measure(rows)))
-
-
 # -- histogram -----------------------------------------------------------------------------------------------------------
 
 
@@ -164,21 +130,6 @@ def test_every_value_is_in_the_bin_that_is_named(kind, mark):
         # no bin holds both rows that are cut and rows that are not
         assert not (low <= mark < (high or values.max())) or mark >= values.max()
     assert bins[0][2] and len(bins) <= 20
-
-
-def test_bars_are_blocks_in_colour_and_ascii_in_a_pipe(tiny_base, long_rows):
-    stats = measure(opened("sft", tiny_base, f"dataset={long_rows}", "max_length=128"))
-    bars = [line for line in plain(stats) if re.search(r"–\d+ .*%", line)]
-    assert max(line.count("#") for line in bars) == 40
-    for line in bars:
-        count = int(re.search(r" (\d+) +[\d.]+%", line)[1])
-        assert bool(line.count("#")) == bool(count)
-    coloured = list(stats_lines(stats, width=100, colour=True))
-    assert not any("#" in line.plain for line in coloured)
-    cut = [line for line in coloured if line.plain.endswith("  cut")]
-    assert cut and all(any(span.style == "yellow" for span in line.spans) for line in cut)
-    narrow = [line for line in stats_lines(stats, width=60, colour=True) if "%  " in line.plain and "–" in line.plain]
-    assert narrow and max(line.cell_len for line in narrow) <= 60
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import shutil
 import socket
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.image
 import openai
@@ -16,7 +15,7 @@ from huggingface_hub import constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.fake_hub import Api, FakeHub, RepositoryNotFoundError, http_error
+from tests.fake_hub import FakeHub, http_error
 from tests.messages import messages_to
 from zephyr_lite.cli.app import run
 from zephyr_lite.config.strict_yaml import read_yaml
@@ -188,22 +187,8 @@ def test_what_vllm_asks_of_a_folder(place, tmp_path):
         vllm.check_model(place / "run")
 
 
-class Hub(FakeHub):
-    def __call__(self):
-        hub = self
-
-        class WithInfo(Api):
-            def repo_info(self, repo):
-                self._begin("repo_info")
-                if repo not in hub.repos:
-                    raise http_error(404, kind=RepositoryNotFoundError)
-                return SimpleNamespace(private=repo in hub.private)
-
-        return WithInfo(self)
-
-
 def test_push_lists_first_and_uploads_a_model_and_nothing_else(place, tmp_path, monkeypatch, capsys):
-    hub, model = Hub(), tmp_path / "m"
+    hub, model = FakeHub(), tmp_path / "m"
     monkeypatch.setattr(pushing, "HfApi", hub)
     monkeypatch.setattr(pushing, "get_token", lambda: "t")
     monkeypatch.setattr(pushing.constants, "HF_HUB_OFFLINE", False)
@@ -225,7 +210,7 @@ def test_push_lists_first_and_uploads_a_model_and_nothing_else(place, tmp_path, 
     shown = capsys.readouterr().out
     assert hub.calls == [] and "Nothing was uploaded" in shown and "model.safetensors" in shown
     assert run(["export", "push", str(model), "me/model", "--private", "--yes"]) == 0
-    assert hub.private == {"me/model"} and hub.calls == ["repo_info", "create_repo", "create_commit"]
+    assert hub.private == {"me/model"} and hub.calls == ["repo_info", "create_repo", "upload_folder"]
     tree = hub.tree("me/model")
     assert {
         "model.safetensors",

@@ -108,7 +108,7 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_left(mistral, tmp_path, 
     save_file(less, folder / "model.safetensors", {"format": "pt"})
     refused(folder, "no tensor model.layers.1.mlp.up_proj.weight")
     save_file({**weights, "strange.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
-    refused(folder, "strange.weight belongs to no mistral model")
+    refused(folder, "strange.weight")
     config = json.loads((folder / "config.json").read_text())
     stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))

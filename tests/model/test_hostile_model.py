@@ -156,9 +156,9 @@ def test_what_an_adapter_reaches_is_read_from_its_weights(tmp_path):
     ],
 )
 def test_an_adapter_that_does_not_fit_is_not_attached(tmp_path, changes, said):
-    adapter = read_adapter(make_adapter(tmp_path / "a", **changes))
+    folder = make_adapter(tmp_path / "a", **changes)
     with pytest.raises(UserError, match=said):
-        AdapterStack(make_model()).add_frozen("a", adapter)
+        AdapterStack(make_model()).add_frozen("a", read_adapter(folder))
 
 
 def test_another_base_by_name_is_said():

@@ -175,7 +175,7 @@ def break_weights(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("half", r"has lora_A \[\]"),
+        ("half", r"has lora_A \[0\]"),
         ("rank 0", r"has lora_A \[0, "),
         ("embedding", "no LoRA matrix of a linear layer"),
         ("flat", r"has lora_A \[384\]"),

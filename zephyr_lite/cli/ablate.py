@@ -28,7 +28,7 @@ def ablate(
     verbose: Verbose = False,
 ) -> None:
     """Compare several ways through the recipe on one base: recipe (the default), alpha-beta, or a file."""
-    from ..recipe.ablations.table import read_table
+    from ..recipe.ablations import read_table
 
     words = list(context.args)
     name = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("-") else "recipe"
@@ -44,7 +44,7 @@ def ablate(
             for key, value in config.items():
                 console.say(f"  {key}: {value}")
         return
-    from ..recipe.ablations.run import HEADER, legend, run_ablation, table_rows
+    from ..recipe.ablations import HEADER, legend, run_ablation, table_rows
 
     if any(stage.loaded.config.engine == "unsloth" for stage in table.stages()):
         raise UserError("engine unsloth patches the libraries of its process.", "Use engine=fused or engine=trl here.")

@@ -123,11 +123,10 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """The whole recipe in three minutes on a CPU: a small real model, before and after."""
-    from ..demo import QUESTIONS
-    from ..demo.run import run_demo
+    from ..demo.run import print_standings, run_demo
 
     result = run_demo(out, on_metrics=console.metrics)
-    console.side_by_side(QUESTIONS, result.standings)
+    print_standings(console, result.standings)
     console.say(f"accuracy of the DPO model's implicit reward on held-out pairs: {result.reward_accuracy:.2f}")
     console.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items()))
     console.say(f"The model is in {out / 'merged'}; it loads with transformers' AutoModelForCausalLM.")

@@ -47,9 +47,8 @@ def check(
     verbose: Verbose = False,
 ) -> None:
     """Audit an adapter: what belongs below it, its reference, BOS, the end token, its template. Exit code 2: wrong."""
+    from ..audit.files import Level
     from ..audit.run import audit
-    from ..audit.subject import Request
-    from ..audit.verdict import Level
     from ..errors import UserError
     from ..evaluate.results import claim_folder
     from ..io.atomic import write_json
@@ -58,10 +57,20 @@ def check(
         if out.is_dir():
             raise UserError(f"--out {out}: is a folder.", "Name a file, such as check.json.")
         claim_folder(out.parent)
-    request = Request(
-        adapter, base, below or [], start, reference, rows, pairs, beta, chat_template, limit, load_in_4bit, files_only
+    found = audit(
+        adapter,
+        base=base,
+        below=below or [],
+        start=start,
+        reference=reference,
+        rows=rows,
+        pairs=pairs,
+        beta=beta,
+        chat_template=chat_template,
+        limit=limit,
+        load_in_4bit=load_in_4bit,
+        files_only=files_only,
     )
-    found = audit(request)
     signs = {Level.right: "ok", Level.note: "note", Level.doubtful: "DOUBTFUL", Level.wrong: "WRONG"}
     console.heading(f"{found.adapter}: by {found.tool}, {found.method or 'method unknown'}")
     for finding in found.findings:

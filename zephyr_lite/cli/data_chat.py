@@ -61,7 +61,7 @@ def chat(
     """Raw conversations (UltraChat) → a clean set like ultrachat_200k, with a report of every rule."""
     from ..data.workers import interruptible
     from ..io.redact import refuse_secrets
-    from ..recipe.ultrachat import Options, clean_chat
+    from ..recipe.ultrachat import Options, clean_chat, report_lines
 
     # the report and dropped.tsv name them
     refuse_secrets({"SOURCE": source, "--decontaminate": decontaminate or []}, "the command line")
@@ -83,9 +83,9 @@ def chat(
     if report is None:
         console.say(f"{out} is complete already.")
     else:
-        for line in report.lines():
+        for line in report_lines(report):
             console.say(line)
         console.say(
-            f"wrote {out}: {', '.join(report.files[:4])}{', …' if len(report.files) > 4 else ''}, and report.md"
+            f"wrote {out}: {', '.join(report['files'][:4])}{', …' if len(report['files']) > 4 else ''}, and report.md"
         )
     console.say(f"Next: zephyr-lite sft dataset.path={out} dataset.split=train_sft")

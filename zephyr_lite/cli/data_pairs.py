@@ -83,8 +83,7 @@ def pairs(
     from ..config.load import DatasetSpec
     from ..errors import UserError
     from ..io.redact import refuse_secrets
-    from ..recipe.pairs import TRAIN, make_pairs
-    from ..recipe.ultrafeedback import PairRules
+    from ..recipe.ultrafeedback import TRAIN, PairRules, make_pairs
 
     # the report and dropped.tsv name them
     refuse_secrets({"SOURCE": list(inputs), "--exclude": exclude or []}, "the command line")

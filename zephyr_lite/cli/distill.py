@@ -60,12 +60,12 @@ def distill(
     verbose: Verbose = False,
 ) -> None:
     """Dialogues from a teacher: it asks, answers, and refines the question, evenly over topics and kinds of text."""
-    from ..recipe.feedback.config import DistillConfig
+    from ..recipe.distill import DistillConfig
 
     settings = settings_of(ctx, DistillConfig, seeds="seeds.path", split="seeds.split", column="seeds.column")
     from ..client.cost import Meter, bound_lines, budget_lines, has_prices
-    from ..recipe.feedback.distill import TRAIN, distill_bounds, plan_distill, run_distill
-    from ..recipe.feedback.prompts import read_prompts
+    from ..recipe.distill import TRAIN, distill_bounds, plan_distill, run_distill
+    from ..recipe.prompts import read_prompts
 
     read = None if settings.seeds is None else read_prompts(settings.seeds, seed=settings.seed)
     if read is not None:

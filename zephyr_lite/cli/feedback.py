@@ -66,13 +66,13 @@ def feedback(
     verbose: Verbose = False,
 ) -> None:
     """AI feedback from scratch: several models answer, a judge rates; rows as UltraFeedback's, and pairs for dpo."""
-    from ..recipe.feedback.config import FeedbackConfig
+    from ..recipe.feedback import FeedbackConfig
 
     names = {"prompts": "prompts.path", **{name: f"prompts.{name}" for name in ("split", "column", "limit")}}
     settings = settings_of(ctx, FeedbackConfig, **names)
     from ..client.cost import Meter, bound_lines, budget_lines, has_prices
-    from ..recipe.feedback.feedback import feedback_bounds, make_pair_folder, read_principles, run_feedback
-    from ..recipe.feedback.prompts import read_prompts
+    from ..recipe.feedback import feedback_bounds, make_pair_folder, read_principles, run_feedback
+    from ..recipe.prompts import read_prompts
 
     read = read_prompts(settings.prompts, seed=settings.seed)
     console.say(read.note())

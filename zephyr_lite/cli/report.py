@@ -32,8 +32,7 @@ def report(
 ) -> None:
     """Write report.html of a run, or of two runs side by side: curves, answers, rows, memory, configuration, lineage."""
     from ..io.atomic import make_folder, write_text
-    from ..monitor.report import REPORT, run_page, side_by_side
-    from ..monitor.stage_record import read_source
+    from ..monitor.report import REPORT, read_source, run_page, side_by_side
 
     first = read_source(source)
     if other is None:

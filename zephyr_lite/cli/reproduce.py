@@ -36,7 +36,7 @@ def reproduce(
 
     chosen = plan_reproduction(recipe, words, out=out, judge=judge, who=who)
     if dry_run:
-        for _, command in chosen.commands():
+        for _, command in chosen.commands:
             console.say(command_line(command))
         return
     run_reproduction(chosen)

@@ -111,6 +111,6 @@ def read_word(text: str, *, numbers: bool = True) -> Any:
     return value
 
 
-def dump_yaml(values: dict[str, Any]) -> str:
+def dump_yaml(values: Any) -> str:
     """``key: value`` lines, in the given order."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -6,6 +6,7 @@ megabytes of memory.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from ..model.peft_io import AdapterFile, LoraWeights, write_adapter
 from ..model.tokenizer import load_tokenizer, save_tokenizer
 from ..ops.nf4 import StoredNf4, quantize_stored
 from .base_files import BaseFiles, model_files
+
+logger = logging.getLogger(__name__)
 
 MARK = "zephyr_lite.json"
 MERGED, COMPOSED = "merged model", "composed adapter"  # key ``kind`` of it
@@ -56,12 +59,11 @@ class MergeReport:
 
     def lines(self) -> list[str]:
         """For the console."""
-        how = f"{self.merged} weights merged"
-        if self.onto == "nf4":
-            how += f", {self.requantized} taken through NF4"
+        through = f", {self.requantized} taken through NF4" if self.onto == "nf4" else ""
         return [
-            f"{self.out}: {self.bytes / 1e9:.2f} GB in {self.seconds:.0f} s; {how}, {self.copied} copied unchanged.",
-            f"Generation stops at token {', '.join(map(str, self.eos_token_ids)) or '(none known)'}.",
+            f"{self.out}: {self.bytes / 1e9:.2f} GB in {self.seconds:.0f} s; {self.merged} weights merged{through}, "
+            f"{self.copied} copied unchanged.",
+            f"Stop tokens: {', '.join(map(str, self.eos_token_ids)) or 'none known'}.",
         ]
 
 
@@ -77,7 +79,6 @@ def merge(
     lineage: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     revision: str = "main",
-    progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Merge a chain of adapters into a base and write a model folder that plain transformers loads.
 
@@ -92,7 +93,6 @@ def merge(
         tokenizer_from: a folder with tokenizer files and chat template (a stage's adapter/); default: the base's own.
         lineage: where this came from; written to zephyr_lite.json and to the weights' metadata.
         overwrite: replace an earlier merge in `out`.
-        progress: called with (bytes written, bytes in all).
 
     Raises:
         UserError: `out` exists and is not an earlier merge; the disk is too small; the base cannot be read; an adapter
@@ -143,8 +143,8 @@ def merge(
             report.requantized += nf4 is not None
         files.forget()
         done += entry.nbytes
-        if progress is not None:
-            progress(done, total)
+        if total > 2e9 and done * 10 // total > (done - entry.nbytes) * 10 // total:  # smaller models take seconds
+            logger.info(f"written {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     with folder_aside(out) as aside:
         # the small files first: their errors show before gigabytes are written

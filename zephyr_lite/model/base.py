@@ -36,7 +36,7 @@ from ..io.run_dir import cache_dir, read_json
 from ..io.safetensors import tensor_bytes
 from ..io.text import read_object, shown
 from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
-from .families import FAMILIES, NAMES, family_of, head_width, layer_windows
+from .families import FAMILIES, NAMES, head_width, layer_windows
 from .files import again, check_config_file, fetch_base, open_shards, weight_files
 from .tokenizer import check_vocabulary, load_tokenizer
 
@@ -161,23 +161,22 @@ def check_family(config: Any, where: str) -> None:
     Raises:
         UserError: another family, or a variant of the family that the fused engine does not know.
     """
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"{where}: a {config.model_type} model; the fused engine knows the families {NAMES}.",
-            "Set engine=trl for any other architecture; docs/extending.md shows how a family is added.",
-        )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise UserError(
-            f"{where}: rotary embeddings of type {rope} depend on the sequence's length, which a packed row does not have.",
-            "Set engine=trl.",
-        )
-    try:
-        family_of(config).windows(config)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}.", "Correct the configuration, or set engine=trl.") from None
-    if config.hidden_act != "silu":
-        raise UserError(f"{where}: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl.")
+    problem, hint = "", "Set engine=trl, which trains any architecture."
+    if config.model_type not in FAMILIES:
+        problem = f"a {config.model_type} model; the fused engine knows the families {NAMES}"
+        hint += " docs/extending.md shows how a family is added."
+    elif rope in ("dynamic", "longrope"):
+        problem = f"rotary embeddings of type {rope}, which depend on the length of a sequence"
+    elif config.hidden_act != "silu":
+        problem = f"hidden_act {config.hidden_act!r}; the fused engine knows silu"
+    else:
+        try:
+            layer_windows(config)
+        except ValueError as error:
+            problem = str(error)
+    if problem:
+        raise UserError(f"{where}: {problem}.", hint)
 
 
 def check_weights(folder: Path, config: Any) -> None:
