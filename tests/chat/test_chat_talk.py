@@ -11,10 +11,9 @@ import torch
 
 from tests.train.test_train import dpo_words, words
 from zephyr_lite.chat import Chat, load_chat
-from zephyr_lite.chat.generate import Streamer, TextStream
-from zephyr_lite.chat.rows import append_rows, check_file
-from zephyr_lite.chat.session import Answer, Session, Settings
-from zephyr_lite.chat.vote import Ballot
+from zephyr_lite.chat.generate import Drawn, Streamer, TextStream
+from zephyr_lite.chat.rows import Ballot, append_rows, check_file
+from zephyr_lite.chat.session import Session, Settings
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.sampling import Sampling
@@ -230,7 +229,7 @@ def test_settings_outside_their_range(wrong):
 
 
 def said(text, finish="stop"):
-    return Answer(text, finish, 3)
+    return Drawn(text, [1, 2, 3], finish)
 
 
 def test_a_saved_conversation_is_trained_on(chat, talk_run, tmp_path):
