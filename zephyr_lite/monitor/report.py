@@ -75,7 +75,7 @@ class StageRecord:
     left_out: list[dict[str, Any]]
     lengths: dict[str, Any]
     results: dict[str, dict[str, Any]]
-    own: dict[str, str]
+    own: dict[str, str | None]
     who: str = ""
 
     @property
