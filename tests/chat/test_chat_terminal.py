@@ -219,6 +219,8 @@ def test_what_a_vote_saves_is_one_answer_a_turn(typed, tmp_path, monkeypatch):
         (["--out", "p.jsonl"], "go together"),
         (["--compare", "--vote", "v.txt"], ".jsonl file"),
         (["--top-p", "0"], "top-p 0.0"),
+        (["--temperature", "nan"], "temperature nan"),
+        (["--seed", "-1"], "seed -1"),
         (["--system", "<s>"], "control token"),
     ],
 )
