@@ -279,7 +279,7 @@ def test_tokens_never_exceed_their_budget_at_any_moment(tmp_path):
         spent.append(tokens)
         if seen.number % 5 == 4:
             return [not_json(), disconnect(5)][seen.number % 2]
-        return ok("x", usage={"prompt_tokens": tokens - 20, "completion_tokens": 20})
+        return ok("x", usage={"prompt_tokens": tokens - 20, "completion_tokens": 20}, sleep=0.01)
 
     heights = []
     with ChatServer(script) as server:

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import CONVERSATIONS
 from zephyr_lite.cli import app as cli
 from zephyr_lite.cli.row_stats import RowStats, histogram, measure, stats_lines
-from zephyr_lite.cli.trained_rows import TrainedRows, open_rows
+from zephyr_lite.cli.rows import TrainedRows, open_rows
 from zephyr_lite.train.steps import step_schedule
 
 
@@ -71,27 +71,6 @@ def test_lengths_are_those_before_cutting_and_every_cut_row_is_named(tiny_base, 
     assert len(re.findall(r"\d+ −\d+", short)) == 2 and short.endswith(", …)") and short.count(str(long_rows)) == 1
 
 
-def test_other_budgets_are_what_a_run_with_them_would_have(tiny_base, long_rows):
-    stats = measure(opened("sft", tiny_base, f"dataset={long_rows}", "max_length=128", "batch_size=2"))
-    # within a quarter of it no row has a supervised token
-    assert [b.max_length for b in stats.budgets] == [64, 128, 256, 512]
-    for budget in stats.budgets:
-        words = (f"dataset={long_rows}", f"max_length={budget.max_length}", "batch_size=2")
-        run = opened("sft", tiny_base, *words)
-        report = run.data.report
-        beyond = sum(len(w) for reason, w in report.dropped.items() if "within max_length" in reason)
-        assert (budget.left_out, budget.cut, budget.lost) == (beyond, report.cut, report.supervised_lost)
-        assert (budget.rows, budget.fill) == (report.rows, pytest.approx(report.fill))
-        assert budget.steps == step_schedule(run.config, report.rows)[1]
-    assert any("128 ←" in line for line in plain(stats))
-    # what cuts nothing ends the table
-    assert [b.max_length for b in measure(opened("sft", tiny_base, f"dataset={long_rows}")).budgets] == [
-        512,
-        1024,
-        2048,
-    ]
-
-
 def test_sources_are_counted_apart(tiny_base, long_rows, chat_rows, tmp_path):
     config = tmp_path / "mix.yaml"
     config.write_text(
@@ -125,12 +104,6 @@ def test_pairs(tiny_base, pair_rows):
     assert not stats.budgets and stats.steps == stats.per_epoch == 3
     text = "\n".join(plain(stats))
     assert "on the prompt's left" in text and "3 steps of 3 pairs" in text and "packed" not in text
-
-
-def test_nothing_is_tokenized_twice_where_nothing_is_cut(tiny_base, chat_rows, monkeypatch):
-    rows = opened("sft", tiny_base, f"dataset={chat_rows}")
-    monkeypatch.setattr("zephyr_lite.cli.row_stats.prepare", None)
-    assert any("nothing is left out, changed or cut" in line for line in plain(measure(rows)))
 
 
 # -- histogram -----------------------------------------------------------------------------------------------------------

@@ -19,10 +19,21 @@ from zephyr_lite.client.jobs import load_settings
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe.feedback.config import DistillConfig
-from zephyr_lite.recipe.feedback.dialogue import NotUsable, read_grid, read_message, repeats, spread
-from zephyr_lite.recipe.feedback.distill import NEAR, Distilled, Openings, distill_bounds, plan_distill, run_distill
-from zephyr_lite.recipe.feedback.prompts import read_prompts
+from zephyr_lite.recipe.distill import (
+    NEAR,
+    DistillConfig,
+    Distilled,
+    NotUsable,
+    Openings,
+    distill_bounds,
+    plan_distill,
+    read_grid,
+    read_message,
+    repeats,
+    run_distill,
+    spread,
+)
+from zephyr_lite.recipe.prompts import read_prompts
 
 GRID = """
 topics: {tides: [spring tides, neap tides], bread: [sourdough], clocks: []}
@@ -118,7 +129,6 @@ def test_near_duplicates() -> None:
     assert openings.take("Explain to my grandmother how a haiku is built, with an example on old books.") is None
     assert openings.take("なぜ空は青いのですか") is None
     assert openings.take("なぜ空は青いのですか?") == "なぜ空は青いのですか"
-    assert len(openings) == 3
     # at 1 only the same words are too near
     strict = Openings(1.0)
     assert strict.take(first) is None and strict.take(first.replace("autumn", "fallen")) is None

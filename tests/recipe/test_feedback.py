@@ -25,10 +25,15 @@ from zephyr_lite.client.jobs import load_settings
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe.feedback.config import FeedbackConfig
-from zephyr_lite.recipe.feedback.feedback import feedback_bounds, make_pair_folder, read_principles, run_feedback
-from zephyr_lite.recipe.feedback.judge import ASPECTS
-from zephyr_lite.recipe.feedback.prompts import read_prompts
+from zephyr_lite.recipe.feedback import (
+    FeedbackConfig,
+    feedback_bounds,
+    make_pair_folder,
+    read_principles,
+    run_feedback,
+)
+from zephyr_lite.recipe.judge import ASPECTS
+from zephyr_lite.recipe.prompts import read_prompts
 
 COLUMNS = ["source", "instruction", "models", "completions", "correct_answers", "incorrect_answers"]
 ANSWERS = re.compile(r"\[Answer \d+\]\n(.*?)\n\[End of answer", re.DOTALL)
@@ -242,8 +247,8 @@ def test_missing_completions_and_rows_that_cannot_be_made(tmp_path: Path) -> Non
     assert result.dropped == {"fewer than two completions": [f"{tmp_path}/prompts.jsonl row 4"]}
     # neither dropped prompts nor missing completions were rated
     assert sum(is_judge(seen) for seen in server.seen) == 4 * 4
-    assert {k: v for k, v in result.tally.failed.items() if "empty" in k} == {"b: an empty answer": 4}
-    assert sum(result.tally.failed.values()) == 2 + 2 + 4
+    assert {k: v for k, v in result.failed.items() if "empty" in k} == {"b: an empty answer": 4}
+    assert sum(result.failed.values()) == 2 + 2 + 4
 
 
 def test_a_judge_that_rates_nothing_makes_no_row_and_leaves_no_file(tmp_path: Path) -> None:
@@ -262,7 +267,7 @@ def test_overall_scores_and_critiques(tmp_path: Path) -> None:
     with ChatServer(script) as server:
         config = settings(tmp_path, server.url, count=2, overall=True)
         result = run(config)
-    assert len(server.seen) == 2 * (4 + 4 + 4) and result.tally.critiques == 8
+    assert len(server.seen) == 2 * (4 + 4 + 4) and result.critiques == 8
     assert {(c["overall_score"], c["critique"]) for r in rows_of(config) for c in r["completions"]} == {
         (6.0, "So be it.")
     }

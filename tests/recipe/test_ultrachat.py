@@ -102,9 +102,9 @@ def test_the_whole_command(raw: Path, tmp_path: Path) -> None:
     assert details["an exact duplicate"] == f"of {label} row 11"
     assert details["a near duplicate"] == f"of {label} row 13"
     assert details[f"overlaps with {tmp_path / 'question.jsonl'}"] == " ".join(WORDS[:13])
-    assert report.rows == 60 and report.kept == 54 and report.broken == 1
+    assert report["rows"] == 60 and report["kept"] == 54 and report["broken_capitals"] == 1
     rows = rows_of(out) + rows_of(out, "test_sft")
-    assert len(rows) == 54 and report.splits == {
+    assert len(rows) == 54 and report["splits"] == {
         "train_sft": len(rows_of(out)),
         "test_sft": len(rows_of(out, "test_sft")),
     }
@@ -137,7 +137,7 @@ def test_training_reads_it(raw: Path, tmp_path: Path) -> None:
         out = tmp_path / file_format
         report = clean_chat(str(raw), out, Options(file_format=file_format))  # type: ignore[arg-type]
         loaded = load_rows([DatasetSpec(path=str(out), split="train_sft")], "sft", seed=0)
-        assert len(loaded.dataset) == report.splits["train_sft"] and not loaded.dropped
+        assert len(loaded.dataset) == report["splits"]["train_sft"] and not loaded.dropped
     assert sorted(p.name for p in (tmp_path / "jsonl").iterdir()) == [
         "dropped.tsv",
         "lexicon.txt",
@@ -192,8 +192,8 @@ def test_a_prompt_is_in_one_split_and_a_number_of_test_rows_is_kept(tmp_path: Pa
         out = tmp_path / f"out{test}"
         report = clean_chat(str(source), out, Options(test=test))
         train, held = ({row["prompt"] for row in rows_of(out, split)} for split in ("train_sft", "test_sft"))
-        assert not train & held and report.kept == 60
-        assert low <= report.splits["test_sft"] <= high
+        assert not train & held and report["kept"] == 60
+        assert low <= report["splits"]["test_sft"] <= high
         assert (out / "test_sft.parquet").is_file() == bool(test)
     with pytest.raises(UserError, match="test rows"):
         clean_chat(str(source), tmp_path / "all", Options(test=60))
@@ -201,10 +201,15 @@ def test_a_prompt_is_in_one_split_and_a_number_of_test_rows_is_kept(tmp_path: Pa
 
 def test_limits_and_switches(raw: Path, tmp_path: Path) -> None:
     off = clean_chat(str(raw), tmp_path / "off", Options(truecase=False, refusals=False, near=None))
-    assert off.kept == 57 and not off.cut and not off.broken and not (tmp_path / "off" / "lexicon.txt").exists()
+    assert (
+        off["kept"] == 57
+        and not off["cut"]
+        and not off["broken_capitals"]
+        and not (tmp_path / "off" / "lexicon.txt").exists()
+    )
     assert {row["prompt"] for s in ("train_sft", "test_sft") for row in rows_of(tmp_path / "off", s)} >= {BROKEN[0]}
     limits = clean_chat(str(raw), tmp_path / "limits", Options(min_turns=4, min_words=40, max_words=500))
-    assert limits.dropped["fewer than 4 turns"] == 3
+    assert limits["dropped"]["fewer than 4 turns"] == 3
     with pytest.raises(UserError, match=r"no row is left of 60: .*shorter than 900 words"):
         clean_chat(str(raw), tmp_path / "none", Options(min_words=900))
     assert not (tmp_path / "none").exists()
@@ -230,7 +235,7 @@ def test_other_sets_of_conversations(tmp_path: Path) -> None:
     rows = [{"messages": turns, "id": 1}, {"messages": turns[2:], "id": 2}, {"messages": turns[:2], "id": 3}]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = clean_chat(str(tmp_path / "set.jsonl"), tmp_path / "out", Options(test=0))
-    assert report.dropped == {"the user says nothing": 1, "no assistant turn": 1}
+    assert report["dropped"] == {"the user says nothing": 1, "no assistant turn": 1}
     row = rows_of(tmp_path / "out")[0]
     assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
     assert row["prompt"] == row["messages"][1]["content"] == "Hello. How do I get to ouagadougou? Is it far?"
@@ -247,8 +252,8 @@ def test_evaluation_sets_in_all_formats(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"a": [chat]}).to_parquet(tmp_path / "q.parquet")
     sets = tuple(str(tmp_path / f"q.{suffix}") for suffix in ("csv", "txt", "parquet"))
     report = clean_chat(str(source), tmp_path / "out", Options(decontaminate=sets, test=0))
-    assert report.dropped == {f"overlaps with {sets[0]}": 1, f"overlaps with {sets[1]}": 1}
-    assert report.eval_sets == dict(zip(sets, (1, 2, 1)))
+    assert report["dropped"] == {f"overlaps with {sets[0]}": 1, f"overlaps with {sets[1]}": 1}
+    assert report["eval_sets"] == dict(zip(sets, (1, 2, 1)))
     (tmp_path / "labels.txt").write_text("yes\nno\n")
     with pytest.raises(UserError, match="no text of 5 words"):
         clean_chat(str(source), tmp_path / "out2", Options(decontaminate=(str(tmp_path / "labels.txt"),)))
@@ -318,7 +323,7 @@ def test_numbered_files_of_several_kinds_are_refused(raw: Path, tmp_path: Path) 
     (raw / "train_2.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     with pytest.raises(UserError, match="different kinds") as caught:
         clean_chat(str(raw), tmp_path / "out", Options())
-    assert "train_2.jsonl: messages" in str(caught.value.hint)
+    assert "train_2.jsonl: columns messages" in caught.value.message
 
 
 def test_ctrl_c_among_workers(tmp_path: Path) -> None:

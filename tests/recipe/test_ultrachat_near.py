@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zephyr_lite.recipe.decontamination import read_eval_sets
-from zephyr_lite.recipe.dedup import first_of_equal, join_near, signatures, similarity
-from zephyr_lite.recipe.words import members, ngrams, whole, words_of
+from zephyr_lite.recipe.dedup import first_of_equal, join_near, ngrams, read_eval_sets, signatures, similarity, words_of
 
 TEXTS = [
     "The cat sat on the mat.",
@@ -55,19 +53,6 @@ def test_ngrams_stay_inside_their_text(n: int) -> None:
     assert [tuple(plain_words(words.text(int(f), n))) for f in first] == expected
     assert len(set(hashes.tolist())) == len(set(expected))
     assert len(ngrams(words.joined(np.array([0, len(TEXTS)])), n)[0]) == len(words.hashes) - n + 1
-
-
-def test_whole_and_members() -> None:
-    found = whole(words_of(TEXTS))
-    assert found[0] == found[3] and found[1] == found[2] == 0 and len(set(found.tolist())) == len(TEXTS) - 2
-    assert whole(words_of(["a b"])) != whole(words_of(["b a"]))
-    draw = np.random.default_rng(0)
-    values, keys = (
-        draw.integers(0, 3000, 5000).astype(np.uint64),
-        np.unique(draw.integers(0, 3000, 900).astype(np.uint64)),
-    )
-    assert np.array_equal(members(values, keys), np.flatnonzero(np.isin(values, keys)))
-    assert len(members(values, keys[:0])) == 0
 
 
 def varied(text: str, share: float, draw: random.Random) -> str:

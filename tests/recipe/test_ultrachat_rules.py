@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe import lexicon as lexicon_module
 from zephyr_lite.recipe import protect, refusals, truecase
 from zephyr_lite.recipe.english import ALWAYS, is_english
 from zephyr_lite.recipe.lexicon import Lexicon, count_words
@@ -135,15 +134,6 @@ def test_lexicon_does_not_depend_on_the_blocks():
         f"They met {name} in the old town of {place} today." for name in ("Anna", "Otto") for place in ("Bonn", "anna")
     ] * 3
     assert Lexicon.learned(count_words(texts[s : s + 4]) for s in range(0, len(texts), 4)) == lexicon_of(*texts)
-
-
-def test_lexicon_is_bounded(monkeypatch):
-    monkeypatch.setattr(lexicon_module, "LIMIT", 20)
-    blocks = [
-        count_words([f"We have seen Xa{n:x}bc and the Common Thing there near q{n:x}z often."] * 2) for n in range(10)
-    ]
-    found = Lexicon.learned(blocks * 3)
-    assert max(map(len, (found.forms, found.pairs, found.both))) <= 20
 
 
 def test_lexicon_file(tmp_path: Path):
