@@ -99,11 +99,7 @@ class Weights:
 
     @cached_property
     def chat(self) -> Chat:
-        """The models, loaded.
-
-        Raises:
-            UserError: they cannot be loaded.
-        """
+        """The models, loaded. Raises UserError: they cannot be loaded."""
         from ..chat import Chat
         from ..model.loaded import live_of, open_live
 
