@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import CONVERSATIONS
 from zephyr_lite.cli import app as cli
 from zephyr_lite.cli.row_stats import RowStats, histogram, measure, stats_lines
-from zephyr_lite.cli.trained_rows import TrainedRows, open_rows
+from zephyr_lite.cli.rows import TrainedRows, open_rows
 from zephyr_lite.train.steps import step_schedule
 
 

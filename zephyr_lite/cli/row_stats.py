@@ -1,35 +1,27 @@
-"""``zephyr-lite data stats``: lengths of rows, what is cut and left out, packing, tokens and steps."""
+"""``zephyr-lite data stats``: lengths of rows, cut and dropped rows, packing, tokens and steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 from rich.text import Text
 
 from ..config.load import RunConfig
-from ..data.dataset import DataReport, TokenizedDataset, prepare
+from ..data.dataset import DataReport, prepare
 from ..data.packing import best_fit
 from ..train.steps import step_schedule
-from .trained_rows import TrainedRows, example_column
+from .rows import TrainedRows
 
 _UNCUT = 2**30  # longer than any example
 _BAR, _BINS = 40, 16
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The effect of another ``max_length`` on conversations.
-
-    Attributes:
-        max_length: tokens of a packed row.
-        left_out: conversations without a supervised token within it.
-        cut: other conversations that are longer.
-        lost: supervised tokens of these beyond it.
-        rows: packed rows; fill: their fill; steps: optimizer steps of the run.
-    """
+class Budget(NamedTuple):
+    """Another ``max_length``: dropped and cut conversations, supervised tokens lost, packed rows, their fill, steps."""
 
     max_length: int
     left_out: int
@@ -42,7 +34,7 @@ class Budget:
 
 @dataclass
 class SourceStats:
-    """Counts of one source of a mixture: examples, rows left out, and tokens of an epoch after cutting."""
+    """Counts of one source of a mixture: examples, dropped rows, and tokens of an epoch after cutting."""
 
     kept: int = 0
     left_out: int = 0
@@ -56,16 +48,14 @@ class RowStats:
     """Statistics of a stage's rows.
 
     Attributes:
-        method, config: of the run.
         report: of the preparation for training.
         whole: [n] tokens that ``max_length`` bounds, before cutting: of conversations, or of prompts with the longer
             response.
+        per_epoch, steps: of ``step_schedule``.
         parts: for pairs, [n] tokens of prompts, chosen and rejected responses, before cutting.
         budgets: a quarter to four times ``max_length`` (sft, training rows).
         cut_places: places of cut examples, in order, and the supervised tokens that each lost.
-        sources: by name.
-        per_epoch, steps: of ``step_schedule``.
-        chosen_longer: the share of pairs whose chosen response has more tokens.
+        sources: by name, in the order of their first rows.
     """
 
     method: str
@@ -78,34 +68,25 @@ class RowStats:
     budgets: list[Budget] = field(default_factory=list)
     cut_places: list[tuple[str, int]] = field(default_factory=list)
     sources: dict[str, SourceStats] = field(default_factory=dict)
-    chosen_longer: float = 0.0
+
+    @property
+    def chosen_longer(self) -> float:
+        """The share of pairs whose chosen response has more tokens."""
+        return float((self.parts["chosen"] > self.parts["rejected"]).mean())
 
 
 def measure(opened: TrainedRows) -> RowStats:
     """Count. If anything was cut, the rows are tokenized again without a limit, for their lengths."""
     data, config = opened.data, opened.config
-    uncut = data
+    uncut = opened
     if data.report.cut or any("max_length" in reason for reason in data.report.dropped):
         free = config.model_copy(update={"max_length": _UNCUT, "max_prompt_length": _UNCUT})
-        uncut = prepare(opened.specs, opened.method, free, opened.template, what=data.report.what)
-    stats = RowStats(opened.method, config, data.report, uncut.lengths, *step_schedule(config, len(data.rows)))
-    _count_examples(data, stats)
-    if opened.method == "sft":
-        stats.budgets = _budgets(uncut, config) if data.report.what == "training" else []
-        return stats
-    for name in ("prompt", "chosen", "rejected"):
-        stats.parts[name] = pc.list_value_length(example_column(uncut, f"{name}_ids")).to_numpy().astype(np.int64)
-    prompt, chosen, rejected = stats.parts.values()
-    stats.whole = prompt + np.maximum(chosen, rejected)
-    stats.chosen_longer = float((chosen > rejected).mean())
-    return stats
-
-
-def _count_examples(data: TokenizedDataset, stats: RowStats) -> None:
-    """Fill in ``sources``, in the order of their first rows, and ``cut_places``."""
-    columns = [example_column(data, name).to_pylist() for name in ("where", "length", "supervised", "cut", "lost")]
+        whole = prepare(opened.specs, opened.method, free, opened.template, what=data.report.what)
+        uncut = TrainedRows(opened.method, free, opened.template, opened.specs, whole)
+    stats = RowStats(opened.method, config, data.report, uncut.data.lengths, *step_schedule(config, len(data.rows)))
+    columns = [opened.column(name).to_pylist() for name in ("where", "length", "supervised", "cut", "lost")]
     for place, length, supervised, cut, lost in zip(*columns):
-        source = stats.sources.setdefault(_source(place), SourceStats())
+        source = stats.sources.setdefault(place.rpartition(" row ")[0], SourceStats())
         source.kept += 1
         source.tokens += length
         source.supervised += supervised
@@ -113,19 +94,22 @@ def _count_examples(data: TokenizedDataset, stats: RowStats) -> None:
             source.cut += 1
             stats.cut_places.append((place, lost))
     for place in (place for where in data.report.dropped.values() for place in where):
-        stats.sources.setdefault(_source(place), SourceStats()).left_out += 1
+        stats.sources.setdefault(place.rpartition(" row ")[0], SourceStats()).left_out += 1
+    if opened.method == "sft":
+        stats.budgets = _budgets(uncut, config) if data.report.what == "training" else []
+        return stats
+    for name in ("prompt", "chosen", "rejected"):
+        stats.parts[name] = pc.list_value_length(uncut.column(f"{name}_ids")).to_numpy().astype(np.int64)
+    stats.whole = stats.parts["prompt"] + np.maximum(stats.parts["chosen"], stats.parts["rejected"])
+    return stats
 
 
-def _source(place: str) -> str:
-    return place.rpartition(" row ")[0]
-
-
-def _budgets(uncut: TokenizedDataset, config: RunConfig) -> list[Budget]:
+def _budgets(uncut: TrainedRows, config: RunConfig) -> list[Budget]:
     """A quarter to four times ``max_length``, up to the first that cuts nothing."""
-    own, lengths = config.max_length, uncut.lengths
+    own, lengths = config.max_length, uncut.data.lengths
     sizes = [size for size in (own // 4, own // 2, own, own * 2, own * 4) if size >= 2]
     # [n, sizes + 1] supervised tokens among the first ones of each example; in the last column all of them
-    places = (np.flatnonzero(mask.values) for mask in example_column(uncut, "mask"))
+    places = (np.flatnonzero(mask.values) for mask in uncut.column("mask"))
     within = np.array([np.searchsorted(supervised, [*sizes, _UNCUT]) for supervised in places])
     budgets = []
     for max_length, inside in zip(sizes, within.T):
@@ -191,13 +175,11 @@ def stats_lines(stats: RowStats, *, width: int, colour: bool, places: int = 5) -
     if len(stats.sources) > 1:
         total = max(1, sum(source.tokens for source in stats.sources.values()))
         yield Text()
-        yield from _table(
-            ["source", "kept", "left out", "cut", "tokens", "share", "supervised"],
-            [
-                [name, *_numbers(s.kept, s.left_out, s.cut, s.tokens), f"{s.tokens / total:.1%}", f"{s.supervised:,}"]
-                for name, s in stats.sources.items()
-            ],
-        )
+        rows = [
+            [name, *_numbers(s.kept, s.left_out, s.cut, s.tokens), f"{s.tokens / total:.1%}", f"{s.supervised:,}"]
+            for name, s in stats.sources.items()
+        ]
+        yield from _table(["source", "kept", "left out", "cut", "tokens", "share", "supervised"], rows)
     yield Text()
     yield from _training_lines(stats)
 
@@ -234,13 +216,13 @@ def _named(where: Sequence[str], places: int) -> str:
 def _length_lines(stats: RowStats, width: int, colour: bool) -> Iterator[Text]:
     """A histogram, and a table of averages and quantiles."""
     limit = stats.config.max_length
-    what = "conversation" if stats.method == "sft" else "prompt with its longer response"
+    sft = stats.method == "sft"
+    what, unit = ("conversation", "rows") if sft else ("prompt with its longer response", "pairs")
     yield Text.assemble((f"tokens of a {what}, before cutting", "bold"), f" (max_length {limit:,})")
     bins = histogram(stats.whole, limit)
     labels = [f"{low:,}–{high:,}" if high is not None else f"{low:,} and more" for low, high, _ in bins]
     room, most = max(map(len, labels)), max(count for _, _, count in bins)
     size = max(10, min(_BAR, width - room - 36))
-    unit = "rows" if stats.method == "sft" else "pairs"
     yield Text(f"  {'':>{room}}  {'':<{size}}  {unit:>9}  {'share':>6}  {'so far':>6}")
     seen, total = 0, len(stats.whole)
     for label, (low, _, count) in zip(labels, bins):
@@ -254,8 +236,7 @@ def _length_lines(stats: RowStats, width: int, colour: bool) -> Iterator[Text]:
         )
     yield Text()
     rows = []
-    whole = "conversation" if stats.method == "sft" else "prompt + longer response"
-    for name, values in {whole: stats.whole, **stats.parts}.items():
+    for name, values in {"conversation" if sft else "prompt + longer response": stats.whole, **stats.parts}.items():
         quantiles = np.quantile(values, [0.5, 0.9, 0.99, 1], method="inverted_cdf")
         rows.append([name, f"{values.mean():,.0f}", *_numbers(*quantiles)])
     yield from _table(["tokens of", "mean", "median", "90 % ≤", "99 % ≤", "longest"], rows)
@@ -267,8 +248,7 @@ def _budget_lines(stats: RowStats) -> Iterator[Text]:
     rows = []
     for b in stats.budgets:
         own = " ←" if b.max_length == stats.config.max_length else ""
-        share = f"{b.cut / len(stats.whole):.1%}"
-        start = [f"{b.max_length:,}{own}", *_numbers(b.left_out, b.cut), share]
+        start = [f"{b.max_length:,}{own}", *_numbers(b.left_out, b.cut), f"{b.cut / len(stats.whole):.1%}"]
         rows.append([*start, *_numbers(b.lost, b.rows), f"{b.fill:.1%}", f"{b.steps:,}"])
     head = ["max_length", "left out", "cut", "share", "supervised lost", "packed rows", "full", "steps"]
     yield from _table(head, rows)
@@ -279,7 +259,7 @@ def _numbers(*values: int) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[Text]:
-    """The first column to the left, numbers to the right."""
+    """The first column is left-aligned, the others right-aligned."""
     sizes = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
     for place, row in enumerate([head, *rows]):
         cells = [f"{row[0]:<{sizes[0]}}", *(f"{cell:>{size}}" for cell, size in zip(row[1:], sizes[1:]))]
@@ -294,15 +274,16 @@ def _training_lines(stats: RowStats) -> Iterator[Text]:
         f"  {report.tokens:,} tokens, {report.supervised:,} of them supervised ({share:.1%}, loss_on {config.loss_on})"
     )
     if report.fill is not None:
+        unit = "rows"
         yield Text(
             f"  {report.rows:,} packed rows of {config.max_length:,} tokens, {report.fill:.1%} full; "
             f"{report.kept / report.rows:.1f} conversations in a row"
         )
     else:
+        unit = "pairs"
         yield Text(f"  {report.rows:,} pairs; a pair's prompt is computed once")
     if report.what != "training":
         return
-    unit = "rows" if stats.method == "sft" else "pairs"
     tokens, supervised = report.tokens / stats.per_epoch, report.supervised / stats.per_epoch
     yield Text(
         f"  {stats.per_epoch:,} steps of {config.batch_size} {unit}, {tokens:,.0f} tokens ({supervised:,.0f} supervised) each"

@@ -332,10 +332,10 @@ def _write(gguf: Any, file: BinaryIO, files: BaseFiles, part: _Part) -> Tensor:
             stored = gguf.quantize(block.numpy(), gguf.GGMLQuantizationType.Q8_0)
             back = gguf.dequantize(stored, gguf.GGMLQuantizationType.Q8_0)
         else:
-            back = stored = block.numpy().astype(np.float32 if part.type == "F32" else np.float16)
+            back = stored = (block if part.type == "F32" else block.half()).numpy()
             if not np.isfinite(stored).all():
                 raise UserError(
-                    f"{part.source}: holds {float(block.abs().max()):.3g}, and {part.type} reaches {_F16_MAX:.0f}.",
+                    f"{part.source}: holds {float(block.abs().max()):.3g}, and float16 reaches {_F16_MAX:.0f}.",
                     "Use the model as it is (transformers, vLLM); a GGUF file of it needs another type.",
                 )
         difference = torch.from_numpy(np.ascontiguousarray(back)).float() - block

@@ -92,9 +92,7 @@ def run_merge(
 
     earlier = None if overwrite else _earlier(out, {"kind": MERGED, "onto": onto, **lineage})
     if earlier is None:
-        report = merge(folder, chain.adapters, out, onto=onto, overwrite=overwrite, **settings)
-        for line in report.lines():
-            logger.info(line)
+        merge(folder, chain.adapters, out, onto=onto, overwrite=overwrite, **settings)
     elif not check or _is_measured(earlier, ways, rows):
         logger.info(f"{out} is complete already.")
         return None
@@ -117,7 +115,7 @@ def run_merge(
         remove_tree(aside)
     found.missing.update(missing)
     write_json(out / MARK, {**(read_json(out / MARK) or {}), "measured": found.as_dict()})
-    for line in (found.ways[onto].logps.line(), *found.lines()):
+    for line in (found.logps[onto].line(), *found.lines()):
         logger.info(line)
     if onto == "base" and in_4bit:
         logger.info(

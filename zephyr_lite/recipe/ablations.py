@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..client.jobs import validated
@@ -45,6 +45,7 @@ from ..train.sft import run_sft
 logger = logging.getLogger(__name__)
 
 PLACED = ("output_dir", "adapters", "stage")  # keys that the table sets, or the stages' files
+OneStage = Annotated[dict[Method, str], Field(min_length=1, max_length=1)]
 ONE_BASE = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype")
 BASE = "base"  # name of the bare base's row in the result
 # the two published sets; ``--chat`` and ``--preferences`` name copies of them
@@ -60,48 +61,20 @@ class TableSpec(BaseModel):
 
     output_dir: str = "runs/ablations"
     keys: dict[str, Any] = {}  # of the configuration, for every stage
-    arms: dict[str, list[dict[Method, str]]] = Field(min_length=1)  # name → {method: configuration}, bottom first
+    # name → stages {method: configuration}, bottom first
+    arms: dict[str, Annotated[list[OneStage], Field(min_length=1)]] = Field(min_length=1)
     chat: DatasetSpec = DatasetSpec(path=CHAT, split="test_sft")
     preferences: DatasetSpec = DatasetSpec(path=PREFERENCES, split="test_prefs")
-
-    @field_validator("keys")
-    @classmethod
-    def _check_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key in value:
-            if key in PLACED:
-                raise ValueError(f"{key} is the table's decision, no key for every stage")
-            if key not in RunConfig.model_fields:
-                raise ValueError(f"there is no key {key!r}; docs/configuration.md lists them")
-        return value
-
-    @field_validator("arms")
-    @classmethod
-    def _check_arms(cls, value: dict[str, list[dict[Method, str]]]) -> dict[str, list[dict[Method, str]]]:
-        for name, stages in value.items():
-            if name == BASE:
-                raise ValueError(f"an arm cannot be called {BASE!r}, which is the name of the bare base")
-            if not stages:
-                raise ValueError(f"arm {name!r} has no stage")
-            if any(len(entry) != 1 for entry in stages):
-                raise ValueError(f"arm {name!r}: every entry is one stage, {{sft: FILE}} or {{dpo: FILE}}")
-        return value
 
 
 @dataclass(frozen=True)
 class ArmStage:
-    """One stage of an arm, shared by arms that start with the same stages.
-
-    Attributes:
-        method: sft or dpo.
-        file: its configuration, as named in the table.
-        loaded: resolved, with the table's ``output_dir`` and ``adapters``.
-        below: (method, file) of the stages below it, bottom first.
-    """
+    """One stage of an arm, shared by arms that start with the same stages."""
 
     method: Method
-    file: str
-    loaded: Loaded
-    below: tuple[tuple[Method, str], ...]
+    file: str  # its configuration, as named in the table
+    loaded: Loaded  # resolved, with the table's ``output_dir`` and ``adapters``
+    below: tuple[tuple[Method, str], ...]  # (method, file) of the stages below it, bottom first
 
     @property
     def name(self) -> str:
@@ -110,22 +83,14 @@ class ArmStage:
 
 @dataclass(frozen=True)
 class Table:
-    """A resolved table.
+    """A resolved table."""
 
-    Attributes:
-        name: the file's, without suffix.
-        run: the folder of all its stages.
-        arms: name → stages, bottom first.
-        chat, preferences: the held-out rows.
-        whole: whether all arms of the file are included.
-    """
-
-    name: str
-    run: Path
-    arms: dict[str, list[ArmStage]]
-    chat: DatasetSpec
+    name: str  # the file's, without suffix
+    run: Path  # the folder of all its stages
+    arms: dict[str, list[ArmStage]]  # name → stages, bottom first
+    chat: DatasetSpec  # held-out rows
     preferences: DatasetSpec
-    whole: bool = True
+    whole: bool = True  # whether all arms of the file are included
 
     def stages(self) -> list[ArmStage]:
         """Every stage once, each after those below it."""
@@ -161,9 +126,12 @@ def read_table(
     """
     path = find_config(name, "tables")
     spec = validated(TableSpec, read_yaml(path), str(path))
+    if BASE in spec.arms:
+        raise UserError(f"{path}: an arm cannot be called {BASE!r}, which is the name of the bare base.")
     if unknown := [arm for arm in only if arm not in spec.arms]:
         raise UserError(f"{path}: there is no arm {unknown[0]!r}.", f"There are {', '.join(spec.arms)}.")
     run, scoped = Path(out or spec.output_dir), _scopes(words)
+    _refuse_placed(spec.keys, str(path))
     copies = {CHAT: chat, PREFERENCES: preferences}
 
     def copied(entry: DatasetSpec) -> DatasetSpec:
@@ -171,10 +139,6 @@ def read_table(
 
     def resolve(method: Method, file: str, below: list[ArmStage]) -> ArmStage:
         name = load_config(method, file, []).config.stage
-        try:
-            load_config(method, file, [], spec.keys)
-        except UserError as error:
-            raise UserError(f"the table's keys do not fit: {error.message}", error.hint) from None
         adapters = f"[{run / below[-1].name / 'adapter'}]" if below else "none"
         words = [word for scope in ("", method, name) for word in scoped.get(scope, [])]
         loaded = load_config(method, file, [*words, f"output_dir={run}", f"adapters={adapters}"], spec.keys)
@@ -214,14 +178,17 @@ def _scopes(words: Sequence[str]) -> dict[str, list[str]]:
         word = word.lstrip("-")
         head, dot, tail = word.split("=", 1)[0].partition(".")
         scope = head if dot and head.replace("-", "_") not in RunConfig.model_fields else ""
-        key = (tail.partition(".")[0] if scope else head).replace("-", "_")
-        if key in PLACED:
-            raise UserError(
-                f"the command line: {key} is the table's decision.",
-                "Choose the folder with --out; the order and names of stages in the table and the stages' files.",
-            )
+        _refuse_placed([(tail.partition(".")[0] if scope else head).replace("-", "_")], "the command line")
         scoped.setdefault(scope, []).append(word.removeprefix(f"{scope}." if scope else ""))
     return scoped
+
+
+def _refuse_placed(keys: Iterable[str], where: str) -> None:
+    if placed := [key for key in keys if key in PLACED]:
+        raise UserError(
+            f"{where}: {placed[0]} is the table's decision.",
+            "Choose the folder with --out; the order and names of stages in the table and the stages' files.",
+        )
 
 
 # -- training and scoring --------------------------------------------------------------------------------------------
@@ -229,39 +196,27 @@ def _scopes(words: Sequence[str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Score:
-    """A model's scores on the held-out rows.
+    """A model's scores on the held-out rows, with standard errors."""
 
-    Attributes:
-        chat_loss: nats a supervised token.
-        likelier: share of pairs whose chosen response has the higher mean log-probability a token.
-        accuracy: share of pairs whose chosen response gained more log-probability over the bare base than the rejected one
-            (a tie does not count), with its standard error; None for the base.
-        margin: mean of that difference in nats, with its standard error.
-        own_accuracy, own_margin: a DPO stage's last evaluation against its own reference.
-    """
-
-    chat_loss: float
-    likelier: float
+    chat_loss: float  # nats a supervised token
+    likelier: float  # share of pairs whose chosen response has the higher mean log-probability a token
+    # share of pairs whose chosen response gained more log-probability over the bare base than the rejected one (a tie does
+    # not count); None for the base
     accuracy: float | None = None
     accuracy_error: float | None = None
-    margin: float | None = None
+    margin: float | None = None  # mean of that difference in nats
     margin_error: float | None = None
-    own_accuracy: float | None = None
+    own_accuracy: float | None = None  # of a DPO stage's last evaluation against its own reference
     own_margin: float | None = None
 
 
 @dataclass
 class Ablation:
-    """The result of a table.
-
-    Attributes:
-        scores: arm → its score, the bare base (``BASE``) first.
-        conversations, pairs: numbers of held-out rows.
-    """
+    """The result of a table."""
 
     table: Table
-    scores: dict[str, Score]
-    conversations: int
+    scores: dict[str, Score]  # by arm, the bare base (``BASE``) first
+    conversations: int  # held-out rows
     pairs: int
 
 
@@ -401,15 +356,8 @@ def _standard_error(values: Tensor) -> float | None:
 
 # -- the table as text -----------------------------------------------------------------------------------------------
 
-HEADER = (
-    "arm",
-    "held-out chat loss",
-    "preference accuracy",
-    "margin (nats)",
-    "likelier a token",
-    "own accuracy",
-    "own margin",
-)
+HEADER = ("arm", "held-out chat loss", "preference accuracy", "margin (nats)", "likelier a token")
+HEADER += ("own accuracy", "own margin")
 
 
 def table_rows(result: Ablation) -> list[tuple[str, ...]]:
@@ -445,6 +393,6 @@ def legend(result: Ablation) -> list[str]:
 
 def table_lines(result: Ablation) -> list[str]:
     """The table in Markdown."""
-    rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in table_rows(result)]
-    cells = [HEADER, tuple("---" for _ in HEADER), *rows]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in table_rows(result)]
+    cells = [HEADER, ["---"] * len(HEADER), *rows]
     return [f"# {result.table.name}", "", *(f"| {' | '.join(c)} |" for c in cells), "", *legend(result)]

@@ -20,20 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .. import __version__
-from ..client.client import (
-    TOKENS_OF_A_TEMPLATE,
-    TOKENS_OF_A_TURN,
-    BudgetSpent,
-    ModelClient,
-    Request,
-    RequestFailed,
-    seed_of,
-)
+from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
 from ..client.cost import Bound, Meter, prompt_bound
 from ..client.endpoints import EndpointSpec, Message
 from ..client.jobs import NotBlank, claim_folder, distinct_name, in_order, json_line, run_job, validated
@@ -96,23 +88,21 @@ class DistillConfig(ModelJobConfig):
 # -- the grid --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A topic, its parts, a kind of text, and the kind in words."""
 
     topic: str
-    parts: tuple[str, ...]
+    parts: list[str]
     kind: str
     meaning: str
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """Cells in the order in which they are filled, ways to put an opening, and what a user does next."""
 
-    cells: tuple[Cell, ...]
-    manners: tuple[str, ...]
-    moves: tuple[str, ...]
+    cells: list[Cell]
+    manners: list[str]
+    moves: list[str]
 
     def cell(self, number: int) -> Cell:
         """The cell of a dialogue: all cells in turn, so that their counts differ by one at most."""
@@ -126,8 +116,8 @@ class GridFile(BaseModel):
 
     topics: dict[NotBlank, list[NotBlank] | None] = Field(min_length=1)
     kinds: dict[NotBlank, str | None] = Field(min_length=1)
-    manners: list[NotBlank] | None = None
-    moves: list[NotBlank] | None = None
+    manners: list[NotBlank] = []
+    moves: list[NotBlank] = []
 
     @field_validator("topics", "kinds", mode="before")
     @classmethod
@@ -136,22 +126,15 @@ class GridFile(BaseModel):
 
 
 def read_grid(path: Path | None, seed: int) -> Grid:
-    """A grid from YAML; manners and moves that it lacks are the built-in ones.
-
-    Args:
-        path: a file; None: the built-in grid.
-        seed: of the cells' order.
+    """A grid from YAML, or the built-in one; manners and moves that it lacks are the built-in ones. ``seed``: of the order.
 
     Raises:
         UserError: the file cannot be read, or has another form.
     """
     own, built_in = (validated(GridFile, read_yaml(file), str(file)) for file in (path or GRID, GRID))
-    cells = [
-        Cell(topic, tuple(own.topics[topic] or ()), kind, own.kinds[kind] or kind)
-        for topic, kind in spread(list(own.topics), list(own.kinds), seed)
-    ]
-    manners, moves = own.manners or built_in.manners, own.moves or built_in.moves
-    return Grid(tuple(cells), tuple(manners or ()), tuple(moves or ()))
+    order = spread(list(own.topics), list(own.kinds), seed)
+    cells = [Cell(topic, own.topics[topic] or [], kind, own.kinds[kind] or kind) for topic, kind in order]
+    return Grid(cells, own.manners or built_in.manners, own.moves or built_in.moves)
 
 
 def spread(topics: list[str], kinds: list[str], seed: int) -> list[tuple[str, str]]:
@@ -282,7 +265,7 @@ async def ask_message(
     if any(repeats(text, turn) for turn in turns):
         raise NotUsable("a message that repeats an earlier turn")
     instruction = "\n".join(message["content"] for message in request.messages)
-    for shown in (*quoted, *turns):
+    for shown in filter(None, (*quoted, *turns)):
         instruction = instruction.replace(shown, "\n")
     if _runs(text) & _runs(instruction):
         raise NotUsable("a message that hands its instructions back")
@@ -404,29 +387,21 @@ async def grow(
 
 @dataclass
 class Distilled:
-    """The result of a run.
-
-    Attributes:
-        wanted, train, test: numbers of dialogues.
-        openings: asked for; turned_down: of these, by reason; near: examples (the opening, the earlier one).
-        ended: dialogues that are shorter than was asked for, by reason; rounds: how many have this many.
-        cells: dialogues of each (topic, kind), empty ones included; none where the openings are seeds.
-        unreached: dialogues that the budget did not reach; budget_message: why, or "".
-    """
+    """The result of a run."""
 
     out: Path
-    wanted: int
+    wanted: int  # dialogues
     grid: Grid
     seeds: Prompts | None
-    train: int = 0
+    train: int = 0  # dialogues written
     test: int = 0
-    openings: int = 0
-    turned_down: Counter[str] = field(default_factory=Counter)
-    near: list[tuple[str, str]] = field(default_factory=list)
-    ended: Counter[str] = field(default_factory=Counter)
-    rounds: Counter[int] = field(default_factory=Counter)
-    cells: Counter[tuple[str, str]] = field(default_factory=Counter)
-    unreached: int = 0
+    openings: int = 0  # asked for
+    turned_down: Counter[str] = field(default_factory=Counter)  # of the openings, by reason
+    near: list[tuple[str, str]] = field(default_factory=list)  # examples: (opening, the earlier one)
+    ended: Counter[str] = field(default_factory=Counter)  # dialogues shorter than asked for, by reason
+    rounds: Counter[int] = field(default_factory=Counter)  # dialogues by their number of rounds
+    cells: Counter[tuple[str, str]] = field(default_factory=Counter)  # dialogues of each (topic, kind)
+    unreached: int = 0  # dialogues that the budget did not reach
     budget_message: str = ""
     totals: Totals = field(default_factory=Totals)
 
@@ -507,10 +482,10 @@ def run_distill(config: DistillConfig, result: Distilled, meter: Meter, *, back_
     async def run() -> None:
         async with client_of(config, meter, back_off) as client:
             result.totals = client.totals
-            passes = _Passes(client, config, result, meter)
+            passes = _Passes(client, config, result)
             missing = list(range(result.wanted))
             for attempt in range(config.tries):
-                missing = await passes.run(missing, attempt)
+                missing = await passes.run(missing, attempt, meter)
                 if not missing or result.budget_message:
                     break
             result.unreached = len(missing) if result.budget_message else 0
@@ -522,64 +497,53 @@ def run_distill(config: DistillConfig, result: Distilled, meter: Meter, *, back_
 
 
 class _Passes:
-    """Passes over the dialogues that are missing.
+    """Passes over the dialogues that are missing; ``dialogues``: those that were made, by number."""
 
-    Attributes:
-        dialogues: by number.
-    """
-
-    def __init__(self, client: ModelClient, config: DistillConfig, result: Distilled, meter: Meter) -> None:
-        self.client, self.config, self.result, self.meter = client, config, result, meter
+    def __init__(self, client: ModelClient, config: DistillConfig, result: Distilled) -> None:
+        self.client, self.config, self.result = client, config, result
         self.from_seeds = config.openings == "seeds"
+        self.examples = [prompt.text for prompt in result.seeds.prompts] if result.seeds is not None else []
         self.dialogues: dict[int, Dialogue] = {}
-        self.openings = Openings(config.similarity)
-        if result.seeds is not None and not self.from_seeds:
-            for prompt in result.seeds.prompts:  # an example that is handed back is no opening
-                self.openings.take(prompt.text)
         self.avoid: dict[int, str] = {}  # the opening that a number's last one was too similar to
+        self.openings = Openings(config.similarity)
+        for text in [] if self.from_seeds else self.examples:  # an example that is handed back is no opening
+            self.openings.take(text)
 
-    async def run(self, numbers: list[int], attempt: int) -> list[int]:
+    async def run(self, numbers: list[int], attempt: int, meter: Meter) -> list[int]:
         """One pass; returns the numbers that need another."""
         result = self.result
         compared = [asyncio.Event() for _ in numbers]
-        again = []
 
         async def dialogue_of(place: int) -> Dialogue | NotUsable | RequestFailed | BudgetSpent:
-            number, opening, problem = numbers[place], None, None
+            opening: str | NotUsable | RequestFailed | BudgetSpent
             try:
-                opening = await self._opening(number, attempt)
-            except (NotUsable, RequestFailed, BudgetSpent) as error:
-                problem = error
+                opening = await self._opening(numbers[place], attempt)
+            except (NotUsable, RequestFailed, BudgetSpent) as problem:
+                opening = problem
             if place:
                 await compared[place - 1].wait()
-            result.openings += not isinstance(problem, BudgetSpent)
-            # a seed is compared in the first pass
-            earlier = self.openings.take(opening) if opening and not (self.from_seeds and attempt) else None
+            if isinstance(opening, str):
+                opening = self._compared(numbers[place], attempt, opening)
             compared[place].set()
-            if problem is not None or opening is None:
-                assert problem is not None
-                return problem
-            if earlier is not None:
-                if len(result.near) < EXAMPLES:
-                    result.near.append((opening[:300], earlier[:300]))
-                self.avoid[number] = earlier
-                return NotUsable(NEAR)
-            dialogue = await grow(self.client, self.config, result.grid, number, attempt, opening)
+            result.openings += not isinstance(opening, BudgetSpent)
+            if not isinstance(opening, str):
+                return opening
+            dialogue = await grow(self.client, self.config, result.grid, numbers[place], attempt, opening)
             if dialogue.messages:
                 return dialogue
             return BudgetSpent(dialogue.ended) if dialogue.by_budget else NotUsable(f"{NO_ANSWER}: {dialogue.ended}")
 
+        again = []
         # a number waits for those before it: twice as many as can be asked at once
         window = 2 * sum(spec.concurrency for spec in self.config.endpoints().values())
         async for place, found in in_order(range(len(numbers)), dialogue_of, window):
             if isinstance(found, Dialogue):
                 self.dialogues[numbers[place]] = found
                 result.rounds[found.rounds] += 1
-                if found.by_budget:
-                    result.budget_message = found.ended
                 if found.ended:
                     result.ended[BUDGET if found.by_budget else found.ended] += 1
-                self.meter.advance()
+                result.budget_message = found.ended if found.by_budget else result.budget_message
+                meter.advance()
             elif isinstance(found, BudgetSpent):
                 again.append(numbers[place])
                 result.budget_message = result.budget_message or str(found)
@@ -591,18 +555,24 @@ class _Passes:
 
     async def _opening(self, number: int, attempt: int) -> str:
         """Raises NotUsable, RequestFailed, BudgetSpent."""
-        config, seeds = self.config, self.result.seeds
+        config = self.config
         if self.from_seeds:
-            assert seeds is not None
-            return seeds.prompts[number].text
-        examples = []
-        if seeds is not None:
-            rng = random.Random(f"examples {config.seed} {number} {attempt}")
-            chosen = rng.sample(seeds.prompts, min(config.examples, len(seeds.prompts)))
-            examples = [prompt.text for prompt in chosen]
+            return self.examples[number]
+        rng = random.Random(f"examples {config.seed} {number} {attempt}")
+        shown = rng.sample(self.examples, min(config.examples, len(self.examples)))
         avoid = self.avoid.get(number)
-        request = opening_request(config, self.result.grid, number, attempt, examples, avoid)
-        return await ask_message(self.client, request, quoted=[*examples, *([] if avoid is None else [avoid])])
+        request = opening_request(config, self.result.grid, number, attempt, shown, avoid)
+        return await ask_message(self.client, request, quoted=[*shown, avoid or ""])
+
+    def _compared(self, number: int, attempt: int, opening: str) -> str | NotUsable:
+        """The opening, if it is not too similar to an earlier one; a seed is compared in the first pass."""
+        earlier = None if self.from_seeds and attempt else self.openings.take(opening)
+        if earlier is None:
+            return opening
+        if len(self.result.near) < EXAMPLES:
+            self.result.near.append((opening[:300], earlier[:300]))
+        self.avoid[number] = earlier
+        return NotUsable(NEAR)
 
 
 def _write(config: DistillConfig, result: Distilled, dialogues: dict[int, Dialogue]) -> None:
@@ -635,27 +605,28 @@ def distill_bounds(config: DistillConfig, plan: Distilled) -> dict[str, Bound]:
     """{endpoint: upper bounds of what a job costs}, with all openings as long as the longest of the first ``SAMPLE``."""
     teacher, user, grid = config.teacher, config.user_endpoint, plan.grid
     bounds = {name: Bound() for name in config.endpoints()}
-    question = min(QUESTION_TOKENS, user.max_tokens)
-    texts = [] if plan.seeds is None else [prompt.text for prompt in plan.seeds.prompts]
+    question = opening = min(QUESTION_TOKENS, user.max_tokens)
+    texts = sorted([] if plan.seeds is None else [prompt.text for prompt in plan.seeds.prompts], key=len)
     if config.openings == "seeds":
         opening = max(len(text.encode()) for text in texts)
     else:
-        opening = question
-        longest = sorted(texts, key=len)[-config.examples :]
         asked = max(
-            prompt_bound(user, opening_request(config, grid, number, 0, longest, None).messages)
+            prompt_bound(user, opening_request(config, grid, number, 0, texts[-config.examples :], None).messages)
             for number in range(min(plan.wanted, SAMPLE))
         )
         bounds[user.name].add(user, asked, question, times=plan.wanted, tries=config.tries)
-    empty = follow_up_request(config, grid, 0, 0, [{"role": "user", "content": ""}] * 2)
-    asked = prompt_bound(user, empty.messages) + max(len(move.encode()) for move in grid.moves)  # whichever is drawn
-    system = 0 if teacher.system is None else TOKENS_OF_A_TURN + len(teacher.system.encode())
     for round_ in range(config.rounds):
         # before this round's answer: the opening, and an answer and a question for each earlier round
         said = opening + round_ * (teacher.max_tokens + question)
-        turns = TOKENS_OF_A_TEMPLATE + TOKENS_OF_A_TURN * (2 * round_ + 1)
+        turns = [{"role": role, "content": ""} for role in (*("user", "assistant") * round_, "user")]
         tries = 1 if round_ else config.tries
-        bounds[teacher.name].add(teacher, said + turns + system, teacher.max_tokens, times=plan.wanted, tries=tries)
+        bounds[teacher.name].add(
+            teacher, prompt_bound(teacher, turns, said), teacher.max_tokens, times=plan.wanted, tries=tries
+        )
         if round_:
-            bounds[user.name].add(user, asked + said - question + 32 * round_, question, times=plan.wanted)
+            request = follow_up_request(config, grid, 0, 0, turns[:-1])
+            longest = max(len(move.encode()) for move in grid.moves)  # whichever is drawn
+            bounds[user.name].add(
+                user, prompt_bound(user, request.messages, said - question + longest), question, times=plan.wanted
+            )
     return bounds

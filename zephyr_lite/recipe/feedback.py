@@ -97,20 +97,12 @@ class FeedbackConfig(ModelJobConfig):
 
 @dataclass(frozen=True)
 class Slot:
-    """One completion to ask for.
+    """One completion to ask for."""
 
-    Attributes:
-        number: its place among the prompt's completions, from 0.
-        endpoint: the name of the model that answers.
-        principle: the name of the virtue that its system prompt asks for, or "".
-        system: the system prompt as it is sent, with the endpoint's own, or "".
-        seed: for sampling.
-    """
-
-    number: int
-    endpoint: str
-    principle: str
-    system: str
+    number: int  # its place among the prompt's completions, from 0
+    endpoint: str  # the name of the model that answers
+    principle: str  # the name of the virtue that its system prompt asks for, or ""
+    system: str  # the system prompt as it is sent, with the endpoint's own, or ""
     seed: int
 
     def request(self, prompt: Prompt) -> Request:
@@ -177,34 +169,24 @@ def _judge_request(config: FeedbackConfig, key: str, messages: tuple[Message, ..
 
 @dataclass
 class Feedback:
-    """The result of a run. Ratings: how often each was given.
-
-    Attributes:
-        rows: written to train.jsonl.
-        dropped: reason → the places of the prompts without a row.
-        unreached: prompts that the budget did not reach, or reached in part.
-        budget_message: why it did not, or "".
-        totals: what the job has spent in all.
-        completions, cut, principles: of the rows: by model, by model those that ended at max_tokens, by principle.
-        failed: missing completions, by reason; unread: the judge's failed requests, by aspect.
-        ratings: (model, aspect) → ratings; places: place in the judge's list → ratings.
-    """
+    """The result of a run."""
 
     out: Path
     read: Prompts
-    rows: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    unreached: int = 0
+    rows: int = 0  # written to train.jsonl
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason → the places of the prompts without a row
+    unreached: int = 0  # prompts that the budget did not reach, or reached in part
     budget_message: str = ""
     totals: Totals = field(default_factory=Totals)
-    completions: Counter[str] = field(default_factory=Counter)
-    cut: Counter[str] = field(default_factory=Counter)
+    completions: Counter[str] = field(default_factory=Counter)  # by model
+    cut: Counter[str] = field(default_factory=Counter)  # by model: ended at max_tokens
     principles: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)
-    unread: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)  # missing completions, by reason
+    unread: Counter[str] = field(default_factory=Counter)  # the judge's failed requests, by aspect
+    critiques: int = 0
+    # how often each rating was given, by (model, aspect), and by place in the judge's list
     ratings: defaultdict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     places: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    critiques: int = 0
 
     def add(self, row: Mapping[str, Any], prompt_id: str, seed: int) -> None:
         """Count a row."""

@@ -42,31 +42,24 @@ PromptsKey = Annotated[PromptsSpec, BeforeValidator(lambda value: {"path": value
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt.
-
-    Attributes:
-        id: SHA-256 of the text, in hex.
-        where: "prompts.jsonl row 17", counted from 1.
-        source: the row's ``source`` column, or the name of the set.
-        correct, incorrect: reference answers that UltraFeedback's rows have for some questions.
-    """
+    """One prompt."""
 
     text: str
-    id: str
-    where: str
-    source: str
-    correct: list[str]
+    id: str  # SHA-256 of the text, in hex
+    where: str  # "prompts.jsonl row 17", counted from 1
+    source: str  # the row's ``source`` column, or the name of the set
+    correct: list[str]  # reference answers that UltraFeedback's rows have for some questions
     incorrect: list[str]
 
 
 @dataclass
 class Prompts:
-    """The prompts of a set. ``read``: number of rows; ``dropped``: reason → the places of the rows that were left out."""
+    """The prompts of a set."""
 
     label: str
     prompts: list[Prompt] = field(default_factory=list)
-    read: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)
+    read: int = 0  # rows
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason → the places of the rows that were left out
 
     def note(self) -> str:
         left = f"; left out: {summarise(self.dropped)}" if self.dropped else ""

@@ -74,29 +74,18 @@ _ROW = datasets.Features({"prompt": _TEXT, "prompt_id": _TEXT, "messages": [{"co
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the cleaning.
+    """Options of the cleaning."""
 
-    Attributes:
-        truecase, refusals: whether to restore capitals, and to cut dialogues before a habitual refusal.
-        near: similarity of near duplicates; None for exact ones only.
-        min_turns, min_words, max_words: of a dialogue.
-        decontaminate: evaluation sets; see ``dedup.read_eval_sets``.
-        ngram: words of an overlap with them.
-        test: share of the prompts, or number of rows, of the test split; 0 for none.
-        lexicon: a file of an earlier run instead of a learned one.
-        file_format: of the output.
-    """
-
-    truecase: bool = True
-    refusals: bool = True
-    near: float | None = 0.8
+    truecase: bool = True  # restore capitals
+    refusals: bool = True  # cut dialogues before a habitual refusal
+    near: float | None = 0.8  # similarity of near duplicates; None for exact ones only
     min_turns: int = 2
     min_words: int | None = None
     max_words: int | None = None
-    decontaminate: Sequence[str] = ()
-    ngram: int = NGRAM
-    test: float = 0.1
-    lexicon: Path | None = None
+    decontaminate: Sequence[str] = ()  # evaluation sets; see ``dedup.read_eval_sets``
+    ngram: int = NGRAM  # words of an overlap with them
+    test: float = 0.1  # share of the prompts, or number of rows, of the test split; 0 for none
+    lexicon: Path | None = None  # a file of an earlier run instead of a learned one
     file_format: FileFormat = "parquet"
 
     def check(self) -> None:
@@ -196,18 +185,12 @@ def clean_chat(
 
 @dataclass(frozen=True)
 class Raw:
-    """The raw rows of all files, one after the other.
+    """The raw rows of all files, one after the other."""
 
-    Attributes:
-        rows: with the columns that are read.
-        kind: their format.
-        labels: of the files; ends: int64, where each ends in ``rows``.
-    """
-
-    rows: Source
-    kind: str
-    labels: list[str]
-    ends: np.ndarray = field(repr=False)
+    rows: Source  # with the columns that are read
+    kind: str  # their format
+    labels: list[str]  # of the files
+    ends: np.ndarray  # int64, where each file ends in ``rows``
 
     def place(self, index: int) -> str:
         """``train_3.jsonl row 17``, counted from 1."""
@@ -217,19 +200,13 @@ class Raw:
 
 @dataclass
 class Dialogue:
-    """The turns of one row up to its last answer.
-
-    Attributes:
-        fault: why the row is dropped, or "".
-        detail: of the fault or the cut.
-        refusal: the rule by which it was cut, or "".
-    """
+    """The turns of one row up to its last answer."""
 
     roles: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    fault: str = ""
-    detail: str = ""
-    refusal: str = ""
+    fault: str = ""  # why the row is dropped
+    detail: str = ""  # of the fault or the cut
+    refusal: str = ""  # the rule by which it was cut
 
     @property
     def prompt(self) -> str:
@@ -437,17 +414,12 @@ def _splits(fate: np.ndarray, prompts: np.ndarray, test: float) -> dict[str, np.
 
 @dataclass
 class Restored:
-    """Changes of truecasing in one file.
+    """Changes of truecasing in one file."""
 
-    Attributes:
-        turns: written; dialogues: changed.
-        words: rule → words changed; examples: rule → {place, before, after} of the first few.
-    """
-
-    turns: int = 0
-    dialogues: int = 0
-    words: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    turns: int = 0  # written
+    dialogues: int = 0  # changed
+    words: Counter[str] = field(default_factory=Counter)  # by rule
+    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # by rule: {place, before, after} of a few
 
 
 def write_shard(

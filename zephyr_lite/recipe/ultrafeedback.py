@@ -74,25 +74,18 @@ SCHEMA = datasets.Features(  # the published columns, in their order
 
 @dataclass(frozen=True)
 class PairRules:
-    """How the two completions of a pair are chosen.
+    """How the two completions of a pair are chosen."""
 
-    Attributes:
-        chosen_by: ``mean`` of the aspects that have a rating ("N/A" is none), or ``overall`` score. Of equal scores the first
-            is chosen.
-        rejected: a ``random`` one of the others (a row whose draw has the same score is dropped), the ``worst``, or
-            ``margin``: a random one of those at least ``margin`` below the chosen one (a row without any is dropped).
-        margin: in points of ``chosen_by``'s scale: 1 to 5 for the mean, 1 to 10 for the overall score.
-        system_prompt: each completion was made under a system prompt of its own. ``omit`` leaves them out, as the
-            published pairs do; ``keep`` makes the chosen one's the system turn, and rejects only completions made under the
-            same.
-        seed: of the draws. Each row draws from the seed and its instruction, so that neither the order of the rows nor the
-            number of processes changes a pair.
-    """
-
+    # mean of the aspects that have a rating ("N/A" is none), or the overall score; of equal scores the first is chosen
     chosen_by: Literal["mean", "overall"] = "mean"
+    # a random one of the others (a row whose draw has the same score is dropped), the worst, or a random one of those at
+    # least ``margin`` below the chosen one (a row without any is dropped)
     rejected: Literal["random", "worst", "margin"] = "random"
-    margin: float = 1.0
+    margin: float = 1.0  # in points of ``chosen_by``'s scale: 1 to 5 for the mean, 1 to 10 for the overall score
+    # each completion was made under a system prompt of its own: left out, as in the published pairs, or the chosen one's is
+    # kept as the system turn, and only completions made under the same are rejected
     system_prompt: Literal["omit", "keep"] = "omit"
+    # each row draws from the seed and its instruction: neither the rows' order nor the number of processes changes a pair
     seed: int = 42
 
 
@@ -260,34 +253,21 @@ def _number(value: Any, scale: tuple[float, float], counts: Counter[str]) -> flo
 
 @dataclass
 class PairsReport:
-    """The result; ``report.json`` has the same.
+    """The result; ``report.json`` has the same."""
 
-    Attributes:
-        inputs: what was read, with the number of rows.
-        rules: how pairs were chosen.
-        questions: number of excluded questions.
-        rows, pairs: read and made; train, test: pairs in each split.
-        dropped: reason → places ("flan.jsonl row 17") of rows without a pair.
-        notes: ``NOTES`` and ``FEWER`` that occurred, with their numbers.
-        sources: ``source`` → (rows, pairs).
-        score_chosen, score_rejected: means over the pairs.
-        chosen_longer: share of the pairs whose chosen response has more characters than the rejected one.
-        files: written, in addition to the report.
-    """
-
-    inputs: list[str]
+    inputs: list[str]  # what was read, with the number of rows
     rules: PairRules
-    questions: int
-    rows: int = 0
-    pairs: int = 0
+    questions: int  # excluded ones
+    rows: int = 0  # read
+    pairs: int = 0  # made
     train: int = 0
     test: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    notes: dict[str, int] = field(default_factory=dict)
-    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
-    score_chosen: float = 0.0
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason → places of rows ("flan.jsonl row 17")
+    notes: dict[str, int] = field(default_factory=dict)  # ``NOTES`` and ``FEWER`` that occurred
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)  # source → (rows, pairs)
+    score_chosen: float = 0.0  # means over the pairs
     score_rejected: float = 0.0
-    chosen_longer: float = 0.0
+    chosen_longer: float = 0.0  # share of the pairs whose chosen response has more characters than the rejected one
     files: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -343,12 +323,9 @@ def make_pairs(
     same split. The same arguments and rows give the same bytes for any number of processes.
 
     Args:
-        inputs: files, folders or hub ids in the schema of ``openbmb/UltraFeedback``. A folder whose files are named by
-            source (``flan.jsonl``, ``sharegpt.jsonl``, …, as that set's are) is read whole.
-        out: the folder to make: train_prefs and test_prefs, report.json, report.md, dropped.tsv (reason and place of each
-            row without a pair).
-        rules: how to choose; None: ``PairRules()``.
-        exclude: names for ``questions.read_questions``. The prompts of the inputs' own truthful_qa rows are always excluded.
+        inputs: files, folders or hub ids in the schema of ``openbmb/UltraFeedback``.
+        out: the folder to make: train_prefs and test_prefs, report.json, report.md, dropped.tsv.
+        exclude: names for ``read_questions``. The prompts of the inputs' own truthful_qa rows are always excluded.
         test: pairs to hold out: a share below 1, or a number. None: 2,000, and at most 5 %.
         num_proc: processes; None: one for each core, one for a small set.
         overwrite: replace a folder of an earlier run.
@@ -357,8 +334,7 @@ def make_pairs(
         None: ``out`` is the result of this very request already.
 
     Raises:
-        UserError: an input is missing, unreadable or of another schema; no pair is left, or none to train on; ``out`` has other
-            contents.
+        UserError: an input is unreadable or of another schema; no pair is left; ``out`` has other contents.
     """
     rules = rules or PairRules()
     if not rules.margin > 0:

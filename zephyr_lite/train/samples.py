@@ -90,7 +90,7 @@ def _answers(stage: Stage, prompts: list[np.ndarray]) -> list[str]:
                 answers.append("")
                 continue
             drawn = Streamer(chat, [stack.names]).draw([prompt.tolist()], [Sampling(room, temperature=0.0)])
-            answers.append(chat.text(drawn[0].tokens))
+            answers.append(drawn[0].text)
     return answers
 
 
