@@ -84,7 +84,7 @@ def run_merge(
         "tokenizer_from": chain.tokenizer_from,
         "lineage": lineage,
     }
-    ways = {"base", "nf4"} if both and in_4bit else {onto}
+    ways: set[Way] = {"base", "nf4"} if both and in_4bit else {onto}
     if both and not in_4bit:
         logger.info(
             "trained on the base in 16 bits: another way of merging would be another model, and is not measured"
@@ -101,7 +101,8 @@ def run_merge(
     if not check:
         return None
 
-    folders, missing = {onto: out}, {}
+    folders: dict[Way, Path] = {onto: out}
+    missing: dict[str, str] = {}
     aside = out.with_name(f".{out.name}.measure")
     try:
         for other in ways - {onto}:
@@ -167,6 +168,6 @@ def _earlier(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return told if told is not None and all(told.get(key) == value for key, value in wanted.items()) else None
 
 
-def _is_measured(told: dict[str, Any], ways: set[str], rows: int | None) -> bool:
+def _is_measured(told: dict[str, Any], ways: set[Way], rows: int | None) -> bool:
     measured = told.get("measured") or {}
     return ways <= {*measured, *measured.get("missing", ())} and rows in (None, measured["data"]["rows"])
