@@ -51,7 +51,7 @@ def test_an_unexpected_error_is_ours(invoke, monkeypatch):
 
     monkeypatch.setattr("zephyr_lite.cli.environment.survey", broken)
     code, out, err = invoke("env")
-    assert code == 1 and "[bold]a [/wrong] thing" in err and "our fault" in err and "--verbose" in err
+    assert code == 1 and "[bold]a [/wrong] thing" in err and "a bug in zephyr-lite" in err and "--verbose" in err
     assert "Traceback" not in out + err
     code, _, err = invoke("env", "--verbose")
     assert code == 1 and "Traceback" in err

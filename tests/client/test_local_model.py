@@ -90,20 +90,6 @@ def test_why_an_answer_ended(tiny_base, monkeypatch):
     assert (whole.finish_reason, whole.completion_tokens) == ("stop", 3)
 
 
-def test_a_seed_decides_and_another_one_decides_otherwise(tmp_path, tiny_base):
-    async def work(client):
-        return await asyncio.gather(
-            *(
-                client.ask(Request(f"k{i}", "m", ({"role": "user", "content": "Hi"},), seed=seed))
-                for i, seed in enumerate((1, 1, 2, 3))
-            )
-        )
-
-    replies, _ = run([local(tiny_base, max_tokens=20)], tmp_path, work)
-    texts = [reply.text for reply in replies]
-    assert texts[0] == texts[1] and len(set(texts)) == 3
-
-
 def test_weights_that_change_are_asked_anew(tmp_path, tiny_base):
     folder = tmp_path / "model"
     shutil.copytree(tiny_base, folder)
@@ -134,15 +120,6 @@ def test_conversations_that_cannot_be_asked_are_gone_past(tmp_path, tiny_base):
     assert totals.lost_tokens == 0
 
 
-def test_an_answer_never_runs_over_the_context(tmp_path, tiny_base):
-    context = json.loads((tiny_base / "config.json").read_text())["max_position_embeddings"]
-    ids = load_chat(tiny_base).template.prompt_ids([{"role": "user", "content": "x" * (context // 2)}])
-    (reply,), _ = run(
-        [local(tiny_base, temperature=5.0, max_tokens=context)], tmp_path, lambda d: ask_all(d, ["x" * (context // 2)])
-    )
-    assert reply.prompt_tokens == len(ids) and reply.prompt_tokens + reply.completion_tokens <= context
-
-
 def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path, tiny_base, batches, monkeypatch):
     sample = Chat.sample
     expected, _ = run([local(tiny_base)], tmp_path / "whole", ask_with_seeds)
@@ -164,12 +141,6 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path, tiny_base, ba
     monkeypatch.setattr(Chat, "sample", none)
     (reply,), _ = run([local(tiny_base)], tmp_path / "none", lambda d: ask_all(d, ["Hi"]))
     assert isinstance(reply, RequestFailed) and "do not fit" in str(reply)
-
-
-def test_what_is_no_model_is_said_before_anything_is_asked(tmp_path):
-    for path, found in ((tmp_path / "nothing", "no such folder"), (tmp_path, "no complete stage|no stage")):
-        with pytest.raises(UserError, match=found):
-            run([local(path)], tmp_path / "job", lambda d: ask_all(d, ["Hi"]))
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_job(tmp_path, tiny_base, monkeypatch):

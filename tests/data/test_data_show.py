@@ -145,14 +145,6 @@ def test_cut_rows_say_how_much_was_cut(show, no_weights, pair_rows):
     assert left == sizes[0] - 24 and ends == [sizes[1] - 16, sizes[2] - 16]
 
 
-def test_held_out_rows_and_loss_on(show, chat_rows):
-    words = ("sft", f"dataset={chat_rows}", f"eval_dataset={chat_rows}", "loss_on=all", "--held-out", "--table")
-    code, out, err = show(*words)
-    assert code == 0, err
-    assert "held-out row 1 of" in out and "loss_on all" in out
-    assert [t["position"] for t in table(out) if t["supervised"] == "no"] == ["0"] * out.count("conversation, ")
-
-
 def test_what_cannot_be_shown_is_said(show, tmp_path, chat_rows):
     rows = [json.loads(line) for line in chat_rows.read_text().splitlines()]
     rows[2]["messages"][0]["content"] = "a </s> within"

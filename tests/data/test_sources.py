@@ -90,47 +90,6 @@ def test_system_turns_from_the_rows_a_column_and_the_configuration(tmp_path):
 PROMPT = turns("One", "1", "Two")
 
 
-@pytest.mark.parametrize(
-    ("row", "prompt", "kind"),
-    [
-        # as in ultrafeedback_binarized: the prompt column is the first user turn only
-        (
-            {"prompt": "One", "chosen": turns("One", "1", "Two", "2"), "rejected": turns("One", "1", "Two", "3")},
-            PROMPT,
-            "with",
-        ),
-        ({"chosen": turns("One", "1", "Two", "2"), "rejected": turns("One", "1", "Two", "3")}, PROMPT, "pairs"),
-        ({"prompt": PROMPT, "chosen": turns("", "2")[1:], "rejected": turns("", "3")[1:]}, PROMPT, "with"),
-        ({"prompt": "Two", "chosen": "2", "rejected": "3"}, turns("Two"), "with"),
-        (
-            {"chosen": "\n\nHuman: Two\n\nAssistant: 2", "rejected": "\n\nHuman: Two\n\nAssistant: 3"},
-            turns("Two"),
-            "pairs",
-        ),
-        (
-            {"prompt": "\n\nHuman: One\n\nAssistant: 1\n\nHuman: Two\n\nAssistant:", "chosen": "2", "rejected": "3"},
-            PROMPT,
-            "with",
-        ),
-        (
-            {
-                "conversations": [{"from": "human", "value": "Two"}],
-                "chosen": {"from": "gpt", "value": "2"},
-                "rejected": {"from": "gpt", "value": "3"},
-            },
-            turns("Two"),
-            "pairs",
-        ),
-    ],
-)
-def test_preference_formats(tmp_path, row, prompt, kind):
-    rows = load(write(tmp_path / "a.jsonl", [row]), "dpo")
-    (found,) = list(rows.values())
-    assert found["prompt"] == prompt
-    assert found["chosen"] == turns("", "2")[1:] and found["rejected"] == turns("", "3")[1:]
-    assert kind in rows.notes[0]
-
-
 def test_one_response_may_be_the_others_beginning(tmp_path):
     row = {"chosen": turns("One", "1"), "rejected": turns("One", "1", "Two", "2")}
     (found,) = list(load(write(tmp_path / "a.jsonl", [row]), "dpo").values())
@@ -296,17 +255,6 @@ def test_several_processes_read_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "cache_key", lambda *args: "several")
     two = load(path)
     assert one.dataset.to_list() == two.dataset.to_list() and one.dropped == two.dropped
-
-
-def test_the_files_of_a_split_are_read_in_order_and_a_broken_line_is_named(tmp_path):
-    for part in range(3):
-        rows = [{"messages": turns("Hi", f"{part} {i}")} for i in range(5)]
-        write(tmp_path / "set" / f"train-0000{part}-of-00003.jsonl", rows)
-    assert answers(load(tmp_path / "set")) == [f"{p} {i}" for p in range(3) for i in range(5)]
-    with (tmp_path / "set" / "train-00001-of-00003.jsonl").open("a") as file:
-        file.write("{broken\n")
-    with pytest.raises(UserError, match=r"train-00001-of-00003\.jsonl line 6: broken JSON"):
-        load(tmp_path / "set")
 
 
 # -- names that a stranger chose -------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def test_weights_of_another_shape_are_found_before_transformers_loads_them(base,
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("they were loaded"))
     weights = load_file(base / SINGLE) | {"model.norm.weight": torch.zeros(63)}
     save_file(weights, base / SINGLE, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"tensor model\.norm\.weight is \[63\]; by config\.json it is \[64\]"):
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight, which is \[63\]; by config\.json it is \[64\]"):
         loaded(base)
 
 

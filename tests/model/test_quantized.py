@@ -174,13 +174,11 @@ def test_a_quantized_checkpoint_computes_in_another_dtype_than_it_was_stored_in(
     load_base(config(base, dtype="bfloat16"))
     (kept,) = entries(cache)
     make_tokenizer(kept)
-    for dtype in (torch.float32, torch.float16):
-        found = load_base(config(kept, dtype=str(dtype).removeprefix("torch.")))
-        plain = [p for p in found.model.parameters() if not hasattr(p, "quant_state")]
-        assert found.dtype == dtype and {p.dtype for p in plain} == {dtype} and len(plain) == 7
-        stack = AdapterStack(found.model)
-        batch = collate_conversations([Example(np.arange(9, dtype=np.int32), np.ones(9, dtype=bool), "", 0)])
-        assert Decoder(stack, found.dtype).token_logps(batch).isfinite().all()
+    found = load_base(config(kept, dtype="float16"))
+    plain = [p for p in found.model.parameters() if not hasattr(p, "quant_state")]
+    assert found.dtype == torch.float16 and {p.dtype for p in plain} == {torch.float16} and len(plain) == 7
+    batch = collate_conversations([Example(np.arange(9, dtype=np.int32), np.ones(9, dtype=bool), "", 0)])
+    assert Decoder(AdapterStack(found.model), found.dtype).token_logps(batch).isfinite().all()
 
 
 def test_a_family_that_may_rename_its_weights_is_quantized_in_memory(tmp_path, cache):
@@ -255,15 +253,6 @@ def test_a_base_that_was_changed_in_place_is_quantized_again(base, cache, monkey
     with messages_to(said.append):
         load_base(config(base.rename(base.parent / "moved")))
     assert said == [] and entries(cache) == [kept]
-
-
-def test_the_configuration_is_the_bases_own(base, cache):
-    load_base(config(base))
-    (kept,) = entries(cache)
-    told = json.loads((kept / "config.json").read_text())
-    (kept / "config.json").write_text(json.dumps({**told, "rms_norm_eps": 0.1}))
-    found = load_base(config(base)).model
-    assert found.config.rms_norm_eps == told["rms_norm_eps"] == found.model.norm.variance_epsilon
 
 
 def test_the_cache_has_a_variable_and_the_survey_names_it(base, tmp_path, cache, monkeypatch):

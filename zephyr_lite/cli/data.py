@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from typer import Argument, Context, Option
 
@@ -38,7 +38,7 @@ def chat(
     """Raw conversations (UltraChat) → a clean set like ultrachat_200k, with a report of every rule."""
     from ..data.workers import interruptible
     from ..io.redact import refuse_secrets
-    from ..recipe.ultrachat import Options, clean_chat
+    from ..recipe.ultrachat import Options, clean_chat, report_lines
 
     # the report and dropped.tsv name them
     refuse_secrets({"SOURCE": source, "--decontaminate": decontaminate or []}, "the command line")
@@ -57,7 +57,7 @@ def chat(
     )
     with interruptible():
         report = clean_chat(source, out, options, split=split, num_proc=num_proc, overwrite=overwrite)
-    _say_made(out, report, "report.md")
+    _say_made(out, report and report_lines(report), report and report["files"], "report.md")
     console.say(f"Next: zephyr-lite sft dataset.path={out} dataset.split=train_sft")
 
 
@@ -96,8 +96,7 @@ def pairs(
     from ..config.load import DatasetSpec
     from ..errors import UserError
     from ..io.redact import refuse_secrets
-    from ..recipe.pairs import TRAIN, make_pairs
-    from ..recipe.ultrafeedback import PairRules
+    from ..recipe.ultrafeedback import TRAIN, PairRules, make_pairs
 
     # the report and dropped.tsv name them
     refuse_secrets({"SOURCE": list(inputs), "--exclude": exclude or []}, "the command line")
@@ -113,17 +112,16 @@ def pairs(
         num_proc=num_proc,
         overwrite=overwrite,
     )
-    _say_made(out, report, "report.md, report.json and dropped.tsv")
+    _say_made(out, report and report.lines(), report and report.files, "report.md, report.json and dropped.tsv")
     console.say(f"Next: zephyr-lite dpo dataset.path={out} dataset.split={TRAIN}")
 
 
-def _say_made(out: Path, report: Any, others: str) -> None:
-    if report is None:
+def _say_made(out: Path, lines: list[str] | None, files: list[str] | None, others: str) -> None:
+    if lines is None or files is None:
         console.say(f"{out} is complete already.")
         return
-    say_all(report.lines())
-    more = ", …" if len(report.files) > 4 else ""
-    console.say(f"wrote {out}: {', '.join(report.files[:4])}{more}, {others}")
+    say_all(lines)
+    console.say(f"wrote {out}: {', '.join(files[:4])}{', …' if len(files) > 4 else ''}, {others}")
 
 
 def show(

@@ -76,13 +76,13 @@ def feedback(
     verbose: Verbose = False,
 ) -> None:
     """AI feedback from scratch: several models answer, a judge rates; rows as UltraFeedback's, and pairs for dpo."""
-    from ..recipe.feedback.config import FeedbackConfig
+    from ..recipe.feedback import FeedbackConfig
 
     names = {"prompts": "prompts.path", **{name: f"prompts.{name}" for name in ("split", "column", "limit")}}
     settings = settings_of(ctx, FeedbackConfig, **names)
     from ..client.cost import Meter, bound_lines, budget_lines, has_prices
-    from ..recipe.feedback.feedback import feedback_bounds, make_pair_folder, read_principles, run_feedback
-    from ..recipe.feedback.prompts import read_prompts
+    from ..recipe.feedback import feedback_bounds, make_pair_folder, read_principles, run_feedback
+    from ..recipe.prompts import read_prompts
 
     read = read_prompts(settings.prompts, seed=settings.seed)
     console.say(read.note())
@@ -126,12 +126,12 @@ def distill(
     verbose: Verbose = False,
 ) -> None:
     """Dialogues from a teacher: it asks, answers, and refines the question, evenly over topics and kinds of text."""
-    from ..recipe.feedback.config import DistillConfig
+    from ..recipe.distill import DistillConfig
 
     settings = settings_of(ctx, DistillConfig, seeds="seeds.path", split="seeds.split", column="seeds.column")
     from ..client.cost import Meter, bound_lines, budget_lines, has_prices
-    from ..recipe.feedback.distill import TRAIN, distill_bounds, plan_distill, run_distill
-    from ..recipe.feedback.prompts import read_prompts
+    from ..recipe.distill import TRAIN, distill_bounds, plan_distill, run_distill
+    from ..recipe.prompts import read_prompts
 
     read = None if settings.seeds is None else read_prompts(settings.seeds, seed=settings.seed)
     if read is not None:
@@ -160,7 +160,7 @@ def ablate(
     verbose: Verbose = False,
 ) -> None:
     """Compare several ways through the recipe on one base: recipe (the default), alpha-beta, or a file."""
-    from ..recipe.ablations.table import read_table
+    from ..recipe.ablations import read_table
 
     name, words = name_of_words(list(context.args), "recipe")
     table = read_table(name, words, out=out, only=only or [], chat=chat, preferences=preferences)
@@ -173,7 +173,7 @@ def ablate(
             say_all([f"  {note}" for note in stage.loaded.notes])
             say_all([f"  {key}: {value}" for key, value in config.items()])
         return
-    from ..recipe.ablations.run import HEADER, legend, run_ablation, table_rows
+    from ..recipe.ablations import HEADER, legend, run_ablation, table_rows
 
     if any(stage.loaded.config.engine == "unsloth" for stage in table.stages()):
         raise UserError("engine unsloth patches the libraries of its process.", "Use engine=fused or engine=trl here.")

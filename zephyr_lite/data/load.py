@@ -43,7 +43,7 @@ _NUMBERED = re.compile(r"(?:(.*?)[-_.])?\d+")
 _SPLIT_FOLDER = re.compile(r"(train|test|valid|val|dev|eval)", re.IGNORECASE)
 # JSON files without rows, in the hub's layout and in this package's folders
 _NO_DATA = ("dataset_info", "dataset_infos", "dataset_dict", "state", "report", "journal")
-# a normalised row: its JSON ("" if it was left out), its place, and {"fault"} or {"kind", "changes", "columns", "keys"} as JSON
+# a normalised row: its JSON ("" if it was left out), its place, and {"fault"} or {"kind", "changes", …} as JSON
 _NORMALISED = datasets.Features(dict.fromkeys(("row", "where", "facts"), datasets.Value("string")))
 
 
@@ -486,9 +486,7 @@ class Rows:
 
     # columns: row, the JSON of ``formats.Row.value`` (arguments of tools have no common schema); where, "train.jsonl row 17"
     dataset: datasets.Dataset
-    notes: list[str] = field(
-        default_factory=list
-    )  # each source's format, number of rows, and columns that are not read
+    notes: list[str] = field(default_factory=list)  # each source's format, number of rows, and unread columns
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason → places of the rows that were left out
     changed: dict[str, list[str]] = field(default_factory=dict)  # change → places of the rows it was made in
     read: int = 0  # rows
@@ -549,16 +547,16 @@ def _load_source(
         detect(source.columns, method, label)  # raises
     numbers = _drawn_rows(spec, total, label, rng)
     raw = raw if len(numbers) == total else raw.select(numbers)
-    options = {"method": method, "label": label, "system": system, "mapping": dict(mapping), "only": only}
+    options: dict[str, Any] = {"method": method, "label": label, "system": system, "mapping": mapping, "only": only}
     options["numbers"] = None if len(numbers) == total else numbers
     mapped = map_rows(raw, _normalise, _NORMALISED, options, options, f"reading {label}", with_indices=True)
     facts = [json.loads(text) for text in mapped["facts"]]
     kinds = Counter(fact["kind"] for fact in facts if "kind" in fact)
-    not_read = {
-        "columns": set() if source.is_text else set(source.columns) - {*COLUMNS, *mapping.values()},
-        "keys": set(),
-    }
-    good, dropped = [], {}
+    not_read: dict[str, set[str]] = {"columns": set(), "message keys": set()}
+    if not source.is_text:
+        not_read["columns"] = set(source.columns) - {*COLUMNS, *mapping.values()}
+    good: list[int] = []
+    dropped: dict[str, list[str]] = {}
     for index, (fact, where) in enumerate(zip(facts, mapped["where"])):
         if fact.get("kind") == PLAIN and len(kinds) > 1:  # conversations and texts: the texts are left out
             fact = {"fault": "no conversation in columns text"}
@@ -584,12 +582,8 @@ def _load_source(
     note = f"{label}: read as {known}, {len(mapped):,} rows" + (f" of {total:,}" if len(mapped) < total else "")
     note += f", {len(mapped) - len(good):,} left out" if len(good) < len(mapped) else ""
     rows.notes.append(note + (f", weight {spec.weight:g}" if spec.weight != 1 else ""))
-    unread = [
-        f"{what} {shown(', '.join(sorted(not_read[key])), 1000)}"
-        for what, key in (("columns", "columns"), ("message keys", "keys"))
-        if not_read[key]
-    ]
-    if unread:
+    if any(not_read.values()):
+        unread = [f"{what} {shown(', '.join(sorted(names)), 1000)}" for what, names in not_read.items() if names]
         rows.notes.append(f"{label}: not read: {'; '.join(unread)}")
     kept = np.asarray(good)
     if spec.weight >= 1:
@@ -646,14 +640,15 @@ def _normalise(
     """A batch of raw rows as ``_NORMALISED``."""
     result: dict[str, list[str]] = {"row": [], "where": [], "facts": []}
     for values, index in zip(raw_rows(batch), indices):
-        text, facts = "", {}
+        text = ""
         try:
             row = normalise(_renamed(values, mapping, only), method)
             turns = row.value["messages" if method == "sft" else "prompt"]
             if system and turns[0]["role"] not in ("system", TEXT):
                 turns.insert(0, message("system", system))
             text = json.dumps(row.value, ensure_ascii=False)
-            facts = {"kind": row.kind, "changes": row.changes, "columns": row.unread_columns, "keys": row.unread_keys}
+            facts: dict[str, Any] = {"kind": row.kind, "changes": row.changes}
+            facts |= {"columns": row.unread_columns, "message keys": row.unread_keys}
         except RowError as error:
             facts = {"fault": str(error)}
         result["row"].append(text)

@@ -118,7 +118,7 @@ def run_demo(
         logger.info("[3/4] merge")
         chain = chain_of_run(out)
         with timed("merge"):
-            merged = merge(
+            merge(
                 folder,
                 chain.adapters,
                 out / "merged",
@@ -126,8 +126,6 @@ def run_demo(
                 lineage=chain.lineage(),
                 overwrite=True,
             )
-        for line in merged.lines():
-            logger.info(line)
         logger.info("[4/4] answers and held-out rows: base, SFT, DPO")
         with timed("answers"):
             standings = _standings(out, test_pairs, dodge_pairs)

@@ -28,7 +28,6 @@ from ..errors import UserError
 from ..io.atomic import make_folder, write_text
 from ..io.text import is_file, read_text, shown
 from .judge import (
-    MAX_BYTES,
     Answering,
     Benchmark,
     Item,
@@ -37,10 +36,9 @@ from .judge import (
     Outcome,
     framed,
     from_hub,
-    json_rows,
     judge_of,
     mean,
-    parse_rows,
+    read_rows,
     standard_error,
     who_answers,
 )
@@ -120,9 +118,7 @@ def read_outputs(place: str | None) -> tuple[list[Output], Path]:
         if found is None:
             hint = f"Give a JSON file, or {HUB}/{HUB_FILE} of the hub."
             raise UserError(f"{shown(name)}: no such file, and no hub id.", hint)
-        from huggingface_hub import hf_hub_download
-
-        path = from_hub(hf_hub_download, found[1], found[2] or HUB_FILE)
+        path = from_hub(found[1], found[2] or HUB_FILE) / (found[2] or HUB_FILE)
 
     def output(row: dict[str, Any]) -> Output:
         instruction, answer = (_text(row, key) for key in ("instruction", "output"))
@@ -130,7 +126,7 @@ def read_outputs(place: str | None) -> tuple[list[Output], Path]:
 
     outputs: list[Output] = []
     seen: Counter[str] = Counter()
-    for index, each in enumerate(parse_rows(json_rows(path), output, str(path))):
+    for index, each in enumerate(read_rows(path, output)):
         seen[each.instruction] += 1
         key = hashlib.sha256(each.instruction.encode("utf-8", "replace")).hexdigest()[:16]
         if seen[each.instruction] > 1:
@@ -141,20 +137,16 @@ def read_outputs(place: str | None) -> tuple[list[Output], Path]:
 
 
 def read_annotations(path: Path) -> list[Annotation]:
-    """A file of annotations of one model.
-
-    Raises:
-        UserError: there is none, or a row is wrong.
-    """
+    """A file of annotations of one model. Raises UserError: there is none, or a row is wrong."""
 
     def annotation(row: dict[str, Any]) -> Annotation:
         instruction, baseline, answer = (_text(row, key) for key in ("instruction", "output_1", "output_2"))
         # as pandas reads it: null is nan, a number in quotes is a number
-        preference = math.nan if row["preference"] is None else float(row["preference"])
+        preference = math.nan if row.get("preference") is None else float(row["preference"])
         names: dict[str, Any] = {key: str(row.get(key) or "") for key in ("generator_1", "generator_2", "annotator")}
         return Annotation(instruction, baseline, answer, preference, **names)
 
-    rows = parse_rows(json_rows(path), annotation, str(path))
+    rows = read_rows(path, annotation)
     _refuse_several({each.generator_2 for each in rows}, path)
     return [replace(each, index=index) for index, each in enumerate(rows)]
 
@@ -195,7 +187,7 @@ def read_difficulty(path: Path) -> dict[int, float]:
     Raises:
         UserError: it is neither.
     """
-    header, *rows = list(csv.reader(io.StringIO(read_text(path, limit=MAX_BYTES)))) or [[]]
+    header, *rows = list(csv.reader(io.StringIO(read_text(path)))) or [[]]
     named = "index" in header and "instruction_difficulty" in header
     place, value = (header.index("index"), header.index("instruction_difficulty")) if named else (0, 1)
     try:
@@ -226,11 +218,7 @@ class WinRate:
 
 
 def win_rate(preferences: Sequence[float]) -> WinRate:
-    """AlpacaEval's ``get_winrate`` of [n] preferences.
-
-    Raises:
-        ValueError: none of them counts.
-    """
+    """AlpacaEval's ``get_winrate`` of [n] preferences. Raises ValueError: none of them counts."""
     values = [TIE if value == 0 else float(value) for value in preferences]
     kept = [value - 1 for value in values if 1 <= value <= 2]
     if not kept:

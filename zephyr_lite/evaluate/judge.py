@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import json
 import math
 import re
 from abc import ABC, abstractmethod
@@ -17,20 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from huggingface_hub import snapshot_download
 from pydantic import Field, field_validator
 
 from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, open_client, seed_of
 from ..client.cost import Bound, Meter, bound_lines, prompt_bound
 from ..client.endpoints import EndpointSpec, Message, endpoint_spec, parse_endpoint
-from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job
+from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job, together
 from ..client.local_model import Weights
+from ..config.load import DatasetSpec
+from ..data.load import open_source
 from ..errors import UserError
-from ..io.text import read_text, shown
+from ..io.text import shown
 from .results import head_of, result_folder, write_result
 
 T = TypeVar("T", bound="Item")
 R = TypeVar("R")
-MAX_BYTES = 2**30  # of a file of rows
 JUDGE_TOKENS = 2048  # of a judge's reply, unless its endpoint says otherwise
 JUDGE_TRIES = 2  # draws of a judgment that cannot be parsed
 
@@ -68,11 +68,7 @@ class Answering:
 
 
 def judge_of(config: JudgedConfig) -> EndpointSpec:
-    """The judge of a configuration.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The judge of a configuration. Raises UserError: there is none."""
     judge = config.judge
     if judge is None:
         raise UserError(
@@ -135,56 +131,36 @@ def _template(weights: Weights, choice: str | None) -> Any:
     return template_of_folder(weights.tokenizer_from, load_tokenizer(weights.tokenizer_from), choice)
 
 
-def json_rows(path: Path) -> list[Any]:
-    """The rows of a JSON list, or of JSONL.
+def read_rows(place: str | Path, parse: Callable[[dict[str, Any]], R]) -> list[R]:
+    """``parse`` of each row of a file, or of a data set of the hub.
 
     Raises:
-        UserError: it is neither, or empty.
-    """
-    text = read_text(path, limit=MAX_BYTES)
-    is_list = text.lstrip().startswith("[")
-    rows: list[Any] = []
-    # not splitlines(): a text may hold U+2028 or U+0085, which do not end a line of JSONL
-    for number, line in enumerate([text] if is_list else text.split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            message = f"{path} line {number}: not valid JSON ({error})."
-            raise UserError(message, "Give a JSON list, or JSONL.") from None
-    rows = rows[0] if is_list else rows
-    if not rows:
-        raise UserError(f"{path}: is empty.", "Give a JSON list of objects, or JSONL.")
-    return rows
-
-
-def parse_rows(rows: Sequence[Any], parse: Callable[[Any], R], label: str) -> list[R]:
-    """``parse`` of each row.
-
-    Raises:
-        UserError: it raised an error: a key of a row is missing or wrong.
+        UserError: it cannot be read, is empty, or a key of a row is missing or wrong.
     """
     parsed = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(open_source(DatasetSpec(path=str(place))), 1):
         try:
             parsed.append(parse(row))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{label} row {number}: {what}; found {shown(row)}.", "Is this the right file?") from None
+            raise UserError(f"{place} row {number}: {what}; found {shown(row)}.", "Is this the right file?") from None
+    if not parsed:
+        raise UserError(f"{place}: is empty.", "Give a JSON list of objects, or JSONL.")
     return parsed
 
 
-def from_hub(fetch: Callable[..., str], name: str, *args: Any, **options: Any) -> Path:
-    """``fetch(name, …)`` of huggingface_hub, on a data set.
+def from_hub(name: str, *patterns: str) -> Path:
+    """The folder of a data set of the hub, with the files of these patterns.
 
     Raises:
         UserError: no network, no such data set, no access.
     """
     try:
-        return Path(fetch(name, *args, repo_type="dataset", **options))
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns)))
     except Exception as error:
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"{'/'.join([name, *args])}: no such file or folder here, and it cannot be fetched from the hub: {why}",
+            f"{name}: no such file or folder here, and it cannot be fetched from the hub: {why}",
             "Check the name and the network (HF_HUB_OFFLINE?), or give a file.",
         ) from None
 
@@ -419,10 +395,7 @@ class Benchmark(ABC, Generic[T]):
                 return found
             key = "/".join(map(str, ("judge", model, item.key, *parts[n])))
             request = Request(key, self.answering.judge.name, self.judge_messages(item, answers), temperature=0.0)
-            try:
-                return await client.ask_parsed(request, lambda t: (self.read_verdict(item, t), t), tries=JUDGE_TRIES)
-            except RequestFailed as failed:
-                return None, f"no verdict: {failed.reason}"
+            return await client.ask_parsed(request, lambda t: (self.read_verdict(item, t), t), tries=JUDGE_TRIES)
 
         try:
             for n, text in enumerate(turns):
@@ -440,11 +413,11 @@ class Benchmark(ABC, Generic[T]):
             lost = f"no answer: {failed.reason}"
         except BudgetSpent as error:
             return error
-        verdicts = await asyncio.gather(*(verdict(n) for n in range(len(turns))), return_exceptions=True)
-        for each in verdicts:
-            if isinstance(each, BudgetSpent):
-                return each
-            if isinstance(each, BaseException):
-                raise each
-            outcome.verdicts.append(each)
+        try:
+            found = await together(verdict(n) for n in range(len(turns)))
+        except BudgetSpent as error:
+            return error
+        outcome.verdicts = [
+            (None, f"no verdict: {each.reason}") if isinstance(each, RequestFailed) else each for each in found
+        ]
         return outcome

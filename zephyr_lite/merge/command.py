@@ -84,7 +84,7 @@ def run_merge(
         "tokenizer_from": chain.tokenizer_from,
         "lineage": lineage,
     }
-    ways = {"base", "nf4"} if both and in_4bit else {onto}
+    ways: set[Way] = {"base", "nf4"} if both and in_4bit else {onto}
     if both and not in_4bit:
         logger.info(
             "trained on the base in 16 bits: another way of merging would be another model, and is not measured"
@@ -92,9 +92,7 @@ def run_merge(
 
     earlier = None if overwrite else _earlier(out, {"kind": MERGED, "onto": onto, **lineage})
     if earlier is None:
-        report = merge(folder, chain.adapters, out, onto=onto, overwrite=overwrite, **settings)
-        for line in report.lines():
-            logger.info(line)
+        merge(folder, chain.adapters, out, onto=onto, overwrite=overwrite, **settings)
     elif not check or _is_measured(earlier, ways, rows):
         logger.info(f"{out} is complete already.")
         return None
@@ -103,7 +101,8 @@ def run_merge(
     if not check:
         return None
 
-    folders, missing = {onto: out}, {}
+    folders: dict[Way, Path] = {onto: out}
+    missing: dict[str, str] = {}
     aside = out.with_name(f".{out.name}.measure")
     try:
         for other in ways - {onto}:
@@ -117,7 +116,7 @@ def run_merge(
         remove_tree(aside)
     found.missing.update(missing)
     write_json(out / MARK, {**(read_json(out / MARK) or {}), "measured": found.as_dict()})
-    for line in (found.ways[onto].logps.line(), *found.lines()):
+    for line in (found.logps[onto].line(), *found.lines()):
         logger.info(line)
     if onto == "base" and in_4bit:
         logger.info(
@@ -169,6 +168,6 @@ def _earlier(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return told if told is not None and all(told.get(key) == value for key, value in wanted.items()) else None
 
 
-def _is_measured(told: dict[str, Any], ways: set[str], rows: int | None) -> bool:
+def _is_measured(told: dict[str, Any], ways: set[Way], rows: int | None) -> bool:
     measured = told.get("measured") or {}
     return ways <= {*measured, *measured.get("missing", ())} and rows in (None, measured["data"]["rows"])

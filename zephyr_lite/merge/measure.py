@@ -11,7 +11,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 CHECK_ROWS, MEASURE_ROWS = 8, 64
 MAX_TOKENS = 512  # of each row
 MICRO_TOKENS = 2048  # run at once, padding included
-CHUNK_BYTES = 32 * 2**20  # of one float32 copy of logits
+CHUNK = 64  # tokens whose logits are computed at once: 32 MB in float32 with a vocabulary of 128k
 DEMO_ROWS = Path(__file__).parents[1] / "demo" / "conversations_test.jsonl"
 
 
@@ -66,34 +66,17 @@ def compare_logps(live: Sequence[Tensor], merged: Sequence[Tensor]) -> LogpDiffe
     return LogpDifference(float(gaps.mean()), float(gaps.max()), gaps.numel())
 
 
-@dataclass(frozen=True)
-class Way:
-    """The measurements of one way of merging. Intervals are over conversations.
-
-    Attributes:
-        kl: KL(live ‖ merged) over the whole vocabulary, nats per token.
-        top1_agreement: share of tokens with the same most likely token.
-        loss: of the merged folder, nats per token.
-        loss_minus_live: its loss minus the live stack's, over the same draws.
-        logps: |Δ log p| of the target tokens.
-    """
-
-    kl: Interval
-    top1_agreement: Interval
-    loss: Interval
-    loss_minus_live: Interval
-    logps: LogpDifference
-
-
 @dataclass
 class MergeMeasure:
-    """The live stack and the folders merged from it, on the same supervised tokens.
+    """The live stack and the folders merged from it, on the same supervised tokens. Intervals are over conversations.
 
     Attributes:
         origin: where the rows come from.
         rows, tokens: conversations, and supervised tokens in them.
-        live: loss of the live stack.
-        ways: "base", "nf4" → measurements.
+        live: loss of the live stack, nats per token.
+        ways: "base", "nf4" → kl: KL(live ‖ merged) over the whole vocabulary, nats per token; top1_agreement: share of
+            tokens with the same most likely token; loss: of the merged folder; loss_minus_live: over the same draws.
+        logps: way → |Δ log p| of the target tokens.
         between: loss of base minus loss of nf4, where both were measured.
         missing: way → reason why it was not measured.
     """
@@ -103,24 +86,24 @@ class MergeMeasure:
     tokens: int
     live: Interval
     bootstrap: Bootstrap
-    ways: dict[str, Way] = field(default_factory=dict)
+    ways: dict[str, dict[str, Interval]]
+    logps: dict[str, LogpDifference]
     between: Interval | None = None
     missing: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For zephyr_lite.json, key ``measured``."""
-        ways = {name: asdict(way) for name, way in self.ways.items()}
-        for told in ways.values():
-            logps = told.pop("logps")
-            told |= {"mean_abs_logp_difference": logps["mean"], "max_abs_logp_difference": logps["max"]}
-        return {
+        told: dict[str, Any] = {
             "data": {"origin": self.origin, "rows": self.rows, "supervised_tokens": self.tokens},
             "bootstrap": self.bootstrap.as_dict(),
             "live": {"loss": self.live.as_dict()},
-            **ways,
             "base_minus_nf4": None if self.between is None else {"loss": self.between.as_dict()},
             "missing": self.missing,
         }
+        for name, way in self.ways.items():
+            told[name] = {key: interval.as_dict() for key, interval in way.items()}
+            told[name] |= {f"{key}_abs_logp_difference": getattr(self.logps[name], key) for key in ("mean", "max")}
+        return told
 
     def lines(self) -> list[str]:
         """For the console."""
@@ -128,8 +111,9 @@ class MergeMeasure:
         told.append(f"live: held-out loss {self.live.text()}")
         for name, way in self.ways.items():
             told.append(
-                f"--onto {name}: KL(live ‖ merged) {way.kl.value:.2e} nats a token, the same top token at "
-                f"{way.top1_agreement.value:.2%}, held-out loss {way.loss.text()} ({way.loss_minus_live.text('+.4f')} to live)"
+                f"--onto {name}: KL(live ‖ merged) {way['kl'].value:.2e} nats a token, the same top token at "
+                f"{way['top1_agreement'].value:.2%}, held-out loss {way['loss'].text()} "
+                f"({way['loss_minus_live'].text('+.4f')} to live)"
             )
         told += [f"--onto {name}: not measured: {why}" for name, why in self.missing.items()]
         if (gap := self.between) is not None:
@@ -162,7 +146,7 @@ def measure(chain: Chain, folders: Mapping[str, str | Path], *, rows: int = CHEC
     device, dtype = live.base.device, live.dtype
     ratios: dict[str, Ratio] = {}
     logps: dict[str, LogpDifference] = {}
-    merged_logps: dict[str, np.ndarray] = {}
+    losses: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory(prefix="zephyr-lite-") as scratch:
         live_states = _states(live.stack.base, examples, device, Path(scratch) / "live")
         del live
@@ -175,20 +159,24 @@ def measure(chain: Chain, folders: Mapping[str, str | Path], *, rows: int = CHEC
                 del model
             gc.collect()
             kl, same, at_live, at_merged = (np.array([float(t.sum()) for t in values]) for values in found)
-            ratios |= {"live": (-at_live, tokens), f"{name} kl": (kl, tokens), f"{name} same": (same, tokens)}
-            ratios |= {f"{name} loss": (-at_merged, tokens), f"{name} gap": (at_live - at_merged, tokens)}
-            logps[name] = compare_logps(found[2], found[3])
-            merged_logps[name] = at_merged
-    if len(merged_logps) == 2:
-        ratios["between"] = (merged_logps["nf4"] - merged_logps["base"], tokens)
+            ratios |= {"live": (-at_live, tokens), f"{name} kl": (kl, tokens), f"{name} top1_agreement": (same, tokens)}
+            ratios |= {f"{name} loss": (-at_merged, tokens), f"{name} loss_minus_live": (at_live - at_merged, tokens)}
+            logps[name], losses[name] = compare_logps(found[2], found[3]), -at_merged
+    if len(losses) == 2:
+        ratios["between"] = (losses["base"] - losses["nf4"], tokens)
     bootstrap = Bootstrap()
-    intervals = bootstrap.intervals(ratios)
-    ways = {
-        name: Way(*(intervals[f"{name} {key}"] for key in ("kl", "same", "loss", "gap")), logps[name])
-        for name in sorted(folders)
-    }
-    total = int(tokens.sum())
-    return MergeMeasure(origin, len(tokens), total, intervals["live"], bootstrap, ways, intervals.get("between"))
+    found_intervals = bootstrap.intervals(ratios)
+    keys = ("kl", "top1_agreement", "loss", "loss_minus_live")
+    return MergeMeasure(
+        origin=origin,
+        rows=len(tokens),
+        tokens=int(tokens.sum()),
+        live=found_intervals["live"],
+        bootstrap=bootstrap,
+        ways={name: {key: found_intervals[f"{name} {key}"] for key in keys} for name in logps},
+        logps=logps,
+        between=found_intervals.get("between"),
+    )
 
 
 def _rows(chain: Chain, template: ChatTemplate, limit: int) -> tuple[TokenizedDataset, str]:
@@ -202,21 +190,11 @@ def _rows(chain: Chain, template: ChatTemplate, limit: int) -> tuple[TokenizedDa
     return data, "the demo's conversations"
 
 
-@dataclass
-class _States:
-    """The states that each example's targets are predicted from.
-
-    Attributes:
-        tensors: [N_i, D] each, on the CPU.
-        head: [n, D] → logits [n, V].
-    """
-
-    tensors: list[Tensor]
-    head: Callable[[Tensor], Tensor]
-    device: torch.device
+# the states [N_i, D] on the CPU that each example's targets are predicted from, and the head: [n, D] → logits [n, V]
+States = tuple[list[Tensor], Callable[[Tensor], Tensor]]
 
 
-def _states(model: Any, examples: list[Example], device: torch.device, scratch: Path) -> _States:
+def _states(model: Any, examples: list[Example], device: torch.device, scratch: Path) -> States:
     """By the model's own forward pass, for live and merged alike, so that only the weights differ.
 
     Other architectures than the fused engine's may change their logits after the head: of those the logits are kept, in
@@ -241,7 +219,8 @@ def _states(model: Any, examples: list[Example], device: torch.device, scratch: 
                 file = torch.from_file(str(scratch / str(i)), shared=True, size=chosen.numel(), dtype=chosen.dtype)
                 chosen = file.view(chosen.shape).copy_(chosen)
             result[i] = chosen
-    return _States(result, model.get_output_embeddings() if known else lambda logits: logits, device)
+    head = model.get_output_embeddings()
+    return result, lambda states: head(states.to(device)) if known else states.to(device)
 
 
 def _groups(examples: list[Example], micro_tokens: int) -> Iterator[list[int]]:
@@ -256,22 +235,17 @@ def _groups(examples: list[Example], micro_tokens: int) -> Iterator[list[int]]:
         yield group
 
 
-def _compare(live: _States, merged: _States, targets: list[Tensor]) -> tuple[list[Tensor], ...]:
+def _compare(live: States, merged: States, targets: list[Tensor]) -> tuple[list[Tensor], ...]:
     """Per token, of each example [N_i] float64: KL; 1 where the top token is the same; log p of the target, live and merged."""
-    found: list[tuple[Tensor, ...]] = []
-    for one, other, ids in zip(live.tensors, merged.tensors, targets):
+    found = []
+    for *states, ids in zip(live[0], merged[0], targets):
         parts = []
-        start, size = 0, 1  # one token until the vocabulary is known
-        while start < len(ids):
-            here = slice(start, start + size)
-            p = live.head(one[here].to(live.device)).float().log_softmax(-1)
-            q = merged.head(other[here].to(merged.device)).float().to(p.device).log_softmax(-1)
-            at = ids[here, None].to(p.device)
+        for one, other, at in zip(*(tensor.split(CHUNK) for tensor in (*states, ids[:, None]))):
+            p, q = live[1](one).float().log_softmax(-1), merged[1](other).float().log_softmax(-1)
+            at = at.to(p.device)
             values = (_kl(p, q), p.argmax(-1) == q.argmax(-1), p.gather(1, at)[:, 0], q.gather(1, at)[:, 0])
             parts.append([value.double().cpu() for value in values])
-            start += size
-            size = max(1, CHUNK_BYTES // (4 * p.shape[-1]))
-        found.append(tuple(map(torch.cat, zip(*parts))))
+        found.append([torch.cat(values) for values in zip(*parts)])
     return tuple(map(list, zip(*found)))
 
 

@@ -44,27 +44,13 @@ class MergeReport:
         merged: number of weights that an adapter changed.
         requantized: number of weights that went through NF4 (with adapters or without).
         copied: number of tensors that were copied as bytes.
-        bytes: size of the weights written.
         eos_token_ids: where generation stops.
     """
 
-    out: Path
-    onto: str
     merged: int = 0
     requantized: int = 0
     copied: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
     eos_token_ids: list[int] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """For the console."""
-        through = f", {self.requantized} taken through NF4" if self.onto == "nf4" else ""
-        return [
-            f"{self.out}: {self.bytes / 1e9:.2f} GB in {self.seconds:.0f} s; {self.merged} weights merged{through}, "
-            f"{self.copied} copied unchanged.",
-            f"Stop tokens: {', '.join(map(str, self.eos_token_ids)) or 'none known'}.",
-        ]
 
 
 def merge(
@@ -101,8 +87,6 @@ def merge(
     start = time.monotonic()
     out = Path(out).expanduser()
     files = BaseFiles(str(base), fetch_base(str(base), revision))
-    if out.exists() and out.resolve() == files.folder.resolve():
-        raise UserError(f"{out}: is the base itself.", "Choose another --out.")
     claim(out, overwrite)
     if files.quantized and onto != "nf4":
         raise UserError(
@@ -121,8 +105,7 @@ def merge(
     if onto == "nf4" and not files.quantized:
         marks |= {"nf4": {"double_quant": double_quant, "loaded_as": str(quant_dtype).removeprefix("torch.")}}
 
-    report = MergeReport(out, onto, bytes=total)
-    done = 0
+    report, done = MergeReport(), 0
 
     def write(name: str, file: BinaryIO) -> None:
         nonlocal done
@@ -155,7 +138,12 @@ def merge(
             write_stream(aside / shard, header, write, metadata)
         files.write_index(aside)
         write_json(aside / MARK, marks)
-    report.seconds = time.monotonic() - start
+    through = f", {report.requantized} taken through NF4" if onto == "nf4" else ""
+    logger.info(
+        f"{out}: {total / 1e9:.2f} GB in {time.monotonic() - start:.0f} s; {report.merged} weights merged{through}, "
+        f"{report.copied} copied unchanged."
+    )
+    logger.info(f"Stop tokens: {', '.join(map(str, report.eos_token_ids)) or 'none known'}.")
     return report
 
 

@@ -83,6 +83,8 @@ def charts_of(records: Sequence[StageRecord], labels: Sequence[str]) -> list[dic
                 hue, dashed = (place, index > 0) if labels else (index, False)
                 name = record.who + label if several or not labels else labels[place]
                 xs, ys = record.columns.get(metric, ([], []))
+                if not any(map(math.isfinite, ys)):
+                    continue
                 if spec.smooth and len(xs) >= SMOOTHED:
                     curves.append(Curve(f"{name}, each step", xs, ys, hue, "faint", dashed))
                     curves.append(Curve(name, xs, smoothed(ys), hue, "smooth", dashed))
@@ -93,10 +95,8 @@ def charts_of(records: Sequence[StageRecord], labels: Sequence[str]) -> list[dic
                 curves.append(Curve(name, xs, ys, hue if labels or several else 1, "dots", dashed))
             marks += [line["step"] for line in record.left_out]
             rules |= _rules(spec.title, record)
-        if any(math.isfinite(y) for curve in curves for y in curve.ys):
-            cpu = spec.title == "Memory" and any(record.info["machine"].get("device") == "cpu" for record in records)
-            unit = spec.unit + (", the whole process" if cpu else "")
-            charts.append(line_chart(spec.title, unit, curves, rules, marks, spec.bounds))
+        if curves:
+            charts.append(line_chart(spec.title, spec.unit, curves, rules, marks, spec.bounds))
     return charts
 
 
@@ -109,9 +109,8 @@ def _rules(title: str, record: StageRecord) -> dict[str, float]:
     if title == "Reward margin":
         return {"the reference": 0.0}
     if title == "Gradient norm" and is_number(limit := record.config.get("max_grad_norm")):
-        norms = [y for y in record.columns["grad_norm"][1] if math.isfinite(y)] if "grad_norm" in record.columns else []
-        if max(norms, default=0) > limit / 3:  # far above the curve it would compress it
-            return {"clipped above": limit}
+        # far above the curve it would compress it
+        return {"clipped above": limit} if max(record.values("grad_norm"), default=0) > limit / 3 else {}
     if title == "Memory" and record.planned.get("peak"):
         return {"planned": record.planned["peak"] / 2**30}
     return {}
@@ -122,7 +121,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
     wing = max(2, len(values) // 40)
     result = []
     for i in range(len(values)):
-        window = [y for y in values[max(0, i - wing) : i + wing + 1] if math.isfinite(y)]
+        window = list(filter(math.isfinite, values[max(0, i - wing) : i + wing + 1]))
         result.append(sum(window) / len(window) if window else math.nan)
     return result
 
@@ -145,7 +144,8 @@ def line_chart(
         x_name: of the horizontal axis.
     """
     curves = [_thinned(curve) for curve in curves if curve.xs]
-    low_x, high_x = min(curve.xs[0] for curve in curves), max(curve.xs[-1] for curve in curves)
+    xs = sorted(x for curve in curves for x in (curve.xs[0], curve.xs[-1]))
+    low_x, high_x = xs[0], xs[-1]
     if low_x == high_x:
         low_x, high_x = low_x - 1, high_x + 1
     rules = rules or {}
@@ -196,7 +196,7 @@ def _range(curves: Sequence[Curve], rules: dict[str, float], bounds: Sequence[fl
     """(lowest value in view, highest value in view, the highest value if it is far above, else 0)."""
     values, highest = [*bounds], 0.0
     for curve in curves:
-        finite = sorted(y for y in curve.ys if math.isfinite(y))
+        finite = sorted(filter(math.isfinite, curve.ys))
         if curve.kind == "faint" and finite:  # noise and spikes would flatten the rest
             low, high = finite[int(len(finite) * 0.02)], finite[int(len(finite) * 0.98)]
             room = 0.3 * (high - low)

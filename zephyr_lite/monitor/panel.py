@@ -124,10 +124,9 @@ def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
     if progress.evaluations:
         evaluation = progress.evaluations[-1]
         text = Text(f"{float(evaluation['eval_loss']):.4f}", style="bold")
-        for name in ("accuracies", "margins"):
-            if (key := f"eval_rewards/{name}") in evaluation:
-                title = "accuracy" if name == "accuracies" else "margin"
-                text = Text.assemble(text, f"  {title} {float(evaluation[key]):.3f}")
+        for name, key in (("accuracy", "eval_rewards/accuracies"), ("margin", "eval_rewards/margins")):
+            if key in evaluation:
+                text = Text.assemble(text, f"  {name} {float(evaluation[key]):.3f}")
         ago = f"  at step {evaluation['step']:,}"
         if len(progress.evaluations) > 1:
             ago += f", before {float(progress.evaluations[-2]['eval_loss']):.4f}"
@@ -154,17 +153,17 @@ def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
 
     if progress.sample is not None:
         question, answer = (
-            " ".join(visible(_TAGS.sub(" ", text)).split()) for text in (progress.sample.prompt, progress.sample.answer)
+            " ".join(visible(_TAGS.sub(" ", said)).split()) for said in (progress.sample.prompt, progress.sample.answer)
         )
         if len(question) > room:
             question = "… " + question[-(room - 2) :].partition(" ")[2]  # a question is at the end of its prompt
         grid.add_row("asked", Text(question, style="dim"))
-        for place, line_ in enumerate(textwrap.wrap(answer or "(nothing)", room, max_lines=2, placeholder=" …")):
-            grid.add_row("" if place else "answers", Text(line_))
+        for place, part in enumerate(textwrap.wrap(answer or "(nothing)", room, max_lines=2, placeholder=" …")):
+            grid.add_row("" if place else "answers", Text(part))
     mark, style = _MARKS[verdict.kind]
-    said = Text(mark + verdict.text, style=style, no_wrap=False, overflow="fold")
+    text = Text(mark + verdict.text, style=style, no_wrap=False, overflow="fold")
     title = Text(visible(f"{progress.stage.config.stage} · {progress.stage.dir.run}"), style="bold")
-    return Panel(Group(grid, said), title=title, title_align="left", border_style="dim", width=width)
+    return Panel(Group(grid, text), title=title, title_align="left", border_style="dim", width=width)
 
 
 def spark(values: Sequence[float], places: int) -> str:

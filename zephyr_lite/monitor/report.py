@@ -16,6 +16,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ MARK = Markup("<!-- a report of zephyr-lite -->")  # by which a report is recogn
 _METHODS = {"sft": "supervised fine-tuning", "dpo": "direct preference optimization"}
 _PARTS = ("base", "data", "eval_data", "machine", "own", "plan", "result", "versions")  # objects of stage.json
 SAMPLES = 6  # prompts that are shown
-_PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+=-]+){2,}/?")  # absolute, of two parts or more
+# an absolute path of two parts or more, and its last part
+_PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+=-]+)+[/\\]([\w.@+=-]+)[/\\]?")
 
 
 @dataclass
@@ -74,7 +76,7 @@ class StageRecord:
     left_out: list[dict[str, Any]]
     lengths: dict[str, Any]
     results: dict[str, dict[str, Any]]
-    own: dict[str, str]
+    own: dict[str, str | None]
     who: str = ""
 
     @property
@@ -83,7 +85,48 @@ class StageRecord:
 
     def values(self, key: str) -> list[float]:
         """The finite values of a metric."""
-        return [y for y in self.columns.get(key, ((), ()))[1] if math.isfinite(y)]
+        return list(filter(math.isfinite, self.columns.get(key, ((), ()))[1]))
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """The overview: name → value."""
+        result, total, facts = self.info["result"], self.total, {}
+        running = not self.complete and total is not None
+        facts["steps"] = f"{number(self.step)} of {number(total)}" if running else number(self.step)
+        held_out, losses = self.columns.get("eval_loss", ([], []))[1], self.values("loss")
+        if held_out:
+            facts["held-out loss"] = " → ".join(number(loss) for loss in dict.fromkeys((held_out[0], held_out[-1])))
+        if losses:
+            tenth = max(1, len(losses) // 10)
+            first, last = statistics.fmean(losses[:tenth]), statistics.fmean(losses[-tenth:])
+            facts["training loss, start → end"] = f"{number(first)} → {number(last)}"
+        if len(held_out) > 2 and (best := result.get("best")):
+            facts["best held-out loss"] = f"{number(best[0])} (step {number(best[1])})"
+        for name, key, form in (
+            ("preference accuracy", "rewards/accuracies", share),
+            ("margin", "rewards/margins", number),
+            ("token accuracy", "mean_token_accuracy", share),
+        ):
+            if values := self.values(f"eval_{key}"):
+                facts[f"{name}, held-out"] = form(values[-1])
+            elif (values := self.values(key)) and self.method == "dpo":
+                facts[name] = form(statistics.fmean(values[-max(1, len(values) // 10) :]))
+        for unit in ("tokens", "pairs"):
+            if speeds := self.values(f"{unit}_per_second"):
+                facts[f"{unit} a second"] = number(float(f"{statistics.median(speeds):.3g}"))
+        if is_number(result.get("seconds")):
+            facts["time, last start" if self.info["resumed"] else "time"] = duration(result["seconds"])
+        elif running and total is not None and (seconds := self.values("seconds")):
+            facts["left, at this speed"] = duration(statistics.median(seconds) * max(0, total - self.step))
+        measured, planned = self.values("peak_memory_gib"), self.planned.get("peak")
+        peak = result.get("peak_memory_bytes") or (max(measured) * 2**30 if measured else None)
+        if peak and planned:
+            facts["memory, measured / planned"] = f"{peak / 2**30:.2f} / {planned / 2**30:.2f} GiB"
+        elif peak or planned:
+            facts["memory, measured" if peak else "memory planned"] = gib(peak or planned)
+        if left := result.get("steps_left_out", len(self.left_out)):
+            facts["steps left out"] = number(left)
+        return facts
 
 
 def read_stage(folder: Path) -> StageRecord:
@@ -230,7 +273,7 @@ def _page(title: str, sections: Sequence[dict[str, Any]]) -> str:
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     for function in (number, share, gib, moment, without_paths, shortened, value_text, places):
         environment.filters[function.__name__] = function
-    environment.filters["counted"] = lambda values: Counter(values).items()
+    environment.filters["counted"] = Counter
     page = environment.get_template("report.html.j2").render(
         mark=MARK,
         title=title,
@@ -245,109 +288,68 @@ def _page(title: str, sections: Sequence[dict[str, Any]]) -> str:
 
 def _section(name: str, records: Sequence[StageRecord], labels: Sequence[str] = ()) -> dict[str, Any]:
     """What the page shows of a stage, or of the same stage of two runs."""
-    facts = [_facts(record) for record in records]
+    first, last = records[0], records[-1]
     warnings: list[str] = []
     results: list[dict[str, Any]] = []
     samples: dict[str, dict[str, Any]] = {}
     notes: dict[str, None] = {}
     for place, record in enumerate(records):
-        warnings += [record.who + without_paths(text) for text in record.info["result"].get("warnings") or ()]
+        for text in record.info["result"].get("warnings") or ():
+            warnings.append(record.who + without_paths(text))
         for line in record.left_out[:20]:
-            rows = ", ".join(without_paths(row) for row in (line.get("rows") or [])[:3]) or "unknown"
+            rows = ", ".join(map(without_paths, (line.get("rows") or [])[:3])) or "unknown"
             loss = f"loss {number(line.get('loss'))}, gradient norm {number(line.get('grad_norm'))}"
             warnings.append(f"{record.who}step {line.get('step')} was left out ({loss}); rows: {rows}")
         if len(record.left_out) > 20:
             warnings.append(f"{record.who}and {len(record.left_out) - 20:,} more steps were left out (left_out.jsonl)")
         results += _results(record)
         for line in record.samples:
-            sample = samples.setdefault(line["prompt"], {"prompt": line["prompt"], "answers": [{} for _ in records]})
+            sample = samples.setdefault(line["prompt"], {"prompt": line["prompt"], "answers": [{}, {}]})
             sample["answers"][place][line["step"]] = line["answer"]
             sample["reference"] = line.get("reference")
         notes |= dict.fromkeys(map(without_paths, record.info["data"].get("notes") or ()))
-    configs = [record.config for record in records]
-    keys = [key for key in {**configs[0], **configs[-1]} if key not in ("output_dir", "stage")]
-    recipe = RunConfig.model_validate(DPO_DEFAULTS if records[0].method == "dpo" else {}).model_dump(mode="json")
-    sides = configs if labels else [configs[0], recipe]
-    parts = {name for record in records for name in record.planned}
+    reasons = []
+    for key, title in (("dropped", "left out"), ("changed", "changed")):
+        reasons.append(
+            (key, title, list({**(first.info["data"].get(key) or {}), **(last.info["data"].get(key) or {})}))
+        )
+    recipe = RunConfig.model_validate(DPO_DEFAULTS if first.method == "dpo" else {}).model_dump(mode="json")
+    keys, differences = [], []
+    for key in {**first.config, **last.config}:
+        texts = [
+            value_text(side[key]) if key in side else "" for side in (first.config, last.config if labels else recipe)
+        ]
+        keys.append([key, *texts[: len(records)]])
+        # a key that an older version did not write has its default
+        if key not in ("output_dir", "stage") and all(texts) and texts[0] != texts[1]:
+            differences.append([key, *texts])
+    planned = {**last.planned, **first.planned}
     return {
         "name": name,
         "records": records,
         "labels": labels,
         "head": ["", *labels] if labels else [],
-        "method": _METHODS[records[0].method],
-        "facts": [[key, *(each.get(key, "–") for each in facts)] for key in {**facts[0], **facts[-1]}],
+        "method": _METHODS[first.method],
         "warnings": warnings,
         "curves": charts_of(records, labels),
         "samples": list(samples.values())[:SAMPLES],
         "more_samples": len(samples) - SAMPLES,
         "results": results,
-        "reasons": [
-            (
-                key,
-                title,
-                list(dict.fromkeys(reason for record in records for reason in record.info["data"].get(key) or ())),
-            )
-            for key, title in (("dropped", "left out"), ("changed", "changed"))
-        ],
+        "reasons": reasons,
         "data_notes": list(notes),
         "lengths": list(_lengths(records)),
-        "parts": sorted(
-            parts, key=lambda part: (part == "peak", *(-record.planned.get(part, 0) for record in records))
-        ),
-        "most": max(max(record.planned.values(), default=0) for record in records) or 1,
-        "config_keys": keys,
-        "sides": sides,
-        # a key that an older version did not write has its default
-        "differ": [key for key in keys if len({value_text(side[key]) for side in sides if key in side}) > 1],
-        "below": max(len(record.info["adapters"]) for record in records),
-        "versions": list({**records[0].info["versions"], **records[-1].info["versions"]}),
+        "parts": sorted(planned, key=planned.__getitem__, reverse=True),
+        "most": max(first.planned.get("peak", 0), last.planned.get("peak", 0)) or 1,
+        "config": keys,
+        "differences": differences,
+        "below": max(len(first.info["adapters"]), len(last.info["adapters"])),
+        "versions": list({**first.info["versions"], **last.info["versions"]}),
     }
-
-
-def _facts(record: StageRecord) -> dict[str, str]:
-    """The overview: name → value."""
-    result, total, facts = record.info["result"], record.total, {}
-    running = not record.complete and total is not None
-    facts["steps"] = f"{number(record.step)} of {number(total)}" if running else number(record.step)
-    held_out, losses = record.columns.get("eval_loss", ([], []))[1], record.values("loss")
-    if held_out:
-        facts["held-out loss"] = " → ".join(number(loss) for loss in dict.fromkeys((held_out[0], held_out[-1])))
-    if losses:
-        tenth = max(1, len(losses) // 10)
-        first, last = statistics.fmean(losses[:tenth]), statistics.fmean(losses[-tenth:])
-        facts["training loss, start → end"] = f"{number(first)} → {number(last)}"
-    if len(held_out) > 2 and (best := result.get("best")):
-        facts["best held-out loss"] = f"{number(best[0])} (step {number(best[1])})"
-    for name, key, form in (
-        ("preference accuracy", "rewards/accuracies", share),
-        ("margin", "rewards/margins", number),
-        ("token accuracy", "mean_token_accuracy", share),
-    ):
-        if values := record.values(f"eval_{key}"):
-            facts[f"{name}, held-out"] = form(values[-1])
-        elif (values := record.values(key)) and record.method == "dpo":
-            facts[name] = form(statistics.fmean(values[-max(1, len(values) // 10) :]))
-    for unit in ("tokens", "pairs"):
-        if speeds := record.values(f"{unit}_per_second"):
-            facts[f"{unit} a second"] = number(float(f"{statistics.median(speeds):.3g}"))
-    if is_number(result.get("seconds")):
-        facts["time, last start" if record.info["resumed"] else "time"] = duration(result["seconds"])
-    elif running and total is not None and (seconds := record.values("seconds")):
-        facts["left, at this speed"] = duration(statistics.median(seconds) * max(0, total - record.step))
-    measured = [peak * 2**30 for peak in record.values("peak_memory_gib")]
-    peak, planned = result.get("peak_memory_bytes") or max(measured, default=None), record.planned.get("peak")
-    if peak and planned:
-        facts["memory, measured / planned"] = f"{peak / 2**30:.2f} / {planned / 2**30:.2f} GiB"
-    elif peak or planned:
-        facts["memory, measured" if peak else "memory planned"] = gib(peak or planned)
-    if left := result.get("steps_left_out", len(record.left_out)):
-        facts["steps left out"] = number(left)
-    return facts
 
 
 def _lengths(records: Sequence[StageRecord]) -> Iterator[dict[str, Any]]:
     """Charts of the lengths of the rows; one stage's if both have the same rows."""
-    same = len({record.info["data"].get("fingerprint") for record in records}) == 1
+    same = records[0].info["data"].get("fingerprint") == records[-1].info["data"].get("fingerprint")
     for record in records[: 1 if same else None]:
         unit = record.lengths.get("unit", "row")
         for part, key, title in (
@@ -410,11 +412,13 @@ def value_text(value: Any) -> str:
     if isinstance(value, str):
         return f"…/{Path(value).name}" if Path(value).is_absolute() or value.startswith("~") else value
     if isinstance(value, list):
-        return ", ".join(value_text(each) for each in value) or "none"
+        return ", ".join(map(value_text, value)) or "none"
     if isinstance(value, dict):
-        parts = {k: value_text(v) for k, v in value.items() if v not in (None, {}) and not (k == "weight" and v == 1)}
-        path = parts.pop("path", "")
-        rest = ", ".join(f"{k} {v}" for k, v in parts.items())
+        path, parts = value_text(value.get("path") or ""), []
+        for key, own in value.items():
+            if key != "path" and own not in (None, {}) and not (key == "weight" and own == 1):
+                parts.append(f"{key} {value_text(own)}")
+        rest = ", ".join(parts)
         return f"{path} ({rest})" if path and rest else path or rest or "auto"
     if value is None:
         return "none"
@@ -453,4 +457,4 @@ def moment(value: Any) -> str:
 
 def without_paths(text: Any) -> str:
     """A sentence with ``…/name`` instead of absolute paths, which tell about the user's machine."""
-    return _PATH.sub(lambda found: "…/" + re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], str(text))
+    return _PATH.sub(r"…/\1", str(text))

@@ -132,8 +132,7 @@ class JsonScreen(Screen):
         self._redirected.__exit__(None, None, None)
         if error is None or isinstance(error, SystemExit | BrokenPipeError):
             return
-        known = isinstance(error, UserError | Interrupted | PeerEnded)
-        message = error.message if known else f"{type(error).__name__}: {error}"  # type: ignore[union-attr]
+        message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         # the exit code in a word; another process's error has that process's code
         code = error.code if isinstance(error, PeerEnded) else 2 if isinstance(error, UserError) else 1
         if code == 130 or isinstance(error, Interrupted | KeyboardInterrupt):
