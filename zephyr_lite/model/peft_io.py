@@ -357,13 +357,18 @@ def _target_modules(modules: Sequence[str]) -> list[str]:
 
     (PEFT gives a leaf name a LoRA in every layer.)
     """
-    leaf = {module: module.rpartition(".")[2] for module in modules}
     layers: dict[str, set[int]] = defaultdict(set)  # leaf → the layers that have it
+    count = 0
     for module in modules:
         match = _LAYER.fullmatch(module)
-        layers[leaf[module]].add(int(match["index"]) if match else -1)
-    everywhere = set(range(1 + max(index for found in layers.values() for index in found)))
-    return sorted({leaf[module] if layers[leaf[module]] == everywhere else module for module in modules})
+        index = int(match["index"]) if match else -1
+        layers[module.rpartition(".")[2]].add(index)
+        count = max(count, index + 1)
+    targets = set()
+    for module in modules:
+        leaf = module.rpartition(".")[2]
+        targets.add(leaf if layers[leaf] == set(range(count)) else module)
+    return sorted(targets)
 
 
 def fetch_adapter(name_or_path: str | Path, revision: str | None = None, *, beside: Sequence[str] = ()) -> Path:
