@@ -120,15 +120,6 @@ def test_conversations_that_cannot_be_asked_are_gone_past(tmp_path, tiny_base):
     assert totals.lost_tokens == 0
 
 
-def test_an_answer_never_runs_over_the_context(tmp_path, tiny_base):
-    context = json.loads((tiny_base / "config.json").read_text())["max_position_embeddings"]
-    ids = load_chat(tiny_base).template.prompt_ids([{"role": "user", "content": "x" * (context // 2)}])
-    (reply,), _ = run(
-        [local(tiny_base, temperature=5.0, max_tokens=context)], tmp_path, lambda d: ask_all(d, ["x" * (context // 2)])
-    )
-    assert reply.prompt_tokens == len(ids) and reply.prompt_tokens + reply.completion_tokens <= context
-
-
 def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path, tiny_base, batches, monkeypatch):
     sample = Chat.sample
     expected, _ = run([local(tiny_base)], tmp_path / "whole", ask_with_seeds)

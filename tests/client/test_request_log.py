@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import random
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.chat_server import Act, ChatServer, Seen, by_hash, disconnect, error, hang, not_json, ok
-from tests.client.test_client import ask_all, one, records, request, run, spec
+from tests.client.test_client import ask_all, one, records, run, spec
 from zephyr_lite.client.client import prompt_token_bound
 from zephyr_lite.client.request_log import NAME, Reply, RequestLog
 from zephyr_lite.errors import UserError
@@ -136,20 +135,6 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
         server.script = by_hash
         _, totals = one(server, folder)
     assert totals.unanswered == 4 and totals.replies == 2
-
-
-def test_a_cancelled_caller_does_not_lose_the_reply(tmp_path):
-    with ChatServer(lambda seen: ok("late", sleep=0.3)) as server:
-
-        async def work(client):
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.1):
-                    await client.ask(request("a"))
-            await asyncio.sleep(0.4)
-            return await client.ask(request("a"))
-
-        reply, totals = run([spec(server)], tmp_path, work)
-    assert reply.text == "late" and len(server.seen) == 1 and totals.requests == 1
 
 
 KILLS = int(os.environ.get("ZEPHYR_LITE_KILLS", "5"))

@@ -120,7 +120,7 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path, capsys) -> No
         ),
         (["--annotations", write(tmp_path / "f.json", {"a": 1})], "row 1: no 'instruction'"),
         (["--annotations", write(tmp_path / "g.json", [])], "is empty"),
-        (["--annotations", tmp_path / "none.json"], "cannot be read"),
+        (["--annotations", tmp_path / "none.json"], "there is no such file"),
         (["--annotations", good, "--judge", "http://127.0.0.1:1/v1#j"], "--judge changes nothing"),
         (["--annotations", good, "--limit", 2], "--limit changes nothing"),
         (["--annotations", good, "--dry-run"], "--dry-run changes nothing"),

@@ -121,7 +121,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
     for text, found in (
         ('{"question_id": 1, "category": "stem", "turns": ["a"]}\n', "row 1: expected 2 turns"),
         ('{"question_id": 1, "category": "stem", "turns": ["a", "b"]}\n' * 2, "question_id 1 is used twice"),
-        ('{"question_id": 1,\n', "line 1: not valid JSON"),
+        ('{"question_id": 1,\n', "broken JSON"),
         ("", "is empty"),
         ('{"a": 1}\n', "row 1: no 'prompt'"),
     ):

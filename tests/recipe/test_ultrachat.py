@@ -215,17 +215,6 @@ def test_limits_and_switches(raw: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_a_lexicon_can_be_given(tmp_path: Path) -> None:
-    source = write_raw(tmp_path / "raw.jsonl", [BROKEN, talk(1)])
-    clean_chat(str(source), tmp_path / "without", Options(test=0))
-    lexicon = Lexicon()
-    lexicon.forms["Ouagadougou"] = 9
-    lexicon.save(tmp_path / "names.txt")
-    clean_chat(str(source), tmp_path / "given", Options(test=0, lexicon=tmp_path / "names.txt"))
-    assert rows_of(tmp_path / "without")[0]["prompt"] == "Hello. How do I get to ouagadougou? Is it far?"
-    assert rows_of(tmp_path / "given")[0]["prompt"] == "Hello. How do I get to Ouagadougou? Is it far?"
-
-
 def test_other_sets_of_conversations(tmp_path: Path) -> None:
     turns = [
         {"role": "system", "content": "Be brief."},
@@ -300,32 +289,6 @@ def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "30 rows" in capsys.readouterr().out
 
 
-def test_folders_that_cannot_be_made_are_said_before_the_work(
-    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    assert cli.run(["data", "chat", str(raw), "--out", str(tmp_path / "file" / "out")]) == 2
-    said = capsys.readouterr()
-    assert "cannot be made" in said.err and "read as" not in said.out
-
-
-def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    path = write_raw(tmp_path / "raw.jsonl", [talk(n) for n in range(3)])
-    lines = path.read_bytes().splitlines()
-    lines[1] = '{"id": "1", "data": ["Where is the café of the town?", "It is by the river."]}'.encode("latin-1")
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    with pytest.raises(UserError, match=r"raw\.jsonl line 2: not UTF-8"):
-        clean_chat(str(path), tmp_path / "out", Options(test=0))
-
-
-def test_numbered_files_of_several_kinds_are_refused(raw: Path, tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    (raw / "train_2.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    with pytest.raises(UserError, match="different kinds") as caught:
-        clean_chat(str(raw), tmp_path / "out", Options())
-    assert "train_2.jsonl: columns messages" in caught.value.message
-
-
 def test_ctrl_c_among_workers(tmp_path: Path) -> None:
     path = write_raw(tmp_path / "raw.jsonl", [talk(n, 8) for n in range(12_000)])
     command = [
@@ -360,24 +323,3 @@ def test_ctrl_c_among_workers(tmp_path: Path) -> None:
     assert running.returncode == 130, said
     assert "interrupted" in said and "Traceback" not in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "raw.jsonl"]
-
-
-def test_hints_name_this_commands_own_options(raw: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "splits"
-    for split in ("train_sft", "test_sft"):
-        write_raw(folder / f"{split}.jsonl", [talk(1)])
-    with pytest.raises(UserError) as caught:
-        clean_chat(str(folder), tmp_path / "out", Options())
-    assert caught.value.hint == "Say so: --split train_sft."
-    with pytest.raises(UserError) as caught:
-        clean_chat(str(raw), tmp_path / "out", Options(decontaminate=(str(folder),)))
-    assert caught.value.hint == f"Say so: --decontaminate {folder}#train_sft."
-    with pytest.raises(UserError, match="names no set"):
-        clean_chat(str(raw), tmp_path / "out", Options(decontaminate=("",)))
-    (tmp_path / "eval.jsonl").write_bytes('{"q": "Where is the café of the town?"}\n'.encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8"):
-        clean_chat(str(raw), tmp_path / "out", Options(decontaminate=(str(tmp_path / "eval.jsonl"),)))
-    (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(UserError) as caught:
-        clean_chat(str(tmp_path / "other.jsonl"), tmp_path / "out", Options())
-    assert "columns:" not in caught.value.hint

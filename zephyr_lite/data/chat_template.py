@@ -259,13 +259,14 @@ class ChatTemplate:
         rendered = self.render(messages, tools)
         if notes is not None:
             notes += rendered.notes
-        first = min((span.start for turn, span in rendered.spans.items() if turn >= prompt), default=0)
-        if prompt and not first:
-            raise RowError("no supervised token")
-        last = max(rendered.spans, default=0)
-        for turn in list(rendered.spans):
+        first, last = 0, max(rendered.spans, default=0)
+        for turn, span in list(rendered.spans.items()):
+            if turn >= prompt:
+                first = first or span.start
             if turn < prompt or not messages[turn].get("train", True) or (loss_on == "last" and turn != last):
                 del rendered.spans[turn]
+        if prompt and not first:
+            raise RowError("no supervised token")
         ids, starts, ends = self._tokenize(rendered)
         mask = np.full(len(ids), loss_on == "all")
         for span in rendered.spans.values():
@@ -285,9 +286,8 @@ class ChatTemplate:
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for message in messages:
-            texts = [message["content"], message.get("reasoning_content", "")]
-            texts += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
-            if match := self._control.search("\0".join(texts)):
+            calls = json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
+            if match := self._control.search(f"{message['content']}\0{message.get('reasoning_content', '')}\0{calls}"):
                 raise RowError(f"a turn's text contains the control token {match.group()}")
 
     def _tokenize(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -383,13 +383,13 @@ class ChatTemplate:
         if not self._writes_calls(form, rendered.text, tools):
             raise RowError("the chat template does not write the tool calls")
         roles, position = [message["role"] for message in messages], 0
-        for message in messages:
-            said = _written(message, rendered.text, 0 if message["role"] == "system" else position)
+        for message, role in zip(messages, roles):
+            said = _written(message, rendered.text, 0 if role == "system" else position)
             if said is None:
-                raise RowError(f"the chat template does not write the {message['role']} turn")
-            if message["role"] != "system":
+                raise RowError(f"the chat template does not write the {role} turn")
+            if role != "system":
                 position = rendered.text.index(said, position) + len(said)
-        first = next((roles.index(role) for role in ("user", "system") if role in roles), len(roles))
+        first = roles.index("user") if "user" in roles else roles.index("system") if "system" in roles else len(roles)
         for turn in range(first, len(messages)):
             if roles[turn] == "assistant":
                 self._find_answer(messages, form, turn, tools, rendered)
@@ -468,14 +468,17 @@ class ChatTemplate:
         """The messages in the form that this template reads: templates with tool calls read an empty content or null, and
         arguments as an object or as JSON text."""
         form: list[Any] = []
+        has_calls = False
         for message in messages:
-            turn: dict[str, Any] = {key: value for key, value in message.items() if key != "train"}
+            turn = dict(message)
+            turn.pop("train", None)
+            has_calls = has_calls or "tool_calls" in turn
             if "reasoning_content" in turn:
                 turn["thinking"] = turn["reasoning_content"]
             if self.content_parts:
                 turn["content"] = [{"type": "text", "text": turn["content"]}]
             form.append(turn)
-        if not any("tool_calls" in message for message in messages):
+        if not has_calls:
             return form
         for as_text in (False, True):
             for empty in ("", None):
@@ -613,11 +616,24 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
     template = ChatTemplate(tokenizer, text if adds_bos or name not in TEMPLATES else text.removeprefix(BOS), name, now)
     try:
-        probe = _probe(template)
+        try:
+            rendered = template.render(PROBE)
+        except RowError as error:
+            template.content_parts = True  # templates of vision models read lists of parts only
+            try:
+                rendered = template.render(PROBE)
+            except RowError:
+                raise error from None
+        probe, span = rendered.text, rendered.spans[3]
+        opening = probe[span.start : probe.find(PROBE[3]["content"], span.start)]
+        if opening.strip() and template.text_of(PROBE[:1]) == template.text_of(PROBE[:1], True):
+            raise RowError(
+                f"it ignores add_generation_prompt, so that an answer would begin with its own tag {opening!r}"
+            )
         if adds_bos and not probe.startswith(bos):
             # the tokenizer writes BOS, and servers that render the template do not
             template.text = tokenizer.chat_template = BOS + text
-            probe = _probe(template)
+            probe = bos + probe
             template.notes.append(f"{what} writes no BOS, the tokenizer does: {BOS} was put in front")
         # Llama 3's tokenizer leaves BOS to the template; a BOS before each turn, as ChatML's, is a turn's tag
         if adds_bos or (bos and probe.startswith(bos) and probe.count(bos) == 1):
@@ -634,23 +650,3 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
             f"{what}: answers end with {words}, which is not the tokenizer's eos {tokenizer.eos_token}"
         )
     return template
-
-
-def _probe(template: ChatTemplate) -> str:
-    """The text of a plain conversation, after the checks that need no rows."""
-    try:
-        rendered = template.render(PROBE)
-    except RowError as error:
-        template.content_parts = True  # templates of vision models read lists of parts only
-        try:
-            rendered = template.render(PROBE)
-        except RowError:
-            raise error from None
-    text, span = rendered.text, rendered.spans[3]
-    opening = text[span.start : text.find(PROBE[3]["content"], span.start)]
-    if opening.strip() and template.text_of(PROBE[:1]) == template.text_of(PROBE[:1], True):
-        raise RowError(
-            f"it ignores add_generation_prompt, so that an answer would begin with its own tag {opening!r}; "
-            "end it with {% if add_generation_prompt %}…{% endif %}"
-        )
-    return text

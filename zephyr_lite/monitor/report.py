@@ -40,7 +40,8 @@ MARK = Markup("<!-- a report of zephyr-lite -->")  # by which a report is recogn
 _METHODS = {"sft": "supervised fine-tuning", "dpo": "direct preference optimization"}
 _PARTS = ("base", "data", "eval_data", "machine", "own", "plan", "result", "versions")  # objects of stage.json
 SAMPLES = 6  # prompts that are shown
-_PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+=-]+){2,}/?")  # absolute, of two parts or more
+# an absolute path of two parts or more, and its last part
+_PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+=-]+)+[/\\]([\w.@+=-]+)[/\\]?")
 
 
 @dataclass
@@ -117,8 +118,8 @@ class StageRecord:
             facts["time, last start" if self.info["resumed"] else "time"] = duration(result["seconds"])
         elif running and total is not None and (seconds := self.values("seconds")):
             facts["left, at this speed"] = duration(statistics.median(seconds) * max(0, total - self.step))
-        measured = [peak * 2**30 for peak in self.values("peak_memory_gib")]
-        peak, planned = result.get("peak_memory_bytes") or max(measured, default=None), self.planned.get("peak")
+        measured, planned = self.values("peak_memory_gib"), self.planned.get("peak")
+        peak = result.get("peak_memory_bytes") or (max(measured) * 2**30 if measured else None)
         if peak and planned:
             facts["memory, measured / planned"] = f"{peak / 2**30:.2f} / {planned / 2**30:.2f} GiB"
         elif peak or planned:
@@ -348,7 +349,7 @@ def _section(name: str, records: Sequence[StageRecord], labels: Sequence[str] = 
 
 def _lengths(records: Sequence[StageRecord]) -> Iterator[dict[str, Any]]:
     """Charts of the lengths of the rows; one stage's if both have the same rows."""
-    same = len({record.info["data"].get("fingerprint") for record in records}) == 1
+    same = records[0].info["data"].get("fingerprint") == records[-1].info["data"].get("fingerprint")
     for record in records[: 1 if same else None]:
         unit = record.lengths.get("unit", "row")
         for part, key, title in (
@@ -411,11 +412,13 @@ def value_text(value: Any) -> str:
     if isinstance(value, str):
         return f"…/{Path(value).name}" if Path(value).is_absolute() or value.startswith("~") else value
     if isinstance(value, list):
-        return ", ".join(value_text(each) for each in value) or "none"
+        return ", ".join(map(value_text, value)) or "none"
     if isinstance(value, dict):
-        parts = {k: value_text(v) for k, v in value.items() if v not in (None, {}) and not (k == "weight" and v == 1)}
-        path = parts.pop("path", "")
-        rest = ", ".join(f"{k} {v}" for k, v in parts.items())
+        path, parts = value_text(value.get("path") or ""), []
+        for key, own in value.items():
+            if key != "path" and own not in (None, {}) and not (key == "weight" and own == 1):
+                parts.append(f"{key} {value_text(own)}")
+        rest = ", ".join(parts)
         return f"{path} ({rest})" if path and rest else path or rest or "auto"
     if value is None:
         return "none"
@@ -454,4 +457,4 @@ def moment(value: Any) -> str:
 
 def without_paths(text: Any) -> str:
     """A sentence with ``…/name`` instead of absolute paths, which tell about the user's machine."""
-    return _PATH.sub(lambda found: "…/" + re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], str(text))
+    return _PATH.sub(r"…/\1", str(text))
