@@ -7,10 +7,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import make_tokenizer
 from tests.messages import messages_to
 from zephyr_lite.config.load import load_config
-from zephyr_lite.engines.trl import REFERENCE, Start, sees_only_itself
+from zephyr_lite.engines import trl
+from zephyr_lite.engines.trl import REFERENCE
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.chain import chain_of_run
@@ -142,14 +143,14 @@ def test_nf4_continues_the_sft_adapter_at_its_own_rank(run):
 def test_a_wrong_reference_is_refused(run, monkeypatch):
     """As if TRL had copied nothing: its reference is then the bare base."""
     run("sft", load_in_4bit=True)
-    put_back = Start.put_back
+    put_weights = trl.put_weights
 
-    def forget(self, model, *, dropout):
-        put_back(self, model, dropout=dropout)
+    def forget(model, *args, **options):
+        put_weights(model, *args, **options)
         for _, layer in AdapterStack(model).lora_layers():
             layer.lora_B[REFERENCE].weight.data.zero_()
 
-    monkeypatch.setattr(Start, "put_back", forget)
+    monkeypatch.setattr(trl, "put_weights", forget)
     with pytest.raises(UserError, match="policy and reference differ"):
         run("dpo", load_in_4bit=True)
 
@@ -238,14 +239,6 @@ def test_any_architecture(run, tmp_path, chat_rows):
     assert metrics(trained)[-1]["loss"] < metrics(trained)[0]["loss"]
     with pytest.raises(UserError, match="engine=trl"):
         run("sft", run="fused", engine="fused", model_name_or_path=str(folder))
-
-
-def test_packed_conversations_are_kept_apart():
-    model = make_model()
-    assert sees_only_itself(model)
-    forward = model.forward
-    model.forward = lambda input_ids, position_ids, use_cache: forward(input_ids=input_ids, use_cache=use_cache)
-    assert not sees_only_itself(model)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.monitor.screens import NOTEBOOKS
 from zephyr_lite.train import callbacks, samples
 from zephyr_lite.train.dpo import run_dpo
-from zephyr_lite.train.observer import Observer
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import run_sft
+from zephyr_lite.train.stage import Observer
 
 SHORT = {"sample_tokens": 6, "max_steps": 2, "lora_dropout": 0.1, "learning_rate": 0.02}
 

@@ -27,11 +27,10 @@ from zephyr_lite.model.activation_offload import ActivationOffload, LockRefused
 from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.train.dpo import DpoObjective
-from zephyr_lite.train.loop import accumulate_gradients, update, warmup_largest_batch
+from zephyr_lite.train.loop import TrainState, accumulate_gradients, update, warmup_largest_batch
 from zephyr_lite.train.oom import OomRetry, is_out_of_memory
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
-from zephyr_lite.train.state import init_state
 
 STEP = 3
 
@@ -100,7 +99,7 @@ def opened(base, chat_rows, pair_rows, tmp_path):
         task = SftObjective(stage) if method == "sft" else DpoObjective(stage)
         plan = Plan(tokens, keep, threads=torch.get_num_threads())
         task.oom.follow(plan)
-        return init_state(stage, task)
+        return TrainState(stage, task)
 
     return make
 

@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..train.observer import Sample
-from ..train.stage import Stage
+from ..train.stage import Sample, Stage
 from .stage_record import json_lines
 
 RECENT = 20  # steps of a recent mean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ..train.observer import Observer
+from ..train.stage import Observer
 from .console import Console, Metrics
 
 

@@ -17,9 +17,7 @@ from ..errors import Interrupted, UserError
 from ..io.redact import redact
 from ..io.text import duration
 from ..train.distributed import PeerEnded
-from ..train.objective import Outcome
-from ..train.observer import Sample
-from ..train.stage import Stage
+from ..train.stage import Outcome, Sample, Stage
 from .console import Console, Metrics, is_evaluation
 from .screen import Screen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,13 +12,12 @@ from ..config.load import Loaded, Method
 from ..errors import Interrupted, UserError
 from ..io.lock import alone
 from ..io.sync import kept_elsewhere
-from .distributed import everywhere, sees, world
-from .loop import train
-from .objective import Objective, Outcome
-from .observer import Observer
-from .setup import save_stage, setup_stage
-from .stage import Stage
-from .state import OnMetrics, init_state
+from ..model.peft_io import LoraWeights
+from .distributed import everywhere, world
+from .loop import OnMetrics, TrainState, train
+from .save import save_stage
+from .setup import setup_stage
+from .stage import Objective, Observer, Outcome, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +51,10 @@ def run(
                 "Take engine=fused, or start it without torchrun.",
             )
         )
-    if not here.writes:
+    if not here.is_main_process:
         on_metrics, observers = lambda step, total, metrics: None, ()
     with ExitStack() as held:
-        here.together(lambda: held.enter_context(alone(Path(config.output_dir))) if here.writes else None)
+        here.broadcast(lambda: held.enter_context(alone(Path(config.output_dir))))
         if config.engine != "fused":
             from ..engines.trl import check_supported, train_on_trl
 
@@ -64,27 +64,27 @@ def run(
                 f"{here.size} processes, {here.local_size} of them on this machine: each takes its share of every step "
                 "(the plan and its hours are for one alone)"
             )
-            sees(config.output_dir)
-        # the writer first: it checks, writes stage.json and fills the caches that the others read
-        stage = here.in_turn(lambda: setup_stage(method, loaded))
+            hosts = here.all_gather((socket.gethostname(), Path(config.output_dir).is_dir()))
+            if blind := sorted({host for host, there in hosts if not there}):
+                raise everywhere(
+                    UserError(
+                        f"{config.output_dir}: does not exist on {', '.join(blind)}.",
+                        "All machines need the run's folder, the data and the base at the same paths: use a shared disk.",
+                    )
+                )
+        stage = here.main_process_first(lambda: setup_stage(method, loaded))
         held.enter_context(kept_elsewhere(stage.mirror))
+        own: dict[str, LoraWeights] | None = None
         if config.engine != "fused":
             outcome, own = train_on_trl(stage, on_metrics=on_metrics, observers=observers)
         else:
-            state = init_state(stage, objective(stage), on_metrics=on_metrics, observers=observers)
-            outcome, own = train(state), None
-        here.together(lambda: save_stage(stage, outcome, own=own) if here.writes else None)
+            outcome = train(TrainState(stage, objective(stage), on_metrics=on_metrics, observers=observers))
+        if stage.writes:
+            save_stage(stage, outcome, own=own)
         for observer in observers:
             observer.on_train_end(stage, outcome)
-        stopped_at_the_end(stage, outcome)
+        if outcome.stopped is not None:
+            raise Interrupted(
+                f"{outcome.stopped}: it came at the end; {stage.dir.path} is complete, and nothing else was begun."
+            )
         return outcome
-
-
-def stopped_at_the_end(stage: Stage, outcome: Outcome) -> None:
-    """Raises:
-    Interrupted: a signal came during the last step; the stage is complete, but no other may begin.
-    """
-    if outcome.stopped is not None:
-        raise Interrupted(
-            f"{outcome.stopped}: it came at the end; {stage.dir.path} is complete, and nothing else was begun."
-        )
