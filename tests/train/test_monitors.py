@@ -115,21 +115,23 @@ def test_pairs_that_are_not_finite_at_the_first_step_are_no_wrong_reference(
 
 
 def test_the_loss_scalers_search_is_no_fault_until_it_has_settled(tmp_path):
-    def saw(skipped, **step):
-        kind = skipped.kind(**step)
+    nan, inf = float("nan"), float("inf")
+
+    def saw(skipped, scale, loss=1.0, norm=1.0):
+        kind = skipped.kind({"loss": loss, "grad_norm": norm}, scale)
         skipped.count_step(kind)
         return kind
 
     watch, again, fresh = (SkippedSteps(tmp_path) for _ in range(3))
-    assert [saw(watch, applied=False, finite_loss=True, scale=2.0**n) for n in (15, 14, 13, 12)] == ["searching"] * 4
+    assert [saw(watch, 2.0**n, norm=inf) for n in (15, 14, 13, 12)] == ["searching"] * 4
     assert (watch.count, watch.in_a_row) == (4, 0)
-    assert saw(watch, applied=False, finite_loss=False, scale=2.0**11) == "bad"  # no scale repairs a loss
-    assert saw(watch, applied=True, finite_loss=True, scale=2.0**11) == "applied"
+    assert saw(watch, 2.0**11, loss=nan) == "bad"  # no scale repairs a loss
+    assert saw(watch, 2.0**11) == "applied"
     again.load(json.loads(json.dumps(watch.state())))
-    assert [saw(again, applied=False, finite_loss=True, scale=2.0**n) for n in (10, 9)] == ["bad", "bad"]
+    assert [saw(again, 2.0**n, norm=nan) for n in (10, 9)] == ["bad", "bad"]
     assert (again.count, again.in_a_row) == (7, 2)
-    assert fresh.kind(applied=False, finite_loss=True, scale=0.5) == "bad"  # a search that went too far
-    assert fresh.kind(applied=False, finite_loss=True, scale=None) == "bad"  # nothing is scaled
+    assert saw(fresh, 0.5, norm=inf) == "bad"  # a search that went too far
+    assert saw(fresh, None, norm=inf) == "bad"  # nothing is scaled
 
 
 def steps(*, chosen, rejected, accuracy, n=40):

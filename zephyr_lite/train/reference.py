@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -52,7 +53,7 @@ class ReferenceCache:
     @property
     def missing(self) -> int:
         """Pairs that have no sums yet."""
-        return int(self.sums.isnan().any(dim=1).sum())
+        return int(np.isnan(self.sums.numpy()).any(axis=1).sum())
 
     def load(self) -> bool:
         """Read the file, in one process for all; returns whether every pair has its sums."""
