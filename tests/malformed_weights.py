@@ -19,6 +19,9 @@ FETCH = "Fetch the model again."
 WRITE = "Download or write it again."
 COPY = "Copy the file again from where the model came from."
 CONVERT = "Only safetensors are read; convert the weights with transformers' save_pretrained first."
+TRUST = "Use a copy of the model from a place that you trust."
+MAPS = "weight_map maps each tensor to a safetensors file of this folder."
+OUTSIDE = "only the weights in the folder are read, and no code of a model is run."
 Change = Callable[[Path], None]
 
 
@@ -164,14 +167,14 @@ WEIGHTS = [
     (
         "a base of pickles only",
         pickled,
-        "base: holds no safetensors file (found pytorch_model.bin).",
-        "Only safetensors are read; convert the weights with save_pretrained first.",
+        "base: neither model.safetensors nor model.safetensors.index.json there (found pytorch_model.bin).",
+        CONVERT,
     ),
     (
         "an index without a weight_map",
         index({"metadata": {}}),
-        "base/model.safetensors.index.json: has no weight_map.",
-        COPY,
+        f"base/model.safetensors.index.json: has no weight_map; {MAPS}",
+        TRUST,
     ),
     (
         "an index that is a list",
@@ -188,28 +191,25 @@ WEIGHTS = [
     (
         "a shard up the folders",
         shard("../../etc/passwd"),
-        "base/model.safetensors.index.json: puts tensor lm_head.weight into "
-        "'../../etc/passwd', which is no name of a file in this folder.",
-        "Use a copy of the model from a place that you trust.",
+        f"base/model.safetensors.index.json: names '../../etc/passwd'; {MAPS}",
+        TRUST,
     ),
     (
         "a shard by an absolute path",
         shard("/etc/passwd"),
-        "base/model.safetensors.index.json: puts tensor lm_head.weight into '/etc/passwd', "
-        "which is no name of a file in this folder.",
-        "Use a copy of the model from a place that you trust.",
+        f"base/model.safetensors.index.json: names '/etc/passwd'; {MAPS}",
+        TRUST,
     ),
     (
         "a shard that is a pickle",
         shard("pytorch_model.bin"),
-        "base/model.safetensors.index.json: puts tensor lm_head.weight into "
-        "'pytorch_model.bin', which is no safetensors file.",
-        CONVERT,
+        f"base/model.safetensors.index.json: names 'pytorch_model.bin'; {MAPS}",
+        TRUST,
     ),
     (
         "a shard that is missing",
         shard("b.safetensors"),
-        "base/b.safetensors is missing, or a link to nowhere.",
+        "base/b.safetensors: is not a file.",
         FETCH,
     ),
     (
@@ -251,22 +251,20 @@ WEIGHTS = [
     (
         "attention from the hub",
         config(attn_implementation="someone/kernel"),
-        "base/config.json: attn_implementation is someone/kernel, a kernel that would be fetched from the hub and run.",
-        "No code of a model's is ever run; remove attn_implementation from the file.",
+        f"base/config.json: attn_implementation is someone/kernel; {OUTSIDE}",
+        "Remove attn_implementation from the file.",
     ),
     (
         "an adapter inside the base",
         beside,
-        "base: holds adapter_config.json beside config.json; transformers would put that "
-        "adapter onto the model unasked.",
+        "base: holds adapter_config.json beside config.json; transformers would load that adapter too.",
         "Move adapter_config.json and its weights into a folder of their own, and name that one under adapters.",
     ),
     (
         "weights by another name",
         config(transformers_weights="../other.safetensors"),
-        "base/config.json: transformers_weights is ../other.safetensors; only "
-        "model.safetensors and its index are read.",
-        "Rename the weights to model.safetensors, and remove the key.",
+        f"base/config.json: transformers_weights is ../other.safetensors; {OUTSIDE}",
+        "Remove transformers_weights from the file.",
     ),
 ]
 CASES = [Case(name, base(change), message, hint) for name, change, message, hint in WEIGHTS]

@@ -18,8 +18,9 @@ from tests.contract.steps import PLAIN, moved, open_dpo
 from tests.numeric import apart
 from tests.train.test_train import LN2, Killed, dpo_words, killed_at, metrics, words
 from zephyr_lite.chat import load_chat
-from zephyr_lite.config.load import MemorySpec, RunConfig, load_config, read_dumped
+from zephyr_lite.config.load import MemorySpec, RunConfig, load_config
 from zephyr_lite.config.resolve import resolve_run
+from zephyr_lite.config.strict_yaml import read_yaml
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory.machine import keep_freed_pages, this_machine
@@ -167,7 +168,7 @@ def test_a_stage_is_talked_to_on_its_own_base_only(windowed, run, tmp_path):
 @pytest.mark.parametrize("system", ["Answer: in 'one' line.\nBe kind.", "word " * 40 + "end", "42", "null"])
 def test_the_system_turn_is_inherited_as_it_is(windowed, run, pair_rows, system):
     text = run / "sft" / "config.yaml"
-    text.write_text(json.dumps({**read_dumped(text), "system": system}))
+    text.write_text(json.dumps({**read_yaml(text), "system": system}))
     loaded = resolve_run("dpo", None, [f"dataset.path={pair_rows}", f"output_dir={run}"])
     assert loaded.config.system == system and loaded.config.load_in_4bit is False
     own = resolve_run("dpo", None, [f"dataset.path={pair_rows}", f"output_dir={run}", "system=mine"])

@@ -19,8 +19,7 @@ from zephyr_lite.audit.verdict import Level
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_conversations
-from zephyr_lite.data.chat_template import Example, resolve_template
-from zephyr_lite.data.templates import ZEPHYR
+from zephyr_lite.data.chat_template import ZEPHYR, Example, resolve_template
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.base import load_tokenizer

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config
-from zephyr_lite.config.presets import preset_configs
+from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config, preset_configs
 from zephyr_lite.config.resolve import INHERITED
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train.dpo import run_dpo

@@ -17,7 +17,7 @@ from zephyr_lite.memory.estimate import kept_bytes, scratch_bytes
 from zephyr_lite.model import dequant_buffer as memory
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
-from zephyr_lite.model.shape import Shape
+from zephyr_lite.model.families import Shape
 from zephyr_lite.ops import token_logps as token_logps_file
 
 MISTRAL = SimpleNamespace(

@@ -18,11 +18,10 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.io import redact
 from zephyr_lite.io.safetensors import SafetensorsFile
 from zephyr_lite.merge import merge
-from zephyr_lite.model import fetch
+from zephyr_lite.model import files as fetch
 from zephyr_lite.model.base import load_base
-from zephyr_lite.model.fetch import PATTERNS, fetch_base
+from zephyr_lite.model.files import PATTERNS, SINGLE, fetch_base, open_shards
 from zephyr_lite.model.peft_io import read_adapter
-from zephyr_lite.model.shards import SINGLE, open_shards
 
 
 class Bomb:

@@ -15,10 +15,9 @@ import trl
 from tests.conftest import make_tokenizer
 from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
-from zephyr_lite.data import rendering
-from zephyr_lite.data.chat_template import ChatTemplate, resolve_template
+from zephyr_lite.data import chat_template
+from zephyr_lite.data.chat_template import CHATML, LLAMA3, ZEPHYR, ChatTemplate, resolve_template
 from zephyr_lite.data.formats import RowError
-from zephyr_lite.data.templates import CHATML, LLAMA3, ZEPHYR
 from zephyr_lite.train.sft import run_sft
 
 TRL = {path.stem: path for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}
@@ -431,7 +430,7 @@ def test_a_run_is_resumed_on_another_day(tiny_base, chat_rows, tmp_path, monkeyp
         run_sft(config, on_metrics=kill)
     time = json.loads((tmp_path / "run/sft/stage.json").read_text())["template_time"]
     later = datetime.datetime.fromisoformat(time) + datetime.timedelta(days=1, hours=1)
-    monkeypatch.setattr(rendering, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: later)))
+    monkeypatch.setattr(chat_template, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: later)))
     run_sft(config)
     info = json.loads((tmp_path / "run/sft/stage.json").read_text())
     assert info["status"] == "complete" and info["template_time"] == time

@@ -13,9 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.conftest import make_tokenizer
-from zephyr_lite.data.chat_template import ChatTemplate, resolve_template
+from zephyr_lite.data.chat_template import BOS, LLAMA3, ZEPHYR, ChatTemplate, resolve_template
 from zephyr_lite.data.formats import TEXT, RowError
-from zephyr_lite.data.templates import BOS, LLAMA3, ZEPHYR
 from zephyr_lite.errors import UserError
 
 
@@ -164,9 +163,9 @@ def test_bos_stands_once(mistral, smol):
     assert resolve_template("zephyr", smol).text_of(turns("Hi")).startswith("<|system|>\n<|im_end|>\n<|user|>\nHi")
 
 
-def test_a_template_that_writes_bos_twice_is_refused_and_one_that_forgets_it_is_mended(mistral, tmp_path):
+def test_a_template_that_writes_bos_twice_is_refused_and_one_without_bos_gets_it(mistral, tmp_path):
     (tmp_path / "two.jinja").write_text(BOS + ZEPHYR)
-    with pytest.raises(UserError, match="BOS twice"):
+    with pytest.raises(UserError, match="BOS, once"):
         resolve_template(str(tmp_path / "two.jinja"), mistral)
     (tmp_path / "none.jinja").write_text(ZEPHYR.removeprefix(BOS))
     template = resolve_template(str(tmp_path / "none.jinja"), mistral)
@@ -189,8 +188,6 @@ def test_a_plain_text_begins_with_one_bos(mistral, smol):
     plain, rendered = (template.text_ids(text) for text in ("Hi", "<s>Hi</s>"))
     assert plain[0] == mistral.bos_token_id and (plain == mistral.bos_token_id).sum() == 1
     assert rendered.tolist() == mistral("<s>Hi</s>", add_special_tokens=False)["input_ids"]
-    with pytest.raises(RowError, match="BOS occurs 2 times"):
-        template.text_ids("Hi<s>")
     # a tokenizer that leaves BOS to the template
     template = resolve_template("zephyr", smol)
     template.bos_token_id, smol.bos_token = smol.convert_tokens_to_ids("<|im_start|>"), "<|im_start|>"
@@ -233,7 +230,7 @@ def test_loss_on(smol):
         (
             "{{ messages | length }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
-            "rewrites earlier turns when an answer is added: '1<.user.>.*' becomes '2<.user.>",
+            "rewrites earlier turns when an answer is added",
         ),
         (
             "{% for m in messages[-2:] %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"

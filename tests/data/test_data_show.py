@@ -19,10 +19,9 @@ from zephyr_lite.cli import app as cli
 from zephyr_lite.cli.row_view import segments_of_row, view_lines
 from zephyr_lite.cli.trained_rows import open_rows
 from zephyr_lite.config.load import DatasetSpec, RunConfig
-from zephyr_lite.data.chat_template import Example, resolve_template
+from zephyr_lite.data.chat_template import CHATML, Example, resolve_template
 from zephyr_lite.data.dataset import prepare
-from zephyr_lite.data.preview import conversation_segment, text_runs, token_reader
-from zephyr_lite.data.templates import CHATML
+from zephyr_lite.data.preview import example_segments, text_runs, token_reader
 
 TABLE = re.compile(r"^ *(\d+) +(\d+) +(\d+)  (\S+) +(yes|no) +(yes|no) +(\d+)  (.*)$")
 
@@ -271,7 +270,8 @@ def test_mistrals_own_tokenizer(tmp_path):
     template = resolve_template("zephyr", AutoTokenizer.from_pretrained(tmp_path))
     turns = [{"role": "user", "content": "Où est\n 東京 🙂?"}, {"role": "assistant", "content": "Là-bas."}]
     ids, mask = template.encode(turns)
-    tokens = conversation_segment(template, Example(ids, mask, "x row 1", 0), turns).tokens
+    (segment,) = example_segments(template, Example(ids, mask, "x row 1", 0), {"messages": turns})
+    tokens = segment.tokens
     assert b"".join(t.raw for t in tokens).decode() == template.text_of(turns)
     text = {
         role: b"".join(t.raw for t in tokens if t.role == role).decode() for role in ("template", "user", "assistant")
@@ -289,7 +289,7 @@ def test_characters_in_several_tokens_and_ones_that_cannot_be_seen(tmp_path):
     template = resolve_template("zephyr", make_tokenizer(tmp_path))
     turns = [{"role": "user", "content": "你\u202e\x1b"}, {"role": "assistant", "content": "ok"}]
     ids, mask = template.encode(turns)
-    segment = conversation_segment(template, Example(ids, mask, "x row 1", 0), turns)
+    (segment,) = example_segments(template, Example(ids, mask, "x row 1", 0), {"messages": turns})
     texts = [token.text for token in segment.tokens]
     assert "\\xa0=你" in texts  # its last byte
     assert "\\u001b" in texts and "\x1b" not in "".join(texts)
@@ -310,5 +310,5 @@ def test_a_template_that_refuses_a_system_turn_alone_joins_it_with_the_user(tmp_
     template = resolve_template(str(path), tokenizer)
     turns = [{"role": r, "content": r[0]} for r in ("system", "user", "assistant")]
     ids, mask = template.encode(turns)
-    segment = conversation_segment(template, Example(ids, mask, "x row 1", 0), turns)
+    (segment,) = example_segments(template, Example(ids, mask, "x row 1", 0), {"messages": turns})
     assert list(dict.fromkeys(token.role for token in segment.tokens)) == ["system+user", "assistant"]

@@ -8,7 +8,7 @@ import pytest
 
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.formats import detect
-from zephyr_lite.data.opening import open_source
+from zephyr_lite.data.load import open_source
 from zephyr_lite.errors import UserError
 
 ROW = {"prompt": "Name a river.", "completion": "The Rhine."}

@@ -152,7 +152,7 @@ def test_the_fingerprint_is_that_of_the_ids_masks_and_template(chat_rows, templa
 def test_several_processes_give_the_same_examples(chat_rows, template, monkeypatch):
     specs, config = [DatasetSpec(path=str(chat_rows), weight=4)], RunConfig(max_length=512)
     one = prepare(specs, "sft", config, template)
-    monkeypatch.setattr(workers, "processes", lambda rows: 2)
+    monkeypatch.setattr(workers, "PARALLEL_ROWS", 1)
     monkeypatch.setattr(workers, "cache_key", lambda table, key: f"several-{'template' in key}")
     two = prepare(specs, "sft", config, template)
     assert two.fingerprint == one.fingerprint and two.rows == one.rows and two.report == one.report

@@ -13,7 +13,7 @@ from tests.chat_server import ChatServer
 from tests.recipe.test_distill import teacher
 from tests.recipe.test_feedback import prompts_file, script
 from zephyr_lite.cli import app as cli
-from zephyr_lite.config.presets import preset_configs
+from zephyr_lite.config.load import preset_configs
 
 JOBS = preset_configs("feedback")
 

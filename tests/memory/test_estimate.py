@@ -35,7 +35,7 @@ from zephyr_lite.model import layer as layer_file
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.execution import ExecutionConfig
-from zephyr_lite.model.shape import Shape
+from zephyr_lite.model.families import Shape
 from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.ops.nf4 import stored_tensors
 from zephyr_lite.train.optim import make_optimizer

@@ -53,8 +53,8 @@ from zephyr_lite.memory.plan import (
 from zephyr_lite.memory.speed import step_time
 from zephyr_lite.memory.workload import AdapterSpec, Workload, make_workload
 from zephyr_lite.model.execution import ExecutionConfig
+from zephyr_lite.model.families import Shape
 from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter
-from zephyr_lite.model.shape import Shape
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 RECORDED = json.loads((Path(__file__).parent / "recorded.json").read_text())

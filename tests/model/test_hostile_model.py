@@ -1,4 +1,4 @@
-"""Model folders beyond the table of malformed ones (``tests/malformed_model``): what is refused, and what still loads."""
+"""Model folders and adapters beyond the table of malformed ones (``tests/malformed_model``): refused, or still loaded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.merge import merge
 from zephyr_lite.model.adapters import AdapterStack, check_targets
 from zephyr_lite.model.base import read_model_config
-from zephyr_lite.model.fetch import fetch_base
-from zephyr_lite.model.peft_config import other_base, pattern_value
-from zephyr_lite.model.peft_io import fetch_adapter, read_adapter
-from zephyr_lite.model.shards import INDEX, SINGLE, open_shards, weight_files
+from zephyr_lite.model.files import INDEX, SINGLE, fetch_base, weight_files
+from zephyr_lite.model.peft_io import fetch_adapter, other_base, read_adapter
 from zephyr_lite.model.tokenizer import check_vocabulary, load_tokenizer
 
 
@@ -41,21 +39,12 @@ def in_cache(tiny_base: Path, root: Path) -> Path:
     return snapshot
 
 
-# Weights
-
-
-@pytest.mark.parametrize("four_bit", [False, True])
-def test_weights_of_another_model_are_found_before_transformers_loads_them(base, monkeypatch, four_bit):
-    """Broken files are cases of the table."""
+def test_weights_of_another_shape_are_found_before_transformers_loads_them(base, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("they were loaded"))
-    weights = load_file(base / SINGLE)
-    save_file({**weights, "model.norm.weight": torch.zeros(63)}, base / SINGLE, metadata={"format": "pt"})
+    weights = load_file(base / SINGLE) | {"model.norm.weight": torch.zeros(63)}
+    save_file(weights, base / SINGLE, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"tensor model\.norm\.weight is \[63\]; by config\.json it is \[64\]"):
-        loaded(base, load_in_4bit=four_bit)
-    lower = {name: tensor for name, tensor in weights.items() if "layers.1." not in name}
-    save_file(lower, base / SINGLE, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"config\.json says 2 layers, the weights have 1"):
-        loaded(base, load_in_4bit=four_bit)
+        loaded(base)
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
@@ -67,29 +56,22 @@ def test_a_weight_that_no_file_holds_is_not_drawn_at_random(base, four_bit):
         loaded(base, load_in_4bit=four_bit)
 
 
-def test_one_file_comes_before_an_index_as_in_transformers(base, tmp_path):
+def test_one_file_comes_before_an_index_as_in_transformers(base):
     (base / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "../../x"}}))
-    assert weight_files(base) == [base / SINGLE] and list(open_shards(base)) == [SINGLE]
+    assert weight_files(base) == [base / SINGLE]
     loaded(base)
-    merge(base, [read_adapter(make_adapter(tmp_path / "a"))], tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").glob("model*")) == [SINGLE]
 
 
-def test_links_of_the_hubs_cache_are_as_they_should_be(tiny_base, tmp_path):
+def test_links_of_the_hubs_cache_are_read_and_a_broken_one_is_named_with_its_blob(tiny_base, tmp_path):
     snapshot = in_cache(tiny_base, tmp_path)
     loaded(snapshot)
     merge(snapshot, [read_adapter(make_adapter(tmp_path / "a"))], tmp_path / "out")
     assert load_tokenizer(tmp_path / "out").eos_token == "</s>"
-
-
-def test_a_broken_file_of_the_hubs_cache_is_named_with_its_blob(tiny_base, tmp_path):
-    snapshot = in_cache(tiny_base, tmp_path)
     blob = (snapshot / "config.json").resolve()
-    blob.write_text("[" * 100_000)
-    with pytest.raises(UserError, match="nested too deeply") as caught:
+    blob.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON") as caught:
         read_model_config(snapshot)
     assert str(snapshot / "config.json") in caught.value.hint and str(blob) in caught.value.hint
-    assert "the next start fetches the file again" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["~nobody-at-all/x", "x" * 5000, "a\0b/c", "a b/c", "/no/such", "a/b/c", "\n"])
@@ -100,13 +82,10 @@ def test_names_that_are_none(name):
         assert caught.value.message.isprintable() and len(caught.value.message) < 400
 
 
-# Configurations
-
-
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"experts_implementation": {"": "o/n"}}, "a kernel that would be fetched from the hub"),
+        ({"experts_implementation": {"": "o/n"}}, "no code of a model is run"),
         ({"model_type": 7}, "has no model_type"),
         ({"model_type": "a\nb"}, "not a configuration that transformers reads"),
         ({"layer_types": 3}, r"config\.json: "),
@@ -119,19 +98,14 @@ def test_configurations_that_are_refused(base, keys, said):
     assert str(base) in caught.value.message and caught.value.message.isprintable()
 
 
-# Tokenizers
-
-
-def test_a_vocabulary_that_does_not_fit_is_said_by_its_tokens(base, tmp_path):
+def test_a_vocabulary_that_does_not_fit_is_refused(base):
     tokenizer = load_tokenizer(base)
     check_vocabulary(tokenizer, 420, base)
-    with pytest.raises(UserError, match="the tokenizer knows 420 tokens, the model 400"):
+    with pytest.raises(UserError, match="embeddings for 400 tokens"):
         check_vocabulary(tokenizer, 400, base)
     tokenizer.add_tokens([f"<extra{n}>" for n in range(40)])
     tokenizer.save_pretrained(base)
-    with pytest.raises(
-        UserError, match=r"adds <extra28> \(id 448\), .* and 9 more, and the model has embeddings for 448"
-    ):
+    with pytest.raises(UserError, match=r"<extra28> \(id 448\), .* and 9 more, and the model has embeddings for 448"):
         loaded(base)
 
 
@@ -140,19 +114,8 @@ def test_a_special_token_out_of_the_vocabulary_is_found(base):
     edit(base / "tokenizer_config.json", eos_token="<the end>")
     tokenizer = load_tokenizer(base)
     assert tokenizer.eos_token_id == 420
-    with pytest.raises(UserError, match=r"adds <the end> \(id 420\), and the model has embeddings for 420"):
+    with pytest.raises(UserError, match=r"<the end> \(id 420\), and the model has embeddings for 420"):
         check_vocabulary(tokenizer, 420, base)
-
-
-# Adapters
-
-
-def test_patterns_are_names_and_mean_what_they_mean_to_peft():
-    pattern = {"layers.1.mlp.up_proj": 1, "up_proj": 2, "mlp": 3}
-    assert pattern_value(pattern, "model.layers.1.mlp.up_proj", 0) == 1
-    assert pattern_value(pattern, "model.layers.11.mlp.up_proj", 0) == 2
-    assert pattern_value(pattern, "up_proj", 0) == 2 and pattern_value(pattern, "model.mlp.gate_up_proj", 0) == 0
-    assert pattern_value(None, "x", 7) == 7
 
 
 @pytest.mark.parametrize(
@@ -161,12 +124,9 @@ def test_patterns_are_names_and_mean_what_they_mean_to_peft():
         {"r": 1.0},
         {"r": -1},
         {"r": None},
-        {"lora_alpha": None},
-        {"lora_alpha": True},
         {"lora_alpha": [1]},
         {"rank_pattern": [1]},
         {"rank_pattern": {"q_proj": 0}},
-        {"rank_pattern": {"q_proj": True}},
         {"alpha_pattern": {"q_proj": "x"}},
         {"peft_type": ["LORA"]},
         {"base_model_name_or_path": {}},
@@ -181,24 +141,27 @@ def test_numbers_and_names_that_are_none(tmp_path, keys):
 
 
 def test_what_an_adapter_reaches_is_read_from_its_weights(tmp_path):
-    for place, targets in enumerate(["q_proj", "all-linear", ["q_proj"], None, "(a+)+", r".*\.(q|k)_proj"]):
+    for place, targets in enumerate(["q_proj", "all-linear", None, "(a+)+"]):
         assert read_adapter(make_adapter(tmp_path / str(place), target_modules=targets)).modules.keys() == {MODULE}
 
 
-def test_an_adapter_that_is_not_finite_is_refused_wherever_it_is_used(tmp_path):
-    adapter = read_adapter(make_adapter(tmp_path / "a", value=float("inf")))
-    with pytest.raises(UserError, match=f"lora_A of {MODULE} holds NaN or infinite values"):
-        AdapterStack(make_model()).add_frozen("a", adapter)
-
-
-def test_an_adapter_of_another_base_is_named_by_both_shapes(tmp_path):
-    adapter = read_adapter(make_adapter(tmp_path / "a", shape=(64, 32)))
-    with pytest.raises(UserError, match=f"{MODULE} is for a weight of 64×32, this base's is 64×64"):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"value": float("inf")}, f"the LoRA of {MODULE} holds NaN or infinite values"),
+        (
+            {"shape": (64, 32)},
+            rf"{MODULE} is for a weight \[64, 32\] of its base; in this base the weight there is \[64, 64\]",
+        ),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_not_attached(tmp_path, changes, said):
+    adapter = read_adapter(make_adapter(tmp_path / "a", **changes))
+    with pytest.raises(UserError, match=said):
         AdapterStack(make_model()).add_frozen("a", adapter)
 
 
 def test_another_base_by_name_is_said():
-    assert other_base({"base_model_name_or_path": "o/n"}, "o/n") is None
     assert other_base({"base_model_name_or_path": "o/n"}, "/models/n") is None  # the same, moved
     assert other_base({}, "o/n") is None
     assert "names o/n as the base, it is used on o/m" in (other_base({"base_model_name_or_path": "o/n"}, "o/m") or "")
@@ -216,11 +179,8 @@ def test_a_target_that_the_base_does_not_have_is_said():
         stack.add_trainable("a", r=2, alpha=2, targets=["q_proj", "layers.7.mlp.up_proj"], seed=0)
 
 
-# Merging
-
-
-@pytest.mark.parametrize("told", ["2", [None], -1, {"a": 1}])
-def test_an_end_that_is_no_token_is_refused(base, tmp_path, told):
-    edit(base / "generation_config.json", eos_token_id=told)
-    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is"):
-        merge(base, [read_adapter(make_adapter(tmp_path / "a"))], tmp_path / "out")
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_cut_short_is_refused(base, name):
+    (base / name).write_text('{"version": "1.0"')
+    with pytest.raises(UserError, match=f"{base}: no tokenizer can be built from it"):
+        load_tokenizer(base)

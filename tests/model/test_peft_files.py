@@ -14,7 +14,6 @@ from transformers import MistralConfig, MistralForCausalLM
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.compose import compose
 from zephyr_lite.model.peft_io import (
-    AdapterFile,
     LoraWeights,
     adapter_sha256,
     fetch_adapter,
@@ -101,14 +100,6 @@ def test_what_peft_wrote_is_read_and_written_back(tmp_path: Path, config: dict[s
     assert distance(logits(merged), want) < 1e-5
 
 
-def test_loading_what_was_written_warns_of_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    adapter = read_adapter(make_adapter(tmp_path / "a", 1, target_modules=["q_proj"], layers_to_transform=[1]))
-    write_adapter(tmp_path / "copy", adapter.modules, base_model_name="tiny", extra_config={"lora_dropout": 0.05})
-    recwarn.clear()
-    peft.PeftModel.from_pretrained(base_model(), tmp_path / "copy")
-    assert not [str(w.message) for w in recwarn if "missing" in str(w.message) or "Unexpected" in str(w.message)]
-
-
 def test_composed_chain_is_the_live_stack(tmp_path: Path) -> None:
     first = make_adapter(tmp_path / "first", 1, r=4, lora_alpha=8)
     second = make_adapter(
@@ -122,23 +113,6 @@ def test_composed_chain_is_the_live_stack(tmp_path: Path) -> None:
     want = live(first, second)
     assert distance(live(first), want) > 1e-2
     assert distance(live(tmp_path / "chain"), want) < 1e-5
-
-
-def test_uniform_chain_has_one_rank(tmp_path: Path) -> None:
-    folders = [make_adapter(tmp_path / str(r), r, r=r, lora_alpha=r) for r in (4, 8)]
-    write_adapter(tmp_path / "chain", compose([read_adapter(f) for f in folders]), base_model_name="tiny")
-    config = json.loads((tmp_path / "chain" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (12, 12, {}, {})
-    assert config["target_modules"] == sorted(ALL)
-
-
-def test_bfloat16_files_compose_in_float32(tmp_path: Path) -> None:
-    folder = make_adapter(tmp_path / "a", 1)
-    tensors = {k: v.bfloat16() for k, v in load_file(folder / "adapter_model.safetensors").items()}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    weights = compose([read_adapter(folder), read_adapter(folder)])["model.layers.1.mlp.up_proj"]
-    key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
-    torch.testing.assert_close(weights.b[:, :4], tensors[key].float() * 2.0, rtol=0, atol=0)
 
 
 def test_hash_follows_the_content(tmp_path: Path) -> None:
@@ -165,11 +139,11 @@ def test_hash_follows_the_content(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"peft_type": "IA3"}, "IA3"),
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa_niter_16"}, "pissa"),
-        ({"r": 5}, "rank 4"),
+        ({"r": 5}, "of rank 5"),
     ],
 )
 def test_configurations_that_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -195,27 +169,17 @@ def break_weights(folder: Path, how: str) -> None:
         tensors[a] = tensors[a].flatten()
     elif how == "empty":
         tensors = {}
-    if how == "cut":
-        weights.write_bytes(weights.read_bytes()[:-7])
-    elif how == "bin":
-        weights.rename(folder / "adapter_model.bin")
-    elif how == "no config":
-        (folder / "adapter_config.json").unlink()
-    else:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
 
 
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("half", "no lora_A"),
-        ("rank 0", "above 0"),
-        ("embedding", "embedding"),
-        ("flat", "float matrix"),
+        ("half", r"has lora_A \[\]"),
+        ("rank 0", r"has lora_A \[0, "),
+        ("embedding", "no LoRA matrix of a linear layer"),
+        ("flat", r"has lora_A \[384\]"),
         ("empty", "no LoRA weights"),
-        ("cut", "not a complete safetensors file"),
-        ("bin", r"adapter_model\.bin"),
-        ("no config", "adapter_config.json"),
     ],
 )
 def test_weights_that_are_refused(tmp_path: Path, how: str, said: str) -> None:
@@ -225,15 +189,6 @@ def test_weights_that_are_refused(tmp_path: Path, how: str, said: str) -> None:
         read_adapter(folder)
     assert str(folder) in caught.value.message
     assert caught.value.hint
-
-
-def test_adapters_of_two_bases_do_not_compose(tmp_path: Path) -> None:
-    module = "model.layers.0.self_attn.q_proj"
-    for name, width in (("one", 64), ("two", 32)):
-        weights = LoraWeights(torch.ones(2, width), torch.ones(64, 2), 1.0)
-        write_adapter(tmp_path / name, {module: weights}, base_model_name="tiny")
-    with pytest.raises(UserError, match=r"\[64, 32\].*\[64, 64\]"):
-        compose([read_adapter(tmp_path / "one"), read_adapter(tmp_path / "two")])
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
@@ -252,15 +207,6 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_adapter(tmp_path / "out", modules, base_model_name="tiny")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_writing_into_a_folder_keeps_what_else_lies_there(tmp_path: Path) -> None:
-    adapter: AdapterFile = read_adapter(make_adapter(tmp_path / "a", 1))
-    other = make_adapter(tmp_path / "b", 2, r=8)
-    (other / "tokenizer.json").write_text("{}")
-    write_adapter(other, adapter.modules, base_model_name="tiny")
-    assert (other / "tokenizer.json").exists()
-    assert distance(live(other), live(tmp_path / "a")) < 1e-6
 
 
 def test_fetch_finds_folders_and_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.messages import messages_to
 from zephyr_lite.cli.app import run
-from zephyr_lite.config.load import RunConfig, load_config
-from zephyr_lite.config.presets import preset_configs
+from zephyr_lite.config.load import RunConfig, load_config, preset_configs
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.data.dataset import prepare
 from zephyr_lite.errors import UserError

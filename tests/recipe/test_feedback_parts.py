@@ -20,7 +20,7 @@ from zephyr_lite.client.cost import Meter
 from zephyr_lite.client.endpoints import EndpointSpec, parse_endpoint
 from zephyr_lite.client.jobs import claim_folder, in_order, json_line, load_settings, together
 from zephyr_lite.client.request_log import Totals
-from zephyr_lite.config.presets import preset_configs
+from zephyr_lite.config.load import preset_configs
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.atomic import file_aside
 from zephyr_lite.recipe.feedback.config import DistillConfig, FeedbackConfig, PromptsSpec

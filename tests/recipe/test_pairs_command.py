@@ -13,13 +13,12 @@ import pytest
 from tests.contract.test_ultrafeedback import completion, row
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import DatasetSpec
-from zephyr_lite.data.load import load_rows
-from zephyr_lite.data.opening import Source, open_source
-from zephyr_lite.data.writing import write_split
+from zephyr_lite.data.load import Source, load_rows, open_source
 from zephyr_lite.errors import UserError
 from zephyr_lite.recipe.pairs import FEWER, SCHEMA, make_pairs
 from zephyr_lite.recipe.questions import read_questions
 from zephyr_lite.recipe.ultrafeedback import PairRules
+from zephyr_lite.recipe.writing import write_split
 
 SOURCES = ("evol_instruct", "flan", "sharegpt")
 
@@ -287,7 +286,7 @@ def test_a_folder_with_one_split_beside_other_files(tmp_path):
 
 
 def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("zephyr_lite.data.writing.SHARD_BYTES", 2000)
+    monkeypatch.setattr("zephyr_lite.recipe.writing.SHARD_BYTES", 2000)
     rows = datasets.Dataset.from_dict({"text": [f"{i} " + "x" * 90 for i in range(50)]})
     paths = write_split(tmp_path, "train_prefs", rows, "parquet")
     assert [p.name for p in paths] == [f"train_prefs-{k:05d}-of-00003.parquet" for k in range(3)]

@@ -13,7 +13,7 @@ from tests.messages import messages_to
 from tests.train.test_train import dpo_words, killed_at, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.config.resolve import resolve_run
-from zephyr_lite.data.templates import TEMPLATES
+from zephyr_lite.data.chat_template import TEMPLATES
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir, newest_run
 from zephyr_lite.merge.command import run_merge

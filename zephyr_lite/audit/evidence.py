@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config.load import read_dumped
-from ..config.strict_yaml import read_front_matter
+from ..config.strict_yaml import read_front_matter, read_yaml
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, StageDir, stages_of
 from ..io.text import read_object, read_text
-from ..model.overlap import CARD, tuned_from
-from ..model.peft_config import CONFIG_NAME
-from ..model.peft_io import AdapterFile, fetch_adapter, read_adapter
+from ..model.overlap import tuned_from
+from ..model.peft_io import CARD, CONFIG_NAME, AdapterFile, fetch_adapter, read_adapter
 from ..monitor.stage_record import json_lines
 
 LOG, TRAINER_LOG = "trainer_state.json", "trainer_log.jsonl"
@@ -127,7 +125,7 @@ def _read_stage(evidence: Evidence, stage: StageDir, info: dict[str, Any]) -> No
     if evidence.tokenizer_from is None and (stage.adapter / TOKENIZER).is_file():
         evidence.tokenizer_from = stage.adapter
     if stage.config.is_file():
-        evidence.settings = read_dumped(stage.config)
+        evidence.settings = read_yaml(stage.config)
     evidence.log = json_lines(stage.metrics)
 
 

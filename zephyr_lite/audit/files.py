@@ -12,8 +12,8 @@ from ..errors import UserError
 from ..io.text import shown
 from ..model.chain import chain_of_run
 from ..model.compose import compose
-from ..model.overlap import CARD, inner, overlap, same_name
-from ..model.peft_io import AdapterFile, LoraWeights
+from ..model.overlap import inner, overlap, same_name
+from ..model.peft_io import CARD, AdapterFile, LoraWeights
 from .evidence import Evidence
 from .verdict import Audit, Level
 

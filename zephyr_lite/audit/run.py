@@ -7,14 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..config.load import DatasetSpec, RunConfig
-from ..data.chat_template import ChatTemplate, resolve_template
+from ..data.chat_template import NEEDED_TOKENS, TEMPLATES, ChatTemplate, resolve_template
 from ..data.dataset import prepare
 from ..data.load import load_rows
-from ..data.templates import NEEDED_TOKENS, TEMPLATES
 from ..errors import UserError
 from ..model.base import load_tokenizer
-from ..model.peft_config import other_base
-from ..model.peft_io import read_adapter
+from ..model.peft_io import other_base, read_adapter
 from ..model.tokenizer import check_vocabulary
 from .evidence import Evidence, adapter_folder, gather
 from .files import check_below, check_log, check_start, check_weights

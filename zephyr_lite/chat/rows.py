@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.formats import Method, detect, normalise
-from ..data.messages import RowError
+from ..data.formats import Method, RowError, detect, normalise
 from ..errors import UserError
 from ..io.atomic import append_line, sync_file
 from ..io.text import shown

@@ -284,10 +284,10 @@ class Session:
 
 def trained_system(chat: Chat) -> str | None:
     """The default system turn of the stage's training (its configuration's ``system``)."""
-    from ..config.load import read_dumped
+    from ..config.strict_yaml import read_yaml
 
     chain = chat.live.chain
     if chain is None or chain.run is None or chain.stage is None:
         return None
-    system = read_dumped(StageDir(chain.run / chain.stage).config).get("system")
+    system = read_yaml(StageDir(chain.run / chain.stage).config).get("system")
     return system if isinstance(system, str) and system.strip() else None

@@ -61,7 +61,7 @@ def check(
     request = Request(
         adapter, base, below or [], start, reference, rows, pairs, beta, chat_template, limit, load_in_4bit, files_only
     )
-    found = audit(request, console.say)
+    found = audit(request)
     signs = {Level.right: "ok", Level.note: "note", Level.doubtful: "DOUBTFUL", Level.wrong: "WRONG"}
     console.heading(f"{found.adapter}: by {found.tool}, {found.method or 'method unknown'}")
     for finding in found.findings:

@@ -180,7 +180,7 @@ def _attention() -> Finding:
 
 def _kernels() -> Finding:
     from ..model.base import compute_device, compute_dtype
-    from ..model.shape import Shape
+    from ..model.families import Shape
     from ..ops.dispatch import check_kernels
 
     device, triton = compute_device(), _installed("triton")
@@ -257,7 +257,7 @@ def _disk() -> Finding:
 
 
 def _quantized() -> Finding:
-    from ..model.quantized import kept_bases, quantized_dir
+    from ..model.base import kept_bases, quantized_dir
 
     bases = kept_bases()
     if not bases:

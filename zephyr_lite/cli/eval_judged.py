@@ -101,7 +101,7 @@ def mt_bench(
         return
     total, priced = len(read.questions) * len(answering.specs), has_prices(answering.endpoints())
     with job_kept(job), Meter(console.out, total, "questions", priced) as meter:
-        result = run_mt_bench(settings, read, answering, folder, meter, console.say)
+        result = run_mt_bench(settings, read, answering, folder, meter)
     console.table(*table(result.models))
     console.say("mean grade of both turns (turn 1 / turn 2), 1 to 10")
     _say_result(result, "questions", ("why_not_graded", "turns"), 2 * len(read.questions), job)
@@ -170,7 +170,7 @@ def alpaca(
         return
     total = len(baseline.rows) * (len(answering.specs) + len(baseline.given))
     with job_kept(job), Meter(console.out, total, "comparisons", has_prices(answering.endpoints())) as meter:
-        result = run_alpaca(settings, baseline, answering, folder, meter, console.say)
+        result = run_alpaca(settings, baseline, answering, folder, meter)
     console.table(*table(result.models))
     _say_result(result, "instructions", ("why_left_out", "instructions"), len(baseline.rows), job)
 

@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from ..data.load import load_rows
-from ..data.preview import Segment, Token, conversation_segment, pair_segments
+from ..data.preview import Segment, Token, example_segments
 from ..errors import UserError
 from .trained_rows import TrainedRows, example_column
 
@@ -71,12 +71,8 @@ def _segments(rows: TrainedRows, index: int) -> list[Segment]:
     example = rows.data.examples[index]
     raw = load_rows(rows.specs, rows.method, seed=rows.config.seed, system=rows.config.system).dataset
     places = raw.select_columns(["where"]).with_format("arrow")[:].column("where")
-    turns: dict[str, Any] = json.loads(raw[pc.index(places, example.where).as_py()]["row"])
-    loss_on, tools = rows.config.loss_on, turns.get("tools")
-    if rows.method == "sft":
-        return [conversation_segment(rows.template, example, turns["messages"], loss_on, tools)]
-    prompt, chosen, rejected = (turns[part] for part in ("prompt", "chosen", "rejected"))
-    return pair_segments(rows.template, example, prompt, chosen, rejected, loss_on, tools)
+    row: dict[str, Any] = json.loads(raw[pc.index(places, example.where).as_py()]["row"])
+    return example_segments(rows.template, example, row, rows.config.loss_on)
 
 
 # -- lines ---------------------------------------------------------------------------------------------------------------

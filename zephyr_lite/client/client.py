@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
-from .endpoints import EndpointSpec, Message, Question, TryFailed
+from .endpoints import EndpointSpec, Message
 from .request_log import Reply, RequestLog, Totals
 
 if TYPE_CHECKING:
     from .local_model import LocalModel, Weights
     from .openai_client import OpenAIModel
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # A tokenizer makes at most one token of a byte. The chat template's own tokens are not known here.
@@ -32,8 +35,7 @@ TOKENS_OF_A_TEMPLATE = 128
 MAX_BACK_OFF = 60.0  # seconds
 MAX_FAILED_IN_A_ROW = 8  # requests of an endpoint; then the job stops
 RETRY_TEMPERATURE = 0.5  # at least, where an unparsable reply is asked for again
-MAX_SERVER_WAIT = 600.0  # seconds that a server may ask to wait before the job stops instead
-GRACE = 20.0  # seconds that requests in flight get when a job is interrupted
+GRACE = 20.0  # seconds that requests in flight get when a job ends early
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ class Request:
     max_tokens: int | None = None
     seed: int | None = None
 
+    def body(self, spec: EndpointSpec) -> dict[str, Any]:
+        """What is sent: messages, max_tokens, temperature, and top_p and seed if they are set."""
+        messages = [{"role": m["role"], "content": m["content"]} for m in self.messages]
+        if spec.system is not None and (not messages or messages[0]["role"] != "system"):
+            messages.insert(0, {"role": "system", "content": spec.system})
+        body: dict[str, Any] = {
+            "messages": messages,
+            "max_tokens": spec.max_tokens if self.max_tokens is None else self.max_tokens,
+            "temperature": spec.temperature if self.temperature is None else self.temperature,
+        }
+        return body | {k: v for k, v in (("top_p", spec.top_p), ("seed", self.seed)) if v is not None}
+
 
 class BudgetSpent(Exception):
     """The next request could exceed the budget, and was not sent."""
@@ -72,18 +86,40 @@ class RequestFailed(Exception):
         self.reason = reason
 
 
+@dataclass(eq=False)
+class TryFailed(Exception):
+    """One try failed.
+
+    Attributes:
+        reason, detail: see ``RequestFailed``; the server's message, without keys.
+        retry: whether another try can help.
+        charged: whether the tokens may have been paid for.
+        reached: whether a server got the request.
+        wait: seconds that the server asks to wait.
+        hint: what to do, if the job cannot go on without it; None: only this request has no reply.
+    """
+
+    reason: str
+    detail: str = ""
+    retry: bool = False
+    charged: bool = False
+    reached: bool = True
+    wait: float | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
 class _Endpoint:
     """A model's state within a job."""
 
-    def __init__(self, model: OpenAIModel | LocalModel, answers: int) -> None:
-        self.model, self.spec, self.answers = model, model.spec, answers
-        # a server's first try is made alone: it shows whether the key, the model and the settings are right
-        self.untried = self.spec.url is not None
-        self.slots = asyncio.Semaphore(1 if self.untried else self.spec.concurrency)
+    def __init__(self, model: OpenAIModel | LocalModel) -> None:
+        self.model, self.spec = model, model.spec
+        self.slots = asyncio.Semaphore(self.spec.concurrency)
         self.spacing = 60.0 / self.spec.requests_per_minute if self.spec.requests_per_minute else 0.0
         self.next_at = 0.0  # when the next request may leave, on the monotonic clock
         self.failed_in_a_row = 0
-        self.excess = 0  # tokens by which the server's count exceeded the bound so far
         self.fatal: UserError | None = None
 
 
@@ -106,10 +142,8 @@ class ModelClient:
         self.totals = log.totals
         self._log, self._max_requests, self._max_tokens = log, max_requests, max_tokens
         self._on_progress, self._back_off = on_progress, back_off
-        self._endpoints = {m.spec.name: _Endpoint(m, log.answers[m.spec.name]) for m in models}
-        self._in_flight: set[asyncio.Task[Reply]] = set()
-        self._budget_spent = ""
-        self._failed_before = frozenset(self.totals.given_up)
+        self._endpoints = {model.spec.name: _Endpoint(model) for model in models}
+        self._in_flight: set[asyncio.Task[Reply | TryFailed]] = set()
 
     async def ask(self, request: Request) -> Reply:
         """The reply to a request.
@@ -122,36 +156,32 @@ class ModelClient:
             UserError: no request to this endpoint can succeed (a wrong key or model, no server), or the disk is full.
         """
         endpoint = self._endpoints[request.endpoint]
-        question = _resolve(request, endpoint.spec)
-        digest = _digest(request, endpoint.model, question)
-        reply = self._log.reply(digest)
-        if reply is not None:
+        spec, body = endpoint.spec, request.body(endpoint.spec)
+        parts = [request.key, request.endpoint, endpoint.model.identity, body]
+        digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+        if (reply := self._log.reply(digest)) is not None:
             self.totals.from_log += 1
             self._on_progress(self.totals)
             return reply
+        prompt = prompt_token_bound(body["messages"])
+        bound, dollars = prompt + body["max_tokens"], spec.dollars(prompt, body["max_tokens"])
         async with endpoint.slots:
-            failures, answers = 0, endpoint.answers
-            while True:
-                number = await self._send(endpoint, digest, request.key, question)
-                task = asyncio.create_task(self._try(endpoint, number, question))
+            for attempt in range(1, spec.retries + 2):
+                await self._wait_for_turn(endpoint, bound)
+                number = self._log.sent(digest, request.key, spec.name, bound, dollars)
+                self._on_progress(self.totals)
+                task = asyncio.create_task(self._try(endpoint, number, body, last=attempt > spec.retries))
                 self._in_flight.add(task)
-                task.add_done_callback(self._ended)
-                try:
-                    return await asyncio.shield(task)
-                except TryFailed as error:
-                    if error.busy and endpoint.answers > answers:  # the endpoint answers others
-                        failures, answers = 0, endpoint.answers
-                    failures += not error.other_settings
-                    if not error.retry or failures > endpoint.spec.retries or (error.wait or 0) > MAX_SERVER_WAIT:
-                        self._log.give_up(number)
-                        raise self._final_error(endpoint, error, failures, digest) from None
-                    wait = self._wait(endpoint, error, failures)
-                finally:
-                    if endpoint.untried:
-                        endpoint.untried = False
-                        for _ in range(endpoint.spec.concurrency - 1):
-                            endpoint.slots.release()
-                await asyncio.sleep(wait)
+                task.add_done_callback(self._in_flight.discard)
+                outcome = await asyncio.shield(task)
+                if isinstance(outcome, Reply):
+                    return outcome
+                if not outcome.retry:
+                    break
+                if outcome.wait is not None:  # a busy server makes all requests to it wait
+                    endpoint.next_at = max(endpoint.next_at, time.monotonic() + outcome.wait)
+                await asyncio.sleep(min(MAX_BACK_OFF, self._back_off * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0))
+        raise self._final_error(endpoint, outcome)
 
     async def ask_parsed(self, request: Request, parse: Callable[[str], T], tries: int = 3) -> T:
         """Ask until ``parse`` accepts the reply's text.
@@ -165,20 +195,16 @@ class ModelClient:
         Raises:
             RequestFailed: no reply of ``tries`` could be parsed; or as ``ask``.
         """
-        usual = (
-            self._endpoints[request.endpoint].spec.temperature if request.temperature is None else request.temperature
-        )
+        usual = self._endpoints[request.endpoint].spec.temperature
+        usual = usual if request.temperature is None else request.temperature
         problem: ValueError | None = None
         for draw in range(tries):
             asked = request
             if draw:
                 self.totals.asked_again += 1
-                asked = replace(
-                    request,
-                    key=f"{request.key}/again{draw}",
-                    temperature=max(usual, RETRY_TEMPERATURE),
-                    seed=None if request.seed is None else request.seed + draw,
-                )
+                seed = None if request.seed is None else request.seed + draw
+                warm = max(usual, RETRY_TEMPERATURE)
+                asked = replace(request, key=f"{request.key}/again{draw}", temperature=warm, seed=seed)
             reply = await self.ask(asked)
             try:
                 return parse(reply.text)
@@ -187,113 +213,60 @@ class ModelClient:
         self.totals.given_up[request.key] = "unreadable reply"
         raise RequestFailed(f"{request.key}: no reply of {tries} could be read: {problem}", "unreadable reply")
 
-    async def _send(self, endpoint: _Endpoint, digest: str, key: str, question: Question) -> int:
-        """Wait for the budget and the rate limit, record the request as sent, and return its number in the log."""
+    async def _wait_for_turn(self, endpoint: _Endpoint, bound: int) -> None:
+        """Wait until a request of at most ``bound`` tokens fits into the budget and the rate limit."""
         while True:
             if endpoint.fatal is not None:
                 raise endpoint.fatal
-            prompt = prompt_token_bound(question.messages) + endpoint.excess
-            bound = prompt + question.max_tokens
-            problem = self._budget_spent or self._over_budget(bound)
-            if problem and (self._budget_spent or not self._in_flight):
-                self._budget_spent = problem
-                raise BudgetSpent(problem)
-            if problem:  # requests in flight usually take less than their bound
+            if problem := self._over_budget(bound):
+                if not self._in_flight:
+                    raise BudgetSpent(problem)
+                # requests in flight usually take less than their bound
                 await asyncio.wait(self._in_flight, return_when=asyncio.FIRST_COMPLETED)
             elif (delay := endpoint.next_at - time.monotonic()) > 0:
                 await asyncio.sleep(delay)
             else:
-                break
-        endpoint.next_at = time.monotonic() + endpoint.spacing
-        dollars = endpoint.spec.dollars(prompt, question.max_tokens)
-        number = self._log.sent(digest, key, endpoint.spec.name, bound, dollars)
-        self._on_progress(self.totals)
-        return number
+                endpoint.next_at = time.monotonic() + endpoint.spacing
+                return
 
-    async def _try(self, endpoint: _Endpoint, number: int, question: Question) -> Reply:
+    def _over_budget(self, tokens: int) -> str:
+        """Why a request of at most this many tokens does not fit into the budget; "" if it does."""
+        if self._max_requests is not None and self.totals.requests + 1 > self._max_requests:
+            return f"the budget of {self._max_requests:,} requests is spent."
+        if self._max_tokens is not None and self.totals.tokens + tokens > self._max_tokens:
+            left = max(0, self._max_tokens - self.totals.tokens)
+            return f"the next request may take {tokens:,} tokens, and {left:,} of the budget of {self._max_tokens:,} are left."
+        return ""
+
+    async def _try(self, endpoint: _Endpoint, number: int, body: dict[str, Any], last: bool) -> Reply | TryFailed:
+        """Send a request once, and record what comes back."""
         try:
-            answer = await endpoint.model.ask(question)
+            reply = await endpoint.model.ask(body)
         except TryFailed as error:
-            self._log.failed(number, error.reason, error.detail, charged=error.charged, reached=error.reached)
+            error.retry = error.retry and not last
+            flags = {"charged": error.charged, "reached": error.reached, "given_up": not error.retry}
+            self._log.failed(number, error.reason, error.detail, **flags)
             self._on_progress(self.totals)
-            raise
-        bound = (prompt_token_bound(question.messages), question.max_tokens)
-        used, counted = bound, False
-        if answer.prompt_tokens is not None and answer.completion_tokens is not None:
-            used, counted = (answer.prompt_tokens, answer.completion_tokens), True
-            endpoint.excess = max(endpoint.excess, sum(used) - sum(bound))
-        # a server may send half of a surrogate pair (a reply cut within an emoji), which UTF-8 cannot encode
-        reply = Reply(answer.text.encode("utf-8", "replace").decode(), answer.finish_reason, *used)
-        self._log.replied(number, reply, endpoint.spec.dollars(*used), counted)
-        endpoint.answers += 1
+            return error
+        self._log.replied(number, reply, endpoint.spec.dollars(reply.prompt_tokens, reply.completion_tokens))
         endpoint.failed_in_a_row = 0
         self._on_progress(self.totals)
         return reply
 
-    def _ended(self, task: asyncio.Task[Reply]) -> None:
-        self._in_flight.discard(task)
-        if not task.cancelled():
-            task.exception()  # its caller may have been cancelled
-
-    def _wait(self, endpoint: _Endpoint, error: TryFailed, failures: int) -> float:
-        """Seconds until the next try; a busy server makes all requests to it wait."""
-        wait = min(MAX_BACK_OFF, self._back_off * 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
-        if error.wait is not None:
-            wait = error.wait + 0.1 * wait
-        if error.busy:
-            endpoint.next_at = max(endpoint.next_at, time.monotonic() + wait)
-        return 0.0 if error.busy or error.other_settings else wait
-
-    def _final_error(self, endpoint: _Endpoint, error: TryFailed, failures: int, digest: str) -> Exception:
-        """The error of a request without further tries: UserError if the job has to end, else RequestFailed."""
-        name = endpoint.spec.name
-        if error.wait is not None and error.wait > MAX_SERVER_WAIT:
-            endpoint.fatal = UserError(
-                f"endpoint {name}: the server asks to wait {error.wait:,.0f} s ({error}).",
-                "Run the same command then: it continues the job.",
-            )
-        elif error.fatal is not None:
-            endpoint.fatal = error.fatal
-        elif error.busy:
-            endpoint.fatal = UserError(
-                f"endpoint {name}: turned away {failures} times in a row ({error}).",
-                "Lower `concurrency` or `requests_per_minute`, or wait: the same command continues the job.",
-            )
-        elif digest not in self._failed_before and (error.retry or not endpoint.answers):
+    def _final_error(self, endpoint: _Endpoint, error: TryFailed) -> Exception:
+        """The error of a request without a reply: UserError if the job has to end, else RequestFailed."""
+        name, answers = endpoint.spec.name, self._log.answers[endpoint.spec.name]
+        if error.hint is not None:
+            endpoint.fatal = UserError(f"endpoint {name}: {str(error).rstrip('.')}.", error.hint)
+        elif error.charged or not answers:  # the server fails; else it refuses this conversation
             endpoint.failed_in_a_row += 1
-            most = 1 if error.no_reply and not endpoint.answers else MAX_FAILED_IN_A_ROW
+            most = 1 if error.charged and not answers else MAX_FAILED_IN_A_ROW
             if endpoint.failed_in_a_row >= most:
                 endpoint.fatal = UserError(
-                    f"endpoint {name}: no answer in {failures} tries, {most} requests in a row ({error}).",
+                    f"endpoint {name}: no reply, {endpoint.failed_in_a_row} requests in a row ({error}).",
                     "Is the model loaded, and `timeout` long enough? The same command continues the job.",
                 )
-        tries = "try" if failures == 1 else "tries"
-        return endpoint.fatal or RequestFailed(f"{error} ({failures} {tries} at {name})", error.reason)
-
-    def _over_budget(self, tokens: int) -> str:
-        """Why a request of at most this many tokens does not fit into the budget; "" if it does."""
-        totals = self.totals
-        if self._max_requests is not None and totals.requests + 1 > self._max_requests:
-            return f"the budget of {self._max_requests:,} requests is spent."
-        if self._max_tokens is not None and totals.tokens + tokens > self._max_tokens:
-            return (
-                f"the next request may take {tokens:,} tokens, and {max(0, self._max_tokens - totals.tokens):,} of the "
-                f"budget of {self._max_tokens:,} are left."
-            )
-        return ""
-
-    async def close(self, grace: float) -> None:
-        """Wait up to ``grace`` seconds for the requests in flight, which are paid for; then cancel them."""
-        tasks = list(self._in_flight)
-        try:
-            if tasks:
-                await asyncio.wait(tasks, timeout=grace)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for endpoint in self._endpoints.values():
-                await endpoint.model.close()
+        return endpoint.fatal or RequestFailed(f"{error} (at {name})", error.reason)
 
 
 def prompt_token_bound(messages: Iterable[Mapping[str, str]]) -> int:
@@ -329,7 +302,7 @@ async def open_client(
             The upper bound of a request's tokens is reserved while it is in flight.
         on_progress: called with the totals whenever they change.
         back_off: seconds to wait after a first failure; doubled after each further one.
-        grace: seconds that requests in flight get when the block is left.
+        grace: seconds that requests in flight, which are paid for, get when the block is left.
 
     Raises:
         UserError: a key is not set, or another process works in the folder.
@@ -340,29 +313,18 @@ async def open_client(
     models: list[OpenAIModel | LocalModel] = [OpenAIModel(spec) for spec in specs if spec.url is not None]
     models += open_local_models([spec for spec in specs if spec.path is not None], weights or {})
     log = RequestLog(folder)
+    client = ModelClient(models, log, max_requests, max_tokens, on_progress, back_off)
     try:
-        client = ModelClient(models, log, max_requests, max_tokens, on_progress, back_off)
-        try:
-            yield client
-        finally:
-            await client.close(grace)
+        yield client
     finally:
-        log.close()
-
-
-def _resolve(request: Request, spec: EndpointSpec) -> Question:
-    messages = tuple({"role": m["role"], "content": m["content"]} for m in request.messages)
-    if spec.system is not None and (not messages or messages[0]["role"] != "system"):
-        messages = ({"role": "system", "content": spec.system}, *messages)
-    return Question(
-        messages=messages,
-        max_tokens=spec.max_tokens if request.max_tokens is None else request.max_tokens,
-        temperature=spec.temperature if request.temperature is None else request.temperature,
-        top_p=spec.top_p,
-        seed=request.seed,
-    )
-
-
-def _digest(request: Request, model: OpenAIModel | LocalModel, question: Question) -> str:
-    parts: list[Any] = [request.key, request.endpoint, model.identity(), question.as_dict()]
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+        try:
+            if client._in_flight:
+                count = len(client._in_flight)
+                logger.info(f"waiting up to {grace:.0f} s for {count} replies in flight (Ctrl-C again: stop at once)")
+                await asyncio.wait(client._in_flight, timeout=grace)
+        finally:
+            left = list(client._in_flight)
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, *(model.close() for model in models), return_exceptions=True)
+            log.close()

@@ -1,7 +1,7 @@
-"""What a job can cost at most, and what it has cost while it runs.
+"""Upper bounds of what a job costs, and what it has cost while it runs.
 
-A prompt is counted by its bytes and a reply by its ``max_tokens``: upper bounds, usually three to five times what is
-spent. Only a budget limits a job exactly.
+A prompt is counted by its bytes and a reply by its ``max_tokens``: usually three to five times what is spent. Only a budget
+limits a job exactly.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -62,22 +61,17 @@ def bound_lines(bounds: Mapping[str, Bound], specs: Iterable[EndpointSpec]) -> l
     priced = has_prices(specs)
     every = bounds.values()
     total = Bound(*(sum(getattr(b, name) for b in every) for name in Bound.__dataclass_fields__))
-    lines = [f"{name}: {_line(b.requests, b.tokens, b.dollars, priced)}" for name, b in bounds.items()]
-    lines.append(
-        "in all, every request answered at its first try: " + _line(total.requests, total.tokens, total.dollars, priced)
-    )
-    lines.append(
-        "in the worst case, every reply unusable and every try failing, as often as is allowed "
-        "(requests that a busy server turns away, 429, come on top): "
-        + _line(total.worst_requests, total.worst_tokens, total.worst_dollars, priced)
-    )
-    if not priced:
-        lines.append("no prices are given (input_price, output_price: US dollars per million tokens)")
-    return lines
 
+    def line(requests: int, tokens: int, dollars: float) -> str:
+        return f"{requests:,} requests, {tokens:,} tokens at most" + (f", ${dollars:,.2f} at most" if priced else "")
 
-def _line(requests: int, tokens: int, dollars: float, priced: bool) -> str:
-    return f"{requests:,} requests, {tokens:,} tokens at most" + (f", ${dollars:,.2f} at most" if priced else "")
+    return [
+        *(f"{name}: {line(b.requests, b.tokens, b.dollars)}" for name, b in bounds.items()),
+        f"in all, every request answered at its first try: {line(total.requests, total.tokens, total.dollars)}",
+        "in the worst case, every reply unusable and every try failing, as often as is allowed: "
+        + line(total.worst_requests, total.worst_tokens, total.worst_dollars),
+        *([] if priced else ["no prices are given (input_price, output_price: US dollars per million tokens)"]),
+    ]
 
 
 def has_prices(specs: Iterable[EndpointSpec]) -> bool:
@@ -110,24 +104,16 @@ class Meter:
         self._console, self._unit, self._priced = console, unit, priced
         self._totals = Totals()
         self._last_line = time.monotonic()
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[spent]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        spent = TextColumn("{task.fields[spent]}")
+        self._progress = Progress(*columns, spent, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task(unit, total=total, spent="")
 
     def __enter__(self) -> Meter:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
     def totals(self, totals: Totals) -> None:
@@ -145,8 +131,9 @@ class Meter:
         parts = [f"{totals.requests:,} requests", f"{totals.tokens - totals.held:,} tokens"]
         if self._priced:
             parts.append(f"${totals.dollars + totals.lost_dollars:,.4f}")
-        left = self._progress.tasks[self._task].time_remaining
-        return "  ".join([*parts, *([f"{duration(left)} left"] if left else [])])
+        if left := self._progress.tasks[self._task].time_remaining:
+            parts.append(f"{duration(left)} left")
+        return "  ".join(parts)
 
     def _show(self, steps: int) -> None:
         self._progress.update(self._task, advance=steps, spent=self.spent())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -14,6 +12,7 @@ from ..errors import UserError
 
 Message = dict[str, str]
 _EXAMPLE = "http://localhost:11434/v1#llama3.2"
+_URL = re.compile(r"https?://(\[[0-9a-f:]+\]|[^\s/@?#:]+)(:\d+)?(/[^\s@?#]*)?", re.IGNORECASE)
 
 
 class EndpointSpec(BaseModel):
@@ -29,7 +28,7 @@ class EndpointSpec(BaseModel):
     url: str | None = None  # http://localhost:11434/v1
     model: str | None = None  # the server's name for it; of a run's folder: base, or a stage of its chain
     path: str | None = None  # a run's folder, a stage's, or a model's
-    api_key_env: str | None = None  # the environment variable that holds the key
+    api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # environment variable with the key
     system: str | None = None  # a system turn for every request
     temperature: float = Field(1.0, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -41,29 +40,13 @@ class EndpointSpec(BaseModel):
     input_price: float = Field(0.0, ge=0)  # US dollars per million tokens
     output_price: float = Field(0.0, ge=0)
 
-    @field_validator("api_key_env")
-    @classmethod
-    def _a_variable(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-            raise ValueError("expected the name of an environment variable that holds the key, not the key itself")
-        return value
-
     @field_validator("url")
     @classmethod
-    def _a_bare_url(cls, value: str | None) -> str | None:
+    def _check_url(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        try:
-            parts = urlsplit(value.strip())
-            host, _ = parts.hostname, parts.port
-        except ValueError:
-            host = None
-        if not host or parts.scheme not in ("http", "https"):
-            raise ValueError("is not a URL such as http://localhost:11434/v1")
-        if parts.username is not None or parts.password is not None or parts.query:
-            raise ValueError("may hold no user, password or query: keys come from the variable named in api_key_env")
-        if parts.fragment:
-            raise ValueError("ends with #…: the model's name goes into `model`")
+        if not _URL.fullmatch(value.strip()):
+            raise ValueError("expected a URL such as http://localhost:11434/v1, without user, password, query or #")
         return value.strip().rstrip("/").removesuffix("/chat/completions")
 
     @model_validator(mode="after")
@@ -72,12 +55,9 @@ class EndpointSpec(BaseModel):
             raise ValueError("give either url (and model) or path")
         if self.url is not None and not self.model:
             raise ValueError("give the model's name too, as the server calls it")
-        if self.path is not None and self.api_key_env is not None:
-            raise ValueError("a local folder (path) takes no api_key_env")
         if not self.name and self.path is not None:
             self.name = ("/".join(Path(self.path).parts[-2:]) or "local") + (f"#{self.model}" if self.model else "")
-        elif not self.name:
-            self.name = self.model or ""
+        self.name = self.name or self.model or ""
         return self
 
     def dollars(self, prompt_tokens: int, completion_tokens: int) -> float:
@@ -98,21 +78,15 @@ def parse_endpoint(text: str) -> EndpointSpec:
         UserError: the word is none of these, or a setting is unknown or wrong; its value is not repeated.
     """
     place, *words = [text] if Path(text).expanduser().exists() else text.split(",")
-    settings: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in _SETTINGS:
-            raise UserError(
-                "endpoint: expected key=value after the comma.",
-                f"Known keys: {', '.join(_SETTINGS)}; as in {_EXAMPLE},concurrency=8.",
-            )
-        settings[key] = value
+    settings: dict[str, Any] = dict(word.partition("=")[::2] for word in words)
+    if not settings.keys() <= set(_SETTINGS):
+        raise UserError(
+            "endpoint: expected key=value after the comma.",
+            f"Known keys: {', '.join(_SETTINGS)}; as in {_EXAMPLE},concurrency=8.",
+        )
     head, _, model = place.rpartition("#")
     if re.match(r"https?://", place, re.IGNORECASE):
-        url, _, model = place.partition("#")
-        if not model:
-            raise UserError("the endpoint's URL names no model.", f"Write URL#MODEL, as in {_EXAMPLE}.")
-        settings |= {"url": url, "model": model}
+        settings["url"], _, settings["model"] = place.partition("#")
     elif Path(place).expanduser().is_dir():
         settings["path"] = place
     elif model and head and Path(head).expanduser().is_dir():
@@ -150,59 +124,3 @@ def endpoint_spec(value: Any, where: str = "endpoint") -> EndpointSpec:
         place = ".".join([where, *(str(part) for part in first["loc"])])
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{place}: {message}.", f"An endpoint has {', '.join(EndpointSpec.model_fields)}.") from None
-
-
-@dataclass(frozen=True)
-class Question:
-    """A request with all settings resolved, as it is sent; ``max_tokens`` limits the reply."""
-
-    messages: tuple[Message, ...]
-    max_tokens: int
-    temperature: float
-    top_p: float | None
-    seed: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        values = {"messages": list(self.messages), "max_tokens": self.max_tokens, "temperature": self.temperature}
-        return values | {k: v for k, v in (("top_p", self.top_p), ("seed", self.seed)) if v is not None}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A model's answer; the tokens are None where the server did not count them."""
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
-
-
-@dataclass(eq=False)
-class TryFailed(Exception):
-    """One try failed.
-
-    Attributes:
-        reason, detail: see ``RequestFailed``; what was found, without keys.
-        retry: whether another try can help.
-        charged: whether the tokens may have been paid for.
-        reached: whether a server got the request.
-        no_reply: whether no server answered.
-        busy: whether the server has too much to do, so that all requests have to wait.
-        wait: seconds that the server asks to wait.
-        other_settings: whether the next try is sent with other settings, so that this one does not count.
-        fatal: the error if no request to this endpoint can succeed.
-    """
-
-    reason: str
-    detail: str
-    retry: bool = True
-    charged: bool = False
-    reached: bool = True
-    no_reply: bool = False
-    busy: bool = False
-    wait: float | None = None
-    other_settings: bool = False
-    fatal: UserError | None = None
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason

@@ -1,11 +1,10 @@
-"""Jobs that ask models: their configuration, their folder, tasks in order, and how they end at an interrupt."""
+"""Jobs that ask models: their configuration, their folder, and tasks in order."""
 
 from __future__ import annotations
 
 import asyncio
 import difflib
 import json
-import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from itertools import islice
@@ -14,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ..config.presets import find_config
+from ..config.load import find_config
 from ..config.strict_yaml import dump_yaml, read_yaml
 from ..errors import UserError
 from ..io.atomic import sweep, write_text
@@ -23,17 +22,12 @@ from ..io.redact import refuse_secrets
 from .client import RequestFailed
 from .endpoints import EndpointSpec
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 R = TypeVar("R")
 Settings = TypeVar("Settings", bound="JobConfig")
 Model = TypeVar("Model", bound=BaseModel)
 NotBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 CONFIG = "config.yaml"
-INTERRUPTED = (
-    "interrupted: waiting a moment for replies in flight, which are paid for (interrupt again to stop at once)"
-)
 
 
 class Budget(BaseModel):
@@ -80,8 +74,9 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
         if not isinstance(inner, dict):
             message = f"{where}: {head}: expected `key: value` lines, found {type(inner).__name__}."
             raise UserError(message, f"Write it as in `{head}: {{{nested}: …}}`.")
-        # another set's split and limit do not apply to a new path
-        values[head] = {"path": value} if nested == "path" and inner.get("path") != value else {**inner, nested: value}
+        if nested == "path" and inner.get("path") != value:  # another set's split and limit do not apply to it
+            inner = {}
+        values[head] = {**inner, nested: value}
     missing = [key for key, field in kind.model_fields.items() if field.is_required() and key not in values]
     if missing:
         option = "model" if missing[0] == "models" else missing[0]
@@ -103,16 +98,16 @@ def validated(kind: type[Model], values: Any, where: str) -> Model:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "\n".join(_problem(item, kind) for item in error.errors())) from None
-
-
-def _problem(item: Any, kind: type[BaseModel]) -> str:
-    place = ".".join(str(part) for part in item["loc"])
-    if item["type"] != "extra_forbidden":
-        message = f"{item['msg'].removeprefix('Value error, ')} (found {str(item['input'])[:60]!r})."
-        return f"{place}: {message}" if place else message
-    near = difflib.get_close_matches(str(item["loc"][-1]), kind.model_fields, n=1) if len(item["loc"]) == 1 else []
-    return f"there is no key {place!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+        problems = []
+        for item in error.errors():
+            place = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(place, kind.model_fields, n=1)
+                problems.append(f"there is no key {place!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+            else:
+                message = f"{item['msg'].removeprefix('Value error, ')} (found {str(item['input'])[:60]!r})."
+                problems.append(f"{place}: {message}" if place else message)
+        raise UserError(f"{where}: " + "\n".join(problems)) from None
 
 
 def distinct_name(spec: EndpointSpec, others: Sequence[EndpointSpec], role: str) -> EndpointSpec:
@@ -130,27 +125,21 @@ def refuse_equal_names(specs: Iterable[EndpointSpec]) -> None:
         raise UserError(f"two models are called {twice[0]!r}.", "Name each once, or add a name: …,name=OTHER.")
 
 
-# -- the folder ------------------------------------------------------------------------------------------------------
-
-
 def claim_folder(out: Path, command: str, config: BaseModel) -> None:
     """Create a job's folder with its config.yaml, or continue the job that is in it.
 
     Raises:
-        UserError: the folder holds something else, or another command's job; the configuration holds a secret.
+        UserError: the folder cannot be created, or holds something else; the configuration holds a secret.
     """
     first_line = f"# zephyr-lite {command}"
     values = config.model_dump(mode="json", exclude_unset=True)
     refuse_secrets(values, "the job's configuration")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; the job's folder cannot be created there.", "Choose another --out.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        sweep(out)
-        there = sorted(path.name for path in out.iterdir())
     except OSError as error:
         raise UserError(f"{out}: cannot be created: {error.strerror}.", "Choose another --out.") from None
-    if there:
+    sweep(out)
+    if there := sorted(path.name for path in out.iterdir()):
         file = out / CONFIG
         head = file.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].strip() if file.is_file() else ""
         if head != first_line:
@@ -165,9 +154,6 @@ def claim_folder(out: Path, command: str, config: BaseModel) -> None:
 def json_line(row: dict[str, Any]) -> str:
     """A row of a JSONL file."""
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-# -- tasks -----------------------------------------------------------------------------------------------------------
 
 
 async def in_order(items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int) -> AsyncIterator[tuple[T, R]]:
@@ -187,44 +173,25 @@ async def in_order(items: Iterable[T], work: Callable[[T], Awaitable[R]], window
             item, task = tasks.popleft()
             yield item, task.result()
     finally:
-        await _cancel(task for _, task in tasks)
+        for _, task in tasks:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in tasks), return_exceptions=True)
 
 
 async def together(work: Iterable[Awaitable[R]]) -> list[R | RequestFailed]:
     """All results, with RequestFailed in the place of those that failed by it; any other error is raised."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-    finally:
-        await _cancel(tasks)
+    found = await asyncio.gather(*work, return_exceptions=True)
     for each in found:
         if isinstance(each, BaseException) and not isinstance(each, RequestFailed):
             raise each
     return found  # type: ignore[return-value]
 
 
-async def _cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    running = list(tasks)
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-
-
 def run_job(main: Coroutine[Any, Any, R]) -> R:
-    """``asyncio.run``, where an interrupt cancels ``main``, which waits for its replies in flight.
+    """``asyncio.run``; Ctrl-C cancels ``main``, which waits for its replies in flight, and a second one does not wait.
 
     Raises:
-        KeyboardInterrupt: after an interrupt, when ``main`` has ended; at a second one, at once.
+        KeyboardInterrupt: after an interrupt.
     """
-
-    async def cancellable() -> R:
-        task = asyncio.ensure_future(main)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            logger.info(INTERRUPTED)
-            task.cancel()
-            return await task
-
     with pythons_ctrl_c():
-        return asyncio.run(cancellable())
+        return asyncio.run(main)

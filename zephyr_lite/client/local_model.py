@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .endpoints import Answer, EndpointSpec, Question, TryFailed
+from .client import TryFailed
+from .endpoints import EndpointSpec
+from .request_log import Reply
 
 if TYPE_CHECKING:
     from ..chat import Chat
-    from ..model.chain import Chain
 
 GATHER = 0.02  # seconds in which requests are collected into a batch
 _DEVICE = threading.Lock()  # all models share one device: one of them generates at a time
@@ -46,25 +47,26 @@ class Weights:
         chat_template: str | None = "auto",
     ) -> None:
         from ..model.base import fingerprint
-        from ..model.loaded import WHOLE, find_chain, source_of_chain
+        from ..model.loaded import BASE, WHOLE, find_chain, model_names, source_of_chain
 
         self.path = None if path is None else Path(path).expanduser()
-        self.chain = find_chain(self.path, stage=stage, adapters=adapters, base=base)
+        self.chain = chain = find_chain(self.path, stage=stage, adapters=adapters, base=base)
         self._chat_template = chat_template
-        self._chat: Chat | None = None
-        if self.chain is None:
+        if chain is None:
             self.source, self.models = str(self.path), {WHOLE: [fingerprint(Path(str(self.path)))]}
-        else:
-            self.source, self.models = source_of_chain(self.chain), _identities(self.chain)
-
-    def is_same(self, other: Weights) -> bool:
-        """Whether both have the same models under the same names, with the same template."""
-        return list(self.models.items()) == list(other.models.items()) and self.identity() == other.identity()
+            return
+        self.source = source_of_chain(chain)
+        name, known = chain.base["name_or_path"], chain.base.get("fingerprint")
+        if known is None and chain.run is None:  # explicit adapters
+            folder = Path(name).expanduser()
+            known = fingerprint(folder) if folder.is_dir() else f"{name}@{chain.base.get('revision')}"
+        hashes = [str(known), *(str(adapter.sha256) for adapter in chain.adapters)]
+        self.models = {model: hashes[: n + 1] for n, model in enumerate([BASE, *model_names(chain)])}
 
     @cached_property
     def tokenizer_from(self) -> Path:
         """The folder of the tokenizer and the chat template."""
-        from ..model.fetch import fetch_base
+        from ..model.files import fetch_base
 
         if self.chain is None:
             assert self.path is not None
@@ -95,42 +97,19 @@ class Weights:
             digest.update(file.read_bytes() if file.is_file() else self._chat_template.encode())
         return f"local {digest.hexdigest()}"
 
+    @cached_property
     def chat(self) -> Chat:
-        """Load the models, once.
+        """The models, loaded.
 
         Raises:
             UserError: they cannot be loaded.
         """
-        if self._chat is None:
-            from ..chat import Chat
-            from ..model.loaded import live_of, open_live
+        from ..chat import Chat
+        from ..model.loaded import live_of, open_live
 
-            if self.chain is None:
-                self._chat = Chat(open_live(self.path, chat_template=self._chat_template))
-            else:
-                self._chat = Chat(live_of(self.chain, chat_template=self._chat_template))
-        return self._chat
-
-    def forget(self) -> None:
-        """Free the loaded models."""
-        self._chat = None
-
-
-def _identities(chain: Chain) -> dict[str, list[str]]:
-    """``Weights.models`` of a chain."""
-    from ..model.base import fingerprint
-    from ..model.loaded import BASE, model_names
-
-    name = chain.base["name_or_path"]
-    known = chain.base.get("fingerprint")
-    if known is None and Path(name).expanduser().is_dir():  # explicit adapters
-        known = fingerprint(Path(name).expanduser())
-    parts = [str(known if known is not None or chain.run is not None else f"{name}@{chain.base.get('revision')}")]
-    models = {BASE: list(parts)}
-    for model, adapter in zip(model_names(chain), chain.adapters):
-        parts.append(str(adapter.sha256))
-        models[model] = list(parts)
-    return models
+        if self.chain is None:
+            return Chat(open_live(self.path, chat_template=self._chat_template))
+        return Chat(live_of(self.chain, chat_template=self._chat_template))
 
 
 class LocalModel:
@@ -138,72 +117,70 @@ class LocalModel:
 
     Args:
         weights: shared by the endpoints of one folder: one base, its adapters switched between batches.
+
+    Attributes:
+        identity: a hash of the weights and the template, so that a stage that was trained again is asked again.
     """
 
     def __init__(self, spec: EndpointSpec, weights: Weights) -> None:
         self.spec, self.weights = spec, weights
-        self._identity = weights.identity(spec.model)
-        self._waiting: list[tuple[Question, asyncio.Future[Answer]]] = []
+        self.identity = weights.identity(spec.model)
+        self._waiting: list[tuple[dict[str, Any], asyncio.Future[Reply | Exception]]] = []
         self._worker: asyncio.Task[None] | None = None
         self._stop = threading.Event()
 
-    def identity(self) -> str:
-        """A hash of the weights and the template, so that a stage that was trained again is asked again."""
-        return self._identity
+    async def ask(self, body: dict[str, Any]) -> Reply:
+        """The answer to ``Request.body``.
 
-    async def ask(self, question: Question) -> Answer:
-        """Raises TryFailed: the template refuses the conversation, or it does not fit into the context or the memory."""
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append((question, future))
+        Raises:
+            TryFailed: the template refuses the conversation, or it does not fit into the context or the memory.
+        """
+        future: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
+        self._waiting.append((body, future))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._serve())
-        return await future
+        outcome = await future
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     async def close(self) -> None:
         """End a batch in progress with its next token, and free the weights."""
         self._stop.set()
-        for _, future in self._waiting:
-            future.cancel()
+        self._waiting.clear()
         if self._worker is not None:
             await asyncio.wait([self._worker])
-        self.weights.forget()
+        self.weights.__dict__.pop("chat", None)
 
     async def _serve(self) -> None:
         while self._waiting:
             await asyncio.sleep(GATHER)
             batch, self._waiting = self._waiting[: self.spec.concurrency], self._waiting[self.spec.concurrency :]
-            batch = [(question, future) for question, future in batch if not future.done()]
-            if not batch:
-                continue
-            outcomes: list[Answer | Exception]
+            outcomes: list[Reply | Exception]
             try:
-                outcomes = await asyncio.to_thread(self._answer, [question for question, _ in batch])
+                outcomes = await asyncio.to_thread(self._answer, [body for body, _ in batch])
             except Exception as error:
                 outcomes = [error] * len(batch)
             for (_, future), outcome in zip(batch, outcomes):
-                if future.done():
-                    continue
-                if isinstance(outcome, Answer):
+                if not future.done():
                     future.set_result(outcome)
-                else:
-                    future.set_exception(outcome)
 
-    def _answer(self, questions: list[Question]) -> list[Answer | Exception]:
+    def _answer(self, bodies: list[dict[str, Any]]) -> list[Reply | Exception]:
         """In a thread."""
         with _DEVICE:
             if self._stop.is_set():
-                raise TryFailed("stopped", "the job was stopped", retry=False)
+                raise TryFailed("stopped", "the job was stopped")
             try:
-                chat = self.weights.chat()
+                chat = self.weights.chat
             except UserError as error:
-                raise TryFailed("cannot be loaded", error.message, retry=False, reached=False, fatal=error) from None
-            outcomes: list[Any] = [_prepare(chat, question) for question in questions]
+                raise TryFailed("cannot be loaded", error.message, reached=False, hint=error.hint or "") from None
+            outcomes: list[Any] = [_prepare(chat, body) for body in bodies]
             places = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
             for place, answer in zip(places, self._sample(chat, [outcomes[i] for i in places])):
                 outcomes[place] = answer
             return outcomes
 
-    def _sample(self, chat: Chat, rows: list[Any]) -> list[Answer | Exception]:
+    def _sample(self, chat: Chat, rows: list[Any]) -> list[Reply | Exception]:
         """Answer one batch, or its two halves if it does not fit into the memory."""
         import torch
 
@@ -215,34 +192,31 @@ class LocalModel:
             sampled = chat.sample(ids, settings, adapters=adapters, stop=self._stop.is_set)
         except torch.OutOfMemoryError:
             sampled = None  # the halves are tried outside: the exception holds the batch's tensors
+        if sampled is None and len(rows) == 1:
+            detail = f"{len(ids[0]):,} tokens and {settings[0].max_new_tokens:,} new ones do not fit into the memory"
+            return [TryFailed("out of memory", detail)]
         if sampled is None:
-            if len(rows) == 1:
-                detail = (
-                    f"{len(ids[0]):,} tokens and {settings[0].max_new_tokens:,} new ones do not fit into the memory"
-                )
-                return [TryFailed("out of memory", detail, retry=False)]
             half = len(rows) // 2
             return [*self._sample(chat, rows[:half]), *self._sample(chat, rows[half:])]
         if self._stop.is_set():  # an answer that was cut off is none
-            return [TryFailed("stopped", "the job was stopped", retry=False)] * len(rows)
-        return [Answer(s.text, s.finish_reason, s.prompt_tokens, s.completion_tokens) for s in sampled]
+            return [TryFailed("stopped", "the job was stopped") for _ in rows]
+        return [Reply(s.text, s.finish_reason, s.prompt_tokens, s.completion_tokens) for s in sampled]
 
 
-def _prepare(chat: Chat, question: Question) -> Any:
+def _prepare(chat: Chat, body: dict[str, Any]) -> Any:
     """(prompt's ids, sampling settings); or the TryFailed of a conversation that cannot be asked."""
     from ..data.formats import RowError
     from ..model.sampling import Sampling
 
     try:
-        ids = chat.template.prompt_ids(list(question.messages))
+        ids = chat.template.prompt_ids(body["messages"])
     except RowError as error:
-        return TryFailed("refused by the chat template", str(error), retry=False)
+        return TryFailed("refused by the chat template", str(error))
     context = getattr(chat.stack.base.config, "max_position_embeddings", None)
-    room = question.max_tokens if context is None else min(question.max_tokens, context - len(ids))
+    room = body["max_tokens"] if context is None else min(body["max_tokens"], context - len(ids))
     if room < 1:
-        detail = f"{len(ids):,} tokens; the model has {context:,}"
-        return TryFailed("longer than the context", detail, retry=False)
-    return ids, Sampling(room, question.temperature, question.top_p, question.seed or 0)
+        return TryFailed("longer than the context", f"{len(ids):,} tokens; the model has {context:,}")
+    return ids, Sampling(room, body["temperature"], body.get("top_p"), body.get("seed", 0))
 
 
 def open_local_models(specs: Sequence[EndpointSpec], known: Mapping[str, Weights]) -> list[LocalModel]:
@@ -251,15 +225,12 @@ def open_local_models(specs: Sequence[EndpointSpec], known: Mapping[str, Weights
     Args:
         known: ``path`` of an endpoint → weights that are open already.
     """
-    opened: dict[str, Weights] = dict(known)
+    opened = {weights.source: weights for weights in known.values()}
     models: list[LocalModel] = []
     for spec in specs:
-        assert spec.path is not None
         try:
-            if spec.path not in opened:
-                weights = Weights(spec.path)
-                opened[spec.path] = next((w for w in opened.values() if w.is_same(weights)), weights)
-            models.append(LocalModel(spec, opened[spec.path]))
+            weights = known.get(str(spec.path)) or Weights(spec.path)
+            models.append(LocalModel(spec, opened.setdefault(weights.source, weights)))
         except UserError as error:
             raise UserError(f"endpoint {spec.name}: {error.message}", error.hint) from None
     return models

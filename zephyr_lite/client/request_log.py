@@ -1,9 +1,9 @@
 """Every request and reply of a job, in one sqlite3 file, so that no answered request is sent twice.
 
-A request is known by ``digest``, a hash of its key (which holds the number of the draw), its endpoint, the model and
+A request is identified by ``digest``, a hash of its key (which holds the number of the draw), its endpoint, the model and
 everything that is sent. A row is committed as ``sent`` before the request leaves, and becomes ``replied`` or ``failed``
-afterwards; a row that is still ``sent`` when the file is opened belongs to a process that died, and becomes ``lost``.
-API keys and HTTP headers are never recorded.
+afterwards; a row that is still ``sent`` when the file is opened belongs to a killed process, and becomes ``lost``. API keys
+and HTTP headers are never recorded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from ..errors import UserError
 
 NAME = "requests.sqlite"
 JOURNAL = "journal.jsonl"  # written by earlier versions; imported when the log is created
-SPARE = ".journal.spare"  # space that earlier versions reserved; left behind by a killed job
 SCHEMA = """
 CREATE TABLE requests (
     id INTEGER PRIMARY KEY,
@@ -48,12 +47,18 @@ CREATE INDEX by_digest ON requests (digest);
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer: its text, why it ended ("stop", "length"), and its tokens as the server counted them."""
+    """A model's answer.
+
+    Attributes:
+        finish_reason: "stop", "length".
+        prompt_tokens, completion_tokens: as the server counted them; upper bounds if not ``counted``.
+    """
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    counted: bool = field(default=True, compare=False)
 
 
 @dataclass
@@ -67,7 +72,7 @@ class Totals:
         held: tokens reserved for the requests in flight.
         uncounted: replies whose server counted no tokens; their upper bound is used.
         beyond_bound: tokens that servers counted above the bound (servers that ignore ``max_tokens``).
-        unanswered: requests in flight when a process died.
+        unanswered: requests in flight when a process was killed.
         failed_tries: failed tries by reason.
         given_up: request → reason why it has no reply.
         from_log: replies of this start that the log held.
@@ -118,27 +123,6 @@ class Totals:
             "failures": self.failures,
         }
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Count a row of the log."""
-        self.requests += row["reached"]
-        if row["state"] == "replied":
-            self.replies += 1
-            self.prompt_tokens += row["prompt_tokens"]
-            self.completion_tokens += row["completion_tokens"]
-            self.dollars += row["dollars"]
-            self.uncounted += not row["counted"]
-            self.beyond_bound += max(0, row["tokens"] - row["bound"])
-            self.given_up.pop(row["digest"], None)
-            return
-        self.lost_tokens += row["tokens"]
-        self.lost_dollars += row["dollars"]
-        if row["state"] == "lost":
-            self.unanswered += 1
-            return
-        self.failed_tries[row["reason"]] += 1
-        if row["given_up"]:
-            self.given_up[row["digest"]] = row["reason"]
-
 
 class RequestLog:
     """The log of a job's folder, locked by this process until ``close`` (or its end, a SIGKILL included).
@@ -155,72 +139,39 @@ class RequestLog:
         self.path = folder / NAME
         self.totals = Totals()
         self.answers: Counter[str] = Counter()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be created: {error.strerror}.", "Choose another folder.") from None
-        with self._errors_named():
-            self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         self._db.row_factory = sqlite3.Row
-        try:
-            with self._errors_named():
-                self._open(folder / JOURNAL)
-        except BaseException:
-            self._db.close()
-            raise
-
-    def _open(self, journal: Path) -> None:
-        self._db.execute("PRAGMA locking_mode=EXCLUSIVE")  # held until the connection is closed
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute("BEGIN IMMEDIATE")
-        if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'requests'").fetchone() is None:
-            for statement in SCHEMA.split(";\n"):
-                self._db.execute(statement)
-            if journal.is_file():
-                self._import(journal)
-                journal.with_name(SPARE).unlink(missing_ok=True)
-        self._db.execute("UPDATE requests SET state = 'lost' WHERE state = 'sent'")
-        self._db.execute("COMMIT")
-        for row in self._db.execute("SELECT * FROM requests ORDER BY id"):
-            self.totals.add(dict(row))
-            self.answers[row["endpoint"]] += row["state"] == "replied"
+        with self._errors_named():
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")  # held until the connection is closed
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("BEGIN IMMEDIATE")
+            if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'requests'").fetchone() is None:
+                for statement in SCHEMA.split(";\n"):
+                    self._db.execute(statement)
+                if (folder / JOURNAL).is_file():
+                    self._import(folder / JOURNAL)
+            self._db.execute("UPDATE requests SET state = 'lost' WHERE state = 'sent'")
+            self._db.execute("COMMIT")
+            self.totals, self.answers = Totals(), Counter()
+            for row in self._db.execute("SELECT * FROM requests ORDER BY id"):
+                self._count(row)
 
     def _import(self, journal: Path) -> None:
         """Take over the records of an earlier version's journal.jsonl, whose last line may be incomplete."""
-        with journal.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    record = json.loads(line)
-                    self._import_record(record)
-                except (ValueError, KeyError, TypeError, sqlite3.Error):
-                    raise UserError(
-                        f"{journal}: line {number} is no record of a job.",
-                        "Restore the file, or delete that line (a reply that it held is asked for, and paid, again).",
-                    ) from None
-
-    def _import_record(self, record: dict[str, Any]) -> None:
-        event = record["event"]
-        if event == "sent":
-            values = [record[name] for name in ("id", "digest", "key", "endpoint", "tokens", "dollars")]
-            self._insert(*values)
-        elif event == "reply":
-            known = record["counted_by"] == "server"
-            reply = Reply(
-                record["text"].encode("utf-8", "replace").decode(),
-                record["finish_reason"],
-                record["prompt_tokens"],
-                record["completion_tokens"],
-            )
-            self._update(record["id"], **_replied(reply, record["dollars"], known))
-        elif event == "failed":
-            failure = {"reason": record["reason"], "detail": record.get("detail", ""), "reached": record["sent"]}
-            spent = {"tokens": record["tokens"], "dollars": record["dollars"], "given_up": record["final"]}
-            self._update(record["id"], state="failed", **failure, **spent)
-        elif event != "journal":
-            raise ValueError(event)
+        numbers: dict[int, int] = {}
+        for line in journal.read_text(encoding="utf-8").split("\n")[:-1]:
+            r = json.loads(line)
+            if r["event"] == "sent":
+                numbers[r["id"]] = self.sent(r["digest"], r["key"], r["endpoint"], r["tokens"], r["dollars"])
+            elif r["event"] == "reply":
+                counted = r["counted_by"] == "server"
+                reply = Reply(r["text"], r["finish_reason"], r["prompt_tokens"], r["completion_tokens"], counted)
+                self.replied(numbers[r["id"]], reply, r["dollars"])
+            elif r["event"] == "failed":
+                flags = {"charged": bool(r["tokens"]), "reached": r["sent"], "given_up": r["final"]}
+                self.failed(numbers[r["id"]], r["reason"], r.get("detail", ""), **flags)
 
     def reply(self, digest: str) -> Reply | None:
         """The reply to a request, if the log holds it."""
@@ -231,56 +182,65 @@ class RequestLog:
 
     def sent(self, digest: str, key: str, endpoint: str, bound: int, dollars: float) -> int:
         """Record a request that is about to leave; on the disk when this returns. Returns the row's number."""
+        columns = "digest, key, endpoint, state, bound, tokens, dollars"
+        values = (digest, key, endpoint, bound, bound, dollars)
         with self._errors_named():
-            number = self._insert(None, digest, key, endpoint, bound, dollars)
+            done = self._db.execute(f"INSERT INTO requests ({columns}) VALUES (?, ?, ?, 'sent', ?, ?, ?)", values)
         self.totals.requests += 1
         self.totals.held += bound
-        return number
+        assert done.lastrowid is not None
+        return done.lastrowid
 
-    def replied(self, number: int, reply: Reply, dollars: float, counted: bool) -> None:
+    def replied(self, number: int, reply: Reply, dollars: float) -> None:
         """Record a reply; on the disk when this returns."""
-        self._end(number, **_replied(reply, dollars, counted))
+        tokens = reply.prompt_tokens + reply.completion_tokens
+        self._end(number, state="replied", tokens=tokens, dollars=dollars, **asdict(reply))
 
-    def failed(self, number: int, reason: str, detail: str, *, charged: bool, reached: bool) -> None:
+    def failed(self, number: int, reason: str, detail: str, *, charged: bool, reached: bool, given_up: bool) -> None:
         """Record a failed try.
 
         Args:
             charged: whether its tokens may have been paid for; the bound counts as spent then.
             reached: whether a server got the request; if not, it counts as no request.
+            given_up: whether no further try follows.
         """
         spent = {} if charged else {"tokens": 0, "dollars": 0.0}
-        self._end(number, state="failed", reason=reason, detail=detail, reached=reached, **spent)
-
-    def give_up(self, number: int) -> None:
-        """Record that no further try follows a failed one."""
-        with self._errors_named():
-            self._update(number, given_up=True)
-        digest, reason = self._db.execute("SELECT digest, reason FROM requests WHERE id = ?", (number,)).fetchone()
-        self.totals.given_up[digest] = reason
+        self._end(number, state="failed", reason=reason, detail=detail, reached=reached, given_up=given_up, **spent)
 
     def close(self) -> None:
         """Release the folder."""
         self._db.close()
 
     def _end(self, number: int, **values: Any) -> None:
+        columns = ", ".join(f"{name} = ?" for name in values)
         with self._errors_named():
-            self._update(number, **values)
-        row = dict(self._db.execute("SELECT * FROM requests WHERE id = ?", (number,)).fetchone())
+            self._db.execute(f"UPDATE requests SET {columns} WHERE id = ?", (*values.values(), number))
+        row = self._db.execute("SELECT * FROM requests WHERE id = ?", (number,)).fetchone()
         self.totals.requests -= 1  # counted as sent
         self.totals.held -= row["bound"]
-        self.totals.add(row)
-        self.answers[row["endpoint"]] += row["state"] == "replied"
+        self._count(row)
 
-    def _insert(self, number: int | None, digest: str, key: str, endpoint: str, bound: int, dollars: float) -> int:
-        columns = "id, digest, key, endpoint, state, bound, tokens, dollars"
-        values = (number, digest, key, endpoint, bound, bound, dollars)
-        done = self._db.execute(f"INSERT INTO requests ({columns}) VALUES (?, ?, ?, ?, 'sent', ?, ?, ?)", values)
-        assert done.lastrowid is not None
-        return done.lastrowid
-
-    def _update(self, number: int, **values: Any) -> None:
-        columns = ", ".join(f"{name} = ?" for name in values)
-        self._db.execute(f"UPDATE requests SET {columns} WHERE id = ?", (*values.values(), number))
+    def _count(self, row: sqlite3.Row) -> None:
+        totals = self.totals
+        totals.requests += row["reached"]
+        if row["state"] == "replied":
+            self.answers[row["endpoint"]] += 1
+            totals.replies += 1
+            totals.prompt_tokens += row["prompt_tokens"]
+            totals.completion_tokens += row["completion_tokens"]
+            totals.dollars += row["dollars"]
+            totals.uncounted += not row["counted"]
+            totals.beyond_bound += max(0, row["tokens"] - row["bound"])
+            totals.given_up.pop(row["digest"], None)
+            return
+        totals.lost_tokens += row["tokens"]
+        totals.lost_dollars += row["dollars"]
+        if row["state"] == "lost":
+            totals.unanswered += 1
+            return
+        totals.failed_tries[row["reason"]] += 1
+        if row["given_up"]:
+            totals.given_up[row["digest"]] = row["reason"]
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:
@@ -290,20 +250,5 @@ class RequestLog:
             if "locked" in str(error):
                 message = f"{self.path.parent}: another process is working on it."
                 raise UserError(message, "Wait until it has ended, or choose another folder.") from None
-            if "not a database" in str(error):
-                raise UserError(f"{self.path}: is no request log.", "Choose another folder, or move it away.") from None
             hint = "Free some space or choose another folder; the same command continues the job."
-            raise UserError(f"{self.path}: cannot be written: {error}.", hint) from None
-
-
-def _replied(reply: Reply, dollars: float, counted: bool) -> dict[str, Any]:
-    return {
-        "state": "replied",
-        "text": reply.text,
-        "finish_reason": reply.finish_reason,
-        "prompt_tokens": reply.prompt_tokens,
-        "completion_tokens": reply.completion_tokens,
-        "counted": counted,
-        "tokens": reply.prompt_tokens + reply.completion_tokens,
-        "dollars": dollars,
-    }
+            raise UserError(f"{self.path}: cannot be read or written: {error}.", hint) from None

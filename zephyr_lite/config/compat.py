@@ -10,11 +10,11 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection
+from itertools import zip_longest
 from typing import Any
 
 from ..errors import UserError
 from ..io.text import short
-from .compat_datasets import number, take, translate_datasets
 
 # other tools' name -> ours, the value as it is
 ALIASES = {
@@ -33,7 +33,7 @@ ALIASES = {
     "chat_template_path": "chat_template",
 }
 
-# other tools' name -> ours, where ``rename`` changes the value too
+# other tools' name -> ours, where ``rename`` translates the value too
 TRANSLATED = {
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "batch_size",
@@ -172,6 +172,13 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "env": (({},), "set environment variables in the shell"),
 }
 
+# the types of the values that ``rename`` translates
+_TYPES = {
+    dict: ("keys and values", "model_init_kwargs dataset_kwargs dataset_mixer dataset_mixture"),
+    list: ("a list", "dataset_splits dataset_configs datasets"),
+    str: ("a text", "dataset_name dataset_config dataset_train_split dataset_test_split dataset_text_field"),
+    bool: ("true or false", "assistant_only_loss completion_only_loss disable_dropout"),
+}
 _VALUES: dict[str, dict[Any, Any]] = {
     "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", None: "auto"},
     "optim": {"adamw_torch_fused": "adamw_torch", "adamw_hf": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"}
@@ -206,37 +213,40 @@ def rename(
     Raises:
         UserError: unknown or refused keys, or values that cannot be translated; all of them in one message.
     """
-    faults: list[str] = []
+    faults = [
+        f"{key}: {short(values[key])} is not {what}."
+        for kind, (what, keys) in _TYPES.items()
+        for key in keys.split()
+        if not isinstance(values.get(key), (kind, type(None)))
+    ]
+    if faults:
+        raise UserError(f"{where}: " + "\n".join(faults))
     taken = dict(values)
     for key in ("model_init_kwargs", "dataset_kwargs"):
-        taken = {**(take(taken, key, dict, faults) or {}), **taken}
+        taken = {**(taken.pop(key, None) or {}), **taken}
     theirs = of_others(taken, own)
+    for key, ours in ALIASES.items():
+        if key in taken and ours in taken:
+            one, other = taken.pop(key), taken[ours]
+            if None not in (one, other) and one != other:
+                faults.append(f"{key}: {short(one)}, but {ours}: {short(other)}: two names of one key. Keep one.")
+            taken[ours] = one if other is None else other
     result: dict[str, Any] = {}
-    _one_name(taken, faults)
     _batch_size(taken, result, faults, notes)
-    if "evaluation_strategy" in taken:  # until transformers 4.41
-        taken.setdefault("eval_strategy", taken.pop("evaluation_strategy"))
-    translate_datasets(taken, result, faults, notes)
-    chosen = taken.pop("eval_strategy", None)
-    if chosen in ("no", False):
-        result["eval_dataset"] = None
-    elif chosen == "epoch":
-        taken["eval_steps"] = None
-        notes.append("eval_strategy: epoch is an evaluation at the end of the stage")
-    elif chosen not in (None, "steps"):
-        faults.append(f"eval_strategy: {short(chosen)} is none of no, steps and epoch.")
+    _datasets(taken, result, faults, notes)
+    _evaluation(taken, result, faults, notes)
+    _losses(taken, faults, notes, dpo)
     hub_id = taken.pop("hub_model_id", None)
     if taken.get("push_to_hub") is True:  # transformers has a switch and a name
         if not hub_id:
             faults.append("push_to_hub: true needs a repository. Set push_to_hub=OWNER/NAME.")
         taken["push_to_hub"] = hub_id
-    _losses(taken, faults, notes, dpo)
     warmup = number(taken.get("warmup_steps"))
     if warmup is not None and warmup < 1:  # transformers: a share of the steps
         del taken["warmup_steps"]
         if warmup or taken.get("warmup_ratio") is None:
             taken["warmup_ratio"] = warmup
-    no_dropout = take(taken, "disable_dropout", bool, faults)
+    no_dropout = taken.pop("disable_dropout", None)
     for key, value in taken.items():
         if key in own:
             result[key] = value
@@ -281,16 +291,6 @@ def of_others(values: Collection[str], own: Collection[str]) -> bool:
     return any(key not in own and (key in TRANSLATED or key in ACCEPTED or key in REFUSED) for key in values)
 
 
-def _one_name(values: dict[str, Any], faults: list[str]) -> None:
-    """Merge the values of a key written under two names; different values are a fault."""
-    for key, ours in ALIASES.items():
-        if key in values and ours in values:
-            one, other = values.pop(key), values[ours]
-            if None not in (one, other) and one != other:
-                faults.append(f"{key}: {short(one)}, but {ours}: {short(other)}: two names of one key. Keep one.")
-            values[ours] = one if other is None else other
-
-
 def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
     parts = {key: value for key in BATCH_PARTS if (value := values.pop(key, None)) is not None}
     sizes = [number(value) for value in parts.values()]
@@ -307,33 +307,156 @@ def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str
         notes.append(f"batch_size = {result['batch_size']} (micro-batch × accumulation); the plan splits it")
 
 
+def _evaluation(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
+    chosen = values.pop("eval_strategy", None)
+    if chosen in ("no", False):
+        result["eval_dataset"] = None
+    elif chosen == "epoch":
+        values["eval_steps"] = None
+        notes.append("eval_strategy: epoch is an evaluation at the end of the stage")
+    elif chosen not in (None, "steps"):
+        faults.append(f"eval_strategy: {short(chosen)} is none of no, steps and epoch.")
+
+
 def _losses(values: dict[str, Any], faults: list[str], notes: list[str], dpo: bool) -> None:
     """Translate the keys that choose supervised tokens and the loss."""
-    assistant = take(values, "assistant_only_loss", bool, faults)
-    completion = take(values, "completion_only_loss", bool, faults)
+    assistant, completion = values.pop("assistant_only_loss", None), values.pop("completion_only_loss", None)
     if assistant is not None or completion is not None:
         values.setdefault("loss_on", "last" if completion else "assistant" if assistant else "all")
         notes.append(f"assistant_only_loss, completion_only_loss: loss_on {values['loss_on']} here")
     loss = values.get("loss_type")
-    if isinstance(loss, list) and len(loss) == 1:
-        values["loss_type"] = loss = loss[0]
     if isinstance(loss, list):
-        faults.append(f"loss_type: {short(loss)}: one loss is trained. Name one.")
-        del values["loss_type"]
-    elif not dpo and loss in ("nll", "chunked_nll", "dft"):
+        if len(loss) != 1:
+            faults.append(f"loss_type: {short(loss)}: one loss is trained. Name one.")
+        values["loss_type"] = loss = loss[0] if loss else None
+    if not dpo and loss in ("nll", "chunked_nll", "dft"):
         del values["loss_type"]
         if loss == "dft":
             faults.append("loss_type: 'dft': sft's loss is nll. Remove the key.")
 
 
+def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
+    """Translate TRL's ``dataset_name`` and ``datasets``, the handbook's ``dataset_mixer`` {path: share} and
+    ``dataset_mixture``; then the held-out rows and the text column."""
+    given = [k for k in ("dataset", "dataset_name", "datasets", "dataset_mixer", "dataset_mixture") if values.get(k)]
+    if len(given) > 1:
+        faults.append(f"{', '.join(given)}: the data sets are named more than once. Keep one.")
+    result |= {key: values.pop(key) for key in ("dataset", "eval_dataset") if key in values}
+    mixer, splits, configs = (values.pop(f"dataset_{key}", None) for key in ("mixer", "splits", "configs"))
+    name, config, mixture = (values.pop(f"dataset_{key}", None) for key in ("name", "config", "mixture"))
+    train, test = (values.pop(f"dataset_{part}_split", None) for part in ("train", "test"))
+    column, entries, size = (values.pop(key, None) for key in ("dataset_text_field", "datasets", "test_split_size"))
+    if "evaluation_strategy" in values:  # until transformers 4.41
+        values.setdefault("eval_strategy", values.pop("evaluation_strategy"))
+    if mixture:
+        faults += [
+            f"there is no key 'dataset_mixture.{key}'."
+            for key in mixture
+            if key not in ("datasets", "test_split_size", "seed")  # rows are drawn with the run's seed
+        ]
+        entries, size = mixture.get("datasets"), mixture.get("test_split_size", size)
+    if entries:
+        result["dataset"] = [spec for entry in entries for spec in _entry(entry, faults)]
+        result.setdefault("eval_dataset", None)
+        notes.append("datasets and dataset_mixture are dataset here")
+    elif mixer:
+        train, test = (next((s for s in splits or ["train"] if kind in s), None) for kind in ("train", "test"))
+        if splits and (train is None or set(splits) - {train, test}):
+            faults.append(
+                f"dataset_splits: {short(splits)} is not one split of training and one of test. Write dataset."
+            )
+        if configs and len(configs) != len(mixer):
+            faults.append(f"dataset_configs: {len(configs)} names for {len(mixer)} data sets.")
+        common = [
+            {"path": path, **({"name": each} if each else {})} for path, each in zip_longest(mixer, configs or [])
+        ]
+        result["dataset"] = [{**spec, "split": train, "weight": w} for spec, w in zip(common, mixer.values())]
+        result["eval_dataset"] = [{**spec, "split": test} for spec in common] if test else None
+        notes.append("dataset_mixer is dataset, with weight, here")
+    elif name is not None:
+        spec = {"path": name, **({"name": config} if config else {})}
+        if test is None and values.get("eval_strategy") in ("steps", "epoch"):
+            test = "test"  # TRL's default
+        result["dataset"] = [{**spec, "split": train or "train"}]
+        result["eval_dataset"] = [{**spec, "split": test}] if test else None
+        notes.append("dataset_name is dataset here")
+    if size is not None:
+        _hold_out(size, result, faults, notes)
+    if column in ("text", "messages", "conversations"):
+        notes.append(f"dataset_text_field: a column {column} is found by itself")
+    elif column is not None:
+        if not _specs(result.get("dataset")):
+            faults.append("dataset_text_field: names a column of dataset, which is not there. Name both.")
+        for key in ("dataset", "eval_dataset"):
+            if specs := _specs(result.get(key)):
+                named = {"columns": {"text": column}}
+                result[key] = [s if isinstance(s.get("columns"), dict) else {**s, **named} for s in specs]
+        notes.append(f"dataset_text_field is dataset.columns here: {{text: {column}}}")
+
+
+def _specs(value: Any) -> list[dict[str, Any]]:
+    """Data sets as keys and values; [] for values that the schema will refuse."""
+    entries = [{"path": e} if isinstance(e, str) else e for e in (value if isinstance(value, list) else [value])]
+    return entries if all(isinstance(entry, dict) for entry in entries) else []
+
+
+def _entry(entry: Any, faults: list[str]) -> list[dict[str, Any]]:
+    """A data set of a mixture in this project's keys, once for each of its files."""
+    if not isinstance(entry, dict):
+        faults.append(f"datasets: {short(entry)} is not keys and values such as {{path: a/b, split: train}}.")
+        return []
+    names = {"id": "path", "config": "name"}  # the handbook's -> ours
+    spec = {"split": "train", **{names.get(key, str(key)): value for key, value in entry.items() if value is not None}}
+    faults += [
+        f"datasets: columns: {column} is given to no chat template here."
+        for column in ("tools", "chat_template_kwargs")
+        if column in (spec.get("columns") or [])
+    ]
+    if spec.pop("fraction", None) is not None:
+        faults.append("datasets: fraction is a share of the mixture. Write weight: the share of its own rows.")
+    if spec.pop("data_dir", None) is not None:
+        faults.append("datasets: data_dir is not read. Write the folder or file itself as path.")
+    files = spec.pop("data_files", None)
+    if not files:
+        return [spec]
+    files = [files] if isinstance(files, str) else files
+    if spec.get("path") not in ("json", "csv", "parquet") or not isinstance(files, list):
+        faults.append("datasets: data_files are read as path: json, csv or parquet, and a file or a list of files.")
+        return []
+    return [{**spec, "path": file} for file in files]
+
+
+def _hold_out(size: Any, result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
+    """``test_split_size`` rows of the mixture (a share, below 1) become ``eval_dataset``."""
+    rows, specs = number(size), _specs(result.get("dataset"))
+    if rows is None or not 0 < rows < math.inf or (rows >= 1 and rows != int(rows)):
+        faults.append(f"test_split_size: {short(size)} is neither a share below 1 nor a number of rows.")
+    elif not specs:
+        faults.append("test_split_size: holds rows of dataset out, which is not there. Name both.")
+    else:
+        share = rows if rows < 1 else math.ceil(rows / len(specs))
+        result["dataset"] = [{**spec, "test_size": share} for spec in specs]
+        # a number of held-out rows does not scale with the data set's weight
+        own = {} if rows < 1 else {"weight": 1.0}
+        result["eval_dataset"] = [{**spec, **own, "part": "test"} for spec in result["dataset"]]
+        each = f", {share:,} of each data set" if rows >= 1 and len(specs) > 1 else ""
+        notes.append(f"test_split_size {size} is dataset.test_size here{each}; the draw does not depend on seed")
+
+
+def number(value: Any) -> float | None:
+    """A number, also one that YAML reads as a text (1e-8); None for anything else."""
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 def unknown_key(key: str, own: Collection[str]) -> str:
     """The message for an unknown key, with the nearest known one."""
-    if option := difflib.get_close_matches(
-        key[:100].replace("_", ""), ("dryrun", "config", "verbose"), n=1, cutoff=0.75
-    ):
-        return f"there is no key {short(key)}. Did you mean --{'dry-run' if option[0] == 'dryrun' else option[0]}?"
-    known = [*own, *([] if "." in key else [*ALIASES, *TRANSLATED])]
-    near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)
-    return f"there is no key {short(key)}." + (
-        f" Did you mean {near[0]!r}?" if near else " See docs/configuration.md for all keys."
-    )
+    options = {"dryrun": "--dry-run", "config": "--config", "verbose": "--verbose"}
+    near = [options[name] for name in difflib.get_close_matches(key[:100].replace("_", ""), options, n=1, cutoff=0.75)]
+    if not near:
+        known = [*own, *([] if "." in key else [*ALIASES, *TRANSLATED])]
+        near = [repr(name) for name in difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)]
+    hint = f"Did you mean {near[0]}?" if near else "See docs/configuration.md for all keys."
+    return f"there is no key {short(key)}. {hint}"

@@ -14,7 +14,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ..errors import UserError
 from ..io.atomic import write_text
 from ..io.text import read_text
 from .compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
@@ -128,33 +127,16 @@ def _value(name: str, value: Any) -> str:
 
 
 def into(path: Path) -> None:
-    """Replace the text between the marks of a Markdown file.
-
-    Raises:
-        UserError: the file cannot be read, or lacks a mark.
-    """
+    """Replace the text between the marks of a Markdown file."""
     text = read_text(path)
-    before, begin, rest = text.partition(BEGIN)
+    before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{path}: lacks the two marks around the list.", f"Put {BEGIN} and {END} there.")
+    assert end, f"{path} lacks the two marks around the list"
     write_text(path, f"{before}{BEGIN}\n\n{keys_as_markdown()}\n{END}{after}")
 
 
-def main(arguments: list[str]) -> int:
-    """Print the list, or write it into a document (``--into FILE``); 0, or 2 with a message on standard error."""
-    try:
-        if not arguments:
-            print(keys_as_markdown(), end="")
-        elif len(arguments) == 2 and arguments[0] == "--into":
-            into(Path(arguments[1]))
-        else:
-            raise UserError(f"{' '.join(arguments)}: is not understood.", "Give none, or --into FILE.")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if sys.argv[1:2] == ["--into"]:
+        into(Path(sys.argv[2]))
+    else:
+        print(keys_as_markdown(), end="")

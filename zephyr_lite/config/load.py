@@ -14,13 +14,25 @@ from pydantic import ValidationError
 
 from ..errors import UserError
 from ..io.redact import refuse_secrets
-from ..io.text import short
+from ..io.text import is_file, refuse_special, short
 from .compat import ALIASES, BATCH_PARTS, of_others, rename, unknown_key
-from .presets import find_config
 from .schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
 from .strict_yaml import dump_yaml, read_word, read_yaml
 
 Method = Literal["sft", "dpo"]
+
+_TEXTS = {key for key, field in RunConfig.model_fields.items() if field.annotation in (str, str | None)}
+# replaces pydantic's own wording, by the error's type or the key
+_MESSAGES = {
+    "string_type": "Input should be a text; quote one that YAML reads as another type, as in \"'2024'\"",
+    "int_parsing": "Input should be a whole number, without a unit",
+    "int_from_float": "Input should be a whole number",
+    "bool_parsing": "Input should be true or false",
+    "model_type": "Input should be a path, or keys and values such as {path: rows.jsonl, split: train}",
+    "memory.vram": "Input should be a size with its unit, such as 8GiB",
+    "memory.host": "Input should be a size with its unit, such as 8GiB",
+    "memory": "Input should be auto, or some of its keys: memory.vram=8GiB, in a file {vram: 8GiB}",
+}
 
 
 @dataclass
@@ -40,6 +52,42 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
     source: Path | None = None
     foreign: bool = False
+
+
+def find_config(name: str, kind: str = "stages") -> Path:
+    """A YAML file by its path, or a shipped one by its name (``zephyr-7b/sft``).
+
+    Args:
+        kind: of the shipped files; see ``preset_configs``.
+
+    Raises:
+        UserError: neither exists; the message lists the shipped names.
+    """
+    path = Path(name)
+    refuse_special(path, name)
+    if is_file(path):
+        return path
+    shipped = preset_configs(kind)
+    if name.removesuffix(".yaml") not in shipped:
+        raise UserError(
+            f"{'table' if kind == 'tables' else 'configuration'} {name[:300]}: there is no such file.",
+            f"Give a YAML file, or a shipped one: {', '.join(shipped)}.",
+        )
+    return shipped[name.removesuffix(".yaml")]
+
+
+def preset_configs(kind: str = "stages") -> dict[str, Path]:
+    """{name: path} of the shipped YAML files.
+
+    Args:
+        kind: ``stages`` (the configurations of training commands), ``tables`` (ablations) or ``feedback``; the names
+            of the last two leave their folder out.
+    """
+    configs = Path(__file__).resolve().parents[1] / "configs"
+    root = configs if kind == "stages" else configs / kind
+    found = {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+    others = ("tables/", "feedback/") if kind == "stages" else ()
+    return {name: path for name, path in found.items() if not name.startswith(others)}
 
 
 def load_config(
@@ -105,15 +153,6 @@ def dump_config(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
-def read_dumped(path: Path) -> dict[str, Any]:
-    """The keys that ``dump_config`` wrote.
-
-    Raises:
-        UserError: the file is missing or broken.
-    """
-    return read_yaml(path)
-
-
 def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
     """(key, value) of each override."""
     result = []
@@ -166,17 +205,6 @@ def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str
     target[head] = current
 
 
-_TEXTS = {key for key, field in RunConfig.model_fields.items() if field.annotation in (str, str | None)}
-# replaces pydantic's own wording
-_MESSAGES = {
-    "string_type": "Input should be a text; quote one that YAML reads as another type, as in \"'2024'\"",
-    "int_parsing": "Input should be a whole number, without a unit",
-    "int_from_float": "Input should be a whole number",
-    "bool_parsing": "Input should be true or false",
-    "model_type": "Input should be a path, or keys and values such as {path: rows.jsonl, split: train}",
-}
-
-
 def _explain(error: ValidationError, where: str, values: dict[str, Any]) -> str:
     """All faults of a configuration, one a line."""
     lines = []
@@ -191,11 +219,7 @@ def _explain(error: ValidationError, where: str, values: dict[str, Any]) -> str:
             known = [".".join(map(str, [*parts[:-1], key])) for key in fields]
             lines.append(unknown_key(place, known if len(parts) > 1 else RunConfig.model_fields))
             continue
-        message = _MESSAGES.get(item["type"], item["msg"].removeprefix("Value error, "))
-        if place in ("memory.vram", "memory.host"):
-            message = "Input should be a size with its unit, such as 8GiB"
-        elif place == "memory":
-            message = "Input should be auto, or some of its keys: memory.vram=8GiB, in a file {vram: 8GiB}"
+        message = _MESSAGES.get(place) or _MESSAGES.get(item["type"], item["msg"].removeprefix("Value error, "))
         found = "" if item["type"] == "missing" or not place else f" (found {short(item['input'])})"
         lines.append(f"{place + ': ' if place else ''}{message}{found}.")
     return f"{where}: " + "\n".join(dict.fromkeys(lines))

@@ -7,11 +7,11 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ..errors import UserError
 from ..io.run_dir import StageDir, newest_run
 from ..io.sync import newest_there, restore
-from .load import Loaded, Method, load_config, read_dumped
+from .load import Loaded, Method, load_config
 from .schema import RunConfig
+from .strict_yaml import read_yaml
 
 # keys that a stage takes from the one below it, unless the user set them
 INHERITED = (
@@ -61,7 +61,7 @@ def resolve_run(
         return loaded
     below = StageDir(Path(loaded.config.output_dir) / "sft")
     if below.complete():
-        inherited = config_of_stage(below)  # the defaults would be another base
+        inherited = read_yaml(below.config)  # the defaults would be another base
         # without a file the recipe's values are no choice of the user
         own = loaded.given if file else loaded.given & named
         _set(loaded, **{key: inherited[key] for key in INHERITED if key in inherited and key not in own})
@@ -73,21 +73,6 @@ def resolve_run(
                 "adapters: none, as TRL's DPO begins from the model itself; name an SFT adapter to begin from that"
             )
     return loaded
-
-
-def config_of_stage(stage: StageDir) -> dict[str, Any]:
-    """The keys of a stage's config.yaml.
-
-    Raises:
-        UserError: the file is gone or broken.
-    """
-    hint = "Restore the file, or choose another output_dir or stage."
-    if not stage.config.is_file():
-        raise UserError(f"{stage.config}: is missing; it has the configuration that the stage was started with.", hint)
-    found = read_dumped(stage.config)
-    if missing := sorted({"model_name_or_path", "dataset", "seed"} - set(found)):
-        raise UserError(f"{stage.config}: has no {missing[0]}, which every run writes: the file is incomplete.", hint)
-    return found
 
 
 def _set(loaded: Loaded, **values: Any) -> None:

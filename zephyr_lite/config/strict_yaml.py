@@ -25,18 +25,10 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if (key.tag, key.value) in seen:
+                if key.value in seen:
                     raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
-                seen.add((key.tag, key.value))
+                seen.add(key.value)
         return node
-
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError, TypeError, OverflowError):  # of int(), date(), a bool's words
-            kind = str(node.tag).rpartition(":")[2]
-            problem = f"{short(node.value)} is not a valid {kind}; put it in quotes if it is a text"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> Any:
@@ -62,27 +54,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     text = read_text(path, limit=FILE_BYTES)
     try:
         values = yaml.load(text, _Loader)
-    except RecursionError:
-        raise UserError(f"{path}: not readable as YAML: nested too deeply.") from None
-    except yaml.YAMLError as error:
-        mark, problem = None, " ".join(str(error).split())
-        if isinstance(error, yaml.MarkedYAMLError):
-            mark = error.problem_mark or error.context_mark
-            problem = " ".join(part for part in (error.context, error.problem) if part)
-        place = f"{path} line {mark.line + 1}" if mark is not None else str(path)
-        rows = path.suffix.lower() in (".jsonl", ".csv", ".parquet")
-        hint = f"It looks like a file of rows; those are given as dataset={path}." if rows else "Correct the line."
-        raise UserError(f"{place}: not readable as YAML: {problem}.", hint) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(
+            f"{path}{f' line {mark.line + 1}' if mark else ''}: not readable as YAML: {problem}.", "Correct the line."
+        ) from None
     if values is None:
         return {}
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(
-            f"{path}: expected `key: value` lines, found {type(values).__name__}.", "Write `seed: 42`, for instance."
-        )
-    if not_text := [key for key in values if not isinstance(key, str)]:
-        raise UserError(
-            f"{path}: the key {short(not_text[0])} is not a text.",
-            "YAML reads on, off, yes, no, numbers and dates as values: put the key in quotes.",
+            f"{path}: expected `key: value` lines, found {short(values)}.",
+            "Write `seed: 42`, for instance; put keys that YAML reads as values (on, off, yes, no, numbers) in quotes. A "
+            "file of rows is given as dataset=FILE.",
         )
     return values
 
@@ -97,7 +81,7 @@ def read_front_matter(text: str) -> tuple[dict[str, Any], str]:
         return {}, text
     try:
         values = yaml.load(match[1], _Loader)
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         values = None
     return (values if isinstance(values, dict) else {}), text[match.end() :]
 
@@ -115,11 +99,9 @@ def read_word(text: str, *, numbers: bool = True) -> Any:
         return None
     try:
         value = yaml.load(text, _Loader)
-    except _BaseError as error:
-        if numbers:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if numbers and isinstance(error, _BaseError):
             raise UserError(f"the command line: {error.problem}.") from None
-        value = text
-    except (yaml.YAMLError, RecursionError):
         value = text
     if not numbers and not isinstance(value, bool | str | None):
         return text

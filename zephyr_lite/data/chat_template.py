@@ -1,16 +1,20 @@
 """Conversation → token ids and the mask of supervised tokens.
 
-``rendering`` gives the text and the spans of its answers. The text is tokenized once, and the mask follows from the
-tokens' character offsets. Tokenizing turn by turn gives other ids (SentencePiece's differ on every conversation).
+A conversation is rendered as a whole by the chat template, and each answer as at inference: the generation prompt of the
+turns before it, and the template's text for it as the last turn. An answer is supervised if the whole text has the same
+answer at the same place. The text is tokenized once, and the mask follows from the tokens' character offsets. Tokenizing
+turn by turn gives other ids (SentencePiece's differ on every conversation).
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
@@ -18,16 +22,62 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jinja2.exceptions import TemplateSyntaxError
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ..errors import UserError
 from ..io.text import is_file, read_text, shown
 from .formats import TEXT, Message, RowError
-from .rendering import PROBE, Rendered, Renderer, common_length
-from .templates import BOS, NEEDED_TOKENS, TEMPLATES
 
 LossOn = Literal["assistant", "last", "all"]
 
-_OTHER = "Choose zephyr, chatml or llama3, or change the template."
+# -- the shipped templates: none relies on Jinja's trim_blocks, so that servers with another Jinja write the same text --------
+
+BOS = "{{ bos_token }}"  # removed by ``resolve_template`` for a tokenizer without one
+
+# A system turn always comes first, empty if there is none: the published models were trained so, and a server that adds
+# no system turn gets the same ids.
+ZEPHYR = (
+    BOS + "{% if not messages or messages[0]['role'] != 'system' %}{{ '<|system|>\\n' + eos_token + '\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('roles are system, user and assistant') }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+CHATML = (
+    BOS + "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA3 = (
+    BOS + "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ (message['content'] | trim) + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+TEMPLATES = {"zephyr": ZEPHYR, "chatml": CHATML, "llama3": LLAMA3}
+# tokens besides eos_token that a template writes, each of which the tokenizer must have
+NEEDED_TOKENS = {
+    "zephyr": (),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+
+# a conversation that every template must render
+PROBE: list[Message] = [
+    {"role": "user", "content": "question one"},
+    {"role": "assistant", "content": "answer one"},
+    {"role": "user", "content": "question two"},
+    {"role": "assistant", "content": "answer two"},
+]
+_THINKING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_TAG = re.compile(r"(</?think>)")
+# an empty block of reasoning, whose beginning may be in the generation prompt
+_EMPTY_THINKING = re.compile(r"(?:\s*(?:<think>\s*)?</think>\n*)?")
 
 
 @dataclass
@@ -79,6 +129,28 @@ class Pair(NamedTuple):
     rejected_mask: np.ndarray
 
 
+class Span(NamedTuple):
+    """Characters ``start:end`` of a text: an answer with its end token, after the generation prompt."""
+
+    start: int
+    end: int
+
+
+@dataclass
+class Rendered:
+    """The text of a conversation.
+
+    Attributes:
+        text: of the chat template.
+        spans: turn → its answer, for each answer that can be supervised; in order.
+        notes: what the template leaves out, or writes differently at inference.
+    """
+
+    text: str
+    spans: dict[int, Span] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
 class Encoding(NamedTuple):
     """An encoded conversation.
 
@@ -98,37 +170,41 @@ class Encoding(NamedTuple):
     first: int
 
 
-class ChatTemplate(Renderer):
-    """A tokenizer and the chat template that it is saved with, checked by ``resolve_template``.
+class ChatTemplate:
+    """A tokenizer and the chat template that it is saved with; ``resolve_template`` makes one that was checked.
 
     Public methods raise ``RowError`` for a row that cannot be rendered or encoded faithfully.
 
     Attributes:
+        tokenizer: a fast tokenizer; its ``chat_template`` is ``text``.
+        text: the Jinja template.
         name: "zephyr", "the tokenizer's own", a file's name.
+        now: the time for templates that write it; the same for all rows of a run.
         bos_token_id: the first token of every sequence; None if the model has none.
-        repeats_bos: the template writes BOS before later turns too.
+        content_parts: the template reads contents as lists of parts.
         notes: decisions on the way.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        text: str,
-        name: str,
-        bos_token_id: int | None = None,
-        now: datetime.datetime | None = None,
-    ) -> None:
-        super().__init__(tokenizer, text, now)
+    def __init__(self, tokenizer: Any, text: str, name: str, now: datetime.datetime | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.text = tokenizer.chat_template = text
         self.name = name
-        self.bos_token_id = bos_token_id
-        self.repeats_bos = False
+        self.now = now or datetime.datetime.now().replace(microsecond=0)
+        self.bos_token_id: int | None = None
+        self.content_parts = False
         self.notes: list[str] = []
+        self._special_tokens = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether the text depends on ``now``."""
+        return "strftime_now" in self.text
 
     @cached_property
     def end_token_ids(self) -> list[int]:
         """The tokens that end an answer; generation stops at them and at the tokenizer's eos."""
         ids, mask = self.encode(PROBE)
-        return sorted({int(ids[i]) for i in range(len(ids)) if mask[i] and not mask[i + 1 : i + 2].any()})
+        return sorted(set(ids[mask & ~np.append(mask[1:], False)].tolist()))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -138,6 +214,8 @@ class ChatTemplate(Renderer):
         if self.reads_clock:
             parts.append(self.now.isoformat())
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    # -- ids ---------------------------------------------------------------------------------------------------------
 
     def encode(
         self,
@@ -159,7 +237,7 @@ class ChatTemplate(Renderer):
             ids [T] int32, mask [T] bool.
 
         Raises:
-            RowError: as ``render``; a turn's text contains a control token; or BOS does not occur exactly once.
+            RowError: as ``render``; a turn's text contains a control token; or BOS does not come first, once.
         """
         if messages[0]["role"] == TEXT:
             ids = self.text_ids(messages[0]["content"])
@@ -169,19 +247,14 @@ class ChatTemplate(Renderer):
 
     def text_ids(self, text: str) -> np.ndarray:
         """The ids of a plain text as TRL makes them, [T] int32: with BOS first and eos last, unless the text has them. It
-        may contain other control tokens.
-
-        Raises:
-            RowError: BOS does not occur exactly once.
-        """
+        may contain other control tokens."""
         eos, bos = self.tokenizer.eos_token, self.tokenizer.bos_token if self.bos_token_id is not None else None
         text = text if text.endswith(eos) else text + eos
-        begun = bos is not None and text.startswith(bos)
-        ids = np.asarray(self.tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"], dtype=np.int32)
+        has_bos = bos is not None and text.startswith(bos)
+        ids = self.tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
         if bos is not None and ids[0] != self.bos_token_id:  # the tokenizer leaves BOS to the template
-            ids = np.concatenate([np.asarray([self.bos_token_id], dtype=np.int32), ids])
-        self._check_bos(ids)
-        return ids
+            ids = [self.bos_token_id, *ids]
+        return self._checked_bos(np.asarray(ids, dtype=np.int32))
 
     def encode_pair(
         self,
@@ -200,12 +273,10 @@ class ChatTemplate(Renderer):
         Raises:
             RowError: as ``encode``.
         """
-        a, b = (
-            self.encoding([*prompt, *response], loss_on, tools, notes, len(prompt)) for response in (chosen, rejected)
-        )
+        a, b = (self.encoding([*prompt, *turns], loss_on, tools, notes, len(prompt)) for turns in (chosen, rejected))
         shorter = min(len(a.ids), len(b.ids))
         shared = (a.ids[:shorter] == b.ids[:shorter]) & (a.ends[:shorter] <= min(a.first, b.first))
-        length = int(np.argmin(shared)) if not shared.all() else shorter
+        length = shorter if shared.all() else int(np.argmin(shared))
         if length == 0:
             raise RowError("no token of the prompt is the same before both answers")
         return Pair(a.ids[:length], a.ids[length:], a.mask[length:], b.ids[length:], b.mask[length:])
@@ -235,24 +306,31 @@ class ChatTemplate(Renderer):
         turns = list(rendered.spans)[-1:] if loss_on == "last" else list(rendered.spans)
         turns = [turn for turn in turns if turn >= prompt and messages[turn].get("train", True)]
         rendered.spans = {turn: rendered.spans[turn] for turn in turns}
-        ids, starts, ends = self.tokenize(rendered)
+        ids, starts, ends = self._tokenize(rendered)
         mask = np.full(len(ids), loss_on == "all")
         for span in rendered.spans.values():
             mask |= (starts >= span.start) & (starts < span.end)
-        for turn in [i for i, message in enumerate(messages) if loss_on == "all" and not message.get("train", True)]:
-            begin, end = (
-                common_length(rendered.text, self.text_of(messages[:count], tools=tools)) for count in (turn, turn + 1)
-            )
-            mask[(starts >= begin) & (starts < end)] = False
+        for turn, message in enumerate(messages):
+            if loss_on == "all" and not message.get("train", True):
+                texts = [self.text_of(messages[:count], tools=tools) for count in (turn, turn + 1)]
+                begin, end = (common_length(rendered.text, text) for text in texts)
+                mask[(starts >= begin) & (starts < end)] = False
         mask &= starts >= first if prompt else np.arange(len(ids)) > 0  # nothing predicts the first token
         return Encoding(rendered.text, ids, mask, starts, ends, first)
 
     def prompt_ids(self, messages: Sequence[Message], tools: list[Any] | None = None) -> np.ndarray:
         """The ids of the turns and the generation prompt, [P] int32."""
         self._refuse_control_tokens(messages)
-        return self.tokenize(Rendered(self.text_of(messages, True, tools)))[0]
+        return self._tokenize(Rendered(self.text_of(messages, True, tools)))[0]
 
-    def tokenize(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            texts = [message["content"], message.get("reasoning_content", "")]
+            texts += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
+            if match := self._control.search("\0".join(texts)):
+                raise RowError(f"a turn's text contains the control token {match.group()}")
+
+    def _tokenize(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids [T] int32 and the characters [T] at which each token starts and ends.
 
         The prompt of each answer has the same ids as at inference: a token over its end and the answer's beginning (a
@@ -260,28 +338,30 @@ class ChatTemplate(Renderer):
         """
         text = rendered.text
         ids, starts, ends = self._offsets(text)
-        crossed = [
-            border
-            for border, _ in rendered.spans.values()
-            if ((starts < border) & (ends > border)).any()
-            # byte-level tokenizers may join a space to a word without showing it in the offsets
-            or (
-                text[border - 1 : border] == " "
-                and not np.array_equal(self._offsets(text[:border])[0], ids[ends <= border])
-            )
-        ]
+        crossed = []
+        for border, _ in rendered.spans.values():
+            crosses = bool(((starts < border) & (ends > border)).any())
+            if not crosses and text[border - 1 : border] == " ":
+                # byte-level tokenizers may join a space to a word without showing it in the offsets
+                crosses = not np.array_equal(self._offsets(text[:border])[0], ids[ends <= border])
+            if crosses:
+                crossed.append(border)
         if crossed:
-            pieces = [
-                (first, self._offsets(text[first:second], continued=first > 0))
-                for first, second in pairwise([0, *crossed, len(text)])
-            ]
-            ids = np.concatenate([piece[0] for _, piece in pieces])
-            starts, ends = (np.concatenate([piece[i] + first for first, piece in pieces]) for i in (1, 2))
-        self._check_bos(ids)
-        return ids, starts, ends
+            borders = list(pairwise([0, *crossed, len(text)]))
+            pieces = [self._offsets(text[first:last], continued=first > 0) for first, last in borders]
+            ids = np.concatenate([piece[0] for piece in pieces])
+            starts, ends = (
+                np.concatenate([piece[i] + first for (first, _), piece in zip(borders, pieces)]) for i in (1, 2)
+            )
+        return self._checked_bos(ids), starts, ends
 
     def _offsets(self, text: str, continued: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        try:  # without special tokens: the template writes BOS
+        """The tokens of a text, without special tokens: the template writes BOS.
+
+        Args:
+            continued: the text continues another one.
+        """
+        try:
             encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         except BaseException as error:
             # a panic in Rust is not an Exception: a regular expression of tokenizer.json that backtracks too far
@@ -292,23 +372,247 @@ class ChatTemplate(Renderer):
         # three times as fast as an array of the pairs
         offsets = np.fromiter(chain.from_iterable(encoding["offset_mapping"]), dtype=np.int64, count=2 * len(ids))
         starts, ends = offsets[::2], offsets[1::2]
-        spaced = (
-            continued and text[:1] != " " and len(ids) and self.tokenizer.convert_ids_to_tokens(int(ids[0]))[0] == "▁"
-        )
-        if spaced:
+        if continued and text[:1] != " " and len(ids) and self.tokenizer.convert_ids_to_tokens(int(ids[0]))[0] == "▁":
             # SentencePiece puts a space before the first word of a text, but not after a newline
             ids, starts, ends = self._offsets("\n" + text)
             inside = ends > 1
             return ids[inside], starts[inside] - 1, ends[inside] - 1
         return ids, starts, ends
 
-    def _check_bos(self, ids: np.ndarray) -> None:
-        if self.bos_token_id is None:
-            return
-        count = int((ids == self.bos_token_id).sum())
-        doubled = len(ids) > 1 and ids[1] == self.bos_token_id
-        if len(ids) == 0 or ids[0] != self.bos_token_id or doubled or (count > 1 and not self.repeats_bos):
-            raise RowError(f"BOS occurs {count} times in the row, not once at its beginning")
+    def _checked_bos(self, ids: np.ndarray) -> np.ndarray:
+        bos = self.bos_token_id
+        if bos is not None and (len(ids) == 0 or ids[0] != bos or (ids[:2] == bos).all()):
+            raise RowError("the row does not begin with BOS, once")
+        return ids
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Texts that the tokenizer reads as control tokens."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        scaffold = self.text_of(PROBE)
+        words = set(self.tokenizer.all_special_tokens)
+        words |= {token.content for token in added if token.special or token.content in scaffold}
+        words -= {"<think>", "</think>", ""}  # rows write them themselves
+        return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
+
+    def text_of(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
+        """The template's text of the turns, equal to transformers' ``apply_chat_template``.
+
+        Raises:
+            RowError: the template refuses the turns.
+        """
+        return self._render(self._form(messages, tools), add_generation_prompt, tools)
+
+    def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
+        """The conversation's text and the answers in it.
+
+        An answer begins at the end of the generation prompt of the turns before it, and includes its end token. A
+        greeting before the first user turn is not an answer; the answer to a system turn alone is one. Earlier answers
+        that the template changes once later turns follow (it cuts their reasoning, or moves the system turn) are context
+        and have no span.
+
+        Args:
+            messages: turns with ``role``, ``content`` and, if they have them, ``tool_calls``, ``reasoning_content``.
+            tools: JSON schemas of the functions that may be called.
+
+        Raises:
+            RowError: the template refuses the turns, leaves one out, gives the last answer another prompt than at
+                inference, or writes no end token after it.
+        """
+        form = self._form(messages, tools)
+        rendered = Rendered(self._render(form, False, tools))
+        # templates omit roles, tools and calls that they do not know
+        if tools and not self._differs(form, rendered.text, None):
+            raise RowError("the chat template does not write the tools")
+        if not self._writes_calls(form, rendered.text, tools):
+            raise RowError("the chat template does not write the tool calls")
+        roles, position = [message["role"] for message in messages], 0
+        for message in messages:
+            said = _written(message, rendered.text, 0 if message["role"] == "system" else position)
+            if said is None:
+                raise RowError(f"the chat template does not write the {message['role']} turn")
+            if message["role"] != "system":
+                position = rendered.text.index(said, position) + len(said)
+        first = next((roles.index(role) for role in ("user", "system") if role in roles), len(roles))
+        for turn in range(first, len(messages)):
+            if roles[turn] == "assistant":
+                self._find_answer(messages, form, turn, tools, rendered)
+        rendered.notes = list(dict.fromkeys(rendered.notes))
+        return rendered
+
+    def _find_answer(
+        self, messages: Sequence[Message], form: list[Any], turn: int, tools: list[Any] | None, rendered: Rendered
+    ) -> None:
+        """Add the span of one answer, if the text has it at the same place as a text that ends with it."""
+        text, last = rendered.text, turn == len(messages) - 1
+        before = self._render(form[:turn], True, tools)
+        upto = text if last else self._render(form[: turn + 1], False, tools)
+        content = _written(messages[turn], upto) or ""
+        start = common_length(before, upto)
+        if start < len(before):  # the generation prompt ends in a text that does not come before an answer
+            history = common_length(before, self._render(form[:turn], False, tools))
+            if start < history:
+                raise RowError("the chat template rewrites earlier turns when an answer is added")
+            tags = list(self._control.finditer(upto, history))
+            # equal characters may belong to the answer or to its first control token
+            begins = [start, *(tag.start() for tag in tags if tag.start() < start < tag.end())]
+            # search behind control tokens: "A" is also a part of <|Assistant|>
+            place = upto.find(content, max([history, *(tag.end() for tag in tags if tag.end() <= start)]))
+            start = min([*begins, *([place] if content and place >= 0 else [])])
+            rendered.notes.append(
+                f"the generation prompt ends in {before[start:]!r}, which the template does not write before an answer"
+            )
+        # an empty block of reasoning is the template's, unless the row has one that the template always writes
+        skipped, found, own = (_after_empty_thinking(*at) for at in ((upto, start), (text, start), (content, 0)))
+        if own and found > start and upto[start:].lstrip().startswith(content):
+            skipped = found = start
+        elif own and not upto.startswith(content, skipped):
+            content = content[own:].strip()
+        answer = upto[skipped:]
+        for what, parts in zip(("the reasoning", "all of the text"), _parts(messages[turn])):
+            if any(part not in upto[start:] for part in parts):
+                which = "the last" if last else "an earlier"
+                rendered.notes.append(f"the chat template does not write {what} of {which} answer")
+        same = common_length(answer, text[found:]) if text.startswith(upto[:start]) else 0
+        end = max((match.end() for match in self._control.finditer(answer) if match.end() <= same), default=0)
+        if end and content in answer[:end] and not self._control.sub("", answer[end:]).strip():
+            rendered.spans[turn] = Span(found, found + end)
+        elif (
+            content in answer and same == len(answer) and (tag := self._next_tag(form, tools, last, text, found + same))
+        ):
+            # as in GLM's templates
+            rendered.text += tag if last else ""
+            rendered.spans[turn] = Span(found, found + same + len(tag))
+        elif last and content not in answer:
+            raise RowError("the chat template does not write the last answer after the generation prompt")
+        elif last:
+            raise RowError("the chat template writes no end token after an answer")
+        else:
+            system = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
+            rendered.notes.append(
+                "the chat template writes the system turn with the last user turn only: earlier answers are not supervised"
+                if upto.find(system) != text.find(system)
+                else "the chat template writes earlier answers otherwise than the last one: they are not supervised"
+            )
+
+    def _next_tag(self, form: list[Any], tools: list[Any] | None, last: bool, text: str, end: int) -> str:
+        """The control token of the next turn right after an answer, or ""."""
+        following = text
+        if last:
+            role = "tool" if form[-1].get("tool_calls") else "user"
+            following = self._render([*form, {"role": role, "content": "?"}], False, tools)
+        match = self._control.match(following, end) if following.startswith(text) else None
+        if match is None and last:  # a following turn removes the answer's reasoning: search after its last line
+            line = text[text.rfind("\n") + 1 :]
+            tags = [m for m in self._control.finditer(following) if following[: m.start()].endswith(line)]
+            match = tags[-1] if line and tags else None
+        return match.group() if match else ""
+
+    def _form(self, messages: Sequence[Message], tools: list[Any] | None) -> list[Any]:
+        """The messages in the form that this template reads.
+
+        Templates with tool calls read an empty content or null, and arguments as an object or as JSON text.
+        """
+        form: list[Any] = []
+        for message in messages:
+            turn: dict[str, Any] = {key: value for key, value in message.items() if key != "train"}
+            if "reasoning_content" in turn:
+                turn["thinking"] = turn["reasoning_content"]
+            if self.content_parts:
+                turn["content"] = [{"type": "text", "text": turn["content"]}]
+            form.append(turn)
+        if not any("tool_calls" in message for message in messages):
+            return form
+        for as_text in (False, True):
+            for empty in ("", None):
+                tried = [_call_form(turn, empty, as_text) for turn in form]
+                try:
+                    text = self._render(tried, False, tools)
+                except RowError:
+                    continue
+                if self._writes_calls(tried, text, tools):
+                    return tried
+        return form
+
+    def _writes_calls(self, form: list[Any], text: str, tools: list[Any] | None) -> bool:
+        if not any("tool_calls" in turn for turn in form):
+            return True
+        without = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in form]
+        return self._differs(without, text, tools)
+
+    def _differs(self, form: list[Any], text: str, tools: list[Any] | None) -> bool:
+        """Whether the template writes another text for ``form``, from which something was left out."""
+        try:
+            return self._render(form, False, tools) != text
+        except RowError:
+            return True
+
+    def _render(self, form: list[Any], add_generation_prompt: bool, tools: list[Any] | None) -> str:
+        try:
+            return _compile_jinja_template(self.text).render(
+                messages=form,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=self.now.strftime,
+                **self._special_tokens,
+            )
+        except Exception as error:  # a template's own errors, or of an expression in it
+            line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+            reason = shown(" ".join(str(error).split()).rstrip("."), 300)
+            raise RowError(f"the chat template refuses the row: {line}{reason}") from None
+
+
+def _call_form(turn: dict[str, Any], empty: str | None, as_text: bool) -> dict[str, Any]:
+    if "tool_calls" not in turn:
+        return turn
+    calls = [dict(call) for call in turn["tool_calls"]]
+    for call in calls if as_text else []:
+        call["function"] = {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}
+    return {**turn, "content": turn["content"] or empty, "tool_calls": calls}
+
+
+def _written(message: Message, text: str, position: int = 0) -> str | None:
+    """The turn's content as it occurs in a text from ``position`` on: trimmed, or without its reasoning; or None."""
+    whole = message["content"].strip()
+    forms = [whole]
+    if message["role"] == "assistant":
+        forms += [_THINKING.sub("", whole).strip(), whole.split("</think>")[-1].strip()]
+    if message["role"] == "tool" and (words := re.findall(r"\w+", whole)):  # templates reformat its JSON
+        forms.append(max(words, key=len))
+    return next((form for form in forms if text.find(form, position) >= 0), None)
+
+
+def _parts(message: Message) -> tuple[list[str], list[str]]:
+    """The texts of an answer's reasoning, and the others."""
+    texts = _TAG.split(message["content"])
+    reasoning, rest = [message.get("reasoning_content", "").strip()], [texts[-1].strip()]
+    for text, tag in zip(texts[:-1:2], texts[1::2]):
+        (reasoning if tag == "</think>" else rest).append(text.strip())
+    return reasoning, rest
+
+
+def _after_empty_thinking(text: str, position: int) -> int:
+    """The position behind an empty block of reasoning."""
+    match = _EMPTY_THINKING.match(text, position)
+    assert match is not None
+    return match.end()
+
+
+def common_length(a: str, b: str) -> int:
+    """The length of the common prefix of two texts."""
+    low, high = 0, min(len(a), len(b)) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle)
+    return low
+
+
+# -- choosing a template -------------------------------------------------------------------------------------------------
 
 
 def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None = None) -> ChatTemplate:
@@ -327,15 +631,10 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
     """
     name, text = _choose(choice, tokenizer)
     what = f"chat template {name}"
-    if not getattr(tokenizer, "is_fast", False):
+    if not tokenizer.is_fast or tokenizer.eos_token is None:
         raise UserError(
-            f"{what}: the tokenizer is {type(tokenizer).__name__}, which gives no character offsets.",
-            "Use a model folder with a tokenizer.json, or one whose tokenizer transformers can convert.",
-        )
-    if tokenizer.eos_token is None:
-        raise UserError(
-            f"{what}: the tokenizer has no eos token, so answers could not end.",
-            "Name one as eos_token in its tokenizer_config.json.",
+            f"{what}: the tokenizer ({type(tokenizer).__name__}) gives no character offsets, or has no eos token.",
+            "Use a model folder with a tokenizer.json, whose tokenizer_config.json names an eos_token.",
         )
     vocabulary = tokenizer.get_vocab()
     if missing := [token for token in NEEDED_TOKENS.get(name, ()) if token not in vocabulary]:
@@ -343,44 +642,40 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
             f"{what}: the tokenizer does not know {', '.join(missing)} as one token.",
             "Choose chat_template: zephyr, which needs no token but eos.",
         )
-    if not isinstance(text, str):
-        raise UserError(f"{what}: is a {type(text).__name__}, not text.", _OTHER)
-    notes = []
-    adds_bos = _adds_bos(tokenizer)
-    if name in TEMPLATES and not adds_bos:
-        text = text.removeprefix(BOS)
-    template = ChatTemplate(tokenizer, text, name, now=now)
-    probe = _probe(template, what)
     bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
-    if not adds_bos:
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
+    template = ChatTemplate(tokenizer, text if adds_bos or name not in TEMPLATES else text.removeprefix(BOS), name, now)
+    try:
+        probe = _probe(template)
+        if adds_bos and not probe.startswith(bos):
+            # the tokenizer writes BOS, and servers that render the template do not
+            template.text = tokenizer.chat_template = BOS + text
+            probe = _probe(template)
+            template.notes.append(f"{what} writes no BOS, the tokenizer does: {BOS} was put in front")
         # Llama 3's tokenizer leaves BOS to the template; a BOS before each turn, as ChatML's, is a turn's tag
-        adds_bos = bool(bos) and probe.startswith(bos) and probe.count(bos) == 1
-    elif not probe.startswith(bos):
-        # the tokenizer writes BOS, and servers that render the template do not
-        parts = template.content_parts
-        template = ChatTemplate(tokenizer, BOS + text, name, now=now)
-        template.content_parts = parts
-        probe = _probe(template, what)
-        notes.append(f"{what} writes no BOS, the tokenizer does: {BOS} was put in front")
-    if adds_bos and bos_id != tokenizer.eos_token_id:  # OPT has one token for both
-        ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
-        if ids[:2] == [bos_id, bos_id]:
-            raise UserError(f"{what}: writes BOS twice at the beginning.", "It must be written once, first.")
-        template.repeats_bos = ids.count(bos_id) > 1
-        template.bos_token_id = bos_id
-    if tokenizer.eos_token_id not in template.end_token_ids:
-        ends = ", ".join(tokenizer.convert_ids_to_tokens(template.end_token_ids))
-        notes.append(f"{what}: answers end with {ends}, which is not the tokenizer's eos {tokenizer.eos_token}")
-    template.notes = notes
+        if adds_bos or (bos and probe.startswith(bos) and probe.count(bos) == 1):
+            template.bos_token_id = bos_id if bos_id != tokenizer.eos_token_id else None  # OPT has one token for both
+        ends = template.end_token_ids
+    except RowError as error:
+        raise UserError(
+            f"{what}: cannot be trained on: {error}.",
+            "Choose zephyr, chatml or llama3, or change the template.",
+        ) from None
+    if tokenizer.eos_token_id not in ends:
+        words = ", ".join(tokenizer.convert_ids_to_tokens(ends))
+        template.notes.append(
+            f"{what}: answers end with {words}, which is not the tokenizer's eos {tokenizer.eos_token}"
+        )
     return template
 
 
-def _choose(choice: str, tokenizer: Any) -> tuple[str, Any]:
+def _choose(choice: str, tokenizer: Any) -> tuple[str, str]:
+    """The name and the text of a template."""
     if choice == "auto":
         own = tokenizer.chat_template
         if isinstance(own, dict):
             own = own.get("default")
-        return ("the tokenizer's own", own) if own else ("zephyr", TEMPLATES["zephyr"])
+        return ("the tokenizer's own", own) if own else ("zephyr", ZEPHYR)
     if choice in TEMPLATES:
         return choice, TEMPLATES[choice]
     if "{%" in choice or "{{" in choice:  # in the alignment handbook's YAML files
@@ -394,34 +689,21 @@ def _choose(choice: str, tokenizer: Any) -> tuple[str, Any]:
     return choice, read_text(path, name=f"chat_template {choice}")
 
 
-def _adds_bos(tokenizer: Any) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-
-
-def _probe(template: ChatTemplate, what: str) -> str:
+def _probe(template: ChatTemplate) -> str:
     """The text of a plain conversation, after the checks that need no rows."""
     try:
+        rendered = template.render(PROBE)
+    except RowError as error:
+        template.content_parts = True  # templates of vision models read lists of parts only
         try:
             rendered = template.render(PROBE)
-        except RowError as error:
-            if template.content_parts:
-                raise
-            template.content_parts = True  # templates of vision models read lists of parts only
-            try:
-                rendered = template.render(PROBE)
-            except RowError:
-                raise error from None
-        plain, prompt = (template.text_of(PROBE[:1], add) for add in (False, True))
-    except TemplateSyntaxError as error:
-        raise UserError(f"{what} line {error.lineno}: {error.message}.") from None
-    except RowError as error:
-        raise UserError(f"{what}: cannot be trained on: {error}.", _OTHER) from None
+        except RowError:
+            raise error from None
     text, span = rendered.text, rendered.spans[3]
     opening = text[span.start : text.find(PROBE[3]["content"], span.start)]
-    if plain == prompt and opening.strip():
-        raise UserError(
-            f"{what}: ignores add_generation_prompt, so that an answer would begin with its own tag {opening!r}.",
-            "End the template with {% if add_generation_prompt %}…{% endif %}.",
+    if opening.strip() and template.text_of(PROBE[:1]) == template.text_of(PROBE[:1], True):
+        raise RowError(
+            f"it ignores add_generation_prompt, so that an answer would begin with its own tag {opening!r}; "
+            "end it with {% if add_generation_prompt %}…{% endif %}"
         )
     return text

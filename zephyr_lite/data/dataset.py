@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -83,7 +83,7 @@ class DataReport:
         values = dict(vars(self))
         for key in ("dropped", "changed"):
             values[key] = {
-                reason: {"count": len(where), "first": where[:_PLACES]} for reason, where in getattr(self, key).items()
+                reason: {"count": len(where), "first": where[:_PLACES]} for reason, where in values[key].items()
             }
         return values
 
@@ -110,9 +110,6 @@ class Examples(Sequence[Any]):
         row = self._table[position : position + 1]
         arrays = {c: row.column(c).combine_chunks().flatten().to_numpy(zero_copy_only=False) for c in self._columns}
         return self._kind(**arrays, where=row.column("where")[0].as_py(), index=position)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(len(self)))
 
     def columns(self, *names: str) -> datasets.Dataset:
         """Columns of all examples as Arrow: arrays, where, length, supervised, lost, cut."""
@@ -162,6 +159,12 @@ def prepare(
     report = DataReport(
         what, notes=[*rows.notes, *template.notes], read=rows.read, dropped=rows.dropped, changed=rows.changed
     )
+    arrays = {
+        name: datasets.Sequence(datasets.Value("bool" if name.endswith("mask") else "int32"))
+        for name in _ARRAYS[method]
+    }
+    counts = dict.fromkeys(("length", "supervised", "lost", "cut"), datasets.Value("int32"))
+    texts = dict.fromkeys(("where", "fault", "note"), datasets.Value("string"))
     options = {
         "method": method,
         "loss_on": config.loss_on,
@@ -172,58 +175,35 @@ def prepare(
     table = map_rows(
         rows.dataset,
         _encode,
-        _features(method),
+        datasets.Features({**arrays, **counts, **texts}),
         options={"template": template, **options},
         key={**options, "template": template.fingerprint, "versions": versions},
         batch_size=200,
         desc=f"tokenizing {what} data",
     )
-    stats = {
-        c: np.asarray(table.with_format("numpy")[c][:])
-        for c in ("length", "supervised", "lost", "cut", "fault", "note")
-    }
-    faulty = np.flatnonzero(stats["fault"] != "")
-    for index, where in zip(faulty, table.select(faulty)["where"] if len(faulty) else []):
-        report.dropped.setdefault(str(stats["fault"][index]), []).append(where)
-    kept = np.flatnonzero(stats["fault"] == "")
-    if len(kept) == 0:
-        raise UserError(
-            f"{what} data: no row is left to train on: {summarise(report.dropped)}.", _hint(report.dropped, config)
-        )
+    stats = {name: np.asarray(table.with_format("numpy")[name][:]) for name in (*counts, "fault", "note")}
+    faulty, kept = np.flatnonzero(stats["fault"] != ""), np.flatnonzero(stats["fault"] == "")
     noted = kept[stats["note"][kept] != ""]
-    for index, where in zip(noted, table.select(noted)["where"] if len(noted) else []):
-        for note in str(stats["note"][index]).split("\n"):
-            report.changed.setdefault(note, []).append(where)
+    for places, column, found in ((report.dropped, "fault", faulty), (report.changed, "note", noted)):
+        for index, where in zip(found, table.select(found)["where"] if len(found) else ()):
+            for text in str(stats[column][index]).split("\n"):
+                places.setdefault(text, []).append(where)
+    if len(kept) == 0:
+        hint = "Correct the rows, or choose others or another chat_template."
+        if any("max_length" in reason or "budget" in reason for reason in report.dropped):
+            hint = f"Raise max_length ({config.max_length}), or lower max_prompt_length ({config.max_prompt_length})."
+        raise UserError(f"{what} data: no row is left to train on: {summarise(report.dropped)}.", hint)
     if len(faulty):
         table = table.select(kept)
     lengths = stats["length"][kept].astype(np.int64)
     packed = best_fit(lengths, config.max_length) if method == "sft" else [[i] for i in range(len(kept))]
     report.kept, report.rows = len(kept), len(packed)
-    report.cut = int((stats["cut"][kept] > 0).sum())
-    report.prompts_cut = int((stats["cut"][kept] > 1).sum())
+    report.cut, report.prompts_cut = (int((stats["cut"][kept] > level).sum()) for level in (0, 1))
     report.supervised_lost = int(stats["lost"][kept].sum())
     report.tokens, report.supervised = int(lengths.sum()), int(stats["supervised"][kept].sum())
     report.fill = report.tokens / (len(packed) * config.max_length) if method == "sft" else None
     report.longest = int(lengths.max())
     return TokenizedDataset(Examples(table, method), lengths, packed, report, _fingerprint(table, method, template))
-
-
-def _hint(dropped: dict[str, list[str]], config: RunConfig) -> str:
-    if any("max_length" in reason or "budget" in reason for reason in dropped):
-        return f"Raise max_length ({config.max_length}), or lower max_prompt_length ({config.max_prompt_length})."
-    if any("chat template" in reason for reason in dropped):
-        return "Choose another chat_template: zephyr takes turns in every order."
-    return "Correct the rows, or choose others."
-
-
-def _features(method: Method) -> datasets.Features:
-    arrays = {
-        name: datasets.Sequence(datasets.Value("bool" if name.endswith("mask") else "int32"))
-        for name in _ARRAYS[method]
-    }
-    counts = {name: datasets.Value("int32") for name in ("length", "supervised", "lost", "cut")}
-    texts = {name: datasets.Value("string") for name in ("where", "fault", "note")}
-    return datasets.Features({**arrays, **counts, **texts})
 
 
 def _encode(
@@ -235,28 +215,26 @@ def _encode(
     max_length: int,
     max_prompt_length: int,
 ) -> dict[str, list[Any]]:
-    """A batch of normalised rows as ``_features``."""
+    """A batch of normalised rows as arrays, counts and texts. ``cut`` is 1 for a cut example, 2 with a cut prompt."""
     names = _ARRAYS[method]
-    result: dict[str, list[Any]] = {name: [] for name in _features(method)}
+    rows: list[dict[str, Any]] = []
     for where, text in zip(batch["where"], batch["row"]):
         arrays = tuple(np.zeros(0, bool if name.endswith("mask") else np.int32) for name in names)
         lost = cut = 0
-        fault = ""
+        fault, row = "", json.loads(text)
         notes: list[str] = []
-        row = json.loads(text)
         try:
             if method == "sft":
                 ids, mask = template.encode(row["messages"], loss_on, row.get("tools"), notes)
-                arrays, lost, cut = _fit_conversation(ids, mask, max_length)
+                arrays, lost, cut = _cut_conversation(ids, mask, max_length)
             else:
                 prompt, chosen, rejected = (row[column] for column in ("prompt", "chosen", "rejected"))
                 pair = template.encode_pair(prompt, chosen, rejected, loss_on, row.get("tools"), notes)
-                arrays, lost, cut = _fit_pair(pair, max_length, max_prompt_length, template.bos_token_id is not None)
+                arrays, lost, cut = _cut_pair(pair, max_length, max_prompt_length, template.bos_token_id is not None)
         except RowError as error:
             fault = str(error)
         masks = [array for name, array in zip(names, arrays) if name.endswith("mask")]
         cells = {
-            **dict(zip(names, arrays)),
             "length": sum(map(len, arrays)) - sum(map(len, masks)),
             "supervised": sum(int(mask.sum()) for mask in masks),
             "lost": lost,
@@ -265,12 +243,11 @@ def _encode(
             "fault": fault,
             "note": "\n".join(dict.fromkeys(notes)),
         }
-        for name, cell in cells.items():
-            result[name].append(cell)
-    return result
+        rows.append(dict(zip(names, arrays)) | cells)
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _fit_conversation(ids: np.ndarray, mask: np.ndarray, max_length: int) -> tuple[tuple[np.ndarray, ...], int, int]:
+def _cut_conversation(ids: np.ndarray, mask: np.ndarray, max_length: int) -> tuple[tuple[np.ndarray, ...], int, int]:
     """((ids, mask), supervised tokens lost, 1 if it was cut)."""
     if not mask.any():
         raise RowError("no supervised token")
@@ -280,7 +257,7 @@ def _fit_conversation(ids: np.ndarray, mask: np.ndarray, max_length: int) -> tup
     return (short, short_mask), lost, int(len(ids) > max_length)
 
 
-def _fit_pair(
+def _cut_pair(
     pair: Pair, max_length: int, max_prompt_length: int, keeps_first: bool
 ) -> tuple[tuple[np.ndarray, ...], int, int]:
     """(the pair's arrays, supervised tokens lost, 0: whole, 1: cut, 2: with a cut prompt)."""

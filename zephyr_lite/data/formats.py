@@ -1,11 +1,12 @@
-"""The formats of rows, and their conversion to messages.
+"""The formats of rows (OpenAI, ShareGPT, Alpaca, Hermes, Capybara, UltraChat, preference pairs), read as messages.
 
-Every function works on one row. A faulty row is a ``RowError`` with a reason; the caller leaves the row out, counts it
-and names its place. All other columns and keys are either read or listed as not read.
+One row at a time: a faulty row is a ``RowError`` with a reason; the caller leaves it out, counts it and names its place.
+Columns and keys that have a value and are not read are listed.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,14 +15,14 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from ..io.text import shown
-from .messages import Message as Message
-from .messages import RowError as RowError
-from .messages import as_messages, as_text, as_tools, listed, message, truth
 
 Method = Literal["sft", "dpo"]
+# role and content; if the row has them, tool_calls, reasoning_content, name, tool_call_id; and train: False
+Message = dict[str, Any]
 
 # column of turns → the name of its format
 TURNS = {"messages": "messages", "conversations": "ShareGPT", "conversation": "conversation turns"}
+_PROMPTS = ("prompt", "question", "instruction")
 _ANSWERS = ("prompt", "completion", "instruction", "input", "output", "question", "chosen", "rejected")
 _BESIDE = ("system", "system_prompt", "history", "tools", "functions", "label")
 COLUMNS = (*TURNS, *_ANSWERS, *_BESIDE, "data", "text")
@@ -37,15 +38,47 @@ _LIKELY = {
     "chosen": ("preferred", "accepted", "better", "winner", "win", "good", "positive", "chosen_response"),
     "rejected": ("dispreferred", "refused", "worse", "loser", "lose", "bad", "negative", "rejected_response"),
 }
-
-_TRANSCRIPT = re.compile(r"(?:^|\n\n)[ \t]*(Human|Assistant):")
-_OPEN_TRANSCRIPT = re.compile(r"(\s*\n\n)?[ \t]*Human:.*\n\nAssistant:\s*", re.DOTALL)
-
 _NEEDS = {
     "sft": "sft needs conversations: a column messages, conversations (ShareGPT), instruction and output (Alpaca), "
     "prompt and completion, data (raw UltraChat), or plain text: a column text",
     "dpo": "dpo needs preference rows: columns chosen and rejected, with or without prompt",
 }
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "ipython": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    # turns that are a call, as JSON
+    "function_call": "assistant",
+    "tool_call": "assistant",
+}
+_CALLS = ("function_call", "tool_call")
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+# keys for whether a turn is supervised, of OpenAI, Axolotl, ms-swift and torchtune, without "is_", "_" and "-"
+_TRAINED = {"weight", "train", "trained", "training", "trainable", "trainonturn", "supervise", "supervised", "loss"}
+_TRAINED |= {"lossweight", "lossscale", "lossmask"}
+_MASKED = {"masked", "mask", "ignore", "ignored"}
+_TRUE, _FALSE = ("true", "yes", "on", "1", "1.0"), ("false", "no", "off", "0", "0.0")
+
+_TRANSCRIPT = re.compile(r"(?:^|\n\n)[ \t]*(Human|Assistant):")
+_OPEN_TRANSCRIPT = re.compile(r"(\s*\n\n)?[ \t]*Human:.*\n\nAssistant:\s*", re.DOTALL)
+
+
+class RowError(Exception):
+    """A row that cannot be trained on; ``str(error)`` is the reason that it is counted under."""
 
 
 @dataclass
@@ -75,12 +108,13 @@ class _Reading:
         self.unread_keys: set[str] = set()
         self.changes: list[str] = []
 
-    def has(self, column: str) -> bool:
-        return self.values.get(column) is not None
+    def holds(self, *columns: str) -> str | None:
+        """The first of these columns with a value."""
+        return next((column for column in columns if _has_value(self.values.get(column))), None)
 
     def take(self, *columns: str) -> Any:
         """The value of the first of these columns with one, else None."""
-        column = next((c for c in columns if _holds(self.values.get(c))), None)
+        column = self.holds(*columns)
         if column is None:
             return None
         self.read.add(column)
@@ -90,7 +124,7 @@ class _Reading:
         return as_messages(self.take(column), column, self.unread_keys)
 
 
-def _holds(value: Any) -> bool:
+def _has_value(value: Any) -> bool:
     return value is not None and value != "" and value != [] and value != {}
 
 
@@ -104,19 +138,29 @@ def normalise(values: Mapping[str, Any], method: Method) -> Row:
     Raises:
         RowError: it has no format of this method, or cannot be trained on.
     """
-    found = _format({c for c, value in values.items() if _holds(value)}, method) or _format(set(values), method)
+    found = _format({c for c, value in values.items() if _has_value(value)}, method) or _format(set(values), method)
     if found is None:
         what = "conversation" if method == "sft" else "preference pair"
         raise RowError(f"no {what} in columns {shown(', '.join(values) or 'none', 200)}")
     kind, read = found
-    reading = _Reading(values)
-    value = read(reading)
-    if method == "sft":
-        _refuse_labelled_false(reading, kind)
-    if tools := as_tools(reading.take("tools", "functions")):
+    row = _Reading(values)
+    value = read(row)
+    label = values.get("label")
+    # KTO's; in other rows a number may be a class
+    if method == "sft" and (kind == "prompt and completion" or str(label).strip().lower() in ("true", "false")):
+        is_good = truth(label)
+        if is_good is False:
+            raise RowError("label is false: a rejected answer")
+        if is_good:
+            row.read.add("label")
+    if tools := as_tools(row.take("tools", "functions")):
         value["tools"] = tools
-    unread = [column for column, item in values.items() if column not in reading.read and _holds(item)]
-    return Row(value, kind, reading.changes, unread, sorted(reading.unread_keys))
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        raise RowError("text that is not valid Unicode") from None
+    unread = [column for column, item in values.items() if column not in row.read and _has_value(item)]
+    return Row(value, kind, row.changes, unread, sorted(row.unread_keys))
 
 
 def detect(columns: list[str], method: Method, where: str) -> str:
@@ -128,17 +172,14 @@ def detect(columns: list[str], method: Method, where: str) -> str:
     have = set(columns)
     if found := _format(have, method):
         return found[0]
-    if method == "dpo" and {"prompt", "completion", "label"} <= have:
-        raise UserError(
-            f"{where}: found prompt, completion and label (KTO rows); {_NEEDS['dpo']}.",
-            "Pair answers to the same prompt: chosen has label true, rejected has label false.",
-        )
     other = _format(have, "dpo" if method == "sft" else "sft")
+    what = f"{other[0]} rows" if other else f"columns {shown(', '.join(columns), 500)}"
+    hint = mapping_hint(columns, method)
     if other and method == "sft":
         what, hint = "preference rows (chosen and rejected)", "Train on them with zephyr-lite dpo."
-    else:
-        what = f"{other[0]} rows" if other else f"columns {shown(', '.join(columns), 500)}"
-        hint = mapping_hint(columns, method)
+    elif method == "dpo" and {"prompt", "completion", "label"} <= have:
+        what = "prompt, completion and label (KTO rows)"
+        hint = "Pair answers to the same prompt: chosen has label true, rejected has label false."
     raise UserError(f"{where}: found {what}; {_NEEDS[method]}.", hint)
 
 
@@ -157,22 +198,8 @@ def mapping_hint(columns: list[str], method: Method) -> str:
 
 
 def _format(have: set[str], method: Method) -> tuple[str, Callable[[_Reading], dict[str, Any]]] | None:
-    if method == "dpo":
-        if {"chosen", "rejected"} <= have:
-            return "preference pairs" + (" with a prompt column" if "prompt" in have else ""), _read_pair
-        return None
-    for column, name in TURNS.items():
-        if column in have:
-            return name, partial(_read_messages, column=column)
-    if {"instruction", "output"} <= have:
-        return "Alpaca", lambda row: _conversation(row, [*_prompt(row), *_answer(row, "output")])
-    if {"prompt", "completion"} <= have:
-        return "prompt and completion", _read_completion
-    if "data" in have:
-        return "raw UltraChat", _read_turns
-    if "text" in have:
-        return PLAIN, _read_text
-    return None
+    """The name and the reader of the first format whose columns are there."""
+    return next(((name, read) for columns, name, read in _FORMATS[method] if columns <= have), None)
 
 
 # -- conversations -------------------------------------------------------------------------------------------------------
@@ -185,7 +212,18 @@ def _read_messages(row: _Reading, column: str) -> dict[str, Any]:
     return _conversation(row, messages, "instruction")
 
 
-def _read_turns(row: _Reading) -> dict[str, Any]:
+def _read_alpaca(row: _Reading) -> dict[str, Any]:
+    return _conversation(row, [*_prompt(row), *_answer(row, "output")])
+
+
+def _read_completion(row: _Reading) -> dict[str, Any]:
+    prompt, answer = _prompt(row), _answer(row, "completion")
+    if answer[0]["role"] == "assistant":
+        _refuse_answered(prompt)
+    return _conversation(row, [*prompt, *answer])
+
+
+def _read_ultrachat(row: _Reading) -> dict[str, Any]:
     turns = row.take("data") or []
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         raise RowError("data is not a list of texts, the user's and the assistant's in turn")
@@ -201,70 +239,46 @@ def _read_text(row: _Reading) -> dict[str, Any]:
     return {"messages": [message(TEXT, text)]}
 
 
-def _read_completion(row: _Reading) -> dict[str, Any]:
-    prompt, answer = _prompt(row), _answer(row, "completion")
-    if not _is_whole(answer):
-        _refuse_answered(prompt)
-    return _conversation(row, [*prompt, *answer])
-
-
 def _conversation(row: _Reading, messages: list[Message], *system_columns: str) -> dict[str, Any]:
     messages = _with_system(row, messages, *system_columns)
-    messages = _checked(row, messages)
     if all(turn.get("train") is False for turn in messages if turn["role"] == "assistant"):
         raise RowError("every answer is marked as not to be trained")
     return {"messages": messages}
-
-
-def _refuse_labelled_false(row: _Reading, kind: str) -> None:
-    """Refuse an answer with KTO's label false. A number is such a label in rows of prompt and completion only;
-    elsewhere it may be a class."""
-    label = row.values.get("label")
-    is_text = isinstance(label, str) and label.strip().lower() in ("true", "false")
-    if not (isinstance(label, bool) or is_text or kind == "prompt and completion"):
-        return
-    good = truth(label)
-    if good is not None:
-        row.read.add("label")
-    if good is False:
-        raise RowError("label is false: a rejected answer")
 
 
 # -- pairs ---------------------------------------------------------------------------------------------------------------
 
 
 def _read_pair(row: _Reading) -> dict[str, Any]:
-    explicit = any(
-        _holds(row.values.get(c)) for c in ("prompt", "question", "instruction", "conversations", "messages")
-    )
-    repeated = _repeats_transcript(row)
-    chosen, rejected = (_answer(row, c, transcript=repeated or not explicit) for c in ("chosen", "rejected"))
+    has_prompt = row.holds(*_PROMPTS, "conversations", "messages") is not None
+    opened = str(row.values.get("prompt") or "")
+    if _OPEN_TRANSCRIPT.fullmatch(opened):  # chosen and rejected may be transcripts that begin with the prompt's
+        has_prompt = not all(str(row.values[c]).strip().startswith(opened.strip()) for c in ("chosen", "rejected"))
+    chosen, rejected = (_answer(row, c, is_transcript=not has_prompt) for c in ("chosen", "rejected"))
     # ultrafeedback_binarized and others repeat the conversation in both columns; the prompt column is then only its
     # first user turn
-    if _is_whole(chosen) != _is_whole(rejected):
+    repeats = [turns[0]["role"] != "assistant" for turns in (chosen, rejected)]
+    if any(repeats) != all(repeats):
         raise RowError("one of chosen and rejected repeats the prompt, the other does not")
-    if _is_whole(chosen):
-        before = _only_in_prompt(row, chosen)
-        chosen, rejected = [*before, *chosen], [*before, *rejected]
-    else:
-        prompt = _prompt(row)
+    prompt = _only_in_prompt(row, chosen) if all(repeats) else _prompt(row)
+    if not any(repeats):
         if not prompt:
             raise RowError("no prompt: chosen and rejected hold answers only, and there is no prompt column")
         _refuse_answered(prompt)
-        chosen, rejected = [*prompt, *chosen], [*prompt, *rejected]
-    chosen, rejected = (_checked(row, _with_system(row, turns)) for turns in (chosen, rejected))
+    chosen, rejected = (_with_system(row, [*prompt, *turns]) for turns in (chosen, rejected))
     plain = [[{**turn, "train": None} for turn in turns] for turns in (chosen, rejected)]
     if plain[0] == plain[1]:
         raise RowError("chosen equals rejected")
     shorter = min(len(chosen), len(rejected))
     common = next((i for i, (a, b) in enumerate(zip(*plain)) if a != b), shorter)
-    if common < shorter and chosen[common]["role"] != rejected[common]["role"]:
-        raise RowError("chosen and rejected differ in the order of their turns")
-    if common < shorter and chosen[common]["role"] != "assistant":
-        raise RowError("chosen and rejected answer different prompts")
-    # one may be the beginning of the other: the responses begin with an answer
-    while common > 0 and not (common < shorter and chosen[common]["role"] == rejected[common]["role"] == "assistant"):
-        common -= 1
+    if common < shorter:
+        roles = {chosen[common]["role"], rejected[common]["role"]}
+        if len(roles) > 1:
+            raise RowError("chosen and rejected differ in the order of their turns")
+        if roles != {"assistant"}:
+            raise RowError("chosen and rejected answer different prompts")
+    else:  # one is the beginning of the other: the responses begin with the last answer that both have
+        common = max((i for i in range(common) if chosen[i]["role"] == "assistant"), default=0)
     if common == 0:
         raise RowError("no prompt: chosen and rejected have no user turn in common")
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
@@ -279,127 +293,279 @@ def _refuse_answered(prompt: list[Message]) -> None:
         raise RowError("the prompt ends with an assistant turn, which an answer cannot follow")
 
 
-def _is_whole(turns: list[Message]) -> bool:
-    """Whether a chosen or rejected column repeats the prompt: it does not begin with an answer."""
-    return bool(turns) and turns[0]["role"] != "assistant"
-
-
-def _repeats_transcript(row: _Reading) -> bool:
-    """Whether chosen and rejected are transcripts that begin with the one in the prompt column."""
-    prompt = str(row.values.get("prompt") or "")
-    sides = [row.values.get(column) for column in ("chosen", "rejected")]
-    return _is_open_transcript(prompt) and all(
-        isinstance(s, str) and s.strip().startswith(prompt.strip()) for s in sides
-    )
-
-
 def _only_in_prompt(row: _Reading, turns: list[Message]) -> list[Message]:
     """The turns of the prompt column (a system turn, history) that come before those repeated in another column."""
-    if not _holds(row.values.get("prompt")):
+    if not row.holds("prompt"):
         return []
     prompt = _prompt(row)
-    plain = [[(turn["role"], turn["content"].strip()) for turn in part] for part in (prompt, turns)]
+    before, after = ([(turn["role"], turn["content"].strip()) for turn in part] for part in (prompt, turns))
     for shared in range(min(len(prompt), len(turns)), 0, -1):
-        if plain[0][len(prompt) - shared :] == plain[1][:shared]:
+        if before[len(prompt) - shared :] == after[:shared]:
             return prompt[: len(prompt) - shared]
-    if plain[0][0] in plain[1]:  # after a system turn of the other column
+    if before[0] in after:  # after a system turn of the other column
         return []
-    if all(role == "system" for role, _ in plain[0]) and plain[1][0][0] != "system":
+    if all(role == "system" for role, _ in before) and after[0][0] != "system":
         return prompt
     row.read.discard("prompt")
     return []
+
+
+_FORMATS: dict[Method, list[tuple[set[str], str, Callable[[_Reading], dict[str, Any]]]]] = {
+    "sft": [
+        *(({column}, name, partial(_read_messages, column=column)) for column, name in TURNS.items()),
+        ({"instruction", "output"}, "Alpaca", _read_alpaca),
+        ({"prompt", "completion"}, "prompt and completion", _read_completion),
+        ({"data"}, "raw UltraChat", _read_ultrachat),
+        ({"text"}, PLAIN, _read_text),
+    ],
+    "dpo": [
+        ({"prompt", "chosen", "rejected"}, "preference pairs with a prompt column", _read_pair),
+        ({"chosen", "rejected"}, "preference pairs", _read_pair),
+    ],
+}
 
 
 # -- columns to messages -------------------------------------------------------------------------------------------------
 
 
 def _prompt(row: _Reading) -> list[Message]:
-    """The turns before the answer, from the first column that has them; [] if none has."""
-    named = [column for column in ("prompt", "question", "instruction") if row.has(column)]
-    source = next((column for column in named if _holds(row.values[column])), named[0] if named else None)
+    """The turns before the answer, from the first column that has them, after Alpaca's ``history`` of earlier [question,
+    answer] pairs; [] if none has."""
+    source = row.holds(*_PROMPTS) or next((column for column in _PROMPTS if row.values.get(column) is not None), None)
     if source is None:
-        column = next((c for c in ("conversations", "messages") if _holds(row.values.get(c))), None)
+        column = row.holds("conversations", "messages")
         return row.messages(column) if column else []
     value = row.take(source)
     if isinstance(value, (list, Mapping)):
         turns = as_messages(value, source, row.unread_keys)
-    elif _is_open_transcript(value):
+    elif isinstance(value, str) and _OPEN_TRANSCRIPT.fullmatch(value):
         row.changes.append("the prompt is a transcript (Human: … Assistant:) and was split into turns")
         turns = _transcript(value)
     else:
         parts = [as_text(value, source), as_text(row.take("input"), "input") if source == "instruction" else ""]
         turns = [message("user", "\n\n".join(part for part in parts if part.strip()))]
-    return [*_history(row), *turns]
-
-
-def _history(row: _Reading) -> list[Message]:
-    """Alpaca's column of earlier [question, answer] pairs."""
-    turns = []
+    history = []
     for pair in listed(row.take("history"), "history pairs"):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError("history is not a list of [question, answer] pairs")
-        turns += [message("user", as_text(pair[0], "history")), message("assistant", as_text(pair[1], "history"))]
-    return turns
+        history += [message("user", as_text(pair[0], "history")), message("assistant", as_text(pair[1], "history"))]
+    return [*history, *turns]
 
 
-def _answer(row: _Reading, column: str, *, transcript: bool = False) -> list[Message]:
+def _answer(row: _Reading, column: str, *, is_transcript: bool = False) -> list[Message]:
     value = row.take(column)
     if isinstance(value, (list, Mapping)):
         return as_messages(value, column, row.unread_keys)
     text = as_text(value, column)
-    match = _TRANSCRIPT.search(text) if transcript else None
-    if match and not text[: match.start()].strip():
-        return _transcript(text)
-    return [message("assistant", text)]
-
-
-def _is_open_transcript(value: Any) -> bool:
-    """Whether a prompt is a transcript, Human: … Assistant:, without the last answer."""
-    return isinstance(value, str) and _OPEN_TRANSCRIPT.fullmatch(value) is not None
+    match = _TRANSCRIPT.search(text) if is_transcript else None
+    return _transcript(text) if match and not text[: match.start()].strip() else [message("assistant", text)]
 
 
 def _transcript(text: str) -> list[Message]:
     """``\\n\\nHuman: … \\n\\nAssistant: …`` as turns, without an empty last one."""
-    as_text(text, "a transcript")
     parts = _TRANSCRIPT.split(text)[1:]
     turns = [
         message("user" if who == "Human" else "assistant", said.strip()) for who, said in zip(parts[::2], parts[1::2])
     ]
-    return turns[:-1] if not turns[-1]["content"] else turns
-
-
-# -- checks --------------------------------------------------------------------------------------------------------------
+    return turns[:-1] if len(turns) > 1 and not turns[-1]["content"] else turns
 
 
 def _with_system(row: _Reading, messages: list[Message], *more_columns: str) -> list[Message]:
-    """The turns, after one of the row's system column if they have no system turn."""
-    messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
-    if any(m["role"] == "system" for m in messages):
-        return messages
-    for column in ("system", "system_prompt", *more_columns):
-        text = as_text(row.take(column), column)
-        if text.strip():
-            if column in more_columns:
-                row.changes.append(f"the column {column} was taken as the system turn")
-            return [message("system", text), *messages]
-    return messages
-
-
-def _checked(row: _Reading, messages: list[Message]) -> list[Message]:
-    """The turns up to the last answer.
+    """The turns up to the last answer, after one of the row's system column if they have no system turn.
 
     Raises:
-        RowError: there is none, a turn is empty, or a system turn is not the first.
+        RowError: there is no answer, a turn is empty, or a system turn is not the first.
     """
+    messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
+    for column in ("system", "system_prompt", *more_columns):
+        if any(m["role"] == "system" for m in messages):
+            break
+        if (text := as_text(row.take(column), column)).strip():
+            messages = [message("system", text), *messages]
+            if column in more_columns:
+                row.changes.append(f"the column {column} was taken as the system turn")
     if not any(m["role"] == "assistant" for m in messages):
         raise RowError("no assistant turn")
     while (last := messages[-1]["role"]) != "assistant":
         messages = messages[:-1]
-        what = "the user" if last == "user" else f"a {last} turn"
-        row.changes.append(f"ended with {what}; the last turn was cut")
+        row.changes.append(f"ended with {'the user' if last == 'user' else f'a {last} turn'}; the last turn was cut")
     for turn in messages:
         if not turn["content"].strip() and turn["role"] != "tool" and "tool_calls" not in turn:
             raise RowError("a turn without content")
     if any(m["role"] == "system" for m in messages[1:]):
         raise RowError("a system turn that is not the first")
     return messages
+
+
+# -- turns ---------------------------------------------------------------------------------------------------------------
+
+
+def message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def as_messages(value: Any, column: str, unread: set[str] | None = None) -> list[Message]:
+    """A list of turns, or one turn, as messages.
+
+    Args:
+        value: turns of {role, content}, {from, value} or {input, output}; a list of them may be JSON text.
+        column: its name, for messages.
+        unread: the keys of turns that have a value and are not read are added to it.
+
+    Raises:
+        RowError: it is something else, or a turn cannot be read.
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        value = _parsed(value, f"{column} is")
+    if value is None or value == []:
+        raise RowError(f"{column} is empty")
+    turns = [value] if isinstance(value, Mapping) else value
+    if not isinstance(turns, list):
+        raise RowError(f"{column} is {_kind(value)}, not a list of turns")
+    messages: list[Message] = []
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            raise RowError(f"a turn of {column} is {_kind(turn)}, not {{role, content}}")
+        keys = {key for key, item in turn.items() if _has_value(item)}
+        if not {"role", "from"} & set(turn) and {"input", "output"} <= set(turn):  # Capybara's
+            keys -= {"input", "output"}
+            answer = message("assistant", as_text(turn["output"], f"the output of a turn of {column}"))
+            if _is_masked(turn, "assistant", keys):
+                answer["train"] = False
+            messages += [message("user", as_text(turn["input"], f"the input of a turn of {column}")), answer]
+        else:
+            messages.append(_turn(turn, column, keys))
+        if unread is not None:
+            unread |= keys
+    return messages
+
+
+def _turn(turn: Mapping[str, Any], column: str, keys: set[str]) -> Message:
+    """One message; the keys that are read are removed from ``keys``."""
+    name = turn.get("role") if turn.get("role") is not None else turn.get("from")
+    if name is None:
+        raise RowError(f"a turn of {column} has no role")
+    said = str(name).strip().lower()
+    role = ROLES.get(said)
+    if role is None:
+        raise RowError(f"unknown role {str(name)[:40]!r}")
+    text_key = "content" if turn.get("content") is not None else "value"
+    calls_key = "tool_calls" if turn.get("tool_calls") else "function_call"
+    keys -= {"role", "from", text_key, calls_key}
+    content, calls = turn.get(text_key), turn.get(calls_key)
+    if said in _CALLS and not calls:
+        content, calls = None, content
+    elif role == "tool" and (isinstance(content, Mapping) or (isinstance(content, list) and not _are_texts(content))):
+        content = json.dumps(content, ensure_ascii=False)  # a result as JSON
+    result = message(role, as_text(content, f"the content of a turn of {column}"))
+    if calls := listed(calls, "tool calls"):
+        if role != "assistant":
+            raise RowError(f"a {role} turn with tool calls")
+        result["tool_calls"] = [_call(call) for call in calls]
+    reasoning = next((key for key in _REASONING if key in keys), None)
+    if reasoning is not None and role == "assistant":
+        result["reasoning_content"] = as_text(turn[reasoning], reasoning)
+        keys -= {key for key in _REASONING if turn.get(key) == turn[reasoning]}
+    for key in ("name", "tool_call_id"):
+        if key in keys:
+            result[key] = as_text(turn[key], key)
+            keys.discard(key)
+    if _is_masked(turn, role, keys):
+        result["train"] = False
+    return result
+
+
+def _is_masked(turn: Mapping[str, Any], role: str, keys: set[str]) -> bool:
+    """Whether a key of the turn excludes it from the loss."""
+    masked = False
+    for key in sorted(keys):
+        plain = key.lower().removeprefix("is_").replace("_", "").replace("-", "")
+        if plain not in _TRAINED | _MASKED:
+            continue
+        marked = truth(turn[key])
+        if marked is None:
+            raise RowError(
+                f"the {key} of a turn is {str(turn[key])[:40]!r}: a turn is trained (1, true) or not (0, false)"
+            )
+        trained = marked if plain in _TRAINED else not marked
+        masked = masked or not trained
+        if role == "assistant" or not trained:  # other roles are never trained
+            keys.discard(key)
+    return masked and role == "assistant"
+
+
+def truth(value: Any) -> bool | None:
+    """A truth value in any spelling; None for other values."""
+    text = str(value).strip().lower()
+    return True if text in _TRUE else False if text in _FALSE else None
+
+
+def _call(call: Any) -> dict[str, Any]:
+    """{type, function: {name, arguments}}, and the id if there is one."""
+    function = (call.get("function") or call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowError("a tool call has no name")
+    arguments: Any = next((function[key] for key in _ARGUMENTS if function.get(key) is not None), {})
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments or "{}", "the arguments of a tool call are")
+    if not isinstance(arguments, Mapping):
+        raise RowError(f"the arguments of a tool call are {_kind(arguments)}, not an object")
+    result: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    if call.get("id") is not None:
+        result["id"] = as_text(call["id"], "the id of a tool call")
+    return result
+
+
+def as_tools(value: Any) -> list[dict[str, Any]]:
+    """A tools or functions column in OpenAI's form; it may hold the functions alone, or be JSON text.
+
+    Raises:
+        RowError: it is not a list of functions with names.
+    """
+    tools = []
+    for tool in listed(value, "tools"):
+        if isinstance(tool, str):
+            tool = _parsed(tool, "a tool is")
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RowError("tools is not a list of functions with names")
+        if function is tool:
+            tool = {"type": "function", "function": {k: v for k, v in tool.items() if (k, v) != ("type", "function")}}
+        tools.append(dict(tool))
+    return tools
+
+
+def listed(value: Any, what: str) -> list[Any]:
+    value = _parsed(value, f"{what} are") if isinstance(value, str) else value
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RowError(f"{what} a text that is not JSON") from None
+
+
+def as_text(value: Any, what: str) -> str:
+    """A text, or the joined texts of a list of parts; "" for null.
+
+    Raises:
+        RowError: it is something else.
+    """
+    if isinstance(value, str) or value is None:
+        return value or ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list) and _are_texts(value):
+        return "".join(as_text(part.get("text"), what) for part in value)
+    raise RowError(f"{what} is {_kind(value)}, not text")
+
+
+def _are_texts(parts: list[Any]) -> bool:
+    return all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts)
+
+
+def _kind(value: Any) -> str:
+    names: dict[type, str] = {str: "text", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)

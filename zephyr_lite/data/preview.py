@@ -1,6 +1,6 @@
 """Examples token by token, for people: each token's text, position, role, and whether it is supervised.
 
-Ids and masks are those of the prepared example; its messages are rendered again only for the roles.
+Ids and masks are those of the prepared example; its row is rendered again only for the roles.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .chat_template import ChatTemplate, Example, LossOn, PairExample
 from .formats import TEXT, Message, RowError
@@ -77,61 +79,35 @@ class Segment:
         return sum(token.supervised for token in self.tokens)
 
 
-def conversation_segment(
-    template: ChatTemplate,
-    example: Example,
-    messages: list[Message],
-    loss_on: LossOn = "assistant",
-    tools: list[Any] | None = None,
-) -> Segment:
-    """An SFT example.
+def example_segments(
+    template: ChatTemplate, example: Example | PairExample, row: dict[str, Any], loss_on: LossOn = "assistant"
+) -> list[Segment]:
+    """The segments of a prepared example: its conversation; or a pair's prompt, once, and both responses.
 
     Args:
         template: the one that it was encoded with.
-        example: as prepared, perhaps cut on its right.
-        messages: its turns.
+        example: as prepared, perhaps cut.
+        row: the normalised row that it was made of.
     """
-    if messages[0]["role"] == TEXT:
-        ids = template.text_ids(messages[0]["content"])
-        roles = [TEXT] * len(ids)
-    else:
-        ids, roles = _ids_and_roles(template, messages, loss_on, tools)
-    assert np.array_equal(ids[: len(example.ids)], example.ids), example.where
-    tokens = _tokens(template, example.ids, example.mask, roles, 0)
-    return Segment("conversation", example.where, tokens, cut_right=len(ids) - len(example.ids))
-
-
-def pair_segments(
-    template: ChatTemplate,
-    example: PairExample,
-    prompt: list[Message],
-    chosen: list[Message],
-    rejected: list[Message],
-    loss_on: LossOn = "assistant",
-    tools: list[Any] | None = None,
-) -> list[Segment]:
-    """A preference pair: the prompt once, then both responses."""
-    before = len(template.encode_pair(prompt, chosen, rejected, loss_on, tools).prompt_ids)
-    after = len(example.prompt_ids)
-    kept = np.arange(before)
+    where, tools = example.where, row.get("tools")
+    if isinstance(example, Example):
+        ids, roles = _ids_and_roles(template, row["messages"], loss_on, tools)
+        tokens = _tokens(template, example.ids, example.mask, roles, 0)
+        return [Segment("conversation", where, tokens, cut_right=len(ids) - len(example.ids))]
+    before = len(template.encode_pair(row["prompt"], row["chosen"], row["rejected"], loss_on, tools).prompt_ids)
+    after, kept = len(example.prompt_ids), np.arange(before)
     if after < before:  # cut on its left, except BOS
         first = 1 if template.bos_token_id is not None else 0
         kept = np.concatenate([kept[:first], kept[before - (after - first) :]])
     segments: list[Segment] = []
-    sides = (
-        ("chosen", chosen, example.chosen_ids, example.chosen_mask),
-        ("rejected", rejected, example.rejected_ids, example.rejected_mask),
-    )
-    for part, response, own_ids, mask in sides:
-        ids, roles = _ids_and_roles(template, [*prompt, *response], loss_on, tools, len(prompt))
-        assert np.array_equal(ids[kept], example.prompt_ids), example.where
-        assert np.array_equal(ids[before : before + len(own_ids)], own_ids), example.where
+    for part in ("chosen", "rejected"):
+        ids, roles = _ids_and_roles(template, [*row["prompt"], *row[part]], loss_on, tools, len(row["prompt"]))
+        own_ids, mask = getattr(example, f"{part}_ids"), getattr(example, f"{part}_mask")
         if not segments:
-            unsupervised = np.zeros(after, dtype=bool)
-            tokens = _tokens(template, example.prompt_ids, unsupervised, [roles[i] for i in kept], 0)
-            segments.append(Segment("prompt", example.where, tokens, cut_left=before - after))
+            tokens = _tokens(template, example.prompt_ids, np.zeros(after, bool), [roles[i] for i in kept], 0)
+            segments.append(Segment("prompt", where, tokens, cut_left=before - after))
         tokens = _tokens(template, own_ids, mask, roles[before:], after)
-        segments.append(Segment(part, example.where, tokens, cut_right=len(ids) - before - len(own_ids)))
+        segments.append(Segment(part, where, tokens, cut_right=len(ids) - before - len(own_ids)))
     return segments
 
 
@@ -153,51 +129,42 @@ def _tokens(template: ChatTemplate, ids: np.ndarray, mask: np.ndarray, roles: Se
 def _ids_and_roles(
     template: ChatTemplate, messages: list[Message], loss_on: LossOn, tools: list[Any] | None, prompt: int = 0
 ) -> tuple[np.ndarray, list[str]]:
-    """ids [T] and each token's role: that of the turn in which the token begins."""
+    """ids [T] and each token's role: that of the turn in which the token begins. A turn is joined with the next one if the
+    template refuses the turns up to its end, or writes them differently."""
+    if messages[0]["role"] == TEXT:
+        ids = template.text_ids(messages[0]["content"])
+        return ids, [TEXT] * len(ids)
     encoding = template.encoding(messages, loss_on, tools, prompt=prompt)
-    ends, names = _turn_ends(template, messages, tools, encoding.text)
-    return encoding.ids, [names[min(bisect_right(ends, start), len(names) - 1)] for start in encoding.starts]
-
-
-def _turn_ends(
-    template: ChatTemplate, messages: list[Message], tools: list[Any] | None, text: str
-) -> tuple[list[int], list[str]]:
-    """The character at which each turn ends, and its role. A turn is joined with the next one if the template refuses the
-    turns up to its end, or writes them differently."""
-    ends, names, waiting = [], [], []
-    if own := _own_prefix(template, messages, text):
-        ends, names = [own], [TEMPLATE_ROLE]
+    own = _own_prefix(template, messages, encoding.text)
+    ends, names, waiting = ([own], [TEMPLATE_ROLE], []) if own else ([], [], [])
     for turn, message in enumerate(messages, 1):
         waiting.append(message["role"])
         try:
-            upto = text if turn == len(messages) else template.text_of(messages[:turn], tools=tools)
+            upto = encoding.text if turn == len(messages) else template.text_of(messages[:turn], tools=tools)
         except RowError:
             continue
-        if text.startswith(upto):
+        if encoding.text.startswith(upto):
             ends.append(len(upto))
             names.append("+".join(dict.fromkeys(waiting)))
             waiting = []
-    return ends, names
+    return encoding.ids, [names[min(bisect_right(ends, start), len(names) - 1)] for start in encoding.starts]
 
 
 def _own_prefix(template: ChatTemplate, messages: list[Message], text: str) -> int:
     """The number of characters that the template writes before the first turn: BOS and a default system turn. They are
     the text that the first user turn has and the same turn further on does not."""
     bos = template.tokenizer.bos_token if template.bos_token_id is not None else ""
-    own = len(bos) if bos and text.startswith(bos) else 0
-    first = messages[0]
+    own = len(bos) if text.startswith(bos) else 0
+    first, answer = messages[0], {"role": "assistant", "content": "a"}
     if first["role"] != "user":
         return own
     try:
-        alone = template.text_of([first])
-        before = template.text_of([first, {"role": "assistant", "content": "a"}])
-        again = template.text_of([first, {"role": "assistant", "content": "a"}, first])
+        alone, before, again = (template.text_of(turns) for turns in ([first], [first, answer], [first, answer, first]))
     except RowError:
         return own
-    turn = again.removeprefix(before)
-    if len(turn) == len(again) or not alone.endswith(turn) or not text.startswith(alone):
-        return own
-    return max(own, len(alone) - len(turn))
+    turn = again[len(before) :]
+    is_repeated = again.startswith(before) and alone.endswith(turn) and text.startswith(alone)
+    return max(own, len(alone) - len(turn)) if is_repeated else own
 
 
 # -- text ----------------------------------------------------------------------------------------------------------------
@@ -211,7 +178,7 @@ def token_reader(tokenizer: Any) -> Callable[[int], tuple[bytes, bool]]:
     """
     backend = tokenizer.backend_tokenizer.to_str()
     decoders = set(re.findall(r'"type":\s*"(\w+)"', json.dumps(json.loads(backend).get("decoder"))))
-    by_char = _byte_level_alphabet() if "ByteLevel" in decoders else {}
+    by_char = {char: byte for byte, char in bytes_to_unicode().items()} if "ByteLevel" in decoders else {}
     added = tokenizer.added_tokens_decoder
     special = set(tokenizer.all_special_ids)
 
@@ -220,12 +187,12 @@ def token_reader(tokenizer: Any) -> Callable[[int], tuple[bytes, bool]]:
             return added[token].content.encode(), token in special or added[token].special
         piece = tokenizer.convert_ids_to_tokens(token)
         if piece is None:
-            return f"[{token}]".encode(), token in special
+            return f"[{token}]".encode(), False
         if by_char and all(char in by_char for char in piece):
-            return bytes(by_char[char] for char in piece), token in special
+            return bytes(by_char[char] for char in piece), False
         if "ByteFallback" in decoders and (match := _BYTE.fullmatch(piece)):
-            return bytes([int(match.group(1), 16)]), token in special
-        return piece.replace("▁", " ").encode(), token in special
+            return bytes([int(match.group(1), 16)]), False
+        return piece.replace("▁", " ").encode(), False
 
     return read
 
@@ -235,22 +202,10 @@ def text_runs(
 ) -> list[tuple[str, bool]]:
     """The text of tokens as runs of equal supervision."""
     read = token_reader(tokenizer)
-    runs: list[tuple[bytes, bool]] = []
-    for token, supervised in zip(map(int, ids), map(bool, mask)):
-        raw = read(token)[0]
-        if runs and runs[-1][1] == supervised:
-            runs[-1] = (runs[-1][0] + raw, supervised)
-        else:
-            runs.append((raw, supervised))
-    return [(raw.decode("utf-8", "replace"), supervised) for raw, supervised in runs]
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """The characters that byte-level tokenizers write for bytes: Latin-1's visible ones for themselves, then U+0100 and up
-    for the others."""
-    visible = [b for b in range(256) if 33 <= b <= 126 or (b >= 161 and b != 173)]
-    hidden = [b for b in range(256) if b not in visible]
-    return {**{chr(b): b for b in visible}, **{chr(256 + place): b for place, b in enumerate(hidden)}}
+    runs = groupby(zip(map(int, ids), map(bool, mask)), key=lambda pair: pair[1])
+    return [
+        (b"".join(read(token)[0] for token, _ in pairs).decode("utf-8", "replace"), target) for target, pairs in runs
+    ]
 
 
 def _visible(char: str) -> str:

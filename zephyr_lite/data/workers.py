@@ -31,9 +31,8 @@ def map_rows(
     desc: str,
     with_indices: bool = False,
     batch_size: int = 1000,
-    num_proc: int | None = None,
 ) -> datasets.Dataset:
-    """Map batches of rows to rows with other columns.
+    """Map batches of rows to rows with other columns, in one process a core (up to 16).
 
     Args:
         table: the rows.
@@ -41,9 +40,7 @@ def map_rows(
         options: keyword arguments of ``function``.
         key: the options that the result depends on, for ``cache_key``.
         desc: the progress bar's label.
-        num_proc: processes; None: one a core, up to 16.
     """
-    count = processes(len(table)) if num_proc is None else min(num_proc, len(table))
     with quiet(len(table) <= PARALLEL_ROWS), interruptible():
         return table.map(
             function,
@@ -54,14 +51,9 @@ def map_rows(
             fn_kwargs=options,
             features=features,
             new_fingerprint=cache_key(table, key),
-            num_proc=count if count and count > 1 else None,
+            num_proc=min(cores(), 16) if len(table) > PARALLEL_ROWS and cores() > 1 else None,
             desc=desc,
         )
-
-
-def processes(rows: int) -> int | None:
-    """The number of processes for this many rows; None for the current process alone."""
-    return min(cores(), 16) if rows > PARALLEL_ROWS and cores() > 1 else None
 
 
 def cores() -> int:
@@ -85,14 +77,14 @@ def cache_key(source: datasets.Dataset, options: dict[str, Any]) -> str:
 @contextmanager
 def quiet(quiet: bool) -> Iterator[None]:
     """Hide datasets' progress bars within, if ``quiet``."""
-    if not quiet or datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
+    hide = quiet and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        if hide:
+            datasets.enable_progress_bars()
 
 
 def _in_child() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import Method, RunConfig, load_config
-from ..data.opening import open_source
+from ..data.load import open_source
 from ..errors import Interrupted, UserError
 from ..evaluate.rows import stage_config
 from ..io.atomic import write_json
@@ -38,7 +38,7 @@ PLACED = ("output_dir", "adapters", "stage")  # keys that the recipe decides
 # keys that do not change the result
 NEUTRAL = {*PLACED, "sync", "report_to", "push_to_hub", "samples", "sample_tokens", "save_steps", "save_total_limit"}
 FORMAT = 1
-MARKER = "<!-- results -->"  # before the table in the README
+MARKER = "<!-- results -->"  # before the table in docs/recipe.md
 HEADER = (
     "| who | card | base | recipe | hours sft + dpo | tokens/s | pairs/s | peak GiB | eval loss base → sft → dpo "
     "| preference accuracy | version |"
@@ -185,7 +185,7 @@ def run_reproduction(chosen: Reproduction, *, run: Callable[..., Ended] = child)
         if part in ("preference", "mt-bench"):  # a later part may fail
             found = results(chosen)
             write_json(chosen.run / "results.json", found)
-    logger.info(f"{chosen.run / 'results.json'} holds the results; the row for the table in the README:")
+    logger.info(f"{chosen.run / 'results.json'} holds the results; the row for the table in docs/recipe.md:")
     for line in (HEADER, RULE, found["row"]):
         logger.info(line)
     return found
@@ -296,7 +296,7 @@ def _stage(stage: StageDir, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def row(found: dict[str, Any]) -> str:
-    """The line for the README's table."""
+    """The line for the table in docs/recipe.md."""
     hours = [found[name]["step_hours"] for name in STAGES]
     cells = [
         found["who"],

@@ -18,8 +18,7 @@ from typing import Any
 
 from ..config.load import DatasetSpec, Loaded, Method, RunConfig, dump_config
 from ..config.resolve import INHERITED, resolve_run
-from ..data.load import load_rows
-from ..data.opening import open_source
+from ..data.load import load_rows, open_source
 from ..errors import Interrupted, UserError
 from ..evaluate.rows import stage_config
 from ..io.atomic import file_aside, make_folder, remove_tree, write_json, write_text
@@ -28,7 +27,7 @@ from ..io.run_dir import StageDir
 from ..io.text import duration
 from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
-from ..model.fetch import fetch_base
+from ..model.files import fetch_base
 from .child import Ended, child
 
 logger = logging.getLogger(__name__)

@@ -135,7 +135,7 @@ def _find(place: str | None) -> Path | list[Any]:
     folder = from_hub(snapshot_download, place, allow_patterns=wanted)
     if any(folder.rglob(QUESTIONS)):
         return _in_folder(folder)
-    from ..data.opening import open_source
+    from ..data.load import open_source
 
     return list(open_source(DatasetSpec(path=place)))
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..config.load import DPO_DEFAULTS, DatasetSpec, Method, RunConfig, read_dumped
+from ..config.load import DPO_DEFAULTS, DatasetSpec, Method, RunConfig
+from ..config.strict_yaml import read_yaml
 from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
@@ -128,7 +129,7 @@ def stage_config(stage: StageDir) -> RunConfig:
         UserError: config.yaml is missing, or not one that a run wrote.
     """
     try:
-        return RunConfig.model_validate(read_dumped(stage.config))
+        return RunConfig.model_validate(read_yaml(stage.config))
     except ValidationError as error:
         what = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:3])
         raise UserError(f"{stage.config}: is not what a run writes: {short(what, 300)}.", "Restore the file.") from None

@@ -24,8 +24,7 @@ from ..io.atomic import bytes_aside, make_folder
 from ..io.safetensors import row_blocks
 from ..io.text import is_whole, read_object, shown
 from ..merge.base_files import GENERATION, BaseFiles
-from ..model.base import read_model_config
-from ..model.check_weights import empty_model
+from ..model.base import empty_model, read_model_config
 from ..model.families import FAMILIES, NAMES, head_width, layer_windows
 from .gguf_vocab import Vocabulary, read_vocabulary
 

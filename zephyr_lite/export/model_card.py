@@ -14,14 +14,15 @@ from typing import Any
 import jinja2
 
 from .. import __version__
-from ..config.load import RunConfig, read_dumped
+from ..config.load import RunConfig
+from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..evaluate.plotting import have_matplotlib
 from ..io.atomic import bytes_aside, copy_file, make_folder, write_text
 from ..io.run_dir import StageDir, checked, read_json
 from ..merge.weights import MARK
 from ..model.base import fingerprint
-from ..model.shards import local_folder
+from ..model.files import local_folder
 from .vllm import serve_adapter, serve_model
 
 logger = logging.getLogger(__name__)
@@ -214,7 +215,7 @@ def _stage(link: Mapping[str, Any], run: Path | None) -> StageFacts | None:
     checked(info, path / "stage.json")
     if link.get("sha256") not in ((info.get("own") or {}).get("sha256"), info.get("adapter_sha256")):
         return None
-    config = RunConfig.model_validate(read_dumped(stage.config))
+    config = RunConfig.model_validate(read_yaml(stage.config))
     engine = str(info.get("engine", "fused"))
     return StageFacts(path.name, str(info.get("method", "sft")), engine, config, info, str(link["sha256"]), path)
 

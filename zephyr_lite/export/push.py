@@ -12,8 +12,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFo
 
 from ..errors import UserError
 from ..io.redact import find_secret, redact
-from ..merge.base_files import TOKENIZER_FILES
 from ..merge.weights import MARK
+from ..model.tokenizer import TOKENIZER_FILES
 from .model_card import CARD, PLOTS
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from ..errors import UserError
 from ..io.text import read_object
 from ..merge.base_files import GENERATION
 from ..model.base import read_model_config
+from ..model.files import open_shards
 from ..model.peft_io import read_adapter
-from ..model.shards import open_shards
 from ..model.tokenizer import check_vocabulary, load_tokenizer
 from .gguf import end_ids, model_folder
 

@@ -16,9 +16,8 @@ from typing import Literal
 import numpy as np
 
 from ..model.dequant_buffer import ScratchMode
-from ..model.execution import ExecutionConfig
-from ..model.layer_spec import Keep
-from ..model.shape import PROJECTIONS, Shape
+from ..model.execution import ExecutionConfig, Keep
+from ..model.families import PROJECTIONS, Shape
 from ..ops.token_logps import CHUNK_BYTES
 from .workload import Workload
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ..config.load import RunConfig
 from ..io.text import duration
-from ..model.layer_spec import Keep
+from ..model.execution import Keep
 from .estimate import GIB, MIB, PAGED, in_words
 from .machine import Machine
 from .plan import Plan, kept_in_words

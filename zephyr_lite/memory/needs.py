@@ -19,10 +19,9 @@ import torch
 from ..config.load import Method, RunConfig
 from ..errors import UserError
 from ..io.text import duration
-from ..model.base import compute_device, compute_dtype
-from ..model.config_file import check_config_file
-from ..model.quantized import quantized_dir
-from ..model.shape import Shape
+from ..model.base import compute_device, compute_dtype, quantized_dir
+from ..model.families import Shape
+from ..model.files import check_config_file
 from .estimate import base_bytes, optimizer_bytes
 from .gpus import CARDS
 from .machine import of_card, this_machine

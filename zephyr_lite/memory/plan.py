@@ -13,8 +13,7 @@ import torch
 from ..config.load import MemorySpec
 from ..errors import UserError
 from ..model.dequant_buffer import ScratchMode
-from ..model.execution import ExecutionConfig, Reference
-from ..model.layer_spec import Keep
+from ..model.execution import ExecutionConfig, Keep, Reference
 from .estimate import (
     CONTEXT_BYTES,
     GIB,

@@ -10,16 +10,15 @@ from typing import get_args
 
 import torch
 
-from ..config.load import Loaded, MemorySpec, Method, RunConfig, load_config
-from ..config.presets import find_config
+from ..config.load import Loaded, MemorySpec, Method, RunConfig, find_config, load_config
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..model.adapters import check_targets
 from ..model.base import check_family, compute_device, compute_dtype
 from ..model.chain import chain_of_run
+from ..model.families import Shape
 from ..model.peft_io import read_adapter
-from ..model.shape import Shape
 from .estimate import GIB
 from .forecast import forecast_lines
 from .gpus import find_gpu, gpu_of_size

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..model.execution import ExecutionConfig
-from ..model.layer_spec import Keep
-from ..model.shape import SITES
+from ..model.execution import ExecutionConfig, Keep
+from ..model.families import SITES
 from .estimate import Kind, kept_bytes, optimizer_bytes, segments, slab_bytes
 from .gpus import Gpu
 from .workload import Workload

@@ -13,8 +13,7 @@ import torch
 
 from ..config.load import Method, RunConfig
 from ..model.base import quantization_of
-from ..model.families import ATTENTION, MLP
-from ..model.shape import PROJECTIONS, SITES, Shape
+from ..model.families import ATTENTION, MLP, PROJECTIONS, SITES, Shape
 
 Storage = Literal["nf4", "nf4 nested", "dense"]
 PARENT = {**dict.fromkeys(ATTENTION, "self_attn"), **dict.fromkeys(MLP, "mlp")}

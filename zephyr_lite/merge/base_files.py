@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,21 +9,17 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..data.formats import RowError
-from ..data.rendering import Renderer
+from ..data.chat_template import ChatTemplate
 from ..errors import UserError
-from ..io.atomic import copy_file, make_folder, write_json
+from ..io.atomic import copy_file, write_json
 from ..io.safetensors import DTYPE_NAMES, DTYPES, FLOATS, Entry
-from ..io.text import is_whole, read_object, shown
-from ..model.base import fetch_base, read_model_config
-from ..model.check_weights import NF4_STATE, empty_model, stored_settings
-from ..model.config_file import check_config_file
-from ..model.shards import INDEX, SINGLE, again, checked_place, open_shards
-from ..model.tokenizer import OWN_FILES, check_vocabulary, load_tokenizer, make_portable, save_tokenizer
+from ..io.text import read_object
+from ..model.base import NF4_STATE, empty_model, read_model_config, stored_settings
+from ..model.files import INDEX, SINGLE, again, check_config_file, open_shards
+from ..model.tokenizer import check_vocabulary, copy_files, load_tokenizer, save_tokenizer
 from ..ops.nf4 import StoredNf4, read_stored
 
 GENERATION = "generation_config.json"
-TOKENIZER_FILES = (*OWN_FILES, "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 
 
 class BaseFiles:
@@ -51,26 +46,21 @@ class BaseFiles:
         self.quantized = {name.removesuffix(NF4_STATE) for name in self._holds if name.endswith(NF4_STATE)}
         self.entries: dict[str, Entry] = {}
         self.shards: dict[str, list[str]] = {}
-        for file_name, file in self._files.items():
-            names = [
-                tensor for tensor in file.entries if f"{tensor.rpartition('.weight.')[0]}.weight" not in self.quantized
-            ]
-            if names:
-                self.shards[file_name] = names
-            for tensor in names:
-                entry = file.entries[tensor]
-                self.entries[tensor] = self._dequantized(entry) if tensor in self.quantized else entry
+        for tensor, file in self._holds.items():
+            if f"{tensor.rpartition('.weight.')[0]}.weight" in self.quantized:
+                continue  # a part of an NF4 weight
+            entry = file.entries[tensor]
+            if tensor in self.quantized:
+                shape = json.loads(bytes(self.tensor(tensor + NF4_STATE)))["shape"]
+                entry = Entry(tensor, self.nf4_output_dtype, tuple(shape))
+            self.entries[tensor] = entry
+            self.shards.setdefault(file.path.name, []).append(tensor)
 
-    def _dequantized(self, entry: Entry) -> Entry:
-        dtype = self.nf4_output_dtype
-        shape = tuple(json.loads(bytes(self.tensor(entry.name + NF4_STATE)))["shape"])
-        return Entry(entry.name, dtype, shape)
-
-    @cached_property
+    @property
     def nf4_output_dtype(self) -> str:
         """Safetensors name of the dtype that an NF4 base is written in: its compute dtype, bfloat16 by default."""
         told = str(self.config["quantization_config"].get("bnb_4bit_compute_dtype") or "bfloat16")
-        return DTYPE_NAMES.get(getattr(torch, told.removeprefix("torch."), torch.bfloat16), "BF16")
+        return DTYPE_NAMES[getattr(torch, told.removeprefix("torch."))]
 
     @property
     def dtype(self) -> str:
@@ -79,7 +69,7 @@ class BaseFiles:
         for entry in self.entries.values():
             if entry.dtype in FLOATS:
                 sizes[entry.dtype] += entry.nbytes
-        return str(DTYPES[sizes.most_common(1)[0][0]]).removeprefix("torch.") if sizes else "float32"
+        return str(DTYPES[sizes.most_common(1)[0][0]]).removeprefix("torch.")
 
     @cached_property
     def tied(self) -> bool:
@@ -91,15 +81,14 @@ class BaseFiles:
         pair = [self.tensor(name) for end in ends for name in self.entries if name.endswith(end)]
         return len(pair) != 2 or (pair[0].shape == pair[1].shape and torch.equal(pair[0], pair[1].to(pair[0].dtype)))
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the written weights."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
     def tensor(self, name: str) -> Tensor:
         """A stored tensor, mapped: read-only."""
         return self._holds[name].tensor(name)
-
-    @property
-    def vocabulary(self) -> int | None:
-        """Rows of the embedding, where it has its usual name; else as config.json says."""
-        rows = (entry.shape[0] for name, entry in self.entries.items() if name.endswith("embed_tokens.weight"))
-        return next(rows, self.config.get("vocab_size"))
 
     def parameter(self, name: str) -> Tensor | None:
         """A parameter of the model (a tied head is the embedding); None: the base has none."""
@@ -147,17 +136,7 @@ class BaseFiles:
             copy_file(self.folder / INDEX, out / INDEX)
             return
         weight_map = {name: shard for shard, names in self.shards.items() for name in names}
-        total = sum(entry.nbytes for entry in self.entries.values())
-        write_json(out / INDEX, {"weight_map": weight_map, "metadata": {"total_size": total}})
-
-
-def open_base(base: str | Path, revision: str = "main") -> BaseFiles:
-    """The base's files; a hub id is downloaded first (safetensors, JSON and tokenizer files only).
-
-    Raises:
-        UserError: there is none by that name, it has no safetensors, or a file of it is broken.
-    """
-    return BaseFiles(str(base), fetch_base(str(base), revision))
+        write_json(out / INDEX, {"weight_map": weight_map, "metadata": {"total_size": self.nbytes}})
 
 
 def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> list[int]:
@@ -166,13 +145,13 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
     Returns:
         The ids at which generation stops.
     """
-    _copy_all(files.folder, out, ("LICENSE*", "NOTICE*", "USE_POLICY*"))
+    copy_files(files.folder, out, ("LICENSE*", "NOTICE*", "USE_POLICY*"))
     source = tokenizer_from or files.folder
     tokenizer = load_tokenizer(source)
-    if files.vocabulary and check_vocabulary(tokenizer, files.vocabulary, source):
-        save_tokenizer(tokenizer, out)
-    else:
-        copy_tokenizer(source, out)
+    rows = (entry.shape[0] for name, entry in files.entries.items() if name.endswith("embed_tokens.weight"))
+    check_vocabulary(tokenizer, next(rows, files.config.get("vocab_size")) or len(tokenizer), source)
+    ids = _end_tokens(tokenizer)
+    save_tokenizer(tokenizer, out)
     config = _config(files)
     write_json(out / "config.json", config)
 
@@ -182,14 +161,9 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
         generation = read_object(path, strict=False, hint=again(path))
     if "bos_token_id" not in generation and config.get("bos_token_id") is not None:
         generation["bos_token_id"] = config["bos_token_id"]
-    place = path if "eos_token_id" in generation else files.folder / "config.json"
-    ends: Any = generation.get("eos_token_id", config.get("eos_token_id"))
-    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(is_whole(token) and token >= 0 for token in known):
-        raise UserError(
-            f"{place}: eos_token_id is {shown(known)}; it is a token's number, or a list of them.", again(place)
-        )
-    ids = list(dict.fromkeys([*_end_tokens(source), *known]))
+    known = generation.get("eos_token_id", config.get("eos_token_id"))
+    ids += known if isinstance(known, list) else [] if known is None else [known]
+    ids = list(dict.fromkeys(ids))
     if ids:
         generation["eos_token_id"] = ids[0] if len(ids) == 1 else ids
     write_json(out / GENERATION, generation)
@@ -213,47 +187,15 @@ def _config(files: BaseFiles) -> dict[str, Any]:
     return config
 
 
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy tokenizer files and chat templates.
-
-    Raises:
-        UserError: the folder has no tokenizer.
-    """
-    if not (source / "tokenizer_config.json").is_file() and not (source / "tokenizer.json").is_file():
-        raise UserError(f"{source}: no tokenizer there.", "Give a folder with the tokenizer's files.")
-    _copy_all(source, out, TOKENIZER_FILES)
-    more = source / "additional_chat_templates"
-    if more.is_dir():
-        make_folder(out / more.name)
-        _copy_all(more, out / more.name, ("*.jinja",))
-    make_portable(out)
-
-
-def _copy_all(source: Path, out: Path, patterns: Iterable[str]) -> None:
-    """Copy files by pattern. A link out of the folder is refused: a merged model is published, and the link may lead to a
-    private key."""
-    for pattern in patterns:
-        for path in sorted(source.glob(pattern)):
-            if not path.is_dir():
-                copy_file(checked_place(path), out / path.name)
-
-
-def _end_tokens(folder: Path) -> list[int]:
+def _end_tokens(tokenizer: Any) -> list[int]:
     """The token that ends an assistant's turn in the chat template, then the tokenizer's own eos."""
-    tokenizer = load_tokenizer(folder)
     ids: list[int] = []
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     if template:
         said = "ZQX"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
-        try:
-            text = Renderer(tokenizer, template).text_of(turns)
-        except RowError as error:
-            raise UserError(
-                f"{folder}: on a plain exchange {error}.",
-                "Merge with the tokenizer of a stage, or change the template.",
-            ) from None
+        text = ChatTemplate(tokenizer, template, "the tokenizer's own").text_of(turns)
         tail = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
         special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
         ids += [token for token in tail if token in special][:1]

@@ -24,7 +24,7 @@ from ..model.base import (
     load_tokenizer,
 )
 from ..model.chain import Chain, chain_of_adapters, chain_of_run
-from .base_files import open_base
+from .base_files import BaseFiles
 from .measure import CHECK_ROWS, MEASURE_ROWS, MergeMeasure, measure
 from .weights import COMPOSED, MARK, MERGED, MergeReport, adapter_only, merge
 
@@ -140,7 +140,8 @@ def _write_adapter(chain: Chain, out: Path, overwrite: bool) -> None:
         return
     for adapter in chain.adapters:
         if adapter.copies:
-            adapter.check_copies(open_base(name, chain.base.get("revision", "main")).parameter)
+            folder = fetch_base(name, chain.base.get("revision", "main"))
+            adapter.check_copies(BaseFiles(name, folder).parameter)
     adapter_only(
         chain.adapters,
         out,

@@ -19,9 +19,11 @@ from ..errors import UserError
 from ..io.atomic import check_room, folder_aside, make_folder, sweep, write_json
 from ..io.safetensors import FLOATS, Entry, row_blocks, tensor_bytes, write_stream
 from ..model.compose import compose
+from ..model.files import fetch_base
 from ..model.peft_io import AdapterFile, LoraWeights, write_adapter
+from ..model.tokenizer import load_tokenizer, save_tokenizer
 from ..ops.nf4 import StoredNf4, quantize_stored
-from .base_files import BaseFiles, copy_tokenizer, model_files, open_base
+from .base_files import BaseFiles, model_files
 
 MARK = "zephyr_lite.json"
 MERGED, COMPOSED = "merged model", "composed adapter"  # key ``kind`` of it
@@ -98,7 +100,7 @@ def merge(
     """
     start = time.monotonic()
     out = Path(out).expanduser()
-    files = open_base(base, revision)
+    files = BaseFiles(str(base), fetch_base(str(base), revision))
     if out.exists() and out.resolve() == files.folder.resolve():
         raise UserError(f"{out}: is the base itself.", "Choose another --out.")
     claim(out, overwrite)
@@ -113,7 +115,7 @@ def merge(
     chain = [adapter.modules if isinstance(adapter, AdapterFile) else adapter for adapter in adapters]
     _check_fit(files, chain)
     through_nf4 = files.linears() if onto == "nf4" and not files.quantized else set()
-    total = sum(entry.nbytes for entry in files.entries.values())
+    total = files.nbytes
     check_disk(out, total)
     marks = {"kind": MERGED, "onto": onto, **(lineage or {})}
     if onto == "nf4" and not files.quantized:
@@ -144,7 +146,6 @@ def merge(
         if progress is not None:
             progress(done, total)
 
-    make_folder(out.parent)
     with folder_aside(out) as aside:
         # the small files first: their errors show before gigabytes are written
         report.eos_token_ids = model_files(files, aside, Path(tokenizer_from) if tokenizer_from else None)
@@ -176,11 +177,10 @@ def adapter_only(
     claim(out, overwrite)
     chain = compose(adapters)
     check_disk(out, sum((sum(w.shape)) * w.rank * 4 for a in adapters for w in a.modules.values()))
-    make_folder(out.parent)
     with folder_aside(out) as aside:
         write_adapter(aside, chain, base_model_name=base_model_name)
         if tokenizer_from is not None:
-            copy_tokenizer(Path(tokenizer_from), aside)
+            save_tokenizer(load_tokenizer(Path(tokenizer_from)), aside)
         write_json(aside / MARK, {"kind": COMPOSED, **(lineage or {})})
 
 
@@ -193,7 +193,7 @@ def claim(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / MARK).is_file():
-        what = "is a file" if not out.is_dir() else f"exists and holds other things ({next(out.iterdir()).name}, …)"
+        what = f"holds other things ({next(out.iterdir()).name}, …)" if out.is_dir() else "is a file"
         raise UserError(f"{out}: {what}.", "Choose another --out; only an earlier merge is ever replaced.")
     if not overwrite:
         raise UserError(
@@ -202,15 +202,15 @@ def claim(out: Path, overwrite: bool) -> None:
 
 
 def check_disk(out: Path, size: int) -> None:
-    """Refuse a merge that the disk has no room for; leftovers of killed merges into this folder are removed first.
+    """Make the folder above, remove leftovers of killed merges from it, and refuse a merge that the disk has no room for.
 
     Raises:
         UserError: says how much is free and how much is needed.
     """
-    place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    make_folder(out.absolute().parent)
     sweep(out.absolute().parent, out.name)
     # 64 MB for tokenizer, configuration and headers
-    check_room(place, size + 64 * 2**20, "the result")
+    check_room(out.absolute().parent, size + 64 * 2**20, "the result")
 
 
 def _check_fit(files: BaseFiles, chain: Sequence[Modules]) -> None:
@@ -222,14 +222,10 @@ def _check_fit(files: BaseFiles, chain: Sequence[Modules]) -> None:
                     f"the adapter changes {module}, which this base ({files.name}) ties to its embeddings.",
                     "One matrix cannot be both; keep the adapter apart (--adapter-only), or train without lm_head.",
                 )
-            if entry is None:
+            if entry is None or entry.shape != weights.shape:
+                found = "not there" if entry is None else list(entry.shape)
                 raise UserError(
-                    f"the adapter changes {module}, which {files.name} does not have.",
-                    "It is an adapter of another base; give that one with --base.",
-                )
-            if entry.shape != weights.shape:
-                raise UserError(
-                    f"{module} is {list(entry.shape)} in {files.name}; the adapter was made for {list(weights.shape)}.",
+                    f"{module} is {found} in {files.name}; the adapter was made for {list(weights.shape)}.",
                     "It is an adapter of another base; give that one with --base.",
                 )
             if entry.dtype not in FLOATS:

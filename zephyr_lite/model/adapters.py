@@ -7,6 +7,7 @@ from ..ops import nf4  # noqa: F401
 
 # isort: split
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..io.text import shown
-from .peft_config import PLAIN_NAME
+from .families import ATTENTION, MLP
 from .peft_io import AdapterFile, LoraWeights
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-PREFIX = "base_model.model."
 
 
 def check_targets(targets: Sequence[str] | str) -> list[str]:
@@ -35,7 +32,7 @@ def check_targets(targets: Sequence[str] | str) -> list[str]:
     """
     wanted = [*ATTENTION, *MLP] if isinstance(targets, str) else list(targets)
     for target in wanted:
-        if not PLAIN_NAME.fullmatch(target) or target.split(".")[-1] not in (*ATTENTION, *MLP):
+        if not re.fullmatch(r"[\w.-]+", target, re.ASCII) or target.split(".")[-1] not in (*ATTENTION, *MLP):
             raise UserError(
                 f"lora_target_modules: {shown(repr(target))} is none of {', '.join((*ATTENTION, *MLP))}.",
                 "Name projections of the decoder layers (no regular expressions), or all-linear.",
@@ -79,22 +76,20 @@ class AdapterStack:
             UserError: it does not fit this base.
         """
         assert self.trainable is None, "add frozen adapters before the trainable one"
-        ranks = {module: w.a.shape[0] for module, w in adapter.modules.items()}
         layers = {
             module: layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
             for module, layer in self.base.named_modules()
         }
+        ranks = {}
         for module, weights in adapter.modules.items():
+            ranks[module] = weights.rank
             layer = layers.get(module)
-            if not isinstance(layer, nn.Linear):
+            shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
+            if shape != weights.shape:
+                found = f"the weight there is {list(shape)}" if shape else "it has no linear layer of this name"
                 raise UserError(
-                    f"adapter {adapter.path}: changes {shown(module)}, which is no linear layer of this base.",
-                    "It was trained on another base; give that one as model_name_or_path.",
-                )
-            have, want = weights.shape, (layer.out_features, layer.in_features)
-            if have != want:
-                raise UserError(
-                    f"adapter {adapter.path}: {module} is for a weight of {have[0]}×{have[1]}, this base's is {want[0]}×{want[1]}.",
+                    f"adapter {adapter.path}: {shown(module)} is for a weight {list(weights.shape)} of its base; in this base "
+                    f"{found}.",
                     "It was trained on another base; give that one as model_name_or_path.",
                 )
         adapter.check_copies(lambda name: getattr(layers.get(name.removesuffix(".weight")), "weight", None))
@@ -121,7 +116,20 @@ class AdapterStack:
         """
         if name in self.frozen:
             raise UserError(f"stage {name}: an adapter below it has the same name.", "Give the stage another name.")
-        modules = self._targets(targets)
+        wanted = check_targets(targets)
+        modules = [
+            module
+            for module, layer in self.base.named_modules()
+            if ".layers." in module
+            and isinstance(layer, (LoraLayer, nn.Linear))
+            and any(f".{module}".endswith(f".{target}") for target in wanted)
+        ]
+        for target in wanted:
+            if not any(f".{module}".endswith(f".{target}") for module in modules):
+                raise UserError(
+                    f"lora_target_modules: this base has no linear layer {target} in its decoder layers.",
+                    "Name projections that it has, or all-linear.",
+                )
         self._add(name, dict.fromkeys(modules, r))
         generator = torch.Generator().manual_seed(seed)
         for module in modules:
@@ -236,23 +244,6 @@ class AdapterStack:
                     part[name].to(self._device)
                     if part[name].weight.dtype.itemsize < 4:
                         part[name].float()
-
-    def _targets(self, targets: Sequence[str] | str) -> list[str]:
-        wanted = check_targets(targets)
-        found = [
-            module
-            for module, layer in self.base.named_modules()
-            if ".layers." in module
-            and (isinstance(layer, (LoraLayer, nn.Linear)))
-            and any(module == t or module.endswith("." + t) for t in wanted)
-        ]
-        for target in wanted:
-            if not any(module == target or module.endswith("." + target) for module in found):
-                raise UserError(
-                    f"lora_target_modules: this base has no linear layer {target} in its decoder layers.",
-                    "Name projections that it has, or all-linear.",
-                )
-        return found
 
     def _activate(self, names: list[str]) -> None:
         """Switch adapters on; PEFT makes all of them trainable, only the trainable adapter may be."""

@@ -1,31 +1,46 @@
-"""The base model and its tokenizer: found, checked, loaded once, frozen, in NF4."""
+"""The base model: found, checked, loaded once, frozen, in NF4, and told apart from other bases.
+
+The first start quantizes a 16-bit base with transformers and bitsandbytes and saves the 4-bit model with ``save_pretrained``
+in the user's cache; later starts load that copy. Plain transformers loads it too.
+
+    ~/.cache/zephyr-lite/quantized/NAME-FINGERPRINT-nf4-double-bfloat16-v2/
+        config.json  model-00001-of-00008.safetensors …  zephyr_lite.json
+
+The environment variable ``ZEPHYR_LITE_CACHE`` replaces ``~/.cache/zephyr-lite``. A copy is used as long as the base's files
+have the names, sizes and modification times that they had when it was made, and its own files the hashes.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
+import logging
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from ..config.load import RunConfig
 from ..errors import UserError
+from ..io.atomic import folder_aside, make_folder, remove_tree, write_json
+from ..io.run_dir import cache_dir, read_json
 from ..io.safetensors import tensor_bytes
 from ..io.text import read_object, shown
 from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
-from .check_weights import check_weights, stored_settings
-from .config_file import check_config_file
 from .families import FAMILIES, NAMES, family_of, head_width, layer_windows
-from .fetch import fetch_base
-from .quantized import load_quantized
-from .shards import again, open_shards, weight_files
+from .files import again, check_config_file, fetch_base, open_shards, weight_files
 from .tokenizer import check_vocabulary, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # the configuration keys that a model's output depends on; ``fingerprint`` adds head_dim and the layers' windows
 _ARCHITECTURE = (
@@ -39,6 +54,13 @@ _ARCHITECTURE = (
     "rms_norm_eps",
     "rope_parameters",
 )
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+_OTHER_MODEL = "The files belong to different models; fetch the model again."
+NF4_STATE = ".quant_state.bitsandbytes__nf4"
+# of a quantized copy
+FORMAT = 2  # part of the folder's name: a copy of another format is made again
+MANIFEST = "zephyr_lite.json"
+SHARD_SIZE = "512MB"  # a shard is copied to the host as a whole when it is written
 
 
 @dataclass(frozen=True)
@@ -158,10 +180,91 @@ def check_family(config: Any, where: str) -> None:
         raise UserError(f"{where}: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl.")
 
 
+def check_weights(folder: Path, config: Any) -> None:
+    """Check every file of the weights; for the fused engine's families, compare tensor names and shapes with the model.
+
+    Tensors that the files lack are reported on loading.
+
+    Raises:
+        UserError: a file is broken; the model has no place for a tensor, or one of another shape.
+    """
+    holds = {name: file for file in open_shards(folder).values() for name in file.entries}
+    if config.model_type not in FAMILIES:
+        return
+    layers = 1 + max((int(match[1]) for name in holds if (match := _LAYER.match(name))), default=-1)
+    if layers not in (0, config.num_hidden_layers):
+        raise UserError(
+            f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {layers}.", _OTHER_MODEL
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(folder, config).state_dict().items()}
+    packed = {name.removesuffix(NF4_STATE) for name in holds if name.endswith(NF4_STATE)}
+    for name, file in holds.items():
+        if name in packed or name.rpartition(".weight.")[0] + ".weight" in packed:
+            continue  # bitsandbytes' parts of an NF4 weight
+        # transformers adds the prefix itself, and computes inv_freq, which old checkpoints hold
+        if name not in shapes and f"model.{name}" not in shapes and not name.endswith("rotary_emb.inv_freq"):
+            raise UserError(
+                f"{file.path}: holds tensor {shown(name)}, for which the model of config.json has no place.",
+                _OTHER_MODEL,
+            )
+        shape = file.entries[name].shape
+        if shapes.get(name, shape) != shape:
+            raise UserError(
+                f"{file.path}: tensor {shown(name)} is {list(shape)}; by config.json it is {list(shapes[name])}.",
+                _OTHER_MODEL,
+            )
+
+
+def empty_model(folder: Path, config: Any) -> Any:
+    """The model of a configuration, on the meta device.
+
+    Raises:
+        UserError: transformers cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except Exception as error:  # each model's own checks raise what they like
+        path = folder / "config.json"
+        raise UserError(f"{path}: not a model that transformers builds: {shown(error, 300)}.", again(path)) from error
+
+
+def stored_settings(stored: Any, folder: Path) -> BitsAndBytesConfig:
+    """The quantization settings of a base that is stored quantized.
+
+    Raises:
+        UserError: it is stored in another format than bitsandbytes' NF4.
+    """
+    told = stored if isinstance(stored, dict) else stored.to_dict()
+    if not told.get("load_in_4bit") or told.get("bnb_4bit_quant_type") != "nf4":
+        raise UserError(
+            f"{folder}/config.json: the base is stored quantized as {shown(told.get('quant_method'))}"
+            f"/{shown(told.get('bnb_4bit_quant_type', 'other'))}; only bitsandbytes' NF4 can be trained on.",
+            "Use the 16-bit base, or one quantized to NF4.",
+        )
+    return BitsAndBytesConfig.from_dict(told)
+
+
+def quantization_of(config: RunConfig, stored: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool, bool]:
+    """The settings for from_pretrained, whether the base is in 4 bits, and whether its scales are quantized too."""
+    if stored is not None:
+        return None, True, bool(stored_settings(stored, folder).bnb_4bit_use_double_quant)
+    if not config.load_in_4bit:
+        return None, False, False
+    return (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        True,
+        config.bnb_4bit_use_double_quant,
+    )
+
+
 def load_base(config: RunConfig, *, device: torch.device | None = None, stream: bool = False) -> Base:
     """Load the base of a run, frozen, onto the GPU where there is one.
-
-    A 16-bit base is quantized to 4 bits once, and its 4-bit copy is read from the user's cache afterwards (``quantized``).
 
     Args:
         device: where to compute; None: the GPU where there is one.
@@ -180,25 +283,13 @@ def load_base(config: RunConfig, *, device: torch.device | None = None, stream: 
     if four_bit and dtype == torch.float64:
         raise UserError("dtype float64: bitsandbytes dequantizes to at most float32.", "Set load_in_4bit=false.")
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # unreadable in a log file
+        disable_progress_bar()  # unreadable in a log file
     check_weights(folder, model_config)
-    own_fingerprint = fingerprint(folder)
-
-    def load(source: Path, quantize: bool) -> Any:
-        own = copy.deepcopy(model_config)  # of the base, for its 4-bit copy too
-        if settings is not None and not quantize:
-            own.quantization_config = settings.to_dict()
-        where = place
-        if quantize and device.type == "cuda":  # for a streamed base, too: a card takes seconds, a CPU minutes
-            size = sum(path.stat().st_size for path in weight_files(folder))
-            where = device if torch.cuda.mem_get_info(device)[0] > size / 2 else place
-        return _from_pretrained(source, own, dtype, where, settings if quantize else None)
-
-    # other families may rename their tensors on loading
-    if settings is not None and model_config.model_type in FAMILIES:
-        model = load_quantized(folder, config.model_name_or_path, own_fingerprint, settings, dtype, load)
+    known = model_config.model_type in FAMILIES
+    if settings is not None and known:  # other families may rename their tensors on loading
+        model = _load_quantized(folder, config.model_name_or_path, model_config, settings, dtype, device, place)
     else:
-        model = load(folder, settings is not None)
+        model = _from_pretrained(folder, model_config, dtype, place, settings)
     model.config._name_or_path = model.name_or_path = str(folder)
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -210,22 +301,12 @@ def load_base(config: RunConfig, *, device: torch.device | None = None, stream: 
                     "for rows that are no multiple of 64.",
                     "Set load_in_4bit=false, or run it on a GPU.",
                 )
-    if stored is not None and model_config.model_type in FAMILIES:
+    if stored is not None and known:
         # embedding, norms and head, of which transformers keeps a 4-bit checkpoint's own dtype
         for parameter in model.parameters():
             if not hasattr(parameter, "quant_state"):
                 parameter.data = parameter.data.to(dtype)
-    return frozen_base(
-        model,
-        config,
-        folder,
-        dtype,
-        device,
-        four_bit=four_bit,
-        double_quant=double,
-        streamed=stream,
-        own_fingerprint=own_fingerprint,
-    )
+    return frozen_base(model, config, folder, dtype, device, four_bit=four_bit, double_quant=double, streamed=stream)
 
 
 def _from_pretrained(
@@ -240,7 +321,7 @@ def _from_pretrained(
         source,
         output_loading_info=True,
         trust_remote_code=False,
-        config=model_config,
+        config=copy.deepcopy(model_config),
         dtype=dtype,
         quantization_config=quantization,
         device_map={"": str(place)},
@@ -252,11 +333,93 @@ def _from_pretrained(
     ):
         if names := sorted(loaded[key]):
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            raise UserError(
-                f"{source}: {what.format(shown(names[0]) + more)}.",
-                "The files belong to different models; fetch the model again.",
-            )
+            raise UserError(f"{source}: {what.format(shown(names[0]) + more)}.", _OTHER_MODEL)
     return model
+
+
+def _load_quantized(
+    source: Path,
+    name: str,
+    model_config: Any,
+    settings: BitsAndBytesConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    place: torch.device,
+) -> Any:
+    """The quantized model, from its copy in the cache, which is made first if there is none or the base's files have changed.
+
+    Where the cache cannot be written, the model is quantized in memory, with a warning that says why.
+
+    Args:
+        source: the 16-bit base's folder.
+        name: the base's name, for the copy's folder name only.
+        model_config: of the base, and of its copy.
+        settings: how the base is quantized.
+        dtype: compute dtype; tensors that are not quantized are stored in it.
+        device: where to compute.
+        place: where the parameters go.
+    """
+    double = "-double" if settings.bnb_4bit_use_double_quant else ""
+    known = fingerprint(source)
+    suffix = f"{known[:16]}-nf4{double}-{str(dtype).removeprefix('torch.')}-v{FORMAT}"
+    stats = {path.name: path.stat() for path in weight_files(source)}
+    sources = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+    def manifest(folder: Path) -> dict[str, Any]:
+        files = {path.name: _hash(path) for path in sorted(folder.glob("*.safetensors"))}
+        return {"format": FORMAT, "fingerprint": known, "files": files, "sources": sources}
+
+    model = None
+    try:
+        make_folder(quantized_dir())
+        with FileLock(quantized_dir() / f".lock-{suffix}"):
+            existing = sorted(quantized_dir().glob(f"[!.]*-{suffix}"))  # whatever name the base had when it was made
+            folder = quantized_dir() / f"{Path(name).name.lstrip('.')[:40] or 'base'}-{suffix}"
+            folder = existing[0] if existing else folder
+            if read_json(folder / MANIFEST) != manifest(folder):
+                if folder.exists():
+                    logger.warning(f"{folder}: damaged, or made of other files of the base; it is made again")
+                    remove_tree(folder)
+                logger.info(f"quantizing the base once; later starts read {folder}")
+                room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+                # for a streamed base, too: a card takes seconds, a CPU minutes
+                where = device if room > sum(size for size, _ in sources.values()) / 2 else place
+                model = _from_pretrained(source, model_config, dtype, where, settings)
+                with folder_aside(folder) as aside:
+                    model.save_pretrained(aside, max_shard_size=SHARD_SIZE)
+                    write_json(aside / MANIFEST, manifest(aside))
+                model = None
+    except (OSError, SafetensorError, NotImplementedError) as error:  # a file system without locks, too
+        logger.warning(
+            f"{quantized_dir()}: the quantized base cannot be kept there ({getattr(error, 'strerror', None) or error}); make "
+            "room, make it writable, or name another folder in the environment variable ZEPHYR_LITE_CACHE. The base is "
+            "quantized in memory, now and at every start."
+        )
+        return _from_pretrained(source, model_config, dtype, place, settings) if model is None else model
+    own = copy.deepcopy(model_config)
+    own.quantization_config = settings.to_dict()
+    return _from_pretrained(folder, own, dtype, place, None)
+
+
+def _hash(path: Path) -> str:
+    """Hexadecimal XXH3 of a file: one inverted bit would train on silently. SHA-256 would take several times as long."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def quantized_dir() -> Path:
+    """The folder of quantized bases in the user's cache."""
+    return cache_dir() / "quantized"
+
+
+def kept_bases() -> dict[Path, int]:
+    """Folder → bytes of each quantized base in the cache, unfinished ones included."""
+    folder = quantized_dir()
+    found = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in found}
 
 
 def frozen_base(
@@ -269,7 +432,6 @@ def frozen_base(
     four_bit: bool,
     double_quant: bool,
     streamed: bool = False,
-    own_fingerprint: str | None = None,
 ) -> Base:
     """A loaded model as the base of a run: parameters frozen, no key-value cache, the folder's tokenizer.
 
@@ -288,28 +450,10 @@ def frozen_base(
         revision=config.model_revision,
         dtype=dtype,
         device=device,
-        fingerprint=own_fingerprint or fingerprint(folder),
+        fingerprint=fingerprint(folder),
         load_in_4bit=four_bit,
         double_quant=double_quant,
         streamed=streamed,
-    )
-
-
-def quantization_of(config: RunConfig, stored: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool, bool]:
-    """The settings for from_pretrained, whether the base is in 4 bits, and whether its scales are quantized too."""
-    if stored is not None:
-        return None, True, bool(stored_settings(stored, folder).bnb_4bit_use_double_quant)
-    if not config.load_in_4bit:
-        return None, False, False
-    return (
-        BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-        True,
-        config.bnb_4bit_use_double_quant,
     )
 
 

@@ -1,16 +1,15 @@
 """The adapters that a stage was trained on: read from its stage.json, found, and checked against their hashes."""
 
-from contextlib import suppress
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.run_dir import STAGE_FILE, StageDir, checked, newest_run, stages_of
+from ..io.run_dir import STAGE_FILE, StageDir, checked, stages_of
 from ..io.text import shown
-from .overlap import CARD, overlap, same_name, tuned_from
-from .peft_config import other_base
-from .peft_io import AdapterFile, fetch_adapter, read_adapter
+from .peft_io import CARD, AdapterFile, fetch_adapter, other_base, read_adapter
 
 
 @dataclass
@@ -43,27 +42,67 @@ class Chain:
         return told | {"adapters": [{"path": str(a.path), "sha256": a.sha256} for a in self.adapters]}
 
 
-def chain_of_run(
-    run: str | Path | None = None, runs_root: str | Path = "runs", stage: str | None = None, base: str | None = None
-) -> Chain:
+def chain_of_run(run: str | Path | None = None, stage: str | None = None, base: str | None = None) -> Chain:
     """The chain of a run's last complete stage.
 
     Args:
-        run: a run's folder; None for the newest one under `runs_root` with a complete stage.
+        run: a run's folder; None for the one under ``runs/`` whose stage was completed last.
         stage: a stage's name; None for the complete stage with the longest chain, the latest of those.
         base: where its base is now, if it was moved; the caller compares the fingerprint.
 
     Raises:
         UserError: no such run or complete stage, or an adapter is missing or has changed since the stage was trained.
     """
-    folder = Path(run) if run is not None else _newest(Path(runs_root))
+    if run is None:
+        done = [found for folder in Path("runs").glob("*") for found in stages_of(folder) if found.complete()]
+        if not done:
+            raise UserError(
+                "runs: no run there has a complete stage.", "Train one first, or name a run's folder (--run)."
+            )
+        run = max(done, key=_changed).run
+    folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run.", "Give a run's folder (--run), or the adapters themselves.")
-    chosen, info = _last_stage(folder, stage)
+    stages = [found for found in stages_of(folder) if stage in (None, found.path.name) and found.complete()]
+    if not stages:
+        raise UserError(
+            f"{folder}: no complete stage{f' {stage}' if stage else ''} in it.",
+            "Give a run's folder (runs/NAME), not a stage's or an adapter's; a stage that is not finished is resumed by the "
+            "command that started it.",
+        )
+    infos = {found: found.info() or {} for found in stages}
+    for found, info in infos.items():
+        checked(info, found.path / STAGE_FILE, needs=("adapters", "own", "base.name_or_path"))
+    chosen = max(stages, key=lambda found: (len(infos[found]["adapters"]), _changed(found)))
+    info = infos[chosen]
     adapters = [_checked(_resolve(folder, link["path"]), link, chosen) for link in info["adapters"]]
     adapters.append(_checked(chosen.path / info["own"]["path"], info["own"], chosen))
     moved = {} if base is None else {"name_or_path": base, "revision": "main"}
     return Chain({**info["base"], **moved}, adapters, chosen.adapter, folder, chosen.path.name, info)
+
+
+def _changed(stage: StageDir) -> int:
+    return (stage.path / STAGE_FILE).stat().st_mtime_ns
+
+
+def _resolve(run: Path, name: str) -> Path:
+    """A frozen adapter: relative to the run's folder if it is in it, else absolute or a hub id."""
+    inside = run / name
+    # a missing stage of the run ("sft/adapter") is not looked for on the hub
+    if inside.is_dir() or Path(name).is_absolute() or inside.name in ("adapter", "delta"):
+        return inside
+    return fetch_adapter(name)
+
+
+def _checked(path: Path, link: dict[str, Any], stage: StageDir) -> AdapterFile:
+    """Raises UserError where the adapter is missing, or is not the one of this hash."""
+    adapter = read_adapter(path)
+    if adapter.sha256 != link["sha256"]:
+        raise UserError(
+            f"{path}: its content is {adapter.sha256[:12]}, but {stage.path.name} was trained on {link['sha256'][:12]}.",
+            "The adapter was changed or replaced since. Restore it, or train the stages above it again.",
+        )
+    return adapter
 
 
 def chain_of_adapters(names: list[str], base: str | None = None) -> Chain:
@@ -79,10 +118,13 @@ def chain_of_adapters(names: list[str], base: str | None = None) -> Chain:
             f"the adapters name {'several bases: ' + ', '.join(named) if len(named) > 1 else 'no base'}.",
             "Say which one they belong on with --base.",
         )
-    notes = check_stack(adapters, base or named[0])
+    base = base or named[0]
     with_tokenizer = [a.path for a in adapters if (a.path / "tokenizer_config.json").is_file()]
     return Chain(
-        {"name_or_path": base or named[0]}, adapters, with_tokenizer[-1] if with_tokenizer else None, notes=notes
+        {"name_or_path": base},
+        adapters,
+        with_tokenizer[-1] if with_tokenizer else None,
+        notes=check_stack(adapters, base),
     )
 
 
@@ -99,10 +141,12 @@ def check_stack(adapters: list[AdapterFile], base: str) -> list[str]:
     Raises:
         UserError: one is given twice, contains another, is a delta without the adapters below it, or was never trained.
     """
+    from .overlap import overlap, same_name, tuned_from
+
     notes = []
     for place, adapter in enumerate(adapters):
         below = adapters[:place]
-        if not any(bool(adapter.modules[name].b.any()) for name in adapter.modules):
+        if not any(bool(weights.b.any()) for weights in adapter.modules.values()):
             raise UserError(
                 f"{adapter.path}: every lora_B is zero: it was never trained and changes nothing.",
                 "Take another checkpoint of it, or leave it out.",
@@ -145,14 +189,14 @@ def _check_stage(adapter: AdapterFile, below: list[AdapterFile]) -> set[str]:
     info = stage.info() if adapter.path.name in ("adapter", "delta") else None
     if info is None:
         return set()
-    if adapter.path.name == "delta" and not below:
-        raise UserError(
-            f"{adapter.path}: is right only on top of the adapters that it was trained on, and is the lowest here.",
-            f"Give {stage.adapter}, which holds the whole chain, or put the adapters below it first.",
-        )
     checked(info, stage.path / STAGE_FILE, needs=("adapters",))
     parts = {str(link.get("sha256")) for link in info["adapters"]}
     if adapter.path.name == "delta":
+        if not below:
+            raise UserError(
+                f"{adapter.path}: is right only on top of the adapters that it was trained on, and is the lowest here.",
+                f"Give {stage.adapter}, which holds the whole chain, or put the adapters below it first.",
+            )
         return parts
     if twice := [other.path for other in below if other.sha256 in parts]:
         raise UserError(
@@ -160,91 +204,3 @@ def _check_stage(adapter: AdapterFile, below: list[AdapterFile]) -> set[str]:
             f"Leave {twice[0]} out, or give {stage.delta} instead.",
         )
     return set()
-
-
-def _newest(root: Path) -> Path:
-    """The run whose stage was completed last."""
-    done = []
-    for stage in (stage for run in root.glob("*") for stage in stages_of(run)):
-        with suppress(UserError):  # a broken file of another run does not matter
-            if stage.complete():
-                done.append(stage)
-    if not done:
-        running = newest_run(root)
-        raise UserError(
-            f"{root}: no run there has a complete stage" + (f" ({running} is not finished)." if running else "."),
-            "Train one first (zephyr-lite sft), or name a run with --run.",
-        )
-    return max(done, key=lambda stage: (stage.path / STAGE_FILE).stat().st_mtime_ns).run
-
-
-def _last_stage(run: Path, name: str | None) -> tuple[StageDir, dict[str, Any]]:
-    found = []
-    for stage in stages_of(run):
-        if name not in (None, stage.path.name):
-            continue  # errors of another stage do not matter
-        info = stage.info()
-        if info is not None and info.get("status") == "complete":
-            path = stage.path / STAGE_FILE
-            checked(info, path, needs=("adapters", "own", "base.name_or_path"))
-            found.append(((len(info["adapters"]), path.stat().st_mtime_ns), stage, info))
-    if name is None:
-        _refuse_lost_stages(run)
-    if found:
-        _, stage, info = max(found, key=lambda item: item[0])
-        return stage, info
-    if (run / "adapter_config.json").is_file():
-        raise UserError(
-            f"{run}: is an adapter's folder, and no run.",
-            f"Give the run ({run.parent.parent}), or name the adapters from the bottom up, each with --adapter.",
-        )
-    if not stages_of(run):
-        raise UserError(
-            f"{run}: no complete stage in it: it is no run's folder, or nothing was trained there yet.",
-            "Give a run's folder (runs/NAME), a stage's, or a merged model's.",
-        )
-    raise UserError(
-        f"{run}: {'no complete stage' if name is None else f'stage {name} is not there, or not complete'}.",
-        "Finish it first: the same command that started it resumes it.",
-    )
-
-
-def _refuse_lost_stages(run: Path) -> None:
-    """A stage whose stage.json is missing or empty must not be skipped in favour of the one below it.
-
-    Raises:
-        UserError: there is an adapter of such a stage.
-    """
-    for adapter in sorted(run.glob("[!.]*/adapter")):
-        stage = StageDir(adapter.parent)
-        if adapter.is_dir() and "status" not in (stage.info() or {}):
-            raise UserError(
-                f"{stage.path}: has an adapter, and no {STAGE_FILE} that says what it was trained on.",
-                "Restore that file; or name a stage (--stage), or the adapters themselves (--adapter, --base).",
-            )
-
-
-def _resolve(run: Path, name: str) -> Path:
-    """A frozen adapter: relative to the run's folder if it is in it, else absolute or a hub id."""
-    inside = run / name
-    if Path(name).is_absolute() or inside.is_dir():
-        return inside
-    # a missing stage of the run ("sft/adapter") is not looked for on the hub
-    if (run / Path(name).parts[0]).exists() or Path(name).name in ("adapter", "delta"):
-        return inside
-    return fetch_adapter(name)
-
-
-def _checked(path: Path, link: dict[str, Any], stage: StageDir) -> AdapterFile:
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: is gone; {stage.path} was trained on it.",
-            f"Put it back, or merge from {stage.adapter}, which holds the whole chain, as an explicit adapter.",
-        )
-    adapter = read_adapter(path)
-    if adapter.sha256 != link["sha256"]:
-        raise UserError(
-            f"{path}: its content is {adapter.sha256[:12]}, but {stage.path.name} was trained on {link['sha256'][:12]}.",
-            "The adapter was changed or replaced since. Restore it, or train the stages above it again.",
-        )
-    return adapter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,9 @@ from ..ops.token_logps import TokenStats, token_logps
 from .activation_offload import ActivationOffload
 from .adapters import AdapterStack
 from .dequant_buffer import DequantBuffer, ScratchMode
-from .execution import ExecutionConfig
+from .execution import ExecutionConfig, ForwardContext, Keep, layer_of
 from .families import layer_windows
 from .layer import run_layer
-from .layer_spec import ForwardContext, Keep, Layer, layer_of
 from .weight_streaming import WeightStreamer
 
 Keeps = Keep | Sequence[Keep]
@@ -113,12 +113,10 @@ class Decoder:
         Returns:
             [N] float32, in the order of ``batch.target_ids``; differentiable unless ``reference``.
         """
-        if reference:
-            with torch.no_grad():
-                (rows,) = self._run(batch, dropout, keep, (self.stack.trainable,))
-                return self._logps(rows, batch)
-        (rows,) = self._run(batch, dropout, keep, (None,))
-        return self._logps(rows, batch)
+        off = self.stack.trainable if reference else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not reference):
+            (rows,) = self._run(batch, dropout, keep, (off,))
+            return token_logps(rows, self._head(), batch.target_ids)
 
     def policy_and_reference(
         self, batch: Batch, *, keep: Keeps = "all", dropout: Dropout | None = None
@@ -128,8 +126,8 @@ class Decoder:
         policy, reference = self._run(batch, dropout, keep, (None, self.stack.trainable))
         head = self._head()
         with torch.no_grad():
-            reference_logps = self._logps(reference, batch, head)
-        return self._logps(policy, batch, head), reference_logps
+            reference_logps = token_logps(reference, head, batch.target_ids)
+        return token_logps(policy, head, batch.target_ids), reference_logps
 
     def token_stats(
         self, batch: Batch, *, keep: Keeps = "all", dropout: Dropout | None = None
@@ -138,27 +136,20 @@ class Decoder:
         (rows,) = self._run(batch, dropout, keep, (None,))
         return token_logps(rows, self._head(), batch.target_ids, stats=True)
 
-    def _logps(self, rows: Tensor, batch: Batch, head: Tensor | None = None) -> Tensor:
-        return token_logps(rows, self._head() if head is None else head, batch.target_ids)
-
     def _head(self) -> Tensor:
         """[V, D] on the device; of a streamed base a temporary copy."""
         weight = self.stack.base.lm_head.weight.detach()
         return weight.to(self.device, non_blocking=True)
 
-    def _embedded(self, batch: Batch) -> Tensor:
-        """[T, D]; rows of an embedding on the host are copied to the device."""
-        embedding = self.stack.base.model.embed_tokens
-        if self.stream is None:
-            return embedding(batch.tokens).detach().to(self.dtype)
-        tokens = batch.tokens.cpu() if batch.host_tokens is None else batch.host_tokens
-        return self.stream.embedded(embedding.weight, tokens).to(self.dtype)
-
     def _run(self, batch: Batch, dropout: Dropout | None, keep: Keeps, off: Sequence[str | None]) -> list[Tensor]:
         """The hidden states that predict the targets, after the final norm: [N, D] (a row that predicts two targets occurs
         twice), once for each of ``off``: the name of an adapter that is switched off (without a graph), or None."""
         model = self.stack.base.model
-        x = self._embedded(batch)
+        if self.stream is None:
+            x = model.embed_tokens(batch.tokens).detach().to(self.dtype)
+        else:
+            tokens = batch.tokens.cpu() if batch.host_tokens is None else batch.host_tokens
+            x = self.stream.embedded(model.embed_tokens.weight, tokens).to(self.dtype)
         cos, sin = model.rotary_emb(x, batch.positions[None])
         windows = layer_windows(self.stack.base.config)
         tables = {window: SegmentTable.build(batch.segments, window, x.device) for window in set(windows)}
@@ -179,7 +170,7 @@ class Decoder:
         del x  # so that the first layer frees it
         for index, module in enumerate(model.layers):
             for place, name in enumerate(off):
-                layer = self._layer(module, index, name, key)
+                layer = layer_of(module, partial(self._pairs, off=name), key, index=index, stream=self.stream)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and name is None):
                     streams[place] = run_layer(streams[place], layer, states[index], self.scratch, keeps[index])
         if self.offload is not None:
@@ -187,29 +178,19 @@ class Decoder:
         rows = [stream[batch.target_rows] for stream in streams]
         return [rms_norm(r, model.norm.weight, model.norm.variance_epsilon) for r in rows]
 
-    def _layer(self, module: Any, index: int, off: str | None, key: DropoutKey | None) -> Layer:
-        """A layer's weights with its adapters."""
-
-        def pairs(linear: Any, projection: int) -> list[LoraPair]:
-            if not isinstance(linear, LoraLayer):
-                return []
-            return [
-                LoraPair(
-                    projection,
-                    linear.lora_A[name].weight,
-                    linear.lora_B[name].weight,
-                    linear.scaling[name],
-                    off=name == off,
-                    dropout=name == self.stack.trainable,
-                )
-                for name in (self.stack.names if self.names is None else self.names)
-                if name in linear.lora_A
-            ]
-
-        return layer_of(
-            module,
-            pairs,
-            lambda site: None if key is None else key.at(index, site),
-            index=index,
-            stream=self.stream,
-        )
+    def _pairs(self, linear: Any, projection: int, off: str | None) -> list[LoraPair]:
+        """The adapters of a projection; ``off`` is switched off."""
+        if not isinstance(linear, LoraLayer):
+            return []
+        return [
+            LoraPair(
+                projection,
+                linear.lora_A[name].weight,
+                linear.lora_B[name].weight,
+                linear.scaling[name],
+                off=name == off,
+                dropout=name == self.stack.trainable,
+            )
+            for name in (self.stack.names if self.names is None else self.names)
+            if name in linear.lora_A
+        ]

@@ -26,10 +26,9 @@ from ..ops.nf4 import is_quantized
 from ..ops.rms_norm import rms_norm
 from .base import check_family
 from .dequant_buffer import DequantBuffer, ScratchMode
-from .families import layer_windows
+from .execution import ForwardContext, Keep, layer_of
+from .families import Shape, layer_windows
 from .layer import run_layer
-from .layer_spec import ForwardContext, Keep, layer_of
-from .shape import Shape
 
 
 def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer") -> Any:
@@ -161,9 +160,10 @@ class _Fused:
         _no_hooks(inner.layers)
         p = _dropout_of(inner)
         # one draw per forward pass, from the generator that the trainer seeds
-        key = DropoutKey(p, int(torch.randint(2**31 - 1, ())), 0, *_names(x)) if p else None
+        places = torch.arange(x.shape[0], device=x.device)
+        key = DropoutKey(p, int(torch.randint(2**31 - 1, ())), 0, places, torch.zeros_like(places)) if p else None
         for index, module in enumerate(inner.layers):
-            layer = layer_of(module, _active_pairs, lambda site, i=index: None if key is None else key.at(i, site))
+            layer = layer_of(module, _active_pairs, key, index=index)
             frozen = [w for site in layer.sites for w in (*site.weights, *site.biases)] + [
                 n.weight for n in layer.norms
             ]
@@ -176,12 +176,6 @@ class _Fused:
         if isinstance(inner.norm, ModulesToSaveWrapper) or inner.norm.weight.requires_grad:
             return inner.norm(x)  # rms_norm gives its weight no gradient
         return rms_norm(x, inner.norm.weight, inner.norm.variance_epsilon)
-
-
-def _names(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens' dropout keys: their place in the flat row."""
-    places = torch.arange(x.shape[0], device=x.device)
-    return places, torch.zeros_like(places)
 
 
 def _without_padding(

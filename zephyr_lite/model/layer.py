@@ -24,7 +24,7 @@ from ..ops.lora import grad_adapters, grad_input, grad_low_rank, low_rank, proje
 from ..ops.rms_norm import rms_norm_backward, rms_norm_forward
 from ..ops.rope import rope_
 from .dequant_buffer import DequantBuffer
-from .layer_spec import DOWN, GATE_UP, OUT, QKV, ForwardContext, Keep, Layer
+from .execution import DOWN, GATE_UP, OUT, QKV, ForwardContext, Keep, Layer
 from .mlp import Kept, LoraActivations, mlp_backward, mlp_forward
 
 

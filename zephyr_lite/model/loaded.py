@@ -13,7 +13,7 @@ import torch
 from ..config.load import RunConfig
 from ..data.chat_template import ChatTemplate, resolve_template
 from ..errors import UserError
-from ..io.run_dir import STAGE_FILE, check_rendering, newest_run
+from ..io.run_dir import STAGE_FILE, check_rendering
 from .adapters import AdapterStack, resolve_frozen_names
 from .base import Base, check_fingerprint, load_base, load_tokenizer
 from .chain import Chain, chain_of_adapters, chain_of_run
@@ -107,22 +107,21 @@ def find_chain(
         if source is not None or stage is not None:
             raise UserError("--adapter names the chain itself; a run or a stage names one too.", "Give one of the two.")
         return chain_of_adapters(list(adapters), base)
-    path = None if source is None else Path(source).expanduser()
-    if path is not None and not path.is_dir():
+    if source is None:
+        return chain_of_run(stage=stage, base=base)
+    path = Path(source).expanduser()
+    if not path.is_dir():
         raise UserError(f"{path}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's.")
-    if path is not None and (path / "config.json").is_file():
+    if (path / "config.json").is_file():
         if stage is not None or base is not None:
-            option = "stages" if base is None else "base"
-            raise UserError(f"{path}: is a model's folder, which has no {option}.", "Leave --stage and --base out.")
+            raise UserError(f"{path}: is a model's folder, without stages or a base.", "Leave --stage and --base out.")
         return None
-    if path is not None and (path / STAGE_FILE).is_file():
+    if (path / STAGE_FILE).is_file():
         if stage not in (None, path.name):
             raise UserError(
                 f"{path}: is the stage {path.name}, and --stage says {stage}.", f"Give the run: {path.parent}"
             )
         path, stage = path.parent, path.name
-    if path is None and stage is None and newest_run(Path("runs")) is None:
-        raise UserError("there is no run under runs/.", "Run `zephyr-lite sft` first, or name a model's folder.")
     return chain_of_run(path, stage=stage, base=base)
 
 

@@ -18,7 +18,7 @@ from ..ops.lora import grad_adapters, grad_input, grad_low_rank, low_rank, proje
 from ..ops.rms_norm import rms_norm_backward, rms_norm_forward
 from ..ops.swiglu import swiglu_backward, swiglu_forward
 from .dequant_buffer import DequantBuffer
-from .layer_spec import DOWN, GATE_UP, Layer
+from .execution import DOWN, GATE_UP, Layer
 
 LoraActivations = tuple[Tensor, ...]
 

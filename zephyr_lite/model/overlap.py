@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ..config.strict_yaml import read_front_matter
 from ..io.text import is_file, read_text
-from .peft_io import AdapterFile, LoraWeights
-from .shards import in_hub_cache
+from .files import in_hub_cache
+from .peft_io import CARD, AdapterFile, LoraWeights
 
-CARD = "README.md"
 # largest normwise difference of two A from the same draw; independent draws differ by √2
 SAME_ORIGIN = 0.7
 # smallest share of the other's B (or product) in a continued adapter: 1 if continued, near 0 with the same seed only

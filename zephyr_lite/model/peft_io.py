@@ -3,6 +3,8 @@
 Tensors are mapped from the file, not loaded: rank 144 on Mistral-7B takes 1.5 GB in float32.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -15,29 +17,42 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 from torch import Tensor
 
 from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, write_text
 from ..io.safetensors import FLOATS, SafetensorsFile, tensor_bytes, write_stream
-from ..io.text import shown
-from .fetch import download
-from .peft_config import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    by_peft,
-    pattern_value,
-    read_config,
-    weights_file,
-)
-from .shards import local_folder
+from ..io.text import read_object, shown
+from .files import checked_place, download, local_folder, pickles
 
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CARD = "README.md"
 PREFIX = "base_model.model."
+# each of these makes the adapter more than W + s·B·A
+UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# these initializations subtract the adapter's first value from the base, so the file belongs to that changed base
+RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_AGAIN = "Copy the adapter again, or write it again with PEFT's save_pretrained."
 # prefixes that launchers, torch.compile and PEFT models wrapped twice leave in tensor names
 _WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-_PREFIXES = re.compile(r"(?:base_model\.model\.|module\.)*")
+_PREFIXES = re.compile(r"^(?:base_model\.model\.|module\.)*")
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>\w+))?\.weight")
-_LAYER = re.compile(r"(?P<parent>.*\blayers)\.(?P<index>\d+)\.(?:.*\.)?[^.]+")
+_LAYER = re.compile(r".*\blayers\.(?P<index>\d+)\..+")
 
 
 @dataclass(frozen=True)
@@ -120,48 +135,94 @@ class AdapterFile:
             found = "the base has none" if own is None else f"the base's is {list(own.shape)} with other values"
             raise UserError(
                 f"{self.path}: holds a whole {shown(name)} {list(mine.shape)} beside its LoRA; {found}, so it was trained too.",
-                by_peft(self.path),
+                _by_peft(self.path),
             )
+
+
+class _Settings(BaseModel):
+    """The keys of adapter_config.json that the weights are computed from, and the base's name."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    r: PositiveInt = 8
+    lora_alpha: FiniteFloat = 8
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, FiniteFloat] | None = None
+    base_model_name_or_path: str | None = None
+
+
+def _open(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
+    """An adapter's configuration and weights.
+
+    The modules are read from the weights, so target_modules may be anything.
+
+    Raises:
+        UserError: a file is missing, broken, or a link out of the folder; the adapter is more than W + s·B·A; its rank or
+            alpha is no number above 0.
+    """
+    path, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no {CONFIG_NAME} there, so it is not a PEFT adapter.",
+            "Give the folder that PEFT's save_pretrained wrote (a stage's adapter/, for a run of this program).",
+        )
+    config = read_object(checked_place(path), hint=_AGAIN)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {shown(config.get('peft_type'))}; only LORA is supported.", _AGAIN)
+    more = [key for key in UNSUPPORTED if config.get(key)]
+    if more or config.get("bias", "none") != "none":
+        what = more[0] if more else f"bias={config['bias']}"
+        raise UserError(f"{path}: the adapter uses {shown(what)}, which cannot be stacked here.", _by_peft(folder))
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(RESIDUAL_INITS):
+        raise UserError(
+            f"{path}: init_lora_weights is {shown(repr(init))}: this adapter belongs on a base with changed weights.",
+            "Convert it to a plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…).",
+        )
+    try:
+        _Settings.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {shown(key)} is {shown(repr(first['input']))}: {first['msg']}.", _AGAIN) from None
+    if not weights.is_symlink() and not weights.exists():
+        raise UserError(
+            f"{folder}: holds no {WEIGHTS_NAME} (found {pickles(folder)}).",
+            "Load it with PEFT and save it again: model.save_pretrained(folder, safe_serialization=True).",
+        )
+    return config, SafetensorsFile(checked_place(weights))
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
     """Read a PEFT LoRA adapter's folder.
 
     Raises:
-        UserError: a file is missing, it is not plain LoRA (DoRA, biases, modules_to_save, …), a module has only A or only B,
-            shapes do not fit, or a rank is not the configuration's.
+        UserError: a file is missing, it is not plain LoRA (DoRA, biases, modules_to_save, …), or a module's matrices do not
+            fit each other or the configuration.
     """
     folder = Path(path)
-    config = read_config(folder)
-    file = SafetensorsFile(weights_file(folder))
+    config, file = _open(folder)
     names: dict[str, dict[str, str]] = defaultdict(dict)
     copies: dict[str, Callable[[], Tensor]] = {}
-    for name, entry in file.entries.items():
-        plain = _WRAPPERS.sub("", name)
-        plain = plain[_PREFIXES.match(plain).end() :]  # type: ignore[union-attr]
+    for name in file.entries:
+        plain = _PREFIXES.sub("", _WRAPPERS.sub("", name))
         match = _KEY.fullmatch(plain)
-        if match is None:
-            if plain.endswith(".weight") and "lora_" not in plain and ".modules_to_save." not in plain:
-                copies[plain.replace(".base_layer.", ".")] = partial(file.tensor, name)
-                continue
-            what = "an adapter on an embedding" if "lora_embedding_" in name else "no LoRA matrix of a linear layer"
+        if match is not None:
+            sides = names[match["module"]]
+            if match["side"] in sides:
+                raise UserError(
+                    f"{file.path}: holds two adapters, {shown(sides[match['side']])} and {shown(name)}.",
+                    "Save them one by one: PEFT's save_pretrained(folder, selected_adapters=[NAME]).",
+                )
+            sides[match["side"]] = name
+        elif plain.endswith(".weight") and "lora_" not in plain and ".modules_to_save." not in plain:
+            copies[plain.replace(".base_layer.", ".")] = partial(file.tensor, name)
+        else:
             raise UserError(
-                f"{file.path}: tensor {shown(name)} is {what}, which cannot be stacked here.", by_peft(folder)
+                f"{file.path}: tensor {shown(name)} is no LoRA matrix of a linear layer, and cannot be stacked here.",
+                _by_peft(folder),
             )
-        if entry.dtype not in FLOATS or len(entry.shape) != 2:
-            raise UserError(
-                f"{file.path}: tensor {shown(name)} is {entry.dtype} {list(entry.shape)}; a LoRA matrix is a float matrix.",
-                "Save the adapter again with PEFT's save_pretrained (under ZeRO-3 or FSDP, gather the weights first).",
-            )
-        module, side = match["module"], match["side"]
-        if side in names[module]:
-            raise UserError(
-                f"{file.path}: holds two adapters, {shown(names[module][side])} and {shown(name)}.",
-                "Save them one by one: PEFT's save_pretrained(folder, selected_adapters=[NAME]).",
-            )
-        names[module][side] = name
     if not names:
-        raise UserError(f"{file.path}: holds no LoRA weights.", "Save the adapter again with PEFT's save_pretrained.")
+        raise UserError(f"{file.path}: holds no LoRA weights.", _AGAIN)
     readers = {
         module: partial(_read_module, file, module, names[module], _scale(file, config, module, names[module]))
         for module in sorted(names)
@@ -172,35 +233,62 @@ def read_adapter(path: str | Path) -> AdapterFile:
 def _read_module(file: SafetensorsFile, module: str, names: dict[str, str], scale: float) -> LoraWeights:
     """Raises UserError where a value is not finite."""
     a, b = (file.tensor(names[side]) for side in "AB")
-    for side, matrix in (("A", a), ("B", b)):
-        if not bool(torch.isfinite(matrix).all()):
-            raise UserError(
-                f"{file.path}: lora_{side} of {shown(module)} holds NaN or infinite values.",
-                "Its training had gone wrong; take an earlier checkpoint of it.",
-            )
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise UserError(
+            f"{file.path}: the LoRA of {shown(module)} holds NaN or infinite values.",
+            "Its training had gone wrong; take an earlier checkpoint of it.",
+        )
     return LoraWeights(a.float(), b.float(), scale)
 
 
 def _scale(file: SafetensorsFile, config: dict[str, Any], module: str, names: dict[str, str]) -> float:
-    if missing := sorted({"A", "B"} - set(names)):
+    """Alpha by rank of a module, whose matrices are checked.
+
+    Raises:
+        UserError: a matrix is missing, or they do not fit each other or the configuration.
+    """
+    entries = [file.entries.get(names.get(side, "")) for side in "AB"]
+    a, b = (entry.shape if entry is not None and entry.dtype in FLOATS else () for entry in entries)
+    ranks = {config.get("r", 8), *(config.get("rank_pattern") or {}).values()}
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] not in ranks:
         raise UserError(
-            f"{file.path}: {shown(module)} has no lora_{missing[0]}.", "The adapter is incomplete; save it again."
+            f"{file.path}: {shown(module)} has lora_A {list(a)} and lora_B {list(b)}; by {CONFIG_NAME} they are float "
+            f"matrices [r, in] and [out, r] of rank {' or '.join(map(str, sorted(ranks)))}.",
+            "The adapter is incomplete, or its files belong to different adapters; save it again, or copy both files.",
         )
-    a, b = (file.entries[names[side]].shape for side in "AB")
-    rank = a[0]
-    if rank == 0 or b[1] != rank:
-        raise UserError(
-            f"{file.path}: {shown(module)} has lora_A {list(a)} and lora_B {list(b)}; the rank must be one and above 0.",
-            "The adapter is incomplete; save it again.",
-        )
-    told = {config.get("r", 8), *(config.get("rank_pattern") or {}).values()}
-    if rank not in told:
-        raise UserError(
-            f"{file.path}: {shown(module)} has rank {rank}, {CONFIG_NAME} says {' or '.join(map(str, sorted(told)))}.",
-            "Configuration and weights belong to different adapters; copy both files again.",
-        )
-    alpha = float(pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    alpha = config.get("lora_alpha", 8)
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        # PEFT's rule: the first key that, as a regular expression, matches the end of the name, from a dot on
+        if re.match(rf"(.*\.)?({key})$", module):
+            alpha = value
+            break
+    return float(alpha) / math.sqrt(a[0]) if config.get("use_rslora") else float(alpha) / a[0]
+
+
+def _by_peft(folder: Path) -> str:
+    """Hint for an adapter that is more than W + s·B·A: merge it with PEFT, and use the result as the base."""
+    own = (folder / "tokenizer_config.json").is_file()
+    tokenizer = repr(str(folder)) if own else "m.peft_config['default'].base_model_name_or_path"
+    return (
+        "Merge it with PEFT, and name the result (MERGED) as the base: "
+        'python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; '
+        f"m = M.from_pretrained({str(folder)!r}, dtype='auto'); m.merge_and_unload().save_pretrained('MERGED'); "
+        f"T.from_pretrained({tokenizer}).save_pretrained('MERGED')\""
+    )
+
+
+def other_base(config: Mapping[str, Any], name_or_path: str) -> str | None:
+    """A note on an adapter whose configuration names another base than the one it is used on; None: the same name.
+
+    Only a note, since a base that was moved has another name. Shapes that do not fit are refused when it is attached.
+    """
+    told = config.get("base_model_name_or_path")
+    if not told or told == name_or_path or Path(told).name == Path(name_or_path).name:
+        return None
+    return (
+        f"its configuration names {shown(told)} as the base, it is used on {name_or_path}: right only if both are the same "
+        "weights"
+    )
 
 
 def adapter_sha256(path: str | Path) -> str:
@@ -208,9 +296,7 @@ def adapter_sha256(path: str | Path) -> str:
 
     The order of the tensors and the base's name do not change it.
     """
-    folder = Path(path)
-    config = read_config(folder)
-    file = SafetensorsFile(weights_file(folder))
+    config, file = _open(Path(path))
     settings = {
         "r": int(config.get("r", 8)),
         "lora_alpha": float(config.get("lora_alpha", 8)),
@@ -242,12 +328,13 @@ def write_adapter(
         modules: module name → LoraWeights; a lazy mapping is written module by module.
         base_model_name: the base's hub id or path, for adapter_config.json.
         extra_config: further keys of PEFT's LoraConfig (lora_dropout, revision, …).
-
-    Raises:
-        OSError: it cannot be written.
     """
-    assert modules
     folder = Path(folder)
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        with folder_aside(folder) as aside:
+            write_adapter(aside, modules, base_model_name=base_model_name, extra_config=extra_config)
+        return
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -259,8 +346,8 @@ def write_adapter(
         alpha = weights.scale * weights.rank
         # 16 / r · r may not be 16 exactly
         alphas[module] = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
-    rank, rank_pattern = _pattern(ranks)
-    alpha, alpha_pattern = _pattern(alphas)
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -276,44 +363,18 @@ def write_adapter(
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": _target_modules(list(ranks)),
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
+        "rank_pattern": {module: value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
         **(extra_config or {}),
     }
 
     def write(name: str, file: BinaryIO) -> None:
-        match = _KEY.fullmatch(name.removeprefix(PREFIX))
-        assert match is not None
-        weights = modules[match["module"]]
-        file.write(tensor_bytes((weights.a if match["side"] == "A" else weights.b).float().cpu()))
+        module, _, side = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        weights = modules[module]
+        file.write(tensor_bytes((weights.a if side == "lora_A" else weights.b).float().cpu()))
 
-    def write_both(into: Path) -> None:
-        write_stream(into / WEIGHTS_NAME, tensors, write, {"format": "pt"})
-        write_text(into / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-    if folder.is_dir():
-        write_both(folder)
-        return
-    make_folder(folder.parent)
-    with folder_aside(folder) as aside:
-        write_both(aside)
-
-
-def _leaf(module: str) -> str:
-    return module.rpartition(".")[2]
-
-
-def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common value, and a PEFT pattern for the others: by leaf name (`q_proj`) where all of a leaf agree."""
-    default = Counter(values.values()).most_common(1)[0][0]
-    by_leaf: dict[str, set[Any]] = defaultdict(set)
-    for module, value in values.items():
-        by_leaf[_leaf(module)].add(value)
-    pattern = {}
-    for module, value in values.items():
-        if value != default:
-            pattern[_leaf(module) if len(by_leaf[_leaf(module)]) == 1 else module] = value
-    return default, pattern
+    write_stream(folder / WEIGHTS_NAME, tensors, write, {"format": "pt"})
+    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _target_modules(modules: Sequence[str]) -> list[str]:
@@ -321,17 +382,13 @@ def _target_modules(modules: Sequence[str]) -> list[str]:
 
     (PEFT gives a leaf name a LoRA in every layer.)
     """
-    layers: dict[str, list[int | None]] = defaultdict(list)  # leaf → index of each module's layer, None outside of them
-    parents: set[str] = set()
+    leaf = {module: module.rpartition(".")[2] for module in modules}
+    layers: dict[str, set[int]] = defaultdict(set)  # leaf → the layers that have it
     for module in modules:
         match = _LAYER.fullmatch(module)
-        layers[_leaf(module)].append(int(match["index"]) if match else None)
-        parents |= {match["parent"]} if match else set()
-    count = 1 + max((index for found in layers.values() for index in found if index is not None), default=-1)
-    everywhere = {leaf for leaf, found in layers.items() if set(found) == set(range(count)) and len(found) == count}
-    if len(parents) != 1:
-        everywhere = set()
-    return sorted({_leaf(module) if _leaf(module) in everywhere else module for module in modules})
+        layers[leaf[module]].add(int(match["index"]) if match else -1)
+    everywhere = set(range(1 + max(index for found in layers.values() for index in found)))
+    return sorted({leaf[module] if layers[leaf[module]] == everywhere else module for module in modules})
 
 
 def fetch_adapter(name_or_path: str | Path, revision: str | None = None, *, beside: Sequence[str] = ()) -> Path:

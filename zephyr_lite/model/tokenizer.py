@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..io.atomic import copy_file, write_json, write_text
+from ..io.atomic import copy_file, make_folder, write_json, write_text
 from ..io.text import read_object, shown
-from .shards import again, checked_place
+from .files import again, checked_place
 
-# a tokenizer's files except its configuration and chat template
-OWN_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model*",
     "special_tokens_map.json",
@@ -23,6 +23,9 @@ OWN_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 # the class that reads tokenizer.json as it is, in transformers 4 and 5; and classes that only 5 has
 ANY_CLASS = "PreTrainedTokenizerFast"
@@ -38,9 +41,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of the libraries below, Rust's included
-        for name in ("tokenizer_config.json", "tokenizer.json"):
-            if (folder / name).is_file():
-                read_object(folder / name, strict=False, hint=again(folder / name))  # names the file that is no JSON
         raise UserError(
             f"{folder}: no tokenizer can be built from it: {shown(error, 300)}", again(folder / "tokenizer.json")
         ) from error
@@ -49,7 +49,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> list[str]:
+def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> None:
     """Refuse a tokenizer with ids for which the model has no embedding.
 
     Unused special tokens without an embedding (a [PAD] that other tools add) are removed from the tokenizer instead, so that
@@ -59,31 +59,22 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> list[str]
         vocab_size: rows of the model's embedding.
         folder: the tokenizer's, for the message.
 
-    Returns:
-        the tokens that were removed.
-
     Raises:
-        UserError: names the tokens without an embedding, or both sizes.
+        UserError: names the tokens without an embedding.
     """
     above = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= vocab_size)
-    if not above:
-        return []
     added = tokenizer.added_tokens_decoder
     written = f"{tokenizer.chat_template or ''} {tokenizer.bos_token} {tokenizer.eos_token} {tokenizer.unk_token}"
-    if all(
-        index in added and (added[index].special or token == tokenizer.pad_token) and token not in written
-        for index, token in above
-    ):
+    for index, token in above:
+        if index not in added or token in written or not (added[index].special or token == tokenizer.pad_token):
+            names = ", ".join(f"{shown(token)} (id {index:,})" for index, token in above[:3])
+            names += f" and {len(above) - 3:,} more" if len(above) > 3 else ""
+            raise UserError(
+                f"{folder}: the tokenizer adds {names}, and the model has embeddings for {vocab_size:,} tokens only.",
+                "Use the tokenizer that belongs to this model.",
+            )
+    if above:
         _remove(tokenizer, {token for _, token in above})
-        return [token for _, token in above]
-    hint = "Use the tokenizer that belongs to this model."
-    if all(index in added for index, _ in above):
-        names = ", ".join(f"{shown(token)} (id {index:,})" for index, token in above[:3])
-        names += f" and {len(above) - 3:,} more" if len(above) > 3 else ""
-        raise UserError(
-            f"{folder}: the tokenizer adds {names}, and the model has embeddings for {vocab_size:,} tokens only.", hint
-        )
-    raise UserError(f"{folder}: the tokenizer knows {len(tokenizer):,} tokens, the model {vocab_size:,}.", hint)
 
 
 def _remove(tokenizer: Any, tokens: set[str]) -> None:
@@ -102,43 +93,43 @@ def _remove(tokenizer: Any, tokens: set[str]) -> None:
 
 
 def save_tokenizer(tokenizer: Any, out: Path) -> None:
-    """Write a tokenizer and its chat template so that transformers 4 and 5 load the same.
+    """Write a tokenizer and its chat templates so that transformers 4 and 5 load the same.
 
     A tokenizer that did not change since it was read keeps the files of its folder.
+
+    Raises:
+        UserError: one of these files is a link out of its folder.
     """
     source = Path(tokenizer.name_or_path)
-    file, config = source / "tokenizer.json", source / "tokenizer_config.json"
-    if (
-        file.is_file()
-        and config.is_file()
-        and Tokenizer.from_file(str(file)).to_str() == tokenizer.backend_tokenizer.to_str()
+    same = (
+        (source / "tokenizer.json").is_file()
+        and (source / "tokenizer_config.json").is_file()
+        and Tokenizer.from_file(str(source / "tokenizer.json")).to_str() == tokenizer.backend_tokenizer.to_str()
         and load_tokenizer(source).special_tokens_map == tokenizer.special_tokens_map
-    ):
-        for pattern in OWN_FILES:
-            for path in sorted(source.glob(pattern)):
-                copy_file(checked_place(path), out / path.name)
-        told = read_object(config, strict=False)
-        told.pop("chat_template", None)
-        write_json(out / "tokenizer_config.json", told)
-        if tokenizer.chat_template:
-            write_text(out / "chat_template.jinja", tokenizer.chat_template)
+    )
+    if same:
+        copy_files(source, out, TOKENIZER_FILES)
+        more = source / "additional_chat_templates"
+        if more.is_dir():
+            make_folder(out / more.name)
+            copy_files(more, out / more.name, ("*.jinja",))
     else:
         tokenizer.save_pretrained(out)
-        told = read_object(out / "tokenizer_config.json", strict=False)
-        write_json(out / "tokenizer_config.json", {**told, "tokenizer_class": ANY_CLASS})
-    make_portable(out)
+    config = read_object(out / "tokenizer_config.json", strict=False)
+    if not same or config.get("tokenizer_class") in _ONLY_5:
+        config["tokenizer_class"] = ANY_CLASS
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if isinstance(tokenizer.chat_template, str):
+        config.pop("chat_template", None)
+        write_text(out / "chat_template.jinja", tokenizer.chat_template)
+    write_json(out / "tokenizer_config.json", config)
 
 
-def make_portable(folder: Path) -> None:
-    """Rewrite a saved tokenizer_config.json for transformers 4: the classes and the list that only 5 has."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return
-    told = read_object(path, strict=False)
-    new = dict(told)
-    if new.get("tokenizer_class") in _ONLY_5:
-        new["tokenizer_class"] = ANY_CLASS
-    if isinstance(new.get("extra_special_tokens"), list):
-        new["additional_special_tokens"] = new.pop("extra_special_tokens")
-    if new != told:
-        write_json(path, new)
+def copy_files(source: Path, out: Path, patterns: Iterable[str]) -> None:
+    """Copy files by pattern. A link out of the folder is refused: a merged model is published, and the link may lead to a
+    private key."""
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            if not path.is_dir():
+                copy_file(checked_place(path), out / path.name)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..ops.nf4 import stored_tensors, weight_over
 from .activation_offload import ALIGNMENT, SideStream, host_bytes
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from .families import PROJECTIONS
 
 
 class WeightStreamer:

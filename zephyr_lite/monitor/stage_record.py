@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ..config.load import DPO_DEFAULTS, RunConfig, read_dumped
+from ..config.load import DPO_DEFAULTS, RunConfig
+from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.redact import redact
 from ..io.run_dir import STAGE_FILE, StageDir, checked, newest_run, read_json, stages_of
@@ -154,7 +155,7 @@ def read_stage(folder: Path) -> StageRecord:
         whole.parent.name,
         str(info.get("method", "sft")),
         _redacted(info),
-        _redacted(read_dumped(stage.config)) if stage.config.is_file() else {},
+        _redacted(read_yaml(stage.config)) if stage.config.is_file() else {},
         dict(sorted(history.items())),
         json_lines(stage.samples),
         json_lines(folder / "left_out.jsonl"),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..config.load import DatasetSpec
-from ..data.messages import ROLES
+from ..data.formats import ROLES
 from ..errors import UserError
 from ..io.text import read_text
 from .questions import open_rows

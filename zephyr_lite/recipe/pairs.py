@@ -16,18 +16,17 @@ import numpy as np
 import pyarrow as pa
 
 from ..config.load import DatasetSpec
-from ..data.load import summarise
-from ..data.messages import RowError
-from ..data.opening import Source, kind_of
-from ..data.output import DROPPED, REPORT, check_held_out, check_output, request_of
+from ..data.formats import RowError
+from ..data.load import Source, kind_of, summarise
 from ..data.workers import cores
-from ..data.writing import FileFormat, write_split
 from ..errors import UserError
 from ..io.run_dir import folder_aside, write_json, write_text
 from ..io.text import shown
+from .output import DROPPED, REPORT, check_held_out, check_output, request_of
 from .parallel import in_processes
 from .questions import Questions, open_rows, read_questions
 from .ultrafeedback import NOTES, TRUTHFUL_QA, UNRATED, PairRules, pair_of_row
+from .writing import FileFormat, write_split
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import DatasetSpec
-from ..data.opening import Source, open_source
+from ..data.load import Source, open_source
 from ..errors import UserError
 from ..io.text import read_text, shown
 

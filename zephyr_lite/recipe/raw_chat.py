@@ -11,9 +11,8 @@ import datasets
 import numpy as np
 
 from ..config.load import DatasetSpec
-from ..data.formats import COLUMNS, PLAIN, detect, normalise
-from ..data.messages import RowError
-from ..data.opening import Source, kind_of, stem_of
+from ..data.formats import COLUMNS, PLAIN, RowError, detect, normalise
+from ..data.load import Source, kind_of, stem_of
 from ..errors import UserError
 from ..io.text import shown
 from .questions import open_rows

@@ -24,9 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.output import DROPPED, REPORT, check_held_out, check_output, request_of
 from ..data.workers import cache_key, cores
-from ..data.writing import FileFormat
 from ..errors import UserError
 from ..io.run_dir import folder_aside, write_json, write_text
 from .chat_report import EXACT, FAULTY, KEPT, NEAR, ChatReport, Restored, markdown
@@ -34,11 +32,13 @@ from .decontamination import NGRAM, EvalSets, read_eval_sets
 from .dedup import PERMUTATIONS, first_of_equal, join_near, signatures
 from .english import is_english
 from .lexicon import Lexicon, count_words
+from .output import DROPPED, REPORT, check_held_out, check_output, request_of
 from .parallel import in_processes
 from .raw_chat import Dialogue, Raw, dialogues, open_raw
 from .refusals import first_refusal
 from .truecase import is_broken, restore
 from .words import words_of
+from .writing import FileFormat
 
 logger = logging.getLogger(__name__)
 

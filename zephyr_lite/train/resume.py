@@ -18,7 +18,7 @@ import torch
 
 from .. import __version__
 from ..config.load import DPO_DEFAULTS, DatasetSpec, MemorySpec, Method, RunConfig
-from ..config.resolve import config_of_stage
+from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import FORMAT, STAGE_FILE, TO_GO_ON, StageDir, checked
 from ..memory.plan import Plan
@@ -149,7 +149,7 @@ def started_before(stage: StageDir, config: RunConfig, method: Method) -> tuple[
         raise UserError(
             f"{stage.path}: is a {info['method']} stage; this is {method}.", "Choose another stage or output_dir."
         )
-    old, new = config_of_stage(stage), config.model_dump(mode="json")
+    old, new = read_yaml(stage.config), config.model_dump(mode="json")
     # an earlier version may not have had a key: it did what the default does
     old = {**RunConfig.model_construct().model_dump(mode="json"), **(DPO_DEFAULTS if method == "dpo" else {}), **old}
     for key in ("dataset", "eval_dataset"):
@@ -225,7 +225,7 @@ def kept_plan(before: dict[str, Any], stage: StageDir, config: RunConfig, machin
     Raises:
         UserError: this version has no such plan.
     """
-    memory = MemorySpec.model_validate(config_of_stage(stage).get("memory") or {})
+    memory = MemorySpec.model_validate(read_yaml(stage.config).get("memory") or {})
     if memory != config.memory or _last(before, "machine").get("device", machine["device"]) != machine["device"]:
         logger.info("memory or the kind of device has changed: a new plan splits sums, and rounds them, in another way")
         return None

@@ -37,6 +37,7 @@ from ..memory.plan import make_plan
 from ..memory.workload import make_workload, storage_of
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.base import (
+    check_weights,
     compute_device,
     compute_dtype,
     fetch_base,
@@ -46,11 +47,9 @@ from ..model.base import (
     read_model_config,
 )
 from ..model.chain import chain_of_run, check_stack
-from ..model.check_weights import check_weights
 from ..model.decoder import Decoder
-from ..model.overlap import CARD
-from ..model.peft_io import AdapterFile, fetch_adapter, read_adapter
-from ..model.shape import Shape
+from ..model.families import Shape
+from ..model.peft_io import CARD, AdapterFile, fetch_adapter, read_adapter
 from ..model.tokenizer import check_vocabulary
 from ..model.weight_streaming import WeightStreamer
 from ..ops.dispatch import check_kernels

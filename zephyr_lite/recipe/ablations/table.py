@@ -21,8 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ...client.jobs import validated
-from ...config.load import DatasetSpec, Loaded, Method, RunConfig, load_config
-from ...config.presets import find_config
+from ...config.load import DatasetSpec, Loaded, Method, RunConfig, find_config, load_config
 from ...config.strict_yaml import read_yaml
 from ...errors import UserError
 

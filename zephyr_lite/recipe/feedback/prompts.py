@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from ...config.load import DatasetSpec
-from ...data.load import summarise
-from ...data.messages import RowError, as_messages
-from ...data.opening import Source, kind_of, stem_of
+from ...data.formats import RowError, as_messages
+from ...data.load import Source, kind_of, stem_of, summarise
 from ...errors import UserError
 from ...io.text import read_text
 from ..questions import open_rows

@@ -1,0 +1,182 @@
+"""The files of bases and adapters: found or downloaded without pickles, and refused where they lead out of their folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ..errors import UserError
+from ..io.safetensors import SafetensorsFile
+from ..io.text import read_object, shown
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+# the files of a base
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model*", "*.txt"]
+# a second copy of the weights, in Mistral's own format
+IGNORED = ["consolidated*"]
+CONVERT = "Only safetensors are read; convert the weights with transformers' save_pretrained first."
+# keys of config.json that make transformers run a kernel of the hub, where they name a repository
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of that name, with ``~`` expanded; None where there is none."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (RuntimeError, OSError):  # ~ of an unknown user, a name that is too long
+        return None
+
+
+def fetch_base(name_or_path: str, revision: str = "main", *, weights: bool = True) -> Path:
+    """The folder of a base: a local one as it is, or a snapshot downloaded from the hub.
+
+    Args:
+        weights: False for the tokenizer and ``config.json`` alone.
+
+    Raises:
+        UserError: neither exists, it has no safetensors on the hub, or the hub does not give it.
+    """
+    if (folder := local_folder(name_or_path)) is not None:
+        return folder
+    patterns = [pattern for pattern in PATTERNS if weights or "safetensors" not in pattern]
+    folder = download("model", name_or_path, revision, patterns)
+    if weights and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model {name_or_path}: has no safetensors file on the hub; pickles (*.bin, *.pt) are never fetched.",
+            "Give a model that has safetensors, or convert this one with save_pretrained and name the folder.",
+        )
+    return folder
+
+
+def download(kind: str, name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """A snapshot of the files of a hub repository that match the patterns.
+
+    Args:
+        kind: model or adapter, for messages.
+
+    Raises:
+        UserError: the name is no hub id, or the hub does not give the repository.
+    """
+    no_id = UserError(
+        f"{kind} {shown(name)}: there is no such folder, and it is no hub id (OWNER/NAME).",
+        "If it was moved, give its new folder (a base: model_name_or_path=FOLDER in training, --base FOLDER elsewhere).",
+    )
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise no_id
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=IGNORED))
+    except HFValidationError:
+        raise no_id from None
+    except GatedRepoError:
+        raise UserError(
+            f"{kind} {name}: its owner asks you to accept terms first.",
+            f"Open https://huggingface.co/{name}, accept, then run `hf auth login`.",
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{kind} {name}: neither a folder, nor in the hub's cache, and the download failed ({type(error).__name__}).",
+            "Check the name, the connection, HF_HUB_OFFLINE and, for a private repository, the login; or name a folder "
+            "(model_name_or_path=FOLDER).",
+        ) from None
+
+
+def pickles(folder: Path) -> str:
+    """Names of the first three pickles in a folder; "no weights" where there are none."""
+    found = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)})
+    return ", ".join(shown(name) for name in found[:3]) or "no weights"
+
+
+def in_hub_cache(folder: Path) -> bool:
+    """Whether a folder is a snapshot in the hub's cache, whose files are links into ``blobs``."""
+    return folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
+
+
+def again(path: Path) -> str:
+    """Hint for a broken file of a base or an adapter: how to get it again."""
+    if in_hub_cache(path.parent):
+        return f"Delete {path} and {path.resolve()} in the hub's cache; the next start fetches the file again."
+    return "Copy the file again from where the model came from."
+
+
+def checked_place(path: Path) -> Path:
+    """The path, if it is a file in its own folder, or a link from a snapshot of the hub's cache to its blob.
+
+    Raises:
+        UserError: it is not a file, or a link that leads out of its folder.
+    """
+    found, folder = path.resolve(), path.parent.resolve()
+    blobs = folder.parent.parent / "blobs" if in_hub_cache(folder) else folder
+    if not (found.is_relative_to(folder) or found.is_relative_to(blobs)):
+        raise UserError(
+            f"{path}: is a link out of its folder, to {shown(found, 200)}.", "Put the file itself into the folder."
+        )
+    if not found.is_file():
+        raise UserError(f"{path}: is not a file.", "Fetch the model again.")
+    return path
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads: ``model.safetensors``, or else those of its index.
+
+    Raises:
+        UserError: there is neither; the index is broken, or names a file that is not in the folder.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_symlink() or single.exists():
+        return [checked_place(single)]
+    if not index.is_symlink() and not index.exists():
+        raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} there (found {pickles(folder)}).", CONVERT)
+    weight_map = read_object(checked_place(index), hint=again(index)).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    wrong = [n for n in names if not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors")]
+    if wrong or not names:
+        found = f"names {shown(wrong[0])!r}" if wrong else "has no weight_map"
+        raise UserError(
+            f"{index}: {found}; weight_map maps each tensor to a safetensors file of this folder.",
+            "Use a copy of the model from a place that you trust.",
+        )
+    return [checked_place(folder / name) for name in sorted(set(names))]
+
+
+def open_shards(folder: Path) -> dict[str, SafetensorsFile]:
+    """File name → file with its header checked, of every file that ``weight_files`` gives.
+
+    Raises:
+        UserError: there is none, or a file is broken.
+    """
+    return {path.name: SafetensorsFile(path) for path in weight_files(folder)}
+
+
+def check_config_file(folder: Path) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+        UserError: it is missing or no JSON object, has no model_type, or would make transformers read or run something
+            outside of the folder.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id.")
+    found = read_object(path, strict=False, hint=again(path))
+    if not isinstance(found.get("model_type"), str):
+        raise UserError(f"{path}: has no model_type, so it is no model's configuration.", again(path))
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder}: holds adapter_config.json beside config.json; transformers would load that adapter too.",
+            "Move adapter_config.json and its weights into a folder of their own, and name that one under adapters.",
+        )
+    outside = [key for key in _KERNELS if "/" in str(found.get(key))]
+    outside += [key for key in ("transformers_weights",) if key in found]
+    if outside:
+        raise UserError(
+            f"{path}: {outside[0]} is {shown(found[outside[0]])}; only the weights in the folder are read, and no code of a "
+            "model is run.",
+            f"Remove {outside[0]} from the file.",
+        )
+    return found
