@@ -54,12 +54,12 @@ def start_unsloth() -> None:
         )
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     # it writes the sources that it generates, into the current folder by default
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / f"unsloth-{unsloth_version()}"))
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / f"unsloth-{version('unsloth')}"))
     try:
         importlib.import_module("unsloth")
     except Exception as error:
         raise UserError(
-            f"engine unsloth: unsloth {unsloth_version()} does not start here: {_named(error)}",
+            f"engine unsloth: unsloth {version('unsloth')} does not start here: {_named(error)}",
             f"It needs a GPU that it knows, and the versions of its extra: {INSTALL}. Or set engine=trl.",
         ) from error
 
@@ -76,10 +76,6 @@ def unsloth_conflicts() -> list[str]:
         except PackageNotFoundError:
             result.append(f"{name} {WANTED} is not installed")
     return result
-
-
-def unsloth_version() -> str:
-    return version("unsloth")
 
 
 def _named(error: Exception) -> str:
@@ -105,11 +101,6 @@ def load_unsloth(config: RunConfig) -> Base:
     dtype = compute_dtype(config.dtype, device)
     stored = getattr(model_config, "quantization_config", None)
     _, four_bit, double = quantization_of(config, stored, folder, dtype)
-    if dtype == torch.float64 or (dtype == torch.float32 and device.type == "cuda"):
-        raise UserError(
-            f"dtype {str(dtype).removeprefix('torch.')}: Unsloth cannot compute in it on this device.",
-            "Set engine=fused.",
-        )
     if four_bit and stored is None and not double:
         raise UserError(
             "bnb_4bit_use_double_quant false: Unsloth always quantizes the scales of a base that it quantizes.",
@@ -133,7 +124,7 @@ def load_unsloth(config: RunConfig) -> Base:
         raise
     except Exception as error:
         raise UserError(
-            f"{folder}: Unsloth {unsloth_version()} cannot load it: {_named(error)}",
+            f"{folder}: Unsloth {version('unsloth')} cannot load it: {_named(error)}",
             "Set engine=trl, which takes any architecture, or engine=fused.",
         ) from error
     embedding = model.get_input_embeddings().weight
@@ -145,7 +136,7 @@ def load_unsloth(config: RunConfig) -> Base:
     for name, (there, wanted) in found.items():  # Unsloth prints a line and continues
         if there != wanted:
             raise UserError(
-                f"{folder}: Unsloth {unsloth_version()} loaded it with {name} {there}, wanted was {wanted}.",
+                f"{folder}: Unsloth {version('unsloth')} loaded it with {name} {there}, wanted was {wanted}.",
                 "Ask for what it does here, or set engine=trl.",
             )
     return frozen_base(model, config, folder, dtype, device, four_bit=four_bit, double_quant=double)

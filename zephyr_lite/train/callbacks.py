@@ -14,8 +14,8 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from ..config.load import RunConfig
 from ..errors import UserError
-from ..io.run_dir import StageDir
 from .distributed import world
+from .stage import Stage
 
 if TYPE_CHECKING:
     from .loop import TrainState
@@ -48,20 +48,10 @@ def trackers(config: RunConfig) -> list[TrainerCallback]:
         raise UserError(f"report_to {names}: {error}", "Install the tracker, or leave it out.") from None
 
 
-def open_wandb(config: RunConfig, stage: StageDir) -> None:
-    """Open the stage's W&B run, or continue it under the id in stage.json; transformers' callback uses the open run."""
-    info = stage.info()
-    if "wandb" not in config.report_to or not world().is_main_process or info is None:
-        return
-    import wandb
-
-    if wandb.run is None:
-        wandb.init(
-            project=os.getenv("WANDB_PROJECT", "huggingface"),
-            name=f"{stage.run.name}-{stage.path.name}",
-            id=os.getenv("WANDB_RUN_ID") or f"{info['id']}-{stage.path.name}",
-            resume=os.getenv("WANDB_RESUME") or "allow",
-        )
+def name_wandb_run(stage: Stage) -> None:
+    """Let W&B continue the stage's run, under the id in stage.json, unless the user has named another."""
+    os.environ.setdefault("WANDB_RUN_ID", f"{stage.info['id']}-{stage.config.stage}")
+    os.environ.setdefault("WANDB_RESUME", "allow")
 
 
 class Callbacks:
@@ -101,7 +91,7 @@ class Callbacks:
             save_strategy="no",  # the loop saves and evaluates by itself
             eval_strategy="no",
         )
-        open_wandb(config, stage)
+        name_wandb_run(train.stage)
         self.handler = CallbackHandler(
             [DefaultFlowCallback(), *callbacks], train.stage.stack.model, None, train.optimizer, train.scheduler
         )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..errors import Interrupted, UserError
+from ..errors import Interrupted
 from ..io.interrupts import Output, StopRequest
 from ..io.run_dir import StageDir
 from ..memory.machine import peak_memory, reset_peak_memory
@@ -26,7 +26,6 @@ from .callbacks import Callbacks
 from .checkpoint import MetricsLog, restore_best, resume, save
 from .distributed import everywhere, sum_by_name, world
 from .monitors import SkippedSteps
-from .oom import is_out_of_memory
 from .optim import make_optimizer, make_scheduler
 from .stage import Metrics, Objective, Observer, Outcome, Stage
 from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
@@ -97,7 +96,7 @@ def train(state: TrainState) -> Outcome:
     Raises:
         Interrupted: a signal came; the step was finished, and there is a checkpoint of it.
         UserError: loss or gradients were not finite three steps in a row (the loss scaler's search aside); an example does
-            not fit into memory under any plan; memory ran out during an update.
+            not fit into memory under any plan.
     """
     stage, config, objective = state.stage, state.stage.config, state.objective
     torch.set_num_threads(stage.plan.threads)
@@ -230,27 +229,15 @@ def update(state: TrainState, metrics: Metrics) -> bool:
     """Change the adapter, unless loss or gradients are not finite; returns whether it was changed. The schedule advances
     either way, because it follows the rows.
 
-    An update cannot be done again: what was changed already would change twice. The fused AdamW and bitsandbytes' kernels
-    for GPUs allocate nothing; bitsandbytes on a CPU does.
+    An update is not retried: what was changed already would change twice. The fused AdamW and bitsandbytes' kernels for GPUs
+    allocate nothing.
 
     Args:
         metrics: of ``accumulate_gradients``.
-
-    Raises:
-        UserError: memory ran out.
     """
     applied = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
     if applied:
-        try:
-            state.optimizer.step()  # not through the scaler: the gradients are unscaled and finite
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"step {state.step + 1}: memory ran out while the adapter was being changed "
-                f"({str(error).splitlines()[0]}).",
-                "The last checkpoint is intact: start the same command again, and the run continues from it.",
-            ) from None
+        state.optimizer.step()  # not through the scaler: the gradients are unscaled and finite
     if state.scaler.is_enabled():
         state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)

@@ -12,7 +12,6 @@ from transformers import get_scheduler
 
 from ..config.load import RunConfig
 from ..errors import UserError
-from .oom import is_out_of_memory
 
 # keys of a parameter group that a checkpoint does not restore: they choose the implementation
 IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable", "maximize"}
@@ -25,8 +24,6 @@ def make_optimizer(config: RunConfig, parameters: dict[str, nn.Parameter]) -> to
     ``adamw_8bit`` keeps both moments in 8 bits (Dettmers et al. 2022; tensors under 4,096 elements stay in 32); the paged
     ones let CUDA move the state to the host when the card is full.
 
-    Raises:
-        UserError: the state does not fit into memory.
     """
     groups = list(parameters.values())
     settings: dict[str, Any] = {
@@ -44,24 +41,14 @@ def make_optimizer(config: RunConfig, parameters: dict[str, nn.Parameter]) -> to
     else:
         # It needs no memory during a step; torch's default on a GPU (foreach) takes several copies of all parameters.
         optimizer = torch.optim.AdamW(groups, **settings, fused=True)
-    try:
-        for index, group in enumerate(optimizer.param_groups):
-            for place, parameter in enumerate(group["params"]):
-                if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit):
-                    optimizer.init_state(group, parameter, index, place)
-                    continue
-                state = optimizer.state[parameter]
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"optim {config.optim}: its state for {sum(p.numel() for p in groups):,} trained parameters does not fit into "
-            f"memory ({str(error).splitlines()[0]}).",
-            "Set optim=paged_adamw_8bit, whose state moves to main memory when the card is full, or lower lora_r.",
-        ) from None
+    for place, parameter in enumerate(groups):
+        if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit):
+            optimizer.init_state(optimizer.param_groups[0], parameter, 0, place)
+            continue
+        state = optimizer.state[parameter]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
     return optimizer
 
 

@@ -123,12 +123,11 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         below = parent.info() if adapter.path.name in ("adapter", "delta") else None
         if below is None:  # of another tool
             continue
-        checked(below, parent.path / STAGE_FILE, needs=("base.fingerprint", "base.name_or_path"))
+        checked(below, parent.path / STAGE_FILE, needs=("base.fingerprint",))
         if not is_fingerprint_of(below["base"]["fingerprint"], folder):
             raise UserError(
-                f"adapter {adapter.path}: was trained on {below['base']['name_or_path']}, and {folder} is another model "
-                "(other weights, or another architecture).",
-                "Give the folder of the model that it was trained on: model_name_or_path=FOLDER.",
+                f"adapter {adapter.path}: was trained on another model than {folder}.",
+                "Give the folder of that model: model_name_or_path=FOLDER.",
             )
     if before is not None:
         compare_model(changes, before, folder, frozen)
@@ -141,9 +140,18 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         check_rendering(below, frozen[-1].path.parent, template.text, template.tokenizer)
     data = prepare(config.dataset, method, config, template, what="training")
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
-    for part in (data, eval_data):
-        if part is not None:
-            _report_rows(part, getattr(base_config, "max_position_embeddings", None))
+    parts = [data] if eval_data is None else [data, eval_data]
+    context = getattr(base_config, "max_position_embeddings", None)
+    for part in parts:
+        for line in part.report.lines():
+            (logger.warning if line.startswith("left out") else logger.info)(line)
+        # of a pair the length is that of both responses
+        longer = 0 if context is None else int((np.minimum(part.lengths, config.max_length) > context).sum())
+        if longer:
+            logger.warning(
+                f"{longer:,} rows are longer than the {context:,} tokens that the base was made for "
+                "(max_position_embeddings). Lower max_length to cut them."
+            )
     rows = {
         **data.report.as_dict(),
         "fingerprint": data.fingerprint,
@@ -173,7 +181,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         dtype,
         frozen=[adapter.modules for adapter in frozen],
         storage=storage_of(config, base_config, folder, dtype),
-        **_row_sizes(method, config, data, eval_data),
+        **_row_sizes(method, config, parts),
     )
     if plan is None:
         here = this_machine(device, dtype, config.memory, measure=config.engine == "fused")
@@ -312,35 +320,12 @@ def _relative_to_run(path: Path, run: Path) -> str:
     return str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
 
 
-def _report_rows(data: TokenizedDataset, context: int | None) -> None:
-    for line in data.report.lines():
-        (logger.warning if line.startswith("left out") else logger.info)(line)
-    if context is None:
-        return
-
-    def positions(row: Any) -> int:
-        return (
-            len(row.ids)
-            if hasattr(row, "ids")
-            else len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids))
-        )
-
-    long = [data.examples[int(i)] for i in np.flatnonzero(data.lengths > context)]  # of a pair: of both responses
-    if longer := [row.where for row in long if positions(row) > context]:
-        logger.warning(
-            f"warning: {len(longer):,} rows are longer than the {context:,} tokens that the base was made for "
-            f"(max_position_embeddings), {longer[0]} first. Lower max_length to cut them."
-        )
-
-
-def _row_sizes(
-    method: Method, config: RunConfig, data: TokenizedDataset, eval_data: TokenizedDataset | None
-) -> dict[str, Any]:
-    """The fields of ``Workload`` that depend on the rows."""
+def _row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset]) -> dict[str, Any]:
+    """The fields of ``Workload`` that depend on the training rows, the first of the parts, and the held-out ones."""
+    data = parts[0]
     rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
     _, steps = step_schedule(config, len(rows))
     in_a_step = config.batch_size * rows.mean()
-    parts = [data] if eval_data is None else [data, eval_data]
     lengths = np.concatenate([part.lengths for part in parts])
     columns = [part.examples.columns("supervised", *(["prompt_ids"] if method == "dpo" else []))[:] for part in parts]
 
