@@ -131,9 +131,7 @@ def test_a_collapse_is_warned_of_once_with_its_cures():
     assert len(first) == 1 and first[0].startswith("step 20: ")
     for cure in ("beta", "learning_rate", "early_stopping_patience", "label_smoothing", "loss_type=ipo"):
         assert cure in first[0]
-    again = DpoCollapseMonitor()
-    again.load(json.loads(json.dumps(watch.state())))
-    assert said_by(again, falling[30:]) == []
+    assert said_by(watch, falling[30:]) == []
 
 
 @pytest.mark.parametrize(

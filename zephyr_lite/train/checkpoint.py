@@ -119,7 +119,6 @@ def save(state: TrainState, *, pending: bool = False) -> None:
         return
     for log in (state.log, state.skipped.log, state.sample_log):
         log.flush()
-    collapse = state.objective.collapse
     write_checkpoint(
         state,
         {
@@ -128,7 +127,6 @@ def save(state: TrainState, *, pending: bool = False) -> None:
             "total": state.total,
             "pending": pending,
             "finite": state.skipped.state(),
-            "collapse": collapse.state() if collapse is not None else None,
             "warnings": state.warnings,
         },
     )
@@ -163,8 +161,6 @@ def resume(state: TrainState) -> bool:
         state.skipped.load(content.get("finite") or {})
         if state.skipped.in_a_row:  # it was stopped among skipped steps
             state.before_skips = state.step
-        if state.objective.collapse is not None:
-            state.objective.collapse.load(content.get("collapse") or {})
         state.warnings = list(content.get("warnings") or [])
         logger.info(f"going on from {found.name}")
         if state.stage.writes:
@@ -177,6 +173,8 @@ def resume(state: TrainState) -> bool:
             state.evaluations.append(record)
         elif "loss" in record:
             state.metrics = {k: v for k, v in record.items() if k != "step"}
+            if state.objective.collapse is not None:
+                state.objective.collapse.saw(record["step"], record)
     return pending
 
 

@@ -140,10 +140,3 @@ class DpoCollapseMonitor:
             "Known cures: a larger beta, a lower learning_rate, fewer steps (early_stopping_patience, "
             "load_best_model_at_end), label_smoothing=0.1, loss_type=ipo. Read some answers of the model before you use it."
         )
-
-    def state(self) -> dict[str, Any]:
-        return {"steps": [list(step) for step in self.steps], "warned": self.warned}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.steps = deque((tuple(step) for step in state.get("steps", [])), maxlen=self.WINDOW)
-        self.warned = bool(state.get("warned", False))

@@ -30,7 +30,7 @@ from ..io.run_dir import (
     tokenizer_sha256,
     write_text,
 )
-from ..io.sync import catch_up, open_mirror
+from ..io.sync import open_mirror
 from ..memory.forecast import forecast_lines
 from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
 from ..memory.plan import make_plan
@@ -68,7 +68,6 @@ from .resume import (
     started_before,
     versions,
 )
-from .save import push_adapter
 from .stage import Stage
 from .steps import step_schedule
 
@@ -96,9 +95,6 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     stage = StageDir(Path(config.output_dir) / config.stage)
     before, changes = started_before(stage, config, method)
     if before is not None and changes.complete and not (changes.refused or changes.moved):
-        if writes:
-            catch_up(config.sync, stage)
-            push_adapter(config, stage, before)
         raise stage_complete(stage, before)
 
     # settings
