@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import errors
-from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 # the library that the hub's own speaks through has changed its name more than once
 httpx: Any = importlib.import_module(errors.HTTPError.__module__.split(".")[0])
@@ -61,52 +61,37 @@ class Api:
             if private:
                 self.hub.private.add(repo)
 
-    def list_repo_tree(self, repo, path_in_repo=None, *, recursive=False):
-        self._begin("list_repo_tree", repo)
-        prefix = f"{path_in_repo}/" if path_in_repo else ""
-        found = {path: len(data) for path, data in self.hub.tree(repo).items() if path.startswith(prefix)}
-        if prefix and not found:
-            raise http_error(404, kind=RemoteEntryNotFoundError)
-        folders = set()
-        for path, size in found.items():
-            parts = path.removeprefix(prefix).split("/")
-            for depth in range(1, len(parts) if recursive else min(2, len(parts))):
-                folders.add(prefix + "/".join(parts[:depth]))
-            if recursive or len(parts) == 1:
-                yield SimpleNamespace(path=path, size=size)
-        yield from (SimpleNamespace(path=path, tree_id="t") for path in sorted(folders))
-
-    def hf_hub_download(self, repo, filename, *, local_dir):
-        self._begin("hf_hub_download", repo)
-        if filename not in self.hub.tree(repo):
-            raise http_error(404, kind=RemoteEntryNotFoundError)
-        target = Path(local_dir) / filename
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(self.hub.tree(repo)[filename])
-        return str(target)
+    def repo_info(self, repo):
+        self._begin("repo_info", repo)
+        return SimpleNamespace(private=repo in self.hub.private)
 
     def snapshot_download(self, repo, *, allow_patterns, local_dir):
         self._begin("snapshot_download", repo)
-        for name in self.hub.tree(repo):
+        for name, data in self.hub.tree(repo).items():
             if any(fnmatch(name, pattern) for pattern in allow_patterns):
-                self.hf_hub_download(repo, name, local_dir=local_dir)
+                target = Path(local_dir) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
 
-    def create_commit(self, repo, operations, *, commit_message):
-        self._begin("create_commit", repo)
+    def upload_folder(
+        self, *, repo_id, folder_path, commit_message, allow_patterns, path_in_repo="", delete_patterns=()
+    ):
+        self._begin("upload_folder", repo_id)
         assert commit_message
-        tree = dict(self.hub.tree(repo))
+        prefix = f"{path_in_repo}/" if path_in_repo else ""
+        files = {p.relative_to(folder_path).as_posix(): p for p in sorted(Path(folder_path).rglob("*")) if p.is_file()}
+        added = {name: p for name, p in files.items() if any(fnmatch(name, pattern) for pattern in allow_patterns)}
+        tree = {
+            name: data
+            for name, data in self.hub.tree(repo_id).items()
+            if not (name.startswith(prefix) and any(fnmatch(name.removeprefix(prefix), p) for p in delete_patterns))
+        }
         breaks = self.hub.breaks.pop(0) if self.hub.breaks else None
-        for place, operation in enumerate(operations):
+        for place, (name, path) in enumerate(added.items()):
             if breaks is not None and place == breaks[0]:
                 raise breaks[1]
-            path = operation.path_in_repo
-            if hasattr(operation, "path_or_fileobj"):
-                source = operation.path_or_fileobj
-                tree[path] = source if isinstance(source, bytes) else Path(source).read_bytes()
-            else:
-                assert operation.is_folder and any(name.startswith(path) for name in tree)
-                tree = {name: data for name, data in tree.items() if not name.startswith(path)}
-        self.hub.repos[repo].append(tree)
+            tree[prefix + name] = path.read_bytes()
+        self.hub.repos[repo_id].append(tree)
 
     def super_squash_history(self, repo):
         self._begin("super_squash_history", repo)

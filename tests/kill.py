@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not asked.real:
         # what commands import when they run
         import zephyr_lite.demo.run
-        import zephyr_lite.memory.needs
+        import zephyr_lite.memory.forecast
         import zephyr_lite.merge.command
         import zephyr_lite.train.dpo
         import zephyr_lite.train.sft  # noqa: F401

@@ -1,16 +1,15 @@
 """A stage without a model, its copy, and a hub in memory, for the tests of ``sync``."""
 
 import json
-import time
 
 from tests.fake_hub import FakeHub
 from zephyr_lite.io import sync
-from zephyr_lite.io.manifest import write_manifest
+from zephyr_lite.io.atomic import write_manifest
 from zephyr_lite.io.run_dir import StageDir
 
 
 def hub_in_memory(monkeypatch):
-    """A hub in memory, a token, and no waiting between attempts."""
+    """A hub in memory, and a token."""
     fake = FakeHub()
     monkeypatch.setattr(sync, "HfApi", fake)
     monkeypatch.setattr(sync, "get_token", lambda: "hf_secret_of_the_tests")
@@ -46,17 +45,8 @@ class AStage:
 
 
 def mirror_of(place, stage):
-    mirror = sync.open_mirror(str(place), stage.dir)
-    mirror.retry = 0.01
-    return mirror
+    return sync.open_mirror(str(place), stage.dir)
 
 
 def there(folder):
     return sorted(p.name for p in folder.iterdir())
-
-
-def patient(condition):
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)

@@ -10,7 +10,7 @@ import pytest
 from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import Interrupted
-from zephyr_lite.io import launcher as world
+from zephyr_lite.io import interrupts as world
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train.sft import run_sft
 

@@ -8,12 +8,12 @@ import time
 import pytest
 
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.lock import alone
+from zephyr_lite.io.atomic import alone
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from zephyr_lite.io.lock import alone
+from zephyr_lite.io.atomic import alone
 with alone(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -54,7 +54,6 @@ def test_a_living_process_is_named_and_a_killed_one_holds_nothing(tmp_path):
     finally:
         end(holder)
     assert refused.value.message == f"{tmp_path / 'run'}: process {holder.pid} on {platform.node()} works here."
-    assert f"kill {holder.pid}" in refused.value.hint
     with alone(tmp_path / "run"):
         pass
 

@@ -33,8 +33,7 @@ def at_once(monkeypatch):
 
     def changed(self, best):
         plain(self, best)
-        with self._turn:
-            assert self._turn.wait_for(lambda: self._wanted is None and self._at_work is None, timeout=20)
+        self._thread.join(20)
 
     monkeypatch.setattr(Mirror, "changed", changed)
 
@@ -55,116 +54,104 @@ def synced(tmp_path):
     return stage
 
 
-def brought(tmp_path):
-    said = []
-    with messages_to(said.append):
+@pytest.fixture
+def brought(tmp_path, said):
+    """Restores the stage ``a/sft``; returns the messages."""
+
+    def run():
+        said.clear()
         restore(str(tmp_path / "drive"), StageDir(tmp_path / "a" / "sft"))
-    return said
+        return list(said)
+
+    return run
 
 
-def test_a_new_machine_gets_what_was_there(tmp_path, synced):
-    before = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_new_machine_gets_what_was_there(tmp_path, synced, brought):
+    before = files(tmp_path / "a")
     shutil.rmtree(tmp_path / "a")
-    assert brought(tmp_path) == [f"{tmp_path / 'a' / 'sft'} was fetched from {tmp_path / 'drive'}, at checkpoint-4"]
-    assert before == {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
-    assert brought(tmp_path) == []  # it is here now
+    assert brought() == [f"{tmp_path / 'a' / 'sft'} was fetched from {tmp_path / 'drive'}, at checkpoint-4"]
+    assert before == files(tmp_path / "a")
+    assert brought() == []  # it is here now
 
 
-def test_a_place_that_has_nothing_is_said(tmp_path):
+def test_a_place_that_has_nothing_is_reported(tmp_path, brought):
     """A drive that is not mounted looks like one that is new."""
-    (line,) = brought(tmp_path)
+    (line,) = brought()
     assert line.startswith(f"sync: {tmp_path / 'drive'} has nothing of a yet, so it starts here") and "mounted" in line
 
 
-def test_a_torn_copy_is_said_and_the_one_before_taken(tmp_path, synced):
+def test_of_a_damaged_copy_the_checkpoint_before_is_taken(tmp_path, synced, brought):
     shutil.rmtree(tmp_path / "a")
     copy = tmp_path / "drive" / "a" / "sft"
     (copy / "checkpoint-4" / "state.safetensors").write_text("weights of 5")
-    said = brought(tmp_path)
-    assert "a/sft/checkpoint-4: state.safetensors has another hash than was written; taking the one before" in said[0]
-    assert "at checkpoint-2" in said[1]
+    first, second = brought()
+    assert "sft/checkpoint-4: state.safetensors has another hash than was written" in first
+    assert "at checkpoint-2" in second
     assert [p.name for p in StageDir(tmp_path / "a" / "sft").checkpoints()] == ["checkpoint-2"]
     shutil.rmtree(tmp_path / "a")
     (copy / "checkpoint-2" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="every checkpoint of a/sft there is damaged"):
-        brought(tmp_path)
+    with pytest.raises(UserError, match="a/sft is damaged there"):
+        brought()
     assert not (tmp_path / "a" / "sft").exists()
 
 
-def test_a_damaged_checkpoint_here_is_replaced_by_its_copy(tmp_path, synced):
+def test_a_damaged_checkpoint_here_is_replaced_by_its_copy(tmp_path, synced, brought):
     here = tmp_path / "a" / "sft" / "checkpoint-4" / "state.safetensors"
     here.write_text("weights of 5")
-    assert "at checkpoint-4" in brought(tmp_path)[0]
-    assert here.read_text() == "weights of 4"
+    assert "at checkpoint-4" in brought()[0] and here.read_text() == "weights of 4"
+    synced.checkpoint(6)  # newer than the copy
+    assert brought() == [] and len(synced.dir.checkpoints()) == 3
 
 
-def test_what_is_newer_here_stays(tmp_path, synced):
-    synced.checkpoint(6)
-    assert brought(tmp_path) == []
-    assert [p.name for p in synced.dir.checkpoints()] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-
-
-def test_another_run_of_that_name_is_not_mixed_with_it(tmp_path, synced):
+def test_another_run_of_that_name_is_not_mixed_with_it(tmp_path, synced, brought):
     shutil.rmtree(tmp_path / "a")
     AStage(tmp_path / "a", id="two").checkpoint(2)
     info = StageDir(tmp_path / "a" / "sft").info()
     StageDir(tmp_path / "a" / "sft").write_info({**info, "created": "2026-02-02"})
-    with pytest.raises(UserError, match=r"holds another run named a, begun 2026-01-01, not .*/a"):
-        brought(tmp_path)
+    with pytest.raises(UserError, match=r"holds another run named a, not .*/a"):
+        brought()
 
 
-def test_a_start_that_kept_nothing_gives_way(tmp_path, synced):
+@pytest.mark.parametrize("left", ["a stage without a checkpoint", "temporary folders"])
+def test_a_start_that_kept_nothing_gives_way(tmp_path, synced, brought, left):
     shutil.rmtree(tmp_path / "a")
-    AStage(tmp_path / "a", id="two")
-    assert "at checkpoint-4" in brought(tmp_path)[0]
-
-
-def test_a_start_that_was_killed_while_it_fetched_is_in_nobodys_way(tmp_path, synced):
-    """What it left aside looks like a stage: half a one, or a whole one."""
-    shutil.rmtree(tmp_path / "a")
-    for name, text in ((".sft.0123abcd", '{"status"'), (".dpo.89abcdef", '{"status": "complete", "id": "two"}')):
-        (tmp_path / "a" / name / "checkpoint-2").mkdir(parents=True)
-        (tmp_path / "a" / name / "stage.json").write_text(text)
-    assert newest_run(tmp_path) is None
-    with pytest.raises(UserError, match="no complete stage"):
-        chain_of_run(tmp_path / "a")
-    assert "at checkpoint-4" in brought(tmp_path)[0]
+    if left == "temporary folders":
+        for name, text in ((".sft.0123abcd", '{"status"'), (".dpo.89abcdef", '{"status": "complete", "id": "two"}')):
+            (tmp_path / "a" / name / "checkpoint-2").mkdir(parents=True)
+            (tmp_path / "a" / name / "stage.json").write_text(text)
+        assert newest_run(tmp_path) is None
+        with pytest.raises(UserError, match="no complete stage"):
+            chain_of_run(tmp_path / "a")
+    else:
+        AStage(tmp_path / "a", id="two")
+    assert "at checkpoint-4" in brought()[0]
     assert there(tmp_path / "a") == ["sft"]
 
 
-def test_a_folder_of_somebody_else_is_not_replaced(tmp_path, synced):
+def test_a_folder_of_the_users_is_not_replaced(tmp_path, synced, brought):
     shutil.rmtree(tmp_path / "a")
     (tmp_path / "a" / "sft").mkdir(parents=True)
     (tmp_path / "a" / "sft" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="is not a stage of a run"):
-        brought(tmp_path)
+        brought()
     assert (tmp_path / "a" / "sft" / "thesis.tex").is_file()
 
 
-def test_links_and_broken_files_there_are_not_followed(tmp_path, synced):
-    shutil.rmtree(tmp_path / "a")
-    copy = tmp_path / "drive" / "a" / "sft"
-    (tmp_path / "secret").write_text("s")
-    (copy / "metrics.jsonl").unlink()
-    (copy / "metrics.jsonl").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match=r"metrics.jsonl is a link"):
-        brought(tmp_path)
-    (copy / "stage.json").write_text("{")
-    with pytest.raises(UserError, match=r"a/sft/stage.json is not a JSON object"):
-        brought(tmp_path)
+def test_a_place_that_cannot_be_read(tmp_path, synced, brought, monkeypatch):
+    """With nothing here the run must not start over; with the run here it continues."""
 
-
-def test_a_place_that_cannot_be_asked(tmp_path, synced, monkeypatch):
-    """With nothing here it must not begin anew; with the run here it goes on."""
-
-    def away(self, folder):
+    def away(self, patterns):
         raise OSError("the drive is gone")
 
-    monkeypatch.setattr(FolderPlace, "names", away)
-    assert brought(tmp_path) == [f"sync: {tmp_path / 'drive'}: the drive is gone; continuing with the files here"]
+    monkeypatch.setattr(FolderPlace, "files", away)
+    assert brought() == [f"sync: {tmp_path / 'drive'}: the drive is gone; continuing with the files here"]
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(UserError, match="Whether it has the run is not known"):
-        brought(tmp_path)
+        brought()
     assert not (tmp_path / "a").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +54,7 @@ DEVICES = {"flash": Device.of((8, 9)), "efficient": Device.of((7, 5)), "hopper":
 def recorded_job(shape, ranks, method, storage, optim, dtype, dropout, **changes) -> Workload:
     """``ranks``: "16+128" is a frozen adapter of rank 16 under a trained one of rank 128."""
     adapters = [AdapterSpec.fresh(SHAPES[shape], int(r)) for r in ranks.split("+")]
-    adapters = (*(a.frozen() for a in adapters[:-1]), adapters[-1])
+    adapters = (*(replace(a, trained=False) for a in adapters[:-1]), adapters[-1])
     rows = {"longest": 2048} if method == "sft" else {"longest": 2047, "keys": 4 / 3, "live_reference": True}
     dtype = getattr(torch, dtype)
     return Workload(SHAPES[shape], dtype, storage, adapters, optim, dropout, method, **rows, **changes)
@@ -166,7 +167,7 @@ def peaks_of_layers(monkeypatch):
 def tiny_job(dtype, dropout, **changes) -> Workload:
     """Of ``live_stack``: a frozen adapter of rank 2, a trained one of rank 4."""
     shape = Shape.of(tiny_config())
-    adapters = (AdapterSpec.fresh(shape, 2).frozen(), AdapterSpec.fresh(shape, 4))
+    adapters = (AdapterSpec.fresh(shape, 2, trained=False), AdapterSpec.fresh(shape, 4))
     settings = {"optim": "adamw_torch", "method": "sft", "longest": 40}
     return Workload(shape, dtype, "dense", adapters, dropout=dropout, **settings | changes)
 
@@ -318,7 +319,7 @@ def test_the_peak_of_a_whole_micro_batch(monkeypatch, method, keeps, offload, ti
     decoder.follow(ExecutionConfig(64, keeps, offload=offload, tile=tile))
     batch = collate_pairs([pair(0, 8, 10, 6)]) if method == "dpo" else collate_conversations([conversation(0, 32)])
     shape = Shape.of(tiny_config(num_hidden_layers=4))
-    adapters = (AdapterSpec.fresh(shape, 2).frozen(), AdapterSpec.fresh(shape, 4))
+    adapters = (AdapterSpec.fresh(shape, 2, trained=False), AdapterSpec.fresh(shape, 4))
     share = len(batch.target_ids) / len(batch)
     job = Workload(
         shape,

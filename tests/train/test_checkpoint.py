@@ -13,7 +13,7 @@ from tests.messages import messages_to
 from tests.train.test_optim import KINDS, parameters, train
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.manifest import MANIFEST, manifest_fault, write_manifest
+from zephyr_lite.io.atomic import MANIFEST, manifest_fault, write_manifest
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train import reference
 from zephyr_lite.train.checkpoint import (

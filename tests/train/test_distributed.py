@@ -8,7 +8,7 @@ import torch
 from tests.contract.test_processes import among_two
 from zephyr_lite.cli import app as cli
 from zephyr_lite.errors import UserError
-from zephyr_lite.io import launcher
+from zephyr_lite.io import interrupts as launcher
 from zephyr_lite.io.interrupts import StopRequest
 from zephyr_lite.train.distributed import World, deal, everywhere
 

@@ -6,37 +6,27 @@ import sys
 from contextlib import redirect_stdout
 from typing import Annotated, Any
 
-import typer
+from typer import Context, Option
 
 from ..errors import UserError
-from ..io.launcher import launched
+from ..io.interrupts import launched
 from ..io.logging import messages_to
 from ..model.allocator import set_allocator
-from ..monitor.console import Console
 from ..train.distributed import everywhere, joined
-from .options import StageConfig, Verbose
-
-console = Console()
-
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Print the plan, the first row and the first step's time; keep nothing."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and the result, and nothing of the steps.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object a line, for programs.")]
-Smoke = Annotated[
-    bool,
-    typer.Option("--smoke", help="Smoke test in minutes: 20 steps, a kill, a resume, merge, a generation."),
-]
+from .options import StageConfig, Verbose, console
 
 
 def train(
-    context: typer.Context,
+    context: Context,
     config: StageConfig = None,
-    dry_run: DryRun = False,
-    smoke: Smoke = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print the plan, the first row and the first step's time; keep nothing.")
+    ] = False,
+    smoke: Annotated[
+        bool, Option("--smoke", help="Smoke test in minutes: 20 steps, a kill, a resume, merge, a generation.")
+    ] = False,
+    quiet: Annotated[bool, Option("--quiet", help="Print warnings and the result, and nothing of the steps.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print a JSON object a line, for programs.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a stage by the method that the command is named after."""
@@ -51,8 +41,7 @@ def train(
     if smoke and (dry_run or quiet or as_json):
         other = "--dry-run" if dry_run else "--quiet" if quiet else "--json"
         raise UserError(f"--smoke and {other} do not go together.", "Take one of them.")
-    # a wrong key is said before torch is imported
-    try:
+    try:  # a wrong key is reported before torch is imported
         given = load_config(method, config or f"zephyr-7b/{method}", context.args)
     except UserError as error:
         raise everywhere(error, machine=True) from None
@@ -68,7 +57,7 @@ def train(
     else:
         set_allocator()
     from ..config.resolve import resolve_run
-    from ..memory.needs import needs_lines
+    from ..memory.forecast import needs_lines
     from ..monitor.report_writer import ReportWriter
     from ..monitor.screens import open_screen
     from ..train.resume import StageComplete
@@ -99,8 +88,7 @@ def train(
 
                     run_dry(method, loaded, show=console.row)
                     return
-                observers = [screen, ReportWriter()]
-                run(loaded, on_metrics=screen.metrics, observers=observers)
+                run(loaded, on_metrics=screen.metrics, observers=[screen, ReportWriter()])
                 screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
             except StageComplete as done:
                 screen.say(f"{done.message} {done.hint}")

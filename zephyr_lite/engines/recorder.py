@@ -12,8 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 from ..config.load import RunConfig
+from ..io.atomic import write_manifest
 from ..io.interrupts import Output, StopRequest
-from ..io.manifest import write_manifest
 from ..memory.machine import peak_memory
 from ..train.checkpoint import MetricsLog
 from ..train.loop import OnMetrics

@@ -1,17 +1,20 @@
-"""Atomic writes: a file or folder is written under a temporary name, flushed to the disk and renamed.
+"""Atomic writes, the lock of a folder, and manifests.
 
-A reader, or the next start after a crash or a power failure, finds the old file (or folder) or the new one. A write
-that fails leaves the old one and removes the temporary one. Temporary names are ``.NAME.xxxxxxxx``; those of killed
-processes are removed by the next write of NAME, and by ``sweep``.
+A file or folder is written under a temporary name, flushed to the disk and renamed. A reader, or the next start after a
+crash or a power failure, finds the old one or the new one. A write that fails leaves the old one and removes the
+temporary one. Temporary names are ``.NAME.xxxxxxxx``; those of killed processes are removed by the next write of NAME,
+and by ``sweep``.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -20,14 +23,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from filelock import FileLock, Timeout
+
 from ..errors import UserError
 from .redact import redact
 
 COPY_CHUNK = 16 * 2**20
+MANIFEST, MANIFEST_FORMAT = "manifest.json", 1
+LOCK_FILE = ".lock"
 _ASIDE = re.compile(r"\.(?P<old>old-)?(?P<name>.+)\.[0-9a-f]{8}")
-# libraries written in Rust (tokenizers, safetensors) give the system's error number in their message only
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
-_DISK_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -66,12 +70,12 @@ def bytes_aside(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written; names ``path``.
     """
-    aside = _aside(path)
     sweep(path.parent, path.name)
+    aside = _aside(path)
     with _named(path, aside):
         try:
             with open(aside, "xb") as file:
-                flock(file.fileno())  # tells ``sweep`` in other processes that this one is alive
+                _flock(file.fileno())  # tells ``sweep`` in other processes that this one is alive
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -79,7 +83,7 @@ def bytes_aside(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             remove_tree(aside)
             raise
-        sync_folder(path.parent)
+        _flush_folder(path.parent)
 
 
 @contextmanager
@@ -89,34 +93,35 @@ def folder_aside(target: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; names the file.
     """
-    aside = _aside(target)
     sweep(target.parent, target.name)
+    aside = _aside(target)
     with _named(target, aside):
         aside.mkdir()
         handle = os.open(aside, os.O_RDONLY)
         try:
-            flock(handle)  # tells ``sweep`` in other processes that this one is alive
+            _flock(handle)
             yield aside
-            _sync_tree(aside)
-            _replace_folder(aside, target)
-            sync_folder(target.parent)
+            for folder, _, names in os.walk(aside, topdown=False):
+                for path in (Path(folder, name) for name in sorted(names)):
+                    if not path.is_symlink():
+                        with open(path, "rb") as file:
+                            os.fsync(file.fileno())
+                _flush_folder(Path(folder))
+            old = target.with_name(f".old-{target.name}.{secrets.token_hex(4)}")
+            if replaces := os.path.lexists(target):
+                os.replace(target, old)  # until the next rename the folder is missing; ``sweep`` restores it
+            try:
+                os.replace(aside, target)
+            except OSError:
+                if replaces:
+                    os.replace(old, target)
+                raise
+            if replaces:
+                remove_tree(old)
+            _flush_folder(target.parent)
         finally:
             os.close(handle)
             remove_tree(aside)
-
-
-def _replace_folder(aside: Path, target: Path) -> None:
-    if not os.path.lexists(target):
-        os.replace(aside, target)
-        return
-    old = target.with_name(f".old-{target.name}.{secrets.token_hex(4)}")
-    os.replace(target, old)  # between this and the next rename the folder is missing; ``sweep`` restores it
-    try:
-        os.replace(aside, target)
-    except OSError:
-        os.replace(old, target)
-        raise
-    remove_tree(old)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -151,15 +156,11 @@ def sync_file(path: Path) -> None:
     """Flush a file and its folder's entry to the disk."""
     with _named(path, path), open(path, "rb") as file:
         os.fsync(file.fileno())
-    sync_folder(path.parent)
+    _flush_folder(path.parent)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its missing parents.
-
-    Raises:
-        OSError: it cannot be made.
-    """
+    """Make a folder and its missing parents."""
     path.mkdir(parents=True, exist_ok=True)
 
 
@@ -177,11 +178,11 @@ def remove_folder(path: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Delete a folder, file or link as far as possible."""
-    with suppress(OSError):
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        elif path.exists():
-            shutil.rmtree(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
@@ -192,13 +193,20 @@ def sweep(folder: Path, name: str | None = None) -> None:
     """
     for left in sorted(folder.glob(".*.????????")):
         found = _ASIDE.fullmatch(left.name)
-        if found is None or name not in (None, found["name"]) or _in_use(left):
+        if found is None or name not in (None, found["name"]):
             continue
+        try:
+            handle = os.open(left, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            in_use = not _flock(handle)
+        finally:
+            os.close(handle)
         target = folder / found["name"]
-        if found["old"] and not os.path.lexists(target):
-            with suppress(OSError):
-                os.replace(left, target)
-        else:
+        if not in_use and found["old"] and not os.path.lexists(target):
+            os.replace(left, target)
+        elif not in_use:
             remove_tree(left)
 
 
@@ -212,7 +220,7 @@ def check_room(folder: Path, size: int, what: str) -> None:
         )
 
 
-def sync_folder(path: Path) -> None:
+def _flush_folder(path: Path) -> None:
     """Flush a folder's entries to the disk: without it a rename may be lost in a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -224,55 +232,111 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def flock(handle: int) -> bool:
+def _flock(handle: int) -> bool:
     """Lock an open file or folder without waiting, until the handle is closed. False: another process has locked it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks
-        return True
+        pass
     return True
-
-
-def _in_use(path: Path) -> bool:
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        return not flock(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_tree(folder: Path) -> None:
-    for place, _, names in os.walk(folder, topdown=False):
-        for path in (Path(place, name) for name in sorted(names)):
-            if not path.is_symlink():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        sync_folder(Path(place))
 
 
 @contextmanager
 def _named(path: Path, aside: Path) -> Iterator[None]:
-    """OSErrors raised in the block name ``path`` instead of the temporary ``aside``."""
+    """The system's errors raised in the block name ``path`` instead of the temporary ``aside`` or nothing."""
     try:
         yield
     except OSError as error:
-        found = "" if error.filename is None else str(error.filename)
-        ours = str(aside) in found if found else error.errno in _DISK_ERRORS
-        if not ours:
+        found = str(error.filename or aside)
+        if error.errno is None or str(aside) not in found:
             raise
-        name = found.replace(str(aside), str(path)) or str(path)
-        raise OSError(error.errno, error.strerror, name) from error
-    except Exception as error:
-        found_number = _RUST_ERROR.search(str(error))
-        if found_number is None or (number := int(found_number[1])) not in _DISK_ERRORS:
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from error
+        raise OSError(error.errno, error.strerror, found.replace(str(aside), str(path))) from error
 
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the exclusive lock of a folder while the block runs: one process at a time works on a run. The same process may
+    enter again.
+
+    The system frees the lock however a process ends. The folder is made if it is missing, and removed again with the
+    lock if it is still empty at the end.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be made or locked.
+    """
+    folder = Path(os.path.abspath(folder))
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    path = folder / LOCK_FILE
+    lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        holder = " on ".join(path.read_text(encoding="utf-8", errors="replace").split()[:2]) if path.is_file() else "?"
+        raise UserError(
+            f"{folder}: process {holder} works here.", "Wait for it, end it, or choose another output_dir."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be made or locked: {error.strerror}.",
+            "Choose another output_dir, make the folder writable, or free some space.",
+        ) from None
+    try:
+        if type(lock) is FileLock and lock.lock_counter == 1:  # filelock's fallback writes process and host itself
+            path.write_text(f"{os.getpid()}\n{platform.node()}\n", encoding="utf-8")
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            path.unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # not empty
+            for made in missing:
+                made.rmdir()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write ``manifest.json``: {"format": 1, "files": {name: {"bytes": …, "sha256": …}}} of every other file in a folder and
+    below it."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST:
+            files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    write_json(folder / MANIFEST, {"format": MANIFEST_FORMAT, "files": files})
+
+
+def manifest_fault(folder: Path, *, deep: bool = True) -> str | None:
+    """The first difference between a folder and its manifest, in words that follow the folder's name; None: there is none.
+    Files that the manifest does not name do not matter.
+
+    Args:
+        deep: compare hashes (every byte is read); False: sizes only.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        files = [(folder / name, told["bytes"], told["sha256"]) for name, told in manifest["files"].items()]
+        if manifest["format"] != MANIFEST_FORMAT:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is missing or damaged"
+    for path, size, digest in files:
+        name = path.relative_to(folder)
+        if not path.is_file():
+            return f"{name} is missing"
+        if (found := path.stat().st_size) != size:
+            return f"{name} has {found:,} bytes, {size:,} were written"
+        if deep and file_sha256(path) != digest:
+            return f"{name} has another hash than was written"
+    return None
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

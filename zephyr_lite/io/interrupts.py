@@ -1,4 +1,7 @@
-"""SIGINT, SIGTERM and SIGHUP: KeyboardInterrupt by default, and a flag (``StopRequest``) while a training loop runs."""
+"""Signals, and the environment variables that ``torchrun``, ``accelerate launch`` and MPI set in what they start.
+
+SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt by default, and set a flag (``StopRequest``) while a training loop runs.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,55 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from .launcher import echoes, speaks
 from .logging import output_fault
 
+RANK, SIZE, LOCAL_RANK, LOCAL_SIZE = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+_LAUNCHERS = (
+    *(RANK, SIZE, LOCAL_RANK, LOCAL_SIZE, "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "NODE_RANK"),
+    *("MPI_LOCAL", "OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_", "TORCHELASTIC_"),
+    *(f"ACCELERATE_USE_{what}" for what in ("DEEPSPEED", "FSDP", "MEGATRON", "PARALLELISM", "TP")),
+)
 # Ctrl-C; sent by a batch system or a cloud before it kills; sent when a terminal or a connection is closed
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Seconds within which a second signal is the launcher's copy of the first.
+ECHO = 5.0
 # A library that catches KeyboardInterrupt, during its import above all, fails of something else within this many seconds.
 _AFTERMATH = 60.0
 
+_launched_alone = False  # ``alone`` removed a launcher's variables
 _interrupted_at: float | None = None  # time.monotonic() of the last KeyboardInterrupt raised by ``_interrupt``
+
+
+def launched() -> int:
+    """The number of processes that were started; 1 without a launcher."""
+    return int(os.environ.get(SIZE, "1"))
+
+
+def alone() -> None:
+    """Remove the launchers' variables where one process was started: a shell or a container may have kept some, and
+    accelerate and torch would wait for processes that do not exist."""
+    global _launched_alone
+    if launched() > 1:
+        return
+    _launched_alone = _launched_alone or RANK in os.environ
+    for name in list(os.environ):
+        if name.startswith(_LAUNCHERS):
+            del os.environ[name]
+
+
+def speaks() -> bool:
+    """Whether this is the first process, which prints what all of them know."""
+    return launched() == 1 or os.environ.get(RANK, "0") == "0"
+
+
+def echoes(first: float | None) -> bool:
+    """Whether a signal that comes now is the launcher's copy of an earlier one: Ctrl-C, systemd and scancel signal torchrun
+    and its processes alike, and torchrun passes the signal on.
+
+    Args:
+        first: time of the earlier signal (time.monotonic), None without one.
+    """
+    return first is not None and (_launched_alone or RANK in os.environ) and time.monotonic() - first < ECHO
 
 
 def take_signals() -> None:
@@ -62,13 +105,14 @@ def just_interrupted() -> bool:
 def pythons_ctrl_c() -> Iterator[None]:
     """Within, SIGINT has Python's handler: ``asyncio.run`` cancels its main task only where it finds that one."""
     before = signal.getsignal(signal.SIGINT)
-    if before is _interrupt:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if before is not _interrupt:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        if before is _interrupt:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
 
 
 class Output:

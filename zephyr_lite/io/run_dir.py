@@ -19,10 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
-from .atomic import file_aside as file_aside
-from .atomic import folder_aside as folder_aside
-from .atomic import make_folder, sweep, write_json
-from .atomic import write_text as write_text
+from .atomic import sweep, write_json
 from .text import read_object, short
 
 STAGE_FILE = "stage.json"
@@ -101,7 +98,7 @@ class StageDir:
                 "Choose another output_dir or stage, or move that folder away.",
             )
         try:
-            make_folder(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made: {error.strerror}.", "Choose another output_dir.") from None
 
@@ -155,10 +152,6 @@ class _Base(_Part):
     fingerprint: str | None = None
 
 
-class _Data(_Part):
-    fingerprint: str | None = None
-
-
 class _Trl(_Part):
     arguments: dict[str, Any] | None = None
     continues: list[dict[str, Any]] | None = None
@@ -180,7 +173,7 @@ class StageMetadata(_Part):
     versions: dict[str, str] | None = None
     machine: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
-    data: _Data | None = None
+    data: dict[str, Any] | None = None
     eval_data: dict[str, Any] | None = None
     trl: _Trl | None = None
     resumed: list[dict[str, Any]] | None = None
@@ -204,10 +197,9 @@ def checked(info: dict[str, Any], file: Path, *, needs: Sequence[str] = ()) -> d
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{file}: {key!r} is {short(first['input'], 40)}: {first['msg']}.", hint) from None
     if (told.format or 0) > FORMAT:
-        wrote = (told.versions or {}).get("zephyr-lite")
         raise UserError(
-            f"{file}: has format {told.format}; this version reads formats up to {FORMAT}"
-            + (f" (written by zephyr-lite {wrote})." if wrote else "."),
+            f"{file}: has format {told.format}; this version reads formats up to {FORMAT} (written by zephyr-lite "
+            f"{(told.versions or {}).get('zephyr-lite')}).",
             "Update zephyr-lite, or choose another output_dir.",
         )
     for key in needs:

@@ -4,96 +4,79 @@
 
     NAME/STAGE/  stage.json  config.yaml  metrics.jsonl  reference-*.safetensors  checkpoint-N/  adapter/  delta/
 
-with the newest and the best checkpoint. Every folder there has a manifest and appears complete or not at all.
+with the newest and the best checkpoint. A folder there appears complete or not at all.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
 from ..errors import Interrupted, UserError
-from .atomic import copy_file, folder_aside, make_folder, remove_folder, sweep
-from .lock import alone
-from .manifest import MANIFEST, manifest_fault, write_manifest
+from .atomic import MANIFEST, alone, copy_file, folder_aside, manifest_fault, remove_folder, sweep
 from .redact import redact
 from .run_dir import STAGE_FILE, StageDir, stages_of
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-RETRY = 15.0  # seconds between attempts
-ATTEMPTS = 12  # that ``finish`` waits for: the machine may be rented
+RETRY = 15.0  # seconds between attempts of ``finish``
+ATTEMPTS = 12  # of ``finish``: the machine may be rented
 SQUASH_EVERY = 20  # commits: the history of deleted checkpoints counts towards the account's storage
+# a stage's files beside stage.json that are copied
+FILES = ("*.jsonl", "reference-*.safetensors", "config.yaml", "lengths.json", "report.html")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class FolderPlace:
-    """A folder as the place: another disk, a mounted drive, a network share. Paths are relative to it, with ``/``."""
+    """A folder as the place: another disk, a mounted drive, a network share."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.name = root, str(root)
 
-    def prepare(self) -> None:
-        make_folder(self.root)
+    @contextmanager
+    def files(self, patterns: Sequence[str]) -> Iterator[Path]:
+        """A folder with at least those of the place's files whose paths match (``fnmatch``)."""
+        yield self.root
 
-    def names(self, folder: str) -> list[str]:
-        """Names of the files and folders in a folder; empty if there is no such folder."""
-        here = self.root / folder
-        return sorted(p.name for p in here.iterdir() if not p.name.startswith(".")) if here.is_dir() else []
+    def push(self, stage: StageDir, folder: str, checkpoints: Sequence[str]) -> None:
+        """Copy a stage with these checkpoints, then delete other checkpoints there.
 
-    def read(self, path: str) -> bytes | None:
-        """A small file's content, or None."""
-        file = self.root / path
-        return file.read_bytes() if file.is_file() else None
-
-    def put(self, folder: str, add: Sequence[Path], delete: Sequence[str]) -> None:
-        """Add files and folders in this order, each complete or not at all; only then delete folders."""
-        here = self.root / folder
-        make_folder(here)
-        sweep(here)
-        for source in add:
-            if source.is_dir():
-                with folder_aside(here / source.name) as copy:
-                    _copy_tree(source, copy)
-                    if not (copy / MANIFEST).is_file():
-                        write_manifest(copy)
-                    if fault := manifest_fault(copy):
-                        raise OSError(f"{source.name}: {fault}")
-            else:
-                copy_file(source, here / source.name)
-        for name in delete:
-            remove_folder(here / name)
-
-    def fetch(self, path: str, target: Path) -> None:
-        """Copy a file to a path, or a folder's content into an existing folder."""
-        source = self.root / path
-        if links := [p for p in (source, *source.rglob("*")) if p.is_symlink()]:
-            raise UserError(
-                f"sync {self.name}: {links[0]} is a link.", "Only files and folders are copied: replace it."
-            )
-        if source.is_dir():
-            _copy_tree(source, target)
-        else:
-            copy_file(source, target)
+        Args:
+            folder: of the stage at the place: NAME/STAGE.
+        """
+        target = self.root / folder
+        target.mkdir(parents=True, exist_ok=True)
+        sweep(target)
+        for path in _content(stage, checkpoints):
+            copy = target / path.name
+            manifest = path / MANIFEST
+            if path.is_file():
+                copy_file(path, copy)
+            elif not manifest.is_file():
+                _copy_folder(path, copy)
+            elif not (copy / MANIFEST).is_file() or (copy / MANIFEST).read_bytes() != manifest.read_bytes():
+                if fault := manifest_fault(path):
+                    raise OSError(f"{path.name}: {fault}")
+                _copy_folder(path, copy)
+        for old in StageDir(target).checkpoints():
+            if old.name not in checkpoints:
+                remove_folder(old)
 
 
 class HubPlace:
-    """A repository of the Hugging Face hub as the place, made private; methods as ``FolderPlace``'s, ``put`` is one commit.
+    """A repository of the Hugging Face hub as the place, made private; methods as ``FolderPlace``'s, ``push`` is one commit.
 
     Raises:
         UserError: ``repo`` is not OWNER/NAME, there is no token, or the hub is switched off.
@@ -103,71 +86,41 @@ class HubPlace:
         self.repo, self.name, self.commits = repo, f"hub:{repo}", 0
         if not _REPO.fullmatch(repo):
             raise UserError(f"sync {self.name}: is not a repository's name.", "Write hub:OWNER/NAME.")
-        if constants.HF_HUB_OFFLINE:
-            raise UserError(f"sync {self.name}: HF_HUB_OFFLINE is set.", "Unset it, or name a folder.")
-        if get_token() is None:
+        if constants.HF_HUB_OFFLINE or get_token() is None:
+            missing = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there is no token of the hub"
             raise UserError(
-                f"sync {self.name}: there is no token of the hub.",
-                "Run `hf auth login`, or set HF_TOKEN (with write access).",
+                f"sync {self.name}: {missing}.",
+                "Unset HF_HUB_OFFLINE and run `hf auth login` (with write access), or name a folder.",
             )
         self.api = HfApi()
-
-    def prepare(self) -> None:
         disable_progress_bars()  # they would run through the lines of training
-        self.api.create_repo(self.repo, private=True, exist_ok=True)
 
-    def names(self, folder: str) -> list[str]:
-        try:
-            found = {entry.path.rpartition("/")[2] for entry in self.api.list_repo_tree(self.repo, folder or None)}
-        except (RemoteEntryNotFoundError, RepositoryNotFoundError):
-            return []
-        return sorted(name for name in found if not name.startswith("."))
-
-    def read(self, path: str) -> bytes | None:
+    @contextmanager
+    def files(self, patterns: Sequence[str]) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                return Path(self.api.hf_hub_download(self.repo, path, local_dir=folder)).read_bytes()
-            except (RemoteEntryNotFoundError, RepositoryNotFoundError):
-                return None
+            with suppress(RepositoryNotFoundError):
+                self.api.snapshot_download(self.repo, allow_patterns=list(patterns), local_dir=folder)
+            yield Path(folder)
 
-    def put(self, folder: str, add: Sequence[Path], delete: Sequence[str]) -> None:
-        operations: list[Any] = []
-        with tempfile.TemporaryDirectory() as copies:
-            for source in add:
-                if source.is_dir() and not (source / MANIFEST).is_file():
-                    _copy_tree(source, copy := Path(copies, source.name))
-                    write_manifest(copy)
-                    source = copy
-                files = [path for path in sorted(source.rglob("*")) if path.is_file()] if source.is_dir() else [source]
-                for file in files:
-                    name = f"{folder}/{file.relative_to(source.parent).as_posix()}"
-                    # a file of the stage itself is read now: the log grows
-                    operations.append(CommitOperationAdd(name, str(file) if source.is_dir() else file.read_bytes()))
-            operations += [CommitOperationDelete(f"{folder}/{name}/", is_folder=True) for name in delete]
-            message = f"{folder}: {', '.join(source.name for source in add)}"[:200]
-            self.api.create_commit(self.repo, operations, commit_message=message)
+    def push(self, stage: StageDir, folder: str, checkpoints: Sequence[str]) -> None:
+        if not self.commits:
+            self.api.create_repo(self.repo, private=True, exist_ok=True)
+        content = _content(stage, checkpoints)
+        self.api.upload_folder(
+            repo_id=self.repo,
+            folder_path=stage.path,
+            path_in_repo=folder,
+            commit_message=f"{folder}: {', '.join(path.name for path in content)}"[:200],
+            allow_patterns=[path.name if path.is_file() else f"{path.name}/*" for path in content],
+            delete_patterns=["checkpoint-*"],  # those that are not uploaded
+        )
         self.commits += 1
         if self.commits % SQUASH_EVERY == 0:
             with suppress(HTTPError):
                 self.api.super_squash_history(self.repo)
 
-    def fetch(self, path: str, target: Path) -> None:
-        aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        try:
-            self.api.snapshot_download(self.repo, allow_patterns=[path, f"{path}/*"], local_dir=aside)
-            if (aside / path).is_dir():
-                shutil.copytree(aside / path, target, copy_function=os.replace, dirs_exist_ok=True)
-            else:
-                os.replace(aside / path, target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
 
 Place = FolderPlace | HubPlace
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
 def place_of(sync: str, run: Path) -> Place:
@@ -178,57 +131,65 @@ def place_of(sync: str, run: Path) -> Place:
     """
     if sync.startswith("hub:"):
         return HubPlace(sync.removeprefix("hub:"))
-    if "://" in sync or not sync.strip():
-        raise UserError(f"sync {sync}: is neither a folder nor hub:OWNER/NAME.", "Mount it, and name the folder.")
     folder, here = Path(sync).expanduser().resolve(), run.resolve()
+    if "://" in sync or folder.is_file():
+        raise UserError(f"sync {sync}: is neither a folder nor hub:OWNER/NAME.", "Name a folder on a mounted disk.")
     if folder.is_relative_to(here) or (folder / here.name).is_relative_to(here):
         raise UserError(f"sync {sync}: is in the run's own folder, {run}.", "Name a folder on another disk.")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"sync {sync}: is a file.", "Name a folder, or hub:OWNER/NAME.")
     return FolderPlace(Path(sync).expanduser())
 
 
+def _content(stage: StageDir, checkpoints: Iterable[str]) -> list[Path]:
+    """The files and folders of a stage that are copied, stage.json last: a stage that it calls complete has its adapter."""
+    files = [p for p in sorted(stage.path.iterdir()) if p.is_file() and _is_copied(p.name)]
+    folders = [stage.path / name for name in checkpoints]
+    if stage.complete():
+        folders += [path for path in (stage.adapter, stage.delta) if path.is_dir()]
+    return [*files, *folders, stage.path / STAGE_FILE]
+
+
+def _is_copied(name: str) -> bool:
+    return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in FILES)
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    with folder_aside(target) as aside:
+        shutil.copytree(source, aside, copy_function=shutil.copyfile, dirs_exist_ok=True)
+
+
 class Mirror:
-    """Copies a stage to a place in a background thread: the newest and the best checkpoint. Only ``finish`` waits.
+    """Copies a stage to a place in the background: the newest and the best checkpoint. Only ``finish`` waits. A copy that
+    fails is logged once, and the next checkpoint's copy makes up for it.
 
     Args:
         place: where to.
-        folder: the stage's folder there: NAME/STAGE.
         stage: the stage.
     """
 
-    def __init__(self, place: Place, folder: str, stage: StageDir) -> None:
-        self.place, self.folder, self.stage = place, folder, stage
-        self.retry = RETRY
-        self._wanted: tuple[str, ...] | None = None  # checkpoints to be copied next
-        self._at_work: tuple[str, ...] | None = None  # checkpoints being copied
-        self._fault: str | None = None
-        self._failures = 0
-        self._sent: dict[str, object] = {}  # name → state of the copy there
+    def __init__(self, place: Place, stage: StageDir) -> None:
+        self.place, self.stage = place, stage
+        self.folder = f"{stage.run.resolve().name}/{stage.path.name}"
         self._best: int | None = None
-        self._prepared = self._closed = False
-        self._turn = threading.Condition()
+        self._wanted: tuple[str, ...] = ()  # checkpoints to be copied next
+        self._running: tuple[str, ...] = ()  # checkpoints being copied
+        self._fault: str | None = None  # of the last copy
+        self._others_sent = self._closed = False
+        self._one_at_a_time = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def changed(self, best: int | None) -> None:
         """A checkpoint was written: copy the newest, and the best one (a step, or None). If the place is slower than
-        checkpoints are written, those not begun yet are left out."""
+        checkpoints are written, those in between are left out."""
         self._best = best
         found = [path.name for path in self.stage.checkpoints()]
-        wanted = dict.fromkeys([*found[-1:], *(name for name in found if name == f"checkpoint-{best}")])
-        with self._turn:
-            if self._closed:
-                return
-            self._wanted = tuple(wanted)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, daemon=True, name="zephyr-lite sync")
-                self._thread.start()
-            self._turn.notify_all()
+        self._wanted = tuple(dict.fromkeys([*found[-1:], *(name for name in found if name == f"checkpoint-{best}")]))
+        self._thread = threading.Thread(target=self._push, args=(self._wanted,), daemon=True, name="zephyr-lite sync")
+        self._thread.start()
 
     def busy(self) -> frozenset[str]:
         """Names of checkpoints that are being copied, or about to be: not to be deleted now."""
-        with self._turn:
-            return frozenset((*(self._wanted or ()), *(self._at_work or ())))
+        waiting = self._wanted if self._thread is not None and self._thread.is_alive() else ()
+        return frozenset((*waiting, *self._running))
 
     def finish(self, timeout: float = 3600.0, *, attempts: int = ATTEMPTS) -> bool:
         """Copy the stage as it is now, and wait for it: ``timeout`` seconds, or until so many attempts failed.
@@ -236,91 +197,55 @@ class Mirror:
         Returns:
             whether everything is there.
         """
-        self.changed(self._best)
-        with self._turn:
-            most = self._failures + attempts
-            done = self._turn.wait_for(
-                lambda: (self._wanted or self._at_work) is None or self._closed or self._failures >= most, timeout
-            )
-            missing = self._wanted or self._at_work
-        if done and missing is None:
+        end = time.monotonic() + timeout
+        for attempt in range(attempts):
+            if attempt:
+                time.sleep(min(RETRY, max(0.0, end - time.monotonic())))
+            self.changed(self._best)
+            assert self._thread is not None
+            self._thread.join(max(0.0, end - time.monotonic()))
+            if self._thread.is_alive() or self._fault is None:
+                break
+        if not self._thread.is_alive() and self._fault is None:
             return True
-        names = ", ".join(name for name in missing or () if name not in self._sent) or "the last state of the stage"
+        fault = f": {self._fault}" if self._fault else ""
         logger.warning(
-            f"sync: {self.place.name} does not have {names}{f': {self._fault}' if self._fault else ''}. It is here; the "
-            "same command copies it there when it is started again."
+            f"sync: {self.place.name} does not have the last state of the stage{fault}. It is here; the same command copies "
+            "it there when it is started again."
         )
         return False
 
     def close(self) -> None:
         """Copy nothing more; a copy that is not complete does not appear there."""
-        with self._turn:
-            self._closed = True
-            self._turn.notify_all()
+        self._closed = True
         if self._thread is not None:
             self._thread.join(timeout=2)
 
-    def _work(self) -> None:
-        while True:
-            with self._turn:
-                self._turn.wait_for(lambda: self._wanted is not None or self._closed)
-                if self._closed:
-                    return
-                wanted, self._wanted = self._wanted, None
-                self._at_work = wanted
-            assert wanted is not None
-            before, fault = self._fault, None
+    def _push(self, wanted: tuple[str, ...]) -> None:
+        with self._one_at_a_time:
+            if wanted is not self._wanted or self._closed:  # a newer copy waits
+                return
+            self._running, before = wanted, self._fault
             try:
-                self._send(wanted)
-            except Exception as error:  # of whichever library: a copy is no reason to lose the run
-                fault = _line(error)
-            if fault is None and before is not None:
-                logger.info(f"sync: {self.place.name} is up to date again")
-            elif fault is not None and before is None:
-                logger.warning(f"sync: {self.place.name}: {fault}; training continues, and the copy is tried again")
-            with self._turn:
-                self._at_work, self._fault = None, fault
-                if fault is not None:
-                    self._wanted = self._wanted or wanted
-                    self._failures += 1
-                self._turn.notify_all()
-                if fault is not None:
-                    self._turn.wait_for(lambda: self._closed, self.retry)
+                self._push_other_stages()
+                self.place.push(self.stage, self.folder, wanted)
+                self._fault = None
+            except Exception as error:  # of any library: a copy is no reason to lose the run
+                self._fault = _line(error)
+            self._running = ()
+        if self._fault is None and before is not None:
+            logger.info(f"sync: {self.place.name} is up to date again")
+        elif self._fault is not None and before is None:
+            logger.warning(f"sync: {self.place.name}: {self._fault}; training continues, and the copy is tried again")
 
-    def _send(self, wanted: tuple[str, ...]) -> None:
-        if not self._prepared:
-            self.place.prepare()
-            self._send_other_stages()
-            self._prepared = True
-        there = self.place.names(self.folder)
-        checkpoints = [name for name in there if CHECKPOINT.fullmatch(name)]
-        states: dict[Path, object] = {path: _state(path) for path in _files(self.stage)}
-        for name in wanted:
-            manifest = self.stage.path / name / MANIFEST
-            states[manifest.parent] = state = manifest.read_bytes() if manifest.is_file() else b""
-            if state and name in there and name not in self._sent:
-                self._sent[name] = self.place.read(f"{self.folder}/{name}/{MANIFEST}")
-        if self.stage.complete():
-            states |= {path: [(p.name, _state(p)) for p in sorted(path.iterdir())] for path in _adapters(self.stage)}
-        info = self.stage.path / STAGE_FILE
-        states[info] = _state(info)  # last: where it says "complete", the adapter is there
-        add = [path for path, state in states.items() if path.name not in there or self._sent.get(path.name) != state]
-        old = [name for name in checkpoints if wanted and name not in (*wanted, f"checkpoint-{self._best}")]
-        if add or old:
-            self.place.put(self.folder, add, old)
-        self._sent.update({path.name: states[path] for path in add})
-        for name in old:
-            self._sent.pop(name, None)
-
-    def _send_other_stages(self) -> None:
+    def _push_other_stages(self) -> None:
         """Copy the run's complete stages, which may have been trained without ``sync``."""
+        if self._others_sent:
+            return
         for other in stages_of(self.stage.run):
-            info = other.path / STAGE_FILE
-            folder = f"{self.folder.rpartition('/')[0]}/{other.path.name}"
-            if other.path == self.stage.path or not other.complete():
-                continue
-            if self.place.read(f"{folder}/{STAGE_FILE}") != info.read_bytes():
-                self.place.put(folder, [*_files(other), *_adapters(other), info], [])
+            if other.path != self.stage.path and other.complete():
+                self.place.push(other, f"{self.stage.run.resolve().name}/{other.path.name}", ())
+        self._others_sent = True
 
 
 def open_mirror(sync: str | None, stage: StageDir) -> Mirror | None:
@@ -329,25 +254,7 @@ def open_mirror(sync: str | None, stage: StageDir) -> Mirror | None:
     Raises:
         UserError: ``sync`` names no place.
     """
-    if sync is None:
-        return None
-    return Mirror(place_of(sync, stage.run), f"{stage.run.resolve().name}/{stage.path.name}", stage)
-
-
-def catch_up(sync: str | None, stage: StageDir) -> None:
-    """Copy a finished stage whose copy is not finished (the network was away at its end)."""
-    mirror = open_mirror(sync, stage)
-    if mirror is None:
-        return
-    try:
-        there = mirror.place.read(f"{mirror.folder}/{STAGE_FILE}")
-    except (OSError, HTTPError) as error:
-        logger.warning(f"sync: {mirror.place.name}: {_line(error)}")
-        return
-    if there != (stage.path / STAGE_FILE).read_bytes():
-        logger.info(f"copying {stage.path} to {mirror.place.name}, which does not have all of it")
-        mirror.finish()
-        mirror.close()
+    return None if sync is None else Mirror(place_of(sync, stage.run), stage)
 
 
 @contextmanager
@@ -380,13 +287,20 @@ def restore(sync: str | None, stage: StageDir) -> None:
     """
     if sync is None:
         return
-    place = place_of(sync, stage.run)
+    place, name = place_of(sync, stage.run), stage.run.resolve().name
     with alone(stage.run):
         sweep(stage.run)
         try:
-            _restore(place, stage)
+            with place.files([f"{name}/*/{STAGE_FILE}", f"{name}/*/{MANIFEST}"]) as there:
+                missing = _missing(place, there / name, stage)
+            patterns = [f"{name}/{folder}/{file}" for folder in missing for file in (STAGE_FILE, *FILES)]
+            patterns += [f"{name}/{folder}/{part}/*" for folder, parts in missing.items() for part in parts]
+            if missing:
+                with place.files(patterns) as there:
+                    for folder, parts in missing.items():
+                        _fetch(place, StageDir(there / name / folder), StageDir(stage.run / folder), parts)
         except (OSError, HTTPError) as error:
-            if not _kept(stage):
+            if not _worth_keeping(stage):
                 raise _unreadable(place, error) from None
             logger.warning(f"sync: {place.name}: {_line(error)}; continuing with the files here")
 
@@ -402,121 +316,87 @@ def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
     """
     place, found = place_of(sync, run), []
     try:
-        for name in place.names(""):
-            info = _info_there(place, f"{name}/{stage_complete}")
-            if info is not None and info.get("status") == "complete":
-                found.append((str(info.get("finished", "")), name))
+        with place.files([f"*/{stage_complete}/{STAGE_FILE}"]) as there:
+            for file in there.glob(f"*/{stage_complete}/{STAGE_FILE}"):
+                stage = StageDir(file.parent)
+                if stage.complete():
+                    found.append((str((stage.info() or {}).get("finished", "")), stage.run.name))
     except (OSError, HTTPError) as error:
         raise _unreadable(place, error) from None
     return max(found)[1] if found else None
 
 
-def _restore(place: Place, stage: StageDir) -> None:
-    run, name = stage.run, stage.run.resolve().name
-    there = place.names(name)
-    if not there and not _kept(stage):  # also the case if a drive is not mounted
-        logger.info(
-            f"sync: {place.name} has nothing of {name} yet, so it starts here. If it should, is that place mounted?"
-        )
-    infos = {folder: info for folder in there if (info := _info_there(place, f"{name}/{folder}")) is not None}
-    theirs = {mark for folder, info in infos.items() for mark in _marks(folder, info)}
-    kept = [each for each in stages_of(run) if _kept(each)]
-    ours = {mark for each in kept for mark in _marks(each.path.name, each.info() or {})}
-    if kept and infos and not ours & theirs:
-        begun = min(str(info.get("created", "?")) for info in infos.values())
-        raise UserError(
-            f"sync {place.name}: holds another run named {name}, begun {begun}, not {run}.",
-            "Choose another place or another output_dir; or move the one that is not wanted away.",
-        )
-    for folder, info in infos.items():
-        here = StageDir(run / folder)
-        if here.complete():
-            continue
-        if info.get("status") == "complete":
-            _bring(place, here, ["adapter", "delta"], [])
-            logger.info(f"{here.path} was fetched from {place.name}, complete")
-        elif folder == stage.path.name:
-            _bring_checkpoints(place, here)
+def _missing(place: Place, there: Path, stage: StageDir) -> dict[str, list[str]]:
+    """Stages to fetch: name → their folders, of an unfinished one its checkpoints, the newest first.
 
-
-def _bring_checkpoints(place: Place, here: StageDir) -> None:
-    """Fetch the checkpoints there if the newest is newer than those here."""
-    source = f"{here.run.resolve().name}/{here.path.name}"
-    good = {p.name for p in here.checkpoints() if not (p / MANIFEST).is_file() or manifest_fault(p) is None}
-    there = sorted(filter(CHECKPOINT.fullmatch, place.names(source)), key=_step, reverse=True)
-    wanted = [name for name in there if name not in good]
-    if not wanted or _step(wanted[0]) <= max(map(_step, good), default=-1):
-        return
-    try:
-        brought = _bring(place, here, [], wanted)
-    except _Damaged:
-        if good:  # an earlier checkpoint is here
-            return
-        raise UserError(
-            f"sync {place.name}: every checkpoint of {source} there is damaged.",
-            "Delete that folder there to start again, or leave sync out.",
-        ) from None
-    logger.info(f"{here.path} was fetched from {place.name}, at {brought[0]}")
-
-
-def _bring(place: Place, here: StageDir, folders: list[str], checkpoints: list[str]) -> list[str]:
-    """Fetch a stage's files, folders and checkpoints; returns the checkpoints that are not damaged.
+    Args:
+        there: the run at the place; of its checkpoints only the manifests need to be there.
 
     Raises:
-        _Damaged: all of them are.
-        UserError: the folder here is not a stage's; a folder there is damaged.
+        UserError: it is another run than the one here.
+    """
+    copies = stages_of(there)
+    kept = [each for each in stages_of(stage.run) if _worth_keeping(each)]
+    if not copies and not _worth_keeping(stage):  # also the case if a drive is not mounted
+        logger.info(
+            f"sync: {place.name} has nothing of {there.name} yet, so it starts here. If it should, is that place mounted?"
+        )
+    if kept and copies and not _marks(kept) & _marks(copies):
+        raise UserError(
+            f"sync {place.name}: holds another run named {there.name}, not {stage.run}.",
+            "Choose another place or another output_dir; or move the one that is not wanted away.",
+        )
+    found: dict[str, list[str]] = {}
+    for copy in copies:
+        here = StageDir(stage.run / copy.path.name)
+        if here.complete():
+            continue
+        if copy.complete():
+            found[copy.path.name] = ["adapter", "delta"]
+        elif copy.path.name == stage.path.name:
+            good = [p for p in here.checkpoints() if not (p / MANIFEST).is_file() or manifest_fault(p) is None]
+            names = [p.name for p in reversed(copy.checkpoints())]
+            if names and _step(names[0]) > max((_step(p.name) for p in good), default=-1):
+                found[copy.path.name] = names
+    return found
+
+
+def _fetch(place: Place, copy: StageDir, here: StageDir, folders: list[str]) -> None:
+    """Replace a stage here by its copy: its files and the undamaged ones of these folders.
+
+    Raises:
+        UserError: the folder here is not a stage's; all checkpoints or an adapter at the place are damaged.
     """
     if here.path.exists():
         here.claim()
-    if _kept(here):
-        return _fill(place, here, here.path, folders, checkpoints)
-    make_folder(here.run)
-    with folder_aside(here.path) as aside:  # replaces a stage without a checkpoint
-        return _fill(place, here, aside, folders, checkpoints)
+    complete, brought = copy.complete(), []
+    with folder_aside(here.path) as target:
+        for path in copy.path.iterdir():
+            if path.is_file() and (_is_copied(path.name) or path.name == STAGE_FILE):
+                copy_file(path, target / path.name)
+        for folder in (copy.path / name for name in folders if (copy.path / name).is_dir()):
+            # an adapter's copy has a manifest where an earlier version made it
+            fault = manifest_fault(folder) if not complete or (folder / MANIFEST).is_file() else None
+            if fault is None:
+                _copy_folder(folder, target / folder.name)
+                brought.append(folder.name)
+                if complete:
+                    (target / folder.name / MANIFEST).unlink(missing_ok=True)
+                continue
+            logger.warning(f"sync {place.name}: {copy.path.name}/{folder.name}: {fault}; not taken")
+            if complete:
+                brought.clear()
+                break
+        if not brought:
+            raise UserError(
+                f"sync {place.name}: {here.run.name}/{here.path.name} is damaged there.",
+                "Delete that folder there to start again or to continue with the files here, or leave sync out.",
+            )
+    logger.info(f"{here.path} was fetched from {place.name}, {'complete' if complete else f'at {brought[0]}'}")
 
 
-def _fill(place: Place, here: StageDir, target: Path, folders: list[str], checkpoints: list[str]) -> list[str]:
-    source = f"{here.run.resolve().name}/{here.path.name}"
-    there = place.names(source)
-    # first the log, which may have more steps than a checkpoint, never fewer; last the file that makes it a stage
-    for name in filter(_is_copied, there):
-        place.fetch(f"{source}/{name}", target / name)
-    brought = []
-    for name in checkpoints:
-        try:
-            _fetch_folder(place, f"{source}/{name}", target / name)
-            brought.append(name)
-        except _Damaged as damage:
-            logger.info(f"sync {place.name}: {source}/{name}: {damage}; taking the one before")
-    if checkpoints and not brought:
-        raise _Damaged
-    for name in folders:
-        if name in there:
-            try:
-                _fetch_folder(place, f"{source}/{name}", target / name)
-            except _Damaged as damage:
-                raise UserError(
-                    f"sync {place.name}: {source}/{name}: {damage}.",
-                    f"Bring {source} from another place, or delete it there to start again.",
-                ) from None
-            (target / name / MANIFEST).unlink(missing_ok=True)  # it was made for the copy
-    place.fetch(f"{source}/{STAGE_FILE}", target / STAGE_FILE)
-    return brought
-
-
-def _fetch_folder(place: Place, source: str, target: Path) -> None:
-    with folder_aside(target) as aside:
-        place.fetch(source, aside)
-        if fault := manifest_fault(aside):
-            raise _Damaged(fault)
-
-
-class _Damaged(Exception):
-    """A folder at the place differs from its manifest."""
-
-
-def _kept(stage: StageDir) -> bool:
-    """Whether a stage has something that must not be lost."""
+def _worth_keeping(stage: StageDir) -> bool:
+    """Whether a stage here has a checkpoint or is complete."""
     return (stage.path / STAGE_FILE).is_file() and (bool(stage.checkpoints()) or stage.complete())
 
 
@@ -524,43 +404,10 @@ def _step(name: str) -> int:
     return int(name.removeprefix("checkpoint-"))
 
 
-def _is_copied(name: str) -> bool:
-    """Whether a file of a stage (other than stage.json) is copied."""
-    logs = name.endswith(".jsonl") and not name.startswith(".")
-    reference = name.startswith("reference-") and name.endswith(".safetensors")
-    return logs or reference or name in ("config.yaml", "lengths.json", "report.html")
-
-
-def _files(stage: StageDir) -> list[Path]:
-    return sorted(path for path in stage.path.iterdir() if path.is_file() and _is_copied(path.name))
-
-
-def _adapters(stage: StageDir) -> list[Path]:
-    return [path for path in (stage.adapter, stage.delta) if path.is_dir()]
-
-
-def _state(path: Path) -> object:
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size
-
-
-def _marks(stage: str, info: dict[str, Any]) -> set[str]:
+def _marks(stages: list[StageDir]) -> set[str]:
     """What tells a run from another of its name: its id, or (earlier versions) when its stages were begun."""
-    return {str(mark) for mark in (info.get("id"), info.get("created") and f"{stage} {info['created']}") if mark}
-
-
-def _info_there(place: Place, folder: str) -> dict[str, Any] | None:
-    """A stage's stage.json at the place, or None."""
-    raw = place.read(f"{folder}/{STAGE_FILE}")
-    if raw is None:
-        return None
-    try:
-        return dict(json.loads(raw))
-    except (ValueError, TypeError):
-        raise UserError(
-            f"sync {place.name}: {folder}/{STAGE_FILE} is not a JSON object.",
-            "Delete this folder there, or name another place.",
-        ) from None
+    infos = [(stage.path.name, stage.info() or {}) for stage in stages]
+    return {str(info["id"]) for _, info in infos if "id" in info} | {f"{n} {i.get('created')}" for n, i in infos}
 
 
 def _unreadable(place: Place, error: Exception) -> UserError:
@@ -571,5 +418,4 @@ def _unreadable(place: Place, error: Exception) -> UserError:
 
 
 def _line(error: Exception) -> str:
-    text = f"{error.message} {error.hint}" if isinstance(error, UserError) else str(error)
-    return redact(" ".join(text.split())[:200] or type(error).__name__)
+    return redact(" ".join(str(error).split())[:200] or type(error).__name__)

@@ -51,15 +51,9 @@ def parse(raw: bytes, *, strict: bool = True) -> Any:
         ValueError: says what is wrong.
     """
     try:
-        text = raw.decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=_unique if strict else None)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique if strict else None)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except UnicodeEncodeError:
-        raise ValueError("it holds half a surrogate pair") from None
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
 
@@ -78,9 +72,7 @@ def read_object(path: Path, *, strict: bool = True, hint: str = AGAIN) -> dict[s
         raise UserError(f"{path}: there is no such file.", hint)
     try:
         value = parse(path.read_bytes(), strict=strict)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.", hint) from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({error}).", hint) from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}.", hint)
@@ -164,21 +156,17 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES, name: str | None = None) -
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
-    except OSError as error:
-        raise UserError(
-            f"{name}: cannot be read: {error.strerror}.", f"The working directory is {Path.cwd()}."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{name!r}: is not a file name: {error}.", "Name another file.") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{name}: cannot be read: {why}.", f"The working directory is {Path.cwd()}.") from None
     if len(data) > limit:
         raise UserError(f"{name}: larger than {limit:,} bytes.", "Name the right file.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = data[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{name} line {number}: not UTF-8 (byte 0x{data[error.start]:02x}).", "Save the file as UTF-8."
-        ) from None
+        byte = data[error.start]
+        raise UserError(f"{name} line {number}: not UTF-8 (byte 0x{byte:02x}).", "Save the file as UTF-8.") from None
     if "\0" in text:
         number = text[: text.index("\0")].count("\n") + 1
         raise UserError(f"{name} line {number}: a NUL byte; this is no text file.", "Save the file as UTF-8.")

@@ -8,12 +8,10 @@ a sum of tensor widths times tokens (``layer_bytes``). Two numbers are estimates
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import Literal
-
-import numpy as np
 
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep
@@ -34,7 +32,6 @@ SLACK_SHARE, SLACK_BYTES = 0.03, 40 * MIB
 
 # what a layer may keep, and whether that goes to the host
 Kind = tuple[Keep, bool]
-KINDS: tuple[Kind, ...] = tuple((keep, away) for away in (True, False) for keep in ("input", "attention", "all"))
 # of a streamed base; in main memory, but not locked there (a tied one is the output head, which is locked)
 PAGED = "embedding"
 
@@ -82,20 +79,15 @@ class MemoryBreakdown:
         at: the moment of the peak.
         managed: optimizer states that CUDA moves to the host where the device is full.
         host: in main memory, locked but for `PAGED`.
+        peak: `resident` and `transient` together.
     """
 
     resident: dict[str, int]
     transient: dict[str, int]
     at: str
-    managed: int = 0
-    host: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def peak(self) -> int:
-        return sum(self.resident.values()) + sum(self.transient.values())
-
-    def as_dict(self) -> dict[str, int]:
-        return {**self.resident, **self.transient, "peak": self.peak}
+    managed: int
+    host: dict[str, int]
+    peak: int
 
 
 # -- resident ----------------------------------------------------------------------------------------------------------
@@ -166,23 +158,20 @@ def scratch_bytes(shape: Shape, itemsize: int, mode: ScratchMode) -> int:
     return itemsize * (attention + (3 if mode == "layer" else 1) * shape.hidden * shape.inner)
 
 
-def _resident(job: Workload, execution: ExecutionConfig, device: Device) -> tuple[dict[str, int], int]:
-    """(bytes by name, managed bytes)."""
-    key = ("resident", execution.stream, execution.scratch, device)
-    if key not in job.memo:
-        on_device, managed = optimizer_bytes(job.optim, job.trained_tensors, cuda=device.cuda)
-        quantized = job.storage != "dense"
-        parts = {
-            **base_bytes(job, stream=execution.stream),
-            "dequantized weights": quantized * scratch_bytes(job.shape, job.dtype.itemsize, execution.scratch),
-            "adapters": 4 * sum(sum(a.tensors(job.shape)) for a in job.adapters),
-            "optimizer's state": on_device,
-            # the forward pass has one, and the backward pass, which runs in autograd's thread, another
-            "matrix products' workspace": 2 * device.workspace,
-            "CUDA context" if device.cuda else "process": device.context,
-        }
-        job.memo[key] = {name: n for name, n in parts.items() if n}, managed
-    return job.memo[key]
+def _resident(job: Workload, execution: ExecutionConfig, device: Device) -> tuple[dict[str, int], int, int]:
+    """(bytes by name, their sum, managed bytes)."""
+    on_device, managed = optimizer_bytes(job.optim, job.trained_tensors, cuda=device.cuda)
+    scratch = 0 if job.storage == "dense" else scratch_bytes(job.shape, job.dtype.itemsize, execution.scratch)
+    parts = {
+        **base_bytes(job, stream=execution.stream),
+        "dequantized weights": scratch,
+        "adapters": 4 * sum(sum(a.tensors(job.shape)) for a in job.adapters),
+        "optimizer's state": on_device,
+        # the forward pass has one, and the backward pass, which runs in autograd's thread, another
+        "matrix products' workspace": 2 * device.workspace,
+        "CUDA context" if device.cuda else "process": device.context,
+    }
+    return {name: n for name, n in parts.items() if n}, sum(parts.values()), managed
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
@@ -367,64 +356,6 @@ def segments(keep: tuple[Keep, ...], offload: int) -> list[tuple[Keep, bool, int
     return [(policy, away, layers[0], len(layers)) for policy, away, layers in found]
 
 
-def _working(job: Workload, execution: ExecutionConfig, device: Device) -> tuple[LayerBytes, int, str]:
-    """What a layer, and the output head, take at work; and the head's largest moment."""
-    tokens = max(execution.micro_tokens, job.longest)
-    together = job.live_reference and execution.reference == "together"
-    key = (tokens, execution.tile, execution.stream, together, device)
-    if key not in job.memo:
-        head, at = head_bytes(job, tokens, stream=execution.stream, together=together, cuda=device.cuda)
-        job.memo[key] = layer_bytes(job, tokens, execution.tile, device), head, at
-    return job.memo[key]
-
-
-def _earlier_gradients(job: Workload, tokens: int) -> int:
-    """Bytes of the gradients of a step's earlier micro-batches, which are there from the start."""
-    return 4 * job.parameters if job.step_most is None or job.step_most > tokens else 0
-
-
-def _streamed(job: Workload) -> dict[str, int]:
-    """A streamed base in main memory."""
-    copied = job.shape.head_weights * job.dtype.itemsize
-    base = {"streamed base": job.shape.layers * slab_bytes(job) + copied}
-    return base if job.shape.tied else {**base, PAGED: copied}
-
-
-def layer_counts(fillings: Sequence[tuple[tuple[Keep, ...], int]]) -> tuple[dict[Kind, np.ndarray], np.ndarray]:
-    """(number of layers of each kind, place of the last layer's kind among these) of many ``keep`` and ``offload``."""
-    counts = {kind: np.zeros(len(fillings), dtype=np.int64) for kind in KINDS}
-    last = np.zeros(len(fillings), dtype=np.int64)
-    for place, (keep, offload) in enumerate(fillings):
-        for policy, away, _, count in segments(keep, offload):
-            counts[policy, away][place] = count
-            last[place] = KINDS.index((policy, away))
-    return counts, last
-
-
-def bounds(
-    job: Workload, execution: ExecutionConfig, device: Device, counts: dict[Kind, np.ndarray], last: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(at least so many bytes on the device, exactly so many on the host) with many splits of the layers at once: the peak of
-    ``estimate`` at the output head and in the last layer's backward pass only.
-
-    Args:
-        execution: whatever its layers keep.
-        counts, last: of ``layer_counts``.
-    """
-    layer, head, _ = _working(job, execution, device)
-    resident, _ = _resident(job, execution, device)
-    tokens = max(execution.micro_tokens, job.longest)
-    x = tokens * job.shape.hidden * job.dtype.itemsize
-    table = np.stack([counts[kind] for kind in KINDS])
-    sizes, away = np.array([layer.kept[keep] for keep, _ in KINDS]), np.array([away for _, away in KINDS])
-    kept, host = (sizes * ~away) @ table, (sizes * away) @ table
-    backward = np.array([layer.backward[keep, away] - layer.kept[keep] * (not away) for keep, away in KINDS])
-    passing = kept + np.maximum(head, backward[last] + x) + input_bytes(job, tokens)
-    slack = SLACK_BYTES + np.floor(SLACK_SHARE * passing) if device.slack else 0
-    streamed = sum(_streamed(job).values()) if execution.stream else 0
-    return sum(resident.values()) + _earlier_gradients(job, tokens) + passing + slack, host + streamed
-
-
 def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, training: bool = True) -> MemoryBreakdown:
     """A run's memory.
 
@@ -433,15 +364,23 @@ def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, train
     """
     s, tokens = job.shape, max(execution.micro_tokens, job.longest)
     together = job.live_reference and execution.reference == "together"
-    resident, managed = _resident(job, execution, device)
-    layer, head, head_at = _working(job, execution, device)
+    # the planner asks for the same values thousands of times
+    key = ("resident", execution.stream, execution.scratch, device)
+    if key not in job.memo:
+        job.memo[key] = _resident(job, execution, device)
+    resident, resident_sum, managed = job.memo[key]
+    key = (tokens, execution.tile, execution.stream, together, device)
+    if key not in job.memo:
+        working = head_bytes(job, tokens, stream=execution.stream, together=together, cuda=device.cuda)
+        job.memo[key] = layer_bytes(job, tokens, execution.tile, device), *working
+    layer, head, head_at = job.memo[key]
     gradients, x = 4 * job.parameters, tokens * s.hidden * job.dtype.itemsize
-    earlier = _earlier_gradients(job, tokens)
+    # those of a step's earlier micro-batches are there from the start
+    earlier = gradients if job.step_most is None or job.step_most > tokens else 0
     # (where, gradients, kept, reference, layer, head) at every moment that may be the peak
     moments: list[tuple[str, int, int, int, int, int]] = []
-    resting = moving = away_bytes = (
-        0  # kept: by earlier layers; by the layer before, on its way to the host; on the host
-    )
+    # kept by earlier layers; by the layer before, on its way to the host; on the host
+    resting = moving = on_host = 0
     for keep, away, first, count in segments(execution.keep, execution.offload) if training else ():
         kept, backward = layer.kept[keep], layer.backward[keep, away]
         for index in {0, 1, count - 1} & set(range(count)):
@@ -454,7 +393,7 @@ def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, train
             later = earlier or gradients * (s.layers - number) // s.layers
             moments.append((f"backward pass of layer {number}", later, there, 0, backward, 0))
         resting += 0 if away else count * kept
-        away_bytes += count * kept if away else 0
+        on_host += count * kept if away else 0
         moving = kept if away else 0
     if training:
         moments.append((head_at, earlier, resting, 0, 0, head))
@@ -469,10 +408,13 @@ def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, train
     if device.slack:
         passing = sum(transient.values()) - transient.get("gradients", 0)
         transient["allocator's slack"] = SLACK_BYTES + round(SLACK_SHARE * passing)
-    host = {"kept activations": away_bytes} if away_bytes else {}
+    host = {"kept activations": on_host} if on_host else {}
     if execution.stream:
-        host.update(_streamed(job))
-    return MemoryBreakdown(resident, transient, at, managed, host)
+        copied = s.head_weights * job.dtype.itemsize
+        host["streamed base"] = s.layers * slab_bytes(job) + copied
+        if not s.tied:
+            host[PAGED] = copied
+    return MemoryBreakdown(resident, transient, at, managed, host, resident_sum + sum(transient.values()))
 
 
 def in_words(size: int) -> str:

@@ -1,4 +1,4 @@
-"""The machine that a run is planned for: this one, or a card by name; what its memory has free and what a run took."""
+"""The machine that a run is planned for: this one, measured, or a card by name; what its memory has free and what a run took."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import ctypes
 import os
 import platform
 import re
+import resource
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
+from bitsandbytes.nn import Params4bit
 
 from ..config.load import MemorySpec
 from ..errors import UserError
-from ..model.activation_offload import lockable
+from ..model.activation_offload import host_bytes, lockable
 from ..model.allocator import is_wsl
+from ..ops.nf4 import dequantize
 from .estimate import CONTEXT_BYTES, CPU, GIB, Device
 from .gpus import PROCESSOR, Gpu
 
@@ -25,6 +31,11 @@ from .gpus import PROCESSOR, Gpu
 HOST_SHARE = 0.5
 # Main memory to spare on a machine that is not this one, unless memory.host says otherwise.
 HOST_ELSEWHERE = 16 * GIB
+# of each measurement of speed, at least
+SECONDS, CALLS = 0.15, 25
+COPY_BYTES = 128 * 2**20
+# of a CPU's measurements: each takes a millisecond or two, which other processes seldom interrupt
+TOKENS, WIDTH, ELEMENTS = 256, 512, 2**20
 
 
 @dataclass(frozen=True)
@@ -73,24 +84,106 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *
     Raises:
         UserError: ``vram`` is no size.
     """
-    if measure:
-        from .calibrate import measure as measured
     vram = None if memory.vram is None else parse_size(memory.vram, "memory.vram")
     host = int(main_memory() * HOST_SHARE)
     if device.type == "cpu":
-        card = measured(device, dtype) if measure else PROCESSOR
+        card = _processor(dtype, torch.get_num_threads()) if measure else PROCESSOR
         # the process is a part of the measured peak, so of the plan too; it has taken its memory already
         process = process_memory(device)
         free = free_memory(device) if vram is None else min(free_memory(device), vram)
         return Machine("cpu", "the CPU", card, free + process, host, process)
     if measure:
-        card = measured(device, dtype)  # first: the libraries that it loads take memory too
+        card = _measured_card(device, dtype)  # first: the libraries that it loads take memory too
     else:
         card = Gpu(torch.cuda.get_device_name(device), 0, 50, 500, 12, torch.cuda.get_device_capability(device))
     if is_wsl():
         host = lockable(host, device)
     free = free_memory(device)
     return Machine("cuda", card.name, card, free if vram is None else min(free, vram - CONTEXT_BYTES), host)
+
+
+def _card_rates(device: torch.device, dtype: torch.dtype, free: int) -> tuple[float, float, float]:
+    """(operations of a product, bytes through the card's memory, bytes between it and locked memory) a second."""
+    rows, width = (4096, 4096) if free > 2**30 else (1024, 2048)
+    a, b = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty(rows, rows, device=device, dtype=dtype)
+    size = min(COPY_BYTES, free // 8)
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    host, there = host_bytes(size // 2, device), source[: size // 2]
+    products = _rate(device, lambda: torch.mm(a, b.T, out=out), 2 * rows * rows * width)
+    memory = _rate(device, lambda: target.copy_(source), 2 * size)
+    up = _rate(device, lambda: there.copy_(host, non_blocking=True), size // 2)
+    down = _rate(device, lambda: host.copy_(there, non_blocking=True), size // 2)
+    return products, memory, min(up, down)
+
+
+def _measured_card(device: torch.device, dtype: torch.dtype) -> Gpu:
+    """The speed of a card, in about two seconds: matrix products, and copies on it and to locked memory."""
+    properties = torch.cuda.get_device_properties(device)
+    products, memory, link = _card_rates(device, dtype, torch.cuda.mem_get_info(device)[0])
+    # autograd's thread has a handle and a workspace of its own, which are to be there when free memory is asked for
+    weight = torch.randn(64, 64, device=device, dtype=dtype, requires_grad=True)
+    (weight @ weight).sum().backward()
+    torch._C._cuda_clearCublasWorkspaces()  # the plan counts them
+    torch.cuda.empty_cache()
+    return Gpu(
+        name=properties.name,
+        memory=properties.total_memory / 2**30,
+        tflops=_rounded(products / 1e12),
+        bandwidth=_rounded(memory / 1e9),
+        pcie=_rounded(link / 1e9),
+        capability=torch.cuda.get_device_capability(device),
+        share=0.9,  # of what one product alone reaches: others are smaller, and the card gets warm
+        measured=True,
+    )
+
+
+@cache
+def _processor(dtype: torch.dtype, threads: int) -> Gpu:
+    """The speed of the CPU with this number of threads, in less than a second, once in a process: a matrix product, an
+    exponential and the dequantization of a weight."""
+    cpu = torch.device("cpu")
+    # no random numbers: the generators are the run's
+    a, b = torch.ones(TOKENS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
+    out = torch.empty(TOKENS, WIDTH, dtype=dtype)
+    products = _rate(cpu, lambda: torch.mm(a, b.T, out=out), 2 * TOKENS * WIDTH * WIDTH)
+    # not a copy: what only moves bytes on a card is bound by its arithmetic here, SiLU and softmax most of all
+    logits = torch.ones(ELEMENTS, dtype=dtype)
+    weights = torch.empty_like(logits)
+    memory = _rate(cpu, lambda: torch.exp(logits, out=weights), 2 * ELEMENTS * dtype.itemsize)
+    values = b if dtype.itemsize <= 4 else b.float()  # bitsandbytes knows no float64
+    weight = Params4bit(values, quant_type="nf4", compress_statistics=True, requires_grad=False).to("cpu")
+    buffer = torch.empty(WIDTH, WIDTH, dtype=dtype)
+    unpacked = _rate(cpu, lambda: dequantize(weight, dtype, out=buffer), WIDTH * WIDTH)
+    return replace(
+        PROCESSOR,
+        tflops=_rounded(products / 1e12),
+        bandwidth=_rounded(memory / 1e9),
+        pcie=_rounded(memory / 1e9),  # what is offloaded or streamed is a copy in the same memory
+        unpacking=_rounded(unpacked / 1e9),
+        measured=True,
+    )
+
+
+def _rate(device: torch.device, run: Callable[[], object], amount: float) -> float:
+    """The amount that ``run`` does a second at its fastest: other processes only make it slower."""
+    repeat = 4 if device.type == "cuda" else 1
+    times: list[float] = []
+    run()
+    # where other processes hold a core, most calls wait for a thread
+    while repeat * sum(times) < SECONDS or len(times) < CALLS:
+        started = time.perf_counter()
+        for _ in range(repeat):
+            run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - started) / repeat)
+    return amount / min(times)
+
+
+def _rounded(value: float) -> float:
+    """To two digits, so that two starts plan alike."""
+    return float(f"{value:.2g}")
 
 
 def free_memory(device: torch.device) -> int:
@@ -188,8 +281,6 @@ def peak_memory(device: torch.device) -> int:
     found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
     if found is not None:
         return int(found[1]) * 1024
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..config.load import MemorySpec
 from ..errors import UserError
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep, Reference
-from .estimate import (
-    CONTEXT_BYTES,
-    GIB,
-    Device,
-    MemoryBreakdown,
-    bounds,
-    estimate,
-    in_words,
-    kept_per_token,
-    layer_counts,
-)
+from .estimate import CONTEXT_BYTES, GIB, Device, MemoryBreakdown, estimate, in_words, kept_per_token
 from .gpus import PROCESSOR, Gpu
 from .machine import Machine, parse_size
-from .speed import step_time, time_of_layers
+from .speed import step_time
 from .workload import Workload
 
-KEEPS: tuple[Keep, ...] = ("all", "attention", "input")
 # (more, less): what layers keep where they do not keep alike
 MIXTURES: tuple[tuple[Keep, Keep], ...] = (("all", "attention"), ("all", "input"), ("attention", "input"))
 # Tokens of a micro-batch: enough for matrix products at full speed; on a CPU few enough for its caches.
@@ -159,61 +149,100 @@ class Limits:
             return int(self.free * (1 - MARGIN))
         return self.device.context + int((self.free - self.device.context) * SHARE)
 
-    def suffice(self, peak: Any, host: Any) -> Any:
-        """Whether there is memory for so many bytes on the device and on the host (numbers, or arrays of them)."""
-        there = peak if self.device.cuda else peak + host
-        return (there <= self.budget) & (host <= self.host)
+
+Found = tuple[ExecutionConfig, MemoryBreakdown]
 
 
-# -- candidates --------------------------------------------------------------------------------------------------------
-
-
-def candidates(
-    job: Workload, limits: Limits, memory: MemorySpec, *, least: bool = False, fitting: bool = False
-) -> Iterator[ExecutionConfig]:
-    """Execution settings by predicted speed, the fastest first.
+def fitting(
+    job: Workload,
+    limits: Limits,
+    memory: MemorySpec,
+    *,
+    most: float | None = None,
+    least: bool = False,
+    training: bool = True,
+) -> Iterator[Found]:
+    """Execution settings that fit, and their memory. Of settings that differ only in how many layers offload, or keep less,
+    the fewest and the most layers that fit: time is a linear function of their number.
 
     Args:
         memory: what the user fixed is the same in all of them.
+        most: bytes on the device at the peak; None: the budget.
         least: only settings with the smallest peaks; if any setting fits, one of these does.
-        fitting: without most of those that do not fit (see ``bounds``).
+        training: a backward pass follows.
     """
     fused, layers = job.engine == "fused", job.shape.layers
+    most = limits.budget if most is None else most
     streams = (False, True) if memory.stream is None and limits.exact else (bool(memory.stream) and fused,)
     references: tuple[Reference, ...] = ("together", "own") if job.live_reference else ("together",)
     scratches: tuple[ScratchMode, ...] = ("layer",) if job.storage == "dense" else ("layer", "small")
     if least:
         references, scratches = references[-1:], scratches[-1:]
-    threads = torch.get_num_threads()
-    settings = [
-        ExecutionConfig(tokens, (), 0, stream, tile, scratch, reference, threads)
-        for tokens, stream, scratch, reference in product(
-            _tokens(job, limits, memory, least), streams, scratches, references
-        )
-        for tile in (None, *(t for t in TILES if fused and t < max(tokens, job.longest)))
+    keeps: tuple[Keep, ...] = ("input",) if least else ("all", "attention", "input")
+    if memory.keep is not None:
+        keeps = (memory.keep,)
+    any_offload = memory.offload is None and limits.exact and limits.host > 0
+    fixed_offload = layers if memory.offload and fused else 0
+    # (what the first n layers keep, what the others keep, whether the first n offload it, the fewest n, the most)
+    splits = [
+        (keep, keep, True, 0, layers) if any_offload else (keep, keep, True, fixed_offload, fixed_offload)
+        for keep in keeps
     ]
-    offloads = _offloads(job, limits, memory)
-    if least:
-        fillings = [((memory.keep or "input",) * layers, n) for n in offloads]
-    else:
-        fillings = list(_fillings(job, offloads, memory, mixed=limits.exact))
-    counts, last = layer_counts(fillings)
-    offload = np.array([n for _, n in fillings])
-    # a CPU's order does not depend on how busy it was while it was measured: the same run is split alike every time
-    card = limits.card if limits.device.cuda else PROCESSOR
-    costs = np.empty((len(settings), len(fillings)))
-    for row, setting in zip(costs, settings):
-        host = np.sign(offload) + setting.stream
-        extra = setting.micro_tokens / WANTED_TOKENS + (setting.tile is not None) + offload / layers
-        time = time_of_layers(job, setting, card, counts)
-        row[:] = (1 + WORTH_THE_HOST * host + TIE * extra) / time.tokens_per_second
-        if fitting:
-            row[~limits.suffice(*bounds(job, setting, limits.device, counts, last))] = np.inf
-    for place in np.argsort(costs, axis=None, kind="stable").tolist():
-        setting, (keep, leaves) = settings[place // len(fillings)], fillings[place % len(fillings)]
-        if np.isinf(costs.flat[place]):
+    if memory.keep is None and limits.exact and not memory.offload and not least:
+        for more, less in MIXTURES:
+            splits.append((less, more, False, 1, layers - 1))  # the last layers' are there for a shorter time
+            if any_offload:
+                splits.append((more, less, True, 1, layers - 1))
+    threads = torch.get_num_threads()
+    for tokens, stream, scratch, reference in product(
+        _tokens(job, limits, memory, least), streams, scratches, references
+    ):
+        for tile in (None, *(t for t in TILES if fused and t < max(tokens, job.longest))):
+            setting = ExecutionConfig(tokens, (), 0, stream, tile, scratch, reference, threads)
+            for first, last, offloads, fewest, many in splits:
+                yield from _ends(job, limits, setting, first, last, offloads, fewest, many, most, training)
+
+
+def _ends(
+    job: Workload,
+    limits: Limits,
+    setting: ExecutionConfig,
+    first: Keep,
+    last: Keep,
+    offloads: bool,
+    fewest: int,
+    many: int,
+    most: float,
+    training: bool,
+) -> Iterator[Found]:
+    """Of the numbers of first layers (see ``fitting``), the least and the largest that fit: more layers take less of the device
+    and more of the host."""
+    layers = job.shape.layers
+
+    def split(n: int) -> tuple[Found, bool, int]:
+        """(settings and memory, whether the device has that much, bytes on the host)."""
+        execution = replace(setting, keep=(first,) * n + (last,) * (layers - n), offload=n * offloads)
+        found = estimate(job, execution, limits.device, training=training)
+        host = sum(found.host.values())
+        return (execution, found), found.peak + (0 if limits.device.cuda else host) <= most, host
+
+    low, low_fits, low_host = split(fewest)
+    if low_host > limits.host:
+        return
+    if many > fewest:
+        high, high_fits, high_host = split(many)
+        if high_host > limits.host:
+            many = fewest + (limits.host - low_host) * (many - fewest) // (high_host - low_host)
+            high, high_fits, _ = split(many)
+        if not high_fits:
             return
-        yield replace(setting, keep=keep, offload=leaves)
+        if not low_fits:
+            fewest = bisect_left(range(many), True, lo=fewest + 1, key=lambda n: split(n)[1])
+            low, low_fits, _ = split(fewest)
+        if many > fewest:
+            yield high
+    if low_fits:
+        yield low
 
 
 def _tokens(job: Workload, limits: Limits, memory: MemorySpec, least: bool) -> list[int]:
@@ -230,36 +259,19 @@ def _tokens(job: Workload, limits: Limits, memory: MemorySpec, least: bool) -> l
     return sorted({job.longest, most, *(n for n in sizes if job.longest < n <= most)}, reverse=True)
 
 
-def _offloads(job: Workload, limits: Limits, memory: MemorySpec) -> Sequence[int]:
-    """Numbers of layers whose kept activations go to the host."""
-    if memory.offload is None and limits.exact and limits.host:
-        return range(job.shape.layers + 1)
-    return (job.shape.layers if memory.offload and job.engine == "fused" else 0,)
-
-
-def _fillings(
-    job: Workload, offloads: Sequence[int], memory: MemorySpec, *, mixed: bool
-) -> Iterator[tuple[tuple[Keep, ...], int]]:
-    """(what each layer keeps, layers that offload it)."""
-    layers = job.shape.layers
-    yield from product([(keep,) * layers for keep in (KEEPS if memory.keep is None else (memory.keep,))], offloads)
-    if memory.keep is None and mixed and not memory.offload:
-        for more, less in MIXTURES:
-            for n in range(1, layers):
-                yield (less,) * n + (more,) * (layers - n), 0  # the last layers' are there for a shorter time
-                if n in offloads:
-                    yield (more,) * n + (less,) * (layers - n), n
-
-
-def fits(job: Workload, execution: ExecutionConfig, limits: Limits) -> MemoryBreakdown | None:
-    """The predicted memory, if device and host have that much."""
-    found = estimate(job, execution, limits.device)
-    return found if limits.suffice(found.peak, sum(found.host.values())) else None
+def _cost(job: Workload, execution: ExecutionConfig, limits: Limits) -> float:
+    """Predicted seconds a token, with what makes the simpler of two settings the better one."""
+    # a CPU's order does not depend on how busy it was while it was measured: the same run is split alike every time
+    card = limits.card if limits.device.cuda else PROCESSOR
+    host = (execution.offload > 0) + execution.stream
+    extra = execution.micro_tokens / WANTED_TOKENS + (execution.tile is not None)
+    extra += execution.offload / job.shape.layers
+    return (1 + WORTH_THE_HOST * host + TIE * extra) / step_time(job, execution, card).tokens_per_second
 
 
 def feasible(job: Workload, limits: Limits, memory: MemorySpec) -> bool:
     """Whether any settings fit."""
-    return any(fits(job, execution, limits) for execution in candidates(job, limits, memory, least=True))
+    return any(True for _ in fitting(job, limits, memory, least=True))
 
 
 def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
@@ -273,22 +285,19 @@ def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
             other engines.)
     """
     limits = Limits.of(job, machine, memory)
-    for execution in candidates(job, limits, memory, fitting=True):
-        if fits(job, execution, limits):
-            return _plan(job, execution, limits)
-    if limits.exact:
+    fastest = min(fitting(job, limits, memory), key=lambda found: _cost(job, found[0], limits), default=None)
+    if fastest is None and not limits.exact:
+        smallest = fitting(job, limits, memory, most=math.inf, least=True)
+        fastest = min(smallest, key=lambda found: found[1].peak, default=None)
+    if fastest is None:
         raise _refusal(job, limits, memory, machine.name)
-    least = [(estimate(job, e, limits.device), e) for e in candidates(job, limits, memory, least=True)]
-    allowed = [(found.peak, n, e) for n, (found, e) in enumerate(least) if sum(found.host.values()) <= limits.host]
-    if not allowed:
-        raise _refusal(job, limits, memory, machine.name)
-    return _plan(job, min(allowed)[2], limits)
+    return _plan(job, *fastest, limits)
 
 
 def smaller(
     plan: Plan, job: Workload, limits: Limits, memory: MemorySpec, *, tokens: int, several: bool, training: bool
 ) -> Plan | None:
-    """The next smaller plan after one that ran out of memory: of the same list, the fastest that takes clearly less.
+    """The next smaller plan after one that ran out of memory: the fastest that takes clearly less.
 
     Args:
         tokens: of the micro-batch that failed.
@@ -300,31 +309,28 @@ def smaller(
     """
     failed = replace(plan, micro_tokens=min(plan.micro_tokens, tokens))
     now = estimate(job, failed, limits.device, training=training)
-    enough = now.peak - SAVING * sum(now.transient.values())
-    best: tuple[int, ExecutionConfig] | None = None
-    for execution in candidates(job, limits, memory):
-        if execution.micro_tokens > max(failed.micro_tokens, job.longest) or execution.stream < plan.stream:
-            continue  # a streamed base does not come back
-        found = estimate(job, execution, limits.device, training=training)
-        if sum(found.host.values()) > limits.host:
-            continue
-        if found.peak <= enough:
-            return _plan(job, execution, limits)
-        if found.peak < (now.peak if best is None else best[0]):
-            best = found.peak, execution
-    if best is not None:
-        return _plan(job, best[1], limits)
+    longest = max(failed.micro_tokens, job.longest)
+    for most, least in ((now.peak - SAVING * sum(now.transient.values()), False), (now.peak - 1, True)):
+        found = [
+            (execution, account)
+            for execution, account in fitting(job, limits, memory, most=most, least=least, training=training)
+            # a streamed base does not come back
+            if execution.micro_tokens <= longest and execution.stream >= plan.stream
+        ]
+        if found:
+            key = (lambda f: f[1].peak) if least else (lambda f: _cost(job, f[0], limits))
+            execution, _ = min(found, key=key)
+            return _plan(job, execution, estimate(job, execution, limits.device), limits)
     return replace(plan, micro_tokens=1) if several and plan.micro_tokens > 1 else None
 
 
-def _plan(job: Workload, execution: ExecutionConfig, limits: Limits) -> Plan:
-    found, time = estimate(job, execution, limits.device), step_time(job, execution, limits.card)
-    fused = job.engine == "fused"
+def _plan(job: Workload, execution: ExecutionConfig, found: MemoryBreakdown, limits: Limits) -> Plan:
+    time, fused = step_time(job, execution, limits.card), job.engine == "fused"
     return Plan(
         **vars(execution),
         bytes_per_token=kept_per_token(job, execution.keep),
         free_bytes=max(0, limits.free - sum(found.resident.values()) - 4 * job.parameters),
-        account=found.as_dict() if fused else {},
+        account={**found.resident, **found.transient, "peak": found.peak} if fused else {},
         host=found.host,
         managed=found.managed,
         at=found.at,
@@ -348,26 +354,19 @@ def longest_context(job: Workload, limits: Limits, memory: MemorySpec, *, step: 
     return low * step
 
 
-def _least_host(job: Workload, limits: Limits, memory: MemorySpec) -> int | None:
-    """Bytes of main memory with which it would fit; None: the device is too small with any."""
-    anything = replace(limits, host=2**62)
-    found = (fits(job, execution, anything) for execution in candidates(job, anything, memory, least=True))
-    return min((sum(each.host.values()) for each in found if each is not None), default=None)
-
-
 def _refusal(job: Workload, limits: Limits, memory: MemorySpec, name: str) -> UserError:
-    least = [(estimate(job, e, limits.device), e.micro_tokens) for e in candidates(job, limits, memory, least=True)]
-    found, tokens = min(least, key=lambda pair: pair[0].peak)
+    anything = list(fitting(job, replace(limits, host=2**62), memory, most=math.inf, least=True))
+    execution, found = min(anything, key=lambda pair: pair[1].peak)
     what = f"{'an example' if job.method == 'sft' else 'a pair'} of {job.longest:,} tokens"
-    if tokens > job.longest:
-        what = f"a micro-batch of {tokens:,} tokens"
-    missing, host = found.peak - limits.budget, _least_host(job, limits, memory)
+    if execution.micro_tokens > job.longest:
+        what = f"a micro-batch of {execution.micro_tokens:,} tokens"
+    host = _least_host(job, limits, memory)
     if host is None:
-        parts = sorted(((n, part) for part, n in found.as_dict().items() if part != "peak"), reverse=True)[:3]
+        parts = sorted(((n, part) for part, n in (found.resident | found.transient).items()), reverse=True)[:3]
         message = (
-            f"{name}: {in_words(missing)} are missing. The smallest plan for {what} takes {in_words(found.peak)} of the "
-            f"card's memory ({', '.join(f'{part} {in_words(n)}' for n, part in parts)}); {in_words(limits.budget)} can be "
-            f"counted on of {in_words(limits.free)} free."
+            f"{name}: {in_words(found.peak - limits.budget)} are missing. The smallest plan for {what} takes "
+            f"{in_words(found.peak)} of the card's memory ({', '.join(f'{part} {in_words(n)}' for n, part in parts)}); "
+            f"{in_words(limits.budget)} can be counted on of {in_words(limits.free)} free."
         )
     else:
         message = (
@@ -375,10 +374,14 @@ def _refusal(job: Workload, limits: Limits, memory: MemorySpec, name: str) -> Us
             "of it."
         )
     helpful = suggestions(job, limits, memory)
-    if not helpful:
-        return UserError(message, "No single change is enough.")
-    first = "This is enough" if len(helpful) == 1 else "Any one of these is enough"
-    return UserError(message, f"{first}: {'; '.join(helpful)}.")
+    hint = f"Any one of these is enough: {'; '.join(helpful)}." if helpful else "No single change is enough."
+    return UserError(message, hint)
+
+
+def _least_host(job: Workload, limits: Limits, memory: MemorySpec) -> int | None:
+    """Bytes of main memory with which it would fit; None: the device is too small with any."""
+    found = fitting(job, replace(limits, host=2**62), memory, least=True)
+    return min((sum(account.host.values()) for _, account in found), default=None)
 
 
 def suggestions(job: Workload, limits: Limits, memory: MemorySpec) -> list[str]:

@@ -32,16 +32,16 @@ class AdapterSpec:
     trained: bool = False
 
     @classmethod
-    def fresh(cls, shape: Shape, r: int, targets: Sequence[str] | str = "all-linear") -> AdapterSpec:
-        """The adapter under training, as ``AdapterStack.add_trainable`` makes it."""
-        wanted = PROJECTIONS if isinstance(targets, str) else tuple(targets)
-
-        def reached(index: int, name: str) -> bool:
-            full = f".model.layers.{index}.{PARENT[name]}.{name}"
-            return any(full.endswith(f".{target}") for target in wanted)
-
-        layers = range(shape.layers)
-        return cls(tuple({name: r for name in PROJECTIONS if reached(i, name)} for i in layers), trained=True)
+    def fresh(
+        cls, shape: Shape, r: int, targets: Sequence[str] | str = "all-linear", *, trained: bool = True
+    ) -> AdapterSpec:
+        """An adapter as ``AdapterStack.add_trainable`` makes it."""
+        layers: list[dict[str, int]] = []
+        for index in range(shape.layers):
+            full = {name: f".model.layers.{index}.{PARENT[name]}.{name}" for name in PROJECTIONS}
+            suffixes = tuple(f".{target}" for target in (PROJECTIONS if isinstance(targets, str) else targets))
+            layers.append({name: r for name, path in full.items() if path.endswith(suffixes)})
+        return cls(tuple(layers), trained)
 
     @classmethod
     def read(cls, shape: Shape, modules: Mapping[str, Any]) -> AdapterSpec:
@@ -52,10 +52,6 @@ class AdapterSpec:
             if place and int(place[1]) < shape.layers and place[2] in PROJECTIONS:
                 layers[int(place[1])][place[2]] = weights.a.shape[0]
         return cls(tuple(layers))
-
-    def frozen(self) -> AdapterSpec:
-        """The same, as an adapter below."""
-        return replace(self, trained=False)
 
     def with_rank(self, r: int) -> AdapterSpec:
         """The same projections at another rank."""
@@ -127,13 +123,14 @@ class Workload:
     @cached_property
     def site_ranks(self) -> list[tuple[int, int]]:
         """(rank of all adapters, rank of the trained one) on each site, of the layer that has most."""
-
-        def most(site: tuple[str, ...], adapters: Sequence[AdapterSpec]) -> int:
-            layers = range(self.shape.layers)
-            return max(sum(a.ranks[i].get(name, 0) for a in adapters for name in site) for i in layers)
-
-        trained = [a for a in self.adapters if a.trained]
-        return [(most(site, self.adapters), most(site, trained)) for site in SITES]
+        found = []
+        for site in SITES:
+            of_layers = [
+                [sum(a.ranks[i].get(n, 0) for n in site) for a in self.adapters] for i in range(self.shape.layers)
+            ]
+            trained = [sum(r for r, a in zip(ranks, self.adapters) if a.trained) for ranks in of_layers]
+            found.append((max(map(sum, of_layers)), max(trained)))
+        return found
 
     @cached_property
     def memo(self) -> dict[Any, Any]:

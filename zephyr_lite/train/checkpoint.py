@@ -13,8 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..io.atomic import append_line, file_aside, folder_aside, remove_folder, sync_file, write_json
-from ..io.manifest import MANIFEST, manifest_fault, write_manifest
+from ..io.atomic import (
+    MANIFEST,
+    append_line,
+    file_aside,
+    folder_aside,
+    manifest_fault,
+    remove_folder,
+    sync_file,
+    write_json,
+    write_manifest,
+)
 from ..io.redact import redact
 from ..io.run_dir import StageDir, read_json
 from ..io.safetensors import DTYPE_NAMES, tensor_bytes, write_stream

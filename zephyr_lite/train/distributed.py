@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import Interrupted, UserError
-from ..io.launcher import LOCAL_RANK, LOCAL_SIZE, RANK, launched, speaks
+from ..io.interrupts import LOCAL_RANK, LOCAL_SIZE, RANK, launched, speaks
 
 if TYPE_CHECKING:
     from torch import Tensor

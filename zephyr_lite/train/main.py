@@ -13,9 +13,9 @@ from huggingface_hub import HfApi
 
 from ..config.load import Loaded, Method, RunConfig
 from ..errors import Interrupted, UserError
-from ..io.lock import alone
-from ..io.run_dir import StageDir, folder_aside
-from ..io.sync import catch_up, kept_elsewhere
+from ..io.atomic import alone, folder_aside
+from ..io.run_dir import StageDir
+from ..io.sync import kept_elsewhere, open_mirror
 from ..memory.machine import peak_memory
 from ..model.compose import compose
 from ..model.peft_io import LoraWeights, adapter_sha256, read_adapter, write_adapter
@@ -84,7 +84,8 @@ def run(
         except StageComplete:
             if here.is_main_process:
                 done = StageDir(Path(config.output_dir) / config.stage)
-                catch_up(config.sync, done)
+                if (mirror := open_mirror(config.sync, done)) is not None:
+                    mirror.finish()  # the network may have been away at the stage's end
                 push_adapter(config, done)
             raise
         held.enter_context(kept_elsewhere(stage.mirror))

@@ -19,6 +19,7 @@ from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.chat_template import ChatTemplate, resolve_template
 from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
+from ..io.atomic import write_text
 from ..io.run_dir import (
     FORMAT,
     STAGE_FILE,
@@ -28,7 +29,6 @@ from ..io.run_dir import (
     stages_of,
     text_sha256,
     tokenizer_sha256,
-    write_text,
 )
 from ..io.sync import open_mirror
 from ..memory.forecast import forecast_lines
