@@ -23,9 +23,7 @@ from zephyr_lite.monitor.charts import (
     TOP,
     WIDTH,
     Curve,
-    charts_of,
     line_chart,
-    number,
     smoothed,
 )
 from zephyr_lite.monitor.report import MARK, read_source, read_stage, run_page, side_by_side

@@ -43,25 +43,16 @@ SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 141)
 
 @dataclass(frozen=True)
 class Plan(ExecutionConfig):
-    """Execution settings with their predicted numbers; part of stage.json, so that a resumed run makes the same sums.
+    """Execution settings with their predicted numbers; part of stage.json, so that a resumed run makes the same sums."""
 
-    Attributes:
-        bytes_per_token: of what all layers keep, on the device or on the host.
-        free_bytes: free memory less base, adapters, gradients and optimizer.
-        account: bytes of the device's memory by name, at the peak; the last entry is their sum.
-        host: bytes of main memory that are locked, by name.
-        managed: bytes of optimizer states that CUDA keeps on the host where the device is full.
-        at: the moment of the peak.
-        seconds_per_step, tokens_per_second: predicted speed; 0: unknown.
-    """
-
-    bytes_per_token: int = 0
-    free_bytes: int = 0
+    bytes_per_token: int = 0  # of what all layers keep, on the device or on the host
+    free_bytes: int = 0  # free memory less base, adapters, gradients and optimizer
+    # bytes of the device's memory by name, at the peak; the last entry is their sum
     account: dict[str, int] = field(default_factory=dict, hash=False)
-    host: dict[str, int] = field(default_factory=dict, hash=False)
-    managed: int = 0
-    at: str = ""
-    seconds_per_step: float = 0.0
+    host: dict[str, int] = field(default_factory=dict, hash=False)  # bytes of main memory that are locked, by name
+    managed: int = 0  # bytes of optimizer states that CUDA keeps on the host where the device is full
+    at: str = ""  # the moment of the peak
+    seconds_per_step: float = 0.0  # predicted speed; 0: unknown
     tokens_per_second: float = 0.0
 
     def __post_init__(self) -> None:
@@ -117,21 +108,14 @@ def kept_in_words(keep: Sequence[Keep]) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """Memory and speed of the machine, as far as a run may use it.
+    """Memory and speed of the machine, as far as a run may use it."""
 
-    Attributes:
-        free: bytes of the device's memory that the run may take, ``device.context`` included.
-        host: bytes of main memory that may be locked.
-        card: its speed.
-        device: how it allocates.
-        exact: the allocations are counted: the fused engine on a card. Then a plan uses all memory but ``MARGIN`` and a run
-            that does not fit is refused; else it uses ``SHARE``, and takes the smallest settings if nothing fits.
-    """
-
-    free: int
-    host: int
-    card: Gpu
-    device: Device
+    free: int  # bytes of the device's memory that the run may take, ``device.context`` included
+    host: int  # bytes of main memory that may be locked
+    card: Gpu  # its speed
+    device: Device  # how it allocates
+    # the allocations are counted: the fused engine on a card. Then a plan uses all memory but ``MARGIN`` and a run
+    # that does not fit is refused; else it uses ``SHARE``, and takes the smallest settings if nothing fits
     exact: bool = True
 
     @classmethod
