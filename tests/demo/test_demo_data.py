@@ -105,29 +105,23 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_half_made_folder_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_interrupted_conversion_is_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = tmp_path / "zephyr-lite" / base.FOLDER
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
     monkeypatch.setattr(base, "find_gguf", lambda: tmp_path / "weights.gguf")
     calls = []
 
     def convert(source: Path, into: Path) -> None:
         calls.append(source)
-        for name in ("config.json", "model.safetensors", "tokenizer.json"):
-            (into / name).write_text("x")
+        (into / "model.safetensors").write_text("x")
         if len(calls) == 1:
             raise OSError("disk full")
-        (into / "zephyr_lite_demo.json").write_text(json.dumps({"format": base.FORMAT}))
 
     monkeypatch.setattr(base, "_convert", convert)
     with pytest.raises(OSError, match="disk full"):
         base.demo_base()
-    assert not (folder / "model.safetensors").exists()
-    assert base.demo_base() == folder
-    assert base.demo_base() == folder
+    folder = tmp_path / "zephyr-lite" / base.FOLDER
+    assert base.demo_base() == base.demo_base() == folder
     assert len(calls) == 2, "the third call found a complete folder"
     assert [p.name for p in folder.parent.iterdir()] == [base.FOLDER], "no temporary folder is left"
 

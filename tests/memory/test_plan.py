@@ -619,7 +619,7 @@ def test_a_broken_configuration_is_named(said, tmp_path, content, named):
 
 def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_base, chat_rows, tmp_path):
     """The lines of a dry run and of a run are the forecast's; and what does not fit is refused before the base is read."""
-    from zephyr_lite.train import planning, setup
+    from zephyr_lite.train import setup
 
     words = [
         f"model_name_or_path={tiny_base}",
@@ -636,7 +636,7 @@ def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_b
     wanted = [line for line in lines if line.startswith("plan of sft on the CPU")]
     assert wanted and lines.index(wanted[0]) < next(i for i, line in enumerate(lines) if line.startswith("loading"))
     assert stage.plan.peak > 0 and "  what was chosen" not in lines
-    monkeypatch.setattr(planning, "this_machine", lambda *a, **k: of_card(CARDS["3060"], "0.78GiB"))
+    monkeypatch.setattr(setup, "this_machine", lambda *a, **k: of_card(CARDS["3060"], "0.78GiB"))
     monkeypatch.setattr(setup, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
     with pytest.raises(UserError, match="iB are missing"), messages_to(lines.append):
         setup.setup_stage("sft", load_config("sft", None, [*words, "memory.micro_tokens=9000000"]))

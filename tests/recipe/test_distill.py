@@ -19,10 +19,20 @@ from zephyr_lite.client.jobs import load_settings
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe.feedback.config import DistillConfig
-from zephyr_lite.recipe.feedback.dialogue import NotUsable, read_grid, read_message, repeats, spread
-from zephyr_lite.recipe.feedback.distill import NEAR, Distilled, Openings, distill_bounds, plan_distill, run_distill
-from zephyr_lite.recipe.feedback.prompts import read_prompts
+from zephyr_lite.recipe.distill import (
+    NEAR,
+    DistillConfig,
+    Distilled,
+    NotUsable,
+    Openings,
+    distill_bounds,
+    plan_distill,
+    read_grid,
+    read_message,
+    run_distill,
+    spread,
+)
+from zephyr_lite.recipe.prompts import read_prompts
 
 GRID = """
 topics: {tides: [spring tides, neap tides], bread: [sourdough], clocks: []}
@@ -59,18 +69,10 @@ def test_a_grid_of_ones_own(tmp_path: Path) -> None:
     assert len(grid.cells) == 6 and grid.manners == read_grid(None, 1).manners
     path.write_text("topics: [a, b]\nkinds: [c]\nmoves: [go on]\nmanners: []\n", encoding="utf-8")
     grid = read_grid(path, 1)
-    assert {(c.topic, c.parts, c.kind, c.meaning) for c in grid.cells} == {("a", (), "c", "c"), ("b", (), "c", "c")}
-    assert grid.moves == ("go on",)
-    for text, message in [
-        ("topics: [a]\n", "kinds: Field required"),
-        ("topics: [a]\nkinds: [b]\nthemes: [c]\n", "no key 'themes'"),
-        ("topics: {a: b}\nkinds: [b]\n", "topics.a: Input should be a valid list"),
-        ("topics: [a]\nkinds: {b: [c]}\n", "kinds.b: Input should be a valid string"),
-        ("topics: 7\nkinds: [b]\n", "topics: Input should be a valid dictionary"),
-    ]:
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(UserError, match=message):
-            read_grid(path, 1)
+    assert sorted(grid.cells) == [("a", [], "c", "c"), ("b", [], "c", "c")] and grid.moves == ["go on"]
+    path.write_text("topics: [a]\nkinds: [b]\nthemes: [c]\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no key 'themes'"):
+        read_grid(path, 1)
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------
@@ -101,14 +103,6 @@ def test_what_is_no_message(text: str) -> None:
         read_message(text)
 
 
-def test_what_repeats_a_turn() -> None:
-    turn = "Tides come from the pull of the moon and the sun, and from the turning of the earth below the water."
-    assert repeats("the pull of the moon and the sun, and the turning of the earth", turn)
-    assert repeats(turn.upper(), turn) and repeats("Yes.", "yes.")
-    assert not repeats("Yes.", turn) and not repeats("the moon and the sun", turn)
-    assert not repeats("You say they come from the pull of the moon. Why are there two tides a day and not one?", turn)
-
-
 def test_near_duplicates() -> None:
     openings = Openings(0.7)
     first = "Write a haiku about autumn leaves for my grandmother who loves gardening and old books."
@@ -118,7 +112,6 @@ def test_near_duplicates() -> None:
     assert openings.take("Explain to my grandmother how a haiku is built, with an example on old books.") is None
     assert openings.take("なぜ空は青いのですか") is None
     assert openings.take("なぜ空は青いのですか?") == "なぜ空は青いのですか"
-    assert len(openings) == 3
     # at 1 only the same words are too near
     strict = Openings(1.0)
     assert strict.take(first) is None and strict.take(first.replace("autumn", "fallen")) is None
@@ -215,52 +208,6 @@ def test_the_test_split_is_by_a_hash_of_the_prompt(tmp_path: Path) -> None:
     assert len(server.seen) == 48  # the second run asked nothing
 
 
-@pytest.mark.parametrize("concurrency", [1, 16])
-def test_dialogues_do_not_depend_on_how_many_requests_run_at_once(tmp_path: Path, concurrency: int) -> None:
-    def repeating(seen: Seen) -> Act:
-        """Openings on bread are all alike until something else is asked for."""
-        if role_of(seen) == "opening" and "bread" in seen.question and "asked already" not in seen.question:
-            return ok("How do I bake a sourdough bread with a good crust at home?")
-        return teacher(seen)
-
-    with ChatServer(repeating) as server:
-        usual = run(tmp_path, server.url, "usual")
-        other = run(tmp_path, server.url, "other", teacher=f"{server.url}#t,concurrency={concurrency}")
-    assert (usual.out / "train_sft.jsonl").read_bytes() == (other.out / "train_sft.jsonl").read_bytes()
-    assert usual.turned_down == other.turned_down == {NEAR: 3}
-
-
-def test_near_duplicates_are_replaced_and_the_cells_stay_even(tmp_path: Path) -> None:
-    def repeating(seen: Seen) -> Act:
-        if role_of(seen) == "opening" and "asked already" not in seen.question:
-            return ok("What is the best way to learn something about this subject in one week?")
-        return teacher(seen)
-
-    with ChatServer(repeating) as server:
-        result = run(tmp_path, server.url)
-    rows = rows_of(result)
-    assert len(rows) == 12 and set(result.cells.values()) == {2}
-    assert result.turned_down == {NEAR: 11} and result.openings == 12 + 11
-    second = [seen for seen in server.seen if "asked already" in seen.question]
-    assert len(second) == 11 and all("What is the best way to learn" in seen.question for seen in second)
-    assert result.report()["openings"]["near_duplicates"][0]["earlier"].startswith("What is the best way")
-
-
-def test_a_cell_that_stays_short_is_said(tmp_path: Path) -> None:
-    def stubborn(seen: Seen) -> Act:
-        if role_of(seen) == "opening" and "clocks" in seen.question:
-            return ok("What makes a clock go, and why does it go wrong after some time?")
-        return teacher(seen)
-
-    with ChatServer(stubborn) as server:
-        result = run(tmp_path, server.url, tries=3)
-        asked = sum(role_of(seen) == "opening" for seen in server.seen)
-    assert result.made == 12 - 3 and asked == 12 + 2 * 3
-    assert result.turned_down == {NEAR: 9} and not result.unreached
-    assert result.lines()[2] == "6 cells of topic and kind, 0 to 2 dialogues in each"
-    assert sum(count == 2 for count in result.cells.values()) >= 4
-
-
 def on_round(role: str, round_: int, act: Callable[[], Act]) -> Callable[[Seen], Act]:
     """A teacher that fails at one place of every dialogue on tides."""
 
@@ -299,17 +246,6 @@ def test_a_dialogue_ends_with_its_last_whole_answer(
     assert result.ended == {reason: 4} and result.rounds == {3: 8, 1: 4}
 
 
-def test_a_question_that_repeats_a_turn_ends_a_dialogue(tmp_path: Path) -> None:
-    def parrot(seen: Seen) -> Act:
-        if role_of(seen) == "question":
-            return ok(seen.question.split("[You]\n")[1].split("\n")[0].upper())
-        return teacher(seen)
-
-    with ChatServer(parrot) as server:
-        result = run(tmp_path, server.url)
-    assert result.ended == {"a message that repeats an earlier turn": 12} and result.rounds == {1: 12}
-
-
 def test_instructions_handed_back_are_no_message(tmp_path: Path) -> None:
     def naive(seen: Seen) -> Act:
         told = seen.body["messages"][0]["content"] if seen.number % 2 else seen.question[-200:]
@@ -345,6 +281,23 @@ def test_nothing_usable_is_an_error_with_its_reasons(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*_sft.jsonl"))
 
 
+def test_near_duplicates_are_replaced_with_any_number_of_requests_at_once(tmp_path: Path) -> None:
+    def repeated(seen: Seen) -> Act:
+        if role_of(seen) == "opening" and "asked already" not in seen.question:
+            return ok("What is the best way to learn something about this subject in one week?")
+        return teacher(seen)
+
+    with ChatServer(repeated) as server:
+        result = run(tmp_path, server.url)
+        second = [seen for seen in server.seen if "asked already" in seen.question]
+        other = run(tmp_path, server.url, "other", teacher=f"{server.url}#t,concurrency=16", user=f"{server.url}#u")
+        assert {role_of(seen) for seen in server.seen if seen.body["model"] == "u"} == {"opening", "question"}
+    assert len(rows_of(result)) == 12 and set(result.cells.values()) == {2}
+    assert result.turned_down == other.turned_down == {NEAR: 11} and result.openings == 12 + 11
+    assert len(second) == 11 and all("What is the best way to learn" in seen.question for seen in second)
+    assert result.report()["openings"]["near_duplicates"][0]["earlier"].startswith("What is the best way")
+
+
 # -- seeds and the user ----------------------------------------------------------------------------------------------
 
 
@@ -359,19 +312,6 @@ def test_seeds_are_shown_as_examples(tmp_path: Path) -> None:
         run(tmp_path, server.url, **{"seeds.path": seeds_file(tmp_path, seeds)})
     shown = [re.findall(r"Seed question \w+\?", seen.question) for seen in server.seen if role_of(seen) == "opening"]
     assert all(len(set(texts)) == 2 for texts in shown) and {text for texts in shown for text in texts} == set(seeds)
-
-
-def test_a_seed_handed_back_is_no_opening(tmp_path: Path) -> None:
-    seeds = ["How do tides come about, and why twice a day?", "Write a letter to a baker who is always late."]
-
-    def copying(seen: Seen) -> Act:
-        copies = role_of(seen) == "opening" and "clocks" in seen.question and "asked already" not in seen.question
-        return ok(seeds[1]) if copies else teacher(seen)
-
-    with ChatServer(copying) as server:
-        result = run(tmp_path, server.url, **{"seeds.path": seeds_file(tmp_path, seeds)})
-    assert result.made == 12 and result.turned_down == {NEAR: 4}
-    assert not {row["prompt"] for row in rows_of(result)} & set(seeds)
 
 
 def test_seeds_as_openings(tmp_path: Path) -> None:
@@ -400,16 +340,6 @@ def test_seeds_as_openings(tmp_path: Path) -> None:
     assert {(row["topic"], row["kind"]) for row in rows} == {("", "")}
 
 
-def test_another_model_may_play_the_user(tmp_path: Path) -> None:
-    with ChatServer(teacher) as server:
-        run(tmp_path, server.url, user=f"{server.url}#u")
-    assert {(seen.body["model"], role_of(seen)) for seen in server.seen} == {
-        ("t", "answer"),
-        ("u", "opening"),
-        ("u", "question"),
-    }
-
-
 # -- interrupts and budget -------------------------------------------------------------------------------------------
 
 
@@ -422,8 +352,8 @@ def repeating(seen: Seen) -> Act:
     return teacher(seen)
 
 
-@pytest.mark.parametrize("after", [1, 25])
-def test_an_interrupted_job_ends_like_one_that_was_not(tmp_path: Path, after: int) -> None:
+def test_an_interrupted_job_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    after = 25
     with ChatServer(repeating) as server:
         whole = run(tmp_path, server.url, "whole")
         total = len(server.seen)
@@ -462,13 +392,6 @@ def test_a_budget_is_kept_and_a_larger_one_goes_on(tmp_path: Path) -> None:
     assert (result.out / "train_sft.jsonl").read_bytes() == (whole.out / "train_sft.jsonl").read_bytes()
 
 
-def test_more_dialogues_go_on_where_fewer_ended(tmp_path: Path) -> None:
-    with ChatServer(teacher) as server:
-        few = rows_of(run(tmp_path, server.url))
-        many = rows_of(run(tmp_path, server.url, count=18))
-        assert many[:12] == few and len(server.seen) == 18 * 4
-
-
 def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ChatServer(teacher) as server:
         words = ["distill", "--teacher", f"{server.url}#t", "--out", str(tmp_path / "dry"), "--count", "30"]
@@ -486,24 +409,31 @@ def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(tmp_path: Path, capsys
     assert result.totals.requests == 72
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--out out", "teacher missing"),
+        ("--teacher http://h/v1#t --out out --openings seeds", "openings: seeds needs seeds"),
+        ("--teacher http://h/v1#t --out out --rounds 0", "rounds: "),
+        ("--teacher http://h/v1#t --out .", "is not a job of zephyr-lite distill"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    assert cli.run(["distill", *given.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "grid.yaml").write_text(GRID, encoding="utf-8")
     out = tmp_path / "out"
     with ChatServer(teacher) as server:
-        words = ["distill", "--teacher", f"{server.url}#t", "--out", str(out), "--grid", str(tmp_path / "grid.yaml")]
-        assert cli.run([*words, "--rounds", "1", "--test-share", "0"]) == 0
+        given = f"--teacher {server.url}#t --out {out} --grid {tmp_path}/grid.yaml --rounds 1 --test-share 0"
+        assert cli.run(["distill", *given.split()]) == 0
         assert len(server.seen) == 12
     said = capsys.readouterr().out
     assert f"{out}: 6 of 6 dialogues: 6 in train_sft.jsonl" in said
     assert f"Next: zephyr-lite sft dataset.path={out}/train_sft.jsonl" in said
-    for words, message in [
-        (["distill", "--out", str(out)], "teacher missing"),
-        (
-            ["distill", "--teacher", "http://h/v1#t", "--out", str(out), "--openings", "seeds"],
-            "openings: seeds needs seeds",
-        ),
-        (["distill", "--teacher", "http://h/v1#t", "--out", str(out), "--rounds", "0"], "rounds: "),
-        (["distill", "--teacher", "http://h/v1#t", "--out", str(tmp_path)], "is not a job of zephyr-lite distill"),
-    ]:
-        assert cli.run(words) == 2
-        assert message in capsys.readouterr().err

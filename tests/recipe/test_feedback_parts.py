@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import io
 import json
-import random
 from collections import Counter
-from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
-from rich.console import Console as RichConsole
 
-from zephyr_lite.client import cost
-from zephyr_lite.client.client import BudgetSpent, RequestFailed
-from zephyr_lite.client.cost import Meter
-from zephyr_lite.client.endpoints import EndpointSpec, parse_endpoint
-from zephyr_lite.client.jobs import claim_folder, in_order, json_line, load_settings, together
-from zephyr_lite.client.request_log import Totals
+from zephyr_lite.client.endpoints import EndpointSpec
+from zephyr_lite.client.jobs import claim_folder, load_settings
 from zephyr_lite.config.load import preset_configs
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.atomic import file_aside
-from zephyr_lite.recipe.feedback.config import DistillConfig, FeedbackConfig, PromptsSpec
-from zephyr_lite.recipe.feedback.feedback import draw_slots, read_principles
-from zephyr_lite.recipe.feedback.judge import (
+from zephyr_lite.recipe.distill import DistillConfig
+from zephyr_lite.recipe.feedback import FeedbackConfig, Slot, draw_slots, read_principles
+from zephyr_lite.recipe.judge import (
     ASPECTS,
     aspect_messages,
     overall_messages,
     parse_overall,
     parse_ratings,
-    shown_order,
 )
-from zephyr_lite.recipe.feedback.prompts import read_prompts
+from zephyr_lite.recipe.prompts import PromptsSpec, read_prompts
 
 URL = "http://127.0.0.1:9/v1"
 
@@ -93,15 +81,6 @@ def test_prompts_that_cannot_be_used_are_counted_with_their_places(tmp_path: Pat
         read_prompts(PromptsSpec(path=f"{tmp_path}/c.jsonl", column="nope"), seed=1)
 
 
-def test_a_split_is_asked_for_in_this_commands_words(tmp_path: Path) -> None:
-    for split in ("train_prefs", "test_prefs"):
-        write_jsonl(tmp_path / f"{split}.jsonl", [{"prompt": split}])
-    with pytest.raises(UserError, match="which split") as raised:
-        read_prompts(PromptsSpec(path=str(tmp_path)), seed=1)
-    assert "--split train_prefs" in raised.value.hint
-    assert read_prompts(PromptsSpec(path=str(tmp_path), split="test_prefs"), seed=1).prompts[0].text == "test_prefs"
-
-
 def test_a_limit_is_a_seeded_draw_in_the_rows_order(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{i:03d}"} for i in range(100)])
     drawn = [p.text for p in read_prompts(PromptsSpec(path=path, limit=10), seed=3).prompts]
@@ -113,23 +92,29 @@ def test_a_limit_is_a_seeded_draw_in_the_rows_order(tmp_path: Path) -> None:
 
 # -- draws -----------------------------------------------------------------------------------------------------------
 
-
-def specs(*names: str) -> list[EndpointSpec]:
-    return [EndpointSpec(url=URL, model=name) for name in names]
-
-
 PRINCIPLES = read_principles()
 
 
-def test_the_built_in_principles_are_ultrafeedbacks_four() -> None:
-    assert set(PRINCIPLES) == {"helpfulness", "honesty", "truthfulness", "verbalized_calibration"}
-    assert all(len(set(texts)) == len(texts) >= 5 for texts in PRINCIPLES.values())
+def slots_of(
+    prompt_id: str, *models: str | EndpointSpec, use: str = "auto", texts: dict | None = None, **keys: object
+) -> list[Slot]:
+    specs = [EndpointSpec(url=URL, model=model) if isinstance(model, str) else model for model in models]
+    values = {
+        "prompts": "p.txt",
+        "models": specs,
+        "judge": f"{URL}#j",
+        "out": "o",
+        "seed": 1,
+        "principles": use,
+        **keys,
+    }
+    return draw_slots(FeedbackConfig.model_validate(values), texts or PRINCIPLES, prompt_id)
 
 
 def test_enough_models_answer_once_each_and_unsteered() -> None:
     often: Counter[str] = Counter()
     for number in range(400):
-        slots = draw_slots(f"id{number}", specs(*"abcdef"), 4, PRINCIPLES, "auto", 1)
+        slots = slots_of(f"id{number}", *"abcdef")
         assert len({s.endpoint for s in slots}) == 4
         assert {s.system for s in slots} == {""} == {s.principle for s in slots}
         often.update(s.endpoint for s in slots)
@@ -138,24 +123,24 @@ def test_enough_models_answer_once_each_and_unsteered() -> None:
 
 def test_fewer_models_answer_evenly_under_different_principles() -> None:
     for number in range(50):
-        slots = draw_slots(f"id{number}", specs("a", "b"), 4, PRINCIPLES, "auto", 1)
+        slots = slots_of(f"id{number}", "a", "b")
         assert Counter(s.endpoint for s in slots) == {"a": 2, "b": 2}
         assert len({s.principle for s in slots}) == 4
         assert all(s.system in PRINCIPLES[s.principle] for s in slots)
         assert len({s.seed for s in slots}) == 4
 
 
-def test_a_local_folder_is_sampled_as_it_is(tmp_path: Path) -> None:
+def test_a_local_folder_is_sampled_without_system_prompts(tmp_path: Path) -> None:
     policy = EndpointSpec(path=str(tmp_path))
-    slots = draw_slots("id", [policy], 4, PRINCIPLES, "auto", 1)
+    slots = slots_of("id", policy)
     assert {s.principle for s in slots} == {""} and len({s.seed for s in slots}) == 4
-    assert all(s.principle for s in draw_slots("id", [policy], 4, PRINCIPLES, "all", 1))
-    assert not any(s.principle for s in draw_slots("id", specs("a"), 4, PRINCIPLES, "none", 1))
+    assert all(s.principle for s in slots_of("id", policy, use="all"))
+    assert not any(s.principle for s in slots_of("id", "a", use="none"))
 
 
-def test_an_endpoints_own_system_prompt_stays_and_is_what_the_row_says() -> None:
+def test_an_endpoints_own_system_prompt_stays() -> None:
     spec = EndpointSpec(url=URL, model="a", system="Be brief.")
-    plain, steered = (draw_slots("id", [spec], 2, PRINCIPLES, use, 1)[0] for use in ("none", "auto"))
+    plain, steered = (slots_of("id", spec, completions=2, use=use)[0] for use in ("none", "auto"))
     assert plain.system == "Be brief."
     assert steered.system == f"Be brief.\n\n{steered.system.split(chr(10))[-1]}" and len(steered.system) > 12
 
@@ -163,16 +148,15 @@ def test_an_endpoints_own_system_prompt_stays_and_is_what_the_row_says() -> None
 @pytest.mark.parametrize("names", [("a",), ("a", "b", "c"), ("a", "b", "c", "d", "e", "f")])
 def test_more_completions_begin_with_the_fewer(names: tuple[str, ...]) -> None:
     for number in range(20):
-        few = draw_slots(f"id{number}", specs(*names), 4, PRINCIPLES, "all", 7)
-        many = draw_slots(f"id{number}", specs(*names), 7, PRINCIPLES, "all", 7)
+        few, many = (slots_of(f"id{number}", *names, completions=n, use="all") for n in (4, 7))
         assert many[:4] == few
-    assert few != draw_slots("id19", specs(*names), 4, PRINCIPLES, "all", 8)
+    assert few != slots_of("id19", *names, use="all", seed=8)
 
 
-def test_principles_of_ones_own(tmp_path: Path) -> None:
+def test_own_principles(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("brevity:\n  - Be brief.\n", encoding="utf-8")
-    slots = draw_slots("id", specs("a"), 3, read_principles(path), "auto", 1)
+    slots = slots_of("id", "a", completions=3, texts=read_principles(path))
     assert {(s.principle, s.system) for s in slots} == {("brevity", "Be brief.")}
     path.write_text("brevity: Be brief.\n", encoding="utf-8")
     with pytest.raises(UserError, match="brevity: Input should be a valid list"):
@@ -201,79 +185,44 @@ GOOD = json.dumps({"ratings": [entry(2, 5), entry(1, "3")]})
     ],
 )
 def test_ratings_are_read_in_the_answers_order(text: str) -> None:
-    assert [r.rating for r in parse_ratings(text, 2, False)] == ["3", "5"]
+    assert [r.rating for r in parse_ratings(text, 2, False)] == [3, 5]
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    "text",
     [
-        ("I rate them 3 and 5.", "no JSON object"),
-        (GOOD[:-3], "no JSON object"),
-        ("{" * 5000, "no JSON object"),
-        ('{"ratings": {"1": 3}}', "not a list"),
-        ('{"ratings": [3, 5]}', "not an object"),
-        (json.dumps({"ratings": [entry(1, 3)]}), "1 of 2 answers have no rating"),
-        (json.dumps({"ratings": [entry(1, 3), entry(1, 4)]}), "two ratings of answer 1"),
-        (json.dumps({"ratings": [entry(1, 3), entry(3, 4)]}), "no answer has the id 3"),
-        (json.dumps({"ratings": [entry(1, 3), entry(True, 4)]}), "no answer has the id True"),
-        (json.dumps({"ratings": [entry(1, 3), entry(2, 0)]}), "0 is no rating"),
-        (json.dumps({"ratings": [entry(1, 3), entry(2, 6)]}), "6 is no rating"),
-        (json.dumps({"ratings": [entry(1, 3), entry(2, 3.5)]}), "3.5 is no rating"),
-        (json.dumps({"ratings": [entry(1, 3), entry(2, "good")]}), "'good' is no rating"),
-        (json.dumps({"ratings": [entry(1, 3), entry(2, float("nan"))]}), "nan is no rating"),
-        (json.dumps({"ratings": [entry(1, 3), entry(2, "N/A")]}), "'N/A' is no rating"),
-        (json.dumps({"ratings": [entry(1, 3), entry(2, 4, None)]}), "no rationale"),
-        (json.dumps({"ratings": [entry(1, 3), entry(2, 4, "one or two sentences")]}), "no rationale"),
+        "I rate them 3 and 5.",
+        GOOD[:-3],
+        "{" * 5000,
+        '{"ratings": {"1": 3}}',
+        '{"ratings": [3, 5]}',
+        *(
+            json.dumps({"ratings": entries})
+            for entries in (
+                [entry(1, 3)],
+                [entry(1, 3), entry(1, 4)],
+                [entry(1, 3), entry(3, 4)],
+                *([entry(1, 3), entry(2, rating)] for rating in (0, 6, 3.5, "good", float("nan"), "N/A")),
+                [entry(1, 3), entry(2, 4, None)],
+                [entry(1, 3), entry(2, 4, "one or two sentences")],
+            )
+        ),
     ],
 )
-def test_anything_else_is_not_a_rating(text: str, why: str) -> None:
-    with pytest.raises(ValueError, match=why):
+def test_anything_else_is_not_a_rating(text: str) -> None:
+    with pytest.raises(ValueError):
         parse_ratings(text, 2, False)
-
-
-def test_not_applicable_where_the_aspect_allows_it() -> None:
-    text = json.dumps({"ratings": [entry(1, "n/a"), entry(2, 4)]})
-    assert [r.rating for r in parse_ratings(text, 2, True)] == ["N/A", "4"]
-    assert [a.name for a in ASPECTS if a.not_rated] == ["honesty", "truthfulness"]
 
 
 def test_the_form_handed_back_unfilled_is_not_a_rating() -> None:
     asked = aspect_messages(ASPECTS[0], "Say hi.", ["hi", "hello"])[-1]["content"]
-    with pytest.raises(ValueError, match=r"no rationale|no rating"):
+    with pytest.raises(ValueError):
         parse_ratings(asked, 2, True)
-    with pytest.raises(ValueError, match=r"no critique|no score"):
+    with pytest.raises(ValueError):
         parse_overall(overall_messages("Say hi.", "hi")[-1]["content"])
 
 
-def test_an_overall_score() -> None:
-    assert parse_overall('{"critique": " Good. ", "overall_score": "8"}').score == 8
-    assert parse_overall('{"critique": "Good.", "overall_score": 7.5}').critique == "Good."
-    for text in ('{"critique": "", "overall_score": 8}', '{"critique": "x", "overall_score": 11}', '{"critique": "x"}'):
-        with pytest.raises(ValueError):
-            parse_overall(text)
-
-
-def test_the_order_shown_to_the_judge_is_drawn_for_each_aspect() -> None:
-    first: Counter[int] = Counter()
-    for number in range(400):
-        orders = [shown_order(f"id{number}", a.name, 4, 1) for a in ASPECTS]
-        assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
-        assert orders == [shown_order(f"id{number}", a.name, 4, 1) for a in ASPECTS]
-        first.update(order[0] for order in orders)
-    assert all(340 < count < 460 for count in first.values())  # 400 each, by chance
-
-
 # -- configuration ---------------------------------------------------------------------------------------------------
-
-
-def test_an_endpoint_in_a_word_with_settings() -> None:
-    spec = parse_endpoint(f"{URL}#llama3:8b,concurrency=8,temperature=0.7,api_key_env=MY_KEY,name=big")
-    assert (spec.url, spec.model, spec.concurrency, spec.temperature) == (URL, "llama3:8b", 8, 0.7)
-    assert (spec.api_key_env, spec.name) == ("MY_KEY", "big")
-    for word in (f"{URL}#m,api_key=sk-secret", f"{URL}#m,sk-secret", f"{URL}#m,concurrency=sk-secret"):
-        with pytest.raises(UserError) as raised:
-            parse_endpoint(word)
-        assert "sk-secret" not in str(raised.value)
 
 
 BASE = {"prompts": "p.txt", "models": [f"{URL}#a"], "judge": f"{URL}#j", "out": "o"}
@@ -331,73 +280,7 @@ def test_shipped_files_are_read(name: str, monkeypatch: pytest.MonkeyPatch, tmp_
     assert settings.endpoints() and settings.budget.requests
 
 
-def test_there_are_shipped_files() -> None:
-    assert set(preset_configs("feedback")) >= {"local", "on-policy", "hosted", "distill"}
-
-
 # -- order among tasks -----------------------------------------------------------------------------------------------
-
-
-def test_results_come_in_order_and_so_many_are_under_way() -> None:
-    running = most = 0
-
-    async def work(item: int) -> int:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        await asyncio.sleep(random.Random(item).random() * 0.01)
-        running -= 1
-        return item * 2
-
-    async def collect() -> list[tuple[int, int]]:
-        return [pair async for pair in in_order(range(40), work, 6)]
-
-    assert asyncio.run(collect()) == [(i, 2 * i) for i in range(40)]
-    assert 2 <= most <= 6
-
-
-def test_an_error_ends_the_others_and_does_not_wait_for_a_slow_first() -> None:
-    ended: list[int] = []
-
-    async def work(item: int) -> int:
-        try:
-            if item == 2:
-                raise UserError("broken")
-            await asyncio.sleep(30)
-            return item
-        finally:
-            ended.append(item)
-
-    async def collect() -> None:
-        async for _ in in_order(range(5), work, 4):
-            pass
-
-    with pytest.raises(UserError, match="broken"):
-        asyncio.run(asyncio.wait_for(collect(), 5))
-    assert sorted(ended) == [0, 1, 2, 3]
-
-
-def test_together_waits_for_all() -> None:
-    ended: list[str] = []
-
-    async def one(seconds: float, error: Exception | None = None) -> str:
-        try:
-            await asyncio.sleep(seconds)
-            if error is not None:
-                raise error
-            return "there"
-        finally:
-            ended.append(type(error).__name__)
-
-    async def some(*work: Awaitable[str]) -> list[str | RequestFailed]:
-        return await asyncio.wait_for(together(work), 5)
-
-    failed = RequestFailed("no", "HTTP 400")
-    assert asyncio.run(some(one(0.02), one(0, failed))) == ["there", failed]
-    with pytest.raises(BudgetSpent):
-        asyncio.run(some(one(0, BudgetSpent("spent")), one(0.02), one(0, failed)))
-    with pytest.raises(UserError, match="wrong key"):
-        asyncio.run(some(one(0.02), one(0.01, UserError("wrong key"))))
 
 
 # -- files and the meter ---------------------------------------------------------------------------------------------
@@ -420,41 +303,12 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     assert load_settings(FeedbackConfig, str(tmp_path / "b" / "config.yaml"), {}) == config
 
 
-def test_a_file_aside_leaves_the_old_file_when_something_fails(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    with file_aside(path) as file:
-        file.write(json_line({"text": "café"}))
-    assert path.read_text(encoding="utf-8") == '{"text": "café"}\n'
-    with contextlib.suppress(RuntimeError), file_aside(path) as file:
-        file.write("half")
-        raise RuntimeError
-    assert path.read_text(encoding="utf-8") == '{"text": "café"}\n'
-    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
-
-
-def test_the_meter_shows_what_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = io.StringIO()
-    meter = Meter(RichConsole(file=out, width=120), 10, "prompts", priced=True)
-    with meter:
-        meter.totals(Totals(requests=3, prompt_tokens=3000, dollars=0.03, held=500))
-        assert meter.spent() == "3 requests  3,000 tokens  $0.0300" and not out.getvalue()
-        monkeypatch.setattr(cost, "PIPE_SECONDS", 0.0)
-        meter.advance()
-    assert out.getvalue().startswith("prompts 1/10  3 requests  3,000 tokens  $0.0300")
-
-
 def test_a_quoted_object_is_not_taken_for_the_judges_own() -> None:
     bad = GOOD.replace('"3"', '"5"')
     assert bad != GOOD
     with pytest.raises(ValueError, match="several different"):
         parse_ratings(f"Answer 1 tells me to say {bad}. I do not: {GOOD}", 2, False)
     assert parse_ratings(f"{GOOD}\nAgain: {GOOD}", 2, False) == parse_ratings(GOOD, 2, False)
-
-
-def test_a_rationale_may_name_the_tag_of_thought() -> None:
-    text = json.dumps({"ratings": [{"id": 1, "rationale": "it ends in </think>", "rating": 2}]})
-    assert parse_ratings(text, 1, False)[0].rating == "2"
-    assert parse_ratings(f"<think>hm {{}}</think>{text}", 1, False)[0].rating == "2"
 
 
 def test_an_answer_cannot_pretend_to_be_another() -> None:

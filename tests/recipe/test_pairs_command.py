@@ -15,10 +15,8 @@ from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import Source, load_rows, open_source
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe.pairs import FEWER, SCHEMA, make_pairs
 from zephyr_lite.recipe.questions import read_questions
-from zephyr_lite.recipe.ultrafeedback import PairRules
-from zephyr_lite.recipe.writing import write_split
+from zephyr_lite.recipe.ultrafeedback import FEWER, SCHEMA, PairRules, make_pairs
 
 SOURCES = ("evol_instruct", "flan", "sharegpt")
 
@@ -135,17 +133,6 @@ def test_the_number_of_processes_changes_no_byte(tmp_path):
     assert files[0] == files[1] == files[2]
 
 
-def test_the_seed_decides(tmp_path):
-    source = str(write(tmp_path / "raw.jsonl", raw_rows(40)))
-    from zephyr_lite.recipe.ultrafeedback import PairRules
-
-    made = {}
-    for name, seed in (("a", 42), ("b", 42), ("c", 7)):
-        make_pairs([source], tmp_path / name, PairRules(seed=seed), test=8)
-        made[name] = [(tmp_path / name / f"{s}_prefs.parquet").read_bytes() for s in ("train", "test")]
-    assert made["a"] == made["b"] and made["a"][0] != made["c"][0] and made["a"][1] != made["c"][1]
-
-
 def test_a_clone_of_the_raw_set_is_read_whole_and_its_truthful_qa_counts_everywhere(invoke, tmp_path):
     """The hub's repository has a file a source, which are no splits."""
     clone = tmp_path / "UltraFeedback"
@@ -217,22 +204,6 @@ def test_splits_of_an_excluded_set_are_named_after_a_colon(tmp_path, monkeypatch
             read_questions(wrong)
 
 
-def test_bad_rows_are_dropped_with_their_places(invoke, tmp_path):
-    rows = raw_rows(6)
-    rows[1]["completions"] = "none"
-    rows[2]["instruction"] = None
-    rows[4]["completions"] = [{"response": 1}, *rows[4]["completions"][:1]]
-    write(tmp_path / "raw.jsonl", rows)
-    code, out, err = invoke("raw.jsonl", "--out", "out", "--rejected", "worst")
-    assert code == 0, err
-    for text in (
-        "completions is not a list: 1 (raw.jsonl row 2)",
-        "no instruction: 1 (raw.jsonl row 3)",
-        "fewer than two rated completions: 1 (raw.jsonl row 5)",
-    ):
-        assert f"left out, {text}" in out
-
-
 def test_equal_prompts_are_held_out_together(tmp_path):
     rows = raw_rows(30)
     for place, each in enumerate(rows):
@@ -270,14 +241,6 @@ def test_a_share_of_a_growing_set_keeps_the_rows_that_were_held_out(tmp_path):
     assert {p["prompt"] for p in read(tmp_path / "small")} <= train
 
 
-def test_several_inputs_follow_each_other(tmp_path):
-    first = write(tmp_path / "first.jsonl", raw_rows(5))
-    datasets.Dataset.from_list(raw_rows(5, first=50)).to_parquet(tmp_path / "second.parquet")
-    report = make_pairs([str(first), str(tmp_path / "second.parquet")], tmp_path / "out", test=0)
-    prompts = [int(pair["prompt"].split()[1][:-1]) for pair in read(tmp_path / "out")]
-    assert prompts == sorted(prompts) and min(prompts) < 5 <= 50 <= max(prompts) and report.rows == 10
-
-
 def test_a_folder_with_one_split_beside_other_files(tmp_path):
     write(tmp_path / "made" / "train.jsonl", raw_rows(5))
     (tmp_path / "made" / "report.json").write_text("{}")
@@ -286,12 +249,12 @@ def test_a_folder_with_one_split_beside_other_files(tmp_path):
 
 
 def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("zephyr_lite.recipe.writing.SHARD_BYTES", 2000)
-    rows = datasets.Dataset.from_dict({"text": [f"{i} " + "x" * 90 for i in range(50)]})
-    paths = write_split(tmp_path, "train_prefs", rows, "parquet")
-    assert [p.name for p in paths] == [f"train_prefs-{k:05d}-of-00003.parquet" for k in range(3)]
-    back = open_source(DatasetSpec(path=str(tmp_path), split="train_prefs"))
-    assert [row["text"] for row in back] == rows["text"][:]
+    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.SHARD_ROWS", 20)
+    report = make_pairs([str(write(tmp_path / "raw.jsonl", raw_rows(60)))], tmp_path / "out", test=0)
+    assert report.files == [f"train_prefs-{k:05d}-of-00003.parquet" for k in range(3)]
+    back = open_source(DatasetSpec(path=str(tmp_path / "out"), split="train_prefs"))
+    numbers = [int(row["prompt"].split()[1][:-1]) for row in back]
+    assert numbers == sorted(numbers) and len(numbers) == report.train
 
 
 def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(invoke, refused, tmp_path):
@@ -318,7 +281,7 @@ def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("zephyr_lite.recipe.pairs.write_split", interrupted)
+    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.write_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_pairs([str(source)], tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["raw.jsonl"]
@@ -329,7 +292,7 @@ def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
     [
         (
             {"prompt": "q", "chosen": "a", "rejected": "b"},
-            ("columns prompt, chosen, rejected", "pairs already", "zephyr-lite dpo dataset.path=raw.jsonl"),
+            ("columns prompt, chosen, rejected", "zephyr-lite dpo dataset.path=raw.jsonl"),
         ),
         ({"messages": [{"role": "user", "content": "q"}]}, ("columns messages", "zephyr-lite feedback")),
         ({"question": "q", "answers": ["a"]}, ("columns question, answers", "instruction and completions")),
@@ -356,7 +319,7 @@ def test_wrong_arguments_and_inputs(refused, tmp_path):
     refused("rated.jsonl", "--out", "out", "--chosen-by", "overall", says=("fewer than two rated", "--chosen-by mean"))
     refused("raw.jsonl", "--out", "out", "--test", "1.5", says=("test 1.5",))
     refused("raw.jsonl", "--out", "out", "--test", "-1", says=("test -1",))
-    refused("raw.jsonl", "--out", "out", "--test", "400", says=("there are", "a share"))
+    refused("raw.jsonl", "--out", "out", "--test", "400", says=("holds out all", "a share"))
     refused("raw.jsonl", "--out", "out", "--test", "0.9999999", says=("holds out all", "--test 0.05"))
     refused("raw.jsonl", "--out", "out", "--num-proc", "0", says=("num-proc 0",))
     refused("nowhere.jsonl", "--out", "out", says=("nowhere.jsonl: there is no such file",))
@@ -365,30 +328,3 @@ def test_wrong_arguments_and_inputs(refused, tmp_path):
     refused("raw.jsonl", "--out", "out", "--exclude", "numbers.jsonl", says=("columns number", "question"))
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "completions": []}\n{"instruction"\n')
     refused("broken.jsonl", "--out", "out", says=("broken.jsonl line 2",))
-    with pytest.raises(UserError, match="nothing to read"):
-        make_pairs([], tmp_path / "out")
-
-
-def test_text_that_is_not_utf8_is_the_files_fault(refused, tmp_path):
-    rows = raw_rows(3)
-    rows[2]["instruction"] = "où?"
-    lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rows)
-    (tmp_path / "latin.jsonl").write_bytes(lines.encode().replace("où".encode(), b"o\xf9"))
-    refused("latin.jsonl", "--out", "out", says=("latin.jsonl line 3: not UTF-8",))
-    write(tmp_path / "raw.jsonl", raw_rows(3))
-    refused("raw.jsonl", "--out", "out", "--exclude", "latin.jsonl", says=("latin.jsonl line 3: not UTF-8",))
-
-
-def test_a_source_of_another_type_is_none(tmp_path):
-    rows = raw_rows(3)
-    for each in rows:
-        each["source"] = ["truthful_qa"]
-    assert make_pairs([str(write(tmp_path / "raw.jsonl", rows))], tmp_path / "out", test=0).sources == {"": (3, 3)}
-
-
-def test_a_split_is_named_by_this_commands_options(refused, tmp_path):
-    write(tmp_path / "raw.jsonl", raw_rows(3))
-    for split in ("train", "test"):
-        write(tmp_path / "two" / f"{split}.jsonl", raw_rows(3))
-    refused("two", "--out", "out", says=("which split?", "--split train."))
-    refused("raw.jsonl", "--out", "out", "--exclude", "two", says=("which split?", "--exclude two:train."))

@@ -102,9 +102,9 @@ def test_the_whole_command(raw: Path, tmp_path: Path) -> None:
     assert details["an exact duplicate"] == f"of {label} row 11"
     assert details["a near duplicate"] == f"of {label} row 13"
     assert details[f"overlaps with {tmp_path / 'question.jsonl'}"] == " ".join(WORDS[:13])
-    assert report.rows == 60 and report.kept == 54 and report.broken == 1
+    assert report["rows"] == 60 and report["kept"] == 54 and report["broken_capitals"] == 1
     rows = rows_of(out) + rows_of(out, "test_sft")
-    assert len(rows) == 54 and report.splits == {
+    assert len(rows) == 54 and report["splits"] == {
         "train_sft": len(rows_of(out)),
         "test_sft": len(rows_of(out, "test_sft")),
     }
@@ -137,7 +137,7 @@ def test_training_reads_it(raw: Path, tmp_path: Path) -> None:
         out = tmp_path / file_format
         report = clean_chat(str(raw), out, Options(file_format=file_format))  # type: ignore[arg-type]
         loaded = load_rows([DatasetSpec(path=str(out), split="train_sft")], "sft", seed=0)
-        assert len(loaded.dataset) == report.splits["train_sft"] and not loaded.dropped
+        assert len(loaded.dataset) == report["splits"]["train_sft"] and not loaded.dropped
     assert sorted(p.name for p in (tmp_path / "jsonl").iterdir()) == [
         "dropped.tsv",
         "lexicon.txt",
@@ -192,8 +192,8 @@ def test_a_prompt_is_in_one_split_and_a_number_of_test_rows_is_kept(tmp_path: Pa
         out = tmp_path / f"out{test}"
         report = clean_chat(str(source), out, Options(test=test))
         train, held = ({row["prompt"] for row in rows_of(out, split)} for split in ("train_sft", "test_sft"))
-        assert not train & held and report.kept == 60
-        assert low <= report.splits["test_sft"] <= high
+        assert not train & held and report["kept"] == 60
+        assert low <= report["splits"]["test_sft"] <= high
         assert (out / "test_sft.parquet").is_file() == bool(test)
     with pytest.raises(UserError, match="test rows"):
         clean_chat(str(source), tmp_path / "all", Options(test=60))
@@ -201,24 +201,18 @@ def test_a_prompt_is_in_one_split_and_a_number_of_test_rows_is_kept(tmp_path: Pa
 
 def test_limits_and_switches(raw: Path, tmp_path: Path) -> None:
     off = clean_chat(str(raw), tmp_path / "off", Options(truecase=False, refusals=False, near=None))
-    assert off.kept == 57 and not off.cut and not off.broken and not (tmp_path / "off" / "lexicon.txt").exists()
+    assert (
+        off["kept"] == 57
+        and not off["cut"]
+        and not off["broken_capitals"]
+        and not (tmp_path / "off" / "lexicon.txt").exists()
+    )
     assert {row["prompt"] for s in ("train_sft", "test_sft") for row in rows_of(tmp_path / "off", s)} >= {BROKEN[0]}
     limits = clean_chat(str(raw), tmp_path / "limits", Options(min_turns=4, min_words=40, max_words=500))
-    assert limits.dropped["fewer than 4 turns"] == 3
+    assert limits["dropped"]["fewer than 4 turns"] == 3
     with pytest.raises(UserError, match=r"no row is left of 60: .*shorter than 900 words"):
         clean_chat(str(raw), tmp_path / "none", Options(min_words=900))
     assert not (tmp_path / "none").exists()
-
-
-def test_a_lexicon_can_be_given(tmp_path: Path) -> None:
-    source = write_raw(tmp_path / "raw.jsonl", [BROKEN, talk(1)])
-    clean_chat(str(source), tmp_path / "without", Options(test=0))
-    lexicon = Lexicon()
-    lexicon.forms["Ouagadougou"] = 9
-    lexicon.save(tmp_path / "names.txt")
-    clean_chat(str(source), tmp_path / "given", Options(test=0, lexicon=tmp_path / "names.txt"))
-    assert rows_of(tmp_path / "without")[0]["prompt"] == "Hello. How do I get to ouagadougou? Is it far?"
-    assert rows_of(tmp_path / "given")[0]["prompt"] == "Hello. How do I get to Ouagadougou? Is it far?"
 
 
 def test_other_sets_of_conversations(tmp_path: Path) -> None:
@@ -230,7 +224,7 @@ def test_other_sets_of_conversations(tmp_path: Path) -> None:
     rows = [{"messages": turns, "id": 1}, {"messages": turns[2:], "id": 2}, {"messages": turns[:2], "id": 3}]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = clean_chat(str(tmp_path / "set.jsonl"), tmp_path / "out", Options(test=0))
-    assert report.dropped == {"the user says nothing": 1, "no assistant turn": 1}
+    assert report["dropped"] == {"the user says nothing": 1, "no assistant turn": 1}
     row = rows_of(tmp_path / "out")[0]
     assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
     assert row["prompt"] == row["messages"][1]["content"] == "Hello. How do I get to ouagadougou? Is it far?"
@@ -247,8 +241,8 @@ def test_evaluation_sets_in_all_formats(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"a": [chat]}).to_parquet(tmp_path / "q.parquet")
     sets = tuple(str(tmp_path / f"q.{suffix}") for suffix in ("csv", "txt", "parquet"))
     report = clean_chat(str(source), tmp_path / "out", Options(decontaminate=sets, test=0))
-    assert report.dropped == {f"overlaps with {sets[0]}": 1, f"overlaps with {sets[1]}": 1}
-    assert report.eval_sets == dict(zip(sets, (1, 2, 1)))
+    assert report["dropped"] == {f"overlaps with {sets[0]}": 1, f"overlaps with {sets[1]}": 1}
+    assert report["eval_sets"] == dict(zip(sets, (1, 2, 1)))
     (tmp_path / "labels.txt").write_text("yes\nno\n")
     with pytest.raises(UserError, match="no text of 5 words"):
         clean_chat(str(source), tmp_path / "out2", Options(decontaminate=(str(tmp_path / "labels.txt"),)))
@@ -295,32 +289,6 @@ def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "30 rows" in capsys.readouterr().out
 
 
-def test_folders_that_cannot_be_made_are_said_before_the_work(
-    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    assert cli.run(["data", "chat", str(raw), "--out", str(tmp_path / "file" / "out")]) == 2
-    said = capsys.readouterr()
-    assert "cannot be made" in said.err and "read as" not in said.out
-
-
-def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    path = write_raw(tmp_path / "raw.jsonl", [talk(n) for n in range(3)])
-    lines = path.read_bytes().splitlines()
-    lines[1] = '{"id": "1", "data": ["Where is the café of the town?", "It is by the river."]}'.encode("latin-1")
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    with pytest.raises(UserError, match=r"raw\.jsonl line 2: not UTF-8"):
-        clean_chat(str(path), tmp_path / "out", Options(test=0))
-
-
-def test_numbered_files_of_several_kinds_are_refused(raw: Path, tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    (raw / "train_2.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    with pytest.raises(UserError, match="different kinds") as caught:
-        clean_chat(str(raw), tmp_path / "out", Options())
-    assert "train_2.jsonl: messages" in str(caught.value.hint)
-
-
 def test_ctrl_c_among_workers(tmp_path: Path) -> None:
     path = write_raw(tmp_path / "raw.jsonl", [talk(n, 8) for n in range(12_000)])
     command = [
@@ -355,24 +323,3 @@ def test_ctrl_c_among_workers(tmp_path: Path) -> None:
     assert running.returncode == 130, said
     assert "interrupted" in said and "Traceback" not in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "raw.jsonl"]
-
-
-def test_hints_name_this_commands_own_options(raw: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "splits"
-    for split in ("train_sft", "test_sft"):
-        write_raw(folder / f"{split}.jsonl", [talk(1)])
-    with pytest.raises(UserError) as caught:
-        clean_chat(str(folder), tmp_path / "out", Options())
-    assert caught.value.hint == "Say so: --split train_sft."
-    with pytest.raises(UserError) as caught:
-        clean_chat(str(raw), tmp_path / "out", Options(decontaminate=(str(folder),)))
-    assert caught.value.hint == f"Say so: --decontaminate {folder}#train_sft."
-    with pytest.raises(UserError, match="names no set"):
-        clean_chat(str(raw), tmp_path / "out", Options(decontaminate=("",)))
-    (tmp_path / "eval.jsonl").write_bytes('{"q": "Where is the café of the town?"}\n'.encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8"):
-        clean_chat(str(raw), tmp_path / "out", Options(decontaminate=(str(tmp_path / "eval.jsonl"),)))
-    (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(UserError) as caught:
-        clean_chat(str(tmp_path / "other.jsonl"), tmp_path / "out", Options())
-    assert "columns:" not in caught.value.hint

@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zephyr_lite.recipe.decontamination import read_eval_sets
-from zephyr_lite.recipe.dedup import first_of_equal, join_near, signatures, similarity
-from zephyr_lite.recipe.words import members, ngrams, whole, words_of
+from zephyr_lite.recipe.dedup import join_near, ngrams, read_eval_sets, signatures, similarity, words_of
 
 TEXTS = [
     "The cat sat on the mat.",
@@ -57,19 +55,6 @@ def test_ngrams_stay_inside_their_text(n: int) -> None:
     assert len(ngrams(words.joined(np.array([0, len(TEXTS)])), n)[0]) == len(words.hashes) - n + 1
 
 
-def test_whole_and_members() -> None:
-    found = whole(words_of(TEXTS))
-    assert found[0] == found[3] and found[1] == found[2] == 0 and len(set(found.tolist())) == len(TEXTS) - 2
-    assert whole(words_of(["a b"])) != whole(words_of(["b a"]))
-    draw = np.random.default_rng(0)
-    values, keys = (
-        draw.integers(0, 3000, 5000).astype(np.uint64),
-        np.unique(draw.integers(0, 3000, 900).astype(np.uint64)),
-    )
-    assert np.array_equal(members(values, keys), np.flatnonzero(np.isin(values, keys)))
-    assert len(members(values, keys[:0])) == 0
-
-
 def varied(text: str, share: float, draw: random.Random) -> str:
     return " ".join(f"w{draw.random()}" if draw.random() < share else word for word in text.split())
 
@@ -90,13 +75,6 @@ def test_signatures_estimate_the_similarity_of_shingles() -> None:
     assert similarity(marks[1], marks[3]) == 1 and similarity(marks[0], marks[2]) < 0.1
 
 
-def test_first_of_equal_is_that_of_a_dictionary() -> None:
-    draw = np.random.default_rng(3)
-    keys, rows = draw.integers(0, 25, 60).astype(np.uint64), np.flatnonzero(draw.random(60) < 0.8)
-    first: dict[int, int] = {}
-    assert first_of_equal(keys, rows).tolist() == [first.setdefault(int(keys[row]), row) for row in rows.tolist()]
-
-
 def test_join_is_that_of_all_pairs() -> None:
     draw = random.Random(4)
     bases = [" ".join(f"word{draw.randrange(400)}" for _ in range(150)) for _ in range(12)]
@@ -111,12 +89,6 @@ def test_join_is_that_of_all_pairs() -> None:
     firsts = [group.index(g) for g in group]
     assert join_near(marks, np.array(alive), 0.8).tolist() == firsts
     assert sum(first != row for row, first in enumerate(firsts)) > 10
-
-
-def test_a_bucket_of_unlike_rows_finds_the_like_ones() -> None:
-    rows = np.random.default_rng(5).integers(0, 2**16, (3, 128)).astype(np.uint16)
-    rows[:, :8] = 1  # one band in common
-    assert join_near(rows[[0, 1, 2, 1, 0, 2, 2]], np.arange(7), 0.9).tolist() == [0, 1, 2, 1, 0, 2, 2]
 
 
 def test_contamination_says_which_words(tmp_path: Path) -> None:

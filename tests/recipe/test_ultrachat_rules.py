@@ -6,12 +6,11 @@ import pytest
 import yaml
 
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe import lexicon as lexicon_module
 from zephyr_lite.recipe import protect, refusals, truecase
 from zephyr_lite.recipe.english import ALWAYS, is_english
 from zephyr_lite.recipe.lexicon import Lexicon, count_words
 from zephyr_lite.recipe.protect import spans
-from zephyr_lite.recipe.refusals import first_refusal, refusal
+from zephyr_lite.recipe.refusals import refusal
 from zephyr_lite.recipe.truecase import changes, is_broken, restore
 
 EXAMPLES = yaml.safe_load(Path(__file__).with_name("rule_examples.yaml").read_text(encoding="utf-8"))
@@ -130,22 +129,6 @@ def test_the_corpus_overrules_the_built_in_names():
     assert "turkish" not in counted.names
 
 
-def test_lexicon_does_not_depend_on_the_blocks():
-    texts = [
-        f"They met {name} in the old town of {place} today." for name in ("Anna", "Otto") for place in ("Bonn", "anna")
-    ] * 3
-    assert Lexicon.learned(count_words(texts[s : s + 4]) for s in range(0, len(texts), 4)) == lexicon_of(*texts)
-
-
-def test_lexicon_is_bounded(monkeypatch):
-    monkeypatch.setattr(lexicon_module, "LIMIT", 20)
-    blocks = [
-        count_words([f"We have seen Xa{n:x}bc and the Common Thing there near q{n:x}z often."] * 2) for n in range(10)
-    ]
-    found = Lexicon.learned(blocks * 3)
-    assert max(map(len, (found.forms, found.pairs, found.both))) <= 20
-
-
 def test_lexicon_file(tmp_path: Path):
     lexicon = lexicon_of(*["We went to see Ouagadougou in the White House."] * 3)
     lexicon.save(tmp_path / "lexicon.txt")
@@ -154,11 +137,3 @@ def test_lexicon_file(tmp_path: Path):
     for name in ("bad.txt", "none.txt"):
         with pytest.raises(UserError, match=name):
             Lexicon.load(tmp_path / name)
-
-
-def test_first_refusal_looks_at_assistant_turns_only():
-    refused = "As an AI language model, I don't have opinions."
-    assert first_refusal(["user", "assistant"], [refused, "Fine."]) is None
-    found = first_refusal(["user", "assistant", "user", "assistant"], ["Hi.", "Hello.", "Which?", refused])
-    assert found is not None and found[:2] == (3, "as_an_ai")
-    assert refused[found[2] : found[3]].startswith("As an AI")

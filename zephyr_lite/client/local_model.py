@@ -99,11 +99,7 @@ class Weights:
 
     @cached_property
     def chat(self) -> Chat:
-        """The models, loaded.
-
-        Raises:
-            UserError: they cannot be loaded.
-        """
+        """The models, loaded. Raises UserError: they cannot be loaded."""
         from ..chat import Chat
         from ..model.loaded import live_of, open_live
 
@@ -145,12 +141,11 @@ class LocalModel:
         return outcome
 
     async def close(self) -> None:
-        """End a batch in progress with its next token, and free the weights."""
+        """End a batch in progress with its next token."""
         self._stop.set()
         self._waiting.clear()
         if self._worker is not None:
             await asyncio.wait([self._worker])
-        self.weights.__dict__.pop("chat", None)
 
     async def _serve(self) -> None:
         while self._waiting:

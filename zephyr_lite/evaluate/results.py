@@ -36,11 +36,7 @@ def result_folder(source: str | Path, chain: Chain | None, out: Path | None = No
 
 
 def claim_folder(folder: Path) -> None:
-    """Create the results' folder before the evaluation starts.
-
-    Raises:
-        UserError: it cannot be made, or is a file.
-    """
+    """Create the results' folder before the evaluation starts. Raises UserError: it cannot be made, or is a file."""
     try:
         make_folder(folder)
     except OSError as error:

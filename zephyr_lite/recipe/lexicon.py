@@ -19,14 +19,13 @@ from pathlib import Path
 from ..errors import UserError
 from ..io.atomic import write_text
 from ..io.text import read_object
+from .dedup import SIGNS
 from .english import ALWAYS
-from .words import SIGNS
 
 FORMAT = "zephyr-lite lexicon 1"
 # a word is a name if (with capital + ½) / (all + _PRIOR) reaches _NAME: 3 of 3, 11 of 12, not 2 of 2
 _NAME, _PRIOR = 0.75, 1.5
 _PAIR, _PAIR_TIMES = 0.6, 2
-LIMIT = 1_000_000  # entries of a kind; beyond it the rarest are removed, which bounds the memory
 _WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
 # what separates two runs of words: anything but a space, or a comma and a space
 _BREAK = re.compile(r"(?!,? [0-9A-Za-z\x80-\U0010ffff])[^0-9A-Za-z\x80-\U0010ffff]+")
@@ -56,7 +55,6 @@ class Lexicon:
         for block in blocks:
             for mine, theirs in zip((lexicon.forms, lexicon.pairs, lexicon.both), block):
                 mine.update(theirs)
-                _prune(mine)
         written = {form.lower() for form in lexicon.forms if _CAPITAL.search(form)}
         for form in [form for form in lexicon.forms if form not in written and not _CAPITAL.search(form)]:
             del lexicon.forms[form]
@@ -65,36 +63,22 @@ class Lexicon:
     @cached_property
     def names(self) -> dict[str, str]:
         """Lower case → the form of every word that is a name by the counts, or by ``english.ALWAYS``."""
-        total: Counter[str] = Counter()
-        capital: Counter[str] = Counter()
-        best: dict[str, tuple[int, str]] = {}
-        for form, count in self.forms.items():
-            lower = form.lower()
-            total[lower] += count
-            if form != lower:
-                capital[lower] += count
-                best[lower] = max(best.get(lower, (0, "")), (count, form))
         names = dict(ALWAYS)
-        for lower, (_, form) in best.items():
-            if (capital[lower] + 0.5) / (total[lower] + _PRIOR) >= _NAME and len(lower) > 1:
+        for lower, (often, form) in _capitalized(self.forms).items():
+            total = often + self.forms[lower]
+            if (often + 0.5) / (total + _PRIOR) >= _NAME and len(lower) > 1:
                 names[lower] = form
-            elif lower in names and total[lower] >= 4 and capital[lower] * 2 < total[lower]:
-                del names[lower]  # the corpus overrules the list
+            elif total >= 4 and often * 2 < total:
+                names.pop(lower, None)  # the corpus overrules the list
         return names
 
     @cached_property
     def phrases(self) -> dict[str, str]:
         """Lower-case pair → its form, for pairs such as "White House"."""
-        written: dict[str, tuple[int, str]] = {}
-        times: Counter[str] = Counter()
-        for pair, count in self.pairs.items():
-            lower = pair.lower()
-            times[lower] += count
-            written[lower] = max(written.get(lower, (0, "")), (count, pair))
         return {
             lower: pair
-            for lower, (_, pair) in written.items()
-            if times[lower] >= _PAIR_TIMES and (times[lower] + 0.5) / (max(times[lower], self.both[lower]) + 1) >= _PAIR
+            for lower, (often, pair) in _capitalized(self.pairs).items()
+            if often >= _PAIR_TIMES and (often + 0.5) / (max(often, self.both[lower]) + 1) >= _PAIR
         }
 
     @cached_property
@@ -122,6 +106,17 @@ class Lexicon:
         return cls(Counter(value["forms"]), Counter(value["pairs"]), Counter(value["both"]))
 
 
+def _capitalized(counts: Counter[str]) -> dict[str, tuple[int, str]]:
+    """Lower case → (how often it is written with a capital, the most frequent of these forms)."""
+    often: Counter[str] = Counter()
+    best: dict[str, tuple[int, str]] = {}
+    for form, count in counts.items():
+        if (lower := form.lower()) != form:
+            often[lower] += count
+            best[lower] = max(best.get(lower, (0, "")), (count, form))
+    return {lower: (often[lower], form) for lower, (_, form) in best.items()}
+
+
 def count_words(dialogues: Iterable[str]) -> tuple[Counter[str], Counter[str], Counter[str]]:
     """Count how words are written inside sentences: (forms, pairs, both) of ``Lexicon``, lower-case words included.
 
@@ -133,26 +128,19 @@ def count_words(dialogues: Iterable[str]) -> tuple[Counter[str], Counter[str], C
     spellings: list[list[str]] = []
     for text in dialogues:
         text = SIGNS.sub(" ", text)
-        plain: list[str] = []  # words of runs without capitals, the most frequent case
         own_forms: set[str] = set()
         own_pairs: dict[str, str] = {}
         for run in _BREAK.split(text):
             rest = run.partition(" ")[2]
             words = rest.split(" ")
-            if len(words) < _LEAST_WORDS:
-                continue
-            if _CAPITAL.search(rest) is None:
-                plain += words
-                continue
-            if len(_CAPITAL_WORD.findall(rest)) * 2 > len(words):
+            if len(words) < _LEAST_WORDS or len(_CAPITAL_WORD.findall(rest)) * 2 > len(words):
                 continue
             own_forms.update(words)
             for before, word in pairwise(words):
                 if "A" <= before[0] <= "Z" and "A" <= word[0] <= "Z" and before[-1] != ",":
                     pair = f"{before} {word.rstrip(',')}"
                     own_pairs.setdefault(pair.lower(), pair)
-        own_forms = {word.rstrip(",") for word in own_forms.union(plain) if not "0" <= word[0] <= "9"}
-        forms.update(own_forms)
+        forms.update({word.rstrip(",") for word in own_forms if not "0" <= word[0] <= "9"})
         pairs.update(own_pairs.values())
         spellings.append(_WORD.findall(text.lower()))
     wanted = {tuple(pair.lower().split(" ")) for pair in pairs}
@@ -160,11 +148,3 @@ def count_words(dialogues: Iterable[str]) -> tuple[Counter[str], Counter[str], C
     for words in spellings:
         both.update(" ".join(pair) for pair in wanted.intersection(pairwise(words)))
     return forms, pairs, both
-
-
-def _prune(counts: Counter[str]) -> None:
-    least = 1
-    while len(counts) > LIMIT:
-        for key in [key for key, count in counts.items() if count <= least]:
-            del counts[key]
-        least += 1

@@ -1,18 +1,31 @@
-"""Checks of a data command's output folder and options, before any work."""
+"""The output folder of a data command, its files, and its worker processes."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import multiprocessing
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import track
+
+from ..data.workers import interruptible
 from ..errors import UserError
 from ..io.atomic import sweep
 from ..io.run_dir import read_json
 
+FileFormat = Literal["parquet", "jsonl"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 REPORT, DROPPED = "report.json", "dropped.tsv"
+_job: Callable[[Any], Any]
 
 
 def request_of(out: Path, sources: Sequence[str], **options: Any) -> str:
@@ -32,7 +45,16 @@ def request_of(out: Path, sources: Sequence[str], **options: Any) -> str:
     return hashlib.sha256(repr((list(sources), sorted(options.items()), files)).encode()).hexdigest()
 
 
-def check_output(out: Path, sources: Sequence[str], made_by: str, overwrite: bool, request: str) -> bool:
+def check_output(
+    out: Path,
+    sources: Sequence[str],
+    made_by: str,
+    overwrite: bool,
+    request: str,
+    *,
+    test: float | None,
+    num_proc: int | None,
+) -> bool:
     """Refuse an output folder that cannot be made, or contains a source or anything but an earlier result.
 
     Args:
@@ -40,13 +62,18 @@ def check_output(out: Path, sources: Sequence[str], made_by: str, overwrite: boo
         made_by: the field of ``report.json`` in an earlier result.
         overwrite: an earlier result may be replaced.
         request: of ``request_of``.
+        test, num_proc: the command's options, which are checked too.
 
     Returns:
         Whether the folder has the result of the same request already.
 
     Raises:
-        UserError: the folder is refused.
+        UserError: the folder is refused, or an option is invalid.
     """
+    if test is not None and not (0 <= test < 1 or (test >= 1 and float(test).is_integer())):
+        raise UserError(f"test {test:g}: is neither a share below 1 nor a number of rows.", "Write --test 0.1.")
+    if num_proc is not None and num_proc < 1:
+        raise UserError(f"num-proc {num_proc}: has to be at least 1.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder.", "Choose another --out.")
     try:
@@ -65,19 +92,51 @@ def check_output(out: Path, sources: Sequence[str], made_by: str, overwrite: boo
     if report.get("made_by") != made_by:
         names = ", ".join(sorted(path.name for path in out.iterdir())[:3])
         raise UserError(f"{out} exists and holds other things ({names}).", "Choose another --out.")
-    if overwrite:
-        return False
-    if report.get("request") != request:
-        raise UserError(
-            f"{out} holds a set that {made_by} made with other options, or of other files.",
-            "Replace it with --overwrite, or choose another --out.",
-        )
-    return True
+    if overwrite or report.get("request") == request:
+        return not overwrite
+    raise UserError(
+        f"{out} holds a set that {made_by} made with other options, or of other files.",
+        "Replace it with --overwrite, or choose another --out.",
+    )
 
 
-def check_held_out(test: float | None, num_proc: int | None) -> None:
-    """Refuse a ``--test`` that is neither a share nor a number of rows, and a ``--num-proc`` below 1."""
-    if test is not None and not (0 <= test < 1 or (test >= 1 and float(test).is_integer())):
-        raise UserError(f"test {test:g}: is neither a share below 1 nor a number of rows.", "Write --test 0.1.")
-    if num_proc is not None and num_proc < 1:
-        raise UserError(f"num-proc {num_proc}: has to be at least 1.")
+def shard_names(split: str, count: int, file_format: FileFormat) -> list[str]:
+    """The files of a split, named as on the hub."""
+    shards = [split] if count == 1 else [f"{split}-{n:05d}-of-{count:05d}" for n in range(count)]
+    return [f"{shard}.{file_format}" for shard in shards]
+
+
+def write_rows(path: Path, table: pa.Table) -> None:
+    """Write a JSONL file in UTF-8, or Parquet compressed with zstd, by the file's suffix; the same rows give the same bytes."""
+    if path.suffix == ".parquet":
+        pq.write_table(table.combine_chunks(), path, row_group_size=1000, compression="zstd")
+        return
+    with path.open("w", encoding="utf-8") as file:
+        for batch in table.to_batches(max_chunksize=1000):
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
+
+
+def in_processes(job: Callable[[Item], Result], items: Iterable[Item], processes: int, title: str) -> Iterator[Result]:
+    """``map(job, items)`` in order, with a progress bar in a terminal.
+
+    Args:
+        job: sent to each process once.
+        processes: 1 for this process alone.
+    """
+    items = list(items)
+    bar = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
+    processes = min(processes, len(items))
+    if processes <= 1:
+        yield from track(map(job, items), title, len(items), **bar)  # type: ignore[arg-type]
+        return
+    with interruptible(), multiprocessing.Pool(processes, _start, (job,)) as pool:
+        yield from track(pool.imap(_run, items), title, len(items), **bar)  # type: ignore[arg-type]
+
+
+def _start(job: Callable[[Any], Any]) -> None:
+    global _job
+    _job = job
+
+
+def _run(item: Any) -> Any:
+    return _job(item)

@@ -74,54 +74,14 @@ KINDS: dict[str, tuple[str, str]] = {
 }
 
 _PATTERN = re.compile("|".join(f"(?P<{name}>{pattern})" for name, (pattern, _) in KINDS.items()))
-# kinds of several lines are searched in the whole text, the others in lines with one of their characters
-_BLOCKS = re.compile("|".join(f"(?P<{name}>{KINDS[name][0]})" for name in ("code_block", "formula")))
-_SIGN = re.compile(
-    r"[`~$<>@#\\_={};^|/\[.(+*:A-Z0-9-](?:(?<=[`~$<>@#\\_={};^|/\[])|(?<=\.)[A-Za-z]|(?<=\w\()|(?<=\()[A-Za-z]\W|"
-    r"(?<=[+*]) ?[A-Za-z]\b|"
-    r"(?<=[-:])[-:>]|(?<=:)$|(?<=-)th\b|(?<=[a-z][A-Z0-9])|(?<=[a-z] [+*]))"
-)
-_CODE_START = re.compile(r"[ \t]{4}|\t|(?:import|package) |[ \t]*(?:def|class|return|print)\b")
+_BLOCK = re.compile(f"{KINDS['code_block'][0]}|{KINDS['formula'][0]}")
 
 
 def spans(text: str) -> list[tuple[int, int, str]]:
-    """The protected spans.
-
-    Returns:
-        (start, end, kind) of each, in order and without overlaps.
-    """
-    found: list[tuple[int, int, str]] = []
-    if _has_block(text):
-        found = [(m.start(), m.end(), m.lastgroup or "") for m in _BLOCKS.finditer(text)]
-    blocks = len(found)
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start)
-        end = len(text) if end < 0 else end
-        if _SIGN.search(text, start, end) or _CODE_START.match(text, start, end):
-            found += [
-                (m.start(), m.end(), m.lastgroup or "")
-                for m in _PATTERN.finditer(text, start, end)
-                if m.end() > m.start()
-            ]
-        start = end + 1
-    if not blocks:
-        return found
-    # remove spans inside blocks
-    found.sort(key=lambda span: (span[0], -span[1]))
-    kept: list[tuple[int, int, str]] = []
-    for span in found:
-        if not kept or span[0] >= kept[-1][1]:
-            kept.append(span)
-        elif span[1] > kept[-1][1]:
-            kept[-1] = (kept[-1][0], span[1], kept[-1][2])
-    return kept
+    """The protected spans: (start, end, kind) of each, in order and without overlaps."""
+    return [(m.start(), m.end(), m.lastgroup or "") for m in _PATTERN.finditer(text) if m.end() > m.start()]
 
 
 def without_blocks(text: str) -> str:
     """The text without code blocks and formulas."""
-    return _BLOCKS.sub(" ", text) if _has_block(text) else text
-
-
-def _has_block(text: str) -> bool:
-    return "```" in text or "~~~" in text or "$$" in text or "\\[" in text
+    return _BLOCK.sub(" ", text)

@@ -7,7 +7,7 @@ Raw UltraChat's fault: the first sentence of a turn is written correctly, the se
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from .english import ALWAYS, is_english, word_list
@@ -44,20 +44,27 @@ _OPENING = r"(?:[\"'“‘(\[¿¡]|\*\*|__)*"  # one asterisk is an action: *gig
 _TERMINATOR = re.compile(rf"(?P<end>[.!?]+)(?P<close>[\"'”’)\]*_]*)(?P<space>\s+){_OPENING}$")
 _TURN_START = re.compile(rf"^\s*(?:(?:[-*•–>]|#{{1,6}}|\d{{1,3}}[.)])\s+)?{_OPENING}$")
 _LIST_ITEM = re.compile(rf"^[ \t]*(?:[-*•–>+]|#{{1,6}}|\(?\d{{1,3}}[.):]|\(?[a-zA-Z][.)])[ \t]+{_OPENING}$")
-_MARKER_BEFORE = re.compile(r"\n[ \t]*\(?$")  # before a letter that numbers an item: "a. What"
-_BLANK_LINE = re.compile(rf"\n[ \t\r]*\n[ \t]*{_OPENING}$")
-_LINE = re.compile(rf"(?:```|[.!?:])[\"'”’)\]*_]*[ \t\r]*\n[ \t]*{_OPENING}$")
+_MARKER = re.compile(r"\n[ \t]*\(?[^\W\d_]$")  # a letter that numbers an item: "a. What"
+_LINE = re.compile(rf"(?:\n[ \t\r]*|(?:```|[.!?:])[\"'”’)\]*_]*[ \t\r]*)\n[ \t]*{_OPENING}$")
+# an option ("- yes") is no sentence: that has four words, a colon or a full stop
+_SENTENCE = re.compile(r"[^\n]*:|(?:[^ \n]* ){3}|[^\n]*[.!?][^\S\n]*(?:\n|\Z)")
+# at an item's number, "n.d.", a variable ("x is small"), "doi:10", "and/or" no sentence starts
+_NO_START = re.compile(
+    r"[ivxl]+\)|[a-zA-Z](?:[.)](?=[\s.)])|\.[a-zA-Z])|(?![aio])[^\W\d_](?![^\W\d_]|-)|[^\W\d_]+(?::\S|[.!?]?/\w)"
+)
 
-ABBREVIATIONS = frozenset(
-    word_list("""
-mr mrs ms dr prof sr jr st mt ft gen col sgt capt lt cpl rev hon pres gov sen rep messrs mme mlle etc vs cf al approx
-ca viz ibid et inc ltd co corp dept univ assn bros no nos vol vols fig figs pp pg ed eds est min max sec hr hrs avg
-tel ext ave blvd rd jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri sat sun oz lb
-lbs tbsp tsp approx resp incl excl misc orig e.g i.e eg ie
+_ABBREVIATIONS = word_list("""
+mr mrs ms dr prof sr jr st mt ft gen col sgt capt lt cpl rev hon pres gov sen rep messrs mme mlle etc vs cf approx
+ca viz ibid et inc ltd corp dept univ assn bros nos vol vols figs pp pg eds est sec hr hrs avg
+tel ext ave blvd rd feb apr jun jul aug sep sept oct nov dec tue tues thu thur thurs fri oz lb
+lbs tbsp tsp resp incl excl misc orig eg ie
 """)
-) - {"no", "al", "sun", "sat", "max", "ed", "mar", "min", "mon", "fig", "wed", "co", "jan"}
+# an abbreviation, an initial or the end of "U.S."; but "so do I." ends a sentence
+_ABBREVIATED = re.compile(
+    rf"(?<![^\W\d_])(?:{'|'.join(_ABBREVIATIONS)}|et al)$|(?:^|(?<=[ .\n\t(\"“'‘\[*]))(?!i)[^\W\d_]$", re.IGNORECASE
+)
 # the next word is a person's name
-TITLES = frozenset(word_list("mr mrs ms dr prof capt sgt lt col rev sen gov"))
+_TITLES = frozenset(word_list("mr mrs ms dr prof capt sgt lt col rev sen gov"))
 _SAID = frozenset(
     word_list("""
 he she they we it i you said asked replied whispered shouted cried exclaimed answered thought yelled called muttered
@@ -67,19 +74,64 @@ murmured says asks
 # words that continue after a quoted sentence: "A boy runs." is true
 _CONTINUES = frozenset(["is", "are", "was", "were", "to", "and", "or", "means"])
 # … after a quoted question or exclamation, which may be a title: "Help!" by the Beatles
-_CONTINUES_TITLE = _CONTINUES | frozenset(
-    word_list("""
+_CONTINUES_TITLE = (
+    _SAID
+    | _CONTINUES
+    | frozenset(
+        word_list("""
 by from in on of with for at as has had have can could will would may might does did but because that which who
-encourages shows asks makes implies suggests refers
+encourages shows makes implies suggests refers
 """)
+    )
 )
 _ENDS_OF_NAMES = frozenset(["yahoo", "jeopardy"])
-_COUNT_BEFORE = re.compile(r"\d ?$")
-_PARTICLES = frozenset(word_list("van von der den de da di du del la le el al bin ibn ter ten zu y e"))
-_NUMBER = re.compile(r"[ivxl]+\)|[a-zA-Z](?:[.)](?=[\s.)])|\.[a-zA-Z])")
-_NO_WORD = re.compile(r":\S|[.!?]?/\w")
-_LONE_I_RIGHT = re.compile(r"(?:['’](?:m|ve|d|ll|s)\b|[ \n]+[\"'“(*_]*[a-zA-Z]|,? |[.!?;:](?:\s|$)|[”\")]|$)")
-_LONE_I_LEFT = re.compile(r"(?:^|[\s\"“‘'(*_—–,-])$")
+_NEAR = 16  # characters
+
+
+def _start_rule(text: str, word: str, start: int, last: int, before: str) -> str | None:
+    """The rule that makes a word at ``start`` a sentence's first, or None.
+
+    Args:
+        last: the end of the word before, or 0.
+        before: the word before, in lower case, or "".
+    """
+    gap = text[last:start]
+    if _NO_START.match(text, start):
+        return None
+    if not before:
+        return "turn_start" if _TURN_START.match(gap) else None
+    newline = gap.rfind("\n")
+    if newline >= 0:
+        if _LIST_ITEM.match(gap[newline + 1 :]):
+            return "list_item" if gap[-1] not in "\"'“‘" and _SENTENCE.match(text, start) else None
+        if word == "where" and not any(mark in gap for mark in ".!?"):
+            return None  # it explains the formula above
+        return "line_start" if _LINE.search(gap) else None
+    found = _TERMINATOR.search(gap)
+    if found is None or "..." in found["end"] or found["end"] == ".." or gap.startswith(" . "):
+        return None  # the last three may be a pause
+    mark, close = found["end"], found["close"]
+    if gap[0] == mark and mark in (".", "!"):
+        if before in _TITLES:
+            return "after_title"
+        if _MARKER.search(text, max(0, last - _NEAR), last):
+            return "list_item"
+        if _ABBREVIATED.search(text, max(0, last - _NEAR), last):
+            return None
+    if mark == "!" and before in _ENDS_OF_NAMES:
+        return None
+    if close[:1] in ('"', "”", "’", "'") and word in (_CONTINUES if mark == "." else _CONTINUES_TITLE):
+        return None  # "Really?" he asked
+    if close[-1:] in (")", "]") and ("(" in gap or mark != "."):
+        return None  # (!), and the sentence around an aside (really?)
+    return "after_terminator"
+
+
+# -- the pronoun -----------------------------------------------------------------------------------------------------
+
+_LONE_I = re.compile(
+    r"(?<![^\s\"“‘'(*_—–,-])i(?:['’](?:m|ve|d|ll|s)\b|[ \n]+[\"'“(*_]*[a-zA-Z]|,? |[.!?;:](?:\s|$)|[”\")]|$)"
+)
 _AROUND = 100  # characters
 _ASIDE = 300  # characters of an aside in brackets
 # (before, after): where the letter i is no pronoun
@@ -101,85 +153,24 @@ _NO_PRONOUN = tuple(
 )
 
 
-def _start_rule(text: str, gap: str, first: bool, before: str, start: int, end: int) -> str | None:
-    """The rule that makes the word text[start:end] a sentence's first, or None.
-
-    Args:
-        gap: the text between the word before and this one.
-        first: whether it is the text's first word.
-        before: the word before, in lower case.
-    """
-    if _NUMBER.match(text, start) or _NO_WORD.match(text, end):
-        return None  # an item's letter, "n.d.", "doi:10"
-    if end - start == 1 and text[start] not in "aio" and text[end : end + 1] != "-":
-        return None  # a variable: "x is small"
-    if first:
-        return "turn_start" if _TURN_START.match(gap) else None
-    newline = gap.rfind("\n")
-    if newline >= 0:
-        line = gap[newline + 1 :]
-        if _LIST_ITEM.match(line):
-            return "list_item" if line[-1] not in "\"'“‘" and _is_sentence(text, start) else None
-        if text[start:end] == "where" and not any(mark in gap for mark in ".!?"):
-            return None  # it explains the formula above
-        return "line_start" if _BLANK_LINE.search(gap) or _LINE.search(gap) else None
-    found = _TERMINATOR.search(gap)
-    if found is None:
-        return None
-    mark, close, word = found["end"], found["close"], text[start:end].lower()
-    if "..." in mark or mark == ".." or (gap[0] == " " and gap.startswith(" . ")):
-        return None  # may be a pause
-    if mark in (".", "!") and gap[0] == mark:
-        if before in TITLES:
-            return "after_title"
-        if len(before) == 1 and _MARKER_BEFORE.search(text, max(0, start - 12), start - len(gap) - 1):
-            return "list_item"
-        if before in ABBREVIATIONS or _is_dotted(before, text, start - len(gap) - 1):
-            return None
-        if before == "al" and text[max(0, start - len(gap) - 5) : start - len(gap)].lower() == "et al":
-            return None
-        if mark == "!" and before in _ENDS_OF_NAMES:
-            return None
-    if close[:1] in ('"', "”", "’", "'"):
-        if mark != "." and word in _SAID:
-            return None  # "Really?" he asked
-        if word in (_CONTINUES if mark == "." else _CONTINUES_TITLE):
-            return None
-    if close[-1:] in (")", "]") and ("(" in gap or not _is_own_sentence(text, start - len(gap))):
-        return None  # (!), and the sentence around an aside (really?)
-    return "after_terminator"
-
-
-def _is_own_sentence(text: str, at: int) -> bool:
-    """Whether the brackets that close after ``at`` were opened between sentences, not inside one."""
-    opened = max(text.rfind("(", max(0, at - _ASIDE), at), text.rfind("[", max(0, at - _ASIDE), at))
-    return opened < 0 or text[:opened].rstrip(" \t")[-1:] in ("", "\n", ".", "!", "?", ":", '"', "”")
-
-
-def _is_sentence(text: str, start: int) -> bool:
-    """Whether an item of a list is more than an option ("- yes"): four words, a colon or a full stop."""
-    stop = text.find("\n", start)
-    line = text[start : stop if stop >= 0 else len(text)]
-    return line.count(" ") >= 3 or ":" in line or line.rstrip()[-1:] in (".", "!", "?")
-
-
-def _is_dotted(before: str, text: str, at: int) -> bool:
-    """Whether the word before a dot is a single letter: an initial, or the end of "U.S."; but "so do I." ends a sentence.
-
-    Args:
-        at: the letter's position.
-    """
-    return len(before) == 1 and before != "i" and (at == 0 or text[at - 1] in " .\n\t(\"“'‘[*")
-
-
-def _lone_i(text: str, start: int) -> bool:
-    """Whether the letter at ``start`` is the pronoun, and not an item's number, a letter of "i.e." or a variable."""
-    before = text[max(0, start - 12) : start].lower()
-    if not _LONE_I_RIGHT.match(text[start + 1 : start + 12]) or not _LONE_I_LEFT.search(before):
+def _is_pronoun(text: str, start: int) -> bool:
+    """Whether the letter i is the pronoun, and not an item's number, a letter of "i.e.", a variable, or a word of another
+    language, in which a passage of an English turn may be."""
+    if not _LONE_I.match(text, start):
         return False
-    if text[start + 1 : start + 2] == ")" and "(" not in text[max(0, start - _ASIDE) : start]:
+    following = text[start + 1 : start + 2]
+    if following == ")" and "(" not in text[max(0, start - _ASIDE) : start]:
         return False  # "i) this; ii) that"
-    return not any(left.search(before) and right.match(text, start + 1) for left, right in _NO_PRONOUN)
+    before = text[max(0, start - 12) : start].lower()
+    if any(left.search(before) and right.match(text, start + 1) for left, right in _NO_PRONOUN):
+        return False
+    return following in ("'", "’") or is_english(text[max(0, start - _AROUND) : start + _AROUND])
+
+
+# -- all words of a turn ---------------------------------------------------------------------------------------------
+
+_COUNT_BEFORE = re.compile(r"\d ?$")
+_PARTICLES = frozenset(word_list("van von der den de da di du del la le el al bin ibn ter ten zu y e"))
 
 
 def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
@@ -193,74 +184,59 @@ def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
         The changes, in order.
     """
     found: list[Change] = []
-    protected = spans(text)
-    names: Mapping[str, str] = lexicon.names if lexicon is not None else {}
-    phrases: Mapping[str, str] = lexicon.phrases if lexicon is not None else {}
+    protected = bytearray(len(text))
+    for start, end, _ in spans(text):
+        protected[start:end] = b"\1" * (end - start)
     known = lexicon.words if lexicon is not None else frozenset()
     words = [(m.start(), m.end(), m.group()) for m in _WORD.finditer(text)]
-    lowers = [word.lower() for _, _, word in words]
-    at, last = 0, 0
     for index, (start, end, word) in enumerate(words):
-        # after a single space only names and the pronoun change
-        if index and word not in known and word != "i" and start == last + 1 and text[last] == " ":
-            last = end
-            continue
-        while at < len(protected) and protected[at][1] <= start:
-            at += 1
-        inside = at < len(protected) and protected[at][0] < end and start < protected[at][1]
+        last = words[index - 1][1] if index else 0
         gap = text[last:start]
-        first, last = index == 0, end
-        if inside or word != lowers[index] or _LATIN.match(word) is None:
+        if index and gap == " " and word not in known and word != "i":
+            continue  # after a single space only names and the pronoun change
+        if word != word.lower() or _LATIN.match(word) is None or 1 in protected[start:end]:
             continue
-        if gap in ("'", "’") and not first and text[start - 2 : start - 1].isalnum():
+        if gap in ("'", "’") and index and text[start - 2].isalnum():
             continue  # the m of I'm
         if word == "i":
-            # "i" is a word of other languages, in which a passage of an English turn may be
-            if _lone_i(text, start) and (
-                text[start + 1 : start + 2] in ("'", "’") or is_english(text[max(0, start - _AROUND) : start + _AROUND])
-            ):
+            if _is_pronoun(text, start):
                 found.append(Change(start, "lone_i", "I"))
             continue
-        before = lowers[index - 1] if index else ""
-        rule = None if gap == " " and index else _start_rule(text, gap, first, before, start, end)
-        name = names.get(word)
-        if gap == "-" and word not in ALWAYS:
-            name = None  # zephyr-lite, but non-American
-        if word == "ms" and (text[end : end + 1] != "." or _COUNT_BEFORE.search(gap)):
-            name = None  # milliseconds
-        if name is None and phrases:
-            name = _of_phrase(index, words, lowers, text, phrases)
-            if name is not None and word in _PARTICLES and _next_to_a_name(index, words, names):
-                name = None  # Vincent van Gogh, but Van Gogh
-            kind = "known_phrase"
-        else:
-            kind = "known_name"
+        before = words[index - 1][2].lower() if index else ""
+        rule = None if index and gap == " " else _start_rule(text, word, start, last, before)
+        kind, name = _name(text, words, index, lexicon) if word in known else ("", None)
         if rule is not None:
-            # a name may begin in lower case: iPhone
             upper = word[0].upper()
-            found.append(Change(start, rule, name or (upper + word[1:] if len(upper) == 1 else word)))  # ß is two
+            form = name or (upper + word[1:] if len(upper) == 1 else word)  # ß is two; a name may be iPhone
+            if form != word:
+                found.append(Change(start, rule, form))
         elif name is not None and name != word:
             found.append(Change(start, kind, name))
-    return [change for change in found if change.form != text[change.start : change.start + len(change.form)]]
+    return found
 
 
-def _of_phrase(
-    index: int, words: list[tuple[int, int, str]], lowers: list[str], text: str, phrases: Mapping[str, str]
-) -> str | None:
-    """The word's form in a known pair with a neighbor one space away."""
+def _name(text: str, words: list[tuple[int, int, str]], index: int, lexicon: Lexicon | None) -> tuple[str, str | None]:
+    """The form of a word that is a name, or a part of a known pair with a neighbor one space away: (rule, form or None)."""
+    assert lexicon is not None
+    start, end, word = words[index]
+    gap = text[words[index - 1][1] if index else 0 : start]
+    is_part = gap == "-" and word not in ALWAYS  # zephyr-lite, but non-American
+    is_milliseconds = word == "ms" and (text[end : end + 1] != "." or _COUNT_BEFORE.search(gap))
+    if word in lexicon.names and not is_part and not is_milliseconds:
+        return "known_name", lexicon.names[word]
     for first in (index, index - 1):
-        if first >= 0 and first + 1 < len(words) and text[words[first][1] : words[first + 1][0]] == " ":
-            pair = phrases.get(f"{lowers[first]} {lowers[first + 1]}")
-            if pair is not None:
-                return pair.split(" ")[index - first]
-    return None
-
-
-def _next_to_a_name(index: int, words: list[tuple[int, int, str]], names: Mapping[str, str]) -> bool:
-    """Whether a neighbor has a capital: then this word is in lower case on purpose."""
-    after = words[index + 1][2] if index + 1 < len(words) else ""
-    before = words[index - 1][2] if index else ""
-    return after[:1].isupper() or before[:1].isupper() or before in names
+        pair = words[max(first, 0) : first + 2]
+        if len(pair) == 2 and text[pair[0][1] : pair[1][0]] == " ":
+            form = lexicon.phrases.get(f"{pair[0][2]} {pair[1][2]}".lower())
+            if form is not None:
+                neighbors = [words[at][2] for at in (index - 1, index + 1) if 0 <= at < len(words)]
+                if word in _PARTICLES and (
+                    any(neighbor[0].isupper() for neighbor in neighbors)
+                    or (index and words[index - 1][2].lower() in lexicon.names)
+                ):
+                    return "known_phrase", None  # Vincent van Gogh, but Van Gogh
+                return "known_phrase", form.split(" ")[index - first]
+    return "", None
 
 
 def restore(text: str, lexicon: Lexicon | None) -> tuple[str, list[Change]]:
@@ -278,7 +254,6 @@ def restore(text: str, lexicon: Lexicon | None) -> tuple[str, list[Change]]:
 # a coarse fault, and a place without one; ``changes`` knows the exceptions
 _SUSPECT = re.compile(r"[.!?][\"'”’)\]*_]*\s+[\"'“‘(\[*_]*[a-z]|(?<![\w.*/+=^-])i(?=[ '’,])")
 _WELL = re.compile(r"[.!?][\"'”’)\]*_]*\s+[\"'“‘(\[*_]*[A-Z]|\bI\b")
-_FAULTS = frozenset(("after_terminator", "lone_i"))
 _SHARE_ONE, _SHARE = 0.5, 0.2  # share of the places that must be wrong, with one fault and with more
 
 
@@ -289,25 +264,15 @@ def is_broken(turns: Sequence[str]) -> bool:
     the places. The first sentence of a turn does not count: it is correct in the fault that is looked for.
     """
     suspects = [turn for turn in turns if _SUSPECT.search(turn)]
-    if not suspects:
-        return False
-    well = sum(len(_WELL.findall(turn)) for turn in turns)
+    well = sum(len(_WELL.findall(turn)) for turn in turns) if suspects else 0
     suspicious = sum(len(_SUSPECT.findall(turn)) for turn in suspects)
     if suspicious * 2 < (suspicious + well) * _SHARE:  # with a margin, as some places match neither pattern
         return False
-    faults = 0
-    for turn in suspects:
-        if is_english(turn):
-            faults += _fault_count(turn)
-            if faults > 1 and faults >= (faults + well) * _SHARE:
-                return True
-    return faults == 1 and faults >= (faults + well) * _SHARE_ONE
-
-
-def _fault_count(text: str) -> int:
-    return sum(
-        change.rule in _FAULTS
-        for line in without_blocks(text).split("\n")
+    lines = [line for turn in suspects if is_english(turn) for line in without_blocks(turn).split("\n")]
+    faults = sum(
+        change.rule in ("after_terminator", "lone_i")
+        for line in lines
         if _SUSPECT.search(line)
         for change in changes(line, None)
     )
+    return faults >= max(1, (faults + well) * (_SHARE if faults > 1 else _SHARE_ONE))

@@ -1,9 +1,8 @@
 """``zephyr-lite data chat``: raw conversations → train and test splits like ultrachat_200k's, and a report.
 
-The first pass (``scan``) looks at blocks of rows by themselves: refusals, contamination, broken capitals, signatures. Its results
-are kept in datasets' cache, so that an interrupted command continues. Then duplicates are found among all rows, and the second
-pass (``write_shard``) writes the rows that are kept, with their capitals restored. The results do not depend on the number of
-processes.
+The first pass (``scan``) looks at blocks of rows by themselves: refusals, contamination, broken capitals, signatures. Then
+duplicates are found among all rows, and the second pass (``write_shard``) writes the rows that are kept, with their capitals
+restored. The results do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -11,44 +10,49 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from ..data.workers import cache_key, cores
+from ..config.load import DatasetSpec
+from ..data.formats import COLUMNS, PLAIN, RowError, detect, normalise
+from ..data.load import Source, kind_of, stem_of
+from ..data.workers import cores
 from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text
-from .chat_report import EXACT, FAULTY, KEPT, NEAR, ChatReport, Restored, markdown
-from .decontamination import NGRAM, EvalSets, read_eval_sets
-from .dedup import PERMUTATIONS, first_of_equal, join_near, signatures
+from ..io.text import shown
+from .dedup import NGRAM, PERMUTATIONS, EvalSets, first_of_equal, join_near, read_eval_sets, signatures, words_of
 from .english import is_english
 from .lexicon import Lexicon, count_words
-from .output import DROPPED, REPORT, check_held_out, check_output, request_of
-from .parallel import in_processes
-from .raw_chat import Dialogue, Raw, dialogues, open_raw
-from .refusals import first_refusal
-from .truecase import is_broken, restore
-from .words import words_of
-from .writing import FileFormat
+from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shard_names, write_rows
+from .protect import KINDS
+from .questions import open_rows
+from .refusals import REFUSALS, first_refusal
+from .truecase import RULES, is_broken, restore
 
 logger = logging.getLogger(__name__)
 
 MADE_BY = "zephyr-lite data chat"
 LEXICON = "lexicon.txt"
-BLOCK, LEG = 500, 100_000  # rows of a block, and of a file of the cache
+BLOCK = 500  # rows
 LEARN_ROWS = 100_000  # rows at most that the lexicon is learned from, spread evenly over the corpus
 SHARD_ROWS = 12_500  # rows of an output file
 SIDES = ("user", "assistant")  # bit 0 and bit 1 of the column ``broken``
+KEPT, FAULTY, EXACT, NEAR = 0, 1, 2, 3  # what becomes of a row
+_PLACES, _EXAMPLES = 5, 3  # of a reason, and of a rule, in the report; dropped.tsv has all
 _CONTEXT = 40  # characters around an example's change
+# raw UltraChat is one set in ten files, which the hub's layout would call ten splits
+_NUMBERED = re.compile(r"train_(\d+)")
 _SCANNED = pa.schema(
     {
         "fault": pa.string(),  # why the row is dropped, or ""
@@ -62,47 +66,34 @@ _SCANNED = pa.schema(
         "lexicon": pa.string(),  # the counts of the block, in its first row
     }
 )
-_MESSAGE = pa.struct({"content": pa.string(), "role": pa.string()})
-_ROW = pa.schema({"prompt": pa.string(), "prompt_id": pa.string(), "messages": pa.list_(_MESSAGE)})
+_TEXT = datasets.Value("string")
+_ROW = datasets.Features({"prompt": _TEXT, "prompt_id": _TEXT, "messages": [{"content": _TEXT, "role": _TEXT}]})
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the cleaning.
+    """Options of the cleaning."""
 
-    Attributes:
-        truecase, refusals: whether to restore capitals, and to cut dialogues before a habitual refusal.
-        near: similarity of near duplicates; None for exact ones only.
-        min_turns, min_words, max_words: of a dialogue.
-        decontaminate: evaluation sets; see ``decontamination.read_eval_sets``.
-        ngram: words of an overlap with them.
-        test: share of the prompts, or number of rows, of the test split; 0 for none.
-        lexicon: a file of an earlier run instead of a learned one.
-        file_format: of the output.
-    """
-
-    truecase: bool = True
-    refusals: bool = True
-    near: float | None = 0.8
+    truecase: bool = True  # restore capitals
+    refusals: bool = True  # cut dialogues before a habitual refusal
+    near: float | None = 0.8  # similarity of near duplicates; None for exact ones only
     min_turns: int = 2
     min_words: int | None = None
     max_words: int | None = None
-    decontaminate: Sequence[str] = field(default_factory=tuple)
-    ngram: int = NGRAM
-    test: float = 0.1
-    lexicon: Path | None = None
+    decontaminate: Sequence[str] = ()  # evaluation sets; see ``dedup.read_eval_sets``
+    ngram: int = NGRAM  # words of an overlap with them
+    test: float = 0.1  # share of the prompts, or number of rows, of the test split; 0 for none
+    lexicon: Path | None = None  # a file of an earlier run instead of a learned one
     file_format: FileFormat = "parquet"
 
     def check(self) -> None:
         """Raises UserError for an invalid value."""
+        low, high = self.min_words or 0, self.max_words
         if self.near is not None and not 0.5 <= self.near <= 1:
             raise UserError(f"near {self.near:g}: must be a similarity from 0.5 to 1.", "The default is 0.8; 0 is off.")
         if self.min_turns < 2:
             raise UserError(f"min-turns {self.min_turns}: a question and an answer are two turns.")
-        low, high = self.min_words or 0, self.max_words
-        if low < 0:
-            raise UserError(f"min-words {low}: cannot be below 0.")
-        if high is not None and high < max(low, 1):
+        if low < 0 or (high is not None and high < max(low, 1)):
             raise UserError(f"min-words {low} and max-words {high} leave no row.")
         if not 2 <= self.ngram <= 60:
             raise UserError(f"ngram {self.ngram}: must be 2 to 60 words.", f"The default is {NGRAM}.")
@@ -118,104 +109,164 @@ def clean_chat(
     split: str | None = None,
     num_proc: int | None = None,
     overwrite: bool = False,
-) -> ChatReport | None:
+) -> dict[str, Any] | None:
     """Clean a set of conversations.
 
     Args:
-        source: a file, a folder or a hub id; see ``raw_chat.open_raw``.
+        source: a file, a folder or a hub id; see ``open_raw``.
         out: the folder to make: train_sft and test_sft, report.md, report.json, dropped.tsv, lexicon.txt.
         split: of the source.
         num_proc: processes; None for all cores.
         overwrite: replace the folder if this command made it.
 
     Returns:
-        None: ``out`` is the result of this very request already.
+        What report.json holds. None: ``out`` is the result of this very request already.
 
     Raises:
         UserError: an option, the source or the folder is invalid, or no row is left.
     """
     options.check()
-    check_held_out(options.test, num_proc)
     files = [source, *options.decontaminate, *([str(options.lexicon)] if options.lexicon is not None else [])]
     request = request_of(out, files, options=options, split=split)
-    if check_output(out, [source], MADE_BY, overwrite, request):
+    if check_output(out, [source], MADE_BY, overwrite, request, test=options.test, num_proc=num_proc):
         return None
     lexicon = Lexicon.load(options.lexicon) if options.lexicon is not None else None
     raw = open_raw(source, split)
     logger.info(f"{source}: read as {raw.kind}, {len(raw.rows):,} rows")
     sets = read_eval_sets(options.decontaminate, options.ngram)
     processes = num_proc or cores()
-    scanned = _scan_all(raw, options, sets, processes)
-    report = ChatReport(raw, eval_sets=dict(zip(sets.names, sets.rows)))
+    blocks = [range(start, min(start + BLOCK, len(raw.rows))) for start in range(0, len(raw.rows), BLOCK)]
+    every = -(-len(raw.rows) // LEARN_ROWS)
+    scanned = pa.concat_tables(in_processes(partial(scan, raw, options, sets, every), blocks, processes, "scanning"))
     fate, duplicate_of = find_duplicates(scanned, options.near)
     with folder_aside(out) as folder:
-        report.count(scanned, fate, duplicate_of, folder / DROPPED)
-        if not report.kept:
+        report = _count(raw, scanned, fate, duplicate_of, folder / DROPPED)
+        if not report["kept"]:
+            reasons = "; ".join(f"{reason}: {count:,}" for reason, count in report["dropped"].items())
             raise UserError(
-                f"{source}: no row is left of {report.rows:,}: {report.reasons()}.",
+                f"{source}: no row is left of {report['rows']:,}: {reasons or 'none was dropped'}.",
                 "Change the limits, the filters, or the source.",
             )
         if options.truecase:
             lexicon = lexicon or Lexicon.learned(map(json.loads, scanned["lexicon"].drop_null().to_pylist()))
             lexicon.save(folder / LEXICON)
-            report.names = len(lexicon.names)
-        shards: list[tuple[Path, np.ndarray]] = []
-        for name, rows in _splits(fate, scanned["prompt"].to_numpy(), options.test).items():
-            report.splits[name] = len(rows)
-            shards += _shards(folder, name, rows, options.file_format)
-        if not report.splits["train_sft"]:
+        splits = _splits(fate, scanned["prompt"].to_numpy(), options.test)
+        if not len(splits["train_sft"]):
             raise UserError(
-                f"{source}: all {report.kept:,} rows that are left would be test rows.",
+                f"{source}: all {report['kept']:,} rows that are left would be test rows.",
                 "Choose a smaller --test, or 0.",
             )
-        report.files = [path.name for path, _ in shards]
-        job = partial(write_shard, raw, scanned.select(["turns", "broken"]), lexicon)
-        for restored in in_processes(job, shards, processes, "writing"):
-            report.restored.add(restored)
-        write_text(folder / "report.md", markdown(report))
-        write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, "source": source, **report.as_dict()})
+        shards = []
+        for name, rows in splits.items():
+            parts = np.array_split(rows, -(-len(rows) // SHARD_ROWS)) if len(rows) else []
+            shards += zip(shard_names(name, len(parts), options.file_format), parts)
+        job = partial(write_shard, raw, scanned.select(["turns", "broken"]), lexicon, folder)
+        restored = list(in_processes(job, shards, processes, "writing"))
+        words = sum((part.words for part in restored), Counter[str]())
+        report |= {
+            "splits": {name: len(rows) for name, rows in splits.items()},
+            "files": [name for name, _ in shards],
+            "restored": {"dialogues": sum(part.dialogues for part in restored), "words": dict(_by_count(words))},
+            "turns": sum(part.turns for part in restored),
+            "names_in_lexicon": len(lexicon.names) if lexicon is not None else 0,
+            "eval_sets": sets.rows,
+            "examples": {
+                rule: [example for part in restored for example in part.examples.get(rule, [])][:_EXAMPLES]
+                for rule in words
+            },
+        }
+        write_text(folder / "report.md", markdown(report, raw))
+        write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, "source": source, **report})
     return report
+
+
+# -- raw rows --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The raw rows of all files, one after the other."""
+
+    rows: Source  # with the columns that are read
+    kind: str  # their format
+    labels: list[str]  # of the files
+    ends: np.ndarray  # int64, where each file ends in ``rows``
+
+    def place(self, index: int) -> str:
+        """``train_3.jsonl row 17``, counted from 1."""
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return f"{self.labels[part]} row {index - (int(self.ends[part - 1]) if part else 0) + 1}"
+
+
+@dataclass
+class Dialogue:
+    """The turns of one row up to its last answer."""
+
+    roles: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    fault: str = ""  # why the row is dropped
+    detail: str = ""  # of the fault or the cut
+    refusal: str = ""  # the rule by which it was cut
+
+    @property
+    def prompt(self) -> str:
+        """The first user turn."""
+        return self.texts[self.roles.index("user")]
+
+
+def open_raw(path: str, split: str | None = None) -> Raw:
+    """Open raw conversations: a file, a folder, or a hub id.
+
+    A folder with train_0.jsonl … train_9.jsonl is read whole, in numeric order, unless ``split`` names one of them.
+
+    Raises:
+        UserError: there is nothing, it cannot be read, is empty, or has no conversations.
+    """
+    specs = [DatasetSpec(path=path, split=split)]
+    folder = Path(path).expanduser()
+    if split is None and folder.is_dir():
+        files = {file: _NUMBERED.fullmatch(stem_of(file)) for file in folder.iterdir() if kind_of(file)}
+        numbered = {int(found[1]): file for file, found in files.items() if found}
+        specs = [DatasetSpec(path=str(numbered[number])) for number in sorted(numbered)] or specs
+    parts = [open_rows(spec, "--split {}") for spec in specs]
+    found = {part.label: f"columns {shown(', '.join(part.columns), 500)}" for part in parts}
+    try:
+        kinds = [detect(part.columns, "sft", part.label) for part in parts]
+    except UserError as error:
+        raise UserError(error.message, "If the columns have other names, rename them in the file.") from None
+    if PLAIN in kinds:
+        raise UserError(f"{path}: found {'; '.join(found.values())}, and no conversations.")
+    if len(set(kinds)) > 1:
+        raise UserError(
+            f"{path}: its files are of different kinds: {'; '.join(f'{k}: {v}' for k, v in found.items())}.",
+            "Clean one at a time: --split train_0",
+        )
+    rows = datasets.concatenate_datasets([part.select_columns(COLUMNS).table for part in parts])
+    return Raw(Source(rows, path), kinds[0], list(found), np.cumsum([len(part) for part in parts]))
+
+
+def dialogues(rows: Source, indices: slice | Sequence[int]) -> list[Dialogue]:
+    """Some rows as dialogues; a row that cannot be read has a fault."""
+    found = []
+    for values in rows[indices]:
+        try:
+            messages = normalise(values, "sft").value["messages"]
+            if any(set(message) > {"role", "content"} or message["role"] == "tool" for message in messages):
+                raise RowError("tool calls, reasoning or turns that are not to be trained, which are not cleaned")
+            roles = [message["role"] for message in messages]
+            if "user" not in roles[:2]:
+                raise RowError("does not begin with the user" if "user" in roles else "the user says nothing")
+            found.append(Dialogue(roles, [message["content"] for message in messages]))
+        except RowError as error:
+            found.append(Dialogue(fault=str(error)))
+    return found
 
 
 # -- the first pass --------------------------------------------------------------------------------------------------
 
 
-def _scan_all(raw: Raw, options: Options, sets: EvalSets, processes: int) -> pa.Table:
-    """Scan all rows; each leg is a file of the cache."""
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "zephyr-lite-chat"
-    cache.mkdir(parents=True, exist_ok=True)
-    total = len(raw.rows)
-    every = max(1, -(-total // LEARN_ROWS))
-    rules = [getattr(options, name) for name in ("truecase", "refusals", "min_turns", "min_words", "max_words")]
-    rules += [options.lexicon is None, options.near is not None, sets.n, sets.names, every]
-    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    grams, texts = sets.keys
-    key = cache_key(raw.rows.table, {"rules": rules, "code": code, "grams": grams, "texts": texts})
-    tables = []
-    for start in range(0, total, LEG):
-        stop = min(total, start + LEG)
-        path = cache / f"{key}-{start}-{stop}.arrow"
-        if not path.is_file():
-            blocks = [range(first, min(first + BLOCK, stop)) for first in range(start, stop, BLOCK)]
-            job = partial(scan, raw, options, sets, every)
-            aside = path.with_suffix(f".{os.getpid()}.tmp")
-            with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, _SCANNED) as writer:
-                for table in in_processes(job, blocks, processes, f"scanning rows {start + 1:,} to {stop:,}"):
-                    writer.write_table(table)
-            aside.replace(path)
-        tables.append(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-    return pa.concat_tables(tables)
-
-
 def scan(raw: Raw, options: Options, sets: EvalSets, every: int, block: range) -> pa.Table:
-    """Scan a block of rows.
-
-    Args:
-        every: the lexicon is learned from every so-many-th block.
-
-    Returns:
-        A table of ``_SCANNED`` with a row for each.
-    """
+    """Scan a block of rows: a table of ``_SCANNED`` with a row for each. The lexicon is learned from each ``every``-th block."""
     found = dialogues(raw.rows, slice(block.start, block.stop))
     for dialogue in found:
         if options.refusals:
@@ -226,11 +277,10 @@ def scan(raw: Raw, options: Options, sets: EvalSets, every: int, block: range) -
     words = words_of([text for dialogue in found for text in dialogue.texts])
     whole = words.joined(groups)
     for dialogue, length in zip(found, np.diff(whole.offsets).tolist()):
-        if not dialogue.fault:
-            if options.min_words is not None and length < options.min_words:
-                dialogue.fault, dialogue.detail = f"shorter than {options.min_words} words", f"{length} words"
-            elif options.max_words is not None and length > options.max_words:
-                dialogue.fault, dialogue.detail = f"longer than {options.max_words} words", f"{length} words"
+        if not dialogue.fault and length < (options.min_words or 0):
+            dialogue.fault, dialogue.detail = f"shorter than {options.min_words} words", f"{length} words"
+        elif not dialogue.fault and options.max_words is not None and length > options.max_words:
+            dialogue.fault, dialogue.detail = f"longer than {options.max_words} words", f"{length} words"
     for text, (name, shared) in sorted(sets.find(words).items(), reverse=True):
         dialogue = found[int(np.searchsorted(groups, text, side="right")) - 1]
         if not dialogue.fault or dialogue.fault.startswith("overlaps"):
@@ -265,15 +315,13 @@ def _cut(dialogue: Dialogue) -> None:
     refusal = first_refusal(dialogue.roles, dialogue.texts)
     if refusal is None:
         return
-    place, rule, start, end = refusal
-    text = dialogue.texts[place]
-    dialogue.detail = " ".join(text[max(0, start - 20) : end + 80].split())
-    dialogue.refusal = rule
+    place, dialogue.refusal, start, end = refusal
+    dialogue.detail = " ".join(dialogue.texts[place][max(0, start - 20) : end + 80].split())
     while place and dialogue.roles[place - 1] != "assistant":
         place -= 1
     dialogue.roles, dialogue.texts = dialogue.roles[:place], dialogue.texts[:place]
     if "assistant" not in dialogue.roles:
-        dialogue.fault = f"begins with a refusal ({rule})"
+        dialogue.fault = f"begins with a refusal ({dialogue.refusal})"
 
 
 def _broken(dialogue: Dialogue) -> int:
@@ -287,15 +335,10 @@ def _broken(dialogue: Dialogue) -> int:
 
 
 def find_duplicates(scanned: pa.Table, threshold: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Exact and near duplicates among the rows without a fault; the first row of a group is kept.
-
-    The signatures are held in memory: 256 bytes a row.
-
-    Args:
-        threshold: the similarity from which rows are near duplicates; None for exact ones only.
+    """Exact and near duplicates (from a similarity on; None: none) among the rows without a fault.
 
     Returns:
-        (uint8 [rows]: KEPT, FAULTY, EXACT or NEAR; int64 [rows]: of a duplicate, the row that is kept).
+        (uint8 [rows]: KEPT, FAULTY, EXACT or NEAR; int64 [rows]: of a duplicate, the first row of its group, which is kept).
     """
     fate = np.where(pc.equal(scanned["fault"], "").to_numpy(), KEPT, FAULTY).astype(np.uint8)
     of = np.arange(len(fate))
@@ -312,12 +355,7 @@ def find_duplicates(scanned: pa.Table, threshold: float | None) -> tuple[np.ndar
 
 
 def _splits(fate: np.ndarray, prompts: np.ndarray, test: float) -> dict[str, np.ndarray]:
-    """The kept rows of each split; all rows of a prompt are in one.
-
-    Args:
-        prompts: uint64 [rows], hashes.
-        test: below 1 a share of the prompts; otherwise a number of rows that is not exceeded.
-    """
+    """The kept rows of each split; all rows of a prompt (uint64 [rows], hashes) are in one."""
     rows = np.flatnonzero(fate == KEPT)
     keys = prompts[rows]
     if test < 1:
@@ -332,23 +370,21 @@ def _splits(fate: np.ndarray, prompts: np.ndarray, test: float) -> dict[str, np.
 # -- the second pass ---------------------------------------------------------------------------------------------------
 
 
-def _shards(folder: Path, split: str, rows: np.ndarray, suffix: str) -> Iterator[tuple[Path, np.ndarray]]:
-    """The files of a split with their rows, named as on the hub."""
-    count = -(-len(rows) // SHARD_ROWS)
-    each = -(-len(rows) // max(1, count))
-    for n in range(count):
-        name = split if count == 1 else f"{split}-{n:05d}-of-{count:05d}"
-        yield folder / f"{name}.{suffix}", rows[n * each : (n + 1) * each]
+@dataclass
+class Restored:
+    """Changes of truecasing in one file."""
+
+    turns: int = 0  # written
+    dialogues: int = 0  # changed
+    words: Counter[str] = field(default_factory=Counter)  # by rule
+    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # by rule: {place, before, after} of a few
 
 
-def write_shard(raw: Raw, scanned: pa.Table, lexicon: Lexicon | None, shard: tuple[Path, np.ndarray]) -> Restored:
-    """Write one file.
-
-    Args:
-        scanned: the columns ``turns`` and ``broken`` of the first pass.
-        lexicon: of names; None to leave capitals alone.
-    """
-    path, rows = shard
+def write_shard(
+    raw: Raw, scanned: pa.Table, lexicon: Lexicon | None, folder: Path, shard: tuple[str, np.ndarray]
+) -> Restored:
+    """Write one file (name, rows). ``scanned``: the columns ``turns`` and ``broken`` of the first pass."""
+    name, rows = shard
     restored = Restored()
     tables = []
     for numbers in np.split(rows, range(BLOCK, len(rows), BLOCK)):
@@ -357,7 +393,7 @@ def write_shard(raw: Raw, scanned: pa.Table, lexicon: Lexicon | None, shard: tup
             dialogue.roles, dialogue.texts = dialogue.roles[: values["turns"]], dialogue.texts[: values["turns"]]
             restored.turns += values["turns"]
             if values["broken"]:
-                _restore(row, dialogue, values["broken"], lexicon, restored)
+                _restore(raw.place(row), dialogue, values["broken"], lexicon, restored)
         records = [
             {
                 "prompt": dialogue.prompt,
@@ -366,27 +402,93 @@ def write_shard(raw: Raw, scanned: pa.Table, lexicon: Lexicon | None, shard: tup
             }
             for dialogue in found
         ]
-        tables.append(pa.Table.from_pylist(records, _ROW))
-    if path.suffix == ".jsonl":
-        with path.open("w", encoding="utf-8") as file:
-            for table in tables:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in table.to_pylist())
-    else:
-        schema = datasets.Features.from_arrow_schema(_ROW).arrow_schema
-        table = pa.concat_tables(tables).cast(schema).combine_chunks()
-        pq.write_table(table, path, compression="zstd", compression_level=1)
+        tables.append(pa.Table.from_pylist(records, _ROW.arrow_schema))
+    write_rows(folder / name, pa.concat_tables(tables))
     return restored
 
 
-def _restore(row: int, dialogue: Dialogue, broken: int, lexicon: Lexicon | None, restored: Restored) -> None:
+def _restore(place: str, dialogue: Dialogue, broken: int, lexicon: Lexicon | None, restored: Restored) -> None:
     """Restore the capitals of the sides whose bit is set."""
     changed = False
-    for place, (role, before) in enumerate(zip(dialogue.roles, dialogue.texts)):
+    for number, (role, before) in enumerate(zip(dialogue.roles, dialogue.texts)):
         if role in SIDES and broken >> SIDES.index(role) & 1:
             after, changes = restore(before, lexicon)
-            for start, rule, _ in changes:
-                around = slice(max(0, start - _CONTEXT), start + _CONTEXT)
-                restored.change(rule, row, before[around], after[around])
+            dialogue.texts[number] = after
             changed |= bool(changes)
-            dialogue.texts[place] = after
+            for start, rule, _ in changes:
+                restored.words[rule] += 1
+                examples = restored.examples.setdefault(rule, [])
+                if len(examples) < _EXAMPLES:
+                    around = slice(max(0, start - _CONTEXT), start + _CONTEXT)
+                    examples.append({"place": place, "before": before[around], "after": after[around]})
     restored.dialogues += changed
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def _count(raw: Raw, scanned: pa.Table, fate: np.ndarray, duplicate_of: np.ndarray, dropped: Path) -> dict[str, Any]:
+    """The fates of the rows in numbers, for report.json; reason, place and detail of each row that is dropped or cut are written
+    to a file."""
+    counts: dict[str, Counter[str]] = {"dropped": Counter(), "cut": Counter()}
+    places: dict[str, list[dict[str, str]]] = {}
+    refusals = np.array(scanned["refusal"].to_pylist(), object)
+    rows = np.flatnonzero((fate != KEPT) | (refusals != ""))
+    found = scanned.select(["fault", "detail", "refusal"]).take(pa.array(rows)).to_pylist()
+    with dropped.open("w", encoding="utf-8") as file:
+        file.write("reason\tplace\tdetail\n")
+        for row, values in zip(rows.tolist(), found):
+            reason, detail = values["fault"], values["detail"]
+            if fate[row] in (EXACT, NEAR):
+                reason = "an exact duplicate" if fate[row] == EXACT else "a near duplicate"
+                detail = f"of {raw.place(int(duplicate_of[row]))}"
+            if fate[row] == KEPT:
+                counts["cut"][values["refusal"]] += 1
+                reason = f"cut before a refusal ({values['refusal']}); the rest stays"
+            else:
+                counts["dropped"][reason] += 1
+            examples = places.setdefault(reason, [])
+            if len(examples) < _PLACES:
+                examples.append({"place": raw.place(row), "detail": detail})
+            file.write(f"{reason}\t{raw.place(row)}\t{' '.join(detail.split())}\n")
+    return {
+        "rows": len(fate),
+        "kept": int((fate == KEPT).sum()),
+        **{name: dict(_by_count(counted)) for name, counted in counts.items()},
+        "broken_capitals": int(((fate == KEPT) & (scanned["broken"].to_numpy() > 0)).sum()),
+        "places": places,
+    }
+
+
+def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """The report for the terminal."""
+    splits = ", ".join(f"{name} {count:,}" for name, count in report["splits"].items())
+    lines = [f"{report['kept']:,} of {report['rows']:,} rows stay: {splits}"]
+    lines += [f"  dropped: {reason}: {count:,}" for reason, count in report["dropped"].items()]
+    lines += [f"  cut before a refusal ({rule}): {count:,}" for rule, count in report["cut"].items()]
+    if report["broken_capitals"]:
+        restored = report["restored"]
+        words = ", ".join(f"{rule} {count:,}" for rule, count in restored["words"].items())
+        lines.append(f"  capitals restored in {restored['dialogues']:,} dialogues: {words or 'nothing'}")
+    return lines
+
+
+def markdown(report: Mapping[str, Any], raw: Raw) -> str:
+    """report.md."""
+
+    def code(text: str) -> str:
+        text = " ".join(text.split())
+        return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+    environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__, ""))
+    environment.filters |= {
+        "cell": lambda text: text.replace("|", "\\|").replace("\n", " "),
+        "code": code,
+        "number": lambda value: f"{value or 0:,}",
+    }
+    template = environment.get_template("chat_report.md.j2")
+    return template.render(report=report, raw=raw, refusals=REFUSALS, rules=RULES, kinds=KINDS) + "\n"

@@ -1,4 +1,4 @@
-"""One row of raw UltraFeedback (a prompt with four scored completions) → a preference pair, or the reason why not.
+"""``zephyr-lite data pairs``: scored completions (raw UltraFeedback) → preference pairs like ultrafeedback_binarized.
 
 The paper (Tunstall et al. 2023, arXiv 2310.16944) takes the completion with the highest mean of the four aspects' ratings
 and a random one of the other three; the published script takes the highest ``overall_score``.
@@ -7,66 +7,89 @@ and a random one of the other three; the published script takes the highest ``ov
 from __future__ import annotations
 
 import hashlib
-import math
+import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from ..config.load import DatasetSpec
 from ..data.formats import Message, RowError
-from .questions import Questions
+from ..data.load import Source, kind_of, summarise
+from ..data.workers import cores
+from ..errors import UserError
+from ..io.atomic import folder_aside, write_json, write_text
+from ..io.text import shown
+from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shard_names, write_rows
+from .questions import Questions, open_rows, read_questions
 
-ChosenBy = Literal["mean", "overall"]
-Rejected = Literal["random", "worst", "margin"]
-SystemPrompt = Literal["omit", "keep"]
+logger = logging.getLogger(__name__)
 
+MADE_BY = "zephyr-lite data pairs"
+TRAIN, TEST = "train_prefs", "test_prefs"
+TEST_ROWS, TEST_SHARE = 2000, 0.05  # held out by default: as many as in the published set, but at most this share
+BLOCK = 1000  # rows
+SHARD_ROWS = 100_000  # rows of an output file
 TRUTHFUL_QA = "truthful_qa"
+_PLACES = 5  # of a reason in the report
 # The first release gave 2,628 completions an overall score of 10, many of which the judge had meant as 1 (github
 # OpenBMB/UltraFeedback, issue 8). Its authors then set those to 1 whose mean rating is at most 2, asked the judge again
 # about those up to 4, left the others, and added the column ``fine-grained_score``.
 _WRONG_OVERALL, _RIGHT_OVERALL, _LOW_MEAN, _HIGH_MEAN = 10.0, 1.0, 2.0, 4.0
-_CORRECTED = "fine-grained_score"
 _RATINGS, _OVERALLS = (1.0, 5.0), (0.0, 10.0)
-# as floats, 4⅓ − 1 is less than 3⅓
-_ROUNDING = 1e-9
+_ROUNDING = 1e-9  # as floats, 4⅓ − 1 is less than 3⅓
 
-# notes, counted per completion
+# notes, counted per completion, and FEWER
 REPAIRED = "overall score repaired"
 DOUBTFUL = "overall score of 10 not used: nothing confirms it"
 PARTLY = "completions rated in some aspects only"
 UNRATED = "completions without a score, left aside"
 ODD = "ratings or scores that are no number of their scale, left aside"
 EMPTY = "completions without text, left aside"
+FEWER = "pairs fewer held out than asked for: those of one prompt stay together"
 NOTES = (REPAIRED, DOUBTFUL, PARTLY, UNRATED, ODD, EMPTY)
+
+_TURNS = [{"content": datasets.Value("string"), "role": datasets.Value("string")}]
+SCHEMA = datasets.Features(  # the published columns, in their order
+    {
+        "prompt": datasets.Value("string"),
+        "prompt_id": datasets.Value("string"),
+        "chosen": _TURNS,
+        "rejected": _TURNS,
+        "messages": _TURNS,
+        "score_chosen": datasets.Value("float64"),
+        "score_rejected": datasets.Value("float64"),
+    }
+)
+
+# -- one row -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PairRules:
-    """How the two completions of a pair are chosen.
+    """How the two completions of a pair are chosen."""
 
-    Attributes:
-        chosen_by: ``mean`` of the aspects that have a rating ("N/A" is none), or ``overall`` score. Of equal scores the first
-            is chosen.
-        rejected: a ``random`` one of the others (a row whose draw has the same score is dropped), the ``worst``, or
-            ``margin``: a random one of those at least ``margin`` below the chosen one (a row without any is dropped).
-        margin: in points of ``chosen_by``'s scale: 1 to 5 for the mean, 1 to 10 for the overall score.
-        system_prompt: each completion was made under a system prompt of its own. ``omit`` leaves them out, as the
-            published pairs do; ``keep`` makes the chosen one's the system turn, and rejects only completions made under the
-            same.
-        seed: of the draws. Each row draws from the seed and its instruction, so that neither the order of the rows nor the
-            number of processes changes a pair.
-    """
-
-    chosen_by: ChosenBy = "mean"
-    rejected: Rejected = "random"
-    margin: float = 1.0
-    system_prompt: SystemPrompt = "omit"
+    # mean of the aspects that have a rating ("N/A" is none), or the overall score; of equal scores the first is chosen
+    chosen_by: Literal["mean", "overall"] = "mean"
+    # a random one of the others (a row whose draw has the same score is dropped), the worst, or a random one of those at
+    # least ``margin`` below the chosen one (a row without any is dropped)
+    rejected: Literal["random", "worst", "margin"] = "random"
+    margin: float = 1.0  # in points of ``chosen_by``'s scale: 1 to 5 for the mean, 1 to 10 for the overall score
+    # each completion was made under a system prompt of its own: left out, as in the published pairs, or the chosen one's is
+    # kept as the system turn, and only completions made under the same are rejected
+    system_prompt: Literal["omit", "keep"] = "omit"
+    # each row draws from the seed and its instruction: neither the rows' order nor the number of processes changes a pair
     seed: int = 42
 
 
-@dataclass(frozen=True)
-class _Scored:
+class _Scored(NamedTuple):
     score: float
     response: str
     system: str
@@ -103,33 +126,26 @@ def pair_of_row(
         raise RowError("fewer than two rated completions")
     best = max(scored, key=lambda c: c.score)  # max keeps the first of equals
     others = [c for c in scored if c is not best]
+    system = best.system.strip() and best.system if rules.system_prompt == "keep" else ""
     if rules.system_prompt == "keep":
         others = [c for c in others if c.system == best.system]
         if not others:
             raise RowError("no other completion was made under the chosen one's system prompt")
-    prompt_id = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
-    other = _rejected(best, others, rules, prompt_id)
-    if other.score >= best.score:
-        raise RowError("equal scores")
-    if other.response.strip() == best.response.strip():
-        raise RowError("equal responses")
-    return _pair(prompt, prompt_id, best, other, best.system if rules.system_prompt == "keep" else "")
-
-
-def _rejected(best: _Scored, others: list[_Scored], rules: PairRules, prompt_id: str) -> _Scored:
-    if rules.rejected == "worst":
-        return min(others, key=lambda c: c.score)
     if rules.rejected == "margin":
         others = [c for c in others if c.score <= best.score - rules.margin + _ROUNDING]
         if not others:
             raise RowError(f"no completion at least {rules.margin:g} below the chosen one")
-    return random.Random(f"{rules.seed} {prompt_id}").choice(others)
+    prompt_id = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+    draw = random.Random(f"{rules.seed} {prompt_id}")
+    other = min(others, key=lambda c: c.score) if rules.rejected == "worst" else draw.choice(others)
+    if other.score >= best.score:
+        raise RowError("equal scores")
+    if other.response.strip() == best.response.strip():
+        raise RowError("equal responses")
 
-
-def _pair(prompt: str, prompt_id: str, best: _Scored, other: _Scored, system: str) -> dict[str, Any]:
     def conversation(response: str) -> list[Message]:
         turns = [{"content": prompt, "role": "user"}, {"content": response, "role": "assistant"}]
-        return [{"content": system, "role": "system"}, *turns] if system.strip() else turns
+        return [{"content": system, "role": "system"}, *turns] if system else turns
 
     return {
         "prompt": prompt,
@@ -144,13 +160,10 @@ def _pair(prompt: str, prompt_id: str, best: _Scored, other: _Scored, system: st
 
 def to_pairs(
     rows: Iterable[Mapping[str, Any]],
-    chosen_by: ChosenBy = "mean",
-    rejected: Rejected = "random",
+    chosen_by: Literal["mean", "overall"] = "mean",
+    rejected: Literal["random", "worst", "margin"] = "random",
     seed: int = 42,
-    *,
     margin: float = 1.0,
-    system_prompt: SystemPrompt = "omit",
-    questions: Questions | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The pairs of rows that are in memory; see ``pair_of_row`` and ``PairRules``.
 
@@ -158,22 +171,10 @@ def to_pairs(
         pairs, and counts: ``rows``, ``pairs``, each reason for which rows were dropped, and the scores of 10 that were not
         taken as they are (``REPAIRED``, ``DOUBTFUL``).
     """
-    rules = PairRules(chosen_by, rejected, margin, system_prompt, seed)
-    counts: Counter[str] = Counter({"rows": 0, "pairs": 0})
-    notes: Counter[str] = Counter()
-    pairs = []
-    for row in rows:
-        counts["rows"] += 1
-        try:
-            pairs.append(pair_of_row(row, rules, notes, questions))
-        except RowError as reason:
-            counts[str(reason)] += 1
-        else:
-            counts["pairs"] += 1
-    return pairs, {**counts, **{note: notes[note] for note in (REPAIRED, DOUBTFUL) if notes[note]}}
-
-
-# -- scores --------------------------------------------------------------------------------------------------------------
+    pairs, dropped, counts = _choose(enumerate(rows), PairRules(chosen_by, rejected, margin, seed=seed))
+    reasons = Counter(reason for reason, _ in dropped)
+    notes = {note: counts["notes"][note] for note in (REPAIRED, DOUBTFUL) if counts["notes"][note]}
+    return pairs, {"rows": counts["rows"].total(), "pairs": len(pairs), **reasons, **notes}
 
 
 def _scored(completions: Any, rules: PairRules, counts: Counter[str]) -> list[_Scored]:
@@ -188,28 +189,26 @@ def _scored(completions: Any, rules: PairRules, counts: Counter[str]) -> list[_S
             counts[EMPTY] += 1
             continue
         doubtful = counts[DOUBTFUL]
-        score = _score(completion, rules.chosen_by, counts)
-        if score is None:
-            if counts[DOUBTFUL] == doubtful:  # which are counted already
-                counts[UNRATED] += 1
-            continue
-        system = completion.get("custom_system_prompt")
-        found.append(_Scored(score, response, system if isinstance(system, str) else ""))
+        # notes on ratings matter only if they decide
+        score = mean = _mean_rating(completion, counts if rules.chosen_by == "mean" else Counter())
+        if rules.chosen_by == "overall":
+            score = _overall(completion, mean, counts)
+        if score is not None:
+            system = completion.get("custom_system_prompt")
+            found.append(_Scored(score, response, system if isinstance(system, str) else ""))
+        elif counts[DOUBTFUL] == doubtful:  # which are counted already
+            counts[UNRATED] += 1
     return found
 
 
-def _score(completion: Mapping[str, Any], chosen_by: ChosenBy, counts: Counter[str]) -> float | None:
-    by_mean = chosen_by == "mean"
-    # notes on ratings matter only if they decide
-    mean = _mean_rating(completion, counts if by_mean else Counter())
-    if by_mean:
-        return mean
+def _overall(completion: Mapping[str, Any], mean: float | None, counts: Counter[str]) -> float | None:
+    """The overall score, if it is none of the wrong tens."""
     overall = _number(completion.get("overall_score"), _OVERALLS, counts)
     if overall == _WRONG_OVERALL and mean is not None and mean <= _HIGH_MEAN:
         if mean <= _LOW_MEAN:
             counts[REPAIRED] += 1
             return _RIGHT_OVERALL
-        if completion.get(_CORRECTED) is None:
+        if completion.get("fine-grained_score") is None:
             counts[DOUBTFUL] += 1
             return None
     return overall
@@ -223,11 +222,9 @@ def _mean_rating(completion: Mapping[str, Any], counts: Counter[str]) -> float |
     # Arrow adds aspects that a row lacks as null
     aspects = [aspect for aspect in annotations.values() if isinstance(aspect, Mapping)]
     ratings = [r for aspect in aspects if (r := _number(aspect.get("Rating"), _RATINGS, counts)) is not None]
-    if not ratings:
-        return None
-    if len(ratings) < len(aspects):
+    if 0 < len(ratings) < len(aspects):
         counts[PARTLY] += 1
-    return sum(ratings) / len(ratings)
+    return sum(ratings) / len(ratings) if ratings else None
 
 
 def _number(value: Any, scale: tuple[float, float], counts: Counter[str]) -> float | None:
@@ -235,10 +232,230 @@ def _number(value: Any, scale: tuple[float, float], counts: Counter[str]) -> flo
     if value is None or (isinstance(value, str) and value.strip().upper() in ("", "N/A", "NA", "NONE", "NULL")):
         return None
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        if not isinstance(value, bool) and scale[0] <= float(value) <= scale[1]:
+            return float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not scale[0] <= number <= scale[1]:  # not a number either
-        counts[ODD] += 1
+        pass
+    counts[ODD] += 1
+    return None
+
+
+# -- all rows ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PairsReport:
+    """The result; ``report.json`` has the same."""
+
+    inputs: list[str]  # what was read, with the number of rows
+    rules: PairRules
+    questions: int  # excluded ones
+    rows: int = 0  # read
+    pairs: int = 0  # made
+    train: int = 0
+    test: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason → places of rows ("flan.jsonl row 17")
+    notes: dict[str, int] = field(default_factory=dict)  # ``NOTES`` and ``FEWER`` that occurred
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)  # source → (rows, pairs)
+    score_chosen: float = 0.0  # means over the pairs
+    score_rejected: float = 0.0
+    chosen_longer: float = 0.0  # share of the pairs whose chosen response has more characters than the rejected one
+    files: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        result = [f"read {text}" for text in self.inputs]
+        for reason, where in sorted(self.dropped.items(), key=lambda item: (-len(item[1]), item[0])):
+            result.append(f"left out, {summarise({reason: where}, _PLACES)}")
+        result += [f"{note}: {count:,}" for note, count in self.notes.items()]
+        if self.questions:
+            result.append(f"excluded questions looked for: {self.questions:,}")
+        if len(self.sources) > 1:
+            kept = ", ".join(f"{name or 'none named'} {n:,} of {of:,}" for name, (of, n) in self.sources.items())
+            result.append(f"pairs by source: {kept}")
+        result.append(
+            f"{self.pairs:,} pairs of {self.rows:,} rows: {self.train:,} {TRAIN}, {self.test:,} {TEST}; score "
+            f"{self.score_chosen:.2f} against {self.score_rejected:.2f} on average; the chosen response is the longer one in "
+            f"{self.chosen_longer:.1%}"
+        )
+        return result
+
+    def as_dict(self) -> dict[str, Any]:
+        """For report.json: the first places of each reason; ``dropped.tsv`` has all."""
+        return {
+            **asdict(self),
+            "dropped": {
+                reason: {"count": len(where), "first": where[:_PLACES]}
+                for reason, where in sorted(self.dropped.items())
+            },
+            "sources": {name: {"rows": rows, "pairs": pairs} for name, (rows, pairs) in self.sources.items()},
+        }
+
+    def markdown(self) -> str:
+        """For report.md."""
+        rules = ", ".join(f"{key} {value}" for key, value in asdict(self.rules).items())
+        facts = "\n".join(f"- {line}" for line in self.lines())
+        return f"# Preference pairs\n\nMade by `zephyr-lite data pairs`: {rules}.\n\n{facts}\n"
+
+
+def make_pairs(
+    inputs: Sequence[str | DatasetSpec],
+    out: Path,
+    rules: PairRules | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    test: float | None = None,
+    file_format: FileFormat = "parquet",
+    num_proc: int | None = None,
+    overwrite: bool = False,
+) -> PairsReport | None:
+    """Read scored completions, choose pairs, split and write them; the folder appears complete or not at all.
+
+    Rows keep their order. The pairs with the smallest hashes of seed and prompt are held out, so that equal prompts are in the
+    same split. The same arguments and rows give the same bytes for any number of processes.
+
+    Args:
+        inputs: files, folders or hub ids in the schema of ``openbmb/UltraFeedback``.
+        out: the folder to make: train_prefs and test_prefs, report.json, report.md, dropped.tsv.
+        exclude: names for ``read_questions``. The prompts of the inputs' own truthful_qa rows are always excluded.
+        test: pairs to hold out: a share below 1, or a number. None: 2,000, and at most 5 %.
+        num_proc: processes; None: one for each core, one for a small set.
+        overwrite: replace a folder of an earlier run.
+
+    Returns:
+        None: ``out`` is the result of this very request already.
+
+    Raises:
+        UserError: an input is unreadable or of another schema; no pair is left; ``out`` has other contents.
+    """
+    rules = rules or PairRules()
+    if not rules.margin > 0:
+        raise UserError(f"margin {rules.margin:g}: must be above 0.", "Half a point is --margin 0.5.")
+    specs = [DatasetSpec(path=item) if isinstance(item, str) else item for item in inputs]
+    paths = [spec.path for spec in specs]
+    request = request_of(out, [*paths, *exclude], rules=rules, specs=specs, test=test, file_format=file_format)
+    if check_output(out, paths, MADE_BY, overwrite, request, test=test, num_proc=num_proc):
         return None
-    return number
+    listed = [text for name in exclude for text in read_questions(name)]
+    opened = [_open(file) for spec in specs for file in _files_by_source(spec)]
+    own = [
+        str(row["instruction"])
+        for raw in opened
+        for row in raw.select_columns(["source", "instruction"])
+        if row.get("source") == TRUTHFUL_QA and row.get("instruction")
+    ]
+    questions = Questions([*listed, *own])
+    report = PairsReport([f"{raw.label}: {len(raw):,} rows" for raw in opened], rules, len(questions))
+    tables: list[pa.Table] = []
+    counts: dict[str, Counter[str]] = {name: Counter() for name in _COUNTS}
+    for raw in opened:
+        logger.info(f"choosing pairs in {raw.label}")
+        blocks = [range(start, min(start + BLOCK, len(raw))) for start in range(0, len(raw), BLOCK)]
+        processes = num_proc or (cores() if len(blocks) > 2 else 1)
+        job = partial(_choose_block, raw, rules, questions)
+        for pairs, dropped, found in in_processes(job, blocks, processes, f"choosing pairs in {raw.label}"):
+            tables.append(pa.Table.from_pylist(pairs, SCHEMA.arrow_schema))
+            for reason, number in dropped:
+                report.dropped.setdefault(reason, []).append(f"{raw.label} row {number + 1}")
+            for name in _COUNTS:
+                counts[name].update(found[name])
+    table = pa.concat_tables(tables)
+    report.rows, report.pairs = counts["rows"].total(), len(table)
+    report.notes = {note: counts["notes"][note] for note in NOTES if counts["notes"][note]}
+    report.sources = {name: (counts["rows"][name], counts["pairs"][name]) for name in sorted(counts["rows"])}
+    if not report.pairs:
+        hint = "Correct the rows, or choose other rules (--chosen-by, --rejected, --margin, --system-prompt)."
+        if rules.chosen_by == "overall" and report.notes.get(UNRATED):
+            hint = "If completions have no overall_score, choose by the mean of their ratings: --chosen-by mean."
+        raise UserError(f"no pair is left of {report.rows:,} rows: {summarise(report.dropped)}.", hint)
+    report.score_chosen, report.score_rejected = (
+        float(table[name].to_numpy().mean()) for name in ("score_chosen", "score_rejected")
+    )
+    report.chosen_longer = counts["longer"].total() / report.pairs
+    held_out = _held_out(table["prompt_id"].to_pylist(), rules.seed, test)
+    report.train, report.test = int((~held_out).sum()), int(held_out.sum())
+    if test is not None and test >= 1 and report.test < test:
+        report.notes[FEWER] = int(test) - report.test
+    with folder_aside(out) as folder:
+        for split, rows in ((TRAIN, np.flatnonzero(~held_out)), (TEST, np.flatnonzero(held_out))):
+            count = -(-len(rows) // SHARD_ROWS)
+            for name, part in zip(shard_names(split, count, file_format), np.array_split(rows, count) if count else []):
+                write_rows(folder / name, table.take(pa.array(part)))
+                report.files.append(name)
+        write_text(folder / DROPPED, "".join(f"{r}\t{p}\n" for r, where in report.dropped.items() for p in where))
+        write_text(folder / "report.md", report.markdown())
+        write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, **report.as_dict()})
+    return report
+
+
+def _files_by_source(spec: DatasetSpec) -> list[DatasetSpec]:
+    """The files of a folder whose files are named by source, as in a clone of openbmb/UltraFeedback."""
+    folder = Path(spec.path).expanduser()
+    files = sorted(p for p in folder.iterdir() if p.is_file() and kind_of(p)) if folder.is_dir() else []
+    is_split = [file.stem.lower().startswith(("train", "test", "valid", "eval", "dev")) for file in files]
+    if spec.split is not None or (folder / "data").is_dir() or len(files) < 2 or any(is_split):
+        return [spec]
+    return [spec.model_copy(update={"path": str(Path(spec.path) / file.name)}) for file in files]
+
+
+def _open(spec: DatasetSpec) -> Source:
+    raw = open_rows(spec, "--split {}")
+    if not {"instruction", "completions"} <= set(raw.columns):
+        raise UserError(
+            f"{raw.label}: found columns {shown(', '.join(raw.columns), 500)}; scored completions are needed: columns "
+            "instruction and completions, as in openbmb/UltraFeedback.",
+            f"Preference pairs are ready for training as they are: zephyr-lite dpo dataset.path={spec.path}. "
+            "Prompts and conversations get scores from `zephyr-lite feedback`.",
+        )
+    return raw.select_columns(["source", "instruction", "completions"])
+
+
+# by source: rows, pairs, and pairs whose chosen response is the longer one; and counts of ``NOTES``
+_COUNTS = ("rows", "pairs", "longer", "notes")
+Chosen = tuple[list[dict[str, Any]], list[tuple[str, int]], dict[str, Counter[str]]]
+
+
+def _choose(
+    rows: Iterable[tuple[int, Mapping[str, Any]]], rules: PairRules, questions: Questions | None = None
+) -> Chosen:
+    """(the pairs of numbered rows, (reason, number) of the rows without one, ``_COUNTS``)."""
+    pairs: list[dict[str, Any]] = []
+    dropped: list[tuple[str, int]] = []
+    counts: dict[str, Counter[str]] = {name: Counter() for name in _COUNTS}
+    for number, row in rows:
+        source = row.get("source") if isinstance(row.get("source"), str) else ""
+        counts["rows"][source] += 1
+        try:
+            pair = pair_of_row(row, rules, counts["notes"], questions)
+        except RowError as reason:
+            dropped.append((str(reason), number))
+            continue
+        pairs.append(pair)
+        counts["pairs"][source] += 1
+        counts["longer"][source] += len(pair["chosen"][-1]["content"]) > len(pair["rejected"][-1]["content"])
+    return pairs, dropped, counts
+
+
+def _choose_block(raw: Source, rules: PairRules, questions: Questions, block: range) -> Chosen:
+    return _choose(zip(block, raw[block.start : block.stop]), rules, questions)
+
+
+def _held_out(prompt_ids: Sequence[str], seed: int, test: float | None) -> np.ndarray:
+    """bool [pairs]: which are held out. Pairs of one prompt stay together."""
+    hashes = [hashlib.sha256(f"{seed} test {prompt_id}".encode()).digest()[:8] for prompt_id in prompt_ids]
+    keys = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64)
+    if test is not None and test < 1:
+        held_out = keys < np.uint64(min(int(test * 2**64), 2**64 - 1))
+    else:
+        room = min(TEST_ROWS, int(len(keys) * TEST_SHARE)) if test is None else int(test)
+        held = []
+        for key, count in zip(*np.unique(keys, return_counts=True)):
+            if count <= room:  # a prompt with more pairs than there is room for is skipped
+                held.append(key)
+                room -= count
+        held_out = np.isin(keys, np.asarray(held, dtype=np.uint64))
+    if held_out.all():
+        raise UserError(
+            f"test {test:g}: that holds out all {len(keys):,} pairs.", "Hold out fewer (--test 0.05, a share)."
+        )
+    return held_out

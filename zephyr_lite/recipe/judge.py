@@ -12,9 +12,11 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ...client.endpoints import Message
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+
+from ..client.endpoints import Message
 
 NOT_RATED = "N/A"
 _RATIONALE, _CRITIQUE = "one or two sentences", "two to six sentences"
@@ -89,20 +91,36 @@ ASPECTS = (
 )
 
 
-@dataclass(frozen=True)
-class Rating:
-    """``rating`` is "1" to "5" or "N/A", as UltraFeedback writes it."""
-
-    rating: str
-    rationale: str
+def _filled(text: str) -> str:
+    if text.strip() in ("", _RATIONALE, _CRITIQUE):
+        raise ValueError("it is empty, or the form's own words")
+    return text.strip()
 
 
-@dataclass(frozen=True)
-class Overall:
-    """A score from 1 to 10, and a critique."""
+def _not_rated(value: Any) -> Any:
+    return NOT_RATED if isinstance(value, str) and value.strip().upper() in ("NA", NOT_RATED) else value
 
-    score: float
-    critique: str
+
+Text = Annotated[str, AfterValidator(_filled)]
+
+
+class Rating(BaseModel):
+    """The judge's rating of the answer with the number ``id``."""
+
+    id: int
+    rationale: Text
+    rating: Annotated[Annotated[int, Field(ge=1, le=5)] | Literal["N/A"], BeforeValidator(_not_rated)]
+
+
+class _Ratings(BaseModel):
+    ratings: list[Rating]
+
+
+class Overall(BaseModel):
+    """A critique and a score."""
+
+    critique: Text
+    overall_score: Annotated[float, Field(ge=1, le=10)]
 
 
 def shown_order(prompt_id: str, aspect: str, count: int, seed: int) -> list[int]:
@@ -169,37 +187,18 @@ def parse_ratings(text: str, count: int, may_be_na: bool) -> list[Rating]:
     Raises:
         ValueError: there is no such object, an id is missing, twice or unknown, or a rating is off the scale.
     """
-    entries = _object(text, "ratings")["ratings"]
-    if not isinstance(entries, list):
-        raise ValueError("ratings is not a list")
-    found: dict[int, Rating] = {}
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise ValueError("an entry of ratings is not an object")
-        identity = _whole(entry.get("id"))
-        if identity is None or not 1 <= identity <= count:
-            raise ValueError(f"no answer has the id {entry.get('id')!r}")
-        if identity in found:
-            raise ValueError(f"two ratings of answer {identity}")
-        rationale = entry.get("rationale")
-        if not isinstance(rationale, str) or rationale.strip() in ("", _RATIONALE):
-            raise ValueError(f"answer {identity} has no rationale")
-        found[identity] = Rating(_rating(entry.get("rating"), may_be_na), rationale.strip())
-    if len(found) < count:
-        raise ValueError(f"{count - len(found)} of {count} answers have no rating")
-    return [found[number] for number in range(1, count + 1)]
+    ratings = _Ratings.model_validate(_object(text, "ratings")).ratings
+    ratings.sort(key=lambda rating: rating.id)
+    if [rating.id for rating in ratings] != list(range(1, count + 1)):
+        raise ValueError(f"the answers 1 to {count} have the ids {[rating.id for rating in ratings]}")
+    if not may_be_na and any(rating.rating == NOT_RATED for rating in ratings):
+        raise ValueError(f"{NOT_RATED} is no rating on this scale")
+    return ratings
 
 
 def parse_overall(text: str) -> Overall:
     """Raises ValueError: there is no such object, no critique, or the score is off the scale."""
-    value = _object(text, "overall_score")
-    critique = value.get("critique")
-    if not isinstance(critique, str) or critique.strip() in ("", _CRITIQUE):
-        raise ValueError("no critique")
-    score = _number(value["overall_score"])
-    if score is None or not 1 <= score <= 10:
-        raise ValueError(f"{value['overall_score']!r} is no score from 1 to 10")
-    return Overall(score, critique.strip())
+    return Overall.model_validate(_object(text, "overall_score"))
 
 
 def _object(text: str, key: str) -> dict[str, Any]:
@@ -218,41 +217,14 @@ def _object(text: str, key: str) -> dict[str, Any]:
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    decoder, place = json.JSONDecoder(), text.find("{")
+    place = text.find("{")
     for _ in range(64):  # attempts
         if place < 0:
             return
-        end = place + 1
         try:
-            value, end = decoder.raw_decode(text, place)
+            value, end = json.JSONDecoder().raw_decode(text, place)
         except (ValueError, RecursionError):
-            pass
+            end = place + 1
         else:
-            if isinstance(value, dict):
-                yield value
+            yield value
         place = text.find("{", end)
-
-
-def _rating(value: Any, may_be_na: bool) -> str:
-    if may_be_na and isinstance(value, str) and value.strip().upper().replace("/", "") == "NA":
-        return NOT_RATED
-    rating = _whole(value)
-    if rating is None or not 1 <= rating <= 5:
-        raise ValueError(f"{value!r} is no rating from 1 to 5")
-    return str(rating)
-
-
-def _whole(value: Any) -> int | None:
-    number = _number(value)
-    return int(number) if number is not None and number == int(number) else None
-
-
-def _number(value: Any) -> float | None:
-    """A number, also as text; None for anything else, NaN and infinity included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if abs(number) < 1e6 else None

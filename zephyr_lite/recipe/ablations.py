@@ -1,0 +1,398 @@
+"""``zephyr-lite ablate``: tables of ablations, their training, and their comparison on the same held-out rows.
+
+A table is a file of the folder ``configs/tables``, or one's own::
+
+    output_dir: runs/ablations
+    keys: {seed: 1}                    # for every stage, below its own file's
+    arms:
+      dSFT: [{sft: ablations/dsft-1}]
+      dDPO + dSFT: [{sft: ablations/dsft-1}, {dpo: ablations/ddpo-dsft}]
+    chat: {path: HuggingFaceH4/ultrachat_200k, split: test_sft}
+    preferences: {path: HuggingFaceH4/ultrafeedback_binarized, split: test_prefs}
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ..client.jobs import validated
+from ..config.load import DatasetSpec, Loaded, Method, RunConfig, find_config, load_config
+from ..config.strict_yaml import read_yaml
+from ..data.chat_template import ChatTemplate, resolve_template
+from ..data.dataset import TokenizedDataset, prepare
+from ..data.load import load_rows
+from ..errors import UserError
+from ..evaluate.likelihood import Logps, chat_loss, row_logps
+from ..io.atomic import alone, write_json, write_text
+from ..io.run_dir import StageDir
+from ..model.adapters import AdapterStack
+from ..model.base import is_fingerprint_of, load_base, load_tokenizer
+from ..model.chain import chain_of_run
+from ..model.decoder import Decoder
+from ..train.dpo import run_dpo
+from ..train.resume import StageComplete
+from ..train.sft import run_sft
+
+logger = logging.getLogger(__name__)
+
+PLACED = ("output_dir", "adapters", "stage")  # keys that the table sets, or the stages' files
+OneStage = Annotated[dict[Method, str], Field(min_length=1, max_length=1)]
+ONE_BASE = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype")
+BASE = "base"  # name of the bare base's row in the result
+# the two published sets; ``--chat`` and ``--preferences`` name copies of them
+CHAT, PREFERENCES = "HuggingFaceH4/ultrachat_200k", "HuggingFaceH4/ultrafeedback_binarized"
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+class TableSpec(BaseModel):
+    """The schema of a table's file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    output_dir: str = "runs/ablations"
+    keys: dict[str, Any] = {}  # of the configuration, for every stage
+    # name → stages {method: configuration}, bottom first
+    arms: dict[str, Annotated[list[OneStage], Field(min_length=1)]] = Field(min_length=1)
+    chat: DatasetSpec = DatasetSpec(path=CHAT, split="test_sft")
+    preferences: DatasetSpec = DatasetSpec(path=PREFERENCES, split="test_prefs")
+
+
+@dataclass(frozen=True)
+class ArmStage:
+    """One stage of an arm, shared by arms that start with the same stages."""
+
+    method: Method
+    file: str  # its configuration, as named in the table
+    loaded: Loaded  # resolved, with the table's ``output_dir`` and ``adapters``
+    below: tuple[tuple[Method, str], ...]  # (method, file) of the stages below it, bottom first
+
+    @property
+    def name(self) -> str:
+        return self.loaded.config.stage
+
+
+@dataclass(frozen=True)
+class Table:
+    """A resolved table."""
+
+    name: str  # the file's, without suffix
+    run: Path  # the folder of all its stages
+    arms: dict[str, list[ArmStage]]  # name → stages, bottom first
+    chat: DatasetSpec  # held-out rows
+    preferences: DatasetSpec
+    whole: bool = True  # whether all arms of the file are included
+
+    def stages(self) -> list[ArmStage]:
+        """Every stage once, each after those below it."""
+        return list({stage.name: stage for arm in self.arms.values() for stage in arm}.values())
+
+    def held_out(self, method: Method) -> tuple[DatasetSpec, RunConfig]:
+        """The held-out rows of a method, and the configuration to read them with: the first such stage's, or the recipe's."""
+        configs = [stage.loaded.config for stage in self.stages() if stage.method == method]
+        config = configs[0] if configs else RunConfig(max_length=2048 if method == "sft" else 1024)
+        return self.chat if method == "sft" else self.preferences, config
+
+
+def read_table(
+    name: str,
+    words: Sequence[str] = (),
+    *,
+    out: str | None = None,
+    only: Sequence[str] = (),
+    chat: str | None = None,
+    preferences: str | None = None,
+) -> Table:
+    """Read a table and resolve the configurations of its stages.
+
+    Args:
+        name: a YAML file, or a shipped table's name.
+        words: ``key=value`` for every stage; ``sft.key=value``, ``dpo.key=value`` or ``STAGE.key=value`` for those only.
+        out: instead of the file's ``output_dir``.
+        only: these arms.
+        chat, preferences: copies of the two published sets, used wherever the table or a stage names them.
+
+    Raises:
+        UserError: there is no such table or arm, a key is invalid, or two different stages have one name.
+    """
+    path = find_config(name, "tables")
+    spec = validated(TableSpec, read_yaml(path), str(path))
+    if BASE in spec.arms:
+        raise UserError(f"{path}: an arm cannot be called {BASE!r}, which is the name of the bare base.")
+    if unknown := [arm for arm in only if arm not in spec.arms]:
+        raise UserError(f"{path}: there is no arm {unknown[0]!r}.", f"There are {', '.join(spec.arms)}.")
+    run, scoped = Path(out or spec.output_dir), _scopes(words)
+    _refuse_placed(spec.keys, str(path))
+    copies = {CHAT: chat, PREFERENCES: preferences}
+
+    def copied(entry: DatasetSpec) -> DatasetSpec:
+        return entry.model_copy(update={"path": copies.get(entry.path) or entry.path})
+
+    def resolve(method: Method, file: str, below: list[ArmStage]) -> ArmStage:
+        name = load_config(method, file, []).config.stage
+        adapters = f"[{run / below[-1].name / 'adapter'}]" if below else "none"
+        words = [word for scope in ("", method, name) for word in scoped.get(scope, [])]
+        loaded = load_config(method, file, [*words, f"output_dir={run}", f"adapters={adapters}"], spec.keys)
+        sets = {key: [copied(entry) for entry in getattr(loaded.config, key)] for key in ("dataset", "eval_dataset")}
+        loaded.config = loaded.config.model_copy(update=sets)
+        return ArmStage(method, file, loaded, tuple((stage.method, stage.file) for stage in below))
+
+    arms: dict[str, list[ArmStage]] = {arm: [] for arm in spec.arms if not only or arm in only}
+    known: dict[str, ArmStage] = {}
+    for arm, chain in arms.items():
+        for method, file in (item for entry in spec.arms[arm] for item in entry.items()):
+            stage = resolve(method, file, chain)
+            first = known.setdefault(stage.name, stage)
+            if (first.method, first.file, first.below) != (stage.method, stage.file, stage.below):
+                raise UserError(
+                    f"arm {arm!r}: its stage {stage.name!r} ({file}) shares its name with another one, of another file or "
+                    "on other stages.",
+                    "Give each its own `stage:` in its configuration.",
+                )
+            chain.append(first)
+    if unused := sorted(set(scoped) - {"", "sft", "dpo", *known}):
+        raise UserError(
+            f"the command line: {unused[0]}.…: no stage of this table is called so, and it is no key.",
+            f"Stages: {', '.join(sorted(known))}. A key for one of them is written {min(known)}.KEY=VALUE.",
+        )
+    return Table(path.stem, run, arms, copied(spec.chat), copied(spec.preferences), len(arms) == len(spec.arms))
+
+
+def _scopes(words: Sequence[str]) -> dict[str, list[str]]:
+    """``key=value`` words by scope: "" for all stages, a method, or a stage. ``--key value`` is one word."""
+    scoped: dict[str, list[str]] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--") and "=" not in word and rest:
+            word = f"{word}={rest.pop(0)}"
+        word = word.lstrip("-")
+        head, dot, tail = word.split("=", 1)[0].partition(".")
+        scope = head if dot and head.replace("-", "_") not in RunConfig.model_fields else ""
+        _refuse_placed([(tail.partition(".")[0] if scope else head).replace("-", "_")], "the command line")
+        scoped.setdefault(scope, []).append(word.removeprefix(f"{scope}." if scope else ""))
+    return scoped
+
+
+def _refuse_placed(keys: Iterable[str], where: str) -> None:
+    if placed := [key for key in keys if key in PLACED]:
+        raise UserError(
+            f"{where}: {placed[0]} is the table's decision.",
+            "Choose the folder with --out; the order and names of stages in the table and the stages' files.",
+        )
+
+
+# -- training and scoring --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model's scores on the held-out rows, with standard errors."""
+
+    chat_loss: float  # nats a supervised token
+    likelier: float  # share of pairs whose chosen response has the higher mean log-probability a token
+    # share of pairs whose chosen response gained more log-probability over the bare base than the rejected one (a tie does
+    # not count); None for the base
+    accuracy: float | None = None
+    accuracy_error: float | None = None
+    margin: float | None = None  # mean of that difference in nats
+    margin_error: float | None = None
+    own_accuracy: float | None = None  # of a DPO stage's last evaluation against its own reference
+    own_margin: float | None = None
+
+
+@dataclass
+class Ablation:
+    """The result of a table."""
+
+    table: Table
+    scores: dict[str, Score]  # by arm, the bare base (``BASE``) first
+    conversations: int  # held-out rows
+    pairs: int
+
+
+def run_ablation(
+    table: Table, *, on_metrics: Callable[[int, int, dict[str, float]], None] = lambda step, total, metrics: None
+) -> Ablation:
+    """Train the stages that are not finished, then score every arm and the bare base.
+
+    Interrupted stages are resumed. The result is written to ``NAME.json`` and ``NAME.md`` in the table's folder (``NAME-some``
+    if arms of the file were left out).
+
+    Raises:
+        UserError: as the stages' own commands; or stages have different bases.
+    """
+    stages = table.stages()
+    first = stages[0]
+    for stage in stages:
+        for key in ONE_BASE:
+            ours, theirs = getattr(first.loaded.config, key), getattr(stage.loaded.config, key)
+            if ours != theirs:
+                raise UserError(
+                    f"{key} is {ours!r} in {first.name} ({first.file}), and {theirs!r} in {stage.name} ({stage.file}).",
+                    f"Give one for all of them: {key}={ours}",
+                )
+    with alone(table.run):
+        _check_rows(table)
+        for number, stage in enumerate(stages, 1):
+            arms = ", ".join(arm for arm, chain in table.arms.items() if stage in chain)
+            logger.info(f"[{number}/{len(stages)}] {stage.name} ({stage.method}), for {arms}")
+            try:
+                (run_sft if stage.method == "sft" else run_dpo)(stage.loaded, on_metrics=on_metrics)
+            except StageComplete as done:
+                logger.info(done.message)
+            gc.collect()  # free one stage's base before the next one is loaded
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        result = _score(table)
+        file = table.run / (table.name if table.whole else f"{table.name}-some")
+        values = {
+            "table": table.name,
+            "arms": {arm: [stage.name for stage in chain] for arm, chain in table.arms.items()},
+            "held_out": {"conversations": result.conversations, "pairs": result.pairs},
+            "scores": {arm: asdict(score) for arm, score in result.scores.items()},
+        }
+        write_json(file.with_name(f"{file.name}.json"), values)
+        write_text(file.with_name(f"{file.name}.md"), "\n".join(table_lines(result)) + "\n")
+        logger.info(f"wrote {file}.json and .md")
+    return result
+
+
+def _check_rows(table: Table) -> None:
+    """Open every data set before hours of training."""
+    methods: tuple[Method, Method] = ("sft", "dpo")
+    for stage in table.stages():
+        if not StageDir(table.run / stage.name).complete():
+            config = stage.loaded.config
+            for specs in filter(None, (config.dataset, config.eval_dataset)):
+                load_rows(specs, stage.method, seed=config.seed, system=config.system)
+    for method in methods:
+        spec, config = table.held_out(method)
+        load_rows([spec], method, seed=config.seed, system=config.system)
+
+
+def _score(table: Table) -> Ablation:
+    """Score every arm on one base, with the arms' adapters switched on and off.
+
+    Raises:
+        UserError: a stage is not finished, its adapters or the base were changed, or held-out rows cannot be read.
+    """
+    chains = {arm: chain_of_run(table.run, stage=stages[-1].name) for arm, stages in table.arms.items()}
+    base = load_base(table.stages()[0].loaded.config)
+    for arm, chain in chains.items():
+        if not is_fingerprint_of(chain.base["fingerprint"], base.path):
+            raise UserError(
+                f"arm {arm!r} was trained on other weights of {chain.base['name_or_path']} than those in {base.path}.",
+                "Restore them, or choose another folder with --out.",
+            )
+    stack = AdapterStack(base.model)
+    bare = Decoder(stack, base.dtype, [])
+    rows: dict[str, tuple[TokenizedDataset, TokenizedDataset, Logps]] = {}  # by template; log-probabilities of the base
+    scores: dict[str, Score] = {}
+    names: dict[str, str] = {}  # an adapter's hash → its name in the stack
+    for arm, chain in chains.items():
+        assert chain.tokenizer_from is not None  # every stage saves its tokenizer
+        template = resolve_template("auto", load_tokenizer(chain.tokenizer_from))
+        if template.text not in rows:
+            chats, pairs = _held_out(table, "sft", template), _held_out(table, "dpo", template)
+            rows[template.text] = chats, pairs, row_logps(bare, pairs)
+        chats, pairs, reference = rows[template.text]
+        if not scores:
+            logger.info("scoring the base")
+            scores[BASE] = Score(chat_loss(bare, chats), _likelier(reference))
+            sizes = len(chats.lengths), len(pairs.lengths)
+        logger.info(f"scoring {arm}")
+        for adapter in chain.adapters:
+            if adapter.sha256 not in names:
+                names[adapter.sha256] = f"adapter{len(names)}"
+                stack.add_frozen(names[adapter.sha256], adapter)
+        decoder = Decoder(stack, base.dtype, [names[adapter.sha256] for adapter in chain.adapters])
+        logps = row_logps(decoder, pairs)
+        gained = logps.sums - reference.sums
+        margins = gained[:, 0] - gained[:, 1]
+        won = (margins > 0).double()
+        own: dict[str, float] = {}
+        if table.arms[arm][-1].method == "dpo":
+            info = StageDir(table.run / table.arms[arm][-1].name).info() or {}
+            own = ((info.get("result") or {}).get("evaluations") or [{}])[-1]
+        scores[arm] = Score(
+            chat_loss=chat_loss(decoder, chats),
+            likelier=_likelier(logps),
+            accuracy=won.mean().item(),
+            accuracy_error=_standard_error(won),
+            margin=margins.mean().item(),
+            margin_error=_standard_error(margins),
+            own_accuracy=own.get("eval_rewards/accuracies"),
+            own_margin=own.get("eval_rewards/margins"),
+        )
+    return Ablation(table, scores, *sizes)
+
+
+def _held_out(table: Table, method: Method, template: ChatTemplate) -> TokenizedDataset:
+    spec, config = table.held_out(method)
+    data = prepare([spec], method, config, template, what="held-out")
+    for line in data.report.lines():
+        logger.info(line)
+    return data
+
+
+def _likelier(logps: Logps) -> float:
+    means = logps.means()
+    return (means[:, 0] > means[:, 1]).double().mean().item()
+
+
+def _standard_error(values: Tensor) -> float | None:
+    return (torch.std(values) / len(values) ** 0.5).item() if len(values) > 1 else None
+
+
+# -- the table as text -----------------------------------------------------------------------------------------------
+
+HEADER = ("arm", "held-out chat loss", "preference accuracy", "margin (nats)", "likelier a token")
+HEADER += ("own accuracy", "own margin")
+
+
+def table_rows(result: Ablation) -> list[tuple[str, ...]]:
+    """The table's cells, the bare base first."""
+
+    def cell(value: float | None, form: str, error: float | None = None) -> str:
+        return "" if value is None else f"{value:{form}}" + ("" if error is None else f" ± {error:.3f}")
+
+    return [
+        (
+            arm,
+            f"{score.chat_loss:.4f}",
+            cell(score.accuracy, ".3f", score.accuracy_error),
+            cell(score.margin, "+.3f", score.margin_error),
+            f"{score.likelier:.3f}",
+            cell(score.own_accuracy, ".3f"),
+            cell(score.own_margin, "+.4f"),
+        )
+        for arm, score in result.scores.items()
+    ]
+
+
+def legend(result: Ablation) -> list[str]:
+    """The meaning of the columns."""
+    return [
+        f"Chat loss: nats a supervised token over {result.conversations:,} held-out conversations.",
+        f"Preference accuracy and margin: over {result.pairs:,} held-out pairs, by how much likelier the arm made each response "
+        "than the bare base (log-ratio, summed over the response); ± is one standard error.",
+        "Likelier a token: share of pairs whose chosen response has the higher mean log-probability; needs no reference.",
+        "Own accuracy and margin: the last evaluation of the arm's DPO stage against its own reference (the margin times beta).",
+    ]
+
+
+def table_lines(result: Ablation) -> list[str]:
+    """The table in Markdown."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in table_rows(result)]
+    cells = [HEADER, ["---"] * len(HEADER), *rows]
+    return [f"# {result.table.name}", "", *(f"| {' | '.join(c)} |" for c in cells), "", *legend(result)]

@@ -1,0 +1,475 @@
+"""``zephyr-lite feedback``: prompts → completions → ratings → rows in UltraFeedback's raw schema, and pairs of them."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, RootModel, field_validator, model_validator
+
+from .. import __version__
+from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, open_client, seed_of
+from ..client.cost import Bound, Meter, has_prices, prompt_bound
+from ..client.endpoints import EndpointSpec, Message, endpoint_spec
+from ..client.jobs import (
+    JobConfig,
+    NotBlank,
+    claim_folder,
+    distinct_name,
+    in_order,
+    json_line,
+    refuse_equal_names,
+    run_job,
+    together,
+    validated,
+)
+from ..client.request_log import Totals
+from ..config.strict_yaml import read_yaml
+from ..data.load import summarise
+from ..errors import UserError
+from ..io.atomic import file_aside, write_json
+from .judge import (
+    ASPECTS,
+    NOT_RATED,
+    Aspect,
+    Overall,
+    aspect_messages,
+    overall_messages,
+    parse_overall,
+    parse_ratings,
+    shown_order,
+)
+from .prompts import Prompt, Prompts, PromptsKey
+from .ultrafeedback import PairRules, make_pairs
+
+COMMAND = "feedback"
+ROWS, REPORT, PAIRS = "train.jsonl", "report.json", "pairs"
+PRINCIPLES = Path(__file__).parent / "principles.yaml"
+PARSED_TRIES = 3  # draws of a rating that cannot be parsed
+PLACES = 20  # of left out prompts, in the report
+
+EndpointKey = Annotated[EndpointSpec, BeforeValidator(lambda value, info: endpoint_spec(value, str(info.field_name)))]
+
+
+class ModelJobConfig(JobConfig):
+    """The configuration of a job whose fields name the endpoints that it asks."""
+
+    def endpoints(self) -> dict[str, EndpointSpec]:
+        """{name: endpoint}, every endpoint once."""
+        values = [value for _, field in self for value in (field if isinstance(field, list) else [field])]
+        return {value.name: value for value in values if isinstance(value, EndpointSpec)}
+
+
+class FeedbackConfig(ModelJobConfig):
+    """Completions of several models, rated by a judge: the keys of --config."""
+
+    prompts: PromptsKey
+    models: list[EndpointSpec] = Field(min_length=1)
+    judge: EndpointKey
+    completions: int = Field(4, ge=2, le=16)  # for each prompt
+    # system prompts that ask for one virtue. auto: where a server's model answers a prompt more than once (a local folder
+    # is sampled without, on-policy); all: always, as UltraFeedback did
+    principles: Literal["auto", "all", "none"] = "auto"
+    principles_file: str | None = None  # YAML, {name: [system prompts]}, instead of the built-in ones
+    overall: bool = False  # a critique and a score from 1 to 10 for each completion: one more request for each
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        values = value if isinstance(value, list) else [value]
+        return [endpoint_spec(each, f"models[{number}]") for number, each in enumerate(values)]
+
+    @model_validator(mode="after")
+    def _named(self) -> FeedbackConfig:
+        refuse_equal_names(self.models)
+        self.judge = distinct_name(self.judge, self.models, "judge")
+        return self
+
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One completion to ask for."""
+
+    number: int  # its place among the prompt's completions, from 0
+    endpoint: str  # the name of the model that answers
+    principle: str  # the name of the virtue that its system prompt asks for, or ""
+    system: str  # the system prompt as it is sent, with the endpoint's own, or ""
+    seed: int
+
+    def request(self, prompt: Prompt) -> Request:
+        system: tuple[Message, ...] = ({"role": "system", "content": self.system},) if self.system else ()
+        return Request(
+            key=f"completion/{prompt.id[:16]}/{self.number}/{self.endpoint}",
+            endpoint=self.endpoint,
+            messages=(*system, {"role": "user", "content": prompt.text}),
+            seed=self.seed,
+        )
+
+
+class PrinciplesFile(RootModel[dict[str, list[str]]]):
+    """A YAML file of principles: names, each with a list of system prompts."""
+
+    root: dict[str, Annotated[list[NotBlank], Field(min_length=1)]] = Field(min_length=1)
+
+
+def read_principles(path: Path | None = None) -> dict[str, list[str]]:
+    """{principle: its system prompts}, from a YAML file or the built-in one.
+
+    Raises:
+        UserError: the file cannot be read, or has no list of texts under each name.
+    """
+    path = path or PRINCIPLES
+    return validated(PrinciplesFile, read_yaml(path), str(path)).root
+
+
+def draw_slots(config: FeedbackConfig, principles: Mapping[str, Sequence[str]], prompt_id: str) -> list[Slot]:
+    """The completions of one prompt, by a draw that depends on the prompt's id and the seed alone.
+
+    With at least as many models as completions each completion is another model's; otherwise every model answers about
+    equally often. Every principle is used once before one is used again. More completions begin with the fewer.
+    """
+    seed = config.seed
+    rng = random.Random(f"models {seed} {prompt_id}")
+    order: list[EndpointSpec] = []
+    while len(order) < config.completions:
+        order.extend(rng.sample(config.models, len(config.models)))
+    order = order[: config.completions]
+    often = Counter(spec.name for spec in order)
+    names = list(principles)
+    rng = random.Random(f"principles {seed} {prompt_id}")
+    rng.shuffle(names)
+    slots = []
+    for number, spec in enumerate(order):
+        name = names[number % len(names)]
+        text = rng.choice(list(principles[name]))  # drawn in any case, so that later draws do not depend on it
+        use = config.principles
+        steered = use == "all" or (use == "auto" and spec.path is None and often[spec.name] > 1)
+        system = "\n\n".join(part for part in (spec.system, text if steered else None) if part)
+        slots.append(Slot(number, spec.name, name if steered else "", system, seed_of(seed, prompt_id, number)))
+    return slots
+
+
+def _judge_request(config: FeedbackConfig, key: str, messages: tuple[Message, ...], *seed: object) -> Request:
+    """A request to the judge, at temperature 0 unless the configuration sets another."""
+    temperature = None if "temperature" in config.judge.model_fields_set else 0.0
+    return Request(key, config.judge.name, messages, temperature, seed=seed_of(config.seed, *seed))
+
+
+# -- one prompt ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Feedback:
+    """The result of a run."""
+
+    out: Path
+    read: Prompts
+    rows: int = 0  # written to train.jsonl
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason → the places of the prompts without a row
+    unreached: int = 0  # prompts that the budget did not reach, or reached in part
+    budget_message: str = ""
+    totals: Totals = field(default_factory=Totals)
+    completions: Counter[str] = field(default_factory=Counter)  # by model
+    cut: Counter[str] = field(default_factory=Counter)  # by model: ended at max_tokens
+    principles: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)  # missing completions, by reason
+    unread: Counter[str] = field(default_factory=Counter)  # the judge's failed requests, by aspect
+    critiques: int = 0
+    # how often each rating was given, by (model, aspect), and by place in the judge's list
+    ratings: defaultdict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    places: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+    def add(self, row: Mapping[str, Any], prompt_id: str, seed: int) -> None:
+        """Count a row."""
+        self.rows += 1
+        completions = row["completions"]
+        for completion in completions:
+            self.completions[completion["model"]] += 1
+            self.principles[completion["principle"] or "none"] += 1
+            self.critiques += completion["overall_score"] is not None
+            for name, annotation in completion["annotations"].items():
+                self.ratings[completion["model"], name][annotation["Rating"]] += 1
+        for aspect in ASPECTS:
+            for place, index in enumerate(shown_order(prompt_id, aspect.name, len(completions), seed)):
+                self.places[place][completions[index]["annotations"][aspect.name]["Rating"]] += 1
+
+    def report(self, config: FeedbackConfig) -> dict[str, Any]:
+        """For report.json."""
+        return {
+            "command": COMMAND,
+            "version": __version__,
+            "prompts": {
+                "source": self.read.label,
+                "rows": self.read.read,
+                "prompts": len(self.read.prompts),
+                "left_out": _places(self.read.dropped),
+            },
+            "rows": self.rows,
+            "dropped": _places(self.dropped),
+            "not_reached_by_the_budget": self.unreached,
+            "completions": dict(sorted(self.completions.items())),
+            "completions_cut_at_max_tokens": {model: count for model, count in sorted(self.cut.items()) if count},
+            "completions_failed": dict(self.failed.most_common()),
+            "principles": dict(sorted(self.principles.items())),
+            "ratings": {
+                model: {aspect.name: _rating_report(self.ratings[model, aspect.name]) for aspect in ASPECTS}
+                for model in sorted(self.completions)
+            },
+            # shows whether the judge favours a place of its list
+            "mean_rating_by_place": [_rating_report(self.places[place])["mean"] for place in sorted(self.places)],
+            "judge_replies_not_readable_or_failed": {name: count for name, count in self.unread.items() if count},
+            "critiques": self.critiques,
+            "spent": self.totals.as_dict(),
+            "prices_given": has_prices(config.endpoints().values()),
+        }
+
+    def lines(self) -> list[str]:
+        """The result, one fact a line."""
+        result = [f"{self.out / ROWS}: {self.rows:,} rows of {len(self.read.prompts):,} prompts"]
+        if self.dropped:
+            result.append(f"dropped: {summarise(self.dropped)}")
+        if self.unreached:
+            result.append(f"{self.unreached:,} prompts are not done: {self.budget_message} {CONTINUES}")
+        return result
+
+    def ratings_table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows: each model's mean rating on each aspect, the best model first."""
+        header = ["model", *(aspect.name.replace("_", " ") for aspect in ASPECTS), "mean", "completions"]
+        rows = []
+        for model, completions in self.completions.items():
+            counts = [self.ratings[model, aspect.name] for aspect in ASPECTS]
+            means = [_mean(each) for each in (*counts, sum(counts, Counter()))]
+            texts = ["-" if value is None else f"{value:.2f}" for value in means]
+            rows.append((-(means[-1] or 0.0), model, [model, *texts, f"{completions:,}"]))
+        return header, [row for _, _, row in sorted(rows)]
+
+
+CONTINUES = "The same command with a larger budget continues the job and sends no answered request again."
+
+
+def _places(reasons: Mapping[str, list[str]]) -> dict[str, Any]:
+    return {reason: {"count": len(where), "first": where[:PLACES]} for reason, where in reasons.items()}
+
+
+def _mean(ratings: Mapping[str, int]) -> float | None:
+    """The mean of the ratings that are numbers."""
+    given = {int(rating): count for rating, count in ratings.items() if rating != NOT_RATED}
+    count = sum(given.values())
+    return sum(rating * often for rating, often in given.items()) / count if count else None
+
+
+def _rating_report(ratings: Mapping[str, int]) -> dict[str, Any]:
+    mean = _mean(ratings)
+    return {"mean": None if mean is None else round(mean, 4), "counts": dict(sorted(ratings.items()))}
+
+
+class NoRow(Exception):
+    """A prompt from which no row comes; ``str(error)`` is the reason."""
+
+
+async def rate_prompt(
+    client: ModelClient, config: FeedbackConfig, slots: Sequence[Slot], prompt: Prompt, result: Feedback
+) -> dict[str, Any]:
+    """Ask for the completions of a prompt, then for their ratings.
+
+    Two completions are enough for a row. An aspect whose ratings cannot be parsed is "N/A" for all of them.
+
+    Returns:
+        The row: source, instruction, models, completions, correct_answers, incorrect_answers.
+
+    Raises:
+        NoRow: fewer than two completions, or no rating. BudgetSpent, UserError: of the client.
+    """
+    answered: list[tuple[Slot, str]] = []
+    cut: list[str] = []
+    for slot, reply in zip(slots, await together(client.ask(slot.request(prompt)) for slot in slots)):
+        if isinstance(reply, RequestFailed):
+            result.failed[f"{slot.endpoint}: {reply.reason}"] += 1
+        elif not reply.text.strip():
+            result.failed[f"{slot.endpoint}: an empty answer"] += 1
+        else:
+            answered.append((slot, reply.text.strip()))
+            cut += [slot.endpoint] if reply.finish_reason == "length" else []
+    if len(answered) < 2:
+        raise NoRow("fewer than two completions")
+    texts = [text for _, text in answered]
+
+    async def rate(aspect: Aspect) -> list[dict[str, str]]:
+        """The ratings of all completions on one aspect, shown in a drawn order and returned in that of ``texts``."""
+        order = shown_order(prompt.id, aspect.name, len(texts), config.seed)
+        messages = aspect_messages(aspect, prompt.text, [texts[place] for place in order])
+        request = _judge_request(config, f"rating/{prompt.id[:16]}/{aspect.name}", messages, prompt.id, aspect.name)
+        na = bool(aspect.not_rated)
+        shown = await client.ask_parsed(request, lambda text: parse_ratings(text, len(texts), na), PARSED_TRIES)
+        by_place = dict(zip(order, shown))
+        found = [by_place[place] for place in range(len(texts))]
+        return [{"Rating": str(rating.rating), "Rationale": rating.rationale} for rating in found]
+
+    async def score(slot: Slot, text: str) -> Overall:
+        key = f"overall/{prompt.id[:16]}/{slot.number}/{slot.endpoint}"
+        messages = overall_messages(prompt.text, text)
+        request = _judge_request(config, key, messages, prompt.id, "overall", slot.number)
+        return await client.ask_parsed(request, parse_overall, PARSED_TRIES)
+
+    annotations: list[dict[str, dict[str, str]]] = [{} for _ in texts]
+    for aspect, rated in zip(ASPECTS, await together(rate(aspect) for aspect in ASPECTS)):
+        if isinstance(rated, RequestFailed):
+            result.unread[aspect.name] += 1
+            rated = [{"Rating": NOT_RATED, "Rationale": ""} for _ in texts]
+        for own, annotation in zip(annotations, rated):
+            own[aspect.name] = annotation
+    scores: Sequence[Overall | RequestFailed | None] = [None] * len(texts)
+    if config.overall:
+        scores = await together(score(slot, text) for slot, text in answered)
+        result.unread["overall"] += sum(isinstance(each, RequestFailed) for each in scores)
+    if all(annotation["Rating"] == NOT_RATED for own in annotations for annotation in own.values()):
+        raise NoRow("the judge rated nothing")
+    result.cut.update(cut)
+    return {
+        "source": prompt.source,
+        "instruction": prompt.text,
+        "models": [slot.endpoint for slot, _ in answered],
+        "completions": [
+            {
+                "annotations": own,
+                "custom_system_prompt": slot.system,
+                "model": slot.endpoint,
+                "principle": slot.principle,
+                "response": text,
+                "critique": overall.critique if isinstance(overall, Overall) else "",
+                "overall_score": overall.overall_score if isinstance(overall, Overall) else None,
+                "fine-grained_score": _mean(Counter(annotation["Rating"] for annotation in own.values())),
+            }
+            for (slot, text), own, overall in zip(answered, annotations, scores)
+        ],
+        "correct_answers": prompt.correct,
+        "incorrect_answers": prompt.incorrect,
+    }
+
+
+# -- all prompts -----------------------------------------------------------------------------------------------------
+
+
+def client_of(config: ModelJobConfig, meter: Meter, back_off: float) -> AbstractAsyncContextManager[ModelClient]:
+    """The client of a job: its endpoints, budget and request log."""
+    return open_client(
+        list(config.endpoints().values()),
+        Path(config.out),
+        max_requests=config.budget.requests,
+        max_tokens=config.budget.tokens,
+        on_progress=meter.totals,
+        back_off=back_off,
+    )
+
+
+def nothing_made(out: Path, what: str, reasons: Iterable[str], budget_spent: bool) -> UserError:
+    """The error of a job without any row."""
+    hint = "Give a larger budget" if budget_spent else "Look at the reasons"
+    return UserError(
+        f"{out}: no {what}: {'; '.join(filter(None, reasons))}",
+        f"{hint}; the same command continues the job, and all replies so far are kept.",
+    )
+
+
+def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter, *, back_off: float = 1.0) -> Feedback:
+    """Make the data set in ``config.out``: train.jsonl, report.json, requests.sqlite, config.yaml.
+
+    The rows are in the prompts' order, and the same however many requests run at once and however often the job was
+    interrupted, if the servers give the same replies.
+
+    Args:
+        read: of ``read_prompts``.
+        back_off: of ``open_client``.
+
+    Raises:
+        UserError: the folder holds something else, an endpoint cannot answer at all, or no row came out. All replies
+            are in the request log in each case.
+    """
+    out = Path(config.out)
+    principles = read_principles(Path(config.principles_file) if config.principles_file else None)
+    claim_folder(out, COMMAND, config)
+    result = Feedback(out, read)
+    # enough prompts in progress to keep all endpoints busy, and few enough that little is half done when the budget ends
+    answering = math.ceil(sum(spec.concurrency for spec in config.models) / config.completions)
+    window = 2 * (answering + math.ceil(config.judge.concurrency / len(ASPECTS)))
+
+    async def run() -> None:
+        async with client_of(config, meter, back_off) as client:
+            result.totals = client.totals
+
+            async def row_of(prompt: Prompt) -> dict[str, Any] | NoRow | BudgetSpent:
+                try:
+                    return await rate_prompt(client, config, draw_slots(config, principles, prompt.id), prompt, result)
+                except (NoRow, BudgetSpent) as reason:
+                    return reason
+
+            with file_aside(out / ROWS) as file:
+                async for prompt, row in in_order(read.prompts, row_of, window):
+                    if isinstance(row, BudgetSpent):
+                        result.unreached += 1
+                        result.budget_message = str(row)
+                    elif isinstance(row, NoRow):
+                        result.dropped.setdefault(str(row), []).append(prompt.where)
+                    else:
+                        result.add(row, prompt.id, config.seed)
+                        file.write(json_line(row))
+                    meter.advance()
+                if not result.rows:  # an earlier file stays as it is
+                    failed = {**result.failed, **{f"judge, {name}": n for name, n in result.unread.items() if n}}
+                    failures = ", ".join(f"{reason}: {count:,}" for reason, count in failed.items())
+                    reasons = [summarise(result.dropped), result.budget_message, failures]
+                    what = f"row came out of {len(read.prompts):,} prompts"
+                    raise nothing_made(out, what, reasons, result.unreached > 0)
+
+    run_job(run())
+    write_json(out / REPORT, result.report(config))
+    return result
+
+
+def feedback_bounds(
+    config: FeedbackConfig, prompts: Iterable[Prompt], principles: Mapping[str, Sequence[str]]
+) -> dict[str, Bound]:
+    """{endpoint: upper bounds of what a job costs}; the judge reads a completion as its ``max_tokens``."""
+    specs = config.endpoints()
+    bounds = {name: Bound() for name in specs}
+    judge = config.judge
+
+    def add_judged(messages: Sequence[Message], completion_tokens: int) -> None:
+        prompt_tokens = prompt_bound(judge, messages, completion_tokens)
+        bounds[judge.name].add(judge, prompt_tokens, judge.max_tokens, tries=PARSED_TRIES)
+
+    for prompt in prompts:
+        slots = draw_slots(config, principles, prompt.id)
+        lengths = [specs[slot.endpoint].max_tokens for slot in slots]
+        for slot, length in zip(slots, lengths):
+            spec = specs[slot.endpoint]
+            bounds[spec.name].add(spec, prompt_bound(spec, slot.request(prompt).messages), length)
+            if config.overall:
+                add_judged(overall_messages(prompt.text, ""), length)
+        for aspect in ASPECTS:
+            add_judged(aspect_messages(aspect, prompt.text, [""] * len(slots)), sum(lengths))
+    return bounds
+
+
+def make_pair_folder(config: FeedbackConfig) -> list[str]:
+    """``OUT/pairs`` from ``OUT/train.jsonl``, as ``data pairs`` makes it by default; returns lines about the result.
+
+    Rows without any pair are no error: the ratings are kept, and other rules may find pairs.
+    """
+    rows, pairs = Path(config.out, ROWS), Path(config.out, PAIRS)
+    try:
+        report = make_pairs([str(rows)], pairs, PairRules(seed=config.seed), overwrite=True)
+    except UserError as error:
+        earlier = f" {pairs} is from an earlier run." if pairs.exists() else ""
+        return [f"no pairs: {error.message}{earlier}", f"With other rules: zephyr-lite data pairs {rows} --out {pairs}"]
+    assert report is not None  # overwritten
+    return [*report.lines(), f"Next: zephyr-lite dpo dataset.path={pairs} dataset.split=train_prefs"]

@@ -1,1 +1,0 @@
-"""AI feedback and dialogues made by other models, as UltraFeedback and UltraChat were made."""
