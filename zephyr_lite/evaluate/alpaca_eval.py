@@ -79,13 +79,16 @@ class AlpacaConfig(JudgedConfig):
 
 @dataclass(frozen=True)
 class Output(Item):
-    """One answer of a file; a repeated instruction gets a key of its own."""
+    """One answer of a file, to an instruction, its only turn; a repeated instruction gets a key of its own."""
 
-    instruction: str
     output: str
     generator: str
     dataset: str
     index: int = 0  # the row's place in the file
+
+    @property
+    def instruction(self) -> str:
+        return self.turns[0]
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def read_outputs(place: str | None) -> tuple[list[Output], Path]:
 
     def output(row: dict[str, Any]) -> Output:
         instruction, answer = (_text(row, key) for key in ("instruction", "output"))
-        return Output("", instruction, answer, str(row.get("generator") or path.stem), str(row.get("dataset") or ""))
+        return Output("", (instruction,), answer, str(row.get("generator") or path.stem), str(row.get("dataset") or ""))
 
     outputs: list[Output] = []
     seen: Counter[str] = Counter()
@@ -505,9 +508,6 @@ class AlpacaEval(Benchmark[Output]):
 
     def notes(self, models: Mapping[str, dict[str, Any]]) -> list[str]:
         return [NOTE, *(notes_on(models, self.difficulty is not None) if models else [])]
-
-    def turns(self, item: Output) -> Sequence[str]:
-        return [item.instruction]
 
     def given(self, model: str, item: Output) -> str | None:
         return self.outputs[model][item.key] if model in self.outputs else None

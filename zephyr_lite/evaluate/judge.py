@@ -190,9 +190,10 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class Item:
-    """A question or an instruction; ``key`` is its name within the benchmark."""
+    """A question or an instruction."""
 
-    key: str
+    key: str  # its name within the benchmark
+    turns: tuple[str, ...]  # what the user says
 
 
 @dataclass
@@ -251,10 +252,6 @@ class Benchmark(ABC, Generic[T]):
         """How scores differ from published ones; before there are any, ``models`` is {}."""
 
     @abstractmethod
-    def turns(self, item: T) -> Sequence[str]:
-        """What the user says, turn by turn."""
-
-    @abstractmethod
     def judge_messages(self, item: T, answers: Sequence[str]) -> tuple[Message, ...]:
         """The request for the verdict on the last of the answers."""
 
@@ -298,7 +295,7 @@ class Benchmark(ABC, Generic[T]):
             for item in self.items:
                 said: list[Message] = []
                 length = specs[model].max_tokens if model in specs else 0
-                for n, text in enumerate(self.turns(item)):
+                for n, text in enumerate(item.turns):
                     given = self.given(model, item)
                     said.append({"role": "user", "content": text})
                     if given is None:
@@ -384,7 +381,7 @@ class Benchmark(ABC, Generic[T]):
 
     async def _outcome(self, client: ModelClient, model: str, item: T) -> Outcome[T] | BudgetSpent:
         """All turns of an item, then the verdicts on them."""
-        outcome, said, lost, turns = Outcome(item), list[Message](), "", self.turns(item)
+        outcome, said, lost, turns = Outcome(item), list[Message](), "", item.turns
         parts = [(n,) if len(turns) > 1 else () for n in range(1, len(turns) + 1)]
 
         async def verdict(n: int) -> tuple[float | None, str]:
