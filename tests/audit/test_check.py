@@ -85,7 +85,7 @@ def test_a_run_of_this_program_is_sound(run, pair_rows, chat_rows):
         assert result.level <= Level.note, [f for f in result.findings if f.level > Level.note]
         assert result.tool == "zephyr-lite" and result.method == stage
     told = {f.topic: f.text for f in result.findings if f.level == Level.right}
-    assert told["below"] and f"ln 2 against what it started from ({run}/sft/adapter)" in told["reference"]
+    assert told["below"] and f"ln 2 against the start of training ({run}/sft/adapter)" in told["reference"]
     assert result.numbers["pairs"]["start"]["loss"] == pytest.approx(LN2, abs=1e-6)
     assert result.numbers["pairs"]["start"]["accuracy"] > 0.5
 
@@ -164,7 +164,7 @@ def test_step_zero_against_itself_is_no_evidence(run, chat_rows, pair_rows, tmp_
     shutil.copytree(run / "dpo/adapter", tmp_path / "a")
     given = {"rows": str(chat_rows), "pairs": str(pair_rows), "load_in_4bit": False, "limit": 4}
     ((level, text),) = found("reference", tmp_path / "a", **given)
-    assert level == Level.note and "by definition: the bare base is taken for both" in text
+    assert level == Level.note and "by definition: the bare base is taken as both" in text
 
 
 def test_an_untrained_adapter_is_found(tiny_base, tmp_path):
@@ -272,7 +272,7 @@ def test_mistakes_are_found_before_the_base_is_loaded(run, chat_rows, tmp_path, 
         (["--pairs", str(tmp_path / "none.jsonl")], "there is no such file"),
         (["--reference", str(tmp_path)], "no adapter_config.json"),
         (["--beta", "0"], "DPO's beta is above 0"),
-        (["--start", "x", "--below", "y"], "--start names what it was continued from"),
+        (["--start", "x", "--below", "y"], "--start and --below cannot be combined"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr("zephyr_lite.audit.run.load_base", lambda *a, **k: pytest.fail("the base was loaded"))

@@ -90,12 +90,6 @@ def test_it_is_kept_in_the_folder_and_the_other_one_is_gone(merged):
     assert told["measured"]["data"]["rows"] == 8
 
 
-def test_a_plain_check_measures_what_was_merged(trained, tmp_path):
-    found = run_merge(tmp_path / "m", run=trained, onto="nf4", rows=2)
-    assert list(found.ways) == ["nf4"] and found.rows == 2 and found.between is None
-    assert json.loads((tmp_path / "m" / "zephyr_lite.json").read_text())["measured"]["nf4"]["loss"]["value"] > 0
-
-
 def test_other_architectures_and_small_memory_give_the_same(trained, merged, monkeypatch):
     """Their logits are kept in files; a folder that does not fit is read from the disk layer by layer."""
     out, found, _ = merged

@@ -19,7 +19,7 @@ from zephyr_lite.merge import merge
 from zephyr_lite.model.adapters import AdapterStack, check_targets
 from zephyr_lite.model.base import read_model_config
 from zephyr_lite.model.files import INDEX, SINGLE, fetch_base, weight_files
-from zephyr_lite.model.peft_io import fetch_adapter, other_base, read_adapter
+from zephyr_lite.model.peft_io import fetch_adapter, read_adapter
 from zephyr_lite.model.tokenizer import check_vocabulary, load_tokenizer
 
 
@@ -140,11 +140,6 @@ def test_numbers_and_names_that_are_none(tmp_path, keys):
     assert str(folder) in caught.value.message and caught.value.hint and caught.value.message.isprintable()
 
 
-def test_what_an_adapter_reaches_is_read_from_its_weights(tmp_path):
-    for place, targets in enumerate(["q_proj", "all-linear", None, "(a+)+"]):
-        assert read_adapter(make_adapter(tmp_path / str(place), target_modules=targets)).modules.keys() == {MODULE}
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -159,12 +154,6 @@ def test_an_adapter_that_does_not_fit_is_not_attached(tmp_path, changes, said):
     folder = make_adapter(tmp_path / "a", **changes)
     with pytest.raises(UserError, match=said):
         AdapterStack(make_model()).add_frozen("a", read_adapter(folder))
-
-
-def test_another_base_by_name_is_said():
-    assert other_base({"base_model_name_or_path": "o/n"}, "/models/n") is None  # the same, moved
-    assert other_base({}, "o/n") is None
-    assert "names o/n as the base, it is used on o/m" in (other_base({"base_model_name_or_path": "o/n"}, "o/m") or "")
 
 
 @pytest.mark.parametrize("targets", [[".*q_proj"], ["(a+)+.q_proj"], ["q_proj\n"], ["lm_head"]])

@@ -23,12 +23,10 @@ from zephyr_lite.monitor.charts import (
     TOP,
     WIDTH,
     Curve,
-    charts_of,
     line_chart,
-    number,
     smoothed,
 )
-from zephyr_lite.monitor.report import MARK, gib, read_source, read_stage, run_page, side_by_side, without_paths
+from zephyr_lite.monitor.report import MARK, read_source, read_stage, run_page, side_by_side
 from zephyr_lite.monitor.report_writer import ReportWriter
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -343,21 +341,6 @@ def test_thinning_keeps_spikes_and_smoothing_is_a_mean():
     assert smoothed([2.0, math.nan, 4.0, 6.0]) == pytest.approx([3.0, 4.0, 4.0, 5.0])
 
 
-def test_words_and_numbers():
-    assert [number(v) for v in (None, 1234567, 0.00002, 1.23456, math.inf, 12345.6)] == [
-        "–",
-        "1,234,567",
-        "2e-05",
-        "1.235",
-        "not finite",
-        "12,346",
-    ]
-    assert [gib(v) for v in (2**30, 50 * 2**20, 2**19, "x")] == ["1.00 GiB", "50 MiB", "0.5 MiB", "–"]
-    assert without_paths("/home/me/x.jsonl: of C:\\Users\\me\\y.csv, org/name, 1/2, https://host/a/b") == (
-        "…/x.jsonl: of …/y.csv, org/name, 1/2, https://host/a/b"
-    )
-
-
 def test_reading_needs_no_torch():
     code = "import sys, zephyr_lite.monitor.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
@@ -427,20 +410,3 @@ def test_a_report_that_cannot_be_written_ends_nothing(run, monkeypatch, caplog):
     assert page.read_text() == before
     (message,) = caplog.messages
     assert "No space left on device" in message and "training continues" in message
-
-
-def test_charts_of_two_quantities_and_two_runs(run):
-    def series(records, labels, title):
-        one = next(c for c in charts_of(records, labels) if c["title"] == title)
-        return [(curve["label"], curve["style"]) for curve in one["curves"]], one["rules"]
-
-    one, two = read_stage(run / "dpo"), read_stage(run / "dpo")
-    assert series([one], [], "Rewards")[0] == [("chosen", "line hue0"), ("rejected", "line hue1")]
-    assert [label for _, label in series([one], [], "Loss")[1]] == ["start (ln 2)"]
-    one.who, two.who = "a: ", "b: "
-    assert series([one, two], ["a", "b"], "Rewards")[0] == [
-        ("a: chosen", "line hue0"),
-        ("a: rejected", "line hue0 dashed"),
-        ("b: chosen", "line hue1"),
-        ("b: rejected", "line hue1 dashed"),
-    ]

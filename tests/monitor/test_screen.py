@@ -20,11 +20,10 @@ from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.monitor import screens
 from zephyr_lite.monitor.console import Console
 from zephyr_lite.monitor.health import DPO, Progress, judge, published_of
-from zephyr_lite.monitor.panel import LiveScreen, render, spark
+from zephyr_lite.monitor.panel import LiveScreen, render
 from zephyr_lite.monitor.screens import JsonScreen, open_screen
 from zephyr_lite.train.distributed import PeerEnded
-from zephyr_lite.train.objective import Outcome
-from zephyr_lite.train.observer import Sample
+from zephyr_lite.train.stage import Outcome, Sample
 
 LN2 = math.log(2)
 STEP = {
@@ -227,11 +226,6 @@ def test_without_utf_8_the_signs_are_ascii():
     Console(out=out).say("✓ ▁█ done")
     out.flush()
     assert out.buffer.getvalue() == b"* _# done\n"
-
-
-def test_curves_keep_their_shape():
-    assert spark([0.0, 1.0, 2.0, 7.0], 4) == "▁▂▃█" and spark([], 4) == "" and spark([3.0, 3.0], 4) == "▁▁"
-    assert spark([0.0, math.nan, 1.0], 4) == "▁█" and len(spark(list(range(100)), 24)) == 24
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""What the files of an adapter show: who wrote it, by which method, on what base, whether it was trained, and which adapters
-belong below it. No code is run and nothing is unpickled: ``training_args.bin`` is never opened.
+"""Checks of an adapter's files: tool, method and base, whether it was trained, and which adapters belong below it. No code is
+run and nothing is unpickled: ``training_args.bin`` is never opened.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Audit:
 
 @dataclass
 class Evidence:
-    """What is known of an adapter before a model is loaded.
+    """An adapter's files, read before a model is loaded.
 
     Attributes:
         adapter: its weights and adapter_config.json.
@@ -332,13 +332,13 @@ def _check_log(evidence: Evidence, audit: Audit) -> None:
         if is_number(first.get(key))
     ]
     if abs(loss - LN2) <= (FIRST_STEP if at_first else FIRST_STEPS):
-        audit.right("reference", "its log starts at ln 2: its reference is what it started from", *facts)
+        audit.right("reference", "its log starts at ln 2: training started from its reference", *facts)
         return
     audit.add(
         Level.wrong if at_first else Level.doubtful,
         "reference",
-        "its log does not start at ln 2: the reference was not what the policy started from (often the bare base, with "
-        "the SFT adapter only in the policy)",
+        "its log does not start at ln 2: training did not start from its reference (often the bare base, with the SFT "
+        "adapter only in the policy)",
         *facts,
         advice="Train it again against the right reference; --pairs FILE with --reference measures which it was.",
     )

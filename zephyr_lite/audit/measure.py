@@ -169,13 +169,13 @@ def check_pairs(
 
     Args:
         claimed: the reference: start, base, or another of the models.
-        started: what training started from, in words.
+        started: the adapters that training started from, in words.
         documented: a stage.json says so.
     """
     policy, start = (row_logps(live.decoder(model), data).sums for model in ("policy", "start"))
     facts, numbers = [], {}
     identical = False  # the claimed reference is the start itself
-    labels = {"start": f"what it started from ({started})", "base": "the bare base"}
+    labels = {"start": f"the start of training ({started})", "base": "the bare base"}
     for model in dict.fromkeys(("start", "base", claimed)):
         same = live.models[model] == live.models["start"]
         reference = start if same else row_logps(live.decoder(model), data).sums
@@ -196,16 +196,14 @@ def check_pairs(
     found.numbers["pairs"] = {**numbers, "beta": beta}
     result, label = numbers[claimed], labels.get(claimed, claimed)
     if identical and not documented:
-        text = f"step 0 is ln 2 by definition: {started} is taken for both what it started from and its reference"
-        advice = (
-            "Only the trainer's log shows whether both were that; set --start or --below, and --reference, otherwise."
-        )
+        text = f"step 0 is ln 2 by definition: {started} is taken as both the start of training and the reference"
+        advice = "Only the trainer's log can show it; name others with --start or --below, and --reference."
         found.note("reference", text, *facts, advice=advice)
     elif abs(result["loss"] - LN2) <= 1e-6:
         found.right("reference", f"step 0 is ln 2 against {label}", *facts)
     else:
         text = f"step 0 is {result['loss']:.4f} against {label}, not ln 2 ({LN2:.4f}): "
-        advice = "Train it again with what the policy starts from as the reference (zephyr-lite dpo does)."
+        advice = "Train it again with the policy's start as the reference (zephyr-lite dpo does)."
         found.wrong("reference", text + "training did not start from its reference", *facts, advice=advice)
     if found.method == "dpo" and result["accuracy"] + 2 * result["accuracy_error"] < 0.5:
         advice = "Another reference, other pairs, or swapped columns."
@@ -256,7 +254,7 @@ def _check_template(live: LoadedModel, templates: dict[str, ChatTemplate], rows:
             return "own"
     text = "no other template fits it better than its own"
     if best != "own":
-        text = f"nothing says that it was trained with another than its own, although {best} has the lower loss"
+        text = f"no clear sign of another template than its own, although {best} has the lower loss"
     found.right("template", text, *facts)
     return "own"
 
@@ -337,7 +335,7 @@ def _check_bos(
     if better_by:
         times = ("without BOS", "with BOS", "with BOS twice")[max(better_by, key=lambda count: better_by[count])]
         advice = "Train it again on rows with BOS once, or serve it as it was trained."
-        found.doubtful("bos", f"it does better {times}: it was probably trained so", *facts, advice=advice)
+        found.doubtful("bos", f"it does better {times}: it was probably trained that way", *facts, advice=advice)
     else:
         found.right("bos", f"BOS is {'written once' if right else 'never written'}, as in training", *facts)
     if again > 1:

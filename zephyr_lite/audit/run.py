@@ -48,7 +48,7 @@ def audit(
         base: instead of the one that it names.
         below: adapters below it, from the bottom up.
         start: the adapter that it was continued from, and therefore contains.
-        reference: the claimed reference: ``start`` (what it started from), ``base``, or an adapter.
+        reference: the claimed reference: ``start`` (of training), ``base``, or an adapter.
         rows, pairs: files or hub ids; None: its own held-out rows, or the demo's; no pairs.
         beta: of DPO; None: its own, or TRL's default.
         chat_template: instead of the saved one.
@@ -62,8 +62,8 @@ def audit(
     """
     if start is not None and below:
         raise UserError(
-            "--start names what it was continued from, --below what was below it.",
-            "Give one: an adapter that was continued contains the other; one that was stacked does not.",
+            "--start and --below cannot be combined.",
+            "Give --start for an adapter that this one was continued from, --below for adapters that are active below it.",
         )
     if beta is not None and beta <= 0:
         raise UserError(f"--beta {beta:g}: DPO's beta is above 0.", "Leave it out for its own, or 0.1.")

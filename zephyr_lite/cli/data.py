@@ -166,7 +166,7 @@ def stats(
     verbose: Verbose = False,
 ) -> None:
     """Lengths, cut and left out rows, packing, tokens and steps; needs no weights."""
-    from .row_stats import measure, stats_lines
+    from .row_stats import stats_lines
     from .rows import held_out_rows, open_rows, stage_of_words
 
     method, words = stage_of_words(list(context.args), config)
@@ -174,7 +174,7 @@ def stats(
     say_all(f"note: {note}" for note in opened.notes)
     for each in (opened, held_out_rows(opened)) if opened.config.eval_dataset else (opened,):
         console.say()
-        for line in stats_lines(measure(each), width=console.out.width, colour=_has_colour(), places=places):
+        for line in stats_lines(each, width=console.out.width, colour=_has_colour(), places=places):
             console.out.print(line)
 
 

@@ -58,18 +58,13 @@ MISTRAL_SHAPE: Any = SimpleNamespace(
 
 @dataclass(frozen=True)
 class KnownData:
-    """A data set of the recipe.
+    """A data set of the recipe."""
 
-    Attributes:
-        download, disk: bytes fetched (every split comes along), and in the cache once converted.
-        rows: of the training split.
-        tokens: of one row, on average: UltraChat's 286 M tokens are the published recipe's 139,520 packed rows of
-            2048; a pair's 700 an assumption (prompt, chosen and rejected, cut as in the recipe).
-    """
-
-    download: int
+    download: int  # bytes fetched (every split comes along), and in the cache once converted
     disk: int
-    rows: int
+    rows: int  # of the training split
+    # of one row, on average: UltraChat's 286 M tokens are the published recipe's 139,520 packed rows of 2048; a
+    # pair's 700 an assumption (prompt, chosen and rejected, cut as in the recipe)
     tokens: int
 
 
@@ -402,7 +397,7 @@ def expected_job(
     if below is None:
         stacked = config.adapters != "none" and (method == "dpo" or bool(config.adapters))
         below = [_assumed_below(config, job.shape)] * ((len(config.adapters) or 1) if stacked else 0)
-    return job.at(adapters=(*below, *job.adapters))
+    return replace(job, adapters=(*below, *job.adapters))
 
 
 def disk_bytes(job: Workload, config: RunConfig) -> dict[str, int]:

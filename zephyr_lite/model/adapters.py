@@ -225,11 +225,11 @@ class AdapterStack:
             self._activate(self.names)
 
     def _add(self, name: str, ranks: dict[str, int]) -> None:
-        leaf_ranks = sorted(set(ranks.values()))
+        rank = max(ranks.values())
         config = LoraConfig(
-            r=leaf_ranks[-1],
-            lora_alpha=leaf_ranks[-1],
-            rank_pattern={m: r for m, r in ranks.items() if r != leaf_ranks[-1]},
+            r=rank,
+            lora_alpha=rank,
+            rank_pattern={module: other for module, other in ranks.items() if other != rank},
             target_modules=sorted(ranks),
             lora_dropout=0.0,  # dropout is a hash inside the decoder; PEFT's would draw from the global generator
             task_type="CAUSAL_LM",

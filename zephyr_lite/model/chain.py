@@ -180,11 +180,8 @@ def check_stack(adapters: list[AdapterFile], base: str) -> list[str]:
 
 
 def _check_stage(adapter: AdapterFile, below: list[AdapterFile]) -> set[str]:
-    """Check an adapter in a stage's folder: delta/ needs the adapters below it, adapter/ already contains them.
-
-    Returns:
-        the hashes of the adapters that a delta was trained on; empty for any other adapter.
-    """
+    """Check an adapter in a stage's folder: delta/ needs the adapters below it, adapter/ already contains them. Returns the
+    hashes of the adapters that a delta was trained on."""
     stage = StageDir(adapter.path.parent)
     info = stage.info() if adapter.path.name in ("adapter", "delta") else None
     if info is None:

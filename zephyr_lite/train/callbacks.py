@@ -1,12 +1,11 @@
-"""transformers' callbacks and trackers around the loop."""
+"""transformers' callbacks and the trackers of ``report_to`` around the loop."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,8 +14,11 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from ..config.load import RunConfig
 from ..errors import UserError
-from ..io.run_dir import StageDir
 from .distributed import world
+from .stage import Stage
+
+if TYPE_CHECKING:
+    from .loop import TrainState
 
 # tracker → the extra that installs it, and the packages of which one is needed
 EXTRAS = {
@@ -32,10 +34,11 @@ def trackers(config: RunConfig) -> list[TrainerCallback]:
     Raises:
         UserError: transformers knows no such tracker, or it is not installed.
     """
-    names = config.report_to if world().writes else []
+    names = config.report_to if world().is_main_process else []
     for name in names:
         extra, packages = EXTRAS.get(name, ("", ()))
-        if extra and not any(_installed(package) for package in packages):
+        # a plain folder of the package's name, which a tracker leaves, has no origin
+        if extra and not any((spec := find_spec(package)) and spec.origin for package in packages):
             raise UserError(
                 f"report_to: {name} is not installed.", f'Run: pip install "zephyr-lite[{extra}]", or leave it out.'
             )
@@ -45,56 +48,29 @@ def trackers(config: RunConfig) -> list[TrainerCallback]:
         raise UserError(f"report_to {names}: {error}", "Install the tracker, or leave it out.") from None
 
 
-def _installed(package: str) -> bool:
-    """Whether a package can be imported; a plain folder of its name, which a tracker leaves, does not count."""
-    spec = find_spec(package)
-    return spec is not None and spec.origin is not None
-
-
-def open_wandb(reporting: Sequence[TrainerCallback], stage: StageDir) -> None:
-    """Open the stage's W&B run, or continue it under the id in stage.json; transformers' callback uses the open run."""
-    info = stage.info()
-    if not any(type(callback).__name__ == "WandbCallback" for callback in reporting) or not info:
-        return
-    import wandb
-
-    if wandb.run is None:
-        wandb.init(
-            project=os.getenv("WANDB_PROJECT", "huggingface"),
-            name=f"{stage.run.name}-{stage.path.name}",
-            id=os.getenv("WANDB_RUN_ID") or f"{info['id']}-{stage.path.name}",
-            resume=os.getenv("WANDB_RESUME") or "allow",
-        )
+def name_wandb_run(stage: Stage) -> None:
+    """Let W&B continue the stage's run, under the id in stage.json, unless the user has named another."""
+    os.environ.setdefault("WANDB_RUN_ID", f"{stage.info['id']}-{stage.config.stage}")
+    os.environ.setdefault("WANDB_RESUME", "allow")
 
 
 class Callbacks:
     """transformers' callbacks, called as its Trainer calls them.
 
     Args:
-        config: of the stage.
-        stage: its folder.
-        model: the live model.
-        total: steps of the run.
-        callbacks: beside the trackers of ``report_to``.
+        train: the run, with callbacks of its own beside the trackers.
 
     Attributes:
-        state: what callbacks read: the step, the epoch, what was logged.
         control: what they ask for: to stop, to save.
-
-    Raises:
-        UserError: a tracker is not installed.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        stage: StageDir,
-        model: Any,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        total: int,
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> None:
+    def __init__(self, train: TrainState) -> None:
+        self.train, self.control = train, TrainerControl()
+        stage, config = train.stage.dir, train.stage.config
+        callbacks = [*trackers(config), *train.callbacks]
+        self.handler: CallbackHandler | None = None
+        if not callbacks:
+            return
         # transformers' integrations read their settings from its own arguments, and send these to the tracker
         self.arguments = TrainingArguments(
             output_dir=str(stage.path),
@@ -104,7 +80,7 @@ class Callbacks:
             project="zephyr-lite",  # trackio's; wandb reads its own variable
             per_device_train_batch_size=config.batch_size,
             num_train_epochs=config.num_train_epochs,
-            max_steps=total,
+            max_steps=train.total,
             learning_rate=config.learning_rate,
             lr_scheduler_type=config.lr_scheduler_type,
             weight_decay=config.weight_decay,
@@ -115,14 +91,12 @@ class Callbacks:
             save_strategy="no",  # the loop saves and evaluates by itself
             eval_strategy="no",
         )
-        reporting = trackers(config)
-        open_wandb(reporting, stage)
+        name_wandb_run(train.stage)
         self.handler = CallbackHandler(
-            [DefaultFlowCallback(), *reporting, *callbacks], model, None, optimizer, scheduler
+            [DefaultFlowCallback(), *callbacks], train.stage.stack.model, None, train.optimizer, train.scheduler
         )
-        self.state = TrainerState(max_steps=total, num_train_epochs=math.ceil(config.num_train_epochs))
+        self.state = TrainerState(max_steps=train.total, num_train_epochs=math.ceil(config.num_train_epochs))
         self.state.is_local_process_zero = self.state.is_world_process_zero = True
-        self.control = TrainerControl()
 
     def __call__(self, event: str, *values: Any) -> None:
         """Call every callback.
@@ -131,4 +105,9 @@ class Callbacks:
             event: "on_step_end", for instance.
             values: what that event has besides arguments, state and control.
         """
+        if self.handler is None:
+            return
+        self.state.global_step, self.state.epoch = self.train.step, self.train.step / self.train.per_epoch
+        if event == "on_log":
+            self.state.log_history.append({"step": self.train.step, **values[0]})
         self.control = getattr(self.handler, event)(self.arguments, self.state, self.control, *values)
