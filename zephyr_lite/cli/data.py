@@ -57,7 +57,10 @@ def chat(
     )
     with interruptible():
         report = clean_chat(source, out, options, split=split, num_proc=num_proc, overwrite=overwrite)
-    _say_made(out, report and report_lines(report), report and report["files"], "report.md")
+    if report is None:
+        console.say(f"{out} is complete already.")
+    else:
+        _say_made(out, report_lines(report), report["files"], "report.md")
     console.say(f"Next: zephyr-lite sft dataset.path={out} dataset.split=train_sft")
 
 
@@ -112,14 +115,14 @@ def pairs(
         num_proc=num_proc,
         overwrite=overwrite,
     )
-    _say_made(out, report and report.lines(), report and report.files, "report.md, report.json and dropped.tsv")
+    if report is None:
+        console.say(f"{out} is complete already.")
+    else:
+        _say_made(out, report.lines(), report.files, "report.md, report.json and dropped.tsv")
     console.say(f"Next: zephyr-lite dpo dataset.path={out} dataset.split={TRAIN}")
 
 
-def _say_made(out: Path, lines: list[str] | None, files: list[str] | None, others: str) -> None:
-    if lines is None or files is None:
-        console.say(f"{out} is complete already.")
-        return
+def _say_made(out: Path, lines: list[str], files: list[str], others: str) -> None:
     say_all(lines)
     console.say(f"wrote {out}: {', '.join(files[:4])}{', …' if len(files) > 4 else ''}, {others}")
 
