@@ -397,7 +397,7 @@ def expected_job(
     if below is None:
         stacked = config.adapters != "none" and (method == "dpo" or bool(config.adapters))
         below = [_assumed_below(config, job.shape)] * ((len(config.adapters) or 1) if stacked else 0)
-    return job.at(adapters=(*below, *job.adapters))
+    return replace(job, adapters=(*below, *job.adapters))
 
 
 def disk_bytes(job: Workload, config: RunConfig) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -47,10 +47,6 @@ class AdapterSpec:
             if place and int(place[1]) < shape.layers and place[2] in PROJECTIONS:
                 layers[int(place[1])][place[2]] = weights.a.shape[0]
         return cls(tuple(layers))
-
-    def with_rank(self, r: int) -> AdapterSpec:
-        """The same projections at another rank."""
-        return replace(self, ranks=tuple(dict.fromkeys(layer, r) for layer in self.ranks))
 
     def tensors(self, shape: Shape) -> list[int]:
         """Numbers in each A and B, layer by layer."""
@@ -111,9 +107,6 @@ class Workload:
     def memo(self) -> dict[Any, Any]:
         """Values that were computed for this workload: the planner asks for the same ones thousands of times."""
         return {}
-
-    def at(self, **changes: Any) -> Workload:
-        return replace(self, **changes)
 
 
 def make_workload(
