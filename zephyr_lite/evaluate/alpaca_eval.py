@@ -110,9 +110,6 @@ def read_outputs(place: str | None) -> tuple[list[Output], Path]:
 
     Args:
         place: a JSON file, a hub id or OWNER/NAME/FILE.json; None: AlpacaEval's instructions with their baseline.
-
-    Raises:
-        UserError: there is none, or a row is wrong.
     """
     name = HUB if place is None else place
     path = Path(name).expanduser()
@@ -168,11 +165,7 @@ def _refuse_several(models: set[str], path: Path) -> None:
 
 
 def check_belongs(annotations: list[Annotation], outputs: list[Output], where: str) -> int:
-    """The number of annotations whose output is not among these. Published folders lack some annotated outputs.
-
-    Raises:
-        UserError: most of them are not.
-    """
+    """The number of annotations whose output is not among these, as in published folders; UserError if most are not."""
     known = {(output.instruction, output.output) for output in outputs}
     missing = [a for a in annotations if (a.instruction, a.output_2) not in known]
     if 2 * len(missing) > len(annotations):
@@ -186,9 +179,6 @@ def check_belongs(annotations: list[Annotation], outputs: list[Output], where: s
 def read_difficulty(path: Path) -> dict[int, float]:
     """{instruction's index: difficulty} of AlpacaEval's instruction_difficulty.csv (an index and a value), or of a table
     with the columns index and instruction_difficulty (df_gamed.csv).
-
-    Raises:
-        UserError: it is neither.
     """
     header, *rows = list(csv.reader(io.StringIO(read_text(path)))) or [[]]
     named = "index" in header and "instruction_difficulty" in header
@@ -322,11 +312,7 @@ def _sigmoid(scores: np.ndarray) -> np.ndarray:
 
 
 def rates(annotations: Sequence[Annotation], difficulty: dict[int, float] | None = None) -> dict[str, Any]:
-    """One model's win rate, its standard error, ties, and the length-controlled rate.
-
-    Raises:
-        UserError: an instruction has no difficulty.
-    """
+    """One model's win rate, its standard error, ties, and the length-controlled rate."""
     preferences = [a.preference for a in annotations]
     lengths = [len(a.output_1) for a in annotations], [len(a.output_2) for a in annotations]
     known = None if difficulty is None else difficulties_of(annotations, difficulty)
@@ -369,11 +355,7 @@ def notes_on(models: Mapping[str, dict[str, Any]], with_difficulty: bool) -> lis
 
 
 def score_files(annotations: Sequence[Annotation], difficulty: Path | None, where: Path) -> Judged:
-    """The rates of existing annotations; by annotator too, if there are several.
-
-    Raises:
-        UserError: none of the preferences counts.
-    """
+    """The rates of existing annotations; by annotator too, if there are several."""
     if not has_verdict(annotations):
         message = f"{where}: none of the {len(annotations)} preferences is between 1 and 2."
         raise UserError(message, "Look at the file.")
@@ -454,11 +436,7 @@ def read_verdict(text: str, swapped: bool) -> float:
 
 
 class AlpacaEval(Benchmark[Output]):
-    """AlpacaEval with the models of a configuration, or with --outputs: alpaca.json, and all texts in AlpacaEval's form.
-
-    Raises:
-        UserError: as ``read_outputs`` and ``Benchmark``.
-    """
+    """AlpacaEval with the models of a configuration, or with --outputs: alpaca.json, and all texts in AlpacaEval's form."""
 
     kind, unit, why = KIND, "instructions", "why_left_out"
     table = staticmethod(table)

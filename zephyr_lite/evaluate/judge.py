@@ -84,9 +84,6 @@ def who_answers(config: JudgedConfig, temperature: float) -> Answering:
 
     Args:
         temperature: of an endpoint that sets none, in requests that set none.
-
-    Raises:
-        UserError: there is no judge, no such source or model, no chat template, or two models have one name.
     """
     judge, weights = judge_of(config), None
     of_source = not config.models or not all(map(_is_endpoint, config.models))
@@ -132,11 +129,7 @@ def _template(weights: Weights, choice: str | None) -> Any:
 
 
 def read_rows(place: str | Path, parse: Callable[[dict[str, Any]], R]) -> list[R]:
-    """``parse`` of each row of a file, or of a data set of the hub.
-
-    Raises:
-        UserError: it cannot be read, is empty, or a key of a row is missing or wrong.
-    """
+    """``parse`` of each row of a file, or of a data set of the hub."""
     parsed = []
     for number, row in enumerate(open_source(DatasetSpec(path=str(place))), 1):
         try:
@@ -150,11 +143,7 @@ def read_rows(place: str | Path, parse: Callable[[dict[str, Any]], R]) -> list[R
 
 
 def from_hub(name: str, *patterns: str) -> Path:
-    """The folder of a data set of the hub, with the files of these patterns.
-
-    Raises:
-        UserError: no network, no such data set, no access.
-    """
+    """The folder of a data set of the hub, with the files of these patterns."""
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns)))
     except Exception as error:
@@ -218,11 +207,7 @@ class Judged:
 
 
 class Benchmark(ABC, Generic[T]):
-    """A benchmark and the models that it is run on; nothing is asked before ``run``.
-
-    Raises:
-        UserError: there is no place for the result.
-    """
+    """A benchmark and the models that it is run on; nothing is asked before ``run``."""
 
     kind: str  # name of the command, of the job's folder and of the result's file
     unit: str  # of the items

@@ -130,9 +130,6 @@ def read_questions(
         references, prompts: files, instead of those beside the questions.
         categories: only these.
         limit: number of questions, from all categories in turn.
-
-    Raises:
-        UserError: a file is missing, a row is wrong, or a reference that a category needs is missing.
     """
     found = _find(place)
     if isinstance(found, Path):
@@ -224,9 +221,6 @@ def judge_messages(
 
     Args:
         prompts: of ``Questions``; {}: this project's own wording.
-
-    Raises:
-        UserError: the prompt file lacks a prompt, or names an unknown value.
     """
     turn = len(answers)
     if not prompts:
@@ -378,11 +372,7 @@ def draw_radar(path: Path, models: dict[str, dict[str, Any]], title: str) -> Non
 
 
 class MtBench(Benchmark[Question]):
-    """MT-Bench with the models of a configuration: mt-bench.json and .png, and all texts in FastChat's form.
-
-    Raises:
-        UserError: as ``read_questions`` and ``Benchmark``; no matplotlib.
-    """
+    """MT-Bench with the models of a configuration: mt-bench.json and .png, and all texts in FastChat's form."""
 
     kind, unit, why = KIND, "questions", "why_not_graded"
     table = staticmethod(table)

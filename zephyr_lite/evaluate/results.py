@@ -19,11 +19,7 @@ FOLDER = "eval"
 
 
 def result_folder(source: str | Path, chain: Chain | None, out: Path | None = None) -> Path:
-    """``out``, or ``eval/`` in a stage's folder, or ``NAME-eval`` beside a model's folder.
-
-    Raises:
-        UserError: explicit adapters, and no ``out``.
-    """
+    """``out``, or ``eval/`` in a stage's folder, or ``NAME-eval`` beside a model's folder."""
     if out is not None:
         return out
     if chain is None:
