@@ -21,12 +21,7 @@ from zephyr_lite.client.endpoints import parse_endpoint
 from zephyr_lite.client.local_model import Weights
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.evaluate.mt_bench import (
-    TEMPERATURES,
-    Question,
-    judge_messages,
-    read_questions,
-)
+from zephyr_lite.evaluate.mt_bench import TEMPERATURES, Question, judge_messages, read_questions
 from zephyr_lite.model.loaded import open_live
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
