@@ -459,7 +459,6 @@ def test_plan_prints_a_table_for_a_card(said):
         "tokens/s",
         "at $0.20 an hour",
         "disk:",
-        "published shape",
     ):
         assert text in out, text
     assert max(map(len, out.splitlines())) <= 80
