@@ -289,7 +289,7 @@ class Benchmark(ABC, Generic[T]):
                     said.append({"role": "assistant", "content": ""})
                     messages = self.judge_messages(item, [given or ""] * (n + 1))
                     prompt = prompt_bound(judge, messages, (n + 1) * length)
-                    bounds[judge.name].add(judge, prompt, judge.max_tokens, tries=JUDGE_TRIES)
+                    bounds[judge.name].add(judge, prompt, judge.max_tokens)
         return bound_lines(bounds, specs.values())
 
     def run(self, meter: Meter) -> Judged:
