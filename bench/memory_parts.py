@@ -178,16 +178,17 @@ def wait() -> None:
 
 def opened(case: Case, said: list[str], *callbacks: TrainerCallback) -> tuple[Any, Any]:
     """A stage and the state of its run."""
+    from zephyr_lite.train.callbacks import Callbacks
     from zephyr_lite.train.dpo import DpoObjective
+    from zephyr_lite.train.loop import TrainState
     from zephyr_lite.train.setup import setup_stage
     from zephyr_lite.train.sft import SftObjective
-    from zephyr_lite.train.state import init_state
 
     config = RunConfig.model_validate(case.values)
     with messages_to(lambda record: said.append(record.getMessage())):
         stage = setup_stage(case.method, Loaded(config, set(case.values), [], None))
         task = (SftObjective if case.method == "sft" else DpoObjective)(stage)
-        return stage, init_state(stage, task, callbacks=callbacks)
+        return stage, TrainState(stage, task, observers=[Callbacks(callbacks)])
 
 
 def predicted(plan: Plan) -> dict[str, Any]:

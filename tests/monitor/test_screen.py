@@ -23,8 +23,7 @@ from zephyr_lite.monitor.health import DPO, Progress, judge, published_of
 from zephyr_lite.monitor.panel import LiveScreen, render
 from zephyr_lite.monitor.screens import JsonScreen, open_screen
 from zephyr_lite.train.distributed import PeerEnded
-from zephyr_lite.train.objective import Outcome
-from zephyr_lite.train.observer import Sample
+from zephyr_lite.train.stage import Outcome, Sample
 
 LN2 = math.log(2)
 STEP = {

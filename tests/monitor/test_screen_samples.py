@@ -14,9 +14,9 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train import callbacks, samples
 from zephyr_lite.train.dpo import run_dpo
-from zephyr_lite.train.observer import Observer
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import run_sft
+from zephyr_lite.train.stage import Observer
 
 SHORT = {"sample_tokens": 6, "max_steps": 2, "lora_dropout": 0.1, "learning_rate": 0.02}
 
@@ -108,7 +108,10 @@ def test_a_tracker_that_is_not_there_names_its_extra(name, extra, monkeypatch):
 def test_a_folder_of_a_trackers_name_is_not_the_tracker(tmp_path, monkeypatch):
     (tmp_path / "no_such_tracker").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert importlib.util.find_spec("no_such_tracker") is not None and not callbacks._installed("no_such_tracker")
+    monkeypatch.setitem(callbacks.EXTRAS, "tensorboard", ("trackers", ("no_such_tracker",)))
+    assert importlib.util.find_spec("no_such_tracker") is not None
+    with pytest.raises(UserError, match="is not installed"):
+        callbacks.trackers(RunConfig(report_to=["tensorboard"]))
 
 
 def test_tensorboard_gets_every_metric(tiny_base, chat_rows, tmp_path):

@@ -136,7 +136,7 @@ def card(
     verbose: Verbose = False,
 ) -> None:
     """Write a model card, README.md: base, data, lineage, settings, evaluation results, and how to load it."""
-    from ..evaluate.plotting import need_matplotlib
+    from ..evaluate.results import need_matplotlib
     from ..export.model_card import write_card
     from ..export.vllm import check_model
 

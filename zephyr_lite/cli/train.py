@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..io.interrupts import launched
 from ..io.logging import messages_to
 from ..model.allocator import set_allocator
-from ..train.distributed import everywhere, joined, nothing
+from ..train.distributed import everywhere, joined
 from .options import StageConfig, Verbose, console
 
 
@@ -60,10 +60,13 @@ def train(
     from ..memory.forecast import needs_lines
     from ..monitor.report_writer import ReportWriter
     from ..monitor.screens import open_screen
-    from ..train.dpo import run_dpo
-    from ..train.dry_run import run_dry
     from ..train.resume import StageComplete
-    from ..train.sft import run_sft
+
+    run: Any
+    if method == "sft":
+        from ..train.sft import run_sft as run
+    else:
+        from ..train.dpo import run_dpo as run
 
     def resolve() -> Any:
         found = resolve_run(method, config, context.args, loaded=given, fetch=not dry_run)
@@ -71,17 +74,18 @@ def train(
             screen.say(line)
         return found
 
-    run = run_sft if method == "sft" else run_dpo
     with joined() as here:
-        if not here.writes:
+        if not here.is_main_process:
             # libraries' output must not mix with the events of --json
             with redirect_stdout(sys.stderr), messages_to(None):
-                run(here.lead(nothing))
+                run(here.broadcast(lambda: None))
             return
         with open_screen(console, quiet=quiet, as_json=as_json) as screen, messages_to(screen.log):
             try:
-                loaded = here.lead(resolve)
+                loaded = here.broadcast(resolve)
                 if dry_run:
+                    from ..train.dry_run import run_dry
+
                     run_dry(method, loaded, show=console.row)
                     return
                 run(loaded, on_metrics=screen.metrics, observers=[screen, ReportWriter()])

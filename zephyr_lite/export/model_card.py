@@ -18,7 +18,7 @@ from .. import __version__
 from ..config.load import RunConfig
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
-from ..evaluate.plotting import have_matplotlib
+from ..evaluate.results import have_matplotlib
 from ..io.atomic import bytes_aside, copy_file, make_folder, write_text
 from ..io.run_dir import StageDir, checked, read_json
 from ..merge.weights import MARK
@@ -74,32 +74,20 @@ class StageFacts:
 
 @dataclass
 class Facts:
-    """The record of a folder that ``merge`` made.
+    """The record of a folder that ``merge`` made."""
 
-    Attributes:
-        folder: the model, or the adapter (``adapter``).
-        mark: its zephyr_lite.json.
-        base: the base's name; of a local one the folder's name alone.
-        base_id: its hub id, or None.
-        stages: those that were found, from the bottom up.
-        lost: adapters without a stage.
-        results: kind → an evaluation's JSON.
-        pictures: kind → the evaluation's picture.
-        measure: the merge compared with the live stack (``measured`` in zephyr_lite.json).
-        license: of the base, if its files name one.
-    """
-
-    folder: Path
-    mark: dict[str, Any]
-    base: str
-    base_id: str | None
+    folder: Path  # the model, or the adapter (``adapter``)
+    mark: dict[str, Any]  # its zephyr_lite.json
+    base: str  # the base's name; of a local one the folder's name alone
+    base_id: str | None  # its hub id, or None
     adapter: bool
-    stages: list[StageFacts] = field(default_factory=list)
-    lost: list[dict[str, Any]] = field(default_factory=list)
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    pictures: dict[str, Path] = field(default_factory=dict)
+    stages: list[StageFacts] = field(default_factory=list)  # those that were found, from the bottom up
+    lost: list[dict[str, Any]] = field(default_factory=list)  # adapters without a stage
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # kind → an evaluation's JSON
+    pictures: dict[str, Path] = field(default_factory=dict)  # kind → the evaluation's picture
+    # the merge compared with the live stack (``measured`` in zephyr_lite.json)
     measure: dict[str, Any] = field(default_factory=dict)
-    license: str | None = None
+    license: str | None = None  # of the base, if its files name one
 
 
 def write_card(

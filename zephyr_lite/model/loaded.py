@@ -110,8 +110,6 @@ def find_chain(
     if source is None:
         return chain_of_run(stage=stage, base=base)
     path = Path(source).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's.")
     if (path / "config.json").is_file():
         if stage is not None or base is not None:
             raise UserError(f"{path}: is a model's folder, without stages or a base.", "Leave --stage and --base out.")

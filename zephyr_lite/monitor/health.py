@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config.load import load_config
-from ..train.observer import Sample
-from ..train.stage import Stage
+from ..train.stage import Sample, Stage
 from .report import json_lines
 
 LN2 = math.log(2)

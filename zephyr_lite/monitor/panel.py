@@ -20,9 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..io.text import duration
-from ..train.objective import Outcome
-from ..train.observer import Sample
-from ..train.stage import Stage
+from ..train.stage import Outcome, Sample, Stage
 from .console import Console, Metrics, is_evaluation, visible
 from .health import Progress, Verdict, judge, published_of
 from .screens import Screen

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..io.atomic import sweep, write_json, write_text
-from ..train.objective import Metrics, Outcome
-from ..train.observer import Observer, Sample
+from ..train.stage import Metrics, Observer, Outcome, Sample
 from .report import LENGTHS, REPORT, read_source, run_page
 
 if TYPE_CHECKING:

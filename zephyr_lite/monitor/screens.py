@@ -16,9 +16,7 @@ from ..errors import Interrupted, UserError
 from ..io.redact import redact
 from ..io.text import duration
 from ..train.distributed import PeerEnded
-from ..train.objective import Outcome
-from ..train.observer import Observer, Sample
-from ..train.stage import Stage
+from ..train.stage import Observer, Outcome, Sample, Stage
 from .console import Console, Metrics, is_evaluation
 
 # Set by the kernels of Jupyter, Colab and Kaggle. `!command` gives its process a terminal there, but the cell only
